@@ -1,0 +1,105 @@
+// The whole contract between kernels and the rest: one table of function pointers per instruction set, chosen once.
+// A kernel touches only the elements its shapes name, allocates nothing, throws nothing and knows no threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nplora::kernels {
+
+// W is stored in panels of this many columns: 48 = 3 AVX-512, 6 AVX2 or 12 NEON vectors of float, so that one layout
+// serves every instruction set and 8 rows x 48 columns (24 AVX-512 registers) hide the latency of FMA.
+inline constexpr size_t kPanelColumns = 48;
+
+// Element (row, col) of a panelled matrix lies at data[(col / 48) * panel_stride + row * row_stride + col % 48].
+// A plain row-major matrix is the special case panel_stride == 48.
+template <class T>
+struct Panels {
+  const T* data;
+  size_t row_stride;
+  size_t panel_stride;
+};
+
+// Element (i, step) lies at data[i * row_stride + step * step_stride].
+template <class T>
+struct Strided {
+  const T* data;
+  size_t row_stride;
+  size_t step_stride;
+};
+
+// The two products that everything is made of. Both sum over `depth` strictly in order, one fused multiply-add a step,
+// in the type of T: the result of an element does not depend on tile sizes, on blocking or on the number of threads.
+template <class T>
+struct Products {
+  size_t lanes;      // tokens that lane_tile handles at once: xt is (depth, lanes), yt is (rows, lanes)
+  size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
+  size_t tile_tokens;  // the number of rows of a that outer_tile likes best (it takes any number)
+
+  // yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes).      Tokens lie in the SIMD lanes, w is broadcast.
+  void (*lane_tile)(size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate);
+
+  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.    Columns lie in the SIMD lanes, a is broadcast.
+  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c, size_t c_stride,
+                     bool accumulate);
+
+  // xt (cols, lanes) = x (rows, cols) transposed, rows <= lanes; the lanes behind rows are set to zero.
+  void (*to_lanes)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
+
+  // y (rows, cols) = [y +] scale * yt (cols, lanes) transposed [+ bias (cols)], rows <= lanes.  bias may be null.
+  void (*from_lanes)(size_t rows, size_t cols, const T* yt, T scale, const T* bias, T* y, size_t y_stride,
+                     bool accumulate);
+
+  // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled by grad_scale.
+  void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const struct AdamWCoefficients& k);
+
+  // buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf), with g = grad_scale * g + weight_decay * p.
+  // buf may be null where momentum is 0.
+  void (*sgd)(size_t n, T* p, const T* g, T* buf, const struct SgdCoefficients& k);
+
+  // Sum of squares, in double, in a fixed order.
+  double (*sum_of_squares)(size_t n, const T* x);
+
+  // out = keep(seed, first + i) ? x * factor : 0 with Philox4x32-10: element i is dropped where its 32 bits < threshold.
+  void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
+};
+
+struct AdamWCoefficients {
+  double lr, beta1, beta2, eps, weight_decay, bias1, bias2, grad_scale;  // bias1 = 1 - beta1^t, bias2 = 1 - beta2^t
+};
+
+struct SgdCoefficients {
+  double lr, momentum, weight_decay, grad_scale;
+  bool nesterov;
+};
+
+// To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and overflows to Inf.
+struct Conversions {
+  void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
+  void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
+  void (*widen_float16)(size_t n, const uint16_t* from, float* to);
+  void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
+};
+
+struct KernelTable {
+  const char* isa;
+  Products<float> f32;
+  Products<double> f64;
+  Conversions convert;
+
+  template <class T>
+  const Products<T>& products() const;
+};
+template <>
+inline const Products<float>& KernelTable::products<float>() const { return f32; }
+template <>
+inline const Products<double>& KernelTable::products<double>() const { return f64; }
+
+// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.
+// Throws std::invalid_argument, with the reason, if NPLORA_ISA names one that is unknown, not built in or not runnable.
+const KernelTable& table();
+
+// Every table that this build holds and this machine runs, best last. For tests and show_config.
+size_t available_tables(const KernelTable** out, size_t capacity);
+
+}  // namespace nplora::kernels

@@ -32,22 +32,23 @@ struct Strided {
 // in the type of T: the result of an element does not depend on tile sizes, on blocking or on the number of threads.
 template <class T>
 struct Products {
-  size_t lanes;      // tokens that lane_tile handles at once: xt is (depth, lanes), yt is (rows, lanes)
-  size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
+  size_t lanes;        // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
+  size_t tile_rows;    // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;  // the number of rows of a that outer_tile likes best (it takes any number)
 
-  // yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes).      Tokens lie in the SIMD lanes, w is broadcast.
-  void (*lane_tile)(size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate);
+  // In the next three, n_lanes is `lanes` or `lanes / 2`; xt and yt are dense.
+
+  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).      Tokens lie in the SIMD lanes, w is broadcast.
+  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate);
+
+  // xt (cols, n_lanes) = x (rows, cols) transposed, rows <= n_lanes; the lanes behind rows are set to zero.
+  void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
+
+  // y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)], rows <= n_lanes.  bias may be null.
+  void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y, size_t y_stride);
 
   // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.    Columns lie in the SIMD lanes, a is broadcast.
   void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c, size_t c_stride,
-                     bool accumulate);
-
-  // xt (cols, lanes) = x (rows, cols) transposed, rows <= lanes; the lanes behind rows are set to zero.
-  void (*to_lanes)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
-
-  // y (rows, cols) = [y +] scale * yt (cols, lanes) transposed [+ bias (cols)], rows <= lanes.  bias may be null.
-  void (*from_lanes)(size_t rows, size_t cols, const T* yt, T scale, const T* bias, T* y, size_t y_stride,
                      bool accumulate);
 
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled by grad_scale.

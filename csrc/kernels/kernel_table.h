@@ -1,5 +1,6 @@
-// The whole contract between kernels and the rest: one table of function pointers per instruction set, chosen once.
-// A kernel touches only the elements its shapes name, allocates nothing, throws nothing and knows no threads.
+// The whole contract between kernels and the rest: one table of function pointers per instruction set, chosen
+// once. A kernel touches only the elements its shapes name, allocates nothing, throws nothing and knows no
+// threads.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +8,12 @@
 
 namespace nplora::kernels {
 
-// W is stored in panels of this many columns: 48 = 3 AVX-512, 6 AVX2 or 12 NEON vectors of float, so that one layout
-// serves every instruction set and 8 rows x 48 columns (24 AVX-512 registers) hide the latency of FMA.
+// W is stored in panels of this many columns: 48 = 3 AVX-512, 6 AVX2 or 12 NEON vectors of float, so that one
+// layout serves every instruction set and 8 rows x 48 columns (24 AVX-512 registers) hide the latency of FMA.
 inline constexpr size_t kPanelColumns = 48;
 
-// Element (row, col) of a panelled matrix lies at data[(col / 48) * panel_stride + row * row_stride + col % 48].
-// A plain row-major matrix is the special case panel_stride == 48.
+// Element (row, col) of a panelled matrix lies at data[(col / 48) * panel_stride + row * row_stride + col %
+// 48]. A plain row-major matrix is the special case panel_stride == 48.
 template <class T>
 struct Panels {
   const T* data;
@@ -28,45 +29,53 @@ struct Strided {
   size_t step_stride;
 };
 
-// The two products that everything is made of. Both sum over `depth` strictly in order, one fused multiply-add a step,
-// in the type of T: the result of an element does not depend on tile sizes, on blocking or on the number of threads.
+// The two products that everything is made of. Both sum over `depth` strictly in order, one fused
+// multiply-add a step, in the type of T: the result of an element does not depend on tile sizes, on blocking
+// or on the number of threads.
 template <class T>
 struct Products {
-  size_t lanes;        // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
-  size_t tile_rows;    // the number of rows of w that lane_tile likes best (it takes any number)
+  size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
+  size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;  // the number of rows of a that outer_tile likes best (it takes any number)
 
   // In the next three, n_lanes is `lanes` or `lanes / 2`; xt and yt are dense.
 
-  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).      Tokens lie in the SIMD lanes, w is broadcast.
-  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate);
+  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).      Tokens lie in the SIMD lanes, w is
+  // broadcast.
+  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt,
+                    bool accumulate);
 
   // xt (cols, n_lanes) = x (rows, cols) transposed, rows <= n_lanes; the lanes behind rows are set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
   // y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)], rows <= n_lanes.  bias may be null.
-  void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y, size_t y_stride);
+  void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
+                     size_t y_stride);
 
-  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.    Columns lie in the SIMD lanes, a is broadcast.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c, size_t c_stride,
-                     bool accumulate);
+  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.    Columns lie in the SIMD lanes, a is
+  // broadcast.
+  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
+                     size_t c_stride, bool accumulate);
 
-  // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled by grad_scale.
+  // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
+  // by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const struct AdamWCoefficients& k);
 
-  // buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf), with g = grad_scale * g + weight_decay * p.
-  // buf may be null where momentum is 0.
+  // buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf), with g = grad_scale * g +
+  // weight_decay * p. buf may be null where momentum is 0.
   void (*sgd)(size_t n, T* p, const T* g, T* buf, const struct SgdCoefficients& k);
 
   // Sum of squares, in double, in a fixed order.
   double (*sum_of_squares)(size_t n, const T* x);
 
-  // out = keep(seed, first + i) ? x * factor : 0 with Philox4x32-10: element i is dropped where its 32 bits < threshold.
+  // out = keep(seed, first + i) ? x * factor : 0 with Philox4x32-10: element i is dropped where its 32 bits <
+  // threshold.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 };
 
 struct AdamWCoefficients {
-  double lr, beta1, beta2, eps, weight_decay, bias1, bias2, grad_scale;  // bias1 = 1 - beta1^t, bias2 = 1 - beta2^t
+  double lr, beta1, beta2, eps, weight_decay, bias1, bias2,
+      grad_scale;  // bias1 = 1 - beta1^t, bias2 = 1 - beta2^t
 };
 
 struct SgdCoefficients {
@@ -74,7 +83,8 @@ struct SgdCoefficients {
   bool nesterov;
 };
 
-// To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and overflows to Inf.
+// To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and
+// overflows to Inf.
 struct Conversions {
   void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
@@ -92,12 +102,17 @@ struct KernelTable {
   const Products<T>& products() const;
 };
 template <>
-inline const Products<float>& KernelTable::products<float>() const { return f32; }
+inline const Products<float>& KernelTable::products<float>() const {
+  return f32;
+}
 template <>
-inline const Products<double>& KernelTable::products<double>() const { return f64; }
+inline const Products<double>& KernelTable::products<double>() const {
+  return f64;
+}
 
 // The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.
-// Throws std::invalid_argument, with the reason, if NPLORA_ISA names one that is unknown, not built in or not runnable.
+// Throws std::invalid_argument, with the reason, if NPLORA_ISA names one that is unknown, not built in or not
+// runnable.
 const KernelTable& table();
 
 // Every table that this build holds and this machine runs, best last. For tests and show_config.

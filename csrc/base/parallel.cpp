@@ -1,0 +1,101 @@
+#include "base/parallel.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace nplora {
+
+namespace {
+
+std::atomic<size_t> thread_limit{0};
+std::atomic<bool (*)()> interrupt_hook{nullptr};
+std::atomic<bool> forked{false};
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// About 5 µs of arithmetic on one core, which is what starting a parallel region costs.
+constexpr double kOperationsPerThread = 5e5;
+
+// Tasks are handed out one by one from a shared counter; the first exception stops the rest.
+class TaskRun {
+ public:
+  TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
+      : tasks_(tasks),
+        hook_(interruptible == Interruptible::kYes ? interrupt_hook.load() : nullptr),
+        body_(body),
+        context_(context) {}
+
+  void work(bool calling_thread) noexcept {
+    try {
+      for (size_t task; !stop_ && (task = next_++) < tasks_;) {
+        body_(context_, task);
+        if (calling_thread && hook_ && hook_()) throw Interrupted();
+      }
+    } catch (...) {
+      if (!stop_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const size_t tasks_;
+  bool (*const hook_)();
+  void (*const body_)(const void*, size_t);
+  const void* const context_;
+  std::atomic<size_t> next_{0};
+  std::atomic<bool> stop_{false};
+  std::exception_ptr error_;
+};
+
+}  // namespace
+
+void set_thread_limit(size_t n) {
+  thread_limit = n;
+}
+void set_interrupt_hook(bool (*hook)()) {
+  interrupt_hook = hook;
+}
+
+size_t num_threads() {
+  if (forked) return 1;
+#ifdef _OPENMP
+  const size_t most = static_cast<size_t>(std::max(1, omp_get_max_threads()));
+#else
+  const size_t most = 1;
+#endif
+  const size_t limit = thread_limit;
+  return limit == 0 ? most : std::min(limit, most);
+}
+
+size_t useful_threads(double operations) {
+  const size_t threads = num_threads();
+  return operations >= kOperationsPerThread * static_cast<double>(threads)
+             ? threads
+             : std::max<size_t>(1, static_cast<size_t>(operations / kOperationsPerThread));
+}
+
+void detail::run_tasks(size_t tasks, size_t threads, Interruptible interruptible,
+                       void (*body)(const void*, size_t), const void* context) {
+  TaskRun run(tasks, interruptible, body, context);
+  threads = std::min(threads, tasks);
+#ifdef _OPENMP
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    run.work(omp_get_thread_num() == 0);
+    return run.rethrow();
+  }
+#endif
+  run.work(true);
+  run.rethrow();
+}
+
+}  // namespace nplora

@@ -1,0 +1,79 @@
+// Chooses the table: the best instruction set that this machine runs, or the one that NPLORA_ISA names.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "kernels/kernel_table.h"
+#include "simd/cpu.h"
+
+namespace nplora::kernels {
+
+extern const KernelTable k_generic_table;
+#if defined(__x86_64__)
+extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
+#elif defined(__aarch64__)
+extern const KernelTable k_neon_table;
+#endif
+
+namespace {
+
+struct Choice {
+  const KernelTable* table;
+  bool runnable;
+  const char* needs;
+};
+
+// Best last.
+const Choice* choices(size_t* count) {
+  using simd::cpu;
+  static const Choice all[] = {
+      {&k_generic_table, true, ""},
+#if defined(__x86_64__)
+      {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
+      {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
+      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL and BF16"},
+#elif defined(__aarch64__)
+      {&k_neon_table, cpu().neon, "NEON"},
+#endif
+  };
+  *count = sizeof all / sizeof *all;
+  return all;
+}
+
+const KernelTable& choose() {
+  size_t count;
+  const Choice* all = choices(&count);
+  const char* name = std::getenv("NPLORA_ISA");
+  if (name == nullptr || *name == '\0') {
+    while (!all[count - 1].runnable) --count;
+    return *all[count - 1].table;
+  }
+  std::string known;
+  for (size_t i = 0; i < count; ++i) {
+    if (std::string_view(name) == all[i].table->isa) {
+      if (all[i].runnable) return *all[i].table;
+      throw std::invalid_argument(std::string("NPLORA_ISA=") + name +
+                                  ": this machine, or its operating system, lacks " + all[i].needs);
+    }
+    known += (i ? ", " : "") + std::string(all[i].table->isa);
+  }
+  throw std::invalid_argument(std::string("NPLORA_ISA=") + name + ": this build knows " + known);
+}
+
+}  // namespace
+
+const KernelTable& table() {
+  static const KernelTable& chosen = choose();
+  return chosen;
+}
+
+size_t available_tables(const KernelTable** out, size_t capacity) {
+  size_t count, found = 0;
+  const Choice* all = choices(&count);
+  for (size_t i = 0; i < count && found < capacity; ++i)
+    if (all[i].runnable) out[found++] = all[i].table;
+  return found;
+}
+
+}  // namespace nplora::kernels

@@ -1,0 +1,175 @@
+// Optimiser steps, sums of squares, dropout and 16-bit conversions: plain loops that the compiler vectorises
+// per unit.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+// p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = p (1 - lr wd) - lr (m / bias1) /
+// (sqrt(v / bias2) + eps)
+template <class T>
+void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
+           const AdamWCoefficients& k) {
+  const T beta1 = T(k.beta1), beta2 = T(k.beta2), rest1 = T(1 - k.beta1), rest2 = T(1 - k.beta2),
+          eps = T(k.eps);
+  const T decay = T(1 - k.lr * k.weight_decay), step = T(k.lr / k.bias1), grad_scale = T(k.grad_scale);
+  const T root_bias2 = T(__builtin_sqrt(k.bias2));
+  for (size_t i = 0; i < n; ++i) {
+    const T gi = grad_scale * g[i];
+    const T mi = beta1 * m[i] + rest1 * gi;
+    const T vi = beta2 * v[i] + rest2 * gi * gi;
+    m[i] = mi;
+    v[i] = vi;
+    const T root = sizeof(T) == 4 ? T(__builtin_sqrtf(float(vi))) : T(__builtin_sqrt(double(vi)));
+    p[i] = decay * p[i] - step * mi / (root / root_bias2 + eps);
+  }
+}
+
+template <class T>
+void sgd(size_t n, T* __restrict p, const T* __restrict g, T* __restrict buf, const SgdCoefficients& k) {
+  const T lr = T(k.lr), momentum = T(k.momentum), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
+  for (size_t i = 0; i < n; ++i) {
+    T d = grad_scale * g[i] + decay * p[i];
+    if (buf) {
+      buf[i] = momentum * buf[i] + d;
+      d = k.nesterov ? d + momentum * buf[i] : buf[i];
+    }
+    p[i] -= lr * d;
+  }
+}
+
+// Sixteen partial sums, one element in sixteen each, added in pairs at the end: one order on every
+// instruction set.
+template <class T>
+double sum_of_squares(size_t n, const T* x) {
+  double sums[16] = {};
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (size_t j = 0; j < 16; ++j) sums[j] += double(x[i + j]) * double(x[i + j]);
+  for (size_t j = 0; i < n; ++i, ++j) sums[j] += double(x[i]) * double(x[i]);
+  for (size_t half = 8; half > 0; half /= 2)
+    for (size_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  return sums[0];
+}
+
+// Philox4x32-10 (Salmon et al. 2011) on kBlocks counters at once: words[w][i] is word w of counter first + i.
+inline constexpr size_t kPhiloxBlocks = 16;
+inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBlocks]) {
+  for (size_t i = 0; i < kPhiloxBlocks; ++i) {
+    words[0][i] = uint32_t(first + i);
+    words[1][i] = uint32_t((first + i) >> 32);
+    words[2][i] = words[3][i] = 0;
+  }
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
+    for (size_t i = 0; i < kPhiloxBlocks; ++i) {
+      const uint64_t product0 = uint64_t(0xD2511F53u) * words[0][i],
+                     product1 = uint64_t(0xCD9E8D57u) * words[2][i];
+      words[0][i] = uint32_t(product1 >> 32) ^ words[1][i] ^ key0;
+      words[1][i] = uint32_t(product1);
+      words[2][i] = uint32_t(product0 >> 32) ^ words[3][i] ^ key1;
+      words[3][i] = uint32_t(product0);
+    }
+}
+
+// out (n) = x (n) * factor where word (first + i) % 4 of counter (first + i) / 4 is at least threshold, else
+// 0.
+template <class T>
+void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
+  constexpr size_t kElements = 4 * kPhiloxBlocks;
+  uint32_t words[4][kPhiloxBlocks];
+  for (size_t i = 0; i < n;) {
+    const uint64_t element = first + i;
+    philox(seed, element / 4, words);
+    const size_t skip = size_t(element % 4), count = smaller(kElements - skip, n - i);
+    for (size_t j = 0; j < count; ++j)
+      out[i + j] = words[(skip + j) % 4][(skip + j) / 4] < threshold ? T(0) : x[i + j] * factor;
+    i += count;
+  }
+}
+
+// ---- bfloat16: the upper half of a float ----
+
+inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
+  for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, uint32_t(from[i]) << 16);
+}
+
+// To nearest even; a NaN keeps its upper bits and is made quiet, so that rounding can't carry it to infinity.
+inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, from[i]);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (bits >> 16) | 0x40u;
+    to[i] = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+  }
+}
+
+// ---- float16, where the instruction set has no conversion ----
+
+// Shifting the 15 value bits under the float exponent and multiplying by 2^112 is exact, for subnormals too.
+inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t sign = uint32_t(from[i] & 0x8000u) << 16, value = uint32_t(from[i] & 0x7FFFu) << 13;
+    const float scaled = __builtin_bit_cast(float, value) * 0x1p112f;
+    const uint32_t finite = __builtin_bit_cast(uint32_t, scaled);
+    const uint32_t special = value | 0x7F800000u;  // Inf and NaN keep their fraction
+    to[i] = __builtin_bit_cast(float, sign | ((from[i] & 0x7C00u) == 0x7C00u ? special : finite));
+  }
+}
+
+inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, from[i]), sign = (bits >> 16) & 0x8000u,
+                   value = bits & 0x7FFFFFFFu;
+    uint32_t half;
+    if (value > 0x7F800000u) {  // NaN
+      half = 0x7E00u | ((value >> 13) & 0x3FFu);
+    } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
+      half = 0x7C00u;
+    } else if (value < 0x38800000u) {  // below 2^-14: adding 0.5 puts the last place of float on that of a
+                                       // subnormal half
+      half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
+    } else {  // rebias the exponent from 127 to 15, round to nearest even
+      half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;
+    }
+    to[i] = uint16_t(sign | half);
+  }
+}
+
+#if defined(NPLORA_SIMD_AVX2) || defined(NPLORA_SIMD_AVX512)
+
+inline void widen_float16(size_t n, const uint16_t* from, float* to) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  widen_float16_portable(n - i, from + i, to + i);
+}
+
+inline void narrow_float16(size_t n, const float* from, uint16_t* to) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to + i),
+        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  narrow_float16_portable(n - i, from + i, to + i);
+}
+
+#elif defined(NPLORA_SIMD_NEON)
+
+inline void widen_float16(size_t n, const uint16_t* from, float* to) {
+  for (size_t i = 0; i < n; ++i) to[i] = float(__builtin_bit_cast(__fp16, from[i]));
+}
+inline void narrow_float16(size_t n, const float* from, uint16_t* to) {
+  for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(uint16_t, __fp16(from[i]));
+}
+
+#else
+
+inline void widen_float16(size_t n, const uint16_t* from, float* to) {
+  widen_float16_portable(n, from, to);
+}
+inline void narrow_float16(size_t n, const float* from, uint16_t* to) {
+  narrow_float16_portable(n, from, to);
+}
+
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA

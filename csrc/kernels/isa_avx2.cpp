@@ -1,0 +1,20 @@
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 and 4 x 3 accumulators.
+#define NPLORA_ISA avx2
+#define NPLORA_SIMD_AVX2
+
+#include "kernels/kernel_table.h"
+#include "simd/vec.h"
+
+namespace nplora::kernels::avx2 {
+inline constexpr size_t kTileRows = 6;
+inline constexpr size_t kTileTokens = 4;
+}  // namespace nplora::kernels::avx2
+
+#include "kernels/elementwise-inl.h"
+#include "kernels/products-inl.h"
+#include "kernels/table-inl.h"
+
+namespace nplora::kernels {
+extern const KernelTable k_avx2_table;
+const KernelTable k_avx2_table = avx2::make_table("avx2");
+}  // namespace nplora::kernels

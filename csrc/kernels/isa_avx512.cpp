@@ -1,0 +1,20 @@
+// AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4): 32 registers of 512 bits, 12 x 2 and 8 x 3 accumulators.
+#define NPLORA_ISA avx512
+#define NPLORA_SIMD_AVX512
+
+#include "kernels/kernel_table.h"
+#include "simd/vec.h"
+
+namespace nplora::kernels::avx512 {
+inline constexpr size_t kTileRows = 12;
+inline constexpr size_t kTileTokens = 8;
+}  // namespace nplora::kernels::avx512
+
+#include "kernels/elementwise-inl.h"
+#include "kernels/products-inl.h"
+#include "kernels/table-inl.h"
+
+namespace nplora::kernels {
+extern const KernelTable k_avx512_table;
+const KernelTable k_avx512_table = avx512::make_table("avx512");
+}  // namespace nplora::kernels

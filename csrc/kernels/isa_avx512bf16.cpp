@@ -1,0 +1,20 @@
+// AVX-512 with BF16 (Cooper Lake, Sapphire Rapids, Zen 4).
+#define NPLORA_ISA avx512bf16
+#define NPLORA_SIMD_AVX512
+
+#include "kernels/kernel_table.h"
+#include "simd/vec.h"
+
+namespace nplora::kernels::avx512bf16 {
+inline constexpr size_t kTileRows = 12;
+inline constexpr size_t kTileTokens = 8;
+}  // namespace nplora::kernels::avx512bf16
+
+#include "kernels/elementwise-inl.h"
+#include "kernels/products-inl.h"
+#include "kernels/table-inl.h"
+
+namespace nplora::kernels {
+extern const KernelTable k_avx512bf16_table;
+const KernelTable k_avx512bf16_table = avx512bf16::make_table("avx512bf16");
+}  // namespace nplora::kernels

@@ -1,0 +1,20 @@
+// Any machine: 16 registers of 128 bits on x86-64 (4 x 2 and 4 x 3 accumulators), compiled for the baseline.
+#define NPLORA_ISA generic
+#define NPLORA_SIMD_GENERIC
+
+#include "kernels/kernel_table.h"
+#include "simd/vec.h"
+
+namespace nplora::kernels::generic {
+inline constexpr size_t kTileRows = 4;
+inline constexpr size_t kTileTokens = 4;
+}  // namespace nplora::kernels::generic
+
+#include "kernels/elementwise-inl.h"
+#include "kernels/products-inl.h"
+#include "kernels/table-inl.h"
+
+namespace nplora::kernels {
+extern const KernelTable k_generic_table;
+const KernelTable k_generic_table = generic::make_table("generic");
+}  // namespace nplora::kernels

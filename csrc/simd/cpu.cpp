@@ -1,0 +1,69 @@
+#include "simd/cpu.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace nplora::simd {
+
+namespace {
+
+#if defined(__x86_64__)
+
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+
+bool bit(unsigned word, int i) {
+  return (word >> i & 1) != 0;
+}
+
+// The state that the operating system saves, from XCR0: without it an instruction faults though CPUID lists
+// it.
+unsigned saved_state() {
+  unsigned eax, edx;
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return eax;
+}
+
+Cpu detect() {
+  Cpu found;
+  const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
+  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: xgetbv itself
+  const unsigned state = saved_state();
+  const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+  const bool fma = bit(leaf1.ecx, 12), avx = bit(leaf1.ecx, 28), f16c = bit(leaf1.ecx, 29);
+  found.avx2 = ymm && avx && fma && f16c && bit(leaf7.ebx, 5);
+  const bool f = bit(leaf7.ebx, 16), dq = bit(leaf7.ebx, 17), bw = bit(leaf7.ebx, 30),
+             vl = bit(leaf7.ebx, 31);
+  found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
+  found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5);
+  return found;
+}
+
+#else
+
+Cpu detect() {
+  Cpu found;
+#if defined(__aarch64__)
+  found.neon = true;  // part of the architecture
+#endif
+  return found;
+}
+
+#endif
+
+}  // namespace
+
+const Cpu& cpu() {
+  static const Cpu found = detect();
+  return found;
+}
+
+}  // namespace nplora::simd

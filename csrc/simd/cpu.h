@@ -1,0 +1,15 @@
+// What this processor and its operating system can run.
+#pragma once
+
+namespace nplora::simd {
+
+struct Cpu {
+  bool avx2 = false;    // with FMA3 and F16C
+  bool avx512 = false;  // F, BW, DQ, VL
+  bool avx512bf16 = false;
+  bool neon = false;
+};
+
+const Cpu& cpu();
+
+}  // namespace nplora::simd

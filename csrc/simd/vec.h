@@ -1,0 +1,41 @@
+// Vec<float> and Vec<double>: the registers of one instruction set behind one small interface.
+//
+// A kernel unit (isa_*.cpp) defines NPLORA_ISA, the namespace that holds all of its code, and one
+// NPLORA_SIMD_* that picks the registers. Nothing here may be seen by another unit: an inline function shared
+// by two units could be kept by the linker in its AVX-512 form and crash an older machine. Hence no std
+// templates here and in kernels/.
+//
+//   zero, broadcast, load, store; load_partial and store_partial touch the first n lanes only (the others
+//   read as 0); fma(a, b, c) = a * b + c; transpose(Vec (&)[kLanes]).
+#pragma once
+
+#if !defined(NPLORA_ISA)
+#error "define NPLORA_ISA, the namespace of this instruction set, before including vec.h"
+#endif
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+#include <immintrin.h>
+#elif defined(NPLORA_SIMD_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace nplora::kernels::NPLORA_ISA {
+
+#if defined(NPLORA_SIMD_GENERIC)
+#include "simd/vec_generic.h"
+#else
+template <class T>
+struct Vec;
+#if defined(NPLORA_SIMD_AVX512)
+#include "simd/vec_avx512.h"
+#elif defined(NPLORA_SIMD_AVX2)
+#include "simd/vec_avx2.h"
+#elif defined(NPLORA_SIMD_NEON)
+#include "simd/vec_neon.h"
+#endif
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA

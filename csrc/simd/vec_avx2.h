@@ -1,0 +1,81 @@
+// 8 floats or 4 doubles in one AVX register, with FMA3. Included by vec.h, inside the namespace of one
+// instruction set.
+
+// The first n of 8 words are all ones where it is read at 8 - n.
+alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                       0,  0,  0,  0,  0,  0,  0,  0};
+
+template <>
+struct Vec<float> {
+  static constexpr size_t kLanes = 8;
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load_partial(const float* p, size_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_partial(float* p, size_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  static __m256i mask(size_t n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMaskWords + 8 - n));
+  }
+};
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+
+template <>
+struct Vec<double> {
+  static constexpr size_t kLanes = 4;
+  __m256d v;
+
+  static Vec zero() { return {_mm256_setzero_pd()}; }
+  static Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec load_partial(const double* p, size_t n) { return {_mm256_maskload_pd(p, mask(n))}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store_partial(double* p, size_t n) const { _mm256_maskstore_pd(p, mask(n), v); }
+  static __m256i mask(size_t n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMaskWords + 8 - 2 * n));
+  }
+};
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return {_mm256_add_pd(a.v, b.v)};
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+
+// Transposes an 8 x 8 block held in 8 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit halves.
+inline void transpose(Vec<float> (&r)[8]) {
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+
+inline void transpose(Vec<double> (&r)[4]) {
+  const __m256d t0 = _mm256_unpacklo_pd(r[0].v, r[1].v), t1 = _mm256_unpackhi_pd(r[0].v, r[1].v);
+  const __m256d t2 = _mm256_unpacklo_pd(r[2].v, r[3].v), t3 = _mm256_unpackhi_pd(r[2].v, r[3].v);
+  r[0].v = _mm256_permute2f128_pd(t0, t2, 0x20);
+  r[1].v = _mm256_permute2f128_pd(t1, t3, 0x20);
+  r[2].v = _mm256_permute2f128_pd(t0, t2, 0x31);
+  r[3].v = _mm256_permute2f128_pd(t1, t3, 0x31);
+}

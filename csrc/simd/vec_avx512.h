@@ -1,0 +1,96 @@
+// 16 floats or 8 doubles in one AVX-512 register. Included by vec.h, inside the namespace of one instruction
+// set.
+template <>
+struct Vec<float> {
+  static constexpr size_t kLanes = 16;
+  __m512 v;
+
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_partial(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_partial(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static __mmask16 mask(size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+};
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+
+template <>
+struct Vec<double> {
+  static constexpr size_t kLanes = 8;
+  __m512d v;
+
+  static Vec zero() { return {_mm512_setzero_pd()}; }
+  static Vec broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec load_partial(const double* p, size_t n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store_partial(double* p, size_t n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
+  static __mmask8 mask(size_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+};
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return {_mm512_add_pd(a.v, b.v)};
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+
+// Transposes a 16 x 16 block held in 16 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit
+// quarters twice.
+inline void transpose(Vec<float> (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  __m512 u[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  // u[4g + j] holds column j of each 4-row group g, one column of every quarter of 4: gather quarters across
+  // the groups.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+                 lo13 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const __m512 hi02 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 hi13 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f32x4(lo02, hi02, 0x88);
+    r[8 + j].v = _mm512_shuffle_f32x4(lo02, hi02, 0xdd);
+    r[4 + j].v = _mm512_shuffle_f32x4(lo13, hi13, 0x88);
+    r[12 + j].v = _mm512_shuffle_f32x4(lo13, hi13, 0xdd);
+  }
+}
+
+// 8 x 8 doubles: pairs, then 128-bit quarters twice.
+inline void transpose(Vec<double> (&r)[8]) {
+  __m512d t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_pd(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_pd(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    const __m512d lo02 = _mm512_shuffle_f64x2(t[j], t[2 + j], 0x88),
+                  lo13 = _mm512_shuffle_f64x2(t[j], t[2 + j], 0xdd);
+    const __m512d hi02 = _mm512_shuffle_f64x2(t[4 + j], t[6 + j], 0x88);
+    const __m512d hi13 = _mm512_shuffle_f64x2(t[4 + j], t[6 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f64x2(lo02, hi02, 0x88);
+    r[4 + j].v = _mm512_shuffle_f64x2(lo02, hi02, 0xdd);
+    r[2 + j].v = _mm512_shuffle_f64x2(lo13, hi13, 0x88);
+    r[6 + j].v = _mm512_shuffle_f64x2(lo13, hi13, 0xdd);
+  }
+}

@@ -1,0 +1,47 @@
+// 4 floats or 2 doubles by the compiler's own vectors: the baseline of any machine. No fused multiply-add is
+// assumed. Included by vec.h, inside the namespace of one instruction set.
+template <class T>
+struct Vec {
+  static constexpr size_t kLanes = 16 / sizeof(T);
+  typedef T Register __attribute__((vector_size(16)));
+  Register v;
+
+  static Vec zero() { return {Register{}}; }
+  static Vec broadcast(T x) {
+    Vec r;
+    for (size_t i = 0; i < kLanes; ++i) r.v[i] = x;
+    return r;
+  }
+  static Vec load(const T* p) {
+    Vec r;
+    __builtin_memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  static Vec load_partial(const T* p, size_t n) {
+    Vec r = zero();
+    for (size_t i = 0; i < n; ++i) r.v[i] = p[i];
+    return r;
+  }
+  void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  void store_partial(T* p, size_t n) const {
+    for (size_t i = 0; i < n; ++i) p[i] = v[i];
+  }
+};
+template <class T>
+inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return {a.v + b.v};
+}
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.v * b.v + c.v};
+}
+
+template <class T, size_t N>
+inline void transpose(Vec<T> (&r)[N]) {
+  for (size_t i = 0; i < N; ++i)
+    for (size_t j = 0; j < i; ++j) {
+      const T t = r[i].v[j];
+      r[i].v[j] = r[j].v[i];
+      r[j].v[i] = t;
+    }
+}

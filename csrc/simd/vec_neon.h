@@ -1,0 +1,65 @@
+// 4 floats or 2 doubles in one NEON register. Included by vec.h, inside the namespace of one instruction set.
+template <>
+struct Vec<float> {
+  static constexpr size_t kLanes = 4;
+  float32x4_t v;
+
+  static Vec zero() { return {vdupq_n_f32(0)}; }
+  static Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load_partial(const float* p, size_t n) {
+    float t[4] = {0, 0, 0, 0};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store_partial(float* p, size_t n) const {
+    float t[4];
+    store(t);
+    for (size_t i = 0; i < n; ++i) p[i] = t[i];
+  }
+};
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
+  return {vaddq_f32(a.v, b.v)};
+}
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {vfmaq_f32(c.v, a.v, b.v)};
+}
+
+template <>
+struct Vec<double> {
+  static constexpr size_t kLanes = 2;
+  float64x2_t v;
+
+  static Vec zero() { return {vdupq_n_f64(0)}; }
+  static Vec broadcast(double x) { return {vdupq_n_f64(x)}; }
+  static Vec load(const double* p) { return {vld1q_f64(p)}; }
+  static Vec load_partial(const double* p, size_t n) {
+    return n == 1 ? Vec{vsetq_lane_f64(*p, vdupq_n_f64(0), 0)} : n ? load(p) : zero();
+  }
+  void store(double* p) const { vst1q_f64(p, v); }
+  void store_partial(double* p, size_t n) const {
+    if (n >= 2) return store(p);
+    if (n == 1) *p = vgetq_lane_f64(v, 0);
+  }
+};
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return {vaddq_f64(a.v, b.v)};
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {vfmaq_f64(c.v, a.v, b.v)};
+}
+
+inline void transpose(Vec<float> (&r)[4]) {
+  const float32x4x2_t t01 = vtrnq_f32(r[0].v, r[1].v), t23 = vtrnq_f32(r[2].v, r[3].v);
+  r[0].v = vcombine_f32(vget_low_f32(t01.val[0]), vget_low_f32(t23.val[0]));
+  r[1].v = vcombine_f32(vget_low_f32(t01.val[1]), vget_low_f32(t23.val[1]));
+  r[2].v = vcombine_f32(vget_high_f32(t01.val[0]), vget_high_f32(t23.val[0]));
+  r[3].v = vcombine_f32(vget_high_f32(t01.val[1]), vget_high_f32(t23.val[1]));
+}
+
+inline void transpose(Vec<double> (&r)[2]) {
+  const float64x2_t t = vzip1q_f64(r[0].v, r[1].v);
+  r[1].v = vzip2q_f64(r[0].v, r[1].v);
+  r[0].v = t;
+}

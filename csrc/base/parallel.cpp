@@ -65,6 +65,14 @@ void set_interrupt_hook(bool (*hook)()) {
   interrupt_hook = hook;
 }
 
+int openmp_version() {
+#ifdef _OPENMP
+  return _OPENMP;
+#else
+  return 0;
+#endif
+}
+
 size_t num_threads() {
   if (forked) return 1;
 #ifdef _OPENMP

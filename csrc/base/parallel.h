@@ -17,6 +17,9 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
+// The OpenMP version as its standard numbers it (201511 is 4.5), or 0 where the build has none.
+int openmp_version();
+
 // Asked between tasks, on the thread that called parallel_for only: true stops the work.
 void set_interrupt_hook(bool (*hook)());
 

@@ -12,10 +12,6 @@ namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr size_t kOuterVectors = 3;
 
-constexpr size_t smaller(size_t a, size_t b) {
-  return a < b ? a : b;
-}
-
 // ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
 // Stride is the row stride of w where it is known while compiling (a full panel), else 0.

@@ -24,6 +24,10 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
+constexpr size_t smaller(size_t a, size_t b) {
+  return a < b ? a : b;
+}
+
 #if defined(NPLORA_SIMD_GENERIC)
 #include "simd/vec_generic.h"
 #else

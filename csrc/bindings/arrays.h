@@ -1,0 +1,85 @@
+// Arrays at the border: strict C order and dtype, shapes checked here, friendly words in
+// python/nplora/_check.py.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <variant>
+
+#include "base/matrix.h"
+#include "ops/weight.h"
+
+namespace nplora::bindings {
+
+namespace py = pybind11;
+
+// Never converted: an array of another dtype or order is refused, so that writes reach the caller's buffer.
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <class T>
+void require_shape(const char* name, const Array<T>& array, size_t rows, size_t cols) {
+  require(
+      array.ndim() == 2 && size_t(array.shape(0)) == rows && size_t(array.shape(1)) == cols,
+      std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
+}
+
+template <class T>
+void require_size(const char* name, const Array<T>& array, size_t n) {
+  require(size_t(array.size()) == n, std::string(name) + " must have " + std::to_string(n) + " elements");
+}
+
+template <class T>
+Matrix<const T> read(const Array<T>& array) {
+  require(array.ndim() == 2, "expected an array with 2 axes");
+  const size_t cols = size_t(array.shape(1));
+  return {array.data(), size_t(array.shape(0)), cols, cols};
+}
+
+// mutable_data() raises where the array is read-only.
+template <class T>
+Matrix<T> write(Array<T>& array) {
+  require(array.ndim() == 2, "expected an array with 2 axes");
+  const size_t cols = size_t(array.shape(1));
+  return {array.mutable_data(), size_t(array.shape(0)), cols, cols};
+}
+
+template <class T>
+Matrix<T> write(std::optional<Array<T>>& array) {
+  return array ? write(*array) : Matrix<T>{};
+}
+
+Storage storage_of(const std::string& name);
+const char* name_of(Storage storage);
+
+// A packed weight, or an array of the caller's.
+template <class T>
+using WeightArgument = std::variant<const PackedWeight*, Array<T>>;
+
+template <class T>
+WeightView view(const WeightArgument<T>& w) {
+  if (const auto* packed = std::get_if<const PackedWeight*>(&w)) {
+    require(*packed != nullptr, "expected a weight");
+    require(((*packed)->storage() == Storage::kFloat64) == (sizeof(T) == 8),
+            std::string("a weight stored as ") + name_of((*packed)->storage()) +
+                " does not fit these arrays' dtype");
+    return (*packed)->view();
+  }
+  return view_of(read(std::get<Array<T>>(w)));
+}
+
+void register_weight(py::module_& m);
+void register_lora(py::module_& m);
+void register_optimizer(py::module_& m);
+void register_elementwise(py::module_& m);
+void register_runtime(py::module_& m);
+
+}  // namespace nplora::bindings

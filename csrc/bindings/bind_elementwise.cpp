@@ -1,0 +1,73 @@
+#include "bindings/arrays.h"
+#include "ops/activation.h"
+
+namespace nplora::bindings {
+
+namespace {
+
+template <class T>
+void register_functions(py::module_& m) {
+  using py::arg;
+  m.def(
+      "dropout",
+      [](const Array<T>& x, double probability, uint64_t key, Array<T> out) {
+        require(probability >= 0 && probability < 1, "probability must be at least 0 and below 1");
+        require_size("out", out, size_t(x.size()));
+        T* to = out.mutable_data();
+        py::gil_scoped_release release;
+        dropout(size_t(x.size()), x.data(), probability, key, to);
+      },
+      arg("x").noconvert(), arg("probability"), arg("key"), arg("out").noconvert(),
+      "out = x / (1 - probability) where kept, else 0");
+  m.def(
+      "gelu",
+      [](const Array<T>& x, bool tanh, Array<T> out) {
+        require_size("out", out, size_t(x.size()));
+        T* to = out.mutable_data();
+        py::gil_scoped_release release;
+        gelu(size_t(x.size()), x.data(), tanh, to);
+      },
+      arg("x").noconvert(), arg("tanh"), arg("out").noconvert(), "out = x Phi(x)");
+  m.def(
+      "gelu_backward",
+      [](const Array<T>& x, const Array<T>& dy, bool tanh, Array<T> out) {
+        require_size("dy", dy, size_t(x.size()));
+        require_size("out", out, size_t(x.size()));
+        T* to = out.mutable_data();
+        py::gil_scoped_release release;
+        gelu_backward(size_t(x.size()), x.data(), dy.data(), tanh, to);
+      },
+      arg("x").noconvert(), arg("dy").noconvert(), arg("tanh"), arg("out").noconvert(), "out = dy gelu'(x)");
+}
+
+bool is_bfloat16(const std::string& name) {
+  const Storage storage = storage_of(name);
+  require(bytes_per_element(storage) == 2, "storage must be 'bfloat16' or 'float16'");
+  return storage == Storage::kBfloat16;
+}
+
+}  // namespace
+
+void register_elementwise(py::module_& m) {
+  using py::arg;
+  register_functions<float>(m);
+  register_functions<double>(m);
+  m.def(
+      "widen",
+      [](const Array<uint16_t>& bits, const std::string& storage, Array<float> out) {
+        require_size("out", out, size_t(bits.size()));
+        widen_bits(size_t(bits.size()), bits.data(), is_bfloat16(storage), out.mutable_data());
+      },
+      arg("bits").noconvert(), arg("storage"), arg("out").noconvert(),
+      "bit patterns of a 16-bit format to float32");
+  m.def(
+      "narrow",
+      [](const Array<float>& values, const std::string& storage, Array<uint16_t> out) {
+        require_size("out", out, size_t(values.size()));
+        narrow_bits(size_t(values.size()), values.data(), is_bfloat16(storage), out.mutable_data());
+      },
+      arg("values").noconvert(), arg("storage"), arg("out").noconvert(),
+      "float32 to bit patterns, to nearest even");
+}
+
+}  // namespace nplora::bindings

@@ -1,0 +1,66 @@
+#include <chrono>
+
+#include "base/parallel.h"
+#include "bindings/arrays.h"
+#include "kernels/kernel_table.h"
+
+namespace nplora::bindings {
+
+namespace {
+
+// Asked between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's
+// exception.
+bool signal_pending() {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kInterval = std::chrono::milliseconds(50);
+  static thread_local Clock::time_point last = Clock::now();
+  const auto now = Clock::now();
+  if (now - last < kInterval) return false;
+  last = now;
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+py::dict config() {
+  const kernels::KernelTable* tables[16];
+  const size_t count = kernels::available_tables(tables, 16);
+  py::list isas;
+  for (size_t i = 0; i < count; ++i) isas.append(tables[i]->isa);
+  py::dict all;
+  all["version"] = NPLORA_VERSION;
+  all["isa"] = kernels::table().isa;
+  all["available_isas"] = isas;
+  all["num_threads"] = num_threads();
+  all["openmp"] = openmp_version();
+#if defined(__clang__)
+  all["compiler"] = "clang " __clang_version__;
+#else
+  all["compiler"] = "gcc " __VERSION__;
+#endif
+  return all;
+}
+
+}  // namespace
+
+void register_runtime(py::module_& m) {
+  kernels::table();  // an NPLORA_ISA that can't be had stops the import, with the reason
+  set_interrupt_hook(&signal_pending);
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const Interrupted& e) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_KeyboardInterrupt, e.what());
+    }
+  });
+  m.def(
+      "set_num_threads",
+      [](long n) {
+        require(n >= 1, "the number of threads must be at least 1, got " + std::to_string(n));
+        set_thread_limit(size_t(n));
+      },
+      py::arg("n"), "Use at most n threads");
+  m.def("get_num_threads", &num_threads, "The number of threads in use");
+  m.def("config", &config, "Version, instruction set, threads and compiler");
+}
+
+}  // namespace nplora::bindings

@@ -1,0 +1,25 @@
+// Elementwise functions that NumPy lacks, and dropout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nplora {
+
+// out (n) = x Phi(x), exactly by erf, or by the tanh formula (Hendrycks & Gimpel 2016).
+template <class T>
+void gelu(size_t n, const T* x, bool tanh, T* out);
+
+// out (n) = dy * gelu'(x).
+template <class T>
+void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
+
+// out (n) = x / (1 - probability) where the mask of key keeps the element, else 0.
+template <class T>
+void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
+
+// Between float and the bit patterns of a 16-bit format.
+void widen_bits(size_t n, const uint16_t* from, bool bfloat16, float* to);
+void narrow_bits(size_t n, const float* from, bool bfloat16, uint16_t* to);
+
+}  // namespace nplora

@@ -1,0 +1,344 @@
+#include "ops/lora.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/parallel.h"
+
+namespace nplora {
+
+using kernels::kPanelColumns;
+using kernels::Panels;
+using kernels::Products;
+using kernels::Strided;
+
+namespace {
+
+// Blocking. None of these numbers changes a result: every sum runs over its whole depth in order, whatever
+// the blocks.
+constexpr size_t kDepthBlock =
+    5 * kPanelColumns;               // 240 x 32 lanes of floats = 30 KB: the lanes of x that stay in L1
+constexpr size_t kRowBlock = 48;     // rows of W that share those lanes; a multiple of every tile_rows
+constexpr size_t kOuterDepth = 512;  // rows of a W panel kept in L2 by the backward product: 96 KB of floats
+constexpr size_t kTokenBlock = 256;  // tokens that one task keeps in L2 or L3
+constexpr size_t kLanesBytes = size_t{2} << 20;     // ... as long as their lanes take no more than this
+constexpr size_t kColumnBlock = 4 * kPanelColumns;  // columns of a gradient of A or B that one task owns
+constexpr size_t kSumDepth = 128;                   // tokens summed per pass over those columns
+
+size_t ceil_div(size_t a, size_t b) {
+  return (a + b - 1) / b;
+}
+size_t round_up(size_t a, size_t b) {
+  return ceil_div(a, b) * b;
+}
+
+struct Range {
+  size_t first, count;
+};
+
+// Part i of n items in blocks of `block`.
+Range part(size_t n, size_t block, size_t i) {
+  return {i * block, std::min(block, n - i * block)};
+}
+
+// A grid of tasks over tokens and over columns or rows of W. Tokens are split first; W is split too where
+// that leaves threads without work (then each task of a token block repeats the little work that belongs to
+// its tokens).
+struct Grid {
+  size_t token_block, token_parts, w_block, w_parts;
+
+  Grid(size_t tokens, size_t lanes, size_t most_tokens, size_t w_size, size_t w_unit, size_t threads) {
+    const size_t share = round_up(ceil_div(tokens, threads), lanes);
+    token_block = std::max(lanes, std::min(most_tokens, threads > 1 ? std::max(share, 2 * lanes) : share));
+    token_parts = ceil_div(tokens, token_block);
+    const size_t wanted = token_parts >= threads ? 1 : ceil_div(2 * threads, token_parts);
+    w_block = round_up(ceil_div(w_size, wanted), w_unit);
+    w_parts = ceil_div(w_size, w_block);
+  }
+  size_t tasks() const { return token_parts * w_parts; }
+  size_t token_part(size_t task) const { return task / w_parts; }
+  size_t w_part(size_t task) const { return task % w_parts; }
+};
+
+double flops(double n, double d_out, double d_in) {
+  return 2 * n * d_out * d_in;
+}
+
+template <class T>
+void drop_rows(const Products<T>& k, const LowRank<T>& low, size_t first_row, size_t first_col, size_t width,
+               Matrix<const T> x, T* out, size_t out_stride) {
+  const Mask mask = mask_of(low.dropout);
+  for (size_t i = 0; i < x.rows; ++i)
+    k.dropout(x.cols, low.key, (first_row + i) * width + first_col, mask.threshold, T(mask.factor), x.row(i),
+              out + i * out_stride);
+}
+
+// One task of the forward product: tokens x rows of W.
+template <class T>
+class ForwardTask {
+ public:
+  ForwardTask(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
+              Matrix<T> z)
+      : w_(w),
+        x_(x),
+        low_(low),
+        bias_(bias),
+        y_(y),
+        z_(z),
+        k_(kernels::table().products<T>()),
+        lanes_(x.rows <= k_.lanes / 2 ? k_.lanes / 2 : k_.lanes) {}
+
+  size_t lanes() const { return lanes_; }
+
+  void operator()(Range tokens, Range rows) const {
+    const size_t blocks = ceil_div(tokens.count, lanes_), rank = low_.active() ? low_.a.cols : 0;
+    T* xt = scratch<T>(Scratch::kLanesIn, blocks * w_.d_in * lanes_);
+    T* zt = scratch<T>(Scratch::kLanesLow, blocks * rank * lanes_);
+    T* yt = scratch<T>(Scratch::kLanesOut, blocks * kRowBlock * lanes_);
+    for (size_t b = 0; b < blocks; ++b) {
+      const Range block = token_block(tokens, b);
+      T* lanes = xt + b * w_.d_in * lanes_;
+      k_.to_lanes(lanes_, block.count, w_.d_in, x_.row(block.first), x_.stride, lanes);
+      if (rank) project(block, lanes, zt + b * rank * lanes_, rows.first == 0);
+    }
+    for (size_t r = 0; r < rows.count; r += kRowBlock) {
+      const Range group{rows.first + r, std::min(kRowBlock, rows.count - r)};
+      frozen(group, blocks, xt, yt);
+      for (size_t b = 0; b < blocks; ++b) {
+        T* out = yt + b * kRowBlock * lanes_;
+        if (rank)
+          k_.lane_tile(lanes_, group.count, rank, {low_.a.row(group.first), low_.a.stride, kPanelColumns},
+                       zt + b * rank * lanes_, out, w_.d_in > 0);
+        else if (w_.d_in == 0)
+          std::fill_n(out, group.count * lanes_, T(0));
+        const Range block = token_block(tokens, b);
+        k_.from_lanes(lanes_, block.count, group.count, out, bias_ ? bias_ + group.first : nullptr,
+                      y_.row(block.first) + group.first, y_.stride);
+      }
+    }
+  }
+
+ private:
+  Range token_block(Range tokens, size_t b) const {
+    const Range block = part(tokens.count, lanes_, b);
+    return {tokens.first + block.first, block.count};
+  }
+
+  // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens; z (tokens, r) without the scale.
+  void project(Range tokens, const T* xt, T* zt, bool keep) const {
+    const size_t rank = low_.b.rows;
+    if (low_.dropout > 0) {
+      T* dropped = scratch<T>(Scratch::kDropped, (tokens.count + lanes_) * w_.d_in);
+      T* lanes = dropped + tokens.count * w_.d_in;
+      drop_rows(k_, low_, tokens.first, 0, w_.d_in, {x_.row(tokens.first), tokens.count, w_.d_in, x_.stride},
+                dropped, w_.d_in);
+      k_.to_lanes(lanes_, tokens.count, w_.d_in, dropped, w_.d_in, lanes);
+      xt = lanes;
+    }
+    k_.lane_tile(lanes_, rank, w_.d_in, {low_.b.data, low_.b.stride, kPanelColumns}, xt, zt, false);
+    if (keep) k_.from_lanes(lanes_, tokens.count, rank, zt, nullptr, z_.row(tokens.first), z_.stride);
+    for (size_t i = 0; i < rank * lanes_; ++i) zt[i] *= T(low_.scale);
+  }
+
+  // yt (blocks, kRowBlock, lanes) = W[rows] xt for all blocks of tokens.
+  void frozen(Range rows, size_t blocks, const T* xt, T* yt) const {
+    T* decoded = scratch<T>(Scratch::kWeight, kRowBlock * kDepthBlock);
+    const size_t full = full_columns(w_.d_in);
+    for (size_t col = 0; col < w_.d_in;) {
+      const size_t cols = std::min(kDepthBlock, (col < full ? full : w_.d_in) - col);
+      const Panels<T> panels = block(w_, rows.first, rows.count, col, cols, decoded);
+      for (size_t b = 0; b < blocks; ++b)
+        k_.lane_tile(lanes_, rows.count, cols, panels, xt + (b * w_.d_in + col) * lanes_,
+                     yt + b * kRowBlock * lanes_, col > 0);
+      col += cols;
+    }
+  }
+
+  const WeightView& w_;
+  Matrix<const T> x_;
+  const LowRank<T>& low_;
+  const T* bias_;
+  Matrix<T> y_, z_;
+  const Products<T>& k_;
+  size_t lanes_;
+};
+
+// dz (n, r) = scale * dy A for the rows of dy given.
+template <class T>
+void project_back(const Products<T>& k, Matrix<const T> dy, const LowRank<T>& low, T* dz) {
+  const size_t rank = low.a.cols;
+  for (size_t j = 0; j < rank; j += kPanelColumns)
+    k.outer_tile(dy.rows, std::min(kPanelColumns, rank - j), dy.cols, {dy.data, dy.stride, 1}, low.a.data + j,
+                 low.a.stride, dz + j, rank, false);
+  for (size_t i = 0; i < dy.rows * rank; ++i) dz[i] *= T(low.scale);
+}
+
+// dx (n, cols) = dy W[:, cols] for the columns given, first a multiple of kPanelColumns.
+template <class T>
+void frozen_back(const Products<T>& k, const WeightView& w, Matrix<const T> dy, Range cols, Matrix<T> dx) {
+  T* decoded = scratch<T>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+  for (size_t c = 0; c < cols.count; c += kPanelColumns) {
+    const size_t width = std::min(kPanelColumns, cols.count - c);
+    for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
+      const size_t depth = std::min(kOuterDepth, w.d_out - o);
+      const Panels<T> panel = block(w, o, depth, cols.first + c, width, decoded);
+      k.outer_tile(dy.rows, width, depth, {dy.data + o, dy.stride, 1}, panel.data, panel.row_stride,
+                   dx.data + cols.first + c, dx.stride, o > 0);
+    }
+  }
+}
+
+// dx (n, cols) += undrop(dz B[:, cols]);   first_row is the place of dx's first row in the whole batch.
+template <class T>
+void low_rank_back(const Products<T>& k, const LowRank<T>& low, const T* dz, size_t first_row, Range cols,
+                   Matrix<T> dx) {
+  const size_t rank = low.b.rows;
+  const auto product = [&](Range rows, size_t c, T* out, size_t stride, bool accumulate) {
+    k.outer_tile(rows.count, std::min(kPanelColumns, cols.count - c), rank, {dz + rows.first * rank, rank, 1},
+                 low.b.data + cols.first + c, low.b.stride, out, stride, accumulate);
+  };
+  if (low.dropout == 0) {
+    for (size_t c = 0; c < cols.count; c += kPanelColumns)
+      product({0, dx.rows}, c, dx.data + cols.first + c, dx.stride, true);
+    return;
+  }
+  T* update = scratch<T>(Scratch::kDropped, k.tile_tokens * cols.count);
+  for (size_t i = 0; i < dx.rows; i += k.tile_tokens) {
+    const Range rows = {i, std::min(k.tile_tokens, dx.rows - i)};
+    for (size_t c = 0; c < cols.count; c += kPanelColumns) product(rows, c, update + c, cols.count, false);
+    drop_rows<T>(k, low, first_row + i, cols.first, low.b.cols, {update, rows.count, cols.count, cols.count},
+                 update, cols.count);
+    for (size_t j = 0; j < rows.count; ++j)
+      for (size_t c = 0; c < cols.count; ++c) dx.row(i + j)[cols.first + c] += update[j * cols.count + c];
+  }
+}
+
+// out (p, q)[:, cols] += aᵀ b[:, cols], in passes over kSumDepth tokens that keep the rows of b in cache.   a
+// (n, p), b (n, q). low: b is dropped on the way.
+template <class T>
+void sum_columns(const Products<T>& k, Matrix<const T> a, Matrix<const T> b, const LowRank<T>* low,
+                 Range cols, T* out, size_t out_stride) {
+  for (size_t n = 0; n < a.rows; n += kSumDepth) {
+    const size_t depth = std::min(kSumDepth, a.rows - n);
+    const T* from = b.row(n) + cols.first;
+    size_t stride = b.stride;
+    if (low) {
+      T* dropped = scratch<T>(Scratch::kDropped, kSumDepth * kColumnBlock);
+      drop_rows(k, *low, n, cols.first, b.cols, {from, depth, cols.count, b.stride}, dropped, kColumnBlock);
+      from = dropped;
+      stride = kColumnBlock;
+    }
+    for (size_t c = 0; c < cols.count; c += kPanelColumns)
+      k.outer_tile(a.cols, std::min(kPanelColumns, cols.count - c), depth, {a.row(n), 1, a.stride}, from + c,
+                   stride, out + c, out_stride, true);
+  }
+}
+
+// da (d_out, r)[rows] += scale * dy[:, rows]ᵀ z, by way of its transpose.
+template <class T>
+void add_da(const Products<T>& k, Matrix<const T> dy, Matrix<const T> z, double scale, Range rows,
+            Matrix<T> da) {
+  T* sum = scratch<T>(Scratch::kLanesOut, z.cols * kColumnBlock);
+  std::fill_n(sum, z.cols * kColumnBlock, T(0));
+  sum_columns<T>(k, z, dy, nullptr, rows, sum, kColumnBlock);
+  for (size_t o = 0; o < rows.count; ++o)
+    for (size_t j = 0; j < z.cols; ++j) da.row(rows.first + o)[j] += T(scale) * sum[j * kColumnBlock + o];
+}
+
+}  // namespace
+
+Mask mask_of(double probability) {
+  return {static_cast<uint32_t>(std::floor(probability * 4294967296.0)), 1 / (1 - probability)};
+}
+
+template <class T>
+void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
+                  Matrix<T> z) {
+  for (size_t i = 0; i < z.rows && !(low.active() && w.d_out > 0); ++i) std::fill_n(z.row(i), z.cols, T(0));
+  if (x.rows == 0 || w.d_out == 0) return;
+  const ForwardTask<T> task(w, x, low, bias, y, z);
+  const size_t most = kLanesBytes / sizeof(T) / std::max<size_t>(1, w.d_in);
+  const size_t threads = useful_threads(flops(double(x.rows), double(w.d_out), double(w.d_in)));
+  const Grid grid(x.rows, task.lanes(),
+                  std::clamp(most / task.lanes() * task.lanes(), 2 * task.lanes(), kTokenBlock), w.d_out,
+                  kRowBlock, threads);
+  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+    task(part(x.rows, grid.token_block, grid.token_part(i)), part(w.d_out, grid.w_block, grid.w_part(i)));
+  });
+}
+
+template <class T>
+void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, Matrix<const T> z,
+                   const LowRank<T>& low, Matrix<T> dx, Matrix<T> da, Matrix<T> db) {
+  if (dy.rows == 0) return;
+  const Products<T>& k = kernels::table().products<T>();
+  const size_t rank = low.active() ? low.a.cols : 0;
+  const bool need_dz = rank && (dx.data || db.data);
+  AlignedBuffer dz_buffer(need_dz && db.data ? dy.rows * rank * sizeof(T) : 0);
+  T* shared_dz = dz_buffer.as<T>();
+
+  if (dx.data || (need_dz && db.data)) {
+    const size_t threads =
+        useful_threads(flops(double(dy.rows), double(w.d_out), double(dx.data ? w.d_in : rank)));
+    const Grid grid(dy.rows, k.lanes, kTokenBlock, dx.data ? w.d_in : 1, kPanelColumns, threads);
+    parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+      const Range tokens = part(dy.rows, grid.token_block, grid.token_part(i));
+      const size_t w_part = grid.w_part(i);
+      const Matrix<const T> rows{dy.row(tokens.first), tokens.count, dy.cols, dy.stride};
+      T* dz = nullptr;
+      if (need_dz) {
+        const bool keep = shared_dz && w_part == 0;
+        dz = keep ? shared_dz + tokens.first * rank : scratch<T>(Scratch::kLowRank, tokens.count * rank);
+        project_back(k, rows, low, dz);
+      }
+      if (!dx.data || w.d_in == 0) return;
+      const Range cols = part(w.d_in, grid.w_block, w_part);
+      const Matrix<T> out{dx.row(tokens.first), tokens.count, dx.cols, dx.stride};
+      if (w.d_out == 0)
+        for (size_t t = 0; t < out.rows; ++t) std::fill_n(out.row(t) + cols.first, cols.count, T(0));
+      frozen_back(k, w, rows, cols, out);
+      if (rank) low_rank_back(k, low, dz, tokens.first, cols, out);
+    });
+  }
+
+  if (!rank) return;
+  const size_t a_parts = da.data ? ceil_div(w.d_out, kColumnBlock) : 0,
+               b_parts = db.data ? ceil_div(w.d_in, kColumnBlock) : 0;
+  const double work = flops(double(dy.rows), double(a_parts + b_parts) * kColumnBlock, double(rank));
+  parallel_for(a_parts + b_parts, useful_threads(work), Interruptible::kYes, [&](size_t i) {
+    if (i < a_parts) return add_da(k, dy, z, low.scale, part(w.d_out, kColumnBlock, i), da);
+    const Range cols = part(w.d_in, kColumnBlock, i - a_parts);
+    sum_columns<T>(k, {shared_dz, dy.rows, rank, rank}, x, low.dropout > 0 ? &low : nullptr, cols,
+                   db.data + cols.first, db.stride);
+  });
+}
+
+template <class T>
+void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out) {
+  if (scale == 0 || a.rows == 0) return;
+  const Products<T>& k = kernels::table().products<T>();
+  const size_t row_parts = ceil_div(out.rows, kRowBlock), col_parts = ceil_div(out.cols, kColumnBlock);
+  const size_t threads = useful_threads(flops(double(a.rows), double(out.rows), double(out.cols)));
+  parallel_for(row_parts * col_parts, threads, Interruptible::kYes, [&](size_t i) {
+    const Range rows = part(out.rows, kRowBlock, i / col_parts),
+                cols = part(out.cols, kColumnBlock, i % col_parts);
+    T* scaled = scratch<T>(Scratch::kLanesIn, a.rows * rows.count);
+    for (size_t n = 0; n < a.rows; ++n)
+      for (size_t j = 0; j < rows.count; ++j)
+        scaled[n * rows.count + j] = T(scale) * a.row(n)[rows.first + j];
+    sum_columns<T>(k, {scaled, a.rows, rows.count, rows.count}, b, nullptr, cols,
+                   out.row(rows.first) + cols.first, out.stride);
+  });
+}
+
+#define NPLORA_INSTANTIATE(T)                                                                            \
+  template void lora_forward(const WeightView&, Matrix<const T>, const LowRank<T>&, const T*, Matrix<T>, \
+                             Matrix<T>);                                                                 \
+  template void lora_backward(const WeightView&, Matrix<const T>, Matrix<const T>, Matrix<const T>,      \
+                              const LowRank<T>&, Matrix<T>, Matrix<T>, Matrix<T>);                       \
+  template void add_outer(Matrix<const T>, Matrix<const T>, double, Matrix<T>)
+NPLORA_INSTANTIATE(float);
+NPLORA_INSTANTIATE(double);
+#undef NPLORA_INSTANTIATE
+
+}  // namespace nplora

@@ -99,6 +99,7 @@ template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");
   const py::ssize_t rows = array.shape(0), cols = array.shape(1), size = sizeof(T);
+  if (array.size() == 0) return {array.mutable_data(), size_t(rows), size_t(cols), size_t(cols)};
   require(cols <= 1 || array.strides(1) == size, "the rows of w must be contiguous");
   const py::ssize_t stride = rows <= 1 ? cols * size : array.strides(0);
   require(stride >= cols * size && stride % size == 0,

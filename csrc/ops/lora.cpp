@@ -52,8 +52,8 @@ struct Grid {
     token_block = std::max(lanes, std::min(most_tokens, threads > 1 ? std::max(share, 2 * lanes) : share));
     token_parts = ceil_div(tokens, token_block);
     const size_t wanted = token_parts >= threads ? 1 : ceil_div(2 * threads, token_parts);
-    w_block = round_up(ceil_div(w_size, wanted), w_unit);
-    w_parts = ceil_div(w_size, w_block);
+    w_block = std::max(w_unit, round_up(ceil_div(w_size, wanted), w_unit));
+    w_parts = std::max<size_t>(1, ceil_div(w_size, w_block));
   }
   size_t tasks() const { return token_parts * w_parts; }
   size_t token_part(size_t task) const { return task / w_parts; }
@@ -254,8 +254,8 @@ Mask mask_of(double probability) {
 template <class T>
 void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
                   Matrix<T> z) {
-  for (size_t i = 0; i < z.rows && !(low.active() && w.d_out > 0); ++i) std::fill_n(z.row(i), z.cols, T(0));
-  if (x.rows == 0 || w.d_out == 0) return;
+  for (size_t i = 0; i < z.rows && !low.active(); ++i) std::fill_n(z.row(i), z.cols, T(0));
+  if (x.rows == 0) return;
   const ForwardTask<T> task(w, x, low, bias, y, z);
   const size_t most = kLanesBytes / sizeof(T) / std::max<size_t>(1, w.d_in);
   const size_t threads = useful_threads(flops(double(x.rows), double(w.d_out), double(w.d_in)));

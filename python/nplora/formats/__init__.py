@@ -1,0 +1,23 @@
+"""File formats: bytes to {name: tensor} and back. Nothing here knows a layer."""
+
+from nplora.formats import safetensors
+from nplora.formats.errors import (
+    CorruptError,
+    DataError,
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsafeError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "CorruptError",
+    "DataError",
+    "FormatError",
+    "LimitError",
+    "TruncatedError",
+    "UnsafeError",
+    "UnsupportedError",
+    "safetensors",
+]

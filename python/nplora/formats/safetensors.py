@@ -1,0 +1,320 @@
+"""safetensors: named arrays in one file.
+
+    8 bytes     n, the length of the header, little-endian
+    n bytes     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+                and, if wanted, "__metadata__": {"key": "text", ...}
+    the rest    the arrays, row-major and little-endian, without holes; offsets count from here
+
+Source: https://github.com/huggingface/safetensors, section Format. Every file accepted here is accepted
+there; here a tensor's entry may hold nothing but its three fields.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from nplora.formats import files, strict_json
+from nplora.formats.errors import (
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsupportedError,
+    brief,
+    nearest_names,
+)
+from nplora.formats.files import StrPath
+from numpy.typing import ArrayLike, NDArray
+
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 1 << 18
+MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
+
+# File tag: (name here, NumPy's type), in the order in which the reference sorts the data: widest first, so
+# that everything is aligned.
+_DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
+    "U64": ("uint64", np.dtype("<u8")),
+    "I64": ("int64", np.dtype("<i8")),
+    "F64": ("float64", np.dtype("<f8")),
+    "F32": ("float32", np.dtype("<f4")),
+    "U32": ("uint32", np.dtype("<u4")),
+    "I32": ("int32", np.dtype("<i4")),
+    "BF16": ("bfloat16", np.dtype("<u2")),
+    "F16": ("float16", np.dtype("<f2")),
+    "U16": ("uint16", np.dtype("<u2")),
+    "I16": ("int16", np.dtype("<i2")),
+    "I8": ("int8", np.dtype("i1")),
+    "U8": ("uint8", np.dtype("u1")),
+    "BOOL": ("bool", np.dtype("?")),
+}
+_TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
+_ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
+_METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+Array: TypeAlias = NDArray[Any]
+Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor]"
+Buffer: TypeAlias = Any  # mmap or memoryview: sliced and handed to np.frombuffer
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """An array and the name of its element type.
+
+    Attributes:
+        name: its name in the file.
+        dtype: NumPy's name ("float32", "int8", ...), or "bfloat16", whose bit patterns NumPy sees as uint16.
+        array: the elements; read-only when they come from a file, and then they keep the file mapped.
+    """
+
+    name: str
+    dtype: str
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    def numpy(self) -> Array:
+        """The elements without a copy (bfloat16 as uint16)."""
+        return self.array
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.name!r}, {self.dtype}, {self.shape})"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: validated against the header and against the size of the file."""
+
+    tag: str
+    shape: tuple[int, ...]
+    begin: int  # from the start of the file
+    end: int
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """The tensors of an opened file by name, in the header's order, and its `metadata`: text to text."""
+
+    def __init__(self, data: Buffer, source: str) -> None:
+        self.source = source
+        self._data = data
+        self._entries, self.metadata = _parse(data, source)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries.get(name)
+        if entry is None:
+            near = ", ".join(map(repr, nearest_names(str(name), self._entries))) or "none"
+            raise KeyError(f"{self.source}: no tensor {name!r}, the nearest names: {near}")
+        return Tensor(name, _DTYPES[entry.tag][0], self._array(name, entry))
+
+    def _array(self, name: str, entry: _Entry) -> Array:
+        dtype = _DTYPES[entry.tag][1]
+        count = (entry.end - entry.begin) // dtype.itemsize
+        if count == 0:
+            array = np.empty(entry.shape, dtype)
+        else:
+            array = np.frombuffer(self._data, dtype, count, entry.begin).reshape(entry.shape)
+        if entry.tag == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
+            raise FormatError(f"{self.source}: tensor {brief(name)}: a BOOL is a byte other than 0 and 1")
+        if not array.flags.aligned:
+            array = array.copy()
+        array.flags.writeable = False
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({self.source!r}, {len(self)} tensors)"
+
+
+def open(path: StrPath, mmap: bool = True) -> SafetensorsFile:
+    """Open a file and check its header; tensors are made when asked for.
+
+    Args:
+        mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
+            short, the system kills whoever reads it; False copies the file into memory instead.
+    Returns:
+        a mapping name -> `Tensor` with `.metadata`. The arrays are read-only views that keep the mapping
+        alive (a tensor that is not aligned in the file is copied).
+    Raises:
+        FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
+    """
+    return SafetensorsFile(files.map_readonly(path) if mmap else files.read(path), files.name(path))
+
+
+def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:
+    """As `open`, over bytes in memory, which must not change while the arrays are in use."""
+    return SafetensorsFile(memoryview(data).cast("B").toreadonly(), "<bytes>")
+
+
+def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file: beside the target first, then renamed over it, so that a failure leaves the old one.
+
+    Args:
+        tensors: name -> array (any strides and byte order; ml_dtypes.bfloat16 too), or `Tensor` to store
+            uint16 bit patterns as bfloat16. The key is the name, whatever a `Tensor` calls itself.
+        metadata: text to text.
+    Raises:
+        TypeError: an element type that the format does not have; a name or a metadata entry that is not text.
+        OSError: the disk refuses; how many bytes were needed is in the message.
+    """
+    files.replace([new_file(path, tensors, metadata)])
+
+
+def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes that `save` writes."""
+    return b"".join(new_file("<bytes>", tensors, metadata).chunks)
+
+
+def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
+    """What `save` writes, for a caller that replaces several files together.
+
+    Contiguous copies are made one tensor at a time.
+    """
+    tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
+    tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
+    header: dict[str, Any] = {_METADATA: _checked_metadata(metadata)} if metadata is not None else {}
+    end = 0
+    for name, tag, array in tagged:
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"safetensors.save: a header of {len(text):,} bytes, at most {MAX_HEADER:,}")
+
+    def chunks() -> Iterator[files.Chunk]:
+        yield len(text).to_bytes(8, "little") + text
+        for _, tag, array in tagged:
+            contiguous = np.ascontiguousarray(array, _DTYPES[tag][1])
+            yield contiguous.reshape(-1).view(np.uint8).data
+
+    return files.NewFile(path, 8 + len(text) + end, chunks())
+
+
+def _tagged(name: str, value: ArrayLike | Tensor) -> tuple[str, Array]:
+    """The file's tag for an array, and the array as NumPy can write it."""
+    if not isinstance(name, str) or name == _METADATA:
+        raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
+    array = value.array if isinstance(value, Tensor) else np.asarray(value)
+    dtype = value.dtype if isinstance(value, Tensor) else array.dtype.name
+    if dtype not in _TAGS:
+        raise TypeError(f"safetensors.save: tensor {name!r} is {dtype}, expected one of {', '.join(_TAGS)}")
+    if dtype == "bfloat16" and array.dtype.itemsize == 2:
+        array = array.view(np.uint16)
+    wanted = _DTYPES[_TAGS[dtype]][1]
+    if array.dtype.newbyteorder("<") != wanted:
+        raise TypeError(f"safetensors.save: tensor {name!r} says {dtype} and holds {array.dtype.name}")
+    return _TAGS[dtype], array
+
+
+def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"safetensors.save: metadata {key!r}: {value!r}, expected text to text")
+    return dict(metadata)
+
+
+def _parse(data: Buffer, source: str) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Check everything that can be checked without reading the arrays."""
+    header, start = _header(data, source)
+    metadata = _parse_metadata(header.pop(_METADATA, {}), source)
+    entries = {name: _entry(name, fields, start, source) for name, fields in header.items()}
+    _check_layout(entries, start, len(data), source)
+    return entries, metadata
+
+
+def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
+    """The JSON object and the offset at which the data begin."""
+    if len(data) < 8:
+        raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER:
+        raise LimitError(f"{source}: a header of {size:,} bytes, at most {MAX_HEADER:,} are read")
+    if size > len(data) - 8:
+        raise TruncatedError(
+            f"{source}: a header of {size:,} bytes, the file has {len(data) - 8:,} after byte 8"
+        )
+    raw = bytes(data[8 : 8 + size])
+    if not raw.startswith(b"{"):
+        raise FormatError(f"{source}: the header begins with {brief(raw[:8])}, expected '{{'")
+    objects = raw.count(b"{")  # braces inside names count too: rough, but before anything is allocated
+    if objects > MAX_TENSORS + 2:
+        raise LimitError(
+            f"{source}: the header has {objects:,} objects, at most {MAX_TENSORS:,} tensors are read"
+        )
+    return strict_json.loads(raw, f"{source}: header"), 8 + size
+
+
+def _parse_metadata(metadata: object, source: str) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{source}: {_METADATA} is {brief(metadata)}, expected an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise FormatError(f"{source}: {_METADATA}: {brief(key)} is {brief(value)}, expected text")
+    return metadata
+
+
+def _entry(name: str, fields: object, start: int, source: str) -> _Entry:
+    where = f"{source}: tensor {brief(name)}"
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
+        found = sorted(fields) if isinstance(fields, dict) else fields
+        raise FormatError(f"{where}: its entry is {brief(found)}, expected dtype, shape and data_offsets")
+    tag = fields["dtype"]
+    if not isinstance(tag, str):
+        raise FormatError(f"{where}: dtype is {brief(tag)}, expected text")
+    if tag not in _DTYPES:
+        raise UnsupportedError(f"{where}: dtype {brief(tag)}, expected one of {', '.join(_DTYPES)}")
+    shape = _integers(fields["shape"], f"{where}: shape")
+    if len(shape) > MAX_DIMENSIONS:
+        raise LimitError(f"{where}: {len(shape):,} dimensions, at most {MAX_DIMENSIONS} are read")
+    offsets = _integers(fields["data_offsets"], f"{where}: data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"{where}: data_offsets are {brief(offsets)}, expected [begin, end], begin <= end")
+    itemsize = _DTYPES[tag][1].itemsize
+    if math.prod(filter(None, shape)) * itemsize > 2**63 - 1:
+        raise LimitError(f"{where}: shape {brief(shape)} of {tag} is beyond 2^63 bytes")
+    nbytes = math.prod(shape) * itemsize
+    begin, end = offsets
+    if end - begin != nbytes:
+        found = f"data_offsets give {end - begin:,}"
+        raise FormatError(f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, {found}")
+    return _Entry(tag, tuple(shape), start + begin, start + end)
+
+
+def _integers(value: object, where: str) -> list[int]:
+    if not isinstance(value, list):
+        raise FormatError(f"{where} is {brief(value)}, expected a list")
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**64:
+            raise FormatError(f"{where} holds {brief(item)}, expected an integer from 0 to 2^64 - 1")
+    return value
+
+
+def _check_layout(entries: dict[str, _Entry], start: int, size: int, source: str) -> None:
+    """The tensors, in the order of their offsets, cover the data exactly once."""
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            kind = "overlaps the tensor before it" if entry.begin < end else "leaves a hole before it"
+            where = f"begins at byte {entry.begin:,}, expected {end:,}"
+            raise FormatError(f"{source}: tensor {brief(name)} {kind}: {where}")
+        end = entry.end
+    if end > size:
+        raise TruncatedError(f"{source}: the tensors end at byte {end:,}, the file has {size:,}")
+    if end < size:
+        raise FormatError(f"{source}: {size - end:,} bytes after the last tensor, which ends at byte {end:,}")

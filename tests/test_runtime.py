@@ -53,7 +53,9 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("shape", [(1, 300, 500, 4), (37, 577, 1531, 8), (512, 192, 576, 8), (700, 96, 48, 65)])
+@pytest.mark.parametrize(
+    "shape", [(1, 300, 500, 4), (37, 577, 1531, 8), (512, 192, 576, 8), (700, 96, 48, 65)]
+)
 def test_results_are_bitwise_equal_for_any_number_of_threads(shape: tuple[int, int, int, int]) -> None:
     # Three and seven threads on any machine: OpenMP starts as many as asked for.
     code = (
@@ -82,7 +84,7 @@ def test_packed_and_row_major_weights_give_the_same_bits() -> None:
 
 
 def test_a_row_of_a_batch_gives_the_same_bits_alone() -> None:
-    x, w, a, b = factors(50, 101, 203, 5)
+    x, w, _, _ = factors(50, 101, 203, 5)
     y = np.empty((50, 101), np.float32)
     _core.matmul(w, x, None, y)
     for i in (0, 17, 49):
@@ -108,7 +110,7 @@ def test_limits_of_threads_are_honoured() -> None:
 
 def test_a_forked_child_computes_the_same_bits() -> None:
     code = (
-        "import os, sys, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, 'tests'); import test_runtime as t\n"
+        "import os, sys, warnings; warnings.simplefilter('ignore'); import test_runtime as t\n"
         "inputs = t.factors(256, 500, 500, 8); before = t.step(*inputs)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
@@ -164,7 +166,7 @@ def test_ctrl_c_ends_a_long_product_within_200_ms() -> None:
     code = (
         "import signal, threading, time, numpy as np, os\n"
         "from nplora import _core\n"
-        "x = np.zeros((60_000, 2048), np.float32); w = np.zeros((2048, 2048), np.float32); y = np.empty_like(x)\n"
+        "x, w = (np.zeros((n, 2048), np.float32) for n in (60_000, 2048)); y = np.empty_like(x)\n"
         "sent = []\n"
         "def send():\n"
         "    time.sleep(0.3); sent.append(time.perf_counter()); os.kill(os.getpid(), signal.SIGINT)\n"
@@ -214,7 +216,9 @@ def test_failed_calls_leak_nothing() -> None:
     assert resident() - before < 512 * 1024  # one leaked weight a cycle would be 48 MB
 
 
-@pytest.mark.parametrize("other", [np.ones((4, 4)), np.asfortranarray(np.ones((4, 4), np.float32)), [[1.0] * 4] * 4, None])
+@pytest.mark.parametrize(
+    "other", [np.ones((4, 4)), np.asfortranarray(np.ones((4, 4), np.float32)), [[1.0] * 4] * 4, None]
+)
 def test_arguments_of_another_dtype_or_order_are_never_converted(other: object) -> None:
     w, out = np.ones((4, 4), np.float32), np.zeros((4, 4), np.float32)
     with pytest.raises(TypeError):

@@ -1,0 +1,159 @@
+// bfloat16 and float16: all 65,536 patterns widened, and narrowed back from every number at which rounding
+// turns.
+#include <string>
+
+#include "check.h"
+#include "guarded.h"
+#include "kernel_tests.h"
+#include "numbers.h"
+
+using nplora::kernels::KernelTable;
+
+namespace {
+
+// A 16-bit format by its definition: 1 sign bit, then the exponent, then the fraction.
+struct Format {
+  const char* name;
+  int fraction_bits, largest_exponent;
+
+  int smallest_exponent() const { return 1 - largest_exponent; }
+
+  double value(uint16_t bits) const {
+    const int fraction = bits & ((1 << fraction_bits) - 1), exponent = (bits & 0x7FFF) >> fraction_bits;
+    const double sign = bits & 0x8000 ? -1 : 1;
+    if (exponent == 0x7FFF >> fraction_bits) return fraction ? NAN : sign * INFINITY;
+    const int scale = std::max(exponent, 1) - largest_exponent - fraction_bits;
+    return sign * std::ldexp(fraction + (exponent ? 1 << fraction_bits : 0), scale);
+  }
+
+  // The nearest pattern, ties to even; beyond the largest number by half its last place: infinity.
+  uint16_t nearest(float x) const {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const int infinity = 0x7FFF & ~((1 << fraction_bits) - 1);
+    if (std::isinf(x)) return static_cast<uint16_t>(sign | infinity);
+    if (x == 0) return sign;
+    const int exponent = std::max(std::ilogb(x), smallest_exponent());
+    const int units =
+        static_cast<int>(std::nearbyint(std::ldexp(std::abs(double(x)), fraction_bits - exponent)));
+    // units >= 2^fraction_bits for a normal number: adding it to the exponent's field carries by itself.
+    const int bits = ((exponent - smallest_exponent()) << fraction_bits) + units;
+    return static_cast<uint16_t>(sign | std::min(bits, infinity));
+  }
+};
+
+constexpr Format kBfloat16 = {"bfloat16", 7, 127}, kFloat16 = {"float16", 10, 15};
+
+bool is_nan(const Format& format, uint16_t bits) {
+  return std::isnan(format.value(bits));
+}
+
+using Widen = void (*)(size_t, const uint16_t*, float*);
+using Narrow = void (*)(size_t, const float*, uint16_t*);
+
+constexpr size_t kChunk = 1021;  // odd, so that every pattern meets vectors and tails in turn
+
+void run_widen(const char* isa, const Format& format, Widen widen, const std::vector<uint16_t>& patterns,
+               Place place) {
+  check::Case one("%s widen_%s n %zu from %#x, %s", isa, format.name, patterns.size(),
+                  patterns.empty() ? 0u : unsigned{patterns[0]}, name_of(place));
+  const size_t n = patterns.size();
+  Row<uint16_t> from(place, patterns);
+  Row<float> to(place, n);
+  widen(n, from.data(), to.data());
+  for (size_t i = 0; i < n; ++i) {
+    const float wanted = static_cast<float>(format.value(patterns[i]));
+    check::expect(same(to[i], wanted), "%#x became %.9g, wanted %.9g", patterns[i], double(to[i]),
+                  double(wanted));
+    check::expect(std::signbit(to[i]) == ((patterns[i] & 0x8000) != 0), "%#x lost its sign", patterns[i]);
+  }
+  check::expect(to.gaps_intact() && from.untouched(patterns), "wrote outside its output");
+}
+
+void run_narrow(const char* isa, const Format& format, Narrow narrow, const std::vector<float>& values,
+                Place place) {
+  check::Case one("%s narrow_%s n %zu from %g, %s", isa, format.name, values.size(),
+                  values.empty() ? 0.0 : double(values[0]), name_of(place));
+  const size_t n = values.size();
+  Row<float> from(place, values);
+  Row<uint16_t> to(place, n);
+  narrow(n, from.data(), to.data());
+  for (size_t i = 0; i < n; ++i) {
+    const bool sign_kept = ((to[i] & 0x8000) != 0) == std::signbit(values[i]);
+    if (std::isnan(values[i]))
+      check::expect(is_nan(format, to[i]) && sign_kept, "NaN became %#x", to[i]);
+    else
+      check::expect(to[i] == format.nearest(values[i]), "%.9g (%a) became %#x, wanted %#x", double(values[i]),
+                    double(values[i]), to[i], format.nearest(values[i]));
+  }
+  check::expect(to.gaps_intact() && from.untouched(values), "wrote outside its output");
+}
+
+float of_bits(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+
+// Where rounding turns: each number of the format, the middle between it and the next one, and the floats
+// beside all of them; every kind of NaN; numbers far outside the range; random patterns.
+std::vector<float> turning_points(const Format& format) {
+  std::vector<float> all;
+  const auto with_neighbours = [&](float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    for (uint32_t b : {bits - 1, bits, bits + 1}) all.push_back(of_bits(b));
+  };
+  for (unsigned pattern = 0; pattern < 0x8000; ++pattern) {
+    const double value = format.value(static_cast<uint16_t>(pattern));
+    if (!std::isfinite(value)) continue;
+    const double next = format.value(static_cast<uint16_t>(pattern + 1));
+    // Behind the largest number the next step would be as wide as the last.
+    const double step =
+        std::isfinite(next) ? next - value : std::ldexp(1.0, format.largest_exponent - format.fraction_bits);
+    for (double sign : {1.0, -1.0}) {
+      with_neighbours(static_cast<float>(sign * value));
+      with_neighbours(static_cast<float>(sign * (value + step / 2)));
+    }
+  }
+  for (uint32_t bits : {0x7F800000u, 0x7F800001u, 0x7F80FFFFu, 0x7FBFFFFFu, 0x7FC00000u, 0x7FFFFFFFu,
+                        0x7F7FFFFFu, 0x00000001u, 0x007FFFFFu, 0x00800000u})
+    for (uint32_t sign : {0u, 0x80000000u}) all.push_back(of_bits(bits | sign));
+  Random random(7);
+  for (size_t i = 0; i < 200000; ++i) all.push_back(of_bits(static_cast<uint32_t>(random.bits())));
+  return all;
+}
+
+void test_format(const char* isa, const Format& format, Widen widen, Narrow narrow) {
+  const std::vector<float> values = turning_points(format);
+  const std::string widen_name = std::string("widen_") + format.name,
+                    narrow_name = std::string("narrow_") + format.name;
+  Random random(8);
+  for (size_t n = 0; n <= 520; ++n) {
+    std::vector<uint16_t> patterns(n);
+    for (uint16_t& pattern : patterns) pattern = static_cast<uint16_t>(random.bits());
+    std::vector<float> numbers(n);
+    for (float& number : numbers) number = values[random.below(values.size())];
+    check::count_shape(widen_name.c_str());
+    check::count_shape(narrow_name.c_str());
+    for (Place place : kPlaces) {
+      run_widen(isa, format, widen, patterns, place);
+      run_narrow(isa, format, narrow, numbers, place);
+    }
+  }
+  for (unsigned first = 0; first < 0x10000; first += kChunk) {
+    std::vector<uint16_t> patterns;
+    for (unsigned i = first; i < std::min<unsigned>(first + kChunk, 0x10000); ++i)
+      patterns.push_back(static_cast<uint16_t>(i));
+    run_widen(isa, format, widen, patterns, Place::kEnd);
+  }
+  for (size_t first = 0; first < values.size(); first += kChunk)
+    run_narrow(isa, format, narrow,
+               {values.begin() + static_cast<ptrdiff_t>(first),
+                values.begin() + static_cast<ptrdiff_t>(std::min(first + kChunk, values.size()))},
+               Place::kEnd);
+}
+
+}  // namespace
+
+void test_conversions(const KernelTable& table) {
+  const auto& convert = table.convert;
+  test_format(table.isa, kBfloat16, convert.widen_bfloat16, convert.narrow_bfloat16);
+  test_format(table.isa, kFloat16, convert.widen_float16, convert.narrow_float16);
+}

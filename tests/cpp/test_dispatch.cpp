@@ -1,0 +1,93 @@
+// The choice of the table. table() chooses once a process, so each choice is tried in a child.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "check.h"
+#include "kernel_tests.h"
+
+using nplora::kernels::KernelTable;
+
+namespace {
+
+// What table() says under NPLORA_ISA=name: the table's name, or the message of its error.
+std::string choice(const char* name) {
+  int ends[2];
+  if (pipe(ends) != 0) return "no pipe";
+  const pid_t child = fork();
+  if (child == 0) {
+    name ? setenv("NPLORA_ISA", name, 1) : unsetenv("NPLORA_ISA");
+    std::string answer;
+    try {
+      answer = nplora::kernels::table().isa;
+    } catch (const std::invalid_argument& error) {
+      answer = error.what();
+    }
+    _exit(write(ends[1], answer.data(), answer.size()) == static_cast<ssize_t>(answer.size()) ? 0 : 1);
+  }
+  close(ends[1]);
+  char answer[512] = {};
+  size_t size = 0;
+  for (ssize_t got; (got = read(ends[0], answer + size, sizeof answer - 1 - size)) > 0;)
+    size += static_cast<size_t>(got);
+  close(ends[0]);
+  waitpid(child, nullptr, 0);
+  return answer;
+}
+
+bool has(const std::string& text, std::string_view part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+void test_dispatch() {
+  const KernelTable* tables[16];
+  const size_t count = nplora::kernels::available_tables(tables, 16);
+  {
+    check::Case one("dispatch: the list of tables");
+    check::expect(count >= 1 && std::strcmp(tables[0]->isa, "generic") == 0,
+                  "generic is not the first of %zu", count);
+    check::expect(nplora::kernels::available_tables(tables, 1) == 1, "the capacity was not respected");
+    nplora::kernels::available_tables(tables, 16);
+  }
+  for (const char* unset : {static_cast<const char*>(nullptr), ""}) {
+    check::Case one("dispatch: NPLORA_ISA %s", unset ? "empty" : "unset");
+    check::expect(choice(unset) == tables[count - 1]->isa, "chose %s", choice(unset).c_str());
+  }
+  for (size_t i = 0; i < count; ++i) {
+    check::Case one("dispatch: NPLORA_ISA=%s", tables[i]->isa);
+    check::expect(choice(tables[i]->isa) == tables[i]->isa, "chose %s", choice(tables[i]->isa).c_str());
+  }
+  {
+    check::Case one("dispatch: an unknown name");
+    const std::string answer = choice("sse9");
+    check::expect(has(answer, "NPLORA_ISA=sse9") && has(answer, tables[count - 1]->isa), "said: %s",
+                  answer.c_str());
+  }
+#if defined(__x86_64__)
+  for (const char* isa : {"avx2", "avx512", "avx512bf16"}) {
+    bool runs = false;
+    for (size_t i = 0; i < count; ++i) runs |= std::strcmp(tables[i]->isa, isa) == 0;
+    if (runs) continue;
+    check::Case one("dispatch: %s, which this machine lacks", isa);
+    const std::string answer = choice(isa);
+    check::expect(has(answer, isa) && has(answer, "lacks AVX"), "said: %s", answer.c_str());
+  }
+#endif
+  for (size_t i = 0; i < count; ++i) {
+    check::Case one("dispatch: the tile sizes of %s", tables[i]->isa);
+    const auto sound = [](const auto& k) {
+      return k.lanes >= 2 && k.lanes % 2 == 0 && k.tile_rows > 0 && k.tile_tokens > 0 &&
+             nplora::kernels::kPanelColumns % (k.lanes / 2) == 0;
+    };
+    check::expect(sound(tables[i]->f32) && sound(tables[i]->f64),
+                  "lanes must be pairs of vectors that divide a panel");
+  }
+}

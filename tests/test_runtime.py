@@ -52,19 +52,23 @@ def threads():
     _core.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     "shape", [(1, 300, 500, 4), (37, 577, 1531, 8), (512, 192, 576, 8), (700, 96, 48, 65)]
 )
-def test_results_are_bitwise_equal_for_any_number_of_threads(shape: tuple[int, int, int, int]) -> None:
-    # Three and seven threads on any machine: OpenMP starts as many as asked for.
+def test_results_are_bitwise_equal_for_any_number_and_kind_of_threads(
+    shape: tuple[int, int, int, int],
+) -> None:
     code = (
         "import hashlib, test_runtime as t; from nplora import _core\n"
         f"x, w, a, b = t.factors(*{shape})\n"
         "outputs = t.step(x, _core.PackedWeight(w, 'float32'), a, b)\n"
         "print(hashlib.sha256(b''.join(v.tobytes() for v in outputs)).hexdigest())"
     )
-    runs = [run_python(code, OMP_NUM_THREADS=count, PYTHONPATH=SEARCH_PATH) for count in ("1", "2", "3", "7")]
+    runs = [
+        run_python(code, OMP_NUM_THREADS=count, NPLORA_PARALLEL=kind, PYTHONPATH=SEARCH_PATH)
+        for count in ("1", "2", "3", "7")
+        for kind in ("pool", "openmp")
+    ]
     assert len({done.stdout for done in runs}) == 1, [done.stderr for done in runs]
     assert len(runs[0].stdout) > 60
 
@@ -108,7 +112,8 @@ def test_limits_of_threads_are_honoured() -> None:
     assert done.stdout.strip() == "5"
 
 
-def test_a_forked_child_computes_the_same_bits() -> None:
+@pytest.mark.parametrize("kind", ["pool", "openmp"])
+def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
     code = (
         "import os, sys, warnings; warnings.simplefilter('ignore'); import test_runtime as t\n"
         "inputs = t.factors(256, 500, 500, 8); before = t.step(*inputs)\n"
@@ -118,7 +123,7 @@ def test_a_forked_child_computes_the_same_bits() -> None:
         "    os._exit(0 if all((x == y).all() for x, y in zip(before, after)) else 1)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = run_python(code, OMP_NUM_THREADS="2", PYTHONPATH=SEARCH_PATH)
+    done = run_python(code, OMP_NUM_THREADS="2", NPLORA_PARALLEL=kind, PYTHONPATH=SEARCH_PATH)
     assert done.returncode == 0, done.stderr
 
 
@@ -192,6 +197,12 @@ def test_an_unknown_instruction_set_is_refused_with_the_reason() -> None:
     done = run_python("from nplora import _core", NPLORA_ISA="mmx")
     assert done.returncode != 0
     assert "NPLORA_ISA=mmx: this build knows generic" in done.stderr
+
+
+def test_an_unknown_kind_of_threads_is_refused_with_the_reason() -> None:
+    done = run_python("from nplora import _core", NPLORA_PARALLEL="tbb")
+    assert done.returncode != 0
+    assert "NPLORA_PARALLEL=tbb: expected pool or openmp" in done.stderr
 
 
 def test_failed_calls_leak_nothing() -> None:

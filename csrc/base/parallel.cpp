@@ -4,7 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <exception>
+#include <string>
+#include <string_view>
+#include <thread>
+
+#include "base/pool.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -56,7 +62,32 @@ class TaskRun {
   std::exception_ptr error_;
 };
 
+#ifdef _OPENMP
+constexpr bool kHaveOpenMP = true;
+#else
+constexpr bool kHaveOpenMP = false;
+#endif
+
+enum class Backend { kPool, kOpenMP };
+
+Backend choose_backend() {
+  const char* name = std::getenv("NPLORA_PARALLEL");
+  if (name == nullptr || *name == '\0' || std::string_view(name) == "pool") return Backend::kPool;
+  if (std::string_view(name) == "openmp" && kHaveOpenMP) return Backend::kOpenMP;
+  throw std::invalid_argument(std::string("NPLORA_PARALLEL=") + name +
+                              (kHaveOpenMP ? ": expected pool or openmp" : ": this build knows pool only"));
+}
+
+Backend backend() {
+  static const Backend chosen = choose_backend();
+  return chosen;
+}
+
 }  // namespace
+
+const char* parallel_backend() {
+  return backend() == Backend::kPool ? "pool" : "openmp";
+}
 
 void set_thread_limit(size_t n) {
   thread_limit = n;
@@ -78,7 +109,7 @@ size_t num_threads() {
 #ifdef _OPENMP
   const size_t most = static_cast<size_t>(std::max(1, omp_get_max_threads()));
 #else
-  const size_t most = 1;
+  const size_t most = std::max(1u, std::thread::hardware_concurrency());
 #endif
   const size_t limit = thread_limit;
   return limit == 0 ? most : std::min(limit, most);
@@ -95,14 +126,17 @@ void detail::run_tasks(size_t tasks, size_t threads, Interruptible interruptible
                        void (*body)(const void*, size_t), const void* context) {
   TaskRun run(tasks, interruptible, body, context);
   threads = std::min(threads, tasks);
+  if (threads <= 1) {
+    run.work(true);
+  } else if (backend() == Backend::kPool) {
+    run_on_pool(
+        threads - 1, [](void* tasks, bool calling) { static_cast<TaskRun*>(tasks)->work(calling); }, &run);
+  } else {
 #ifdef _OPENMP
-  if (threads > 1 && !omp_in_parallel()) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (!omp_in_parallel())
     run.work(omp_get_thread_num() == 0);
-    return run.rethrow();
-  }
 #endif
-  run.work(true);
+  }
   run.rethrow();
 }
 

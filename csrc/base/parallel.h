@@ -17,6 +17,10 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
+// How threads are had: "openmp" or "pool" (pool.h). NPLORA_PARALLEL names one, read once; results do not
+// depend on it. Throws std::invalid_argument where it names another, or one that is not built in.
+const char* parallel_backend();
+
 // The OpenMP version as its standard numbers it (201511 is 4.5), or 0 where the build has none.
 int openmp_version();
 

@@ -31,6 +31,7 @@ py::dict config() {
   all["isa"] = kernels::table().isa;
   all["available_isas"] = isas;
   all["num_threads"] = num_threads();
+  all["parallel"] = parallel_backend();
   all["openmp"] = openmp_version();
 #if defined(__clang__)
   all["compiler"] = "clang " __clang_version__;
@@ -43,7 +44,8 @@ py::dict config() {
 }  // namespace
 
 void register_runtime(py::module_& m) {
-  kernels::table();  // an NPLORA_ISA that can't be had stops the import, with the reason
+  kernels::table();  // an NPLORA_ISA or NPLORA_PARALLEL that can't be had stops the import, with the reason
+  parallel_backend();
   set_interrupt_hook(&signal_pending);
   py::register_exception_translator([](std::exception_ptr p) {
     try {

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from nplora.formats import files, strict_json
 from nplora.formats.errors import (
     FormatError,
@@ -26,7 +28,6 @@ from nplora.formats.errors import (
     nearest_names,
 )
 from nplora.formats.files import StrPath
-from numpy.typing import ArrayLike, NDArray
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1 << 18

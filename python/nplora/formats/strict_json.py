@@ -9,6 +9,7 @@ import re
 from typing import Any, NoReturn
 
 import numpy as np
+
 from nplora.formats.errors import FormatError, LimitError, brief
 
 MAX_DEPTH = 64

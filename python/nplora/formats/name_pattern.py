@@ -1,0 +1,194 @@
+"""The patterns of PEFT's `rank_pattern` and `alpha_pattern`: a small, safe subset of regular expressions.
+
+PEFT hands a file's patterns to a backtracking engine, where `(a+)+$` runs for ever. Here only a listed syntax
+is read, and matching follows all the ways through a pattern at once, in time linear in pattern x name.
+
+    letters, digits, _ - / : space     themselves; any other ASCII sign after a backslash
+    .   \\d   \\w   [a-z0-9_]   [^.]      one character
+    *   +   ?   (also *? +? ??)         after one character, never after a group
+    (a|b)   (?:a|b)                     a choice, at most 8 deep
+    ^   $                               the ends of the name
+"""
+
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from nplora.formats.errors import LimitError, UnsafeError, brief
+
+MAX_LENGTH = 512
+_MAX_DEPTH = 8
+_PLAIN = frozenset(string.ascii_letters + string.digits + "_-/: ")
+_ESCAPED = {"d": string.digits, "w": string.ascii_letters + string.digits + "_"}
+_RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
+
+
+class Name:
+    """A module's name, with the positions of each of its characters as the bits of an integer."""
+
+    def __init__(self, text: str) -> None:
+        self.everywhere = (1 << len(text)) - 1
+        self.end = 1 << len(text)
+        self.places: dict[str, int] = {}
+        for position, character in enumerate(text):
+            self.places[character] = self.places.get(character, 0) | 1 << position
+
+    def where(self, characters: Iterable[str]) -> int:
+        return sum({self.places[character] for character in characters if character in self.places})
+
+
+# A set of positions is an int, as in `Name`. `follow` gives those that one piece of a pattern reaches from
+# `starts`.
+
+
+@dataclass(frozen=True)
+class _Character:
+    characters: frozenset[str]
+    negated: bool
+    repeat: str = ""
+
+    def follow(self, name: Name, starts: int) -> int:
+        allowed = name.where(self.characters)
+        if self.negated:
+            allowed = name.everywhere & ~allowed
+        reached = (starts & allowed) << 1
+        more = reached if self.repeat in ("*", "+") else 0
+        while more := (more & allowed) << 1 & ~reached:
+            reached |= more
+        return reached | starts if self.repeat in ("*", "?") else reached
+
+
+@dataclass(frozen=True)
+class _End:
+    at_start: bool
+
+    def follow(self, name: Name, starts: int) -> int:
+        return starts & (1 if self.at_start else name.end)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    branches: tuple[tuple["_Piece", ...], ...]
+
+    def follow(self, name: Name, starts: int) -> int:
+        reached = 0
+        for branch in self.branches:
+            ends = starts
+            for piece in branch:
+                ends = piece.follow(name, ends)
+                if not ends:
+                    break
+            reached |= ends
+        return reached
+
+
+_Piece = _Character | _End | _Choice
+
+
+class NamePattern:
+    """A compiled pattern.
+
+    Raises:
+        UnsafeError: it uses syntax outside the list above. LimitError: it is longer than 512 characters.
+    """
+
+    def __init__(self, text: str, source: str) -> None:
+        if len(text) > MAX_LENGTH:
+            raise LimitError(
+                f"{source}: a pattern of {len(text):,} characters, at most {MAX_LENGTH} are read"
+            )
+        self.text = text
+        self._source = source
+        self._position = 0
+        self._root = self._choice(0)
+        if self._position < len(text):
+            self._refuse()
+
+    def matches(self, name: Name) -> bool:
+        """As PEFT: `(.*\\.)?(pattern)$` matches the name from its beginning."""
+        starts = 1 | name.where(".") << 1
+        return bool(self._root.follow(name, starts) & name.end)
+
+    def _refuse(self) -> NoReturn:
+        where = f"character {self._position + 1} of the pattern {brief(self.text)}"
+        raise UnsafeError(
+            f"{self._source}: {where} is outside the syntax that is read (no repeated groups, no flags)"
+        )
+
+    def _next(self, expected: str = "") -> str:
+        """Take the next character, or the next only if it is one of `expected`."""
+        character = self.text[self._position : self._position + 1]
+        if expected and (not character or character not in expected):
+            return ""
+        self._position += 1
+        return character
+
+    def _choice(self, depth: int) -> _Choice:
+        branches: list[tuple[_Piece, ...]] = []
+        while True:
+            branches.append(self._branch(depth))
+            if not self._next("|"):
+                return _Choice(tuple(branches))
+
+    def _branch(self, depth: int) -> tuple[_Piece, ...]:
+        pieces: list[_Piece] = []
+        while self._position < len(self.text) and self.text[self._position] not in "|)":
+            if self._next("("):
+                pieces.append(self._group(depth + 1))
+            elif end := self._next("^$"):
+                pieces.append(_End(at_start=end == "^"))
+            else:
+                pieces.append(self._character())
+        return tuple(pieces)
+
+    def _group(self, depth: int) -> _Choice:
+        if depth > _MAX_DEPTH or (self._next("?") and not self._next(":")):
+            self._refuse()
+        group = self._choice(depth)
+        if not self._next(")") or self.text[self._position : self._position + 1] in ("*", "+", "?", "{"):
+            self._refuse()
+        return group
+
+    def _character(self) -> _Character:
+        if self._next("."):
+            characters, negated = "", True
+        elif self._next("["):
+            characters, negated = self._set()
+        elif self._next("\\"):
+            characters, negated = self._escaped(), False
+        else:
+            if self.text[self._position] not in _PLAIN and self.text[self._position].isascii():
+                self._refuse()
+            characters, negated = self._next(), False
+        repeat = self._next("*+?")
+        if repeat:
+            self._next("?")  # lazy or greedy, the same names match
+        return _Character(frozenset(characters), negated, repeat)
+
+    def _escaped(self) -> str:
+        if self._position == len(self.text):
+            self._refuse()
+        character = self._next()
+        if character in _ESCAPED:
+            return _ESCAPED[character]
+        if character.isalnum() or not character.isascii():
+            self._position -= 1
+            self._refuse()
+        return character
+
+    def _set(self) -> tuple[str, bool]:
+        negated = bool(self._next("^"))
+        characters = ""
+        while not self._next("]"):
+            if self._position == len(self.text) or self.text[self._position] == "[":
+                self._refuse()
+            if self._next("\\"):
+                characters += self._escaped()
+            elif span := _RANGE.match(self.text, self._position):
+                self._position = span.end()
+                characters += "".join(map(chr, range(ord(span[1]), ord(span[2]) + 1)))
+            else:
+                characters += self._next()
+        return characters, negated

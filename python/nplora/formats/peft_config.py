@@ -1,0 +1,264 @@
+"""`adapter_config.json` of a PEFT LoRA adapter: bytes to a validated, immutable record and back.
+
+Nothing in the file is run, imported or opened. Keys that PEFT knows and that do not change what a trained
+adapter computes are passed over; keys that would change it are refused; keys that nobody knows are dropped and
+listed in `unknown`.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from nplora.formats import strict_json
+from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError, brief
+from nplora.formats.name_pattern import Name, NamePattern
+
+MAX_BYTES = 16 << 20
+MAX_RANK = 1 << 16
+MAX_PATTERN_TEXT = 1 << 18
+
+# PEFT writes these; they tell how the factors were made or trained, not what they compute.
+_PASSED_OVER = frozenset(
+    [
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    ]
+)
+# Switched on, these change what the adapter computes.
+_MUST_BE_OFF = frozenset(
+    [
+        "alora_invocation_tokens",
+        "arrow_config",
+        "corda_config",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "lora_ga_config",
+        "megatron_config",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+        "velora_config",
+    ]
+)
+# The others ("pissa", "olora", "loftq", ...) change the base model's weights too, and the adapter needs those.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_CHECKED = frozenset(
+    ["peft_type", "auto_mapping", "megatron_core", "trust_remote_code", "bias", "init_lora_weights"]
+)
+_MEGATRON = "megatron.core"
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+Number: TypeAlias = int | float
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Values for the modules that differ from the rest: the first pattern that matches a name decides."""
+
+    pairs: tuple[tuple[NamePattern, Number], ...] = ()
+
+    def value(self, name: str, default: Number) -> Number:
+        places = Name(name)
+        return next((value for pattern, value in self.pairs if pattern.matches(places)), default)
+
+    @staticmethod
+    def exact(values: dict[str, Number]) -> "Patterns":
+        """Patterns that match these names and no other ("0" alone would match "1.0" too)."""
+        return Patterns(
+            tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
+        )
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What nplora takes from an `adapter_config.json`. `unknown` holds the keys that were dropped."""
+
+    r: int = 8
+    lora_alpha: Number = 8
+    target_modules: tuple[str, ...] | str = ()
+    modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Patterns = field(default_factory=Patterns)
+    alpha_pattern: Patterns = field(default_factory=Patterns)
+    lora_dropout: float = 0.0
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    def rank(self, name: str) -> int:
+        return int(self.rank_pattern.value(name, self.r))
+
+    def alpha(self, name: str) -> Number:
+        return self.alpha_pattern.value(name, self.lora_alpha)
+
+
+def dumps(config: PeftConfig) -> bytes:
+    """The file's text: sorted keys, indented by 2, as PEFT writes it."""
+    targets = config.target_modules
+    fields = {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(config.modules_to_save) or None,
+        "lora_dropout": config.lora_dropout,
+        "bias": "none",
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "rank_pattern": {pattern.text: value for pattern, value in config.rank_pattern.pairs},
+        "alpha_pattern": {pattern.text: value for pattern, value in config.alpha_pattern.pairs},
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
+    return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False).encode("ascii")
+
+
+def loads(raw: bytes, source: str) -> PeftConfig:
+    """Read the text of an `adapter_config.json`; `source` names it in the messages.
+
+    Raises:
+        FormatError: a value of the wrong kind. LimitError: a rank above 65,536 or too much text in patterns.
+        UnsupportedError: another kind of adapter. UnsafeError: a pattern or a name that could run or hang.
+    """
+    fields = strict_json.loads(raw, source)
+    if not isinstance(fields, dict):
+        raise FormatError(f"{source}: {brief(fields)}, expected an object")
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str):
+        raise FormatError(f"{source}: peft_type is {brief(kind)}, expected 'LORA'")
+    if kind != "LORA":
+        raise UnsupportedError(f"{source}: peft_type is {brief(kind)}, only 'LORA' is read")
+    _refuse_unsafe(fields, source)
+    _refuse_unsupported(fields, source)
+
+    def take(key: str, default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
+        value = fields.get(key, default)
+        if not valid(value):
+            raise FormatError(f"{source}: {key} is {brief(value)}, expected {expected}")
+        return value
+
+    config = PeftConfig(
+        r=_rank(fields.get("r", 8), f"{source}: r"),
+        lora_alpha=_number(fields.get("lora_alpha", 8), f"{source}: lora_alpha"),
+        modules_to_save=tuple(take("modules_to_save", None, _is_names, "a list of names") or ()),
+        use_rslora=take("use_rslora", False, _is_bool, "true or false"),
+        use_dora=take("use_dora", False, _is_bool, "true or false"),
+        rank_pattern=_patterns(fields.get("rank_pattern"), _rank, f"{source}: rank_pattern"),
+        alpha_pattern=_patterns(fields.get("alpha_pattern"), _number, f"{source}: alpha_pattern"),
+        lora_dropout=_number(fields.get("lora_dropout", 0.0), f"{source}: lora_dropout"),
+        base_model_name_or_path=take("base_model_name_or_path", None, _is_text_or_null, "text"),
+        task_type=take("task_type", None, _is_text_or_null, "text"),
+    )
+    known = _PASSED_OVER | _MUST_BE_OFF | _CHECKED | PeftConfig.__dataclass_fields__.keys()
+    return replace(config, unknown=tuple(key for key in fields if key not in known))
+
+
+def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
+    """Refuse what would name code to import or run, and expressions on which another reader would hang."""
+    mapping = fields.get("auto_mapping")
+    if mapping is not None and not _is_plain_module_mapping(mapping):
+        raise UnsafeError(
+            f"{source}: auto_mapping is {brief(mapping)}; no class or library is taken from a file"
+        )
+    if fields.get("megatron_core") not in (None, _MEGATRON):  # PEFT's default, in every file that it writes
+        raise UnsafeError(
+            f"{source}: megatron_core is {brief(fields['megatron_core'])}; no library is taken from a file"
+        )
+    if fields.get("trust_remote_code") not in (None, False):
+        raise UnsafeError(
+            f"{source}: trust_remote_code is {brief(fields['trust_remote_code'])}; no code is run"
+        )
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        for text in fields[key] if isinstance(fields.get(key), list) else [fields.get(key)]:
+            if isinstance(text, str) and _REPEATED_GROUP.search(text):
+                raise UnsafeError(f"{source}: {key} holds {brief(text)}; repeated groups can run for ever")
+
+
+def _is_plain_module_mapping(mapping: object) -> bool:
+    """The note that PEFT leaves beside the adapter of a plain torch module. It is never imported here.
+
+    No model's class lives in the standard library, so a note that says so was not left by PEFT.
+    """
+    if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
+        return False
+    words = [mapping["base_model_class"], mapping["parent_library"]]
+    if not all(isinstance(word, str) and all(map(str.isidentifier, word.split("."))) for word in words):
+        return False
+    return words[1].split(".")[0] not in sys.stdlib_module_names | {"builtins"}
+
+
+def _refuse_unsupported(fields: dict[str, Any], source: str) -> None:
+    for key in sorted(_MUST_BE_OFF & fields.keys()):
+        if fields[key] not in (None, False, [], {}):
+            raise UnsupportedError(
+                f"{source}: {key} is {brief(fields[key])}, only plain LoRA, rsLoRA and DoRA are read"
+            )
+    if fields.get("bias", "none") != "none":
+        raise UnsupportedError(
+            f"{source}: bias is {brief(fields['bias'])}, only 'none' is read: biases stay frozen"
+        )
+    start = fields.get("init_lora_weights", True)
+    if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
+        raise UnsupportedError(
+            f"{source}: init_lora_weights is {brief(start)}, whose adapters need a changed base model; "
+            "PEFT converts them (path_initial_model_for_weight_conversion)"
+        )
+
+
+def _rank(value: object, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise FormatError(f"{where} is {brief(value)}, expected an integer of at least 1")
+    if value > MAX_RANK:
+        raise LimitError(f"{where} is {value:,}, at most {MAX_RANK:,} is read")
+    return value
+
+
+def _number(value: object, where: str) -> Number:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FormatError(f"{where} is {brief(value)}, expected a finite number")
+    return value
+
+
+def _patterns(value: object, check: Callable[[object, str], Number], where: str) -> Patterns:
+    if value is None:
+        return Patterns()
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} is {brief(value)}, expected an object")
+    length = sum(map(len, value))
+    if length > MAX_PATTERN_TEXT:
+        raise LimitError(f"{where}: {length:,} characters of patterns, at most {MAX_PATTERN_TEXT:,} are read")
+    return Patterns(
+        tuple((NamePattern(key, where), check(item, f"{where}: {brief(key)}")) for key, item in value.items())
+    )
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))

@@ -1,0 +1,419 @@
+"""safetensors: literal bytes, every hostile row with its exact error, and the PyPI package as the oracle."""
+
+import gc
+import os
+import random
+import resource
+import stat
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors as oracle
+import safetensors.numpy as oracle_numpy
+
+from nplora.formats import files, safetensors
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError
+
+
+def container(header: str | bytes, data: bytes = b"") -> bytes:
+    raw = header.encode() if isinstance(header, str) else header
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def entry(dtype: str = "F32", shape: str = "[1]", offsets: str = "[0,4]", name: str = "w") -> str:
+    return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}'
+
+
+def one(**fields: str) -> bytes:
+    return container("{" + entry(**fields) + "}", bytes(4))
+
+
+def test_a_file_of_literal_bytes_is_read() -> None:
+    header = (
+        '{"__metadata__":{"made":"by hand"},"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+        '"n":{"dtype":"I8","shape":[],"data_offsets":[16,17]}}'
+    )
+    data = b"\x00\x00\x80\x3f\x00\x00\x00\xc0\x00\x00\x00\x00\x00\x00\x80\x7f\xfe"
+    tensors = safetensors.loads(container(header, data))
+    assert list(tensors) == ["w", "n"]
+    assert tensors.metadata == {"made": "by hand"}
+    assert tensors["w"].dtype == "float32"
+    assert tensors["w"].shape == (2, 2)
+    np.testing.assert_array_equal(tensors["w"].numpy(), [[1.0, -2.0], [0.0, np.inf]])
+    assert tensors["n"].numpy() == -2
+
+
+def test_a_file_of_literal_bytes_is_written() -> None:
+    header = b'{"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}'
+    padded = header.ljust(-(-len(header) // 8) * 8)
+    expected = container(padded, b"\x00\x00\x80\x3f\x00\x00\x00\xc0")
+    assert safetensors.dumps({"w": np.float32([[1, -2]])}, {"format": "pt"}) == expected
+
+
+HOSTILE = {
+    "no bytes": (b"", TruncatedError, "0 bytes"),
+    "less than 8 bytes": (b"\x01\x00\x00", TruncatedError, "3 bytes"),
+    "header longer than the file": (b"\x40" + bytes(7) + b"{}", TruncatedError, "64 bytes"),
+    "header over 100 MB": ((100_000_001).to_bytes(8, "little"), LimitError, "100,000,000"),
+    "header length 2^64 - 1": (b"\xff" * 8 + b"{}", LimitError, "18,446,744,073,709,551,615"),
+    "empty header": (container(""), FormatError, "expected '{'"),
+    "header is a list": (container("[]"), FormatError, "expected '{'"),
+    "header begins with a space": (container(" {}"), FormatError, "expected '{'"),
+    "not UTF-8": (container(b'{"\xff":{}}'), FormatError, "UTF-8 at byte 2"),
+    "not JSON": (container('{"w"}'), FormatError, "not JSON"),
+    "depth 10^5": (container('{"w":' + "[" * 10**5), LimitError, "100,001 deep, at most 64"),
+    "NaN": (container('{"w":NaN}'), FormatError, "NaN"),
+    "half a surrogate pair": (container('{"__metadata__":{"a":"\\ud800"}}'), FormatError, "surrogate"),
+    "duplicate name": (
+        container("{" + entry() + "," + entry() + "}", bytes(4)),
+        FormatError,
+        "'w' appears twice",
+    ),
+    "duplicate field": (
+        container('{"w":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+        FormatError,
+        "'dtype' appears twice",
+    ),
+    "entry is a list": (container('{"w":[]}'), FormatError, "tensor 'w'"),
+    "field missing": (container('{"w":{"dtype":"F32","shape":[0]}}'), FormatError, "data_offsets"),
+    "field of no meaning": (
+        container('{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":1}}'),
+        FormatError,
+        "'x'",
+    ),
+    "begin after end": (one(offsets="[4,0]"), FormatError, "tensor 'w': data_offsets are [4, 0]"),
+    "three offsets": (one(offsets="[0,4,4]"), FormatError, "data_offsets are [0, 4, 4]"),
+    "hole at the front": (one(shape="[0]", offsets="[4,4]"), FormatError, "hole"),
+    "hole between": (
+        container("{" + entry() + "," + entry(name="v", offsets="[8,12]") + "}", bytes(12)),
+        FormatError,
+        "tensor 'v' leaves a hole",
+    ),
+    "overlap": (
+        container("{" + entry() + "," + entry(name="v", offsets="[2,6]") + "}", bytes(6)),
+        FormatError,
+        "tensor 'v' overlaps",
+    ),
+    "the same bytes twice": (
+        container("{" + entry() + "," + entry(name="v") + "}", bytes(4)),
+        FormatError,
+        "overlaps",
+    ),
+    "trailing bytes": (one() + b"\x00", FormatError, "1 bytes after the last tensor"),
+    "data missing": (one()[:-1], TruncatedError, "end at byte"),
+    "shape and extent differ": (one(shape="[2]"), FormatError, "takes 8 bytes, data_offsets give 4"),
+    "shape product wraps": (one(shape="[4294967296,4294967296]"), LimitError, "2^63"),
+    "shape product wraps to the extent": (one(shape="[4611686018427387905,4]"), LimitError, "2^63"),
+    "shape product wraps beside a zero": (
+        one(shape="[9223372036854775807,4,0]", offsets="[0,0]"),
+        LimitError,
+        "2^63",
+    ),
+    "40 dimensions": (one(shape=str([1] * 40)), LimitError, "40 dimensions"),
+    "negative size": (one(shape="[-1]"), FormatError, "shape holds -1"),
+    "minus zero": (one(shape="[-0]", offsets="[0,0]"), FormatError, "shape holds -0.0"),
+    "size 1e3": (one(shape="[1e3]"), FormatError, "shape holds 1000.0"),
+    "size 1.0": (one(shape="[1.0]"), FormatError, "shape holds 1.0"),
+    "size 2^64": (one(shape="[18446744073709551616]"), FormatError, "shape holds 18446744073709551616"),
+    "size of 5,000 digits": (one(shape="[" + "9" * 5000 + "]"), LimitError, "5,000 characters"),
+    "size true": (one(shape="[true]"), FormatError, "shape holds True"),
+    "offset 2^64": (one(offsets="[0,18446744073709551616]"), FormatError, "data_offsets holds 184467"),
+    "shape is a number": (one(shape="1"), FormatError, "shape is 1"),
+    "dtype is a number": (
+        container('{"w":{"dtype":1,"shape":[],"data_offsets":[0,4]}}'),
+        FormatError,
+        "dtype is 1",
+    ),
+    "unknown dtype": (one(dtype="F8_E4M3"), UnsupportedError, "dtype 'F8_E4M3', expected one of U64, "),
+    "metadata is a list": (container('{"__metadata__":[]}'), FormatError, "__metadata__ is []"),
+    "metadata is not text": (container('{"__metadata__":{"a":1}}'), FormatError, "'a' is 1, expected text"),
+    "more than 262,144 tensors": (container('{"w":' + "{" * 262_147), LimitError, "262,144"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_gives_its_exact_error(name: str, tmp_path: Path) -> None:
+    data, error, words = HOSTILE[name]
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(data)
+    for mmap in (True, False):
+        with pytest.raises(FormatError) as caught:
+            safetensors.open(path, mmap=mmap)
+        assert caught.type is error
+        assert str(caught.value).startswith(str(path))
+        assert words in str(caught.value)
+
+
+def test_a_boolean_other_than_0_and_1_is_refused() -> None:
+    tensors = safetensors.loads(container("{" + entry("BOOL", "[2]", "[0,2]") + "}", b"\x01\x02"))
+    with pytest.raises(FormatError, match="'w': a BOOL"):
+        tensors["w"]
+
+
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in [
+        (tmp_path / "fifo", "a FIFO"),
+        (tmp_path, "a directory"),
+        (Path("/dev/zero"), "a character"),
+    ]:
+        for mmap in (True, False):
+            with pytest.raises(FormatError, match=kind) as caught:
+                safetensors.open(path, mmap=mmap)
+            assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        safetensors.open(tmp_path / "none.safetensors")
+
+
+def test_hostile_headers_are_read_in_linear_time() -> None:
+    headers = [
+        b'{"' + b'\\"' * 2_000_000,
+        b'{"' + b'\\"' * 2_000_000 + b"\\",
+        b'{"w":' + b"[" * 4_000_000,
+        b"{" + b",".join(b'"%d":0' % (i % 99) for i in range(200_000)) + b"}",
+    ]
+    for header in headers:
+        begin = time.perf_counter()
+        with pytest.raises(FormatError):
+            safetensors.loads(container(header))
+        assert time.perf_counter() - begin < 5  # a quadratic reader takes hours
+
+
+def test_a_missing_name_is_a_key_error_with_the_nearest_names() -> None:
+    tensors = safetensors.loads(safetensors.dumps({"layers.0.q_proj": np.zeros(1), "norm": np.zeros(1)}))
+    with pytest.raises(KeyError, match=r"no tensor 'layers.0.q_prj', the nearest names: 'layers.0.q_proj'"):
+        tensors["layers.0.q_prj"]
+    assert "norm" in tensors
+    assert tensors.get("nothing") is None
+
+
+def every_dtype() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    names = [
+        "float64",
+        "float32",
+        "float16",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+    ]
+    arrays = {name: rng.integers(0, 100, (3, 5)).astype(name) for name in names}
+    return arrays | {"scalar": np.array(2.5), "empty": np.zeros((0, 4), np.int16), 'name é "q"': np.arange(3)}
+
+
+def test_every_dtype_is_written_as_the_oracle_writes_it() -> None:
+    for metadata in (None, {"format": "pt"}):
+        assert safetensors.dumps(every_dtype(), metadata) == oracle_numpy.save(every_dtype(), metadata)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_every_dtype_is_read_as_the_oracle_wrote_it(mmap: bool, tmp_path: Path) -> None:
+    oracle_numpy.save_file(every_dtype(), tmp_path / "a.safetensors")
+    tensors = safetensors.open(tmp_path / "a.safetensors", mmap=mmap)
+    assert set(tensors) == set(every_dtype())
+    for name, array in every_dtype().items():
+        assert tensors[name].dtype == array.dtype.name
+        assert tensors[name].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensors[name].numpy(), array)
+        assert not tensors[name].numpy().flags.writeable
+
+
+def test_bfloat16_keeps_its_bits_and_its_tag() -> None:
+    values = np.array([1.0, -2.5, 3e38], ml_dtypes.bfloat16)
+    data = safetensors.dumps({"a": values, "b": safetensors.Tensor("b", "bfloat16", values.view(np.uint16))})
+    tensors = safetensors.loads(data)
+    for name in "ab":
+        assert tensors[name].dtype == "bfloat16"
+        np.testing.assert_array_equal(tensors[name].numpy(), np.array([0x3F80, 0xC020, 0x7F62], np.uint16))
+    assert {fields["dtype"] for _, fields in oracle.deserialize(data)} == {"BF16"}
+    assert safetensors.dumps(tensors) == data
+
+
+def test_any_strides_and_byte_order_are_written_row_major_and_little_endian() -> None:
+    a = np.arange(24, dtype=np.float32).reshape(4, 6)
+    arrays = {
+        "transposed": a.T,
+        "sliced": a[::2, ::-1],
+        "fortran": np.asfortranarray(a),
+        "big": a.astype(">f4"),
+    }
+    data = safetensors.dumps(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(safetensors.loads(data)[name].numpy(), array)
+        np.testing.assert_array_equal(oracle_numpy.load(data)[name], array)
+
+
+def test_an_unaligned_tensor_is_copied_into_place() -> None:
+    data = container("{" + entry("U8", "[1]", "[0,1]", "a") + "," + entry("F32", "[1]", "[1,5]", "b") + "}")
+    array = safetensors.loads(data + b"\x07" + np.float32(1.5).tobytes())["b"].numpy()
+    assert array.flags.aligned
+    assert not array.flags.writeable
+    assert array[0] == 1.5
+
+
+def test_an_array_keeps_the_mapping_alive(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.save(path, {"w": np.arange(1 << 16)})
+    array = safetensors.open(path)["w"].numpy()
+    path.unlink()
+    gc.collect()
+    np.testing.assert_array_equal(array, np.arange(1 << 16))
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+
+def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "big.safetensors"
+    size = 1 << 40  # sparse: a terabyte that nobody could read
+    header = "{" + entry("U8", f"[{size}]", f"[0,{size}]") + "}"
+    path.write_bytes(container(header))
+    try:
+        os.truncate(path, 8 + len(header) + size)
+    except OSError:
+        pytest.skip("the file system has no sparse files of this size")
+    assert safetensors.open(path)["w"].numpy()[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"w": np.zeros(2, complex)}, "'w' is complex128"),
+        ({"w": np.array([None])}, "'w' is object"),
+        ({"w": np.array(["text"])}, "'w' is str"),
+        (
+            {"w": safetensors.Tensor("w", "float64", np.zeros(2, np.float32))},
+            "says float64 and holds float32",
+        ),
+        ({1: np.zeros(2)}, "1 cannot be the name"),
+        ({"__metadata__": np.zeros(2)}, "cannot be the name"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_a_type_error(tensors: dict[str, np.ndarray], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        safetensors.dumps(tensors)
+
+
+def test_metadata_that_is_not_text_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="'step': 3"):
+        safetensors.dumps({}, {"step": 3})  # type: ignore[dict-item]
+
+
+def test_a_file_without_tensors_survives() -> None:
+    assert safetensors.dumps({}) == oracle_numpy.save({})
+    assert len(safetensors.loads(safetensors.dumps({}, {"a": "b"}))) == 0
+
+
+def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.save(path, {"w": np.zeros(4)})
+    old = safetensors.open(path)["w"].numpy()
+    safetensors.save(path, {"w": np.ones(4)})
+    np.testing.assert_array_equal(old, np.zeros(4))  # the mapped old file lives on
+    np.testing.assert_array_equal(safetensors.open(path)["w"].numpy(), np.ones(4))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.save(path, {"w": np.zeros(4)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, limits[1])
+    )  # the system cuts a write short, then refuses
+    try:
+        with pytest.raises(OSError, match=r"80,072 bytes were to be written, 10,000 were") as caught:
+            safetensors.save(path, {"w": np.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_an_interrupt_at_any_call_leaves_the_old_file(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.save(path, {"w": np.zeros(4)})
+    before = path.read_bytes()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, call, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        safetensors.save(path, {"w": np.ones(4)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "none" / "a.safetensors", tmp_path / "file" / "a.safetensors", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            safetensors.save(path, {"w": np.zeros(4)})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:
+    """Cut, flipped, spliced and header-only damage, half of it in the header."""
+    result = []
+    for _ in range(count):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(min(len(damaged), rng.choice([8, 200, len(damaged)])))
+            match rng.randrange(5):
+                case 0:
+                    damaged[place] ^= 1 << rng.randrange(8)
+                case 1:
+                    damaged[place] = rng.choice(b'0123456789[]{},:"\\-. eE')
+                case 2:
+                    del damaged[place : place + rng.randint(1, 9)]
+                case 3:
+                    damaged[place:place] = rng.choice([b"0", b"[", b'"', b"\x00", b"-", b"9999999999"])
+                case _:
+                    del damaged[place:]
+            if not damaged:
+                break
+        if rng.random() < 0.5 and len(damaged) >= 8:  # a true header length, so that the JSON is reached
+            damaged[:8] = (len(damaged) - 8 - 40).to_bytes(8, "little", signed=True)
+        result.append(bytes(damaged))
+    return result
+
+
+def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts() -> None:
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "é": np.arange(4, dtype=np.int16),
+        "c": np.ones(8, bool),
+    }
+    data = safetensors.dumps(arrays, {"format": "pt"})
+    assert len(data) - 8 - 40 == int.from_bytes(data[:8], "little")
+    accepted = 0
+    for damaged in mutations(data, 4_000, random.Random(0)):
+        try:
+            tensors = safetensors.loads(damaged)
+            found = {name: (tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+        except FormatError:
+            continue
+        accepted += 1
+        expected = {name: (tuple(t["shape"]), bytes(t["data"])) for name, t in oracle.deserialize(damaged)}
+        assert found == expected
+    assert accepted > 100

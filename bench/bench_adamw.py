@@ -1,0 +1,99 @@
+"""An AdamW step over the factors of a language model against NumPy with kept buffers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench.timing import Contestant, on_threads, race
+
+SHAPES = [(576, 8), (8, 576)] * 120 + [(1536, 8), (8, 1536)] * 90  # 420 tensors, 3.3 million values
+LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 0.01
+
+
+def case() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape, np.float32) for shape in SHAPES]
+    return values, [rng.standard_normal(shape, np.float32) for shape in SHAPES]
+
+
+def check(step: Callable[[], object], values: list[np.ndarray], grads: list[np.ndarray]) -> None:
+    """The first step decays, then moves by lr · g / (|g| + eps) (Loshchilov & Hutter 2019, algorithm 2)."""
+    exact = [
+        (1 - LR * DECAY) * value.astype(np.float64) - LR * grad / (np.abs(grad.astype(np.float64)) + EPS)
+        for value, grad in zip(values, grads, strict=True)
+    ]
+    step()
+    for value, want in zip(values, exact, strict=True):
+        # a handful of roundings of the value, and the moments' own, relative to a move of lr
+        if np.max(np.abs(value - want) - 2.0**-22 * np.abs(want)) > LR * 2.0**-12:
+            raise AssertionError("AdamW: a contestant's first step is wrong")
+
+
+def nplora_adamw(threads: int) -> Callable[[], object]:
+    import nplora
+    from nplora.module import Parameter
+
+    nplora.set_num_threads(threads)
+    values, grads = case()
+    parameters = [
+        Parameter(f"{i}.B", value, grad) for i, (value, grad) in enumerate(zip(values, grads, strict=True))
+    ]
+    optimizer = nplora.AdamW(lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
+    optimizer.init(parameters)
+
+    def step() -> None:
+        optimizer.step(parameters)
+
+    check(step, values, grads)
+    return step
+
+
+def numpy_adamw() -> Callable[[], object]:
+    values, grads = case()
+    firsts = [np.zeros_like(value) for value in values]
+    seconds = [np.zeros_like(value) for value in values]
+    scratch = {shape: np.empty((2, *shape), np.float32) for shape in set(SHAPES)}
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        rate = LR / (1 - BETA1**steps)
+        correction = (1 - BETA2**steps) ** 0.5
+        for value, grad, m, v in zip(values, grads, firsts, seconds, strict=True):
+            t, u = scratch[value.shape]
+            np.subtract(grad, m, out=t)
+            np.multiply(t, 1 - BETA1, out=t)
+            np.add(m, t, out=m)
+            np.multiply(grad, grad, out=t)
+            np.multiply(t, 1 - BETA2, out=t)
+            np.multiply(v, BETA2, out=v)
+            np.add(v, t, out=v)
+            np.sqrt(v, out=t)
+            np.divide(t, correction, out=t)
+            np.add(t, EPS, out=t)
+            np.divide(m, t, out=u)
+            np.multiply(u, rate, out=u)
+            np.multiply(value, 1 - LR * DECAY, out=value)
+            np.subtract(value, u, out=value)
+
+    check(step, values, grads)
+    return step
+
+
+def run(quick: bool, threads: int) -> dict[str, Any]:
+    """Print the race on `threads` threads; return its figures."""
+    contestants = [
+        Contestant("nplora.AdamW", nplora_adamw, (threads,)),
+        Contestant("NumPy, out=", numpy_adamw),
+    ]
+    seconds = race(contestants, rounds=3 if quick else 15, calls=5)
+    count = sum(int(np.prod(shape)) for shape in SHAPES)
+    print(f"\nAdamW, {count / 1e6:.2f} million values in {len(SHAPES)} tensors, {on_threads(threads)}")
+    for name, time in seconds.items():
+        rate = 28 * count / time / 1e9  # value, gradient and two moments read, all but the gradient written
+        print(f"  {name:22}{time * 1e3:9.2f} ms {rate:8.1f} GB/s read and written")
+    ratio = seconds["NumPy, out="] / seconds["nplora.AdamW"]
+    print(f"  ratio: {ratio:.2f} times as fast as NumPy")
+    return {"threads": threads, "seconds": seconds, "ratio": ratio}

@@ -87,16 +87,6 @@ def test_packed_and_row_major_weights_give_the_same_bits() -> None:
         assert left.tobytes() == right.tobytes()
 
 
-def test_a_row_of_a_batch_gives_the_same_bits_alone() -> None:
-    x, w, _, _ = factors(50, 101, 203, 5)
-    y = np.empty((50, 101), np.float32)
-    _core.matmul(w, x, None, y)
-    for i in (0, 17, 49):
-        row = np.empty((1, 101), np.float32)
-        _core.matmul(w, x[i : i + 1], None, row)
-        assert row.tobytes() == y[i : i + 1].tobytes()
-
-
 @pytest.mark.usefixtures("threads")
 def test_limits_of_threads_are_honoured() -> None:
     _core.set_num_threads(1)

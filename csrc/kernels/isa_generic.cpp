@@ -8,6 +8,7 @@
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
 inline constexpr size_t kTileTokens = 4;
+inline constexpr size_t kDotRows = 4, kDotTokens = 2;
 }  // namespace nplora::kernels::generic
 
 #include "kernels/elementwise-inl.h"

@@ -57,6 +57,15 @@ struct Products {
   void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
                      size_t c_stride, bool accumulate);
 
+  // Small batches, where W is read once and nothing is transposed. part is (m, rows, lanes / 2): one vector
+  // of partial sums for each output; x is (m, width), width <= kPanelColumns.   part = [part +] w (rows,
+  // width) * x (m, width), lane by lane.
+  void (*dot_panel)(size_t m, size_t rows, size_t width, const T* w, size_t w_stride, const T* x,
+                    size_t x_stride, T* part, bool accumulate);
+
+  // y (m, rows) = the sums of the vectors of part (m, rows, lanes / 2) [+ bias (rows)].  bias may be null.
+  void (*sum_parts)(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t y_stride);
+
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
   // by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const struct AdamWCoefficients& k);

@@ -17,8 +17,11 @@ namespace {
 // Blocking. None of these numbers changes a result: every sum runs over its whole depth in order, whatever
 // the blocks.
 constexpr size_t kDepthBlock =
-    5 * kPanelColumns;               // 240 x 32 lanes of floats = 30 KB: the lanes of x that stay in L1
-constexpr size_t kRowBlock = 48;     // rows of W that share those lanes; a multiple of every tile_rows
+    5 * kPanelColumns;            // 240 x 32 lanes of floats = 30 KB: the lanes of x that stay in L1
+constexpr size_t kRowBlock = 48;  // rows of W that share those lanes; a multiple of every tile_rows
+constexpr size_t kDotTokens = 8;  // batches up to this size take the path that transposes nothing
+constexpr size_t kDotParts =
+    4096;  // outputs of one pass: 4096 x 16 lanes of floats = 256 KB of partial sums in L2
 constexpr size_t kOuterDepth = 512;  // rows of a W panel kept in L2 by the backward product: 96 KB of floats
 constexpr size_t kTokenBlock = 256;  // tokens that one task keeps in L2 or L3
 constexpr size_t kLanesBytes = size_t{2} << 20;     // ... as long as their lanes take no more than this
@@ -163,6 +166,87 @@ class ForwardTask {
   size_t lanes_;
 };
 
+// One task of the forward product of a small batch: rows of W, read once and in the order they lie in.
+template <class T>
+class SmallForwardTask {
+ public:
+  SmallForwardTask(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
+                   Matrix<T> z)
+      : w_(w),
+        x_(x),
+        low_(low),
+        bias_(bias),
+        y_(y),
+        z_(z),
+        k_(kernels::table().products<T>()),
+        lanes_(k_.lanes / 2) {}
+
+  // Rows of W that one pass takes.
+  size_t group() const { return kDotParts / x_.rows; }
+
+  void operator()(Range rows) const {
+    const size_t rank = low_.active() ? low_.a.cols : 0;
+    T* part = scratch<T>(Scratch::kLanesOut, x_.rows * group() * lanes_);
+    T* scaled = scratch<T>(Scratch::kLanesLow, x_.rows * rank);
+    if (rank) project(part, scaled, rows.first == 0);
+    for (size_t r = 0; r < rows.count; r += group()) {
+      const Range pass{rows.first + r, std::min(group(), rows.count - r)};
+      frozen(pass, part);
+      if (rank)
+        add_dots(low_.a.row(pass.first), low_.a.stride, pass.count, rank, scaled, rank, part, w_.d_in > 0);
+      if (!rank && w_.d_in == 0) std::fill_n(part, x_.rows * pass.count * lanes_, T(0));
+      k_.sum_parts(x_.rows, pass.count, part, bias_ ? bias_ + pass.first : nullptr, y_.data + pass.first,
+                   y_.stride);
+    }
+  }
+
+ private:
+  // part (m, rows, lanes) = [part +] w (rows, cols) * x (m, cols) for a row-major w.
+  void add_dots(const T* w, size_t w_stride, size_t rows, size_t cols, const T* x, size_t x_stride, T* part,
+                bool accumulate) const {
+    for (size_t c = 0; c < cols; c += kPanelColumns)
+      k_.dot_panel(x_.rows, rows, std::min(kPanelColumns, cols - c), w + c, w_stride, x + c, x_stride, part,
+                   accumulate || c > 0);
+  }
+
+  void frozen(Range rows, T* part) const {
+    T* decoded = scratch<T>(Scratch::kWeight, rows.count * kPanelColumns);
+    for (size_t c = 0; c < w_.d_in; c += kPanelColumns) {
+      const size_t width = std::min(kPanelColumns, w_.d_in - c);
+      const Panels<T> panel = block(w_, rows.first, rows.count, c, width, decoded);
+      k_.dot_panel(x_.rows, rows.count, width, panel.data, panel.row_stride, x_.data + c, x_.stride, part,
+                   c > 0);
+    }
+  }
+
+  // scaled (m, r) = scale * drop(x) Bᵀ; z without the scale.
+  void project(T* part, T* scaled, bool keep) const {
+    const size_t rank = low_.b.rows;
+    Matrix<const T> x = x_;
+    if (low_.dropout > 0) {
+      T* dropped = scratch<T>(Scratch::kDropped, x.rows * w_.d_in);
+      drop_rows(k_, low_, 0, 0, w_.d_in, x_, dropped, w_.d_in);
+      x = {dropped, x_.rows, w_.d_in, w_.d_in};
+    }
+    for (size_t j = 0; j < rank; j += group()) {
+      const size_t rows = std::min(group(), rank - j);
+      if (w_.d_in == 0) std::fill_n(part, x_.rows * rows * lanes_, T(0));
+      add_dots(low_.b.row(j), low_.b.stride, rows, w_.d_in, x.data, x.stride, part, false);
+      k_.sum_parts(x_.rows, rows, part, nullptr, scaled + j, rank);
+    }
+    for (size_t t = 0; t < x_.rows && keep; ++t) std::copy_n(scaled + t * rank, rank, z_.row(t));
+    for (size_t i = 0; i < x_.rows * rank; ++i) scaled[i] *= T(low_.scale);
+  }
+
+  const WeightView& w_;
+  Matrix<const T> x_;
+  const LowRank<T>& low_;
+  const T* bias_;
+  Matrix<T> y_, z_;
+  const Products<T>& k_;
+  size_t lanes_;
+};
+
 // dz (n, r) = scale * dy A for the rows of dy given.
 template <class T>
 void project_back(const Products<T>& k, Matrix<const T> dy, const LowRank<T>& low, T* dz) {
@@ -256,9 +340,15 @@ void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low,
                   Matrix<T> z) {
   for (size_t i = 0; i < z.rows && !low.active(); ++i) std::fill_n(z.row(i), z.cols, T(0));
   if (x.rows == 0) return;
+  const size_t threads = useful_threads(flops(double(x.rows), double(w.d_out), double(w.d_in)));
+  if (x.rows <= kDotTokens) {
+    const SmallForwardTask<T> task(w, x, low, bias, y, z);
+    const Grid grid(1, 1, 1, w.d_out, kRowBlock, threads);
+    return parallel_for(grid.tasks(), threads, Interruptible::kYes,
+                        [&](size_t i) { task(part(w.d_out, grid.w_block, i)); });
+  }
   const ForwardTask<T> task(w, x, low, bias, y, z);
   const size_t most = kLanesBytes / sizeof(T) / std::max<size_t>(1, w.d_in);
-  const size_t threads = useful_threads(flops(double(x.rows), double(w.d_out), double(w.d_in)));
   const Grid grid(x.rows, task.lanes(),
                   std::clamp(most / task.lanes() * task.lanes(), 2 * task.lanes(), kTokenBlock), w.d_out,
                   kRowBlock, threads);

@@ -10,6 +10,7 @@ int main() {
   const size_t count = nplora::kernels::available_tables(tables, 16);
   for (size_t i = 0; i < count; ++i) {
     test_products(*tables[i]);
+    test_dots(*tables[i]);
     test_lanes(*tables[i]);
     test_elementwise(*tables[i]);
     test_conversions(*tables[i]);

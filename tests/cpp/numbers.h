@@ -34,6 +34,11 @@ template <class T>
 constexpr bool is_float = std::is_same_v<T, float>;
 
 template <class T>
+constexpr const char* type_name() {
+  return is_float<T> ? "float" : "double";
+}
+
+template <class T>
 constexpr T kUnitRoundoff = std::numeric_limits<T>::epsilon() / 2;
 
 // Higham 2002, section 3.1: k roundings leave a relative error of at most gamma_k.

@@ -19,11 +19,6 @@ std::vector<size_t> lengths() {
   return all;
 }
 
-template <class T>
-const char* type_name() {
-  return is_float<T> ? "float" : "double";
-}
-
 // ---- adamw ----
 
 // Each quantity passes through fewer roundings than this, those of the coefficients included.

@@ -19,8 +19,8 @@ std::vector<size_t> widths() {
 template <class T>
 void run_to_lanes(const KernelTable& table, Random& random, size_t lanes, size_t rows, size_t cols,
                   size_t gap, Place place) {
-  check::Case one("%s to_lanes<%s> lanes %zu rows %zu cols %zu stride %zu, %s", table.isa,
-                  is_float<T> ? "float" : "double", lanes, rows, cols, cols + gap, name_of(place));
+  check::Case one("%s to_lanes<%s> lanes %zu rows %zu cols %zu stride %zu, %s", table.isa, type_name<T>(),
+                  lanes, rows, cols, cols + gap, name_of(place));
   const std::vector<T> values = draw<T>(random, rows * cols, Data::kSpecial);
   Placed<T> x(rows, cols, {cols + gap}, place, values), xt(cols, lanes, {lanes}, place);
   table.products<T>().to_lanes(lanes, rows, cols, x.data(), cols + gap, xt.data());
@@ -36,7 +36,7 @@ template <class T>
 void run_from_lanes(const KernelTable& table, Random& random, size_t lanes, size_t rows, size_t cols,
                     size_t gap, bool with_bias, Place place) {
   check::Case one("%s from_lanes<%s> lanes %zu rows %zu cols %zu stride %zu bias %d, %s", table.isa,
-                  is_float<T> ? "float" : "double", lanes, rows, cols, cols + gap, with_bias, name_of(place));
+                  type_name<T>(), lanes, rows, cols, cols + gap, with_bias, name_of(place));
   const std::vector<T> values = draw<T>(random, cols * lanes, Data::kSpecial);
   const std::vector<T> offsets = draw<T>(random, cols, Data::kUniform);
   Placed<T> yt(cols, lanes, {lanes}, place, values), bias(1, cols, {cols}, place, offsets);

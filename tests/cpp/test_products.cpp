@@ -71,10 +71,6 @@ struct Product {
   }
 };
 
-bool fuses(const KernelTable& table) {
-  return std::strcmp(table.isa, "generic") != 0;
-}
-
 // 0 ... 65 (each rank up to 64, each remainder of a panel), the edges of further panels, and one long sum.
 std::vector<size_t> depths() {
   std::vector<size_t> all;
@@ -102,8 +98,8 @@ template <class T>
 void run_lane_tile(const KernelTable& table, const Product<T>& p, Data data, Layout layout, Place place) {
   check::Case one(
       "%s lane_tile<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate %d, %s, %s",
-      table.isa, is_float<T> ? "float" : "double", p.n, p.m, p.depth, layout.row_stride, layout.panel_stride,
-      p.accumulate, name_of(data), name_of(place));
+      table.isa, type_name<T>(), p.n, p.m, p.depth, layout.row_stride, layout.panel_stride, p.accumulate,
+      name_of(data), name_of(place));
   Placed<T> w(p.m, p.depth, layout, place, p.a), xt(p.depth, p.n, {p.n}, place, p.b),
       yt(p.m, p.n, {p.n}, place);
   if (p.accumulate)
@@ -156,8 +152,8 @@ void run_outer_tile(const KernelTable& table, const Product<T>& p, Data data, si
   check::Case one(
       "%s outer_tile<%s> m %zu n %zu depth %zu a strides %zu %zu w_stride %zu c_stride %zu accumulate %d, "
       "%s, %s",
-      table.isa, is_float<T> ? "float" : "double", p.m, p.n, p.depth, a_layout.row_stride, a_layout.step,
-      w_stride, c_stride, p.accumulate, name_of(data), name_of(place));
+      table.isa, type_name<T>(), p.m, p.n, p.depth, a_layout.row_stride, a_layout.step, w_stride, c_stride,
+      p.accumulate, name_of(data), name_of(place));
   Placed<T> a(p.m, p.depth, a_layout, place, p.a), w(p.depth, p.n, {w_stride}, place, p.b);
   Placed<T> c(p.m, p.n, {c_stride}, place);
   if (p.accumulate)
@@ -214,8 +210,7 @@ void test_blocking(const KernelTable& table) {
   Random random(3);
   for (size_t trial = 0; trial < check::kFewestShapes; ++trial) {
     const size_t n = k.lanes, m = 1 + random.below(30), depth = 1 + random.below(300);
-    check::Case one("%s blocking<%s> m %zu depth %zu trial %zu", table.isa, is_float<T> ? "float" : "double",
-                    m, depth, trial);
+    check::Case one("%s blocking<%s> m %zu depth %zu trial %zu", table.isa, type_name<T>(), m, depth, trial);
     check::count_shape(is_float<T> ? "blocking<float>" : "blocking<double>");
     const std::vector<T> a = draw<T>(random, m * depth, Data::kUniform),
                          b = draw<T>(random, depth * n, Data::kUniform);

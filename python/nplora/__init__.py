@@ -1,0 +1,91 @@
+"""nplora: LoRA fine-tuning on CPUs, from NumPy."""
+
+from nplora import _core  # isort: skip  (first: its thread-local storage needs room that later imports take)
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nplora import losses, optim
+from nplora.layers import (
+    GELU,
+    Embedding,
+    LayerNorm,
+    Linear,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    ReLU,
+    RMSNorm,
+    Sequential,
+    SiLU,
+    Tanh,
+)
+from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
+from nplora.losses import NonFiniteLossError
+from nplora.module import Module, Parameter
+from nplora.optim import SGD, AdamW
+from nplora.runtime import get_num_threads, set_num_threads, show_config
+from nplora.weights import FrozenWeight
+
+if TYPE_CHECKING:
+    from nplora import formats
+    from nplora.adapters import load_adapter, save_adapter
+    from nplora.trainer import Trainer
+
+__version__: str = _core.config()["version"]
+
+# What `import nplora` leaves alone until it is asked for: the module that holds each name, which may be it
+# itself.
+_LATE = {
+    "Trainer": "nplora.trainer",
+    "formats": "nplora.formats",
+    "load_adapter": "nplora.adapters",
+    "save_adapter": "nplora.adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'nplora' has no attribute {name!r}")
+    module = importlib.import_module(_LATE[name])
+    value = globals()[name] = module if module.__name__ == f"nplora.{name}" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})
+
+
+__all__ = [
+    "GELU",
+    "SGD",
+    "AdamW",
+    "Embedding",
+    "FrozenWeight",
+    "LayerNorm",
+    "Linear",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "Module",
+    "NonFiniteLossError",
+    "Parameter",
+    "RMSNorm",
+    "ReLU",
+    "Sequential",
+    "SiLU",
+    "Tanh",
+    "Trainer",
+    "formats",
+    "get_num_threads",
+    "load_adapter",
+    "lora_backward",
+    "lora_forward",
+    "losses",
+    "merge_lora",
+    "optim",
+    "save_adapter",
+    "set_num_threads",
+    "show_config",
+    "unmerge_lora",
+]

@@ -1,0 +1,206 @@
+"""Every check of what a user passes in. A message names the op, what was wanted and what was got."""
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arrays count as overlapping
+
+
+def is_bfloat16(array: Array) -> bool:
+    """Whether the array holds ml_dtypes.bfloat16, known by its name so that ml_dtypes need not be there."""
+    return array.dtype.name == "bfloat16"
+
+
+# ---- numbers and words ----
+
+
+def number(op: str, name: str, value: object) -> float:
+    """A finite real number; a bool is not one."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} is {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} is {value}, expected a finite number")
+    return float(value)
+
+
+def at_least(op: str, name: str, value: object, least: float) -> float:
+    """A finite real number no smaller than `least`."""
+    checked = number(op, name, value)
+    if checked < least:
+        raise ValueError(f"{op}: {name} is {value}, expected at least {least:g}")
+    return checked
+
+
+def integer(op: str, name: str, value: object, least: int) -> int:
+    """An integer no smaller than `least`; a bool is not one."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} is {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{op}: {name} is {value}, expected at least {least}")
+    return int(value)
+
+
+def probability(op: str, name: str, value: object) -> float:
+    """A number in [0, 1)."""
+    checked = number(op, name, value)
+    if not 0 <= checked < 1:
+        raise ValueError(f"{op}: {name} is {value}, expected at least 0 and below 1")
+    return checked
+
+
+def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
+    """One of the words allowed."""
+    words = list(allowed)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{op}: {name}={value!r} is not available; possible: {', '.join(map(repr, words))}")
+    return value
+
+
+# ---- arrays that are read ----
+
+
+def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
+    """Any real array as a C-contiguous array of `dtype`; copied only where it is not one already."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" and not is_bfloat16(array):
+        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected real numbers")
+    return np.require(array, dtype, ("C", "A"))
+
+
+def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """A real array of exactly this shape."""
+    array = floats(op, name, value, dtype)
+    if array.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}")
+    return array
+
+
+def rows(
+    op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
+) -> tuple[Array, tuple[int, ...]]:
+    """An array (..., width) as (n, width), and the shape of its leading axes."""
+    array = floats(op, name, value, dtype)
+    if array.ndim == 0:
+        raise ValueError(f"{op}: {name} is a single number, expected (..., {width_name}={width})")
+    if array.shape[-1] != width:
+        raise ValueError(f"{op}: {name} has last axis {array.shape[-1]}, expected {width_name}={width}")
+    lead = array.shape[:-1]
+    return array.reshape(math.prod(lead), width), lead
+
+
+def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
+    """A copy of an array with one axis."""
+    array = floats(op, name, value, dtype)
+    if array.ndim != 1:
+        raise ValueError(f"{op}: {name} has {array.ndim} axes, expected 1")
+    return array.copy()
+
+
+def factors(
+    op: str, A: npt.ArrayLike, B: npt.ArrayLike, d_out: int, d_in: int, dtype: npt.DTypeLike
+) -> tuple[Array, Array]:
+    """A (d_out, r) and B (r, d_in) that fit a weight and each other, r at least 1."""
+    a, b = floats(op, "A", A, dtype), floats(op, "B", B, dtype)
+    if a.ndim != 2 or a.shape[0] != d_out or a.shape[1] == 0:
+        raise ValueError(f"{op}: A has shape {a.shape}, expected (d_out={d_out}, r) with r at least 1")
+    if b.shape != (a.shape[1], d_in):
+        raise ValueError(f"{op}: B has shape {b.shape}, expected (r={a.shape[1]}, d_in={d_in})")
+    return a, b
+
+
+def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
+    """An integer array of any shape, as int64. An empty list counts as one."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
+    return np.require(array, np.int64, ("C", "A"))
+
+
+def in_range(op: str, name: str, ids: Array, size: int) -> Array:
+    """Integers in [0, size)."""
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{op}: {name} holds {worst}, expected integers from 0 to {size - 1}")
+    return ids
+
+
+# ---- arrays that are written ----
+
+
+def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> Array:
+    """An array that may be written in place without touching any of the arrays being read."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{op}: {name} is a {type(array).__name__}, expected a NumPy array to write into")
+    if not array.flags.writeable:
+        raise ValueError(f"{op}: {name} is read-only")
+    if not array.dtype.isnative:
+        raise TypeError(f"{op}: {name} is byte-swapped ({array.dtype.str}), expected native byte order")
+    if not array.flags.aligned:
+        raise ValueError(f"{op}: {name} is not aligned to its elements")
+    for reader, other in readers:
+        if overlap(array, other):
+            raise ValueError(f"{op}: {name} overlaps {reader} in memory")
+    return array
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share an element; True where that would take too long to find out."""
+    try:
+        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def output(
+    op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
+) -> Array:
+    """`out` for a result of this shape and dtype, or a fresh array where it is None."""
+    if out is None:
+        return np.empty(shape, dtype)
+    array = writable(op, name, out, *readers)
+    if array.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{op}: {name} is not C-contiguous")
+    return array
+
+
+def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Array]) -> tuple[Array, str]:
+    """A weight that `merge_lora` writes in place, as the core takes it, and the name of its storage.
+
+    float32 and float64 stay as they are; float16 and bfloat16 are passed on as their bit patterns.
+    """
+    array = writable(op, "W", W, *readers)
+    storage = _storage_in_place(op, array, dtype)
+    if array.ndim != 2:
+        raise ValueError(f"{op}: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+    inner, row = array.strides[1], array.strides[0]
+    if array.shape[1] > 1 and inner != array.itemsize:
+        raise ValueError(
+            f"{op}: the rows of W are not contiguous ({inner} bytes from one element to the next, "
+            f"expected {array.itemsize}): is W transposed?"
+        )
+    if array.shape[0] > 1 and row < array.shape[1] * array.itemsize:
+        raise ValueError(f"{op}: the rows of W run backwards or overlap ({row} bytes from one to the next)")
+    return (array.view(np.uint16) if array.itemsize == 2 else array), storage
+
+
+def _storage_in_place(op: str, array: Array, dtype: str | None) -> str:
+    if array.dtype == np.uint16 and dtype == "bfloat16":
+        return "bfloat16"
+    name: str = array.dtype.name
+    if name not in ("float32", "float64", "float16", "bfloat16"):
+        hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if name == "uint16" else ""
+        raise TypeError(f"{op}: W has dtype {name}, expected float32, float64, float16 or bfloat16{hint}")
+    if dtype not in (None, name):
+        raise ValueError(f"{op}: dtype={dtype!r}, but W holds {name}")
+    return name

@@ -1,0 +1,119 @@
+"""Activations: elementwise functions without parameters. float64 stays float64, all else becomes float32."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.module import Gradient, Module, Saved, inferring
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ActivationSaved(Saved):
+    """The one array that the backward pass needs: x or y, whichever the derivative is written in."""
+
+    array: Array | None
+
+
+class Activation(Module):
+    """The base of the activations: y = f(x) elementwise, dx = f'(x) ∘ dy, for x of any shape."""
+
+    _keeps_output = False  # whether f' is computed from y, which the next layer keeps anyway
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
+        """y of the shape of x, and what `backward` needs."""
+        given = np.asarray(x)
+        dtype = np.float64 if given.dtype == np.float64 else np.float32
+        array = _check.floats(f"{type(self).__name__}.forward", "x", given, dtype)
+        y = self._apply(array)
+        return y, ActivationSaved(None if inferring() else y if self._keeps_output else array)
+
+    def backward(self, dy: npt.ArrayLike, saved: ActivationSaved, need_dx: bool = True) -> Gradient:
+        """dx of the shape of x, or None where need_dx is False.
+
+        Raises:
+            ValueError: dy has not the shape of y.
+        """
+        if not need_dx:
+            return None
+        op, kept = f"{type(self).__name__}.backward", saved.array
+        if kept is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        return self._differentiate(kept, _check.shaped(op, "dy", dy, kept.shape, kept.dtype))
+
+    def _apply(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def _differentiate(self, kept: Array, dy: Array) -> Array:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class ReLU(Activation):
+    """y = max(x, 0)."""
+
+    _keeps_output = True
+
+    def _apply(self, x: Array) -> Array:
+        return np.maximum(x, 0)
+
+    def _differentiate(self, kept: Array, dy: Array) -> Array:
+        return np.where(kept <= 0, dy.dtype.type(0), dy)  # a NaN lets its gradient through, to be seen
+
+
+class Tanh(Activation):
+    """y = tanh(x); dx = (1 - y²) dy."""
+
+    _keeps_output = True
+
+    def _apply(self, x: Array) -> Array:
+        return np.asarray(np.tanh(x))
+
+    def _differentiate(self, kept: Array, dy: Array) -> Array:
+        return np.asarray((1 - kept * kept) * dy)
+
+
+class SiLU(Activation):
+    """y = x σ(x) (Elfwing et al. 2018); dx = σ(x) (1 + x (1 - σ(x))) dy."""
+
+    def _apply(self, x: Array) -> Array:
+        return x * _sigmoid(x)
+
+    def _differentiate(self, kept: Array, dy: Array) -> Array:
+        gate = _sigmoid(kept)
+        return np.asarray(gate * (1 + kept * (1 - gate)) * dy)
+
+
+class GELU(Activation):
+    """y = x Φ(x) (Hendrycks & Gimpel 2016).
+
+    Args:
+        approximate: "none": Φ by the error function; "tanh": by its approximation, as in GPT-2.
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        self.approximate = _check.choice("GELU", "approximate", approximate, ("none", "tanh"))
+
+    def _apply(self, x: Array) -> Array:
+        out = np.empty_like(x)
+        _core.gelu(x, self.approximate == "tanh", out)
+        return out
+
+    def _differentiate(self, kept: Array, dy: Array) -> Array:
+        out = np.empty_like(kept)
+        _core.gelu_backward(kept, dy, self.approximate == "tanh", out)
+        return out
+
+    def __repr__(self) -> str:
+        return f"GELU(approximate={self.approximate!r})"
+
+
+def _sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right 0
+        return np.asarray(1 / (1 + np.exp(-x)))

@@ -1,0 +1,116 @@
+"""Linear: y = x Wᵀ + bias, frozen, or trained as a whole (a new head)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.module import Gradient, Module, Parameter, Saved, inferring
+from nplora.weights import FrozenWeight, freeze
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinearSaved(Saved):
+    """What `Linear.backward` needs: nothing but a shape where the weight is frozen, else x (n, d_in)."""
+
+    lead: tuple[int, ...]
+    x: Array | None = None
+
+
+class Linear(Module):
+    """y = x Wᵀ [+ bias].
+
+    Args:
+        W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
+        bias: array (d_out,) or None.
+        dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
+        compute: "float32".
+        trainable: train W and bias themselves; their parameters are named "weight" and "bias".
+    Attributes:
+        weight: a FrozenWeight, or the live array (d_out, d_in) where trainable.
+        dweight, dbias: the gradients, None where there are none.
+    Raises:
+        ValueError: W has not two axes, bias has another shape, or dtype does not fit.
+    """
+
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        bias: npt.ArrayLike | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        trainable: bool = False,
+    ) -> None:
+        frozen = freeze("Linear", W, dtype, compute)
+        self.shape = frozen.shape
+        self.trainable = bool(trainable)
+        self.weight = trainable_copy("Linear", frozen) if trainable else frozen
+        self._dtype = frozen.compute_dtype
+        self.bias = None
+        if bias is not None:
+            self.bias = _check.shaped("Linear", "bias", bias, (frozen.shape[0],), self._dtype).copy()
+        self.dweight = np.zeros_like(self.weight) if isinstance(self.weight, np.ndarray) else None
+        self.dbias = np.zeros_like(self.bias) if trainable and self.bias is not None else None
+
+    def local_parameters(self) -> list[Parameter]:
+        triples = (("weight", self.weight, self.dweight), ("bias", self.bias, self.dbias))
+        return [Parameter(n, v, g) for n, v, g in triples if isinstance(v, np.ndarray) and g is not None]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, LinearSaved]:
+        """y (..., d_out) for x (..., d_in).
+
+        Raises:
+            ValueError: the last axis of x is not d_in.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("Linear.forward", "x", x, d_in, "d_in", self._dtype)
+        y = np.empty((len(rows), d_out), self._dtype)
+        _core.matmul(core_weight(self.weight), rows, self.bias, y)
+        keep = self.trainable and not inferring()
+        return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None)
+
+    def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
+        """dx = dy W; where trainable, dweight += dyᵀ x and dbias += Σ dy.
+
+        Raises:
+            ValueError: dy has not the shape of y.
+        """
+        d_out, d_in = self.shape
+        rows = _check.shaped("Linear.backward", "dy", dy, (*saved.lead, d_out), self._dtype)
+        rows = rows.reshape(math.prod(saved.lead), d_out)
+        if self.dweight is not None:
+            if saved.x is None:
+                raise RuntimeError("Linear.backward: this forward pass was inference and kept nothing")
+            _core.add_outer(rows, saved.x, 1.0, self.dweight)
+        if self.dbias is not None:
+            self.dbias += rows.sum(axis=0)
+        if not need_dx:
+            return None
+        dx = np.empty((len(rows), d_in), self._dtype)
+        _core.matmul_t(core_weight(self.weight), rows, dx)
+        return dx.reshape(*saved.lead, d_in)
+
+    def __repr__(self) -> str:
+        return f"Linear({self.shape}, trainable={self.trainable})"
+
+
+def core_weight(weight: FrozenWeight | Array) -> "_core.Weight":
+    """A weight as the core's products take it."""
+    return weight.packed if isinstance(weight, FrozenWeight) else weight
+
+
+def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
+    """A live array of a weight that is to be trained as a whole."""
+    if frozen.dtype not in ("float32", "float64"):
+        raise ValueError(
+            f"{op}: dtype={frozen.dtype!r} with trainable=True; a trained weight is float32 or float64"
+        )
+    return frozen.to_numpy()

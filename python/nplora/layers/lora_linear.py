@@ -1,0 +1,220 @@
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; rsLoRA, dropout, DoRA and LoRA-FA."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.layers.linear import Linear
+from nplora.layers.low_rank import LoRALayer
+from nplora.module import Gradient, Saved, inferring
+from nplora.weights import FrozenWeight, freeze
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoRALinearSaved(Saved):
+    """What `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
+
+    lead: tuple[int, ...]  # the leading axes of x
+    alone: bool = False  # W answered without the update
+    merged: bool = False
+    dropout: float = 0.0
+    key: int = 0  # of the dropout mask, which is drawn again rather than kept
+    x: Array | None = None  # None where B is frozen
+    z: Array | None = None
+    u: Array | None = None  # DoRA: the output before rescaling
+    gain: Array | None = None  # DoRA: m / ‖row‖
+    inverse_norm: Array | None = None
+
+
+class LoRALinear(LoRALayer):
+    """A frozen linear layer with a trainable low-rank update.
+
+    y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
+
+    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias],
+    where ‖·‖ is the norm of each row, computed without A·B and taken as a constant by `backward` (section
+    4.3). A row of norm 0 stays 0.
+
+    Args:
+        W: float array (d_out, d_in), copied and packed, or a FrozenWeight, shared.
+        rank: r, at least 1.
+        alpha: the update's strength: scale = alpha / rank.
+        bias: array (d_out,), frozen, or None.
+        dtype: the storage of W: "float32" (also for None), "float64", "bfloat16", "float16". With "float64"
+            everything is float64, otherwise x is converted to float32.
+        compute: "float32".
+        init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
+            1/r).
+        dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
+        use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
+        use_dora: train the magnitudes m of the rows too.
+        freeze_B: train A alone (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
+        rng: draws the starting factors and the dropout stream.
+    Raises:
+        ValueError: W has not two axes; rank is below 1; alpha is not finite; dropout is not in [0, 1); bias
+            has another shape; a word is not one of those above.
+        TypeError: W does not hold floats; rank is not an integer.
+    Warns:
+        UserWarning: rank is above min(d_out, d_in).
+    """
+
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        rank: int = 8,
+        alpha: float = 16,
+        bias: npt.ArrayLike | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        init: str = "zero",
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        freeze_B: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        op = type(self).__name__
+        weight = freeze(op, W, dtype, compute)
+        self.dropout = _check.probability(op, "dropout", dropout)
+        self.use_dora, self.freeze_B = bool(use_dora), bool(freeze_B)
+        d_out = weight.shape[0]
+        self.bias = (
+            None if bias is None else _check.shaped(op, "bias", bias, (d_out,), weight.compute_dtype).copy()
+        )
+        self._frozen_squares = np.empty(d_out if use_dora else 0, np.float64)  # ‖W_o‖², which never changes
+        if use_dora:
+            weight.packed.row_sums_of_squares(self._frozen_squares)
+        super().__init__(weight, rank, alpha, init, use_rslora, rng)
+
+    def _start(self, rng: np.random.Generator) -> None:
+        super()._start(rng)
+        if self.m is not None:
+            self.m[...] = self._row_norms()
+
+    def _draw_b(self, rng: np.random.Generator) -> Array:
+        bound = 1 / math.sqrt(max(1, self.B.shape[1]))
+        return rng.uniform(-bound, bound, self.B.shape)
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [*super().local_frozen(), *([] if self.bias is None else [self.bias])]
+
+    # ---- the two passes ----
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, LoRALinearSaved]:
+        """y (..., d_out) for x (..., d_in), and what `backward` needs: references to x and z.
+
+        Raises:
+            ValueError: the last axis of x is not d_in.
+        """
+        (d_out, d_in), dtype = self.weight.shape, self.weight.compute_dtype
+        rows, lead = _check.rows("LoRALinear.forward", "x", x, d_in, "d_in", dtype)
+        y = np.empty((len(rows), d_out), dtype)
+        lone = self._lone_weight()
+        if lone is not None:
+            _core.matmul(lone.packed, rows, self.bias, y)
+            return y.reshape(*lead, d_out), LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
+
+        training = not inferring()
+        dropout = self.dropout if training else 0.0
+        key = self._next_key() if dropout else 0
+        z = np.empty((len(rows), self.rank), dtype)
+        bias = None if self.use_dora else self.bias
+        _core.lora_forward(self.weight.packed, rows, self.A, self.B, self.scale, bias, dropout, key, y, z)
+        saved = LoRALinearSaved(lead)
+        if training:
+            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
+        if self.use_dora:
+            y, saved = self._rescale(y, saved, training)
+        return y.reshape(*lead, d_out), saved
+
+    def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
+        """DoRA: y = m / ‖row‖ ∘ u + bias."""
+        assert self.m is not None
+        inverse_norm = self._inverse_norms()
+        gain = (self.m * inverse_norm).astype(u.dtype)
+        y = np.multiply(u, gain, out=None if training else u)
+        if self.bias is not None:
+            y += self.bias
+        if training:
+            saved = dataclasses.replace(saved, u=u, gain=gain, inverse_norm=inverse_norm.astype(u.dtype))
+        return y, saved
+
+    def backward(self, dy: npt.ArrayLike, saved: LoRALinearSaved, need_dx: bool = True) -> Gradient:
+        """Add to dA, dB and dm; return dx (..., d_in), or None where need_dx is False.
+
+        dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
+        of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+
+        Raises:
+            ValueError: dy has not the shape of y.
+            RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
+        """
+        op = "LoRALinear.backward"
+        self.require_unmerged("backward")
+        if saved.merged:
+            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+        if saved.z is None and not saved.alone:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        (d_out, d_in), dtype = self.weight.shape, self.weight.compute_dtype
+        du = _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
+        dx = np.empty((len(du), d_in), dtype) if need_dx else None
+        if saved.z is None:
+            if dx is not None:
+                _core.matmul_t(self.weight.packed, du, dx)
+        else:
+            if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
+                assert self.dm is not None
+                self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
+                du = du * saved.gain
+            _core.lora_backward(
+                self.weight.packed, du, saved.x, saved.z, self.A, self.B, self.scale, saved.dropout,
+                saved.key, dx, self.dA, self.dB,
+            )  # fmt: skip
+        return None if dx is None else dx.reshape(*saved.lead, d_in)
+
+    # ---- DoRA's norms ----
+
+    def _row_norms(self) -> Array:
+        """‖W_o + s A_o B‖ for each row o, float64, without forming A·B.
+
+        ‖W_o + s A_o B‖² = ‖W_o‖² + 2 s A_o · (B W_oᵀ) + s² A_o (B Bᵀ) A_oᵀ
+        """
+        squares = self._frozen_squares.copy()
+        if self.scale != 0:
+            a, b = self.A.astype(np.float64), self.B.astype(np.float64)
+            bw = np.empty((self.rank, len(a)), self.B.dtype)
+            _core.matmul(self.weight.packed, self.B, None, bw)
+            gram, a_gram = np.empty((self.rank, self.rank)), np.empty_like(a)
+            _core.matmul(b, b, None, gram)
+            _core.matmul(gram, a, None, a_gram)
+            squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
+            squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
+        return np.sqrt(np.maximum(squares, 0))
+
+    def _inverse_norms(self) -> Array:
+        norms = self._row_norms()
+        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+
+    def _gain(self) -> Array:
+        assert self.m is not None
+        return self.m * self._inverse_norms()
+
+    # ---- merging ----
+
+    def merged_weight(self) -> Array:
+        merged = super().merged_weight()
+        if self.use_dora:
+            merged *= self._gain().astype(merged.dtype)[:, None]
+        return merged
+
+    def delta_weight(self) -> Array:
+        return self.merged_weight() - self.weight.to_numpy() if self.use_dora else super().delta_weight()
+
+    def unloaded(self) -> Linear:
+        return Linear(self._merged_frozen(), self.bias)

@@ -1,0 +1,211 @@
+"""LoRALayer: a frozen weight with a trainable low-rank update, and how the two are merged."""
+
+import math
+import warnings
+from typing import Any, Generic, Self, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.module import AdapterLayer, Commit, Parameter
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+T = TypeVar("T", bound=Array | None)
+
+INITS = ("zero", "gaussian")
+
+
+class LiveArray(Generic[T]):
+    """An array attribute that keeps its buffer: `layer.A = value` copies value in, `layer.A -= step` works
+    in place.
+
+    Optimisers hold the buffers, so they must never be exchanged.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: object, owner: type) -> T: ...
+    def __get__(self, layer: object | None, owner: type) -> Self | T:
+        if layer is None:
+            return self
+        try:
+            return vars(layer)[self._name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(
+                f"{owner.__name__}.{self._name}: this layer was unloaded; use the plain layer in its place"
+            ) from None
+
+    def __set__(self, layer: object, value: npt.ArrayLike) -> None:
+        live = vars(layer)[self._name]
+        if value is live:
+            return
+        op = type(layer).__name__
+        if live is None:
+            raise AttributeError(f"{op}.{self._name}: this layer has no {self._name}")
+        live[...] = _check.shaped(op, self._name, value, live.shape, live.dtype)
+
+
+class LoRALayer(AdapterLayer):
+    """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
+
+    Attributes:
+        weight: the FrozenWeight W (d_out, d_in).
+        A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 where W is float64.
+        m: DoRA's magnitudes (d_out,), or None.
+        dA, dB, dm: their gradients, added to by `backward`; dB is None where B is frozen, dm where there is
+            no m.
+        rank, alpha, use_rslora, use_dora, dropout, freeze_B: as given.
+        scale: alpha / rank, with rsLoRA alpha / sqrt(rank).
+    """
+
+    A = LiveArray[Array]()
+    B = LiveArray[Array]()
+    m = LiveArray[Array | None]()
+    dA = LiveArray[Array]()  # noqa: N815
+    dB = LiveArray[Array | None]()  # noqa: N815
+    dm = LiveArray[Array | None]()
+
+    use_dora = False
+    freeze_B = False  # noqa: N815
+    dropout = 0.0
+
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        rank: int,
+        alpha: float,
+        init: str,
+        use_rslora: bool,
+        rng: np.random.Generator | int | None,
+    ) -> None:
+        op = type(self).__name__
+        self.weight = weight
+        self.rank = _check.integer(op, "rank", rank, least=1)
+        self.alpha = _check.number(op, "alpha", alpha)
+        self.use_rslora = bool(use_rslora)
+        self.scale = self.alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+        self.init = _check.choice(op, "init", init, INITS)
+        self.adapter_enabled = True
+        self._merged: FrozenWeight | None = None
+        d_out, d_in = weight.shape
+        if self.rank > min(d_out, d_in):
+            warnings.warn(
+                f"{op}: rank {self.rank} is above min(d_out, d_in) = {min(d_out, d_in)}, the highest of use",
+                stacklevel=3,
+            )
+        dtype = weight.compute_dtype
+        a, b = np.zeros((d_out, self.rank), dtype), np.zeros((self.rank, d_in), dtype)
+        vars(self).update(A=a, B=b, m=None, dA=np.zeros_like(a), dB=np.zeros_like(b), dm=None)
+        if self.freeze_B:
+            vars(self).update(dB=None)
+        if self.use_dora:
+            vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
+        self._start(np.random.default_rng(rng))
+
+    # ---- starting values and randomness ----
+
+    def _start(self, rng: np.random.Generator) -> None:
+        """Draw A and B, then the seed of the dropout stream."""
+        if self.init == "zero":
+            self.A[...] = 0
+            self.B[...] = self._draw_b(rng)
+        else:  # N(0, 1/r): A·B has entries of variance 1/r
+            self.A[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.A.shape)
+            self.B[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.B.shape)
+        self.dropout_stream = (int(rng.integers(2**63)), 0)
+
+    def _draw_b(self, rng: np.random.Generator) -> Array:
+        """B at the start of init="zero", where A is 0."""
+        raise NotImplementedError
+
+    def reset(self, stream: np.random.SeedSequence) -> None:
+        self.require_unmerged("reset")
+        self._start(np.random.default_rng(stream))
+
+    def _next_key(self) -> int:
+        """The 64-bit key of this pass's dropout mask."""
+        seed, calls = self.dropout_stream
+        self.dropout_stream = (seed, calls + 1)
+        return int(np.random.SeedSequence((seed, calls)).generate_state(1, np.uint64)[0])
+
+    # ---- parameters ----
+
+    def local_parameters(self) -> list[Parameter]:
+        triples = (("A", self.A, self.dA), ("B", self.B, self.dB), ("m", self.m, self.dm))
+        return [Parameter(name, v, g) for name, v, g in triples if v is not None and g is not None]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [self.weight, *([self.B] if self.freeze_B else [])]
+
+    # ---- the update as a dense matrix ----
+
+    def delta_weight(self) -> Array:
+        """merged_weight() - W: array (d_out, d_in), which is scale · A·B without DoRA."""
+        delta = np.zeros(self.weight.shape, self.weight.compute_dtype)
+        _core.merge_lora(delta, self.A, self.B, self.scale, delta.dtype.name)
+        return delta
+
+    def merged_weight(self) -> Array:
+        """W + scale · A·B (DoRA: with its rows rescaled) as a fresh array (d_out, d_in), not narrowed."""
+        merged = self.weight.to_numpy()
+        _core.merge_lora(merged, self.A, self.B, self.scale, merged.dtype.name)
+        return merged
+
+    # ---- merging ----
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merged weight answers at the moment."""
+        return self._merged is not None
+
+    def _merged_frozen(self) -> FrozenWeight:
+        return self._merged or FrozenWeight(self.merged_weight(), self.weight.dtype)
+
+    def prepare_merge(self) -> Commit:
+        self.require_unmerged("merge")
+        merged = self._merged_frozen()
+
+        def commit() -> None:
+            self._merged = merged
+            self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
+
+        return commit
+
+    def prepare_unmerge(self) -> Commit:
+        if not self.merged:
+            raise RuntimeError(f"{type(self).__name__}.unmerge: the layer is not merged")
+
+        def commit() -> None:
+            self._merged = None
+            self._allow_writes(True)
+
+        return commit
+
+    def _allow_writes(self, allowed: bool) -> None:
+        for array in (self.A, self.B, self.m):
+            if array is not None:
+                array.flags.writeable = allowed
+
+    def discard(self) -> None:
+        vars(self).clear()
+
+    def _lone_weight(self) -> FrozenWeight | None:
+        """The weight that answers alone: the merged one, or W while the adapter is disabled; else None."""
+        if not self.adapter_enabled:
+            return self.weight
+        return self._merged
+
+    def _describe(self) -> str:
+        d_out, d_in = self.weight.shape
+        return f"({d_out}, {d_in}), rank={self.rank}, alpha={self.alpha:g}, dtype={self.weight.dtype!r}"
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._describe()})" if vars(self) else f"{type(self).__name__}(unloaded)"
+        )

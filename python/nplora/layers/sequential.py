@@ -1,0 +1,68 @@
+"""Sequential: modules applied one after the other."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.module import Gradient, Module, Saved
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequentialSaved(Saved):
+    """What each module kept, in order."""
+
+    items: tuple[Any, ...]
+
+
+class Sequential(Module):
+    """Apply modules in order; the children are named "0", "1", ...
+
+    Args:
+        modules: any number of modules; the same one may come twice and then shares its parameters.
+    Raises:
+        TypeError: an argument is not a Module.
+    """
+
+    def __init__(self, *modules: Module) -> None:
+        for i, module in enumerate(modules):
+            if not isinstance(module, Module):
+                raise TypeError(f"Sequential: argument {i} is a {type(module).__name__}, expected a Module")
+        self.modules = list(modules)
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        for i, module in enumerate(self.modules):
+            yield str(i), module
+
+    def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
+        """The output of the last module, and what `backward` needs."""
+        items = []
+        for module in self.modules:
+            x, saved = module.forward(x)
+            items.append(saved)
+        return np.asarray(x), SequentialSaved(tuple(items))
+
+    def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
+        """dx, or None where need_dx is False or the first module's input has no gradient."""
+        gradient: Array | None = dy
+        for i, module in reversed(list(enumerate(self.modules))):
+            if gradient is None:
+                raise RuntimeError(f"Sequential.backward: module {i + 1} gave no gradient of its input")
+            gradient = module.backward(gradient, saved.items[i], need_dx or i > 0)
+        return gradient
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self.modules)
+
+    def __getitem__(self, index: int) -> Module:
+        return self.modules[index]
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(repr, self.modules))})"

@@ -1,0 +1,197 @@
+"""The low-rank update on bare arrays: forward, backward, merge. Layers do the same with what they own."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+
+def lora_forward(
+    x: npt.ArrayLike,
+    fw: FrozenWeight | npt.ArrayLike,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    bias: npt.ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Apply a frozen weight plus its low-rank update.
+
+    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as here)
+
+    Args:
+        x: array (..., d_in).
+        fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). A float64 weight computes in
+            float64, any other in float32.
+        A, B: arrays (d_out, r) and (r, d_in).
+        scale: 0 leaves A and B unread.
+        bias: array (d_out,) or None.
+        out: array (..., d_out) to write y into, C-contiguous, not overlapping any input.
+    Returns:
+        y (..., d_out) and z (..., r); `lora_backward` takes z.
+    Raises:
+        ValueError: a shape does not fit, or scale is not finite.
+        TypeError: an array does not hold numbers, or out has another dtype.
+    """
+    op = "lora_forward"
+    w, d_out, d_in, dtype = _operand(op, fw)
+    rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    a, b = _check.factors(op, A, B, d_out, d_in, dtype)
+    added = None if bias is None else _check.shaped(op, "bias", bias, (d_out,), dtype)
+    readers = [("x", rows), ("A", a), ("B", b)] + ([] if added is None else [("bias", added)])
+    y = _check.output(op, "out", out, (*lead, d_out), dtype, *readers)
+    z = np.empty((*lead, a.shape[1]), dtype)
+    scale = _check.number(op, "scale", scale)
+    n = len(rows)
+    _core.lora_forward(w, rows, a, b, scale, added, 0.0, 0, y.reshape(n, d_out), z.reshape(n, a.shape[1]))
+    return y, z
+
+
+def lora_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    z: npt.ArrayLike | None,
+    fw: FrozenWeight | npt.ArrayLike,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+    need_dx: bool = True,
+) -> tuple[Array | Any, Array, Array]:  # Any: see module.Gradient
+    """The gradients of `lora_forward`; no gradient of W is formed.
+
+    dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
+    of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+
+    Args:
+        dy: array (..., d_out).
+        x: array (..., d_in), as given to the forward pass.
+        z: array (..., r), as the forward pass returned it; None: it is computed again.
+        fw, A, B, scale: as in the forward pass.
+        out: (dx, dA, dB), each an array or None. dx is overwritten; dA and dB are ADDED TO. None: fresh
+            arrays.
+        need_dx: False skips the product with the frozen weight.
+    Returns:
+        dx (..., d_in) (None where need_dx is False), dA (d_out, r), dB (r, d_in).
+    Raises:
+        ValueError: a shape does not fit, or scale is not finite.
+        TypeError: an array does not hold numbers, or one in out has another dtype.
+    """
+    op = "lora_backward"
+    w, d_out, d_in, dtype = _operand(op, fw)
+    dy_rows, lead = _check.rows(op, "dy", dy, d_out, "d_out", dtype)
+    x_rows, x_lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    if x_lead != lead:
+        raise ValueError(f"{op}: x has leading shape {x_lead}, dy has {lead}")
+    a, b = _check.factors(op, A, B, d_out, d_in, dtype)
+    n, rank = len(dy_rows), a.shape[1]
+    scale = _check.number(op, "scale", scale)
+    if z is None:
+        z_rows = np.zeros((n, rank), dtype)
+        if scale != 0:
+            _core.matmul(b, x_rows, None, z_rows)
+    else:
+        z_rows = _check.shaped(op, "z", z, (*lead, rank), dtype).reshape(n, rank)
+
+    readers = (("dy", dy_rows), ("x", x_rows), ("z", z_rows), ("A", a), ("B", b))
+    dx_out, da_out, db_out = _triple(op, out)
+    dx = _check.output(op, "dx", dx_out, (*lead, d_in), dtype, *readers) if need_dx else None
+    da = (
+        np.zeros(a.shape, dtype)
+        if da_out is None
+        else _check.output(op, "dA", da_out, a.shape, dtype, *readers)
+    )
+    db = (
+        np.zeros(b.shape, dtype)
+        if db_out is None
+        else _check.output(op, "dB", db_out, b.shape, dtype, *readers)
+    )
+    dx_rows = None if dx is None else dx.reshape(n, d_in)
+    _core.lora_backward(w, dy_rows, x_rows, z_rows, a, b, scale, 0.0, 0, dx_rows, da, db)
+    return dx, da, db
+
+
+def merge_lora(
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    *,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    rng: np.random.Generator | int | None = None,
+) -> Array:
+    """W += scale · A·B in place, in the caller's buffer, without a temporary of W's size.
+
+    Everything is checked first; then the merge runs to its end.
+
+    Args:
+        W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
+            patterns with dtype="bfloat16"). Rows must be contiguous; they may lie any distance apart.
+        A, B: arrays (d_out, r) and (r, d_in), not overlapping W.
+        scale: 0 leaves A and B unread.
+        dtype: the name of W's format; needed only for bit patterns.
+        rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even.
+        rng: not used by rounding="nearest".
+    Returns:
+        W.
+    Raises:
+        TypeError: W is not an array, or is byte-swapped, or does not hold one of those formats.
+        ValueError: W is read-only, not aligned, overlaps A or B, or has strided or overlapping rows; a shape
+            does not fit; scale is not finite.
+    """
+    return _merge("merge_lora", W, A, B, _check.number("merge_lora", "scale", scale), dtype, rounding)
+
+
+def unmerge_lora(
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    *,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    rng: np.random.Generator | int | None = None,
+) -> Array:
+    """W -= scale · A·B in place: undoes `merge_lora` up to rounding (a layer's `unmerge` is exact).
+
+    Arguments, result and errors are those of `merge_lora`.
+    """
+    return _merge("unmerge_lora", W, A, B, -_check.number("unmerge_lora", "scale", scale), dtype, rounding)
+
+
+def _merge(
+    op: str, W: Array, A: npt.ArrayLike, B: npt.ArrayLike, scale: float, dtype: str | None, rounding: str
+) -> Array:
+    _check.choice(op, "rounding", rounding, ("nearest",))
+    target, storage = _check.merge_target(op, W, dtype, ("A", np.asarray(A)), ("B", np.asarray(B)))
+    factor_dtype = np.float64 if storage == "float64" else np.float32
+    a, b = _check.factors(op, A, B, target.shape[0], target.shape[1], factor_dtype)
+    _core.merge_lora(target, a, b, scale, storage)
+    return W
+
+
+def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple["_core.Weight", int, int, np.dtype[Any]]:
+    """The weight as the core takes it, its shape, and the dtype that everything is computed in."""
+    if isinstance(fw, FrozenWeight):
+        return fw.packed, *fw.shape, fw.compute_dtype
+    given = np.asarray(fw)
+    array = _check.floats(op, "W", given, np.float64 if given.dtype == np.float64 else np.float32)
+    if array.ndim != 2:
+        raise ValueError(f"{op}: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+    return array, array.shape[0], array.shape[1], array.dtype
+
+
+def _triple(
+    op: str, out: tuple[Array | None, Array | None, Array | None] | None
+) -> tuple[Array | None, Array | None, Array | None]:
+    if out is None:
+        return None, None, None
+    if not isinstance(out, tuple | list) or len(out) != 3:
+        raise TypeError(f"{op}: out is {type(out).__name__}, expected a tuple (dx, dA, dB)")
+    return out[0], out[1], out[2]

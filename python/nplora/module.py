@@ -1,0 +1,338 @@
+"""Module: something with a forward and a backward pass, whose parts are found by name."""
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+Commit = Callable[[], None]
+
+# What a backward pass returns: dx, or None where need_dx is False. Any spares callers the check for None.
+Gradient: TypeAlias = Array | Any
+
+_inferring: ContextVar[bool] = ContextVar("nplora_inferring", default=False)
+
+
+def inferring() -> bool:
+    """Whether a module is being called (`model(x)`): no dropout, and nothing kept for a backward pass."""
+    return _inferring.get()
+
+
+class Parameter(NamedTuple):
+    """A trainable array and its gradient: both live and writable, both of one shape and dtype."""
+
+    name: str
+    value: Array
+    grad: Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Saved:
+    """What a forward pass keeps for its backward pass: references, so leave the arrays unchanged."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays kept, those that several layers share counted once."""
+        return saved_nbytes(self)
+
+
+def saved_nbytes(saved: object) -> int:
+    """Bytes of the arrays in a Saved or any nest of arrays, tuples, lists and dicts; each buffer once."""
+    return sum({(a.__array_interface__["data"][0], a.nbytes): a.nbytes for a in _arrays(saved)}.values())
+
+
+def _arrays(saved: object) -> Iterator[Array]:
+    if isinstance(saved, np.ndarray):
+        yield saved
+    elif isinstance(saved, Saved):
+        for field in dataclasses.fields(saved):
+            yield from _arrays(getattr(saved, field.name))
+    elif isinstance(saved, dict):
+        yield from _arrays(list(saved.values()))
+    elif isinstance(saved, list | tuple):
+        for item in saved:
+            yield from _arrays(item)
+
+
+class Module:
+    """The base of every layer and of models written by users.
+
+    A subclass gives `forward` and `backward`. Modules that it keeps in attributes, or in lists, tuples and
+    dicts in attributes, are found by name ("fc1", "blocks.0.q_proj"); there is nothing to register and no
+    __init__ to call.
+
+        class Net(nplora.Module):
+            def __init__(self, W1, W2):
+                self.fc1, self.act, self.fc2 = nplora.LoRALinear(W1), nplora.ReLU(), nplora.LoRALinear(W2)
+
+            def forward(self, x):
+                h, s1 = self.fc1.forward(x)
+                h, s2 = self.act.forward(h)
+                y, s3 = self.fc2.forward(h)
+                return y, (s1, s2, s3)
+
+            def backward(self, dy, saved, need_dx=True):
+                dh = self.fc2.backward(dy, saved[2])
+                dh = self.act.backward(dh, saved[1])
+                return self.fc1.backward(dh, saved[0], need_dx)
+    """
+
+    # ---- the two passes ----
+
+    def forward(self, x: Any) -> tuple[Array, Any]:
+        """The training pass: the output, and what `backward` needs."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Gradient:
+        """Add to the gradients of the parameters; return dx, or None where need_dx is False."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def __call__(self, x: Any) -> Array:
+        """Inference: the output of `forward` without dropout, keeping nothing."""
+        token = _inferring.set(True)
+        try:
+            return self.forward(x)[0]
+        finally:
+            _inferring.reset(token)
+
+    # ---- what this module holds itself, apart from its children ----
+
+    def local_parameters(self) -> list[Parameter]:
+        """The trainable arrays that this module holds itself."""
+        return []
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        """The frozen arrays that this module holds itself; they are counted, not trained."""
+        return []
+
+    def named_children(self) -> Iterator[tuple[str, "Module"]]:
+        """The modules in this one's attributes, by name, in the order of their definition."""
+        for name, value in vars(self).items():
+            yield from _modules_in(value, name)
+
+    # ---- the tree ----
+
+    def named_modules(self) -> Iterator[tuple[str, "Module"]]:
+        """Every module in here by dotted name, this one first as ""; a shared one once, by its first name."""
+        yield from self._walk("", set())
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, "Module"]]:
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child._walk(_join(prefix, name), seen)
+
+    def parameters(self) -> list[Parameter]:
+        """The trainable arrays by dotted name ("fc1.A"), in the order of their definition."""
+        return [
+            Parameter(_join(name, p.name), p.value, p.grad)
+            for name, module in self.named_modules()
+            for p in module.local_parameters()
+        ]
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero."""
+        for parameter in self.parameters():
+            parameter.grad.fill(0)
+
+    @property
+    def num_trainable(self) -> int:
+        """The number of trainable elements."""
+        return sum(p.value.size for p in self.parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of elements, trainable and frozen; what several modules share counts once."""
+        held = {id(a): a.size for _, module in self.named_modules() for a in module.local_frozen()}
+        return sum(held.values()) + self.num_trainable
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line: trainable elements, all elements, and the share of the former in per cent."""
+        trainable, total = self.num_trainable, self.num_parameters
+        percent = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+
+    # ---- the adapter layers of the whole tree ----
+
+    def adapter_layers(self) -> dict[str, "AdapterLayer"]:
+        """The layers with an adapter, by dotted name."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, AdapterLayer)}
+
+    def merge(self) -> None:
+        """Fold every adapter into a copy of its frozen weight, which answers alone until `unmerge`.
+
+        Every merged weight is built before the first is put in place: a failure leaves all layers as they
+        were.
+
+        Raises:
+            RuntimeError: a layer is merged already.
+        """
+        commits = [layer.prepare_merge() for layer in self.adapter_layers().values()]
+        for commit in commits:
+            commit()
+
+    def unmerge(self) -> None:
+        """Bring the frozen weights back, bit for bit.
+
+        Raises:
+            RuntimeError: a layer is not merged; then none is changed.
+        """
+        commits = [layer.prepare_unmerge() for layer in self.adapter_layers().values()]
+        for commit in commits:
+            commit()
+
+    def merge_and_unload(self) -> "Module":
+        """Replace every adapter layer by a plain frozen one of the merged weight; return the model.
+
+        The model is changed in place and returned; a single layer returns its replacement. Factors and
+        original weights are gone afterwards. Every replacement is built first: a failure leaves all as they
+        were.
+        """
+        replaced = {id(layer): layer.unloaded() for layer in self.adapter_layers().values()}
+        layers = list(self.adapter_layers().values())
+        for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
+            for name, value in vars(module).items():
+                vars(module)[name] = _replace(value, replaced)
+        for layer in layers:
+            layer.discard()
+        return replaced.get(id(self), self)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[Self]:
+        """`with model.disable_adapter():` the frozen weights answer alone, merged or not."""
+        layers = list(self.adapter_layers().values())
+        before = [layer.adapter_enabled for layer in layers]
+        for layer in layers:
+            layer.adapter_enabled = False
+        try:
+            yield self
+        finally:
+            for layer, enabled in zip(layers, before, strict=True):
+                layer.adapter_enabled = enabled
+
+    def seed(self, seed: int) -> None:
+        """Draw the starting factors of every adapter layer anew, and start its dropout stream.
+
+        A layer draws from a stream keyed by (seed, its dotted name): equal shapes differ, and neither the
+        order of the layers nor the presence of others matters.
+
+        Raises:
+            RuntimeError: a layer is merged; then none is changed.
+        """
+        seed = _check.integer("seed", "seed", seed, least=0)
+        layers = self.adapter_layers()
+        for layer in layers.values():
+            layer.require_unmerged("seed")
+        for name, layer in layers.items():
+            layer.reset(np.random.SeedSequence(seed, spawn_key=tuple(name.encode())))
+
+    def random_state(self) -> dict[str, list[int]]:
+        """The dropout streams: {dotted name of an adapter layer: [seed, number of passes so far]}."""
+        return {name: list(layer.dropout_stream) for name, layer in self.adapter_layers().items()}
+
+    def set_random_state(self, state: dict[str, list[int]]) -> None:
+        """Go on from what `random_state` returned.
+
+        Raises:
+            ValueError: the names are not those of this model's adapter layers, or an entry is not two
+                integers.
+        """
+        op, layers = "set_random_state", self.adapter_layers()
+        if state.keys() != layers.keys():
+            missing, unknown = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
+            raise ValueError(f"{op}: layers missing from the state: {missing}; not in the model: {unknown}")
+        streams = {}
+        for name, entry in state.items():
+            if len(entry) != 2:
+                raise ValueError(f"{op}: the state of {name!r} is {entry!r}, expected [seed, calls]")
+            streams[name] = (
+                _check.integer(op, f"the seed of {name!r}", entry[0], least=0),
+                _check.integer(op, f"the calls of {name!r}", entry[1], least=0),
+            )
+        for name, stream in streams.items():
+            layers[name].dropout_stream = stream
+
+
+class AdapterLayer(Module):
+    """What the whole-model methods of `Module` ask of a layer with an adapter.
+
+    Attributes:
+        adapter_enabled: False while the frozen weight answers alone (`disable_adapter`).
+        dropout_stream: (seed, calls); the mask of a training pass is keyed by the two, and calls then rises
+            by one.
+    """
+
+    adapter_enabled: bool
+    dropout_stream: tuple[int, int]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merged weight answers at the moment."""
+        raise NotImplementedError
+
+    def require_unmerged(self, what: str) -> None:
+        """Raise RuntimeError where `what` makes no sense on a merged layer."""
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
+
+    def prepare_merge(self) -> Commit:
+        """Build the merged weight; the function returned puts it in place and cannot fail."""
+        raise NotImplementedError
+
+    def prepare_unmerge(self) -> Commit:
+        """Check that the layer is merged; the function returned brings the original back and cannot fail."""
+        raise NotImplementedError
+
+    def unloaded(self) -> Module:
+        """The plain frozen layer of the merged weight."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Let go of factors and weights: a plain layer stands in this one's place."""
+        raise NotImplementedError
+
+    def reset(self, stream: np.random.SeedSequence) -> None:
+        """Draw the starting factors and the dropout stream from `stream`."""
+        raise NotImplementedError
+
+
+def _modules_in(value: object, name: str) -> Iterator[tuple[str, Module]]:
+    if isinstance(value, Module):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _modules_in(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _modules_in(item, f"{name}.{i}")
+
+
+def _replace(value: Any, replaced: dict[int, Module]) -> Any:
+    """`value` with modules exchanged; lists and dicts in place, tuples anew where something changed."""
+    if isinstance(value, Module):
+        return replaced.get(id(value), value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _replace(item, replaced)
+    elif isinstance(value, list):
+        value[:] = [_replace(item, replaced) for item in value]
+    elif isinstance(value, tuple):
+        items = [_replace(item, replaced) for item in value]
+        if any(map(operator.is_not, items, value)):
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,283 @@
+"""Optimisers that write the live parameters in place, the norm of a gradient, and learning-rate schedules."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.module import Parameter
+
+Array = npt.NDArray[Any]
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Optimizer:
+    """The base of AdamW and SGD.
+
+    An optimiser takes the parameters of a model with every step, and keeps a state array or two for each, by
+    name.
+
+    Attributes:
+        lr: the base learning rate.
+        lr_ratio: multiplies the rate of every parameter named "A" (LoRA+, Hayou et al. 2024, eq. 6: this
+            project's A is the paper's B).
+        steps: the number of steps made.
+    """
+
+    _moments: tuple[str, ...] = ()  # the names of the state arrays that each parameter has
+
+    def __init__(self, lr: float, weight_decay: float, lr_ratio: float) -> None:
+        op = type(self).__name__
+        self.lr = _check.at_least(op, "lr", lr, 0)
+        self.weight_decay = _check.at_least(op, "weight_decay", weight_decay, 0)
+        self.lr_ratio = _check.at_least(op, "lr_ratio", lr_ratio, 0)
+        self.steps = 0
+        self._state: dict[str, dict[str, Array]] | None = None  # {moment: {parameter: array}}
+
+    def init(self, parameters: Sequence[Parameter]) -> None:
+        """Start afresh for these parameters: state of zeros, no steps made."""
+        for parameter in parameters:
+            self._check_parameter(parameter)
+        self._state = {
+            moment: {p.name: np.zeros_like(p.value) for p in parameters} for moment in self._moments
+        }
+        self.steps = 0
+
+    def step(self, parameters: Sequence[Parameter], lr: float | None = None, grad_scale: float = 1.0) -> None:
+        """Write every parameter in place, from its gradient times `grad_scale`.
+
+        Args:
+            parameters: as `model.parameters()` gives them; the same ones at every step.
+            lr: the rate of this step; None: `self.lr`.
+            grad_scale: multiplies the gradients (clipping, averaging over accumulated batches).
+        Raises:
+            ValueError: a parameter is read-only, or they are not those of the first step.
+            RuntimeError: a parameter's layer is merged.
+        """
+        op = type(self).__name__
+        rate = self.lr if lr is None else _check.at_least(f"{op}.step", "lr", lr, 0)
+        grad_scale = _check.number(f"{op}.step", "grad_scale", grad_scale)
+        if self._state is None:
+            self.init(parameters)
+        self._check_state(parameters)
+        self.steps += 1
+        for group in _by_dtype(parameters):
+            rates = [rate * self.lr_ratio if _is_a(p.name) else rate for p in group]
+            self._update(group, rates, grad_scale)
+
+    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
+        """One call of the core for parameters of one dtype."""
+        raise NotImplementedError
+
+    def _arrays(self, moment: str, group: Sequence[Parameter]) -> list[Array]:
+        assert self._state is not None
+        return [self._state[moment][p.name] for p in group]
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Array]:
+        """A copy of the state: "steps", and "<moment>.<parameter name>" for every array."""
+        arrays = {"steps": np.array(self.steps, np.int64)}
+        for moment, by_name in (self._state or {}).items():
+            arrays |= {f"{moment}.{name}": array.copy() for name, array in by_name.items()}
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Where `init` was called before, the state must fit its parameters; else the first step checks it.
+
+        Raises:
+            ValueError: an array is missing, unknown or of another shape or dtype; all of them are listed.
+        """
+        op = f"{type(self).__name__}.load_state_dict"
+        if "steps" not in state:
+            raise ValueError(f"{op}: the state has no 'steps'")
+        steps = _check.integer(op, "steps", np.asarray(state["steps"])[()], least=0)
+        loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
+        problems = []
+        for key, array in state.items():
+            moment, _, name = key.partition(".")
+            if moment in loaded and name:
+                loaded[moment][name] = np.array(array)
+            elif key != "steps":
+                problems.append(f"unknown entry {key!r}")
+        wanted = self._state or dict.fromkeys(self._moments, loaded[self._moments[0]])
+        for moment in self._moments:
+            problems += _differences(moment, loaded[moment], wanted[moment])
+        if problems:
+            raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
+        started = self._state is not None or steps > 0 or any(loaded.values())
+        self._state, self.steps = (loaded if started else None), steps
+
+    def _check_state(self, parameters: Sequence[Parameter]) -> None:
+        op = f"{type(self).__name__}.step"
+        for parameter in parameters:
+            self._check_parameter(parameter)
+            if not parameter.value.flags.writeable:
+                raise RuntimeError(f"{op}: parameter {parameter.name!r} is read-only; is its layer merged?")
+        values = {p.name: p.value for p in parameters}
+        if len(values) != len(parameters):
+            raise ValueError(f"{op}: two parameters have the same name")
+        problems = [
+            p for moment, held in (self._state or {}).items() for p in _differences(moment, held, values)
+        ]
+        if problems:
+            raise ValueError(
+                f"{op}: these are not the parameters of the state ({'; '.join(problems)}); init() starts anew"
+            )
+
+    def _check_parameter(self, parameter: Parameter) -> None:
+        op, (name, value, grad) = type(self).__name__, parameter
+        for what, array in ((name, value), (f"the gradient of {name}", grad)):
+            if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float64):
+                raise TypeError(f"{op}: {what} is not an array of float32 or float64")
+            if not array.flags.c_contiguous:
+                raise ValueError(f"{op}: {what} is not C-contiguous")
+        if grad.shape != value.shape or grad.dtype != value.dtype:
+            raise ValueError(
+                f"{op}: {name} is {value.dtype} {value.shape}, but its gradient is {grad.dtype} {grad.shape}"
+            )
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+
+    m = β₁ m + (1 - β₁) g;  v = β₂ v + (1 - β₂) g²;  p = p (1 - lr λ) - lr m̂ / (√v̂ + eps)
+
+    Args:
+        lr: learning rate.
+        betas: β₁ and β₂, each in [0, 1).
+        eps: at least 0.
+        weight_decay: λ, at least 0.
+        lr_ratio: multiplies the rate of every A (LoRA+).
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        lr_ratio: float = 1.0,
+    ) -> None:
+        super().__init__(lr, weight_decay, lr_ratio)
+        beta1, beta2 = betas
+        self.betas = (
+            _check.probability("AdamW", "betas[0]", beta1),
+            _check.probability("AdamW", "betas[1]", beta2),
+        )
+        self.eps = _check.at_least("AdamW", "eps", eps, 0)
+
+    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
+        _core.adamw_step(
+            [p.value for p in group],
+            [p.grad for p in group],
+            self._arrays("exp_avg", group),
+            self._arrays("exp_avg_sq", group),
+            rates,
+            [self.weight_decay] * len(group),
+            *self.betas,
+            self.eps,
+            self.steps,
+            grad_scale,
+        )
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, as torch computes it.
+
+    g += λ p;  buf = momentum · buf + g;  p -= lr · (g + momentum · buf with nesterov, else buf)
+
+    Args:
+        lr: learning rate.
+        momentum: in [0, 1); 0 keeps no state.
+        weight_decay: λ, at least 0.
+        nesterov: look ahead; needs momentum.
+        lr_ratio: multiplies the rate of every A (LoRA+).
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        lr_ratio: float = 1.0,
+    ) -> None:
+        super().__init__(lr, weight_decay, lr_ratio)
+        self.momentum = _check.probability("SGD", "momentum", momentum)
+        self.nesterov = bool(nesterov)
+        if nesterov and not momentum:
+            raise ValueError("SGD: nesterov=True needs momentum above 0")
+        self._moments = ("momentum",) if momentum else ()
+
+    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
+        _core.sgd_step(
+            [p.value for p in group],
+            [p.grad for p in group],
+            self._arrays("momentum", group) if self.momentum else None,
+            rates,
+            [self.weight_decay] * len(group),
+            self.momentum,
+            self.nesterov,
+            grad_scale,
+        )
+
+
+def global_norm(parameters: Sequence[Parameter]) -> float:
+    """The Euclidean norm of all gradients together, summed in float64."""
+    return math.sqrt(sum(_core.sum_of_squares([p.grad for p in group]) for group in _by_dtype(parameters)))
+
+
+def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
+    """What the base learning rate is multiplied by at a step.
+
+    The factor rises in equal steps to 1, which it reaches at step `warmup`; then it stays ("constant"), or
+    falls towards 0, which it would reach at step `total`, along a line ("linear") or half a cosine
+    ("cosine").
+
+    Args:
+        name: "constant", "linear" or "cosine".
+        step: counts from 0.
+        total: the number of steps of the run.
+        warmup: the number of steps before the factor is 1.
+    """
+    _check.choice("schedule", "name", name, SCHEDULES)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if name == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1 - done if name == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def _by_dtype(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    """The parameters in groups of one dtype: one group, unless float32 and float64 layers are mixed."""
+    for dtype in (np.float32, np.float64):
+        group = [p for p in parameters if p.value.dtype == dtype]
+        if group:
+            yield group
+
+
+def _is_a(name: str) -> bool:
+    return name == "A" or name.endswith(".A")
+
+
+def _differences(moment: str, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
+    """One sentence for every array that is missing, unknown, or of another shape or dtype."""
+    problems = [f"{moment}.{name} is missing" for name in wanted if name not in found]
+    problems += [f"{moment}.{name} is unknown" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        have, want = found[name], wanted[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            problems.append(
+                f"{moment}.{name} is {have.dtype} {have.shape}, expected {want.dtype} {want.shape}"
+            )
+    return sorted(problems)

@@ -1,0 +1,55 @@
+"""Threads, and what a bug report needs to know about this build and this machine."""
+
+import platform
+import sys
+
+import numpy as np
+
+from nplora import _check, _core
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most n threads. Results do not depend on it, to the bit.
+
+    OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest counts.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1))
+
+
+def get_num_threads() -> int:
+    """The number of threads that an operation may use."""
+    return _core.get_num_threads()
+
+
+def show_config() -> None:
+    """Print versions, instruction set, threads and runtimes, for a bug report."""
+    config = _core.config()
+    lines = {
+        "nplora": config["version"],
+        "instruction set": f"{config['isa']} (available: {', '.join(config['available_isas'])})",
+        "threads": config["num_threads"],
+        "OpenMP": config["openmp"],
+        "compiler": config["compiler"],
+        "Python": sys.version.split()[0],
+        "NumPy": np.__version__,
+        "platform": platform.platform(),
+    }
+    for i, pool in enumerate(_thread_pools()):
+        lines[f"runtime {i}"] = pool
+    for name, value in lines.items():
+        print(f"{name + ':':<17}{value}")
+
+
+def _thread_pools() -> list[str]:
+    """The thread pools in this process, if threadpoolctl is installed."""
+    try:
+        from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+    except ImportError:
+        return []
+    return [
+        f"{p['user_api']} {p['internal_api']} {p['version']}, {p['num_threads']} threads"
+        for p in threadpool_info()
+    ]

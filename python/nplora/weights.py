@@ -1,0 +1,146 @@
+"""FrozenWeight: a matrix that is never trained, packed once in its storage format."""
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+
+Array = npt.NDArray[Any]
+
+STORAGES = ("float32", "float64", "bfloat16", "float16")
+COMPUTES = ("float32",)
+
+
+class FrozenWeight:
+    """A frozen (d_out, d_in) matrix, packed for the kernels. Immutable; layers may share one.
+
+    One copy serves the forward and the backward product. Sums run in float32 whatever the storage, in float64
+    where the storage is float64.
+
+    Args:
+        W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
+            with dtype="bfloat16".
+        dtype: the storage: "float32", "float64", "bfloat16" or "float16". Narrowing rounds to nearest even.
+        compute: "float32". A float64 weight computes in float64.
+    Raises:
+        ValueError: W has not two axes, or dtype or compute is not one of those above.
+        TypeError: W does not hold floats.
+    """
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, W: npt.ArrayLike, dtype: npt.DTypeLike = "float32", compute: str = "float32") -> None:
+        storage = _check.choice("FrozenWeight", "dtype", _dtype_name(dtype), STORAGES)
+        _check.choice("FrozenWeight", "compute", compute, COMPUTES)
+        self._packed = _core.PackedWeight(_values(W, storage), storage)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self._packed.shape
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        d_out, d_in = self.shape
+        return d_out * d_in
+
+    @property
+    def dtype(self) -> str:
+        """The name of the storage format."""
+        return self._packed.storage
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed matrix takes."""
+        return self._packed.nbytes
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """The dtype of inputs, outputs and sums: float64 for float64 storage, else float32."""
+        return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
+
+    @property
+    def packed(self) -> _core.PackedWeight:
+        """The compiled core's object, for the layers."""
+        return self._packed
+
+    def to_numpy(self) -> Array:
+        """The matrix as a fresh (d_out, d_in) array: float64 for float64 storage, else float32 (exact)."""
+        out = np.empty(self.shape, self.compute_dtype)
+        self._packed.unpack(out)
+        return out
+
+    def matmul(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
+        """x @ W.T: x (..., d_in) gives (..., d_out), written to `out` if given.
+
+        Raises:
+            ValueError: the last axis of x is not d_in, or out has another shape, is read-only or overlaps x.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("FrozenWeight.matmul", "x", x, d_in, "d_in", self.compute_dtype)
+        y = _check.output("FrozenWeight.matmul", "out", out, (*lead, d_out), self.compute_dtype, ("x", rows))
+        _core.matmul(self._packed, rows, None, y.reshape(len(rows), d_out))
+        return y
+
+    def matmul_t(self, dy: npt.ArrayLike, out: Array | None = None) -> Array:
+        """dy @ W: dy (..., d_out) gives (..., d_in), written to `out` if given.
+
+        Raises:
+            ValueError: the last axis of dy is not d_out, or out has another shape, is read-only or overlaps
+                dy.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("FrozenWeight.matmul_t", "dy", dy, d_out, "d_out", self.compute_dtype)
+        op = "FrozenWeight.matmul_t"
+        dx = _check.output(op, "out", out, (*lead, d_in), self.compute_dtype, ("dy", rows))
+        _core.matmul_t(self._packed, rows, dx.reshape(len(rows), d_in))
+        return dx
+
+    def take(self, ids: Array) -> Array:
+        """The rows W[ids] for int64 ids (n,) in range: array (n, d_in)."""
+        out = np.empty((len(ids), self.shape[1]), self.compute_dtype)
+        self._packed.gather_rows(ids, out)
+        return out
+
+    def __repr__(self) -> str:
+        return f"FrozenWeight(shape={self.shape}, dtype={self.dtype!r}, nbytes={self.nbytes})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # immutable: a copied model shares its frozen weights
+
+    def __reduce__(self) -> tuple[type, tuple[Array, str]]:
+        return FrozenWeight, (self.to_numpy(), self.dtype)
+
+
+def freeze(
+    op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
+) -> FrozenWeight:
+    """W itself if it is a FrozenWeight (shared), else a packed copy; dtype None means float32."""
+    if not isinstance(W, FrozenWeight):
+        return FrozenWeight(W, "float32" if dtype is None else dtype, compute)
+    if dtype is not None and _dtype_name(dtype) != W.dtype:
+        raise ValueError(f"{op}: dtype={_dtype_name(dtype)!r}, but W is a FrozenWeight stored as {W.dtype}")
+    _check.choice(op, "compute", compute, COMPUTES)
+    return W
+
+
+def _dtype_name(dtype: npt.DTypeLike) -> str:
+    """ "float32" for "float32", np.float32 and np.dtype(np.float32) alike; a string as it is."""
+    return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+
+
+def _values(W: npt.ArrayLike, storage: str) -> Array:
+    """W as the core packs it: bit patterns where they are at hand, else float32 (float64 for float64)."""
+    array = np.asarray(W)
+    if array.ndim != 2:
+        raise ValueError(f"FrozenWeight: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+    bits = array.dtype == np.uint16 and storage == "bfloat16"
+    if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:
+        hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if array.dtype == np.uint16 else ""
+        raise TypeError(f"FrozenWeight: W has dtype {array.dtype}, expected floats{hint}")
+    if bits or (array.dtype.name == storage and array.itemsize == 2 and array.dtype.isnative):
+        return np.require(array.view(np.uint16), requirements=("C", "A"))
+    return _check.floats("FrozenWeight", "W", array, np.float64 if storage == "float64" else np.float32)

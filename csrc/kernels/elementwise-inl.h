@@ -93,13 +93,28 @@ inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
 }
 
 // To nearest even; a NaN keeps its upper bits and is made quiet, so that rounding can't carry it to infinity.
+inline uint32_t bfloat16_bits(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
+}
+
 inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
-  for (size_t i = 0; i < n; ++i) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, from[i]);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u;
-    to[i] = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
-  }
+  for (size_t i = 0; i < n; ++i) to[i] = uint16_t(bfloat16_bits(from[i]));
+}
+
+inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
+  for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols)
+    for (size_t c = 0; c < cols; ++c)
+      out[c] = Bf16Pair(bfloat16_bits(x[c]) | bfloat16_bits(x[x_stride + c]) << 16);
+  for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(bfloat16_bits(x[c]));
+}
+
+inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out) {
+  for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols)
+    for (size_t c = 0; c < cols; ++c) out[c] = Bf16Pair(x[c] | uint32_t(x[x_stride + c]) << 16);
+  for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(x[c]);
 }
 
 // ---- float16, where the instruction set has no conversion ----

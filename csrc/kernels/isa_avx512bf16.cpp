@@ -1,6 +1,7 @@
-// AVX-512 with BF16 (Cooper Lake, Sapphire Rapids, Zen 4).
+// AVX-512 with BF16 (Cooper Lake, Sapphire Rapids, Zen 4): pairs by vdpbf16ps, which reads and writes subnormals as zero.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
+#define NPLORA_SIMD_BF16
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"

@@ -29,49 +29,69 @@ struct Strided {
   size_t step_stride;
 };
 
-// The two products that everything is made of. Both sum over `depth` strictly in order, one fused
-// multiply-add a step, in the type of T: the result of an element does not depend on tile sizes, on blocking
-// or on the number of threads.
-template <class T>
-struct Products {
+// Two bfloat16 values, neighbours along the depth, the first in the low half: the element of the bfloat16 products.
+enum class Bf16Pair : uint32_t {};
+
+// The type that products of E are summed in.
+template <class E>
+struct SumOf {
+  using Type = E;
+};
+template <>
+struct SumOf<Bf16Pair> {
+  using Type = float;
+};
+template <class E>
+using Sum = typename SumOf<E>::Type;
+
+// How many steps of the depth one element holds.
+template <class E>
+inline constexpr size_t kSteps = 1;
+template <>
+inline constexpr size_t kSteps<Bf16Pair> = 2;
+
+// The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order, one fused
+// multiply-add an element: a result does not depend on tile sizes, on blocking or on the number of threads.
+template <class E>
+struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;  // the number of rows of a that outer_tile likes best (it takes any number)
 
-  // In the next three, n_lanes is `lanes` or `lanes / 2`; xt and yt are dense.
-
-  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).      Tokens lie in the SIMD lanes, w is
-  // broadcast.
-  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt,
+  // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
+  // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.
+  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt,
                     bool accumulate);
 
+  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.
+  // Columns lie in the SIMD lanes, a is broadcast.
+  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
+                     size_t c_stride, bool accumulate);
+};
+
+template <class T>
+struct Products : Tiles<T> {
   // xt (cols, n_lanes) = x (rows, cols) transposed, rows <= n_lanes; the lanes behind rows are set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
-  // y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)], rows <= n_lanes.  bias may be null.
+  // y (rows, cols) = yt (cols, n_lanes) transposed [+ bias (cols)], rows <= n_lanes.   bias may be null.
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
-  // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.    Columns lie in the SIMD lanes, a is
-  // broadcast.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
-                     size_t c_stride, bool accumulate);
-
-  // Small batches, where W is read once and nothing is transposed. part is (m, rows, lanes / 2): one vector
-  // of partial sums for each output; x is (m, width), width <= kPanelColumns.   part = [part +] w (rows,
-  // width) * x (m, width), lane by lane.
+  // Small batches, where W is read once and nothing is transposed: one vector of partial sums for each output.
+  // part (m, rows, lanes / 2) = [part +] w (rows, width) * x (m, width), lane by lane,  width <= kPanelColumns.
   void (*dot_panel)(size_t m, size_t rows, size_t width, const T* w, size_t w_stride, const T* x,
                     size_t x_stride, T* part, bool accumulate);
 
-  // y (m, rows) = the sums of the vectors of part (m, rows, lanes / 2) [+ bias (rows)].  bias may be null.
+  // y (m, rows) = the sums of the vectors of part (m, rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
   void (*sum_parts)(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t y_stride);
 
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
   // by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const struct AdamWCoefficients& k);
 
-  // buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf), with g = grad_scale * g +
-  // weight_decay * p. buf may be null where momentum is 0.
+  // g = grad_scale * g + weight_decay * p; buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf).
+  // buf may be null where momentum is 0.
   void (*sgd)(size_t n, T* p, const T* g, T* buf, const struct SgdCoefficients& k);
 
   // Sum of squares, in double, in a fixed order.
@@ -99,16 +119,24 @@ struct Conversions {
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
   void (*widen_float16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
+
+  // out (ceil(rows / 2), cols): pairs of neighbours down the columns of x (rows, cols), narrowed if float; an odd last row is
+  // paired with zeros.
+  void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
+  void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };
 
 struct KernelTable {
   const char* isa;
   Products<float> f32;
   Products<double> f64;
+  Tiles<Bf16Pair> bf16;
   Conversions convert;
 
   template <class T>
   const Products<T>& products() const;
+  template <class E>
+  const Tiles<E>& tiles() const;
 };
 template <>
 inline const Products<float>& KernelTable::products<float>() const {
@@ -117,6 +145,19 @@ inline const Products<float>& KernelTable::products<float>() const {
 template <>
 inline const Products<double>& KernelTable::products<double>() const {
   return f64;
+}
+
+template <>
+inline const Tiles<float>& KernelTable::tiles<float>() const {
+  return f32;
+}
+template <>
+inline const Tiles<double>& KernelTable::tiles<double>() const {
+  return f64;
+}
+template <>
+inline const Tiles<Bf16Pair>& KernelTable::tiles<Bf16Pair>() const {
+  return bf16;
 }
 
 // The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.

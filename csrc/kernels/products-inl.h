@@ -1,22 +1,35 @@
-// The two products and the transposes around them: one body for every instruction set. See kernel_table.h for
-// the contract.
+// The products and the transposes around them: one body for every instruction set. See kernel_table.h for the contract.
 //
-// The unit gives its tile sizes in kTiles:
-//   kTileRows   rows of w in lane_tile: kTileRows * 2 accumulators + 2 vectors of x + 1 broadcast fill the
-//   register file; kTileTokens rows of a in outer_tile: kTileTokens * 3 accumulators + 3 vectors of w + 1
-//   broadcast do the same.
-// Both leave more independent accumulators than FMA latency x throughput (4 x 2 = 8 on today's cores) asks
-// for.
+// The unit gives its tile sizes:
+//   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fill the register file;
+//   kTileTokens  rows of a in outer_tile: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
+//   kDotRows, kDotTokens  of dot_panel: their product in accumulators, one vector of x for each token, and one of w.
+// All leave at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr size_t kOuterVectors = 3;
 
+// The elements of a full panel along the depth.
+template <class E>
+inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
+
+// The vector that a pointer to elements loads.
+template <class Pointer>
+struct VecOf;
+template <class E>
+struct VecOf<const E*> {
+  using Type = Vec<E>;
+};
+template <class Pointer>
+using VecAt = typename VecOf<Pointer>::Type;
+
 // ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
 // Stride is the row stride of w where it is known while compiling (a full panel), else 0.
-template <class T, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_fixed(size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate) {
+template <class E, size_t kVectors, size_t kRows, size_t kStride>
+inline void lane_tile_fixed(size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
+  using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes, kWidth = kVectors * kLanes;
   const size_t stride = kStride ? kStride : w.row_stride;
   Vec<T> c[kRows][kVectors];
@@ -27,16 +40,16 @@ inline void lane_tile_fixed(size_t depth, Panels<T> w, const T* xt, T* yt, bool 
       c[j][v] = accumulate ? Vec<T>::load(yt + j * kWidth + v * kLanes) : Vec<T>::zero();
 
   for (; depth > 0; w.data += w.panel_stride) {
-    const size_t width = smaller(depth, kPanelColumns);
+    const size_t width = smaller(depth, kPanelDepth<E>);
     depth -= width;
-    const T* wk = w.data;
-    for (const T* end = xt + width * kWidth; xt != end; xt += kWidth, ++wk) {
-      Vec<T> x[kVectors];
+    const E* wk = w.data;
+    for (const E* end = xt + width * kWidth; xt != end; xt += kWidth, ++wk) {
+      Vec<E> x[kVectors];
 #pragma GCC unroll 2
-      for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<T>::load(xt + v * kLanes);
+      for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<E>::load(xt + v * kLanes);
 #pragma GCC unroll 16
       for (size_t j = 0; j < kRows; ++j) {
-        const Vec<T> b = Vec<T>::broadcast(wk[j * stride]);
+        const Vec<E> b = Vec<E>::broadcast(wk[j * stride]);
 #pragma GCC unroll 2
         for (size_t v = 0; v < kVectors; ++v) c[j][v] = fma(x[v], b, c[j][v]);
       }
@@ -50,46 +63,48 @@ inline void lane_tile_fixed(size_t depth, Panels<T> w, const T* xt, T* yt, bool 
 }
 
 // Picks the instance for rows <= kRows.
-template <class T, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_upto(size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate) {
-  if (rows == kRows) return lane_tile_fixed<T, kVectors, kRows, kStride>(depth, w, xt, yt, accumulate);
+template <class E, size_t kVectors, size_t kRows, size_t kStride>
+inline void lane_tile_upto(size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
+  if (rows == kRows) return lane_tile_fixed<E, kVectors, kRows, kStride>(depth, w, xt, yt, accumulate);
   if constexpr (kRows > 1)
-    lane_tile_upto<T, kVectors, kRows - 1, kStride>(rows, depth, w, xt, yt, accumulate);
+    lane_tile_upto<E, kVectors, kRows - 1, kStride>(rows, depth, w, xt, yt, accumulate);
 }
 
-template <class T, size_t kVectors, size_t kStride>
-inline void lane_tile_rows(size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate) {
+template <class E, size_t kVectors, size_t kStride>
+inline void lane_tile_rows(size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
   while (rows > 0) {
     const size_t tile = smaller(rows, kTileRows);
-    lane_tile_upto<T, kVectors, kTileRows, kStride>(tile, depth, w, xt, yt, accumulate);
+    lane_tile_upto<E, kVectors, kTileRows, kStride>(tile, depth, w, xt, yt, accumulate);
     rows -= tile;
     w.data += tile * w.row_stride;
-    yt += tile * kVectors * Vec<T>::kLanes;
+    yt += tile * kVectors * Vec<E>::kLanes;
   }
 }
 
-template <class T>
-void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<T> w, const T* xt, T* yt, bool accumulate) {
-  const bool full_panel = w.row_stride == kPanelColumns;
-  if (n_lanes == Vec<T>::kLanes)
-    full_panel ? lane_tile_rows<T, 1, kPanelColumns>(rows, depth, w, xt, yt, accumulate)
-               : lane_tile_rows<T, 1, 0>(rows, depth, w, xt, yt, accumulate);
+template <class E>
+void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt,
+               bool accumulate) {
+  const bool full_panel = w.row_stride == kPanelDepth<E>;
+  if (n_lanes == Vec<E>::kLanes)
+    full_panel ? lane_tile_rows<E, 1, kPanelDepth<E>>(rows, depth, w, xt, yt, accumulate)
+               : lane_tile_rows<E, 1, 0>(rows, depth, w, xt, yt, accumulate);
   else
-    full_panel ? lane_tile_rows<T, 2, kPanelColumns>(rows, depth, w, xt, yt, accumulate)
-               : lane_tile_rows<T, 2, 0>(rows, depth, w, xt, yt, accumulate);
+    full_panel ? lane_tile_rows<E, 2, kPanelDepth<E>>(rows, depth, w, xt, yt, accumulate)
+               : lane_tile_rows<E, 2, 0>(rows, depth, w, xt, yt, accumulate);
 }
 
 // ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
 // n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
-template <class T, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
+template <class E, size_t kRows, size_t kVectors, bool kPartial>
+inline void outer_tile_fixed(size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
                              size_t c_stride, bool accumulate) {
+  using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = n - (kVectors - 1) * kLanes;
-  const auto load = [&](const T* p, size_t v) {
-    return kPartial && v == kVectors - 1 ? Vec<T>::load_partial(p + v * kLanes, last)
-                                         : Vec<T>::load(p + v * kLanes);
+  const auto load = [&](const auto* p, size_t v) {
+    using V = VecAt<decltype(p)>;
+    return kPartial && v == kVectors - 1 ? V::load_partial(p + v * kLanes, last) : V::load(p + v * kLanes);
   };
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16
@@ -98,12 +113,12 @@ inline void outer_tile_fixed(size_t n, size_t depth, Strided<T> a, const T* w, s
     for (size_t v = 0; v < kVectors; ++v) acc[i][v] = accumulate ? load(c + i * c_stride, v) : Vec<T>::zero();
 
   for (size_t s = 0; s < depth; ++s, a.data += a.step_stride, w += w_stride) {
-    Vec<T> b[kVectors];
+    Vec<E> b[kVectors];
 #pragma GCC unroll 4
     for (size_t v = 0; v < kVectors; ++v) b[v] = load(w, v);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kRows; ++i) {
-      const Vec<T> x = Vec<T>::broadcast(a.data[i * a.row_stride]);
+      const Vec<E> x = Vec<E>::broadcast(a.data[i * a.row_stride]);
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
     }
@@ -122,37 +137,38 @@ inline void outer_tile_fixed(size_t n, size_t depth, Strided<T> a, const T* w, s
 }
 
 // Picks the instance for m <= kRows.
-template <class T, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
-                            size_t c_stride, bool accumulate) {
+template <class E, size_t kRows, size_t kVectors, bool kPartial>
+inline void outer_tile_upto(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride,
+                            Sum<E>* c, size_t c_stride, bool accumulate) {
   if (m == kRows)
-    return outer_tile_fixed<T, kRows, kVectors, kPartial>(n, depth, a, w, w_stride, c, c_stride, accumulate);
+    return outer_tile_fixed<E, kRows, kVectors, kPartial>(n, depth, a, w, w_stride, c, c_stride, accumulate);
   if constexpr (kRows > 1)
-    outer_tile_upto<T, kRows - 1, kVectors, kPartial>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+    outer_tile_upto<E, kRows - 1, kVectors, kPartial>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
 }
 
 // Picks the instance for n <= kVectors full vectors.
-template <class T, size_t kVectors>
-inline void outer_tile_columns(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride,
-                               T* c, size_t c_stride, bool accumulate) {
+template <class E, size_t kVectors>
+inline void outer_tile_columns(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride,
+                               Sum<E>* c, size_t c_stride, bool accumulate) {
+  using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes;
   if (n == kVectors * kLanes)
-    outer_tile_upto<T, kTileTokens, kVectors, false>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+    outer_tile_upto<E, kTileTokens, kVectors, false>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
   else if (n > (kVectors - 1) * kLanes)
-    outer_tile_upto<T, kTileTokens, kVectors, true>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+    outer_tile_upto<E, kTileTokens, kVectors, true>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
   else if constexpr (kVectors > 1)
-    outer_tile_columns<T, kVectors - 1>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+    outer_tile_columns<E, kVectors - 1>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
 }
 
-template <class T>
-void outer_tile(size_t m, size_t n, size_t depth, Strided<T> a, const T* w, size_t w_stride, T* c,
+template <class E>
+void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
                 size_t c_stride, bool accumulate) {
-  constexpr size_t kGroup = kOuterVectors * Vec<T>::kLanes;
+  constexpr size_t kGroup = kOuterVectors * Vec<E>::kLanes;
   for (size_t i = 0; i < m; i += kTileTokens) {
-    const Strided<T> ai{a.data + i * a.row_stride, a.row_stride, a.step_stride};
+    const Strided<E> ai{a.data + i * a.row_stride, a.row_stride, a.step_stride};
     const size_t rows = smaller(m - i, kTileTokens);
     for (size_t j = 0; j < n; j += kGroup)
-      outer_tile_columns<T, kOuterVectors>(rows, smaller(n - j, kGroup), depth, ai, w + j, w_stride,
+      outer_tile_columns<E, kOuterVectors>(rows, smaller(n - j, kGroup), depth, ai, w + j, w_stride,
                                            c + i * c_stride + j, c_stride, accumulate);
   }
 }

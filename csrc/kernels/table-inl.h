@@ -2,18 +2,23 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
+template <class E>
+constexpr Tiles<E> make_tiles() {
+  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens, lane_tile<E>, outer_tile<E>};
+}
+
 template <class T>
 constexpr Products<T> make_products() {
-  return {2 * Vec<T>::kLanes, kTileRows,    kTileTokens,  lane_tile<T>, to_lanes<T>, from_lanes<T>,
-          outer_tile<T>,      dot_panel<T>, sum_parts<T>, adamw<T>,     sgd<T>,      sum_of_squares<T>,
-          dropout<T>};
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     dot_panel<T>, sum_parts<T>,
+          adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>};
 }
 
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           make_products<float>(),
           make_products<double>(),
-          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16}};
+          make_tiles<Bf16Pair>(),
+          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits}};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

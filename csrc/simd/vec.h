@@ -42,4 +42,10 @@ struct Vec;
 #endif
 #endif
 
+#if !defined(NPLORA_SIMD_BF16)
+inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {
+  return fma(second(a), second(b), fma(first(a), first(b), c));
+}
+#endif
+
 }  // namespace nplora::kernels::NPLORA_ISA

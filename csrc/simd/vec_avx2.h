@@ -49,6 +49,24 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
 }
 
+template <>
+struct Vec<Bf16Pair> {
+  static constexpr size_t kLanes = 8;
+  __m256i v;
+
+  static Vec broadcast(Bf16Pair x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  static Vec load(const Bf16Pair* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Vec load_partial(const Bf16Pair* p, size_t n) {
+    return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), Vec<float>::mask(n))};
+  }
+};
+inline Vec<float> first(Vec<Bf16Pair> a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))};
+}
+inline Vec<float> second(Vec<Bf16Pair> a) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(-65536)))};
+}
+
 // Transposes an 8 x 8 block held in 8 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit halves.
 inline void transpose(Vec<float> (&r)[8]) {
   __m256 t[8], u[8];

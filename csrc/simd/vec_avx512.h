@@ -40,6 +40,31 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
 
+template <>
+struct Vec<Bf16Pair> {
+  static constexpr size_t kLanes = 16;
+  __m512i v;
+
+  static Vec broadcast(Bf16Pair x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static Vec load(const Bf16Pair* p) { return {_mm512_loadu_si512(p)}; }
+  static Vec load_partial(const Bf16Pair* p, size_t n) {
+    return {_mm512_maskz_loadu_epi32(Vec<float>::mask(n), p)};
+  }
+};
+
+#if defined(NPLORA_SIMD_BF16)
+inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#else
+inline Vec<float> first(Vec<Bf16Pair> a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))};
+}
+inline Vec<float> second(Vec<Bf16Pair> a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(-65536)))};
+}
+#endif
+
 // Transposes a 16 x 16 block held in 16 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit
 // quarters twice.
 inline void transpose(Vec<float> (&r)[16]) {

@@ -36,6 +36,30 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
 
+template <>
+struct Vec<Bf16Pair> {
+  static constexpr size_t kLanes = 4;
+  typedef uint32_t Register __attribute__((vector_size(16)));
+  Register v;
+
+  static Vec broadcast(Bf16Pair x) {
+    const uint32_t bits = static_cast<uint32_t>(x);
+    return {Register{bits, bits, bits, bits}};
+  }
+  static Vec load(const Bf16Pair* p) { return load_partial(p, kLanes); }
+  static Vec load_partial(const Bf16Pair* p, size_t n) {
+    Vec r{};
+    for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
+    return r;
+  }
+};
+inline Vec<float> first(Vec<Bf16Pair> a) {
+  return {__builtin_bit_cast(Vec<float>::Register, a.v << 16)};
+}
+inline Vec<float> second(Vec<Bf16Pair> a) {
+  return {__builtin_bit_cast(Vec<float>::Register, a.v & 0xFFFF0000u)};
+}
+
 template <class T, size_t N>
 inline void transpose(Vec<T> (&r)[N]) {
   for (size_t i = 0; i < N; ++i)

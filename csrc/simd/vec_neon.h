@@ -50,6 +50,26 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {vfmaq_f64(c.v, a.v, b.v)};
 }
 
+template <>
+struct Vec<Bf16Pair> {
+  static constexpr size_t kLanes = 4;
+  uint32x4_t v;
+
+  static Vec broadcast(Bf16Pair x) { return {vdupq_n_u32(static_cast<uint32_t>(x))}; }
+  static Vec load(const Bf16Pair* p) { return {vld1q_u32(reinterpret_cast<const uint32_t*>(p))}; }
+  static Vec load_partial(const Bf16Pair* p, size_t n) {
+    Bf16Pair t[4] = {};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+};
+inline Vec<float> first(Vec<Bf16Pair> a) {
+  return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))};
+}
+inline Vec<float> second(Vec<Bf16Pair> a) {
+  return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xFFFF0000u)))};
+}
+
 inline void transpose(Vec<float> (&r)[4]) {
   const float32x4x2_t t01 = vtrnq_f32(r[0].v, r[1].v), t23 = vtrnq_f32(r[2].v, r[3].v);
   r[0].v = vcombine_f32(vget_low_f32(t01.val[0]), vget_low_f32(t23.val[0]));

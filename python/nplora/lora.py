@@ -1,5 +1,7 @@
 """The low-rank update on bare arrays: forward, backward, merge. Layers do the same with what they own."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -176,7 +178,7 @@ def _merge(
     return W
 
 
-def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple["_core.Weight", int, int, np.dtype[Any]]:
+def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
     """The weight as the core takes it, its shape, and the dtype that everything is computed in."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype

@@ -1,5 +1,7 @@
 """Module: something with a forward and a backward pass, whose parts are found by name."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import operator
@@ -114,18 +116,18 @@ class Module:
         """The frozen arrays that this module holds itself; they are counted, not trained."""
         return []
 
-    def named_children(self) -> Iterator[tuple[str, "Module"]]:
+    def named_children(self) -> Iterator[tuple[str, Module]]:
         """The modules in this one's attributes, by name, in the order of their definition."""
         for name, value in vars(self).items():
             yield from _modules_in(value, name)
 
     # ---- the tree ----
 
-    def named_modules(self) -> Iterator[tuple[str, "Module"]]:
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Every module in here by dotted name, this one first as ""; a shared one once, by its first name."""
         yield from self._walk("", set())
 
-    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, "Module"]]:
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         if id(self) in seen:
             return
         seen.add(id(self))
@@ -165,7 +167,7 @@ class Module:
 
     # ---- the adapter layers of the whole tree ----
 
-    def adapter_layers(self) -> dict[str, "AdapterLayer"]:
+    def adapter_layers(self) -> dict[str, AdapterLayer]:
         """The layers with an adapter, by dotted name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, AdapterLayer)}
 
@@ -192,7 +194,7 @@ class Module:
         for commit in commits:
             commit()
 
-    def merge_and_unload(self) -> "Module":
+    def merge_and_unload(self) -> Module:
         """Replace every adapter layer by a plain frozen one of the merged weight; return the model.
 
         The model is changed in place and returned; a single layer returns its replacement. Factors and

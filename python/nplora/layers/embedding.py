@@ -1,5 +1,7 @@
 """Embedding: rows of a table, frozen, trained as a whole, or with a low-rank update (LoRAEmbedding)."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -1,5 +1,7 @@
 """LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; rsLoRA, dropout, DoRA and LoRA-FA."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

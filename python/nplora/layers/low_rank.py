@@ -1,5 +1,7 @@
 """LoRALayer: a frozen weight with a trainable low-rank update, and how the two are merged."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from typing import Any, Generic, Self, TypeVar, overload

@@ -1,6 +1,6 @@
 """File formats: bytes to {name: tensor} and back. Nothing here knows a layer."""
 
-from nplora.formats import safetensors
+from nplora.formats import safetensors, sharded
 from nplora.formats.errors import (
     CorruptError,
     DataError,
@@ -20,4 +20,5 @@ __all__ = [
     "UnsafeError",
     "UnsupportedError",
     "safetensors",
+    "sharded",
 ]

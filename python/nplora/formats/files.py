@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from nplora.formats.errors import FormatError, LimitError, TruncatedError
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Chunk: TypeAlias = bytes | memoryview
@@ -33,9 +33,15 @@ def name(path: StrPath) -> str:
 
 
 @contextlib.contextmanager
-def _open_regular(path: StrPath) -> Iterator[int]:
+def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
     # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise wait for ever.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise UnsafeError(f"{name(path)}: a symbolic link, expected a regular file") from error
+        raise
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind != stat.S_IFREG:
@@ -45,16 +51,17 @@ def _open_regular(path: StrPath) -> Iterator[int]:
         os.close(fd)
 
 
-def read(path: StrPath, limit: int | None = None) -> memoryview:
+def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
     """The bytes of a regular file, read-only.
 
     Raises:
         FormatError: a directory, FIFO or device.
+        UnsafeError: a symbolic link, if they are not followed.
         LimitError: more than `limit` bytes.
         TruncatedError: it shrank meanwhile.
         OSError: it cannot be opened or read.
     """
-    with _open_regular(path) as fd:
+    with _open_regular(path, follow_links) as fd:
         size = os.fstat(fd).st_size
         if limit is not None and size > limit:
             raise LimitError(f"{name(path)}: {size:,} bytes, at most {limit:,} are read")
@@ -68,9 +75,9 @@ def read(path: StrPath, limit: int | None = None) -> memoryview:
         return data.toreadonly()
 
 
-def map_readonly(path: StrPath) -> mmap.mmap | memoryview:
+def map_readonly(path: StrPath, follow_links: bool = True) -> mmap.mmap | memoryview:
     """A read-only mapping of a regular file (an empty one cannot be mapped and is read). Raises as `read`."""
-    with _open_regular(path) as fd:
+    with _open_regular(path, follow_links) as fd:
         if os.fstat(fd).st_size:
             return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     return memoryview(b"")

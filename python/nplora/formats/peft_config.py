@@ -1,8 +1,8 @@
 """`adapter_config.json` of a PEFT LoRA adapter: bytes to a validated, immutable record and back.
 
 Nothing in the file is run, imported or opened. Keys that PEFT knows and that do not change what a trained
-adapter computes are passed over; keys that would change it are refused; keys that nobody knows are dropped and
-listed in `unknown`.
+adapter computes are passed over; keys that would change it are refused; keys that nobody knows are dropped
+and listed in `unknown`.
 """
 
 import json
@@ -57,7 +57,7 @@ _MUST_BE_OFF = frozenset(
         "velora_config",
     ]
 )
-# The others ("pissa", "olora", "loftq", ...) change the base model's weights too, and the adapter needs those.
+# The others ("pissa", "olora", "loftq", ...) change the base model's weights too, and the adapter needs them.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _CHECKED = frozenset(
     ["peft_type", "auto_mapping", "megatron_core", "trust_remote_code", "bias", "init_lora_weights"]

@@ -25,7 +25,7 @@ from nplora.formats.errors import (
     TruncatedError,
     UnsupportedError,
     brief,
-    nearest_names,
+    missing_name,
 )
 from nplora.formats.files import StrPath
 
@@ -111,8 +111,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries.get(name)
         if entry is None:
-            near = ", ".join(map(repr, nearest_names(str(name), self._entries))) or "none"
-            raise KeyError(f"{self.source}: no tensor {name!r}, the nearest names: {near}")
+            raise missing_name(self.source, name, self._entries)
         return Tensor(name, _DTYPES[entry.tag][0], self._array(name, entry))
 
     def _array(self, name: str, entry: _Entry) -> Array:
@@ -142,19 +141,21 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return f"SafetensorsFile({self.source!r}, {len(self)} tensors)"
 
 
-def open(path: StrPath, mmap: bool = True) -> SafetensorsFile:
+def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> SafetensorsFile:
     """Open a file and check its header; tensors are made when asked for.
 
     Args:
         mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
             short, the system kills whoever reads it; False copies the file into memory instead.
+        follow_links: False refuses a path that is a symbolic link, for names that come from a file.
     Returns:
         a mapping name -> `Tensor` with `.metadata`. The arrays are read-only views that keep the mapping
         alive (a tensor that is not aligned in the file is copied).
     Raises:
         FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
     """
-    return SafetensorsFile(files.map_readonly(path) if mmap else files.read(path), files.name(path))
+    data = files.map_readonly(path, follow_links) if mmap else files.read(path, None, follow_links)
+    return SafetensorsFile(data, files.name(path))
 
 
 def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:

@@ -6,6 +6,7 @@ Python's own parser takes NaN, duplicate keys, lone surrogates and any depth; th
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,8 +35,7 @@ def loads(raw: bytes, source: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise FormatError(f"{source}: the name {brief(twice)} appears twice")
         return result
 

@@ -1,0 +1,386 @@
+"""LoRA adapters on disk as PEFT keeps them: a directory of adapter_config.json and adapter_model.safetensors.
+
+This module is the one place where this project's letters meet PEFT's. Here the update is scale * A B with
+A (d_out, r) and B (r, d_in); PEFT, like the paper, has the letters the other way round:
+
+    here             PEFT, a linear layer             PEFT, an embedding
+    A (d_out, r)     lora_B.weight (d_out, r)         lora_embedding_A (r, vocab), transposed
+    B (r, d_in)      lora_A.weight (r, d_in)          lora_embedding_B (dim, r), transposed
+    m (d_out,)       lora_magnitude_vector (d_out,)
+
+A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_save`, all its arrays with it.
+"""
+
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import files, peft_config, safetensors
+from nplora.formats.errors import FormatError, UnsafeError, brief, nearest_names
+from nplora.formats.files import StrPath
+from nplora.formats.peft_config import Patterns, PeftConfig
+from nplora.formats.safetensors import SafetensorsFile, Tensor
+from nplora.layers import LoRAEmbedding, LoRALayer
+from nplora.module import Commit, Module
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+_PREFIX = "base_model.model."
+_MOST_SUGGESTIONS = 10  # unknown names for which the nearest ones are looked up
+
+Array = NDArray[Any]
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """How PEFT names and lays out one of a layer's arrays."""
+
+    ours: str
+    suffix: str
+    transposed: bool = False
+
+
+_LINEAR = (_Key("A", ".lora_B.weight"), _Key("B", ".lora_A.weight"), _Key("m", ".lora_magnitude_vector"))
+_EMBEDDING = (_Key("A", ".lora_embedding_A", True), _Key("B", ".lora_embedding_B", True))
+_SUFFIXES = tuple(key.suffix for key in (*_LINEAR, *_EMBEDDING))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the file belongs: the array now, and the shape that the file must bring for it."""
+
+    module: str
+    key: _Key
+    array: Array
+    shape: tuple[int, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.module}.{self.key.ours}"
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `load_adapter` took from a directory.
+
+    Attributes:
+        directory: where it was read.
+        layers: the names of the layers that received values.
+        changes: where the file's rank, alpha or rsLoRA replaced the layer's, one sentence a layer.
+        dropped: keys of adapter_config.json that nobody knows, ignored with a warning.
+        base_model_name_or_path: what the file says about its base model.
+    """
+
+    directory: str
+    layers: tuple[str, ...]
+    changes: tuple[str, ...]
+    dropped: tuple[str, ...]
+    base_model_name_or_path: str | None
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.directory}: {len(self.layers)} layers loaded", *self.changes])
+
+
+def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str | None = None) -> None:
+    """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
+
+    The directory is made if needed. Both files are complete on the disk before either takes its name, the
+    configuration last, so a full or unwritable disk leaves an older adapter as it was.
+
+    Args:
+        base_model_name_or_path: what the adapter says about the model that it belongs to.
+    Raises:
+        ValueError: there is no LoRA layer, a value is NaN or infinite, or PEFT's format cannot say it: layers
+            that differ in rsLoRA or DoRA, or a name that PEFT would take for another one too.
+        OSError: the disk refuses; how many bytes were needed is in the message.
+    """
+    layers, whole = _adapted("save_adapter", model)
+    config = _config(model, layers, whole, base_model_name_or_path)
+    tensors = {}
+    for name, place in _places(layers, whole, config).items():
+        if not np.isfinite(place.array).all():
+            raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
+        tensors[name] = place.array.T if place.key.transposed else place.array
+    text = peft_config.dumps(config)
+    os.makedirs(directory, exist_ok=True)
+    files.replace(
+        [
+            safetensors.new_file(Path(directory, TENSORS), tensors, {"format": "pt"}),
+            files.NewFile(Path(directory, CONFIG), len(text), [text]),
+        ]
+    )
+
+
+def load_adapter(model: Module, directory: StrPath) -> AdapterReport:
+    """Read a PEFT adapter directory into the LoRA layers of a model.
+
+    The rank, alpha and rsLoRA of the file win over the layer. Where the rank differs, A and B are new arrays,
+    so an optimiser that holds the old ones must be made anew; otherwise the live arrays are written. Every
+    layer must be in the file and every tensor of the file in the model. Everything is checked before anything
+    changes.
+
+    Returns:
+        what was loaded, and which settings changed.
+    Raises:
+        FormatError: a file breaks its format or does not fit the model; all that does not fit is listed.
+        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run code or hang.
+        RuntimeError: a layer is merged.
+        ValueError: the model has no LoRA layer.
+        OSError: a file cannot be read.
+    Warns:
+        UserWarning: adapter_config.json has keys that nobody knows.
+    """
+    layers, whole = _adapted("load_adapter", model)
+    for layer in layers.values():
+        layer.require_unmerged("load_adapter")
+    config, tensors = _read(Path(directory))
+    places = _places(layers, whole, config)
+    problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
+    values: dict[str, Array] = {}
+    for name in places:
+        if name in tensors:
+            values[name], found = _fit(tensors[name], places[name])
+            problems += found
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise FormatError(
+            f"{files.name(directory)}: the adapter does not fit the model in {len(problems)} places:{lines}"
+        )
+
+    changes = [change for name, layer in layers.items() if (change := _change(name, layer, config))]
+    commits = _prepare(layers, config, places, values)
+    if config.unknown:
+        keys = ", ".join(map(brief, config.unknown))
+        warnings.warn(f"{Path(directory, CONFIG)}: unknown keys are ignored: {keys}", stacklevel=2)
+    for commit in commits:
+        commit()
+    loaded = tuple(dict.fromkeys(place.module for place in places.values()))
+    return AdapterReport(
+        files.name(directory), loaded, tuple(changes), config.unknown, config.base_model_name_or_path
+    )
+
+
+def _adapted(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, Module]]:
+    """The LoRA layers and the layers that are trained whole, by name."""
+    layers, whole = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            layers[name] = module
+        elif module.local_parameters():
+            whole[name] = module
+    if not layers:
+        raise ValueError(f"{op}: the model has no LoRA layer")
+    if "" in layers or "" in whole:
+        kind = type(model).__name__
+        raise ValueError(
+            f"{op}: the model is itself a {kind}, and PEFT names layers in a model: use Sequential"
+        )
+    return layers, whole
+
+
+def _places(layers: dict[str, LoRALayer], whole: dict[str, Module], config: PeftConfig) -> dict[str, _Place]:
+    """Every tensor that the file of this configuration must hold for this model, by its name in the file."""
+    places = {}
+    for name, layer in layers.items():
+        for key in _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR:
+            array = getattr(layer, key.ours)
+            if array is not None:
+                shape = {"A": (len(array), config.rank(name)), "B": (config.rank(name), array.shape[-1])}
+                places[_PREFIX + name + key.suffix] = _Place(
+                    name, key, array, shape.get(key.ours, array.shape)
+                )
+    for name, module in whole.items():
+        for parameter in module.local_parameters():
+            key = _Key(parameter.name, "." + parameter.name)
+            places[_PREFIX + name + key.suffix] = _Place(name, key, parameter.value, parameter.value.shape)
+    return places
+
+
+# ---- writing ----
+
+
+def _config(
+    model: Module, layers: dict[str, LoRALayer], whole: dict[str, Module], base: str | None
+) -> PeftConfig:
+    others = [name for name, _ in model.named_modules() if name not in layers]
+    for name in whole:
+        _require_unmistakable(name, [*layers, *(other for other in others if other != name)])
+    ranks: dict[str, int] = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: _short_number(layer.alpha) for name, layer in layers.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_targets(list(layers), others),
+        modules_to_save=tuple(whole),
+        use_rslora=_common("use_rslora", layers),
+        use_dora=_common("use_dora", layers),
+        rank_pattern=Patterns.exact({name: value for name, value in ranks.items() if value != rank}),
+        alpha_pattern=Patterns.exact({name: value for name, value in alphas.items() if value != alpha}),
+        lora_dropout=_most_common(layer.dropout for layer in layers.values()),
+        base_model_name_or_path=base,
+    )
+
+
+def _targets(names: list[str], others: list[str]) -> tuple[str, ...] | str:
+    """The names as a list, or as one expression where the list would hit others (PEFT finds "0" in "1.0")."""
+    if any(other.endswith("." + name) for name in names for other in others):
+        return "|".join(map(re.escape, names))
+    return tuple(names)
+
+
+def _require_unmistakable(name: str, others: Iterable[str]) -> None:
+    """PEFT takes for a module to save whatever ends in its name or lies in a module of its name."""
+    for other in others:
+        if other.endswith(name) or f".{name}." in f".{other}.":
+            raise ValueError(
+                f"save_adapter: PEFT's modules_to_save would take {other!r} for the trained layer {name!r}; "
+                "rename one of them"
+            )
+
+
+def _common(setting: str, layers: dict[str, LoRALayer]) -> bool:
+    """A setting that PEFT has once for the whole adapter."""
+    values = {name: bool(getattr(layer, setting)) for name, layer in layers.items()}
+    if len(set(values.values())) > 1:
+        found = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise ValueError(
+            f"save_adapter: PEFT's format has one {setting} for all layers, the model has {found}"
+        )
+    return next(iter(values.values()))
+
+
+def _most_common(values: Iterable[T]) -> T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _short_number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+# ---- reading ----
+
+
+def _read(directory: Path) -> tuple[PeftConfig, SafetensorsFile]:
+    path = directory / TENSORS
+    if not path.exists() and (directory / PICKLE).exists():
+        raise UnsafeError(f"{directory / PICKLE}: a pickle can run any code; expected {TENSORS}")
+    text = bytes(files.read(directory / CONFIG, peft_config.MAX_BYTES))
+    return peft_config.loads(text, str(directory / CONFIG)), safetensors.open(path, mmap=False)
+
+
+def _dora_problems(layers: dict[str, LoRALayer], config: PeftConfig) -> list[str]:
+    return [
+        f"{name}: use_dora is {config.use_dora} in the file and {layer.use_dora} in the layer"
+        for name, layer in layers.items()
+        if layer.use_dora != config.use_dora
+    ]
+
+
+def _name_problems(model: Module, places: dict[str, _Place], tensors: SafetensorsFile) -> list[str]:
+    problems = [
+        f"{place.title}: tensor {name!r} of shape {_file_shape(place)} is missing in the file"
+        for name, place in places.items()
+        if name not in tensors
+    ]
+    modules = dict(model.named_modules())
+    unknown = [name for name in tensors if name not in places]
+    return problems + [
+        f"tensor {brief(name, 200)}: {_why_unknown(name, modules, position < _MOST_SUGGESTIONS)}"
+        for position, name in enumerate(unknown)
+    ]
+
+
+def _why_unknown(name: str, modules: dict[str, Module], suggest: bool) -> str:
+    if not name.startswith(_PREFIX):
+        return f"expected a name that begins with {_PREFIX!r}"
+    target = name.removeprefix(_PREFIX)
+    suffix = next(
+        (suffix for suffix in _SUFFIXES if target.endswith(suffix)), "." + target.rpartition(".")[2]
+    )
+    target = target.removesuffix(suffix)
+    if target in modules:
+        return f"the model's {target!r} is a {type(modules[target]).__name__} that has no place for it"
+    near = nearest_names(target, filter(None, modules)) if suggest else []
+    return f"the model has no {brief(target)}" + (
+        f", the nearest names: {', '.join(map(repr, near))}" if near else ""
+    )
+
+
+def _fit(tensor: Tensor, place: _Place) -> tuple[Array, list[str]]:
+    """The tensor as the layer holds it, and what is wrong with it."""
+    where = f"{place.title}: tensor {tensor.name!r}"
+    if tensor.shape != _file_shape(place):
+        return tensor.array, [f"{where} has shape {tensor.shape}, expected {_file_shape(place)}"]
+    if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
+        return tensor.array, [f"{where} is {tensor.dtype}, expected floats"]
+    array = tensor.array
+    if tensor.dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        value = np.array(array.T if place.key.transposed else array, place.array.dtype, order="C")
+    if not np.isfinite(value).all():
+        return value, [f"{where} holds NaN or an infinity"]
+    return value, []
+
+
+def _file_shape(place: _Place) -> tuple[int, ...]:
+    return place.shape[::-1] if place.key.transposed else place.shape
+
+
+def _change(name: str, layer: LoRALayer, config: PeftConfig) -> str:
+    pairs = (
+        ("rank", layer.rank, config.rank(name)),
+        ("alpha", layer.alpha, config.alpha(name)),
+        ("use_rslora", layer.use_rslora, config.use_rslora),
+    )
+    changed = [f"{setting} {old:g} -> {new:g}" for setting, old, new in pairs if old != new]
+    return f"{name}: {', '.join(changed)}" if changed else ""
+
+
+# ---- putting in place ----
+
+
+def _prepare(
+    layers: dict[str, LoRALayer], config: PeftConfig, places: dict[str, _Place], values: dict[str, Array]
+) -> list[Commit]:
+    """What remains to be done, as functions that allocate no arrays and cannot fail."""
+    commits: list[Commit] = []
+    resized: dict[str, dict[str, Array]] = {}
+    for name, place in places.items():
+        if place.array.shape == place.shape:
+            commits.append(partial(np.copyto, place.array, values[name]))
+        else:
+            resized.setdefault(place.module, {})[place.key.ours] = values[name]
+    for name, factors in resized.items():
+        commits.append(_exchange(layers[name], factors))
+    for name, layer in layers.items():
+        commits.append(partial(_set, layer, config.rank(name), float(config.alpha(name)), config.use_rslora))
+    return commits
+
+
+def _exchange(layer: LoRALayer, factors: dict[str, Array]) -> Commit:
+    """Give a layer factors of another rank, with gradients to match."""
+    gradients = {
+        "dA": np.zeros_like(factors["A"]),
+        "dB": None if layer.freeze_B else np.zeros_like(factors["B"]),
+    }
+    return partial(vars(layer).update, factors | gradients)
+
+
+def _set(layer: LoRALayer, rank: int, alpha: float, use_rslora: bool) -> None:
+    layer.rank, layer.alpha, layer.use_rslora = rank, alpha, use_rslora
+    layer.scale = alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -1,0 +1,82 @@
+"""A model in several safetensors files: `model.safetensors.index.json` tells which holds which tensor."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nplora.formats import files, safetensors, strict_json
+from nplora.formats.errors import FormatError, LimitError, UnsafeError, brief, missing_name
+from nplora.formats.files import StrPath
+from nplora.formats.safetensors import SafetensorsFile, Tensor
+
+MAX_INDEX = 100_000_000
+MAX_SHARDS = 1_000  # each mapped file holds a file descriptor
+
+
+class ShardedFile(Mapping[str, Tensor]):
+    """The tensors of all the shards by name, in the index's order, and the index's `metadata`."""
+
+    def __init__(self, source: str, shards: dict[str, SafetensorsFile], metadata: dict[str, Any]) -> None:
+        self.source = source
+        self.metadata = metadata
+        self._shards = shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._shards:
+            raise missing_name(self.source, name, self._shards)
+        return self._shards[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards
+
+
+def open(path: StrPath, mmap: bool = True) -> ShardedFile:
+    """Open the index and every shard that it names.
+
+    Args:
+        path: the `*.safetensors.index.json`; its shards lie beside it.
+        mmap: as in `safetensors.open`.
+    Raises:
+        UnsafeError: a shard's name leaves the directory, or the shard is a link.
+        FormatError: the index or a shard breaks its format, or a shard lacks a tensor.
+        OSError: a file cannot be read.
+    """
+    source = files.name(path)
+    index = strict_json.loads(bytes(files.read(path, MAX_INDEX)), source)
+    names = _weight_map(index, source)
+    metadata = index.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{source}: metadata is {brief(metadata)}, expected an object")
+    opened = {
+        shard: safetensors.open(Path(path).parent / shard, mmap, follow_links=False)
+        for shard in dict.fromkeys(names.values())
+    }
+    for name, shard in names.items():
+        if name not in opened[shard]:
+            raise FormatError(f"{source}: tensor {brief(name)} is not in {shard}")
+    return ShardedFile(source, {name: opened[shard] for name, shard in names.items()}, metadata)
+
+
+def _weight_map(index: object, source: str) -> dict[str, str]:
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise FormatError(f"{source}: weight_map is {brief(names)}, expected an object")
+    for name, shard in names.items():
+        if not isinstance(shard, str):
+            raise FormatError(
+                f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a file's name"
+            )
+        if shard in ("", ".", "..") or any(sign in shard for sign in "/\\\0"):
+            raise UnsafeError(
+                f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a name without a path"
+            )
+    count = len(set(names.values()))
+    if count > MAX_SHARDS:
+        raise LimitError(f"{source}: {count:,} shards, at most {MAX_SHARDS:,} are read")
+    return names

@@ -1,0 +1,250 @@
+"""The walls of the house: which room may know which, read off imports and #includes."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "nplora"
+
+# A room imports only what stands before it here. A new module takes its place here too.
+PYTHON_ROOMS = [
+    "_core",
+    "_check",
+    "runtime",
+    "formats",
+    "weights",
+    "lora",
+    "module",
+    "layers",
+    "losses",
+    "optim",
+    "models",
+    "tokenizer",
+    "data",
+    "adapters",
+    "checkpoint",
+    "trainer",
+    "plot",
+    "finetune",
+    "generate",
+    "plan",
+    "demo",
+    "cli",
+    "__init__",
+    "__main__",
+]
+STRANGERS = [("trainer", "models"), ("formats", "_core")]  # neither imports the other
+
+# What a room may import beside the standard library and NumPy, and only inside a function: extras.
+OPTIONAL_PACKAGES = {
+    "runtime": {"threadpoolctl"},
+    "plot": {"matplotlib"},
+    "demo": {"sklearn"},
+    "trainer": {"tqdm"},
+}
+
+CSRC_ROOMS = ["base", "simd", "kernels", "ops", "bindings"]
+INTRINSICS = {"immintrin.h", "xmmintrin.h", "emmintrin.h", "x86intrin.h", "cpuid.h", "arm_neon.h"}
+THREADS = {"thread", "mutex", "condition_variable", "future", "pthread.h", "omp.h"}
+
+
+# ---- Python ----
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[str]:
+    """The absolute dotted names that an import statement names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    module = node.module or ""
+    if node.level:
+        parts = ("nplora", *file.relative_to(PACKAGE).parts[:-1])
+        module = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [module])])
+    yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported name, and whether the import runs with the module's own import."""
+    tree = ast.parse(file.read_text(), str(file))
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((name, id(node) not in inner) for name in imported_names(node, file))
+
+
+def rooms_imported_by(file: Path) -> set[str]:
+    """The rooms of the package that a file imports; "__init__" stands for the package as a whole."""
+    rooms = set()
+    for name, _ in imports(file):
+        package, _, rest = name.partition(".")
+        if package == "nplora":
+            room = rest.partition(".")[0]
+            rooms.add(room if room in PYTHON_ROOMS else "__init__")
+    return rooms - {room_of(file)}
+
+
+def test_every_module_has_its_place_in_the_order_of_rooms() -> None:
+    assert {room_of(file) for file in python_files()} <= set(PYTHON_ROOMS)
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_python_room_imports_only_what_stands_above_it(file: Path) -> None:
+    allowed = set(PYTHON_ROOMS[: PYTHON_ROOMS.index(room_of(file))])
+    assert rooms_imported_by(file) <= allowed, "imports a room that stands below it"
+
+
+@pytest.mark.parametrize("pair", STRANGERS, ids="-".join)
+def test_these_rooms_do_not_know_each_other(pair: tuple[str, str]) -> None:
+    for file in python_files():
+        if room_of(file) in pair:
+            assert not rooms_imported_by(file) & set(pair), file
+
+
+def test_only_numpy_is_needed_and_extras_are_imported_where_they_are_used() -> None:
+    for file in python_files():
+        for name, at_import in imports(file):
+            package = name.partition(".")[0]
+            if package in sys.stdlib_module_names or package in {"numpy", "nplora"}:
+                continue
+            assert package in OPTIONAL_PACKAGES.get(room_of(file), set()), f"{file} imports {package}"
+            assert not at_import, f"{file} imports {package} outside a function"
+
+
+def test_no_room_reads_files_that_hold_code() -> None:
+    for file in python_files():
+        assert not {name.partition(".")[0] for name, _ in imports(file)} & {"pickle", "marshal", "shelve"}, (
+            file
+        )
+
+
+def test_the_command_line_holds_no_arithmetic() -> None:
+    names = {name.partition(".")[0] for name, _ in imports(PACKAGE / "cli.py")}
+    assert "numpy" not in names
+
+
+# ---- C++ ----
+
+
+def cpp_files() -> list[Path]:
+    return sorted(file for file in CSRC.rglob("*") if file.suffix in {".h", ".cpp"})
+
+
+def cpp_room(file: Path) -> str:
+    return file.relative_to(CSRC).parts[0]
+
+
+def code_of(file: Path) -> str:
+    """The text without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.DOTALL)
+
+
+def includes(file: Path) -> tuple[set[str], set[str]]:
+    """What a file includes: "ours" and <system>."""
+    found = re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', code_of(file), flags=re.MULTILINE)
+    return {name for mark, name in found if mark == '"'}, {name for mark, name in found if mark == "<"}
+
+
+def including(headers: set[str]) -> set[str]:
+    """The rooms, or files, that include one of these system headers."""
+    return {str(file.relative_to(CSRC)) for file in cpp_files() if includes(file)[1] & headers}
+
+
+def unit_sources(unit: Path) -> set[Path]:
+    """A kernel unit and every file of ours that it includes, directly or not."""
+    seen: set[Path] = set()
+    waiting = [unit]
+    while waiting:
+        file = waiting.pop()
+        if file not in seen:
+            seen.add(file)
+            waiting.extend(CSRC / name for name in includes(file)[0])
+    return seen
+
+
+def kernel_units() -> list[Path]:
+    return sorted(CSRC.glob("kernels/isa_*.cpp"))
+
+
+def test_every_cpp_file_lies_in_a_room() -> None:
+    assert cpp_files()
+    assert {cpp_room(file) for file in cpp_files()} == set(CSRC_ROOMS)
+
+
+@pytest.mark.parametrize("file", cpp_files(), ids=lambda file: str(file.relative_to(CSRC)))
+def test_a_cpp_room_includes_only_rooms_of_a_lower_number(file: Path) -> None:
+    number = CSRC_ROOMS.index(cpp_room(file))
+    for name in includes(file)[0]:
+        assert (CSRC / name).is_file(), f'"{name}" is not written as "room/file"'
+        assert CSRC_ROOMS.index(name.partition("/")[0]) <= number, f'"{name}" lies in a higher room'
+
+
+def test_base_uses_the_standard_library_and_the_system_alone() -> None:
+    for file in cpp_files():
+        if cpp_room(file) == "base":
+            assert all(name.startswith("base/") for name in includes(file)[0]), file
+
+
+def test_python_is_known_to_bindings_only() -> None:
+    for file in cpp_files():
+        knows = any(name.startswith(("Python.h", "pybind11/", "numpy/")) for name in includes(file)[1])
+        assert not knows or cpp_room(file) == "bindings", file
+
+
+def test_intrinsics_are_used_in_simd_and_kernels_only() -> None:
+    assert {name.partition("/")[0] for name in including(INTRINSICS)} <= {"simd", "kernels"}
+    intrinsic = re.compile(r"\b(_mm\d*_\w+|__m(128|256|512)\w*|__builtin_ia32_(?!pause)\w+)")
+    for file in cpp_files():
+        assert cpp_room(file) in {"simd", "kernels"} or not intrinsic.search(code_of(file)), file
+
+
+def test_openmp_is_used_in_base_parallel_only() -> None:
+    assert including({"omp.h"}) <= {"base/parallel.cpp"}
+    for file in cpp_files():
+        if re.search(r"#\s*pragma\s+omp|\bomp_\w+\(", code_of(file)):
+            assert str(file.relative_to(CSRC)) == "base/parallel.cpp"
+
+
+def test_kernels_and_operations_start_no_threads_of_their_own() -> None:
+    assert {name.partition("/")[0] for name in including(THREADS)} <= {"base", "bindings"}
+
+
+def test_there_is_a_unit_for_each_instruction_set_in_a_namespace_of_its_own() -> None:
+    names = {unit.stem for unit in kernel_units()}
+    assert names >= {"isa_generic", "isa_avx2", "isa_avx512", "isa_avx512bf16", "isa_neon"}
+    for unit in kernel_units():
+        isa = unit.stem.removeprefix("isa_")
+        assert re.search(rf"^#define NPLORA_ISA {isa}$", unit.read_text(), flags=re.MULTILINE), unit
+
+
+@pytest.mark.parametrize("unit", kernel_units(), ids=lambda unit: unit.stem)
+def test_a_kernel_unit_shares_no_inline_code_with_another(unit: Path) -> None:
+    """The linker keeps one copy of a shared inline function: perhaps one that older machines can't run."""
+    for file in unit_sources(unit):
+        ours, system = includes(file)
+        assert all(name.startswith(("kernels/", "simd/vec")) for name in ours), file
+        assert system <= {"cstddef", "cstdint", "stddef.h", "stdint.h", "immintrin.h", "arm_neon.h"}, file
+        assert "std::" not in code_of(file), file
+
+
+def test_the_build_never_trades_exactness_for_speed() -> None:
+    build = re.sub(r"#[^\n]*", "", (ROOT / "CMakeLists.txt").read_text())
+    assert not re.search(r"-ffast-math|-Ofast|-funsafe-math|-fassociative-math|-march=native", build)

@@ -1,0 +1,67 @@
+"""What a user installs: versions that agree, types, and an import that brings nothing along."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nplora
+from nplora import _core
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = PROJECT["version"]
+    assert nplora.__version__ == version
+    assert _core.config()["version"] == version
+    build = (ROOT / "CMakeLists.txt").read_text()
+    assert re.search(rf"^project\(nplora VERSION {re.escape(version)} ", build, flags=re.MULTILINE)
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+
+
+def test_the_package_is_typed() -> None:
+    package = Path(nplora.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert (package / "_core.pyi").is_file()
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    assert len(nplora.__all__) == len(set(nplora.__all__))
+    for name in nplora.__all__:
+        value = getattr(nplora, name)
+        assert name == "__version__" or (getattr(value, "__doc__", "") or "").strip(), (
+            f"{name} has no docstring"
+        )
+
+
+def test_numpy_is_the_only_required_dependency() -> None:
+    assert [re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["dependencies"]] == ["numpy"]
+
+
+def test_import_brings_only_numpy_along() -> None:
+    code = (
+        "import sys, numpy; before = set(sys.modules); import nplora; "
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) <= {"nplora", "numpy"} | sys.stdlib_module_names
+
+
+def test_import_leaves_the_floating_point_mode_alone() -> None:
+    """A subnormal survives: no flush-to-zero, as -ffast-math would set at load."""
+    code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True"]
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    assert PROJECT["scripts"] == {"nplora": "nplora.cli:main"}
+    try:
+        installed = importlib.metadata.distribution("nplora")
+    except importlib.metadata.PackageNotFoundError:  # run from the checkout
+        return
+    assert [(e.name, e.value) for e in installed.entry_points] == [("nplora", "nplora.cli:main")]

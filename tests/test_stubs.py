@@ -1,0 +1,81 @@
+"""`_core.pyi` says what the compiled module is: the same names, parameters and optional arguments."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import nplora
+from nplora import _core
+
+
+class Parameter(NamedTuple):
+    name: str
+    optional: bool  # None is accepted
+    default: bool
+
+
+class Signature(NamedTuple):
+    parameters: tuple[Parameter, ...]
+    returns: str
+
+
+def signature(function: ast.FunctionDef) -> Signature:
+    arguments = function.args.args
+    defaults = [False] * (len(arguments) - len(function.args.defaults)) + [True] * len(function.args.defaults)
+    returns = ast.unparse(function.returns) if function.returns else "None"
+    return Signature(
+        tuple(
+            Parameter(argument.arg, bool(re.search(r"\bNone\b", ast.unparse(argument.annotation))), default)
+            if argument.annotation
+            else Parameter(argument.arg, False, default)
+            for argument, default in zip(arguments, defaults, strict=True)
+        ),
+        re.sub(r"\[.*", "", returns),
+    )
+
+
+def stub_members(body: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+STUB = ast.parse(Path(nplora.__file__).with_name("_core.pyi").read_text())
+STUB_FUNCTIONS = stub_members(STUB.body)
+STUB_CLASSES = {node.name: stub_members(node.body) for node in STUB.body if isinstance(node, ast.ClassDef)}
+
+
+def compiled_signatures(doc: str | None) -> set[Signature]:
+    """The signatures that pybind11 writes into a docstring: a line each, numbered where there are several."""
+    lines = re.findall(r"^(?:\d+\. )?(\w+\(.*\)(?: -> .+)?)$", doc or "", flags=re.MULTILINE)
+    assert lines, f"no signature in {doc!r}"
+    functions = [ast.parse(f"def {line}: ...").body[0] for line in lines if "*args, **kwargs" not in line]
+    return {signature(function) for function in functions if isinstance(function, ast.FunctionDef)}
+
+
+def public(names: list[str]) -> set[str]:
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_the_stub_names_what_the_compiled_module_has() -> None:
+    assert public(dir(_core)) == set(STUB_FUNCTIONS) | set(STUB_CLASSES)
+
+
+@pytest.mark.parametrize("name", sorted(STUB_FUNCTIONS))
+def test_a_function_has_the_parameters_of_its_stub(name: str) -> None:
+    assert compiled_signatures(getattr(_core, name).__doc__) == {signature(STUB_FUNCTIONS[name])}
+
+
+@pytest.mark.parametrize("name", sorted(STUB_CLASSES))
+def test_a_class_has_the_members_of_its_stub(name: str) -> None:
+    compiled, stub = getattr(_core, name), STUB_CLASSES[name]
+    assert public(dir(compiled)) == public(list(stub))
+    for member, node in stub.items():
+        value = inspect.getattr_static(compiled, member)
+        if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
+            (found,) = compiled_signatures(f"{member}{value.fget.__doc__}")
+            assert found.returns == signature(node).returns, member
+        else:
+            assert compiled_signatures(value.__doc__) == {signature(node)}, member

@@ -30,7 +30,17 @@ class AlignedBuffer {
 };
 
 // What a thread needs a buffer for. Buffers of different uses are live at the same time.
-enum class Scratch { kLanesIn, kLanesLow, kLanesOut, kWeight, kLowRank, kDropped, kCount };
+enum class Scratch {
+  kLanesIn,
+  kLanesLow,
+  kLanesOut,
+  kWeight,
+  kLowRank,
+  kDropped,
+  kDroppedLanes,
+  kPairing,
+  kCount
+};
 
 // n elements of this thread's scratch memory for one use. It is kept for the next call and grows only: no
 // allocation after the first call of a shape. The contents are undefined.

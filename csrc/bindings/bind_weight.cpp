@@ -26,6 +26,13 @@ const char* name_of(Storage storage) {
 
 namespace {
 
+// "float" is the weight's own: float32, or float64 for float64 storage.
+Compute compute_of(const std::string& name) {
+  if (name == "float") return Compute::kFloat;
+  require(name == "bfloat16", "unknown compute type '" + name + "'");
+  return Compute::kBfloat16;
+}
+
 bool is_16_bit(Storage storage) {
   return bytes_per_element(storage) == 2;
 }
@@ -40,12 +47,15 @@ bool fits(Storage storage) {
 }
 
 template <class T>
-std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name) {
+std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
+                                   const std::string& compute_name) {
   const Storage storage = storage_of(name);
+  const Compute compute = compute_of(compute_name);
+  require(compute == Compute::kFloat || storage != Storage::kFloat64, "a float64 weight computes in float64");
   require(fits<T>(storage), "this dtype can't be stored as " + name);
   const Matrix<const T> values = read(w);
   py::gil_scoped_release release;
-  return std::make_unique<PackedWeight>(values, storage);
+  return std::make_unique<PackedWeight>(values, storage, compute);
 }
 
 template <class T>
@@ -78,12 +88,17 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
 
 void register_weight(py::module_& m) {
   py::class_<PackedWeight>(m, "PackedWeight", "A frozen matrix in its storage format, packed in panels.")
-      .def(py::init(&pack<float>), py::arg("w").noconvert(), py::arg("storage"))
-      .def(py::init(&pack<double>), py::arg("w").noconvert(), py::arg("storage"))
-      .def(py::init(&pack<uint16_t>), py::arg("w").noconvert(), py::arg("storage"))
+      .def(py::init(&pack<float>), py::arg("w").noconvert(), py::arg("storage"), py::arg("compute") = "float")
+      .def(py::init(&pack<double>), py::arg("w").noconvert(), py::arg("storage"),
+           py::arg("compute") = "float")
+      .def(py::init(&pack<uint16_t>), py::arg("w").noconvert(), py::arg("storage"),
+           py::arg("compute") = "float")
       .def_property_readonly("shape",
                              [](const PackedWeight& w) { return py::make_tuple(w.d_out(), w.d_in()); })
       .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.storage()); })
+      .def_property_readonly(
+          "compute",
+          [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
       .def("unpack", &unpack<float>, py::arg("out").noconvert())
       .def("unpack", &unpack<double>, py::arg("out").noconvert())

@@ -2,15 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "base/parallel.h"
 
 namespace nplora {
 
+using kernels::Bf16Pair;
 using kernels::kPanelColumns;
+using kernels::kSteps;
 using kernels::Panels;
 using kernels::Products;
 using kernels::Strided;
+using kernels::Sum;
+using kernels::Tiles;
 
 namespace {
 
@@ -76,10 +81,50 @@ void drop_rows(const Products<T>& k, const LowRank<T>& low, size_t first_row, si
               out + i * out_stride);
 }
 
-// One task of the forward product: tokens x rows of W.
-template <class T>
+// The elements of E that n steps of a depth fill.
+template <class E>
+size_t depth_of(size_t n) {
+  return ceil_div(n, kSteps<E>);
+}
+
+// xt (depth, n_lanes) = x (rows, cols) transposed, in elements E.
+template <class E>
+void lanes_of(const Products<Sum<E>>& k, size_t n_lanes, Matrix<const Sum<E>> x, E* xt) {
+  if constexpr (kSteps<E> == 1) {
+    k.to_lanes(n_lanes, x.rows, x.cols, x.data, x.stride, xt);
+  } else {
+    float* chunk = scratch<float>(Scratch::kPairing, kPanelColumns * n_lanes);
+    for (size_t c = 0; c < x.cols; c += kPanelColumns) {
+      const size_t cols = std::min(kPanelColumns, x.cols - c);
+      k.to_lanes(n_lanes, x.rows, cols, x.data + c, x.stride, chunk);
+      kernels::table().convert.pair_rows(cols, n_lanes, chunk, n_lanes, xt + c / 2 * n_lanes);
+    }
+  }
+}
+
+// Row-major m (rows, cols) in elements E along its rows, an odd end paired with zero; converted into out, or as it is.
+template <class E>
+Strided<E> elements_of(Matrix<const Sum<E>> m, Scratch use) {
+  if constexpr (kSteps<E> == 1) {
+    return {m.data, m.stride, 1};
+  } else {
+    const size_t depth = depth_of<E>(m.cols);
+    E* out = scratch<E>(use, m.rows * depth);
+    for (size_t i = 0; i < m.rows; ++i) {
+      if (m.cols % 2) out[(i + 1) * depth - 1] = E(0);
+      kernels::table().convert.narrow_bfloat16(m.cols, m.row(i),
+                                               reinterpret_cast<uint16_t*>(out + i * depth));
+    }
+    return {out, depth, 1};
+  }
+}
+
+// One task of the forward product: tokens x rows of W, computed in elements E. The update z Aᵀ is added in the type of the sums.
+template <class E>
 class ForwardTask {
  public:
+  using T = Sum<E>;
+
   ForwardTask(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
               Matrix<T> z)
       : w_(w),
@@ -89,20 +134,23 @@ class ForwardTask {
         y_(y),
         z_(z),
         k_(kernels::table().products<T>()),
-        lanes_(x.rows <= k_.lanes / 2 ? k_.lanes / 2 : k_.lanes) {}
+        tiles_(kernels::table().tiles<E>()),
+        lanes_(x.rows <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes),
+        depth_(depth_of<E>(w.d_in)) {}
 
   size_t lanes() const { return lanes_; }
 
   void operator()(Range tokens, Range rows) const {
     const size_t blocks = ceil_div(tokens.count, lanes_), rank = low_.active() ? low_.a.cols : 0;
-    T* xt = scratch<T>(Scratch::kLanesIn, blocks * w_.d_in * lanes_);
+    E* xt = scratch<E>(Scratch::kLanesIn, blocks * depth_ * lanes_);
     T* zt = scratch<T>(Scratch::kLanesLow, blocks * rank * lanes_);
     T* yt = scratch<T>(Scratch::kLanesOut, blocks * kRowBlock * lanes_);
+    const Strided<E> factor = rank ? elements_of<E>(low_.b, Scratch::kLowRank) : Strided<E>{};
     for (size_t b = 0; b < blocks; ++b) {
       const Range block = token_block(tokens, b);
-      T* lanes = xt + b * w_.d_in * lanes_;
-      k_.to_lanes(lanes_, block.count, w_.d_in, x_.row(block.first), x_.stride, lanes);
-      if (rank) project(block, lanes, zt + b * rank * lanes_, rows.first == 0);
+      E* lanes = xt + b * depth_ * lanes_;
+      lanes_of<E>(k_, lanes_, x_rows(block), lanes);
+      if (rank) project(block, factor, lanes, zt + b * rank * lanes_, rows.first == 0);
     }
     for (size_t r = 0; r < rows.count; r += kRowBlock) {
       const Range group{rows.first + r, std::min(kRowBlock, rows.count - r)};
@@ -127,32 +175,36 @@ class ForwardTask {
     return {tokens.first + block.first, block.count};
   }
 
+  Matrix<const T> x_rows(Range tokens) const {
+    return {x_.row(tokens.first), tokens.count, x_.cols, x_.stride};
+  }
+
   // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens; z (tokens, r) without the scale.
-  void project(Range tokens, const T* xt, T* zt, bool keep) const {
+  void project(Range tokens, Strided<E> factor, const E* xt, T* zt, bool keep) const {
     const size_t rank = low_.b.rows;
     if (low_.dropout > 0) {
-      T* dropped = scratch<T>(Scratch::kDropped, (tokens.count + lanes_) * w_.d_in);
-      T* lanes = dropped + tokens.count * w_.d_in;
-      drop_rows(k_, low_, tokens.first, 0, w_.d_in, {x_.row(tokens.first), tokens.count, w_.d_in, x_.stride},
-                dropped, w_.d_in);
-      k_.to_lanes(lanes_, tokens.count, w_.d_in, dropped, w_.d_in, lanes);
+      T* dropped = scratch<T>(Scratch::kDropped, tokens.count * w_.d_in);
+      E* lanes = scratch<E>(Scratch::kDroppedLanes, depth_ * lanes_);
+      drop_rows(k_, low_, tokens.first, 0, w_.d_in, x_rows(tokens), dropped, w_.d_in);
+      lanes_of<E>(k_, lanes_, {dropped, tokens.count, w_.d_in, w_.d_in}, lanes);
       xt = lanes;
     }
-    k_.lane_tile(lanes_, rank, w_.d_in, {low_.b.data, low_.b.stride, kPanelColumns}, xt, zt, false);
+    tiles_.lane_tile(lanes_, rank, depth_, {factor.data, factor.row_stride, kPanelColumns / kSteps<E>}, xt,
+                     zt, false);
     if (keep) k_.from_lanes(lanes_, tokens.count, rank, zt, nullptr, z_.row(tokens.first), z_.stride);
     for (size_t i = 0; i < rank * lanes_; ++i) zt[i] *= T(low_.scale);
   }
 
   // yt (blocks, kRowBlock, lanes) = W[rows] xt for all blocks of tokens.
-  void frozen(Range rows, size_t blocks, const T* xt, T* yt) const {
-    T* decoded = scratch<T>(Scratch::kWeight, kRowBlock * kDepthBlock);
+  void frozen(Range rows, size_t blocks, const E* xt, T* yt) const {
+    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * kDepthBlock);
     const size_t full = full_columns(w_.d_in);
     for (size_t col = 0; col < w_.d_in;) {
       const size_t cols = std::min(kDepthBlock, (col < full ? full : w_.d_in) - col);
-      const Panels<T> panels = block(w_, rows.first, rows.count, col, cols, decoded);
+      const Panels<E> panels = block(w_, rows.first, rows.count, col, cols, decoded);
       for (size_t b = 0; b < blocks; ++b)
-        k_.lane_tile(lanes_, rows.count, cols, panels, xt + (b * w_.d_in + col) * lanes_,
-                     yt + b * kRowBlock * lanes_, col > 0);
+        tiles_.lane_tile(lanes_, rows.count, depth_of<E>(cols), panels,
+                         xt + (b * depth_ + col / kSteps<E>)*lanes_, yt + b * kRowBlock * lanes_, col > 0);
       col += cols;
     }
   }
@@ -163,7 +215,8 @@ class ForwardTask {
   const T* bias_;
   Matrix<T> y_, z_;
   const Products<T>& k_;
-  size_t lanes_;
+  const Tiles<E>& tiles_;
+  size_t lanes_, depth_;
 };
 
 // One task of the forward product of a small batch: rows of W, read once and in the order they lie in.
@@ -257,17 +310,19 @@ void project_back(const Products<T>& k, Matrix<const T> dy, const LowRank<T>& lo
   for (size_t i = 0; i < dy.rows * rank; ++i) dz[i] *= T(low.scale);
 }
 
-// dx (n, cols) = dy W[:, cols] for the columns given, first a multiple of kPanelColumns.
-template <class T>
-void frozen_back(const Products<T>& k, const WeightView& w, Matrix<const T> dy, Range cols, Matrix<T> dx) {
-  T* decoded = scratch<T>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+// dx (n, cols) = dy W[:, cols] for the columns given, first a multiple of kPanelColumns; computed in elements E.
+template <class E>
+void frozen_back(const WeightView& w, Matrix<const Sum<E>> dy, Range cols, Matrix<Sum<E>> dx) {
+  const Tiles<E>& tiles = kernels::table().tiles<E>();
+  E* decoded = scratch<E>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+  const Strided<E> rows = elements_of<E>(dy, Scratch::kLanesIn);
   for (size_t c = 0; c < cols.count; c += kPanelColumns) {
     const size_t width = std::min(kPanelColumns, cols.count - c);
     for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
       const size_t depth = std::min(kOuterDepth, w.d_out - o);
-      const Panels<T> panel = block(w, o, depth, cols.first + c, width, decoded);
-      k.outer_tile(dy.rows, width, depth, {dy.data + o, dy.stride, 1}, panel.data, panel.row_stride,
-                   dx.data + cols.first + c, dx.stride, o > 0);
+      const Panel<E> panel = column_block(w, o, depth, cols.first + c, width, decoded);
+      tiles.outer_tile(dy.rows, width, depth_of<E>(depth), {rows.data + o / kSteps<E>, rows.row_stride, 1},
+                       panel.data, panel.row_stride, dx.data + cols.first + c, dx.stride, o > 0);
     }
   }
 }
@@ -335,6 +390,20 @@ Mask mask_of(double probability) {
   return {static_cast<uint32_t>(std::floor(probability * 4294967296.0)), 1 / (1 - probability)};
 }
 
+namespace {
+
+template <class E>
+void forward_in_lanes(const ForwardTask<E>& task, const WeightView& w, size_t tokens, size_t threads) {
+  const size_t most = kLanesBytes / sizeof(E) / std::max<size_t>(1, depth_of<E>(w.d_in));
+  const size_t token_block = std::clamp(most / task.lanes() * task.lanes(), 2 * task.lanes(), kTokenBlock);
+  const Grid grid(tokens, task.lanes(), token_block, w.d_out, kRowBlock, threads);
+  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+    task(part(tokens, grid.token_block, grid.token_part(i)), part(w.d_out, grid.w_block, grid.w_part(i)));
+  });
+}
+
+}  // namespace
+
 template <class T>
 void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
                   Matrix<T> z) {
@@ -347,14 +416,10 @@ void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low,
     return parallel_for(grid.tasks(), threads, Interruptible::kYes,
                         [&](size_t i) { task(part(w.d_out, grid.w_block, i)); });
   }
-  const ForwardTask<T> task(w, x, low, bias, y, z);
-  const size_t most = kLanesBytes / sizeof(T) / std::max<size_t>(1, w.d_in);
-  const Grid grid(x.rows, task.lanes(),
-                  std::clamp(most / task.lanes() * task.lanes(), 2 * task.lanes(), kTokenBlock), w.d_out,
-                  kRowBlock, threads);
-  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
-    task(part(x.rows, grid.token_block, grid.token_part(i)), part(w.d_out, grid.w_block, grid.w_part(i)));
-  });
+  if constexpr (std::is_same_v<T, float>)
+    if (w.compute == Compute::kBfloat16)
+      return forward_in_lanes(ForwardTask<Bf16Pair>(w, x, low, bias, y, z), w, x.rows, threads);
+  forward_in_lanes(ForwardTask<T>(w, x, low, bias, y, z), w, x.rows, threads);
 }
 
 template <class T>
@@ -386,7 +451,14 @@ void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, M
       const Matrix<T> out{dx.row(tokens.first), tokens.count, dx.cols, dx.stride};
       if (w.d_out == 0)
         for (size_t t = 0; t < out.rows; ++t) std::fill_n(out.row(t) + cols.first, cols.count, T(0));
-      frozen_back(k, w, rows, cols, out);
+      if constexpr (std::is_same_v<T, float>) {
+        if (w.compute == Compute::kBfloat16)
+          frozen_back<Bf16Pair>(w, rows, cols, out);
+        else
+          frozen_back<float>(w, rows, cols, out);
+      } else {
+        frozen_back<T>(w, rows, cols, out);
+      }
       if (rank) low_rank_back(k, low, dz, tokens.first, cols, out);
     });
   }

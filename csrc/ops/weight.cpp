@@ -9,6 +9,7 @@
 
 namespace nplora {
 
+using kernels::Bf16Pair;
 using kernels::kPanelColumns;
 using kernels::Panels;
 
@@ -75,36 +76,100 @@ Place locate(const WeightView& w, size_t row, size_t col) {
 
 }  // namespace
 
-template <class T>
-Panels<T> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* scratch) {
-  const Place first = locate(w, row, col);
-  const bool in_place = w.storage == (sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64);
-  if (in_place)
-    return {reinterpret_cast<const T*>(first.at), first.row_stride,
-            w.packed ? w.d_out * kPanelColumns : kPanelColumns};
+namespace {
 
-  T* out = scratch;
+// The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous.
+template <class T>
+void widen_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* out) {
   for (size_t c = 0; c < cols; c += kPanelColumns) {
     const size_t width = std::min(kPanelColumns, cols - c);
     const Place from = locate(w, row, col + c);
+    const size_t pitch = from.row_stride * bytes_per_element(w.storage);
     if (from.row_stride == width) {
       widen(w.storage, rows * width, from.at, out);
     } else {
-      for (size_t i = 0; i < rows; ++i)
-        widen(w.storage, width, from.at + i * from.row_stride * bytes_per_element(w.storage),
-              out + i * width);
+      for (size_t i = 0; i < rows; ++i) widen(w.storage, width, from.at + i * pitch, out + i * width);
     }
     out += rows * width;
   }
+}
+
+template <class T>
+bool stored_as(const WeightView& w) {
+  return w.storage == (sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64);
+}
+
+}  // namespace
+
+template <class T>
+Panels<T> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* scratch) {
+  if (stored_as<T>(w)) {
+    const Place first = locate(w, row, col);
+    const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
+    return {reinterpret_cast<const T*>(first.at), first.row_stride, panel_stride};
+  }
+  widen_block(w, row, rows, col, cols, scratch);
   return {scratch, std::min(kPanelColumns, cols), rows * kPanelColumns};
+}
+
+// A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, like other
+// storage, row by row with a zero behind an odd end.
+template <>
+Panels<Bf16Pair> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols,
+                       Bf16Pair* scratch) {
+  constexpr size_t kPanelPairs = kPanelColumns / 2;
+  if (w.storage == Storage::kBfloat16 && w.packed && cols % kPanelColumns == 0)
+    return {reinterpret_cast<const Bf16Pair*>(locate(w, row, col).at), kPanelPairs, w.d_out * kPanelPairs};
+  const kernels::Conversions& convert = kernels::table().convert;
+  Bf16Pair* out = scratch;
+  for (size_t c = 0; c < cols; c += kPanelColumns) {
+    const size_t width = std::min(kPanelColumns, cols - c), pairs = (width + 1) / 2;
+    for (size_t i = 0; i < rows; ++i, out += pairs) {
+      float values[kPanelColumns + 1];
+      const Place from = locate(w, row + i, col + c);
+      widen(w.storage, width, from.at, values);
+      values[width] = 0;
+      convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(out));
+    }
+  }
+  return {scratch, (std::min(kPanelColumns, cols) + 1) / 2, rows * kPanelPairs};
+}
+
+template <class T>
+Panel<T> column_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* scratch) {
+  const Panels<T> panels = block(w, row, rows, col, cols, scratch);
+  return {panels.data, panels.row_stride};
+}
+
+template <>
+Panel<Bf16Pair> column_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols,
+                             Bf16Pair* scratch) {
+  const kernels::Conversions& convert = kernels::table().convert;
+  const Place from = locate(w, row, col);
+  if (w.storage == Storage::kBfloat16) {
+    convert.pair_bits(rows, cols, reinterpret_cast<const uint16_t*>(from.at), from.row_stride, scratch);
+  } else if (w.storage == Storage::kFloat32) {
+    convert.pair_rows(rows, cols, reinterpret_cast<const float*>(from.at), from.row_stride, scratch);
+  } else {
+    float values[2 * kPanelColumns];
+    for (size_t i = 0; i < rows; i += 2) {
+      const size_t count = std::min<size_t>(2, rows - i);
+      widen_block(w, row + i, count, col, cols, values);
+      convert.pair_rows(count, cols, values, cols, scratch + i / 2 * cols);
+    }
+  }
+  return {scratch, cols};
 }
 
 template Panels<float> block(const WeightView&, size_t, size_t, size_t, size_t, float*);
 template Panels<double> block(const WeightView&, size_t, size_t, size_t, size_t, double*);
+template Panel<float> column_block(const WeightView&, size_t, size_t, size_t, size_t, float*);
+template Panel<double> column_block(const WeightView&, size_t, size_t, size_t, size_t, double*);
 
 template <class T>
-PackedWeight::PackedWeight(Matrix<const T> w, Storage storage)
+PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
     : storage_(storage),
+      compute_(compute),
       d_out_(w.rows),
       d_in_(w.cols),
       buffer_(w.rows * w.cols * bytes_per_element(storage)) {
@@ -119,9 +184,9 @@ PackedWeight::PackedWeight(Matrix<const T> w, Storage storage)
   });
 }
 
-template PackedWeight::PackedWeight(Matrix<const float>, Storage);
-template PackedWeight::PackedWeight(Matrix<const double>, Storage);
-template PackedWeight::PackedWeight(Matrix<const uint16_t>, Storage);
+template PackedWeight::PackedWeight(Matrix<const float>, Storage, Compute);
+template PackedWeight::PackedWeight(Matrix<const double>, Storage, Compute);
+template PackedWeight::PackedWeight(Matrix<const uint16_t>, Storage, Compute);
 
 namespace {
 

@@ -15,12 +15,15 @@ Array = ndarray[Any, Any]
 class PackedWeight:
     """A frozen matrix in its storage format ("float32", "float64", "bfloat16", "float16"), packed in panels."""
 
-    def __init__(self, w: Array, storage: str) -> None:
-        """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the two 16-bit storages."""
+    def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
+        """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the two 16-bit storages.
+        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, B and W are rounded, sums are float32."""
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
     def storage(self) -> str: ...
+    @property
+    def compute(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
     def unpack(self, out: Array) -> None:

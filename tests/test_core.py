@@ -1,0 +1,224 @@
+"""The core's operations against float64 NumPy: every storage, compute type and path, on awkward shapes."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nplora import _core
+
+Array = NDArray[np.floating]
+
+# (n, d_out, d_in, r): empty sides, one row, the two sides of the small path, panels and tiles that do not divide.
+SHAPES = [
+    *[(0, 5, 4, 2), (5, 0, 4, 1), (5, 4, 0, 1), (3, 5, 6, 0), (1, 1, 1, 1), (1, 100, 200, 8), (5, 7, 3, 2)],
+    *[(8, 577, 97, 3), (9, 97, 577, 3), (16, 48, 48, 8), (17, 49, 97, 4), (33, 100, 577, 9)],
+    *[(300, 130, 700, 60), (70, 1531, 241, 13)],
+]
+KINDS = [
+    *[(storage, "float") for storage in ("float64", "float32", "bfloat16", "float16", "array")],
+    *[(storage, "bfloat16") for storage in ("float32", "bfloat16", "float16")],
+]
+SCALE = 0.7
+KEY = 12345
+
+
+def to_bfloat16(x: Array) -> Array:
+    """x rounded to bfloat16, as float64."""
+    bits, out = np.empty(x.shape, np.uint16), np.empty(x.shape, np.float32)
+    _core.narrow(np.ascontiguousarray(x, np.float32), "bfloat16", bits)
+    _core.widen(bits, "bfloat16", out)
+    return out.astype(np.float64)
+
+
+class Case:
+    """One set of inputs, with the values that the products see in float64."""
+
+    def __init__(self, shape: tuple[int, int, int, int], storage: str, compute: str, dropout: float) -> None:
+        n, d_out, d_in, r = shape
+        rng = np.random.default_rng(0)
+        self.dtype = np.float64 if storage == "float64" else np.float32
+        sizes = {
+            "w": (d_out, d_in),
+            "x": (n, d_in),
+            "a": (d_out, r),
+            "b": (r, d_in),
+            "bias": (d_out,),
+            "dy": (n, d_out),
+        }
+        self.arrays = {name: rng.standard_normal(size).astype(self.dtype) for name, size in sizes.items()}
+        w = self.arrays["w"]
+        self.weight: _core.PackedWeight | Array = (
+            w if storage == "array" else _core.PackedWeight(w, storage, compute)
+        )
+        self.w = np.empty_like(w)
+        if isinstance(self.weight, _core.PackedWeight):
+            self.weight.unpack(self.w)
+        else:
+            self.w[:] = w
+        self.dropout = dropout
+        self.mask = np.empty((n, d_in), self.dtype)
+        _core.dropout(np.ones_like(self.mask), dropout, KEY, self.mask)
+        # Up to 8 rows are computed in float whatever was asked for: they wait for memory, not for arithmetic.
+        self.rounded = compute == "bfloat16"
+        self.rounds_forward = self.rounded and n > 8
+
+    def seen(self, name: str, rounded: bool) -> Array:
+        value = self.w if name == "w" else self.arrays[name]
+        return to_bfloat16(value) if rounded else value.astype(np.float64)
+
+    def bound(self, products: Array, depth: int) -> Array:
+        """gamma_k sum |a| |b|: each fused step errs by at most half a unit in the last place of its sum."""
+        eps = float(np.finfo(self.dtype).eps)
+        # vdpbf16ps rounds both products of a pair and takes subnormals as zero.
+        return 2 * (depth + 4) * eps * products + (1e-30 if self.rounded else 0)
+
+    def assert_close(self, got: Array, expected: Array, magnitude: Array, depth: int) -> None:
+        assert np.isfinite(got).all()
+        assert (np.abs(got - expected) <= self.bound(magnitude, depth)).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("storage", "compute"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_forward_and_backward_match_the_oracle(
+    shape: tuple[int, int, int, int], storage: str, compute: str, dropout: float
+) -> None:
+    n, d_out, d_in, r = shape
+    case = Case(shape, storage, compute, dropout)
+    x, a, b, bias, dy = (case.arrays[name] for name in ("x", "a", "b", "bias", "dy"))
+    y, z = np.full((n, d_out), np.nan, case.dtype), np.full((n, r), np.nan, case.dtype)
+    _core.lora_forward(case.weight, x, a, b, SCALE, bias, dropout, KEY, y, z)
+
+    dropped = (x * case.mask).astype(np.float64)
+    x64, w64 = case.seen("x", case.rounds_forward), case.seen("w", case.rounds_forward)
+    b64 = case.seen("b", case.rounds_forward)
+    low = to_bfloat16(dropped) if case.rounds_forward else dropped
+    a64 = a.astype(np.float64)
+    case.assert_close(z, low @ b64.T, np.abs(low) @ np.abs(b64.T), d_in)
+    magnitude = (
+        np.abs(x64) @ np.abs(w64.T) + SCALE * (np.abs(low) @ np.abs(b64.T)) @ np.abs(a64.T) + np.abs(bias)
+    )
+    case.assert_close(y, x64 @ w64.T + SCALE * (low @ b64.T) @ a64.T + bias, magnitude, d_in + r)
+
+    dx, da, db = np.full((n, d_in), np.nan, case.dtype), np.ones_like(a), np.ones_like(b)
+    _core.lora_backward(case.weight, dy, x, z, a, b, SCALE, dropout, KEY, dx, da, db)
+    dy64, w64 = case.seen("dy", case.rounded), case.seen("w", case.rounded)
+    dz = SCALE * dy.astype(np.float64) @ a64
+    b64, z64 = b.astype(np.float64), z.astype(np.float64)
+    dz_magnitude = SCALE * np.abs(dy) @ np.abs(a64)
+    magnitude = np.abs(dy64) @ np.abs(w64) + (dz_magnitude @ np.abs(b64)) * case.mask
+    case.assert_close(dx, dy64 @ w64 + (dz @ b64) * case.mask, magnitude, 2 * d_out + r)
+    case.assert_close(
+        da, 1 + SCALE * dy.T.astype(np.float64) @ z64, 1 + SCALE * np.abs(dy.T) @ np.abs(z64), n
+    )
+    case.assert_close(db, 1 + dz.T @ dropped, 1 + dz_magnitude.T @ np.abs(dropped), n + d_out)
+
+
+@pytest.mark.parametrize(("storage", "compute"), KINDS)
+def test_small_integers_are_exact(storage: str, compute: str) -> None:
+    rng = np.random.default_rng(1)
+    dtype = np.float64 if storage == "float64" else np.float32
+    n, d_out, d_in = 37, 61, 103
+    x, w, dy = (rng.integers(-8, 9, size).astype(dtype) for size in ((n, d_in), (d_out, d_in), (n, d_out)))
+    weight = w if storage == "array" else _core.PackedWeight(w, storage, compute)
+    y, dx = np.empty((n, d_out), dtype), np.empty((n, d_in), dtype)
+    _core.matmul(weight, x, None, y)
+    _core.matmul_t(weight, dy, dx)
+    assert np.array_equal(y, x @ w.T)
+    assert np.array_equal(dx, dy @ w)
+
+
+def test_scale_zero_leaves_the_factors_unread() -> None:
+    x, w = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
+    a, b = np.full((5, 2), np.nan, np.float32), np.full((2, 4), np.nan, np.float32)
+    y, z = np.empty((3, 5), np.float32), np.empty((3, 2), np.float32)
+    _core.lora_forward(w, x, a, b, 0.0, None, 0.0, 0, y, z)
+    assert (y == 4).all()
+    assert (z == 0).all()
+    dx, da, db = np.empty_like(x), np.zeros_like(a), np.zeros_like(b)
+    _core.lora_backward(w, y, x, z, a, b, 0.0, 0.0, 0, dx, da, db)
+    assert (dx == 20).all()
+    assert not da.any()
+    assert not db.any()
+    _core.merge_lora(w, a, b, 0.0, "float32")
+    assert (w == 1).all()
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_nan_and_infinity_reach_the_outputs_that_they_touch(n: int) -> None:
+    x, w = np.ones((n, 70), np.float32), np.ones((60, 70), np.float32)
+    x[0, 3], w[5, 69] = np.inf, np.nan
+    y = np.empty((n, 60), np.float32)
+    _core.matmul(w, x, None, y)
+    assert np.isnan(y[:, 5]).all()
+    assert np.isposinf(np.delete(y[0], 5)).all()
+    assert (np.delete(y[1:], 5, axis=1) == 70).all()
+
+
+@pytest.mark.parametrize("storage", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (7, 97), (100, 130)])
+def test_a_packed_weight_unpacks_to_what_went_in(storage: str, shape: tuple[int, int]) -> None:
+    w = (
+        np.random.default_rng(0)
+        .standard_normal(shape)
+        .astype(np.float64 if storage == "float64" else np.float32)
+    )
+    if storage in ("bfloat16", "float16"):
+        bits = np.empty(shape, np.uint16)
+        _core.narrow(w, storage, bits)
+        w = bits
+    packed = _core.PackedWeight(w, storage)
+    out = np.empty_like(w)
+    packed.unpack(out)
+    assert np.array_equal(out, w)
+    assert packed.nbytes == w.nbytes
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, 2)])
+@pytest.mark.parametrize("storage", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("d_out", "d_in", "r"), [(1, 1, 1), (9, 50, 3), (70, 401, 65)])
+def test_merge_rounds_the_exact_sum_once(storage: str, d_out: int, d_in: int, r: int, rows: slice) -> None:
+    rng = np.random.default_rng(2)
+    dtype = np.float64 if storage == "float64" else np.float32
+    a, b = rng.standard_normal((d_out, r)).astype(dtype), rng.standard_normal((r, d_in)).astype(dtype)
+    w = rng.standard_normal((2 * d_out, d_in)).astype(dtype)
+    before = w.astype(np.float64)
+    buffer = w
+    if dtype == np.float32 and storage != "float32":
+        buffer = np.empty(w.shape, np.uint16)
+        _core.narrow(w, storage, buffer)
+        _core.widen(buffer, storage, w)
+        before = w.astype(np.float64)
+    target = buffer[rows][:d_out]
+    _core.merge_lora(target, a, b, SCALE, storage)
+    after = buffer
+    if buffer.dtype == np.uint16:
+        after = np.empty(w.shape, np.float32)
+        _core.widen(buffer, storage, after)
+    touched = np.zeros(len(w), bool)
+    touched[np.arange(len(w))[rows][:d_out]] = True
+    assert np.array_equal(after[~touched], before[~touched])
+    expected = before[touched] + SCALE * a.astype(np.float64) @ b.astype(np.float64)
+    magnitude = np.abs(before[touched]) + SCALE * np.abs(a).astype(np.float64) @ np.abs(b)
+    eps = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[storage]
+    bound = eps / 2 * np.abs(expected) + (r + 2) * float(np.finfo(dtype).eps) * magnitude
+    assert (np.abs(after[touched] - expected) <= bound).all()
+
+
+def test_rows_are_gathered_in_any_order_and_refused_out_of_range() -> None:
+    w = np.random.default_rng(0).standard_normal((10, 97)).astype(np.float32)
+    packed = _core.PackedWeight(w, "float32")
+    ids = np.array([9, 0, 3, 3])
+    out = np.empty((4, 97), np.float32)
+    packed.gather_rows(ids, out)
+    assert np.array_equal(out, w[ids])
+    for bad in (10, -1):
+        with pytest.raises(IndexError, match=f"row {bad} is out of range for a weight of 10 rows"):
+            packed.gather_rows(np.array([bad]), out[:1])
+
+
+def test_row_norms_are_summed_in_double() -> None:
+    w = np.random.default_rng(0).standard_normal((7, 1000)).astype(np.float32)
+    out = np.empty(7)
+    _core.PackedWeight(w, "float32").row_sums_of_squares(out)
+    np.testing.assert_allclose(out, (w.astype(np.float64) ** 2).sum(1), rtol=1e-13)

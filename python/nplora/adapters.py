@@ -136,7 +136,7 @@ def load_adapter(model: Module, directory: StrPath) -> AdapterReport:
         what was loaded, and which settings changed.
     Raises:
         FormatError: a file breaks its format or does not fit the model; all that does not fit is listed.
-        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run code or hang.
+        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
         RuntimeError: a layer is merged.
         ValueError: the model has no LoRA layer.
         OSError: a file cannot be read.
@@ -344,10 +344,10 @@ def _file_shape(place: _Place) -> tuple[int, ...]:
 def _change(name: str, layer: LoRALayer, config: PeftConfig) -> str:
     pairs = (
         ("rank", layer.rank, config.rank(name)),
-        ("alpha", layer.alpha, config.alpha(name)),
+        ("alpha", _short_number(layer.alpha), _short_number(config.alpha(name))),
         ("use_rslora", layer.use_rslora, config.use_rslora),
     )
-    changed = [f"{setting} {old:g} -> {new:g}" for setting, old, new in pairs if old != new]
+    changed = [f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new]
     return f"{name}: {', '.join(changed)}" if changed else ""
 
 

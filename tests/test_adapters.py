@@ -1,0 +1,517 @@
+"""Adapter directories: what is written, what is read back, and that a failure changes nothing."""
+
+import errno
+import json
+import os
+import random
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nplora
+from nplora import adapters
+from nplora.adapters import load_adapter, save_adapter
+from nplora.formats import safetensors
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+PREFIX = "base_model.model."
+
+
+class Net(nplora.Module):
+    """Embedding, two linear layers, a head: every kind of thing that an adapter file holds."""
+
+    def __init__(self, rank: int = 3, alpha: float = 6, embedding: bool = True, **options: Any) -> None:
+        rng = np.random.default_rng(0)
+        if embedding:
+            rslora = options.get("use_rslora", False)
+            self.emb = nplora.LoRAEmbedding(
+                rng.normal(size=(11, 6)), rank=rank, alpha=alpha, init="gaussian", use_rslora=rslora, rng=1
+            )
+        else:
+            self.emb = nplora.Embedding(rng.normal(size=(11, 6)))
+        self.blocks = [
+            nplora.LoRALinear(rng.normal(size=(7, 6)), rank, alpha, init="gaussian", rng=2, **options),
+            nplora.LoRALinear(rng.normal(size=(5, 7)), rank, alpha, init="gaussian", rng=3, **options),
+        ]
+
+    def forward(self, ids: Any) -> tuple[Array, Any]:
+        h, s0 = self.emb.forward(ids)
+        h, s1 = self.blocks[0].forward(h)
+        y, s2 = self.blocks[1].forward(h)
+        return y, (s0, s1, s2)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> None:
+        dh = self.blocks[1].backward(dy, saved[2])
+        self.emb.backward(self.blocks[0].backward(dh, saved[1]), saved[0])
+
+
+IDS = np.arange(11)
+
+
+def state(model: nplora.Module) -> dict[str, bytes]:
+    """All that loading may change, to be compared bit by bit."""
+    found = {p.name: p.value.tobytes() for p in model.parameters()}
+    for name, layer in model.adapter_layers().items():
+        assert isinstance(layer, nplora.LoRALayer)
+        found[name] = repr((layer.rank, layer.alpha, layer.scale, layer.use_rslora)).encode()
+    return found
+
+
+def perturbed(model: nplora.Module, seed: int) -> nplora.Module:
+    rng = np.random.default_rng(seed)
+    for parameter in model.parameters():
+        parameter.value[...] += rng.normal(0, 0.1, parameter.value.shape)
+    return model
+
+
+def edit(directory: Path, **fields: Any) -> None:
+    path = directory / adapters.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = {
+        name: t.numpy() for name, t in safetensors.open(directory / adapters.TENSORS, mmap=False).items()
+    }
+    change(tensors)
+    safetensors.save(directory / adapters.TENSORS, tensors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"embedding": False, "use_dora": True},
+        {"embedding": False, "freeze_B": True},
+    ],
+)
+def test_a_saved_adapter_loads_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    model, other = perturbed(Net(**options), 1), perturbed(Net(**options), 2)
+    live = [p.value for p in other.parameters()]
+    save_adapter(model, tmp_path / "deep" / "adapter")
+    report = load_adapter(other, tmp_path / "deep" / "adapter")
+    assert state(other) == state(model)
+    np.testing.assert_array_equal(other(IDS), model(IDS))
+    assert all(p.value is array for p, array in zip(other.parameters(), live, strict=True))
+    assert report.changes == ()
+    assert report.layers == tuple(model.adapter_layers())
+
+
+def test_the_file_has_peft_s_names_with_the_letters_exchanged(tmp_path: Path) -> None:
+    model = Net(embedding=False, use_dora=True)
+    save_adapter(model, tmp_path)
+    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
+    assert tensors.metadata == {"format": "pt"}
+    assert set(tensors) == {
+        f"{PREFIX}blocks.{i}.{name}"
+        for i in (0, 1)
+        for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    }
+    layer = model.blocks[0]
+    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_B.weight"].numpy(), layer.A)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_A.weight"].numpy(), layer.B)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_magnitude_vector"].numpy(), layer.m)
+    assert tensors[f"{PREFIX}blocks.0.lora_A.weight"].shape == (3, 6)
+
+
+def test_the_factors_of_an_embedding_are_transposed_in_the_file(tmp_path: Path) -> None:
+    model = Net()
+    save_adapter(model, tmp_path)
+    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors[f"{PREFIX}emb.lora_embedding_A"].numpy(), model.emb.A.T)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}emb.lora_embedding_B"].numpy(), model.emb.B.T)
+
+
+def test_the_configuration_names_the_layers_in_full(tmp_path: Path) -> None:
+    save_adapter(Net(rank=2, alpha=5, use_rslora=True), tmp_path, base_model_name_or_path="digits")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["emb", "blocks.0", "blocks.1"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (
+        2,
+        5,
+        True,
+        False,
+    )
+    assert (config["rank_pattern"], config["alpha_pattern"], config["task_type"]) == ({}, {}, None)
+    assert config["base_model_name_or_path"] == "digits"
+
+
+def test_layers_that_differ_are_written_as_patterns(tmp_path: Path) -> None:
+    def model() -> nplora.Module:
+        shapes = [(8, 8)] * 4
+        ranks, alphas = [2, 2, 3, 2], [4.0, 4.5, 4.0, 4.0]
+        rng = np.random.default_rng(0)
+        return nplora.Sequential(
+            *(
+                nplora.LoRALinear(rng.normal(size=s), r, a, init="gaussian", rng=i)
+                for i, (s, r, a) in enumerate(zip(shapes, ranks, alphas, strict=True))
+            )
+        )
+
+    saved = perturbed(model(), 1)
+    save_adapter(saved, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (2, {"^2": 3})
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (4, {"^1": 4.5})
+    loaded = model()
+    load_adapter(loaded, tmp_path)
+    assert state(loaded) == state(saved)
+
+
+def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Path) -> None:
+    model = Net(rank=2, alpha=5, use_rslora=True)
+    save_adapter(model, tmp_path, "digits")
+    other = Net(rank=3, alpha=6)
+    report = load_adapter(other, tmp_path)
+    assert state(other) == state(model)
+    assert report.base_model_name_or_path == "digits"
+    assert report.changes == tuple(
+        f"{name}: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True"
+        for name in ("emb", "blocks.0", "blocks.1")
+    )
+    assert str(report).startswith(f"{tmp_path}: 3 layers loaded\nemb: rank 3 -> 2")
+    np.testing.assert_array_equal(other(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}])
+def test_a_layer_with_a_new_rank_trains_on(options: dict[str, Any], tmp_path: Path) -> None:
+    model, other = Net(rank=2, embedding=False, **options), Net(rank=3, embedding=False, **options)
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    for net in (model, other):
+        y, saved = net.forward(IDS)
+        net.backward(np.ones_like(y), saved)
+    for expected, got in zip(model.parameters(), other.parameters(), strict=True):
+        np.testing.assert_array_equal(got.grad, expected.grad)
+        assert expected.grad.any()
+
+
+def test_layers_trained_whole_are_modules_to_save(tmp_path: Path) -> None:
+    def model() -> nplora.Module:
+        rng = np.random.default_rng(0)
+        return nplora.Sequential(
+            nplora.LoRALinear(rng.normal(size=(6, 5)), rank=2, init="gaussian", rng=1),
+            nplora.LayerNorm(np.ones(6), np.zeros(6), trainable=True),
+            nplora.Linear(rng.normal(size=(3, 6)), np.zeros(3), trainable=True),
+        )
+
+    saved, loaded = perturbed(model(), 1), model()
+    save_adapter(saved, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["1", "2"]
+    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
+    assert {f"{PREFIX}{i}.{name}" for i in (1, 2) for name in ("weight", "bias")} < set(tensors)
+    report = load_adapter(loaded, tmp_path)
+    assert state(loaded) == state(saved)
+    assert report.layers == ("0", "1", "2")
+
+
+def test_a_name_that_peft_would_confuse_with_a_trained_layer_is_refused(tmp_path: Path) -> None:
+    class Confusing(nplora.Module):
+        def __init__(self) -> None:
+            self.head = nplora.Linear(np.zeros((2, 2)), trainable=True)
+            self.overhead = nplora.LoRALinear(np.zeros((2, 2)), rank=1)
+
+    with pytest.raises(ValueError, match="would take 'overhead' for the trained layer 'head'"):
+        save_adapter(Confusing(), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_targets_become_an_expression_where_a_list_would_hit_others(tmp_path: Path) -> None:
+    def model() -> nplora.Module:
+        lora = nplora.LoRALinear(np.ones((4, 4)), rank=1, init="gaussian", rng=0)
+        return nplora.Sequential(lora, nplora.Sequential(nplora.ReLU()))
+
+    save_adapter(model(), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "0"
+    load_adapter(model(), tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["use_rslora", "use_dora"])
+def test_what_peft_has_once_for_all_layers_must_not_differ(setting: str, tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [{setting: True}, {setting: False}]
+    model = nplora.Sequential(*(nplora.LoRALinear(np.ones((4, 4)), rank=1, **kw) for kw in options))
+    with pytest.raises(ValueError, match=f"one {setting} for all layers, the model has 0 True, 1 False"):
+        save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nplora.Sequential(nplora.ReLU()), "has no LoRA layer"),
+        (nplora.LoRALinear(np.ones((4, 4)), rank=1), "is itself a LoRALinear"),
+    ],
+)
+def test_a_model_that_peft_cannot_name_is_refused(model: nplora.Module, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"save_adapter: .*{words}"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=f"load_adapter: .*{words}"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", ml_dtypes.bfloat16])
+def test_factors_of_another_float_type_are_converted(dtype: Any, tmp_path: Path) -> None:
+    model, other = Net(), Net(rank=1)
+    save_adapter(model, tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
+    load_adapter(other, tmp_path)
+    assert other.blocks[0].A.dtype == np.float32
+    np.testing.assert_array_equal(other.blocks[0].A, model.blocks[0].A.astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(other.emb.B, model.emb.B.astype(dtype).astype(np.float32))
+
+
+def test_a_float64_model_keeps_its_precision(tmp_path: Path) -> None:
+    model = perturbed(Net(embedding=False, dtype="float64"), 1)
+    save_adapter(model, tmp_path)
+    other = Net(embedding=False, dtype="float64")
+    load_adapter(other, tmp_path)
+    assert other.blocks[0].A.dtype == np.float64
+    assert state(other) == state(model)
+
+
+def test_a_merged_model_saves_its_factors_and_does_not_load(tmp_path: Path) -> None:
+    model, other = perturbed(Net(), 1), Net()
+    model.merge()
+    save_adapter(model, tmp_path)
+    other.merge()
+    with pytest.raises(RuntimeError, match="merged"):
+        load_adapter(other, tmp_path)
+    other.unmerge()
+    load_adapter(other, tmp_path)
+    assert state(other) == state(model)
+
+
+# ---- files that do not fit or are hostile ----
+
+
+def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+
+    def damage(tensors: dict[str, Array]) -> None:
+        tensors[f"{PREFIX}blocks.7.lora_A.weight"] = np.zeros((3, 6), np.float32)
+        tensors["stray"] = np.zeros(1, np.float32)
+        tensors[f"{PREFIX}blocks.1.lora_magnitude_vector"] = np.zeros(5, np.float32)
+        del tensors[f"{PREFIX}blocks.0.lora_B.weight"]
+        tensors[f"{PREFIX}blocks.0.lora_A.weight"] = np.zeros((2, 6), np.float32)
+        tensors[f"{PREFIX}blocks.1.lora_A.weight"] = np.full((3, 7), np.inf, np.float32)
+        tensors[f"{PREFIX}emb.lora_embedding_B"] = np.zeros((6, 3), np.int8)
+
+    rewrite(tmp_path, damage)
+    model = Net(rank=1, alpha=1)
+    before = state(model)
+    with pytest.raises(FormatError) as caught:
+        load_adapter(model, tmp_path)
+    assert caught.type is FormatError
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}: the adapter does not fit the model in 7 places:",
+        f"  blocks.0.A: tensor '{PREFIX}blocks.0.lora_B.weight' of shape (7, 3) is missing in the file",
+        f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector': "
+        "the model's 'blocks.1' is a LoRALinear that has no place for it",
+        f"  tensor '{PREFIX}blocks.7.lora_A.weight': "
+        "the model has no 'blocks.7', the nearest names: 'blocks.1', 'blocks.0'",
+        "  tensor 'stray': expected a name that begins with 'base_model.model.'",
+        f"  emb.B: tensor '{PREFIX}emb.lora_embedding_B' is int8, expected floats",
+        f"  blocks.0.B: tensor '{PREFIX}blocks.0.lora_A.weight' has shape (2, 6), expected (3, 6)",
+        f"  blocks.1.B: tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
+    ]
+    assert state(model) == before
+
+
+def test_dora_in_the_file_alone_or_in_the_layer_alone_is_a_mismatch(tmp_path: Path) -> None:
+    plain, dora = Net(embedding=False), Net(embedding=False, use_dora=True)
+    save_adapter(plain, tmp_path)
+    with pytest.raises(FormatError, match=r"blocks\.0: use_dora is False in the file and True in the layer"):
+        load_adapter(dora, tmp_path)
+    save_adapter(dora, tmp_path)
+    with pytest.raises(FormatError, match=r"blocks\.0: use_dora is True in the file and False in the layer"):
+        load_adapter(plain, tmp_path)
+
+
+def test_a_float64_value_beyond_float32_is_an_infinity(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    name = f"{PREFIX}blocks.0.lora_B.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: np.full((7, 3), 1e300)}))
+    with pytest.raises(FormatError, match=r"blocks\.0\.A: .*holds NaN or an infinity"):
+        load_adapter(Net(), tmp_path)
+
+
+HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
+    ({"rank_pattern": {"(a+)+$": 4}}, UnsafeError, "rank_pattern"),
+    ({"r": 0}, FormatError, "r is 0"),
+    ({"r": 10**9}, LimitError, "r is 1,000,000,000"),
+    ({"r": True}, FormatError, "r is True"),
+    ({"r": "8"}, FormatError, "r is '8'"),
+    ({"r": 8}, FormatError, "has shape (7, 3), expected (7, 8)"),
+    ({"lora_alpha": float("nan")}, FormatError, "NaN"),
+    ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, UnsafeError, "auto_mapping"),
+    ({"trust_remote_code": True}, UnsafeError, "trust_remote_code"),
+    ({"peft_type": "IA3"}, UnsupportedError, "peft_type is 'IA3'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "words"), HOSTILE)
+def test_a_hostile_configuration_gives_its_error_and_changes_nothing(
+    fields: dict[str, Any], error: type[FormatError], words: str, tmp_path: Path
+) -> None:
+    save_adapter(Net(), tmp_path)
+    edit(tmp_path, **fields)
+    model = Net(rank=2)
+    before = state(model)
+    with pytest.raises(FormatError) as caught:
+        load_adapter(model, tmp_path)
+    assert caught.type is error
+    assert str(caught.value).startswith(str(tmp_path))
+    assert words in str(caught.value)
+    assert state(model) == before
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UnsafeError, match=r"adapter_model\.bin: a pickle can run any code"):
+        load_adapter(Net(), tmp_path)
+
+
+def test_unknown_keys_are_dropped_with_a_warning(tmp_path: Path) -> None:
+    model, other = perturbed(Net(), 1), Net()
+    save_adapter(model, tmp_path)
+    edit(tmp_path, colour="red", flavour=3)
+    with pytest.warns(UserWarning, match="unknown keys are ignored: 'colour', 'flavour'"):
+        report = load_adapter(other, tmp_path)
+    assert report.dropped == ("colour", "flavour")
+    assert state(other) == state(model)
+
+
+def test_a_truncated_file_is_a_truncated_error(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TruncatedError, match=str(path)):
+        load_adapter(Net(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_an_os_error(name: str, tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load_adapter(Net(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*unknown keys are ignored")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_damaged_files_give_format_errors_and_change_nothing(name: str, tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    rng = random.Random(0)
+    model = Net()
+    before = state(model)
+    refused = 0
+    for _ in range(500):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 2)):
+            place = rng.randrange(min(len(damaged), 1200))
+            if rng.random() < 0.8:
+                damaged[place] = rng.choice([damaged[place] ^ 1 << rng.randrange(8), *b'0123456789{}[]",-.e'])
+            else:
+                del damaged[place : place + rng.choice([1, 4, len(damaged)])]
+            if not damaged:
+                break
+        path.write_bytes(damaged)
+        try:
+            load_adapter(model, tmp_path)
+        except FormatError:
+            refused += 1
+            assert state(model) == before
+        else:
+            model = Net()
+    assert refused > 100
+
+
+# ---- failures of the machine ----
+
+
+def test_a_memory_error_at_any_allocation_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(perturbed(Net(rank=2, use_rslora=True), 1), tmp_path)
+    model = Net(rank=3)
+    before = state(model)
+    for function in ("array", "zeros_like"):
+        for good_calls in range(6):
+            with monkeypatch.context() as patch:
+                patch.setattr(np, function, failing_after(good_calls, getattr(np, function), MemoryError()))
+                with pytest.raises(MemoryError):
+                    load_adapter(model, tmp_path)
+            assert state(model) == before
+
+
+def failing_after(good_calls: int, real: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    calls = iter(range(good_calls))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise error
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_a_disk_that_fills_up_leaves_the_old_adapter(tmp_path: Path) -> None:
+    model = Net()
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"adapter_model\.safetensors") as caught:
+            save_adapter(perturbed(model, 1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "bytes were to be written, 700 were" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("call", "count"), [("open", 2), ("write", 8), ("fsync", 2)])
+def test_an_error_at_any_call_leaves_the_old_adapter(
+    call: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net()
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    perturbed(model, 1)
+    for good_calls in range(count):
+        failing = failing_after(good_calls, getattr(os, call), OSError(errno.ENOSPC, "No space left"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            with pytest.raises(OSError, match="No space left"):
+                save_adapter(model, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        save_adapter(Net(), tmp_path / "file")
+    (tmp_path / "taken" / "adapter_config.json").mkdir(parents=True)
+    with pytest.raises(OSError, match="is a directory"):
+        save_adapter(Net(), tmp_path / "taken")
+    assert os.listdir(tmp_path / "taken") == ["adapter_config.json"]
+
+
+def test_nan_and_infinity_are_not_saved(tmp_path: Path) -> None:
+    model = Net()
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.blocks[1].A[0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"save_adapter: blocks\.1\.A holds NaN"):
+        save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -8,7 +8,7 @@ from nplora import _core
 
 Array = NDArray[np.floating]
 
-# (n, d_out, d_in, r): empty sides, one row, the two sides of the small path, panels and tiles that do not divide.
+# (n, d_out, d_in, r): empty sides, one row, both sides of the small path, panels that do not divide.
 SHAPES = [
     *[(0, 5, 4, 2), (5, 0, 4, 1), (5, 4, 0, 1), (3, 5, 6, 0), (1, 1, 1, 1), (1, 100, 200, 8), (5, 7, 3, 2)],
     *[(8, 577, 97, 3), (9, 97, 577, 3), (16, 48, 48, 8), (17, 49, 97, 4), (33, 100, 577, 9)],

@@ -3,8 +3,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = p (1 - lr wd) - lr (m / bias1) /
-// (sqrt(v / bias2) + eps)
+// p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
+// p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
 template <class T>
 void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
            const AdamWCoefficients& k) {
@@ -70,8 +70,7 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBl
     }
 }
 
-// out (n) = x (n) * factor where word (first + i) % 4 of counter (first + i) / 4 is at least threshold, else
-// 0.
+// out (n) = x (n) * factor where word (first + i) % 4 of counter (first + i) / 4 is at least threshold.
 template <class T>
 void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -139,8 +138,8 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
       half = 0x7E00u | ((value >> 13) & 0x3FFu);
     } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
       half = 0x7C00u;
-    } else if (value < 0x38800000u) {  // below 2^-14: adding 0.5 puts the last place of float on that of a
-                                       // subnormal half
+    } else if (value < 0x38800000u) {
+      // Below 2^-14: adding 0.5 puts the last place of float on that of a subnormal half.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // rebias the exponent from 127 to 15, round to nearest even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

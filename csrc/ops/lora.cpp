@@ -19,19 +19,21 @@ using kernels::Tiles;
 
 namespace {
 
-// Blocking. None of these numbers changes a result: every sum runs over its whole depth in order, whatever
-// the blocks.
-constexpr size_t kDepthBlock =
-    5 * kPanelColumns;            // 240 x 32 lanes of floats = 30 KB: the lanes of x that stay in L1
-constexpr size_t kRowBlock = 48;  // rows of W that share those lanes; a multiple of every tile_rows
-constexpr size_t kDotTokens = 8;  // batches up to this size take the path that transposes nothing
-constexpr size_t kDotParts =
-    4096;  // outputs of one pass: 4096 x 16 lanes of floats = 256 KB of partial sums in L2
-constexpr size_t kOuterDepth = 512;  // rows of a W panel kept in L2 by the backward product: 96 KB of floats
-constexpr size_t kTokenBlock = 256;  // tokens that one task keeps in L2 or L3
-constexpr size_t kLanesBytes = size_t{2} << 20;     // ... as long as their lanes take no more than this
-constexpr size_t kColumnBlock = 4 * kPanelColumns;  // columns of a gradient of A or B that one task owns
-constexpr size_t kSumDepth = 128;                   // tokens summed per pass over those columns
+// Blocking. None of these numbers changes a result: every sum runs over its whole depth in order.
+
+// 240 columns x 32 lanes of floats = 30 KB: the lanes of x that stay in L1 ...
+constexpr size_t kDepthBlock = 5 * kPanelColumns;
+// ... while so many rows of W pass by. A multiple of every tile_rows.
+constexpr size_t kRowBlock = 48;
+// Tokens that one task keeps in L2 or L3, as long as their lanes take no more than kLanesBytes.
+constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{2} << 20;
+// Batches up to this size take the path that transposes nothing, in passes of kDotParts outputs: 4096 x 16 lanes of floats =
+// 256 KB of partial sums, which stay in L2.
+constexpr size_t kDotTokens = 8, kDotParts = 4096;
+// Rows of a panel of W that the backward product keeps in L2: 512 x 48 floats = 96 KB.
+constexpr size_t kOuterDepth = 512;
+// Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
+constexpr size_t kColumnBlock = 4 * kPanelColumns, kSumDepth = 128;
 
 size_t ceil_div(size_t a, size_t b) {
   return (a + b - 1) / b;

@@ -1,5 +1,4 @@
-// The frozen product, with or without a low-rank update: forward, backward, and the outer sums of the
-// gradients.
+// The frozen product, with or without a low-rank update: forward, backward, and the gradients' outer sums.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +19,13 @@ struct LowRank {
   bool active() const { return scale != 0 && a.cols > 0; }
 };
 
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].   x (n, d_in), y (n, d_out), z (n, r; not written where r =
-// 0).
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].   x (n, d_in), y (n, d_out), z (n, r).
 template <class T>
 void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
                   Matrix<T> z);
 
-// dz = scale dy A, dx = dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).   dx, da, db: not computed
-// where data is null.
+// dz = scale dy A, dx = dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
+// dx, da and db are not computed where their data is null.
 template <class T>
 void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, Matrix<const T> z,
                    const LowRank<T>& low, Matrix<T> dx, Matrix<T> da, Matrix<T> db);

@@ -12,8 +12,8 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 32;
-constexpr size_t kTileColumns =
-    8 * kPanelColumns;  // of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB
+// Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
+constexpr size_t kTileColumns = 8 * kPanelColumns;
 
 // Calls body(first, rows, scale * A[rows]) for blocks of rows. It is not interrupted: W would be left half
 // merged.

@@ -5,8 +5,10 @@
 // by two units could be kept by the linker in its AVX-512 form and crash an older machine. Hence no std
 // templates here and in kernels/.
 //
-//   zero, broadcast, load, store; load_partial and store_partial touch the first n lanes only (the others
-//   read as 0); fma(a, b, c) = a * b + c; transpose(Vec (&)[kLanes]).
+//   zero, broadcast, load, store;
+//   load_partial, store_partial   touch the first n lanes only (the others read as 0);
+//   fma(a, b, c) = a * b + c;
+//   transpose(Vec (&)[kLanes]).
 #pragma once
 
 #if !defined(NPLORA_ISA)

@@ -10,7 +10,7 @@ import numpy as np
 from bench import ceilings
 from bench.timing import Contestant, assert_within_rounding, on_threads, race
 
-D, RANK, SCALE = 4096, 8, np.float32(2.0**-10)
+D, RANK, SCALE = 4096, 8, 2.0**-10  # a Python float leaves float32 arrays float32
 WEIGHT_BYTES = 4 * D * D
 WANTED = 5.0
 
@@ -24,7 +24,7 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def check(merge: Callable[[], object], W: np.ndarray, A: np.ndarray, B: np.ndarray) -> None:
     rows = slice(None, None, 97)
-    before, a = W[rows].astype(np.float64), float(SCALE) * A[rows].astype(np.float64)
+    before, a = W[rows].astype(np.float64), SCALE * A[rows].astype(np.float64)
     merge()
     magnitude = np.abs(before) + np.abs(a) @ np.abs(B)
     assert_within_rounding(W[rows], before + a @ B, magnitude, RANK + 3)

@@ -2,13 +2,14 @@
 
     python scripts/pretrain_digits.py [OUTPUT]        (NumPy, scikit-learn and nplora installed; about 15 s)
 
-Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images moved,
-turned and scaled a little at random. The file holds float16 weights and the three parts of the 1,797 digits, so that
-whoever adapts the network knows which digits it has never seen. One machine gives the same bytes each time; other
-BLAS libraries round otherwise.
+Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images
+moved, turned and scaled a little at random. The file holds float16 weights and the three parts of the 1,797
+digits, so that whoever adapts the network knows which digits it has never seen. One machine gives the same bytes
+each time; other BLAS libraries round otherwise.
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from sklearn.datasets import load_digits
 from nplora.formats import safetensors
 
 SIZES = (64, 512, 512, 10)
-TRAIN, ADAPTATION, HELD_OUT = 837, 600, 360
+PARTS = {"train": 837, "adaptation": 600, "held_out": 360}
 EPOCHS, BATCH, RATE, DECAY, SEED = 100, 32, 1e-3, 0.01, 0
-TURN, SHIFT, ZOOM, SHARE = 10.0, 0.7, 0.1, 0.7  # degrees, pixels, log scale, share of the images that are moved
+TURN, SHIFT, ZOOM, SHARE = 10.0, 0.7, 0.1, 0.7  # degrees, pixels, log scale, share of images moved
 OUTPUT = Path(__file__).parents[1] / "python/nplora/data/digits.safetensors"
 
 
@@ -28,8 +29,8 @@ def main() -> None:
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8)
     order = np.random.default_rng(SEED).permutation(len(labels)).astype(np.int16)
-    parts = dict(zip(("train", "adaptation", "held_out"), np.split(order, [TRAIN, TRAIN + ADAPTATION]), strict=True))
-    assert len(parts["held_out"]) == HELD_OUT
+    rows = np.split(order, np.cumsum(list(PARTS.values()))[:-1])
+    parts = dict(zip(PARTS, rows, strict=True))
 
     weights = [w.astype(np.float16) for w in pretrain(images[parts["train"]], labels[parts["train"]])]
     for part, rows in parts.items():
@@ -47,7 +48,7 @@ def pretrain(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     """Weights and biases, W1, b1, W2, b2, W3, b3, from images (n, 8, 8) of 0..16 and labels (n,)."""
     rng = np.random.default_rng(SEED)
     weights: list[np.ndarray] = []
-    for d_in, d_out in zip(SIZES, SIZES[1:], strict=False):
+    for d_in, d_out in pairwise(SIZES):
         weights.append(rng.normal(0, np.sqrt(2 / d_in), (d_out, d_in)).astype(np.float32))
         weights.append(np.zeros(d_out, np.float32))
     first = [np.zeros_like(w) for w in weights]
@@ -93,7 +94,7 @@ def flatten(images: np.ndarray) -> np.ndarray:
 
 
 def moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Most images turned, scaled and shifted a little about their middle, read bilinearly; zero beyond the edge."""
+    """Most images turned, scaled and shifted a little about their middle, read bilinearly, 0 outside."""
     n = len(images)
     picked = rng.random(n) < SHARE
     angle = picked * np.radians(rng.uniform(-TURN, TURN, n))

@@ -7,6 +7,7 @@
 #include "kernel_tests.h"
 #include "numbers.h"
 
+using nplora::kernels::Bf16Pair;
 using nplora::kernels::KernelTable;
 
 namespace {
@@ -150,10 +151,56 @@ void test_format(const char* isa, const Format& format, Widen widen, Narrow narr
                Place::kEnd);
 }
 
+// ---- pairs of neighbours down the columns ----
+
+// Element (i, c) of out holds rows 2i (low half) and 2i + 1 of x (rows, cols); matches(x, bits) tells whether x is the
+// number that the bits may stand for.
+template <class X, class Pair, class Matches>
+void run_pair(const char* isa, const char* kernel, Pair pair, const std::vector<X>& values, size_t rows,
+              size_t cols, size_t gap, Matches matches, Place place) {
+  check::Case one("%s %s rows %zu cols %zu stride %zu, %s", isa, kernel, rows, cols, cols + gap,
+                  name_of(place));
+  Placed<X> x(rows, cols, {cols + gap}, place, values);
+  Placed<Bf16Pair> out((rows + 1) / 2, cols, {cols}, place);
+  pair(rows, cols, x.data(), cols + gap, out.data());
+  for (size_t i = 0; i < (rows + 1) / 2; ++i)
+    for (size_t c = 0; c < cols; ++c) {
+      const uint32_t bits = static_cast<uint32_t>(out(i, c));
+      const auto low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
+      check::expect(matches(values[2 * i * cols + c], low), "row %zu column %zu became %#x", 2 * i, c, low);
+      check::expect(2 * i + 1 < rows ? matches(values[(2 * i + 1) * cols + c], high) : high == 0,
+                    "row %zu column %zu became %#x", 2 * i + 1, c, high);
+    }
+  check::expect(out.gaps_intact() && x.untouched(values), "wrote outside its output");
+}
+
+void test_pairs(const KernelTable& table) {
+  Random random(9);
+  const auto narrowed = [](float x, uint16_t bits) {
+    return std::isnan(x) ? is_nan(kBfloat16, bits) : bits == kBfloat16.nearest(x);
+  };
+  const auto copied = [](uint16_t x, uint16_t bits) { return x == bits; };
+  for (size_t rows = 0; rows <= 9; ++rows)
+    for (size_t cols = 0; cols <= 65; ++cols) {
+      std::vector<float> numbers(rows * cols);
+      for (float& number : numbers) number = of_bits(static_cast<uint32_t>(random.bits()));
+      std::vector<uint16_t> patterns(rows * cols);
+      for (uint16_t& pattern : patterns) pattern = static_cast<uint16_t>(random.bits());
+      check::count_shape("pair_rows");
+      check::count_shape("pair_bits");
+      const size_t gap = (rows + cols) % 3;
+      for (Place place : kPlaces) {
+        run_pair(table.isa, "pair_rows", table.convert.pair_rows, numbers, rows, cols, gap, narrowed, place);
+        run_pair(table.isa, "pair_bits", table.convert.pair_bits, patterns, rows, cols, gap, copied, place);
+      }
+    }
+}
+
 }  // namespace
 
 void test_conversions(const KernelTable& table) {
   const auto& convert = table.convert;
   test_format(table.isa, kBfloat16, convert.widen_bfloat16, convert.narrow_bfloat16);
   test_format(table.isa, kFloat16, convert.widen_float16, convert.narrow_float16);
+  test_pairs(table);
 }

@@ -87,7 +87,7 @@ void test_dispatch() {
       return k.lanes >= 2 && k.lanes % 2 == 0 && k.tile_rows > 0 && k.tile_tokens > 0 &&
              nplora::kernels::kPanelColumns % (k.lanes / 2) == 0;
     };
-    check::expect(sound(tables[i]->f32) && sound(tables[i]->f64),
+    check::expect(sound(tables[i]->f32) && sound(tables[i]->f64) && sound(tables[i]->bf16),
                   "lanes must be pairs of vectors that divide a panel");
   }
 }

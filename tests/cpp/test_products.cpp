@@ -1,48 +1,107 @@
-// lane_tile and outer_tile: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type
-// and, where the instruction set fuses, against the one order of rounding that the contract allows.
+// lane_tile and outer_tile: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and, where
+// the instruction set leaves one, against the one order of rounding that the contract allows.
 #include <cstring>
+#include <string>
 
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
 #include "numbers.h"
 
+using nplora::kernels::Bf16Pair;
 using nplora::kernels::KernelTable;
 using nplora::kernels::kPanelColumns;
+using nplora::kernels::kSteps;
 using nplora::kernels::Panels;
-using nplora::kernels::Products;
 using nplora::kernels::Strided;
+using nplora::kernels::Sum;
+using nplora::kernels::Tiles;
 
 namespace {
 
+template <class E>
+constexpr const char* element_name() {
+  return kSteps<E> == 2 ? "bfloat16" : type_name<Sum<E>>();
+}
+
+// vdpbf16ps rounds the two products of a pair in an order of its own, and takes subnormals for zero.
+template <class E>
+bool flushes(const KernelTable& table) {
+  return kSteps<E> == 2 && std::strcmp(table.isa, "avx512bf16") == 0;
+}
+
+// The element that holds these steps of the depth, exactly: values for pairs are bfloat16 already.
+template <class E>
+E element(Sum<E> value, [[maybe_unused]] Sum<E> next) {
+  if constexpr (kSteps<E> == 1)
+    return value;
+  else
+    return Bf16Pair(std::bit_cast<uint32_t>(value) >> 16 | (std::bit_cast<uint32_t>(next) & 0xFFFF0000u));
+}
+
+template <class E>
+std::vector<Sum<E>> draw_steps(Random& random, size_t n, Data data) {
+  std::vector<Sum<E>> values = draw<Sum<E>>(random, n, data);
+  if constexpr (kSteps<E> == 2)
+    for (float& value : values) {
+      // The smallest subnormal of bfloat16 instead of float's; any other value keeps its upper half.
+      if (value == std::numeric_limits<float>::denorm_min()) value = 0x1p-133f;
+      value = std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xFFFF0000u);
+    }
+  return values;
+}
+
 // One product: operands, row-major, and what a kernel may make of them.
-template <class T>
+template <class E>
 struct Product {
-  size_t m, n, depth;
+  using T = Sum<E>;
+  static constexpr size_t kPerElement = kSteps<E>;
+
+  size_t m, n, depth;  // depth in elements
   bool accumulate;
-  std::vector<T> a, b, c;
-  std::vector<T> in_order;                // one rounding a step if fused, else two
+  std::vector<E> a, b;
+  std::vector<T> c;
+  std::vector<T> in_order;  // every step in order: one rounding each if the unit fuses, else two
   std::vector<Wide<T>> exact, magnitude;  // the sum, and the sum of the absolute values of its terms
 
-  Product(Random& random, size_t m, size_t n, size_t depth, bool accumulate, Data data, bool fused)
+  Product(Random& random, size_t m, size_t n, size_t depth, bool accumulate, Data data,
+          const KernelTable& table)
       : m(m),
         n(n),
         depth(depth),
         accumulate(accumulate),
-        a(draw<T>(random, m * depth, data)),
-        b(draw<T>(random, depth * n, data)),
+        a(m * depth),
+        b(depth * n),
         c(draw<T>(random, m * n, data)),
         in_order(m * n),
         exact(m * n),
         magnitude(m * n) {
+    const size_t steps = depth * kPerElement;
+    const std::vector<T> x = draw_steps<E>(random, m * steps, data),
+                         y = draw_steps<E>(random, steps * n, data);
+    for (size_t i = 0; i < m; ++i)
+      for (size_t s = 0; s < depth; ++s) {
+        const T* at = &x[i * steps + s * kPerElement];
+        a[i * depth + s] = element<E>(at[0], at[kPerElement - 1]);
+      }
+    for (size_t s = 0; s < depth; ++s)
+      for (size_t j = 0; j < n; ++j) {
+        const T* at = &y[s * kPerElement * n + j];
+        b[s * n + j] = element<E>(at[0], at[(kPerElement - 1) * n]);
+      }
+    // What the kernel sees of a factor: zero times infinity is NaN where a subnormal counts as zero.
+    const bool flushed = flushes<E>(table), fused = fuses(table);
+    const auto seen = [flushed](T value) {
+      return flushed && std::abs(value) < std::numeric_limits<T>::min() ? T(0) : value;
+    };
     for (size_t i = 0; i < m; ++i)
       for (size_t j = 0; j < n; ++j) {
         T sum = accumulate ? c[i * n + j] : T(0);
         Wide<T> wide = sum, terms = std::abs(sum);
-        for (size_t s = 0; s < depth; ++s) {
-          const T x = a[i * depth + s], y = b[s * n + j];
-          sum = fused ? std::fma(x, y, sum) : x * y + sum;
-          const Wide<T> term = Wide<T>(x) * Wide<T>(y);
+        for (size_t s = 0; s < steps; ++s) {
+          const T u = seen(x[i * steps + s]), v = seen(y[s * n + j]);
+          sum = fused ? std::fma(u, v, sum) : u * v + sum;
+          const Wide<T> term = Wide<T>(u) * Wide<T>(v);
           wide += term;
           terms += std::abs(term);
         }
@@ -53,17 +112,19 @@ struct Product {
   }
 
   // got (m, n) is what the kernel wrote.
-  void judge(const std::vector<T>& got, Data data, bool fused) const {
-    const size_t roundings = fused ? depth : 2 * depth;
-    const Wide<T> bound = gamma<T>(roundings), smallest = std::numeric_limits<T>::denorm_min();
+  void judge(const std::vector<T>& got, Data data, const KernelTable& table) const {
+    const bool flushed = flushes<E>(table), ordered = fuses(table) && !flushed;
+    const size_t roundings = (fuses(table) ? 1 : 2) * kPerElement * depth;
+    // Below the smallest normal number a rounding loses at most half of the smallest subnormal, or all where it flushes.
+    using Limits = std::numeric_limits<T>;
+    const Wide<T> loss = Wide<T>(roundings) * (flushed ? Limits::min() : Limits::denorm_min());
     for (size_t i = 0; i < m * n; ++i) {
-      if (fused || data == Data::kIntegers || data == Data::kSpecial)
+      if (ordered || data == Data::kIntegers || !std::isfinite(exact[i]) ||
+          (data == Data::kSpecial && !flushed))
         check::expect(same(got[i], in_order[i]), "element (%zu, %zu) is %.9g, wanted exactly %.9g", i / n,
                       i % n, double(got[i]), double(in_order[i]));
-      if (data == Data::kSpecial) continue;
-      // A product below the smallest normal number loses at most half of the smallest subnormal at each
-      // rounding.
-      const Wide<T> limit = bound * magnitude[i] + Wide<T>(roundings) * smallest;
+      if (!std::isfinite(exact[i])) continue;
+      const Wide<T> limit = gamma<T>(roundings) * magnitude[i] + loss;
       check::expect(std::abs(Wide<T>(got[i]) - exact[i]) <= limit,
                     "element (%zu, %zu) is %.17g, wanted %.17Lg within %.3Lg", i / n, i % n, double(got[i]),
                     static_cast<long double>(exact[i]), static_cast<long double>(limit));
@@ -75,58 +136,58 @@ struct Product {
 std::vector<size_t> depths() {
   std::vector<size_t> all;
   for (size_t depth = 0; depth <= 65; ++depth) all.push_back(depth);
-  for (size_t depth : {95, 96, 97, 143, 144, 145, 625}) all.push_back(depth);
+  for (size_t depth : {71, 72, 73, 95, 96, 97, 143, 144, 145, 625}) all.push_back(depth);
   return all;
 }
 
-// The ways in which w (rows, depth) is stored: panels dense, panels apart, row-major with a gap, row-major
-// dense.
+// The ways in which w (rows, depth) is stored: panels dense, panels apart, row-major with a gap, row-major dense.
+template <class E>
 Layout weight_layout(size_t kind, size_t rows, size_t depth) {
+  constexpr size_t kPanel = kPanelColumns / kSteps<E>;
   switch (kind % 4) {
     case 0:
-      return {kPanelColumns, 1, kPanelColumns, std::max<size_t>(1, rows) * kPanelColumns};
+      return {kPanel, 1, kPanel, std::max<size_t>(1, rows) * kPanel};
     case 1:
-      return {kPanelColumns, 1, kPanelColumns, (rows + 2) * kPanelColumns + 5};
+      return {kPanel, 1, kPanel, (rows + 2) * kPanel + 5};
     case 2:
-      return {depth + 3, 1, kPanelColumns, kPanelColumns};
+      return {depth + 3, 1, kPanel, kPanel};
     default:
-      return {std::max<size_t>(1, depth), 1, kPanelColumns, kPanelColumns};
+      return {std::max<size_t>(1, depth), 1, kPanel, kPanel};
   }
 }
 
-template <class T>
-void run_lane_tile(const KernelTable& table, const Product<T>& p, Data data, Layout layout, Place place) {
+template <class E>
+void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Layout layout, Place place) {
   check::Case one(
       "%s lane_tile<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate %d, %s, %s",
-      table.isa, type_name<T>(), p.n, p.m, p.depth, layout.row_stride, layout.panel_stride, p.accumulate,
+      table.isa, element_name<E>(), p.n, p.m, p.depth, layout.row_stride, layout.panel_stride, p.accumulate,
       name_of(data), name_of(place));
-  Placed<T> w(p.m, p.depth, layout, place, p.a), xt(p.depth, p.n, {p.n}, place, p.b),
-      yt(p.m, p.n, {p.n}, place);
-  if (p.accumulate)
-    for (size_t i = 0; i < p.m * p.n; ++i) yt.data()[i] = p.c[i];
-  table.products<T>().lane_tile(p.n, p.m, p.depth,
-                                Panels<T>{w.data(), layout.row_stride, layout.panel_stride}, xt.data(),
-                                yt.data(), p.accumulate);
-  p.judge(yt.values(), data, fuses(table));
+  Placed<E> w(p.m, p.depth, layout, place, p.a), xt(p.depth, p.n, {p.n}, place, p.b);
+  Placed<Sum<E>> yt(p.m, p.n, {p.n}, place);
+  if (p.accumulate) std::copy(p.c.begin(), p.c.end(), yt.data());
+  table.tiles<E>().lane_tile(p.n, p.m, p.depth, Panels<E>{w.data(), layout.row_stride, layout.panel_stride},
+                             xt.data(), yt.data(), p.accumulate);
+  p.judge(yt.values(), data, table);
   check::expect(yt.gaps_intact(), "wrote outside yt");
   check::expect(w.untouched(p.a) && xt.untouched(p.b), "wrote to an input");
 }
 
-template <class T>
+template <class E>
 void test_lane_tile(const KernelTable& table) {
-  const Products<T>& k = table.products<T>();
-  const char* kernel = is_float<T> ? "lane_tile<float>" : "lane_tile<double>";
+  const Tiles<E>& k = table.tiles<E>();
+  const std::string kernel = std::string("lane_tile of ") + element_name<E>();
   Random random(1);
   size_t kind = 0;
   for (size_t lanes : {k.lanes / 2, k.lanes})
     for (size_t rows : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_rows - 1, k.tile_rows,
                         k.tile_rows + 1, 2 * k.tile_rows + 1})
       for (size_t depth : depths()) {
-        check::count_shape(kernel);
+        check::count_shape(kernel.c_str());
         ++kind;
         for (Data data : kAllData) {
-          const Product<T> p(random, rows, lanes, depth, kind % 3 == 0, data, fuses(table));
-          for (Place place : kPlaces) run_lane_tile(table, p, data, weight_layout(kind, rows, depth), place);
+          const Product<E> p(random, rows, lanes, depth, kind % 3 == 0, data, table);
+          for (Place place : kPlaces)
+            run_lane_tile(table, p, data, weight_layout<E>(kind, rows, depth), place);
         }
       }
 }
@@ -145,47 +206,46 @@ Layout outer_layout(size_t kind, size_t m, size_t depth) {
   }
 }
 
-template <class T>
-void run_outer_tile(const KernelTable& table, const Product<T>& p, Data data, size_t kind, Place place) {
+template <class E>
+void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, size_t kind, Place place) {
   const Layout a_layout = outer_layout(kind, p.m, p.depth);
   const size_t w_stride = p.n + kind % 3 * 7, c_stride = p.n + kind % 5;
   check::Case one(
       "%s outer_tile<%s> m %zu n %zu depth %zu a strides %zu %zu w_stride %zu c_stride %zu accumulate %d, "
       "%s, %s",
-      table.isa, type_name<T>(), p.m, p.n, p.depth, a_layout.row_stride, a_layout.step, w_stride, c_stride,
+      table.isa, element_name<E>(), p.m, p.n, p.depth, a_layout.row_stride, a_layout.step, w_stride, c_stride,
       p.accumulate, name_of(data), name_of(place));
-  Placed<T> a(p.m, p.depth, a_layout, place, p.a), w(p.depth, p.n, {w_stride}, place, p.b);
-  Placed<T> c(p.m, p.n, {c_stride}, place);
+  Placed<E> a(p.m, p.depth, a_layout, place, p.a), w(p.depth, p.n, {w_stride}, place, p.b);
+  Placed<Sum<E>> c(p.m, p.n, {c_stride}, place);
   if (p.accumulate)
     for (size_t i = 0; i < p.m; ++i)
       for (size_t j = 0; j < p.n; ++j) c.data()[i * c_stride + j] = p.c[i * p.n + j];
-  table.products<T>().outer_tile(p.m, p.n, p.depth, Strided<T>{a.data(), a_layout.row_stride, a_layout.step},
-                                 w.data(), w_stride, c.data(), c_stride, p.accumulate);
-  p.judge(c.values(), data, fuses(table));
+  table.tiles<E>().outer_tile(p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step},
+                              w.data(), w_stride, c.data(), c_stride, p.accumulate);
+  p.judge(c.values(), data, table);
   check::expect(c.gaps_intact(), "wrote outside c");
   check::expect(a.untouched(p.a) && w.untouched(p.b), "wrote to an input");
 }
 
-template <class T>
+template <class E>
 void test_outer_tile(const KernelTable& table) {
-  const Products<T>& k = table.products<T>();
-  const char* kernel = is_float<T> ? "outer_tile<float>" : "outer_tile<double>";
+  const Tiles<E>& k = table.tiles<E>();
+  const std::string kernel = std::string("outer_tile of ") + element_name<E>();
   const std::vector<size_t> all_depths = depths();
   Random random(2);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
-                     k.tile_tokens + 1, 2 * k.tile_tokens + 1}) {
+                     k.tile_tokens + 1, 2 * k.tile_tokens + 1})
       // Two of the depths for each (m, n): 31 is coprime to their number, so that all of them come round.
       for (size_t i = 0; i < 2; ++i) {
-        check::count_shape(kernel);
+        check::count_shape(kernel.c_str());
         const size_t depth = all_depths[++kind * 31 % all_depths.size()];
         for (Data data : kAllData) {
-          const Product<T> p(random, m, n, depth, kind % 3 == 0, data, fuses(table));
+          const Product<E> p(random, m, n, depth, kind % 3 == 0, data, table);
           for (Place place : kPlaces) run_outer_tile(table, p, data, kind, place);
         }
       }
-    }
 }
 
 // ---- the same element has the same bits, whatever the tiles around it ----
@@ -204,53 +264,60 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 // Both kernels compute c (m, n) = a (m, depth) b (depth, n) whole, then in random tiles; all results agree.
-template <class T>
+template <class E>
 void test_blocking(const KernelTable& table) {
-  const Products<T>& k = table.products<T>();
+  constexpr size_t kPanel = kPanelColumns / kSteps<E>;
+  const Tiles<E>& k = table.tiles<E>();
+  const std::string kernel = std::string("blocking of ") + element_name<E>();
   Random random(3);
   for (size_t trial = 0; trial < check::kFewestShapes; ++trial) {
     const size_t n = k.lanes, m = 1 + random.below(30), depth = 1 + random.below(300);
-    check::Case one("%s blocking<%s> m %zu depth %zu trial %zu", table.isa, type_name<T>(), m, depth, trial);
-    check::count_shape(is_float<T> ? "blocking<float>" : "blocking<double>");
-    const std::vector<T> a = draw<T>(random, m * depth, Data::kUniform),
-                         b = draw<T>(random, depth * n, Data::kUniform);
-    std::vector<T> whole(m * n), outer(m * n), lane(m * n);
-    k.lane_tile(n, m, depth, {a.data(), depth, kPanelColumns}, b.data(), whole.data(), false);
+    check::Case one("%s %s m %zu depth %zu trial %zu", table.isa, kernel.c_str(), m, depth, trial);
+    check::count_shape(kernel.c_str());
+    const Product<E> p(random, m, n, depth, false, Data::kUniform, table);
+    std::vector<Sum<E>> whole(m * n), outer(m * n), lane(m * n);
+    k.lane_tile(n, m, depth, {p.a.data(), depth, kPanel}, p.b.data(), whole.data(), false);
 
     const std::vector<size_t> rows = cuts(random, m), columns = cuts(random, n), steps = cuts(random, depth);
     for (size_t s = 0; s + 1 < steps.size(); ++s)
       for (size_t i = 0; i + 1 < rows.size(); ++i) {
-        const T* tile = a.data() + rows[i] * depth + steps[s];
-        k.lane_tile(n, rows[i + 1] - rows[i], steps[s + 1] - steps[s], {tile, depth, kPanelColumns},
-                    b.data() + steps[s] * n, lane.data() + rows[i] * n, s > 0);
+        const E* tile = p.a.data() + rows[i] * depth + steps[s];
+        const E* from = p.b.data() + steps[s] * n;
+        k.lane_tile(n, rows[i + 1] - rows[i], steps[s + 1] - steps[s], {tile, depth, kPanel}, from,
+                    lane.data() + rows[i] * n, s > 0);
         for (size_t j = 0; j + 1 < columns.size(); ++j)
           k.outer_tile(rows[i + 1] - rows[i], columns[j + 1] - columns[j], steps[s + 1] - steps[s],
-                       {tile, depth, 1}, b.data() + steps[s] * n + columns[j], n,
-                       outer.data() + rows[i] * n + columns[j], n, s > 0);
+                       {tile, depth, 1}, from + columns[j], n, outer.data() + rows[i] * n + columns[j], n,
+                       s > 0);
       }
     check::expect(same_bits(lane, whole), "lane_tile in tiles differs from lane_tile whole");
     check::expect(same_bits(outer, whole), "outer_tile in tiles differs from lane_tile whole");
 
     const size_t half = n / 2;  // one vector of tokens at a time
-    std::vector<T> part(depth * half), narrow(m * half);
+    std::vector<E> part(depth * half);
+    std::vector<Sum<E>> narrow(m * half);
     for (size_t first : {size_t{0}, half}) {
-      for (size_t s = 0; s < depth; ++s) std::copy_n(b.data() + s * n + first, half, part.data() + s * half);
-      k.lane_tile(half, m, depth, {a.data(), depth, kPanelColumns}, part.data(), narrow.data(), false);
-      bool agree = true;
+      for (size_t s = 0; s < depth; ++s)
+        std::copy_n(p.b.data() + s * n + first, half, part.data() + s * half);
+      k.lane_tile(half, m, depth, {p.a.data(), depth, kPanel}, part.data(), narrow.data(), false);
       for (size_t i = 0; i < m; ++i)
-        agree &= std::memcmp(narrow.data() + i * half, whole.data() + i * n + first, half * sizeof(T)) == 0;
-      check::expect(agree, "lane_tile on %zu lanes differs from lane_tile on %zu", half, n);
+        check::expect(std::memcmp(&narrow[i * half], &whole[i * n + first], half * sizeof(Sum<E>)) == 0,
+                      "lane_tile on %zu lanes differs from lane_tile on %zu", half, n);
     }
   }
+}
+
+template <class E>
+void test_tiles(const KernelTable& table) {
+  test_lane_tile<E>(table);
+  test_outer_tile<E>(table);
+  test_blocking<E>(table);
 }
 
 }  // namespace
 
 void test_products(const KernelTable& table) {
-  test_lane_tile<float>(table);
-  test_lane_tile<double>(table);
-  test_outer_tile<float>(table);
-  test_outer_tile<double>(table);
-  test_blocking<float>(table);
-  test_blocking<double>(table);
+  test_tiles<float>(table);
+  test_tiles<double>(table);
+  test_tiles<Bf16Pair>(table);
 }

@@ -16,8 +16,8 @@ Array = np.ndarray[Any, Any]
 VOCAB, WIDTH, HIDDEN, OUT = 13, 12, 10, 7
 IDS = np.arange(VOCAB).reshape(1, -1)
 
-# Both sides compute in float32: at most four products of 12 terms on the way, each within 12 eps = 7e-7 of its
-# norms, which leaves the promised 1e-5 with room to spare.
+# Both sides compute in float32: four products of at most 12 terms on the way, each within 12 eps = 7e-7 of
+# its norms, which keeps well inside the promised 1e-5.
 TOLERANCE = 1e-5
 
 

@@ -4,8 +4,8 @@
 
 Plain NumPy, as if somebody else had trained it: 64-512-512-10 with ReLU, AdamW, cosine schedule, and images
 moved, turned and scaled a little at random. The file holds float16 weights and the three parts of the 1,797
-digits, so that whoever adapts the network knows which digits it has never seen. One machine gives the same bytes
-each time; other BLAS libraries round otherwise.
+digits, so that whoever adapts the network knows which digits it has never seen. One machine gives the same
+bytes each time; other BLAS libraries round otherwise.
 """
 
 import sys

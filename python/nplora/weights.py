@@ -10,7 +10,7 @@ from nplora import _check, _core
 Array = npt.NDArray[Any]
 
 STORAGES = ("float32", "float64", "bfloat16", "float16")
-COMPUTES = ("float32",)
+COMPUTES = ("float32", "bfloat16")
 
 
 class FrozenWeight:
@@ -23,9 +23,12 @@ class FrozenWeight:
         W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
             with dtype="bfloat16".
         dtype: the storage: "float32", "float64", "bfloat16" or "float16". Narrowing rounds to nearest even.
-        compute: "float32". A float64 weight computes in float64.
+        compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
+            the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
+            to 8 rows are computed in float32 either way. A float64 weight computes in float64.
     Raises:
-        ValueError: W has not two axes, or dtype or compute is not one of those above.
+        ValueError: W has not two axes, dtype or compute is not one of those above, or a float64 weight is
+            asked to compute in bfloat16.
         TypeError: W does not hold floats.
     """
 
@@ -34,7 +37,10 @@ class FrozenWeight:
     def __init__(self, W: npt.ArrayLike, dtype: npt.DTypeLike = "float32", compute: str = "float32") -> None:
         storage = _check.choice("FrozenWeight", "dtype", _dtype_name(dtype), STORAGES)
         _check.choice("FrozenWeight", "compute", compute, COMPUTES)
-        self._packed = _core.PackedWeight(_values(W, storage), storage)
+        if storage == "float64" and compute == "bfloat16":
+            raise ValueError("FrozenWeight: a float64 weight computes in float64, got compute='bfloat16'")
+        core_compute = "bfloat16" if compute == "bfloat16" else "float"
+        self._packed = _core.PackedWeight(_values(W, storage), storage, core_compute)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,6 +62,11 @@ class FrozenWeight:
     def nbytes(self) -> int:
         """Bytes that the packed matrix takes."""
         return self._packed.nbytes
+
+    @property
+    def compute(self) -> str:
+        """What the products run in: "bfloat16" (summed in float32), or the name of `compute_dtype`."""
+        return "bfloat16" if self._packed.compute == "bfloat16" else self.compute_dtype.name
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:
@@ -106,24 +117,34 @@ class FrozenWeight:
         return out
 
     def __repr__(self) -> str:
-        return f"FrozenWeight(shape={self.shape}, dtype={self.dtype!r}, nbytes={self.nbytes})"
+        compute = ", compute='bfloat16'" if self.compute == "bfloat16" else ""
+        return f"FrozenWeight(shape={self.shape}, dtype={self.dtype!r}{compute}, nbytes={self.nbytes})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # immutable: a copied model shares its frozen weights
 
-    def __reduce__(self) -> tuple[type, tuple[Array, str]]:
-        return FrozenWeight, (self.to_numpy(), self.dtype)
+    def like(self, W: Array) -> "FrozenWeight":
+        """Another matrix, stored and computed as this one."""
+        return FrozenWeight(W, *self._kind())
+
+    def _kind(self) -> tuple[str, str]:
+        """dtype and compute as the constructor takes them."""
+        return self.dtype, "bfloat16" if self.compute == "bfloat16" else "float32"
+
+    def __reduce__(self) -> tuple[type, tuple[Array, str, str]]:
+        return FrozenWeight, (self.to_numpy(), *self._kind())
 
 
 def freeze(
     op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
 ) -> FrozenWeight:
-    """W itself if it is a FrozenWeight (shared), else a packed copy; dtype None means float32."""
+    """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
     if not isinstance(W, FrozenWeight):
         return FrozenWeight(W, "float32" if dtype is None else dtype, compute)
     if dtype is not None and _dtype_name(dtype) != W.dtype:
         raise ValueError(f"{op}: dtype={_dtype_name(dtype)!r}, but W is a FrozenWeight stored as {W.dtype}")
-    _check.choice(op, "compute", compute, COMPUTES)
+    if _check.choice(op, "compute", compute, COMPUTES) == "bfloat16" and W.compute != "bfloat16":
+        raise ValueError(f"{op}: compute='bfloat16', but W is a FrozenWeight that computes in {W.compute}")
     return W
 
 

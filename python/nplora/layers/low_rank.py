@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,7 @@ class LiveArray(Generic[T]):
         try:
             return vars(layer)[self._name]  # type: ignore[no-any-return]
         except KeyError:
-            raise AttributeError(
-                f"{owner.__name__}.{self._name}: this layer was unloaded; use the plain layer in its place"
-            ) from None
+            raise AttributeError(self._name) from None  # LoRALayer.__getattr__ finds the words
 
     def __set__(self, layer: object, value: npt.ArrayLike) -> None:
         live = vars(layer)[self._name]
@@ -167,7 +165,7 @@ class LoRALayer(AdapterLayer):
         return self._merged is not None
 
     def _merged_frozen(self) -> FrozenWeight:
-        return self._merged or FrozenWeight(self.merged_weight(), self.weight.dtype)
+        return self._merged or self.weight.like(self.merged_weight())
 
     def prepare_merge(self) -> Commit:
         self.require_unmerged("merge")
@@ -196,6 +194,14 @@ class LoRALayer(AdapterLayer):
 
     def discard(self) -> None:
         vars(self).clear()
+
+    if not TYPE_CHECKING:  # a type checker should still miss attributes that no layer has
+
+        def __getattr__(self, name: str) -> NoReturn:
+            reason = "no such attribute"
+            if not vars(self):
+                reason = "this layer was unloaded; use the plain layer in its place"
+            raise AttributeError(f"{type(self).__name__}.{name}: {reason}")
 
     def _lone_weight(self) -> FrozenWeight | None:
         """The weight that answers alone: the merged one, or W while the adapter is disabled; else None."""

@@ -1,0 +1,373 @@
+"""Checkpoints of a training run: what they hold, and how they lie on disk so that a crash loses nothing.
+
+A run directory holds
+
+    checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
+    log.jsonl                                              a line for every step and epoch
+    lock                                                   held while a run writes here; its text is the PID
+
+A checkpoint is written beside its target and renamed over the older generation (`formats.files.replace`), so
+at every moment a whole one is there. A SHA-256 over everything in it tells whether it still is whole. All
+that touches the disk here are the calls of `formats.files` and those of the class `RunDirectory`.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.formats import files, safetensors, strict_json
+from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
+from nplora.formats.files import StrPath
+from nplora.layers import LoRALayer
+from nplora.module import Module
+from nplora.weights import FrozenWeight
+
+SCHEMA = 1
+LOG = "log.jsonl"
+
+_SLOTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
+_LOCK = "lock"
+_GROUPS = ("parameters", "optimizer", "best", "history")
+_SAMPLE_BYTES = 1 << 16
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run between two steps.
+
+    Attributes:
+        step, epoch, batch: steps made, epochs finished, and batches used of the epoch under way.
+        total_steps: where the run is to end, if that is known.
+        random_state: the dropout streams, as `Module.random_state` gives them.
+        settings: what the run was started with, to be compared when it goes on.
+        base: `base_fingerprint` of the model.
+        best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
+        epochs: the records of the epochs finished.
+        log_bytes: how long the log was.
+        parameters, optimizer, best_parameters, history: arrays by name.
+        isa, version: the instruction set and the nplora that made it.
+        serial: counts the checkpoints of a directory.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    total_steps: int | None
+    random_state: dict[str, list[int]]
+    settings: dict[str, Any]
+    base: str
+    best: dict[str, Any] | None
+    epochs: list[dict[str, Any]]
+    log_bytes: int
+    parameters: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
+    best_parameters: Mapping[str, Array]
+    history: Mapping[str, Array]
+    isa: str = dataclasses.field(default_factory=lambda: str(_core.config()["isa"]))
+    version: str = dataclasses.field(default_factory=lambda: str(_core.config()["version"]))
+    serial: int = 0
+
+    def warn_if_moved(self) -> None:
+        """Warn where the bits of the run may change: another instruction set or another nplora."""
+        config = _core.config()
+        for what, then, now in (
+            ("instruction set", self.isa, config["isa"]),
+            ("nplora", self.version, config["version"]),
+        ):
+            if then != now:
+                warnings.warn(
+                    f"the checkpoint was made with {what} {then}, this is {now}: "
+                    "the run goes on with results that are equal up to rounding, not to the bit",
+                    stacklevel=3,
+                )
+
+
+# ---- bytes ----
+
+_ARRAYS = dict(zip(("parameters", "optimizer", "best_parameters", "history"), _GROUPS, strict=True))
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "epoch": int,
+    "batch": int,
+    "total_steps": (int, type(None)),
+    "random_state": dict,
+    "settings": dict,
+    "base": str,
+    "best": (dict, type(None)),
+    "epochs": list,
+    "log_bytes": int,
+    "isa": str,
+    "version": str,
+    "serial": int,
+}
+
+
+def _new_file(path: Path, checkpoint: Checkpoint) -> files.NewFile:
+    arrays = {
+        f"{group}.{name}": array
+        for field, group in _ARRAYS.items()
+        for name, array in getattr(checkpoint, field).items()
+    }
+    state = json.dumps({name: getattr(checkpoint, name) for name in _KINDS}, allow_nan=False)
+    metadata = {"schema": str(SCHEMA), "state": state, "sha256": _digest(state, arrays)}
+    return safetensors.new_file(path, arrays, metadata)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read and check a generation.
+
+    Raises:
+        UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
+    """
+    content = safetensors.open(path, mmap=False)
+    schema = content.metadata.get("schema")
+    if schema is None:
+        raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
+    if schema != str(SCHEMA):
+        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
+    state = content.metadata.get("state", "")
+    arrays = {name: tensor.array for name, tensor in content.items()}
+    if content.metadata.get("sha256") != _digest(state, arrays):
+        raise CorruptError(f"{path}: the content does not match its SHA-256")
+    fields: dict[str, Any] = _fields(strict_json.loads(state.encode(), f"{path}: state"), path)
+    groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
+    for name, array in arrays.items():
+        group, _, rest = name.partition(".")
+        if group not in groups:
+            raise CorruptError(f"{path}: tensor {brief(name)} belongs to none of {', '.join(_GROUPS)}")
+        groups[group][rest] = array
+    fields |= {field: groups[group] for field, group in _ARRAYS.items()}
+    return Checkpoint(**fields)
+
+
+def _fields(state: object, path: Path) -> dict[str, Any]:
+    """The fields of the JSON object, each of its kind, counts not negative."""
+    if not isinstance(state, dict) or state.keys() != _KINDS.keys():
+        found = sorted(state) if isinstance(state, dict) else state
+        raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
+    for name, kind in _KINDS.items():
+        value = state[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CorruptError(f"{path}: {name} is {brief(value)}")
+        if isinstance(value, int) and value < 0:
+            raise CorruptError(f"{path}: {name} is {value}, expected at least 0")
+    if state["total_steps"] is not None and state["step"] > state["total_steps"]:
+        raise CorruptError(f"{path}: step {state['step']} of a run of {state['total_steps']} steps")
+    return state
+
+
+def _digest(state: str, arrays: Mapping[str, Array]) -> str:
+    """SHA-256 over the state and, in the order of their names, every array's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"\n{name} {array.dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+# ---- what a model is told by ----
+
+
+def base_fingerprint(model: Module) -> str:
+    """SHA-256 over names, shapes and a sample of rows of all that is frozen: it tells another base model.
+
+    It does not find every changed bit: reading all of a large model would take longer than the first steps.
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        for frozen in module.local_frozen():
+            if (
+                isinstance(module, LoRALayer) and frozen is module.B
+            ):  # part of the checkpoint, not of the base
+                continue
+            digest.update(f"\n{name} {fingerprint(frozen)}".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(array: FrozenWeight | Array) -> str:
+    """Dtype, shape and a SHA-256 over at most 64 KiB of evenly spaced rows of an array."""
+    table = array if isinstance(array, FrozenWeight) else np.atleast_1d(array)
+    rows = table.shape[0]
+    row_bytes = max(1, table.nbytes // max(1, rows))
+    count = min(rows, max(1, _SAMPLE_BYTES // row_bytes))
+    ids = np.arange(count, dtype=np.int64) * (rows - 1) // max(1, count - 1)
+    sample = table.take(ids) if isinstance(table, FrozenWeight) else table[ids]
+    return f"{array.dtype} {array.shape} {hashlib.sha256(sample.tobytes()).hexdigest()}"
+
+
+def factors(model: Module) -> dict[str, Array]:
+    """The live arrays that a checkpoint keeps: the parameters, and the B of layers that train A alone."""
+    arrays = {p.name: p.value for p in model.parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.freeze_B:
+            arrays[f"{name}.B" if name else "B"] = module.B
+    return arrays
+
+
+def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
+    """One sentence for every array that is missing, unknown, or of another shape or dtype."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    for name, want in wanted.items():
+        have = found.get(name, want)
+        if have.shape != want.shape or have.dtype != want.dtype:
+            problems.append(f"{name} is {have.dtype} {have.shape}, in the model {want.dtype} {want.shape}")
+    return problems
+
+
+# ---- the directory ----
+
+
+class RunDirectory:
+    """A directory that one run writes: made if needed, locked until `close`.
+
+    Attributes:
+        path: where it is.
+        newest: the newest whole checkpoint found when it was opened, or None.
+        damaged: one sentence for every checkpoint that is not whole.
+    Raises:
+        BlockingIOError: another run writes there; the message names its PID.
+        UnsupportedError: a later nplora's checkpoint is there.
+        OSError: the directory cannot be made or written.
+    Warns:
+        UserWarning: a crashed run left an unfinished file, which is removed.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
+        self.newest: Checkpoint | None = None
+        self.damaged: list[str] = []
+        self._slot, self._serial = 0, 0  # the generation to be replaced next, the last checkpoint's number
+        self._descriptors: list[int] = []
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self._lock()
+            self._log = self._open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self.log_bytes = os.fstat(self._log).st_size
+            self._remove_unfinished()
+        except BlockingIOError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise OSError(
+                error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
+            ) from error
+        try:
+            self._scan()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str, flags: int) -> int:
+        descriptor = os.open(self.path / name, flags | os.O_CLOEXEC, 0o666)
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def _lock(self) -> None:
+        descriptor = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            reason = f"another run, of process {pid}, writes to this directory"
+            raise BlockingIOError(error.errno, reason, str(self.path)) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _remove_unfinished(self) -> None:
+        for file in sorted(self.path.glob(".checkpoint-*.tmp")):
+            os.unlink(file)
+            warnings.warn(f"{file}: left unfinished by a run that was killed, removed", stacklevel=4)
+
+    def _scan(self) -> None:
+        for slot, name in enumerate(_SLOTS):
+            path = self.path / name
+            if not os.path.lexists(path):
+                continue
+            try:
+                checkpoint = _read(path)
+            except UnsupportedError:
+                raise
+            except (FormatError, OSError) as error:
+                self.damaged.append(str(error))
+                continue
+            if self.newest is None or checkpoint.serial > self.newest.serial:
+                self.newest, self._serial, self._slot = checkpoint, checkpoint.serial, 1 - slot
+
+    @property
+    def occupied(self) -> bool:
+        """Whether there was a checkpoint, whole or damaged, when the directory was opened."""
+        return bool(self.newest or self.damaged)
+
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None: there is none.
+
+        Raises:
+            CorruptError: there are checkpoints, but none is whole.
+        Warns:
+            UserWarning: one is damaged, and the other is used.
+        """
+        if self.newest is None and self.damaged:
+            raise CorruptError(f"{self.path}: no whole checkpoint is left: {'; '.join(self.damaged)}")
+        if self.newest is not None:
+            for problem in self.damaged:
+                warnings.warn(
+                    f"{problem}; the other checkpoint is used, of step {self.newest.step}", stacklevel=5
+                )
+        return self.newest
+
+    def cut_log(self, size: int) -> None:
+        """Drop what stands in the log after `size` bytes."""
+        self.log_bytes = min(self.log_bytes, size)
+        os.ftruncate(self._log, self.log_bytes)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint over the older generation.
+
+        Raises:
+            OSError: the disk refuses; both generations are as they were, and the message says how many bytes
+                were needed.
+        """
+        numbered = dataclasses.replace(checkpoint, serial=self._serial + 1, log_bytes=self.log_bytes)
+        os.fsync(self._log)
+        files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
+        self._serial, self._slot = numbered.serial, 1 - self._slot
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a line of JSON to the log, NaN and infinities as null."""
+        line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
+        rest = memoryview(f"{line}\n".encode())
+        while rest:
+            count = os.write(self._log, rest)
+            rest, self.log_bytes = rest[count:], self.log_bytes + count
+
+    def close(self) -> None:
+        """Let the next run in."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+    for name, value in items:
+        yield name, None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,77 @@
+"""The command `nplora`: arguments in, one call, and errors as one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nplora import _core
+
+_INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nplora: error: {message} (try {self.prog} --help)\n")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from nplora import demo
+
+    demo.run(arguments.output)
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from nplora import plot
+
+    print(plot.plot_run(arguments.run, arguments.output))
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from nplora import runtime
+
+    runtime.show_config()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="nplora", description="LoRA fine-tuning on CPUs, from NumPy.")
+    parser.add_argument("--version", action="version", version=f"nplora {_core.config()['version']}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run_command=run)
+        return added
+
+    demo = command("demo", "Adapt a pretrained network of handwritten digits to a changed world.", _demo)
+    demo.add_argument(
+        "--output", metavar="DIR", default="demo", help="where adapter, log and plot are left (default: demo)"
+    )
+    plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
+    plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")
+    plot.add_argument("--output", metavar="FILE", help="the PNG (default: RUN_DIR/plot.png)")
+    command("info", "Print versions, instruction set and threads, for a bug report.", _info)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong. 130: Ctrl-C.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run_command(parsed)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError, ArithmeticError, ImportError) as error:
+        print(f"nplora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,146 @@
+"""Batches: arrays cut and shuffled, or an iterable of a user's, both replayed from any position."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.checkpoint import fingerprint
+
+Array = npt.NDArray[Any]
+Batch = tuple[Any, Any]
+
+
+class Batches(Protocol):
+    """A source of (x, y) that can be read again, epoch by epoch."""
+
+    @property
+    def length(self) -> int | None:
+        """Batches in an epoch, None where nobody knows."""
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """The batches of an epoch (from 0) after the first `skip`."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as JSON has it."""
+
+
+class ArrayBatches:
+    """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
+
+    The order of an epoch is a function of (seed, epoch) alone, so a position in the data is a pair of
+    numbers: nothing has to be replayed. It is the order of the raw numbers of PCG64, which are the same in
+    every NumPy, unlike `Generator.permutation`.
+
+    Args:
+        op: the caller, for messages.
+        x, y: arrays of one length, at least 1. They are not copied.
+    Raises:
+        ValueError: x and y have different lengths, none, or hold Python objects.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        x: npt.ArrayLike,
+        y: npt.ArrayLike,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.x, self.y = np.asarray(x), np.asarray(y)
+        for name, array in (("x", self.x), ("y", self.y)):
+            if array.ndim == 0 or array.dtype.kind == "O":
+                raise ValueError(f"{op}: {name} has dtype {array.dtype} and {array.ndim} axes, expected rows")
+        if len(self.x) != len(self.y):
+            raise ValueError(f"{op}: x has {len(self.x)} rows, y has {len(self.y)}")
+        if not len(self.x):
+            raise ValueError(f"{op}: x and y have no rows")
+        self.batch_size = _check.integer(op, "batch_size", batch_size, least=1)
+        self.shuffle, self.seed = bool(shuffle), seed
+
+    @property
+    def length(self) -> int:
+        return -(-len(self.x) // self.batch_size)
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
+        order = self._order(epoch) if self.shuffle else None
+        for start in range(skip * self.batch_size, len(self.x), self.batch_size):
+            window = slice(start, start + self.batch_size)
+            rows = window if order is None else order[window]
+            yield self.x[rows], self.y[rows]
+
+    def _order(self, epoch: int) -> Array:
+        stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+        return np.argsort(stream.random_raw(len(self.x)), kind="stable")
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "x": fingerprint(self.x),
+            "y": fingerprint(self.y),
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+
+class IterableBatches:
+    """An iterable of (x, y); iterating it again begins the next epoch, a position is reached by skipping.
+
+    Args:
+        batches: any iterable. One that can be read only once (a generator) lasts for one epoch.
+    Raises:
+        TypeError: it is not an iterable.
+    """
+
+    def __init__(self, op: str, batches: Iterable[Any]) -> None:
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                f"{op}: got a {type(batches).__name__}, expected arrays x and y, or an iterable of (x, y)"
+            )
+        self.op, self.batches = op, batches
+
+    @property
+    def length(self) -> int | None:
+        return len(self.batches) if isinstance(self.batches, Sized) else None
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
+        iterator = iter(self.batches)
+        skipped = sum(1 for _ in itertools.islice(iterator, skip))
+        if skipped < skip:
+            raise ValueError(
+                f"{self.op}: the iterable gave {skipped} batches, the checkpoint had used {skip}"
+            )
+        empty = not skip
+        for number, batch in enumerate(iterator, skip + 1):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                kind = (
+                    f"{type(batch).__name__} of {len(batch)}"
+                    if isinstance(batch, Sized)
+                    else type(batch).__name__
+                )
+                raise TypeError(f"{self.op}: batch {number} is a {kind}, expected (x, y)")
+            empty = False
+            yield batch[0], batch[1]
+        if empty:
+            raise ValueError(
+                f"{self.op}: the iterable gave no batch; a generator can be read only once: "
+                "give a list, or an object whose __iter__ begins anew"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {"batches": self.length}
+
+
+def batches_of(
+    op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0
+) -> ArrayBatches | IterableBatches:
+    """Arrays if there is a y, else an iterable of batches."""
+    if y is not None:
+        return ArrayBatches(op, x, y, batch_size, shuffle, seed)
+    if isinstance(x, np.ndarray):
+        raise ValueError(f"{op}: x is an array of shape {x.shape}, and y is missing")
+    return IterableBatches(op, x)

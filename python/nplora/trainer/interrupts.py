@@ -1,0 +1,70 @@
+"""Signals during a run: Ctrl-C and SIGTERM wait while the parameters or a checkpoint are being written."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+class Interrupts:
+    """While entered, a handler of SIGINT or SIGTERM runs at once, but within `hold()` at its end.
+
+    The handlers that were there stay in charge: Python's own raises KeyboardInterrupt; a signal that is
+    ignored stays ignored. SIGTERM, which by default ends the process on the spot, raises Terminated instead
+    if `terminate` is true. Outside the main thread, which alone receives signals, nothing is changed.
+    """
+
+    def __init__(self, terminate: bool) -> None:
+        self._signals = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
+        self._previous: dict[int, Any] = {}
+        self._handlers: dict[int, Handler] = {}
+        self._held = 0
+        self._waiting: list[int] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for signum in self._signals:
+            previous = signal.getsignal(signum)
+            if previous is signal.SIG_DFL and signum == signal.SIGTERM:
+                self._handlers[signum] = _terminate
+            elif callable(previous):
+                self._handlers[signum] = previous
+            else:
+                continue
+            self._previous[signum] = previous
+            signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._waiting.append(signum)
+        else:
+            self._handlers[signum](signum, frame)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let what happens in here finish before a signal is heard."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            while self._waiting and not self._held:
+                self._handlers[signum := self._waiting.pop(0)](signum, None)

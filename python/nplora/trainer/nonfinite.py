@@ -1,0 +1,61 @@
+"""Where NaN and infinities begin: the search that follows a loss or a gradient that is not finite."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.module import Module, Parameter
+
+Array = npt.NDArray[Any]
+
+
+def first_nonfinite(model: Module, x: Any) -> str:
+    """Run the forward pass again and say where the first value that is not finite appears.
+
+    A module counts once its forward has returned, so that the innermost one is named, not those around it.
+    """
+    if _not_finite(x):
+        return "its input x is not finite"
+    found: list[str] = []
+    with np.errstate(all="ignore"):
+        watched = [_watch(name, module, found) for name, module in model.named_modules()]
+        try:
+            model.forward(x)
+        finally:
+            for unwatch in watched:
+                unwatch()
+    return found[0] if found else "the output of every layer is finite, the loss of it is not"
+
+
+def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
+    """Shadow one module's `forward` by one that looks at the output; return how to undo that."""
+    attributes, forward = vars(module), module.forward
+    before = attributes.get("forward")
+
+    def watching(x: Any) -> tuple[Array, Any]:
+        y, saved = forward(x)
+        if not found and _not_finite(y):
+            title = repr(name) if name else "the model itself"
+            found.append(f"the first layer whose output is not finite is {title} ({type(module).__name__})")
+        return y, saved
+
+    def unwatch() -> None:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
+
+    attributes["forward"] = watching
+    return unwatch
+
+
+def nonfinite_parameters(parameters: Iterable[Parameter], gradients: bool) -> list[str]:
+    """The names of the parameters whose values, or whose gradients, are not finite."""
+    return [p.name for p in parameters if _not_finite(p.grad if gradients else p.value)]
+
+
+def _not_finite(x: Any) -> bool:
+    array = np.asarray(x)
+    return array.dtype.kind in "fc" and not bool(np.isfinite(array).all())

@@ -1,0 +1,91 @@
+"""The progress line: tqdm's where it is installed, else a plain one."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from nplora.trainer.callbacks import Callback
+from nplora.trainer.history import EpochRecord, StepRecord
+
+if TYPE_CHECKING:
+    from nplora.trainer.run import Run
+
+_INTERVAL = 0.1  # seconds between two redraws
+
+
+class ProgressLine(Callback):
+    """A callback that draws on stderr, until `close`."""
+
+    def on_fit_end(self, run: "Run") -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the line as it is; the next output begins below it."""
+
+
+def progress_line(progress: bool | None) -> ProgressLine | None:
+    """A callback that shows progress on stderr; None: only where stderr is a terminal."""
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        return None
+    try:
+        import tqdm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        return PlainLine()
+    return TqdmLine(tqdm.tqdm)
+
+
+class TqdmLine(ProgressLine):
+    """A tqdm bar of steps."""
+
+    def __init__(self, tqdm: Any) -> None:
+        self._tqdm = tqdm
+        self._bar: Any = None
+
+    def on_fit_start(self, run: "Run") -> None:
+        self._bar = self._tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, run: "Run", record: StepRecord) -> None:
+        self._bar.set_postfix_str(f"epoch {record.epoch}, loss {record.loss:.4f}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class PlainLine(ProgressLine):
+    """One line that is redrawn on a terminal; elsewhere one line for every epoch."""
+
+    def __init__(self) -> None:
+        self._redraws = sys.stderr.isatty()
+        self._width = 0
+        self._drawn = -_INTERVAL
+
+    def on_step_end(self, run: "Run", record: StepRecord) -> None:
+        now = time.monotonic()
+        if self._redraws and (now - self._drawn >= _INTERVAL or record.step == run.total_steps):
+            self._draw(_text(run, record.step, record.epoch, f"loss {record.loss:.4f}"))
+            self._drawn = now
+
+    def on_epoch_end(self, run: "Run", record: EpochRecord) -> None:
+        validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"
+        text = _text(run, record.step, record.epoch, f"loss {record.loss:.4f}{validation}")
+        if self._redraws:
+            self._draw(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._width:
+            print(file=sys.stderr, flush=True)
+            self._width = 0
+
+    def _draw(self, text: str) -> None:
+        print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+        self._width = len(text)
+
+
+def _text(run: "Run", step: int, epoch: int, rest: str) -> str:
+    total = "" if run.total_steps is None else f"/{run.total_steps}"
+    return f"step {step}{total}, epoch {epoch}, {rest}"

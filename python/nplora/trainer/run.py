@@ -1,0 +1,356 @@
+"""Run: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
+from nplora.losses import NonFiniteLossError
+from nplora.optim import global_norm, schedule
+from nplora.trainer.batches import Batches
+from nplora.trainer.callbacks import Callback
+from nplora.trainer.evaluation import evaluate
+from nplora.trainer.history import History, StepRecord
+from nplora.trainer.interrupts import Interrupts, Terminated
+from nplora.trainer.nonfinite import first_nonfinite, nonfinite_parameters
+from nplora.trainer.resuming import restored_history, settings_of
+
+if TYPE_CHECKING:
+    from nplora.trainer.trainer import Trainer
+
+_SIGTERM_STATUS = 128 + 15  # what a shell reports for a process that SIGTERM ended
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call of `fit` asks for; exactly one of epochs and steps is given."""
+
+    batches: Batches
+    validation: Batches | None
+    epochs: int | None
+    steps: int | None
+    total_steps: int | None
+    patience: int | None
+    checkpoint_every: int | None
+
+
+@dataclass
+class _Gathered:
+    """What the batches of one step have added up to. The gradients lie in the model."""
+
+    batches: int = 0
+    count: int = 0
+    first_count: int = 0  # of the first batch that counts: gradients are weighted relative to it
+    loss: float = 0.0  # sum of loss · count
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Run:
+    """One call of `Trainer.fit`; callbacks are given it.
+
+    Attributes:
+        model, history: as they stand.
+        step: updates made.
+        epoch, batch: epochs finished, and batches used of the epoch under way. Between two updates, these and
+            the factors, the moments and the dropout streams are all that the rest of the run depends on.
+        total_steps: where the run is to end; None where the number of batches is not known.
+    """
+
+    def __init__(self, trainer: "Trainer", plan: Plan, callbacks: list[Callback]) -> None:
+        self.model, self.history = trainer.model, History()
+        self.step = self.epoch = self.batch = 0
+        self.total_steps = plan.total_steps
+        self._trainer, self._plan, self._callbacks = trainer, plan, callbacks
+        self._parameters = self.model.parameters()
+        self._adapters = list(self.model.adapter_layers().values())
+        self._streams = [layer.dropout_stream for layer in self._adapters]
+        self._directory: RunDirectory | None = None
+        self._interrupts = Interrupts(terminate=False)
+        self._ended: str | None = None
+        self._best: dict[str, Any] | None = None
+        self._best_factors: dict[str, Array] = {}
+        self._base, self._settings = "", dict[str, Any]()  # what a checkpoint must agree with
+        self._saved: tuple[int, ...] | None = None
+
+    def stop(self) -> None:
+        """End the run after the present step."""
+        self._ended = "callback"
+
+    def execute(self, directory: RunDirectory | None, resume: bool) -> History:
+        """Run to the end, to Ctrl-C or to an error."""
+        self._directory = directory
+        self._interrupts = Interrupts(terminate=directory is not None)
+        try:
+            with self._interrupts:
+                try:
+                    with self._interrupts.hold():
+                        self._begin(resume)
+                    self._train()
+                except (KeyboardInterrupt, SystemExit, Terminated) as reason:
+                    with self._interrupts.hold():
+                        self._ended = "interrupted"
+                        self._roll_back()
+                        self._save()
+                    if isinstance(reason, Terminated):
+                        raise SystemExit(_SIGTERM_STATUS) from None
+                    if isinstance(reason, SystemExit):
+                        raise
+                with self._interrupts.hold():
+                    self._finish()
+        except BaseException:
+            self._roll_back()
+            raise
+        return self.history
+
+    # ---- the loop ----
+
+    def _train(self) -> None:
+        self._call("on_fit_start")
+        while not self._is_over():
+            if self._pass():
+                self._close_epoch(complete=True)
+                if self._plan.checkpoint_every is None:
+                    self._save()
+        self._save()
+        if self.batch:  # `steps` or a callback ended the run within an epoch; a resumed run closes it later
+            self._close_epoch(complete=False)
+
+    def _is_over(self) -> bool:
+        plan = self._plan
+        return (
+            self._ended is not None
+            or (plan.steps is not None and self.step >= plan.steps)
+            or (plan.epochs is not None and self.epoch >= plan.epochs)
+        )
+
+    def _pass(self) -> bool:
+        """The steps of one epoch, or of the rest of it; False where the run is over before."""
+        gathered = _Gathered()
+        for x, y in self._plan.batches.epoch(self.epoch, self.batch):
+            self._gather(x, y, gathered)
+            if gathered.batches == self._trainer.accumulate:
+                self._update(gathered)
+                gathered = _Gathered()
+                if self._is_over():
+                    return False
+        if gathered.batches:
+            self._update(gathered)
+        return not self._is_over()
+
+    def _gather(self, x: Any, y: Any, gathered: _Gathered) -> None:
+        """One batch forward and backward: its gradients, weighted by its count, are added to the others."""
+        loss = self._trainer.loss
+        streams = [layer.dropout_stream for layer in self._adapters]
+        number = self.batch + gathered.batches + 1
+        with np.errstate(
+            over="ignore", invalid="ignore", divide="ignore"
+        ):  # what is not finite is found below
+            prediction, saved = self.model.forward(x)
+            value, gradient = loss(prediction, y)
+        if not math.isfinite(value):
+            self._set_streams(streams)
+            where = first_nonfinite(self.model, x)
+            raise NonFiniteLossError(f"{self._where()}: the loss of batch {number} is {value}: {where}")
+        count = loss.count(prediction, y)
+        gathered.batches += 1
+        if count == 0:  # no row is labelled
+            return
+        gathered.first_count = gathered.first_count or count
+        gathered.count += count
+        gathered.loss += value * count
+        if count != gathered.first_count:
+            gradient = gradient * gradient.dtype.type(count / gathered.first_count)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            self._trainer.backward(gradient, saved)
+
+    def _update(self, gathered: _Gathered) -> None:
+        """Clip, step, and move the position on."""
+        trainer = self._trainer
+        scale = gathered.first_count / max(1, gathered.count)
+        norm = global_norm(self._parameters) * scale
+        if not math.isfinite(norm):
+            names = ", ".join(nonfinite_parameters(self._parameters, gradients=True))
+            raise NonFiniteLossError(f"{self._where()}: the loss is finite, the gradient of {names} is not")
+        if trainer.clip_norm is not None and norm > trainer.clip_norm:
+            scale *= trainer.clip_norm / norm
+        factor = schedule(trainer.schedule, self.step, self.total_steps or 0, trainer.warmup_steps)
+        lr = trainer.optimizer.lr * factor
+        with self._interrupts.hold():
+            if gathered.count:
+                trainer.optimizer.step(self._parameters, lr=lr, grad_scale=scale)
+            self._clear_gradients()
+            self.step += 1
+            self.batch += gathered.batches
+            self._streams = [layer.dropout_stream for layer in self._adapters]
+            record = StepRecord(
+                step=self.step,
+                epoch=self.epoch + 1,
+                loss=gathered.loss / max(1, gathered.count),
+                count=gathered.count,
+                lr=lr,
+                grad_norm=norm,
+                seconds=time.perf_counter() - gathered.started,
+            )
+            self.history.steps.append(record)
+            self._log("step", dataclasses.asdict(record))
+        self._call("on_step_end", record)
+        every = self._plan.checkpoint_every
+        if every is not None and self.step % every == 0:
+            self._save()
+
+    def _close_epoch(self, complete: bool) -> None:
+        """Validate, keep the best factors, and go to the next epoch."""
+        validation = self._plan.validation
+        metrics = evaluate(self.model, self._trainer.loss, validation) if validation else {}
+        with self._interrupts.hold():
+            record = self.history.epoch_record(self.epoch + 1, metrics)
+            self.history.epochs.append(record)
+            self._log("epoch", dataclasses.asdict(record))
+            if self._plan.patience is not None:
+                self._judge(metrics["loss"])
+            if complete:
+                self.epoch, self.batch = self.epoch + 1, 0
+        self._call("on_epoch_end", record)
+
+    def _judge(self, loss: float) -> None:
+        """Early stopping: remember the factors of the best epoch, count the epochs since."""
+        if self._best is None or loss < self._best["loss"]:
+            if math.isfinite(loss):
+                self._best = {"loss": loss, "epoch": self.epoch + 1, "since": 0}
+                self._best_factors = {name: array.copy() for name, array in factors(self.model).items()}
+        else:
+            self._best = {**self._best, "since": self._best["since"] + 1}
+        self._lose_patience()
+
+    def _lose_patience(self) -> None:
+        patience = self._plan.patience
+        if self._ended is None and patience is not None and self._best and self._best["since"] >= patience:
+            self._ended = "patience"
+
+    def _finish(self) -> None:
+        if self._best is not None:
+            self._put(self._best_factors)
+            self.history.best_epoch = self._best["epoch"]
+        self.history.ended = self._ended or "complete"
+        self._log("end", {"ended": self.history.ended, "step": self.step})
+        self._call("on_fit_end")
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _where(self) -> str:
+        return f"step {self.step + 1} (epoch {self.epoch + 1})"
+
+    def _log(self, event: str, record: dict[str, Any]) -> None:
+        if self._directory is not None:
+            self._directory.log({"event": event, **record})
+
+    # ---- the state between two steps ----
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad.fill(0)
+
+    def _set_streams(self, streams: list[tuple[int, int]]) -> None:
+        for layer, stream in zip(self._adapters, streams, strict=True):
+            layer.dropout_stream = stream
+
+    def _roll_back(self) -> None:
+        """Forget the batches since the last update."""
+        self._clear_gradients()
+        self._set_streams(self._streams)
+
+    def _put(self, values: Mapping[str, Array]) -> None:
+        for name, array in factors(self.model).items():
+            array[...] = values[name]
+
+    # ---- checkpoints ----
+
+    def _begin(self, resume: bool) -> None:
+        """Take over the directory's checkpoint, or write the first one: the disk is tried before any work."""
+        optimizer = self._trainer.optimizer
+        if optimizer.steps == 0:
+            optimizer.init(self._parameters)
+        self._clear_gradients()
+        if self._directory is None:
+            return
+        self._base, self._settings = base_fingerprint(self.model), self._describe()
+        checkpoint = self._directory.latest() if resume else None
+        if checkpoint is not None:
+            self._resume(checkpoint, self._directory)
+            return
+        self._directory.cut_log(0)
+        self._log("start", {"total_steps": self.total_steps, "settings": self._settings})
+        self._save()
+        if self._directory.occupied:  # by another run, which must not be left as the older generation
+            self._saved = None
+            self._save()
+
+    def _describe(self) -> dict[str, Any]:
+        trainer = self._trainer
+        options = {
+            "schedule": trainer.schedule,
+            "warmup_steps": trainer.warmup_steps,
+            "clip_norm": trainer.clip_norm,
+            "total_steps": self.total_steps,
+        }
+        data = self._plan.batches.identity()
+        return settings_of(data, trainer.loss, trainer.optimizer, trainer.accumulate, options)
+
+    def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
+        optimizer = self._trainer.optimizer
+        history = restored_history(
+            directory.path, checkpoint, self.model, optimizer, self._settings, self._base, self.total_steps
+        )
+        self.model.set_random_state(checkpoint.random_state)
+        self._streams = [layer.dropout_stream for layer in self._adapters]
+        self._put(checkpoint.parameters)
+        optimizer.init(self._parameters)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        self.history.steps, self.history.epochs = history.steps, history.epochs
+        self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
+        if self._plan.patience is not None:
+            self._best, self._best_factors = checkpoint.best, dict(checkpoint.best_parameters)
+            self._lose_patience()
+        self._saved = self._position()
+        directory.cut_log(checkpoint.log_bytes)
+        self._log("resume", {"step": self.step})
+
+    def _position(self) -> tuple[int, ...]:
+        return self.step, self.epoch, self.batch, len(self.history.epochs)
+
+    def _save(self) -> None:
+        """Write a checkpoint, if there is a directory and something new to keep."""
+        if self._directory is None or self._saved == self._position():
+            return
+        bad = nonfinite_parameters(self._parameters, gradients=False)
+        if bad:
+            raise NonFiniteLossError(f"step {self.step} made {', '.join(bad)} not finite; it is not saved")
+        with self._interrupts.hold():
+            self._directory.save(self._checkpoint())
+            self._saved = self._position()
+        self._call("on_checkpoint")
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            epoch=self.epoch,
+            batch=self.batch,
+            total_steps=self.total_steps,
+            random_state=self.model.random_state(),
+            settings=self._settings,
+            base=self._base,
+            best=self._best,
+            epochs=self.history.epoch_rows(),
+            log_bytes=0,
+            parameters=factors(self.model),
+            optimizer=self._trainer.optimizer.state_dict(),
+            best_parameters=self._best_factors,
+            history=self.history.step_columns(),
+        )

@@ -1,0 +1,245 @@
+"""Trainer: fit a model's trainable arrays to data, with everything that a long run needs."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, losses
+from nplora.checkpoint import RunDirectory
+from nplora.formats.files import StrPath
+from nplora.losses import CrossEntropy, LossFunction
+from nplora.module import Module
+from nplora.optim import SCHEDULES, AdamW, Optimizer
+from nplora.trainer.batches import ArrayBatches, IterableBatches, batches_of
+from nplora.trainer.callbacks import Callback
+from nplora.trainer.evaluation import evaluate, predict
+from nplora.trainer.history import History
+from nplora.trainer.progress import progress_line
+from nplora.trainer.run import Plan, Run
+
+Array = npt.NDArray[Any]
+AnyBatches = ArrayBatches | IterableBatches
+
+_OP = "Trainer.fit"
+_EVALUATION_ROWS = 256
+
+
+class Trainer:
+    """Trains the trainable arrays of a model; its frozen weights are never touched.
+
+    Args:
+        model: a Module.
+        loss: "mse", "cross_entropy", "bce", "huber", or a callable (prediction, target) -> (loss, gradient).
+        optimizer: AdamW or SGD; None: AdamW(). Its state goes on from one `fit` to the next.
+        schedule: "constant", "linear" or "cosine": what becomes of the learning rate after the warm-up.
+        warmup_steps: steps over which the learning rate rises to the optimiser's `lr`.
+        accumulate: batches that make one step. Their gradients are weighted by what the loss counts (labelled
+            rows, or elements), so the step is that of one large batch; the last step of an epoch may have
+            fewer.
+        clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
+        seed: of the order of the examples. (The model's randomness is its own: `model.seed`.)
+        callbacks: `Callback`s, called in this order.
+        progress: show a progress line on stderr; None: if that is a terminal. tqdm's if it is installed.
+    Raises:
+        ValueError, TypeError: an argument is none of those above.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        loss: str | LossFunction = "cross_entropy",
+        optimizer: Optimizer | None = None,
+        *,
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
+    ) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
+        self.model = model
+        self.loss = losses.get(loss)
+        self.optimizer = AdamW() if optimizer is None else optimizer
+        self.schedule = _check.choice("Trainer", "schedule", schedule, SCHEDULES)
+        self.warmup_steps = _check.integer("Trainer", "warmup_steps", warmup_steps, least=0)
+        self.accumulate = _check.integer("Trainer", "accumulate", accumulate, least=1)
+        self.clip_norm = None if clip_norm is None else _check.number("Trainer", "clip_norm", clip_norm)
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
+        self.seed = _check.integer("Trainer", "seed", seed, least=0)
+        self.callbacks = list(callbacks)
+        self.progress = progress
+        parameters = inspect.signature(model.backward).parameters
+        self._skips_dx = "need_dx" in parameters
+
+    def fit(
+        self,
+        x: Any,
+        y: npt.ArrayLike | None = None,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        validation: tuple[npt.ArrayLike, npt.ArrayLike] | Iterable[Any] | None = None,
+        patience: int | None = None,
+        checkpoint_dir: StrPath | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> History:
+        """Train, and return the records of the run.
+
+        Ctrl-C ends the run after what was learned so far: with a `checkpoint_dir` it is saved there, and the
+        history is returned with `interrupted` true. SIGTERM saves and exits. An error in a step leaves
+        parameters and moments as the last whole step left them.
+
+        Args:
+            x, y: arrays of one length; or x alone, an iterable of batches (x, y), of which `batch_size` and
+                `shuffle` are not asked. To go on within an epoch, an iterable is read again and its used
+                batches are skipped, so it must give the same ones; for a second epoch it must begin anew,
+                which a generator cannot.
+            epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
+            batch_size: rows of a batch; the last of an epoch may have fewer.
+            shuffle: take the rows in an order of their own in each epoch, drawn from (seed, epoch).
+            validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
+            patience: stop after this many epochs in a row without a lower validation loss (early stopping).
+                The model ends with the factors of the best epoch, however the run ends.
+            checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
+            checkpoint_every: steps between checkpoints; None: one at each epoch's end. There is always one at
+                the beginning and one at the end.
+            resume: go on from the checkpoint in `checkpoint_dir`, to the bit as if the run had not been
+                stopped; if there is none, begin.
+            overwrite: begin anew where `checkpoint_dir` holds another run.
+        Raises:
+            NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
+                and the first layer at fault; neither parameters, moments nor checkpoints are touched. Also
+                where an update made a parameter infinite: that is not saved.
+            ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
+            CorruptError: no checkpoint in the directory is whole, or it is of another model.
+            FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
+            BlockingIOError: another process writes to the directory.
+            OSError: the directory cannot be written, or the disk is full: then the checkpoint before is
+                still there, and the message says how many bytes were needed.
+        Warns:
+            UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
+                or version are others than the checkpoint's.
+        """
+        plan = self._plan(x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every)
+        self._check_model()
+        for batches in (plan.batches, plan.validation):
+            if isinstance(batches, ArrayBatches):
+                self._check_labels(batches)
+        line = progress_line(self.progress)
+        run = Run(self, plan, self.callbacks + ([line] if line else []))
+        try:
+            if checkpoint_dir is None:
+                if resume or overwrite or checkpoint_every is not None:
+                    raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
+                return run.execute(None, resume=False)
+            if resume and overwrite:
+                raise ValueError(f"{_OP}: resume and overwrite exclude each other")
+            with RunDirectory(checkpoint_dir) as directory:
+                if directory.occupied and not (resume or overwrite):
+                    raise FileExistsError(
+                        f"{_OP}: {directory.path} holds a run{_at(directory)}: "
+                        "resume=True goes on with it, overwrite=True drops it"
+                    )
+                return run.execute(directory, resume)
+        finally:
+            if line is not None:
+                line.close()
+
+    def evaluate(
+        self, x: Any, y: npt.ArrayLike | None = None, *, batch_size: int = _EVALUATION_ROWS
+    ) -> dict[str, float]:
+        """The mean loss over x and y, without dropout, as {"loss": ...}.
+
+        Args:
+            x, y: as in `fit`.
+            batch_size: rows at a time.
+        Returns:
+            "loss", and for integer labels (...) of predictions (..., C) also "accuracy", the share of the
+            labelled rows whose largest prediction is their label.
+        Raises:
+            ValueError: the data do not fit each other, the loss or the model.
+        """
+        return evaluate(self.model, self.loss, batches_of("Trainer.evaluate", x, y, batch_size))
+
+    def predict(self, x: npt.ArrayLike, *, batch_size: int = _EVALUATION_ROWS) -> Array:
+        """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout."""
+        return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
+
+    def backward(self, gradient: Array, saved: Any) -> None:
+        """The model's backward pass; the lowest layer need not compute the gradient of the data."""
+        if self._skips_dx:
+            self.model.backward(gradient, saved, need_dx=False)
+        else:
+            self.model.backward(gradient, saved)
+
+    # ---- checks before the first step ----
+
+    def _plan(
+        self,
+        x: Any,
+        y: Any,
+        epochs: int | None,
+        steps: int | None,
+        batch_size: int,
+        shuffle: bool,
+        validation: Any,
+        patience: int | None,
+        checkpoint_every: int | None,
+    ) -> Plan:
+        if epochs is not None and steps is not None:
+            raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
+        epochs = 1 if epochs is None and steps is None else epochs
+        for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+            if value is not None:
+                _check.integer(_OP, name, value, least=1)
+        if patience is not None and validation is None:
+            raise ValueError(f"{_OP}: patience needs validation data")
+        batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)
+        total = steps
+        if epochs is not None and batches.length is not None:
+            total = _check.integer(_OP, "epochs", epochs, least=0) * -(-batches.length // self.accumulate)
+        if total is None and self.schedule != "constant":
+            raise ValueError(
+                f"{_OP}: schedule={self.schedule!r} needs to know where the run ends: "
+                "give steps, or batches that have a len"
+            )
+        is_pair = isinstance(validation, tuple) and len(validation) == 2
+        x_valid, y_valid = validation if is_pair else (validation, None)
+        return Plan(
+            batches=batches,
+            validation=None if validation is None else batches_of(_OP, x_valid, y_valid, _EVALUATION_ROWS),
+            epochs=None if epochs is None else _check.integer(_OP, "epochs", epochs, least=0),
+            steps=None if steps is None else _check.integer(_OP, "steps", steps, least=0),
+            total_steps=total,
+            patience=patience,
+            checkpoint_every=checkpoint_every,
+        )
+
+    def _check_model(self) -> None:
+        if not self.model.parameters():
+            raise ValueError(f"{_OP}: the model has no trainable parameters")
+        for layer in self.model.adapter_layers().values():
+            layer.require_unmerged("fit")
+
+    def _check_labels(self, batches: ArrayBatches) -> None:
+        """All labels at once, before the first step, where one row tells the number of classes."""
+        if isinstance(self.loss, CrossEntropy) and batches.y.dtype.kind in "iu":
+            with np.errstate(over="ignore", invalid="ignore"):
+                classes = self.model(batches.x[:1]).shape[-1]
+            labelled = batches.y[batches.y != self.loss.ignore_index]
+            _check.in_range(_OP, "y", labelled, classes)
+
+
+def _at(directory: RunDirectory) -> str:
+    return f" (step {directory.newest.step})" if directory.newest else ""

@@ -21,7 +21,7 @@ void run_dot_panel(const KernelTable& table, Random& random, size_t m, size_t ro
                    Data data, Place place) {
   const size_t lanes = table.products<T>().lanes / 2, w_stride = width + kind % 3 * 5,
                x_stride = width + kind % 4 * 3;
-  const bool accumulate = kind % 3 == 0, fused = fuses(table);
+  const bool accumulate = kind % 7 < 3, fused = fuses(table);
   check::Case one("%s dot_panel<%s> m %zu rows %zu width %zu w_stride %zu x_stride %zu accumulate %d, %s, %s",
                   table.isa, type_name<T>(), m, rows, width, w_stride, x_stride, accumulate, name_of(data),
                   name_of(place));
@@ -111,7 +111,8 @@ void test_sum_parts(const KernelTable& table) {
       check::count_shape(is_float<T> ? "sum_parts<float>" : "sum_parts<double>");
       for (Data data : kAllData)
         for (Place place : kPlaces)
-          run_sum_parts<T>(table, random, m, rows, (rows + m) % 3, rows % 2 == 0, data, place);
+          for (bool with_bias : {false, true})
+            run_sum_parts<T>(table, random, m, rows, (rows + m) % 3, with_bias, data, place);
     }
 }
 

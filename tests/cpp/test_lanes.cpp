@@ -64,7 +64,8 @@ void test_transposes(const KernelTable& table) {
         check::count_shape(is_float<T> ? "from_lanes<float>" : "from_lanes<double>");
         for (Place place : kPlaces) {
           run_to_lanes<T>(table, random, lanes, rows, cols, (rows + cols) % 3, place);
-          run_from_lanes<T>(table, random, lanes, rows, cols, (rows + cols) % 3, cols % 2 == 0, place);
+          for (bool with_bias : {false, true})
+            run_from_lanes<T>(table, random, lanes, rows, cols, (rows + cols) % 3, with_bias, place);
         }
       }
 }

@@ -46,7 +46,7 @@ def show_config() -> None:
 def _thread_pools() -> list[str]:
     """The thread pools in this process, if threadpoolctl is installed."""
     try:
-        from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_info
     except ImportError:
         return []
     return [

@@ -28,7 +28,7 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
     if progress is False or (progress is None and not sys.stderr.isatty()):
         return None
     try:
-        import tqdm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import tqdm
     except ImportError:
         return PlainLine()
     return TqdmLine(tqdm.tqdm)

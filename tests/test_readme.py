@@ -39,11 +39,14 @@ SHELL = [block for block in blocks() if block.language in {"sh", "bash", "consol
 
 # One session, as a reader has who pastes the blocks one after the other.
 SESSION = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, traceback
 printed, names = [], {"__name__": "__main__"}
 for number, text in enumerate(json.load(sys.stdin)):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(text, f"README.md, Python block {number}", "exec"), names)
+        try:
+            exec(compile(text, f"README.md, Python block {number}", "exec"), names)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
     printed.append(out.getvalue())
 print(json.dumps(printed))
 """
@@ -51,7 +54,7 @@ print(json.dumps(printed))
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What each Python block prints."""
+    """What each Python block prints, with the traceback where it fails."""
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", SESSION],
         input=json.dumps([block.text for block in PYTHON]),

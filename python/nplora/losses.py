@@ -5,6 +5,7 @@ over, so that batches of different sizes can be weighted exactly.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,10 @@ import numpy.typing as npt
 from nplora import _check
 
 Array = npt.NDArray[Any]
+
+# Overflow and invalid operations make the loss non-finite; that is what callers look at, not a warning.
+_quiet = functools.partial(np.errstate, over="ignore", invalid="ignore")
+
 LossFunction = Callable[[Array, Any], tuple[float, Array]]
 
 
@@ -47,9 +52,10 @@ class _Elementwise:
         t = _check.floats(self.name, "target", target, p.dtype)
         if t.shape != p.shape:
             raise ValueError(f"{self.name}: target has shape {t.shape}, prediction has {p.shape}")
-        values, slopes = self._terms(p, t)
         n = max(1, p.size)
-        return float(values.sum(dtype=np.float64)) / n, np.asarray(slopes / n, dtype=p.dtype)
+        with _quiet():
+            values, slopes = self._terms(p, t)
+            return float(values.sum(dtype=np.float64)) / n, np.asarray(slopes / n, dtype=p.dtype)
 
     def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
         """The number of elements."""
@@ -124,12 +130,13 @@ class CrossEntropy:
         gradient = np.zeros_like(logits)
         if not len(found):
             return 0.0, gradient.reshape(np.shape(prediction))
-        shifted = rows - rows.max(axis=-1, keepdims=True)
-        exponentials = np.exp(shifted)
-        sums = exponentials.sum(axis=-1, keepdims=True)
         at = np.arange(len(found)), found
-        losses = np.log(sums[:, 0]) - shifted[at]
-        exponentials /= sums
+        with _quiet():
+            shifted = rows - rows.max(axis=-1, keepdims=True)
+            exponentials = np.exp(shifted)
+            sums = exponentials.sum(axis=-1, keepdims=True)
+            losses = np.log(sums[:, 0]) - shifted[at]
+            exponentials /= sums
         exponentials[at] -= 1
         exponentials /= len(found)
         gradient[labelled] = exponentials

@@ -106,9 +106,9 @@ class Optimizer:
                 loaded[moment][name] = np.array(array)
             elif key != "steps":
                 problems.append(f"unknown entry {key!r}")
-        wanted = self._state or dict.fromkeys(self._moments, loaded[self._moments[0]])
         for moment in self._moments:
-            problems += _differences(moment, loaded[moment], wanted[moment])
+            wanted = loaded[self._moments[0]] if self._state is None else self._state[moment]
+            problems += _differences(moment, loaded[moment], wanted)
         if problems:
             raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
         started = self._state is not None or steps > 0 or any(loaded.values())

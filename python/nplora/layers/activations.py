@@ -83,11 +83,13 @@ class SiLU(Activation):
     """y = x σ(x) (Elfwing et al. 2018); dx = σ(x) (1 + x (1 - σ(x))) dy."""
 
     def _apply(self, x: Array) -> Array:
-        return x * _sigmoid(x)
+        with _quiet():
+            return np.asarray(x / (1 + np.exp(-x)))
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        gate = _sigmoid(kept)
-        return np.asarray(gate * (1 + kept * (1 - gate)) * dy)
+        with _quiet():
+            gate = 1 / (1 + np.exp(-kept))
+            return np.asarray(gate * (1 + kept * (1 - gate)) * dy)
 
 
 class GELU(Activation):
@@ -114,6 +116,6 @@ class GELU(Activation):
         return f"GELU(approximate={self.approximate!r})"
 
 
-def _sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right 0
-        return np.asarray(1 / (1 + np.exp(-x)))
+def _quiet() -> np.errstate:
+    """exp(-x) = inf gives the right sigmoid, 0, and an infinite x may give NaN: no warnings for those."""
+    return np.errstate(over="ignore", invalid="ignore")

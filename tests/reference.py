@@ -1,0 +1,224 @@
+"""The oracle: every operation of nplora in plain float64 NumPy, and the bounds that float32 is held to.
+
+Names and shapes are the project's: W (d_out, d_in), A (d_out, r), B (r, d_in), x (n, d_in).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+# ---- bounds ----
+
+
+def gamma(k: int, dtype: Any = np.float32) -> float:
+    """γ_k = k u / (1 - k u), the relative error of k rounded operations in a row (Higham 2002, lemma 3.1)."""
+    u = float(np.finfo(dtype).eps) / 2
+    assert k * u < 1
+    return k * u / (1 - k * u)
+
+
+# ---- the low-rank update ----
+
+
+def lora_forward(
+    x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """z = (mask ∘ x) Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias].  mask (n, d_in) holds 0 or 1 / (1 - p)."""
+    x, W, A, B = (np.asarray(v, np.float64) for v in (x, W, A, B))
+    z = (x if mask is None else x * mask) @ B.T
+    y = x @ W.T + scale * z @ A.T
+    return (y if bias is None else y + bias), z
+
+
+def lora_backward(
+    dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float, mask: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """dz = scale · dy A;  dx = dy W + mask ∘ (dz B);  dA = scale · dyᵀ z;  dB = dzᵀ (mask ∘ x)."""
+    dy, x, W, A, B = (np.asarray(v, np.float64) for v in (dy, x, W, A, B))
+    dropped = x if mask is None else x * mask
+    dz = scale * dy @ A
+    low = dz @ B
+    dx = dy @ W + (low if mask is None else low * mask)
+    return dx, scale * dy.T @ (dropped @ B.T), dz.T @ dropped
+
+
+def merge(W: Array, A: Array, B: Array, scale: float) -> Array:
+    """W + scale · A·B."""
+    return np.asarray(W, np.float64) + scale * np.asarray(A, np.float64) @ np.asarray(B, np.float64)
+
+
+def row_norms(W: Array) -> Array:
+    """‖W_o‖ of each row."""
+    return np.asarray(np.sqrt(np.square(np.asarray(W, np.float64)).sum(axis=1)))
+
+
+def dora_forward(
+    x: Array,
+    W: Array,
+    A: Array,
+    B: Array,
+    m: Array,
+    scale: float,
+    norm: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """y = (m / norm) ∘ u [+ bias] with u of `lora_forward`; the norm is given, as backward holds it fixed."""
+    u, _ = lora_forward(x, W, A, B, scale, None, mask)
+    y = u * (np.asarray(m, np.float64) / norm)
+    return y if bias is None else y + bias
+
+
+# ---- dropout ----
+
+
+def philox4x32(counter: Array, key: int) -> Array:
+    """Philox4x32-10 (Salmon et al. 2011) of the counters (n,) uint64 (upper 64 bits zero): (n, 4) words."""
+    low = np.uint64(0xFFFFFFFF)
+    words = [counter & low, counter >> np.uint64(32), np.zeros_like(counter), np.zeros_like(counter)]
+    key0, key1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        product0, product1 = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [
+            (product1 >> np.uint64(32)) ^ words[1] ^ np.uint64(key0),
+            product1 & low,
+            (product0 >> np.uint64(32)) ^ words[3] ^ np.uint64(key1),
+            product0 & low,
+        ]
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(words, axis=-1).astype(np.uint32)
+
+
+def dropout_mask(shape: tuple[int, ...], probability: float, key: int) -> Array:
+    """What each element is multiplied by: 0 where its word of Philox is too small, else 1 / (1 - p)."""
+    n = math.prod(shape)
+    words = philox4x32(np.arange((n + 3) // 4, dtype=np.uint64), key).reshape(-1)[:n]
+    dropped = words < math.floor(probability * 2**32)
+    return np.where(dropped, 0.0, 1 / (1 - probability)).reshape(shape)
+
+
+# ---- activations and norms ----
+
+
+def gelu(x: Array, approximate: str = "none") -> Array:
+    """x Φ(x), or its tanh form."""
+    if approximate == "tanh":
+        return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+    return np.asarray(0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))))
+
+
+def silu(x: Array) -> Array:
+    """x σ(x)."""
+    return np.asarray(x / (1 + np.exp(-x)))
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """weight ∘ (x - mean) / sqrt(variance + eps) + bias, over the last axis."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return np.asarray(weight * centred / np.sqrt(x.var(axis=-1, keepdims=True) + eps) + bias)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """weight ∘ x / sqrt(mean x² + eps), over the last axis."""
+    return np.asarray(weight * x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps))
+
+
+# ---- losses ----
+
+
+def mse(p: Array, t: Array) -> float:
+    """mean (p - t)²."""
+    return float(np.square(p - t).mean())
+
+
+def huber(p: Array, t: Array, delta: float = 1.0) -> float:
+    """mean of e²/2 where |e| <= delta, else delta (|e| - delta / 2)."""
+    e = np.abs(p - t)
+    return float(np.where(e <= delta, e * e / 2, delta * (e - delta / 2)).mean())
+
+
+def bce(p: Array, t: Array) -> float:
+    """mean of -t log σ(p) - (1 - t) log(1 - σ(p))."""
+    return float((t * np.logaddexp(0, -p) + (1 - t) * np.logaddexp(0, p)).mean())
+
+
+def cross_entropy(p: Array, labels: Array, ignore_index: int = -100) -> float:
+    """mean over labelled rows of log Σ exp(p) - p[label]."""
+    rows = p.reshape(-1, p.shape[-1])
+    terms = [
+        np.logaddexp.reduce(row) - row[label]
+        for row, label in zip(rows, labels.reshape(-1), strict=True)
+        if label != ignore_index
+    ]
+    return float(np.mean(terms))
+
+
+# ---- optimisers ----
+
+
+def adamw(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    t: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> tuple[Array, Array, Array]:
+    """p, m and v after step t (Loshchilov & Hutter 2019, algorithm 2)."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    return p - lr * decay * p - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+def sgd(
+    p: Array, g: Array, buffer: Array, lr: float, momentum: float, decay: float, nesterov: bool
+) -> tuple[Array, Array]:
+    """p and the momentum buffer after a step, as torch computes it."""
+    g = g + decay * p
+    buffer = momentum * buffer + g
+    return p - lr * (g + momentum * buffer if nesterov else buffer), buffer
+
+
+# ---- differences ----
+
+
+def gradient_error(
+    loss: Callable[[], float],
+    pairs: Sequence[tuple[Array, Array]],
+    rng: np.random.Generator,
+    directions: int = 100,
+    step: float = 1e-5,
+) -> float:
+    """The largest relative error of a gradient against central differences, over random directions.
+
+    Args:
+        loss: evaluated at the present content of the arrays.
+        pairs: (array, its gradient), float64; the arrays are moved and put back.
+    """
+    before = [value.copy() for value, _ in pairs]
+
+    def at(distance: float, direction: list[Array]) -> float:
+        for (value, _), start, d in zip(pairs, before, direction, strict=True):
+            value[...] = start + distance * d
+        return loss()
+
+    worst = 0.0
+    for _ in range(directions):
+        direction = [rng.standard_normal(value.shape) for value, _ in pairs]
+        numeric = (at(step, direction) - at(-step, direction)) / (2 * step)
+        exact = sum(float((grad * d).sum()) for (_, grad), d in zip(pairs, direction, strict=True))
+        worst = max(worst, abs(numeric - exact) / max(abs(numeric), abs(exact)))
+    for (value, _), start in zip(pairs, before, strict=True):
+        value[...] = start
+    return worst

@@ -1,0 +1,68 @@
+"""The checks of what users pass in that no other test reaches."""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora import _check
+
+
+@pytest.mark.parametrize("value", [1, 1.5, np.float32(2), np.int8(3), Fraction(1, 2)])
+def test_any_real_number_is_a_number(value: Any) -> None:
+    assert _check.number("op", "n", value) == float(value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, [1.0], np.ones(1)])
+def test_other_things_are_not_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match="op: n is .*, expected a number"):
+        _check.number("op", "n", value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32("nan")])
+def test_a_number_is_finite(value: Any) -> None:
+    with pytest.raises(ValueError, match="op: n is .*, expected a finite number"):
+        _check.number("op", "n", value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, object(), [[1], [1, 2]], "text", [1 + 1j], np.array(["2020"], "M8[Y]")]
+)
+def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"op: x has dtype .*, expected real numbers|inhomogeneous"
+    ):
+        _check.floats("op", "x", value, np.float32)
+
+
+def test_an_array_that_fits_is_not_copied() -> None:
+    x = np.ones((3, 4), np.float32)
+    assert _check.floats("op", "x", x, np.float32) is x
+    rows, lead = _check.rows("op", "x", x, 4, "d", np.float32)
+    assert np.shares_memory(rows, x)
+    assert lead == (3,)
+
+
+def test_an_unaligned_array_is_copied_to_an_aligned_one() -> None:
+    x = np.zeros(17, np.uint8)[1:].view(np.float32)
+    assert not x.flags.aligned
+    assert _check.floats("op", "x", x, np.float32).flags.aligned
+
+
+def test_overlap_is_exact_where_it_can_be_told_and_assumed_where_not() -> None:
+    x = np.zeros((8, 8))
+    assert not _check.overlap(x[:, :4], x[:, 4:])
+    assert _check.overlap(x[:, :5], x[:, 4:])
+    # Two lattices in one buffer whose common points are hard to find.
+    flat = np.zeros(10**6, np.uint8)
+    shape, strides = (30, 30, 30, 30), (12345, 2341, 271, 23)
+    hard = np.lib.stride_tricks.as_strided(flat, shape, strides)
+    other = np.lib.stride_tricks.as_strided(flat[1:], shape, (12211, 2203, 307, 29))
+    assert _check.overlap(hard, other)
+
+
+def test_a_subclass_is_treated_as_the_array_it_is() -> None:
+    with pytest.warns(PendingDeprecationWarning):
+        matrix = np.matrix([[1.0, 2.0]])
+    assert type(_check.floats("op", "x", matrix, np.float32)) is np.ndarray

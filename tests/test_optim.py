@@ -1,0 +1,264 @@
+"""Optimisers against the oracle, their state, the gradient norm, and schedules."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import reference
+from nplora import SGD, AdamW, Parameter
+from nplora.optim import global_norm, schedule
+
+SHAPES = {"fc.A": (7, 3), "fc.B": (3, 5), "A": (), "m": (40000,)}
+
+
+def parameters(rng: np.random.Generator, dtype: Any = np.float64) -> list[Parameter]:
+    return [
+        Parameter(name, np.asarray(rng.standard_normal(s), dtype), np.asarray(rng.standard_normal(s), dtype))
+        for name, s in SHAPES.items()
+    ]
+
+
+def copies(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.name, p.value.copy(), p.grad.copy()) for p in params]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-12), (np.float32, 1e-4)])
+@pytest.mark.parametrize("grad_scale", [1.0, 0.25])
+def test_adamw_matches_the_oracle(
+    dtype: Any, rtol: float, grad_scale: float, rng: np.random.Generator
+) -> None:
+    params = parameters(rng, dtype)
+    optimizer = AdamW(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2, lr_ratio=4)
+    expected = {p.name: (p.value.astype(np.float64), 0.0, 0.0) for p in params}
+    for t in range(1, 5):
+        for p in params:
+            p.grad[...] = rng.standard_normal(p.grad.shape)
+            lr = 0.4 if p.name in ("fc.A", "A") else 0.1
+            value, m, v = expected[p.name]
+            g = grad_scale * p.grad.astype(np.float64)
+            expected[p.name] = reference.adamw(value, g, m, v, t, lr, 0.8, 0.95, 1e-6, 0.2)
+        optimizer.step(params, grad_scale=grad_scale)
+    assert optimizer.steps == 4
+    for p in params:
+        np.testing.assert_allclose(p.value, expected[p.name][0], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.7, False), (0.7, True)])
+def test_sgd_matches_the_oracle(momentum: float, nesterov: bool, rng: np.random.Generator) -> None:
+    params = parameters(rng)
+    optimizer = SGD(0.1, momentum, weight_decay=0.2, nesterov=nesterov, lr_ratio=3)
+    expected = {p.name: (p.value.copy(), np.zeros_like(p.value)) for p in params}
+    for _ in range(4):
+        for p in params:
+            p.grad[...] = rng.standard_normal(p.grad.shape)
+            lr = 0.3 if p.name in ("fc.A", "A") else 0.1
+            expected[p.name] = reference.sgd(
+                expected[p.name][0], p.grad, expected[p.name][1], lr, momentum, 0.2, nesterov
+            )
+        optimizer.step(params)
+    for p in params:
+        np.testing.assert_allclose(p.value, expected[p.name][0], rtol=1e-12)
+    assert len(optimizer.state_dict()) == 1 + (4 if momentum else 0)
+
+
+def test_float32_and_float64_parameters_may_be_mixed(rng: np.random.Generator) -> None:
+    params = [parameters(rng)[0], parameters(rng, np.float32)[1]]
+    before = copies(params)
+    AdamW().step(params)
+    assert all(np.any(p.value != b.value) for p, b in zip(params, before, strict=True))
+
+
+def test_the_rate_of_a_step_overrides_the_base_rate(rng: np.random.Generator) -> None:
+    params = parameters(rng)
+    before = copies(params)
+    AdamW(lr=1).step(params, lr=0)
+    for p, b in zip(params, before, strict=True):
+        np.testing.assert_array_equal(p.value, b.value)
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads() -> None:
+    results = set()
+    for threads in (1, 2, 3):
+        nplora.set_num_threads(threads)
+        params = parameters(np.random.default_rng(0), np.float32)
+        AdamW().step(params)
+        SGD(0.1, momentum=0.9).step(params)
+        results.add((global_norm(params), *(p.value.tobytes() for p in params)))
+    assert len(results) == 1
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("make", [AdamW, lambda: SGD(0.1, momentum=0.9), lambda: SGD(0.1)])
+@pytest.mark.parametrize("init_first", [False, True])
+def test_a_run_goes_on_from_its_state_to_the_bit(
+    make: Any, init_first: bool, rng: np.random.Generator
+) -> None:
+    params, optimizer = parameters(rng, np.float32), make()
+    for _ in range(3):
+        optimizer.step(params)
+    state, twin_params, twin = optimizer.state_dict(), copies(params), make()
+    if init_first:
+        twin.init(twin_params)
+    twin.load_state_dict(state)
+    assert twin.steps == 3
+    for _ in range(2):
+        optimizer.step(params)
+        twin.step(twin_params)
+    assert [p.value.tobytes() for p in params] == [p.value.tobytes() for p in twin_params]
+
+
+def test_the_state_is_named_after_moments_and_parameters(rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng, np.float32), AdamW()
+    optimizer.step(params)
+    state = optimizer.state_dict()
+    assert set(state) == {"steps"} | {f"{m}.{n}" for m in ("exp_avg", "exp_avg_sq") for n in SHAPES}
+    assert state["exp_avg.fc.A"].dtype == np.float32
+    sgd = SGD(0.1, momentum=0.5)
+    sgd.init(params)
+    assert set(sgd.state_dict()) == {"steps"} | {f"momentum.{n}" for n in SHAPES}
+
+
+def test_the_state_is_a_copy_both_ways(rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng), AdamW()
+    optimizer.step(params)
+    state = optimizer.state_dict()
+    before = state["exp_avg.fc.A"].copy()
+    optimizer.step(params)
+    np.testing.assert_array_equal(state["exp_avg.fc.A"], before)
+    optimizer.load_state_dict(state)
+    optimizer.step(params)
+    np.testing.assert_array_equal(state["exp_avg.fc.A"], before)
+
+
+def test_init_starts_afresh(rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng), AdamW()
+    optimizer.step(params)
+    optimizer.init(params[:2])
+    assert optimizer.steps == 0
+    assert not any(v.any() for v in optimizer.state_dict().values())
+    optimizer.step(params[:2])
+
+
+def test_a_state_that_does_not_fit_is_refused_with_all_reasons(rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng), AdamW()
+    optimizer.step(params)
+    state = optimizer.state_dict()
+    bad = {k: v for k, v in state.items() if k != "exp_avg.m"}
+    bad |= {"exp_avg_sq.fc.A": np.ones((2, 2)), "exp_avg.fc.C": np.ones(3), "junk": np.ones(1)}
+    with pytest.raises(ValueError, match=r"AdamW\.load_state_dict: the state does not fit") as caught:
+        optimizer.load_state_dict(bad)
+    for reason in (
+        "unknown entry 'junk'",
+        "exp_avg.m is missing",
+        "exp_avg.fc.C is unknown",
+        "exp_avg_sq.fc.A is float64 (2, 2), expected float64 (7, 3)",
+    ):
+        assert reason in str(caught.value)
+    assert {k: v.tobytes() for k, v in optimizer.state_dict().items()} == {
+        k: v.tobytes() for k, v in state.items()
+    }
+    for wrong, message in (({}, "the state has no 'steps'"), ({"steps": np.array(-1)}, "steps is -1")):
+        with pytest.raises(ValueError, match=message):
+            AdamW().load_state_dict(wrong)
+    with pytest.raises(ValueError, match=r"exp_avg_sq\.a is missing"):
+        AdamW().load_state_dict({"steps": np.array(1), "exp_avg.a": np.ones(2)})
+
+
+def test_other_parameters_than_those_of_the_state_are_refused(rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng), AdamW()
+    optimizer.step(params)
+    before = [p.value.copy() for p in params]
+    for others in (
+        params[:-1],
+        [*params, params[0]._replace(name="new")],
+        [params[0]._replace(name="x"), *params[1:]],
+    ):
+        with pytest.raises(ValueError, match=r"AdamW\.step: these are not the parameters of the state"):
+            optimizer.step(others)
+    with pytest.raises(ValueError, match="two parameters have the same name"):
+        AdamW().step([params[0], params[0]])
+    assert optimizer.steps == 1
+    for p, b in zip(params, before, strict=True):
+        np.testing.assert_array_equal(p.value, b)
+
+
+@pytest.mark.parametrize(
+    ("value", "grad", "error", "message"),
+    [
+        (np.ones(2, int), np.ones(2, int), TypeError, "AdamW: w is not an array of float32 or float64"),
+        (
+            np.ones(2),
+            np.ones(2, np.float32),
+            ValueError,
+            r"w is float64 \(2,\), but its gradient is float32 \(2,\)",
+        ),
+        (np.ones(2), np.ones(3), ValueError, r"but its gradient is float64 \(3,\)"),
+        (np.ones((3, 2)).T, np.ones((2, 3)), ValueError, "w is not C-contiguous"),
+        (np.ones((2, 3)), np.ones((3, 2)).T, ValueError, "the gradient of w is not C-contiguous"),
+        ([1.0], np.ones(1), TypeError, "w is not an array"),
+    ],
+)
+def test_bad_parameters_are_refused(value: Any, grad: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdamW().step([Parameter("w", value, grad)])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdamW(lr=-1), "AdamW: lr is -1, expected at least 0"),
+        (lambda: AdamW(lr=np.nan), "AdamW: lr is nan, expected a finite number"),
+        (lambda: AdamW(betas=(1.0, 0.9)), r"AdamW: betas\[0\] is 1.0, expected at least 0 and below 1"),
+        (lambda: AdamW(eps=-1e-8), "AdamW: eps is"),
+        (lambda: AdamW(weight_decay=-1), "AdamW: weight_decay is -1"),
+        (lambda: AdamW(lr_ratio=-1), "AdamW: lr_ratio is -1"),
+        (lambda: SGD(0.1, momentum=1), "SGD: momentum is 1"),
+        (lambda: SGD(0.1, nesterov=True), "SGD: nesterov=True needs momentum above 0"),
+        (lambda: AdamW().step([], lr=np.inf), r"AdamW\.step: lr is inf"),
+        (lambda: AdamW().step([], grad_scale=np.nan), "grad_scale is nan"),
+    ],
+)
+def test_bad_settings_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- norm and schedules ----
+
+
+def test_the_norm_runs_over_all_gradients(rng: np.random.Generator) -> None:
+    for params in (
+        parameters(rng),
+        parameters(rng, np.float32),
+        [parameters(rng)[0], parameters(rng, np.float32)[3]],
+    ):
+        squares = sum(float(np.square(p.grad.astype(np.float64)).sum()) for p in params)
+        assert global_norm(params) == pytest.approx(math.sqrt(squares), rel=1e-13)
+    assert global_norm([]) == 0
+    params = parameters(rng)
+    params[1].grad[0, 0] = np.nan
+    assert math.isnan(global_norm(params))
+
+
+def test_schedules_rise_to_one_and_then_take_their_course() -> None:
+    for name in ("constant", "linear", "cosine"):
+        warm = [schedule(name, step, 100, 4) for step in range(5)]
+        np.testing.assert_allclose(warm, [0.2, 0.4, 0.6, 0.8, 1])
+        assert schedule(name, 0, 100) == 1
+    assert [schedule("constant", step, 10, 2) for step in (2, 5, 50)] == [1, 1, 1]
+    np.testing.assert_allclose(
+        [schedule("linear", s, 10, 2) for s in (2, 4, 6, 9, 10, 50)], [1, 0.75, 0.5, 0.125, 0, 0]
+    )
+    np.testing.assert_allclose([schedule("cosine", s, 8) for s in (0, 4, 8, 9)], [1, 0.5, 0, 0], atol=1e-15)
+    assert 0 < schedule("cosine", 7, 8) < schedule("linear", 7, 8)
+    assert schedule("linear", 3, 3, 3) == 1, "a run that ends with its warm-up divides by nothing"
+    with pytest.raises(
+        ValueError, match="name='step' is not available; possible: 'constant', 'linear', 'cosine'"
+    ):
+        schedule("step", 0, 1)

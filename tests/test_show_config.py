@@ -1,0 +1,38 @@
+"""What users paste into reports, and the public limits of threads."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+
+
+def test_the_report_names_what_a_maintainer_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    nplora.show_config()
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["nplora"].strip() == nplora.__version__
+    assert lines["NumPy"].strip() == np.__version__
+    assert lines["threads"].strip().startswith(str(nplora.get_num_threads()))
+    assert {"instruction set", "OpenMP", "compiler", "Python", "platform"} <= set(lines)
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_the_number_of_threads_can_be_lowered() -> None:
+    nplora.set_num_threads(1)
+    assert nplora.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, None])
+def test_a_number_of_threads_is_an_integer_of_at_least_one(n: Any) -> None:
+    before = nplora.get_num_threads()
+    with pytest.raises((ValueError, TypeError), match="set_num_threads: n is"):
+        nplora.set_num_threads(n)
+    assert nplora.get_num_threads() == before
+
+
+def test_late_names_are_listed_and_unknown_ones_refused() -> None:
+    assert {"Trainer", "formats", "save_adapter", "load_adapter"} <= set(dir(nplora))
+    assert nplora.formats.__name__ == "nplora.formats"
+    with pytest.raises(AttributeError, match="module 'nplora' has no attribute 'trainr'"):
+        _ = nplora.trainr

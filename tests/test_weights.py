@@ -1,0 +1,241 @@
+"""FrozenWeight: storage, products, and what it refuses."""
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import reference
+from nplora import FrozenWeight
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+STORAGES = ["float32", "float64", "bfloat16", "float16"]
+
+
+def weight(rng: np.random.Generator, shape: tuple[int, int] = (37, 53)) -> Any:
+    return rng.standard_normal(shape)
+
+
+def as_stored(W: Any, storage: str) -> Any:
+    """W rounded to its storage format, in float64."""
+    return (
+        W.astype(np.float32 if storage != "float64" else np.float64)
+        .astype(np.dtype(storage))
+        .astype(np.float64)
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_to_numpy_gives_back_what_was_stored(storage: str, rng: np.random.Generator) -> None:
+    W = weight(rng)
+    fw = FrozenWeight(W, dtype=storage)
+    back = fw.to_numpy()
+    assert back.dtype == (np.float64 if storage == "float64" else np.float32)
+    np.testing.assert_array_equal(back, as_stored(W, storage))
+    assert (fw.shape, fw.size, fw.dtype) == ((37, 53), 37 * 53, storage)
+    assert fw.nbytes >= W.size * np.dtype(storage).itemsize
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_sixteen_bits_take_half_the_memory(storage: str, rng: np.random.Generator) -> None:
+    W = weight(rng, (256, 480))
+    assert FrozenWeight(W, dtype=storage).nbytes <= 0.51 * FrozenWeight(W).nbytes
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("lead", [(), (1,), (7,), (0,), (2, 3), (2, 0, 3), (1, 1, 1, 4)])
+def test_products_take_any_leading_axes(
+    storage: str, lead: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    W = weight(rng)
+    fw, stored = FrozenWeight(W, dtype=storage), as_stored(W, storage)
+    dtype = np.float64 if storage == "float64" else np.float32
+    x, dy = rng.standard_normal((*lead, 53)).astype(dtype), rng.standard_normal((*lead, 37)).astype(dtype)
+    y, dx = fw.matmul(x), fw.matmul_t(dy)
+    assert y.shape == (*lead, 37)
+    assert dx.shape == (*lead, 53)
+    assert y.dtype == dx.dtype == dtype
+    # A sum of k products takes at most 2 k roundings, in any order.
+    bound = reference.gamma(2 * 53, dtype) * (np.abs(x).astype(np.float64) @ np.abs(stored).T)
+    assert np.all(np.abs(y - x.astype(np.float64) @ stored.T) <= bound)
+    bound = reference.gamma(2 * 37, dtype) * (np.abs(dy).astype(np.float64) @ np.abs(stored))
+    assert np.all(np.abs(dx - dy.astype(np.float64) @ stored) <= bound)
+
+
+def test_out_is_written_and_returned(rng: np.random.Generator) -> None:
+    fw = FrozenWeight(weight(rng))
+    x, out = rng.standard_normal((4, 53)), np.empty((4, 37), np.float32)
+    assert fw.matmul(x, out=out) is out
+    np.testing.assert_array_equal(out, fw.matmul(x))
+    dx = np.empty((4, 53), np.float32)
+    assert fw.matmul_t(out, out=dx) is dx
+    np.testing.assert_array_equal(dx, fw.matmul_t(out))
+
+
+def test_bfloat16_arrives_as_ml_dtypes_or_as_bit_patterns(rng: np.random.Generator) -> None:
+    W = weight(rng).astype(ml_dtypes.bfloat16)
+    for given in (W, W.view(np.uint16), np.asfortranarray(W)):
+        fw = FrozenWeight(given, dtype="bfloat16")
+        np.testing.assert_array_equal(fw.to_numpy(), W.astype(np.float32))
+    np.testing.assert_array_equal(FrozenWeight(W).to_numpy(), W.astype(np.float32))
+    np.testing.assert_array_equal(FrozenWeight(W, dtype="float64").to_numpy(), W.astype(np.float64))
+
+
+def test_any_float_array_is_accepted_and_copied(rng: np.random.Generator) -> None:
+    W = weight(rng)
+    swapped, tall = W.astype(">f4"), np.repeat(W, 2, axis=0)
+    for given in (W, W.tolist(), np.asfortranarray(W), swapped, W.astype(np.longdouble), tall[::2]):
+        np.testing.assert_array_equal(FrozenWeight(given).to_numpy(), W.astype(np.float32))
+    half = W.astype(np.float16)
+    for given in (half, half.astype(">f2"), half.T.copy().T):
+        np.testing.assert_array_equal(
+            FrozenWeight(given, dtype="float16").to_numpy(), half.astype(np.float32)
+        )
+    single = W.astype(np.float32)
+    fw = FrozenWeight(single)
+    single[:] = 0
+    assert fw.to_numpy().any()
+
+
+def test_a_dtype_may_be_named_by_numpy(rng: np.random.Generator) -> None:
+    W = weight(rng)
+    assert FrozenWeight(W, dtype=np.float16).dtype == "float16"
+    assert FrozenWeight(W, dtype=np.dtype(np.float64)).dtype == "float64"
+    assert FrozenWeight(W, dtype=ml_dtypes.bfloat16).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 200), (200, 1)])
+def test_thin_and_empty_weights_work(shape: tuple[int, int]) -> None:
+    fw = FrozenWeight(np.ones(shape))
+    np.testing.assert_array_equal(fw.matmul(np.ones((3, shape[1]))), np.full((3, shape[0]), shape[1]))
+    np.testing.assert_array_equal(fw.matmul_t(np.ones((3, shape[0]))), np.full((3, shape[1]), shape[0]))
+
+
+def test_bfloat16_products_round_their_operands_and_sum_in_float32(rng: np.random.Generator) -> None:
+    W, x = weight(rng).astype(np.float32), rng.standard_normal((40, 53)).astype(np.float32)
+    fw = FrozenWeight(W, compute="bfloat16")
+    assert (fw.dtype, fw.compute) == ("float32", "bfloat16")
+    assert fw.like(W).compute == pickle.loads(pickle.dumps(fw)).compute == "bfloat16"
+    np.testing.assert_array_equal(fw.to_numpy(), W)
+    error = np.abs(fw.matmul(x) - x.astype(np.float64) @ W.T.astype(np.float64))
+    # Each operand is off by 2^-9 of itself, so is a product by a little over 2^-8.
+    bound = (2.001 * 2**-9 + reference.gamma(2 * 53)) * (np.abs(x).astype(np.float64) @ np.abs(W).T)
+    assert np.all(error <= bound)
+    assert FrozenWeight(W).compute == "float32"
+    assert FrozenWeight(W, "float64").compute == "float64"
+
+
+def test_small_integers_are_exact(rng: np.random.Generator) -> None:
+    W, x = rng.integers(-8, 9, (40, 70)).astype(float), rng.integers(-8, 9, (33, 70)).astype(float)
+    for storage in STORAGES:
+        np.testing.assert_array_equal(FrozenWeight(W, dtype=storage).matmul(x), x @ W.T)
+
+
+def test_nan_and_infinity_propagate() -> None:
+    W, x = np.ones((3, 4)), np.ones((2, 4))
+    W[1, 2], x[0, 0] = np.nan, np.inf
+    y = FrozenWeight(W).matmul(x)
+    np.testing.assert_array_equal(y, [[np.inf, np.nan, np.inf], [4, np.nan, 4]])
+
+
+def test_take_gathers_rows(rng: np.random.Generator) -> None:
+    W = weight(rng)
+    for storage in STORAGES:
+        rows = FrozenWeight(W, dtype=storage).take(np.array([3, 0, 3, 36]))
+        np.testing.assert_array_equal(rows, as_stored(W, storage)[[3, 0, 3, 36]])
+
+
+def test_copies_share_and_pickles_carry_the_values(rng: np.random.Generator) -> None:
+    for storage in STORAGES:
+        fw = FrozenWeight(weight(rng), dtype=storage)
+        assert copy.deepcopy(fw) is fw
+        loaded = pickle.loads(pickle.dumps(fw))
+        assert loaded.dtype == storage
+        np.testing.assert_array_equal(loaded.to_numpy(), fw.to_numpy())
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.Generator) -> None:
+    fw = FrozenWeight(weight(rng, (311, 517)), dtype="bfloat16")
+    x, dy = rng.standard_normal((129, 517)), rng.standard_normal((129, 311))
+    results = set()
+    for threads in (1, 2, 3):
+        nplora.set_num_threads(threads)
+        results.add((fw.matmul(x).tobytes(), fw.matmul_t(dy).tobytes()))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axes, expected 2 \(d_out, d_in\)"),
+        ((np.ones((1, 2, 3)),), ValueError, "W has 3 axes"),
+        ((np.float32(1),), ValueError, "W has 0 axes"),
+        ((np.ones((2, 2), int),), TypeError, "W has dtype int64, expected floats$"),
+        ((np.ones((2, 2), bool),), TypeError, "W has dtype bool"),
+        ((np.ones((2, 2), complex),), TypeError, "W has dtype complex128"),
+        ((np.ones((2, 2), np.uint16),), TypeError, 'bit patterns of bfloat16 pass dtype="bfloat16"'),
+        ((np.ones((2, 2), np.uint16), "float16"), TypeError, "W has dtype uint16"),
+        (([["a", "b"]],), TypeError, "W has dtype <U1"),
+        (
+            (np.ones((2, 2)), "q8_0"),
+            ValueError,
+            "dtype='q8_0' is not available; possible: 'float32', 'float64'",
+        ),
+        (
+            (np.ones((2, 2)), "float32", "int8"),
+            ValueError,
+            "compute='int8' is not available; possible: 'float32', 'bfloat16'",
+        ),
+        (
+            (np.ones((2, 2)), "float64", "bfloat16"),
+            ValueError,
+            "a float64 weight computes in float64, got compute='bfloat16'",
+        ),
+    ],
+)
+def test_bad_weights_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FrozenWeight(*arguments)
+
+
+def test_bad_operands_are_refused() -> None:
+    fw = FrozenWeight(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"FrozenWeight\.matmul: x has last axis 5, expected d_in=4"):
+        fw.matmul(np.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"FrozenWeight\.matmul_t: dy has last axis 4, expected d_out=3"):
+        fw.matmul_t(np.ones((2, 4)))
+    with pytest.raises(ValueError, match="x is a single number"):
+        fw.matmul(1.0)
+    with pytest.raises(TypeError, match="x has dtype complex128"):
+        fw.matmul(np.ones(4, complex))
+
+
+def test_bad_outputs_are_refused_and_left_alone() -> None:
+    fw, x = FrozenWeight(np.ones((4, 4))), np.ones((2, 4), np.float32)
+    read_only = np.zeros((2, 4), np.float32)
+    read_only.flags.writeable = False
+    bad: list[tuple[Any, type[Exception], str]] = [
+        (np.zeros((2, 4)), TypeError, "out has dtype float64, expected float32"),
+        (np.zeros((2, 5), np.float32), ValueError, r"out has shape \(2, 5\), expected \(2, 4\)"),
+        (np.zeros((4, 2), np.float32).T, ValueError, "out is not C-contiguous"),
+        (np.zeros((2, 4), ">f4"), TypeError, "out is byte-swapped"),
+        (read_only, ValueError, "out is read-only"),
+        (x, ValueError, "out overlaps x in memory"),
+        ([[0.0] * 4] * 2, TypeError, "out is a list"),
+    ]
+    for out, error, message in bad:
+        with pytest.raises(error, match=message):
+            fw.matmul(x, out=out)
+        assert not np.any(out) or out is x
+    assert np.all(x == 1)
+
+
+def test_repr_names_shape_and_storage() -> None:
+    assert repr(FrozenWeight(np.ones((2, 3)), "float16")).startswith(
+        "FrozenWeight(shape=(2, 3), dtype='float16'"
+    )

@@ -16,13 +16,13 @@ def test_any_real_number_is_a_number(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, [1.0], np.ones(1)])
 def test_other_things_are_not_numbers(value: Any) -> None:
-    with pytest.raises(TypeError, match="op: n is .*, expected a number"):
+    with pytest.raises(TypeError, match=r"op: n is .*, expected a number"):
         _check.number("op", "n", value)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32("nan")])
 def test_a_number_is_finite(value: Any) -> None:
-    with pytest.raises(ValueError, match="op: n is .*, expected a finite number"):
+    with pytest.raises(ValueError, match=r"op: n is .*, expected a finite number"):
         _check.number("op", "n", value)
 
 

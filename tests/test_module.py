@@ -154,6 +154,11 @@ def test_a_failure_at_any_layer_leaves_all_layers_as_they_were(
 
 def test_a_half_merged_model_is_refused_and_not_changed() -> None:
     net = Net()
+    net.shared.merge()
+    with pytest.raises(RuntimeError, match=r"LoRALinear\.unmerge: the layer is not merged"):
+        net.unmerge()
+    assert net.shared.merged
+    net.shared.unmerge()
     net.zeta.merge()
     with pytest.raises(RuntimeError, match=r"LoRALinear\.merge: the layer is merged"):
         net.merge()

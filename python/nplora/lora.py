@@ -94,9 +94,8 @@ def lora_backward(
     n, rank = len(dy_rows), a.shape[1]
     scale = _check.number(op, "scale", scale)
     if z is None:
-        z_rows = np.zeros((n, rank), dtype)
-        if scale != 0:
-            _core.matmul(b, x_rows, None, z_rows)
+        z_rows = np.empty((n, rank), dtype)
+        _core.matmul(b, x_rows, None, z_rows)
     else:
         z_rows = _check.shaped(op, "z", z, (*lead, rank), dtype).reshape(n, rank)
 

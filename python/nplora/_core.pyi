@@ -1,8 +1,9 @@
 """The compiled core: strict shapes, dtypes and C order (the friendly checks live in `_check.py`).
 
 Every array is C-contiguous and float32, unless the weight is float64: then all of them are float64.
-A weight `w` is a `PackedWeight` or a C-contiguous (d_out, d_in) array. x is (n, d_in), dy (n, d_out), a (d_out, r),
-b (r, d_in), z (n, r). Outputs are given by the caller and written in place. Every call releases the GIL.
+A weight `w` is a `PackedWeight` or a C-contiguous (d_out, d_in) array. x is (n, d_in), dy (n, d_out),
+a (d_out, r), b (r, d_in), z (n, r). Outputs are given by the caller and written in place. Every call releases
+the GIL.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from numpy import ndarray
 Array = ndarray[Any, Any]
 
 class PackedWeight:
-    """A frozen matrix in its storage format ("float32", "float64", "bfloat16", "float16"), packed in panels."""
+    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16", packed in panels."""
 
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
-        """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the two 16-bit storages.
-        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, B and W are rounded, sums are float32."""
+        """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
+
+        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, B and W are rounded, sums
+        are float32.
+        """
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -45,41 +49,88 @@ def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
     """out (p, q) += scale · aᵀ b with a (n, p), b (n, q)."""
 
 def lora_forward(
-    w: Weight, x: Array, a: Array, b: Array, scale: float, bias: Array | None, dropout: float, key: int, y: Array, z: Array
+    w: Weight,
+    x: Array,
+    a: Array,
+    b: Array,
+    scale: float,
+    bias: Array | None,
+    dropout: float,
+    key: int,
+    y: Array,
+    z: Array,
 ) -> None:
-    """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias]. drop is the identity where dropout is 0; scale 0 leaves a, b unread (z = 0)."""
+    """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias].
+
+    drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0).
+    """
 
 def lora_backward(
-    w: Weight, dy: Array, x: Array | None, z: Array, a: Array, b: Array, scale: float, dropout: float, key: int,
-    dx: Array | None, da: Array | None, db: Array | None,
+    w: Weight,
+    dy: Array,
+    x: Array | None,
+    z: Array,
+    a: Array,
+    b: Array,
+    scale: float,
+    dropout: float,
+    key: int,
+    dx: Array | None,
+    da: Array | None,
+    db: Array | None,
 ) -> None:
-    """dz = scale · dy A; dx = dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x). None: not computed. x may be None if db is."""
+    """dz = scale · dy A; dx = dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
+
+    None: not computed. x may be None if db is.
+    """
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str) -> None:
-    """W += scale · A B in place. w: (d_out, d_in) float32, float64 or uint16 ("bfloat16", "float16"); rows contiguous, any row stride.
-    a and b are float32 (float64 if w is)."""
+    """W += scale · A B in place.
+
+    w: (d_out, d_in) float32, float64 or uint16 ("bfloat16", "float16"); rows contiguous, any row stride.
+    a and b are float32 (float64 if w is).
+    """
 
 def dropout(x: Array, probability: float, key: int, out: Array) -> None:
-    """out = x where kept, scaled by 1 / (1 - probability); element i (flat) is decided by Philox4x32-10 at counter i // 4, word i % 4,
-    key `key` (64 bits): dropped where the word < floor(probability · 2³²)."""
+    """out = x where kept, scaled by 1 / (1 - probability).
+
+    Element i (flat) is decided by Philox4x32-10 at counter i // 4, word i % 4, key `key` (64 bits): dropped
+    where the word < floor(probability · 2³²).
+    """
 
 def gelu(x: Array, tanh: bool, out: Array) -> None: ...
 def gelu_backward(x: Array, dy: Array, tanh: bool, out: Array) -> None: ...
-
 def adamw_step(
-    parameters: Sequence[Array], grads: Sequence[Array], exp_avgs: Sequence[Array], exp_avg_sqs: Sequence[Array],
-    lrs: Sequence[float], weight_decays: Sequence[float], beta1: float, beta2: float, eps: float, step: int, grad_scale: float,
+    parameters: Sequence[Array],
+    grads: Sequence[Array],
+    exp_avgs: Sequence[Array],
+    exp_avg_sqs: Sequence[Array],
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    grad_scale: float,
 ) -> None: ...
 def sgd_step(
-    parameters: Sequence[Array], grads: Sequence[Array], momentum_buffers: Sequence[Array] | None,
-    lrs: Sequence[float], weight_decays: Sequence[float], momentum: float, nesterov: bool, grad_scale: float,
+    parameters: Sequence[Array],
+    grads: Sequence[Array],
+    momentum_buffers: Sequence[Array] | None,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    momentum: float,
+    nesterov: bool,
+    grad_scale: float,
 ) -> None: ...
 def sum_of_squares(arrays: Sequence[Array]) -> float: ...
 def widen(bits: Array, storage: str, out: Array) -> None:
     """uint16 bit patterns to float32, any shape."""
+
 def narrow(values: Array, storage: str, out: Array) -> None:
     """float32 to uint16 bit patterns, round to nearest even."""
+
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:
-    """version, isa, available_isas, num_threads, parallel ("pool" or "openmp"), openmp (its version, 0: none), compiler."""
+    """version, isa, available_isas, num_threads, parallel ("pool" or "openmp"), openmp (0: none), compiler."""

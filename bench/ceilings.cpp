@@ -10,7 +10,9 @@ typedef float Lanes __attribute__((vector_size(kBytes), aligned(4), may_alias));
 constexpr long kLanes = kBytes / 4;
 constexpr int kAccumulators = 12;  // covers latency 4 x 2 a cycle (8), and leaves registers free of AVX2's 16
 
-extern "C" long lanes() { return kLanes; }
+extern "C" long lanes() {
+  return kLanes;
+}
 
 // 2 * kAccumulators * kLanes floating-point operations an iteration, nothing in memory.
 extern "C" float multiply_add(long iterations) {

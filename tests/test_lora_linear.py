@@ -184,15 +184,22 @@ def test_scale_zero_leaves_the_factors_unread(rng: np.random.Generator) -> None:
         assert np.isfinite(layer.merged_weight()).all()
 
 
-def test_nan_and_infinity_propagate(rng: np.random.Generator) -> None:
-    layer, x = layer_of(rng), rng.standard_normal((N, D_IN))
-    x[2, 3] = np.nan
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "everything"])
+def test_nan_and_infinity_propagate_without_a_warning(
+    name: str, value: float, rng: np.random.Generator
+) -> None:
+    layer, x = layer_of(rng, **{**VARIANTS[name], "dropout": 0.0}), rng.standard_normal((N, D_IN))
+    x[2, 3] = value
     y, saved = layer.forward(x)
-    assert np.isnan(y[2]).all()
+    assert not np.isfinite(y[2]).any()
     assert np.isfinite(np.delete(y, 2, 0)).all()
     layer.backward(np.ones_like(y), saved)
-    assert np.isnan(layer.dA).all()
-    assert np.isnan(layer.dB).any()
+    assert not any(np.isfinite(p.grad).all() for p in layer.parameters())
+    layer.B[1, 2] = layer.A[3, 0] = value
+    y, saved = layer.forward(x)
+    assert not np.isfinite(y[:, 3]).any()
+    assert not np.isfinite(layer.merged_weight()[3]).all()
 
 
 # ---- backward ----

@@ -5,7 +5,6 @@ over, so that batches of different sizes can be weighted exactly.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.module import quiet
 
 Array = npt.NDArray[Any]
-
-# Overflow and invalid operations make the loss non-finite; that is what callers look at, not a warning.
-_quiet = functools.partial(np.errstate, over="ignore", invalid="ignore")
 
 LossFunction = Callable[[Array, Any], tuple[float, Array]]
 
@@ -53,7 +50,7 @@ class _Elementwise:
         if t.shape != p.shape:
             raise ValueError(f"{self.name}: target has shape {t.shape}, prediction has {p.shape}")
         n = max(1, p.size)
-        with _quiet():
+        with quiet():
             values, slopes = self._terms(p, t)
             return float(values.sum(dtype=np.float64)) / n, np.asarray(slopes / n, dtype=p.dtype)
 
@@ -131,7 +128,7 @@ class CrossEntropy:
         if not len(found):
             return 0.0, gradient.reshape(np.shape(prediction))
         at = np.arange(len(found)), found
-        with _quiet():
+        with quiet():
             shifted = rows - rows.max(axis=-1, keepdims=True)
             exponentials = np.exp(shifted)
             sums = exponentials.sum(axis=-1, keepdims=True)

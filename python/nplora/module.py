@@ -29,6 +29,11 @@ def inferring() -> bool:
     return _inferring.get()
 
 
+def quiet() -> np.errstate:
+    """Let NaN and Inf propagate without NumPy's warnings: the loss shows them."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 class Parameter(NamedTuple):
     """A trainable array and its gradient: both live and writable, both of one shape and dtype."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.module import Gradient, Module, Saved, inferring
+from nplora.module import Gradient, Module, Saved, inferring, quiet
 
 Array = npt.NDArray[Any]
 
@@ -83,11 +83,11 @@ class SiLU(Activation):
     """y = x σ(x) (Elfwing et al. 2018); dx = σ(x) (1 + x (1 - σ(x))) dy."""
 
     def _apply(self, x: Array) -> Array:
-        with _quiet():
+        with quiet():  # exp(-x) = inf gives the right sigmoid, 0
             return np.asarray(x / (1 + np.exp(-x)))
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        with _quiet():
+        with quiet():
             gate = 1 / (1 + np.exp(-kept))
             return np.asarray(gate * (1 + kept * (1 - gate)) * dy)
 
@@ -114,8 +114,3 @@ class GELU(Activation):
 
     def __repr__(self) -> str:
         return f"GELU(approximate={self.approximate!r})"
-
-
-def _quiet() -> np.errstate:
-    """exp(-x) = inf gives the right sigmoid, 0, and an infinite x may give NaN: no warnings for those."""
-    return np.errstate(over="ignore", invalid="ignore")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.module import Gradient, Module, Parameter, Saved, inferring
+from nplora.module import Gradient, Module, Parameter, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
@@ -91,7 +91,8 @@ class Linear(Module):
                 raise RuntimeError("Linear.backward: this forward pass was inference and kept nothing")
             _core.add_outer(rows, saved.x, 1.0, self.dweight)
         if self.dbias is not None:
-            self.dbias += rows.sum(axis=0)
+            with quiet():
+                self.dbias += rows.sum(axis=0)
         if not need_dx:
             return None
         dx = np.empty((len(rows), d_in), self._dtype)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.layers.linear import Linear
 from nplora.layers.low_rank import LoRALayer
-from nplora.module import Gradient, Saved, inferring
+from nplora.module import Gradient, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
@@ -138,11 +138,12 @@ class LoRALinear(LoRALayer):
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
         """DoRA: y = m / ‖row‖ ∘ u + bias."""
         assert self.m is not None
-        inverse_norm = self._inverse_norms()
-        gain = (self.m * inverse_norm).astype(u.dtype)
-        y = np.multiply(u, gain, out=None if training else u)
-        if self.bias is not None:
-            y += self.bias
+        with quiet():
+            inverse_norm = self._inverse_norms()
+            gain = (self.m * inverse_norm).astype(u.dtype)
+            y = np.multiply(u, gain, out=None if training else u)
+            if self.bias is not None:
+                y += self.bias
         if training:
             saved = dataclasses.replace(saved, u=u, gain=gain, inverse_norm=inverse_norm.astype(u.dtype))
         return y, saved
@@ -172,8 +173,9 @@ class LoRALinear(LoRALayer):
         else:
             if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
                 assert self.dm is not None
-                self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
-                du = du * saved.gain
+                with quiet():
+                    self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
+                    du = du * saved.gain
             _core.lora_backward(
                 self.weight.packed, du, saved.x, saved.z, self.A, self.B, self.scale, saved.dropout,
                 saved.key, dx, self.dA, self.dB,
@@ -203,16 +205,13 @@ class LoRALinear(LoRALayer):
         norms = self._row_norms()
         return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
 
-    def _gain(self) -> Array:
-        assert self.m is not None
-        return self.m * self._inverse_norms()
-
     # ---- merging ----
 
     def merged_weight(self) -> Array:
         merged = super().merged_weight()
-        if self.use_dora:
-            merged *= self._gain().astype(merged.dtype)[:, None]
+        if self.m is not None:
+            with quiet():
+                merged *= (self.m * self._inverse_norms()).astype(merged.dtype)[:, None]
         return merged
 
     def delta_weight(self) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.module import Gradient, Module, Parameter, Saved, inferring
+from nplora.module import Gradient, Module, Parameter, Saved, inferring, quiet
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -53,10 +53,11 @@ class _Norm(Module):
         """
         op = f"{type(self).__name__}.forward"
         rows, lead = _check.rows(op, "x", x, len(self.weight), "d", self.weight.dtype)
-        normalised, factor = self._normalise(rows)
-        y = normalised * self.weight
-        if self.bias is not None:
-            y += self.bias
+        with quiet():
+            normalised, factor = self._normalise(rows)
+            y = normalised * self.weight
+            if self.bias is not None:
+                y += self.bias
         saved = NormSaved(lead) if inferring() else NormSaved(lead, normalised, factor)
         return y.reshape(*lead, len(self.weight)), saved
 
@@ -72,13 +73,15 @@ class _Norm(Module):
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(
             math.prod(saved.lead), d
         )
-        if self.dweight is not None:
-            self.dweight += (rows * saved.normalised).sum(axis=0)
-        if self.dbias is not None:
-            self.dbias += rows.sum(axis=0)
-        if not need_dx:
-            return None
-        return self._differentiate(rows * self.weight, saved.normalised, saved.factor).reshape(*saved.lead, d)
+        with quiet():
+            if self.dweight is not None:
+                self.dweight += (rows * saved.normalised).sum(axis=0)
+            if self.dbias is not None:
+                self.dbias += rows.sum(axis=0)
+            if not need_dx:
+                return None
+            dx = self._differentiate(rows * self.weight, saved.normalised, saved.factor)
+        return dx.reshape(*saved.lead, d)
 
     def _normalise(self, x: Array) -> tuple[Array, Array]:
         """The normalised rows, and the factor (n, 1) of each."""

@@ -30,7 +30,7 @@ def show_config() -> None:
     lines = {
         "nplora": config["version"],
         "instruction set": f"{config['isa']} (available: {', '.join(config['available_isas'])})",
-        "threads": config["num_threads"],
+        "threads": f"{config['num_threads']} ({config['parallel']})",
         "OpenMP": config["openmp"],
         "compiler": config["compiler"],
         "Python": sys.version.split()[0],

@@ -32,8 +32,10 @@ T gelu_of(T x, bool tanh) {
   return T(0.5) * x * (1 + std::tanh(T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
 }
 
+// Beyond |x| = 40 the slope is 0 or 1 in float and double alike, while x² may overflow.
 template <class T>
 T gelu_slope(T x, bool tanh) {
+  x = std::clamp(x, T(-40), T(40));
   if (!tanh)
     return T(0.5) * (1 + std::erf(x * T(kInverseRoot2))) + x * T(kInverseRoot2Pi) * std::exp(T(-0.5) * x * x);
   const T t = std::tanh(T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x));

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 _SIGTERM_STATUS = 128 + 15  # what a shell reports for a process that SIGTERM ended
 
 
+def _quiet() -> np.errstate:
+    """No warnings of NumPy's about values that are not finite: the run looks for them itself."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one call of `fit` asks for; exactly one of epochs and steps is given."""
@@ -147,9 +152,7 @@ class Run:
         loss = self._trainer.loss
         streams = [layer.dropout_stream for layer in self._adapters]
         number = self.batch + gathered.batches + 1
-        with np.errstate(
-            over="ignore", invalid="ignore", divide="ignore"
-        ):  # what is not finite is found below
+        with _quiet():
             prediction, saved = self.model.forward(x)
             value, gradient = loss(prediction, y)
         if not math.isfinite(value):
@@ -165,7 +168,7 @@ class Run:
         gathered.loss += value * count
         if count != gathered.first_count:
             gradient = gradient * gradient.dtype.type(count / gathered.first_count)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with _quiet():
             self._trainer.backward(gradient, saved)
 
     def _update(self, gathered: _Gathered) -> None:

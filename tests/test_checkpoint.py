@@ -1,0 +1,589 @@
+"""Checkpoints: a run stopped anywhere goes on to the same bits, whatever the disk or a kill did to it."""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import checkpoint
+from nplora.checkpoint import Checkpoint, RunDirectory
+from nplora.formats import files, safetensors
+from nplora.formats.errors import CorruptError, UnsupportedError
+from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
+
+Array = np.ndarray[Any, Any]
+
+D_IN, HIDDEN, CLASSES, ROWS, BATCH, ACCUMULATE, EPOCHS = 6, 8, 3, 52, 4, 3, 8
+STEPS = 40  # 13 batches in an epoch make 5 steps, the last of a single batch; 8 epochs
+NAMES = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
+
+
+def net(rng: int | None = None) -> nplora.Sequential:
+    """A small network with dropout, DoRA, a frozen B and a head that is trained whole."""
+    weights = np.random.default_rng(5)
+    w1, w2, w3 = (weights.normal(0, 0.5, s) for s in ((HIDDEN, D_IN), (HIDDEN, HIDDEN), (CLASSES, HIDDEN)))
+    return nplora.Sequential(
+        nplora.LoRALinear(w1, rank=2, dropout=0.3, use_dora=True, rng=rng),
+        nplora.Tanh(),
+        nplora.LoRALinear(w2, rank=2, dropout=0.1, freeze_B=True, rng=rng),
+        nplora.Linear(w3, trainable=True),
+    )
+
+
+def data() -> tuple[Array, Array]:
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(ROWS, D_IN)).astype(np.float32), rng.integers(0, CLASSES, ROWS)
+
+
+def trainer_of(model: nplora.Module, **settings: Any) -> Trainer:
+    usual = {
+        "optimizer": nplora.AdamW(lr=0.02),
+        "schedule": "cosine",
+        "warmup_steps": 3,
+        "accumulate": ACCUMULATE,
+        "clip_norm": 0.5,
+        "seed": 7,
+        "progress": False,
+    }
+    return Trainer(model, **{**usual, **settings})
+
+
+def fit(trainer: Trainer, **arguments: Any) -> History:
+    x, y = data()
+    usual = {"epochs": EPOCHS, "batch_size": BATCH, "validation": (x[:10], y[:10])}
+    return trainer.fit(x, y, **{**usual, **arguments})
+
+
+def outcome(trainer: Trainer, history: History) -> dict[str, Any]:
+    """Everything that two equal runs share, to the bit."""
+    steps = [dataclasses.replace(record, seconds=0) for record in history.steps]
+    epochs = [dataclasses.replace(record, seconds=0) for record in history.epochs]
+    return {
+        "factors": {name: a.tobytes() for name, a in checkpoint.factors(trainer.model).items()},
+        "moments": {name: a.tobytes() for name, a in trainer.optimizer.state_dict().items()},
+        "streams": trainer.model.random_state(),
+        "history": (steps, epochs, history.ended, history.best_epoch),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Any]:
+    trainer = trainer_of(net(rng=0))
+    history = fit(trainer)
+    assert len(history.steps) == STEPS
+    return outcome(trainer, history)
+
+
+class StopAfter(Callback):
+    """Ctrl-C after a number of steps, or an epoch."""
+
+    def __init__(self, step: int = 0, epoch: int = 0) -> None:
+        self.step, self.epoch = step, epoch
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
+        if record.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+class Batch(nplora.Module):
+    """A model that gets Ctrl-C at the end of its n-th forward pass."""
+
+    def __init__(self, inner: nplora.Module, n: int) -> None:
+        self.inner, self.left = inner, n
+
+    def forward(self, x: Any) -> tuple[Array, Any]:
+        self.left -= 1
+        if self.left == 0:
+            self.inner.forward(x)  # the dropout streams have moved
+            raise KeyboardInterrupt
+        return self.inner.forward(x)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
+        return self.inner.backward(dy, saved, need_dx)
+
+
+# ---- stopped and resumed ----
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
+    step: int, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    first = trainer_of(net(rng=0), callbacks=[StopAfter(step=step)])
+    history = fit(first, checkpoint_dir=tmp_path)
+    assert history.interrupted
+    assert len(history.steps) == step
+    second = trainer_of(net(rng=99))  # other factors, dropout streams and frozen B: all come from the disk
+    assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
+
+
+@pytest.mark.parametrize("batch", range(1, 27))
+def test_a_run_stopped_in_any_batch_of_an_accumulation_goes_on_to_the_same_bits(
+    batch: int, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    model = Batch(net(rng=0), 0)
+    trainer = trainer_of(model)
+    model.left = 2 + batch + (batch > 13)  # two passes check the labels, another validates the first epoch
+    history = fit(trainer, checkpoint_dir=tmp_path)
+    assert history.interrupted
+    assert len(history.steps) == (batch - 1) // 13 * 5 + (batch - 1) % 13 // ACCUMULATE
+    second = trainer_of(Batch(net(rng=99), 0))
+    found = outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True))
+    assert list(found["factors"].values()) == list(uninterrupted["factors"].values())
+    assert list(found["moments"].values()) == list(uninterrupted["moments"].values())
+    assert found["history"] == uninterrupted["history"]
+
+
+@pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
+def test_a_run_stopped_at_an_epochs_edge_goes_on_to_the_same_bits(
+    epoch: int, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(trainer_of(net(rng=0), callbacks=[StopAfter(epoch=epoch)]), checkpoint_dir=tmp_path)
+    second = trainer_of(net(rng=99))
+    assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
+
+
+def test_a_run_of_an_iterable_goes_on_by_skipping_what_was_used(tmp_path: Path) -> None:
+    x, y = data()
+    batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
+    whole = trainer_of(net(rng=0))
+    expected = outcome(whole, whole.fit(batches, steps=17))
+    trainer_of(net(rng=0), callbacks=[StopAfter(step=8)]).fit(batches, steps=17, checkpoint_dir=tmp_path)
+    second = trainer_of(net(rng=99))
+    history = second.fit(batches, steps=17, checkpoint_dir=tmp_path, resume=True)
+    assert outcome(second, history) == expected
+    third = trainer_of(net())
+    with pytest.raises(ValueError, match="batches was 13, is 12"):
+        third.fit(batches[:12], steps=17, checkpoint_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_early_stopping_survives_a_stop(epoch: int, tmp_path: Path) -> None:
+    """A learning rate that is much too high: the validation loss rises after a while."""
+
+    def run(**arguments: Any) -> tuple[Trainer, dict[str, Any]]:
+        stops = arguments.pop("callbacks", [])
+        trainer = trainer_of(net(rng=0), optimizer=nplora.AdamW(lr=0.3), schedule="constant", callbacks=stops)
+        history = fit(trainer, epochs=60, patience=2, **arguments)
+        return trainer, outcome(trainer, history)
+
+    _, expected = run()
+    assert expected["history"][2] == "patience"
+    assert len(expected["history"][1]) >= 4
+    run(callbacks=[StopAfter(epoch=epoch)], checkpoint_dir=tmp_path)
+    assert run(checkpoint_dir=tmp_path, resume=True)[1] == expected
+    assert run(checkpoint_dir=tmp_path, resume=True)[1] == expected  # a run that is over is over
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    long = trainer_of(net(rng=0), schedule="constant")
+    expected = outcome(long, fit(long))
+    fit(trainer_of(net(rng=0), schedule="constant"), epochs=3, checkpoint_dir=tmp_path)
+    second = trainer_of(net(rng=99), schedule="constant")
+    with pytest.warns(UserWarning, match="total_steps was 15, is 40"):
+        history = fit(second, checkpoint_dir=tmp_path, resume=True)
+    assert outcome(second, history) == expected
+    with pytest.raises(ValueError, match="of step 40, this run ends at step 5"):
+        fit(trainer_of(net(), schedule="constant"), epochs=1, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_resuming_where_nothing_is_begins(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    trainer = trainer_of(net(rng=0))
+    assert outcome(trainer, fit(trainer, checkpoint_dir=tmp_path / "a" / "b", resume=True)) == uninterrupted
+
+
+def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    stop = StopAfter(step=8)
+    fit(trainer_of(net(rng=0), callbacks=[stop]), checkpoint_dir=directory, checkpoint_every=3)
+    with open(directory / "log.jsonl", "a") as log:
+        log.write('{"event":"step","step":9}\n{"event":"st')  # what a killed run might have left
+    fit(trainer_of(net()), checkpoint_dir=directory, checkpoint_every=3, resume=True)
+    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
+    assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
+    assert [r["event"] for r in records if r["event"] not in ("step", "epoch")] == ["start", "resume", "end"]
+
+
+# ---- damaged, foreign and contested checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two generations: steps 9 and 12, the newer one in checkpoint-0."""
+    directory = tmp_path_factory.mktemp("stopped")
+    fit(trainer_of(net(rng=0), callbacks=[StopAfter(step=12)]), checkpoint_dir=directory, checkpoint_every=3)
+    assert newest(directory).step == 12
+    return directory
+
+
+def copy_of(directory: Path, target: Path) -> Path:
+    for name in (*NAMES, "log.jsonl"):
+        (target / name).write_bytes((directory / name).read_bytes())
+    return target
+
+
+def newest(directory: Path) -> Checkpoint:
+    with RunDirectory(directory) as opened:
+        assert opened.newest is not None
+        return opened.newest
+
+
+def newest_file(directory: Path) -> Path:
+    return max((directory / name for name in NAMES), key=lambda path: checkpoint._read(path).serial)
+
+
+def rewrite(directory: Path, **changes: Any) -> None:
+    """Replace fields of the newest checkpoint, checksum and all."""
+    changed = dataclasses.replace(newest(directory), **changes)
+    files.replace([checkpoint._new_file(newest_file(directory), changed)])
+
+
+def damage_header(raw: bytearray) -> None:
+    raw[20] ^= 1
+
+
+def damage_state(raw: bytearray) -> None:
+    at = raw.index(b'\\"step\\": 12')
+    raw[at + len(b'\\"step\\": 1')] ^= 1  # 12 becomes 13
+
+
+def damage_tensor(raw: bytearray) -> None:
+    raw[-5] ^= 0x10
+
+
+def cut_short(raw: bytearray) -> None:
+    del raw[-1:]
+
+
+def empty(raw: bytearray) -> None:
+    raw.clear()
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_state, damage_tensor, cut_short, empty])
+def test_a_damaged_checkpoint_is_passed_over_loudly(
+    damage: Callable[[bytearray], None], stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    path = newest_file(directory)
+    raw = bytearray(path.read_bytes())
+    damage(raw)
+    path.write_bytes(raw)
+    second = trainer_of(net())
+    with pytest.warns(UserWarning, match=rf"{path.name}.*the other checkpoint is used, of step 9"):
+        history = fit(second, checkpoint_dir=directory, resume=True)
+    assert outcome(second, history) == uninterrupted
+    assert newest(directory).step == STEPS
+
+
+def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    for name in NAMES:
+        raw = bytearray((directory / name).read_bytes())
+        damage_tensor(raw)
+        (directory / name).write_bytes(raw)
+    with pytest.raises(CorruptError, match=r"no whole checkpoint is left: .*checkpoint-0.*checkpoint-1"):
+        fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
+    with pytest.raises(FileExistsError):
+        fit(trainer_of(net()), checkpoint_dir=directory)
+
+
+def test_a_checkpoint_of_a_later_schema_is_not_passed_over(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    changed, path = newest(directory), newest_file(directory)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "SCHEMA", 2)
+        files.replace([checkpoint._new_file(path, changed)])
+    with pytest.raises(UnsupportedError, match=r"checkpoint of schema '2', this nplora reads 1"):
+        fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step is -1"),
+        ({"step": 41}, "step 41 of a run of 40 steps"),
+        ({"epoch": True}, "epoch is True"),
+        ({"random_state": []}, r"random_state is \[\]"),
+        ({"serial": -3}, "serial is -3"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_corrupt(
+    changes: dict[str, Any], message: str, stopped: Path, tmp_path: Path
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    path = newest_file(directory)
+    rewrite(directory, **changes)
+    with pytest.raises(CorruptError, match=message):
+        checkpoint._read(path)
+
+
+def unchanged_by_failing_resume(
+    directory: Path, model: nplora.Module, error: type[Exception], message: str
+) -> None:
+    before = {name: array.tobytes() for name, array in checkpoint.factors(model).items()}
+    log, trainer = (directory / "log.jsonl").read_bytes(), trainer_of(model)
+    with pytest.raises(error, match=message):
+        fit(trainer, checkpoint_dir=directory, resume=True)
+    assert {name: array.tobytes() for name, array in checkpoint.factors(model).items()} == before
+    assert (directory / "log.jsonl").read_bytes() == log
+    assert trainer.optimizer.steps == 0
+
+
+def test_a_checkpoint_of_another_base_model_is_corrupt(stopped: Path, tmp_path: Path) -> None:
+    other = net()
+    w = other.modules[0].weight.to_numpy()  # type: ignore[attr-defined]
+    w[3, 1] += 1
+    other.modules[0] = nplora.LoRALinear(w, rank=2, dropout=0.3, use_dora=True)
+    unchanged_by_failing_resume(copy_of(stopped, tmp_path), other, CorruptError, "another base model")
+
+
+def test_a_checkpoint_of_other_shapes_lists_them_all(stopped: Path, tmp_path: Path) -> None:
+    other = net()
+    w = other.modules[0].weight  # type: ignore[attr-defined]
+    other.modules[0] = nplora.LoRALinear(w, rank=3, dropout=0.3, use_dora=True)
+    message = r"0\.A is float32 \(8, 2\), in the model float32 \(8, 3\); 0\.B is .*exp_avg.0.A"
+    unchanged_by_failing_resume(copy_of(stopped, tmp_path), other, CorruptError, message)
+
+
+def test_a_moment_of_the_wrong_shape_is_corrupt(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    moments = {**newest(directory).optimizer, "exp_avg.3.weight": np.zeros((2, 2), np.float32)}
+    rewrite(directory, optimizer=moments)
+    unchanged_by_failing_resume(directory, net(), CorruptError, r"exp_avg\.3\.weight is float32 \(2, 2\)")
+
+
+def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    x, y = data()
+    with pytest.raises(ValueError, match=r"batch_size was 4, is 5$"):
+        fit(trainer_of(net()), batch_size=5, checkpoint_dir=directory, resume=True)
+    with pytest.raises(
+        ValueError, match=r"shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2$"
+    ):
+        fit(trainer_of(net(), seed=8, accumulate=2), shuffle=False, checkpoint_dir=directory, resume=True)
+    x[51, 5] += 1
+    with pytest.raises(ValueError, match=r"x is another array$"):
+        trainer_of(net()).fit(x, y, epochs=EPOCHS, batch_size=BATCH, checkpoint_dir=directory, resume=True)
+    with pytest.raises(ValueError, match="optimizer was AdamW, is SGD"):
+        fit(trainer_of(net(), optimizer=nplora.SGD(lr=0.1)), checkpoint_dir=directory, resume=True)
+
+
+def test_other_settings_go_on_with_a_warning(stopped: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(net(), optimizer=nplora.AdamW(lr=0.01))
+    with pytest.warns(UserWarning, match=r"other settings: lr was 0\.02, is 0\.01$"):
+        fit(trainer, checkpoint_dir=copy_of(stopped, tmp_path), resume=True)
+
+
+def test_another_instruction_set_is_told(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    rewrite(directory, isa="abacus")
+    with pytest.warns(UserWarning, match="instruction set abacus, this is .*equal up to rounding"):
+        fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
+
+
+def test_another_run_is_not_written_over_by_accident(
+    stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    before = {name: (directory / name).read_bytes() for name in NAMES}
+    with pytest.raises(
+        FileExistsError, match=r"holds a run \(step 12\): resume=True goes on with it, overwrite"
+    ):
+        fit(trainer_of(net()), checkpoint_dir=directory)
+    assert {name: (directory / name).read_bytes() for name in NAMES} == before
+
+    first = trainer_of(net(rng=3), callbacks=[StopAfter(step=1)])
+    fit(first, checkpoint_dir=directory, overwrite=True)
+    for name in NAMES:  # neither generation is the other run's
+        assert checkpoint._read(directory / name).step <= 1
+    trainer = trainer_of(net(rng=0))
+    assert outcome(trainer, fit(trainer, checkpoint_dir=directory, overwrite=True)) == uninterrupted
+    with pytest.raises(ValueError, match="exclude each other"):
+        fit(trainer_of(net()), checkpoint_dir=directory, overwrite=True, resume=True)
+
+
+def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
+    with (
+        RunDirectory(tmp_path),
+        pytest.raises(
+            BlockingIOError, match=rf"another run, of process {os.getpid()}, writes to this directory"
+        ),
+    ):
+        fit(trainer_of(net()), checkpoint_dir=tmp_path)
+    fit(trainer_of(net()), checkpoint_dir=tmp_path)  # the lock went with the first
+
+
+def test_what_a_killed_writer_left_is_removed_and_named(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    left = directory / ".checkpoint-1.safetensors.0123456789ab.tmp"
+    left.write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"0123456789ab\.tmp: left unfinished"):
+        assert newest(directory).step == 12
+    assert not left.exists()
+
+
+# ---- the disk ----
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    files_before = {name: (directory / name).read_bytes() for name in NAMES}
+    real_write = os.write
+
+    def write(descriptor: int, chunk: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+            if len(chunk) > 512:
+                return real_write(descriptor, bytes(chunk)[:512])  # a short write first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(descriptor, chunk)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", write)
+        with pytest.raises(
+            OSError, match=r"No space left on device: [\d,]+ bytes were to be written"
+        ) as raised:
+            fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
+    assert raised.value.errno == errno.ENOSPC
+    assert {name: (directory / name).read_bytes() for name in NAMES} == files_before
+    assert not list(directory.glob(".*"))
+    second = trainer_of(net())
+    assert outcome(second, fit(second, checkpoint_dir=directory, resume=True)) == uninterrupted
+
+
+class Fault:
+    """Counts the calls that change the disk, and makes one of them fail."""
+
+    CALLS = ("write", "fsync", "replace")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+        self.count = 0
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self._counting(getattr(os, name), fails))
+
+    def _counting(self, call: Any, fails: int) -> Any:
+        def counting(*arguments: Any, **keywords: Any) -> Any:
+            self.count += 1
+            if self.count == fails:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*arguments, **keywords)
+
+        return counting
+
+
+def short_run(directory: Path, resume: bool) -> tuple[Trainer, History]:
+    trainer = trainer_of(net(rng=0))
+    return trainer, fit(trainer, epochs=1, checkpoint_dir=directory, checkpoint_every=2, resume=resume)
+
+
+def test_an_error_at_any_write_fsync_or_rename_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outcome(*short_run(tmp_path / "whole", resume=False))
+    for fails in itertools.count(1):
+        directory = tmp_path / str(fails)
+        with monkeypatch.context() as patched:
+            fault = Fault(patched, fails)
+            with contextlib.suppress(OSError):
+                short_run(directory, resume=False)
+        assert not list(directory.glob(".*")), "a temporary file is left"
+        assert outcome(*short_run(directory, resume=True)) == expected, f"call {fails}"
+        if fault.count < fails:
+            break
+    assert fails > 20
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    before = {name: array.tobytes() for name, array in checkpoint.factors(model).items()}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the run directory cannot be written: .*: '.*file/run'"):
+        fit(trainer_of(model), checkpoint_dir=tmp_path / "file" / "run")
+
+    def refuse(*arguments: Any, **keywords: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as readonly:
+        readonly.setattr(os, "open", refuse)
+        with pytest.raises(PermissionError, match="the run directory cannot be written: Permission denied"):
+            fit(trainer_of(model), checkpoint_dir=tmp_path)
+    assert {name: array.tobytes() for name, array in checkpoint.factors(model).items()} == before
+
+
+def test_a_checkpoint_is_a_safetensors_file_with_readable_state(stopped: Path) -> None:
+    content = safetensors.open(newest_file(stopped))
+    assert json.loads(content.metadata["state"])["step"] == 12
+    assert content["parameters.0.A"].shape == (HIDDEN, 2)
+    assert content["optimizer.exp_avg.0.A"].shape == (HIDDEN, 2)
+    assert content["history.loss"].shape == (12,)
+
+
+# ---- kill -9 ----
+
+VICTIM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import fit, net, trainer_of
+print("ready", flush=True)
+fit(trainer_of(net(rng=0)), checkpoint_dir=sys.argv[2], checkpoint_every=1, resume=True)
+print("done", flush=True)
+"""
+
+
+def kill_after(seconds: float, directory: Path) -> bool:
+    """Run or go on, and kill -9 after a while; whether the run was still going."""
+    command = [sys.executable, "-W", "ignore", "-c", VICTIM, str(Path(__file__).parent), str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == b"ready\n"
+        time.sleep(seconds)
+        victim.send_signal(signal.SIGKILL)
+        return victim.stdout.read() != b"done\n"
+
+
+def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
+    uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    moments = random.Random(20260101)
+    runs = (tmp_path / str(n) for n in itertools.count())
+    directory, kills = next(runs), 0
+    while kills < 50:
+        if kill_after(moments.uniform(0, 0.03), directory):
+            kills += 1
+        else:
+            check_killed_run(directory, uninterrupted)
+            directory = next(runs)
+    check_killed_run(directory, uninterrupted)
+
+
+def check_killed_run(directory: Path, uninterrupted: dict[str, Any]) -> None:
+    trainer = trainer_of(net(rng=0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
+        history = fit(trainer, checkpoint_dir=directory, checkpoint_every=1, resume=True)
+    assert outcome(trainer, history) == uninterrupted

@@ -1,0 +1,114 @@
+"""The command line: one call for each command, one line for each error, and its exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nplora
+from nplora import cli, demo, plot
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "nplora", *arguments], capture_output=True, text=True)
+
+
+def test_info_prints_what_show_config_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    nplora.show_config()
+    expected = capsys.readouterr().out
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out == expected
+    assert "instruction set:" in expected
+
+
+def test_the_version_is_printed() -> None:
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"nplora {nplora.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["plot"], ["info"]], ids=" ".join)
+def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join(['nplora', *arguments])}")
+
+
+def test_demo_and_plot_hand_their_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(demo, "run", lambda *arguments: calls.append(arguments))
+
+    def plot_run(*arguments: Any) -> Path:
+        calls.append(arguments)
+        return Path("there.png")
+
+    monkeypatch.setattr(plot, "plot_run", plot_run)
+    for line in ("demo", "demo --output d", "plot r", "plot r --output f.png"):
+        assert cli.main(line.split()) == 0
+    assert calls == [("demo",), ("d",), ("r", None), ("r", "f.png")]
+    assert capsys.readouterr().out == "there.png\nthere.png\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "the following arguments are required: COMMAND (try nplora --help)"),
+        (["plto"], 2, "invalid choice: 'plto'"),
+        (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
+        (["info", "--fast"], 2, "unrecognized arguments: --fast"),
+        (["plot", "no/such/run"], 1, "No such file or directory: 'no/such/run/log.jsonl'"),
+    ],
+)
+def test_an_expected_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("nplora: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a\n  b"), OSError(28, "full"), ImportError("no x"), OverflowError("z")]
+)
+def test_errors_of_many_lines_are_folded(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(output: str) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == f"nplora: error: {' '.join(str(error).split())}\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(output: str) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(demo, "run", fail)
+    with pytest.raises(AssertionError):
+        cli.main(["demo"])
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(output: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "nplora", "info"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -1,0 +1,604 @@
+"""Trainer: every step against a loop written by hand; accumulation, schedules, stopping, errors, signals."""
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import losses, optim
+from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
+from nplora.trainer.batches import ArrayBatches
+
+Array = np.ndarray[Any, Any]
+
+D_IN, HIDDEN, CLASSES = 6, 8, 3
+
+
+def net(dropout: float = 0.0, dtype: str = "float32", seed: int = 0) -> nplora.Sequential:
+    rng = np.random.default_rng(5)
+    w1, w2 = rng.normal(0, 0.5, (HIDDEN, D_IN)), rng.normal(0, 0.5, (CLASSES, HIDDEN))
+    model = nplora.Sequential(
+        nplora.LoRALinear(w1, rank=2, dtype=dtype, dropout=dropout),
+        nplora.Tanh(),
+        nplora.LoRALinear(w2, rank=2, dtype=dtype),
+    )
+    model.seed(seed)
+    return model
+
+
+def data(n: int = 40, seed: int = 1) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, D_IN)).astype(np.float32), rng.integers(0, CLASSES, n)
+
+
+def values(model: nplora.Module) -> dict[str, bytes]:
+    return {p.name: p.value.tobytes() for p in model.parameters()}
+
+
+def state(optimizer: optim.Optimizer) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in optimizer.state_dict().items()}
+
+
+def trainer_of(model: nplora.Module, **settings: Any) -> Trainer:
+    return Trainer(model, progress=False, **settings)
+
+
+# ---- what a step is ----
+
+
+def test_a_run_is_the_loop_written_by_hand() -> None:
+    x, y = data()
+    mine, theirs = net(dropout=0.3), net(dropout=0.3)
+    history = trainer_of(mine, optimizer=nplora.AdamW(lr=0.01)).fit(
+        x, y, epochs=2, batch_size=16, shuffle=False
+    )
+
+    optimizer, found = nplora.AdamW(lr=0.01), []
+    for _ in range(2):
+        for start in range(0, 40, 16):
+            prediction, saved = theirs.forward(x[start : start + 16])
+            loss, gradient = losses.cross_entropy(prediction, y[start : start + 16])
+            theirs.backward(gradient, saved)
+            optimizer.step(theirs.parameters())
+            theirs.zero_grad()
+            found.append(loss)
+    assert values(mine) == values(theirs)
+    assert history.loss == found
+    assert [(r.step, r.epoch, r.count) for r in history.steps] == [
+        (1, 1, 16), (2, 1, 16), (3, 1, 8), (4, 2, 16), (5, 2, 16), (6, 2, 8),
+    ]  # fmt: skip
+    assert history.ended == "complete"
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "bce"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_loss_and_optimiser_learns(loss: str, optimizer: str) -> None:
+    x, _ = data(200)
+    teacher = net(seed=3)
+    teacher.modules[0].A[...] = 0.7  # type: ignore[attr-defined]
+    target = teacher(x)
+    if loss == "bce":
+        target = 1 / (1 + np.exp(-target))
+    made = nplora.AdamW(lr=0.02) if optimizer == "adamw" else nplora.SGD(lr=0.005, momentum=0.9)
+    trainer = trainer_of(net(), loss=loss, optimizer=made)
+    before = trainer.evaluate(x, target)["loss"]
+    trainer.fit(x, target, epochs=30, batch_size=20)
+    floor = 0.0 if loss != "bce" else Trainer(teacher, loss="bce").evaluate(x, target)["loss"]
+    assert trainer.evaluate(x, target)["loss"] - floor < 0.1 * (before - floor)
+
+
+def test_a_callable_returning_loss_and_gradient_is_a_loss() -> None:
+    x, _ = data()
+    trainer = trainer_of(net(), loss=lambda p, t: (float((p * p).mean()), 2 * p / p.size))
+    history = trainer.fit(x, np.zeros(len(x)), epochs=20)
+    assert history.loss[-1] < history.loss[0]
+
+
+# 30 float64 terms at most are summed in another order: relative differences stay far below 1e-12.
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_accumulated_batches_of_any_size_make_the_step_of_one_large_batch(loss: str) -> None:
+    x, y = data(30)
+    y[[0, 1, 2, 20]] = -100  # the first batch has no labelled row at all
+    target = y if loss == "cross_entropy" else np.eye(CLASSES)[np.maximum(y, 0)]
+    large, small = net(dtype="float64"), net(dtype="float64")
+    edges = [0, 3, 10, 11, 30]
+    parts = [(x[a:b], target[a:b]) for a, b in itertools.pairwise(edges)]
+    one = trainer_of(large, loss=loss, optimizer=nplora.SGD(lr=0.5)).fit([(x, target)])
+    many = trainer_of(small, loss=loss, optimizer=nplora.SGD(lr=0.5), accumulate=4).fit(parts)
+    for a, b in zip(large.parameters(), small.parameters(), strict=True):
+        np.testing.assert_allclose(b.value, a.value, rtol=1e-12, atol=1e-15)
+    assert len(one.steps) == len(many.steps) == 1
+    assert many.steps[0].count == one.steps[0].count == (26 if loss == "cross_entropy" else 90)
+    np.testing.assert_allclose(many.loss, one.loss, rtol=1e-12)
+    np.testing.assert_allclose(many.steps[0].grad_norm, one.steps[0].grad_norm, rtol=1e-12)
+
+
+def test_accumulation_ends_with_the_epoch() -> None:
+    x, y = data(40)
+    history = trainer_of(net(), accumulate=3).fit(x, y, epochs=2, batch_size=8)  # 5 batches: steps of 3 and 2
+    assert [(r.epoch, r.count) for r in history.steps] == [(1, 24), (1, 16), (2, 24), (2, 16)]
+
+
+def test_a_step_without_a_labelled_row_changes_nothing() -> None:
+    model, (x, y) = net(), data(8)
+    before, optimizer = values(model), nplora.AdamW()
+    history = trainer_of(model, optimizer=optimizer).fit(x, np.full_like(y, -100))
+    assert values(model) == before
+    assert optimizer.steps == 0
+    assert (history.steps[0].count, history.loss) == (0, [0.0])
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
+    x, y = data()
+    norms = []
+    for clip in (None, 1e-3):
+        model = net(dtype="float64")
+        before = [p.value.copy() for p in model.parameters()]
+        history = trainer_of(model, optimizer=nplora.SGD(lr=1.0), clip_norm=clip).fit(
+            x, y, steps=1, batch_size=40
+        )
+        moved = [p.value - b for p, b in zip(model.parameters(), before, strict=True)]
+        norms.append((math.sqrt(sum(float((m * m).sum()) for m in moved)), history.steps[0].grad_norm))
+    (free, grad_norm), (clipped, grad_norm_too) = norms
+    assert free == pytest.approx(grad_norm, rel=1e-12)
+    assert clipped == pytest.approx(1e-3, rel=1e-9)
+    assert grad_norm_too == grad_norm  # the record is of the gradient before clipping
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_the_learning_rate_follows_the_schedule(schedule: str) -> None:
+    x, y = data(40)
+    optimizer = nplora.AdamW(lr=0.5)
+    history = trainer_of(net(), optimizer=optimizer, schedule=schedule, warmup_steps=2).fit(
+        x, y, epochs=2, batch_size=10
+    )
+    assert [r.lr for r in history.steps] == [0.5 * optim.schedule(schedule, s, 8, 2) for s in range(8)]
+
+
+# ---- data ----
+
+
+def test_an_iterable_of_batches_gives_the_run_of_the_arrays() -> None:
+    x, y = data()
+    a, b = net(), net()
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)]
+    trainer_of(a).fit(x, y, epochs=3, batch_size=8, shuffle=False)
+    trainer_of(b).fit(batches, epochs=3)
+    assert values(a) == values(b)
+
+
+def test_a_generator_lasts_for_one_epoch() -> None:
+    x, y = data()
+    batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8))
+    trainer = trainer_of(net())
+    with pytest.raises(ValueError, match="read only once"):
+        trainer.fit(batches, epochs=2)
+    assert trainer.optimizer.steps == 5
+
+
+def test_steps_end_the_run_within_an_epoch_and_its_record_is_still_made() -> None:
+    x, y = data()
+    history = trainer_of(net()).fit(x, y, steps=7, batch_size=8, validation=(x, y))
+    assert [(r.epoch, r.step) for r in history.epochs] == [(1, 5), (2, 7)]
+    assert history.epochs[1].loss == pytest.approx(np.mean(history.loss[5:]))
+    assert len(history.steps) == 7
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
+    numbers = np.arange(8)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = ArrayBatches("test", numbers, numbers, batch_size=3, shuffle=True, seed=seed)
+        return [int(i) for x, _ in batches.epoch(epoch, 0) for i in x]
+
+    assert order(0, 0) == [6, 3, 1, 4, 5, 2, 7, 0]  # on every machine and with every NumPy
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert sorted(order(1, 5)) == list(range(8))
+
+
+def test_a_position_in_an_epoch_skips_what_was_used() -> None:
+    x = np.arange(11)
+    batches = ArrayBatches("test", x, x, batch_size=3, shuffle=True, seed=4)
+    whole = [tuple(x) for x, _ in batches.epoch(2, 0)]
+    assert len(whole) == batches.length == 4
+    for skip in range(5):
+        assert [tuple(x) for x, _ in batches.epoch(2, skip)] == whole[skip:]
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_is_the_weighted_mean_and_counts_labelled_rows() -> None:
+    x, y = data(37)
+    y[[3, 11, 36]] = -100
+    model = net(dropout=0.5)
+    logits, known = model(x).astype(np.float64), y != -100
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    metrics = trainer_of(model).evaluate(x, y, batch_size=10)
+    # float32 logits of size about 1 through exp and log: a few eps = 1e-7 of each loss
+    assert metrics["loss"] == pytest.approx(-log_p[known, y[known]].mean(), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(axis=1) == y)[known].mean())
+    assert metrics == pytest.approx(
+        trainer_of(model).evaluate([(x[:30], y[:30]), (x[30:], y[30:])]), rel=1e-6
+    )
+
+
+def test_evaluation_of_values_has_no_accuracy() -> None:
+    x, _ = data()
+    assert set(trainer_of(net(), loss="mse").evaluate(x, np.zeros((40, CLASSES)))) == {"loss"}
+
+
+@pytest.mark.parametrize("n", [0, 1, 9, 40])
+def test_predictions_come_in_order_and_without_dropout(n: int) -> None:
+    model, (x, _) = net(dropout=0.5), data()
+    np.testing.assert_array_equal(trainer_of(model).predict(x[:n], batch_size=40), model(x[:n]))
+    assert trainer_of(model).predict(x[:n], batch_size=4).shape == (n, CLASSES)
+
+
+class Scripted:
+    """Validation data whose targets lie, at the k-th reading, at offsets[k] from the origin."""
+
+    def __init__(self, offsets: list[float]) -> None:
+        self.offsets = iter(offsets)
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        offset = next(self.offsets)
+        yield np.zeros((4, D_IN), np.float32), np.full((4, CLASSES), offset, np.float32)
+
+
+def test_early_stopping_restores_the_best_factors() -> None:
+    x, _ = data()
+    model, seen = net(), []
+
+    class Keep(Callback):
+        def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
+            seen.append(values(run.model))
+
+    trainer = trainer_of(model, loss="mse", callbacks=[Keep()])
+    history = trainer.fit(
+        x, np.zeros((40, CLASSES)), epochs=20, validation=Scripted([30, 20, 10, 20, math.nan]), patience=2
+    )
+    assert (history.ended, history.best_epoch, len(history.epochs)) == ("patience", 3, 5)
+    assert values(model) == seen[2] != seen[4]
+
+
+# ---- callbacks, history, progress ----
+
+
+def test_callbacks_are_called_in_order_and_can_stop_the_run() -> None:
+    events: list[Any] = []
+
+    class Listen(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            events.append(("start", run.total_steps))
+
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            events.append(record.step)
+            if record.step == 7:
+                run.stop()
+
+        def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
+            events.append(("epoch", record.epoch))
+
+        def on_fit_end(self, run: Run) -> None:
+            events.append(("end", run.history.ended))
+
+    x, y = data()
+    history = trainer_of(net(), callbacks=[Listen()]).fit(x, y, epochs=9, batch_size=8)
+    assert events == [
+        ("start", 45), 1, 2, 3, 4, 5, ("epoch", 1), 6, 7, ("epoch", 2), ("end", "callback"),
+    ]  # fmt: skip
+    assert len(history.steps) == 7
+    assert repr(history) == f"History(7 steps, 2 epochs, ended='callback', last loss {history.loss[-1]:.4g})"
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["tqdm", "plain"])
+def test_progress_is_shown_on_request(
+    installed: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    else:
+        pytest.importorskip("tqdm")
+    x, y = data()
+    Trainer(net(), progress=True).fit(x, y, epochs=2, batch_size=8, validation=(x, y))
+    shown = capsys.readouterr()
+    assert "10/10" in shown.err
+    assert "epoch 2" in shown.err
+    assert installed or "validation loss" in shown.err
+    Trainer(net(), progress=False).fit(x, y)
+    Trainer(net()).fit(x, y)  # stderr is no terminal here
+    assert capsys.readouterr() == ("", "")
+    assert shown.out == ""
+
+
+# ---- losses that are not finite ----
+
+
+def failing_run(
+    model: nplora.Module, x: Any, y: Any, directory: Path, **settings: Any
+) -> tuple[str, Trainer, dict[str, bytes], dict[str, bytes]]:
+    """Fit until NonFiniteLossError: its message, and parameters and moments after the last whole step."""
+    kept: list[Any] = [values(model), None]
+    trainer = trainer_of(model, **settings)
+    trainer.optimizer.init(model.parameters())
+    kept[1] = state(trainer.optimizer)
+
+    class Keep(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            kept[:] = values(run.model), state(trainer.optimizer)
+
+    trainer.callbacks.append(Keep())
+    with pytest.raises(nplora.NonFiniteLossError) as raised:
+        trainer.fit(x, y, batch_size=8, shuffle=False, checkpoint_dir=directory, checkpoint_every=1)
+    return str(raised.value), trainer, kept[0], kept[1]
+
+
+@pytest.mark.parametrize(
+    ("poison", "where"),
+    [
+        ("x", "its input x is not finite"),
+        ("layer", "the first layer whose output is not finite is '2' (LoRALinear)"),
+        ("loss", "the output of every layer is finite, the loss of it is not"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
+    poison: str, where: str, tmp_path: Path
+) -> None:
+    x, _ = data()
+    model, target = net(dropout=0.2), np.zeros((40, CLASSES), np.float32)
+    if poison == "x":
+        x[26, 0] = np.nan
+    elif poison == "loss":
+        target[26, 1] = np.inf
+    else:
+        original, calls = model.modules[2].forward, [0]
+
+        def forward(h: Array) -> tuple[Array, Any]:
+            y, saved = original(h)
+            calls[0] += 1
+            return (y * np.float32(np.inf) if calls[0] > 3 else y), saved
+
+        model.modules[2].forward = forward  # type: ignore[method-assign]
+    message, trainer, before, moments = failing_run(model, x, target, tmp_path, loss="mse", accumulate=2)
+    value = "nan" if poison == "x" else "inf"
+    assert message == f"step 2 (epoch 1): the loss of batch 4 is {value}: {where}"
+    assert values(model) == before
+    assert state(trainer.optimizer) == moments
+    assert all(not p.grad.any() for p in model.parameters())
+    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
+        assert directory.newest is not None
+        assert directory.newest.step == 1
+        assert model.random_state() == directory.newest.random_state
+    assert poison == "layer" or "forward" not in vars(model.modules[2])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_as_a_loss_does(tmp_path: Path) -> None:
+    x, y = data()
+    model = net()
+
+    def loss(prediction: Array, target: Any) -> tuple[float, Array]:
+        return 1.0, np.full_like(prediction, np.nan if target[0] < 0 else 0.1)
+
+    y[16:] = -1
+    message, trainer, before, moments = failing_run(model, x, y, tmp_path, loss=loss)
+    assert message == "step 3 (epoch 1): the loss is finite, the gradient of 0.A, 0.B, 2.A, 2.B is not"
+    assert values(model) == before
+    assert state(trainer.optimizer) == moments
+
+
+def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path: Path) -> None:
+    x, y = data()
+    trainer = trainer_of(net(), optimizer=nplora.SGD(lr=1e38))
+    with np.errstate(all="ignore"), pytest.raises(nplora.NonFiniteLossError, match=r"step \d"):
+        trainer.fit(x, y, batch_size=8, epochs=50, checkpoint_dir=tmp_path, checkpoint_every=1)
+    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
+        assert directory.newest is not None
+        assert all(np.isfinite(array).all() for array in directory.newest.parameters.values())
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("bad", [-1, CLASSES, 250])
+def test_labels_out_of_range_are_found_before_the_first_step(bad: int, tmp_path: Path) -> None:
+    model, (x, y) = net(), data()
+    y[39] = bad
+    before = values(model)
+    with pytest.raises(ValueError, match=f"y holds {bad}, expected integers from 0 to 2"):
+        trainer_of(model).fit(x, y, batch_size=4, checkpoint_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match=f"holds {bad}"):
+        trainer_of(model).fit([(x, y)])
+    assert values(model) == before
+    assert all(not p.grad.any() for p in model.parameters())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_a_batch_leaves_the_last_whole_step() -> None:
+    x, y = data()
+    bad = y.copy()
+    bad[:] = 99
+    model, alone = net(dropout=0.5), net(dropout=0.5)
+    trainer = trainer_of(model, accumulate=2)
+    with pytest.raises(ValueError, match="99"):
+        trainer.fit([(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:24], y[16:24]), (x, bad)])
+    trainer_of(alone, accumulate=2).fit([(x[:8], y[:8]), (x[8:16], y[8:16])])
+    assert values(model) == values(alone)
+    assert model.random_state() == alone.random_state()
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+X, Y = data(8)
+BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
+    "no such loss": ({"loss": "l2"}, {}, ValueError, "'l2' is not available"),
+    "no such schedule": ({"schedule": "poly"}, {}, ValueError, "schedule='poly'"),
+    "accumulate 0": ({"accumulate": 0}, {}, ValueError, "accumulate is 0"),
+    "clip_norm 0": ({"clip_norm": 0}, {}, ValueError, "clip_norm is 0"),
+    "warmup -1": ({"warmup_steps": -1}, {}, ValueError, "warmup_steps is -1"),
+    "epochs and steps": ({}, {"epochs": 1, "steps": 1}, ValueError, "both given"),
+    "epochs -1": ({}, {"epochs": -1}, ValueError, "epochs is -1"),
+    "steps 1.5": ({}, {"steps": 1.5}, TypeError, "steps is 1.5"),
+    "batch_size 0": ({}, {"batch_size": 0}, ValueError, "batch_size is 0"),
+    "patience alone": ({}, {"patience": 2}, ValueError, "patience needs validation"),
+    "resume alone": ({}, {"resume": True}, ValueError, "need a checkpoint_dir"),
+    "no y": ({}, {"y": None}, ValueError, "y is missing"),
+    "lengths differ": ({}, {"y": Y[:7]}, ValueError, "x has 8 rows, y has 7"),
+    "no rows": ({}, {"x": X[:0], "y": Y[:0]}, ValueError, "no rows"),
+    "objects": ({}, {"y": np.array([None] * 8)}, ValueError, "dtype object"),
+    "not an iterable": ({}, {"x": 5, "y": None}, TypeError, "got a int"),
+    "not batches": ({}, {"x": [X], "y": None}, TypeError, "batch 1 is a ndarray of 8"),
+    "no batches": ({}, {"x": [], "y": None}, ValueError, "gave no batch"),
+    "float labels": ({}, {"y": Y * 0.5}, ValueError, "labels have dtype float64"),
+    "last axis": ({}, {"x": X[:, :5]}, ValueError, "last axis 5, expected d_in=6"),
+    "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "needs to know"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_arguments_are_told_and_change_nothing(
+    case: tuple[dict[str, Any], dict[str, Any], type[Exception], str],
+) -> None:
+    settings, arguments, error, message = case
+    model = net()
+    before = values(model)
+    with pytest.raises(error, match=message):
+        trainer_of(model, **settings).fit(**{"x": X, "y": Y, **arguments})
+    assert values(model) == before
+
+
+def test_a_model_that_cannot_be_trained_is_told() -> None:
+    frozen = nplora.Sequential(nplora.Linear(np.ones((CLASSES, D_IN), np.float32)))
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        trainer_of(frozen).fit(X, Y)
+    merged = net()
+    merged.merge()
+    with pytest.raises(RuntimeError, match="merged"):
+        trainer_of(merged).fit(X, Y)
+    with pytest.raises(TypeError, match="model is a function"):
+        Trainer(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_a_users_backward_without_need_dx_is_called_without_it() -> None:
+    class Plain(nplora.Module):
+        def __init__(self) -> None:
+            self.inner = net()
+
+        def forward(self, x: Any) -> tuple[Array, Any]:
+            return self.inner.forward(x)
+
+        def backward(self, dy: Array, saved: Any) -> Array | None:  # type: ignore[override]
+            return self.inner.backward(dy, saved)
+
+    plain, usual = Plain(), net()
+    plain.inner.seed(0)
+    trainer_of(plain).fit(X, Y, epochs=3)
+    trainer_of(usual).fit(X, Y, epochs=3)
+    assert list(values(plain).values()) == list(values(usual).values())
+
+
+# ---- signals ----
+
+
+def interrupted_fit(trainer: Trainer, **arguments: Any) -> History:
+    x, y = data()
+    return trainer.fit(x, y, batch_size=8, **{"epochs": 4, **arguments})
+
+
+def test_ctrl_c_returns_what_was_learned() -> None:
+    class Interrupt(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            if record.step == 7:
+                signal.raise_signal(signal.SIGINT)
+
+    model, alone = net(), net()
+    history = interrupted_fit(trainer_of(model, callbacks=[Interrupt()]))
+    assert history.interrupted
+    assert len(history.steps) == 7
+    interrupted_fit(trainer_of(alone), epochs=None, steps=7)
+    assert values(model) == values(alone)
+
+
+def test_ctrl_c_during_an_update_waits_until_it_is_whole() -> None:
+    class Interrupted(nplora.AdamW):
+        def step(self, *arguments: Any, **keywords: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().step(*arguments, **keywords)
+
+    model, alone = net(), net()
+    history = interrupted_fit(trainer_of(model, optimizer=Interrupted()))
+    assert history.interrupted
+    assert len(history.steps) == 1
+    interrupted_fit(trainer_of(alone), epochs=None, steps=1)
+    assert values(model) == values(alone)
+
+
+def test_the_handlers_of_signals_are_the_old_ones_afterwards_and_stay_in_charge() -> None:
+    heard: list[int] = []
+
+    class Interrupt(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def own(signum: int, frame: Any) -> None:
+        heard.append(signum)
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        history = interrupted_fit(trainer_of(net(), callbacks=[Interrupt()]), epochs=1)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT] * 5
+    assert not history.interrupted
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone() -> None:
+    found: list[History] = []
+    thread = threading.Thread(target=lambda: found.append(interrupted_fit(trainer_of(net()))))
+    thread.start()
+    thread.join()
+    assert found[0].ended == "complete"
+
+
+def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_trainer import Callback, data, net, trainer_of
+
+        class Slow(Callback):
+            def on_step_end(self, run, record):
+                print(record.step, flush=True)
+                time.sleep(0.01)
+
+        x, y = data()
+        trainer_of(net(), callbacks=[Slow()]).fit(x, y, epochs=10**6, checkpoint_dir={str(tmp_path)!r})
+        """
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert child.stdout is not None
+    with contextlib.closing(child.stdout) as out:
+        while int(out.readline()) < 5:
+            pass
+        child.terminate()
+        assert child.wait(timeout=20) == 128 + signal.SIGTERM
+    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
+        assert directory.newest is not None
+        assert directory.newest.step >= 5

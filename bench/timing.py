@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 PAUSE = 0.2  # seconds before each turn: longer than OpenBLAS's workers spin
+BUSY = 0.05  # share of the CPUs taken by other programs above which the figures are not to be quoted
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold the peer below what it can do
 
 
@@ -33,21 +35,33 @@ class Contestant:
 
 
 def race(contestants: Sequence[Contestant], *, rounds: int, calls: int) -> dict[str, float]:
-    """Median seconds of one call, by contestant: `rounds` turns of a warm-up and `calls` timed calls each."""
+    """Median seconds of one call, by contestant: `rounds` turns of a warm-up and `calls` timed calls each.
+
+    Says so where other programs kept the machine busy, as seen in the second half of the pauses.
+    """
     lanes = [_start(contestant, calls) for contestant in contestants]
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    busy, total = 0, 0
     try:
         for _, connection in lanes:
             _receive(connection)  # prepared and checked
         for _ in range(rounds):
             for contestant, (_, connection) in zip(contestants, lanes, strict=True):
-                time.sleep(PAUSE)
+                time.sleep(PAUSE / 2)
+                before = _cpu_ticks()
+                time.sleep(PAUSE / 2)
+                busy, total = (
+                    sum_ + now - then
+                    for sum_, now, then in zip((busy, total), _cpu_ticks(), before, strict=True)
+                )
                 connection.send(True)
                 seconds[contestant.name].append(_receive(connection))
     finally:
         for process, connection in lanes:
             connection.close()
             process.join()
+    if busy > BUSY * total:
+        print(f"\nother programs took {busy / total:.0%} of the CPUs meanwhile: not to be quoted", end="")
     return {name: median(turns) for name, turns in seconds.items()}
 
 
@@ -102,6 +116,15 @@ def _receive(connection: Connection) -> float:
     if isinstance(answer, str):
         raise RuntimeError(answer)
     return float(answer)
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """Ticks that all CPUs were busy, and all ticks, since the machine started (Linux)."""
+    user, nice, system, idle, iowait, *rest = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    )
+    busy = user + nice + system + sum(rest)
+    return busy, busy + idle + iowait
 
 
 @contextmanager

@@ -414,10 +414,15 @@ def test_another_run_is_not_written_over_by_accident(
         fit(trainer_of(net()), checkpoint_dir=directory)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before
 
-    first = trainer_of(net(rng=3), callbacks=[StopAfter(step=1)])
-    fit(first, checkpoint_dir=directory, overwrite=True)
-    for name in NAMES:  # neither generation is the other run's
-        assert checkpoint._read(directory / name).step <= 1
+    class Fail(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fit(trainer_of(net(rng=3), callbacks=[Fail()]), checkpoint_dir=directory, overwrite=True)
+    assert [checkpoint._read(directory / name).step for name in NAMES] == [0, 0], (
+        "a generation is the old run's"
+    )
     trainer = trainer_of(net(rng=0))
     assert outcome(trainer, fit(trainer, checkpoint_dir=directory, overwrite=True)) == uninterrupted
     with pytest.raises(ValueError, match="exclude each other"):
@@ -587,3 +592,4 @@ def check_killed_run(directory: Path, uninterrupted: dict[str, Any]) -> None:
         warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
         history = fit(trainer, checkpoint_dir=directory, checkpoint_every=1, resume=True)
     assert outcome(trainer, history) == uninterrupted
+    assert not list(directory.glob(".*")), "what a killed run left unfinished is still there"

@@ -18,6 +18,7 @@ import pytest
 
 import nplora
 from nplora import losses, optim
+from nplora.checkpoint import RunDirectory
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
 from nplora.trainer.batches import ArrayBatches
 
@@ -380,7 +381,7 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
     assert values(model) == before
     assert state(trainer.optimizer) == moments
     assert all(not p.grad.any() for p in model.parameters())
-    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
+    with RunDirectory(tmp_path) as directory:
         assert directory.newest is not None
         assert directory.newest.step == 1
         assert model.random_state() == directory.newest.random_state
@@ -401,14 +402,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_as_a_loss_does(tmp_path: Pa
     assert state(trainer.optimizer) == moments
 
 
+def test_the_search_for_the_layer_sees_the_dropout_of_the_failing_pass() -> None:
+    x, _ = data()
+    model, keys = net(dropout=0.2), []
+    original = model.modules[0].forward
+
+    def forward(x: Array) -> tuple[Array, Any]:
+        keys.append(model.modules[0].dropout_stream)
+        return original(x)
+
+    model.modules[0].forward = forward  # type: ignore[method-assign]
+    target = np.zeros((40, CLASSES), np.float32)
+    target[39] = np.nan
+    with pytest.raises(nplora.NonFiniteLossError, match="batch 5"):
+        trainer_of(model, loss="mse").fit(x, target, batch_size=8, shuffle=False)
+    assert [calls for _, calls in keys] == [0, 1, 2, 3, 4, 4]
+
+
 def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path: Path) -> None:
     x, y = data()
-    trainer = trainer_of(net(), optimizer=nplora.SGD(lr=1e38))
-    with np.errstate(all="ignore"), pytest.raises(nplora.NonFiniteLossError, match=r"step \d"):
-        trainer.fit(x, y, batch_size=8, epochs=50, checkpoint_dir=tmp_path, checkpoint_every=1)
-    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
-        assert directory.newest is not None
-        assert all(np.isfinite(array).all() for array in directory.newest.parameters.values())
+
+    def loss(prediction: Array, target: Any) -> tuple[float, Array]:
+        return 1.0, np.full_like(prediction, 100)
+
+    trainer = trainer_of(net(), loss=loss, optimizer=nplora.SGD(lr=1e38))
+    with pytest.raises(
+        nplora.NonFiniteLossError, match=r"step 1 made 0\.A, 2\.A not finite; it is not saved"
+    ):
+        trainer.fit(x, y, batch_size=8, checkpoint_dir=tmp_path, checkpoint_every=1)
+    assert saved_step(tmp_path) == 0
 
 
 # ---- bad input ----
@@ -486,7 +508,7 @@ def test_a_model_that_cannot_be_trained_is_told() -> None:
         trainer_of(frozen).fit(X, Y)
     merged = net()
     merged.merge()
-    with pytest.raises(RuntimeError, match="merged"):
+    with pytest.raises(RuntimeError, match=r"LoRALinear\.fit: the layer is merged"):
         trainer_of(merged).fit(X, Y)
     with pytest.raises(TypeError, match="model is a function"):
         Trainer(lambda x: x)  # type: ignore[arg-type]
@@ -530,6 +552,40 @@ def test_ctrl_c_returns_what_was_learned() -> None:
     assert len(history.steps) == 7
     interrupted_fit(trainer_of(alone), epochs=None, steps=7)
     assert values(model) == values(alone)
+
+
+def test_a_second_ctrl_c_while_the_first_is_saving_is_not_lost(tmp_path: Path) -> None:
+    class Impatient(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            if record.step == 7:
+                raise KeyboardInterrupt
+
+        def on_checkpoint(self, run: Run) -> None:
+            if run.step == 7:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_fit(
+            trainer_of(net(), callbacks=[Impatient()]), checkpoint_dir=tmp_path, checkpoint_every=50
+        )
+    assert saved_step(tmp_path) == 7
+
+
+def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:
+    class Leave(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            if record.step == 7:
+                sys.exit(3)
+
+    with pytest.raises(SystemExit, match="3"):
+        interrupted_fit(trainer_of(net(), callbacks=[Leave()]), checkpoint_dir=tmp_path, checkpoint_every=50)
+    assert saved_step(tmp_path) == 7
+
+
+def saved_step(directory: Path) -> int:
+    with RunDirectory(directory) as opened:
+        assert opened.newest is not None
+        return opened.newest.step
 
 
 def test_ctrl_c_during_an_update_waits_until_it_is_whole() -> None:
@@ -599,6 +655,4 @@ def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
             pass
         child.terminate()
         assert child.wait(timeout=20) == 128 + signal.SIGTERM
-    with nplora.checkpoint.RunDirectory(tmp_path) as directory:
-        assert directory.newest is not None
-        assert directory.newest.step >= 5
+    assert saved_step(tmp_path) >= 5

@@ -237,8 +237,9 @@ class RunDirectory:
 
     Attributes:
         path: where it is.
-        newest: the newest whole checkpoint found when it was opened, or None.
-        damaged: one sentence for every checkpoint that is not whole.
+        newest: the newest whole checkpoint found when it was opened, or None; let go of by the first `save`.
+        damaged: one sentence for every checkpoint that was not whole.
+        occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.
         UnsupportedError: a later nplora's checkpoint is there.
@@ -269,6 +270,7 @@ class RunDirectory:
             ) from error
         try:
             self._scan()
+            self.occupied = bool(self.newest or self.damaged)
         except BaseException:
             self.close()
             raise
@@ -309,11 +311,6 @@ class RunDirectory:
             if self.newest is None or checkpoint.serial > self.newest.serial:
                 self.newest, self._serial, self._slot = checkpoint, checkpoint.serial, 1 - slot
 
-    @property
-    def occupied(self) -> bool:
-        """Whether there was a checkpoint, whole or damaged, when the directory was opened."""
-        return bool(self.newest or self.damaged)
-
     def latest(self) -> Checkpoint | None:
         """The checkpoint to go on from; None: there is none.
 
@@ -346,7 +343,7 @@ class RunDirectory:
         numbered = dataclasses.replace(checkpoint, serial=self._serial + 1, log_bytes=self.log_bytes)
         os.fsync(self._log)
         files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
-        self._serial, self._slot = numbered.serial, 1 - self._slot
+        self.newest, self._serial, self._slot = None, numbered.serial, 1 - self._slot
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log, NaN and infinities as null."""

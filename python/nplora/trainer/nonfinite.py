@@ -36,7 +36,7 @@ def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
 
     def watching(x: Any) -> tuple[Array, Any]:
         y, saved = forward(x)
-        if not found and _not_finite(y):
+        if _not_finite(y):
             title = repr(name) if name else "the model itself"
             found.append(f"the first layer whose output is not finite is {title} ({type(module).__name__})")
         return y, saved

@@ -550,25 +550,18 @@ def test_a_checkpoint_is_a_safetensors_file_with_readable_state(stopped: Path) -
 
 # ---- kill -9 ----
 
-VICTIM = """
-import sys
+NURSERY = """
+import os, sys
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import fit, net, trainer_of
-print("ready", flush=True)
-fit(trainer_of(net(rng=0)), checkpoint_dir=sys.argv[2], checkpoint_every=1, resume=True)
-print("done", flush=True)
+for directory in map(str.rstrip, sys.stdin):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        fit(trainer_of(net(rng=0)), checkpoint_dir=directory, checkpoint_every=1, resume=True)
+        print("done", flush=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
-
-
-def kill_after(seconds: float, directory: Path) -> bool:
-    """Run or go on, and kill -9 after a while; whether the run was still going."""
-    command = [sys.executable, "-W", "ignore", "-c", VICTIM, str(Path(__file__).parent), str(directory)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:
-        assert victim.stdout is not None
-        assert victim.stdout.readline() == b"ready\n"
-        time.sleep(seconds)
-        victim.send_signal(signal.SIGKILL)
-        return victim.stdout.read() != b"done\n"
 
 
 def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
@@ -576,14 +569,36 @@ def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
 ) -> None:
     moments = random.Random(20260101)
     runs = (tmp_path / str(n) for n in itertools.count())
+    start = time.perf_counter()
+    check_killed_run(next(runs), uninterrupted)  # not killed: how long does a whole run take?
+    seconds = time.perf_counter() - start
     directory, kills = next(runs), 0
-    while kills < 50:
-        if kill_after(moments.uniform(0, 0.03), directory):
-            kills += 1
-        else:
-            check_killed_run(directory, uninterrupted)
-            directory = next(runs)
+    command = [sys.executable, "-W", "ignore", "-c", NURSERY, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
+        while kills < 50:
+            if kill_after(moments.uniform(0, seconds / 2), directory, nursery):
+                kills += 1
+            else:
+                check_killed_run(directory, uninterrupted)
+                directory = next(runs)
     check_killed_run(directory, uninterrupted)
+
+
+def kill_after(seconds: float, directory: Path, nursery: subprocess.Popen[str]) -> bool:
+    """Have a child begin the run or go on with it, and kill -9 it after a while; whether it was not done."""
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    print(directory, file=nursery.stdin, flush=True)
+    child = int(nursery.stdout.readline())
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    answer = nursery.stdout.readline()
+    if answer == "done\n":
+        nursery.stdout.readline()
+        return False
+    assert int(answer) == -signal.SIGKILL
+    return True
 
 
 def check_killed_run(directory: Path, uninterrupted: dict[str, Any]) -> None:

@@ -582,6 +582,17 @@ def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 7
 
 
+def test_sigterm_at_the_very_end_exits_like_any_other(tmp_path: Path) -> None:
+    class Late(Callback):
+        def on_fit_end(self, run: Run) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit, match="143"):
+        interrupted_fit(trainer_of(net(), callbacks=[Late()]), checkpoint_dir=tmp_path)
+    assert saved_step(tmp_path) == 20
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def saved_step(directory: Path) -> int:
     with RunDirectory(directory) as opened:
         assert opened.newest is not None

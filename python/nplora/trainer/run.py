@@ -101,12 +101,12 @@ class Run:
                         self._ended = "interrupted"
                         self._roll_back()
                         self._save()
-                    if isinstance(reason, Terminated):
-                        raise SystemExit(_SIGTERM_STATUS) from None
-                    if isinstance(reason, SystemExit):
+                    if not isinstance(reason, KeyboardInterrupt):
                         raise
                 with self._interrupts.hold():
                     self._finish()
+        except Terminated:
+            raise SystemExit(_SIGTERM_STATUS) from None
         except BaseException:
             self._roll_back()
             raise

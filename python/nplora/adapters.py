@@ -11,7 +11,6 @@ A (d_out, r) and B (r, d_in); PEFT, like the paper, has the letters the other wa
 A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_save`, all its arrays with it.
 """
 
-import math
 import os
 import re
 import warnings
@@ -359,28 +358,12 @@ def _prepare(
 ) -> list[Commit]:
     """What remains to be done, as functions that allocate no arrays and cannot fail."""
     commits: list[Commit] = []
-    resized: dict[str, dict[str, Array]] = {}
+    factors: dict[str, dict[str, Array]] = {name: {} for name in layers}
     for name, place in places.items():
-        if place.array.shape == place.shape:
-            commits.append(partial(np.copyto, place.array, values[name]))
+        if place.module in factors:
+            factors[place.module][place.key.ours] = values[name]
         else:
-            resized.setdefault(place.module, {})[place.key.ours] = values[name]
-    for name, factors in resized.items():
-        commits.append(_exchange(layers[name], factors))
+            commits.append(partial(np.copyto, place.array, values[name]))
     for name, layer in layers.items():
-        commits.append(partial(_set, layer, config.rank(name), float(config.alpha(name)), config.use_rslora))
+        commits.append(layer.prepare_adopt(factors[name], float(config.alpha(name)), config.use_rslora))
     return commits
-
-
-def _exchange(layer: LoRALayer, factors: dict[str, Array]) -> Commit:
-    """Give a layer factors of another rank, with gradients to match."""
-    gradients = {
-        "dA": np.zeros_like(factors["A"]),
-        "dB": None if layer.freeze_B else np.zeros_like(factors["B"]),
-    }
-    return partial(vars(layer).update, factors | gradients)
-
-
-def _set(layer: LoRALayer, rank: int, alpha: float, use_rslora: bool) -> None:
-    layer.rank, layer.alpha, layer.use_rslora = rank, alpha, use_rslora
-    layer.scale = alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
@@ -87,9 +88,7 @@ class LoRALayer(AdapterLayer):
         op = type(self).__name__
         self.weight = weight
         self.rank = _check.integer(op, "rank", rank, least=1)
-        self.alpha = _check.number(op, "alpha", alpha)
-        self.use_rslora = bool(use_rslora)
-        self.scale = self.alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+        self._set_scale(_check.number(op, "alpha", alpha), bool(use_rslora))
         self.init = _check.choice(op, "init", init, INITS)
         self.adapter_enabled = True
         self._merged: FrozenWeight | None = None
@@ -107,6 +106,28 @@ class LoRALayer(AdapterLayer):
         if self.use_dora:
             vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
         self._start(np.random.default_rng(rng))
+
+    def _set_scale(self, alpha: float, use_rslora: bool) -> None:
+        self.alpha, self.use_rslora = alpha, use_rslora
+        self.scale = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+
+    def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
+        """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
+        self.require_unmerged("prepare_adopt")
+        rank = len(factors["B"])
+        fresh: dict[str, Array | None] = {}
+        if rank != self.rank:
+            a, b = factors["A"].copy(), factors["B"].copy()
+            fresh = {"A": a, "B": b, "dA": np.zeros_like(a)}
+            fresh["dB"] = None if self.freeze_B else np.zeros_like(b)
+
+        def commit() -> None:
+            vars(self).update(fresh, rank=rank)
+            for name, value in factors.items():
+                np.copyto(vars(self)[name], value)
+            self._set_scale(alpha, use_rslora)
+
+        return commit
 
     # ---- starting values and randomness ----
 

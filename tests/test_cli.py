@@ -48,9 +48,9 @@ def test_demo_and_plot_hand_their_arguments_on(
         return Path("there.png")
 
     monkeypatch.setattr(plot, "plot_run", plot_run)
-    for line in ("demo", "demo --output d", "plot r", "plot r --output f.png"):
+    for line in ("demo", "demo --output d --rank 2 --seed 1", "plot r", "plot r --output f.png"):
         assert cli.main(line.split()) == 0
-    assert calls == [("demo",), ("d",), ("r", None), ("r", "f.png")]
+    assert calls == [("demo", 4, 0), ("d", 2, 1), ("r", None), ("r", "f.png")]
     assert capsys.readouterr().out == "there.png\nthere.png\n"
 
 
@@ -78,7 +78,7 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
 def test_errors_of_many_lines_are_folded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(output: str) -> None:
+    def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(demo, "run", fail)
@@ -87,7 +87,7 @@ def test_errors_of_many_lines_are_folded(
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(output: str) -> None:
+    def fail(*arguments: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(demo, "run", fail)
@@ -96,7 +96,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(output: str) -> None:
+    def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run", interrupt)

@@ -190,3 +190,16 @@ def test_broken_promises_are_listed(report):
     broken = dataclasses.replace(report, digests=("a", "b"), off=report.after, reloaded_equal=False)
     assert len(broken.failures) == 3
     assert "DIFFER" in str(broken)
+
+
+def test_ctrl_c_while_it_learns_ends_the_demo(tmp_path, monkeypatch):
+    history = nplora.Trainer.fit
+
+    def interrupted(trainer, *arguments, **options):
+        return dataclasses.replace(
+            history(trainer, *arguments, **(options | {"epochs": 1})), ended="interrupted"
+        )
+
+    monkeypatch.setattr(nplora.Trainer, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path)

@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 def _demo(arguments: argparse.Namespace) -> None:
     from nplora import demo
 
-    demo.run(arguments.output)
+    demo.run(arguments.output, arguments.rank, arguments.seed)
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -49,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", "Adapt a pretrained network of handwritten digits to a changed world.", _demo)
     demo.add_argument(
         "--output", metavar="DIR", default="demo", help="where adapter, log and plot are left (default: demo)"
+    )
+    demo.add_argument("--rank", type=int, default=4, help="of the factors (default: 4)")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
     )
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")

@@ -232,7 +232,7 @@ def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs
         own = earlier.newest is not None and earlier.newest.base == base_fingerprint(model)
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
-    trainer.fit(
+    history = trainer.fit(
         examples.new,
         examples.labels,
         epochs=epochs,
@@ -241,6 +241,8 @@ def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs
         checkpoint_every=epochs * len(examples.labels),  # never but at the beginning and at the end
         overwrite=own,
     )
+    if history.interrupted:
+        raise KeyboardInterrupt
     return time.perf_counter() - start
 
 

@@ -153,7 +153,7 @@ def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> 
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share an element; True where that would take too long to find out."""
     try:
-        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except np.exceptions.TooHardError:
         return True
 

@@ -59,8 +59,7 @@ class Case:
         self.mask = np.empty((n, d_in), self.dtype)
         _core.dropout(np.ones_like(self.mask), dropout, KEY, self.mask)
         # Up to 8 rows are computed in float whatever was asked for: they wait for memory, not for arithmetic.
-        self.rounded = compute == "bfloat16"
-        self.rounds_forward = self.rounded and n > 8
+        self.rounded = compute == "bfloat16" and n > 8
 
     def seen(self, name: str, rounded: bool) -> Array:
         value = self.w if name == "w" else self.arrays[name]
@@ -90,9 +89,9 @@ def test_lora_forward_and_backward_match_the_oracle(
     _core.lora_forward(case.weight, x, a, b, SCALE, bias, dropout, KEY, y, z)
 
     dropped = (x * case.mask).astype(np.float64)
-    x64, w64 = case.seen("x", case.rounds_forward), case.seen("w", case.rounds_forward)
-    b64 = case.seen("b", case.rounds_forward)
-    low = to_bfloat16(dropped) if case.rounds_forward else dropped
+    x64, w64 = case.seen("x", case.rounded), case.seen("w", case.rounded)
+    b64 = case.seen("b", case.rounded)
+    low = to_bfloat16(dropped) if case.rounded else dropped
     a64 = a.astype(np.float64)
     case.assert_close(z, low @ b64.T, np.abs(low) @ np.abs(b64.T), d_in)
     magnitude = (
@@ -222,3 +221,26 @@ def test_row_norms_are_summed_in_double() -> None:
     out = np.empty(7)
     _core.PackedWeight(w, "float32").row_sums_of_squares(out)
     np.testing.assert_allclose(out, (w.astype(np.float64) ** 2).sum(1), rtol=1e-13)
+
+
+def test_a_weight_without_columns_takes_no_time() -> None:
+    w = np.empty((10**11, 0), np.float32)
+    assert _core.PackedWeight(w, "float32").nbytes == 0
+
+
+def test_misaligned_arrays_are_refused() -> None:
+    w = np.ones((3, 4), np.float32)
+    odd = np.zeros(65, np.uint8)[1:].view(np.float32).reshape(4, 4)
+    with pytest.raises(ValueError, match="aligned"):
+        _core.matmul(w, odd, None, np.empty((4, 3), np.float32))
+    with pytest.raises(ValueError, match="aligned"):
+        _core.merge_lora(odd, np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), 1.0, "float32")
+
+
+def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
+    p, g = np.ones(10, np.float32), np.ones(10, np.float32)
+    for twice in ([p, p], [p[:6], p[5:]]):
+        grads = [g[: len(array)] for array in twice]
+        with pytest.raises(ValueError, match="overlap"):
+            _core.sgd_step(twice, grads, None, [0.1] * 2, [0.0] * 2, 0.0, False, 1.0)
+    assert (p == 1).all()

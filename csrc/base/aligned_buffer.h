@@ -29,26 +29,4 @@ class AlignedBuffer {
   size_t bytes_ = 0;
 };
 
-// What a thread needs a buffer for. Buffers of different uses are live at the same time.
-enum class Scratch {
-  kLanesIn,
-  kLanesLow,
-  kLanesOut,
-  kWeight,
-  kLowRank,
-  kDropped,
-  kDroppedLanes,
-  kPairing,
-  kCount
-};
-
-// n elements of this thread's scratch memory for one use. It is kept for the next call and grows only: no
-// allocation after the first call of a shape. The contents are undefined.
-void* scratch_bytes(Scratch use, size_t bytes);
-
-template <class T>
-T* scratch(Scratch use, size_t n) {
-  return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
-}
-
 }  // namespace nplora

@@ -1,9 +1,8 @@
 #include "base/parallel.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdlib>
 #include <exception>
 #include <string>
@@ -22,30 +21,38 @@ namespace {
 
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
-std::atomic<bool> forked{false};
-const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// About 5 µs of arithmetic on one core, which is what starting a parallel region costs.
+// About 5 µs of arithmetic on one core, which is what waking a worker costs.
 constexpr double kOperationsPerThread = 5e5;
 
-// Tasks are handed out one by one from a shared counter; the first exception stops the rest.
+// Tasks are handed out one by one from a shared counter; the first exception stops the rest. All threads compute in
+// the floating-point environment of the caller (rounding, flushing of subnormals), or results would depend on who
+// took a task.
 class TaskRun {
  public:
   TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
       : tasks_(tasks),
         hook_(interruptible == Interruptible::kYes ? interrupt_hook.load() : nullptr),
         body_(body),
-        context_(context) {}
+        context_(context) {
+    std::fegetenv(&environment_);
+  }
 
   void work(bool calling_thread) noexcept {
+    std::fenv_t own;
+    if (!calling_thread) {
+      std::fegetenv(&own);
+      std::fesetenv(&environment_);
+    }
     try {
       for (size_t task; !stop_ && (task = next_++) < tasks_;) {
         body_(context_, task);
-        if (calling_thread && hook_ && hook_()) throw Interrupted();
+        if (calling_thread && hook_) poll();
       }
     } catch (...) {
       if (!stop_.exchange(true)) error_ = std::current_exception();
     }
+    if (!calling_thread) std::fesetenv(&own);
   }
 
   void rethrow() const {
@@ -53,10 +60,19 @@ class TaskRun {
   }
 
  private:
+  // The hook may run a signal handler, and that may do anything.
+  void poll() const {
+    if (hook_()) throw Interrupted();
+    if (forked() && !forked_before_)
+      throw std::runtime_error("the process was forked by a signal handler inside a call");
+  }
+
   const size_t tasks_;
   bool (*const hook_)();
   void (*const body_)(const void*, size_t);
   const void* const context_;
+  const bool forked_before_ = forked();
+  std::fenv_t environment_;
   std::atomic<size_t> next_{0};
   std::atomic<bool> stop_{false};
   std::exception_ptr error_;
@@ -83,6 +99,19 @@ Backend backend() {
   return chosen;
 }
 
+// What OMP_NUM_THREADS and threadpoolctl allow; without OpenMP, the variable is read here.
+size_t most_threads() {
+#ifdef _OPENMP
+  return static_cast<size_t>(std::max(1, omp_get_max_threads()));
+#else
+  static const long asked = [] {
+    const char* variable = std::getenv("OMP_NUM_THREADS");
+    return variable == nullptr ? 0 : std::strtol(variable, nullptr, 10);
+  }();
+  return asked > 0 ? static_cast<size_t>(asked) : std::max(1u, std::thread::hardware_concurrency());
+#endif
+}
+
 }  // namespace
 
 const char* parallel_backend() {
@@ -105,13 +134,8 @@ int openmp_version() {
 }
 
 size_t num_threads() {
-  if (forked) return 1;
-#ifdef _OPENMP
-  const size_t most = static_cast<size_t>(std::max(1, omp_get_max_threads()));
-#else
-  const size_t most = std::max(1u, std::thread::hardware_concurrency());
-#endif
-  const size_t limit = thread_limit;
+  if (forked()) return 1;
+  const size_t most = most_threads(), limit = thread_limit;
   return limit == 0 ? most : std::min(limit, most);
 }
 
@@ -130,7 +154,7 @@ void detail::run_tasks(size_t tasks, size_t threads, Interruptible interruptible
     run.work(true);
   } else if (backend() == Backend::kPool) {
     run_on_pool(
-        threads - 1, [](void* tasks, bool calling) { static_cast<TaskRun*>(tasks)->work(calling); }, &run);
+        threads - 1, [](void* self, bool calling) { static_cast<TaskRun*>(self)->work(calling); }, &run);
   } else {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (!omp_in_parallel())

@@ -12,8 +12,7 @@ struct Interrupted : std::runtime_error {
 };
 
 // Our own limit; 0 means none. The number used is the smaller of it and omp_get_max_threads(), so that
-// OMP_NUM_THREADS and threadpoolctl are honoured, and 1 in a forked child (OpenMP's workers do not survive a
-// fork).
+// OMP_NUM_THREADS and threadpoolctl are honoured, and always 1 in a forked child, where threads do not survive.
 void set_thread_limit(size_t n);
 size_t num_threads();
 

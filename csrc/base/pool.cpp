@@ -1,7 +1,11 @@
 #include "base/pool.h"
 
+#include <pthread.h>
+#include <signal.h>
+
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -12,11 +16,12 @@ namespace nplora {
 
 namespace {
 
-thread_local bool is_worker = false;
+std::atomic<bool> in_child{false};
+// Where the system has no memory left for the registration, forked children may hang; nothing else depends on it.
+[[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 
-// How often an idle thread looks before it sleeps: about 20 µs, less than a wake-up costs and less than a
-// time slice.
-constexpr int kSpins = 2000;
+// How long an idle thread looks before it sleeps: about what a wake-up costs.
+constexpr auto kSpinTime = std::chrono::microseconds(20);
 
 void pause() {
 #if defined(__x86_64__)
@@ -24,6 +29,17 @@ void pause() {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
+}
+
+// Looks until done() or for kSpinTime; returns done().
+template <class Done>
+bool spin(const Done& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < 32; ++i, pause())
+      if (done()) return true;
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
 }
 
 struct Job {
@@ -37,52 +53,49 @@ class Pool {
  public:
   void run(size_t helpers, void (*work)(void*, bool), void* context) {
     Job job{work, context, helpers};
-    open(&job);
+    open(&job, helpers);
     work(context, true);
-    close(&job);
+    if (!forked()) close(&job);  // a child has neither the workers nor, perhaps, the mutex in order
   }
 
  private:
-  void open(Job* job) {
+  void open(Job* job, size_t helpers) {
     {
       const std::lock_guard lock(mutex_);
-      start_workers(job->places);
+      start_workers(helpers);
       jobs_.push_back(job);
       open_jobs_.store(jobs_.size(), std::memory_order_release);
     }
-    for (size_t i = 0; i < job->places; ++i) wake_.notify_one();
+    for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
   }
 
   void close(Job* job) {
-    std::unique_lock lock(mutex_);
-    jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
-    open_jobs_.store(jobs_.size(), std::memory_order_release);
-    lock.unlock();
-    for (int i = 0; job->working.load(std::memory_order_acquire) > 0; ++i) {
-      if (i < kSpins) {
-        pause();
-      } else {
-        lock.lock();
-        done_.wait(lock, [&] { return job->working.load(std::memory_order_acquire) == 0; });
-        return;
-      }
+    {
+      const std::lock_guard lock(mutex_);
+      jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
+      open_jobs_.store(jobs_.size(), std::memory_order_release);
     }
-    // A worker that has counted itself out may still hold the mutex to wake us: the job must outlive that.
-    lock.lock();
+    const auto all_returned = [job] { return job->working.load(std::memory_order_acquire) == 0; };
+    if (spin(all_returned)) return;
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, all_returned);
   }
 
-  // A system that refuses a thread costs speed, nothing else.
+  // A system that refuses a thread costs speed, nothing else. Workers take no signals: those are the program's.
   void start_workers(size_t wanted) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
     } catch (const std::system_error&) {
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  void serve() {
-    is_worker = true;
+  [[noreturn]] void serve() {
     for (;;) {
-      for (int i = 0; i < kSpins && open_jobs_.load(std::memory_order_acquire) == 0; ++i) pause();
+      spin([this] { return open_jobs_.load(std::memory_order_acquire) > 0; });
       std::unique_lock lock(mutex_);
       Job* job = nullptr;
       wake_.wait(lock, [&] { return (job = next_job()) != nullptr; });
@@ -111,8 +124,11 @@ class Pool {
 
 }  // namespace
 
+bool forked() {
+  return in_child;
+}
+
 void run_on_pool(size_t helpers, void (*work)(void*, bool), void* context) {
-  if (helpers == 0 || is_worker) return work(context, true);
   static Pool* const pool = new Pool;  // never destroyed: its threads outlive static destruction
   pool->run(helpers, work, context);
 }

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -22,6 +23,21 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// Runs f without the GIL. No gil_scoped_release: while the interpreter shuts down, taking the GIL back ends a daemon
+// thread by a forced unwind, which must not meet a destructor or a catch.
+template <class F>
+void without_gil(const F& f) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    f();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
+}
+
 inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -33,6 +49,10 @@ void require_shape(const char* name, const Array<T>& array, size_t rows, size_t 
       std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
 }
 
+inline void require_aligned(const py::array& array) {
+  require(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_, "expected an aligned array");
+}
+
 template <class T>
 void require_size(const char* name, const Array<T>& array, size_t n) {
   require(size_t(array.size()) == n, std::string(name) + " must have " + std::to_string(n) + " elements");
@@ -41,6 +61,7 @@ void require_size(const char* name, const Array<T>& array, size_t n) {
 template <class T>
 Matrix<const T> read(const Array<T>& array) {
   require(array.ndim() == 2, "expected an array with 2 axes");
+  require_aligned(array);
   const size_t cols = size_t(array.shape(1));
   return {array.data(), size_t(array.shape(0)), cols, cols};
 }
@@ -49,6 +70,7 @@ Matrix<const T> read(const Array<T>& array) {
 template <class T>
 Matrix<T> write(Array<T>& array) {
   require(array.ndim() == 2, "expected an array with 2 axes");
+  require_aligned(array);
   const size_t cols = size_t(array.shape(1));
   return {array.mutable_data(), size_t(array.shape(0)), cols, cols};
 }

@@ -14,8 +14,7 @@ void register_functions(py::module_& m) {
         require(probability >= 0 && probability < 1, "probability must be at least 0 and below 1");
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
-        py::gil_scoped_release release;
-        dropout(size_t(x.size()), x.data(), probability, key, to);
+        without_gil([&] { dropout(size_t(x.size()), x.data(), probability, key, to); });
       },
       arg("x").noconvert(), arg("probability"), arg("key"), arg("out").noconvert(),
       "out = x / (1 - probability) where kept, else 0");
@@ -24,8 +23,7 @@ void register_functions(py::module_& m) {
       [](const Array<T>& x, bool tanh, Array<T> out) {
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
-        py::gil_scoped_release release;
-        gelu(size_t(x.size()), x.data(), tanh, to);
+        without_gil([&] { gelu(size_t(x.size()), x.data(), tanh, to); });
       },
       arg("x").noconvert(), arg("tanh"), arg("out").noconvert(), "out = x Phi(x)");
   m.def(
@@ -34,16 +32,15 @@ void register_functions(py::module_& m) {
         require_size("dy", dy, size_t(x.size()));
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
-        py::gil_scoped_release release;
-        gelu_backward(size_t(x.size()), x.data(), dy.data(), tanh, to);
+        without_gil([&] { gelu_backward(size_t(x.size()), x.data(), dy.data(), tanh, to); });
       },
       arg("x").noconvert(), arg("dy").noconvert(), arg("tanh"), arg("out").noconvert(), "out = dy gelu'(x)");
 }
 
-bool is_bfloat16(const std::string& name) {
+Storage storage_of_bits(const std::string& name) {
   const Storage storage = storage_of(name);
   require(bytes_per_element(storage) == 2, "storage must be 'bfloat16' or 'float16'");
-  return storage == Storage::kBfloat16;
+  return storage;
 }
 
 }  // namespace
@@ -54,17 +51,21 @@ void register_elementwise(py::module_& m) {
   register_functions<double>(m);
   m.def(
       "widen",
-      [](const Array<uint16_t>& bits, const std::string& storage, Array<float> out) {
+      [](const Array<uint16_t>& bits, const std::string& name, Array<float> out) {
+        const Storage storage = storage_of_bits(name);
         require_size("out", out, size_t(bits.size()));
-        widen_bits(size_t(bits.size()), bits.data(), is_bfloat16(storage), out.mutable_data());
+        float* to = out.mutable_data();
+        without_gil([&] { widen_bits(size_t(bits.size()), bits.data(), storage, to); });
       },
       arg("bits").noconvert(), arg("storage"), arg("out").noconvert(),
       "bit patterns of a 16-bit format to float32");
   m.def(
       "narrow",
-      [](const Array<float>& values, const std::string& storage, Array<uint16_t> out) {
+      [](const Array<float>& values, const std::string& name, Array<uint16_t> out) {
+        const Storage storage = storage_of_bits(name);
         require_size("out", out, size_t(values.size()));
-        narrow_bits(size_t(values.size()), values.data(), is_bfloat16(storage), out.mutable_data());
+        uint16_t* to = out.mutable_data();
+        without_gil([&] { narrow_bits(size_t(values.size()), values.data(), storage, to); });
       },
       arg("values").noconvert(), arg("storage"), arg("out").noconvert(),
       "float32 to bit patterns, to nearest even");

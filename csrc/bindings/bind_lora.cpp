@@ -30,8 +30,7 @@ void bind_forward(const WeightView& w, const Array<T>& x, const LowRank<T>& low,
   require_shape("x", x, from.rows, w.d_in);
   require_shape("out", y, from.rows, w.d_out);
   const Matrix<T> to = write(y);
-  py::gil_scoped_release release;
-  lora_forward(w, from, low, bias, to, z);
+  without_gil([&] { lora_forward(w, from, low, bias, to, z); });
 }
 
 template <class T>
@@ -48,8 +47,7 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out)
   require_shape("dy", dy, from.rows, w.d_out);
   require_shape("out", out, from.rows, w.d_in);
   const Matrix<T> to = write(out);
-  py::gil_scoped_release release;
-  lora_backward<T>(w, from, {}, {}, {}, to, {}, {});
+  without_gil([&] { lora_backward<T>(w, from, {}, {}, {}, to, {}, {}); });
 }
 
 template <class T>
@@ -80,8 +78,7 @@ void backward(const WeightArgument<T>& weight, const Array<T>& dy, const std::op
   const Matrix<const T> inputs = x ? read(*x) : Matrix<const T>{};
   const Matrix<const T> zs = read(z);
   const Matrix<T> to_dx = write(dx), to_da = write(da), to_db = write(db);
-  py::gil_scoped_release release;
-  lora_backward(w, from, inputs, zs, low, to_dx, to_da, to_db);
+  without_gil([&] { lora_backward(w, from, inputs, zs, low, to_dx, to_da, to_db); });
 }
 
 template <class T>
@@ -90,8 +87,7 @@ void outer(const Array<T>& a, const Array<T>& b, double scale, Array<T> out) {
   require(left.rows == right.rows, "a and b must have the same number of rows");
   require_shape("out", out, left.cols, right.cols);
   const Matrix<T> to = write(out);
-  py::gil_scoped_release release;
-  add_outer(left, right, scale, to);
+  without_gil([&] { add_outer(left, right, scale, to); });
 }
 
 // The rows of an array that is written in place: contiguous rows, any distance from one to the next.
@@ -99,6 +95,7 @@ template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");
   const py::ssize_t rows = array.shape(0), cols = array.shape(1), size = sizeof(T);
+  require_aligned(array);
   if (array.size() == 0) return {array.mutable_data(), size_t(rows), size_t(cols), size_t(cols)};
   require(cols <= 1 || array.strides(1) == size, "the rows of w must be contiguous");
   const py::ssize_t stride = rows <= 1 ? cols * size : array.strides(0);
@@ -116,11 +113,12 @@ void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale,
   const Matrix<const F> left = read(a), right = read(b);
   require_shape("a", a, to.rows, right.rows);
   require_shape("b", b, left.cols, to.cols);
-  py::gil_scoped_release release;
-  if constexpr (sizeof(T) == 2)
-    merge_lora(to, storage, left, right, scale);
-  else
-    merge_lora(to, left, right, scale);
+  without_gil([&] {
+    if constexpr (sizeof(T) == 2)
+      merge_lora(to, storage, left, right, scale);
+    else
+      merge_lora(to, left, right, scale);
+  });
 }
 
 template <class T>

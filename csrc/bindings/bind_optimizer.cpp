@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "bindings/arrays.h"
@@ -10,6 +12,19 @@ namespace {
 
 template <class T>
 using Arrays = std::vector<Array<T>>;
+
+// Buffers that are written must not overlap: two threads may be at work on them.
+template <class T>
+void require_apart(const std::vector<Trained<T>>& all) {
+  std::vector<std::pair<const T*, size_t>> written;
+  for (const auto& one : all)
+    for (const T* data : {one.value, one.first, one.second})
+      if (data) written.emplace_back(data, one.n);
+  std::sort(written.begin(), written.end());
+  for (size_t i = 1; i < written.size(); ++i)
+    require(written[i - 1].first + written[i - 1].second <= written[i].first,
+            "two buffers of the step overlap");
+}
 
 // The buffers of one step, checked against each other. second is null for SGD, first too where there is no
 // momentum.
@@ -30,9 +45,12 @@ std::vector<Trained<T>> collect(Arrays<T>& values, const Arrays<T>& grads, Array
       return (*arrays)[i].mutable_data();
     };
     require_size("a gradient", grads[i], n);
+    require_aligned(values[i]);
+    require_aligned(grads[i]);
     all.push_back({n, values[i].mutable_data(), grads[i].data(), state(first), state(second), lrs[i],
                    weight_decays[i]});
   }
+  require_apart(all);
   return all;
 }
 
@@ -43,8 +61,7 @@ void adamw(Arrays<T> values, const Arrays<T>& grads, Arrays<T> exp_avgs, Arrays<
   require(step >= 1, "step counts from 1");
   const auto trained = collect(values, grads, &exp_avgs, &exp_avg_sqs, lrs, weight_decays);
   const double bias1 = 1 - std::pow(beta1, step), bias2 = 1 - std::pow(beta2, step);
-  py::gil_scoped_release release;
-  adamw_step(trained, {0, beta1, beta2, eps, 0, bias1, bias2, grad_scale});
+  without_gil([&] { adamw_step(trained, {0, beta1, beta2, eps, 0, bias1, bias2, grad_scale}); });
 }
 
 template <class T>
@@ -53,16 +70,16 @@ void sgd(Arrays<T> values, const Arrays<T>& grads, std::optional<Arrays<T>> buff
          bool nesterov, double grad_scale) {
   const auto trained = collect(values, grads, buffers ? &*buffers : nullptr, static_cast<Arrays<T>*>(nullptr),
                                lrs, weight_decays);
-  py::gil_scoped_release release;
-  sgd_step(trained, {0, momentum, 0, grad_scale, nesterov});
+  without_gil([&] { sgd_step(trained, {0, momentum, 0, grad_scale, nesterov}); });
 }
 
 template <class T>
 double squares(const Arrays<T>& arrays) {
   std::vector<Span<T>> spans;
   for (const auto& array : arrays) spans.push_back({size_t(array.size()), array.data()});
-  py::gil_scoped_release release;
-  return sum_of_squares(spans);
+  double total = 0;
+  without_gil([&] { total = sum_of_squares(spans); });
+  return total;
 }
 
 template <class T>

@@ -8,12 +8,15 @@ namespace nplora::bindings {
 
 namespace {
 
-// Asked between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's
-// exception.
+unsigned long main_thread = 0;  // Python's, which alone runs signal handlers
+
+// Asked between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's exception. On
+// other threads there is nothing to ask, and taking the GIL could end a daemon thread while the interpreter shuts down.
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
-  static thread_local Clock::time_point last = Clock::now();
+  static Clock::time_point last = Clock::now();
+  if (PyThread_get_thread_ident() != main_thread) return false;
   const auto now = Clock::now();
   if (now - last < kInterval) return false;
   last = now;
@@ -46,8 +49,9 @@ py::dict config() {
 void register_runtime(py::module_& m) {
   kernels::table();  // an NPLORA_ISA or NPLORA_PARALLEL that can't be had stops the import, with the reason
   parallel_backend();
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   set_interrupt_hook(&signal_pending);
-  py::register_exception_translator([](std::exception_ptr p) {
+  py::register_local_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const Interrupted& e) {

@@ -1,4 +1,5 @@
 #include <memory>
+#include <vector>
 
 #include "bindings/arrays.h"
 
@@ -54,8 +55,9 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   require(compute == Compute::kFloat || storage != Storage::kFloat64, "a float64 weight computes in float64");
   require(fits<T>(storage), "this dtype can't be stored as " + name);
   const Matrix<const T> values = read(w);
-  py::gil_scoped_release release;
-  return std::make_unique<PackedWeight>(values, storage, compute);
+  std::unique_ptr<PackedWeight> packed;
+  without_gil([&] { packed = std::make_unique<PackedWeight>(values, storage, compute); });
+  return packed;
 }
 
 template <class T>
@@ -64,8 +66,7 @@ void unpack(const PackedWeight& w, Array<T> out) {
           std::string("a weight stored as ") + name_of(w.storage()) + " can't be unpacked to this dtype");
   require_shape("out", out, w.d_out(), w.d_in());
   const Matrix<T> to = write(out);
-  py::gil_scoped_release release;
-  w.unpack(to);
+  without_gil([&] { w.unpack(to); });
 }
 
 template <class T>
@@ -74,14 +75,13 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  const int64_t* id = ids.data();
+  const std::vector<int64_t> id(ids.data(), ids.data() + n);  // a copy: nobody writes to it after the check
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())
       throw py::index_error("row " + std::to_string(id[i]) + " is out of range for a weight of " +
                             std::to_string(w.d_out()) + " rows");
   const Matrix<T> to = write(out);
-  py::gil_scoped_release release;
-  w.gather_rows(id, to);
+  without_gil([&] { w.gather_rows(id.data(), to); });
 }
 
 }  // namespace
@@ -110,8 +110,7 @@ void register_weight(py::module_& m) {
           [](const PackedWeight& w, Array<double> out) {
             require_size("out", out, w.d_out());
             double* to = out.mutable_data();
-            py::gil_scoped_release release;
-            w.row_sums_of_squares(to);
+            without_gil([&] { w.row_sums_of_squares(to); });
           },
           py::arg("out").noconvert());
 }

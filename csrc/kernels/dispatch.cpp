@@ -9,10 +9,11 @@
 
 namespace nplora::kernels {
 
+// The units that the build holds (CMakeLists.txt).
 extern const KernelTable k_generic_table;
-#if defined(__x86_64__)
+#if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
-#elif defined(__aarch64__)
+#elif defined(NPLORA_AARCH64)
 extern const KernelTable k_neon_table;
 #endif
 
@@ -29,11 +30,11 @@ const Choice* choices(size_t* count) {
   using simd::cpu;
   static const Choice all[] = {
       {&k_generic_table, true, ""},
-#if defined(__x86_64__)
+#if defined(NPLORA_X86_64)
       {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
       {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
       {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL and BF16"},
-#elif defined(__aarch64__)
+#elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
 #endif
   };

@@ -17,5 +17,5 @@ inline constexpr size_t kDotRows = 4, kDotTokens = 2;
 
 namespace nplora::kernels {
 extern const KernelTable k_avx2_table;
-const KernelTable k_avx2_table = avx2::make_table("avx2");
+constinit const KernelTable k_avx2_table = avx2::make_table("avx2");
 }  // namespace nplora::kernels

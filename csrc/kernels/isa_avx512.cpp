@@ -17,5 +17,5 @@ inline constexpr size_t kDotRows = 4, kDotTokens = 4;
 
 namespace nplora::kernels {
 extern const KernelTable k_avx512_table;
-const KernelTable k_avx512_table = avx512::make_table("avx512");
+constinit const KernelTable k_avx512_table = avx512::make_table("avx512");
 }  // namespace nplora::kernels

@@ -18,5 +18,5 @@ inline constexpr size_t kDotRows = 4, kDotTokens = 4;
 
 namespace nplora::kernels {
 extern const KernelTable k_avx512bf16_table;
-const KernelTable k_avx512bf16_table = avx512bf16::make_table("avx512bf16");
+constinit const KernelTable k_avx512bf16_table = avx512bf16::make_table("avx512bf16");
 }  // namespace nplora::kernels

@@ -17,5 +17,5 @@ inline constexpr size_t kDotRows = 4, kDotTokens = 2;
 
 namespace nplora::kernels {
 extern const KernelTable k_generic_table;
-const KernelTable k_generic_table = generic::make_table("generic");
+constinit const KernelTable k_generic_table = generic::make_table("generic");
 }  // namespace nplora::kernels

@@ -17,5 +17,5 @@ inline constexpr size_t kDotRows = 4, kDotTokens = 4;
 
 namespace nplora::kernels {
 extern const KernelTable k_neon_table;
-const KernelTable k_neon_table = neon::make_table("neon");
+constinit const KernelTable k_neon_table = neon::make_table("neon");
 }  // namespace nplora::kernels

@@ -50,8 +50,8 @@ inline constexpr size_t kSteps = 1;
 template <>
 inline constexpr size_t kSteps<Bf16Pair> = 2;
 
-// The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order, one fused
-// multiply-add an element: a result does not depend on tile sizes, on blocking or on the number of threads.
+// The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
+// multiply-adds where the instruction set has them): a result does not depend on tile sizes, on blocking or on threads.
 template <class E>
 struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
@@ -67,6 +67,17 @@ struct Tiles {
   // Columns lie in the SIMD lanes, a is broadcast.
   void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
                      size_t c_stride, bool accumulate);
+};
+
+struct AdamWCoefficients {
+  double lr, beta1, beta2, eps, weight_decay;
+  double bias1, bias2;  // 1 - beta1^t, 1 - beta2^t
+  double grad_scale;
+};
+
+struct SgdCoefficients {
+  double lr, momentum, weight_decay, grad_scale;
+  bool nesterov;
 };
 
 template <class T>
@@ -88,11 +99,11 @@ struct Products : Tiles<T> {
 
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
   // by grad_scale.
-  void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const struct AdamWCoefficients& k);
+  void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);
 
   // g = grad_scale * g + weight_decay * p; buf = momentum * buf + g; p -= lr * (nesterov ? g + momentum * buf : buf).
   // buf may be null where momentum is 0.
-  void (*sgd)(size_t n, T* p, const T* g, T* buf, const struct SgdCoefficients& k);
+  void (*sgd)(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k);
 
   // Sum of squares, in double, in a fixed order.
   double (*sum_of_squares)(size_t n, const T* x);
@@ -100,16 +111,6 @@ struct Products : Tiles<T> {
   // out = keep(seed, first + i) ? x * factor : 0 with Philox4x32-10: element i is dropped where its 32 bits <
   // threshold.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
-};
-
-struct AdamWCoefficients {
-  double lr, beta1, beta2, eps, weight_decay, bias1, bias2,
-      grad_scale;  // bias1 = 1 - beta1^t, bias2 = 1 - beta2^t
-};
-
-struct SgdCoefficients {
-  double lr, momentum, weight_decay, grad_scale;
-  bool nesterov;
 };
 
 // To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and

@@ -1,10 +1,10 @@
 // The products and the transposes around them: one body for every instruction set. See kernel_table.h for the contract.
 //
 // The unit gives its tile sizes:
-//   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fill the register file;
+//   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
 //   kTileTokens  rows of a in outer_tile: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
 //   kDotRows, kDotTokens  of dot_panel: their product in accumulators, one vector of x for each token, and one of w.
-// All leave at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
+// Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "base/parallel.h"
-#include "kernels/kernel_table.h"
-#include "ops/lora.h"
+#include "base/range.h"
+#include "ops/dropout.h"
 
 namespace nplora {
 
@@ -13,33 +13,40 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
+// What one element costs, in the operations that useful_threads counts.
+constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 2;
+
 template <class Body>
 void for_pieces(size_t n, double operations_per_element, const Body& body) {
-  parallel_for((n + kElementsPerTask - 1) / kElementsPerTask,
-               useful_threads(operations_per_element * double(n)), Interruptible::kYes, [&](size_t task) {
-                 const size_t first = task * kElementsPerTask;
-                 body(first, std::min(kElementsPerTask, n - first));
+  parallel_for(ceil_div(n, kElementsPerTask), useful_threads(operations_per_element * double(n)),
+               Interruptible::kYes, [&](size_t task) {
+                 const Range piece = nth_block(n, kElementsPerTask, task);
+                 body(piece.first, piece.count);
                });
 }
 
-constexpr double kErfOperations = 40;
 constexpr double kInverseRoot2 = 0.70710678118654752440, kInverseRoot2Pi = 0.39894228040143267794;
 constexpr double kTanhFactor = 0.79788456080286535588, kTanhCubic = 0.044715;  // sqrt(2 / pi)
 
+// The share of x that passes: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Neither form cancels for x < 0.
 template <class T>
-T gelu_of(T x, bool tanh) {
-  if (!tanh) return T(0.5) * x * (1 + std::erf(x * T(kInverseRoot2)));
-  return T(0.5) * x * (1 + std::tanh(T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
+T gate(T x, bool tanh) {
+  if (!tanh) return T(0.5) * std::erfc(-x * T(kInverseRoot2));
+  return 1 / (1 + std::exp(-2 * T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
 }
 
-// Beyond |x| = 40 the slope is 0 or 1 in float and double alike, while x² may overflow.
+// Beyond |x| = 40 the gate is 0 or 1 in float and double alike, while x² and x³ may overflow.
+template <class T>
+T gelu_of(T x, bool tanh) {
+  return x < T(-40) ? T(0) : x * gate(std::min(x, T(40)), tanh);
+}
+
 template <class T>
 T gelu_slope(T x, bool tanh) {
   x = std::clamp(x, T(-40), T(40));
-  if (!tanh)
-    return T(0.5) * (1 + std::erf(x * T(kInverseRoot2))) + x * T(kInverseRoot2Pi) * std::exp(T(-0.5) * x * x);
-  const T t = std::tanh(T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x));
-  return T(0.5) * (1 + t) + T(0.5) * x * (1 - t * t) * T(kTanhFactor) * (1 + 3 * T(kTanhCubic) * x * x);
+  const T g = gate(x, tanh);
+  if (!tanh) return g + x * T(kInverseRoot2Pi) * std::exp(T(-0.5) * x * x);
+  return g + x * g * (1 - g) * 2 * T(kTanhFactor) * (1 + 3 * T(kTanhCubic) * x * x);
 }
 
 }  // namespace
@@ -60,21 +67,19 @@ void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out) {
 
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out) {
-  const Mask mask = mask_of(probability);
-  for_pieces(n, kErfOperations, [&](size_t first, size_t count) {
-    kernels::table().products<T>().dropout(count, key, first, mask.threshold, T(mask.factor), x + first,
-                                           out + first);
+  for_pieces(n, kPhiloxOperations, [&](size_t first, size_t count) {
+    drop_rows<T>(probability, key, 0, first, 0, {x + first, 1, count, count}, {out + first, 1, count, count});
   });
 }
 
-void widen_bits(size_t n, const uint16_t* from, bool bfloat16, float* to) {
-  const kernels::Conversions& convert = kernels::table().convert;
-  (bfloat16 ? convert.widen_bfloat16 : convert.widen_float16)(n, from, to);
+void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to) {
+  for_pieces(n, kConversionOperations,
+             [&](size_t first, size_t count) { widen(storage, count, from + first, to + first); });
 }
 
-void narrow_bits(size_t n, const float* from, bool bfloat16, uint16_t* to) {
-  const kernels::Conversions& convert = kernels::table().convert;
-  (bfloat16 ? convert.narrow_bfloat16 : convert.narrow_float16)(n, from, to);
+void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to) {
+  for_pieces(n, kConversionOperations,
+             [&](size_t first, size_t count) { narrow(storage, count, from + first, to + first); });
 }
 
 #define NPLORA_INSTANTIATE(T)                                        \

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ops/storage.h"
+
 namespace nplora {
 
 // out (n) = x Phi(x), exactly by erf, or by the tanh formula (Hendrycks & Gimpel 2016).
@@ -19,7 +21,7 @@ template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 
 // Between float and the bit patterns of a 16-bit format.
-void widen_bits(size_t n, const uint16_t* from, bool bfloat16, float* to);
-void narrow_bits(size_t n, const float* from, bool bfloat16, uint16_t* to);
+void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to);
+void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to);
 
 }  // namespace nplora

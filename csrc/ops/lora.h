@@ -34,11 +34,4 @@ void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, M
 template <class T>
 void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out);
 
-// The mask of dropout as the kernels take it.
-struct Mask {
-  uint32_t threshold;
-  double factor;
-};
-Mask mask_of(double probability);
-
 }  // namespace nplora

@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "base/parallel.h"
+#include "base/range.h"
+#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -20,15 +22,13 @@ constexpr size_t kTileColumns = 8 * kPanelColumns;
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);
-  parallel_for((a.rows + kRowsPerTask - 1) / kRowsPerTask, useful_threads(work), Interruptible::kNo,
-               [&](size_t task) {
-                 const size_t first = task * kRowsPerTask, rows = std::min(kRowsPerTask, a.rows - first);
-                 T* scaled = scratch<T>(Scratch::kLowRank, rows * a.cols);
-                 for (size_t i = 0; i < rows; ++i)
-                   for (size_t j = 0; j < a.cols; ++j)
-                     scaled[i * a.cols + j] = T(scale) * a.row(first + i)[j];
-                 body(first, rows, scaled);
-               });
+  parallel_for(ceil_div(a.rows, kRowsPerTask), useful_threads(work), Interruptible::kNo, [&](size_t task) {
+    const size_t first = task * kRowsPerTask, rows = std::min(kRowsPerTask, a.rows - first);
+    T* scaled = scratch<T>(Scratch::kFactor, rows * a.cols);
+    for (size_t i = 0; i < rows; ++i)
+      for (size_t j = 0; j < a.cols; ++j) scaled[i * a.cols + j] = T(scale) * a.row(first + i)[j];
+    body(first, rows, scaled);
+  });
 }
 
 // c (rows, cols) += scaled (rows, r) b[:, first_col : first_col + cols].
@@ -59,18 +59,17 @@ template void merge_lora(Matrix<double>, Matrix<const double>, Matrix<const doub
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
                 double scale) {
   if (scale == 0) return;
-  const kernels::KernelTable& k = kernels::table();
-  const auto widen = storage == Storage::kBfloat16 ? k.convert.widen_bfloat16 : k.convert.widen_float16;
-  const auto narrow = storage == Storage::kBfloat16 ? k.convert.narrow_bfloat16 : k.convert.narrow_float16;
+  const Products<float>& k = kernels::table().f32;
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const float* scaled) {
-    float* tile = scratch<float>(Scratch::kWeight, k.f32.tile_tokens * kTileColumns);
-    for (size_t i = 0; i < rows; i += k.f32.tile_tokens)
+    float* tile = scratch<float>(Scratch::kWeight, k.tile_tokens * kTileColumns);
+    for (size_t i = 0; i < rows; i += k.tile_tokens)
       for (size_t c = 0; c < w.cols; c += kTileColumns) {
-        const size_t height = std::min(k.f32.tile_tokens, rows - i),
-                     width = std::min(kTileColumns, w.cols - c);
-        for (size_t j = 0; j < height; ++j) widen(width, w.row(first + i + j) + c, tile + j * kTileColumns);
-        add_product(k.f32, height, scaled + i * b.rows, b, c, width, tile, kTileColumns);
-        for (size_t j = 0; j < height; ++j) narrow(width, tile + j * kTileColumns, w.row(first + i + j) + c);
+        const size_t height = std::min(k.tile_tokens, rows - i), width = std::min(kTileColumns, w.cols - c);
+        for (size_t j = 0; j < height; ++j)
+          widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
+        add_product(k, height, scaled + i * b.rows, b, c, width, tile, kTileColumns);
+        for (size_t j = 0; j < height; ++j)
+          narrow(storage, width, tile + j * kTileColumns, w.row(first + i + j) + c);
       }
   });
 }

@@ -1,11 +1,9 @@
 #include "ops/weight.h"
 
 #include <algorithm>
-#include <cstring>
-#include <stdexcept>
-#include <type_traits>
 
 #include "base/parallel.h"
+#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -13,54 +11,17 @@ using kernels::Bf16Pair;
 using kernels::kPanelColumns;
 using kernels::Panels;
 
-size_t bytes_per_element(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat32:
-      return 4;
-    case Storage::kFloat64:
-      return 8;
-    case Storage::kBfloat16:
-    case Storage::kFloat16:
-      return 2;
-  }
-  throw std::logic_error("unknown storage");
-}
-
 namespace {
 
 constexpr size_t kRowsPerTask = 64;
 
-// n elements of storage at `from` to T.
-template <class T>
-void widen(Storage storage, size_t n, const void* from, T* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    const kernels::Conversions& convert = kernels::table().convert;
-    const auto* bits = static_cast<const uint16_t*>(from);
-    if (storage == Storage::kFloat32) return void(std::memcpy(to, from, n * sizeof(T)));
-    if (storage == Storage::kBfloat16) return convert.widen_bfloat16(n, bits, to);
-    if (storage == Storage::kFloat16) return convert.widen_float16(n, bits, to);
-  } else if (bytes_per_element(storage) == sizeof(T)) {  // double, or the bit patterns themselves
-    return void(std::memcpy(to, from, n * sizeof(T)));
-  }
-  throw std::logic_error("storage and compute type do not fit");
+// In bytes, where element (row, col) of packed W lies, col a multiple of kPanelColumns.
+size_t packed_offset(const WeightView& w, size_t row, size_t col) {
+  const size_t width = std::min(kPanelColumns, w.d_in - col);
+  return (col * w.d_out + row * width) * bytes_per_element(w.storage);
 }
 
-template <class T>
-void narrow(Storage storage, size_t n, const T* from, void* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    const kernels::Conversions& convert = kernels::table().convert;
-    auto* bits = static_cast<uint16_t*>(to);
-    if (storage == Storage::kFloat32) return void(std::memcpy(to, from, n * sizeof(T)));
-    if (storage == Storage::kBfloat16) return convert.narrow_bfloat16(n, from, bits);
-    if (storage == Storage::kFloat16) return convert.narrow_float16(n, from, bits);
-  } else if (bytes_per_element(storage) == sizeof(T)) {
-    return void(std::memcpy(to, from, n * sizeof(T)));
-  }
-  throw std::logic_error("storage and compute type do not fit");
-}
-
-// Where element (row, col) of W lies, col a multiple of kPanelColumns, and how far the next row of that panel
-// is.
+// Where element (row, col) of W lies, col a multiple of kPanelColumns, and how far the next row of that panel is.
 struct Place {
   const char* at;
   size_t row_stride;
@@ -68,103 +29,114 @@ struct Place {
 
 Place locate(const WeightView& w, size_t row, size_t col) {
   const auto* data = static_cast<const char*>(w.data);
-  const size_t size = bytes_per_element(w.storage);
-  if (!w.packed) return {data + (row * w.row_stride + col) * size, w.row_stride};
-  const size_t width = std::min(kPanelColumns, w.d_in - col);
-  return {data + (col * w.d_out + row * width) * size, width};
+  if (w.packed) return {data + packed_offset(w, row, col), std::min(kPanelColumns, w.d_in - col)};
+  return {data + (row * w.row_stride + col) * bytes_per_element(w.storage), w.row_stride};
 }
 
-}  // namespace
+// Calls body(col, width) for each panel of a row.
+template <class Body>
+void for_panels(size_t d_in, const Body& body) {
+  for (size_t c = 0; c < d_in; c += kPanelColumns) body(c, std::min(kPanelColumns, d_in - c));
+}
 
-namespace {
+// Calls body(row) for each row of a matrix; of no columns, for none.
+template <class Body>
+void for_rows(size_t rows, size_t cols, const Body& body) {
+  if (cols == 0) return;
+  const double elements = static_cast<double>(rows) * static_cast<double>(cols);
+  parallel_for(ceil_div(rows, kRowsPerTask), useful_threads(elements), Interruptible::kYes, [&](size_t task) {
+    const Range block = nth_block(rows, kRowsPerTask, task);
+    for (size_t i = 0; i < block.count; ++i) body(block.first + i);
+  });
+}
+
+template <class T>
+void copy_row(const WeightView& w, size_t row, T* out) {
+  for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
+}
 
 // The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous.
 template <class T>
-void widen_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* out) {
-  for (size_t c = 0; c < cols; c += kPanelColumns) {
-    const size_t width = std::min(kPanelColumns, cols - c);
-    const Place from = locate(w, row, col + c);
+void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
+  for_panels(cols.count, [&](size_t c, size_t width) {
+    const Place from = locate(w, rows.first, cols.first + c);
     const size_t pitch = from.row_stride * bytes_per_element(w.storage);
     if (from.row_stride == width) {
-      widen(w.storage, rows * width, from.at, out);
+      widen(w.storage, rows.count * width, from.at, out);
     } else {
-      for (size_t i = 0; i < rows; ++i) widen(w.storage, width, from.at + i * pitch, out + i * width);
+      for (size_t i = 0; i < rows.count; ++i) widen(w.storage, width, from.at + i * pitch, out + i * width);
     }
-    out += rows * width;
-  }
-}
-
-template <class T>
-bool stored_as(const WeightView& w) {
-  return w.storage == (sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64);
+    out += rows.count * width;
+  });
 }
 
 }  // namespace
 
 template <class T>
-Panels<T> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* scratch) {
-  if (stored_as<T>(w)) {
-    const Place first = locate(w, row, col);
+Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
+  if (w.storage == (sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64)) {
+    const Place first = locate(w, rows.first, cols.first);
     const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
     return {reinterpret_cast<const T*>(first.at), first.row_stride, panel_stride};
   }
-  widen_block(w, row, rows, col, cols, scratch);
-  return {scratch, std::min(kPanelColumns, cols), rows * kPanelColumns};
+  widen_block(w, rows, cols, scratch);
+  return {scratch, std::min(kPanelColumns, cols.count), rows.count * kPanelColumns};
 }
 
 // A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, like other
 // storage, row by row with a zero behind an odd end.
 template <>
-Panels<Bf16Pair> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols,
-                       Bf16Pair* scratch) {
+Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
-  if (w.storage == Storage::kBfloat16 && w.packed && cols % kPanelColumns == 0)
-    return {reinterpret_cast<const Bf16Pair*>(locate(w, row, col).at), kPanelPairs, w.d_out * kPanelPairs};
+  if (w.storage == Storage::kBfloat16 && w.packed && cols.count % kPanelColumns == 0) {
+    const auto* first = reinterpret_cast<const Bf16Pair*>(locate(w, rows.first, cols.first).at);
+    return {first, kPanelPairs, w.d_out * kPanelPairs};
+  }
   const kernels::Conversions& convert = kernels::table().convert;
   Bf16Pair* out = scratch;
-  for (size_t c = 0; c < cols; c += kPanelColumns) {
-    const size_t width = std::min(kPanelColumns, cols - c), pairs = (width + 1) / 2;
-    for (size_t i = 0; i < rows; ++i, out += pairs) {
+  for_panels(cols.count, [&](size_t c, size_t width) {
+    const size_t pairs = ceil_div(width, 2);
+    for (size_t i = 0; i < rows.count; ++i, out += pairs) {
       float values[kPanelColumns + 1];
-      const Place from = locate(w, row + i, col + c);
-      widen(w.storage, width, from.at, values);
+      widen(w.storage, width, locate(w, rows.first + i, cols.first + c).at, values);
       values[width] = 0;
       convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(out));
     }
-  }
-  return {scratch, (std::min(kPanelColumns, cols) + 1) / 2, rows * kPanelPairs};
+  });
+  return {scratch, ceil_div(std::min(kPanelColumns, cols.count), 2), rows.count * kPanelPairs};
 }
 
 template <class T>
-Panel<T> column_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, T* scratch) {
-  const Panels<T> panels = block(w, row, rows, col, cols, scratch);
+ColumnBlock<T> column_block(const WeightView& w, Range rows, Range cols, T* scratch) {
+  const Panels<T> panels = row_block(w, rows, cols, scratch);
   return {panels.data, panels.row_stride};
 }
 
 template <>
-Panel<Bf16Pair> column_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols,
-                             Bf16Pair* scratch) {
+ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   const kernels::Conversions& convert = kernels::table().convert;
-  const Place from = locate(w, row, col);
+  const Place from = locate(w, rows.first, cols.first);
   if (w.storage == Storage::kBfloat16) {
-    convert.pair_bits(rows, cols, reinterpret_cast<const uint16_t*>(from.at), from.row_stride, scratch);
+    convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at), from.row_stride,
+                      scratch);
   } else if (w.storage == Storage::kFloat32) {
-    convert.pair_rows(rows, cols, reinterpret_cast<const float*>(from.at), from.row_stride, scratch);
+    convert.pair_rows(rows.count, cols.count, reinterpret_cast<const float*>(from.at), from.row_stride,
+                      scratch);
   } else {
     float values[2 * kPanelColumns];
-    for (size_t i = 0; i < rows; i += 2) {
-      const size_t count = std::min<size_t>(2, rows - i);
-      widen_block(w, row + i, count, col, cols, values);
-      convert.pair_rows(count, cols, values, cols, scratch + i / 2 * cols);
+    for (size_t i = 0; i < rows.count; i += 2) {
+      const Range two{rows.first + i, std::min<size_t>(2, rows.count - i)};
+      widen_block(w, two, cols, values);
+      convert.pair_rows(two.count, cols.count, values, cols.count, scratch + i / 2 * cols.count);
     }
   }
-  return {scratch, cols};
+  return {scratch, cols.count};
 }
 
-template Panels<float> block(const WeightView&, size_t, size_t, size_t, size_t, float*);
-template Panels<double> block(const WeightView&, size_t, size_t, size_t, size_t, double*);
-template Panel<float> column_block(const WeightView&, size_t, size_t, size_t, size_t, float*);
-template Panel<double> column_block(const WeightView&, size_t, size_t, size_t, size_t, double*);
+template Panels<float> row_block(const WeightView&, Range, Range, float*);
+template Panels<double> row_block(const WeightView&, Range, Range, double*);
+template ColumnBlock<float> column_block(const WeightView&, Range, Range, float*);
+template ColumnBlock<double> column_block(const WeightView&, Range, Range, double*);
 
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
@@ -173,40 +145,17 @@ PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
       d_out_(w.rows),
       d_in_(w.cols),
       buffer_(w.rows * w.cols * bytes_per_element(storage)) {
-  const WeightView to = view();
-  const size_t tasks = (d_out_ + kRowsPerTask - 1) / kRowsPerTask;
-  const double elements = static_cast<double>(d_out_) * static_cast<double>(d_in_);
-  parallel_for(tasks, useful_threads(elements), Interruptible::kYes, [&](size_t task) {
-    for (size_t i = task * kRowsPerTask; i < std::min(d_out_, (task + 1) * kRowsPerTask); ++i)
-      for (size_t c = 0; c < d_in_; c += kPanelColumns)
-        narrow(storage, std::min(kPanelColumns, d_in_ - c), w.row(i) + c,
-               const_cast<char*>(locate(to, i, c).at));
+  const WeightView packed = view();
+  for_rows(d_out_, d_in_, [&](size_t i) {
+    for_panels(d_in_, [&](size_t c, size_t width) {
+      narrow(storage, width, w.row(i) + c, buffer_.as<char>() + packed_offset(packed, i, c));
+    });
   });
 }
 
 template PackedWeight::PackedWeight(Matrix<const float>, Storage, Compute);
 template PackedWeight::PackedWeight(Matrix<const double>, Storage, Compute);
 template PackedWeight::PackedWeight(Matrix<const uint16_t>, Storage, Compute);
-
-namespace {
-
-template <class T>
-void copy_row(const WeightView& w, size_t row, T* out) {
-  for (size_t c = 0; c < w.d_in; c += kPanelColumns)
-    widen(w.storage, std::min(kPanelColumns, w.d_in - c), locate(w, row, c).at, out + c);
-}
-
-template <class Body>
-void for_rows(size_t rows, size_t cols, const Body& body) {
-  const double elements = static_cast<double>(rows) * static_cast<double>(cols);
-  parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, useful_threads(elements), Interruptible::kYes,
-               [&](size_t task) {
-                 for (size_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i)
-                   body(i);
-               });
-}
-
-}  // namespace
 
 template <class T>
 void PackedWeight::unpack(Matrix<T> out) const {
@@ -219,17 +168,16 @@ void PackedWeight::gather_rows(const int64_t* ids, Matrix<T> out) const {
 }
 
 void PackedWeight::row_sums_of_squares(double* out) const {
-  const kernels::KernelTable& k = kernels::table();
+  std::fill_n(out, d_out_, 0.0);
+  const auto sum = [&]<class T>(size_t i, T* row) {
+    copy_row(view(), i, row);
+    out[i] = kernels::table().products<T>().sum_of_squares(d_in_, row);
+  };
   for_rows(d_out_, d_in_, [&](size_t i) {
-    if (storage_ == Storage::kFloat64) {
-      auto* row = scratch<double>(Scratch::kWeight, d_in_);
-      copy_row(view(), i, row);
-      out[i] = k.f64.sum_of_squares(d_in_, row);
-    } else {
-      auto* row = scratch<float>(Scratch::kWeight, d_in_);
-      copy_row(view(), i, row);
-      out[i] = k.f32.sum_of_squares(d_in_, row);
-    }
+    if (storage_ == Storage::kFloat64)
+      sum(i, scratch<double>(Scratch::kWeight, d_in_));
+    else
+      sum(i, scratch<float>(Scratch::kWeight, d_in_));
   });
 }
 

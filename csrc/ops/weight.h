@@ -5,19 +5,18 @@
 
 #include "base/aligned_buffer.h"
 #include "base/matrix.h"
+#include "base/range.h"
 #include "kernels/kernel_table.h"
+#include "ops/storage.h"
 
 namespace nplora {
 
-enum class Storage { kFloat32, kFloat64, kBfloat16, kFloat16 };
-
-// What the products of a weight are computed in: its own float type, or pairs of bfloat16 summed in float.
+// What the products of a weight are computed in: its own float type, or (batches above kDotTokens rows) pairs of bfloat16
+// summed in float.
 enum class Compute { kFloat, kBfloat16 };
 
-size_t bytes_per_element(Storage storage);
-
-// W as the products read it. Packed: panels of kPanelColumns columns, rows contiguous inside a panel, the
-// last panel as narrow as it is (unpadded). Else row-major.
+// W as the products read it. Packed: panels of kPanelColumns columns, rows contiguous inside a panel, the last panel as
+// narrow as it is (unpadded). Else row-major.
 struct WeightView {
   Storage storage;
   bool packed;
@@ -32,36 +31,33 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in where there is none. A block must not straddle it.
+// The first column of the last, narrower panel, or d_in where there is none. A row_block must not straddle it.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
 
-// Rows [row, row + rows) and columns [col, col + cols) of W in elements E, col a multiple of kPanelColumns. In place where W is
-// stored so, else decoded into scratch (rows * cols elements). Bf16Pair pairs neighbours along a row.
+// A block of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
+// scratch (rows * cols elements). Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
 template <class E>
-kernels::Panels<E> block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, E* scratch);
+kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
-// One panel as the outer product wants it: `rows` counts along the depth, so Bf16Pair pairs neighbours down a column.
+// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. At most one panel wide.
 template <class E>
-struct Panel {
+struct ColumnBlock {
   const E* data;
   size_t row_stride;
 };
 template <class E>
-Panel<E> column_block(const WeightView& w, size_t row, size_t rows, size_t col, size_t cols, E* scratch);
+ColumnBlock<E> column_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
-// The explicit forms for pairs, defined in weight.cpp.
 template <>
-kernels::Panels<kernels::Bf16Pair> block(const WeightView&, size_t, size_t, size_t, size_t,
-                                         kernels::Bf16Pair*);
+kernels::Panels<kernels::Bf16Pair> row_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
 template <>
-Panel<kernels::Bf16Pair> column_block(const WeightView&, size_t, size_t, size_t, size_t, kernels::Bf16Pair*);
+ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
 
 class PackedWeight {
  public:
-  // From T = float or double values (rounded to the storage format), or from the bit patterns of a 16-bit
-  // format.
+  // From T = float or double values (rounded to the storage format), or from the bit patterns of a 16-bit format.
   template <class T>
   PackedWeight(Matrix<const T> w, Storage storage, Compute compute);
 

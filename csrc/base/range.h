@@ -1,0 +1,26 @@
+// Cutting n items into blocks.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+namespace nplora {
+
+constexpr size_t ceil_div(size_t a, size_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr size_t round_up(size_t a, size_t b) {
+  return ceil_div(a, b) * b;
+}
+
+struct Range {
+  size_t first, count;
+};
+
+// Block i of n items in blocks of `size`; the last may be shorter.
+constexpr Range nth_block(size_t n, size_t size, size_t i) {
+  return {i * size, std::min(size, n - i * size)};
+}
+
+}  // namespace nplora

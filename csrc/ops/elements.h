@@ -1,0 +1,52 @@
+// Activations and factors in the elements that the products compute in: as they are, or as pairs of bfloat16.
+#pragma once
+
+#include <cstddef>
+
+#include "base/matrix.h"
+#include "base/range.h"
+#include "kernels/kernel_table.h"
+#include "ops/scratch.h"
+
+namespace nplora {
+
+// The elements of E that n steps of a depth fill.
+template <class E>
+size_t depth_of(size_t n) {
+  return ceil_div(n, kernels::kSteps<E>);
+}
+
+// xt (depth, n_lanes) = x (rows, cols) transposed.
+template <class E>
+void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
+  const auto& k = kernels::table().products<kernels::Sum<E>>();
+  if constexpr (kernels::kSteps<E> == 1) {
+    k.to_lanes(n_lanes, x.rows, x.cols, x.data, x.stride, xt);
+  } else {
+    float* chunk = scratch<float>(Scratch::kPairing, kernels::kPanelColumns * n_lanes);
+    for (size_t c = 0; c < x.cols; c += kernels::kPanelColumns) {
+      const size_t cols = std::min(kernels::kPanelColumns, x.cols - c);
+      k.to_lanes(n_lanes, x.rows, cols, x.data + c, x.stride, chunk);
+      kernels::table().convert.pair_rows(cols, n_lanes, chunk, n_lanes, xt + c / 2 * n_lanes);
+    }
+  }
+}
+
+// Row-major m (rows, cols), paired along its rows, an odd end with zero: converted into scratch, or as it is.
+template <class E>
+kernels::Strided<E> elements_of(Matrix<const kernels::Sum<E>> m, Scratch use) {
+  if constexpr (kernels::kSteps<E> == 1) {
+    return {m.data, m.stride, 1};
+  } else {
+    const size_t depth = depth_of<E>(m.cols);
+    E* out = scratch<E>(use, m.rows * depth);
+    for (size_t i = 0; i < m.rows; ++i) {
+      if (m.cols % 2) out[(i + 1) * depth - 1] = E(0);
+      kernels::table().convert.narrow_bfloat16(m.cols, m.row(i),
+                                               reinterpret_cast<uint16_t*>(out + i * depth));
+    }
+    return {out, depth, 1};
+  }
+}
+
+}  // namespace nplora

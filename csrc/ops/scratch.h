@@ -1,0 +1,31 @@
+// Memory that a thread needs while it works on a task.
+#pragma once
+
+#include <cstddef>
+
+namespace nplora {
+
+// What a buffer is for. Buffers of different uses are live at the same time; none outlives its task. The most that each
+// takes, in elements, with L lanes (at most 32), 256 tokens and a rank r:
+enum class Scratch {
+  kLanes,         // x of a task's tokens, transposed: kLanesBytes, or 2 L d_in where that is more
+  kLowLanes,      // z of a task's tokens, transposed: 256 r
+  kSums,          // outputs before they are written: a few 100 KB
+  kWeight,        // a decoded block of W: 100 KB, or 48 kDotParts
+  kFactor,        // B in the elements of the product: r d_in; or dz of a task's tokens: 256 r
+  kDropped,       // rows of x after dropout: L d_in
+  kDroppedLanes,  // and those transposed: L d_in
+  kPairing,       // 48 L
+  kCount
+};
+
+// n elements of this thread's memory for one use, with undefined contents. It is kept for the next task and only grows:
+// nothing is allocated after the first call of a shape.
+void* scratch_bytes(Scratch use, size_t bytes);
+
+template <class T>
+T* scratch(Scratch use, size_t n) {
+  return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
+}
+
+}  // namespace nplora

@@ -340,3 +340,20 @@ def test_lora_backward_refuses_what_does_not_fit(
     p["fw"] = p.pop("W")
     with pytest.raises(error, match=message):
         nplora.lora_backward(**p)
+
+
+def test_outputs_that_overlap_each_other_or_the_weight_are_refused(rng: np.random.Generator) -> None:
+    W, A, B = (rng.standard_normal((4, 4), dtype=np.float32) for _ in range(3))
+    x, dy = (rng.standard_normal((4, 4), dtype=np.float32) for _ in range(2))
+    g = np.zeros((4, 4), np.float32)
+    for out, message in (
+        ((None, g, g), "dB overlaps dA"),
+        ((g, g, None), "dA overlaps dx"),
+        ((g, None, g), "dB overlaps dx"),
+        ((W, None, None), "dx overlaps fw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nplora.lora_backward(dy, x, None, W, A, B, out=out)
+    with pytest.raises(ValueError, match="out overlaps fw"):
+        nplora.lora_forward(x, W, A, B, out=W)
+    assert not g.any()

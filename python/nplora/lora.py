@@ -45,7 +45,7 @@ def lora_forward(
     rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
     a, b = _check.factors(op, A, B, d_out, d_in, dtype)
     added = None if bias is None else _check.shaped(op, "bias", bias, (d_out,), dtype)
-    readers = [("x", rows), ("A", a), ("B", b)] + ([] if added is None else [("bias", added)])
+    readers = [("x", rows), ("A", a), ("B", b), *_arrays(("bias", added), ("fw", w))]
     y = _check.output(op, "out", out, (*lead, d_out), dtype, *readers)
     z = np.empty((*lead, a.shape[1]), dtype)
     scale = _check.number(op, "scale", scale)
@@ -99,18 +99,20 @@ def lora_backward(
     else:
         z_rows = _check.shaped(op, "z", z, (*lead, rank), dtype).reshape(n, rank)
 
-    readers = (("dy", dy_rows), ("x", x_rows), ("z", z_rows), ("A", a), ("B", b))
+    taken = [("dy", dy_rows), ("x", x_rows), ("z", z_rows), ("A", a), ("B", b), *_arrays(("fw", w))]
     dx_out, da_out, db_out = _triple(op, out)
-    dx = _check.output(op, "dx", dx_out, (*lead, d_in), dtype, *readers) if need_dx else None
+    dx = _check.output(op, "dx", dx_out, (*lead, d_in), dtype, *taken) if need_dx else None
+    taken += _arrays(("dx", dx))
     da = (
         np.zeros(a.shape, dtype)
         if da_out is None
-        else _check.output(op, "dA", da_out, a.shape, dtype, *readers)
+        else _check.output(op, "dA", da_out, a.shape, dtype, *taken)
     )
+    taken.append(("dA", da))
     db = (
         np.zeros(b.shape, dtype)
         if db_out is None
-        else _check.output(op, "dB", db_out, b.shape, dtype, *readers)
+        else _check.output(op, "dB", db_out, b.shape, dtype, *taken)
     )
     dx_rows = None if dx is None else dx.reshape(n, d_in)
     _core.lora_backward(w, dy_rows, x_rows, z_rows, a, b, scale, 0.0, 0, dx_rows, da, db)
@@ -186,6 +188,11 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
     if array.ndim != 2:
         raise ValueError(f"{op}: W has {array.ndim} axes, expected 2 (d_out, d_in)")
     return array, array.shape[0], array.shape[1], array.dtype
+
+
+def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
+    """Those that are arrays: an output must not overlap them."""
+    return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 
 def _triple(

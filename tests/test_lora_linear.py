@@ -596,3 +596,33 @@ def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
     assert net.saved.nbytes == 0
     with pytest.raises(RuntimeError, match="this forward pass was inference and kept nothing"):
         net.layer.backward(y, net.saved)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scale_follows_alpha(use_rslora: bool) -> None:
+    layer = nplora.LoRALinear(np.eye(4), rank=4, alpha=8, use_rslora=use_rslora, init="gaussian", rng=0)
+    before = layer.delta_weight()
+    layer.alpha = 4
+    assert layer.scale == (2 if use_rslora else 1)
+    np.testing.assert_allclose(layer.delta_weight(), before / 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="alpha is nan"):
+        layer.alpha = float("nan")
+    layer.merge()
+    with pytest.raises(RuntimeError, match="merged"):
+        layer.alpha = 2
+
+
+@pytest.mark.parametrize("name", ["rank", "scale", "use_rslora", "use_dora", "freeze_B", "weight", "bias"])
+def test_what_would_have_half_an_effect_cannot_be_set(name: str) -> None:
+    layer = nplora.LoRALinear(np.eye(4), rank=2)
+    with pytest.raises(AttributeError, match=name):
+        setattr(layer, name, getattr(layer, name))
+
+
+def test_repr_shows_the_options() -> None:
+    layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.1, use_dora=True)
+    assert repr(layer).endswith("rank=2, alpha=16, dtype='float32', dropout=0.1, use_dora=True)")
+    layer.dropout = 0.0
+    assert "dropout" not in repr(layer)
+    with pytest.raises(ValueError, match="dropout"):
+        layer.dropout = 1.0

@@ -83,16 +83,29 @@ class LoRALinear(LoRALayer):
     ) -> None:
         op = type(self).__name__
         weight = freeze(op, W, dtype, compute)
-        self.dropout = _check.probability(op, "dropout", dropout)
-        self.use_dora, self.freeze_B = bool(use_dora), bool(freeze_B)
+        self._dropout = _check.probability(op, "dropout", dropout)
         d_out = weight.shape[0]
-        self.bias = (
+        self._bias = (
             None if bias is None else _check.shaped(op, "bias", bias, (d_out,), weight.compute_dtype).copy()
         )
         self._frozen_squares = np.empty(d_out if use_dora else 0, np.float64)  # ‖W_o‖², which never changes
         if use_dora:
             weight.packed.row_sums_of_squares(self._frozen_squares)
-        super().__init__(weight, rank, alpha, init, use_rslora, rng)
+        super().__init__(weight, rank, alpha, init, use_rslora, rng, bool(use_dora), bool(freeze_B))
+
+    @property
+    def bias(self) -> Array | None:
+        """Array (d_out,), frozen, or None."""
+        return self._bias
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of x is dropped on the low-rank path, in training only."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self._dropout = _check.probability(type(self).__name__, "dropout", value)
 
     def _start(self, rng: np.random.Generator) -> None:
         super()._start(rng)

@@ -61,8 +61,10 @@ class LoRALayer(AdapterLayer):
         m: DoRA's magnitudes (d_out,), or None.
         dA, dB, dm: their gradients, added to by `backward`; dB is None where B is frozen, dm where there is
             no m.
-        rank, alpha, use_rslora, use_dora, dropout, freeze_B: as given.
-        scale: alpha / rank, with rsLoRA alpha / sqrt(rank).
+        rank, use_rslora, use_dora, freeze_B: as given, read-only.
+        alpha: may be set; scale follows.
+        scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
+        dropout: in LoRALinear, may be set.
     """
 
     A = LiveArray[Array]()
@@ -72,9 +74,7 @@ class LoRALayer(AdapterLayer):
     dB = LiveArray[Array | None]()  # noqa: N815
     dm = LiveArray[Array | None]()
 
-    use_dora = False
-    freeze_B = False  # noqa: N815
-    dropout = 0.0
+    _dropout = 0.0
 
     def __init__(
         self,
@@ -84,32 +84,66 @@ class LoRALayer(AdapterLayer):
         init: str,
         use_rslora: bool,
         rng: np.random.Generator | int | None,
+        use_dora: bool = False,
+        freeze_B: bool = False,
     ) -> None:
         op = type(self).__name__
-        self.weight = weight
-        self.rank = _check.integer(op, "rank", rank, least=1)
-        self._set_scale(_check.number(op, "alpha", alpha), bool(use_rslora))
+        self._weight = weight
+        rank = _check.integer(op, "rank", rank, least=1)
+        self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
         self.init = _check.choice(op, "init", init, INITS)
         self.adapter_enabled = True
         self._merged: FrozenWeight | None = None
         d_out, d_in = weight.shape
-        if self.rank > min(d_out, d_in):
+        if rank > min(d_out, d_in):
             warnings.warn(
-                f"{op}: rank {self.rank} is above min(d_out, d_in) = {min(d_out, d_in)}, the highest of use",
+                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}; more is of no use",
                 stacklevel=3,
             )
         dtype = weight.compute_dtype
-        a, b = np.zeros((d_out, self.rank), dtype), np.zeros((self.rank, d_in), dtype)
-        vars(self).update(A=a, B=b, m=None, dA=np.zeros_like(a), dB=np.zeros_like(b), dm=None)
-        if self.freeze_B:
-            vars(self).update(dB=None)
-        if self.use_dora:
+        a, b = np.zeros((d_out, rank), dtype), np.zeros((rank, d_in), dtype)
+        db = None if freeze_B else np.zeros_like(b)
+        vars(self).update(A=a, B=b, m=None, dA=np.zeros_like(a), dB=db, dm=None)
+        if use_dora:
             vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
         self._start(np.random.default_rng(rng))
 
-    def _set_scale(self, alpha: float, use_rslora: bool) -> None:
-        self.alpha, self.use_rslora = alpha, use_rslora
-        self.scale = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+    @property
+    def weight(self) -> FrozenWeight:
+        return self._weight
+
+    @property
+    def rank(self) -> int:
+        return len(self.B)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.require_unmerged("alpha")
+        self._alpha = _check.number(type(self).__name__, "alpha", value)
+
+    @property
+    def use_rslora(self) -> bool:
+        return self._use_rslora
+
+    @property
+    def scale(self) -> float:
+        return self._alpha / (math.sqrt(self.rank) if self._use_rslora else self.rank)
+
+    @property
+    def use_dora(self) -> bool:
+        return self.m is not None
+
+    @property
+    def freeze_B(self) -> bool:  # noqa: N802
+        return self.dB is None
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
 
     def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
         """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
@@ -122,10 +156,10 @@ class LoRALayer(AdapterLayer):
             fresh["dB"] = None if self.freeze_B else np.zeros_like(b)
 
         def commit() -> None:
-            vars(self).update(fresh, rank=rank)
+            vars(self).update(fresh)
             for name, value in factors.items():
                 np.copyto(vars(self)[name], value)
-            self._set_scale(alpha, use_rslora)
+            self._alpha, self._use_rslora = alpha, use_rslora
 
         return commit
 
@@ -232,7 +266,12 @@ class LoRALayer(AdapterLayer):
 
     def _describe(self) -> str:
         d_out, d_in = self.weight.shape
-        return f"({d_out}, {d_in}), rank={self.rank}, alpha={self.alpha:g}, dtype={self.weight.dtype!r}"
+        options = "".join(
+            f", {name}=True" for name in ("use_rslora", "use_dora", "freeze_B") if getattr(self, name)
+        )
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        settings = f"rank={self.rank}, alpha={self.alpha:g}, dtype={self.weight.dtype!r}"
+        return f"({d_out}, {d_in}), {settings}{dropout}{options}"
 
     def __repr__(self) -> str:
         return (

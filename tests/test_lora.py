@@ -255,8 +255,8 @@ def misaligned(W: Array) -> Array:
         (lambda W: W[:, ::-1], ValueError, "the rows of W are not contiguous"),
         (lambda W: W[::-1], ValueError, "the rows of W run backwards or overlap"),
         (misaligned, ValueError, "W is not aligned"),
-        (lambda W: W[0], ValueError, "W has 1 axes, expected 2"),
-        (lambda W: W[None], ValueError, "W has 3 axes, expected 2"),
+        (lambda W: W[0], ValueError, "fw has 1 axes, expected 2"),
+        (lambda W: W[None], ValueError, "fw has 3 axes, expected 2"),
         (lambda W: W.tolist(), TypeError, "W is a list, expected a NumPy array"),
         (lambda W: nplora.FrozenWeight(W), TypeError, "W is a FrozenWeight"),
         (lambda W: W[:-1].copy(), ValueError, r"A has shape \(37, 5\), expected \(d_out=36, r\)"),
@@ -301,8 +301,8 @@ def test_merge_knows_one_rounding_and_the_formats_own_name(rng: np.random.Genera
     ("change", "message"),
     [
         ({"x": np.ones((2, 9))}, r"lora_forward: x has last axis 9, expected d_in=53"),
-        ({"W": np.ones(3)}, "W has 1 axes, expected 2"),
-        ({"W": np.ones((1, 2, 3))}, "W has 3 axes, expected 2"),
+        ({"W": np.ones(3)}, "fw has 1 axes, expected 2"),
+        ({"W": np.ones((1, 2, 3))}, "fw has 3 axes, expected 2"),
         ({"A": np.ones((9, 5))}, r"A has shape \(9, 5\), expected \(d_out=37, r\) with r at least 1"),
         ({"A": np.ones((37, 0))}, "with r at least 1"),
         ({"A": np.ones(37)}, r"A has shape \(37,\)"),
@@ -357,3 +357,16 @@ def test_outputs_that_overlap_each_other_or_the_weight_are_refused(rng: np.rando
     with pytest.raises(ValueError, match="out overlaps fw"):
         nplora.lora_forward(x, W, A, B, out=W)
     assert not g.any()
+
+
+def test_bit_patterns_are_not_taken_for_integers() -> None:
+    with pytest.raises(TypeError, match=r'fw holds uint16.*FrozenWeight\(fw, dtype="bfloat16"\)'):
+        nplora.lora_forward(np.ones(2), np.full((2, 2), 0x3F80, np.uint16), np.ones((2, 1)), np.ones((1, 2)))
+
+
+def test_a_scale_that_would_become_infinite_is_refused() -> None:
+    W, A, B = np.ones((2, 2), np.float32), np.ones((2, 1)), np.ones((1, 2))
+    with pytest.raises(ValueError, match="merge_lora: scale is 1e\\+300, which float32 cannot hold"):
+        nplora.merge_lora(W, A, B, 1e300)
+    assert (W == 1).all()
+    nplora.merge_lora(W.astype(np.float64), A, B, 1e300)

@@ -239,3 +239,10 @@ def test_repr_names_shape_and_storage() -> None:
     assert repr(FrozenWeight(np.ones((2, 3)), "float16")).startswith(
         "FrozenWeight(shape=(2, 3), dtype='float16'"
     )
+
+
+def test_numpy_reads_a_frozen_weight_as_its_matrix() -> None:
+    W = np.arange(6, dtype=np.float32).reshape(2, 3)
+    weight = nplora.FrozenWeight(W, "bfloat16")
+    np.testing.assert_array_equal(np.asarray(weight), W)
+    assert np.asarray(weight, np.float64).dtype == np.float64

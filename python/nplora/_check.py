@@ -30,6 +30,14 @@ def number(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
+    """A number that is finite in the dtype that it will be multiplied in."""
+    checked = number(op, "scale", value)
+    if abs(checked) > np.finfo(dtype).max:
+        raise ValueError(f"{op}: scale is {value}, which {np.dtype(dtype).name} cannot hold")
+    return checked
+
+
 def at_least(op: str, name: str, value: object, least: float) -> float:
     """A finite real number no smaller than `least`."""
     checked = number(op, name, value)
@@ -68,6 +76,8 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
     """Any real array as a C-contiguous array of `dtype`; copied only where it is not one already."""
+    if value is None:
+        raise TypeError(f"{op}: {name} is None, expected an array")
     array = np.asarray(value)
     if array.dtype.kind not in "fiub" and not is_bfloat16(array):
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected real numbers")

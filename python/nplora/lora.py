@@ -48,7 +48,7 @@ def lora_forward(
     readers = [("x", rows), ("A", a), ("B", b), *_arrays(("bias", added), ("fw", w))]
     y = _check.output(op, "out", out, (*lead, d_out), dtype, *readers)
     z = np.empty((*lead, a.shape[1]), dtype)
-    scale = _check.number(op, "scale", scale)
+    scale = _check.scale(op, scale, dtype)
     n = len(rows)
     _core.lora_forward(w, rows, a, b, scale, added, 0.0, 0, y.reshape(n, d_out), z.reshape(n, a.shape[1]))
     return y, z
@@ -92,7 +92,7 @@ def lora_backward(
         raise ValueError(f"{op}: x has leading shape {x_lead}, dy has {lead}")
     a, b = _check.factors(op, A, B, d_out, d_in, dtype)
     n, rank = len(dy_rows), a.shape[1]
-    scale = _check.number(op, "scale", scale)
+    scale = _check.scale(op, scale, dtype)
     if z is None:
         z_rows = np.empty((n, rank), dtype)
         _core.matmul(b, x_rows, None, z_rows)
@@ -148,7 +148,7 @@ def merge_lora(
         ValueError: W is read-only, not aligned, overlaps A or B, or has strided or overlapping rows; a shape
             does not fit; scale is not finite.
     """
-    return _merge("merge_lora", W, A, B, _check.number("merge_lora", "scale", scale), dtype, rounding)
+    return _merge("merge_lora", W, A, B, scale, 1, dtype, rounding)
 
 
 def unmerge_lora(
@@ -165,17 +165,24 @@ def unmerge_lora(
 
     Arguments, result and errors are those of `merge_lora`.
     """
-    return _merge("unmerge_lora", W, A, B, -_check.number("unmerge_lora", "scale", scale), dtype, rounding)
+    return _merge("unmerge_lora", W, A, B, scale, -1, dtype, rounding)
 
 
 def _merge(
-    op: str, W: Array, A: npt.ArrayLike, B: npt.ArrayLike, scale: float, dtype: str | None, rounding: str
+    op: str,
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float,
+    sign: int,
+    dtype: str | None,
+    rounding: str,
 ) -> Array:
     _check.choice(op, "rounding", rounding, ("nearest",))
     target, storage = _check.merge_target(op, W, dtype, ("A", np.asarray(A)), ("B", np.asarray(B)))
     factor_dtype = np.float64 if storage == "float64" else np.float32
     a, b = _check.factors(op, A, B, target.shape[0], target.shape[1], factor_dtype)
-    _core.merge_lora(target, a, b, scale, storage)
+    _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage)
     return W
 
 
@@ -184,9 +191,11 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = np.asarray(fw)
-    array = _check.floats(op, "W", given, np.float64 if given.dtype == np.float64 else np.float32)
+    if given.dtype == np.uint16:
+        raise TypeError(f'{op}: fw holds uint16; for bit patterns pass FrozenWeight(fw, dtype="bfloat16")')
+    array = _check.floats(op, "fw", given, np.float64 if given.dtype == np.float64 else np.float32)
     if array.ndim != 2:
-        raise ValueError(f"{op}: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+        raise ValueError(f"{op}: fw has {array.ndim} axes, expected 2 (d_out, d_in)")
     return array, array.shape[0], array.shape[1], array.dtype
 
 

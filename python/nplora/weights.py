@@ -1,5 +1,7 @@
 """FrozenWeight: a matrix that is never trained, packed once in its storage format."""
 
+from __future__ import annotations
+
 from typing import Any, Self
 
 import numpy as np
@@ -84,6 +86,11 @@ class FrozenWeight:
         self._packed.unpack(out)
         return out
 
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("FrozenWeight: the matrix is packed, an array of it is always a copy")
+        return self.to_numpy() if dtype is None else self.to_numpy().astype(dtype, copy=False)
+
     def matmul(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
         """x @ W.T: x (..., d_in) gives (..., d_out), written to `out` if given.
 
@@ -123,7 +130,7 @@ class FrozenWeight:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # immutable: a copied model shares its frozen weights
 
-    def like(self, W: Array) -> "FrozenWeight":
+    def like(self, W: Array) -> FrozenWeight:
         """Another matrix, stored and computed as this one."""
         return FrozenWeight(W, *self._kind())
 

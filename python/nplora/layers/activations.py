@@ -1,5 +1,7 @@
 """Activations: elementwise functions without parameters. float64 stays float64, all else becomes float32."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

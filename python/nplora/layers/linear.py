@@ -1,5 +1,7 @@
 """Linear: y = x Wᵀ + bias, frozen, or trained as a whole (a new head)."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any
@@ -103,7 +105,7 @@ class Linear(Module):
         return f"Linear({self.shape}, trainable={self.trainable})"
 
 
-def core_weight(weight: FrozenWeight | Array) -> "_core.Weight":
+def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
     """A weight as the core's products take it."""
     return weight.packed if isinstance(weight, FrozenWeight) else weight
 

@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm over the last axis, with frozen or trainable weights."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

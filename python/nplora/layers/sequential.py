@@ -1,5 +1,7 @@
 """Sequential: modules applied one after the other."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

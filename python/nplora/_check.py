@@ -33,7 +33,7 @@ def number(op: str, name: str, value: object) -> float:
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
     """A number that is finite in the dtype that it will be multiplied in."""
     checked = number(op, "scale", value)
-    if abs(checked) > np.finfo(dtype).max:
+    if abs(checked) > float(np.finfo(dtype).max):
         raise ValueError(f"{op}: scale is {value}, which {np.dtype(dtype).name} cannot hold")
     return checked
 

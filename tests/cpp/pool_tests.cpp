@@ -1,0 +1,56 @@
+// Jobs on the pool from several threads at once: every task runs once, and ThreadSanitizer watches.
+#include <atomic>
+#include <cstdio>
+#include <stdexcept>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "base/parallel.h"
+
+namespace {
+
+std::atomic<int> passed{0}, failed{0};
+
+void expect(bool condition, const char* what) {
+  condition ? ++passed : ++failed;
+  if (!condition) std::printf("failed: %s\n", what);
+}
+
+void run_jobs(size_t threads) {
+  for (size_t tasks : {1, 2, 7, 100}) {
+    std::vector<int> counts(tasks, 0);  // plain: each task owns its own
+    nplora::parallel_for(tasks, threads, nplora::Interruptible::kYes, [&](size_t i) { ++counts[i]; });
+    bool once = true;
+    for (int count : counts) once = once && count == 1;
+    expect(once, "every task runs once");
+  }
+}
+
+void run_failing_job(size_t threads) {
+  try {
+    nplora::parallel_for(50, threads, nplora::Interruptible::kNo, [](size_t i) {
+      if (i == 10) throw std::runtime_error("task 10");
+    });
+    expect(false, "an exception reaches the caller");
+  } catch (const std::runtime_error& error) {
+    expect(std::string_view(error.what()) == "task 10", "the exception is the task's own");
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::vector<std::thread> callers;
+  for (size_t caller = 0; caller < 3; ++caller)
+    callers.emplace_back([] {
+      for (int round = 0; round < 300; ++round)
+        for (size_t threads : {2, 4}) {
+          run_jobs(threads);
+          run_failing_job(threads);
+        }
+    });
+  for (auto& caller : callers) caller.join();
+  std::printf("%d passed, %d failed\n", passed.load(), failed.load());
+  return failed > 0;
+}

@@ -31,7 +31,8 @@ def test_a_number_is_finite(value: Any) -> None:
 )
 def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
     with pytest.raises(
-        (TypeError, ValueError), match=r"op: x has dtype .*, expected real numbers|inhomogeneous"
+        (TypeError, ValueError),
+        match=r"op: x (has dtype .*, expected real numbers|is None, expected an array|is inhomogeneous)",
     ):
         _check.floats("op", "x", value, np.float32)
 
@@ -66,3 +67,37 @@ def test_a_subclass_is_treated_as_the_array_it_is() -> None:
     with pytest.warns(PendingDeprecationWarning):
         matrix = np.matrix([[1.0, 2.0]])
     assert type(_check.floats("op", "x", matrix, np.float32)) is np.ndarray
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, Fraction(10**400)], ids=range(4))
+def test_a_number_fits_float64(value: Any) -> None:
+    with pytest.raises(ValueError, match="op: n is beyond the range of float64"):
+        _check.number("op", "n", value)
+
+
+def test_ragged_lists_are_refused_by_the_name_of_the_argument() -> None:
+    for check in (lambda v: _check.floats("op", "x", v, np.float32), lambda v: _check.integers("op", "x", v)):
+        with pytest.raises(ValueError, match="op: x is inhomogeneous"):
+            check([[1], [1, 2]])
+
+
+def test_unsigned_integers_beyond_int64_are_named_as_they_are() -> None:
+    with pytest.raises(ValueError, match=r"op: n holds 18446744073709551615, expected at most 2\*\*63 - 1"):
+        _check.integers("op", "n", np.array([3, 2**64 - 1], np.uint64))
+    np.testing.assert_array_equal(_check.integers("op", "n", np.array([3], np.uint64)), [3])
+
+
+@pytest.mark.parametrize(("seed", "error"), [("a", TypeError), (-1, ValueError), (1.5, TypeError)])
+def test_a_generator_is_made_of_an_integer_of_at_least_zero(seed: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"op: rng is .*, expected a numpy Generator, an integer of at least 0"):
+        _check.generator("op", seed)
+    given = np.random.default_rng(3)
+    assert _check.generator("op", given) is given
+    assert _check.generator("op", 3).integers(99) == np.random.default_rng(3).integers(99)
+    _check.generator("op", None)
+
+
+@pytest.mark.parametrize(("shape", "words"), [((), "0 axes"), ((2,), "1 axis"), ((1, 2, 3), "3 axes")])
+def test_axes_are_counted_in_words(shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^op: W has {words}, expected 2 \(d_out, d_in\)$"):
+        _check.matrix("op", "W", np.ones(shape))

@@ -255,7 +255,7 @@ def misaligned(W: Array) -> Array:
         (lambda W: W[:, ::-1], ValueError, "the rows of W are not contiguous"),
         (lambda W: W[::-1], ValueError, "the rows of W run backwards or overlap"),
         (misaligned, ValueError, "W is not aligned"),
-        (lambda W: W[0], ValueError, "W has 1 axes, expected 2"),
+        (lambda W: W[0], ValueError, "W has 1 axis, expected 2"),
         (lambda W: W[None], ValueError, "W has 3 axes, expected 2"),
         (lambda W: W.tolist(), TypeError, "W is a list, expected a NumPy array"),
         (lambda W: nplora.FrozenWeight(W), TypeError, "W is a FrozenWeight"),
@@ -301,7 +301,7 @@ def test_merge_knows_one_rounding_and_the_formats_own_name(rng: np.random.Genera
     ("change", "message"),
     [
         ({"x": np.ones((2, 9))}, r"lora_forward: x has last axis 9, expected d_in=53"),
-        ({"W": np.ones(3)}, "fw has 1 axes, expected 2"),
+        ({"W": np.ones(3)}, "fw has 1 axis, expected 2"),
         ({"W": np.ones((1, 2, 3))}, "fw has 3 axes, expected 2"),
         ({"A": np.ones((9, 5))}, r"A has shape \(9, 5\), expected \(d_out=37, r\) with r at least 1"),
         ({"A": np.ones((37, 0))}, "with r at least 1"),
@@ -370,3 +370,15 @@ def test_a_scale_that_would_become_infinite_is_refused() -> None:
         nplora.merge_lora(W, A, B, 1e300)
     assert (W == 1).all()
     nplora.merge_lora(W.astype(np.float64), A, B, 1e300)
+
+
+def test_ragged_operands_are_refused_by_name(rng: np.random.Generator) -> None:
+    p, ragged = problem(rng), [[1.0], [1.0, 2.0]]
+    for name in ("x", "fw", "A", "B"):
+        arguments = {"x": p["x"], "fw": p["W"], "A": p["A"], "B": p["B"], name: ragged}
+        with pytest.raises(ValueError, match=f"lora_forward: {name} is inhomogeneous"):
+            nplora.lora_forward(**arguments)
+    for name in ("A", "B"):
+        arguments = {"W": p["W"], "A": p["A"], "B": p["B"], name: ragged}
+        with pytest.raises(ValueError, match=f"merge_lora: {name} is inhomogeneous"):
+            nplora.merge_lora(**arguments)

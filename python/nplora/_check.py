@@ -1,5 +1,7 @@
 """Every check of what a user passes in. A message names the op, what was wanted and what was got."""
 
+from __future__ import annotations  # np.random, which takes a while to import, is only named here
+
 import math
 import numbers
 from collections.abc import Iterable
@@ -11,6 +13,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arrays count as overlapping
+
+
+_INT64_MAX = 2**63 - 1
 
 
 def is_bfloat16(array: Array) -> bool:
@@ -25,9 +30,13 @@ def number(op: str, name: str, value: object) -> float:
     """A finite real number; a bool is not one."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
-    if not math.isfinite(value):
+    try:
+        checked = float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} is beyond the range of float64") from None
+    if not math.isfinite(checked):
         raise ValueError(f"{op}: {name} is {value}, expected a finite number")
-    return float(value)
+    return checked
 
 
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
@@ -46,12 +55,14 @@ def at_least(op: str, name: str, value: object, least: float) -> float:
     return checked
 
 
-def integer(op: str, name: str, value: object, least: int) -> int:
-    """An integer no smaller than `least`; a bool is not one."""
+def integer(op: str, name: str, value: object, least: int, most: int | None = None) -> int:
+    """An integer from `least` to `most`; a bool is not one."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} is {value!r}, expected an integer")
     if value < least:
         raise ValueError(f"{op}: {name} is {value}, expected at least {least}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{op}: {name} is {value}, expected at most {most}")
     return int(value)
 
 
@@ -71,14 +82,44 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
     return value
 
 
+def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
+    """The generator itself, or one that an integer seeds; None: a random seed."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        message = f"{op}: rng is {rng!r}, expected a numpy Generator, an integer of at least 0, or None"
+        raise type(error)(message) from None
+
+
 # ---- arrays that are read ----
+
+
+def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
+    """What NumPy makes of the value."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        if "inhomogeneous" not in str(error):
+            raise ValueError(f"{op}: {name} is not an array: {error}") from error
+        raise ValueError(f"{op}: {name} is inhomogeneous: lists inside it differ in length") from None
+
+
+def matrix(op: str, name: str, array: Array) -> Array:
+    """An array with the two axes of a weight."""
+    if array.ndim != 2:
+        raise ValueError(f"{op}: {name} has {_axes(array)}, expected 2 (d_out, d_in)")
+    return array
+
+
+def _axes(array: Array) -> str:
+    return "1 axis" if array.ndim == 1 else f"{array.ndim} axes"
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
     """Any real array as a C-contiguous array of `dtype`; copied only where it is not one already."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
-    array = np.asarray(value)
+    array = as_array(op, name, value)
     if array.dtype.kind not in "fiub" and not is_bfloat16(array):
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected real numbers")
     return np.require(array, dtype, ("C", "A"))
@@ -109,7 +150,7 @@ def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Ar
     """A copy of an array with one axis."""
     array = floats(op, name, value, dtype)
     if array.ndim != 1:
-        raise ValueError(f"{op}: {name} has {array.ndim} axes, expected 1")
+        raise ValueError(f"{op}: {name} has {_axes(array)}, expected 1")
     return array.copy()
 
 
@@ -127,9 +168,11 @@ def factors(
 
 def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
     """An integer array of any shape, as int64. An empty list counts as one."""
-    array = np.asarray(value)
+    array = as_array(op, name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
+    if array.dtype.kind == "u" and array.size and array.max() > _INT64_MAX:
+        raise ValueError(f"{op}: {name} holds {array.max()}, expected at most 2**63 - 1")
     return np.require(array, np.int64, ("C", "A"))
 
 
@@ -191,8 +234,7 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
     """
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)
-    if array.ndim != 2:
-        raise ValueError(f"{op}: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+    matrix(op, "W", array)
     inner, row = array.strides[1], array.strides[0]
     if array.shape[1] > 1 and inner != array.itemsize:
         raise ValueError(

@@ -179,7 +179,8 @@ def _merge(
     rounding: str,
 ) -> Array:
     _check.choice(op, "rounding", rounding, ("nearest",))
-    target, storage = _check.merge_target(op, W, dtype, ("A", np.asarray(A)), ("B", np.asarray(B)))
+    readers = [(name, _check.as_array(op, name, value)) for name, value in (("A", A), ("B", B))]
+    target, storage = _check.merge_target(op, W, dtype, *readers)
     factor_dtype = np.float64 if storage == "float64" else np.float32
     a, b = _check.factors(op, A, B, target.shape[0], target.shape[1], factor_dtype)
     _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage)
@@ -190,12 +191,11 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
     """The weight as the core takes it, its shape, and the dtype that everything is computed in."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
-    given = np.asarray(fw)
+    given = _check.as_array(op, "fw", fw)
     if given.dtype == np.uint16:
         raise TypeError(f'{op}: fw holds uint16; for bit patterns pass FrozenWeight(fw, dtype="bfloat16")')
     array = _check.floats(op, "fw", given, np.float64 if given.dtype == np.float64 else np.float32)
-    if array.ndim != 2:
-        raise ValueError(f"{op}: fw has {array.ndim} axes, expected 2 (d_out, d_in)")
+    _check.matrix(op, "fw", array)
     return array, array.shape[0], array.shape[1], array.dtype
 
 

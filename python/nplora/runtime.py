@@ -7,6 +7,8 @@ import numpy as np
 
 from nplora import _check, _core
 
+_INT_MAX = 2**31 - 1  # the core counts threads in an int
+
 
 def set_num_threads(n: int) -> None:
     """Use at most n threads. Results do not depend on it, to the bit.
@@ -14,9 +16,9 @@ def set_num_threads(n: int) -> None:
     OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest counts.
 
     Raises:
-        ValueError: n is below 1.
+        ValueError: n is below 1 or above 2**31 - 1.
     """
-    _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1))
+    _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1, most=_INT_MAX))
 
 
 def get_num_threads() -> int:

@@ -109,3 +109,15 @@ def test_nan_and_infinity_stay_in_their_row(value: float, rng: np.random.Generat
 def test_bad_arguments_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("eps", [0, 1e-5])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_of_zeros_and_infinite_gradients_propagate_without_a_warning(eps: float, value: float) -> None:
+    x = np.zeros((2, D))
+    for layer in (LayerNorm(np.ones(D), np.ones(D), eps, True), RMSNorm(np.ones(D), eps, True)):
+        y, saved = layer.forward(x)
+        assert np.isfinite(y).all() == (eps > 0)
+        dx = layer.backward(np.array([[value, -value, 1, 1, 1, 1, 1, 1]] * 2), saved)
+        assert not np.isfinite(dx).all()
+        assert not np.isfinite(layer.dweight).all()

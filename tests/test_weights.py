@@ -172,7 +172,7 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axes, expected 2 \(d_out, d_in\)"),
+        ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axis, expected 2 \(d_out, d_in\)"),
         ((np.ones((1, 2, 3)),), ValueError, "W has 3 axes"),
         ((np.float32(1),), ValueError, "W has 0 axes"),
         ((np.ones((2, 2), int),), TypeError, "W has dtype int64, expected floats$"),
@@ -246,3 +246,72 @@ def test_numpy_reads_a_frozen_weight_as_its_matrix() -> None:
     weight = nplora.FrozenWeight(W, "bfloat16")
     np.testing.assert_array_equal(np.asarray(weight), W)
     assert np.asarray(weight, np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("storage", "fits", "too_large"),
+    [
+        ("float16", 65519.99, 65520.0),
+        ("bfloat16", 3.396177e38, 3.3961776e38),
+        ("float32", 3.4028235677973362e38, 3.4028235677973366e38),
+    ],
+)
+def test_values_that_become_infinite_are_counted_in_a_warning(
+    storage: str, fits: float, too_large: float
+) -> None:
+    W = np.array([[fits, -fits, np.inf], [np.nan, 0.0, 1.0]])
+    assert np.isinf(FrozenWeight(W, storage).to_numpy()).sum() == 1, "infinity itself is no overflow"
+    W[1] = too_large, -too_large, -np.inf
+    message = rf"FrozenWeight: 2 finite values of W, the largest {too_large:.6g}, are infinite in {storage}"
+    with pytest.warns(UserWarning, match=message.replace("+", r"\+")) as caught:
+        stored = FrozenWeight(W, storage)
+    assert caught[0].filename == __file__
+    assert np.isinf(stored.to_numpy()).sum() == 4
+
+
+def test_a_dtype_of_none_is_float32_everywhere() -> None:
+    W = np.ones((8, 8))
+    for make in (nplora.FrozenWeight, nplora.Linear, nplora.Embedding, nplora.LoRALinear):
+        weight = make(W, dtype=None)  # type: ignore[arg-type]
+        assert getattr(weight, "weight", weight).dtype == "float32"
+    assert nplora.LayerNorm(np.ones(2), dtype=None).weight.dtype == np.float32
+    assert nplora.RMSNorm(np.ones(2), dtype=np.float64).weight.dtype == np.float64
+    fw = FrozenWeight(W, "float16")
+    assert nplora.Linear(fw, dtype=None).weight is fw
+
+
+@pytest.mark.parametrize("dtype", [5, object(), [1]])
+def test_what_names_no_dtype_is_refused_by_the_name_of_the_argument(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"FrozenWeight: dtype is .*, expected one of 'float32', 'float64'"):
+        FrozenWeight(np.ones((2, 2)), dtype)
+    with pytest.raises(TypeError, match="Linear: dtype is "):
+        nplora.Linear(FrozenWeight(np.ones((2, 2))), dtype=dtype)
+    with pytest.raises(TypeError, match="RMSNorm: dtype is "):
+        nplora.RMSNorm(np.ones(2), dtype=dtype)
+
+
+def test_take_accepts_any_integers_in_range(rng: np.random.Generator) -> None:
+    fw = FrozenWeight(weight(rng))
+    W = fw.to_numpy()
+    for ids in ([3, 0], np.array([3, 0], np.int32), np.array([[3, 0]], np.uint8), 5, []):
+        np.testing.assert_array_equal(fw.take(ids), W[np.asarray(ids, int)])
+    for bad, error, message in (
+        ([37], ValueError, "ids holds 37, expected integers from 0 to 36"),
+        (np.array([2**64 - 1], np.uint64), ValueError, "ids holds 18446744073709551615"),
+        ([0.5], TypeError, "ids has dtype float64, expected integers"),
+        ([[1], [1, 2]], ValueError, "ids is inhomogeneous"),
+    ):
+        with pytest.raises(error, match=rf"FrozenWeight\.take: {message}"):
+            fw.take(bad)
+
+
+def test_a_ragged_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="FrozenWeight: W is inhomogeneous"):
+        FrozenWeight([[1.0], [1.0, 2.0]])
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_a_number_of_threads_is_one_that_the_core_can_hold() -> None:
+    with pytest.raises(ValueError, match="set_num_threads: n is 1180591620717411303424, expected at most"):
+        nplora.set_num_threads(2**70)
+    nplora.set_num_threads(2**31 - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,15 @@ Array = npt.NDArray[Any]
 STORAGES = ("float32", "float64", "bfloat16", "float16")
 COMPUTES = ("float32", "bfloat16")
 
+# The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
+# 16 bits, which float64 reaches by way of float32, less half a unit of that.
+_INFINITE_FROM = {
+    "float64": np.inf,
+    "float32": (2 - 2.0**-24) * 2.0**127,
+    "bfloat16": (2 - 2.0**-8 - 2.0**-24) * 2.0**127,
+    "float16": 65520 - 2.0**-9,
+}
+
 
 class FrozenWeight:
     """A frozen (d_out, d_in) matrix, packed for the kernels. Immutable; layers may share one.
@@ -24,25 +34,38 @@ class FrozenWeight:
     Args:
         W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
             with dtype="bfloat16".
-        dtype: the storage: "float32", "float64", "bfloat16" or "float16". Narrowing rounds to nearest even.
+        dtype: the storage: "float32" (also for None), "float64", "bfloat16" or "float16". Narrowing rounds to
+            nearest even.
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
             to 8 rows are computed in float32 either way. A float64 weight computes in float64.
     Raises:
         ValueError: W has not two axes, dtype or compute is not one of those above, or a float64 weight is
             asked to compute in bfloat16.
-        TypeError: W does not hold floats.
+        TypeError: W does not hold floats, or dtype names no dtype.
+    Warns:
+        UserWarning: finite values are beyond the range of the storage and become infinite.
     """
 
     __slots__ = ("_packed",)
 
-    def __init__(self, W: npt.ArrayLike, dtype: npt.DTypeLike = "float32", compute: str = "float32") -> None:
-        storage = _check.choice("FrozenWeight", "dtype", _dtype_name(dtype), STORAGES)
+    def __init__(
+        self, W: npt.ArrayLike, dtype: npt.DTypeLike | None = None, compute: str = "float32"
+    ) -> None:
+        storage = _check.choice("FrozenWeight", "dtype", dtype_name("FrozenWeight", dtype), STORAGES)
         _check.choice("FrozenWeight", "compute", compute, COMPUTES)
         if storage == "float64" and compute == "bfloat16":
             raise ValueError("FrozenWeight: a float64 weight computes in float64, got compute='bfloat16'")
         core_compute = "bfloat16" if compute == "bfloat16" else "float"
-        self._packed = _core.PackedWeight(_values(W, storage), storage, core_compute)
+        given = _check.as_array("FrozenWeight", "W", W)
+        self._packed = _core.PackedWeight(_values(given, storage), storage, core_compute)
+        lost = become_infinite(given, storage)
+        if lost.size:
+            warnings.warn(
+                f"FrozenWeight: {lost.size} finite values of W, the largest {lost.max():.6g}, "
+                f"are infinite in {storage}",
+                stacklevel=2,
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,11 +140,18 @@ class FrozenWeight:
         _core.matmul_t(self._packed, rows, dx.reshape(len(rows), d_in))
         return dx
 
-    def take(self, ids: Array) -> Array:
-        """The rows W[ids] for int64 ids (n,) in range: array (n, d_in)."""
-        out = np.empty((len(ids), self.shape[1]), self.compute_dtype)
-        self._packed.gather_rows(ids, out)
-        return out
+    def take(self, ids: npt.ArrayLike) -> Array:
+        """The rows W[ids]: array (..., d_in) for integer ids (...).
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: an id is not in [0, d_out).
+        """
+        (d_out, d_in), op = self.shape, "FrozenWeight.take"
+        rows = _check.in_range(op, "ids", _check.integers(op, "ids", ids), d_out)
+        out = np.empty((rows.size, d_in), self.compute_dtype)
+        self._packed.gather_rows(rows.reshape(-1), out)
+        return out.reshape(*rows.shape, d_in)
 
     def __repr__(self) -> str:
         compute = ", compute='bfloat16'" if self.compute == "bfloat16" else ""
@@ -147,28 +177,48 @@ def freeze(
 ) -> FrozenWeight:
     """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
     if not isinstance(W, FrozenWeight):
-        return FrozenWeight(W, "float32" if dtype is None else dtype, compute)
-    if dtype is not None and _dtype_name(dtype) != W.dtype:
-        raise ValueError(f"{op}: dtype={_dtype_name(dtype)!r}, but W is a FrozenWeight stored as {W.dtype}")
+        return FrozenWeight(W, dtype, compute)
+    if dtype is not None and dtype_name(op, dtype) != W.dtype:
+        raise ValueError(
+            f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
+        )
     if _check.choice(op, "compute", compute, COMPUTES) == "bfloat16" and W.compute != "bfloat16":
         raise ValueError(f"{op}: compute='bfloat16', but W is a FrozenWeight that computes in {W.compute}")
     return W
 
 
-def _dtype_name(dtype: npt.DTypeLike) -> str:
-    """ "float32" for "float32", np.float32 and np.dtype(np.float32) alike; a string as it is."""
-    return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
+    """ "float32" for "float32", np.float32, np.dtype(np.float32) and None alike; a string as it is."""
+    if dtype is None:
+        return "float32"
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        words = ", ".join(map(repr, STORAGES))
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {words}") from None
 
 
-def _values(W: npt.ArrayLike, storage: str) -> Array:
+def become_infinite(W: Array, storage: str) -> Array:
+    """The magnitudes (n,) of the finite elements of W that `storage` would hold as infinity."""
+    if _check.is_bfloat16(W) and storage == "float16":
+        W = W.astype(np.float32)
+    if W.dtype.kind != "f" or not W.size:  # bfloat16 and bit patterns fit every other storage
+        return np.empty(0)
+    limit = np.float64(_INFINITE_FROM[storage])
+    if max(float(np.fmax.reduce(W, axis=None)), -float(np.fmin.reduce(W, axis=None))) < limit:
+        return np.empty(0)  # as ever: no copy of W was made
+    magnitudes = np.abs(W[np.isfinite(W)])
+    return magnitudes[magnitudes >= limit]
+
+
+def _values(array: Array, storage: str) -> Array:
     """W as the core packs it: bit patterns where they are at hand, else float32 (float64 for float64)."""
-    array = np.asarray(W)
-    if array.ndim != 2:
-        raise ValueError(f"FrozenWeight: W has {array.ndim} axes, expected 2 (d_out, d_in)")
+    _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:
         hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if array.dtype == np.uint16 else ""
         raise TypeError(f"FrozenWeight: W has dtype {array.dtype}, expected floats{hint}")
     if bits or (array.dtype.name == storage and array.itemsize == 2 and array.dtype.isnative):
         return np.require(array.view(np.uint16), requirements=("C", "A"))
-    return _check.floats("FrozenWeight", "W", array, np.float64 if storage == "float64" else np.float32)
+    with np.errstate(over="ignore"):  # the constructor warns, and says how many
+        return _check.floats("FrozenWeight", "W", array, np.float64 if storage == "float64" else np.float32)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.module import Gradient, Module, Parameter, Saved, inferring, quiet
-from nplora.weights import FrozenWeight
+from nplora.weights import FrozenWeight, dtype_name
 
 Array = npt.NDArray[Any]
 
@@ -29,10 +29,15 @@ class _Norm(Module):
     """What the two norms share: y = weight ∘ normalised(x) [+ bias]."""
 
     def __init__(
-        self, weight: npt.ArrayLike, bias: npt.ArrayLike | None, eps: float, trainable: bool, dtype: str
+        self,
+        weight: npt.ArrayLike,
+        bias: npt.ArrayLike | None,
+        eps: float,
+        trainable: bool,
+        dtype: npt.DTypeLike | None,
     ) -> None:
         op = type(self).__name__
-        _check.choice(op, "dtype", dtype, ("float32", "float64"))
+        dtype = _check.choice(op, "dtype", dtype_name(op, dtype), ("float32", "float64"))
         self.weight = _check.vector(op, "weight", weight, dtype)
         self.bias = None if bias is None else _check.shaped(op, "bias", bias, self.weight.shape, dtype).copy()
         self.eps = _check.at_least(op, "eps", eps, 0)
@@ -108,7 +113,7 @@ class LayerNorm(_Norm):
         weight, bias: arrays (d,), copied; bias may be None.
         eps: added to the variance, which divides by d.
         trainable: train weight and bias; their parameters have these names.
-        dtype: "float32" or "float64", of everything.
+        dtype: "float32" (also for None) or "float64", of everything.
     """
 
     def __init__(
@@ -117,7 +122,7 @@ class LayerNorm(_Norm):
         bias: npt.ArrayLike | None = None,
         eps: float = 1e-5,
         trainable: bool = False,
-        dtype: str = "float32",
+        dtype: npt.DTypeLike | None = None,
     ) -> None:
         super().__init__(weight, bias, eps, trainable, dtype)
 
@@ -139,7 +144,11 @@ class RMSNorm(_Norm):
     """
 
     def __init__(
-        self, weight: npt.ArrayLike, eps: float = 1e-5, trainable: bool = False, dtype: str = "float32"
+        self,
+        weight: npt.ArrayLike,
+        eps: float = 1e-5,
+        trainable: bool = False,
+        dtype: npt.DTypeLike | None = None,
     ) -> None:
         super().__init__(weight, None, eps, trainable, dtype)
 

@@ -269,3 +269,56 @@ def test_a_random_state_that_does_not_fit_changes_nothing(
 def test_a_seed_is_an_integer_of_at_least_zero(seed: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="seed: seed is"):
         Net().seed(seed)
+
+
+def test_two_modules_of_one_name_are_refused() -> None:
+    class Clash(Module):
+        def __init__(self, parts: Any) -> None:
+            self.parts = parts
+
+    for parts, name in (
+        ({"a.b": lora(), "a": {"b": lora()}}, "parts.a.b"),
+        ({1: lora(), "1": lora()}, "parts.1"),
+    ):
+        with pytest.raises(ValueError, match=rf"Clash: two modules are named '{name}'"):
+            Clash(parts).parameters()
+    shared = lora()
+    assert len(Clash({"a.b": shared, "a": {"b": shared}}).parameters()) == 2
+
+
+def test_a_list_that_holds_itself_is_walked_once() -> None:
+    net = Net()
+    net.blocks.append(net.blocks)
+    net.heads["heads"] = (net.heads,)
+    assert list(net.adapter_layers()) == NAMES
+    net.merge_and_unload()
+    assert not net.adapter_layers()
+    assert net.blocks[-1] is net.blocks
+    assert net.heads["heads"][0] is net.heads
+
+
+@pytest.mark.parametrize("returned", [np.ones((2, 3)), None, (np.ones(2),), [np.ones(2), None], (1, 2, 3)])
+def test_a_forward_that_returns_no_pair_is_told_so(returned: Any) -> None:
+    class Odd(Module):
+        def forward(self, x: Any) -> Any:
+            return returned
+
+    with pytest.raises(TypeError, match=r"Odd\.forward returned .*, expected the pair \(y, saved\)"):
+        Odd()(1)
+
+
+def test_names_of_equal_length_have_different_streams() -> None:
+    model = Sequential(lora(), ReLU(), lora())
+    model.seed(7)
+    assert model[0].B.tobytes() != model[2].B.tobytes()  # type: ignore[attr-defined]
+    seeds = [seed for seed, _ in model.random_state().values()]
+    assert len(set(seeds)) == 2, "layers must not drop the same elements"
+    net = Net()
+    net.seed(7)
+    assert len({seed for seed, _ in net.random_state().values()}) == 5
+
+
+def test_a_users_module_can_say_its_bytes() -> None:
+    net = Net()
+    x = np.ones((3, 6), np.float32)
+    assert nplora.saved_nbytes(net.forward(x)[1]) == 2 * x.nbytes + 2 * 3 * 2 * 4

@@ -65,3 +65,9 @@ def test_the_command_is_installed_under_its_name() -> None:
     except importlib.metadata.PackageNotFoundError:  # run from the checkout
         return
     assert [(e.name, e.value) for e in installed.entry_points] == [("nplora", "nplora.cli:main")]
+
+
+def test_dir_shows_what_is_public() -> None:
+    shown = {name for name in dir(nplora) if not name.startswith("__")}
+    assert shown == set(nplora.__all__)
+    assert "__version__" in dir(nplora)

@@ -116,3 +116,57 @@ def test_an_empty_sequence_is_the_identity() -> None:
 def test_only_modules_are_taken() -> None:
     with pytest.raises(TypeError, match="Sequential: argument 1 is a list, expected a Module"):
         Sequential(ReLU(), [ReLU()])  # type: ignore[arg-type]
+
+
+def test_a_slice_is_a_sequence_of_the_same_modules(rng: np.random.Generator) -> None:
+    model, x = network(rng), rng.standard_normal((9, 5))
+    head = model[:3]
+    assert isinstance(head, Sequential)
+    assert list(head) == list(model)[:3]
+    np.testing.assert_array_equal(model[3:](head(x)), model(x))
+    assert len(model[7:]) == 0
+    assert model[-1] is model.modules[-1]
+
+
+def test_an_error_names_the_module_that_raised_it(rng: np.random.Generator) -> None:
+    inner = network(rng)
+    model = Sequential(ReLU(), Sequential(ReLU(), inner))
+    message = r"^1\.1\.0: LoRALinear\.forward: x has last axis 6, expected d_in=5$"
+    for call in (model, model.forward):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                call(np.ones((9, 6)))
+    y, saved = model.forward(np.ones((9, 5)))
+    with pytest.raises(ValueError, match=r"^1\.1\.6: Linear\.backward: dy has shape \(8, 3\)"):
+        model.backward(y[:8], saved)
+
+
+def test_an_error_inside_a_users_module_has_the_dotted_name_of_its_layer(rng: np.random.Generator) -> None:
+    class Block(nplora.Module):
+        def __init__(self) -> None:
+            self.stack = Sequential(ReLU(), network(rng))
+
+        def forward(self, x: Any) -> Any:
+            return self.stack.forward(x)
+
+    for model, name in ((Sequential(ReLU(), Block()), r"1\.stack\.1\.0"), (Block(), r"stack\.1\.0")):
+        with pytest.raises(ValueError, match=rf"^{name}: LoRALinear\.forward: x has last axis 6"):
+            model(np.ones((9, 6)))
+
+
+def test_an_error_of_another_make_passes_as_it_is() -> None:
+    class Reads(nplora.Module):
+        def forward(self, x: Any) -> Any:
+            return b"\xff".decode(), None
+
+    with pytest.raises(UnicodeDecodeError, match=r"^'utf-8' codec can't decode"):
+        Sequential(Reads())(1)
+
+
+def test_a_forward_of_a_child_gives_a_pair() -> None:
+    class OnlyY(nplora.Module):
+        def forward(self, x: Any) -> Any:
+            return np.ones((2, 3))
+
+    with pytest.raises(TypeError, match=r"OnlyY\.forward returned ndarray, expected the pair \(y, saved\)"):
+        Sequential(OnlyY()).forward(1)

@@ -22,7 +22,7 @@ from nplora.layers import (
 )
 from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
 from nplora.losses import NonFiniteLossError
-from nplora.module import Module, Parameter
+from nplora.module import Module, Parameter, saved_nbytes
 from nplora.optim import SGD, AdamW
 from nplora.runtime import get_num_threads, set_num_threads, show_config
 from nplora.weights import FrozenWeight
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "merge_lora",
     "optim",
     "save_adapter",
+    "saved_nbytes",
     "set_num_threads",
     "show_config",
     "unmerge_lora",

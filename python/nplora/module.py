@@ -31,7 +31,29 @@ def inferring() -> bool:
 
 def quiet() -> np.errstate:
     """Let NaN and Inf propagate without NumPy's warnings: the loss shows them."""
-    return np.errstate(over="ignore", invalid="ignore")
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+def pair(module: Module, result: Any) -> tuple[Array, Any]:
+    """What `forward` returned, if it is the pair that it should be."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+    raise TypeError(f"{type(module).__name__}.forward returned {what}, expected the pair (y, saved)")
+
+
+def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
+    """Put the dotted name, in `container`, of the module that raised in front of the message.
+
+    The innermost container knows the culprit; those around it go on from there.
+    """
+    if len(error.args) != 1 or not isinstance(error.args[0], str):
+        return
+    module, message = vars(error).setdefault("nplora_origin", (culprit, error.args[0]))
+    for name, candidate in container._walk("", set()):
+        if candidate is module:
+            error.args = (f"{name}: {message}",)
+            return
 
 
 class Parameter(NamedTuple):
@@ -53,7 +75,10 @@ class Saved:
 
 
 def saved_nbytes(saved: object) -> int:
-    """Bytes of the arrays in a Saved or any nest of arrays, tuples, lists and dicts; each buffer once."""
+    """Bytes of the arrays in a Saved or any nest of arrays, tuples, lists and dicts.
+
+    An array that is kept several times counts once; a view of a part of it counts beside it.
+    """
     return sum({(a.__array_interface__["data"][0], a.nbytes): a.nbytes for a in _arrays(saved)}.values())
 
 
@@ -104,10 +129,18 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, x: Any) -> Array:
-        """Inference: the output of `forward` without dropout, keeping nothing."""
+        """Inference: the output of `forward` without dropout, keeping nothing.
+
+        Raises:
+            TypeError: forward did not return a pair.
+        """
         token = _inferring.set(True)
         try:
-            return self.forward(x)[0]
+            return pair(self, self.forward(x))[0]
+        except ValueError as error:
+            if hasattr(error, "nplora_origin"):
+                name_error(error, self)
+            raise
         finally:
             _inferring.reset(token)
 
@@ -129,8 +162,17 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Every module in here by dotted name, this one first as ""; a shared one once, by its first name."""
-        yield from self._walk("", set())
+        """Every module in here by dotted name, this one first as ""; a shared one once, by its first name.
+
+        Raises:
+            ValueError: two modules have the same name, as {"a.b": one, "a": {"b": other}} gives them.
+        """
+        names: set[str] = set()
+        for name, module in self._walk("", set()):
+            if name in names:
+                raise ValueError(f"{type(self).__name__}: two modules are named {name!r}; rename one")
+            names.add(name)
+            yield name, module
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
         if id(self) in seen:
@@ -184,6 +226,7 @@ class Module:
 
         Raises:
             RuntimeError: a layer is merged already.
+            ValueError: finite values would become infinite.
         """
         commits = [layer.prepare_merge() for layer in self.adapter_layers().values()]
         for commit in commits:
@@ -205,6 +248,9 @@ class Module:
         The model is changed in place and returned; a single layer returns its replacement. Factors and
         original weights are gone afterwards. Every replacement is built first: a failure leaves all as they
         were.
+
+        Raises:
+            ValueError: finite values would become infinite.
         """
         replaced = {id(layer): layer.unloaded() for layer in self.adapter_layers().values()}
         layers = list(self.adapter_layers().values())
@@ -288,6 +334,10 @@ class AdapterLayer(Module):
         """Whether the merged weight answers at the moment."""
         raise NotImplementedError
 
+    def settings(self) -> dict[str, int | float | bool | str]:
+        """What decides the layer's results beside its arrays: plain values, for a checkpoint to compare."""
+        raise NotImplementedError
+
     def require_unmerged(self, what: str) -> None:
         """Raise RuntimeError where `what` makes no sense on a merged layer."""
         if self.merged:
@@ -314,28 +364,29 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
 
-def _modules_in(value: object, name: str) -> Iterator[tuple[str, Module]]:
+def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
+    """The modules in a nest of containers; `around` holds the ids of those that hold this one."""
     if isinstance(value, Module):
         yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _modules_in(item, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _modules_in(item, f"{name}.{i}")
+    elif isinstance(value, dict | list | tuple) and id(value) not in around:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _modules_in(item, f"{name}.{key}", (*around, id(value)))
 
 
-def _replace(value: Any, replaced: dict[int, Module]) -> Any:
+def _replace(value: Any, replaced: dict[int, Module], around: tuple[int, ...] = ()) -> Any:
     """`value` with modules exchanged; lists and dicts in place, tuples anew where something changed."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
+    if id(value) in around:
+        return value
+    around = (*around, id(value))
     if isinstance(value, dict):
         for key, item in value.items():
-            value[key] = _replace(item, replaced)
+            value[key] = _replace(item, replaced, around)
     elif isinstance(value, list):
-        value[:] = [_replace(item, replaced) for item in value]
+        value[:] = [_replace(item, replaced, around) for item in value]
     elif isinstance(value, tuple):
-        items = [_replace(item, replaced) for item in value]
+        items = [_replace(item, replaced, around) for item in value]
         if any(map(operator.is_not, items, value)):
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.module import Gradient, Module, Saved
+from nplora.module import Gradient, Module, Saved, name_error, pair
 
 Array = npt.NDArray[Any]
 
@@ -41,20 +41,37 @@ class Sequential(Module):
             yield str(i), module
 
     def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
-        """The output of the last module, and what `backward` needs."""
-        items = []
-        for module in self.modules:
-            x, saved = module.forward(x)
-            items.append(saved)
+        """The output of the last module, and what `backward` needs.
+
+        Raises:
+            ValueError: from a module, whose dotted name is put in front of the message.
+        """
+        items: list[Any] = []
+        try:
+            for module in self.modules:
+                x, saved = pair(module, module.forward(x))
+                items.append(saved)
+        except ValueError as error:
+            name_error(error, self, self.modules[len(items)])
+            raise
         return np.asarray(x), SequentialSaved(tuple(items))
 
     def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
-        """dx, or None where need_dx is False or the first module's input has no gradient."""
+        """dx, or None where need_dx is False or the first module's input has no gradient.
+
+        Raises:
+            ValueError: as in `forward`.
+            RuntimeError: a module above the first gave no gradient of its input.
+        """
         gradient: Array | None = dy
         for i, module in reversed(list(enumerate(self.modules))):
             if gradient is None:
                 raise RuntimeError(f"Sequential.backward: module {i + 1} gave no gradient of its input")
-            gradient = module.backward(gradient, saved.items[i], need_dx or i > 0)
+            try:
+                gradient = module.backward(gradient, saved.items[i], need_dx or i > 0)
+            except ValueError as error:
+                name_error(error, self, module)
+                raise
         return gradient
 
     def __len__(self) -> int:
@@ -63,8 +80,13 @@ class Sequential(Module):
     def __iter__(self) -> Iterator[Module]:
         return iter(self.modules)
 
-    def __getitem__(self, index: int) -> Module:
-        return self.modules[index]
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module | Sequential:
+        """One module, or a Sequential of the same modules for a slice."""
+        return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.modules))})"

@@ -92,3 +92,28 @@ def test_bad_arguments_are_refused() -> None:
         SiLU().backward(np.ones((3, 2)), saved)
     with pytest.raises(TypeError, match=r"Tanh\.forward: x has dtype complex128"):
         Tanh()(np.ones(2, complex))
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_single_number_keeps_its_dtype(name: str, dtype: Any) -> None:
+    module, _ = ACTIVATIONS[name]
+    y, saved = module.forward(np.array(0.5, dtype))
+    dx = module.backward(np.array(2.0, dtype), saved)
+    for value in (y, dx):
+        assert isinstance(value, np.ndarray)
+        assert (value.shape, value.dtype) == ((), dtype)
+
+
+@every_activation
+def test_an_infinite_gradient_propagates_without_a_warning(name: str) -> None:
+    module, _ = ACTIVATIONS[name]
+    x = np.array([-np.inf, -30, 0, 30, np.inf], np.float32)
+    for value in (np.inf, -np.inf, np.nan):
+        _, saved = module.forward(x)
+        assert not np.isfinite(module.backward(np.full_like(x, value), saved)).all()
+
+
+def test_a_ragged_list_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ReLU\.forward: x is inhomogeneous"):
+        ReLU()([[1.0], [1.0, 2.0]])

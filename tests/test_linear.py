@@ -61,7 +61,7 @@ def test_what_is_trained_is_a_copy(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"W": np.ones(3)}, "W has 1 axes"),
+        ({"W": np.ones(3)}, "W has 1 axis"),
         ({"bias": np.ones(3)}, r"Linear: bias has shape \(3,\), expected \(7,\)"),
         ({"dtype": "float16", "trainable": True}, "a trained weight is float32 or float64"),
         ({"compute": "float16"}, "compute='float16' is not available"),
@@ -81,3 +81,23 @@ def test_operands_of_another_shape_are_refused() -> None:
         layer.backward(y[:3], saved)
     assert layer.dweight is not None
     assert not layer.dweight.any()
+
+
+def test_a_trained_weight_does_not_compute_in_bfloat16() -> None:
+    W = np.ones((D_OUT, D_IN))
+    with pytest.raises(ValueError, match="Linear: compute='bfloat16' with trainable=True"):
+        Linear(W, compute="bfloat16", trainable=True)
+    assert Linear(nplora.FrozenWeight(W, compute="bfloat16"), trainable=True).parameters()
+    frozen = Linear(W, compute="bfloat16").weight
+    assert isinstance(frozen, nplora.FrozenWeight)
+    assert frozen.compute == "bfloat16"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_propagate_without_a_warning(value: float) -> None:
+    layer = Linear(np.ones((D_OUT, D_IN)), np.ones(D_OUT), trainable=True)
+    y, saved = layer.forward(np.ones((N, D_IN)))
+    dy = np.full(y.shape, value)
+    dy[0] = -value
+    assert not np.isfinite(layer.backward(dy, saved)).any()
+    assert all(not np.isfinite(p.grad).any() for p in layer.parameters())

@@ -1,6 +1,8 @@
 """LoRALinear: the update, its variants, its gradients, and merging."""
 
 import copy
+import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -518,7 +520,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.G
         ({"init": "pissa"}, ValueError, "init='pissa' is not available; possible: 'zero', 'gaussian'"),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not available; possible: 'float32'"),
         ({"compute": "int8"}, ValueError, "compute='int8' is not available; possible: 'float32', 'bfloat16'"),
-        ({"W": np.ones(3)}, ValueError, "W has 1 axes, expected 2"),
+        ({"W": np.ones(3)}, ValueError, "W has 1 axis, expected 2"),
         ({"W": np.ones((1, 2, 3))}, ValueError, "W has 3 axes, expected 2"),
         ({"W": np.ones((3, 3), int)}, TypeError, "W has dtype int64, expected floats"),
     ],
@@ -626,3 +628,95 @@ def test_repr_shows_the_options() -> None:
     assert "dropout" not in repr(layer)
     with pytest.raises(ValueError, match="dropout"):
         layer.dropout = 1.0
+
+
+def test_settings_say_what_the_layer_computes(rng: np.random.Generator) -> None:
+    W = rng.standard_normal((D_OUT, D_IN))
+    assert LoRALinear(W).settings() == {
+        "rank": 8,
+        "alpha": 16.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "dropout": 0.0,
+        "freeze_B": False,
+        "compute": "float32",
+    }
+    layer = LoRALinear(
+        W, 4, 6, compute="bfloat16", dropout=0.5, use_rslora=True, use_dora=True, freeze_B=True
+    )
+    assert list(layer.settings().values()) == [4, 6.0, True, True, 0.5, True, "bfloat16"]
+    layer.alpha, layer.dropout = 7, 0.25
+    assert (layer.settings()["alpha"], layer.settings()["dropout"]) == (7.0, 0.25)
+    assert json.loads(json.dumps(layer.settings())) == layer.settings()
+    assert nplora.LoRAEmbedding(W, rank=2, dtype="float64").settings()["compute"] == "float64"
+
+
+@pytest.mark.parametrize("method", ["merge", "merge_and_unload"])
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 65504.0), ("bfloat16", 3e38), ("float32", 3e38)])
+def test_a_merge_that_would_become_infinite_changes_nothing(method: str, dtype: str, limit: float) -> None:
+    model = nplora.Sequential(
+        *(LoRALinear(np.full((4, 4), value), rank=2, dtype=dtype) for value in (1.0, limit))
+    )
+    first, layer = model
+    assert isinstance(layer, LoRALinear)
+    layer.A[...], layer.B[...] = 1, limit / 64  # ΔW = 8 · 2 · limit / 64
+    with pytest.raises(ValueError, match=f"LoRALinear.merge: 16 finite values become infinite in {dtype}"):
+        getattr(model, method)()
+    assert list(model) == [first, layer]
+    assert not any(part.merged for part in model.adapter_layers().values())
+    assert layer.A.flags.writeable
+    layer.B[...] = np.nan  # what is not finite before may be so afterwards
+    layer.merge()
+    assert np.isnan(layer(np.ones(4))).all()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_factors_are_read_only_while_merged_in_a_copy_too(clone: Any, rng: np.random.Generator) -> None:
+    layer = layer_of(rng, use_dora=True)
+    layer.merge()
+    twin = clone(layer)
+    for merged in (layer, twin):
+        for name in ("A", "B", "m"):
+            assert not getattr(merged, name).flags.writeable
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(merged, name)[...] = 0
+    twin.unmerge()
+    twin.A[...], twin.B[...], twin.m[...] = 0, 0, 0
+    assert layer.A.all()
+    layer.unmerge()
+    layer.m *= 2
+    assert clone(layer).A.flags.writeable
+
+
+def test_dora_norms_do_not_depend_on_what_the_products_compute_in(rng: np.random.Generator) -> None:
+    W = rng.standard_normal((40, 256))
+    for rank in (8, 9, 24):
+        one, other = (
+            LoRALinear(W, rank, use_dora=True, init="gaussian", compute=compute, rng=1)
+            for compute in ("bfloat16", "float32")
+        )
+        assert one.m is not None
+        np.testing.assert_allclose(one.m, other.m, rtol=1e-6)  # float32; bfloat16 is off by 1e-4
+
+
+@pytest.mark.parametrize("seed", ["a", -1, 1.5])
+def test_a_bad_seed_is_refused_by_the_name_of_the_layer(seed: Any) -> None:
+    for make in (LoRALinear, nplora.LoRAEmbedding):
+        with pytest.raises((TypeError, ValueError), match=rf"{make.__name__}: rng is "):
+            make(np.ones((9, 9)), rng=seed)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_infinite_gradient_propagates_without_a_warning(
+    name: str, value: float, rng: np.random.Generator
+) -> None:
+    layer = layer_of(rng, "float32", **VARIANTS[name])
+    y, saved = layer.forward(rng.standard_normal((N, D_IN)))
+    dy = np.full(y.shape, value)
+    dy[0] = -value
+    assert not np.isfinite(layer.backward(dy, saved)).all()
+    assert not np.isfinite(layer.dA).all()
+    layer.B[0], layer.B[1] = value, -value
+    layer.forward(rng.standard_normal((N, D_IN)))
+    layer.merged_weight(), layer.delta_weight()

@@ -22,15 +22,18 @@ class ActivationSaved(Saved):
 
 
 class Activation(Module):
-    """The base of the activations: y = f(x) elementwise, dx = f'(x) ∘ dy, for x of any shape."""
+    """The base of the activations: y = f(x) elementwise, dx = f'(x) ∘ dy, for x of any shape.
+
+    Constants take the dtype of x: NumPy 1 would make float64 of a single float32 number and a Python one.
+    """
 
     _keeps_output = False  # whether f' is computed from y, which the next layer keeps anyway
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
         """y of the shape of x, and what `backward` needs."""
-        given = np.asarray(x)
-        dtype = np.float64 if given.dtype == np.float64 else np.float32
-        array = _check.floats(f"{type(self).__name__}.forward", "x", given, dtype)
+        op = f"{type(self).__name__}.forward"
+        given = _check.as_array(op, "x", x)
+        array = _check.floats(op, "x", given, np.float64 if given.dtype == np.float64 else np.float32)
         y = self._apply(array)
         return y, ActivationSaved(None if inferring() else y if self._keeps_output else array)
 
@@ -63,10 +66,10 @@ class ReLU(Activation):
     _keeps_output = True
 
     def _apply(self, x: Array) -> Array:
-        return np.maximum(x, 0)
+        return np.asarray(np.maximum(x, x.dtype.type(0)))
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        return np.where(kept <= 0, dy.dtype.type(0), dy)  # a NaN lets its gradient through, to be seen
+        return np.where(kept <= 0, kept.dtype.type(0), dy)  # a NaN lets its gradient through, to be seen
 
 
 class Tanh(Activation):
@@ -78,7 +81,8 @@ class Tanh(Activation):
         return np.asarray(np.tanh(x))
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        return np.asarray((1 - kept * kept) * dy)
+        with quiet():
+            return np.asarray((kept.dtype.type(1) - kept * kept) * dy)
 
 
 class SiLU(Activation):
@@ -86,12 +90,13 @@ class SiLU(Activation):
 
     def _apply(self, x: Array) -> Array:
         with quiet():  # exp(-x) = inf gives the right sigmoid, 0
-            return np.asarray(x / (1 + np.exp(-x)))
+            return np.asarray(x / (x.dtype.type(1) + np.exp(-x)))
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
         with quiet():
-            gate = 1 / (1 + np.exp(-kept))
-            return np.asarray(gate * (1 + kept * (1 - gate)) * dy)
+            one = kept.dtype.type(1)
+            gate = one / (one + np.exp(-kept))
+            return np.asarray(gate * (one + kept * (one - gate)) * dy)
 
 
 class GELU(Activation):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.layers.linear import trainable_copy
 from nplora.layers.low_rank import LoRALayer
-from nplora.module import Module, Parameter, Saved, inferring
+from nplora.module import Module, Parameter, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
@@ -147,8 +147,9 @@ class LoRAEmbedding(LoRALayer):
             if self.scale != 0:
                 update = np.empty_like(y)
                 _core.matmul_t(self.B, rows, update)
-                update *= self.scale
-                y += update
+                with quiet():
+                    update *= self.scale
+                    y += update
             if not inferring():
                 saved = LoRAEmbeddingSaved(lead, ids=flat, rows=rows)
         return y.reshape(*lead, dim), saved
@@ -172,7 +173,8 @@ class LoRAEmbedding(LoRALayer):
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         d_rows = np.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
-        d_rows *= self.scale
+        with quiet():
+            d_rows *= self.scale
         _add_rows(self.dA, saved.ids, d_rows)
         assert self.dB is not None
         _core.add_outer(saved.rows, du, self.scale, self.dB)
@@ -192,4 +194,5 @@ def _add_rows(out: Array, ids: Array, rows: Array) -> None:
         return
     order = np.argsort(ids, kind="stable")
     found, starts = np.unique(ids[order], return_index=True)
-    out[found] += np.add.reduceat(rows[order], starts, axis=0)
+    with quiet():
+        out[found] += np.add.reduceat(rows[order], starts, axis=0)

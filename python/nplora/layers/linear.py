@@ -31,13 +31,16 @@ class Linear(Module):
         W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
         bias: array (d_out,) or None.
         dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
-        compute: "float32".
-        trainable: train W and bias themselves; their parameters are named "weight" and "bias".
+        compute: "float32", or "bfloat16" for the products of a frozen weight, as in FrozenWeight.
+        trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
+            weight computes in its own dtype.
     Attributes:
         weight: a FrozenWeight, or the live array (d_out, d_in) where trainable.
         dweight, dbias: the gradients, None where there are none.
     Raises:
-        ValueError: W has not two axes, bias has another shape, or dtype does not fit.
+        ValueError: W has not two axes, bias has another shape, dtype or compute is not available, or one of
+            them does not fit a trainable or a shared weight.
+        TypeError: W does not hold floats.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Linear(Module):
         frozen = freeze("Linear", W, dtype, compute)
         self.shape = frozen.shape
         self.trainable = bool(trainable)
+        if trainable and compute == "bfloat16":
+            raise ValueError("Linear: compute='bfloat16' with trainable=True; only frozen products round")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
         self.bias = None
@@ -80,10 +85,11 @@ class Linear(Module):
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None)
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
-        """dx = dy W; where trainable, dweight += dyᵀ x and dbias += Σ dy.
+        """dx = dy W, or None where need_dx is False; where trainable, dweight += dyᵀ x and dbias += Σ dy.
 
         Raises:
             ValueError: dy has not the shape of y.
+            RuntimeError: the weight is trained, and the forward pass was inference.
         """
         d_out, d_in = self.shape
         rows = _check.shaped("Linear.backward", "dy", dy, (*saved.lead, d_out), self._dtype)

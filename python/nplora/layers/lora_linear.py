@@ -110,7 +110,8 @@ class LoRALinear(LoRALayer):
     def _start(self, rng: np.random.Generator) -> None:
         super()._start(rng)
         if self.m is not None:
-            self.m[...] = self._row_norms()
+            with quiet():
+                self.m[...] = self._row_norms()
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
         bound = 1 / math.sqrt(max(1, self.B.shape[1]))
@@ -204,19 +205,27 @@ class LoRALinear(LoRALayer):
         """
         squares = self._frozen_squares.copy()
         if self.scale != 0:
-            a, b = self.A.astype(np.float64), self.B.astype(np.float64)
-            bw = np.empty((self.rank, len(a)), self.B.dtype)
-            _core.matmul(self.weight.packed, self.B, None, bw)
+            a, b, bw = self.A.astype(np.float64), self.B.astype(np.float64), self._frozen_product_of_b()
             gram, a_gram = np.empty((self.rank, self.rank)), np.empty_like(a)
             _core.matmul(b, b, None, gram)
             _core.matmul(gram, a, None, a_gram)
-            squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
-            squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
+            with quiet():
+                squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
+                squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
         return np.sqrt(np.maximum(squares, 0))
+
+    def _frozen_product_of_b(self) -> Array:
+        """B Wᵀ (r, d_out), in float32 where the layer's products are bfloat16: 8 rows are not rounded."""
+        out = np.empty((self.rank, self.weight.shape[0]), self.B.dtype)
+        step = 8 if self.weight.compute == "bfloat16" else self.rank
+        for i in range(0, self.rank, step):
+            _core.matmul(self.weight.packed, self.B[i : i + step], None, out[i : i + step])
+        return out
 
     def _inverse_norms(self) -> Array:
         norms = self._row_norms()
-        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+        with quiet():
+            return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
 
     # ---- merging ----
 
@@ -228,7 +237,10 @@ class LoRALinear(LoRALayer):
         return merged
 
     def delta_weight(self) -> Array:
-        return self.merged_weight() - self.weight.to_numpy() if self.use_dora else super().delta_weight()
+        if not self.use_dora:
+            return super().delta_weight()
+        with quiet():
+            return self.merged_weight() - self.weight.to_numpy()
 
     def unloaded(self) -> Linear:
         return Linear(self._merged_frozen(), self.bias)

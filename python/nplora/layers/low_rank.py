@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.module import AdapterLayer, Commit, Parameter
-from nplora.weights import FrozenWeight
+from nplora.weights import FrozenWeight, become_infinite
 
 Array = npt.NDArray[Any]
 T = TypeVar("T", bound=Array | None)
@@ -106,7 +106,7 @@ class LoRALayer(AdapterLayer):
         vars(self).update(A=a, B=b, m=None, dA=np.zeros_like(a), dB=db, dm=None)
         if use_dora:
             vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
-        self._start(np.random.default_rng(rng))
+        self._start(_check.generator(op, rng))
 
     @property
     def weight(self) -> FrozenWeight:
@@ -144,6 +144,17 @@ class LoRALayer(AdapterLayer):
     @property
     def dropout(self) -> float:
         return self._dropout
+
+    def settings(self) -> dict[str, int | float | bool | str]:
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "dropout": self.dropout,
+            "freeze_B": self.freeze_B,
+            "compute": self.weight.compute,
+        }
 
     def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
         """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
@@ -220,7 +231,23 @@ class LoRALayer(AdapterLayer):
         return self._merged is not None
 
     def _merged_frozen(self) -> FrozenWeight:
-        return self._merged or self.weight.like(self.merged_weight())
+        return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
+
+    def _finite_still(self, merged: Array) -> Array:
+        """`merged`, unless the storage, or the sum, makes infinity of what was finite."""
+        storage = self.weight.dtype
+        lost = become_infinite(merged, storage).size
+        if not lost and not np.isfinite(merged).all() and self._finite_factors():
+            lost = int(np.sum(~np.isfinite(merged) & np.isfinite(self.weight.to_numpy())))
+        if lost:
+            raise ValueError(
+                f"{type(self).__name__}.merge: {lost} finite values become infinite in {storage}; nothing is "
+                "merged"
+            )
+        return merged
+
+    def _finite_factors(self) -> bool:
+        return all(np.isfinite(array).all() for array in (self.A, self.B, self.m) if array is not None)
 
     def prepare_merge(self) -> Commit:
         self.require_unmerged("merge")
@@ -246,6 +273,11 @@ class LoRALayer(AdapterLayer):
         for array in (self.A, self.B, self.m):
             if array is not None:
                 array.flags.writeable = allowed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state.get("_merged") is not None:
+            self._allow_writes(False)  # a copied array is writable again
 
     def discard(self) -> None:
         vars(self).clear()

@@ -229,6 +229,28 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: AdamW(p), "AdamW: lr is a list, expected a number"),
+        (lambda p: AdamW(iter(p)), "AdamW: lr is a list_iterator, expected a number"),
+        (lambda p: SGD(p[3].value), "SGD: lr is a ndarray, expected a number"),
+        (lambda p: AdamW(weight_decay=p), "AdamW: weight_decay is a list, expected a number"),
+        (lambda p: AdamW(eps=p), "AdamW: eps is a list, expected a number"),
+        (lambda p: SGD(0.1, p), "SGD: momentum is a list, expected a number"),
+        (lambda p: AdamW(betas=0.9), "AdamW: betas is 0.9, expected two numbers (β₁, β₂)"),
+        (lambda p: AdamW(betas=p), "AdamW: betas is a list of 4, expected two numbers (β₁, β₂)"),
+        (lambda p: AdamW(betas=(p, 0.9)), "AdamW: betas[0] is a list, expected a number"),
+    ],
+)
+def test_arrays_in_the_place_of_numbers_are_told_in_one_line(
+    make: Any, message: str, rng: np.random.Generator
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        make(parameters(rng))
+    assert str(caught.value) == message
+
+
 # ---- norm and schedules ----
 
 

@@ -1,7 +1,7 @@
 """Optimisers that write the live parameters in place, the norm of a gradient, and learning-rate schedules."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class Optimizer:
 
     def __init__(self, lr: float, weight_decay: float, lr_ratio: float) -> None:
         op = type(self).__name__
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_ratio", lr_ratio)):
+            _check_scalar(op, name, value)
         self.lr = _check.at_least(op, "lr", lr, 0)
         self.weight_decay = _check.at_least(op, "weight_decay", weight_decay, 0)
         self.lr_ratio = _check.at_least(op, "lr_ratio", lr_ratio, 0)
@@ -98,21 +100,36 @@ class Optimizer:
         if "steps" not in state:
             raise ValueError(f"{op}: the state has no 'steps'")
         steps = _check.integer(op, "steps", np.asarray(state["steps"])[()], least=0)
-        loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
-        problems = []
-        for key, array in state.items():
-            moment, _, name = key.partition(".")
-            if moment in loaded and name:
-                loaded[moment][name] = np.array(array)
-            elif key != "steps":
-                problems.append(f"unknown entry {key!r}")
+        problems = self.differences(state)
+        if problems:
+            raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
+        loaded, _ = self._by_moment(state)
+        copied = {moment: {name: a.copy() for name, a in held.items()} for moment, held in loaded.items()}
+        started = self._state is not None or steps > 0 or any(loaded.values())
+        self._state, self.steps = (copied if started else None), steps
+
+    def differences(self, state: Mapping[str, Array]) -> list[str]:
+        """One sentence for all that keeps `load_state_dict` from taking the arrays of a state."""
+        loaded, unknown = self._by_moment(state)
+        problems = [f"unknown entry {key!r}" for key in unknown]
+        if "steps" not in state:
+            problems.append("the state has no 'steps'")
         for moment in self._moments:
             wanted = loaded[self._moments[0]] if self._state is None else self._state[moment]
             problems += _differences(moment, loaded[moment], wanted)
-        if problems:
-            raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
-        started = self._state is not None or steps > 0 or any(loaded.values())
-        self._state, self.steps = (loaded if started else None), steps
+        return problems
+
+    def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
+        """The arrays of a state as {moment: {parameter: array}}, and the keys that belong to none."""
+        loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
+        unknown = []
+        for key, array in state.items():
+            moment, _, name = key.partition(".")
+            if moment in loaded and name:
+                loaded[moment][name] = np.asarray(array)
+            elif key != "steps":
+                unknown.append(key)
+        return loaded, unknown
 
     def _check_state(self, parameters: Sequence[Parameter]) -> None:
         op = f"{type(self).__name__}.step"
@@ -168,7 +185,13 @@ class AdamW(Optimizer):
         lr_ratio: float = 1.0,
     ) -> None:
         super().__init__(lr, weight_decay, lr_ratio)
-        beta1, beta2 = betas
+        try:
+            beta1, beta2 = betas
+        except (TypeError, ValueError) as error:
+            got = f"a {type(betas).__name__} of {len(betas)}" if isinstance(betas, Sized) else repr(betas)
+            raise TypeError(f"AdamW: betas is {got}, expected two numbers (β₁, β₂)") from error
+        for name, value in (("betas[0]", beta1), ("betas[1]", beta2), ("eps", eps)):
+            _check_scalar("AdamW", name, value)
         self.betas = (
             _check.probability("AdamW", "betas[0]", beta1),
             _check.probability("AdamW", "betas[1]", beta2),
@@ -212,6 +235,7 @@ class SGD(Optimizer):
         lr_ratio: float = 1.0,
     ) -> None:
         super().__init__(lr, weight_decay, lr_ratio)
+        _check_scalar("SGD", "momentum", momentum)
         self.momentum = _check.probability("SGD", "momentum", momentum)
         self.nesterov = bool(nesterov)
         if nesterov and not momentum:
@@ -264,6 +288,12 @@ def _by_dtype(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
         group = [p for p in parameters if p.value.dtype == dtype]
         if group:
             yield group
+
+
+def _check_scalar(op: str, name: str, value: object) -> None:
+    """Refuse what holds many values, such as `model.parameters()`, without showing all of them."""
+    if isinstance(value, Sized | Iterator) and not isinstance(value, str):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
 
 
 def _is_a(name: str) -> bool:

@@ -151,6 +151,9 @@ def test_a_callable_is_taken_with_rows_as_its_count() -> None:
     ("function", "error", "message"),
     [
         (lambda p, t: 3.0, TypeError, r"loss: the function returned float, expected \(loss, dprediction\)"),
+        (lambda p, t: (p, 3.0), TypeError, r"loss: the function returned \(ndarray, float\), expected"),
+        (lambda p, t: (None, p), TypeError, r"loss: the function returned \(NoneType, ndarray\), expected"),
+        (lambda p, t: (3.0, p, p), TypeError, r"loss: the function returned tuple of 3, expected \(loss,"),
         (lambda p, t: (3.0, p[:1]), ValueError, r"loss: dprediction has shape \(1, 2\), expected \(4, 2\)"),
     ],
 )
@@ -159,6 +162,21 @@ def test_a_callable_that_returns_something_else_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         losses.get(function)(np.ones((4, 2)), None)
+
+
+def test_a_loss_that_returns_something_else_is_named() -> None:
+    def mine(p: Any, t: Any) -> Any:
+        return p
+
+    class Mine:
+        def __call__(self, p: Any, t: Any) -> Any:
+            return p
+
+    with pytest.raises(TypeError, match=r"loss: the function mine returned ndarray"):
+        losses.get(mine)(np.ones(2), None)
+    with pytest.raises(TypeError, match=r"loss: Mine returned ndarray"):
+        losses.get(Mine())(np.ones(2), None)
+    assert losses.get(lambda p, t: (np.array(3.0), p))(np.ones(2), None)[0] == 3
 
 
 def test_an_unknown_loss_is_refused() -> None:

@@ -5,6 +5,7 @@ over, so that batches of different sizes can be weighted exactly.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -167,20 +168,49 @@ class CustomLoss:
         """The function's loss and gradient.
 
         Raises:
-            TypeError: the function does not return two things.
+            TypeError: the function does not return a number and an array.
             ValueError: the gradient has not the shape of prediction.
         """
-        result = self.function(prediction, target)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(
-                f"loss: the function returned {type(result).__name__}, expected (loss, dprediction)"
-            )
-        loss, gradient = result
-        return float(loss), _check.shaped("loss", "dprediction", gradient, prediction.shape, prediction.dtype)
+        return _checked(self.function, self.function(prediction, target), prediction)
 
     def count(self, prediction: Array, target: Any) -> int:
         """The number of rows of prediction."""
         return len(prediction) if prediction.ndim else 1
+
+
+def call(loss: Loss, prediction: Array, target: Any) -> tuple[float, Array]:
+    """What a loss returns, checked where a user wrote it.
+
+    Raises:
+        TypeError: it does not return a number and an array.
+        ValueError: the gradient has not the shape of prediction.
+    """
+    result = loss(prediction, target)
+    return result if type(loss).__module__ == __name__ else _checked(loss, result, prediction)
+
+
+def _checked(loss: object, result: Any, prediction: Array) -> tuple[float, Array]:
+    wanted = "expected (loss, dprediction), a number and an array"
+    if not isinstance(result, tuple) or len(result) != 2:
+        kind = (
+            f"{type(result).__name__} of {len(result)}"
+            if isinstance(result, tuple)
+            else type(result).__name__
+        )
+        raise TypeError(f"loss: {_title(loss)} returned {kind}, {wanted}")
+    value, gradient = result
+    if not isinstance(value, numbers.Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+        kinds = f"({type(value).__name__}, {type(gradient).__name__})"
+        raise TypeError(f"loss: {_title(loss)} returned {kinds}, {wanted}")
+    return float(value), _check.shaped("loss", "dprediction", gradient, prediction.shape, prediction.dtype)
+
+
+def _title(loss: object) -> str:
+    """A loss of a user's as messages call it."""
+    name = getattr(loss, "__name__", None)
+    if name is None:
+        return type(loss).__name__
+    return "the function" if "<" in name else f"the function {name}"
 
 
 mse = MeanSquaredError()

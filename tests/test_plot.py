@@ -78,6 +78,21 @@ def test_a_log_of_something_else_is_told_with_its_line(text: str, message: str, 
         plot.plot_run(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["plot.pdf", "plot", "plot.png.txt"])
+def test_an_output_that_is_no_png_is_refused(name: str, run: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"plot: the output is .*{name}, expected a name that ends in \.png$"
+    ):
+        plot.plot_run(run, run / name)
+    assert not (run / name).exists()
+
+
+def test_what_is_no_run_directory_is_called_so(run: Path) -> None:
+    for place in (run / "nosuch", run / "log.jsonl"):
+        with pytest.raises(OSError, match=rf"{place.name} is no run directory, it has no log\.jsonl"):
+            plot.plot_run(place)
+
+
 def test_a_directory_without_a_log_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"log\.jsonl"):
         plot.plot_run(tmp_path)

@@ -25,12 +25,19 @@ def plot_run(directory: StrPath, output: StrPath | None = None) -> Path:
         the path of the PNG.
     Raises:
         ModuleNotFoundError: matplotlib, the extra [plot], is not installed.
-        FileNotFoundError: the directory has no log.jsonl.
+        ValueError: the name of the output does not end in .png.
+        FileNotFoundError: the directory is not that of a run: it has no log.jsonl.
         DataError: the log is not one of nplora's, or it has no step yet.
         OSError: the PNG cannot be written.
     """
-    steps, epochs = read_log(Path(directory, LOG))
     path = Path(directory, "plot.png") if output is None else Path(output)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"plot: the output is {files.name(path)}, expected a name that ends in .png")
+    try:
+        steps, epochs = read_log(Path(directory, LOG))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"{files.name(directory)} is no run directory, it has no {LOG}: {error.strerror}"
+        raise OSError(error.errno, reason, error.filename) from error
     picture = _draw(steps, epochs, Path(directory).resolve().name)
     files.replace([files.NewFile(path, len(picture), [picture])])
     return path

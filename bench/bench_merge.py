@@ -1,8 +1,8 @@
 """merge_lora against `W += s * (A @ B)`: time, and the memory that the process needs at its peak."""
 
-import resource
 from collections.abc import Callable
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,9 @@ def _report_growth(connection: Any, name: str) -> None:
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
+    """VmHWM, which starts anew with each program; ru_maxrss would begin at the parent's peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:

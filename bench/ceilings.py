@@ -1,5 +1,6 @@
 """What the machine can do at most: compiled loops that take part in a race like any contestant."""
 
+import atexit
 import ctypes
 import shutil
 import subprocess
@@ -21,7 +22,9 @@ def library() -> str | None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
-    target = Path(tempfile.mkdtemp(prefix="nplora-bench-")) / "ceilings.so"
+    directory = tempfile.mkdtemp(prefix="nplora-bench-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    target = Path(directory) / "ceilings.so"
     source = Path(__file__).with_name("ceilings.cpp")
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)

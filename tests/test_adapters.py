@@ -1,11 +1,14 @@
 """Adapter directories: what is written, what is read back, and that a failure changes nothing."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
 import resource
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,15 @@ import nplora
 from nplora import adapters
 from nplora.adapters import load_adapter, save_adapter
 from nplora.formats import safetensors
-from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError, UnsupportedError
+from nplora.formats.errors import (
+    CorruptError,
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsafeError,
+    UnsupportedError,
+)
+from nplora.formats.peft_config import Patterns
 
 Array = np.ndarray[Any, Any]
 PREFIX = "base_model.model."
@@ -108,7 +119,8 @@ def test_the_file_has_peft_s_names_with_the_letters_exchanged(tmp_path: Path) ->
     model = Net(embedding=False, use_dora=True)
     save_adapter(model, tmp_path)
     tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
-    assert tensors.metadata == {"format": "pt"}
+    digest = hashlib.sha256((tmp_path / "adapter_config.json").read_bytes()).hexdigest()
+    assert tensors.metadata == {"format": "pt", "adapter_config.sha256": digest}
     assert set(tensors) == {
         f"{PREFIX}blocks.{i}.{name}"
         for i in (0, 1)
@@ -384,9 +396,113 @@ def test_unknown_keys_are_dropped_with_a_warning(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     edit(tmp_path, colour="red", flavour=3)
     with pytest.warns(UserWarning, match="unknown keys are ignored: 'colour', 'flavour'"):
-        report = load_adapter(other, tmp_path)
+        report = load_adapter(other, tmp_path, edited_config=True)
     assert report.dropped == ("colour", "flavour")
     assert state(other) == state(model)
+
+
+def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
+    class Twins(nplora.Module):
+        def __init__(self) -> None:
+            one, other = (nplora.LoRALinear(np.ones((2, 2)), rank=1) for _ in range(2))
+            self.x = {"a.b": one, "a": {"b": other}}
+
+    for op in (save_adapter, load_adapter):
+        with pytest.raises(ValueError, match=r"named 'x\.a\.b'"):
+            op(Twins(), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_dropout_that_most_layers_have_is_written(tmp_path: Path) -> None:
+    save_adapter(Net(dropout=0.25), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+
+
+@contextlib.contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Let the process grow by no more than `more` bytes of addresses."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (None, "a header of 7,310,308,045,020,494,458 bytes"),
+        ([f"{PREFIX}blocks.0.lora_A.weight"], r"has shape \(4294967296,\), expected \(3, 6\)"),
+        (["stray"], "tensor 'stray': expected a name that begins with"),
+    ],
+)
+def test_no_memory_is_given_to_what_does_not_fit(names: list[str] | None, words: str, tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    path, size = tmp_path / "adapter_model.safetensors", 1 << 34
+    header = b""
+    if names is not None:
+        entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+        header = json.dumps(dict.fromkeys(names, entry)).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header if header else b"zz nonsense")
+    try:
+        os.truncate(path, 8 + len(header) + size)
+    except OSError:
+        pytest.skip("the file system has no sparse files of this size")
+    with memory_limit(1 << 30), pytest.raises(FormatError, match=words):
+        load_adapter(Net(), tmp_path)
+
+
+def test_a_configuration_full_of_patterns_is_read_or_refused_in_seconds(tmp_path: Path) -> None:
+    model = nplora.Sequential(
+        *(nplora.LoRALinear(np.ones((4, 4)), rank=1, init="gaussian", rng=i) for i in range(20))
+    )
+    save_adapter(model, tmp_path)
+    for count, refused in ((32, False), (512, True)):
+        patterns = {f"{i:03}" + ".*" * 250: 1 for i in range(count)}
+        edit(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
+        begin = time.perf_counter()
+        with pytest.raises(LimitError, match="patterns") if refused else contextlib.nullcontext():
+            load_adapter(model, tmp_path, edited_config=True)
+        assert time.perf_counter() - begin < 5
+
+
+def test_rank_and_alpha_are_looked_up_once_for_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(Net(), tmp_path)
+    asked: list[str] = []
+    real = Patterns.value
+
+    def value(self: Patterns, name: str, default: float) -> float:
+        asked.append(name)
+        return real(self, name, default)
+
+    monkeypatch.setattr(Patterns, "value", value)
+    load_adapter(Net(), tmp_path)
+    assert sorted(asked) == sorted(["emb", "blocks.0", "blocks.1"] * 2)
+
+
+def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    edit(tmp_path, lora_alpha=60)
+    model = Net()
+    before = state(model)
+    with pytest.raises(CorruptError, match=r"adapter_config\.json: not the one .*pass edited_config=True"):
+        load_adapter(model, tmp_path)
+    assert state(model) == before
+    load_adapter(model, tmp_path, edited_config=True)
+    assert model.blocks[0].alpha == 60
+
+
+def test_tensors_without_the_digest_of_a_configuration_take_any(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    rewrite(tmp_path, lambda tensors: None)
+    edit(tmp_path, lora_alpha=60)
+    model = Net()
+    load_adapter(model, tmp_path)
+    assert model.blocks[0].alpha == 60
 
 
 def test_a_truncated_file_is_a_truncated_error(tmp_path: Path) -> None:
@@ -495,6 +611,60 @@ def test_an_error_at_any_call_leaves_the_old_adapter(
             with pytest.raises(OSError, match="No space left"):
                 save_adapter(model, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_configuration_is_renamed_last_and_the_directory_is_flushed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    real_replace, real_fsync = os.replace, os.fsync
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(target.name)
+        real_replace(source, target)
+
+    def fsync(fd: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        calls.append("flush " + (place.name.split(".")[1] if place.is_file() else str(place)))
+        real_fsync(fd)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_adapter(Net(), tmp_path)
+    assert calls == [
+        "flush adapter_model",
+        "flush adapter_config",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        f"flush {tmp_path}",
+    ]
+
+
+def test_new_tensors_beside_an_old_configuration_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(Net(alpha=6), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing_after(1, os.replace, OSError(errno.EIO, "the power fails")))
+        with pytest.raises(OSError, match="the power fails"):
+            save_adapter(Net(alpha=60), tmp_path)
+    model = Net()
+    before = state(model)
+    with pytest.raises(CorruptError, match=r"a save was cut short"):
+        load_adapter(model, tmp_path)
+    assert state(model) == before
+    save_adapter(Net(alpha=60), tmp_path)
+    load_adapter(model, tmp_path)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in adapters.CONFIG, adapters.TENSORS:
+        (tmp_path / f".{name}.0123456789ab.tmp").write_bytes(b"half")
+    others = [".other.json.0123456789ab.tmp", f".{adapters.CONFIG}.tmp", f".{adapters.CONFIG}.mine.tmp"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"a user's")
+    save_adapter(Net(), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, adapters.CONFIG, adapters.TENSORS])
 
 
 def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:

@@ -138,6 +138,28 @@ def test_matching_takes_linear_time(text: str) -> None:
     assert time.perf_counter() - begin < 0.5  # a backtracking matcher takes years
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("^fc1", "fc1"),
+        (r"^a\.b\-c", "a.b-c"),
+        ("^[q]", "q"),
+        ("fc1", None),
+        ("^a.b", None),
+        ("^fc1|^fc2", None),
+        ("^(fc1)", None),
+        ("^fc1$", None),
+        ("^[qk]", None),
+        ("^[^q]", None),
+        (r"^\d", None),
+        ("^a?b", None),
+        ("", None),
+    ],
+)
+def test_a_pattern_that_is_one_name_says_which(text: str, name: str | None) -> None:
+    assert NamePattern(text, "here").only_name == name
+
+
 def test_an_escaped_and_anchored_name_matches_itself_only() -> None:
     for name in NAMES[1:]:
         pattern = NamePattern("^" + re.escape(name), "here")

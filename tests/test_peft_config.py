@@ -78,6 +78,18 @@ def test_exact_patterns_match_no_other_name() -> None:
     assert [patterns.value(name, 1) for name in ("0", "1.0", "a-b.c", "a-bxc")] == [2, 1, 3, 1]
 
 
+def test_an_exact_pattern_decides_in_its_turn() -> None:
+    config = read(r=1, rank_pattern={r"^a\.q": 2, ".*q": 3, r"^b\.q": 4, "^a.q": 5, r"^c\.k": 6, "k": 7})
+    assert [config.rank(name) for name in ("a.q", "b.q", "c.k", "d.k", "e")] == [2, 3, 6, 7, 1]
+
+
+def test_as_many_exact_patterns_are_read_as_a_large_model_has_layers() -> None:
+    ranks = {f"model.layers.{i}.self_attention.q_proj": 1 + i for i in range(2_000)}
+    config = PeftConfig(r=5, rank_pattern=Patterns.exact(ranks))
+    again = peft_config.loads(peft_config.dumps(config), "x")
+    assert {name: again.rank(name) for name in ranks} == ranks
+
+
 def test_unknown_keys_are_listed() -> None:
     assert read(r=2, colour="red", shape=[1]).unknown == ("colour", "shape")
 
@@ -89,6 +101,7 @@ HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
     ({"exclude_modules": ["x", "(a|a)*"]}, UnsafeError, "exclude_modules"),
     ({"rank_pattern": {"a" * 513: 4}}, LimitError, "513 characters"),
     ({"rank_pattern": {f"{i:0512}": 1 for i in range(513)}}, LimitError, "262,656 characters of patterns"),
+    ({"rank_pattern": {f"{i:0512}": 1 for i in range(33)}}, LimitError, "16,896 characters of patterns"),
     ({"rank_pattern": ["fc1"]}, FormatError, "rank_pattern is ['fc1'], expected an object"),
     ({"rank_pattern": {"fc1": 0}}, FormatError, "rank_pattern: 'fc1' is 0"),
     ({"rank_pattern": {"fc1": 10**9}}, LimitError, "rank_pattern: 'fc1' is 1,000,000,000"),

@@ -1,9 +1,12 @@
 """safetensors: literal bytes, every hostile row with its exact error, and the PyPI package as the oracle."""
 
+import errno
+import fcntl
 import gc
 import os
 import random
 import resource
+import socket
 import stat
 import time
 from pathlib import Path
@@ -296,6 +299,14 @@ def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
             {"w": safetensors.Tensor("w", "float64", np.zeros(2, np.float32))},
             "says float64 and holds float32",
         ),
+        (
+            {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.float16))},
+            "says bfloat16 and holds float16",
+        ),
+        (
+            {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.int16))},
+            "says bfloat16 and holds int16",
+        ),
         ({1: np.zeros(2)}, "1 cannot be the name"),
         ({"__metadata__": np.zeros(2)}, "cannot be the name"),
     ],
@@ -370,6 +381,100 @@ def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> No
         with pytest.raises(OSError, match=str(path)):
             safetensors.save(path, {"w": np.zeros(4)})
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device", "a symbolic link to nothing"])
+def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    else:
+        path.symlink_to("/dev/null" if kind == "a character device" else "nothing")
+    before = path.lstat()
+    with pytest.raises(FileExistsError, match=f"is {kind}, only a regular file is replaced: '{path}'"):
+        safetensors.save(path, {"w": np.zeros(4)})
+    assert path.lstat() == before
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_link_to_a_regular_file_is_replaced_by_the_file(tmp_path: Path) -> None:
+    safetensors.save(tmp_path / "a.safetensors", {"w": np.zeros(4)})
+    before = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to("a.safetensors")
+    safetensors.save(tmp_path / "link", {"w": np.ones(4)})
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert safetensors.open(tmp_path / "link", follow_links=False)["w"].numpy()[0] == 1
+
+
+def test_a_directory_that_cannot_be_flushed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error: the new files are in place, but") as caught:
+        safetensors.save(tmp_path / "a.safetensors", {"w": np.zeros(4)})
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_left_over_is_not_removed_while_another_save_is_under_way(tmp_path: Path) -> None:
+    left = tmp_path / ".a.safetensors.0123456789ab.tmp"
+    left.write_bytes(b"half, or being written")
+    other = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        safetensors.save(tmp_path / "a.safetensors", {"w": np.zeros(4)})
+        assert left.exists()
+    finally:
+        os.close(other)
+    safetensors.save(tmp_path / "a.safetensors", {"w": np.zeros(4)})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_tensor_is_read_when_asked_for_and_its_size_is_known_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.save(path, {"w": np.arange(6.0).reshape(2, 3), "empty": np.zeros((0, 4), np.int8)})
+    with safetensors.reading(path) as tensors:
+        assert [(e.dtype, e.shape) for e in tensors.entries.values()] == [
+            ("float64", (2, 3)),
+            ("int8", (0, 4)),
+        ]
+        with path.open("r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(np.float64(9).tobytes())
+        np.testing.assert_array_equal(tensors["w"].numpy(), [[0, 1, 2], [3, 4, 9]])
+        assert tensors["empty"].shape == (0, 4)
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(TruncatedError, match=f"{path}: ends at byte"):
+            tensors["w"]
+
+
+def test_a_file_beyond_the_memory_is_named(tmp_path: Path) -> None:
+    path, size = tmp_path / "big.safetensors", 1 << 40
+    header = "{" + entry("U8", f"[{size}]", f"[0,{size}]") + "}"
+    path.write_bytes(container(header))
+    try:
+        os.truncate(path, 8 + len(header) + size)
+    except OSError:
+        pytest.skip("the file system has no sparse files of this size")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 38, limits[1]))
+    try:
+        with pytest.raises(MemoryError, match=f"{path}: no memory for 1,099,511,"):
+            safetensors.open(path, mmap=False)
+        path.write_bytes(b"zz nonsense")
+        os.truncate(path, size)
+        with pytest.raises(LimitError, match="a header of"):
+            safetensors.open(path, mmap=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:

@@ -9,8 +9,13 @@ A (d_out, r) and B (r, d_in); PEFT, like the paper, has the letters the other wa
     m (d_out,)       lora_magnitude_vector (d_out,)
 
 A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_save`, all its arrays with it.
+
+Two files cannot be replaced at one moment, so the tensors' metadata hold, beside PEFT's "format": "pt", the
+SHA-256 of the configuration that belongs to them. PEFT passes over it and writes none, and without it nothing
+is compared.
 """
 
+import hashlib
 import os
 import re
 import warnings
@@ -25,16 +30,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats import files, peft_config, safetensors
-from nplora.formats.errors import FormatError, UnsafeError, brief, nearest_names
+from nplora.formats.errors import CorruptError, FormatError, UnsafeError, brief, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import Patterns, PeftConfig
-from nplora.formats.safetensors import SafetensorsFile, Tensor
+from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRAEmbedding, LoRALayer
 from nplora.module import Commit, Module
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+CONFIG_DIGEST = "adapter_config.sha256"
 
 _PREFIX = "base_model.model."
 _MOST_SUGGESTIONS = 10  # unknown names for which the nearest ones are looked up
@@ -97,7 +103,9 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
     """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
 
     The directory is made if needed. Both files are complete on the disk before either takes its name, the
-    configuration last, so a full or unwritable disk leaves an older adapter as it was.
+    configuration last, so a full or unwritable disk leaves an older adapter as it was. A crash between the
+    two leaves new tensors beside an old configuration, which `load_adapter` refuses. Temporary files that a
+    crash left there are removed.
 
     Args:
         base_model_name_or_path: what the adapter says about the model that it belongs to.
@@ -109,32 +117,38 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
     layers, whole = _adapted("save_adapter", model)
     config = _config(model, layers, whole, base_model_name_or_path)
     tensors = {}
-    for name, place in _places(layers, whole, config).items():
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    for name, place in _places(layers, whole, ranks).items():
         if not np.isfinite(place.array).all():
             raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
         tensors[name] = place.array.T if place.key.transposed else place.array
     text = peft_config.dumps(config)
+    metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}
     os.makedirs(directory, exist_ok=True)
     files.replace(
         [
-            safetensors.new_file(Path(directory, TENSORS), tensors, {"format": "pt"}),
+            safetensors.new_file(Path(directory, TENSORS), tensors, metadata),
             files.NewFile(Path(directory, CONFIG), len(text), [text]),
         ]
     )
 
 
-def load_adapter(model: Module, directory: StrPath) -> AdapterReport:
+def load_adapter(model: Module, directory: StrPath, edited_config: bool = False) -> AdapterReport:
     """Read a PEFT adapter directory into the LoRA layers of a model.
 
     The rank, alpha and rsLoRA of the file win over the layer. Where the rank differs, A and B are new arrays,
     so an optimiser that holds the old ones must be made anew; otherwise the live arrays are written. Every
     layer must be in the file and every tensor of the file in the model. Everything is checked before anything
-    changes.
+    changes, sizes before anything is read.
 
+    Args:
+        edited_config: take an adapter_config.json that is not the one that `save_adapter` wrote with the
+            tensors, because it was edited on purpose. Saving the adapter again makes the two a pair.
     Returns:
         what was loaded, and which settings changed.
     Raises:
         FormatError: a file breaks its format or does not fit the model; all that does not fit is listed.
+        CorruptError: the two files are not of one `save_adapter`: a crash came between, or an edit.
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
         RuntimeError: a layer is merged.
         ValueError: the model has no LoRA layer.
@@ -145,22 +159,32 @@ def load_adapter(model: Module, directory: StrPath) -> AdapterReport:
     layers, whole = _adapted("load_adapter", model)
     for layer in layers.values():
         layer.require_unmerged("load_adapter")
-    config, tensors = _read(Path(directory))
-    places = _places(layers, whole, config)
-    problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
+    _refuse_pickle(Path(directory))
+    text = bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES))
+    config = peft_config.loads(text, str(Path(directory, CONFIG)))
+    settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
+    places = _places(layers, whole, {name: setting.rank for name, setting in settings.items()})
     values: dict[str, Array] = {}
-    for name in places:
-        if name in tensors:
-            values[name], found = _fit(tensors[name], places[name])
-            problems += found
+    with safetensors.reading(Path(directory, TENSORS)) as tensors:
+        problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
+        for name in places:
+            if name in tensors:
+                values[name], found = _fit(name, tensors, places[name])
+                problems += found
+        paired = edited_config or tensors.metadata.get(CONFIG_DIGEST, _digest(text)) == _digest(text)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise FormatError(
             f"{files.name(directory)}: the adapter does not fit the model in {len(problems)} places:{lines}"
         )
+    if not paired:
+        raise CorruptError(
+            f"{Path(directory, CONFIG)}: not the one that was saved with {TENSORS} (its SHA-256 differs): "
+            "a save was cut short, or the file was edited; if you edited it, pass edited_config=True"
+        )
 
-    changes = [change for name, layer in layers.items() if (change := _change(name, layer, config))]
-    commits = _prepare(layers, config, places, values)
+    changes = [change for name in layers if (change := _change(name, layers[name], settings[name], config))]
+    commits = _prepare(layers, config, settings, places, values)
     if config.unknown:
         keys = ", ".join(map(brief, config.unknown))
         warnings.warn(f"{Path(directory, CONFIG)}: unknown keys are ignored: {keys}", stacklevel=2)
@@ -190,14 +214,16 @@ def _adapted(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, Mo
     return layers, whole
 
 
-def _places(layers: dict[str, LoRALayer], whole: dict[str, Module], config: PeftConfig) -> dict[str, _Place]:
-    """Every tensor that the file of this configuration must hold for this model, by its name in the file."""
+def _places(
+    layers: dict[str, LoRALayer], whole: dict[str, Module], ranks: dict[str, int]
+) -> dict[str, _Place]:
+    """Every tensor that a file of these ranks must hold for this model, by its name in the file."""
     places = {}
     for name, layer in layers.items():
         for key in _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR:
             array = getattr(layer, key.ours)
             if array is not None:
-                shape = {"A": (len(array), config.rank(name)), "B": (config.rank(name), array.shape[-1])}
+                shape = {"A": (len(array), ranks[name]), "B": (ranks[name], array.shape[-1])}
                 places[_PREFIX + name + key.suffix] = _Place(
                     name, key, array, shape.get(key.ours, array.shape)
                 )
@@ -273,12 +299,21 @@ def _short_number(value: float) -> int | float:
 # ---- reading ----
 
 
-def _read(directory: Path) -> tuple[PeftConfig, SafetensorsFile]:
-    path = directory / TENSORS
-    if not path.exists() and (directory / PICKLE).exists():
+@dataclass(frozen=True)
+class _Settings:
+    """What the file's configuration says of one layer."""
+
+    rank: int
+    alpha: float
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def _refuse_pickle(directory: Path) -> None:
+    if not (directory / TENSORS).exists() and (directory / PICKLE).exists():
         raise UnsafeError(f"{directory / PICKLE}: a pickle can run any code; expected {TENSORS}")
-    text = bytes(files.read(directory / CONFIG, peft_config.MAX_BYTES))
-    return peft_config.loads(text, str(directory / CONFIG)), safetensors.open(path, mmap=False)
 
 
 def _dora_problems(layers: dict[str, LoRALayer], config: PeftConfig) -> list[str]:
@@ -319,15 +354,15 @@ def _why_unknown(name: str, modules: dict[str, Module], suggest: bool) -> str:
     )
 
 
-def _fit(tensor: Tensor, place: _Place) -> tuple[Array, list[str]]:
-    """The tensor as the layer holds it, and what is wrong with it."""
-    where = f"{place.title}: tensor {tensor.name!r}"
-    if tensor.shape != _file_shape(place):
-        return tensor.array, [f"{where} has shape {tensor.shape}, expected {_file_shape(place)}"]
-    if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
-        return tensor.array, [f"{where} is {tensor.dtype}, expected floats"]
-    array = tensor.array
-    if tensor.dtype == "bfloat16":
+def _fit(name: str, tensors: SafetensorsFile, place: _Place) -> tuple[Array, list[str]]:
+    """The tensor as the layer holds it, and what is wrong with it; unread unless it has its place's shape."""
+    where, entry = f"{place.title}: tensor {name!r}", tensors.entries[name]
+    if entry.shape != _file_shape(place):
+        return place.array, [f"{where} has shape {entry.shape}, expected {_file_shape(place)}"]
+    if entry.dtype not in ("float32", "float16", "bfloat16", "float64"):
+        return place.array, [f"{where} is {entry.dtype}, expected floats"]
+    array = tensors[name].array
+    if entry.dtype == "bfloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
         value = np.array(array.T if place.key.transposed else array, place.array.dtype, order="C")
@@ -340,10 +375,10 @@ def _file_shape(place: _Place) -> tuple[int, ...]:
     return place.shape[::-1] if place.key.transposed else place.shape
 
 
-def _change(name: str, layer: LoRALayer, config: PeftConfig) -> str:
+def _change(name: str, layer: LoRALayer, settings: _Settings, config: PeftConfig) -> str:
     pairs = (
-        ("rank", layer.rank, config.rank(name)),
-        ("alpha", _short_number(layer.alpha), _short_number(config.alpha(name))),
+        ("rank", layer.rank, settings.rank),
+        ("alpha", _short_number(layer.alpha), _short_number(settings.alpha)),
         ("use_rslora", layer.use_rslora, config.use_rslora),
     )
     changed = [f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new]
@@ -354,7 +389,11 @@ def _change(name: str, layer: LoRALayer, config: PeftConfig) -> str:
 
 
 def _prepare(
-    layers: dict[str, LoRALayer], config: PeftConfig, places: dict[str, _Place], values: dict[str, Array]
+    layers: dict[str, LoRALayer],
+    config: PeftConfig,
+    settings: dict[str, _Settings],
+    places: dict[str, _Place],
+    values: dict[str, Array],
 ) -> list[Commit]:
     """What remains to be done, as functions that allocate no arrays and cannot fail."""
     commits: list[Commit] = []
@@ -365,5 +404,5 @@ def _prepare(
         else:
             commits.append(partial(np.copyto, place.array, values[name]))
     for name, layer in layers.items():
-        commits.append(layer.prepare_adopt(factors[name], float(config.alpha(name)), config.use_rslora))
+        commits.append(layer.prepare_adopt(factors[name], settings[name].alpha, config.use_rslora))
     return commits

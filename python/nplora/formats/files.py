@@ -5,8 +5,10 @@ Every call to the file system that nplora's formats make is in this module.
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +26,10 @@ _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link to nothing",
 }
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def name(path: StrPath) -> str:
@@ -51,28 +56,51 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
         os.close(fd)
 
 
-def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """The bytes of a regular file, read-only.
+class Reader:
+    """A regular file held open: `reader[begin:end]` is that piece of it, and nothing else is read."""
+
+    def __init__(self, fd: int, path: StrPath) -> None:
+        self._fd = fd
+        self._size = os.fstat(fd).st_size
+        self._name = name(path)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, piece: slice) -> memoryview:
+        begin, end, _ = piece.indices(self._size)
+        try:
+            data = memoryview(bytearray(end - begin))
+        except MemoryError as error:
+            raise MemoryError(f"{self._name}: no memory for {end - begin:,} bytes") from error
+        while begin < end:
+            count = os.preadv(self._fd, [data[begin - end :]], begin)
+            if count == 0:
+                raise TruncatedError(f"{self._name}: ends at byte {begin:,}, its size was {self._size:,}")
+            begin += count
+        return data.toreadonly()
+
+
+@contextlib.contextmanager
+def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
+    """Hold a regular file open, to be read piece by piece.
 
     Raises:
         FormatError: a directory, FIFO or device.
         UnsafeError: a symbolic link, if they are not followed.
-        LimitError: more than `limit` bytes.
-        TruncatedError: it shrank meanwhile.
+        TruncatedError: it shrank meanwhile. MemoryError: a piece that does not fit in memory.
         OSError: it cannot be opened or read.
     """
     with _open_regular(path, follow_links) as fd:
-        size = os.fstat(fd).st_size
-        if limit is not None and size > limit:
-            raise LimitError(f"{name(path)}: {size:,} bytes, at most {limit:,} are read")
-        data = memoryview(bytearray(size))
-        done = 0
-        while done < size:
-            count = os.readv(fd, [data[done:]])
-            if count == 0:
-                raise TruncatedError(f"{name(path)}: ends at byte {done:,}, its size was {size:,}")
-            done += count
-        return data.toreadonly()
+        yield Reader(fd, path)
+
+
+def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
+    """The bytes of a regular file, read-only. Raises as `reading`, and LimitError for more than `limit`."""
+    with reading(path, follow_links) as reader:
+        if limit is not None and len(reader) > limit:
+            raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
+        return reader[:]
 
 
 def map_readonly(path: StrPath, follow_links: bool = True) -> mmap.mmap | memoryview:
@@ -92,58 +120,119 @@ class NewFile:
     chunks: Iterable[Chunk]
 
 
+@dataclass
+class Progress:
+    """How far a file is written; its text ends the message of an error."""
+
+    nbytes: int
+    done: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.nbytes:,} bytes were to be written, {self.done:,} were"
+
+
+@contextlib.contextmanager
+def disk_errors(path: StrPath, note: object) -> Iterator[None]:
+    """Give an OSError of the body the file that it is about, and `note`: a text, or a `Progress` by then."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}: {note}", name(path)) from error
+
+
 def replace(files: Sequence[NewFile]) -> None:
     """Write each file beside its target, then rename them over their targets in the order given.
 
     Nothing is renamed before every byte of every file is on the disk, so a full disk leaves all the old
-    files. A crash between two renames leaves the later ones old.
+    files. A crash between two renames leaves the later ones old. What a crash left beside a target is removed
+    by the next call, unless another one is at work in that directory.
 
     Raises:
-        OSError: a target is a directory, or the disk refuses; the temporary files are gone and the message
-            says how many bytes were needed.
+        OSError: a target is there and is not a regular file or a link to one, or the disk refuses; the
+            temporary files are gone and the message says how many bytes were needed.
     """
-    temporaries: list[Path] = []
     targets = [Path(file.path) for file in files]
+    for target in targets:
+        _require_replaceable(target)
+    temporaries: list[Path] = []
+    with contextlib.ExitStack() as opened:
+        directories = {target.parent: opened.enter_context(_directory(target)) for target in targets}
+        for path, fd in directories.items():
+            _clear_and_share(fd, {target.name for target in targets if target.parent == path})
+        try:
+            for file, target in zip(files, targets, strict=True):
+                temporaries.append(target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp"))
+                _write_new(temporaries[-1], file)
+            for temporary, target in zip(temporaries, targets, strict=True):
+                os.replace(temporary, target)
+        except BaseException:
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+            raise
+        for path, fd in directories.items():
+            with disk_errors(path, "the new files are in place, but a power cut may undo that"):
+                os.fsync(fd)
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse what a rename would destroy: a FIFO or a device would become a regular file."""
     try:
-        for file, target in zip(files, targets, strict=True):
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file's name", str(target))
-            temporaries.append(target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp"))
-            _write_new(temporaries[-1], file)
-        for temporary, target in zip(temporaries, targets, strict=True):
-            os.replace(temporary, target)
-    except BaseException:
-        for temporary in temporaries:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        raise
-    for directory in dict.fromkeys(target.parent for target in targets):
-        _sync_directory(directory)
+        kind = stat.S_IFMT(os.stat(target).st_mode)
+    except FileNotFoundError:
+        if not target.is_symlink():
+            return
+        kind = stat.S_IFLNK
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file's name", str(target))
+    if kind != stat.S_IFREG:
+        what = _KINDS.get(kind, "something else")
+        raise FileExistsError(errno.EEXIST, f"is {what}, only a regular file is replaced", str(target))
+
+
+@contextlib.contextmanager
+def _directory(target: Path) -> Iterator[int]:
+    """The directory of a target, open for as long as files are written there."""
+    with disk_errors(target, "its directory cannot be opened"):
+        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _clear_and_share(directory: int, targets: set[str]) -> None:
+    """Remove the temporary files that a crash left, then hold a shared lock against those who do the same.
+
+    A file that another call is writing looks like a left-over, so nothing is removed where a lock is held, or
+    where the file system has none.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in os.listdir(directory):
+            if (match := _TEMPORARY.fullmatch(file)) and match[1] in targets:
+                os.unlink(file, dir_fd=directory)
+    with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _write_new(path: Path, file: NewFile) -> None:
     """Write and fsync a file that does not exist yet."""
-    done = 0
-    try:
+    progress = Progress(file.nbytes)
+    with disk_errors(file.path, progress):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             for chunk in file.chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    count = os.write(fd, rest)
-                    rest, done = rest[count:], done + count
+                write(fd, chunk, progress)
             os.fsync(fd)
         finally:
             os.close(fd)
-    except OSError as error:
-        reason = f"{error.strerror}: {file.nbytes:,} bytes were to be written, {done:,} were"
-        raise OSError(error.errno, reason, str(file.path)) from error
 
 
-def _sync_directory(path: Path) -> None:
-    """Make the renames in a directory last: without it a power cut may undo them."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def write(fd: int, chunk: Chunk, progress: Progress) -> None:
+    """Write all of a chunk, however little the system takes at a time, and count it."""
+    rest = memoryview(chunk)
+    while rest:
+        count = os.write(fd, rest)
+        rest = rest[count:]
+        progress.done += count

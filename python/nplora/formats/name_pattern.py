@@ -49,6 +49,12 @@ class _Character:
     negated: bool
     repeat: str = ""
 
+    @property
+    def only_letter(self) -> str:
+        """The character, if it can be no other and stands once."""
+        plain = len(self.characters) == 1 and not self.negated and not self.repeat
+        return "".join(self.characters) if plain else ""
+
     def follow(self, name: Name, starts: int) -> int:
         allowed = name.where(self.characters)
         if self.negated:
@@ -105,6 +111,15 @@ class NamePattern:
         self._root = self._choice(0)
         if self._position < len(text):
             self._refuse()
+        self.only_name = self._as_name()
+
+    def _as_name(self) -> str | None:
+        """The one name that matches, if the pattern is `^` and plain or escaped characters."""
+        pieces = self._root.branches[0]
+        if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
+            return None
+        letters = [piece.only_letter for piece in pieces[1:] if isinstance(piece, _Character)]
+        return "".join(letters) if len(letters) == len(pieces) - 1 and all(letters) else None
 
     def matches(self, name: Name) -> bool:
         """As PEFT: `(.*\\.)?(pattern)$` matches the name from its beginning."""

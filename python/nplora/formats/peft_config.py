@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from nplora.formats import strict_json
@@ -19,7 +20,8 @@ from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
 MAX_RANK = 1 << 16
-MAX_PATTERN_TEXT = 1 << 18
+MAX_PATTERN_TEXT = 1 << 14  # each layer's name is held against all of it
+MAX_EXACT_TEXT = 1 << 18  # patterns that are one name are looked up
 
 # PEFT writes these; they tell how the factors were made or trained, not what they compute.
 _PASSED_OVER = frozenset(
@@ -74,9 +76,26 @@ class Patterns:
 
     pairs: tuple[tuple[NamePattern, Number], ...] = ()
 
+    @cached_property
+    def _exact(self) -> dict[str, int]:
+        """The positions of the patterns that match one name each, by that name."""
+        names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
+        return {name: position for name, position in reversed(names) if name is not None}
+
+    @cached_property
+    def inexact(self) -> tuple[tuple[int, NamePattern], ...]:
+        """The other patterns, with their positions."""
+        return tuple(
+            (position, pattern)
+            for position, (pattern, _) in enumerate(self.pairs)
+            if pattern.only_name is None
+        )
+
     def value(self, name: str, default: Number) -> Number:
-        places = Name(name)
-        return next((value for pattern, value in self.pairs if pattern.matches(places)), default)
+        """Takes time in proportion to the text of the inexact patterns: ask once for each name."""
+        places, exact = Name(name), self._exact.get(name, len(self.pairs))
+        position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
+        return self.pairs[position][1] if position < len(self.pairs) else default
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
@@ -244,12 +263,17 @@ def _patterns(value: object, check: Callable[[object, str], Number], where: str)
         return Patterns()
     if not isinstance(value, dict):
         raise FormatError(f"{where} is {brief(value)}, expected an object")
-    length = sum(map(len, value))
-    if length > MAX_PATTERN_TEXT:
-        raise LimitError(f"{where}: {length:,} characters of patterns, at most {MAX_PATTERN_TEXT:,} are read")
-    return Patterns(
+    _limit(sum(map(len, value)), MAX_EXACT_TEXT, where)
+    patterns = Patterns(
         tuple((NamePattern(key, where), check(item, f"{where}: {brief(key)}")) for key, item in value.items())
     )
+    _limit(sum(len(pattern.text) for _, pattern in patterns.inexact), MAX_PATTERN_TEXT, where)
+    return patterns
+
+
+def _limit(length: int, limit: int, where: str) -> None:
+    if length > limit:
+        raise LimitError(f"{where}: {length:,} characters of patterns, at most {limit:,} are read")
 
 
 def _is_bool(value: object) -> bool:

@@ -9,6 +9,7 @@ Source: https://github.com/huggingface/safetensors, section Format. Every file a
 there; here a tensor's entry may hold nothing but its three fields.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor]"
-Buffer: TypeAlias = Any  # mmap or memoryview: sliced and handed to np.frombuffer
+Buffer: TypeAlias = memoryview | files.Reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,36 +92,52 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies: validated against the header and against the size of the file."""
+class Entry:
+    """What the header says of a tensor: validated, also against the size of the file.
+
+    Attributes:
+        tag: the file's word for the element type.
+        begin, end: where it lies, in bytes from the start of the file.
+    """
 
     tag: str
     shape: tuple[int, ...]
-    begin: int  # from the start of the file
+    begin: int
     end: int
+
+    @property
+    def dtype(self) -> str:
+        """As `Tensor.dtype`."""
+        return _DTYPES[self.tag][0]
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of an opened file by name, in the header's order, and its `metadata`: text to text."""
+    """The tensors of an opened file by name, in the header's order, and its `metadata`: text to text.
+
+    `entries` has their shapes and element types, for which no tensor is read.
+    """
 
     def __init__(self, data: Buffer, source: str) -> None:
         self.source = source
         self._data = data
-        self._entries, self.metadata = _parse(data, source)
+        self.entries, self.metadata = _parse(data, source)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries.get(name)
+        entry = self.entries.get(name)
         if entry is None:
-            raise missing_name(self.source, name, self._entries)
-        return Tensor(name, _DTYPES[entry.tag][0], self._array(name, entry))
+            raise missing_name(self.source, name, self.entries)
+        return Tensor(name, entry.dtype, self._array(name, entry))
 
-    def _array(self, name: str, entry: _Entry) -> Array:
+    def load(self) -> None:
+        """Copy the file into memory: from now on nothing is read."""
+        self._data = self._data[:]
+
+    def _array(self, name: str, entry: Entry) -> Array:
         dtype = _DTYPES[entry.tag][1]
-        count = (entry.end - entry.begin) // dtype.itemsize
-        if count == 0:
+        if entry.begin == entry.end:
             array = np.empty(entry.shape, dtype)
         else:
-            array = np.frombuffer(self._data, dtype, count, entry.begin).reshape(entry.shape)
+            array = np.frombuffer(self._data[entry.begin : entry.end], dtype).reshape(entry.shape)
         if entry.tag == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
             raise FormatError(f"{self.source}: tensor {brief(name)}: a BOOL is a byte other than 0 and 1")
         if not array.flags.aligned:
@@ -129,13 +146,13 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self.entries
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({self.source!r}, {len(self)} tensors)"
@@ -146,7 +163,8 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 
     Args:
         mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
-            short, the system kills whoever reads it; False copies the file into memory instead.
+            short, the system kills whoever reads it; False copies the file into memory instead, once the
+            header has been checked.
         follow_links: False refuses a path that is a symbolic link, for names that come from a file.
     Returns:
         a mapping name -> `Tensor` with `.metadata`. The arrays are read-only views that keep the mapping
@@ -154,8 +172,21 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
     Raises:
         FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
     """
-    data = files.map_readonly(path, follow_links) if mmap else files.read(path, None, follow_links)
-    return SafetensorsFile(data, files.name(path))
+    if mmap:
+        return SafetensorsFile(memoryview(files.map_readonly(path, follow_links)), files.name(path))
+    with reading(path, follow_links) as content:
+        content.load()
+    return content
+
+
+@contextlib.contextmanager
+def reading(path: StrPath, follow_links: bool = True) -> Iterator[SafetensorsFile]:
+    """As `open`, but each tensor is read from the file when asked for, and inside the `with` block only.
+
+    For files that nobody vouches for: `entries` tells the sizes before memory is given to them.
+    """
+    with files.reading(path, follow_links) as reader:
+        yield SafetensorsFile(reader, files.name(path))
 
 
 def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:
@@ -216,7 +247,7 @@ def _tagged(name: str, value: ArrayLike | Tensor) -> tuple[str, Array]:
     dtype = value.dtype if isinstance(value, Tensor) else array.dtype.name
     if dtype not in _TAGS:
         raise TypeError(f"safetensors.save: tensor {name!r} is {dtype}, expected one of {', '.join(_TAGS)}")
-    if dtype == "bfloat16" and array.dtype.itemsize == 2:
+    if dtype == "bfloat16" and array.dtype.name == "bfloat16":
         array = array.view(np.uint16)
     wanted = _DTYPES[_TAGS[dtype]][1]
     if array.dtype.newbyteorder("<") != wanted:
@@ -231,7 +262,7 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(metadata)
 
 
-def _parse(data: Buffer, source: str) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """Check everything that can be checked without reading the arrays."""
     header, start = _header(data, source)
     metadata = _parse_metadata(header.pop(_METADATA, {}), source)
@@ -271,7 +302,7 @@ def _parse_metadata(metadata: object, source: str) -> dict[str, str]:
     return metadata
 
 
-def _entry(name: str, fields: object, start: int, source: str) -> _Entry:
+def _entry(name: str, fields: object, start: int, source: str) -> Entry:
     where = f"{source}: tensor {brief(name)}"
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         found = sorted(fields) if isinstance(fields, dict) else fields
@@ -295,7 +326,7 @@ def _entry(name: str, fields: object, start: int, source: str) -> _Entry:
     if end - begin != nbytes:
         found = f"data_offsets give {end - begin:,}"
         raise FormatError(f"{where}: {tag} of shape {brief(shape)} takes {nbytes:,} bytes, {found}")
-    return _Entry(tag, tuple(shape), start + begin, start + end)
+    return Entry(tag, tuple(shape), start + begin, start + end)
 
 
 def _integers(value: object, where: str) -> list[int]:
@@ -307,7 +338,7 @@ def _integers(value: object, where: str) -> list[int]:
     return value
 
 
-def _check_layout(entries: dict[str, _Entry], start: int, size: int, source: str) -> None:
+def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str) -> None:
     """The tensors, in the order of their offsets, cover the data exactly once."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

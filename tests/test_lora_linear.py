@@ -720,3 +720,23 @@ def test_an_infinite_gradient_propagates_without_a_warning(
     layer.B[0], layer.B[1] = value, -value
     layer.forward(rng.standard_normal((N, D_IN)))
     layer.merged_weight(), layer.delta_weight()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_dora_over_an_infinite_weight_propagates_without_a_warning(
+    value: float, rng: np.random.Generator
+) -> None:
+    W = rng.standard_normal((D_OUT, D_IN))
+    W[0, 0] = value
+    layer = LoRALinear(W, rank=4, use_dora=True, init="gaussian", rng=1)
+    assert np.isnan(layer.delta_weight()[0]).any()
+    layer.A[0] = -np.sign(layer.B[:, 0])  # ‖W‖² is infinite, and so is the cross term, the other way
+    assert np.isnan(layer.forward(rng.standard_normal((N, D_IN)))[0][:, 0]).all()
+    layer.A[1], layer.B[0, 0] = [1, -1, 1, 1], value
+    layer.B[1, 0] = -value
+    y, saved = layer.forward(rng.standard_normal((N, D_IN)))
+    assert np.isnan(y[:, 1]).all()
+    layer.backward(y, saved)
+    assert np.isnan(layer.merged_weight()[1]).any()
+    huge = LoRALinear(np.full((D_OUT, D_IN), 3e38), 4, 0, use_dora=True)  # its norms overflow float32
+    assert np.isinf(huge.m).all()

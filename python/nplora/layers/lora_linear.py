@@ -209,9 +209,8 @@ class LoRALinear(LoRALayer):
             gram, a_gram = np.empty((self.rank, self.rank)), np.empty_like(a)
             _core.matmul(b, b, None, gram)
             _core.matmul(gram, a, None, a_gram)
-            with quiet():
-                squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
-                squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
+            squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
+            squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
         return np.sqrt(np.maximum(squares, 0))
 
     def _frozen_product_of_b(self) -> Array:
@@ -224,8 +223,7 @@ class LoRALinear(LoRALayer):
 
     def _inverse_norms(self) -> Array:
         norms = self._row_norms()
-        with quiet():
-            return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
 
     # ---- merging ----
 
@@ -237,10 +235,7 @@ class LoRALinear(LoRALayer):
         return merged
 
     def delta_weight(self) -> Array:
-        if not self.use_dora:
-            return super().delta_weight()
-        with quiet():
-            return self.merged_weight() - self.weight.to_numpy()
+        return self.merged_weight() - self.weight.to_numpy() if self.use_dora else super().delta_weight()
 
     def unloaded(self) -> Linear:
         return Linear(self._merged_frozen(), self.bias)

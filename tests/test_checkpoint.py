@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nplora.checkpoint import Checkpoint, RunDirectory
 from nplora.formats import files, safetensors
 from nplora.formats.errors import CorruptError, UnsupportedError
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
+from nplora.trainer import run as run_module
 
 Array = np.ndarray[Any, Any]
 
@@ -176,6 +177,19 @@ def test_a_run_of_an_iterable_goes_on_by_skipping_what_was_used(tmp_path: Path) 
         third.fit(batches[:12], steps=17, checkpoint_dir=tmp_path, resume=True)
 
 
+def test_patience_counts_on_where_no_validation_loss_was_finite(tmp_path: Path) -> None:
+    x, y = data()
+    nothing = np.full_like(x[:10], np.nan), y[:10]
+
+    def run(**arguments: Any) -> History:
+        stops = arguments.pop("callbacks", [])
+        return fit(trainer_of(net(rng=0), callbacks=stops), patience=3, validation=nothing, **arguments)
+
+    run(callbacks=[StopAfter(epoch=2)], checkpoint_dir=tmp_path)
+    history = run(checkpoint_dir=tmp_path, resume=True)
+    assert (history.ended, history.best_epoch, len(history.epochs)) == ("patience", None, 3)
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
 def test_early_stopping_survives_a_stop(epoch: int, tmp_path: Path) -> None:
     """A learning rate that is much too high: the validation loss rises after a while."""
@@ -222,6 +236,147 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
     assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
     assert [r["event"] for r in records if r["event"] not in ("step", "epoch")] == ["start", "resume", "end"]
+
+
+class Epochs:
+    """Two small batches an epoch."""
+
+    def __init__(self) -> None:
+        x, y = data()
+        self.batches = [(x[:4], y[:4]), (x[4:8], y[4:8])]
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def test_checkpoints_do_not_grow_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for epochs in (100, 400):
+        trainer = trainer_of(net(rng=0), schedule="constant", accumulate=1)
+        trainer.fit(Epochs(), epochs=epochs, checkpoint_dir=tmp_path / str(epochs), checkpoint_every=10**6)
+        sizes.append(newest_file(tmp_path / str(epochs)).stat().st_size)
+    assert sizes[1] - sizes[0] < 200  # digits of larger numbers, no records
+
+
+def test_the_history_of_a_long_run_is_rebuilt_from_the_log(tmp_path: Path) -> None:
+    def run(epochs: int, **arguments: Any) -> dict[str, Any]:
+        trainer = trainer_of(net(rng=0), schedule="constant", accumulate=1)
+        return outcome(trainer, trainer.fit(Epochs(), epochs=epochs, **arguments))
+
+    expected = run(150)
+    run(140, checkpoint_dir=tmp_path)
+    with pytest.warns(UserWarning, match="total_steps was 280, is 300"):
+        assert run(150, checkpoint_dir=tmp_path, resume=True) == expected
+    assert len(expected["history"][0]) == 300
+
+
+def test_a_checkpoint_that_holds_its_whole_history_goes_on_without_a_log(
+    stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    (directory / "log.jsonl").unlink()
+    second = trainer_of(net())
+    with pytest.warns(
+        UserWarning, match=r"log is missing, cut or damaged: .*12 of 12 steps and 2 of 2 epochs"
+    ):
+        history = fit(second, checkpoint_dir=directory, resume=True)
+    assert outcome(second, history) == uninterrupted
+
+
+def lose_all(log: bytes) -> bytes:
+    return b""
+
+
+def lose_the_end(log: bytes) -> bytes:
+    return log[: log.index(b'"step":8,') + 20]
+
+
+def lose_a_line(log: bytes) -> bytes:
+    return log.replace(b'"event":"step","step":2,', b'"event":"step","step":[[')
+
+
+def lose_a_number(log: bytes) -> bytes:
+    return log.replace(b'"step":2,"epoch":1,"loss":', b'"step":2,"epoch":1,"loss":true,"was":')
+
+
+@pytest.mark.parametrize(
+    ("damage", "steps"),
+    [
+        (lose_all, [11, 12]),
+        (lose_the_end, [1, 2, 3, 4, 5, 6, 7, 11, 12]),
+        (lose_a_line, [1, *range(3, 13)]),
+        (lose_a_number, [1, *range(3, 13)]),
+    ],
+)
+def test_a_damaged_log_costs_records_and_not_the_run(
+    damage: Callable[[bytes], bytes],
+    steps: list[int],
+    stopped: Path,
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    last = newest(directory)
+    rewrite(directory, history={name: a[-2:] for name, a in last.history.items()}, epochs=last.epochs[-1:])
+    log = directory / "log.jsonl"
+    log.write_bytes(damage(log.read_bytes()))
+    second = trainer_of(net())
+    with pytest.warns(
+        UserWarning, match=rf"log\.jsonl: the log is .*the history has {len(steps)} of 12 steps"
+    ):
+        history = fit(second, checkpoint_dir=directory, resume=True)
+    assert [record.step for record in history.steps] == [*steps, *range(13, STEPS + 1)]
+    found = outcome(second, history)
+    for part in ("factors", "moments", "streams"):
+        assert found[part] == uninterrupted[part]
+    lines = log.read_bytes().splitlines()
+    assert all(line.count(b'{"event":') == 1 for line in lines), "a line without its end is left"
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_relies_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noting(name: str, real: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            target = arguments[0] if name == "replace" else f"/proc/self/fd/{arguments[0]}"
+            path = str(target) if name == "replace" else os.readlink(target)
+            calls.append(f"{name} {Path(path).suffix}")
+            return real(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace"):
+            patched.setattr(os, name, noting(name, getattr(os, name)))
+        fit(trainer_of(net()), checkpoint_dir=tmp_path, checkpoint_every=7)
+    renames = [i for i, call in enumerate(calls) if call.startswith("replace")]
+    assert len(renames) >= 6
+    assert all(calls[i - 2 : i] == ["fsync .jsonl", "fsync .tmp"] for i in renames)
+
+
+def test_epochs_shorter_than_a_second_share_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Count(Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_checkpoint(self, run: Run) -> None:
+            self.steps.append(run.step)
+
+    def saved(seconds: float, directory: Path) -> list[int]:
+        monkeypatch.setattr(run_module, "EPOCH_CHECKPOINT_SECONDS", seconds)
+        count = Count()
+        fit(trainer_of(net(), callbacks=[count]), epochs=3, checkpoint_dir=directory)
+        return count.steps
+
+    assert saved(0, tmp_path / "each") == [0, 5, 10, 15]
+    assert saved(3600, tmp_path / "few") == [0, 15]
 
 
 # ---- damaged, foreign and contested checkpoints ----
@@ -364,6 +519,15 @@ def test_a_checkpoint_of_other_shapes_lists_them_all(stopped: Path, tmp_path: Pa
     w = other.modules[0].weight  # type: ignore[attr-defined]
     other.modules[0] = nplora.LoRALinear(w, rank=3, dropout=0.3, use_dora=True)
     message = r"0\.A is float32 \(8, 2\), in the model float32 \(8, 3\); 0\.B is .*exp_avg.0.A"
+    unchanged_by_failing_resume(copy_of(stopped, tmp_path), other, CorruptError, message)
+
+
+def test_a_checkpoint_of_another_rank_is_told_in_five_differences(stopped: Path, tmp_path: Path) -> None:
+    other = net()
+    for n in (0, 2):
+        w, dora = other.modules[n].weight, n == 0  # type: ignore[attr-defined]
+        other.modules[n] = nplora.LoRALinear(w, rank=3, dropout=0.1, use_dora=dora, freeze_B=not dora)
+    message = r"the checkpoint is of another model: 0\.A is (?:[^;]*; ){4}[^;]*; and \d+ more$"
     unchanged_by_failing_resume(copy_of(stopped, tmp_path), other, CorruptError, message)
 
 

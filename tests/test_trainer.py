@@ -19,12 +19,19 @@ import pytest
 import nplora
 from nplora import losses, optim
 from nplora.checkpoint import RunDirectory
-from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
+from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts
 from nplora.trainer.batches import ArrayBatches
+from nplora.trainer.interrupts import Interrupts
 
 Array = np.ndarray[Any, Any]
 
 D_IN, HIDDEN, CLASSES = 6, 8, 3
+
+
+@pytest.fixture(autouse=True)
+def first_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test takes its Ctrl-C for the second one of the test before."""
+    monkeypatch.setattr(Interrupts, "_last", -math.inf)
 
 
 def net(dropout: float = 0.0, dtype: str = "float32", seed: int = 0) -> nplora.Sequential:
@@ -277,6 +284,57 @@ def test_early_stopping_restores_the_best_factors() -> None:
     assert values(model) == seen[2] != seen[4]
 
 
+def test_validation_losses_that_are_never_finite_end_the_run_by_patience() -> None:
+    x, _ = data()
+    model = net()
+    history = trainer_of(model, loss="mse").fit(
+        x, np.zeros((40, CLASSES)), epochs=20, validation=Scripted([math.nan] * 20), patience=3
+    )
+    assert (history.ended, history.best_epoch, len(history.epochs)) == ("patience", None, 3)
+
+
+def test_a_finite_validation_loss_after_others_is_the_best() -> None:
+    x, _ = data()
+    history = trainer_of(net(), loss="mse").fit(
+        x,
+        np.zeros((40, CLASSES)),
+        epochs=20,
+        validation=Scripted([math.nan, math.inf, 9, 10, 11, 12]),
+        patience=3,
+    )
+    assert (history.ended, history.best_epoch, len(history.epochs)) == ("patience", 3, 6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 256])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_a_single_example_in_the_place_of_rows_is_refused(batch_size: int, dtype: Any) -> None:
+    weight = np.eye(D_IN, dtype=np.float32)
+    trainer = trainer_of(nplora.LoRALinear(weight, rank=2), loss="mse")
+    x = np.ones(D_IN, dtype)
+    with pytest.raises(
+        ValueError, match=r"^Trainer\.predict: x has shape \(6,\), .*single example is x\[None\]"
+    ):
+        trainer.predict(x, batch_size=batch_size)
+    with pytest.raises(
+        ValueError, match=r"^Trainer\.evaluate: x has shape \(6,\), .*single example is x\[None\]"
+    ):
+        trainer.evaluate(x, x, batch_size=batch_size)
+    assert trainer.predict(x[None], batch_size=batch_size).shape == (1, D_IN)
+    narrow = trainer_of(nplora.LoRALinear(np.ones((3, 1)), rank=1), loss="mse")
+    with pytest.raises(ValueError, match=r"its output has shape \(3,\)"):
+        narrow.predict(x[:1], batch_size=batch_size)
+
+
+def test_rows_of_a_single_number_are_rows_where_the_model_takes_them() -> None:
+    class Scalars(nplora.Module):
+        def forward(self, x: Any) -> tuple[Array, Any]:
+            return np.stack([x, 2 * x], axis=-1), None
+
+    for batch_size in (1, 4, 256):
+        found = trainer_of(Scalars()).predict(np.arange(6.0), batch_size=batch_size)
+        np.testing.assert_array_equal(found[:, 1], 2 * np.arange(6.0))
+
+
 # ---- callbacks, history, progress ----
 
 
@@ -467,6 +525,11 @@ def test_an_error_in_a_batch_leaves_the_last_whole_step() -> None:
 X, Y = data(8)
 BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "no such loss": ({"loss": "l2"}, {}, ValueError, "'l2' is not available"),
+    "optimizer by name": ({"optimizer": "adamw"}, {}, TypeError, "optimizer is 'adamw', expected an AdamW"),
+    "optimizer class": ({"optimizer": nplora.AdamW}, {}, TypeError, "optimizer is the class AdamW, not one"),
+    "function in callbacks": ({"callbacks": [print]}, {}, TypeError, r"callbacks\[0\] is a builtin_f"),
+    "callback class": ({"callbacks": (Callback(), Callback)}, {}, TypeError, r"\[1\] is the class Callback"),
+    "callbacks no list": ({"callbacks": print}, {}, TypeError, "callbacks is a builtin_f.* a list of Callb"),
     "no such schedule": ({"schedule": "poly"}, {}, ValueError, "schedule='poly'"),
     "accumulate 0": ({"accumulate": 0}, {}, ValueError, "accumulate is 0"),
     "clip_norm 0": ({"clip_norm": 0}, {}, ValueError, "clip_norm is 0"),
@@ -486,6 +549,22 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
     "no batches": ({}, {"x": [], "y": None}, ValueError, "gave no batch"),
     "float labels": ({}, {"y": Y * 0.5}, ValueError, "labels have dtype float64"),
     "last axis": ({}, {"x": X[:, :5]}, ValueError, "last axis 5, expected d_in=6"),
+    "validation x alone": ({}, {"validation": X}, TypeError, r"validation is an array of shape \(8, 6\)"),
+    "validation list": ({}, {"validation": [X, Y]}, TypeError, r"a list of 2 .* a tuple \(x, y\)"),
+    "validation lengths": (
+        {},
+        {"validation": (X, Y[:7])},
+        ValueError,
+        r"fit: validation: validation\[0\] has 8 rows, validation\[1\] has 7$",
+    ),
+    "validation empty": ({}, {"validation": (X[:0], Y[:0])}, ValueError, r"validation\[0\] and .*no rows"),
+    "validation number": ({}, {"validation": 5}, TypeError, "validation is a int, expected a tuple"),
+    "validation generator": (
+        {},
+        {"validation": iter([(X, Y)]), "epochs": 2},
+        ValueError,
+        "validation is a list_iterator, which can be read only once",
+    ),
     "open end": ({"schedule": "linear"}, {"x": iter([(X, Y)]), "y": None}, ValueError, "needs to know"),
 }
 
@@ -500,6 +579,80 @@ def test_bad_arguments_are_told_and_change_nothing(
     with pytest.raises(error, match=message):
         trainer_of(model, **settings).fit(**{"x": X, "y": Y, **arguments})
     assert values(model) == before
+
+
+def test_progress_is_a_choice_of_three() -> None:
+    with pytest.raises(TypeError, match=r"progress is 'yes', expected True, False or None"):
+        Trainer(net(), progress="yes")  # type: ignore[arg-type]
+
+
+def test_a_generator_that_is_read_again_is_told_with_the_epoch() -> None:
+    batches = ((X, Y) for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r"epoch 2 finds no batch; a generator can be read only once: instead"
+    ):
+        trainer_of(net()).fit(batches, epochs=2)
+
+
+class Plain(nplora.Module):
+    """A linear model written by a user, with one mistake."""
+
+    def __init__(self, mistake: str = "") -> None:
+        self.w, self.dw = np.ones((CLASSES, D_IN), np.float32), np.zeros((CLASSES, D_IN), np.float32)
+        self.mistake = mistake
+
+    def local_parameters(self) -> list[nplora.Parameter]:
+        return [nplora.Parameter("w", self.w.view(), self.dw[:])]  # views of the same elements do
+
+    def forward(self, x: Any) -> Any:
+        if self.mistake == "value":
+            self.w = self.w * 1
+        y = x @ self.w.T
+        return y if self.mistake == "y" else (y, x, x) if self.mistake == "three" else (y, x)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
+        if self.mistake == "gradient":
+            self.dw = dy.T @ saved
+        else:
+            self.dw += dy.T @ saved
+        return None
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        ("y", TypeError, r"^Plain\.forward returned \(ndarray\), expected \(y, saved\)"),
+        (
+            "three",
+            TypeError,
+            r"^Plain\.forward returned \(ndarray, ndarray, ndarray\), expected \(y, saved\)",
+        ),
+        ("gradient", RuntimeError, r"^Plain: the gradient of parameter 'w' is another array .*self\.dw \+= "),
+        ("value", RuntimeError, r"^Plain: the value of parameter 'w' is another array"),
+    ],
+)
+def test_the_mistakes_of_a_users_module_are_named(mistake: str, error: type[Exception], message: str) -> None:
+    model = Plain(mistake)
+    with pytest.raises(error, match=message):
+        trainer_of(model, loss="mse").fit(X, np.zeros((8, CLASSES)), epochs=3)
+    np.testing.assert_array_equal(model.w, 1)
+    history = trainer_of(Plain(), loss="mse").fit(X, np.zeros((8, CLASSES)), epochs=9)
+    assert history.loss[-1] < history.loss[0]
+
+
+def test_a_users_loss_with_a_count_is_checked_too() -> None:
+    class Wrong:
+        def __call__(self, prediction: Array, target: Any) -> Any:
+            return prediction, 1.0
+
+        def count(self, prediction: Array, target: Any) -> int:
+            return len(prediction)
+
+    for call in ("fit", "evaluate"):
+        with pytest.raises(
+            TypeError, match=r"loss: Wrong returned \(ndarray, float\), expected \(loss, dpre"
+        ):
+            getattr(trainer_of(net(), loss=Wrong()), call)(X, Y)
 
 
 def test_a_model_that_cannot_be_trained_is_told() -> None:
@@ -569,6 +722,40 @@ def test_a_second_ctrl_c_while_the_first_is_saving_is_not_lost(tmp_path: Path) -
             trainer_of(net(), callbacks=[Impatient()]), checkpoint_dir=tmp_path, checkpoint_every=50
         )
     assert saved_step(tmp_path) == 7
+
+
+def test_a_second_ctrl_c_soon_after_the_first_leaves_the_program_after_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupt(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            if record.step == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    assert interrupted_fit(trainer_of(net(), callbacks=[Interrupt()])).interrupted
+    with pytest.raises(KeyboardInterrupt):  # the program had begun its next fit
+        interrupted_fit(
+            trainer_of(net(), callbacks=[Interrupt()]), checkpoint_dir=tmp_path, checkpoint_every=50
+        )
+    assert saved_step(tmp_path) == 3
+    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0)
+    assert interrupted_fit(trainer_of(net(), callbacks=[Interrupt()])).interrupted
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_callbacks_of_the_end() -> None:
+    later: list[str] = []
+
+    class Impatient(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            raise KeyboardInterrupt
+
+        def on_fit_end(self, run: Run) -> None:
+            signal.raise_signal(signal.SIGINT)
+            later.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_fit(trainer_of(net(), callbacks=[Impatient()]))
+    assert later == []
 
 
 def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ _SLOTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
 _LOCK = "lock"
 _GROUPS = ("parameters", "optimizer", "best", "history")
 _SAMPLE_BYTES = 1 << 16
+_MAX_LOG = 1 << 30
+_LONGEST_LINE = 1 << 16
 
 Array = npt.NDArray[Any]
 
@@ -55,9 +57,10 @@ class Checkpoint:
         settings: what the run was started with, to be compared when it goes on.
         base: `base_fingerprint` of the model.
         best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
-        epochs: the records of the epochs finished.
-        log_bytes: how long the log was.
-        parameters, optimizer, best_parameters, history: arrays by name.
+        epochs: the records of the last epochs finished.
+        log_bytes: how long the log was, which has the records of all steps and epochs.
+        parameters, optimizer, best_parameters: arrays by name.
+        history: the columns of the last step records: a checkpoint does not grow with its run.
         isa, version: the instruction set and the nplora that made it.
         serial: counts the checkpoints of a directory.
     """
@@ -257,7 +260,7 @@ class RunDirectory:
         try:
             os.makedirs(self.path, exist_ok=True)
             self._lock()
-            self._log = self._open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._log = self._open(LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             self.log_bytes = os.fstat(self._log).st_size
             self._remove_unfinished()
         except BlockingIOError:
@@ -328,9 +331,20 @@ class RunDirectory:
                 )
         return self.newest
 
+    def read_log(self, size: int) -> bytes:
+        """The whole lines among the first `size` bytes of the log, or of what is left of it.
+
+        Raises:
+            FormatError, OSError: it cannot be read.
+        """
+        log = bytes(files.read(self.path / LOG, _MAX_LOG)[:size])
+        return log[: log.rfind(b"\n") + 1]
+
     def cut_log(self, size: int) -> None:
-        """Drop what stands in the log after `size` bytes."""
+        """Drop what stands in the log after `size` bytes, and before them a last line without its end."""
         self.log_bytes = min(self.log_bytes, size)
+        start = max(0, self.log_bytes - _LONGEST_LINE)
+        self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
         os.ftruncate(self._log, self.log_bytes)
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -341,7 +355,7 @@ class RunDirectory:
                 were needed.
         """
         numbered = dataclasses.replace(checkpoint, serial=self._serial + 1, log_bytes=self.log_bytes)
-        os.fsync(self._log)
+        os.fsync(self._log)  # the checkpoint relies on it for the history
         files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
         self.newest, self._serial, self._slot = None, numbered.serial, 1 - self._slot
 

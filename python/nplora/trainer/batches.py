@@ -1,7 +1,7 @@
 """Batches: arrays cut and shuffled, or an iterable of a user's, both replayed from any position."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,7 @@ class ArrayBatches:
     Args:
         op: the caller, for messages.
         x, y: arrays of one length, at least 1. They are not copied.
+        names: what messages call them.
     Raises:
         ValueError: x and y have different lengths, none, or hold Python objects.
     """
@@ -50,15 +51,17 @@ class ArrayBatches:
         batch_size: int,
         shuffle: bool = False,
         seed: int = 0,
+        names: tuple[str, str] = ("x", "y"),
     ) -> None:
+        x_name, y_name = names
         self.x, self.y = np.asarray(x), np.asarray(y)
-        for name, array in (("x", self.x), ("y", self.y)):
+        for name, array in zip(names, (self.x, self.y), strict=True):
             if array.ndim == 0 or array.dtype.kind == "O":
                 raise ValueError(f"{op}: {name} has dtype {array.dtype} and {array.ndim} axes, expected rows")
         if len(self.x) != len(self.y):
-            raise ValueError(f"{op}: x has {len(self.x)} rows, y has {len(self.y)}")
+            raise ValueError(f"{op}: {x_name} has {len(self.x)} rows, {y_name} has {len(self.y)}")
         if not len(self.x):
-            raise ValueError(f"{op}: x and y have no rows")
+            raise ValueError(f"{op}: {x_name} and {y_name} have no rows")
         self.batch_size = _check.integer(op, "batch_size", batch_size, least=1)
         self.shuffle, self.seed = bool(shuffle), seed
 
@@ -92,6 +95,8 @@ class IterableBatches:
 
     Args:
         batches: any iterable. One that can be read only once (a generator) lasts for one epoch.
+    Attributes:
+        once: whether it can be read only once, as a generator.
     Raises:
         TypeError: it is not an iterable.
     """
@@ -102,6 +107,7 @@ class IterableBatches:
                 f"{op}: got a {type(batches).__name__}, expected arrays x and y, or an iterable of (x, y)"
             )
         self.op, self.batches = op, batches
+        self.once = isinstance(batches, Iterator)
 
     @property
     def length(self) -> int | None:
@@ -126,21 +132,51 @@ class IterableBatches:
             empty = False
             yield batch[0], batch[1]
         if empty:
+            kind = type(self.batches).__name__
+            which = f"epoch {epoch + 1} finds no batch" if epoch else "the iterable gave no batch"
             raise ValueError(
-                f"{self.op}: the iterable gave no batch; a generator can be read only once: "
-                "give a list, or an object whose __iter__ begins anew"
+                f"{self.op}: {which}; a generator can be read only once: "
+                f"instead of the {kind} give a list, or an object whose __iter__ begins anew"
             )
 
     def identity(self) -> dict[str, Any]:
         return {"batches": self.length}
 
 
-def batches_of(
-    op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0
-) -> ArrayBatches | IterableBatches:
+AnyBatches = ArrayBatches | IterableBatches
+
+
+def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0) -> AnyBatches:
     """Arrays if there is a y, else an iterable of batches."""
     if y is not None:
         return ArrayBatches(op, x, y, batch_size, shuffle, seed)
     if isinstance(x, np.ndarray):
         raise ValueError(f"{op}: x is an array of shape {x.shape}, and y is missing")
     return IterableBatches(op, x)
+
+
+def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> AnyBatches:
+    """The validation data: a tuple of two arrays, or an iterable of batches.
+
+    Args:
+        several: it is read more than once, so that a generator will not do.
+    """
+    op, wanted = f"{op}: validation", "expected a tuple (x, y) of arrays or an iterable of batches (x, y)"
+    if isinstance(validation, tuple) and len(validation) == 2:
+        x, y = validation
+        return ArrayBatches(op, x, y, batch_size, names=("validation[0]", "validation[1]"))
+    if isinstance(validation, np.ndarray):
+        raise TypeError(f"{op} is an array of shape {validation.shape} without its targets, {wanted}")
+    if isinstance(validation, Sequence) and any(isinstance(part, np.ndarray) for part in validation):
+        raise TypeError(
+            f"{op} is a {type(validation).__name__} of {len(validation)} with an array in it, {wanted}"
+        )
+    if not isinstance(validation, Iterable):
+        raise TypeError(f"{op} is a {type(validation).__name__}, {wanted}")
+    batches = IterableBatches(op, validation)
+    if several and batches.once:
+        raise ValueError(
+            f"{op} is a {type(validation).__name__}, which can be read only once, "
+            "but it is evaluated after every epoch: give a list"
+        )
+    return batches

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora import losses
 from nplora.losses import Loss
 from nplora.module import Module
 from nplora.trainer.batches import Batches
@@ -19,7 +20,7 @@ def evaluate(model: Module, loss: Loss, batches: Batches) -> dict[str, float]:
     for x, y in batches.epoch(0, 0):
         with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told by its value
             prediction = model(x)
-            value, _ = loss(prediction, y)
+            value, _ = losses.call(loss, prediction, y)
         weight = loss.count(prediction, y)
         total, count = total + value * weight, count + weight
         labels = np.asarray(y)
@@ -39,5 +40,32 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
     rows = np.asarray(x)
     if rows.ndim == 0:
         raise ValueError("Trainer.predict: x is a single number, expected rows")
+    check_rows("Trainer.predict", model, rows)
     starts = range(0, max(1, len(rows)), batch_size)
     return np.concatenate([model(rows[start : start + batch_size]) for start in starts])
+
+
+def check_rows(op: str, model: Module, x: Array) -> None:
+    """Refuse a single example in the place of rows, however many of its numbers make a batch.
+
+    An x of one axis is n rows of a single number each, such as the ids of tokens: the model must take one.
+
+    Raises:
+        ValueError: the model does not take the first number as a row.
+    """
+    if x.ndim != 1 or not len(x):
+        return
+    reason = ""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = model(x[:1])
+    except (ValueError, TypeError, IndexError) as error:
+        reason = str(error) or type(error).__name__
+    else:
+        if np.shape(y)[:1] not in ((), (1,)):
+            reason = f"its output has shape {np.shape(y)}"
+    if reason:
+        raise ValueError(
+            f"{op}: x has shape {x.shape}, {len(x)} rows of one number, and the model does not take "
+            f"such a row ({reason}); a single example is x[None]"
+        )

@@ -1,6 +1,7 @@
 """What a run leaves behind: a record of every step and of every epoch."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+KEPT = 64  # the records of a kind that a checkpoint holds: some history is left where the log is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class EpochRecord:
     val_loss: float | None
     val_accuracy: float | None
     seconds: float
+
+
+_KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "epoch": EpochRecord}
 
 
 @dataclass
@@ -106,18 +112,19 @@ class History:
         last = f", last loss {self.steps[-1].loss:.4g}" if self.steps else ""
         return f"History({len(self.steps)} steps, {len(self.epochs)} epochs, ended={self.ended!r}{last})"
 
-    # ---- as a checkpoint keeps it ----
+    # ---- as a checkpoint and the log keep it ----
 
     def step_columns(self) -> dict[str, Array]:
-        """Every field of the step records as an array."""
+        """Every field of the last step records as an array: a checkpoint is of one size, the log has all."""
         kinds = {f.name: np.int64 if f.type is int else np.float64 for f in dataclasses.fields(StepRecord)}
-        return {name: np.array([getattr(r, name) for r in self.steps], kind) for name, kind in kinds.items()}
+        last = self.steps[-KEPT:]
+        return {name: np.array([getattr(r, name) for r in last], kind) for name, kind in kinds.items()}
 
     def epoch_rows(self) -> list[dict[str, Any]]:
-        """Every epoch record as a dictionary for JSON, which has no NaN."""
+        """The last epoch records as dictionaries for JSON, which has no NaN."""
         return [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            for row in map(dataclasses.asdict, self.epochs)
+            for row in map(dataclasses.asdict, self.epochs[-KEPT:])
         ]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
@@ -132,6 +139,43 @@ class History:
         rows = zip(*(columns[name].tolist() for name in names), strict=True)
         steps = [StepRecord(*row) for row in rows]
         self.steps[:], self.epochs[:] = steps, [EpochRecord(**row) for row in epochs]
+
+    def add_log(self, log: bytes, step: int, epoch: int) -> None:
+        """Add what the log has of the steps and epochs up to these; a line that is no record is left out.
+
+        What `restore` brought had a checksum, so it stands where the log says otherwise.
+        """
+        steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
+        for line in log.splitlines():
+            record = _logged(line)
+            if isinstance(record, StepRecord):
+                steps[record.step] = record
+            elif record is not None:
+                epochs[record.epoch] = record
+        steps |= {record.step: record for record in self.steps}
+        epochs |= {record.epoch: record for record in self.epochs}
+        self.steps[:] = [steps[number] for number in sorted(steps) if 0 < number <= step]
+        self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
+
+
+def _logged(line: bytes) -> StepRecord | EpochRecord | None:
+    """The record in a line of the log, None where there is none."""
+    try:
+        row = json.loads(line)
+        kind = _KINDS[row["event"]]
+        values = [_field(f.type, row[f.name]) for f in dataclasses.fields(kind)]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return kind(*values)
+
+
+def _field(kind: Any, value: Any) -> Any:
+    """A number of a record as the log has it: what was not finite is null there."""
+    if value is None and kind is not int:
+        return math.nan if kind is float else None
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise TypeError
+    return value if kind is int else float(value)
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:

@@ -1,11 +1,15 @@
 """Signals during a run: Ctrl-C and SIGTERM wait while the parameters or a checkpoint are being written."""
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
+
+REPEAT_SECONDS = 0.5  # two Ctrl-C no further apart are one wish to leave the program
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -24,7 +28,13 @@ class Interrupts:
     The handlers that were there stay in charge: Python's own raises KeyboardInterrupt; a signal that is
     ignored stays ignored. SIGTERM, which by default ends the process on the spot, raises Terminated instead
     if `terminate` is true. Outside the main thread, which alone receives signals, nothing is changed.
+
+    Attributes:
+        repeated: whether the last Ctrl-C came so soon after another, perhaps in the run before this one, that
+            it is meant for the whole program.
     """
+
+    _last = -math.inf  # when any run heard Ctrl-C
 
     def __init__(self, terminate: bool) -> None:
         self._signals = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
@@ -32,6 +42,7 @@ class Interrupts:
         self._handlers: dict[int, Handler] = {}
         self._held = 0
         self._waiting: list[int] = []
+        self.repeated = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -53,6 +64,10 @@ class Interrupts:
             signal.signal(signum, previous)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            now = time.monotonic()
+            self.repeated = now - Interrupts._last < REPEAT_SECONDS
+            Interrupts._last = now
         if self._held:
             self._waiting.append(signum)
         else:

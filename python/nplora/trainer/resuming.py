@@ -5,14 +5,14 @@ import json
 import warnings
 from typing import Any
 
-from nplora.checkpoint import Checkpoint, differences, factors
-from nplora.formats.errors import CorruptError
+from nplora.checkpoint import LOG, Checkpoint, RunDirectory, differences, factors
+from nplora.formats.errors import CorruptError, FormatError
 from nplora.losses import CustomLoss, Loss
 from nplora.module import Module
 from nplora.optim import Optimizer
 from nplora.trainer.history import History
 
-_MOST = 8  # differences that a message lists
+_MOST = 5  # differences that a message lists
 
 
 def settings_of(
@@ -39,7 +39,7 @@ def _loss_name(loss: Loss) -> str:
 
 
 def restored_history(
-    path: object,
+    directory: RunDirectory,
     checkpoint: Checkpoint,
     model: Module,
     optimizer: Optimizer,
@@ -47,14 +47,16 @@ def restored_history(
     base: str,
     total_steps: int | None,
 ) -> History:
-    """Check all that a checkpoint brings against the run, change nothing, and return the history in it.
+    """Check all that a checkpoint brings against the run, change nothing, and return the history up to it.
 
     Raises:
-        CorruptError: it is of another base model, or its arrays do not fit; all that does not is listed.
+        CorruptError: it is of another model, or its arrays do not fit; the first few differences are listed.
         ValueError: the run's data or settings are others, or it ends before the checkpoint's step.
     Warns:
-        UserWarning: settings that may change did, or the machine's instruction set.
+        UserWarning: settings that may change did, or the machine's instruction set; or the log has lost
+            records, so that they are missing in the history.
     """
+    path = directory.path
     if checkpoint.base != base:
         raise CorruptError(f"{path}: the checkpoint is of another base model: the frozen weights differ")
     changed = _changes(checkpoint.settings.get("fixed"), settings["fixed"])
@@ -64,29 +66,58 @@ def restored_history(
         raise ValueError(
             f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"
         )
-    problems = differences(checkpoint.parameters, factors(model))
-    if checkpoint.best is not None:
-        problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
-    if checkpoint.random_state.keys() != model.random_state().keys():
-        problems.append("the dropout streams are of other layers")
-    probe, history = copy.copy(optimizer), History()
+    _check_arrays(path, checkpoint, model, optimizer)
+    history = History()
     try:
-        probe.init(model.parameters())
-        probe.load_state_dict(checkpoint.optimizer)
         history.restore(checkpoint.history, checkpoint.epochs)
     except (ValueError, TypeError) as error:
-        problems.append(str(error))
-    if problems:
-        more = f" and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
-        raise CorruptError(
-            f"{path}: the checkpoint does not fit the model: {'; '.join(problems[:_MOST])}{more}"
-        )
+        raise CorruptError(f"{path}: the checkpoint's history is not one: {error}") from error
+    _add_log(history, checkpoint, directory)
 
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
         warnings.warn(f"{path}: the run goes on with other settings: {changed}", stacklevel=6)
     checkpoint.warn_if_moved()
     return history
+
+
+def _check_arrays(path: object, checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> None:
+    """Factors, dropout streams and moments must be those of the model."""
+    problems = differences(checkpoint.parameters, factors(model))
+    if checkpoint.random_state.keys() != model.random_state().keys():
+        problems.append("the dropout streams are of other layers")
+    verdict = "is of another model" if problems else "does not fit the model"
+    if checkpoint.best is not None and checkpoint.best.get("loss") is not None:
+        problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
+    probe = copy.copy(optimizer)
+    probe.init(model.parameters())
+    problems += probe.differences(checkpoint.optimizer)
+    if not problems:
+        try:
+            probe.load_state_dict(checkpoint.optimizer)
+        except (ValueError, TypeError) as error:
+            problems.append(str(error))
+    if problems:
+        more = f"; and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
+        raise CorruptError(f"{path}: the checkpoint {verdict}: {'; '.join(problems[:_MOST])}{more}")
+
+
+def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> None:
+    """Complete the history from the log, and warn where records are lost."""
+    log, reason = b"", "missing, cut or damaged"
+    try:
+        log = directory.read_log(checkpoint.log_bytes)
+    except (FormatError, OSError) as error:
+        reason = f"not readable ({error})"
+    history.add_log(log, checkpoint.step, checkpoint.epoch)
+    found, wanted = len(history.steps) + len(history.epochs), checkpoint.step + checkpoint.epoch
+    if len(log) != checkpoint.log_bytes or found != wanted:
+        warnings.warn(
+            f"{directory.path / LOG}: the log is {reason}: the run goes on, "
+            f"the history has {len(history.steps)} of {checkpoint.step} steps "
+            f"and {len(history.epochs)} of {checkpoint.epoch} epochs",
+            stacklevel=7,
+        )
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nplora import losses
 from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
 from nplora.losses import NonFiniteLossError
 from nplora.optim import global_norm, schedule
@@ -23,12 +24,24 @@ from nplora.trainer.resuming import restored_history, settings_of
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer
 
+EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
+
 _SIGTERM_STATUS = 128 + 15  # what a shell reports for a process that SIGTERM ended
 
 
 def _quiet() -> np.errstate:
     """No warnings of NumPy's about values that are not finite: the run looks for them itself."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+def _same_buffer(a: Array, b: Array) -> bool:
+    """Whether two arrays are one, or views of the same elements."""
+    return a is b or (a.shape == b.shape and _address(a) == _address(b))
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class Run:
         self._best_factors: dict[str, Array] = {}
         self._base, self._settings = "", dict[str, Any]()  # what a checkpoint must agree with
         self._saved: tuple[int, ...] | None = None
+        self._saved_at = -math.inf
+        self._checked = False  # whether the model writes to the arrays that are trained
 
     def stop(self) -> None:
         """End the run after the present step."""
@@ -100,11 +115,14 @@ class Run:
                     with self._interrupts.hold():
                         self._ended = "interrupted"
                         self._roll_back()
-                        self._save()
-                    if not isinstance(reason, KeyboardInterrupt):
+                        written = self._write()
+                    if written:
+                        self._call("on_checkpoint")
+                    if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated:
                         raise
                 with self._interrupts.hold():
                     self._finish()
+                self._call("on_fit_end")
         except Terminated:
             raise SystemExit(_SIGTERM_STATUS) from None
         except BaseException:
@@ -119,7 +137,8 @@ class Run:
         while not self._is_over():
             if self._pass():
                 self._close_epoch(complete=True)
-                if self._plan.checkpoint_every is None:
+                recent = time.monotonic() - self._saved_at < EPOCH_CHECKPOINT_SECONDS
+                if self._plan.checkpoint_every is None and not recent:
                     self._save()
         self._save()
         if self.batch:  # `steps` or a callback ended the run within an epoch; a resumed run closes it later
@@ -153,8 +172,8 @@ class Run:
         streams = [layer.dropout_stream for layer in self._adapters]
         number = self.batch + gathered.batches + 1
         with _quiet():
-            prediction, saved = self.model.forward(x)
-            value, gradient = loss(prediction, y)
+            prediction, saved = self._forward(x)
+            value, gradient = losses.call(loss, prediction, y)
         if not math.isfinite(value):
             self._set_streams(streams)
             where = first_nonfinite(self.model, x)
@@ -170,6 +189,35 @@ class Run:
             gradient = gradient * gradient.dtype.type(count / gathered.first_count)
         with _quiet():
             self._trainer.backward(gradient, saved)
+        if not self._checked:
+            self._check_buffers()
+
+    def _forward(self, x: Any) -> tuple[Array, Any]:
+        result: Any = self.model.forward(x)
+        pair: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
+        if len(pair) != 2 or not hasattr(pair[0], "shape"):
+            got = ", ".join(type(part).__name__ for part in pair)
+            raise TypeError(
+                f"{type(self.model).__name__}.forward returned ({got}), expected (y, saved): "
+                "the output, an array, and what backward needs"
+            )
+        return pair[0], pair[1]
+
+    def _check_buffers(self) -> None:
+        """Refuse a model that put other arrays in the place of those that are trained: it learns nothing."""
+        now = {p.name: p for p in self.model.parameters()}
+        for name, value, grad in self._parameters:
+            for what, held, found in (
+                ("gradient", grad, now[name].grad if name in now else None),
+                ("value", value, now[name].value if name in now else None),
+            ):
+                if found is None or not _same_buffer(held, found):
+                    raise RuntimeError(
+                        f"{type(self.model).__name__}: the {what} of parameter {name!r} is another array "
+                        "after forward and backward: write into the one that is there (self.dw += ..., "
+                        "self.w[...] = ...), do not assign a new one (self.dw = ...)"
+                    )
+        self._checked = True
 
     def _update(self, gathered: _Gathered) -> None:
         """Clip, step, and move the position on."""
@@ -222,12 +270,12 @@ class Run:
 
     def _judge(self, loss: float) -> None:
         """Early stopping: remember the factors of the best epoch, count the epochs since."""
-        if self._best is None or loss < self._best["loss"]:
-            if math.isfinite(loss):
-                self._best = {"loss": loss, "epoch": self.epoch + 1, "since": 0}
-                self._best_factors = {name: array.copy() for name, array in factors(self.model).items()}
+        best = self._best or {"loss": None, "epoch": 0, "since": 0}  # None: no loss was finite yet
+        if math.isfinite(loss) and (best["loss"] is None or loss < best["loss"]):
+            self._best = {"loss": loss, "epoch": self.epoch + 1, "since": 0}
+            self._best_factors = {name: array.copy() for name, array in factors(self.model).items()}
         else:
-            self._best = {**self._best, "since": self._best["since"] + 1}
+            self._best = {**best, "since": best["since"] + 1}
         self._lose_patience()
 
     def _lose_patience(self) -> None:
@@ -236,12 +284,11 @@ class Run:
             self._ended = "patience"
 
     def _finish(self) -> None:
-        if self._best is not None:
+        if self._best is not None and self._best["loss"] is not None:
             self._put(self._best_factors)
             self.history.best_epoch = self._best["epoch"]
         self.history.ended = self._ended or "complete"
         self._log("end", {"ended": self.history.ended, "step": self.step})
-        self._call("on_fit_end")
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self._callbacks:
@@ -309,7 +356,7 @@ class Run:
     def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer
         history = restored_history(
-            directory.path, checkpoint, self.model, optimizer, self._settings, self._base, self.total_steps
+            directory, checkpoint, self.model, optimizer, self._settings, self._base, self.total_steps
         )
         self.model.set_random_state(checkpoint.random_state)
         self._streams = [layer.dropout_stream for layer in self._adapters]
@@ -330,15 +377,19 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, if there is a directory and something new to keep."""
+        if self._write():
+            self._call("on_checkpoint")
+
+    def _write(self) -> bool:
         if self._directory is None or self._saved == self._position():
-            return
+            return False
         bad = nonfinite_parameters(self._parameters, gradients=False)
         if bad:
             raise NonFiniteLossError(f"step {self.step} made {', '.join(bad)} not finite; it is not saved")
         with self._interrupts.hold():
             self._directory.save(self._checkpoint())
-            self._saved = self._position()
-        self._call("on_checkpoint")
+            self._saved, self._saved_at = self._position(), time.monotonic()
+        return True
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

@@ -13,15 +13,14 @@ from nplora.formats.files import StrPath
 from nplora.losses import CrossEntropy, LossFunction
 from nplora.module import Module
 from nplora.optim import SCHEDULES, AdamW, Optimizer
-from nplora.trainer.batches import ArrayBatches, IterableBatches, batches_of
+from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
-from nplora.trainer.evaluation import evaluate, predict
+from nplora.trainer.evaluation import check_rows, evaluate, predict
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
 from nplora.trainer.run import Plan, Run
 
 Array = npt.NDArray[Any]
-AnyBatches = ArrayBatches | IterableBatches
 
 _OP = "Trainer.fit"
 _EVALUATION_ROWS = 256
@@ -65,6 +64,10 @@ class Trainer:
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
         self.model = model
         self.loss = losses.get(loss)
+        if not isinstance(optimizer, Optimizer | None):
+            raise TypeError(
+                f"Trainer: optimizer is {_kind(optimizer)}, expected an AdamW(...) or SGD(...), or None"
+            )
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.schedule = _check.choice("Trainer", "schedule", schedule, SCHEDULES)
         self.warmup_steps = _check.integer("Trainer", "warmup_steps", warmup_steps, least=0)
@@ -73,7 +76,9 @@ class Trainer:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
-        self.callbacks = list(callbacks)
+        self.callbacks = _callbacks(callbacks)
+        if not isinstance(progress, bool | None):
+            raise TypeError(f"Trainer: progress is {_kind(progress)}, expected True, False or None")
         self.progress = progress
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
@@ -97,8 +102,10 @@ class Trainer:
         """Train, and return the records of the run.
 
         Ctrl-C ends the run after what was learned so far: with a `checkpoint_dir` it is saved there, and the
-        history is returned with `interrupted` true. SIGTERM saves and exits. An error in a step leaves
-        parameters and moments as the last whole step left them.
+        history is returned with `interrupted` true. A second Ctrl-C while it does that, or within half a
+        second of the first (meant for the program, not for its next `fit`), raises KeyboardInterrupt once the
+        checkpoint is written. SIGTERM saves and exits. An error in a step leaves parameters and moments as
+        the last whole step left them.
 
         Args:
             x, y: arrays of one length; or x alone, an iterable of batches (x, y), of which `batch_size` and
@@ -109,19 +116,23 @@ class Trainer:
             batch_size: rows of a batch; the last of an epoch may have fewer.
             shuffle: take the rows in an order of their own in each epoch, drawn from (seed, epoch).
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
-            patience: stop after this many epochs in a row without a lower validation loss (early stopping).
-                The model ends with the factors of the best epoch, however the run ends.
+            patience: stop after this many epochs in a row without a lower validation loss (early stopping);
+                one that is NaN or infinite is not lower. The model ends with the factors of the best epoch,
+                however the run ends.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
-            checkpoint_every: steps between checkpoints; None: one at each epoch's end. There is always one at
-                the beginning and one at the end.
+            checkpoint_every: steps between checkpoints; None: one at an epoch's end, where the one before is
+                at least a second old. There is always one at the beginning and one at the end, also after
+                Ctrl-C.
             resume: go on from the checkpoint in `checkpoint_dir`, to the bit as if the run had not been
-                stopped; if there is none, begin.
+                stopped; if there is none, begin. The history before it is read from `log.jsonl`.
             overwrite: begin anew where `checkpoint_dir` holds another run.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
                 and the first layer at fault; neither parameters, moments nor checkpoints are touched. Also
                 where an update made a parameter infinite: that is not saved.
             ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
+            TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
+            RuntimeError: the model replaces its parameters or gradients by other arrays.
             CorruptError: no checkpoint in the directory is whole, or it is of another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
             BlockingIOError: another process writes to the directory.
@@ -129,7 +140,7 @@ class Trainer:
                 still there, and the message says how many bytes were needed.
         Warns:
             UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
-                or version are others than the checkpoint's.
+                or version are others than the checkpoint's; `log.jsonl` has lost records of the history.
         """
         plan = self._plan(x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every)
         self._check_model()
@@ -168,12 +179,20 @@ class Trainer:
             "loss", and for integer labels (...) of predictions (..., C) also "accuracy", the share of the
             labelled rows whose largest prediction is their label.
         Raises:
-            ValueError: the data do not fit each other, the loss or the model.
+            ValueError: the data do not fit each other, the loss or the model, or x is a single example.
         """
-        return evaluate(self.model, self.loss, batches_of("Trainer.evaluate", x, y, batch_size))
+        op = "Trainer.evaluate"
+        batches = batches_of(op, x, y, batch_size)
+        if isinstance(batches, ArrayBatches):
+            check_rows(op, self.model, batches.x)
+        return evaluate(self.model, self.loss, batches)
 
     def predict(self, x: npt.ArrayLike, *, batch_size: int = _EVALUATION_ROWS) -> Array:
-        """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout."""
+        """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout.
+
+        Raises:
+            ValueError: x does not fit the model, or it is a single example where rows belong: pass x[None].
+        """
         return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
 
     def backward(self, gradient: Array, saved: Any) -> None:
@@ -214,11 +233,12 @@ class Trainer:
                 f"{_OP}: schedule={self.schedule!r} needs to know where the run ends: "
                 "give steps, or batches that have a len"
             )
-        is_pair = isinstance(validation, tuple) and len(validation) == 2
-        x_valid, y_valid = validation if is_pair else (validation, None)
+        several = epochs is None or epochs > 1
         return Plan(
             batches=batches,
-            validation=None if validation is None else batches_of(_OP, x_valid, y_valid, _EVALUATION_ROWS),
+            validation=None
+            if validation is None
+            else validation_of(_OP, validation, _EVALUATION_ROWS, several),
             epochs=None if epochs is None else _check.integer(_OP, "epochs", epochs, least=0),
             steps=None if steps is None else _check.integer(_OP, "steps", steps, least=0),
             total_steps=total,
@@ -239,6 +259,23 @@ class Trainer:
                 classes = self.model(batches.x[:1]).shape[-1]
             labelled = batches.y[batches.y != self.loss.ignore_index]
             _check.in_range(_OP, "y", labelled, classes)
+
+
+def _callbacks(callbacks: Any) -> list[Callback]:
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"Trainer: callbacks is {_kind(callbacks)}, expected a list of Callbacks")
+    checked = list(callbacks)
+    for number, callback in enumerate(checked):
+        if not isinstance(callback, Callback):
+            raise TypeError(f"Trainer: callbacks[{number}] is {_kind(callback)}, expected a Callback")
+    return checked
+
+
+def _kind(value: object) -> str:
+    """What was got, in a few words however large it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not one of its objects"
+    return f"{value[:40]!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _at(directory: RunDirectory) -> str:

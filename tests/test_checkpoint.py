@@ -208,6 +208,22 @@ def test_early_stopping_survives_a_stop(epoch: int, tmp_path: Path) -> None:
     assert run(checkpoint_dir=tmp_path, resume=True)[1] == expected  # a run that is over is over
 
 
+@pytest.mark.parametrize("patience", [None, 20])
+def test_an_epoch_cut_off_by_the_last_step_is_recorded_once(patience: int | None, tmp_path: Path) -> None:
+    whole, first, second = trainer_of(net(rng=0)), trainer_of(net(rng=0)), trainer_of(net())
+    first.callbacks.append(StopAfter(epoch=2))
+    usual: dict[str, Any] = {"epochs": None, "patience": patience}
+    for trainer in (whole, first, second):
+        trainer.schedule = "constant"
+    expected = outcome(whole, fit(whole, **usual, steps=15))
+    interrupted = fit(first, **usual, steps=7, checkpoint_dir=tmp_path)
+    assert [(r.epoch, r.step) for r in interrupted.epochs] == [(1, 5)]
+    with pytest.warns(UserWarning, match="total_steps was 7, is 15"):
+        history = fit(second, **usual, steps=15, checkpoint_dir=tmp_path, resume=True)
+    assert [(r.epoch, r.step) for r in history.epochs] == [(1, 5), (2, 10), (3, 15)]
+    assert outcome(second, history) == expected
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     long = trainer_of(net(rng=0), schedule="constant")
     expected = outcome(long, fit(long))
@@ -552,6 +568,35 @@ def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> No
         trainer_of(net()).fit(x, y, epochs=EPOCHS, batch_size=BATCH, checkpoint_dir=directory, resume=True)
     with pytest.raises(ValueError, match="optimizer was AdamW, is SGD"):
         fit(trainer_of(net(), optimizer=nplora.SGD(lr=0.1)), checkpoint_dir=directory, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"alpha": 64}, r"0\.alpha was 16\.0, is 64\.0$"),
+        ({"use_rslora": True}, r"0\.use_rslora was False, is True$"),
+        ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5$"),
+        ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16$"),
+    ],
+)
+def test_other_settings_of_a_layer_cannot_go_on(
+    other: dict[str, Any], message: str, stopped: Path, tmp_path: Path
+) -> None:
+    model = net()
+    w = model.modules[0].weight.to_numpy()  # type: ignore[attr-defined]
+    usual = {"rank": 2, "dropout": 0.3, "use_dora": True}
+    model.modules[0] = nplora.LoRALinear(w, **{**usual, **other})
+    unchanged_by_failing_resume(copy_of(stopped, tmp_path), model, ValueError, message)
+
+
+def test_a_checkpoint_that_knows_no_settings_of_layers_goes_on(
+    stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    directory, trainer = copy_of(stopped, tmp_path), trainer_of(net())
+    settings = newest(directory).settings
+    settings["fixed"] = {k: v for k, v in settings["fixed"].items() if k != "layers"}
+    rewrite(directory, settings=settings)
+    assert outcome(trainer, fit(trainer, checkpoint_dir=directory, resume=True)) == uninterrupted
 
 
 def test_other_settings_go_on_with_a_warning(stopped: Path, tmp_path: Path) -> None:

@@ -16,16 +16,27 @@ _MOST = 5  # differences that a message lists
 
 
 def settings_of(
-    data: dict[str, Any], loss: Loss, optimizer: Optimizer, accumulate: int, options: dict[str, Any]
+    data: dict[str, Any],
+    model: Module,
+    loss: Loss,
+    optimizer: Optimizer,
+    accumulate: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """What a checkpoint remembers of how its run was started, as JSON gives it back.
 
-    "fixed" must be the same when the run goes on: it decides what a position in the data means. "free" may
-    change, with a warning.
+    "fixed" must be the same when the run goes on: it decides what a position in the data and the model's
+    arrays mean. "free" may change, with a warning.
     """
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
+    layers = {name: layer.settings() for name, layer in model.adapter_layers().items()}
     settings = {
-        "fixed": {**data, "accumulate": accumulate, "optimizer": type(optimizer).__name__},
+        "fixed": {
+            **data,
+            "accumulate": accumulate,
+            "optimizer": type(optimizer).__name__,
+            "layers": layers,
+        },
         "free": {"loss": _loss_name(loss), **public, **options},
     }
     result: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
@@ -59,14 +70,18 @@ def restored_history(
     path = directory.path
     if checkpoint.base != base:
         raise CorruptError(f"{path}: the checkpoint is of another base model: the frozen weights differ")
+    refusal = f"{path}: the checkpoint's run cannot go on with other data or settings"
     changed = _changes(checkpoint.settings.get("fixed"), settings["fixed"])
     if changed:
-        raise ValueError(f"{path}: the checkpoint's run cannot go on with other data or settings: {changed}")
+        raise ValueError(f"{refusal}: {changed}")
     if total_steps is not None and checkpoint.step > total_steps:
         raise ValueError(
             f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"
         )
     _check_arrays(path, checkpoint, model, optimizer)
+    changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
+    if changed:
+        raise ValueError(f"{refusal}: {changed}")
     history = History()
     try:
         history.restore(checkpoint.history, checkpoint.epochs)
@@ -98,8 +113,12 @@ def _check_arrays(path: object, checkpoint: Checkpoint, model: Module, optimizer
         except (ValueError, TypeError) as error:
             problems.append(str(error))
     if problems:
-        more = f"; and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
-        raise CorruptError(f"{path}: the checkpoint {verdict}: {'; '.join(problems[:_MOST])}{more}")
+        raise CorruptError(f"{path}: the checkpoint {verdict}: {_first(problems, '; ')}")
+
+
+def _first(sentences: list[str], separator: str) -> str:
+    more = f"{separator}and {len(sentences) - _MOST} more" if len(sentences) > _MOST else ""
+    return separator.join(sentences[:_MOST]) + more
 
 
 def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> None:
@@ -121,13 +140,38 @@ def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) 
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:
-    """The settings that differ: "batch_size was 8, is 16"."""
+    """The settings that differ, but for those of layers: "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not know its own"
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
     return ", ".join(
         f"{name} is another array"
         if name in ("x", "y") and then.get(name) and now.get(name)
         else f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in names
     )
+
+
+def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
+    """The settings of layers that differ: "0.alpha was 16.0, is 64.0"; an older checkpoint knows none."""
+    if then is None:
+        return ""
+    if not isinstance(then, dict) or not all(isinstance(settings, dict) for settings in then.values()):
+        return "the checkpoint does not know those of its layers"
+    flat_then, flat_now = _flat(then), _flat(now)
+    return _first(
+        [
+            f"{name} was {flat_then.get(name)}, is {flat_now.get(name)}"
+            for name in {**flat_then, **flat_now}
+            if flat_then.get(name) != flat_now.get(name)
+        ],
+        ", ",
+    )
+
+
+def _flat(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{layer}.{name}" if layer else name: value
+        for layer, settings in layers.items()
+        for name, value in settings.items()
+    }

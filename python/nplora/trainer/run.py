@@ -92,6 +92,7 @@ class Run:
         self._ended: str | None = None
         self._best: dict[str, Any] | None = None
         self._best_factors: dict[str, Array] = {}
+        self._best_before: tuple[dict[str, Any] | None, dict[str, Array]] = None, {}  # the epoch closed last
         self._base, self._settings = "", dict[str, Any]()  # what a checkpoint must agree with
         self._saved: tuple[int, ...] | None = None
         self._saved_at = -math.inf
@@ -115,6 +116,7 @@ class Run:
                     with self._interrupts.hold():
                         self._ended = "interrupted"
                         self._roll_back()
+                        self._reopen_epoch()
                         written = self._write()
                     if written:
                         self._call("on_checkpoint")
@@ -262,11 +264,18 @@ class Run:
             record = self.history.epoch_record(self.epoch + 1, metrics)
             self.history.epochs.append(record)
             self._log("epoch", dataclasses.asdict(record))
+            self._best_before = self._best, self._best_factors
             if self._plan.patience is not None:
                 self._judge(metrics["loss"])
             if complete:
                 self.epoch, self.batch = self.epoch + 1, 0
         self._call("on_epoch_end", record)
+
+    def _reopen_epoch(self) -> None:
+        """Forget that the epoch under way was closed: a run that goes on closes it at its own end."""
+        if self.history.epochs and self.history.epochs[-1].epoch == self.epoch + 1:
+            self.history.epochs.pop()
+            self._best, self._best_factors = self._best_before
 
     def _judge(self, loss: float) -> None:
         """Early stopping: remember the factors of the best epoch, count the epochs since."""
@@ -351,7 +360,7 @@ class Run:
             "total_steps": self.total_steps,
         }
         data = self._plan.batches.identity()
-        return settings_of(data, trainer.loss, trainer.optimizer, trainer.accumulate, options)
+        return settings_of(data, self.model, trainer.loss, trainer.optimizer, trainer.accumulate, options)
 
     def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer

@@ -29,37 +29,35 @@ std::vector<Piece> pieces(const std::vector<Buffer>& buffers, double* operations
   return all;
 }
 
-}  // namespace
+// Calls body(buffer, first, count) for every piece. The steps are not interrupted: a half-made one could not be told from
+// a whole one.
+template <class Buffer, class Body>
+void for_pieces(const std::vector<Buffer>& buffers, const Body& body) {
+  double operations;
+  const std::vector<Piece> all = pieces(buffers, &operations);
+  parallel_for(all.size(), useful_threads(operations), Interruptible::kNo,
+               [&](size_t i) { body(buffers[all[i].buffer], all[i].first, all[i].count); });
+}
 
-// The steps are not interrupted: a half-made step could not be told from a whole one.
+}  // namespace
 
 template <class T>
 void adamw_step(const std::vector<Trained<T>>& parameters, kernels::AdamWCoefficients shared) {
-  double operations;
-  const std::vector<Piece> all = pieces(parameters, &operations);
-  parallel_for(all.size(), useful_threads(operations), Interruptible::kNo, [&](size_t i) {
-    const Trained<T>& p = parameters[all[i].buffer];
-    const size_t at = all[i].first;
+  for_pieces(parameters, [&](const Trained<T>& p, size_t at, size_t count) {
     kernels::AdamWCoefficients k = shared;
     k.lr = p.lr;
     k.weight_decay = p.weight_decay;
-    kernels::table().products<T>().adamw(all[i].count, p.value + at, p.grad + at, p.first + at, p.second + at,
-                                         k);
+    kernels::table().products<T>().adamw(count, p.value + at, p.grad + at, p.first + at, p.second + at, k);
   });
 }
 
 template <class T>
 void sgd_step(const std::vector<Trained<T>>& parameters, kernels::SgdCoefficients shared) {
-  double operations;
-  const std::vector<Piece> all = pieces(parameters, &operations);
-  parallel_for(all.size(), useful_threads(operations), Interruptible::kNo, [&](size_t i) {
-    const Trained<T>& p = parameters[all[i].buffer];
-    const size_t at = all[i].first;
+  for_pieces(parameters, [&](const Trained<T>& p, size_t at, size_t count) {
     kernels::SgdCoefficients k = shared;
     k.lr = p.lr;
     k.weight_decay = p.weight_decay;
-    kernels::table().products<T>().sgd(all[i].count, p.value + at, p.grad + at,
-                                       p.first ? p.first + at : nullptr, k);
+    kernels::table().products<T>().sgd(count, p.value + at, p.grad + at, p.first ? p.first + at : nullptr, k);
   });
 }
 

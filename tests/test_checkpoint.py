@@ -730,6 +730,50 @@ def test_an_error_at_any_write_fsync_or_rename_loses_nothing(
     assert fails > 20
 
 
+def test_ctrl_c_while_a_directory_is_opened_lets_the_next_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(directory: RunDirectory) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "_remove_unfinished", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(tmp_path)
+    RunDirectory(tmp_path).close()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "lock"])
+def test_a_fifo_in_the_place_of_a_file_is_told(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    script = f"from nplora.checkpoint import RunDirectory; RunDirectory({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert f"cannot be written: {name} is a FIFO, expected a regular file: '{tmp_path}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("write", r"bytes were to be written, 0 were"),
+        ("fsync", r"no checkpoint is written"),
+        ("ftruncate", r"was to end after byte 0"),
+    ],
+)
+def test_an_error_of_the_log_names_it(
+    call: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, call)
+
+    def fail(descriptor: int, *arguments: Any) -> Any:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, *arguments)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=rf"Input/output error: .*{message}: '.*log\.jsonl'"):
+        fit(trainer_of(net()), checkpoint_dir=tmp_path)
+
+
 def test_a_directory_that_cannot_be_written_is_told_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

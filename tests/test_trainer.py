@@ -385,6 +385,15 @@ def test_progress_is_shown_on_request(
     assert shown.out == ""
 
 
+@pytest.mark.parametrize("progress", [None, True])
+def test_a_program_without_stderr_trains_without_a_progress_line(
+    progress: bool | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(Trainer(net(), progress=progress).fit(*data(), batch_size=8).steps) == 5
+    assert capsys.readouterr().out == ""
+
+
 # ---- losses that are not finite ----
 
 

@@ -12,10 +12,12 @@ that touches the disk here are the calls of `formats.files` and those of the cla
 """
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -258,20 +260,18 @@ class RunDirectory:
         self._slot, self._serial = 0, 0  # the generation to be replaced next, the last checkpoint's number
         self._descriptors: list[int] = []
         try:
-            os.makedirs(self.path, exist_ok=True)
-            self._lock()
-            self._log = self._open(LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            self.log_bytes = os.fstat(self._log).st_size
-            self._remove_unfinished()
-        except BlockingIOError:
-            self.close()
-            raise
-        except OSError as error:
-            self.close()
-            raise OSError(
-                error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
-            ) from error
-        try:
+            try:
+                os.makedirs(self.path, exist_ok=True)
+                self._lock()
+                self._log = self._open(LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+                self.log_bytes = os.fstat(self._log).st_size
+                self._remove_unfinished()
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
+                ) from error
             self._scan()
             self.occupied = bool(self.newest or self.damaged)
         except BaseException:
@@ -279,8 +279,13 @@ class RunDirectory:
             raise
 
     def _open(self, name: str, flags: int) -> int:
-        descriptor = os.open(self.path / name, flags | os.O_CLOEXEC, 0o666)
+        # O_NONBLOCK: a FIFO would otherwise be waited for.
+        descriptor = os.open(self.path / name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         self._descriptors.append(descriptor)
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind != stat.S_IFREG:
+            what = files._KINDS.get(kind, "something else")
+            raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
         return descriptor
 
     def _lock(self) -> None:
@@ -342,10 +347,11 @@ class RunDirectory:
 
     def cut_log(self, size: int) -> None:
         """Drop what stands in the log after `size` bytes, and before them a last line without its end."""
-        self.log_bytes = min(self.log_bytes, size)
-        start = max(0, self.log_bytes - _LONGEST_LINE)
-        self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
-        os.ftruncate(self._log, self.log_bytes)
+        with files.disk_errors(self.path / LOG, f"the log was to end after byte {size:,}"):
+            self.log_bytes = min(self.log_bytes, size)
+            start = max(0, self.log_bytes - _LONGEST_LINE)
+            self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
+            os.ftruncate(self._log, self.log_bytes)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint over the older generation.
@@ -355,17 +361,21 @@ class RunDirectory:
                 were needed.
         """
         numbered = dataclasses.replace(checkpoint, serial=self._serial + 1, log_bytes=self.log_bytes)
-        os.fsync(self._log)  # the checkpoint relies on it for the history
+        with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
+            os.fsync(self._log)  # the checkpoint relies on it for the history
         files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
         self.newest, self._serial, self._slot = None, numbered.serial, 1 - self._slot
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log, NaN and infinities as null."""
         line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
-        rest = memoryview(f"{line}\n".encode())
-        while rest:
-            count = os.write(self._log, rest)
-            rest, self.log_bytes = rest[count:], self.log_bytes + count
+        data = f"{line}\n".encode()
+        progress = files.Progress(len(data))
+        try:
+            with files.disk_errors(self.path / LOG, progress):
+                files.write(self._log, data, progress)
+        finally:
+            self.log_bytes += progress.done
 
     def close(self) -> None:
         """Let the next run in."""

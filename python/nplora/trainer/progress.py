@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EpochRecord, StepRecord
@@ -24,8 +24,12 @@ class ProgressLine(Callback):
 
 
 def progress_line(progress: bool | None) -> ProgressLine | None:
-    """A callback that shows progress on stderr; None: only where stderr is a terminal."""
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    """A callback that shows progress on stderr; None: only where stderr is a terminal.
+
+    A process that was started with stderr closed has none: nothing is drawn.
+    """
+    stderr: TextIO | None = sys.stderr
+    if stderr is None or progress is False or (progress is None and not stderr.isatty()):
         return None
     try:
         import tqdm

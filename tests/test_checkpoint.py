@@ -498,6 +498,14 @@ def test_a_checkpoint_of_a_later_schema_is_not_passed_over(
         ({"epoch": True}, "epoch is True"),
         ({"random_state": []}, r"random_state is \[\]"),
         ({"serial": -3}, "serial is -3"),
+        ({"best": {}}, r"best is \{\}"),
+        ({"best": {"loss": "low", "epoch": 1, "since": 0}}, "best is .*expected"),
+        ({"best": {"loss": 1.0, "epoch": 1, "since": None}}, "best is .*expected"),
+        ({"random_state": {"0": 3}}, r"random_state of '0' is 3, expected"),
+        ({"random_state": {"0": [1, 2.5]}}, r"random_state of '0' is \[1, 2\.5\], expected"),
+        ({"random_state": {"0": [1 << 64, 0]}}, r"random_state of '0' is .*expected"),
+        ({"batch": 1 << 63}, "batch is 9223372036854775808, expected below"),
+        ({"epoch": 13}, "13 epochs in 12 steps"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself_is_corrupt(
@@ -520,6 +528,23 @@ def unchanged_by_failing_resume(
     assert {name: array.tobytes() for name, array in checkpoint.factors(model).items()} == before
     assert (directory / "log.jsonl").read_bytes() == log
     assert trainer.optimizer.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 14}, "batch 14 of an epoch of 13"),
+        ({"epochs": [{}]}, "the checkpoint's history is not one"),
+        ({"epochs": [dict.fromkeys(("epoch", "step", "loss", "val_loss", "val_accuracy", "seconds"), "1")]},
+         "the checkpoint's history is not one"),
+    ],
+)  # fmt: skip
+def test_a_position_or_history_that_cannot_be_changes_nothing(
+    changes: dict[str, Any], message: str, stopped: Path, tmp_path: Path
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    rewrite(directory, **changes)
+    unchanged_by_failing_resume(directory, net(), CorruptError, message)
 
 
 def test_a_checkpoint_of_another_base_model_is_corrupt(stopped: Path, tmp_path: Path) -> None:
@@ -608,8 +633,9 @@ def test_other_settings_go_on_with_a_warning(stopped: Path, tmp_path: Path) -> N
 def test_another_instruction_set_is_told(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     rewrite(directory, isa="abacus")
-    with pytest.warns(UserWarning, match="instruction set abacus, this is .*equal up to rounding"):
+    with pytest.warns(UserWarning, match="instruction set abacus, this is .*equal up to rounding") as warned:
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_another_run_is_not_written_over_by_accident(

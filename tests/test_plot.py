@@ -38,6 +38,11 @@ def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
 
 
+def test_dollars_in_the_name_of_a_directory_are_no_formula(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot.plot_run(run.rename(run.with_name(r"cost$\frac$")))
+
+
 def test_the_log_is_read_as_it_was_written(run: Path) -> None:
     steps, epochs = plot.read_log(run / "log.jsonl")
     assert [r["step"] for r in steps] == list(range(1, 16))

@@ -96,7 +96,7 @@ class Checkpoint:
                 warnings.warn(
                     f"the checkpoint was made with {what} {then}, this is {now}: "
                     "the run goes on with results that are equal up to rounding, not to the bit",
-                    stacklevel=3,
+                    stacklevel=7,  # the line that calls `Trainer.fit`
                 )
 
 
@@ -169,9 +169,30 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
             raise CorruptError(f"{path}: {name} is {brief(value)}")
         if isinstance(value, int) and value < 0:
             raise CorruptError(f"{path}: {name} is {value}, expected at least 0")
+        if isinstance(value, int) and value >= 1 << 63:
+            raise CorruptError(f"{path}: {name} is {value}, expected below {1 << 63}")
     if state["total_steps"] is not None and state["step"] > state["total_steps"]:
         raise CorruptError(f"{path}: step {state['step']} of a run of {state['total_steps']} steps")
+    if state["epoch"] > state["step"]:
+        raise CorruptError(f"{path}: {state['epoch']} epochs in {state['step']} steps")
+    for name, stream in state["random_state"].items():
+        if not isinstance(stream, list) or len(stream) != 2 or not all(_count(n, 1 << 64) for n in stream):
+            wanted = "expected [seed, calls]"
+            raise CorruptError(f"{path}: random_state of {brief(name)} is {brief(stream)}, {wanted}")
+    if state["best"] is not None and not _is_best(state["best"]):
+        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected a loss, an epoch and since")
     return state
+
+
+def _count(value: object, end: int = 1 << 63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
+
+
+def _is_best(best: dict[str, Any]) -> bool:
+    if best.keys() != {"loss", "epoch", "since"}:
+        return False
+    loss = best["loss"]
+    return (loss is None or isinstance(loss, float)) and _count(best["epoch"]) and _count(best["since"])
 
 
 def _digest(state: str, arrays: Mapping[str, Array]) -> str:

@@ -117,7 +117,7 @@ def _draw(steps: Records, epochs: Records, title: str) -> bytes:
         if name == "loss":
             axis.legend()
             axis.set_yscale(_scale([value for line in lines for value in line.y]))
-    axes[0].set_title(title)
+    axes[0].set_title(title, parse_math=False)  # a name may have dollars
     axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")  # a Figure without pyplot is drawn by Agg: no display is needed

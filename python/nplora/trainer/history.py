@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora.formats.errors import brief
+
 Array = npt.NDArray[Any]
 
 KEPT = 64  # the records of a kind that a checkpoint holds: some history is left where the log is lost
@@ -138,7 +140,7 @@ class History:
             raise ValueError(f"the history has the columns {sorted(columns)}, expected {sorted(names)}")
         rows = zip(*(columns[name].tolist() for name in names), strict=True)
         steps = [StepRecord(*row) for row in rows]
-        self.steps[:], self.epochs[:] = steps, [EpochRecord(**row) for row in epochs]
+        self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add what the log has of the steps and epochs up to these; a line that is no record is left out.
@@ -167,6 +169,17 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
     return kind(*values)
+
+
+def _epoch(row: dict[str, Any]) -> EpochRecord:
+    """The record that `epoch_rows` made this row of."""
+    record = EpochRecord(**row)
+    for f in dataclasses.fields(EpochRecord):
+        try:
+            _field(f.type, row[f.name])
+        except TypeError:
+            raise TypeError(f"{f.name} of an epoch is {brief(row[f.name])}, expected a number") from None
+    return record
 
 
 def _field(kind: Any, value: Any) -> Any:

@@ -57,11 +57,15 @@ def restored_history(
     settings: dict[str, Any],
     base: str,
     total_steps: int | None,
+    batches: int | None,
 ) -> History:
     """Check all that a checkpoint brings against the run, change nothing, and return the history up to it.
 
+    Args:
+        batches: those of an epoch, None where nobody knows.
     Raises:
         CorruptError: it is of another model, or its arrays do not fit; the first few differences are listed.
+            Or it is of no position in the data.
         ValueError: the run's data or settings are others, or it ends before the checkpoint's step.
     Warns:
         UserWarning: settings that may change did, or the machine's instruction set; or the log has lost
@@ -78,6 +82,8 @@ def restored_history(
         raise ValueError(
             f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"
         )
+    if batches is not None and checkpoint.batch > batches:
+        raise CorruptError(f"{path}: the checkpoint is of batch {checkpoint.batch} of an epoch of {batches}")
     _check_arrays(path, checkpoint, model, optimizer)
     changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
     if changed:

@@ -365,7 +365,14 @@ class Run:
     def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer
         history = restored_history(
-            directory, checkpoint, self.model, optimizer, self._settings, self._base, self.total_steps
+            directory,
+            checkpoint,
+            self.model,
+            optimizer,
+            self._settings,
+            self._base,
+            self.total_steps,
+            self._plan.batches.length,
         )
         self.model.set_random_state(checkpoint.random_state)
         self._streams = [layer.dropout_stream for layer in self._adapters]

@@ -305,7 +305,7 @@ class RunDirectory:
         self._descriptors.append(descriptor)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind != stat.S_IFREG:
-            what = files._KINDS.get(kind, "something else")
+            what = files.kind_name(kind)
             raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
         return descriptor
 

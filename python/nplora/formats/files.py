@@ -32,6 +32,11 @@ _KINDS = {
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
+def kind_name(kind: int) -> str:
+    """What stat.S_IFMT tells of something that is no regular file, in words."""
+    return _KINDS.get(kind, "something else")
+
+
 def name(path: StrPath) -> str:
     """The path as messages show it."""
     return os.fsdecode(path)
@@ -50,7 +55,7 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind != stat.S_IFREG:
-            raise FormatError(f"{name(path)}: {_KINDS.get(kind, 'something else')}, expected a regular file")
+            raise FormatError(f"{name(path)}: {kind_name(kind)}, expected a regular file")
         yield fd
     finally:
         os.close(fd)
@@ -186,8 +191,9 @@ def _require_replaceable(target: Path) -> None:
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file's name", str(target))
     if kind != stat.S_IFREG:
-        what = _KINDS.get(kind, "something else")
-        raise FileExistsError(errno.EEXIST, f"is {what}, only a regular file is replaced", str(target))
+        raise FileExistsError(
+            errno.EEXIST, f"is {kind_name(kind)}, only a regular file is replaced", str(target)
+        )
 
 
 @contextlib.contextmanager

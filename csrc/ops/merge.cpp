@@ -14,6 +14,8 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 32;
+// Elements ahead, along its rows, that W is fetched.
+constexpr size_t kPrefetch = 8 * kPanelColumns;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
@@ -36,10 +38,14 @@ template <class T>
 void add_product(const Products<T>& k, size_t rows, const T* scaled, Matrix<const T> b, size_t first_col,
                  size_t cols, T* c, size_t c_stride) {
   for (size_t i = 0; i < rows; i += k.tile_tokens)
-    for (size_t j = 0; j < cols; j += kPanelColumns)
+    for (size_t j = 0; j < cols; j += kPanelColumns) {
+      for (size_t row = i; row < std::min(rows, i + k.tile_tokens); ++row)
+        for (size_t line = 0; line < kPanelColumns; line += kCacheLine / sizeof(T))
+          __builtin_prefetch(c + row * c_stride + j + kPrefetch + line, 1);
       k.outer_tile(std::min(k.tile_tokens, rows - i), std::min(kPanelColumns, cols - j), b.rows,
                    {scaled + i * b.rows, b.rows, 1}, b.data + first_col + j, b.stride, c + i * c_stride + j,
                    c_stride, true);
+    }
 }
 
 }  // namespace

@@ -43,7 +43,8 @@ class Grid {
 
   Grid(Tokens tokens, Side side, double operations, size_t threads)
       : tokens_(tokens.count), side_(side.count) {
-    const size_t share = round_up(ceil_div(tokens.count, threads), tokens.unit);
+    const size_t shares = threads > 1 ? 4 * threads : 1;  // a thread that starts late takes fewer
+    const size_t share = round_up(ceil_div(tokens.count, shares), tokens.unit);
     token_block_ =
         std::max(tokens.unit, std::min(tokens.most, threads > 1 ? std::max(share, 2 * tokens.unit) : share));
     token_blocks_ = ceil_div(tokens.count, token_block_);

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nplora import losses
 from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
 from nplora.losses import NonFiniteLossError
+from nplora.module import quiet
 from nplora.optim import global_norm, schedule
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
 EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
 
 _SIGTERM_STATUS = 128 + 15  # what a shell reports for a process that SIGTERM ended
-
-
-def _quiet() -> np.errstate:
-    """No warnings of NumPy's about values that are not finite: the run looks for them itself."""
-    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def _same_buffer(a: Array, b: Array) -> bool:
@@ -173,7 +167,7 @@ class Run:
         loss = self._trainer.loss
         streams = [layer.dropout_stream for layer in self._adapters]
         number = self.batch + gathered.batches + 1
-        with _quiet():
+        with quiet():
             prediction, saved = self._forward(x)
             value, gradient = losses.call(loss, prediction, y)
         if not math.isfinite(value):
@@ -189,7 +183,7 @@ class Run:
         gathered.loss += value * count
         if count != gathered.first_count:
             gradient = gradient * gradient.dtype.type(count / gathered.first_count)
-        with _quiet():
+        with quiet():
             self._trainer.backward(gradient, saved)
         if not self._checked:
             self._check_buffers()

@@ -86,7 +86,7 @@ def test_lora_forward_and_backward_match_the_oracle(
     case = Case(shape, storage, compute, dropout)
     x, a, b, bias, dy = (case.arrays[name] for name in ("x", "a", "b", "bias", "dy"))
     y, z = np.full((n, d_out), np.nan, case.dtype), np.full((n, r), np.nan, case.dtype)
-    _core.lora_forward(case.weight, x, a, b, SCALE, bias, dropout, KEY, y, z)
+    _core.lora_forward(x, [(case.weight, a, b, SCALE, dropout, KEY, bias, y, z)])
 
     dropped = (x * case.mask).astype(np.float64)
     x64, w64 = case.seen("x", case.rounded), case.seen("w", case.rounded)
@@ -100,7 +100,7 @@ def test_lora_forward_and_backward_match_the_oracle(
     case.assert_close(y, x64 @ w64.T + SCALE * (low @ b64.T) @ a64.T + bias, magnitude, d_in + r)
 
     dx, da, db = np.full((n, d_in), np.nan, case.dtype), np.ones_like(a), np.ones_like(b)
-    _core.lora_backward(case.weight, dy, x, z, a, b, SCALE, dropout, KEY, dx, da, db)
+    _core.lora_backward(x, dx, [(case.weight, a, b, SCALE, dropout, KEY, dy, z, da, db)])
     dy64, w64 = case.seen("dy", case.rounded), case.seen("w", case.rounded)
     dz = SCALE * dy.astype(np.float64) @ a64
     b64, z64 = b.astype(np.float64), z.astype(np.float64)
@@ -131,11 +131,11 @@ def test_scale_zero_leaves_the_factors_unread() -> None:
     x, w = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
     a, b = np.full((5, 2), np.nan, np.float32), np.full((2, 4), np.nan, np.float32)
     y, z = np.empty((3, 5), np.float32), np.empty((3, 2), np.float32)
-    _core.lora_forward(w, x, a, b, 0.0, None, 0.0, 0, y, z)
+    _core.lora_forward(x, [(w, a, b, 0.0, 0.0, 0, None, y, z)])
     assert (y == 4).all()
     assert (z == 0).all()
     dx, da, db = np.empty_like(x), np.zeros_like(a), np.zeros_like(b)
-    _core.lora_backward(w, y, x, z, a, b, 0.0, 0.0, 0, dx, da, db)
+    _core.lora_backward(x, dx, [(w, a, b, 0.0, 0.0, 0, y, z, da, db)])
     assert (dx == 20).all()
     assert not da.any()
     assert not db.any()

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-namespace nplora {
+#include "base/cache_line.h"
 
-inline constexpr size_t kCacheLine = 64;
+namespace nplora {
 
 // Cache-line aligned; from 2 MiB on aligned to, and offered to the system as, huge pages.
 class AlignedBuffer {

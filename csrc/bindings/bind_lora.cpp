@@ -1,3 +1,6 @@
+#include <tuple>
+#include <vector>
+
 #include "bindings/arrays.h"
 #include "ops/lora.h"
 #include "ops/merge.h"
@@ -24,20 +27,14 @@ const T* bias_data(const WeightView& w, const std::optional<Array<T>>& bias) {
 }
 
 template <class T>
-void bind_forward(const WeightView& w, const Array<T>& x, const LowRank<T>& low, const T* bias, Array<T>& y,
-                  Matrix<T> z) {
-  const Matrix<const T> from = read(x);
-  require_shape("x", x, from.rows, w.d_in);
-  require_shape("out", y, from.rows, w.d_out);
-  const Matrix<T> to = write(y);
-  without_gil([&] { lora_forward(w, from, low, bias, to, z); });
-}
-
-template <class T>
 void matmul(const WeightArgument<T>& weight, const Array<T>& x, const std::optional<Array<T>>& bias,
             Array<T> out) {
   const WeightView w = view<T>(weight);
-  bind_forward<T>(w, x, {}, bias_data(w, bias), out, {});
+  const Matrix<const T> from = read(x);
+  require_shape("x", x, from.rows, w.d_in);
+  require_shape("out", out, from.rows, w.d_out);
+  const ForwardPart<T> part{w, {}, bias_data(w, bias), write(out), {}};
+  without_gil([&] { lora_forward<T>({&part, 1}, from); });
 }
 
 template <class T>
@@ -47,38 +44,54 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out)
   require_shape("dy", dy, from.rows, w.d_out);
   require_shape("out", out, from.rows, w.d_in);
   const Matrix<T> to = write(out);
-  without_gil([&] { lora_backward<T>(w, from, {}, {}, {}, to, {}, {}); });
+  const BackwardPart<T> part{w, {}, from, {}, {}, {}};
+  without_gil([&] { lora_backward<T>({&part, 1}, {}, to); });
+}
+
+// A layer of a stack as it comes from Python: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
+template <class T, class... Rest>
+using Layer = std::tuple<WeightArgument<T>, Array<T>, Array<T>, double, double, uint64_t, Rest...>;
+template <class T>
+using Maybe = std::optional<Array<T>>;
+
+template <class T>
+void forward(const Array<T>& x, std::vector<Layer<T, Maybe<T>, Array<T>, Maybe<T>>> layers) {
+  const Matrix<const T> from = read(x);
+  std::vector<ForwardPart<T>> parts;
+  for (auto& [weight, a, b, scale, dropout, key, bias, y, z] : layers) {
+    const WeightView w = view<T>(weight);
+    const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
+    require_shape("x", x, from.rows, w.d_in);
+    require_shape("y", y, from.rows, w.d_out);
+    if (z) require_shape("z", *z, from.rows, low.a.cols);
+    parts.push_back({w, low, bias_data(w, bias), write(y), write(z)});
+    require(w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
+  }
+  without_gil([&] { lora_forward<T>(parts, from); });
 }
 
 template <class T>
-void forward(const WeightArgument<T>& weight, const Array<T>& x, const Array<T>& a, const Array<T>& b,
-             double scale, const std::optional<Array<T>>& bias, double dropout, uint64_t key, Array<T> y,
-             Array<T> z) {
-  const WeightView w = view<T>(weight);
-  const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
-  require_shape("z", z, read(x).rows, low.a.cols);
-  bind_forward<T>(w, x, low, bias_data(w, bias), y, write(z));
-}
-
-template <class T>
-void backward(const WeightArgument<T>& weight, const Array<T>& dy, const std::optional<Array<T>>& x,
-              const Array<T>& z, const Array<T>& a, const Array<T>& b, double scale, double dropout,
-              uint64_t key, std::optional<Array<T>> dx, std::optional<Array<T>> da,
-              std::optional<Array<T>> db) {
-  const WeightView w = view<T>(weight);
-  const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
-  const Matrix<const T> from = read(dy);
-  require_shape("dy", dy, from.rows, w.d_out);
-  require_shape("z", z, from.rows, low.a.cols);
-  require(x || !db, "x is needed for the gradient of b");
-  if (x) require_shape("x", *x, from.rows, w.d_in);
-  if (dx) require_shape("dx", *dx, from.rows, w.d_in);
-  if (da) require_shape("da", *da, w.d_out, low.a.cols);
-  if (db) require_shape("db", *db, low.b.rows, w.d_in);
-  const Matrix<const T> inputs = x ? read(*x) : Matrix<const T>{};
-  const Matrix<const T> zs = read(z);
-  const Matrix<T> to_dx = write(dx), to_da = write(da), to_db = write(db);
-  without_gil([&] { lora_backward(w, from, inputs, zs, low, to_dx, to_da, to_db); });
+void backward(const Maybe<T>& x, Maybe<T> dx,
+              std::vector<Layer<T, Array<T>, Array<T>, Maybe<T>, Maybe<T>>> layers) {
+  std::vector<BackwardPart<T>> parts;
+  const Matrix<const T> from = x ? read(*x) : Matrix<const T>{};
+  const Matrix<T> to = write(dx);
+  for (auto& [weight, a, b, scale, dropout, key, dy, z, da, db] : layers) {
+    const WeightView w = view<T>(weight);
+    const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
+    const Matrix<const T> gradient = read(dy);
+    require_shape("dy", dy, gradient.rows, w.d_out);
+    require_shape("z", z, gradient.rows, low.a.cols);
+    require(x || !db, "x is needed for the gradient of b");
+    if (x) require_shape("x", *x, gradient.rows, w.d_in);
+    if (dx) require_shape("dx", *dx, gradient.rows, w.d_in);
+    if (da) require_shape("da", *da, w.d_out, low.a.cols);
+    if (db) require_shape("db", *db, low.b.rows, w.d_in);
+    parts.push_back({w, low, gradient, read(z), write(da), write(db)});
+    require(gradient.rows == parts[0].dy.rows, "the gradients of a stack must have the same number of rows");
+    require(w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
+  }
+  without_gil([&] { lora_backward<T>(parts, from, to); });
 }
 
 template <class T>
@@ -130,14 +143,11 @@ void register_products(py::module_& m) {
         "out = dy W");
   m.def("add_outer", &outer<T>, arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
         arg("out").noconvert(), "out += scale a^T b");
-  m.def("lora_forward", &forward<T>, arg("w").noconvert(), arg("x").noconvert(), arg("a").noconvert(),
-        arg("b").noconvert(), arg("scale"), arg("bias").noconvert().none(true), arg("dropout"), arg("key"),
-        arg("y").noconvert(), arg("z").noconvert(), "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias]");
-  m.def("lora_backward", &backward<T>, arg("w").noconvert(), arg("dy").noconvert(),
-        arg("x").noconvert().none(true), arg("z").noconvert(), arg("a").noconvert(), arg("b").noconvert(),
-        arg("scale"), arg("dropout"), arg("key"), arg("dx").noconvert().none(true),
-        arg("da").noconvert().none(true), arg("db").noconvert().none(true),
-        "dz = scale dy A; dx = dy W + undrop(dz B); da += scale dy^T z; db += dz^T drop(x)");
+  m.def("lora_forward", &forward<T>, arg("x").noconvert(), arg("layers").noconvert(),
+        "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
+  m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
+        arg("layers").noconvert(),
+        "dz = scale dy A; dx = sum of dy W + undrop(dz B); da += scale dy^T z; db += dz^T drop(x)");
 }
 
 template <class T, class F>

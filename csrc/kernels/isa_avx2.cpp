@@ -8,7 +8,7 @@
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
 inline constexpr size_t kTileTokens = 4;
-inline constexpr size_t kDotRows = 4, kDotTokens = 2;
+inline constexpr size_t kDotTokens = 4, kDotAccumulators = 12;
 }  // namespace nplora::kernels::avx2
 
 #include "kernels/elementwise-inl.h"

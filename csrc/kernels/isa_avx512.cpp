@@ -8,7 +8,7 @@
 namespace nplora::kernels::avx512 {
 inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8;
-inline constexpr size_t kDotRows = 4, kDotTokens = 4;
+inline constexpr size_t kDotTokens = 8, kDotAccumulators = 24;
 }  // namespace nplora::kernels::avx512
 
 #include "kernels/elementwise-inl.h"

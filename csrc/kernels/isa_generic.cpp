@@ -8,7 +8,7 @@
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
 inline constexpr size_t kTileTokens = 4;
-inline constexpr size_t kDotRows = 4, kDotTokens = 2;
+inline constexpr size_t kDotTokens = 2, kDotAccumulators = 8;
 }  // namespace nplora::kernels::generic
 
 #include "kernels/elementwise-inl.h"

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/cache_line.h"
+
 namespace nplora::kernels {
 
 // W is stored in panels of this many columns: 48 = 3 AVX-512, 6 AVX2 or 12 NEON vectors of float, so that one
@@ -29,6 +31,9 @@ struct Strided {
   size_t step_stride;
 };
 
+// A bfloat16 value, as a weight of small batches is read: widened to float in registers.
+enum class Bf16 : uint16_t {};
+
 // Two bfloat16 values, neighbours along the depth, the first in the low half: the element of the bfloat16 products.
 enum class Bf16Pair : uint32_t {};
 
@@ -36,6 +41,10 @@ enum class Bf16Pair : uint32_t {};
 template <class E>
 struct SumOf {
   using Type = E;
+};
+template <>
+struct SumOf<Bf16> {
+  using Type = float;
 };
 template <>
 struct SumOf<Bf16Pair> {
@@ -49,6 +58,12 @@ template <class E>
 inline constexpr size_t kSteps = 1;
 template <>
 inline constexpr size_t kSteps<Bf16Pair> = 2;
+
+// Memory that a kernel brings into the cache while it works: whole cache lines, as many as there are steps to its work.
+struct Fetch {
+  const char* at = nullptr;
+  size_t lines = 0;
+};
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
 // multiply-adds where the instruction set has them): a result does not depend on tile sizes, on blocking or on threads.
@@ -66,7 +81,20 @@ struct Tiles {
   // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.
   // Columns lie in the SIMD lanes, a is broadcast.
   void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
-                     size_t c_stride, bool accumulate);
+                     size_t c_stride, bool accumulate, Fetch next);
+};
+
+// The products of small batches (m rows, a handful), for which W is read once, as it is stored, and nothing is transposed.
+template <class W>
+struct SmallProducts {
+  // One vector of partial sums for each output:
+  // part (m, rows, lanes / 2) = [part +] w (rows, depth) * x (m, depth), lane by lane.   x is interleaved.
+  void (*dots)(size_t m, size_t rows, size_t depth, Panels<W> w, const Sum<W>* x, Sum<W>* part,
+               bool accumulate);
+
+  // outer_tile of Tiles<Sum<W>>.
+  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<Sum<W>> a, const W* w, size_t w_stride,
+                     Sum<W>* c, size_t c_stride, bool accumulate, Fetch next);
 };
 
 struct AdamWCoefficients {
@@ -89,10 +117,9 @@ struct Products : Tiles<T> {
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
-  // Small batches, where W is read once and nothing is transposed: one vector of partial sums for each output.
-  // part (m, rows, lanes / 2) = [part +] w (rows, width) * x (m, width), lane by lane,  width <= kPanelColumns.
-  void (*dot_panel)(size_t m, size_t rows, size_t width, const T* w, size_t w_stride, const T* x,
-                    size_t x_stride, T* part, bool accumulate);
+  // out (ceil(cols / (lanes / 2)), m, lanes / 2) = x (m, cols) in vectors, with zeros behind its columns: the order that dots
+  // reads it in.
+  void (*interleave)(size_t m, size_t cols, const T* x, size_t x_stride, T* out);
 
   // y (m, rows) = the sums of the vectors of part (m, rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
   void (*sum_parts)(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t y_stride);
@@ -132,12 +159,17 @@ struct KernelTable {
   Products<float> f32;
   Products<double> f64;
   Tiles<Bf16Pair> bf16;
+  SmallProducts<float> small_f32;
+  SmallProducts<double> small_f64;
+  SmallProducts<Bf16> small_bf16;
   Conversions convert;
 
   template <class T>
   const Products<T>& products() const;
   template <class E>
   const Tiles<E>& tiles() const;
+  template <class W>
+  const SmallProducts<W>& small() const;
 };
 template <>
 inline const Products<float>& KernelTable::products<float>() const {
@@ -159,6 +191,18 @@ inline const Tiles<double>& KernelTable::tiles<double>() const {
 template <>
 inline const Tiles<Bf16Pair>& KernelTable::tiles<Bf16Pair>() const {
   return bf16;
+}
+template <>
+inline const SmallProducts<float>& KernelTable::small<float>() const {
+  return small_f32;
+}
+template <>
+inline const SmallProducts<double>& KernelTable::small<double>() const {
+  return small_f64;
+}
+template <>
+inline const SmallProducts<Bf16>& KernelTable::small<Bf16>() const {
+  return small_bf16;
 }
 
 // The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.

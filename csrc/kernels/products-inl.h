@@ -3,7 +3,7 @@
 // The unit gives its tile sizes:
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
 //   kTileTokens  rows of a in outer_tile: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
-//   kDotRows, kDotTokens  of dot_panel: their product in accumulators, one vector of x for each token, and one of w.
+//   kDotTokens, kDotAccumulators  of dots: most tokens in a tile; tokens * rows accumulators, rows vectors of w, 1 of x.
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -14,39 +14,44 @@ inline constexpr size_t kOuterVectors = 3;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
-// The vector that a pointer to elements loads.
-template <class Pointer>
-struct VecOf;
-template <class E>
-struct VecOf<const E*> {
-  using Type = Vec<E>;
-};
-template <class Pointer>
-using VecAt = typename VecOf<Pointer>::Type;
-
 // ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
-// Stride is the row stride of w where it is known while compiling (a full panel), else 0.
+template <class E>
+struct LaneTile {
+  size_t depth;
+  Panels<E> w;
+  const E* xt;
+  Sum<E>* yt;
+  bool accumulate;
+};
+
+// Stride is the row stride of w where it is known while compiling (a full panel), else 0. In a panel the rows of the next
+// tile follow in memory, out of the step that the hardware would fetch ahead in: a line of them is fetched each step.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_fixed(size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
+inline void lane_tile_fixed(LaneTile<E> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes, kWidth = kVectors * kLanes;
-  const size_t stride = kStride ? kStride : w.row_stride;
+  const size_t stride = kStride ? kStride : p.w.row_stride;
   Vec<T> c[kRows][kVectors];
 #pragma GCC unroll 16
   for (size_t j = 0; j < kRows; ++j)
 #pragma GCC unroll 2
     for (size_t v = 0; v < kVectors; ++v)
-      c[j][v] = accumulate ? Vec<T>::load(yt + j * kWidth + v * kLanes) : Vec<T>::zero();
+      c[j][v] = p.accumulate ? Vec<T>::load(p.yt + j * kWidth + v * kLanes) : Vec<T>::zero();
 
-  for (; depth > 0; w.data += w.panel_stride) {
-    const size_t width = smaller(depth, kPanelDepth<E>);
-    depth -= width;
-    const E* wk = w.data;
-    for (const E* end = xt + width * kWidth; xt != end; xt += kWidth, ++wk) {
+  for (; p.depth > 0; p.w.data += p.w.panel_stride) {
+    const size_t width = smaller(p.depth, kPanelDepth<E>);
+    p.depth -= width;
+    const E* wk = p.w.data;
+    const char* next = reinterpret_cast<const char*>(p.w.data + kRows * stride);
+    for (const E* end = p.xt + width * kWidth; p.xt != end; p.xt += kWidth, ++wk) {
+      if (kStride) {
+        __builtin_prefetch(next);
+        next += kCacheLine;
+      }
       Vec<E> x[kVectors];
 #pragma GCC unroll 2
-      for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<E>::load(xt + v * kLanes);
+      for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<E>::load(p.xt + v * kLanes);
 #pragma GCC unroll 16
       for (size_t j = 0; j < kRows; ++j) {
         const Vec<E> b = Vec<E>::broadcast(wk[j * stride]);
@@ -59,66 +64,92 @@ inline void lane_tile_fixed(size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, 
 #pragma GCC unroll 16
   for (size_t j = 0; j < kRows; ++j)
 #pragma GCC unroll 2
-    for (size_t v = 0; v < kVectors; ++v) c[j][v].store(yt + j * kWidth + v * kLanes);
+    for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
 // Picks the instance for rows <= kRows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_upto(size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
-  if (rows == kRows) return lane_tile_fixed<E, kVectors, kRows, kStride>(depth, w, xt, yt, accumulate);
-  if constexpr (kRows > 1)
-    lane_tile_upto<E, kVectors, kRows - 1, kStride>(rows, depth, w, xt, yt, accumulate);
+inline void lane_tile_upto(size_t rows, LaneTile<E> p) {
+  if (rows == kRows) return lane_tile_fixed<E, kVectors, kRows, kStride>(p);
+  if constexpr (kRows > 1) lane_tile_upto<E, kVectors, kRows - 1, kStride>(rows, p);
 }
 
 template <class E, size_t kVectors, size_t kStride>
-inline void lane_tile_rows(size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt, bool accumulate) {
+inline void lane_tile_rows(size_t rows, LaneTile<E> p) {
   while (rows > 0) {
     const size_t tile = smaller(rows, kTileRows);
-    lane_tile_upto<E, kVectors, kTileRows, kStride>(tile, depth, w, xt, yt, accumulate);
+    lane_tile_upto<E, kVectors, kTileRows, kStride>(tile, p);
     rows -= tile;
-    w.data += tile * w.row_stride;
-    yt += tile * kVectors * Vec<E>::kLanes;
+    p.w.data += tile * p.w.row_stride;
+    p.yt += tile * kVectors * Vec<E>::kLanes;
   }
 }
 
 template <class E>
 void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt,
                bool accumulate) {
+  const LaneTile<E> p{depth, w, xt, yt, accumulate};
   const bool full_panel = w.row_stride == kPanelDepth<E>;
   if (n_lanes == Vec<E>::kLanes)
-    full_panel ? lane_tile_rows<E, 1, kPanelDepth<E>>(rows, depth, w, xt, yt, accumulate)
-               : lane_tile_rows<E, 1, 0>(rows, depth, w, xt, yt, accumulate);
+    full_panel ? lane_tile_rows<E, 1, kPanelDepth<E>>(rows, p) : lane_tile_rows<E, 1, 0>(rows, p);
   else
-    full_panel ? lane_tile_rows<E, 2, kPanelDepth<E>>(rows, depth, w, xt, yt, accumulate)
-               : lane_tile_rows<E, 2, 0>(rows, depth, w, xt, yt, accumulate);
+    full_panel ? lane_tile_rows<E, 2, kPanelDepth<E>>(rows, p) : lane_tile_rows<E, 2, 0>(rows, p);
 }
 
 // ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
+// One line of a Fetch for each step of a tile; the same line again and again where there are too few.
+struct FetchSteps {
+  const char* at;
+  size_t step;
+};
+inline FetchSteps take(Fetch& next, size_t steps, const void* else_this) {
+  if (next.lines < steps) return {static_cast<const char*>(else_this), 0};
+  const FetchSteps taken{next.at, kCacheLine};
+  next.at += steps * kCacheLine;
+  next.lines -= steps;
+  return taken;
+}
+
+// w holds elements E, or W, which are widened to E.
+template <class E, class W>
+struct OuterTile {
+  size_t n, depth;
+  Strided<E> a;
+  const W* w;
+  size_t w_stride;
+  Sum<E>* c;
+  size_t c_stride;
+  bool accumulate;
+  FetchSteps next;
+};
+
 // n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
-template <class E, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
-                             size_t c_stride, bool accumulate) {
+template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
+inline void outer_tile_fixed(OuterTile<E, W> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes;
-  const size_t last = n - (kVectors - 1) * kLanes;
-  const auto load = [&](const auto* p, size_t v) {
-    using V = VecAt<decltype(p)>;
-    return kPartial && v == kVectors - 1 ? V::load_partial(p + v * kLanes, last) : V::load(p + v * kLanes);
+  const size_t last = p.n - (kVectors - 1) * kLanes;
+  const auto load = [last]<class V>(V, const auto* from, size_t v) {
+    const auto* at = from + v * kLanes;
+    return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
   };
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) acc[i][v] = accumulate ? load(c + i * c_stride, v) : Vec<T>::zero();
+    for (size_t v = 0; v < kVectors; ++v)
+      acc[i][v] = p.accumulate ? load(Vec<T>{}, p.c + i * p.c_stride, v) : Vec<T>::zero();
 
-  for (size_t s = 0; s < depth; ++s, a.data += a.step_stride, w += w_stride) {
+  for (; p.depth > 0; --p.depth, p.a.data += p.a.step_stride, p.w += p.w_stride) {
+    __builtin_prefetch(p.next.at);
+    p.next.at += p.next.step;
     Vec<E> b[kVectors];
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) b[v] = load(w, v);
+    for (size_t v = 0; v < kVectors; ++v) b[v] = load(Vec<E>{}, p.w, v);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kRows; ++i) {
-      const Vec<E> x = Vec<E>::broadcast(a.data[i * a.row_stride]);
+      const Vec<E> x = Vec<E>::broadcast(p.a.data[i * p.a.row_stride]);
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
     }
@@ -128,122 +159,149 @@ inline void outer_tile_fixed(size_t n, size_t depth, Strided<E> a, const E* w, s
   for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (size_t v = 0; v < kVectors; ++v) {
-      T* p = c + i * c_stride + v * kLanes;
+      T* to = p.c + i * p.c_stride + v * kLanes;
       if (kPartial && v == kVectors - 1)
-        acc[i][v].store_partial(p, last);
+        acc[i][v].store_partial(to, last);
       else
-        acc[i][v].store(p);
+        acc[i][v].store(to);
     }
 }
 
 // Picks the instance for m <= kRows.
-template <class E, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride,
-                            Sum<E>* c, size_t c_stride, bool accumulate) {
-  if (m == kRows)
-    return outer_tile_fixed<E, kRows, kVectors, kPartial>(n, depth, a, w, w_stride, c, c_stride, accumulate);
-  if constexpr (kRows > 1)
-    outer_tile_upto<E, kRows - 1, kVectors, kPartial>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
+inline void outer_tile_upto(size_t m, OuterTile<E, W> p) {
+  if (m == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(p);
+  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(m, p);
 }
 
 // Picks the instance for n <= kVectors full vectors.
-template <class E, size_t kVectors>
-inline void outer_tile_columns(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride,
-                               Sum<E>* c, size_t c_stride, bool accumulate) {
-  using T = Sum<E>;
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  if (n == kVectors * kLanes)
-    outer_tile_upto<E, kTileTokens, kVectors, false>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
-  else if (n > (kVectors - 1) * kLanes)
-    outer_tile_upto<E, kTileTokens, kVectors, true>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+template <class E, class W, size_t kVectors>
+inline void outer_tile_columns(size_t m, OuterTile<E, W> p) {
+  constexpr size_t kLanes = Vec<E>::kLanes;
+  if (p.n == kVectors * kLanes)
+    outer_tile_upto<E, W, kTileTokens, kVectors, false>(m, p);
+  else if (p.n > (kVectors - 1) * kLanes)
+    outer_tile_upto<E, W, kTileTokens, kVectors, true>(m, p);
   else if constexpr (kVectors > 1)
-    outer_tile_columns<E, kVectors - 1>(m, n, depth, a, w, w_stride, c, c_stride, accumulate);
+    outer_tile_columns<E, W, kVectors - 1>(m, p);
 }
 
-template <class E>
-void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
-                size_t c_stride, bool accumulate) {
+template <class E, class W>
+void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const W* w, size_t w_stride, Sum<E>* c,
+                size_t c_stride, bool accumulate, Fetch next) {
   constexpr size_t kGroup = kOuterVectors * Vec<E>::kLanes;
-  for (size_t i = 0; i < m; i += kTileTokens) {
-    const Strided<E> ai{a.data + i * a.row_stride, a.row_stride, a.step_stride};
-    const size_t rows = smaller(m - i, kTileTokens);
-    for (size_t j = 0; j < n; j += kGroup)
-      outer_tile_columns<E, kOuterVectors>(rows, smaller(n - j, kGroup), depth, ai, w + j, w_stride,
-                                           c + i * c_stride + j, c_stride, accumulate);
+  for (; m > 0;) {
+    const size_t rows = smaller(m, kTileTokens);
+    for (size_t j = 0; j < n; j += kGroup) {
+      outer_tile_columns<E, W, kOuterVectors>(rows, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j,
+                                                     c_stride, accumulate, take(next, depth, w)});
+    }
+    m -= rows;
+    a.data += rows * a.row_stride;
+    c += rows * c_stride;
   }
 }
 
-// ---- dot_panel: part (m, rows, kLanes) = [part +] w (rows, width) * x (m, width), lane by lane ----
+// ---- dots: part (m, rows, kLanes) = [part +] w (rows, depth) * x (m, depth), lane by lane ----
 
-// A panel lies in memory in the order it is read here, but a tile of rows reads its lines out of step, which
-// the hardware does not follow: W from memory came at 19 GB/s without, 36 with this distance in bytes (half a
-// microsecond ahead).
-inline constexpr size_t kDotPrefetch = 8192;
+// w holds elements of x, or W, which are widened.
+template <class W>
+struct Dots {
+  size_t depth;
+  Panels<W> w;
+  const Sum<W>* x;
+  size_t x_stride;  // from one vector of depth to the next
+  Sum<W>* part;
+  size_t part_stride;
+  bool accumulate;
+};
 
-template <class T, size_t kRows, size_t kTokens>
-inline void dot_tile(size_t width, const T* w, size_t w_stride, const T* x, size_t x_stride, T* part,
-                     size_t part_stride, bool accumulate) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
+// kStride as in lane_tile_fixed, and so the need to fetch ahead: kAhead tiles, since those of few tokens are short.
+template <class W, size_t kRows, size_t kTokens, size_t kStride>
+inline void dot_tile(Dots<W> p) {
+  using T = Sum<W>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 4;
+  const size_t stride = kStride ? kStride : p.w.row_stride;
   Vec<T> acc[kTokens][kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (size_t t = 0; t < kTokens; ++t)
 #pragma GCC unroll 8
     for (size_t j = 0; j < kRows; ++j)
-      acc[t][j] = accumulate ? Vec<T>::load(part + t * part_stride + j * kLanes) : Vec<T>::zero();
+      acc[t][j] = p.accumulate ? Vec<T>::load(p.part + t * p.part_stride + j * kLanes) : Vec<T>::zero();
 
-  const auto add = [&](auto load) {
-    Vec<T> xs[kTokens];
-#pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t) xs[t] = load(x + t * x_stride);
+  const auto add = [&](const W* at, auto load) __attribute__((always_inline)) {
+    Vec<T> w[kRows];
 #pragma GCC unroll 8
     for (size_t j = 0; j < kRows; ++j) {
-      const Vec<T> ws = load(w + j * w_stride);
-      __builtin_prefetch(reinterpret_cast<const char*>(w + j * w_stride) + kDotPrefetch);
-#pragma GCC unroll 4
-      for (size_t t = 0; t < kTokens; ++t) acc[t][j] = fma(ws, xs[t], acc[t][j]);
+      w[j] = load(at + j * stride);
+      if (kStride) __builtin_prefetch(at + (j + kAhead * kRows) * stride);
     }
+#pragma GCC unroll 8
+    for (size_t t = 0; t < kTokens; ++t) {
+      Vec<T> x = Vec<T>::load(p.x + t * kLanes);
+      keep(x);
+#pragma GCC unroll 8
+      for (size_t j = 0; j < kRows; ++j) acc[t][j] = fma(w[j], x, acc[t][j]);
+    }
+    p.x += p.x_stride;
   };
-  for (; width >= kLanes; width -= kLanes, x += kLanes, w += kLanes)
-    add([](const T* p) { return Vec<T>::load(p); });
-  if (width > 0) add([width](const T* p) { return Vec<T>::load_partial(p, width); });
+  for (; p.depth > 0; p.w.data += p.w.panel_stride) {
+    size_t width = smaller(p.depth, kPanelColumns);
+    p.depth -= width;
+    const W* at = p.w.data;
+    for (; width >= kLanes; width -= kLanes, at += kLanes)
+      add(at, [](const W* from) __attribute__((always_inline)) { return Vec<T>::load(from); });
+    if (width > 0)
+      add(at, [width](const W* from)
+                  __attribute__((always_inline)) { return Vec<T>::load_partial(from, width); });
+  }
 
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (size_t t = 0; t < kTokens; ++t)
 #pragma GCC unroll 8
-    for (size_t j = 0; j < kRows; ++j) acc[t][j].store(part + t * part_stride + j * kLanes);
+    for (size_t j = 0; j < kRows; ++j) acc[t][j].store(p.part + t * p.part_stride + j * kLanes);
+}
+
+template <class W, size_t kTokens, size_t kStride>
+inline void dot_tiles(size_t rows, Dots<W> p) {
+  constexpr size_t kRows = smaller(8, kDotAccumulators / kTokens);
+  const auto pass = [&](size_t tile) {
+    rows -= tile;
+    p.w.data += tile * p.w.row_stride;
+    p.part += tile * Vec<Sum<W>>::kLanes;
+  };
+  for (; rows >= kRows; pass(kRows)) dot_tile<W, kRows, kTokens, kStride>(p);
+  for (; rows > 0; pass(1)) dot_tile<W, 1, kTokens, kStride>(p);
 }
 
 // Picks the instance for tokens <= kTokens.
-template <class T, size_t kRows, size_t kTokens>
-inline void dot_tile_upto(size_t tokens, size_t width, const T* w, size_t w_stride, const T* x,
-                          size_t x_stride, T* part, size_t part_stride, bool accumulate) {
-  if (tokens == kTokens)
-    return dot_tile<T, kRows, kTokens>(width, w, w_stride, x, x_stride, part, part_stride, accumulate);
-  if constexpr (kTokens > 1)
-    dot_tile_upto<T, kRows, kTokens - 1>(tokens, width, w, w_stride, x, x_stride, part, part_stride,
-                                         accumulate);
+template <class W, size_t kTokens, size_t kStride>
+inline void dots_upto(size_t tokens, size_t rows, Dots<W> p) {
+  if (tokens == kTokens) return dot_tiles<W, kTokens, kStride>(rows, p);
+  if constexpr (kTokens > 1) dots_upto<W, kTokens - 1, kStride>(tokens, rows, p);
 }
 
-template <class T>
-void dot_panel(size_t m, size_t rows, size_t width, const T* w, size_t w_stride, const T* x, size_t x_stride,
-               T* part, bool accumulate) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  const size_t part_stride = rows * kLanes;
-  for (size_t j = 0; j < rows;) {
-    const size_t tile = rows - j >= kDotRows ? kDotRows : 1;
-    for (size_t t = 0; t < m; t += kDotTokens) {
-      const size_t tokens = smaller(m - t, kDotTokens);
-      const T *wj = w + j * w_stride, *xt = x + t * x_stride;
-      T* to = part + t * part_stride + j * kLanes;
-      if (tile == kDotRows)
-        dot_tile_upto<T, kDotRows, kDotTokens>(tokens, width, wj, w_stride, xt, x_stride, to, part_stride,
-                                               accumulate);
-      else
-        dot_tile_upto<T, 1, kDotTokens>(tokens, width, wj, w_stride, xt, x_stride, to, part_stride,
-                                        accumulate);
-    }
-    j += tile;
+template <class W>
+void dots(size_t m, size_t rows, size_t depth, Panels<W> w, const Sum<W>* x, Sum<W>* part, bool accumulate) {
+  constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
+  Dots<W> p{depth, w, x, m * kLanes, part, rows * kLanes, accumulate};
+  while (m > 0) {
+    const size_t tokens = smaller(m, kDotTokens);
+    w.row_stride == kPanelColumns ? dots_upto<W, kDotTokens, kPanelColumns>(tokens, rows, p)
+                                  : dots_upto<W, kDotTokens, 0>(tokens, rows, p);
+    m -= tokens;
+    p.x += tokens * kLanes;
+    p.part += tokens * p.part_stride;
   }
+}
+
+// out (ceil(cols / kLanes), m, kLanes) = x (m, cols) with zeros behind its columns.
+template <class T>
+void interleave(size_t m, size_t cols, const T* x, size_t x_stride, T* out) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  for (size_t c = 0; c < cols; c += kLanes)
+    for (size_t t = 0; t < m; ++t, out += kLanes)
+      Vec<T>::load_partial(x + t * x_stride + c, smaller(cols - c, kLanes)).store(out);
 }
 
 // Transposed, the vectors of kLanes outputs add up lane by lane, in a tree.

@@ -4,13 +4,18 @@ namespace nplora::kernels::NPLORA_ISA {
 
 template <class E>
 constexpr Tiles<E> make_tiles() {
-  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens, lane_tile<E>, outer_tile<E>};
+  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens, lane_tile<E>, outer_tile<E, E>};
 }
 
 template <class T>
 constexpr Products<T> make_products() {
-  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     dot_panel<T>, sum_parts<T>,
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     interleave<T>, sum_parts<T>,
           adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>};
+}
+
+template <class W>
+constexpr SmallProducts<W> make_small() {
+  return {dots<W>, outer_tile<Sum<W>, W>};
 }
 
 constexpr KernelTable make_table(const char* isa) {
@@ -18,6 +23,9 @@ constexpr KernelTable make_table(const char* isa) {
           make_products<float>(),
           make_products<double>(),
           make_tiles<Bf16Pair>(),
+          make_small<float>(),
+          make_small<double>(),
+          make_small<Bf16>(),
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits}};
 }
 

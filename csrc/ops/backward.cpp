@@ -1,17 +1,22 @@
-// dz = scale dy A, dx = dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
+// dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "base/parallel.h"
 #include "ops/blocking.h"
 #include "ops/dropout.h"
 #include "ops/elements.h"
+#include "ops/fold.h"
 #include "ops/lora.h"
+#include "ops/plan.h"
 #include "ops/scratch.h"
 
 namespace nplora {
 
+using kernels::Bf16;
 using kernels::Bf16Pair;
+using kernels::Fetch;
 using kernels::kPanelColumns;
 using kernels::kSteps;
 using kernels::Products;
@@ -26,33 +31,18 @@ const Products<T>& products() {
   return kernels::table().products<T>();
 }
 
-// dx[:, cols] = dy W[:, cols], the first column a multiple of kPanelColumns; computed in elements E.
-template <class E>
-void frozen_back(const WeightView& w, Matrix<const Sum<E>> dy, Range cols, Matrix<Sum<E>> dx) {
-  if (w.d_out == 0)
-    for (size_t i = 0; i < dx.rows; ++i) std::fill_n(dx.row(i) + cols.first, cols.count, Sum<E>(0));
-  const Tiles<E>& tiles = kernels::table().tiles<E>();
-  E* decoded = scratch<E>(Scratch::kWeight, kOuterDepth * kPanelColumns);
-  const Strided<E> rows = elements_of<E>(dy, Scratch::kLanes);
-  for (size_t c = 0; c < cols.count; c += kPanelColumns) {
-    const Range width{cols.first + c, std::min(kPanelColumns, cols.count - c)};
-    for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
-      const size_t depth = std::min(kOuterDepth, w.d_out - o);
-      const ColumnBlock<E> panel = column_block(w, {o, depth}, width, decoded);
-      tiles.outer_tile(dy.rows, width.count, depth_of<E>(depth),
-                       {rows.data + o / kSteps<E>, rows.row_stride, 1}, panel.data, panel.row_stride,
-                       dx.data + width.first, dx.stride, o > 0);
-    }
-  }
+template <class T>
+Matrix<const T> at(Matrix<const T> m, Range rows, Range cols) {
+  return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
 // dz (n, r) = scale * dy A.
 template <class T>
 void project_back(Matrix<const T> dy, const LowRank<T>& low, T* dz) {
-  const size_t rank = low.a.cols;
+  const size_t rank = low.rank();
   for (size_t j = 0; j < rank; j += kPanelColumns)
     products<T>().outer_tile(dy.rows, std::min(kPanelColumns, rank - j), dy.cols, {dy.data, dy.stride, 1},
-                             low.a.data + j, low.a.stride, dz + j, rank, false);
+                             low.a.data + j, low.a.stride, dz + j, rank, false, {});
   for (size_t i = 0; i < dy.rows * rank; ++i) dz[i] *= T(low.scale);
 }
 
@@ -60,10 +50,10 @@ void project_back(Matrix<const T> dy, const LowRank<T>& low, T* dz) {
 template <class T>
 void low_rank_back(const LowRank<T>& low, const T* dz, size_t first_row, Range cols, Matrix<T> dx) {
   const Products<T>& k = products<T>();
-  const size_t rank = low.b.rows;
+  const size_t rank = low.rank();
   const auto product = [&](Range rows, size_t c, T* out, size_t stride, bool accumulate) {
     k.outer_tile(rows.count, std::min(kPanelColumns, cols.count - c), rank, {dz + rows.first * rank, rank, 1},
-                 low.b.data + cols.first + c, low.b.stride, out, stride, accumulate);
+                 low.b.data + cols.first + c, low.b.stride, out, stride, accumulate, {});
   };
   if (low.dropout == 0) {
     for (size_t c = 0; c < cols.count; c += kPanelColumns)
@@ -81,6 +71,156 @@ void low_rank_back(const LowRank<T>& low, const T* dz, size_t first_row, Range c
   }
 }
 
+template <class E, class W>
+const auto& outer_tile() {
+  if constexpr (std::is_same_v<E, W>)
+    return kernels::table().tiles<E>().outer_tile;
+  else
+    return kernels::table().small<W>().outer_tile;
+}
+
+// dz of every part, and dx, computed in elements E from blocks of W in elements W.
+template <class E, class W>
+class InputGradients {
+ public:
+  using T = Sum<E>;
+
+  // dz[i] (n, r) is written where it is not null.
+  InputGradients(std::span<const BackwardPart<T>> parts, Matrix<T> dx, T* const* dz)
+      : parts_(parts), dx_(dx), dz_(dz), tokens_(parts[0].dy.rows) {
+    size_t depth = 0;
+    for (const auto& part : parts) {
+      depth += depth_of<E>(part.w.d_out);
+      work_ += flops(tokens_, part.w.d_out, dx.data ? part.w.d_in : part.low.rank());
+    }
+    converted_ = kSteps<E> > 1 && dx.data ? depth : 0;
+    pass_ = converted_ ? tokens_of_pass(tokens_, converted_, kPassUnit, sizeof(E)) : tokens_;
+  }
+
+  void run() {
+    const size_t threads = useful_threads(work_);
+    elements_ = scratch<E>(Scratch::kLanes, pass_ * converted_);
+    for (size_t first = 0; first < tokens_; first += pass_) {
+      const Range pass{first, std::min(pass_, tokens_ - first)};
+      const size_t units = ceil_div(pass.count, kPassUnit),
+                   share = ceil_div(units, threads > 1 ? 4 * threads : 1);
+      parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
+                   [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
+      if (!dx_.data) continue;
+      const Grid grid({pass.count, products<T>().lanes, folded() ? pass.count : kTokenBlock},
+                      {dx_.cols, kPanelColumns, std::max(dx_.cols, kPanelColumns)}, work_, threads);
+      parallel_for(grid.tasks(), threads, Interruptible::kYes,
+                   [&](size_t i) { multiply(pass, grid.tokens(i), grid.side(i)); });
+    }
+  }
+
+ private:
+  static constexpr size_t kPassUnit = 32;
+
+  Update update_of(const BackwardPart<T>& part) const {
+    if (kSteps<E> > 1 || !std::is_same_v<E, W>) return part.low.rank() ? Update::kSteps : Update::kNone;
+    return plan_update(
+        {tokens_, part.w.d_out, part.w.d_in, part.low.rank(), part.w.compute, part.low.dropout > 0, true},
+        tokens_, part.w.d_in);
+  }
+
+  bool folded() const {
+    return std::any_of(parts_.begin(), parts_.end(),
+                       [&](const auto& part) { return update_of(part) == Update::kFolded; });
+  }
+
+  // dz, and dy in elements E, of some tokens of a pass.
+  void prepare(Range pass, Range some) const {
+    const Range tokens{pass.first + some.first, some.count};
+    E* elements = elements_ + some.first * converted_;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const Matrix<const T> dy = at(parts_[i].dy, tokens, {0, parts_[i].dy.cols});
+      if (dz_[i]) project_back(dy, parts_[i].low, dz_[i] + tokens.first * parts_[i].low.rank());
+      if constexpr (kSteps<E> > 1)
+        if (converted_) {
+          elements_of<E>(dy, elements, converted_);
+          elements += depth_of<E>(dy.cols);
+        }
+    }
+  }
+
+  // dx[tokens, cols], panel by panel.
+  void multiply(Range pass, Range some, Range cols) const {
+    const Range tokens{pass.first + some.first, some.count};
+    const Matrix<T> dx{dx_.row(tokens.first), tokens.count, dx_.cols, dx_.stride};
+    for (size_t c = 0; c < cols.count; c += kPanelColumns) {
+      const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
+      const E* elements = elements_ + some.first * converted_;
+      bool accumulate = false;
+      for (const BackwardPart<T>& part : parts_) {
+        Strided<E> dy;
+        if constexpr (kSteps<E> == 1)
+          dy = {part.dy.row(tokens.first), part.dy.stride, 1};
+        else
+          dy = {elements, converted_, 1};
+        accumulate |= frozen(part, dy, panel, dx, accumulate);
+        elements += depth_of<E>(part.w.d_out);
+      }
+      if (!accumulate)
+        for (size_t i = 0; i < dx.rows; ++i) std::fill_n(dx.row(i) + panel.first, panel.count, T(0));
+      for (size_t i = 0; i < parts_.size(); ++i)
+        if (update_of(parts_[i]) == Update::kSteps)
+          low_rank_back(parts_[i].low, dz_[i] + tokens.first * parts_[i].low.rank(), tokens.first, panel, dx);
+    }
+  }
+
+  // dx[:, panel] = [dx +] dy W[:, panel]; says whether there was anything to add.
+  bool frozen(const BackwardPart<T>& part, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate) const {
+    const WeightView& w = part.w;
+    W* decoded = scratch<W>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+    [[maybe_unused]] const bool folds = update_of(part) == Update::kFolded;
+    for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
+      const Range rows{o, std::min(kOuterDepth, w.d_out - o)};
+      ColumnBlock<W> block = column_block(w, rows, panel, decoded);
+      if constexpr (std::is_same_v<W, T>)
+        if (folds) {
+          const kernels::Panels<T> sum =
+              fold<T>(part.low, rows, panel, {block.data, block.row_stride, 0}, decoded);
+          block = {sum.data, sum.row_stride};
+        }
+      outer_tile<E, W>()(dx.rows, panel.count, depth_of<E>(rows.count),
+                         {dy.data + o / kSteps<E>, dy.row_stride, 1}, block.data, block.row_stride,
+                         dx.data + panel.first, dx.stride, accumulate || o > 0, following(w, rows, panel));
+    }
+    return w.d_out > 0;
+  }
+
+  // The memory of packed W that is read after a block: the same panel's next rows, or the next panel.
+  static Fetch following(const WeightView& w, Range rows, Range panel) {
+    if (!w.packed) return {};
+    const size_t next = rows.first + rows.count;
+    const size_t bytes = kOuterDepth * kPanelColumns * bytes_per_element(w.storage);
+    return {stored_at(w, next, panel.first), bytes / kCacheLine};
+  }
+
+  const std::span<const BackwardPart<T>> parts_;
+  const Matrix<T> dx_;
+  T* const* const dz_;
+  const size_t tokens_;
+  size_t converted_ = 0, pass_ = 0;  // elements of dy, of all parts, for each token; tokens of a pass
+  double work_ = 0;
+  E* elements_ = nullptr;
+};
+
+template <class T>
+void input_gradients(std::span<const BackwardPart<T>> parts, Matrix<T> dx, T* const* dz) {
+  const WeightView& w = parts[0].w;
+  const size_t n = parts[0].dy.rows;
+  if constexpr (std::is_same_v<T, float>) {
+    const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
+    if (n > kSmallBatch && w.compute == Compute::kBfloat16)
+      return InputGradients<Bf16Pair, Bf16Pair>(parts, dx, dz).run();
+    if (n <= kSmallBatch && std::all_of(parts.begin(), parts.end(), is_bf16))
+      return InputGradients<float, Bf16>(parts, dx, dz).run();
+  }
+  InputGradients<T, T>(parts, dx, dz).run();
+}
+
 // out (p, cols) += aᵀ b[:, cols] for a (n, p), b (n, q), in passes over kSumDepth tokens that keep the rows of b in cache.
 // load(pass) gives the rows of the pass of a and of b[:, cols].
 template <class T, class Load>
@@ -90,19 +230,21 @@ void add_columns(size_t n, size_t p, Range cols, const Load& load, T* out, size_
     const auto [a, b] = load(pass);
     for (size_t c = 0; c < cols.count; c += kPanelColumns)
       products<T>().outer_tile(p, std::min(kPanelColumns, cols.count - c), pass.count, {a.data, 1, a.stride},
-                               b.data + c, b.stride, out + c, out_stride, true);
+                               b.data + c, b.stride, out + c, out_stride, true, {});
   }
 }
+
+// Some columns of the gradient of A (transposed) or of B of one part.
+struct FactorTask {
+  size_t part;
+  bool is_da;
+  Range cols;
+};
 
 template <class T>
 struct Rows {
   Matrix<const T> a, b;
 };
-
-template <class T>
-Matrix<const T> at(Matrix<const T> m, Range rows, Range cols) {
-  return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
-}
 
 // da[rows] += scale * dy[:, rows]ᵀ z, by way of its transpose.
 template <class T>
@@ -133,55 +275,44 @@ void add_db(Matrix<const T> dz, Matrix<const T> x, const LowRank<T>& low, Range 
   add_columns(dz.rows, dz.cols, cols, load, db.data + cols.first, db.stride);
 }
 
-// dx, and dz where it is asked for.
-template <class T>
-void input_gradients(const WeightView& w, Matrix<const T> dy, const LowRank<T>& low, Matrix<T> dx,
-                     T* shared_dz) {
-  const size_t rank = low.active() ? low.a.cols : 0, width = dx.data ? w.d_in : rank;
-  const double work = flops(dy.rows, w.d_out, width);
-  const size_t threads = useful_threads(work);
-  const Grid grid({dy.rows, products<T>().lanes, kTokenBlock}, {dx.data ? w.d_in : 1, kPanelColumns}, work,
-                  threads);
-  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
-    const Range tokens = grid.tokens(i), cols = grid.side(i);
-    const Matrix<const T> rows = at(dy, tokens, {0, dy.cols});
-    T* dz = nullptr;
-    if (rank) {
-      dz = shared_dz && cols.first == 0 ? shared_dz + tokens.first * rank
-                                        : scratch<T>(Scratch::kFactor, tokens.count * rank);
-      project_back(rows, low, dz);
-    }
-    if (!dx.data) return;
-    const Matrix<T> out{dx.row(tokens.first), tokens.count, dx.cols, dx.stride};
-    const bool in_pairs = std::is_same_v<T, float> && w.compute == Compute::kBfloat16 && dy.rows > kDotTokens;
-    if constexpr (std::is_same_v<T, float>)
-      if (in_pairs) frozen_back<Bf16Pair>(w, rows, cols, out);
-    if (!in_pairs) frozen_back<T>(w, rows, cols, out);
-    if (rank) low_rank_back(low, dz, tokens.first, cols, out);
-  });
-}
-
 }  // namespace
 
 template <class T>
-void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, Matrix<const T> z,
-                   const LowRank<T>& low, Matrix<T> dx, Matrix<T> da, Matrix<T> db) {
-  if (dy.rows == 0) return;
-  const size_t rank = low.active() ? low.a.cols : 0;
-  const bool need_dz = rank && db.data;
-  const AlignedBuffer dz(need_dz ? dy.rows * rank * sizeof(T) : 0);
-  if (dx.data || need_dz) input_gradients(w, dy, low, dx, dz.as<T>());
-  if (!rank) return;
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx) {
+  if (parts.empty() || parts[0].dy.rows == 0) return;
+  const size_t n = parts[0].dy.rows;
+  size_t ranks = 0;
+  for (const auto& part : parts) ranks += part.low.rank();
+  T* dz = scratch<T>(Scratch::kLowGradients, n * ranks);
+  std::vector<T*> dzs;
+  for (const auto& part : parts) {
+    dzs.push_back(part.low.rank() && (dx.data || part.db.data) ? dz : nullptr);
+    dz += n * part.low.rank();
+  }
+  if (dx.data || std::any_of(dzs.begin(), dzs.end(), [](const T* p) { return p != nullptr; }))
+    input_gradients(parts, dx, dzs.data());
 
-  // Not interrupted: gradients that are half added could not be told from whole ones.
-  const size_t a_tasks = da.data ? ceil_div(w.d_out, kColumnBlock) : 0,
-               b_tasks = db.data ? ceil_div(w.d_in, kColumnBlock) : 0;
-  const double work = flops(dy.rows, (a_tasks + b_tasks) * kColumnBlock, rank);
-  parallel_for(a_tasks + b_tasks, useful_threads(work), Interruptible::kNo, [&](size_t i) {
-    if (i < a_tasks)
-      add_da(dy, z, low.scale, nth_block(w.d_out, kColumnBlock, i), da);
+  // Columns of da and db, cut over all parts. Not interrupted: gradients that are half added could not be told from whole ones.
+  std::vector<FactorTask> tasks;
+  double work = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const BackwardPart<T>& part = parts[i];
+    if (!part.low.rank()) continue;
+    const auto cut = [&](bool is_da, size_t count) {
+      work += flops(n, count, part.low.rank());
+      for (size_t c = 0; c < count; c += kColumnBlock)
+        tasks.push_back({i, is_da, {c, std::min(kColumnBlock, count - c)}});
+    };
+    if (part.da.data) cut(true, part.w.d_out);
+    if (part.db.data) cut(false, part.w.d_in);
+  }
+  parallel_for(tasks.size(), useful_threads(work), Interruptible::kNo, [&](size_t i) {
+    const BackwardPart<T>& part = parts[tasks[i].part];
+    const size_t rank = part.low.rank();
+    if (tasks[i].is_da)
+      add_da(part.dy, part.z, part.low.scale, tasks[i].cols, part.da);
     else
-      add_db<T>({dz.as<T>(), dy.rows, rank, rank}, x, low, nth_block(w.d_in, kColumnBlock, i - a_tasks), db);
+      add_db<T>({dzs[tasks[i].part], n, rank, rank}, x, part.low, tasks[i].cols, part.db);
   });
 }
 
@@ -204,9 +335,8 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
   });
 }
 
-#define NPLORA_INSTANTIATE(T)                                                                       \
-  template void lora_backward(const WeightView&, Matrix<const T>, Matrix<const T>, Matrix<const T>, \
-                              const LowRank<T>&, Matrix<T>, Matrix<T>, Matrix<T>);                  \
+#define NPLORA_INSTANTIATE(T)                                                                \
+  template void lora_backward(std::span<const BackwardPart<T>>, Matrix<const T>, Matrix<T>); \
   template void add_outer(Matrix<const T>, Matrix<const T>, double, Matrix<T>)
 NPLORA_INSTANTIATE(float);
 NPLORA_INSTANTIATE(double);

@@ -1,5 +1,5 @@
 // How the products cut their work. None of the block sizes changes a result, for every sum runs over its whole depth in
-// order; kDotTokens does, for batches up to that size are summed in another order.
+// order; kSmallBatch does, for batches up to that size are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,16 @@ namespace nplora {
 inline constexpr size_t kDepthBlock = 5 * kernels::kPanelColumns;
 // ... while so many rows of W pass by. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
-// Tokens that one task keeps in L2 or L3, as long as their lanes take no more than kLanesBytes.
-inline constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{2} << 20;
-// Batches up to this size take the path that transposes nothing and always computes in the weight's own float type, in
-// passes of kDotParts outputs: 4096 x 16 lanes of floats = 256 KB of partial sums, which stay in L2.
-inline constexpr size_t kDotTokens = 8, kDotParts = 4096;
+// Tokens that one task keeps in L2 or L3, of all those whose lanes are kept at a time: as many as take kLanesBytes.
+inline constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{8} << 20;
+// Batches up to this size take the path that transposes nothing and always computes in the weight's own float type, in passes
+// of kDotParts outputs: 4096 x 16 lanes of floats = 256 KB of partial sums, in L2.
+inline constexpr size_t kSmallBatch = 8, kDotParts = 4096;
+// Columns of one such pass. Panels may lie a multiple of 4 KB apart, and then the same rows of them share their place in L1: 16
+// panels fill all its ways. Few tokens can bear that better than the many partial sums that shorter passes write.
+inline size_t dot_columns(size_t tokens) {
+  return (tokens > 4 ? 4 : 16) * kernels::kPanelColumns;
+}
 // Rows of a panel of W that the backward product keeps in L2: 512 x 48 floats = 96 KB.
 inline constexpr size_t kOuterDepth = 512;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
@@ -30,38 +35,36 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// A grid of tasks over tokens and over one side of W. Tokens are cut first; W is cut too where that leaves threads without
-// work or makes tasks too long (then each task of a token block repeats the little work that belongs to its tokens).
+// A grid of tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that
+// leaves threads without work or makes tasks too long.
 class Grid {
  public:
-  struct Tokens {
-    size_t count, unit, most;  // cut into multiples of unit, up to most
-  };
-  struct Side {
-    size_t count, unit;  // of W: rows or columns, cut into multiples of unit
+  struct Cut {
+    size_t count, unit, most;  // into blocks that are multiples of unit, up to most
   };
 
-  Grid(Tokens tokens, Side side, double operations, size_t threads)
-      : tokens_(tokens.count), side_(side.count) {
-    const size_t shares = threads > 1 ? 4 * threads : 1;  // a thread that starts late takes fewer
-    const size_t share = round_up(ceil_div(tokens.count, shares), tokens.unit);
-    token_block_ =
-        std::max(tokens.unit, std::min(tokens.most, threads > 1 ? std::max(share, 2 * tokens.unit) : share));
-    token_blocks_ = ceil_div(tokens.count, token_block_);
-    const double per_block = operations / static_cast<double>(std::max<size_t>(1, token_blocks_));
-    const size_t for_length = static_cast<size_t>(per_block / kTaskFlops) + 1;
-    const size_t for_threads = token_blocks_ >= threads ? 1 : ceil_div(2 * threads, token_blocks_);
-    side_block_ =
-        std::max(side.unit, round_up(ceil_div(side.count, std::max(for_length, for_threads)), side.unit));
-    side_blocks_ = std::max<size_t>(1, ceil_div(side.count, side_block_));
+  Grid(Cut tokens, Cut side, double operations, size_t threads)
+      : tokens_(tokens.count), side_(side.count), token_block_(even_block(tokens, 1)) {
+    const size_t token_blocks = std::max<size_t>(1, ceil_div(tokens_, token_block_));
+    const size_t wanted = threads > 1 ? 4 * threads : 1;  // a thread that starts late takes fewer
+    const size_t for_length = static_cast<size_t>(operations / kTaskFlops) + 1;
+    side_block_ = even_block(side, ceil_div(std::max(wanted, for_length), token_blocks));
+    side_blocks_ = std::max<size_t>(1, ceil_div(side_, side_block_));
+    tasks_ = token_blocks * side_blocks_;
   }
 
-  size_t tasks() const { return token_blocks_ * side_blocks_; }
+  size_t tasks() const { return tasks_; }
   Range tokens(size_t task) const { return nth_block(tokens_, token_block_, task / side_blocks_); }
   Range side(size_t task) const { return nth_block(side_, side_block_, task % side_blocks_); }
 
  private:
-  size_t tokens_, side_, token_block_, token_blocks_, side_block_, side_blocks_;
+  // Blocks of about one size, at least `blocks` of them where units allow.
+  static size_t even_block(Cut cut, size_t blocks) {
+    blocks = std::max({blocks, ceil_div(cut.count, std::max<size_t>(1, cut.most)), size_t{1}});
+    return std::max(cut.unit, round_up(ceil_div(cut.count, blocks), cut.unit));
+  }
+
+  size_t tokens_, side_, token_block_, side_block_, side_blocks_, tasks_;
 };
 
 }  // namespace nplora

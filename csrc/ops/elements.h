@@ -32,20 +32,25 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   }
 }
 
-// Row-major m (rows, cols), paired along its rows, an odd end with zero: converted into scratch, or as it is.
+// Row-major m (rows, cols) in elements E, each row `depth` elements behind the one before; pairs run along the rows, an odd end
+// is paired with zero.
 template <class E>
-kernels::Strided<E> elements_of(Matrix<const kernels::Sum<E>> m, Scratch use) {
+void elements_of(Matrix<const float> m, E* out, size_t depth) {
+  for (size_t i = 0; i < m.rows; ++i) {
+    E* row = out + i * depth;
+    if (m.cols % 2) row[depth_of<E>(m.cols) - 1] = E(0);
+    kernels::table().convert.narrow_bfloat16(m.cols, m.row(i), reinterpret_cast<uint16_t*>(row));
+  }
+}
+
+// The same where floats need no conversion: m as it is, or in `out`.
+template <class E>
+kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kSteps<E> == 1) {
     return {m.data, m.stride, 1};
   } else {
-    const size_t depth = depth_of<E>(m.cols);
-    E* out = scratch<E>(use, m.rows * depth);
-    for (size_t i = 0; i < m.rows; ++i) {
-      if (m.cols % 2) out[(i + 1) * depth - 1] = E(0);
-      kernels::table().convert.narrow_bfloat16(m.cols, m.row(i),
-                                               reinterpret_cast<uint16_t*>(out + i * depth));
-    }
-    return {out, depth, 1};
+    elements_of<E>(m, out, depth_of<E>(m.cols));
+    return {out, depth_of<E>(m.cols), 1};
   }
 }
 

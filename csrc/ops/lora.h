@@ -1,7 +1,8 @@
-// The frozen product, with or without a low-rank update: forward, backward, and the gradients' outer sums.
+// Frozen products with their low-rank updates, alone or in a stack: forward, backward, and the gradients' outer sums.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "base/matrix.h"
 #include "ops/weight.h"
@@ -16,19 +17,35 @@ struct LowRank {
   double dropout = 0;  // the probability that an element of x is dropped on the low-rank path
   uint64_t key = 0;    // of the mask
 
-  bool active() const { return scale != 0 && a.cols > 0; }
+  size_t rank() const { return scale == 0 ? 0 : a.cols; }
 };
 
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].   x (n, d_in), y (n, d_out), z (n, r).
+// bias may be null, and the data of z, where nobody wants it.
 template <class T>
-void lora_forward(const WeightView& w, Matrix<const T> x, const LowRank<T>& low, const T* bias, Matrix<T> y,
-                  Matrix<T> z);
+struct ForwardPart {
+  WeightView w;
+  LowRank<T> low;
+  const T* bias;
+  Matrix<T> y, z;
+};
 
-// dz = scale dy A, dx = dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
-// dx, da and db are not computed where their data is null.
+// All parts of a stack read the same x (n, d_in).
 template <class T>
-void lora_backward(const WeightView& w, Matrix<const T> dy, Matrix<const T> x, Matrix<const T> z,
-                   const LowRank<T>& low, Matrix<T> dx, Matrix<T> da, Matrix<T> db);
+void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x);
+
+// dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x).   The data of da and db may be null.
+template <class T>
+struct BackwardPart {
+  WeightView w;
+  LowRank<T> low;
+  Matrix<const T> dy, z;
+  Matrix<T> da, db;
+};
+
+// dx = the sum over the parts of dy W + undrop(dz B).   The data of dx may be null.
+template <class T>
+void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx);
 
 // out (p, q) += scale aᵀ b.   a (n, p), b (n, q).
 template <class T>

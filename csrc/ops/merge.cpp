@@ -44,7 +44,7 @@ void add_product(const Products<T>& k, size_t rows, const T* scaled, Matrix<cons
           __builtin_prefetch(c + row * c_stride + j + kPrefetch + line, 1);
       k.outer_tile(std::min(k.tile_tokens, rows - i), std::min(kPanelColumns, cols - j), b.rows,
                    {scaled + i * b.rows, b.rows, 1}, b.data + first_col + j, b.stride, c + i * c_stride + j,
-                   c_stride, true);
+                   c_stride, true, {});
     }
 }
 

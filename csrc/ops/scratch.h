@@ -8,11 +8,12 @@ namespace nplora {
 // What a buffer is for. Buffers of different uses are live at the same time; none outlives its task. The most that each
 // takes, in elements, with L lanes (at most 32), 256 tokens and a rank r:
 enum class Scratch {
-  kLanes,         // x of a task's tokens, transposed: kLanesBytes, or 2 L d_in where that is more
-  kLowLanes,      // z of a task's tokens, transposed: 256 r
+  kLanes,         // x of a pass, transposed, or dy in pairs: kLanesBytes, or 2 L d_in where that is more
+  kLowLanes,      // z of a pass, transposed: r for each token
+  kLowGradients,  // dz: r for each token of the batch
   kSums,          // outputs before they are written: a few 100 KB
   kWeight,        // a decoded block of W: 100 KB, or 48 kDotParts
-  kFactor,        // B in the elements of the product: r d_in; or dz of a task's tokens: 256 r
+  kFactor,        // B in pairs: r d_in; or scaled rows of A: 512 r
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L

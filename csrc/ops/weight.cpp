@@ -7,6 +7,7 @@
 
 namespace nplora {
 
+using kernels::Bf16;
 using kernels::Bf16Pair;
 using kernels::kPanelColumns;
 using kernels::Panels;
@@ -72,15 +73,48 @@ void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
 
 }  // namespace
 
+const char* stored_at(const WeightView& w, size_t row, size_t col) {
+  return locate(w, row, col).at;
+}
+
+template <>
+bool in_place<float>(const WeightView& w) {
+  return w.storage == Storage::kFloat32;
+}
+template <>
+bool in_place<double>(const WeightView& w) {
+  return w.storage == Storage::kFloat64;
+}
+template <>
+bool in_place<Bf16>(const WeightView& w) {
+  return w.storage == Storage::kBfloat16;
+}
+template <>
+bool in_place<Bf16Pair>(const WeightView& w) {
+  return w.storage == Storage::kBfloat16 && w.packed;
+}
+
+namespace {
+
+template <class E>
+Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
+  const Place first = locate(w, rows.first, cols.first);
+  const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
+  return {reinterpret_cast<const E*>(first.at), first.row_stride, panel_stride};
+}
+
+}  // namespace
+
 template <class T>
 Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
-  if (w.storage == (sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64)) {
-    const Place first = locate(w, rows.first, cols.first);
-    const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
-    return {reinterpret_cast<const T*>(first.at), first.row_stride, panel_stride};
-  }
+  if (in_place<T>(w)) return stored_rows<T>(w, rows, cols);
   widen_block(w, rows, cols, scratch);
   return {scratch, std::min(kPanelColumns, cols.count), rows.count * kPanelColumns};
+}
+
+template <>
+Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, Bf16*) {
+  return stored_rows<Bf16>(w, rows, cols);
 }
 
 // A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, like other
@@ -88,7 +122,7 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
-  if (w.storage == Storage::kBfloat16 && w.packed && cols.count % kPanelColumns == 0) {
+  if (in_place<Bf16Pair>(w) && cols.count % kPanelColumns == 0) {
     const auto* first = reinterpret_cast<const Bf16Pair*>(locate(w, rows.first, cols.first).at);
     return {first, kPanelPairs, w.d_out * kPanelPairs};
   }
@@ -131,6 +165,12 @@ ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, 
     }
   }
   return {scratch, cols.count};
+}
+
+template <>
+ColumnBlock<Bf16> column_block(const WeightView& w, Range rows, Range cols, Bf16* scratch) {
+  const Panels<Bf16> panels = row_block(w, rows, cols, scratch);
+  return {panels.data, panels.row_stride};
 }
 
 template Panels<float> row_block(const WeightView&, Range, Range, float*);

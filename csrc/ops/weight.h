@@ -36,8 +36,15 @@ inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
 
+// Where element (row, col) of packed W lies, col a multiple of kPanelColumns.
+const char* stored_at(const WeightView& w, size_t row, size_t col);
+
+// Whether the blocks of W lie in memory as elements E: else they are decoded.
+template <class E>
+bool in_place(const WeightView& w);
+
 // A block of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
-// scratch (rows * cols elements). Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
+// scratch (rows * cols elements). Bf16 is for that storage only. Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
@@ -51,7 +58,11 @@ template <class E>
 ColumnBlock<E> column_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
 template <>
+kernels::Panels<kernels::Bf16> row_block(const WeightView&, Range, Range, kernels::Bf16*);
+template <>
 kernels::Panels<kernels::Bf16Pair> row_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
+template <>
+ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, kernels::Bf16*);
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
 

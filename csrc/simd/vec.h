@@ -8,7 +8,8 @@
 //   zero, broadcast, load, store;
 //   load_partial, store_partial   touch the first n lanes only (the others read as 0);
 //   fma(a, b, c) = a * b + c;
-//   transpose(Vec (&)[kLanes]).
+//   transpose(Vec (&)[kLanes]);
+//   keep(v)   holds a loaded v in its register.
 #pragma once
 
 #if !defined(NPLORA_ISA)

@@ -14,6 +14,15 @@ struct Vec<float> {
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load_partial(const float* p, size_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  static Vec load(const Bf16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Bf16 t[kLanes] = {};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_partial(float* p, size_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
   static __m256i mask(size_t n) {
@@ -96,4 +105,10 @@ inline void transpose(Vec<double> (&r)[4]) {
   r[1].v = _mm256_permute2f128_pd(t1, t3, 0x20);
   r[2].v = _mm256_permute2f128_pd(t0, t2, 0x31);
   r[3].v = _mm256_permute2f128_pd(t1, t3, 0x31);
+}
+
+// Holds v in its register: GCC would load it from memory again for each use.
+template <class T>
+inline void keep(Vec<T>& v) {
+  __asm__("" : "+x"(v.v));
 }

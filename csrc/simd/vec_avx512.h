@@ -9,6 +9,11 @@ struct Vec<float> {
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load_partial(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
+  static Vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load_partial(const Bf16* p, size_t n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static Vec widen(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_partial(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   static __mmask16 mask(size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -118,4 +123,10 @@ inline void transpose(Vec<double> (&r)[8]) {
     r[2 + j].v = _mm512_shuffle_f64x2(lo13, hi13, 0x88);
     r[6 + j].v = _mm512_shuffle_f64x2(lo13, hi13, 0xdd);
   }
+}
+
+// Holds v in its register: GCC would load it from memory again for each use.
+template <class T>
+inline void keep(Vec<T>& v) {
+  __asm__("" : "+v"(v.v));
 }

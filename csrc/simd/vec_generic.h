@@ -22,6 +22,12 @@ struct Vec {
     for (size_t i = 0; i < n; ++i) r.v[i] = p[i];
     return r;
   }
+  static Vec load(const Bf16* p) { return load_partial(p, kLanes); }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Vec r = zero();
+    for (size_t i = 0; i < n; ++i) r.v[i] = __builtin_bit_cast(float, static_cast<uint32_t>(p[i]) << 16);
+    return r;
+  }
   void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
   void store_partial(T* p, size_t n) const {
     for (size_t i = 0; i < n; ++i) p[i] = v[i];
@@ -69,3 +75,6 @@ inline void transpose(Vec<T> (&r)[N]) {
       r[j].v[i] = t;
     }
 }
+
+template <class T>
+inline void keep(Vec<T>&) {}

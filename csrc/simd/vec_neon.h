@@ -12,6 +12,14 @@ struct Vec<float> {
     for (size_t i = 0; i < n; ++i) t[i] = p[i];
     return load(t);
   }
+  static Vec load(const Bf16* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+  }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Bf16 t[4] = {};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_partial(float* p, size_t n) const {
     float t[4];
@@ -82,4 +90,10 @@ inline void transpose(Vec<double> (&r)[2]) {
   const float64x2_t t = vzip1q_f64(r[0].v, r[1].v);
   r[1].v = vzip2q_f64(r[0].v, r[1].v);
   r[0].v = t;
+}
+
+// Holds v in its register: GCC would load it from memory again for each use.
+template <class T>
+inline void keep(Vec<T>& v) {
+  __asm__("" : "+w"(v.v));
 }

@@ -49,39 +49,26 @@ def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
     """out (p, q) += scale · aᵀ b with a (n, p), b (n, q)."""
 
 def lora_forward(
-    w: Weight,
     x: Array,
-    a: Array,
-    b: Array,
-    scale: float,
-    bias: Array | None,
-    dropout: float,
-    key: int,
-    y: Array,
-    z: Array,
+    layers: list[
+        tuple[Weight, Array, Array, float, float, int, Array | None, Array, Array | None]
+    ],  # w, a, b, scale, dropout, key, bias, y, z
 ) -> None:
-    """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias].
+    """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias], for layers that read the same x.
 
-    drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0).
+    drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0). z None: not wanted.
     """
 
 def lora_backward(
-    w: Weight,
-    dy: Array,
     x: Array | None,
-    z: Array,
-    a: Array,
-    b: Array,
-    scale: float,
-    dropout: float,
-    key: int,
     dx: Array | None,
-    da: Array | None,
-    db: Array | None,
+    layers: list[
+        tuple[Weight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
+    ],  # w, a, b, scale, dropout, key, dy, z, da, db
 ) -> None:
-    """dz = scale · dy A; dx = dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
+    """dz = scale · dy A; dx = Σ dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
 
-    None: not computed. x may be None if db is.
+    None: not computed. x may be None if every db is.
     """
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str) -> None:

@@ -50,7 +50,8 @@ def lora_forward(
     z = np.empty((*lead, a.shape[1]), dtype)
     scale = _check.scale(op, scale, dtype)
     n = len(rows)
-    _core.lora_forward(w, rows, a, b, scale, added, 0.0, 0, y.reshape(n, d_out), z.reshape(n, a.shape[1]))
+    y_rows, z_rows = y.reshape(n, d_out), z.reshape(n, a.shape[1])
+    _core.lora_forward(rows, [(w, a, b, scale, 0.0, 0, added, y_rows, z_rows)])
     return y, z
 
 
@@ -115,7 +116,7 @@ def lora_backward(
         else _check.output(op, "dB", db_out, b.shape, dtype, *taken)
     )
     dx_rows = None if dx is None else dx.reshape(n, d_in)
-    _core.lora_backward(w, dy_rows, x_rows, z_rows, a, b, scale, 0.0, 0, dx_rows, da, db)
+    _core.lora_backward(x_rows, dx_rows, [(w, a, b, scale, 0.0, 0, dy_rows, z_rows, da, db)])
     return dx, da, db
 
 

@@ -71,7 +71,7 @@ void expect(bool ok, const char* format, ...) {
   printf("\n");
 }
 
-void count_shape(const char* kernel) {
+void count_shape(const std::string& kernel) {
   ++shapes[kernel];
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace check {
 
@@ -24,7 +25,7 @@ class Case {
 // One more shape for this kernel; every kernel must meet at least kFewestShapes between two calls of
 // close_isa.
 inline constexpr size_t kFewestShapes = 500;
-void count_shape(const char* kernel);
+void count_shape(const std::string& kernel);
 
 // Ends the account of one instruction set and prints its line.
 void close_isa(const char* isa);

@@ -8,7 +8,9 @@
 #include "kernel_tests.h"
 #include "numbers.h"
 
+using nplora::kernels::Bf16;
 using nplora::kernels::Bf16Pair;
+using nplora::kernels::Fetch;
 using nplora::kernels::KernelTable;
 using nplora::kernels::kPanelColumns;
 using nplora::kernels::kSteps;
@@ -182,7 +184,7 @@ void test_lane_tile(const KernelTable& table) {
     for (size_t rows : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_rows - 1, k.tile_rows,
                         k.tile_rows + 1, 2 * k.tile_rows + 1})
       for (size_t depth : depths()) {
-        check::count_shape(kernel.c_str());
+        check::count_shape(kernel);
         ++kind;
         for (Data data : kAllData) {
           const Product<E> p(random, rows, lanes, depth, kind % 7 < 3, data, table);
@@ -220,8 +222,10 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
   if (p.accumulate)
     for (size_t i = 0; i < p.m; ++i)
       for (size_t j = 0; j < p.n; ++j) c.data()[i * c_stride + j] = p.c[i * p.n + j];
-  table.tiles<E>().outer_tile(p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step},
-                              w.data(), w_stride, c.data(), c_stride, p.accumulate);
+  table.tiles<E>().outer_tile(
+      p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step}, w.data(), w_stride,
+      c.data(), c_stride, p.accumulate,
+      kind % 2 ? Fetch{} : Fetch{reinterpret_cast<const char*>(w.data()), kind % 9 * 20});
   p.judge(c.values(), data, table);
   check::expect(c.gaps_intact(), "wrote outside c");
   check::expect(a.untouched(p.a) && w.untouched(p.b), "wrote to an input");
@@ -239,11 +243,46 @@ void test_outer_tile(const KernelTable& table) {
                      k.tile_tokens + 1, 2 * k.tile_tokens + 1})
       // Two of the depths for each (m, n): 31 is coprime to their number, so that all of them come round.
       for (size_t i = 0; i < 2; ++i) {
-        check::count_shape(kernel.c_str());
+        check::count_shape(kernel);
         const size_t depth = all_depths[++kind * 31 % all_depths.size()];
         for (Data data : kAllData) {
           const Product<E> p(random, m, n, depth, kind % 7 < 3, data, table);
           for (Place place : kPlaces) run_outer_tile(table, p, data, kind, place);
+        }
+      }
+}
+
+// bfloat16 that is widened in registers gives the bits that the same values give as floats.
+void test_widening_outer_tile(const KernelTable& table) {
+  Random random(4);
+  size_t kind = 0;
+  for (size_t n = 0; n <= kPanelColumns; ++n)
+    for (size_t m : {0, 1, 2, 3, 5, 8, 9})
+      for (size_t depth : {0, 1, 7}) {
+        check::count_shape("outer_tile of widened bfloat16");
+        const size_t w_stride = n + ++kind % 3 * 7;
+        check::Case one("%s outer_tile of widened bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,
+                        n, depth, w_stride);
+        const std::vector<float> a = draw<float>(random, m * depth, Data::kUniform);
+        std::vector<float> values = draw<float>(random, depth * n, Data::kSpecial);
+        std::vector<Bf16> bits;
+        for (float& value : values) {
+          const uint32_t upper = std::bit_cast<uint32_t>(value) >> 16;
+          value = std::bit_cast<float>(upper << 16);
+          bits.push_back(Bf16(upper));
+        }
+        for (Place place : kPlaces) {
+          Placed<Bf16> w(depth, n, {w_stride}, place, bits);
+          Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
+          table.small<Bf16>().outer_tile(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride, c.data(),
+                                         n + 3, false, {});
+          table.tiles<float>().outer_tile(m, n, depth, {a.data(), depth, 1}, values.data(), n, wanted.data(),
+                                          n + 3, false, {});
+          const auto got = c.values(), want = wanted.values();
+          for (size_t i = 0; i < got.size(); ++i)
+            check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
+                          double(want[i]));
+          check::expect(c.gaps_intact() && w.untouched(bits), "wrote outside c");
         }
       }
 }
@@ -273,7 +312,7 @@ void test_blocking(const KernelTable& table) {
   for (size_t trial = 0; trial < check::kFewestShapes; ++trial) {
     const size_t n = k.lanes, m = 1 + random.below(30), depth = 1 + random.below(300);
     check::Case one("%s %s m %zu depth %zu trial %zu", table.isa, kernel.c_str(), m, depth, trial);
-    check::count_shape(kernel.c_str());
+    check::count_shape(kernel);
     const Product<E> p(random, m, n, depth, false, Data::kUniform, table);
     std::vector<Sum<E>> whole(m * n), outer(m * n), lane(m * n);
     k.lane_tile(n, m, depth, {p.a.data(), depth, kPanel}, p.b.data(), whole.data(), false);
@@ -288,7 +327,7 @@ void test_blocking(const KernelTable& table) {
         for (size_t j = 0; j + 1 < columns.size(); ++j)
           k.outer_tile(rows[i + 1] - rows[i], columns[j + 1] - columns[j], steps[s + 1] - steps[s],
                        {tile, depth, 1}, from + columns[j], n, outer.data() + rows[i] * n + columns[j], n,
-                       s > 0);
+                       s > 0, {});
       }
     check::expect(same_bits(lane, whole), "lane_tile in tiles differs from lane_tile whole");
     check::expect(same_bits(outer, whole), "outer_tile in tiles differs from lane_tile whole");
@@ -320,4 +359,5 @@ void test_products(const KernelTable& table) {
   test_tiles<float>(table);
   test_tiles<double>(table);
   test_tiles<Bf16Pair>(table);
+  test_widening_outer_tile(table);
 }

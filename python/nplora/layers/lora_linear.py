@@ -141,7 +141,8 @@ class LoRALinear(LoRALayer):
         key = self._next_key() if dropout else 0
         z = np.empty((len(rows), self.rank), dtype)
         bias = None if self.use_dora else self.bias
-        _core.lora_forward(self.weight.packed, rows, self.A, self.B, self.scale, bias, dropout, key, y, z)
+        layer = (self.weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z)
+        _core.lora_forward(rows, [layer])
         saved = LoRALinearSaved(lead)
         if training:
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
@@ -190,10 +191,11 @@ class LoRALinear(LoRALayer):
                 with quiet():
                     self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
                     du = du * saved.gain
-            _core.lora_backward(
-                self.weight.packed, du, saved.x, saved.z, self.A, self.B, self.scale, saved.dropout,
-                saved.key, dx, self.dA, self.dB,
+            layer = (
+                self.weight.packed, self.A, self.B, self.scale, saved.dropout, saved.key,
+                du, saved.z, self.dA, self.dB,
             )  # fmt: skip
+            _core.lora_backward(saved.x, dx, [layer])
         return None if dx is None else dx.reshape(*saved.lead, d_in)
 
     # ---- DoRA's norms ----

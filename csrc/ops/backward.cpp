@@ -94,7 +94,7 @@ class InputGradients {
       work_ += flops(tokens_, part.w.d_out, dx.data ? part.w.d_in : part.low.rank());
     }
     converted_ = kSteps<E> > 1 && dx.data ? depth : 0;
-    pass_ = converted_ ? tokens_of_pass(tokens_, converted_, kPassUnit, sizeof(E)) : tokens_;
+    pass_ = converted_ ? tokens_of_pass(tokens_, converted_, sizeof(E)) : tokens_;
   }
 
   void run() {
@@ -115,13 +115,9 @@ class InputGradients {
   }
 
  private:
-  static constexpr size_t kPassUnit = 32;
-
   Update update_of(const BackwardPart<T>& part) const {
-    if (kSteps<E> > 1 || !std::is_same_v<E, W>) return part.low.rank() ? Update::kSteps : Update::kNone;
-    return plan_update(
-        {tokens_, part.w.d_out, part.w.d_in, part.low.rank(), part.w.compute, part.low.dropout > 0, true},
-        tokens_, part.w.d_in);
+    return backward_update(
+        {tokens_, part.w.d_out, part.w.d_in, part.low.rank(), sizeof(E) / kSteps<E>, part.low.dropout > 0});
   }
 
   bool folded() const {

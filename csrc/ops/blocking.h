@@ -35,6 +35,14 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
+// The tokens of one pass: as many as have their lanes (d_in elements each) kept at a time, in passes of about one size.
+inline constexpr size_t kPassUnit = 32;
+inline size_t tokens_of_pass(size_t tokens, size_t d_in, size_t element_bytes) {
+  const size_t most = kLanesBytes / element_bytes / std::max<size_t>(1, d_in) / kPassUnit * kPassUnit;
+  const size_t passes = ceil_div(tokens, std::max(2 * kPassUnit, most));
+  return round_up(ceil_div(tokens, std::max<size_t>(1, passes)), kPassUnit);
+}
+
 // A grid of tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that
 // leaves threads without work or makes tasks too long.
 class Grid {

@@ -104,18 +104,14 @@ class LanesForward {
         tiles_(kernels::table().tiles<E>()),
         lanes_(x.rows <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes),
         depth_(depth_of<E>(x.cols)),
-        pass_(tokens_of_pass(x.rows, depth_, lanes_, sizeof(E))) {
+        pass_(tokens_of_pass(x.rows, x.cols, sizeof(E) / kSteps<E>)) {
     size_t elements = 0;
     for (const auto& part : parts) {
-      const Product p{x.rows,
-                      part.w.d_out,
-                      x.cols,
-                      part.low.rank(),
-                      part.w.compute,
-                      part.low.dropout > 0,
-                      part.z.data != nullptr};
-      const Update update = plan_update(p, pass_, part.w.d_out);
-      const bool projects = update == Update::kSteps || (update == Update::kFolded && p.projected);
+      const LayerShape shape{x.rows,          part.w.d_out,          x.cols,
+                             part.low.rank(), sizeof(E) / kSteps<E>, part.low.dropout > 0};
+      const bool keep_z = part.z.data != nullptr;
+      const Update update = forward_update(shape, keep_z);
+      const bool projects = update == Update::kSteps || (update == Update::kFolded && keep_z);
       updates_.push_back({update, projects, {}, nullptr, elements});
       if (projects) elements += part.low.rank() * depth_;
       if (update == Update::kFolded) most_ = pass_;

@@ -1,5 +1,5 @@
 // How an update enters the product with its frozen weight: decided by counting operations, never by timing, and never by the
-// number of threads, so that it does not change from run to run.
+// number of threads or the instruction set, so that results do not change with them.
 #pragma once
 
 #include <algorithm>
@@ -12,33 +12,54 @@ namespace nplora {
 
 enum class Update {
   kNone,   // there is none
-  kSteps,  // r more steps of the product's depth: z by B, then A
+  kSteps,  // a few more steps of the product's depth: z (backward: dz) is computed, then multiplied with A (B)
   kFolded,  // scale A B is added to each block of W while it is in cache, and the product runs as without an update
 };
 
-struct Product {
+struct LayerShape {
   size_t tokens, d_out, d_in, rank;
-  Compute compute;
-  bool dropout;    // the update reads another x than W does
-  bool projected;  // forward: z is wanted; backward: dz is. Then folding saves one of two thin products only.
+  size_t element_bytes;  // of what it is computed in: 8, 4, or 2 for bfloat16
+  bool dropout;          // the update reads another x than W does
 };
 
-// The tokens that share one block of W in cache: as many as one pass keeps lanes of.
-inline size_t tokens_of_pass(size_t tokens, size_t d_in, size_t lanes, size_t element_bytes) {
-  const size_t most = kLanesBytes / element_bytes / std::max<size_t>(1, d_in) / lanes * lanes;
-  const size_t passes = ceil_div(tokens, std::max(2 * lanes, most));
-  return round_up(ceil_div(tokens, std::max<size_t>(1, passes)), lanes);
+// A block of W is copied before the update is added to it: worth about so many operations for each element.
+inline constexpr double kCopyOperations = 8;
+
+// What the two ways to apply the update cost, in floating-point operations beyond the bare product.
+struct UpdateCost {
+  double steps, folded;
+};
+
+inline double fold_cost(const LayerShape& s) {
+  return flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in);
 }
 
-// `shared` tokens share a block of W; `inner` is the side that the saved product with z (forward: d_out) or dz (d_in) has.
-// Folding is for float: in bfloat16 the rounding of W + scale A B would drown a young update.
-inline Update plan_update(const Product& p, size_t shared, size_t inner) {
-  if (p.rank == 0) return Update::kNone;
-  if (p.compute != Compute::kFloat || p.dropout || p.tokens <= kSmallBatch) return Update::kSteps;
-  const double copy = 8;  // a block of W is copied first: worth about so many operations for each element
-  const double folded = (2.0 * double(p.rank) + copy) * double(p.d_out) * double(p.d_in);
-  const double side = double(p.projected ? inner : p.d_out + p.d_in);
-  return folded < 2.0 * double(shared) * double(p.rank) * side ? Update::kFolded : Update::kSteps;
+// z = x Bᵀ and z Aᵀ; folding saves both, or, where z is wanted for a backward pass, the second only.
+inline UpdateCost forward_cost(const LayerShape& s, bool keep_z) {
+  const size_t passes = ceil_div(s.tokens, tokens_of_pass(s.tokens, s.d_in, s.element_bytes));
+  const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
+  const double fold = static_cast<double>(passes) * fold_cost(s);
+  return {project + expand, fold + (keep_z ? project : 0)};
+}
+
+// dz = dy A and dz B; dz is wanted for the gradient of B.
+inline UpdateCost backward_cost(const LayerShape& s) {
+  const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
+  return {project + expand, project + fold_cost(s)};
+}
+
+// The cheaper way. Folding is for float and double: in bfloat16 the rounding of W + scale A B would drown a young update.
+inline Update choose_update(const LayerShape& s, const UpdateCost& cost) {
+  if (s.rank == 0) return Update::kNone;
+  const bool can_fold = s.element_bytes >= 4 && !s.dropout && s.tokens > kSmallBatch;
+  return can_fold && cost.folded < cost.steps ? Update::kFolded : Update::kSteps;
+}
+
+inline Update forward_update(const LayerShape& s, bool keep_z) {
+  return choose_update(s, forward_cost(s, keep_z));
+}
+inline Update backward_update(const LayerShape& s) {
+  return choose_update(s, backward_cost(s));
 }
 
 }  // namespace nplora

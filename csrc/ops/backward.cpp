@@ -19,56 +19,14 @@ using kernels::Bf16Pair;
 using kernels::Fetch;
 using kernels::kPanelColumns;
 using kernels::kSteps;
-using kernels::Products;
 using kernels::Strided;
 using kernels::Sum;
-using kernels::Tiles;
 
 namespace {
 
 template <class T>
-const Products<T>& products() {
-  return kernels::table().products<T>();
-}
-
-template <class T>
 Matrix<const T> at(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
-}
-
-// dz (n, r) = scale * dy A.
-template <class T>
-void project_back(Matrix<const T> dy, const LowRank<T>& low, T* dz) {
-  const size_t rank = low.rank();
-  for (size_t j = 0; j < rank; j += kPanelColumns)
-    products<T>().outer_tile(dy.rows, std::min(kPanelColumns, rank - j), dy.cols, {dy.data, dy.stride, 1},
-                             low.a.data + j, low.a.stride, dz + j, rank, false, {});
-  for (size_t i = 0; i < dy.rows * rank; ++i) dz[i] *= T(low.scale);
-}
-
-// dx[:, cols] += undrop(dz B[:, cols]);   first_row is the place of dx's first row in the whole batch.
-template <class T>
-void low_rank_back(const LowRank<T>& low, const T* dz, size_t first_row, Range cols, Matrix<T> dx) {
-  const Products<T>& k = products<T>();
-  const size_t rank = low.rank();
-  const auto product = [&](Range rows, size_t c, T* out, size_t stride, bool accumulate) {
-    k.outer_tile(rows.count, std::min(kPanelColumns, cols.count - c), rank, {dz + rows.first * rank, rank, 1},
-                 low.b.data + cols.first + c, low.b.stride, out, stride, accumulate, {});
-  };
-  if (low.dropout == 0) {
-    for (size_t c = 0; c < cols.count; c += kPanelColumns)
-      product({0, dx.rows}, c, dx.data + cols.first + c, dx.stride, true);
-    return;
-  }
-  T* update = scratch<T>(Scratch::kDropped, k.tile_tokens * cols.count);
-  for (size_t i = 0; i < dx.rows; i += k.tile_tokens) {
-    const Range rows{i, std::min(k.tile_tokens, dx.rows - i)};
-    for (size_t c = 0; c < cols.count; c += kPanelColumns) product(rows, c, update + c, cols.count, false);
-    const Matrix<T> all{update, rows.count, cols.count, cols.count};
-    drop_rows<T>(low.dropout, low.key, first_row + i, cols.first, low.b.cols, all, all);
-    for (size_t j = 0; j < rows.count; ++j)
-      for (size_t c = 0; c < cols.count; ++c) dx.row(i + j)[cols.first + c] += all.row(j)[c];
-  }
 }
 
 template <class E, class W>
@@ -79,104 +37,186 @@ const auto& outer_tile() {
     return kernels::table().small<W>().outer_tile;
 }
 
-// dz of every part, and dx, computed in elements E from blocks of W in elements W.
+// c (m, cols) = [c +] a (m, depth) w (depth, cols).
+template <class E>
+void add_product(size_t m, size_t cols, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
+                 size_t c_stride, bool accumulate) {
+  for (size_t j = 0; j < cols; j += kPanelColumns)
+    outer_tile<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j, c_stride,
+                       accumulate, {});
+}
+
+// The gradients of a stack, computed in elements E from blocks of W in elements W, a pass of tokens at a time: dz, then dx and
+// the sums of dA and dB, so that dy and x are read from memory once. The sums of all passes are added to dA and dB at the end:
+// a call that is interrupted adds nothing.
 template <class E, class W>
-class InputGradients {
+class Backward {
  public:
   using T = Sum<E>;
 
-  // dz[i] (n, r) is written where it is not null.
-  InputGradients(std::span<const BackwardPart<T>> parts, Matrix<T> dx, T* const* dz)
-      : parts_(parts), dx_(dx), dz_(dz), tokens_(parts[0].dy.rows) {
-    size_t depth = 0;
-    for (const auto& part : parts) {
-      depth += depth_of<E>(part.w.d_out);
-      work_ += flops(tokens_, part.w.d_out, dx.data ? part.w.d_in : part.low.rank());
+  Backward(std::span<const BackwardPart<T>> stack, Matrix<const T> x, Matrix<T> dx)
+      : x_(x), dx_(dx), tokens_(stack[0].dy.rows) {
+    for (const BackwardPart<T>& p : stack) {
+      const size_t rank = p.low.rank();
+      const Update update =
+          backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>, p.low.dropout > 0});
+      const bool projects = rank && (p.db.data || (dx.data && update == Update::kSteps));
+      parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
+      work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
+      folds_ |= dx.data && update == Update::kFolded;
     }
-    converted_ = kSteps<E> > 1 && dx.data ? depth : 0;
-    pass_ = converted_ ? tokens_of_pass(tokens_, converted_, sizeof(E)) : tokens_;
   }
 
   void run() {
     const size_t threads = useful_threads(work_);
-    elements_ = scratch<E>(Scratch::kLanes, pass_ * converted_);
+    // A block of W that is added to serves all tokens; else more threads take more tokens at a time.
+    pass_ = folds_ ? tokens_ : std::min(tokens_, kTokenBlock * ceil_div(threads, 2));
+    reserve();
+    std::vector<FactorTask> factor_tasks = cut_factors();
     for (size_t first = 0; first < tokens_; first += pass_) {
       const Range pass{first, std::min(pass_, tokens_ - first)};
       const size_t units = ceil_div(pass.count, kPassUnit),
                    share = ceil_div(units, threads > 1 ? 4 * threads : 1);
-      parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
-                   [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
-      if (!dx_.data) continue;
-      const Grid grid({pass.count, products<T>().lanes, folded() ? pass.count : kTokenBlock},
+      if (projects_ || kSteps<E> > 1)
+        parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
+                     [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
+      const Grid grid({dx_.data ? pass.count : 0, kPassUnit, folds_ ? pass.count : kTokenBlock},
                       {dx_.cols, kPanelColumns, std::max(dx_.cols, kPanelColumns)}, work_, threads);
-      parallel_for(grid.tasks(), threads, Interruptible::kYes,
-                   [&](size_t i) { multiply(pass, grid.tokens(i), grid.side(i)); });
+      const size_t products = dx_.data ? grid.tasks() : 0;
+      parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
+        if (i < products)
+          multiply(pass, grid.tokens(i), grid.side(i));
+        else
+          add_factor(pass, factor_tasks[i - products]);
+      });
     }
+    add_sums();
   }
 
  private:
-  Update update_of(const BackwardPart<T>& part) const {
-    return backward_update(
-        {tokens_, part.w.d_out, part.w.d_in, part.low.rank(), sizeof(E) / kSteps<E>, part.low.dropout > 0});
-  }
+  struct Part {
+    BackwardPart<T> arrays;
+    Update update;
+    bool projects, wants_da, wants_db;
+    E* dy = nullptr;  // of a pass, where E is not the type of the arrays
+    T* dz = nullptr;  // of a pass, (n, r)
+    E* dz_elements = nullptr;
+    const E* a = nullptr;            // A as outer_tile reads it, (d_out, r)
+    const E* b = nullptr;            // B, (r, d_in)
+    T *da = nullptr, *db = nullptr;  // sums, (r, d_out) and (r, d_in)
 
-  bool folded() const {
-    return std::any_of(parts_.begin(), parts_.end(),
-                       [&](const auto& part) { return update_of(part) == Update::kFolded; });
+    size_t rank() const { return arrays.low.rank(); }
+    size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
+  };
+
+  // Some columns of the gradient of A (transposed) or of B of one part.
+  struct FactorTask {
+    const Part* part;
+    bool is_da;
+    Range cols;
+  };
+
+  // Divides scratch among the parts, and brings their factors into elements E.
+  void reserve() {
+    size_t ts = 0, es = 0;
+    for (int fill = 0; fill < 2; ++fill) {
+      T* t = fill ? scratch<T>(Scratch::kLowGradients, ts) : nullptr;
+      E* e = fill ? scratch<E>(Scratch::kLanes, es) : nullptr;
+      size_t t_used = 0, e_used = 0;
+      const auto take = [fill](auto* from, size_t& used, size_t count) {
+        auto* taken = fill ? from + used : nullptr;
+        used += count;
+        return taken;
+      };
+      for (Part& p : parts_) {
+        const size_t rank = p.rank(), d_out = p.arrays.w.d_out, d_in = p.arrays.w.d_in;
+        if (p.projects) p.dz = take(t, t_used, pass_ * rank);
+        if (p.wants_da) p.da = take(t, t_used, rank * d_out);
+        if (p.wants_db) p.db = take(t, t_used, rank * d_in);
+        if constexpr (kSteps<E> > 1) {
+          if (p.projects || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
+          if (p.projects) {
+            p.dz_elements = take(e, e_used, pass_ * depth_of<E>(rank));
+            p.a = take(e, e_used, p.dy_depth() * rank);
+            p.b = take(e, e_used, depth_of<E>(rank) * d_in);
+          }
+        }
+      }
+      ts = t_used;
+      es = e_used;
+    }
+    for (Part& p : parts_) {
+      projects_ |= p.projects;
+      if (!p.projects) continue;
+      const LowRank<T>& low = p.arrays.low;
+      if constexpr (kSteps<E> > 1) {
+        const auto& pair_rows = kernels::table().convert.pair_rows;
+        pair_rows(low.a.rows, low.a.cols, low.a.data, low.a.stride, const_cast<E*>(p.a));
+        pair_rows(low.b.rows, low.b.cols, low.b.data, low.b.stride, const_cast<E*>(p.b));
+      } else {
+        p.a = low.a.data;
+        p.b = low.b.data;
+      }
+    }
   }
 
   // dz, and dy in elements E, of some tokens of a pass.
   void prepare(Range pass, Range some) const {
     const Range tokens{pass.first + some.first, some.count};
-    E* elements = elements_ + some.first * converted_;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      const Matrix<const T> dy = at(parts_[i].dy, tokens, {0, parts_[i].dy.cols});
-      if (dz_[i]) project_back(dy, parts_[i].low, dz_[i] + tokens.first * parts_[i].low.rank());
+    for (const Part& p : parts_) {
+      const Matrix<const T> dy = at(p.arrays.dy, tokens, {0, p.arrays.dy.cols});
       if constexpr (kSteps<E> > 1)
-        if (converted_) {
-          elements_of<E>(dy, elements, converted_);
-          elements += depth_of<E>(dy.cols);
-        }
+        if (p.dy) elements_of<E>(dy, p.dy + some.first * p.dy_depth(), p.dy_depth());
+      if (!p.projects) continue;
+      const size_t rank = p.rank();
+      T* dz = p.dz + some.first * rank;
+      add_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), p.a, rank, dz, rank, false);
+      for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
+      if constexpr (kSteps<E> > 1)
+        elements_of<E>({dz, some.count, rank, rank}, p.dz_elements + some.first * depth_of<E>(rank),
+                       depth_of<E>(rank));
     }
+  }
+
+  // dy, and dz, of some tokens of a pass, in elements E.
+  Strided<E> dy_of(const Part& p, Range pass, Range some) const {
+    if constexpr (kSteps<E> > 1)
+      return {p.dy + some.first * p.dy_depth(), p.dy_depth(), 1};
+    else
+      return {p.arrays.dy.row(pass.first + some.first), p.arrays.dy.stride, 1};
+  }
+  Strided<E> dz_of(const Part& p, size_t first) const {
+    const size_t depth = depth_of<E>(p.rank());
+    if constexpr (kSteps<E> > 1)
+      return {p.dz_elements + first * depth, depth, 1};
+    else
+      return {p.dz + first * depth, depth, 1};
   }
 
   // dx[tokens, cols], panel by panel.
   void multiply(Range pass, Range some, Range cols) const {
-    const Range tokens{pass.first + some.first, some.count};
-    const Matrix<T> dx{dx_.row(tokens.first), tokens.count, dx_.cols, dx_.stride};
+    const Matrix<T> dx{dx_.row(pass.first + some.first), some.count, dx_.cols, dx_.stride};
     for (size_t c = 0; c < cols.count; c += kPanelColumns) {
       const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
-      const E* elements = elements_ + some.first * converted_;
       bool accumulate = false;
-      for (const BackwardPart<T>& part : parts_) {
-        Strided<E> dy;
-        if constexpr (kSteps<E> == 1)
-          dy = {part.dy.row(tokens.first), part.dy.stride, 1};
-        else
-          dy = {elements, converted_, 1};
-        accumulate |= frozen(part, dy, panel, dx, accumulate);
-        elements += depth_of<E>(part.w.d_out);
-      }
+      for (const Part& p : parts_) accumulate |= frozen(p, dy_of(p, pass, some), panel, dx, accumulate);
       if (!accumulate)
         for (size_t i = 0; i < dx.rows; ++i) std::fill_n(dx.row(i) + panel.first, panel.count, T(0));
-      for (size_t i = 0; i < parts_.size(); ++i)
-        if (update_of(parts_[i]) == Update::kSteps)
-          low_rank_back(parts_[i].low, dz_[i] + tokens.first * parts_[i].low.rank(), tokens.first, panel, dx);
+      for (const Part& p : parts_)
+        if (p.update == Update::kSteps) low_rank(p, pass, some, panel, dx);
     }
   }
 
   // dx[:, panel] = [dx +] dy W[:, panel]; says whether there was anything to add.
-  bool frozen(const BackwardPart<T>& part, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate) const {
-    const WeightView& w = part.w;
+  bool frozen(const Part& p, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate) const {
+    const WeightView& w = p.arrays.w;
     W* decoded = scratch<W>(Scratch::kWeight, kOuterDepth * kPanelColumns);
-    [[maybe_unused]] const bool folds = update_of(part) == Update::kFolded;
     for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
       const Range rows{o, std::min(kOuterDepth, w.d_out - o)};
       ColumnBlock<W> block = column_block(w, rows, panel, decoded);
       if constexpr (std::is_same_v<W, T>)
-        if (folds) {
-          const kernels::Panels<T> sum =
-              fold<T>(part.low, rows, panel, {block.data, block.row_stride, 0}, decoded);
+        if (p.update == Update::kFolded) {
+          const auto sum = fold<T>(p.arrays.low, rows, panel, {block.data, block.row_stride, 0}, decoded);
           block = {sum.data, sum.row_stride};
         }
       outer_tile<E, W>()(dx.rows, panel.count, depth_of<E>(rows.count),
@@ -189,127 +229,113 @@ class InputGradients {
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel.
   static Fetch following(const WeightView& w, Range rows, Range panel) {
     if (!w.packed) return {};
-    const size_t next = rows.first + rows.count;
     const size_t bytes = kOuterDepth * kPanelColumns * bytes_per_element(w.storage);
-    return {stored_at(w, next, panel.first), bytes / kCacheLine};
+    return {stored_at(w, rows.first + rows.count, panel.first), bytes / kCacheLine};
   }
 
-  const std::span<const BackwardPart<T>> parts_;
-  const Matrix<T> dx_;
-  T* const* const dz_;
-  const size_t tokens_;
-  size_t converted_ = 0, pass_ = 0;  // elements of dy, of all parts, for each token; tokens of a pass
-  double work_ = 0;
-  E* elements_ = nullptr;
-};
-
-template <class T>
-void input_gradients(std::span<const BackwardPart<T>> parts, Matrix<T> dx, T* const* dz) {
-  const WeightView& w = parts[0].w;
-  const size_t n = parts[0].dy.rows;
-  if constexpr (std::is_same_v<T, float>) {
-    const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
-    if (n > kSmallBatch && w.compute == Compute::kBfloat16)
-      return InputGradients<Bf16Pair, Bf16Pair>(parts, dx, dz).run();
-    if (n <= kSmallBatch && std::all_of(parts.begin(), parts.end(), is_bf16))
-      return InputGradients<float, Bf16>(parts, dx, dz).run();
-  }
-  InputGradients<T, T>(parts, dx, dz).run();
-}
-
-// out (p, cols) += aᵀ b[:, cols] for a (n, p), b (n, q), in passes over kSumDepth tokens that keep the rows of b in cache.
-// load(pass) gives the rows of the pass of a and of b[:, cols].
-template <class T, class Load>
-void add_columns(size_t n, size_t p, Range cols, const Load& load, T* out, size_t out_stride) {
-  for (size_t first = 0; first < n; first += kSumDepth) {
-    const Range pass{first, std::min(kSumDepth, n - first)};
-    const auto [a, b] = load(pass);
-    for (size_t c = 0; c < cols.count; c += kPanelColumns)
-      products<T>().outer_tile(p, std::min(kPanelColumns, cols.count - c), pass.count, {a.data, 1, a.stride},
-                               b.data + c, b.stride, out + c, out_stride, true, {});
-  }
-}
-
-// Some columns of the gradient of A (transposed) or of B of one part.
-struct FactorTask {
-  size_t part;
-  bool is_da;
-  Range cols;
-};
-
-template <class T>
-struct Rows {
-  Matrix<const T> a, b;
-};
-
-// da[rows] += scale * dy[:, rows]ᵀ z, by way of its transpose.
-template <class T>
-void add_da(Matrix<const T> dy, Matrix<const T> z, double scale, Range rows, Matrix<T> da) {
-  const Range all{0, z.cols};
-  T* sum = scratch<T>(Scratch::kSums, z.cols * kColumnBlock);
-  std::fill_n(sum, z.cols * kColumnBlock, T(0));
-  add_columns(
-      dy.rows, z.cols, rows, [&](Range pass) { return Rows<T>{at(z, pass, all), at(dy, pass, rows)}; }, sum,
-      kColumnBlock);
-  for (size_t o = 0; o < rows.count; ++o)
-    for (size_t j = 0; j < z.cols; ++j) da.row(rows.first + o)[j] += T(scale) * sum[j * kColumnBlock + o];
-}
-
-// db[:, cols] += dzᵀ drop(x)[:, cols].
-template <class T>
-void add_db(Matrix<const T> dz, Matrix<const T> x, const LowRank<T>& low, Range cols, Matrix<T> db) {
-  const auto load = [&](Range pass) {
-    Rows<T> rows{at(dz, pass, {0, dz.cols}), at(x, pass, cols)};
-    if (low.dropout > 0) {
-      const Matrix<T> dropped{scratch<T>(Scratch::kDropped, kSumDepth * kColumnBlock), pass.count, cols.count,
-                              kColumnBlock};
-      drop_rows(low.dropout, low.key, pass.first, cols.first, x.cols, rows.b, dropped);
-      rows.b = dropped;
+  // dx[:, panel] += undrop(dz B[:, panel]).
+  void low_rank(const Part& p, Range pass, Range some, Range panel, Matrix<T> dx) const {
+    const LowRank<T>& low = p.arrays.low;
+    const size_t depth = depth_of<E>(p.rank()), d_in = dx_.cols;
+    if (low.dropout == 0)
+      return add_product<E>(dx.rows, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in,
+                            dx.data + panel.first, dx.stride, true);
+    const size_t tile = kernels::table().tiles<E>().tile_tokens;
+    T* update = scratch<T>(Scratch::kDropped, tile * panel.count);
+    for (size_t i = 0; i < dx.rows; i += tile) {
+      const Matrix<T> rows{update, std::min(tile, dx.rows - i), panel.count, panel.count};
+      add_product<E>(rows.rows, panel.count, depth, dz_of(p, some.first + i), p.b + panel.first, d_in, update,
+                     panel.count, false);
+      drop_rows<T>(low.dropout, low.key, pass.first + some.first + i, panel.first, d_in, rows, rows);
+      for (size_t j = 0; j < rows.rows; ++j)
+        for (size_t c = 0; c < panel.count; ++c) dx.row(i + j)[panel.first + c] += rows.row(j)[c];
     }
-    return rows;
-  };
-  add_columns(dz.rows, dz.cols, cols, load, db.data + cols.first, db.stride);
-}
+  }
+
+  std::vector<FactorTask> cut_factors() const {
+    std::vector<FactorTask> tasks;
+    for (const Part& p : parts_)
+      for (const bool is_da : {true, false}) {
+        const size_t count = is_da ? p.arrays.w.d_out : p.arrays.w.d_in;
+        if (is_da ? !p.wants_da : !p.wants_db) continue;
+        for (size_t c = 0; c < count; c += kColumnBlock)
+          tasks.push_back({&p, is_da, {c, std::min(kColumnBlock, count - c)}});
+      }
+    return tasks;
+  }
+
+  // The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols], over a pass, in steps
+  // that keep the rows of dy or x in cache.
+  void add_factor(Range pass, const FactorTask& task) const {
+    const Part& p = *task.part;
+    const size_t rank = p.rank(), stride = task.is_da ? p.arrays.w.d_out : p.arrays.w.d_in;
+    T* sum = (task.is_da ? p.da : p.db) + task.cols.first;
+    for (size_t i = 0; i < pass.count; i += kSumDepth) {
+      const Range some{i, std::min(kSumDepth, pass.count - i)}, tokens{pass.first + i, some.count};
+      const Matrix<const T> left = task.is_da ? at(p.arrays.z, tokens, {0, rank})
+                                              : Matrix<const T>{p.dz + i * rank, some.count, rank, rank};
+      Matrix<const T> right = at(task.is_da ? p.arrays.dy : x_, tokens, task.cols);
+      const LowRank<T>& low = p.arrays.low;
+      if (!task.is_da && low.dropout > 0) {
+        const Matrix<T> dropped{scratch<T>(Scratch::kDropped, some.count * right.cols), some.count,
+                                right.cols, right.cols};
+        drop_rows(low.dropout, low.key, tokens.first, task.cols.first, x_.cols, right, dropped);
+        right = dropped;
+      }
+      const bool accumulate = tokens.first > 0;
+      if constexpr (kSteps<E> == 1) {
+        add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
+                       sum, stride, accumulate);
+      } else {
+        const size_t depth = depth_of<E>(some.count);
+        E* a = scratch<E>(Scratch::kFactor, depth * rank);
+        E* w = scratch<E>(Scratch::kWeight, depth * right.cols);
+        const auto& pair_rows = kernels::table().convert.pair_rows;
+        pair_rows(some.count, rank, left.data, left.stride, a);
+        pair_rows(some.count, right.cols, right.data, right.stride, w);
+        add_product<E>(rank, right.cols, depth, {a, 1, rank}, w, right.cols, sum, stride, accumulate);
+      }
+    }
+  }
+
+  // Not interrupted: gradients that are half added could not be told from whole ones.
+  void add_sums() const {
+    for (const Part& p : parts_) {
+      const T scale = T(p.arrays.low.scale);
+      if (p.wants_da)
+        for (size_t o = 0; o < p.arrays.da.rows; ++o)
+          for (size_t j = 0; j < p.rank(); ++j)
+            p.arrays.da.row(o)[j] += scale * p.da[j * p.arrays.da.rows + o];
+      if (p.wants_db)
+        for (size_t j = 0; j < p.rank(); ++j)
+          for (size_t c = 0; c < p.arrays.db.cols; ++c)
+            p.arrays.db.row(j)[c] += p.db[j * p.arrays.db.cols + c];
+    }
+  }
+
+  const Matrix<const T> x_;
+  const Matrix<T> dx_;
+  const size_t tokens_;
+  size_t pass_ = 0;
+  double work_ = 0;
+  bool folds_ = false, projects_ = false;
+  std::vector<Part> parts_;
+};
 
 }  // namespace
 
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
-  const size_t n = parts[0].dy.rows;
-  size_t ranks = 0;
-  for (const auto& part : parts) ranks += part.low.rank();
-  T* dz = scratch<T>(Scratch::kLowGradients, n * ranks);
-  std::vector<T*> dzs;
-  for (const auto& part : parts) {
-    dzs.push_back(part.low.rank() && (dx.data || part.db.data) ? dz : nullptr);
-    dz += n * part.low.rank();
+  if constexpr (std::is_same_v<T, float>) {
+    const bool small = parts[0].dy.rows <= kSmallBatch;
+    const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
+    if (!small && parts[0].w.compute == Compute::kBfloat16)
+      return Backward<Bf16Pair, Bf16Pair>(parts, x, dx).run();
+    if (small && std::all_of(parts.begin(), parts.end(), is_bf16))
+      return Backward<float, Bf16>(parts, x, dx).run();
   }
-  if (dx.data || std::any_of(dzs.begin(), dzs.end(), [](const T* p) { return p != nullptr; }))
-    input_gradients(parts, dx, dzs.data());
-
-  // Columns of da and db, cut over all parts. Not interrupted: gradients that are half added could not be told from whole ones.
-  std::vector<FactorTask> tasks;
-  double work = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const BackwardPart<T>& part = parts[i];
-    if (!part.low.rank()) continue;
-    const auto cut = [&](bool is_da, size_t count) {
-      work += flops(n, count, part.low.rank());
-      for (size_t c = 0; c < count; c += kColumnBlock)
-        tasks.push_back({i, is_da, {c, std::min(kColumnBlock, count - c)}});
-    };
-    if (part.da.data) cut(true, part.w.d_out);
-    if (part.db.data) cut(false, part.w.d_in);
-  }
-  parallel_for(tasks.size(), useful_threads(work), Interruptible::kNo, [&](size_t i) {
-    const BackwardPart<T>& part = parts[tasks[i].part];
-    const size_t rank = part.low.rank();
-    if (tasks[i].is_da)
-      add_da(part.dy, part.z, part.low.scale, tasks[i].cols, part.da);
-    else
-      add_db<T>({dzs[tasks[i].part], n, rank, rank}, x, part.low, tasks[i].cols, part.db);
-  });
+  Backward<T, T>(parts, x, dx).run();
 }
 
 template <class T>
@@ -321,13 +347,14 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range rows = nth_block(out.rows, kRowBlock, i / col_tasks);
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
-    const auto load = [&](Range pass) {
+    for (size_t first = 0; first < a.rows; first += kSumDepth) {
+      const Range pass{first, std::min(kSumDepth, a.rows - first)};
       for (size_t n = 0; n < pass.count; ++n)
         for (size_t j = 0; j < rows.count; ++j)
           scaled[n * kRowBlock + j] = T(scale) * a.row(pass.first + n)[rows.first + j];
-      return Rows<T>{{scaled, pass.count, rows.count, kRowBlock}, at(b, pass, cols)};
-    };
-    add_columns(a.rows, rows.count, cols, load, out.row(rows.first) + cols.first, out.stride);
+      add_product<T>(rows.count, cols.count, pass.count, {scaled, 1, kRowBlock}, at(b, pass, cols).data,
+                     b.stride, out.row(rows.first) + cols.first, out.stride, true);
+    }
   });
 }
 

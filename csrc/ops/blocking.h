@@ -27,7 +27,7 @@ inline size_t dot_columns(size_t tokens) {
 // Rows of a panel of W that the backward product keeps in L2: 512 x 48 floats = 96 KB.
 inline constexpr size_t kOuterDepth = 512;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
-inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
+inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;  // even
 // Floating-point operations of one task: 0.1 s on the slowest instruction set, so that Ctrl-C is heard between tasks.
 inline constexpr double kTaskFlops = 2e9;
 

@@ -327,17 +327,20 @@ void sum_parts(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t
 
 // ---- transposes into and out of the lanes ----
 
-// xt (cols, n_lanes) = x (rows, cols) transposed; lanes behind rows are zero.
+// xt (cols, n_lanes) = x (rows, cols) transposed; lanes behind rows are zero. So many rows are more than the hardware follows:
+// they are fetched kAhead columns before, at their ends those of the n_lanes rows behind.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
+  constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);
   for (size_t c = 0; c < cols; c += kLanes) {
     const size_t width = smaller(cols - c, kLanes);
+    const size_t ahead = c + kAhead < cols ? kAhead : n_lanes * x_stride + kAhead - cols;
     for (size_t first = 0; first < n_lanes; first += kLanes) {
       Vec<T> block[kLanes];
 #pragma GCC unroll 16
       for (size_t i = 0; i < kLanes; ++i) {
         const T* p = x + (first + i) * x_stride + c;
+        __builtin_prefetch(p + ahead, 0, 2);
         block[i] = first + i >= rows ? Vec<T>::zero()
                    : width == kLanes ? Vec<T>::load(p)
                                      : Vec<T>::load_partial(p, width);

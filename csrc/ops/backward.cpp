@@ -9,6 +9,7 @@
 #include "ops/elements.h"
 #include "ops/fold.h"
 #include "ops/lora.h"
+#include "ops/outer.h"
 #include "ops/plan.h"
 #include "ops/scratch.h"
 
@@ -27,23 +28,6 @@ namespace {
 template <class T>
 Matrix<const T> at(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
-}
-
-template <class E, class W>
-const auto& outer_tile() {
-  if constexpr (std::is_same_v<E, W>)
-    return kernels::table().tiles<E>().outer_tile;
-  else
-    return kernels::table().small<W>().outer_tile;
-}
-
-// c (m, cols) = [c +] a (m, depth) w (depth, cols).
-template <class E>
-void add_product(size_t m, size_t cols, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
-                 size_t c_stride, bool accumulate) {
-  for (size_t j = 0; j < cols; j += kPanelColumns)
-    outer_tile<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j, c_stride,
-                       accumulate, {});
 }
 
 // The gradients of a stack, computed in elements E from blocks of W in elements W, a pass of tokens at a time: dz, then dx and
@@ -70,7 +54,10 @@ class Backward {
   void run() {
     const size_t threads = useful_threads(work_);
     // A block of W that is added to serves all tokens; else more threads take more tokens at a time.
-    pass_ = folds_ ? tokens_ : std::min(tokens_, kTokenBlock * ceil_div(threads, 2));
+    pass_ = std::min(tokens_, kTokenBlock * ceil_div(threads, 2));
+    for (const Part& p : parts_)
+      if (dx_.data && p.update == Update::kFolded)
+        pass_ = std::max(pass_, tokens_of_block(tokens_, p.arrays.w.d_out, sizeof(E) / kSteps<E>));
     reserve();
     std::vector<FactorTask> factor_tasks = cut_factors();
     for (size_t first = 0; first < tokens_; first += pass_) {

@@ -24,8 +24,8 @@ inline constexpr size_t kSmallBatch = 8, kDotParts = 4096;
 inline size_t dot_columns(size_t tokens) {
   return (tokens > 4 ? 4 : 16) * kernels::kPanelColumns;
 }
-// Rows of a panel of W that the backward product keeps in L2: 512 x 48 floats = 96 KB.
-inline constexpr size_t kOuterDepth = 512;
+// Steps of the depth for which a panel of W, or of blocks of its transpose, is kept in L2: 576 x 48 floats = 108 KB.
+inline constexpr size_t kOuterDepth = 12 * kernels::kPanelColumns;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;  // even
 // Floating-point operations of one task: 0.1 s on the slowest instruction set, so that Ctrl-C is heard between tasks.
@@ -35,12 +35,16 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The tokens of one pass: as many as have their lanes (d_in elements each) kept at a time, in passes of about one size.
+// The tokens of one pass, in passes of about one size: as many as have `width` elements each in `bytes`.
 inline constexpr size_t kPassUnit = 32;
-inline size_t tokens_of_pass(size_t tokens, size_t d_in, size_t element_bytes) {
-  const size_t most = kLanesBytes / element_bytes / std::max<size_t>(1, d_in) / kPassUnit * kPassUnit;
+inline size_t tokens_of_pass(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
+  const size_t most = bytes / element_bytes / std::max<size_t>(1, width) / kPassUnit * kPassUnit;
   const size_t passes = ceil_div(tokens, std::max(2 * kPassUnit, most));
   return round_up(ceil_div(tokens, std::max<size_t>(1, passes)), kPassUnit);
+}
+// Where a block of W is transposed or added to: its tokens stay in a core's share of L3.
+inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes) {
+  return tokens_of_pass(tokens, width, element_bytes, size_t{4} << 20);
 }
 
 // A grid of tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that
@@ -58,7 +62,9 @@ class Grid {
     const size_t for_length = static_cast<size_t>(operations / kTaskFlops) + 1;
     side_block_ = even_block(side, ceil_div(std::max(wanted, for_length), token_blocks));
     side_blocks_ = std::max<size_t>(1, ceil_div(side_, side_block_));
-    tasks_ = token_blocks * side_blocks_;
+    if (token_blocks * side_blocks_ < wanted)  // too few columns for so many threads
+      token_block_ = even_block(tokens, ceil_div(wanted, side_blocks_));
+    tasks_ = ceil_div(tokens_, token_block_) * side_blocks_;
   }
 
   size_t tasks() const { return tasks_; }

@@ -10,6 +10,18 @@
 
 namespace nplora {
 
+enum class ForwardPath {
+  kSmall,  // up to kSmallBatch rows: nothing is transposed
+  kLanes,  // x and y are
+  kRows,   // W is, which pays for large batches
+};
+
+inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes) {
+  if (tokens <= kSmallBatch) return ForwardPath::kSmall;
+  const size_t shared = std::min(tokens, tokens_of_block(tokens, d_in, element_bytes));
+  return shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows : ForwardPath::kLanes;
+}
+
 enum class Update {
   kNone,   // there is none
   kSteps,  // a few more steps of the product's depth: z (backward: dz) is computed, then multiplied with A (B)
@@ -30,22 +42,23 @@ struct UpdateCost {
   double steps, folded;
 };
 
-inline double fold_cost(const LayerShape& s) {
-  return flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in);
+// For tokens with rows of so many elements.
+inline double fold_cost(const LayerShape& s, size_t width) {
+  const size_t blocks = ceil_div(s.tokens, tokens_of_block(s.tokens, width, s.element_bytes));
+  return double(blocks) *
+         (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// z = x Bᵀ and z Aᵀ; folding saves both, or, where z is wanted for a backward pass, the second only.
+// Blocks of W are added to where they are transposed. z = x Bᵀ and z Aᵀ; folding saves both, or, where z is wanted for a backward pass, the second only.
 inline UpdateCost forward_cost(const LayerShape& s, bool keep_z) {
-  const size_t passes = ceil_div(s.tokens, tokens_of_pass(s.tokens, s.d_in, s.element_bytes));
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
-  const double fold = static_cast<double>(passes) * fold_cost(s);
-  return {project + expand, fold + (keep_z ? project : 0)};
+  return {project + expand, fold_cost(s, s.d_in) + (keep_z ? project : 0)};
 }
 
 // dz = dy A and dz B; dz is wanted for the gradient of B.
 inline UpdateCost backward_cost(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
-  return {project + expand, project + fold_cost(s)};
+  return {project + expand, project + fold_cost(s, s.d_out)};
 }
 
 // The cheaper way. Folding is for float and double: in bfloat16 the rounding of W + scale A B would drown a young update.
@@ -56,7 +69,9 @@ inline Update choose_update(const LayerShape& s, const UpdateCost& cost) {
 }
 
 inline Update forward_update(const LayerShape& s, bool keep_z) {
-  return choose_update(s, forward_cost(s, keep_z));
+  const Update update = choose_update(s, forward_cost(s, keep_z));
+  const bool kept = forward_path(s.tokens, s.d_out, s.d_in, s.element_bytes) != ForwardPath::kRows;
+  return kept && update == Update::kFolded ? Update::kSteps : update;
 }
 inline Update backward_update(const LayerShape& s) {
   return choose_update(s, backward_cost(s));

@@ -13,6 +13,7 @@ enum class Scratch {
   kLowGradients,  // dz: r for each token of the batch
   kSums,          // outputs before they are written: a few 100 KB
   kWeight,        // a decoded block of W: 100 KB, or 48 kDotParts
+  kDecoded,       // a panel of W before it is transposed: 48 x 48
   kFactor,        // B in pairs: r d_in; or scaled rows of A: 512 r
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in

@@ -1,0 +1,91 @@
+// The three ways to compute the forward pass, which one is taken where (plan.h), and what they share.
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "ops/blocking.h"
+#include "ops/dropout.h"
+#include "ops/lora.h"
+#include "ops/scratch.h"
+
+namespace nplora {
+
+// Up to kSmallBatch rows. W is read once, as elements W in the order it lies in, and nothing is transposed.
+template <class W>
+void forward_small(const ForwardPart<kernels::Sum<W>>& part, Matrix<const kernels::Sum<W>> x, size_t threads);
+
+// Tokens in the SIMD lanes, computed in elements E: x and y are transposed.
+template <class E>
+void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
+                   size_t threads);
+
+// Outputs in the SIMD lanes: blocks of W are transposed, and may have the update folded in.
+template <class E>
+void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
+                  size_t threads);
+
+template <class T>
+Matrix<const T> rows_of(Matrix<const T> m, Range rows) {
+  return {m.row(rows.first), rows.count, m.cols, m.stride};
+}
+
+template <class T>
+Matrix<const T> dropped(const LowRank<T>& low, Matrix<const T> x, Range tokens) {
+  if (low.dropout == 0) return rows_of(x, tokens);
+  const Matrix<T> out{scratch<T>(Scratch::kDropped, tokens.count * x.cols), tokens.count, x.cols, x.cols};
+  drop_rows(low.dropout, low.key, tokens.first, 0, x.cols, rows_of(x, tokens), out);
+  return out;
+}
+
+template <class T>
+const T* bias_at(const ForwardPart<T>& part, size_t row) {
+  return part.bias ? part.bias + row : nullptr;
+}
+
+// A range of rows of one part of a stack.
+struct PartRows {
+  size_t part;
+  Range rows;
+};
+
+// The rows of all parts, counted one after the other in whole blocks of kRowBlock.
+template <class T>
+class StackRows {
+ public:
+  explicit StackRows(std::span<const ForwardPart<T>> parts) : parts_(parts) {}
+
+  size_t blocks() const {
+    size_t sum = 0;
+    for (const auto& part : parts_) sum += ceil_div(part.w.d_out, kRowBlock);
+    return sum;
+  }
+
+  // Calls body(PartRows) for the pieces of a range of blocks.
+  template <class Body>
+  void for_parts(Range blocks, const Body& body) const {
+    size_t first = 0;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const size_t d_out = parts_[i].w.d_out, count = ceil_div(d_out, kRowBlock);
+      const size_t from = std::max(first, blocks.first),
+                   to = std::min(first + count, blocks.first + blocks.count);
+      if (from < to) {
+        const size_t row = (from - first) * kRowBlock;
+        body(PartRows{i, {row, std::min(d_out, (to - first) * kRowBlock) - row}});
+      }
+      first += count;
+    }
+  }
+
+ private:
+  std::span<const ForwardPart<T>> parts_;
+};
+
+template <class T>
+double flops_of(std::span<const ForwardPart<T>> parts, size_t n) {
+  double sum = 0;
+  for (const auto& part : parts) sum += flops(n, part.w.d_out, part.w.d_in);
+  return sum;
+}
+
+}  // namespace nplora

@@ -1,0 +1,183 @@
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the tokens in the SIMD lanes.
+#include <vector>
+
+#include "base/parallel.h"
+#include "ops/elements.h"
+#include "ops/forward.h"
+
+namespace nplora {
+
+using kernels::Bf16Pair;
+using kernels::kPanelColumns;
+using kernels::kSteps;
+using kernels::Panels;
+using kernels::Products;
+using kernels::Strided;
+using kernels::Sum;
+using kernels::Tiles;
+
+namespace {
+
+// Tokens in the SIMD lanes, computed in elements E. First x is brought into the lanes and z is computed, for as many tokens as
+// a pass takes; then the rows of W go over all of them. The update z Aᵀ is added in the type of the sums.
+template <class E>
+class LanesForward {
+ public:
+  using T = Sum<E>;
+
+  LanesForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
+      : parts_(parts),
+        x_(x),
+        k_(kernels::table().products<T>()),
+        tiles_(kernels::table().tiles<E>()),
+        lanes_(x.rows <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes),
+        depth_(depth_of<E>(x.cols)) {
+    for (const auto& part : parts) updates_.push_back({part, {}, nullptr});
+  }
+
+  void run(size_t threads) {
+    pass_ =
+        std::min(tokens_of_pass(x_.rows, x_.cols, sizeof(E) / kSteps<E>), kTokenBlock * ceil_div(threads, 2));
+    reserve();
+    const StackRows<T> rows(parts_);
+    for (size_t first = 0; first < x_.rows; first += pass_) {
+      const Range pass{first, std::min(pass_, x_.rows - first)};
+      const size_t blocks = ceil_div(pass.count, lanes_),
+                   share = ceil_div(blocks, threads > 1 ? 4 * threads : 1);
+      parallel_for(ceil_div(blocks, share), threads, Interruptible::kYes, [&](size_t i) {
+        const Range mine = nth_block(blocks, share, i);
+        for (size_t b = 0; b < mine.count; ++b) prepare(pass, mine.first + b);
+      });
+      const Grid grid({blocks, 1, kTokenBlock / lanes_}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, pass.count), threads);
+      parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(pass, grid.tokens(i), piece); });
+      });
+    }
+  }
+
+ private:
+  struct Update {
+    const ForwardPart<T>& part;
+    Strided<E> b;  // in elements E
+    T* zt;         // of a pass, (blocks, r, lanes)
+  };
+
+  void reserve() {
+    size_t ranks = 0;
+    for (const Update& update : updates_) ranks += update.part.low.rank();
+    xt_ = scratch<E>(Scratch::kLanes, pass_ * depth_);
+    T* zt = scratch<T>(Scratch::kLowLanes, pass_ * ranks);
+    E* b = kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, ranks * depth_);
+    for (Update& update : updates_) {
+      const size_t rank = update.part.low.rank();
+      if (rank == 0) continue;
+      update.zt = zt;
+      update.b = elements_or_self<E>(update.part.low.b, b);
+      zt += pass_ * rank;
+      b += kSteps<E> == 1 ? 0 : rank * depth_;
+    }
+  }
+
+  Range lane_block(Range pass, size_t b) const {
+    const Range block = nth_block(pass.count, lanes_, b);
+    return {pass.first + block.first, block.count};
+  }
+
+  // xt and, of all parts, zt and z for one block of tokens.
+  void prepare(Range pass, size_t b) const {
+    const Range tokens = lane_block(pass, b);
+    E* lanes = xt_ + b * depth_ * lanes_;
+    lanes_of<E>(lanes_, rows_of(x_, tokens), lanes);
+    for (const Update& update : updates_)
+      if (update.part.low.rank()) project(update, tokens, b, lanes);
+  }
+
+  // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens; z (tokens, r) without the scale.
+  void project(const Update& update, Range tokens, size_t b, const E* xt) const {
+    const ForwardPart<T>& part = update.part;
+    const size_t rank = part.low.rank();
+    if (part.low.dropout > 0) {
+      E* lanes = scratch<E>(Scratch::kDroppedLanes, depth_ * lanes_);
+      lanes_of<E>(lanes_, dropped(part.low, x_, tokens), lanes);
+      xt = lanes;
+    }
+    T* zt = update.zt + b * rank * lanes_;
+    tiles_.lane_tile(lanes_, rank, depth_, {update.b.data, update.b.row_stride, kPanelColumns / kSteps<E>},
+                     xt, zt, false);
+    if (part.z.data)
+      k_.from_lanes(lanes_, tokens.count, rank, zt, nullptr, part.z.row(tokens.first), part.z.stride);
+    for (size_t i = 0; i < rank * lanes_; ++i) zt[i] *= T(part.low.scale);
+  }
+
+  // y of some rows of a part, for a range of the lane blocks of a pass.
+  void multiply(Range pass, Range blocks, PartRows piece) const {
+    const Update& update = updates_[piece.part];
+    const ForwardPart<T>& part = update.part;
+    const size_t rank = part.low.rank();
+    T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
+    for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
+      const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};
+      frozen(part, rows, pass, blocks, yt);
+      for (size_t b = 0; b < blocks.count; ++b) {
+        const Range tokens = lane_block(pass, blocks.first + b);
+        T* out = yt + b * kRowBlock * lanes_;
+        if (rank)
+          k_.lane_tile(lanes_, rows.count, rank,
+                       {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
+                       update.zt + (blocks.first + b) * rank * lanes_, out, true);
+        k_.from_lanes(lanes_, tokens.count, rows.count, out, bias_at(part, rows.first),
+                      part.y.row(tokens.first) + rows.first, part.y.stride);
+      }
+    }
+  }
+
+  // yt (blocks, kRowBlock, lanes) = W[rows] xt. The last products fetch the lines of y.
+  void frozen(const ForwardPart<T>& part, Range rows, Range pass, Range blocks, T* yt) const {
+    const WeightView& w = part.w;
+    if (w.d_in == 0) std::fill_n(yt, blocks.count * kRowBlock * lanes_, T(0));
+    const size_t full = full_columns(w.d_in);
+    // A single block of lanes goes once over each row: it reads a whole row at a time, as W streams by.
+    const size_t most = blocks.count > 1 || !in_place<E>(w) ? kDepthBlock : std::max(full, kPanelColumns);
+    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * kDepthBlock);
+    for (size_t col = 0; col < w.d_in;) {
+      const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
+      const Panels<E> panels = row_block(w, rows, {col, cols}, decoded);
+      for (size_t b = 0; b < blocks.count; ++b) {
+        if (col + cols == w.d_in) fetch(part.y, lane_block(pass, blocks.first + b), rows);
+        tiles_.lane_tile(lanes_, rows.count, depth_of<E>(cols), panels,
+                         xt_ + ((blocks.first + b) * depth_ + col / kSteps<E>)*lanes_,
+                         yt + b * kRowBlock * lanes_, col > 0);
+      }
+      col += cols;
+    }
+  }
+
+  static void fetch(Matrix<T> y, Range rows, Range cols) {
+    for (size_t i = 0; i < rows.count; ++i)
+      for (size_t c = 0; c < cols.count; c += kCacheLine / sizeof(T))
+        __builtin_prefetch(y.row(rows.first + i) + cols.first + c, 1);
+  }
+
+  const std::span<const ForwardPart<T>> parts_;
+  const Matrix<const T> x_;
+  const Products<T>& k_;
+  const Tiles<E>& tiles_;
+  const size_t lanes_, depth_;
+  size_t pass_ = 0;
+  std::vector<Update> updates_;
+  E* xt_ = nullptr;
+};
+
+}  // namespace
+
+template <class E>
+void forward_lanes(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads) {
+  LanesForward<E>(parts, x).run(threads);
+}
+
+template void forward_lanes<float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+template void forward_lanes<double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t);
+template void forward_lanes<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+
+}  // namespace nplora

@@ -1,0 +1,210 @@
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes: the backward product on blocks of Wᵀ.
+#include <vector>
+
+#include "base/parallel.h"
+#include "ops/elements.h"
+#include "ops/forward.h"
+#include "ops/outer.h"
+#include "ops/plan.h"
+
+namespace nplora {
+
+using kernels::Bf16Pair;
+using kernels::kPanelColumns;
+using kernels::kSteps;
+using kernels::Panels;
+using kernels::Strided;
+using kernels::Sum;
+
+namespace {
+
+// A block of Wᵀ is made once for all tokens of a task, and the update may be folded in.
+template <class E>
+class RowsForward {
+ public:
+  using T = Sum<E>;
+
+  RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
+      : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
+    for (const auto& part : parts) {
+      const bool keep_z = part.z.data != nullptr;
+      const LayerShape shape{x.rows,          part.w.d_out,          x.cols,
+                             part.low.rank(), sizeof(E) / kSteps<E>, part.low.dropout > 0};
+      const Update update = forward_update(shape, keep_z);
+      updates_.push_back({part, update, part.low.rank() && (keep_z || update == Update::kSteps)});
+    }
+  }
+
+  void run(size_t threads) {
+    pass_ = tokens_of_block(x_.rows, x_.cols, sizeof(E) / kSteps<E>);
+    const bool projects = reserve();
+    const StackRows<T> rows(parts_);
+    for (size_t first = 0; first < x_.rows; first += pass_) {
+      const Range pass{first, std::min(pass_, x_.rows - first)};
+      const size_t units = ceil_div(pass.count, kPassUnit),
+                   share = ceil_div(units, threads > 1 ? 4 * threads : 8);
+      if (projects || kSteps<E> > 1)
+        parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
+                     [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
+      const Grid grid({pass.count, kPassUnit, pass.count}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, pass.count), threads);
+      parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(pass, grid.tokens(i), piece); });
+      });
+    }
+  }
+
+ private:
+  struct PartUpdate {
+    const ForwardPart<T>& part;
+    Update update;
+    bool projects;
+    E* b = nullptr;  // Bᵀ (depth, r)
+    T* a = nullptr;  // scale * Aᵀ (r, d_out)
+    T* z = nullptr;  // of a pass, (n, r)
+  };
+
+  // Divides scratch among the parts, transposes their factors; says whether there is a z to be computed.
+  bool reserve() {
+    size_t a_size = 0, b_size = 0, z_size = 0;
+    for (const PartUpdate& u : updates_) {
+      const size_t rank = u.part.low.rank();
+      a_size += rank * u.part.w.d_out;
+      b_size += u.projects ? rank * depth_ : 0;
+      z_size += u.projects ? rank * pass_ : 0;
+    }
+    x_elements_ = kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kLanes, pass_ * depth_);
+    T* a = scratch<T>(Scratch::kLowGradients, a_size + z_size);
+    T* z = a + a_size;
+    E* b = scratch<E>(Scratch::kLowLanes, b_size);
+    for (PartUpdate& u : updates_) {
+      const LowRank<T>& low = u.part.low;
+      const size_t rank = low.rank();
+      if (rank == 0) continue;
+      u.a = a;
+      transpose_scaled(low.a, low.scale, u.a);
+      a += rank * u.part.w.d_out;
+      if (!u.projects) continue;
+      u.b = b;
+      transpose_elements(low.b, u.b);
+      b += rank * depth_;
+      u.z = z;
+      z += rank * pass_;
+    }
+    return z_size > 0;
+  }
+
+  // out (depth, rows) = m (rows, cols) in elements E, transposed.
+  static void transpose_elements(Matrix<const T> m, E* out) {
+    const size_t depth = depth_of<E>(m.cols);
+    const Strided<E> rows =
+        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, m.rows * depth));
+    for (size_t i = 0; i < m.rows; ++i)
+      for (size_t k = 0; k < depth; ++k) out[k * m.rows + i] = rows.data[i * rows.row_stride + k];
+  }
+
+  // z, and x in elements E, of some tokens of a pass.
+  void prepare(Range pass, Range some) const {
+    const Range tokens{pass.first + some.first, some.count};
+    if constexpr (kSteps<E> > 1)
+      elements_of<E>(rows_of(x_, tokens), x_elements_ + some.first * depth_, depth_);
+    for (const PartUpdate& u : updates_) {
+      if (!u.projects) continue;
+      const LowRank<T>& low = u.part.low;
+      const size_t rank = low.rank();
+      T* z = u.z + some.first * rank;
+      for (size_t i = 0; i < some.count; i += kPassUnit) {
+        const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
+        Strided<E> x = elements(pass, few.first);
+        if (low.dropout > 0)
+          x = elements_or_self<E>(
+              dropped(low, x_, {pass.first + few.first, few.count}),
+              kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
+        add_product<E>(few.count, rank, depth_, x, u.b, rank, z + i * rank, rank, false);
+      }
+      if (u.part.z.data)
+        for (size_t i = 0; i < some.count; ++i)
+          std::copy_n(z + i * rank, rank, u.part.z.row(tokens.first + i));
+    }
+  }
+
+  Strided<E> elements(Range pass, size_t first) const {
+    if constexpr (kSteps<E> == 1)
+      return {x_.row(pass.first + first), x_.stride, 1};
+    else
+      return {x_elements_ + first * depth_, depth_, 1};
+  }
+
+  // y of some rows of a part, for some tokens of a pass.
+  void multiply(Range pass, Range some, PartRows piece) const {
+    const PartUpdate& u = updates_[piece.part];
+    const ForwardPart<T>& part = u.part;
+    const size_t rank = part.low.rank(), d_out = part.w.d_out;
+    const Strided<E> x = elements(pass, some.first);
+    for (size_t r = 0; r < piece.rows.count; r += kPanelColumns) {
+      const Range rows{piece.rows.first + r, std::min(kPanelColumns, piece.rows.count - r)};
+      T* y = part.y.row(pass.first + some.first) + rows.first;
+      for (size_t col = 0; col < x_.cols; col += kOuterDepth) {
+        const Range cols{col, std::min(kOuterDepth, x_.cols - col)};
+        const E* block = transposed(u, rows, cols);
+        outer_tile<E, E>()(some.count, rows.count, depth_of<E>(cols.count),
+                           {x.data + col / kSteps<E>, x.row_stride, 1}, block, kPanelColumns, y,
+                           part.y.stride, col > 0, {});
+      }
+      if (x_.cols == 0)
+        for (size_t i = 0; i < some.count; ++i) std::fill_n(y + i * part.y.stride, rows.count, T(0));
+      if (u.update == Update::kSteps)
+        add_product<T>(some.count, rows.count, rank, {u.z + some.first * rank, rank, 1}, u.a + rows.first,
+                       d_out, y, part.y.stride, true);
+      constexpr T kOne = 1;
+      if (part.bias)
+        add_product<T>(some.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
+                       true);
+    }
+  }
+
+  // A block of Wᵀ (cols, kPanelColumns) in elements E, with the update folded in where it is to be.
+  const E* transposed(const PartUpdate& u, Range rows, Range cols) const {
+    const auto& k = kernels::table().products<float>();
+    E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * kPanelColumns);
+    E* block = scratch<E>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+    for (size_t c = 0; c < cols.count; c += kPanelColumns) {
+      const size_t width = std::min(kPanelColumns, cols.count - c);
+      const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);
+      E* out = block + c / kSteps<E> * kPanelColumns;
+      if constexpr (sizeof(E) == sizeof(float))  // pairs are moved as floats are
+        k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const float*>(panel.data),
+                   panel.row_stride, reinterpret_cast<float*>(out));
+      else
+        kernels::table().products<T>().to_lanes(kPanelColumns, rows.count, width, panel.data,
+                                                panel.row_stride, out);
+    }
+    if constexpr (kSteps<E> == 1)
+      if (u.update == Update::kFolded) {
+        const LowRank<T>& low = u.part.low;
+        outer_tile<E, E>()(cols.count, rows.count, low.rank(), {low.b.data + cols.first, 1, low.b.stride},
+                           u.a + rows.first, u.part.w.d_out, block, kPanelColumns, true, {});
+      }
+    return block;
+  }
+
+  const std::span<const ForwardPart<T>> parts_;
+  const Matrix<const T> x_;
+  const size_t depth_;
+  size_t pass_ = 0;
+  std::vector<PartUpdate> updates_;
+  E* x_elements_ = nullptr;
+};
+
+}  // namespace
+
+template <class E>
+void forward_rows(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads) {
+  RowsForward<E>(parts, x).run(threads);
+}
+
+template void forward_rows<float>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+template void forward_rows<double>(std::span<const ForwardPart<double>>, Matrix<const double>, size_t);
+template void forward_rows<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>, size_t);
+
+}  // namespace nplora

@@ -295,13 +295,17 @@ void dots(size_t m, size_t rows, size_t depth, Panels<W> w, const Sum<W>* x, Sum
   }
 }
 
-// out (ceil(cols / kLanes), m, kLanes) = x (m, cols) with zeros behind its columns.
+// out (ceil(cols / kLanes), m, kLanes) = x (m, cols) with zeros behind its columns. The m rows behind are fetched: they are next.
 template <class T>
 void interleave(size_t m, size_t cols, const T* x, size_t x_stride, T* out) {
   constexpr size_t kLanes = Vec<T>::kLanes;
   for (size_t c = 0; c < cols; c += kLanes)
-    for (size_t t = 0; t < m; ++t, out += kLanes)
-      Vec<T>::load_partial(x + t * x_stride + c, smaller(cols - c, kLanes)).store(out);
+    for (size_t t = 0; t < m; ++t, out += kLanes) {
+      const T* from = x + t * x_stride + c;
+      __builtin_prefetch(from + m * x_stride, 0, 2);
+      const Vec<T> v = cols - c >= kLanes ? Vec<T>::load(from) : Vec<T>::load_partial(from, cols - c);
+      v.store(out);
+    }
 }
 
 // Transposed, the vectors of kLanes outputs add up lane by lane, in a tree.

@@ -88,8 +88,8 @@ class Backward {
     E* dy = nullptr;  // of a pass, where E is not the type of the arrays
     T* dz = nullptr;  // of a pass, (n, r)
     E* dz_elements = nullptr;
-    const E* a = nullptr;            // A as outer_tile reads it, (d_out, r)
-    const E* b = nullptr;            // B, (r, d_in)
+    const E* a = nullptr;            // scale * Aᵀ (r, d_out); A in pairs (d_out / 2, r)
+    const E* b = nullptr;            // B (r, d_in), or in pairs
     T *da = nullptr, *db = nullptr;  // sums, (r, d_out) and (r, d_in)
 
     size_t rank() const { return arrays.low.rank(); }
@@ -120,6 +120,7 @@ class Backward {
         if (p.projects) p.dz = take(t, t_used, pass_ * rank);
         if (p.wants_da) p.da = take(t, t_used, rank * d_out);
         if (p.wants_db) p.db = take(t, t_used, rank * d_in);
+        if (p.projects && kSteps<E> == 1) p.a = take(e, e_used, rank * d_out);
         if constexpr (kSteps<E> > 1) {
           if (p.projects || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
           if (p.projects) {
@@ -141,7 +142,7 @@ class Backward {
         pair_rows(low.a.rows, low.a.cols, low.a.data, low.a.stride, const_cast<E*>(p.a));
         pair_rows(low.b.rows, low.b.cols, low.b.data, low.b.stride, const_cast<E*>(p.b));
       } else {
-        p.a = low.a.data;
+        transpose_scaled(low.a, low.scale, const_cast<E*>(p.a));
         p.b = low.b.data;
       }
     }
@@ -157,11 +158,14 @@ class Backward {
       if (!p.projects) continue;
       const size_t rank = p.rank();
       T* dz = p.dz + some.first * rank;
-      add_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), p.a, rank, dz, rank, false);
-      for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
-      if constexpr (kSteps<E> > 1)
+      if constexpr (kSteps<E> == 1) {
+        dot_product<T>(dy, {p.a, rank, dy.cols, dy.cols}, dz);
+      } else {
+        add_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), p.a, rank, dz, rank, false);
+        for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
         elements_of<E>({dz, some.count, rank, rank}, p.dz_elements + some.first * depth_of<E>(rank),
                        depth_of<E>(rank));
+      }
     }
   }
 

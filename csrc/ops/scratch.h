@@ -14,6 +14,8 @@ enum class Scratch {
   kSums,          // outputs before they are written: a few 100 KB
   kWeight,        // a decoded block of W: 100 KB, or 48 kDotParts
   kDecoded,       // a panel of W before it is transposed: 48 x 48
+  kDotInputs,     // rows of x in vectors: 8 d_in
+  kDotSums,       // and their partial sums: 512 L
   kFactor,        // B in pairs: r d_in; or scaled rows of A: 512 r
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in

@@ -98,14 +98,18 @@ void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* 
 
 // ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// One line of a Fetch for each step of a tile; the same line again and again where there are too few.
+// What a tile fetches at each step: a line of a Fetch; or, where none is left, three lines of the row of w that is kAhead steps
+// behind, since the rows of a matrix of the caller's lie apart.
 struct FetchSteps {
   const char* at;
-  size_t step;
+  size_t step, line;
 };
-inline FetchSteps take(Fetch& next, size_t steps, const void* else_this) {
-  if (next.lines < steps) return {static_cast<const char*>(else_this), 0};
-  const FetchSteps taken{next.at, kCacheLine};
+template <class W>
+inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
+  constexpr size_t kAhead = 16;
+  if (next.lines < steps)
+    return {reinterpret_cast<const char*>(w + kAhead * w_stride), w_stride * sizeof(W), kCacheLine};
+  const FetchSteps taken{next.at, kCacheLine, 0};
   next.at += steps * kCacheLine;
   next.lines -= steps;
   return taken;
@@ -143,6 +147,8 @@ inline void outer_tile_fixed(OuterTile<E, W> p) {
 
   for (; p.depth > 0; --p.depth, p.a.data += p.a.step_stride, p.w += p.w_stride) {
     __builtin_prefetch(p.next.at);
+    __builtin_prefetch(p.next.at + p.next.line);
+    __builtin_prefetch(p.next.at + 2 * p.next.line);
     p.next.at += p.next.step;
     Vec<E> b[kVectors];
 #pragma GCC unroll 4
@@ -193,8 +199,9 @@ void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const W* w, size
   for (; m > 0;) {
     const size_t rows = smaller(m, kTileTokens);
     for (size_t j = 0; j < n; j += kGroup) {
-      outer_tile_columns<E, W, kOuterVectors>(rows, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j,
-                                                     c_stride, accumulate, take(next, depth, w)});
+      outer_tile_columns<E, W, kOuterVectors>(
+          rows, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate,
+                 take(next, depth, w + j, w_stride)});
     }
     m -= rows;
     a.data += rows * a.row_stride;

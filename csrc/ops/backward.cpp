@@ -189,20 +189,30 @@ class Backward {
     const Matrix<T> dx{dx_.row(pass.first + some.first), some.count, dx_.cols, dx_.stride};
     for (size_t c = 0; c < cols.count; c += kPanelColumns) {
       const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
+      const auto add_low_rank = [&](Range few) {
+        for (const Part& p : parts_)
+          if (p.update == Update::kSteps)
+            low_rank(p, pass, {some.first + few.first, few.count}, panel, dx, few);
+      };
       bool accumulate = false;
-      for (const Part& p : parts_) accumulate |= frozen(p, dy_of(p, pass, some), panel, dx, accumulate);
-      if (!accumulate)
-        for (size_t i = 0; i < dx.rows; ++i) std::fill_n(dx.row(i) + panel.first, panel.count, T(0));
-      for (const Part& p : parts_)
-        if (p.update == Update::kSteps) low_rank(p, pass, some, panel, dx);
+      for (const Part& p : parts_) {
+        const bool last = &p == &parts_.back();
+        frozen(p, dy_of(p, pass, some), panel, dx, accumulate, [&](Range few) {
+          if (last) add_low_rank(few);
+        });
+        accumulate = true;
+      }
     }
   }
 
-  // dx[:, panel] = [dx +] dy W[:, panel]; says whether there was anything to add.
-  bool frozen(const Part& p, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate) const {
+  // dx[:, panel] = [dx +] dy W[:, panel]. Calls after(tokens) for some tokens at a time, when they are done but still in L1.
+  template <class After>
+  void frozen(const Part& p, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate,
+              const After& after) const {
     const WeightView& w = p.arrays.w;
     W* decoded = scratch<W>(Scratch::kWeight, kOuterDepth * kPanelColumns);
-    for (size_t o = 0; o < w.d_out; o += kOuterDepth) {
+    size_t o = 0;
+    do {  // once without columns, too: dx is set to zero
       const Range rows{o, std::min(kOuterDepth, w.d_out - o)};
       ColumnBlock<W> block = column_block(w, rows, panel, decoded);
       if constexpr (std::is_same_v<W, T>)
@@ -210,11 +220,18 @@ class Backward {
           const auto sum = fold<T>(p.arrays.low, rows, panel, {block.data, block.row_stride, 0}, decoded);
           block = {sum.data, sum.row_stride};
         }
-      outer_tile<E, W>()(dx.rows, panel.count, depth_of<E>(rows.count),
-                         {dy.data + o / kSteps<E>, dy.row_stride, 1}, block.data, block.row_stride,
-                         dx.data + panel.first, dx.stride, accumulate || o > 0, following(w, rows, panel));
-    }
-    return w.d_out > 0;
+      const bool last = o + rows.count == w.d_out;
+      const size_t chunk = last ? kFewTokens : dx.rows;
+      for (size_t i = 0; i < dx.rows; i += chunk) {
+        const Range few{i, std::min(chunk, dx.rows - i)};
+        outer_tile<E, W>()(few.count, panel.count, depth_of<E>(rows.count),
+                           {dy.data + i * dy.row_stride + o / kSteps<E>, dy.row_stride, 1}, block.data,
+                           block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate || o > 0,
+                           i == 0 ? following(w, rows, panel) : Fetch{});
+        if (last) after(few);
+      }
+      o += rows.count;
+    } while (o < w.d_out);
   }
 
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel.
@@ -224,23 +241,21 @@ class Backward {
     return {stored_at(w, rows.first + rows.count, panel.first), bytes / kCacheLine};
   }
 
-  // dx[:, panel] += undrop(dz B[:, panel]).
-  void low_rank(const Part& p, Range pass, Range some, Range panel, Matrix<T> dx) const {
+  // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the pass.
+  void low_rank(const Part& p, Range pass, Range some, Range panel, Matrix<T> dx, Range few) const {
     const LowRank<T>& low = p.arrays.low;
     const size_t depth = depth_of<E>(p.rank()), d_in = dx_.cols;
+    T* out = dx.row(few.first) + panel.first;
     if (low.dropout == 0)
-      return add_product<E>(dx.rows, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in,
-                            dx.data + panel.first, dx.stride, true);
-    const size_t tile = kernels::table().tiles<E>().tile_tokens;
-    T* update = scratch<T>(Scratch::kDropped, tile * panel.count);
-    for (size_t i = 0; i < dx.rows; i += tile) {
-      const Matrix<T> rows{update, std::min(tile, dx.rows - i), panel.count, panel.count};
-      add_product<E>(rows.rows, panel.count, depth, dz_of(p, some.first + i), p.b + panel.first, d_in, update,
-                     panel.count, false);
-      drop_rows<T>(low.dropout, low.key, pass.first + some.first + i, panel.first, d_in, rows, rows);
-      for (size_t j = 0; j < rows.rows; ++j)
-        for (size_t c = 0; c < panel.count; ++c) dx.row(i + j)[panel.first + c] += rows.row(j)[c];
-    }
+      return add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in, out,
+                            dx.stride, true);
+    const Matrix<T> update{scratch<T>(Scratch::kDropped, few.count * panel.count), few.count, panel.count,
+                           panel.count};
+    add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in, update.data,
+                   panel.count, false);
+    drop_rows<T>(low.dropout, low.key, pass.first + some.first, panel.first, d_in, update, update);
+    for (size_t j = 0; j < few.count; ++j)
+      for (size_t c = 0; c < panel.count; ++c) out[j * dx.stride + c] += update.row(j)[c];
   }
 
   std::vector<FactorTask> cut_factors() const {

@@ -26,6 +26,8 @@ inline size_t dot_columns(size_t tokens) {
 }
 // Steps of the depth for which a panel of W, or of blocks of its transpose, is kept in L2: 576 x 48 floats = 108 KB.
 inline constexpr size_t kOuterDepth = 12 * kernels::kPanelColumns;
+// Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.
+inline constexpr size_t kFewTokens = 64;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;  // even
 // Floating-point operations of one task: 0.1 s on the slowest instruction set, so that Ctrl-C is heard between tasks.

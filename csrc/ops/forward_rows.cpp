@@ -139,28 +139,39 @@ class RowsForward {
   void multiply(Range pass, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const ForwardPart<T>& part = u.part;
-    const size_t rank = part.low.rank(), d_out = part.w.d_out;
     const Strided<E> x = elements(pass, some.first);
     for (size_t r = 0; r < piece.rows.count; r += kPanelColumns) {
       const Range rows{piece.rows.first + r, std::min(kPanelColumns, piece.rows.count - r)};
-      T* y = part.y.row(pass.first + some.first) + rows.first;
-      for (size_t col = 0; col < x_.cols; col += kOuterDepth) {
+      size_t col = 0;
+      do {  // once without columns, too: y is set to zero
         const Range cols{col, std::min(kOuterDepth, x_.cols - col)};
         const E* block = transposed(u, rows, cols);
-        outer_tile<E, E>()(some.count, rows.count, depth_of<E>(cols.count),
-                           {x.data + col / kSteps<E>, x.row_stride, 1}, block, kPanelColumns, y,
-                           part.y.stride, col > 0, {});
-      }
-      if (x_.cols == 0)
-        for (size_t i = 0; i < some.count; ++i) std::fill_n(y + i * part.y.stride, rows.count, T(0));
-      if (u.update == Update::kSteps)
-        add_product<T>(some.count, rows.count, rank, {u.z + some.first * rank, rank, 1}, u.a + rows.first,
-                       d_out, y, part.y.stride, true);
-      constexpr T kOne = 1;
-      if (part.bias)
-        add_product<T>(some.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
-                       true);
+        const bool last = col + cols.count == x_.cols;
+        const size_t chunk = last ? kFewTokens : some.count;
+        for (size_t i = 0; i < some.count; i += chunk) {
+          const Range few{some.first + i, std::min(chunk, some.count - i)};
+          T* y = part.y.row(pass.first + few.first) + rows.first;
+          outer_tile<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
+                             {x.data + i * x.row_stride + col / kSteps<E>, x.row_stride, 1}, block,
+                             kPanelColumns, y, part.y.stride, col > 0, {});
+          if (last) add_update(u, few, rows, y);
+        }
+        col += cols.count;
+      } while (col < x_.cols);
     }
+  }
+
+  // y (few, rows) += z (scale A)ᵀ [+ bias].
+  void add_update(const PartUpdate& u, Range few, Range rows, T* y) const {
+    const ForwardPart<T>& part = u.part;
+    const size_t rank = part.low.rank();
+    if (u.update == Update::kSteps)
+      add_product<T>(few.count, rows.count, rank, {u.z + few.first * rank, rank, 1}, u.a + rows.first,
+                     part.w.d_out, y, part.y.stride, true);
+    static constexpr T kOne = 1;
+    if (part.bias)
+      add_product<T>(few.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
+                     true);
   }
 
   // A block of Wᵀ (cols, kPanelColumns) in elements E, with the update folded in where it is to be.

@@ -58,8 +58,8 @@ class Case:
         self.dropout = dropout
         self.mask = np.empty((n, d_in), self.dtype)
         _core.dropout(np.ones_like(self.mask), dropout, KEY, self.mask)
-        # Up to 8 rows are computed in float whatever was asked for: they wait for memory, not for arithmetic.
-        self.rounded = compute == "bfloat16" and n > 8
+        # Up to 4 rows are computed in float whatever was asked for: they wait for memory, not for arithmetic.
+        self.rounded = compute == "bfloat16" and n > 4
 
     def seen(self, name: str, rounded: bool) -> Array:
         value = self.w if name == "w" else self.arrays[name]

@@ -8,9 +8,10 @@
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
 inline constexpr size_t kTileTokens = 4;
-inline constexpr size_t kDotTokens = 4, kDotAccumulators = 12;
+inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::avx2
 
+#include "kernels/dots-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/products-inl.h"
 #include "kernels/table-inl.h"

@@ -8,9 +8,10 @@
 namespace nplora::kernels::avx512 {
 inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8;
-inline constexpr size_t kDotTokens = 8, kDotAccumulators = 24;
+inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 }  // namespace nplora::kernels::avx512
 
+#include "kernels/dots-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/products-inl.h"
 #include "kernels/table-inl.h"

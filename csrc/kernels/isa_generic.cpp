@@ -8,9 +8,10 @@
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
 inline constexpr size_t kTileTokens = 4;
-inline constexpr size_t kDotTokens = 2, kDotAccumulators = 8;
+inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::generic
 
+#include "kernels/dots-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/products-inl.h"
 #include "kernels/table-inl.h"

@@ -59,6 +59,10 @@ inline constexpr size_t kSteps = 1;
 template <>
 inline constexpr size_t kSteps<Bf16Pair> = 2;
 
+// The elements of a full panel along the depth.
+template <class E>
+inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
+
 // Memory that a kernel brings into the cache while it works: whole cache lines, as many as there are steps to its work.
 struct Fetch {
   const char* at = nullptr;
@@ -84,17 +88,51 @@ struct Tiles {
                      size_t c_stride, bool accumulate, Fetch next);
 };
 
-// The products of small batches (m rows, a handful), for which W is read once, as it is stored, and nothing is transposed.
+// The most rows of a small batch; instruction sets with fewer lanes take as many as those.
+inline constexpr size_t kMostSmallBatch = 8;
+
+// The elements that x is multiplied in where W holds W: bfloat16 is widened, pairs are met by pairs.
+template <class W>
+struct OperandOf {
+  using Type = Sum<W>;
+};
+template <>
+struct OperandOf<Bf16Pair> {
+  using Type = Bf16Pair;
+};
+template <class W>
+using Operand = typename OperandOf<W>::Type;
+
+// What lies in memory where the rows of W are met by pairs: single values, which are paired in registers.
+template <class W>
+struct StoredOf {
+  using Type = W;
+};
+template <>
+struct StoredOf<Bf16Pair> {
+  using Type = Bf16;
+};
+
+// Small batches have fewer rows than a vector has lanes. All lanes work all the same: lane (token * phases + phase) takes those
+// elements k of the depth for which k % phases == phase. The phases for m rows: as many as there are lanes for.
+inline size_t small_phases(size_t m, size_t lanes) {
+  size_t phases = lanes;
+  while (phases > 1 && phases * m > lanes) phases /= 2;
+  return phases;
+}
+
+// The products of small batches, for which W is read once, as it is stored, and nothing is transposed.
 template <class W>
 struct SmallProducts {
-  // One vector of partial sums for each output:
-  // part (m, rows, lanes / 2) = [part +] w (rows, depth) * x (m, depth), lane by lane.   x is interleaved.
-  void (*dots)(size_t m, size_t rows, size_t depth, Panels<W> w, const Sum<W>* x, Sum<W>* part,
+  // part (rows, lanes / 2) = [part +] w (rows, depth) xs, by token and phase.   xs is x as interleave leaves it.
+  // Pairs of bfloat16 take at most 8 phases.
+  void (*dots)(size_t phases, size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                bool accumulate);
 
-  // outer_tile of Tiles<Sum<W>>.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<Sum<W>> a, const W* w, size_t w_stride,
-                     Sum<W>* c, size_t c_stride, bool accumulate, Fetch next);
+  // outer_tile of Tiles, its depth counting rows of w.
+  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<Operand<W>> a,
+                     const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c, size_t c_stride,
+                     bool accumulate, Fetch next);
 };
 
 struct AdamWCoefficients {
@@ -117,12 +155,13 @@ struct Products : Tiles<T> {
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
-  // out (ceil(cols / (lanes / 2)), m, lanes / 2) = x (m, cols) in vectors, with zeros behind its columns: the order that dots
-  // reads it in.
-  void (*interleave)(size_t m, size_t cols, const T* x, size_t x_stride, T* out);
+  // xs (ceil(cols / phases), lanes / 2) = x (m, cols) by token and phase, with zeros where x has no element. Pairs of bfloat16
+  // are moved as floats are.
+  void (*interleave)(size_t m, size_t phases, size_t cols, const T* x, size_t x_stride, T* xs);
 
-  // y (m, rows) = the sums of the vectors of part (m, rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
-  void (*sum_parts)(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t y_stride);
+  // y (m, rows) = the sums of the phases of part (rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
+  void (*sum_parts)(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y,
+                    size_t y_stride);
 
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
   // by grad_scale.
@@ -162,6 +201,7 @@ struct KernelTable {
   SmallProducts<float> small_f32;
   SmallProducts<double> small_f64;
   SmallProducts<Bf16> small_bf16;
+  SmallProducts<Bf16Pair> small_pairs;
   Conversions convert;
 
   template <class T>
@@ -203,6 +243,10 @@ inline const SmallProducts<double>& KernelTable::small<double>() const {
 template <>
 inline const SmallProducts<Bf16>& KernelTable::small<Bf16>() const {
   return small_bf16;
+}
+template <>
+inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
+  return small_pairs;
 }
 
 // The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.

@@ -3,16 +3,11 @@
 // The unit gives its tile sizes:
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
 //   kTileTokens  rows of a in outer_tile: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
-//   kDotTokens, kDotAccumulators  of dots: most tokens in a tile; tokens * rows accumulators, rows vectors of w, 1 of x.
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr size_t kOuterVectors = 3;
-
-// The elements of a full panel along the depth.
-template <class E>
-inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
 // ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
@@ -115,7 +110,13 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// w holds elements E, or W, which are widened to E.
+// The rows of w that one element E of a meets: two where W holds single bfloat16 values, which are paired in registers.
+template <class E, class W>
+inline constexpr size_t kRowsOf = 1;
+template <>
+inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
+
+// w holds elements E, or W, which are widened to E or paired; depth counts its rows.
 template <class E, class W>
 struct OuterTile {
   size_t n, depth;
@@ -145,21 +146,35 @@ inline void outer_tile_fixed(OuterTile<E, W> p) {
     for (size_t v = 0; v < kVectors; ++v)
       acc[i][v] = p.accumulate ? load(Vec<T>{}, p.c + i * p.c_stride, v) : Vec<T>::zero();
 
-  for (; p.depth > 0; --p.depth, p.a.data += p.a.step_stride, p.w += p.w_stride) {
+  const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
     __builtin_prefetch(p.next.at);
     __builtin_prefetch(p.next.at + p.next.line);
     __builtin_prefetch(p.next.at + 2 * p.next.line);
     p.next.at += p.next.step;
     Vec<E> b[kVectors];
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) b[v] = load(Vec<E>{}, p.w, v);
+    for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kRows; ++i) {
       const Vec<E> x = Vec<E>::broadcast(p.a.data[i * p.a.row_stride]);
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
     }
-  }
+    p.a.data += p.a.step_stride;
+    p.w += kRowsOf<E, W> * p.w_stride;
+  };
+  for (; p.depth >= kRowsOf<E, W>; p.depth -= kRowsOf<E, W>)
+    step([&](size_t v) __attribute__((always_inline)) {
+      if constexpr (kRowsOf<E, W> == 1)
+        return load(Vec<E>{}, p.w, v);
+      else
+        return Vec<E>::pair_rows(load(Vec<W>{}, p.w, v), load(Vec<W>{}, p.w + p.w_stride, v));
+    });
+  if constexpr (kRowsOf<E, W> == 2)
+    if (p.depth > 0)
+      step([&](size_t v) __attribute__((always_inline)) {
+        return Vec<E>::pair_rows(load(Vec<W>{}, p.w, v), Vec<W>::zero());
+      });
 
 #pragma GCC unroll 16
   for (size_t i = 0; i < kRows; ++i)
@@ -207,133 +222,6 @@ void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const W* w, size
     a.data += rows * a.row_stride;
     c += rows * c_stride;
   }
-}
-
-// ---- dots: part (m, rows, kLanes) = [part +] w (rows, depth) * x (m, depth), lane by lane ----
-
-// w holds elements of x, or W, which are widened.
-template <class W>
-struct Dots {
-  size_t depth;
-  Panels<W> w;
-  const Sum<W>* x;
-  size_t x_stride;  // from one vector of depth to the next
-  Sum<W>* part;
-  size_t part_stride;
-  bool accumulate;
-};
-
-// kStride as in lane_tile_fixed, and so the need to fetch ahead: kAhead tiles, since those of few tokens are short.
-template <class W, size_t kRows, size_t kTokens, size_t kStride>
-inline void dot_tile(Dots<W> p) {
-  using T = Sum<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 4;
-  const size_t stride = kStride ? kStride : p.w.row_stride;
-  Vec<T> acc[kTokens][kRows];
-#pragma GCC unroll 8
-  for (size_t t = 0; t < kTokens; ++t)
-#pragma GCC unroll 8
-    for (size_t j = 0; j < kRows; ++j)
-      acc[t][j] = p.accumulate ? Vec<T>::load(p.part + t * p.part_stride + j * kLanes) : Vec<T>::zero();
-
-  const auto add = [&](const W* at, auto load) __attribute__((always_inline)) {
-    Vec<T> w[kRows];
-#pragma GCC unroll 8
-    for (size_t j = 0; j < kRows; ++j) {
-      w[j] = load(at + j * stride);
-      if (kStride) __builtin_prefetch(at + (j + kAhead * kRows) * stride);
-    }
-#pragma GCC unroll 8
-    for (size_t t = 0; t < kTokens; ++t) {
-      Vec<T> x = Vec<T>::load(p.x + t * kLanes);
-      keep(x);
-#pragma GCC unroll 8
-      for (size_t j = 0; j < kRows; ++j) acc[t][j] = fma(w[j], x, acc[t][j]);
-    }
-    p.x += p.x_stride;
-  };
-  for (; p.depth > 0; p.w.data += p.w.panel_stride) {
-    size_t width = smaller(p.depth, kPanelColumns);
-    p.depth -= width;
-    const W* at = p.w.data;
-    for (; width >= kLanes; width -= kLanes, at += kLanes)
-      add(at, [](const W* from) __attribute__((always_inline)) { return Vec<T>::load(from); });
-    if (width > 0)
-      add(at, [width](const W* from)
-                  __attribute__((always_inline)) { return Vec<T>::load_partial(from, width); });
-  }
-
-#pragma GCC unroll 8
-  for (size_t t = 0; t < kTokens; ++t)
-#pragma GCC unroll 8
-    for (size_t j = 0; j < kRows; ++j) acc[t][j].store(p.part + t * p.part_stride + j * kLanes);
-}
-
-template <class W, size_t kTokens, size_t kStride>
-inline void dot_tiles(size_t rows, Dots<W> p) {
-  constexpr size_t kRows = smaller(8, kDotAccumulators / kTokens);
-  const auto pass = [&](size_t tile) {
-    rows -= tile;
-    p.w.data += tile * p.w.row_stride;
-    p.part += tile * Vec<Sum<W>>::kLanes;
-  };
-  for (; rows >= kRows; pass(kRows)) dot_tile<W, kRows, kTokens, kStride>(p);
-  for (; rows > 0; pass(1)) dot_tile<W, 1, kTokens, kStride>(p);
-}
-
-// Picks the instance for tokens <= kTokens.
-template <class W, size_t kTokens, size_t kStride>
-inline void dots_upto(size_t tokens, size_t rows, Dots<W> p) {
-  if (tokens == kTokens) return dot_tiles<W, kTokens, kStride>(rows, p);
-  if constexpr (kTokens > 1) dots_upto<W, kTokens - 1, kStride>(tokens, rows, p);
-}
-
-template <class W>
-void dots(size_t m, size_t rows, size_t depth, Panels<W> w, const Sum<W>* x, Sum<W>* part, bool accumulate) {
-  constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  Dots<W> p{depth, w, x, m * kLanes, part, rows * kLanes, accumulate};
-  while (m > 0) {
-    const size_t tokens = smaller(m, kDotTokens);
-    w.row_stride == kPanelColumns ? dots_upto<W, kDotTokens, kPanelColumns>(tokens, rows, p)
-                                  : dots_upto<W, kDotTokens, 0>(tokens, rows, p);
-    m -= tokens;
-    p.x += tokens * kLanes;
-    p.part += tokens * p.part_stride;
-  }
-}
-
-// out (ceil(cols / kLanes), m, kLanes) = x (m, cols) with zeros behind its columns. The m rows behind are fetched: they are next.
-template <class T>
-void interleave(size_t m, size_t cols, const T* x, size_t x_stride, T* out) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  for (size_t c = 0; c < cols; c += kLanes)
-    for (size_t t = 0; t < m; ++t, out += kLanes) {
-      const T* from = x + t * x_stride + c;
-      __builtin_prefetch(from + m * x_stride, 0, 2);
-      const Vec<T> v = cols - c >= kLanes ? Vec<T>::load(from) : Vec<T>::load_partial(from, cols - c);
-      v.store(out);
-    }
-}
-
-// Transposed, the vectors of kLanes outputs add up lane by lane, in a tree.
-template <class T>
-void sum_parts(size_t m, size_t rows, const T* part, const T* bias, T* y, size_t y_stride) {
-  constexpr size_t kLanes = Vec<T>::kLanes;
-  for (size_t t = 0; t < m; ++t)
-    for (size_t j = 0; j < rows; j += kLanes) {
-      const size_t count = smaller(rows - j, kLanes);
-      Vec<T> block[kLanes];
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i)
-        block[i] = i < count ? Vec<T>::load(part + ((t * rows) + j + i) * kLanes) : Vec<T>::zero();
-      transpose(block);
-#pragma GCC unroll 4
-      for (size_t half = kLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (size_t i = 0; i < half; ++i) block[i] = block[i] + block[i + half];
-      const Vec<T> sum = bias ? block[0] + Vec<T>::load_partial(bias + j, count) : block[0];
-      sum.store_partial(y + t * y_stride + j, count);
-    }
 }
 
 // ---- transposes into and out of the lanes ----

@@ -15,7 +15,7 @@ constexpr Products<T> make_products() {
 
 template <class W>
 constexpr SmallProducts<W> make_small() {
-  return {dots<W>, outer_tile<Sum<W>, W>};
+  return {dots<W>, outer_tile<Operand<W>, typename StoredOf<W>::Type>};
 }
 
 constexpr KernelTable make_table(const char* isa) {
@@ -26,6 +26,7 @@ constexpr KernelTable make_table(const char* isa) {
           make_small<float>(),
           make_small<double>(),
           make_small<Bf16>(),
+          make_small<Bf16Pair>(),
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits}};
 }
 

@@ -224,7 +224,8 @@ class Backward {
       const size_t chunk = last ? kFewTokens : dx.rows;
       for (size_t i = 0; i < dx.rows; i += chunk) {
         const Range few{i, std::min(chunk, dx.rows - i)};
-        outer_tile<E, W>()(few.count, panel.count, depth_of<E>(rows.count),
+        const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
+        outer_tile<E, W>()(few.count, panel.count, depth,
                            {dy.data + i * dy.row_stride + o / kSteps<E>, dy.row_stride, 1}, block.data,
                            block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate || o > 0,
                            i == 0 ? following(w, rows, panel) : Fetch{});
@@ -334,12 +335,13 @@ template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
   if constexpr (std::is_same_v<T, float>) {
-    const bool small = parts[0].dy.rows <= kSmallBatch;
+    const size_t tokens = parts[0].dy.rows;
     const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
-    if (!small && parts[0].w.compute == Compute::kBfloat16)
-      return Backward<Bf16Pair, Bf16Pair>(parts, x, dx).run();
-    if (small && std::all_of(parts.begin(), parts.end(), is_bf16))
-      return Backward<float, Bf16>(parts, x, dx).run();
+    const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
+    if (computes_pairs(parts[0].w, tokens))
+      return all_bf16 && tokens <= kPairedBatch ? Backward<Bf16Pair, Bf16>(parts, x, dx).run()
+                                                : Backward<Bf16Pair, Bf16Pair>(parts, x, dx).run();
+    if (all_bf16 && tokens <= kWidenedBatch) return Backward<float, Bf16>(parts, x, dx).run();
   }
   Backward<T, T>(parts, x, dx).run();
 }

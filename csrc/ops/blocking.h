@@ -1,5 +1,5 @@
 // How the products cut their work. None of the block sizes changes a result, for every sum runs over its whole depth in
-// order; kSmallBatch does, for batches up to that size are summed in another order.
+// order; the bounds of small batches do, for those are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,17 @@ inline constexpr size_t kDepthBlock = 5 * kernels::kPanelColumns;
 inline constexpr size_t kRowBlock = 48;
 // Tokens that one task keeps in L2 or L3, of all those whose lanes are kept at a time: as many as take kLanesBytes.
 inline constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{8} << 20;
-// Batches up to this size take the path that transposes nothing and always computes in the weight's own float type, in passes
-// of kDotParts outputs: 4096 x 16 lanes of floats = 256 KB of partial sums, in L2.
-inline constexpr size_t kSmallBatch = 8, kDotParts = 4096;
-// Columns of one such pass. Panels may lie a multiple of 4 KB apart, and then the same rows of them share their place in L1: 16
-// panels fill all its ways. Few tokens can bear that better than the many partial sums that shorter passes write.
-inline size_t dot_columns(size_t tokens) {
-  return (tokens > 4 ? 4 : 16) * kernels::kPanelColumns;
+// Batches that leave no lane without a token take the path that transposes nothing.
+template <class T>
+size_t small_batch() {
+  return std::min(kernels::kMostSmallBatch, kernels::table().products<T>().lanes / 2);
 }
+// Batches up to this size compute in the weight's own float type: for so few rows, bfloat16 products gain no time.
+inline constexpr size_t kFloatBatch = 4;
+// Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
+inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 128;
+// Rows of W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
+inline constexpr size_t kDotRows = 4096;
 // Steps of the depth for which a panel of W, or of blocks of its transpose, is kept in L2: 576 x 48 floats = 108 KB.
 inline constexpr size_t kOuterDepth = 12 * kernels::kPanelColumns;
 // Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.

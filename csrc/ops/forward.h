@@ -11,7 +11,7 @@
 
 namespace nplora {
 
-// Up to kSmallBatch rows. W is read once, as elements W in the order it lies in, and nothing is transposed.
+// Up to small_batch rows. W is read once, as elements W in the order it lies in, and nothing is transposed.
 template <class W>
 void forward_small(const ForwardPart<kernels::Sum<W>>& part, Matrix<const kernels::Sum<W>> x, size_t threads);
 

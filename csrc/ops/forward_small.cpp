@@ -6,103 +6,108 @@
 namespace nplora {
 
 using kernels::Bf16;
+using kernels::Bf16Pair;
 using kernels::kPanelColumns;
+using kernels::kSteps;
+using kernels::Operand;
 using kernels::Products;
-using kernels::SmallProducts;
+using kernels::Strided;
 using kernels::Sum;
 
 namespace {
 
+// W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update is
+// computed in the type of the sums.
 template <class W>
 class SmallForward {
  public:
   using T = Sum<W>;
+  using X = Operand<W>;
 
   SmallForward(const ForwardPart<T>& part, Matrix<const T> x)
       : part_(part),
         x_(x),
         k_(kernels::table().products<T>()),
-        small_(kernels::table().small<W>()),
         lanes_(k_.lanes / 2),
-        pass_(kDotParts / x.rows / kRowBlock * kRowBlock),
+        phases_(kernels::small_phases(x.rows, lanes_)),
         rank_(part.low.rank()) {}
 
   void run(size_t threads) {
-    xs_ = interleaved(x_, Scratch::kLanes);
+    xs_ = interleaved<X>(x_, Scratch::kLanes);
     if (rank_) project();
-    const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, part_.w.d_out},
+    const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, kDotRows},
                     flops(x_.rows, part_.w.d_out, part_.w.d_in), threads);
     parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) { multiply(grid.side(i)); });
   }
 
  private:
-  // scaled_ (m, r) = scale * drop(x) Bᵀ; z without the scale.
+  // zs = scale * drop(x) Bᵀ by token and phase; z without the scale.
   void project() {
     const size_t n = x_.rows;
-    const T* xs =
-        part_.low.dropout > 0 ? interleaved(dropped(part_.low, x_, {0, n}), Scratch::kDroppedLanes) : xs_;
+    const X* xs =
+        part_.low.dropout > 0 ? interleaved<X>(dropped(part_.low, x_, {0, n}), Scratch::kDroppedLanes) : xs_;
+    const Strided<X> b = elements_or_self<X>(
+        part_.low.b, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, rank_ * depth_of<X>(x_.cols)));
     T* scaled = scratch<T>(Scratch::kLowLanes, n * rank_);
-    T* part = scratch<T>(Scratch::kSums, n * pass_ * lanes_);
-    for (size_t j = 0; j < rank_; j += pass_) {
-      const Range rows{j, std::min(pass_, rank_ - j)};
-      if (x_.cols == 0) std::fill_n(part, n * rows.count * lanes_, T(0));
-      add_dots(part_.low.b, rows, xs, part, false);
-      k_.sum_parts(n, rows.count, part, nullptr, scaled + j, rank_);
-    }
+    T* part = scratch<T>(Scratch::kSums, rank_ * lanes_);
+    add_dots<X>(b, {0, rank_}, depth_of<X>(x_.cols), xs, part, false);
+    k_.sum_parts(n, phases_, rank_, part, nullptr, scaled, rank_);
     if (part_.z.data)
       for (size_t t = 0; t < n; ++t) std::copy_n(scaled + t * rank_, rank_, part_.z.row(t));
     for (size_t i = 0; i < n * rank_; ++i) scaled[i] *= T(part_.low.scale);
-    zs_ = interleaved({scaled, n, rank_, rank_}, Scratch::kDropped);
+    zs_ = interleaved<T>({scaled, n, rank_, rank_}, Scratch::kDropped);
   }
 
-  const T* interleaved(Matrix<const T> m, Scratch use) const {
-    T* out = scratch<T>(use, m.rows * round_up(m.cols, lanes_));
-    k_.interleave(m.rows, m.cols, m.data, m.stride, out);
+  // m by token and phase, in elements E. Pairs are moved as floats are.
+  template <class E>
+  const E* interleaved(Matrix<const T> m, Scratch use) const {
+    const size_t depth = depth_of<E>(m.cols);
+    const Strided<E> rows =
+        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
+    E* out = scratch<E>(use, lanes_ * ceil_div(depth, phases_));
+    k_.interleave(m.rows, phases_, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
+                  reinterpret_cast<T*>(out));
     return out;
   }
 
   // y[:, rows].
   void multiply(Range rows) const {
-    const size_t n = x_.rows;
-    T* part = scratch<T>(Scratch::kSums, n * pass_ * lanes_);
-    for (size_t r = 0; r < rows.count; r += pass_) {
-      const Range group{rows.first + r, std::min(pass_, rows.count - r)};
-      if (x_.cols == 0) std::fill_n(part, n * group.count * lanes_, T(0));
-      frozen(group, part);
-      if (rank_) add_dots(part_.low.a, group, zs_, part, true);
-      k_.sum_parts(n, group.count, part, bias_at(part_, group.first), part_.y.data + group.first,
-                   part_.y.stride);
-    }
+    T* part = scratch<T>(Scratch::kSums, rows.count * lanes_);
+    frozen(rows, part);
+    if (rank_) add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, true);
+    k_.sum_parts(x_.rows, phases_, rows.count, part, bias_at(part_, rows.first), part_.y.data + rows.first,
+                 part_.y.stride);
   }
 
-  // part (m, rows, lanes) = [part +] m[rows] * x (tokens, cols) for a row-major m and interleaved x.
-  void add_dots(Matrix<const T> m, Range rows, const T* x, T* part, bool accumulate) const {
-    const size_t most = dot_columns(x_.rows);
-    for (size_t c = 0; c < m.cols; c += most)
-      kernels::table().small<T>().dots(x_.rows, rows.count, std::min(most, m.cols - c),
-                                       {m.row(rows.first) + c, m.stride, kPanelColumns}, x + c * x_.rows,
-                                       part, accumulate || c > 0);
+  // part (rows, lanes) = [part +] m[rows] xs for a row-major m.
+  template <class E>
+  void add_dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* part, bool accumulate) const {
+    kernels::table().small<E>().dots(
+        phases_, rows.count, depth,
+        {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, part, accumulate);
   }
 
-  // part (m, rows, lanes) = W[rows] * x.
+  // part (rows, lanes) = W[rows] xs.
   void frozen(Range rows, T* part) const {
     const WeightView& w = part_.w;
-    const size_t full = full_columns(w.d_in), most = in_place<W>(w) ? dot_columns(x_.rows) : kPanelColumns;
+    const size_t full = full_columns(w.d_in), most = in_place<W>(w) && full > 0 ? full : kPanelColumns;
     W* decoded = scratch<W>(Scratch::kWeight, rows.count * kPanelColumns);
-    for (size_t c = 0; c < w.d_in;) {
+    size_t c = 0;
+    do {  // once without columns, too: part is set to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
-      small_.dots(x_.rows, rows.count, cols, row_block(w, rows, {c, cols}, decoded), xs_ + c * x_.rows, part,
-                  c > 0);
+      kernels::table().small<W>().dots(phases_, rows.count, depth_of<X>(cols),
+                                       row_block(w, rows, {c, cols}, decoded),
+                                       xs_ + c / kSteps<X> / phases_ * lanes_, part, c > 0);
       c += cols;
-    }
+    } while (c < w.d_in);
   }
 
   const ForwardPart<T>& part_;
   const Matrix<const T> x_;
   const Products<T>& k_;
-  const SmallProducts<W>& small_;
-  const size_t lanes_, pass_, rank_;
-  const T *xs_ = nullptr, *zs_ = nullptr;  // x, and scale * z, interleaved
+  const size_t lanes_, phases_, rank_;
+  const X* xs_ = nullptr;  // x, by token and phase
+  const T* zs_ = nullptr;  // scale * z, likewise
 };
 
 }  // namespace
@@ -115,5 +120,6 @@ void forward_small(const ForwardPart<Sum<W>>& part, Matrix<const Sum<W>> x, size
 template void forward_small<float>(const ForwardPart<float>&, Matrix<const float>, size_t);
 template void forward_small<double>(const ForwardPart<double>&, Matrix<const double>, size_t);
 template void forward_small<Bf16>(const ForwardPart<float>&, Matrix<const float>, size_t);
+template void forward_small<Bf16Pair>(const ForwardPart<float>&, Matrix<const float>, size_t);
 
 }  // namespace nplora

@@ -7,6 +7,7 @@
 #include "base/matrix.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
+#include "ops/blocking.h"
 #include "ops/scratch.h"
 
 namespace nplora {
@@ -15,6 +16,8 @@ template <class E, class W>
 const auto& outer_tile() {
   if constexpr (std::is_same_v<E, W>)
     return kernels::table().tiles<E>().outer_tile;
+  else if constexpr (kernels::kSteps<E> > 1)
+    return kernels::table().small<E>().outer_tile;
   else
     return kernels::table().small<W>().outer_tile;
 }
@@ -29,27 +32,20 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
                        accumulate, {});
 }
 
-// out (n, w.rows) = x (n, depth) wᵀ for a thin w (w.rows, depth): both run along the SIMD lanes, a few rows of x at a time, so
-// that no lane is idle where w has fewer rows than a vector has lanes.
+// out (n, w.rows) = x (n, depth) wᵀ for a thin w (w.rows, depth), a small batch of x at a time, so that no lane is idle where w
+// has fewer rows than a vector has lanes.
 template <class T>
 void dot_product(Matrix<const T> x, Matrix<const T> w, T* out) {
-  constexpr size_t kRows = 8, kDepth = 16 * kernels::kPanelColumns, kOutputs = 64;
   const auto& k = kernels::table().products<T>();
-  const size_t lanes = k.lanes / 2;
-  T* xs = scratch<T>(Scratch::kDotInputs, kRows * round_up(w.cols, lanes));
-  T* part = scratch<T>(Scratch::kDotSums, kRows * kOutputs * lanes);
-  for (size_t i = 0; i < x.rows; i += kRows) {
-    const size_t rows = std::min(kRows, x.rows - i);
-    k.interleave(rows, w.cols, x.row(i), x.stride, xs);
-    for (size_t j = 0; j < w.rows; j += kOutputs) {
-      const size_t outputs = std::min(kOutputs, w.rows - j);
-      if (w.cols == 0) std::fill_n(part, rows * outputs * lanes, T(0));
-      for (size_t c = 0; c < w.cols; c += kDepth)
-        kernels::table().small<T>().dots(rows, outputs, std::min(kDepth, w.cols - c),
-                                         {w.row(j) + c, w.stride, kernels::kPanelColumns}, xs + c * rows,
-                                         part, c > 0);
-      k.sum_parts(rows, outputs, part, nullptr, out + i * w.rows + j, w.rows);
-    }
+  const size_t lanes = k.lanes / 2, most = small_batch<T>();
+  T* xs = scratch<T>(Scratch::kDotInputs, lanes * w.cols);
+  T* part = scratch<T>(Scratch::kDotSums, w.rows * lanes);
+  for (size_t i = 0; i < x.rows; i += most) {
+    const size_t rows = std::min(most, x.rows - i), phases = kernels::small_phases(rows, lanes);
+    k.interleave(rows, phases, w.cols, x.row(i), x.stride, xs);
+    kernels::table().small<T>().dots(phases, w.rows, w.cols, {w.data, w.stride, kernels::kPanelColumns}, xs,
+                                     part, false);
+    k.sum_parts(rows, phases, w.rows, part, nullptr, out + i * w.rows, w.rows);
   }
 }
 

@@ -11,15 +11,21 @@
 namespace nplora {
 
 enum class ForwardPath {
-  kSmall,  // up to kSmallBatch rows: nothing is transposed
+  kSmall,  // up to small_batch rows: nothing is transposed
   kLanes,  // x and y are
   kRows,   // W is, which pays for large batches
 };
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes) {
-  if (tokens <= kSmallBatch) return ForwardPath::kSmall;
+  const size_t most_small = element_bytes == sizeof(double) ? small_batch<double>() : small_batch<float>();
+  if (tokens <= most_small) return ForwardPath::kSmall;
   const size_t shared = std::min(tokens, tokens_of_block(tokens, d_in, element_bytes));
   return shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows : ForwardPath::kLanes;
+}
+
+// Whether a product of so many rows runs in pairs of bfloat16.
+inline bool computes_pairs(const WeightView& w, size_t tokens) {
+  return w.compute == Compute::kBfloat16 && tokens > kFloatBatch;
 }
 
 enum class Update {
@@ -64,7 +70,7 @@ inline UpdateCost backward_cost(const LayerShape& s) {
 // The cheaper way. Folding is for float and double: in bfloat16 the rounding of W + scale A B would drown a young update.
 inline Update choose_update(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return Update::kNone;
-  const bool can_fold = s.element_bytes >= 4 && !s.dropout && s.tokens > kSmallBatch;
+  const bool can_fold = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
   return can_fold && cost.folded < cost.steps ? Update::kFolded : Update::kSteps;
 }
 

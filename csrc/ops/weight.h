@@ -11,7 +11,7 @@
 
 namespace nplora {
 
-// What the products of a weight are computed in: its own float type, or (batches above kDotTokens rows) pairs of bfloat16
+// What the products of a weight are computed in: its own float type, or (batches above kFloatBatch rows) pairs of bfloat16
 // summed in float.
 enum class Compute { kFloat, kBfloat16 };
 

@@ -7,6 +7,8 @@
 //
 //   zero, broadcast, load, store;
 //   load_partial, store_partial   touch the first n lanes only (the others read as 0);
+//   load_group<n>                 n elements again and again in all lanes;
+//   pair_rows(first, second)      of Bf16Pair: a vector of bfloat16 from each of two rows, in pairs;
 //   fma(a, b, c) = a * b + c;
 //   transpose(Vec (&)[kLanes]);
 //   keep(v)   holds a loaded v in its register.
@@ -29,6 +31,14 @@ namespace nplora::kernels::NPLORA_ISA {
 
 constexpr size_t smaller(size_t a, size_t b) {
   return a < b ? a : b;
+}
+
+// The bits at p.
+template <class Bits, class T>
+inline Bits bits_at(const T* p) {
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return bits;
 }
 
 #if defined(NPLORA_SIMD_GENERIC)

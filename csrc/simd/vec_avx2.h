@@ -16,7 +16,24 @@ struct Vec<float> {
   static Vec load_partial(const float* p, size_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
   static Vec load(const Bf16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return widen(bits);
+  }
+  static Vec widen(__m128i bits) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  template <size_t kCount>
+  static Vec load_group(const float* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm256_castpd_ps(_mm256_set1_pd(bits_at<double>(p)))};
+    if constexpr (kCount == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+    if constexpr (kCount == 8) return load(p);
+  }
+  template <size_t kCount>
+  static Vec load_group(const Bf16* p) {
+    if constexpr (kCount == 1) return widen(_mm_set1_epi16(bits_at<short>(p)));
+    if constexpr (kCount == 2) return widen(_mm_set1_epi32(bits_at<int>(p)));
+    if constexpr (kCount == 4) return widen(_mm_set1_epi64x(bits_at<long long>(p)));
+    if constexpr (kCount == 8) return load(p);
   }
   static Vec load_partial(const Bf16* p, size_t n) {
     Bf16 t[kLanes] = {};
@@ -45,6 +62,12 @@ struct Vec<double> {
   static Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
   static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static Vec load_partial(const double* p, size_t n) { return {_mm256_maskload_pd(p, mask(n))}; }
+  template <size_t kCount>
+  static Vec load_group(const double* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm256_broadcast_pd(reinterpret_cast<const __m128d*>(p))};
+    if constexpr (kCount == 4) return load(p);
+  }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_partial(double* p, size_t n) const { _mm256_maskstore_pd(p, mask(n), v); }
   static __m256i mask(size_t n) {
@@ -68,7 +91,33 @@ struct Vec<Bf16Pair> {
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), Vec<float>::mask(n))};
   }
+  template <size_t kCount>
+  static Vec load_group(const Bf16Pair* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm256_set1_epi64x(bits_at<long long>(p))};
+    if constexpr (kCount == 4) return {_mm256_broadcastsi128_si256(bits_at<__m128i>(p))};
+    if constexpr (kCount == 8) return load(p);
+  }
+  static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
+
+template <>
+struct Vec<Bf16> {
+  static constexpr size_t kLanes = 8;
+  __m128i v;
+
+  static Vec zero() { return {_mm_setzero_si128()}; }
+  static Vec load(const Bf16* p) { return {bits_at<__m128i>(p)}; }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Bf16 t[kLanes] = {};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+};
+inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
+  return {_mm256_or_si256(_mm256_cvtepu16_epi32(first.v),
+                          _mm256_slli_epi32(_mm256_cvtepu16_epi32(second.v), 16))};
+}
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))};
 }

@@ -14,6 +14,21 @@ struct Vec<float> {
   static Vec widen(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
+  template <size_t kCount>
+  static Vec load_group(const float* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm512_castpd_ps(_mm512_set1_pd(bits_at<double>(p)))};
+    if constexpr (kCount == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
+    if constexpr (kCount == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+    if constexpr (kCount == 16) return load(p);
+  }
+  template <size_t kCount>
+  static Vec load_group(const Bf16* p) {
+    if constexpr (kCount == 2) return widen(_mm256_set1_epi32(bits_at<int>(p)));
+    if constexpr (kCount == 4) return widen(_mm256_set1_epi64x(bits_at<long long>(p)));
+    if constexpr (kCount == 8) return widen(_mm256_broadcastsi128_si256(bits_at<__m128i>(p)));
+    if constexpr (kCount == 16) return load(p);
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_partial(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   static __mmask16 mask(size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -34,6 +49,13 @@ struct Vec<double> {
   static Vec broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static Vec load_partial(const double* p, size_t n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
+  template <size_t kCount>
+  static Vec load_group(const double* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm512_broadcast_f64x2(_mm_loadu_pd(p))};
+    if constexpr (kCount == 4) return {_mm512_broadcast_f64x4(_mm256_loadu_pd(p))};
+    if constexpr (kCount == 8) return load(p);
+  }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_partial(double* p, size_t n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
   static __mmask8 mask(size_t n) { return static_cast<__mmask8>((1u << n) - 1); }
@@ -55,7 +77,33 @@ struct Vec<Bf16Pair> {
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     return {_mm512_maskz_loadu_epi32(Vec<float>::mask(n), p)};
   }
+  template <size_t kCount>
+  static Vec load_group(const Bf16Pair* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {_mm512_set1_epi64(bits_at<long long>(p))};
+    if constexpr (kCount == 4) return {_mm512_broadcast_i32x4(bits_at<__m128i>(p))};
+    if constexpr (kCount == 8) return {_mm512_broadcast_i64x4(bits_at<__m256i>(p))};
+  }
+  static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
+
+template <>
+struct Vec<Bf16> {
+  static constexpr size_t kLanes = 16;
+  __m256i v;
+
+  static Vec zero() { return {_mm256_setzero_si256()}; }
+  static Vec load(const Bf16* p) { return {bits_at<__m256i>(p)}; }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    return {_mm256_maskz_loadu_epi16(Vec<float>::mask(n), p)};
+  }
+};
+inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return {
+      _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
+}
 
 #if defined(NPLORA_SIMD_BF16)
 inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {

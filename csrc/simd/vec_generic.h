@@ -22,6 +22,13 @@ struct Vec {
     for (size_t i = 0; i < n; ++i) r.v[i] = p[i];
     return r;
   }
+  template <size_t kCount, class W>
+  static Vec load_group(const W* p) {
+    Vec r;
+    const Vec group = load_partial(p, kCount);
+    for (size_t i = 0; i < kLanes; ++i) r.v[i] = group.v[i % kCount];
+    return r;
+  }
   static Vec load(const Bf16* p) { return load_partial(p, kLanes); }
   static Vec load_partial(const Bf16* p, size_t n) {
     Vec r = zero();
@@ -58,7 +65,33 @@ struct Vec<Bf16Pair> {
     for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
     return r;
   }
+  template <size_t kCount>
+  static Vec load_group(const Bf16Pair* p) {
+    Vec r{};
+    for (size_t i = 0; i < kLanes; ++i) r.v[i] = static_cast<uint32_t>(p[i % kCount]);
+    return r;
+  }
+  static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
+
+template <>
+struct Vec<Bf16> {
+  static constexpr size_t kLanes = 4;
+  uint32_t v[kLanes];
+
+  static Vec zero() { return {}; }
+  static Vec load(const Bf16* p) { return load_partial(p, kLanes); }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Vec r{};
+    for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
+    return r;
+  }
+};
+inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
+  Vec<Bf16Pair> r{};
+  for (size_t i = 0; i < kLanes; ++i) r.v[i] = first.v[i] | second.v[i] << 16;
+  return r;
+}
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {__builtin_bit_cast(Vec<float>::Register, a.v << 16)};
 }

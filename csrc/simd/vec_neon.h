@@ -12,8 +12,19 @@ struct Vec<float> {
     for (size_t i = 0; i < n; ++i) t[i] = p[i];
     return load(t);
   }
-  static Vec load(const Bf16* p) {
-    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+  static Vec load(const Bf16* p) { return widen(vld1_u16(reinterpret_cast<const uint16_t*>(p))); }
+  static Vec widen(uint16x4_t bits) { return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))}; }
+  template <size_t kCount>
+  static Vec load_group(const float* p) {
+    if constexpr (kCount == 1) return {vld1q_dup_f32(p)};
+    if constexpr (kCount == 2) return {vreinterpretq_f32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
+    if constexpr (kCount == 4) return load(p);
+  }
+  template <size_t kCount>
+  static Vec load_group(const Bf16* p) {
+    if constexpr (kCount == 1) return widen(vdup_n_u16(bits_at<uint16_t>(p)));
+    if constexpr (kCount == 2) return widen(vreinterpret_u16_u32(vdup_n_u32(bits_at<uint32_t>(p))));
+    if constexpr (kCount == 4) return load(p);
   }
   static Vec load_partial(const Bf16* p, size_t n) {
     Bf16 t[4] = {};
@@ -42,6 +53,11 @@ struct Vec<double> {
   static Vec zero() { return {vdupq_n_f64(0)}; }
   static Vec broadcast(double x) { return {vdupq_n_f64(x)}; }
   static Vec load(const double* p) { return {vld1q_f64(p)}; }
+  template <size_t kCount>
+  static Vec load_group(const double* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return load(p);
+  }
   static Vec load_partial(const double* p, size_t n) {
     return n == 1 ? Vec{vsetq_lane_f64(*p, vdupq_n_f64(0), 0)} : n ? load(p) : zero();
   }
@@ -70,7 +86,32 @@ struct Vec<Bf16Pair> {
     for (size_t i = 0; i < n; ++i) t[i] = p[i];
     return load(t);
   }
+  template <size_t kCount>
+  static Vec load_group(const Bf16Pair* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return {vreinterpretq_u32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
+    if constexpr (kCount == 4) return load(p);
+  }
+  static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
+
+template <>
+struct Vec<Bf16> {
+  static constexpr size_t kLanes = 4;
+  uint16x4_t v;
+
+  static Vec zero() { return {vdup_n_u16(0)}; }
+  static Vec load(const Bf16* p) { return {vld1_u16(reinterpret_cast<const uint16_t*>(p))}; }
+  static Vec load_partial(const Bf16* p, size_t n) {
+    Bf16 t[4] = {};
+    for (size_t i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+};
+inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
+  const uint16x4x2_t pairs = vzip_u16(first.v, second.v);
+  return {vreinterpretq_u32_u16(vcombine_u16(pairs.val[0], pairs.val[1]))};
+}
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))};
 }

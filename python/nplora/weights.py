@@ -38,7 +38,7 @@ class FrozenWeight:
             nearest even.
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
-            to 8 rows are computed in float32 either way. A float64 weight computes in float64.
+            to 4 rows are computed in float32 either way. A float64 weight computes in float64.
     Raises:
         ValueError: W has not two axes, dtype or compute is not one of those above, or a float64 weight is
             asked to compute in bfloat16.

@@ -287,6 +287,41 @@ void test_widening_outer_tile(const KernelTable& table) {
       }
 }
 
+// Rows of bfloat16 that are paired in registers give the bits that pairs in memory give.
+void test_pairing_outer_tile(const KernelTable& table) {
+  Random random(8);
+  size_t kind = 0;
+  for (size_t n = 0; n <= kPanelColumns; ++n)
+    for (size_t m : {0, 1, 2, 5, 8, 9})
+      for (size_t depth : {0, 1, 2, 13}) {
+        check::count_shape("outer_tile of paired bfloat16");
+        const size_t w_stride = n + ++kind % 3 * 7, pairs = (depth + 1) / 2;
+        check::Case one("%s outer_tile of paired bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,
+                        n, depth, w_stride);
+        const Product<Bf16Pair> p(random, m, n, pairs, false, Data::kUniform, table);
+        std::vector<Bf16> rows(depth * n);
+        std::vector<Bf16Pair> paired = p.b;
+        for (size_t i = 0; i < depth; ++i)
+          for (size_t j = 0; j < n; ++j) rows[i * n + j] = Bf16(uint32_t(p.b[i / 2 * n + j]) >> (i % 2 * 16));
+        if (depth % 2)
+          for (size_t j = 0; j < n; ++j)
+            paired[depth / 2 * n + j] = Bf16Pair(uint32_t(paired[depth / 2 * n + j]) & 0xFFFF);
+        for (Place place : kPlaces) {
+          Placed<Bf16> w(depth, n, {w_stride}, place, rows);
+          Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
+          table.small<Bf16Pair>().outer_tile(m, n, depth, {p.a.data(), pairs, 1}, w.data(), w_stride,
+                                             c.data(), n + 3, false, {});
+          table.tiles<Bf16Pair>().outer_tile(m, n, pairs, {p.a.data(), pairs, 1}, paired.data(), n,
+                                             wanted.data(), n + 3, false, {});
+          const auto got = c.values(), want = wanted.values();
+          for (size_t i = 0; i < got.size(); ++i)
+            check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
+                          double(want[i]));
+          check::expect(c.gaps_intact() && w.untouched(rows), "wrote outside c");
+        }
+      }
+}
+
 // ---- the same element has the same bits, whatever the tiles around it ----
 
 // Cuts n into one to four pieces.
@@ -360,4 +395,5 @@ void test_products(const KernelTable& table) {
   test_tiles<double>(table);
   test_tiles<Bf16Pair>(table);
   test_widening_outer_tile(table);
+  test_pairing_outer_tile(table);
 }

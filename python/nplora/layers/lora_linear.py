@@ -216,9 +216,9 @@ class LoRALinear(LoRALayer):
         return np.sqrt(np.maximum(squares, 0))
 
     def _frozen_product_of_b(self) -> Array:
-        """B Wᵀ (r, d_out), in float32 where the layer's products are bfloat16: 8 rows are not rounded."""
+        """B Wᵀ (r, d_out), in float32 where the layer's products are bfloat16: 4 rows are not rounded."""
         out = np.empty((self.rank, self.weight.shape[0]), self.B.dtype)
-        step = 8 if self.weight.compute == "bfloat16" else self.rank
+        step = 4 if self.weight.compute == "bfloat16" else self.rank
         for i in range(0, self.rank, step):
             _core.matmul(self.weight.packed, self.B[i : i + step], None, out[i : i + step])
         return out

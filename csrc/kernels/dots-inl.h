@@ -1,0 +1,219 @@
+// The products of small batches, for which W is read once, row after row as it lies in its panels. See kernel_table.h for the
+// contract.
+//
+// The unit gives:
+//   kDotResident  the most vectors of x (those of one panel) that stay in registers while the rows of W pass by, or else
+//   kDotRows      so many rows share each vector of x;
+//   kDotSums      sums of a row that run side by side: FMA latency x throughput (4 x 2) over the rows that are in flight.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+// Bytes ahead that W is fetched: at 10 bytes a cycle from memory, and 500 cycles from it.
+inline constexpr size_t kDotAhead = 6144;
+
+// The groups of kPhases elements that a full panel's rows are cut into.
+template <class W, size_t kPhases>
+inline constexpr size_t kGroups = kPanelDepth<W> / kPhases;
+
+// The first n elements of a group.
+template <class E, class W, size_t kPhases>
+inline Vec<E> load_group_partial(const W* from, size_t n) {
+  W group[kPhases] = {};
+  for (size_t i = 0; i < n; ++i) group[i] = from[i];
+  return Vec<E>::template load_group<kPhases>(group);
+}
+
+template <class W>
+struct Dots {
+  size_t rows;
+  const W* w;
+  size_t row_stride;
+  const Operand<W>* xs;
+  Sum<W>* part;
+  bool accumulate;
+};
+
+// A full panel, kRows rows at a time, while there are so many.
+template <class W, size_t kPhases, size_t kRows>
+inline void dots_panel(Dots<W>& p) {
+  using T = Sum<W>;
+  using X = Operand<W>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
+  constexpr bool kResident = kSteps <= kDotResident;
+  constexpr size_t kSums = kSteps >= 2 * kDotSums ? kDotSums : 1;
+  Vec<X> x[kSteps];
+  if (kResident)
+#pragma GCC unroll 48
+    for (size_t s = 0; s < kSteps; ++s) {
+      x[s] = Vec<X>::load(p.xs + s * kLanes);
+      keep(x[s]);
+    }
+  for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
+    const char* next = reinterpret_cast<const char*>(p.w) +
+                       kDotAhead / (kPanelDepth<W> * sizeof(W)) * p.row_stride * sizeof(W);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r, next += p.row_stride * sizeof(W))
+#pragma GCC unroll 8
+      for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
+        __builtin_prefetch(next + line);
+    Vec<T> sums[kRows][kSums];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) {
+      sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
+#pragma GCC unroll 4
+      for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
+    }
+#pragma GCC unroll 48
+    for (size_t s = 0; s < kSteps; ++s) {
+      if (!kResident) x[s] = Vec<X>::load(p.xs + s * kLanes);
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r)
+        sums[r][s % kSums] = fma(Vec<X>::template load_group<kPhases>(p.w + r * p.row_stride + s * kPhases),
+                                 x[s], sums[r][s % kSums]);
+    }
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (size_t half = kSums / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
+      sums[r][0].store(p.part + r * kLanes);
+    }
+  }
+}
+
+// A panel, or a matrix, of fewer columns.
+template <class W, size_t kPhases>
+inline void dots_narrow(Dots<W> p, size_t width) {
+  using T = Sum<W>;
+  using X = Operand<W>;
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  const size_t groups = width / kPhases, rest = width % kPhases;
+  for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes) {
+    Vec<T> sum = p.accumulate ? Vec<T>::load(p.part) : Vec<T>::zero();
+    const W* w = p.w;
+    const X* xs = p.xs;
+    for (size_t s = 0; s < groups; ++s, w += kPhases, xs += kLanes)
+      sum = fma(Vec<X>::template load_group<kPhases>(w), Vec<X>::load(xs), sum);
+    if (rest > 0) sum = fma(load_group_partial<X, W, kPhases>(w, rest), Vec<X>::load(xs), sum);
+    sum.store(p.part);
+  }
+}
+
+template <class W, size_t kPhases>
+inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
+                           bool accumulate) {
+  constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
+  do {  // once without columns, too: part is set to zero
+    const size_t width = smaller(depth, kPanelDepth<W>);
+    Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate};
+    if (width == kPanelDepth<W>) {
+      if constexpr (kGroups<W, kPhases> > kDotResident) dots_panel<W, kPhases, kDotRows>(p);
+      dots_panel<W, kPhases, 1>(p);
+    } else {
+      dots_narrow<W, kPhases>(p, width);
+    }
+    depth -= width;
+    w.data += w.panel_stride;
+    xs += width / kPhases * kLanes;
+    accumulate = true;
+  } while (depth > 0);
+}
+
+// Calls body.operator()<phases>(), for the numbers of phases that small_phases gives.
+template <class T, size_t kPhases = Vec<T>::kLanes, class Body>
+inline void for_phases(size_t phases, const Body& body) {
+  if (phases == kPhases) return body.template operator()<kPhases>();
+  if constexpr (kPhases > 1 && kPhases * kMostSmallBatch > Vec<T>::kLanes)
+    for_phases<T, kPhases / 2>(phases, body);
+}
+
+template <class W>
+void dots(size_t phases, size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
+          bool accumulate) {
+  for_phases<Sum<W>>(phases, [&]<size_t kPhases>() {
+    if constexpr (kPanelDepth<W> % kPhases == 0)
+      dots_of_phases<W, kPhases>(rows, depth, w, xs, part, accumulate);
+  });
+}
+
+// xs (groups, lanes) = x (m, cols): rows behind m and elements behind cols are zero.
+template <class T, size_t kPhases>
+inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
+  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kPhases;
+  for (size_t c = 0; c < cols; c += kPhases, xs += kLanes)
+    for (size_t t = 0; t < kTokens; ++t) {
+      const size_t n = t < m ? smaller(cols - c, kPhases) : 0;
+      const T* from = x + t * x_stride + c;
+      if (n == kPhases)
+        __builtin_memcpy(xs + t * kPhases, from, kPhases * sizeof(T));
+      else
+        for (size_t i = 0; i < kPhases; ++i) xs[t * kPhases + i] = i < n ? from[i] : T(0);
+    }
+}
+
+// The same for groups that one register element U holds: a transpose. The m rows behind are fetched: they are next.
+template <class T, class U>
+inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
+  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kPhases = kLanes / kTokens;
+  for (size_t c = 0; c < cols; c += kLanes) {
+    const size_t width = smaller(cols - c, kLanes);
+    Vec<U> block[kTokens];
+#pragma GCC unroll 16
+    for (size_t t = 0; t < kTokens; ++t) {
+      const T* from = x + t * x_stride + c;
+      __builtin_prefetch(from + m * x_stride, 0, 2);
+      block[t] = __builtin_bit_cast(Vec<U>, t >= m            ? Vec<T>::zero()
+                                            : width == kLanes ? Vec<T>::load(from)
+                                                              : Vec<T>::load_partial(from, width));
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (size_t g = 0; g < kTokens; ++g, xs += kLanes) {
+      if (g * kPhases >= width) return;
+      __builtin_bit_cast(Vec<T>, block[g]).store(xs);
+    }
+  }
+}
+
+template <class T>
+void interleave(size_t m, size_t phases, size_t cols, const T* x, size_t x_stride, T* xs) {
+  for_phases<T>(phases, [&]<size_t kPhases>() {
+    if constexpr (kPhases == 1)
+      interleave_transposed<T, T>(m, cols, x, x_stride, xs);
+    else if constexpr (kPhases * sizeof(T) == sizeof(double))
+      interleave_transposed<T, double>(m, cols, x, x_stride, xs);
+    else
+      interleave_groups<T, kPhases>(m, cols, x, x_stride, xs);
+  });
+}
+
+// y (m, rows) = the phases of part (rows, lanes) added up in a tree [+ bias (rows)]: transposed, those of so many rows at once.
+template <class T>
+void sum_parts(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y, size_t y_stride) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  for_phases<T>(phases, [&]<size_t kPhases>() {
+    for (size_t j = 0; j < rows; j += kLanes) {
+      const size_t count = smaller(rows - j, kLanes);
+      Vec<T> block[kLanes];
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kLanes; ++i)
+        block[i] = i < count ? Vec<T>::load(part + (j + i) * kLanes) : Vec<T>::zero();
+      transpose(block);
+      const Vec<T> offset = bias ? Vec<T>::load_partial(bias + j, count) : Vec<T>::zero();
+#pragma GCC unroll 16
+      for (size_t t = 0; t < kLanes / kPhases; ++t) {
+        if (t >= m) break;
+        Vec<T>* lanes = block + t * kPhases;
+#pragma GCC unroll 4
+        for (size_t half = kPhases / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+          for (size_t i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+        const Vec<T> sum = bias ? lanes[0] + offset : lanes[0];
+        sum.store_partial(y + t * y_stride + j, count);
+      }
+    }
+  });
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -8,9 +8,6 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Bytes ahead that W is fetched: at 10 bytes a cycle from memory, and 500 cycles from it.
-inline constexpr size_t kDotAhead = 6144;
-
 // The groups of kPhases elements that a full panel's rows are cut into.
 template <class W, size_t kPhases>
 inline constexpr size_t kGroups = kPanelDepth<W> / kPhases;
@@ -50,7 +47,7 @@ inline void dots_panel(Dots<W>& p) {
     }
   for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
     const char* next = reinterpret_cast<const char*>(p.w) +
-                       kDotAhead / (kPanelDepth<W> * sizeof(W)) * p.row_stride * sizeof(W);
+                       kFetchAhead / (kPanelDepth<W> * sizeof(W)) * p.row_stride * sizeof(W);
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, next += p.row_stride * sizeof(W))
 #pragma GCC unroll 8

@@ -63,11 +63,15 @@ inline constexpr size_t kSteps<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines, as many as there are steps to its work.
+// Memory that a kernel brings into the cache while it works: whole cache lines, so many (up to 3) at each step of its work.
 struct Fetch {
   const char* at = nullptr;
-  size_t lines = 0;
+  size_t lines = 0, each = 1;
 };
+
+// How far ahead in memory W is fetched where it streams by: 10 bytes a cycle arrive, over 500 cycles after they are asked for,
+// and twice that where they share the way.
+inline constexpr size_t kFetchAhead = 12288;
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
 // multiply-adds where the instruction set has them): a result does not depend on tile sizes, on blocking or on threads.

@@ -93,28 +93,29 @@ void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* 
 
 // ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// What a tile fetches at each step: a line of a Fetch; or, where none is left, three lines of the row of w that is kAhead steps
-// behind, since the rows of a matrix of the caller's lie apart.
-struct FetchSteps {
-  const char* at;
-  size_t step, line;
-};
-template <class W>
-inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
-  constexpr size_t kAhead = 16;
-  if (next.lines < steps)
-    return {reinterpret_cast<const char*>(w + kAhead * w_stride), w_stride * sizeof(W), kCacheLine};
-  const FetchSteps taken{next.at, kCacheLine, 0};
-  next.at += steps * kCacheLine;
-  next.lines -= steps;
-  return taken;
-}
-
 // The rows of w that one element E of a meets: two where W holds single bfloat16 values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
+
+// What a tile fetches at each step: lines of a Fetch; or, where too few are left, the rows of w that lie kFetchAhead behind.
+struct FetchSteps {
+  const char* at;
+  size_t step, line;
+};
+template <class E, class W>
+inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
+  constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
+  const size_t lines = steps * next.each;
+  if (next.lines < lines)
+    return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),
+            kCacheLine};
+  const FetchSteps taken{next.at, next.each * kCacheLine, next.each > 1 ? kCacheLine : 0};
+  next.at += lines * kCacheLine;
+  next.lines -= lines;
+  return taken;
+}
 
 // w holds elements E, or W, which are widened to E or paired; depth counts its rows.
 template <class E, class W>
@@ -216,7 +217,7 @@ void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const W* w, size
     for (size_t j = 0; j < n; j += kGroup) {
       outer_tile_columns<E, W, kOuterVectors>(
           rows, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate,
-                 take(next, depth, w + j, w_stride)});
+                 take<E>(next, depth / kRowsOf<E, W>, w + j, w_stride)});
     }
     m -= rows;
     a.data += rows * a.row_stride;

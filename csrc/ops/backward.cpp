@@ -210,10 +210,10 @@ class Backward {
   void frozen(const Part& p, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate,
               const After& after) const {
     const WeightView& w = p.arrays.w;
-    W* decoded = scratch<W>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * kPanelColumns);
     size_t o = 0;
     do {  // once without columns, too: dx is set to zero
-      const Range rows{o, std::min(kOuterDepth, w.d_out - o)};
+      const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
       ColumnBlock<W> block = column_block(w, rows, panel, decoded);
       if constexpr (std::is_same_v<W, T>)
         if (p.update == Update::kFolded) {
@@ -228,18 +228,21 @@ class Backward {
         outer_tile<E, W>()(few.count, panel.count, depth,
                            {dy.data + i * dy.row_stride + o / kSteps<E>, dy.row_stride, 1}, block.data,
                            block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate || o > 0,
-                           i == 0 ? following(w, rows, panel) : Fetch{});
+                           i == 0 ? following(w, rows, panel, few.count) : Fetch{});
         if (last) after(few);
       }
       o += rows.count;
     } while (o < w.d_out);
   }
 
-  // The memory of packed W that is read after a block: the same panel's next rows, or the next panel.
-  static Fetch following(const WeightView& w, Range rows, Range panel) {
-    if (!w.packed) return {};
-    const size_t bytes = kOuterDepth * kPanelColumns * bytes_per_element(w.storage);
-    return {stored_at(w, rows.first + rows.count, panel.first), bytes / kCacheLine};
+  // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. So many tokens fetch it in
+  // tiles; a single tile streams through its own block.
+  static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
+    const size_t tiles = ceil_div(tokens, kernels::table().tiles<E>().tile_tokens);
+    if (!w.packed || tiles < 2) return {};
+    const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
+    return {stored_at(w, rows.first + rows.count, panel.first), lines,
+            std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3)};
   }
 
   // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the pass.

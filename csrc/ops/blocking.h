@@ -10,10 +10,14 @@
 
 namespace nplora {
 
-// 240 columns x 32 lanes of floats = 30 KB: the lanes of x that stay in L1 ...
-inline constexpr size_t kDepthBlock = 5 * kernels::kPanelColumns;
-// ... while so many rows of W pass by. A multiple of every tile_rows.
+// Rows of W that pass by the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
+// Steps of the depth for which a panel of W (or of blocks of its transpose), or the lanes of x, are kept in L2, in blocks of about
+// one size: at most 1056 x 48 floats = 198 KB. Longer ones leave less time for the sums, which are loaded and stored for each.
+inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
+inline size_t depth_block(size_t depth) {
+  return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kernels::kPanelColumns);
+}
 // Tokens that one task keeps in L2 or L3, of all those whose lanes are kept at a time: as many as take kLanesBytes.
 inline constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{8} << 20;
 // Batches that leave no lane without a token take the path that transposes nothing.
@@ -27,8 +31,6 @@ inline constexpr size_t kFloatBatch = 4;
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 128;
 // Rows of W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
 inline constexpr size_t kDotRows = 4096;
-// Steps of the depth for which a panel of W, or of blocks of its transpose, is kept in L2: 576 x 48 floats = 108 KB.
-inline constexpr size_t kOuterDepth = 12 * kernels::kPanelColumns;
 // Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.
 inline constexpr size_t kFewTokens = 64;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.

@@ -118,45 +118,36 @@ class LanesForward {
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
       const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};
-      frozen(part, rows, pass, blocks, yt);
-      for (size_t b = 0; b < blocks.count; ++b) {
-        const Range tokens = lane_block(pass, blocks.first + b);
-        T* out = yt + b * kRowBlock * lanes_;
+      frozen(part, rows, blocks, yt, [&](size_t b, T* out) {
+        const Range tokens = lane_block(pass, b);
         if (rank)
           k_.lane_tile(lanes_, rows.count, rank,
                        {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
-                       update.zt + (blocks.first + b) * rank * lanes_, out, true);
+                       update.zt + b * rank * lanes_, out, true);
         k_.from_lanes(lanes_, tokens.count, rows.count, out, bias_at(part, rows.first),
                       part.y.row(tokens.first) + rows.first, part.y.stride);
-      }
+      });
     }
   }
 
-  // yt (blocks, kRowBlock, lanes) = W[rows] xt. The last products fetch the lines of y.
-  void frozen(const ForwardPart<T>& part, Range rows, Range pass, Range blocks, T* yt) const {
+  // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when that is done but still in L1.
+  template <class After>
+  void frozen(const ForwardPart<T>& part, Range rows, Range blocks, T* yt, const After& after) const {
     const WeightView& w = part.w;
-    if (w.d_in == 0) std::fill_n(yt, blocks.count * kRowBlock * lanes_, T(0));
-    const size_t full = full_columns(w.d_in);
-    // A single block of lanes goes once over each row: it reads a whole row at a time, as W streams by.
-    const size_t most = blocks.count > 1 || !in_place<E>(w) ? kDepthBlock : std::max(full, kPanelColumns);
-    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * kDepthBlock);
-    for (size_t col = 0; col < w.d_in;) {
+    const size_t full = full_columns(w.d_in), most = depth_block(w.d_in);
+    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * most);
+    size_t col = 0;
+    do {  // once without columns, too: yt is set to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {
-        if (col + cols == w.d_in) fetch(part.y, lane_block(pass, blocks.first + b), rows);
-        tiles_.lane_tile(lanes_, rows.count, depth_of<E>(cols), panels,
-                         xt_ + ((blocks.first + b) * depth_ + col / kSteps<E>)*lanes_,
-                         yt + b * kRowBlock * lanes_, col > 0);
+        const E* xt = xt_ + ((blocks.first + b) * depth_ + col / kSteps<E>)*lanes_;
+        T* out = yt + b * kRowBlock * lanes_;
+        tiles_.lane_tile(lanes_, rows.count, depth_of<E>(cols), panels, xt, out, col > 0);
+        if (col + cols == w.d_in) after(blocks.first + b, out);
       }
       col += cols;
-    }
-  }
-
-  static void fetch(Matrix<T> y, Range rows, Range cols) {
-    for (size_t i = 0; i < rows.count; ++i)
-      for (size_t c = 0; c < cols.count; c += kCacheLine / sizeof(T))
-        __builtin_prefetch(y.row(rows.first + i) + cols.first + c, 1);
+    } while (col < w.d_in);
   }
 
   const std::span<const ForwardPart<T>> parts_;

@@ -144,7 +144,7 @@ class RowsForward {
       const Range rows{piece.rows.first + r, std::min(kPanelColumns, piece.rows.count - r)};
       size_t col = 0;
       do {  // once without columns, too: y is set to zero
-        const Range cols{col, std::min(kOuterDepth, x_.cols - col)};
+        const Range cols{col, std::min(depth_block(x_.cols), x_.cols - col)};
         const E* block = transposed(u, rows, cols);
         const bool last = col + cols.count == x_.cols;
         const size_t chunk = last ? kFewTokens : some.count;
@@ -178,7 +178,7 @@ class RowsForward {
   const E* transposed(const PartUpdate& u, Range rows, Range cols) const {
     const auto& k = kernels::table().products<float>();
     E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * kPanelColumns);
-    E* block = scratch<E>(Scratch::kWeight, kOuterDepth * kPanelColumns);
+    E* block = scratch<E>(Scratch::kWeight, kDepthBlock * kPanelColumns);
     for (size_t c = 0; c < cols.count; c += kPanelColumns) {
       const size_t width = std::min(kPanelColumns, cols.count - c);
       const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);

@@ -144,8 +144,11 @@ inline void outer_tile_fixed(OuterTile<E, W> p) {
 #pragma GCC unroll 16
   for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v)
-      acc[i][v] = p.accumulate ? load(Vec<T>{}, p.c + i * p.c_stride, v) : Vec<T>::zero();
+    for (size_t v = 0; v < kVectors; ++v) {
+      const T* c = p.c + i * p.c_stride;
+      __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
+      acc[i][v] = p.accumulate ? load(Vec<T>{}, c, v) : Vec<T>::zero();
+    }
 
   const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
     __builtin_prefetch(p.next.at);

@@ -135,30 +135,49 @@ class RowsForward {
       return {x_elements_ + first * depth_, depth_, 1};
   }
 
-  // y of some rows of a part, for some tokens of a pass.
+  // y of some rows of a part, for some tokens of a pass. The blocks of a few panels are made at a time, so that x is brought into L2
+  // once for all of them.
   void multiply(Range pass, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
-    const ForwardPart<T>& part = u.part;
-    const Strided<E> x = elements(pass, some.first);
-    for (size_t r = 0; r < piece.rows.count; r += kPanelColumns) {
-      const Range rows{piece.rows.first + r, std::min(kPanelColumns, piece.rows.count - r)};
+    const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
+    const size_t most =
+        std::max<size_t>(1, kBlocksBytes / sizeof(E) / std::max<size_t>(1, block_size)) * kPanelColumns;
+    E* blocks = scratch<E>(Scratch::kWeight, most / kPanelColumns * block_size);
+    for (size_t r = 0; r < piece.rows.count; r += most) {
+      const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
       do {  // once without columns, too: y is set to zero
-        const Range cols{col, std::min(depth_block(x_.cols), x_.cols - col)};
-        const E* block = transposed(u, rows, cols);
-        const bool last = col + cols.count == x_.cols;
-        const size_t chunk = last ? kFewTokens : some.count;
-        for (size_t i = 0; i < some.count; i += chunk) {
-          const Range few{some.first + i, std::min(chunk, some.count - i)};
-          T* y = part.y.row(pass.first + few.first) + rows.first;
-          outer_tile<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
-                             {x.data + i * x.row_stride + col / kSteps<E>, x.row_stride, 1}, block,
-                             kPanelColumns, y, part.y.stride, col > 0, {});
-          if (last) add_update(u, few, rows, y);
+        const Range cols{col, std::min(depth, x_.cols - col)};
+        for_panels_of(rows,
+                      [&](size_t i, Range panel) { transpose(u, panel, cols, blocks + i * block_size); });
+        for (size_t i = 0; i < some.count; i += kFewTokens) {
+          const Range few{some.first + i, std::min(kFewTokens, some.count - i)};
+          for_panels_of(rows, [&](size_t p, Range panel) {
+            multiply(u, pass, few, panel, cols, blocks + p * block_size);
+          });
         }
         col += cols.count;
       } while (col < x_.cols);
     }
+  }
+
+  // Calls body(index, rows) for each kPanelColumns rows.
+  template <class Body>
+  static void for_panels_of(Range rows, const Body& body) {
+    for (size_t i = 0; i * kPanelColumns < rows.count; ++i) {
+      const Range panel = nth_block(rows.count, kPanelColumns, i);
+      body(i, {rows.first + panel.first, panel.count});
+    }
+  }
+
+  // y (few, rows) = [y +] x[:, cols] block, and the update behind the last columns.
+  void multiply(const PartUpdate& u, Range pass, Range few, Range rows, Range cols, const E* block) const {
+    const Strided<E> x = elements(pass, few.first);
+    T* y = u.part.y.row(pass.first + few.first) + rows.first;
+    outer_tile<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
+                       {x.data + cols.first / kSteps<E>, x.row_stride, 1}, block, kPanelColumns, y,
+                       u.part.y.stride, cols.first > 0, {});
+    if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
   }
 
   // y (few, rows) += z (scale A)ᵀ [+ bias].
@@ -174,11 +193,10 @@ class RowsForward {
                      true);
   }
 
-  // A block of Wᵀ (cols, kPanelColumns) in elements E, with the update folded in where it is to be.
-  const E* transposed(const PartUpdate& u, Range rows, Range cols) const {
+  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
+  void transpose(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<float>();
     E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * kPanelColumns);
-    E* block = scratch<E>(Scratch::kWeight, kDepthBlock * kPanelColumns);
     for (size_t c = 0; c < cols.count; c += kPanelColumns) {
       const size_t width = std::min(kPanelColumns, cols.count - c);
       const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);
@@ -196,7 +214,6 @@ class RowsForward {
         outer_tile<E, E>()(cols.count, rows.count, low.rank(), {low.b.data + cols.first, 1, low.b.stride},
                            u.a + rows.first, u.part.w.d_out, block, kPanelColumns, true, {});
       }
-    return block;
   }
 
   const std::span<const ForwardPart<T>> parts_;

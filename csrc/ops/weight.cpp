@@ -1,6 +1,7 @@
 #include "ops/weight.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "base/parallel.h"
 #include "ops/scratch.h"
@@ -131,8 +132,14 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
   for_panels(cols.count, [&](size_t c, size_t width) {
     const size_t pairs = ceil_div(width, 2);
     for (size_t i = 0; i < rows.count; ++i, out += pairs) {
+      const char* from = locate(w, rows.first + i, cols.first + c).at;
+      if (w.storage == Storage::kBfloat16) {
+        out[pairs - 1] = Bf16Pair(0);
+        std::memcpy(out, from, width * bytes_per_element(w.storage));
+        continue;
+      }
       float values[kPanelColumns + 1];
-      widen(w.storage, width, locate(w, rows.first + i, cols.first + c).at, values);
+      widen(w.storage, width, from, values);
       values[width] = 0;
       convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(out));
     }

@@ -1,6 +1,7 @@
 #include "base/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -65,6 +66,7 @@ class Pool {
     {
       const std::lock_guard lock(mutex_);
       start_workers(helpers);
+      steer_workers();
       jobs_.push_back(job);
       open_jobs_.store(jobs_.size(), std::memory_order_release);
     }
@@ -89,10 +91,32 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
+      while (worker_threads_.size() < wanted) {
+        worker_threads_.reserve(worker_threads_.size() + 1);
+        std::thread worker([this] { serve(); });
+        worker_threads_.push_back(worker.native_handle());
+        worker.detach();
+        steered_from_ = -1;
+      }
     } catch (const std::system_error&) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  // Keeps the workers off the caller's processor: one that sleeps would often be woken onto it, where it waits for a time slice
+  // while the caller does all the work. On the others it takes its share even from threads that spin, as those of a BLAS do for
+  // a while after each product.
+  void steer_workers() {
+#ifdef __linux__
+    const int cpu = sched_getcpu();
+    if (cpu == steered_from_ || cpu < 0) return;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_CLR(static_cast<size_t>(cpu), &allowed);
+    if (CPU_COUNT(&allowed) == 0) return;
+    for (const pthread_t worker : worker_threads_) pthread_setaffinity_np(worker, sizeof allowed, &allowed);
+    steered_from_ = cpu;
+#endif
   }
 
   [[noreturn]] void serve() {
@@ -121,7 +145,8 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
   std::atomic<size_t> open_jobs_{0};
-  size_t workers_ = 0;
+  std::vector<pthread_t> worker_threads_;  // they never end
+  int steered_from_ = -1;                  // the processor that they keep off
 };
 
 }  // namespace

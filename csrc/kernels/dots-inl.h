@@ -28,11 +28,12 @@ struct Dots {
   const Operand<W>* xs;
   Sum<W>* part;
   bool accumulate;
+  const W* next;  // rows that are fetched meanwhile
 };
 
 // A full panel, kRows rows at a time, while there are so many.
 template <class W, size_t kPhases, size_t kRows>
-inline void dots_panel(Dots<W>& p) {
+inline void dots_rows(Dots<W>& p) {
   using T = Sum<W>;
   using X = Operand<W>;
   constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
@@ -46,13 +47,11 @@ inline void dots_panel(Dots<W>& p) {
       keep(x[s]);
     }
   for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
-    const char* next = reinterpret_cast<const char*>(p.w) +
-                       kFetchAhead / (kPanelDepth<W> * sizeof(W)) * p.row_stride * sizeof(W);
 #pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r, next += p.row_stride * sizeof(W))
+    for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride)
 #pragma GCC unroll 8
       for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-        __builtin_prefetch(next + line);
+        __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line);
     Vec<T> sums[kRows][kSums];
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) {
@@ -79,6 +78,12 @@ inline void dots_panel(Dots<W>& p) {
   }
 }
 
+template <class W, size_t kPhases>
+inline void dots_panel(Dots<W>& p) {
+  if constexpr (kGroups<W, kPhases> > kDotResident) dots_rows<W, kPhases, kDotRows>(p);
+  dots_rows<W, kPhases, 1>(p);
+}
+
 // A panel, or a matrix, of fewer columns.
 template <class W, size_t kPhases>
 inline void dots_narrow(Dots<W> p, size_t width) {
@@ -103,11 +108,16 @@ inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
   do {  // once without columns, too: part is set to zero
     const size_t width = smaller(depth, kPanelDepth<W>);
-    Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate};
+    // The last rows fetch the first ones of the next panel.
+    const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
+    Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
     if (width == kPanelDepth<W>) {
-      if constexpr (kGroups<W, kPhases> > kDotResident) dots_panel<W, kPhases, kDotRows>(p);
-      dots_panel<W, kPhases, 1>(p);
+      dots_panel<W, kPhases>(p);
+      p.rows += last;
+      p.next = w.data + w.panel_stride;
+      dots_panel<W, kPhases>(p);
     } else {
+      p.rows = rows;
       dots_narrow<W, kPhases>(p, width);
     }
     depth -= width;

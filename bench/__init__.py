@@ -1,1 +1,1 @@
-"""Benchmarks against NumPy: `python -m bench` from the repository's root, with nplora installed."""
+"""Benchmarks against NumPy, torch and PEFT: `python -m bench` in the repository, with nplora installed."""

@@ -5,36 +5,63 @@ import json
 import os
 import platform
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import bench_adamw, bench_import, bench_lora_step, bench_merge, ceilings
-from bench.timing import Contestant, on_threads, race
+from bench import (
+    bench_adamw,
+    bench_import,
+    bench_lora_step,
+    bench_merge,
+    bench_product,
+    bench_threads,
+    ceilings,
+    plot,
+)
+from bench.timing import on_threads
 
-NAMES = ("lora_step", "merge", "adamw", "import")
+NAMES = ("product", "rows", "lora_step", "merge", "adamw", "threads", "import")
 
 
 def main() -> None:
     options = parse_arguments()
     threads = [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
-    results: dict[str, Any] = {"machine": machine()}
-    if options.only is None:
-        results["bandwidth"] = [bandwidth(options.quick, n) for n in threads]
-    if options.only in (None, "lora_step"):
-        results["lora_step"] = [bench_lora_step.run(options.quick, n) for n in threads]
-    if options.only in (None, "merge"):
-        results["merge"] = [bench_merge.run(options.quick, n) for n in threads]
-        results["merge_peak_growth"] = bench_merge.run_memory()
-    if options.only in (None, "adamw"):
-        results["adamw"] = [bench_adamw.run(options.quick, n) for n in threads]
-    if options.only in (None, "import"):
-        results["import"] = bench_import.run(options.quick)
+    names = NAMES if options.only is None else options.only
+    results: dict[str, Any] = {"machine": machine(), "ceilings": [ceilings_of(n) for n in threads]}
+    for name in names:
+        results |= measure(name, options.quick, threads)
     if options.wheel is not None:
         results["wheel"] = bench_import.run_wheel(options.wheel)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.plot is not None and "product" in results:
+        plot.plot(results, options.plot)
+
+
+def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
+    match name:
+        case "product":
+            return {name: [row for n in threads for row in bench_product.run(quick, n)]}
+        case "rows":
+            return {name: [row for n in threads for row in bench_product.run_rows(quick, n)]}
+        case "lora_step":
+            return {name: [row for n in threads for row in bench_lora_step.run(quick, n)]}
+        case "merge":
+            races = [row for n in threads for row in bench_merge.run(quick, n)]
+            return {name: races, "merge_peak_growth": bench_merge.run_memory()}
+        case "adamw":
+            return {name: [bench_adamw.run(quick, n) for n in threads]}
+        case "threads":
+            return {
+                name: bench_threads.run_scaling(quick, threads[-1]),
+                "after_numpy": bench_threads.run_after_numpy(quick, threads[-1]),
+            }
+        case _:
+            return {name: bench_import.run(quick)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,9 +69,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="few rounds: shows that all runs, not to be quoted"
     )
-    parser.add_argument("--only", choices=NAMES, help="one benchmark alone")
+    parser.add_argument("--only", choices=NAMES, nargs="+", help="these benchmarks alone")
     parser.add_argument("--wheel", type=Path, help="print the size of this wheel too")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the products to this file (.png, .svg, ...)")
     return parser.parse_args()
 
 
@@ -55,9 +83,18 @@ def machine() -> dict[str, Any]:
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     cpu = found[1] if found else platform.machine()
     cores, isa = len(os.sched_getaffinity(0)), nplora._core.config()["isa"]
+    peers = {name: version(name) for name in ("torch", "peft") if find_spec(name)}
     print(f"{cpu}, {cores} cores")
-    print(f"nplora {nplora.__version__} on {isa}, NumPy {np.__version__} with {numpy_blas()}")
-    return {"cpu": cpu, "cores": cores, "isa": isa, "nplora": nplora.__version__, "numpy": np.__version__}
+    print(f"nplora {nplora.__version__} on {isa}, NumPy {np.__version__} with {numpy_blas()}", end="")
+    print("".join(f", {name} {number}" for name, number in peers.items()))
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "isa": isa,
+        "nplora": nplora.__version__,
+        "numpy": np.__version__,
+        **peers,
+    }
 
 
 def numpy_blas() -> str:
@@ -65,23 +102,25 @@ def numpy_blas() -> str:
     return f"{blas['name']} {blas['version']}"
 
 
-def bandwidth(quick: bool, threads: int) -> dict[str, Any]:
-    """Print the rates of a loop that reads 256 MiB and of one that reads and writes them in place."""
+def ceilings_of(threads: int) -> dict[str, Any]:
+    """Print what the machine can do at most, as it is now."""
     path = ceilings.library()
     if path is None:
         print("no C++ compiler: ceilings are not measured")
         return {"threads": threads}
-    count = 64 * 2**20
-    contestants = [
-        Contestant("read", ceilings.read, (path, threads, count)),
-        Contestant("rewrite", ceilings.rewrite, (path, threads, count)),
-    ]
-    seconds = race(contestants, rounds=3 if quick else 9, calls=3)
-    read, rewrite = 4 * count / seconds["read"] / 1e9, 8 * count / seconds["rewrite"] / 1e9
+    bf16 = ceilings.bf16_dots(path, threads)
+    rates = {
+        "FMA": ceilings.multiply_add(path, threads)(),
+        "bf16": bf16() if bf16 else None,
+        "read": ceilings.read(path, threads)(),
+        "rewrite": ceilings.rewrite(path, threads)(),
+    }
+    dots = f", {rates['bf16'] / 1e9:.0f} by bfloat16 dot products" if rates["bf16"] else ""
     print(
-        f"memory, {on_threads(threads)}: read {read:.1f} GB/s, read and written in place {rewrite:.1f} GB/s"
+        f"{on_threads(threads)}: {rates['FMA'] / 1e9:.0f} GFLOP/s by FMA{dots}; memory is read at "
+        f"{rates['read'] / 1e9:.1f} GB/s, read and written in place at {rates['rewrite'] / 1e9:.1f} GB/s"
     )
-    return {"threads": threads, "read": read, "rewrite": rewrite}
+    return {"threads": threads, **rates}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""An AdamW step over the factors of a language model against NumPy with kept buffers."""
+"""An AdamW step over the factors of a language model, against torch's fused one and an expert's NumPy."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from bench.timing import Contestant, on_threads, race
+from bench.timing import Calls, Contestant, Runtimes, on_threads
 
-SHAPES = [(576, 8), (8, 576)] * 120 + [(1536, 8), (8, 1536)] * 90  # 420 tensors, 3.3 million values
+# SmolLM2-135M: seven linear layers (d_out, d_in) in each of 30 blocks.
+LINEARS = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+RANK, BLOCKS = 16, 30
+SHAPES = [shape for _ in range(BLOCKS) for d_out, d_in in LINEARS for shape in ((d_out, RANK), (RANK, d_in))]
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 0.01
 
 
@@ -30,7 +34,7 @@ def check(step: Callable[[], object], values: list[np.ndarray], grads: list[np.n
             raise AssertionError("AdamW: a contestant's first step is wrong")
 
 
-def nplora_adamw(threads: int) -> Callable[[], object]:
+def nplora_adamw(threads: int) -> Calls:
     import nplora
     from nplora.module import Parameter
 
@@ -46,10 +50,25 @@ def nplora_adamw(threads: int) -> Callable[[], object]:
         optimizer.step(parameters)
 
     check(step, values, grads)
-    return step
+    return {"step": step}
 
 
-def numpy_adamw() -> Callable[[], object]:
+def torch_fused(threads: int) -> Calls:
+    import torch
+
+    torch.set_num_threads(threads)
+    values, grads = case()
+    parameters = [torch.nn.Parameter(torch.from_numpy(value)) for value in values]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = torch.from_numpy(grad)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY, fused=True
+    )
+    check(optimizer.step, values, grads)
+    return {"step": optimizer.step}
+
+
+def numpy_adamw() -> Calls:
     values, grads = case()
     firsts = [np.zeros_like(value) for value in values]
     seconds = [np.zeros_like(value) for value in values]
@@ -79,21 +98,25 @@ def numpy_adamw() -> Callable[[], object]:
             np.subtract(value, u, out=value)
 
     check(step, values, grads)
-    return step
+    return {"step": step}
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
     """Print the race on `threads` threads; return its figures."""
     contestants = [
         Contestant("nplora.AdamW", nplora_adamw, (threads,)),
-        Contestant("NumPy, out=", numpy_adamw),
+        Contestant("NumPy, out=", numpy_adamw, (), "numpy"),
     ]
-    seconds = race(contestants, rounds=3 if quick else 15, calls=5)
+    if find_spec("torch"):
+        contestants.append(Contestant("torch, fused", torch_fused, (threads,), "torch"))
+    with Runtimes(threads) as runtimes:
+        result = runtimes.race(contestants, rounds=3 if quick else 15)
     count = sum(int(np.prod(shape)) for shape in SHAPES)
     print(f"\nAdamW, {count / 1e6:.2f} million values in {len(SHAPES)} tensors, {on_threads(threads)}")
-    for name, time in seconds.items():
-        rate = 28 * count / time / 1e9  # value, gradient and two moments read, all but the gradient written
-        print(f"  {name:22}{time * 1e3:9.2f} ms {rate:8.1f} GB/s read and written")
-    ratio = seconds["NumPy, out="] / seconds["nplora.AdamW"]
-    print(f"  ratio: {ratio:.2f} times as fast as NumPy")
-    return {"threads": threads, "seconds": seconds, "ratio": ratio}
+    seconds = result.median("nplora.AdamW", "step")
+    rate = 28 * count / seconds / 1e9  # value, gradient and two moments read, all but the gradient written
+    print(f"  nplora.AdamW {seconds * 1e3:7.2f} ms {rate:8.1f} GB/s read and written")
+    over = {c.name: result.ratio((c.name, "step"), ("nplora.AdamW", "step")) for c in contestants[1:]}
+    for name, ratio in over.items():
+        print(f"  {ratio:6.2f} times as fast as {name}")
+    return {"threads": threads, "seconds": seconds, "over": over}

@@ -1,90 +1,93 @@
-"""One step of LoRALinear, forward and backward, against an expert's NumPy."""
+"""A step of LoRALinear, forward and backward, against its two bare products, an expert's NumPy and PEFT."""
 
-from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import ceilings
-from bench.timing import Contestant, assert_within_rounding, on_threads, race
+from bench.timing import Calls, Contestant, Runtimes, assert_within_rounding, on_threads
 
-N, D_OUT, D_IN, RANK, SCALE = 512, 1536, 576, 8, 2.0
-FLOPS = 4 * N * D_OUT * D_IN + 6 * N * RANK * (D_IN + D_OUT)
-FLOOR = 1 + 6 * RANK * (D_IN + D_OUT) / (4 * D_IN * D_OUT)
-WANTED = 1.0
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
+BATCHES, RANKS, SCALE = (512, 2048), (8, 16, 64), 2.0
+NUMPY_RANK = 8  # NumPy takes part at this rank
+BF16_UNIT = 2.0**-8
 
-Results = tuple[np.ndarray | None, ...]  # y, dx, dA, dB
-Step = Callable[[], Results]
+Results = tuple[Any, ...]  # y, dx, dA, dB
 
 
 class Case(NamedTuple):
-    x: np.ndarray  # (N, d_in)
-    dy: np.ndarray  # (N, d_out)
-    W: np.ndarray  # (d_out, d_in)
-    A: np.ndarray  # (d_out, r)
-    B: np.ndarray  # (r, d_in)
+    n: int
+    d_out: int
+    d_in: int
+    rank: int
+    dtype: str
+
+    @property
+    def floor(self) -> float:
+        """The operations of a step over those of its two products with W."""
+        return 1 + 6 * self.rank * (self.d_in + self.d_out) / (4 * self.d_in * self.d_out)
+
+    def arrays(self) -> list[np.ndarray]:
+        """x (n, d_in), dy (n, d_out), W (d_out, d_in), A (d_out, r), B (r, d_in)."""
+        rng = np.random.default_rng(0)
+        n, d_out, d_in, r = self.n, self.d_out, self.d_in, self.rank
+        shapes = (n, d_in), (n, d_out), (d_out, d_in), (d_out, r), (r, d_in)
+        return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
-def case() -> Case:
-    rng = np.random.default_rng(0)
-    shapes = (N, D_IN), (N, D_OUT), (D_OUT, D_IN), (D_OUT, RANK), (RANK, D_IN)
-    return Case(*(rng.standard_normal(shape, np.float32) for shape in shapes))
-
-
-def check(step: Step, c: Case) -> None:
-    """The gradients must be those of this one step, so `step` is called first here."""
-    x, dy, W, A, B = (value.astype(np.float64) for value in c)
+def check(case: Case, results: Results) -> None:
+    """y, dx, dA and dB of one step; some rows of the first two."""
+    n, d_out, d_in, _, dtype = case
+    x, dy, W, A, B = (value.astype(np.float64) for value in case.arrays())
+    rows = np.linspace(0, n - 1, 4).astype(int)
     ax, ady, aW, aA, aB = (np.abs(value) for value in (x, dy, W, A, B))
     z, dz, az, adz = x @ B.T, SCALE * dy @ A, ax @ aB.T, SCALE * ady @ aA
-    want = (x @ W.T + SCALE * z @ A.T, dy @ W + dz @ B, SCALE * dy.T @ z, dz.T @ x)
-    magnitude = (ax @ aW.T + SCALE * az @ aA.T, ady @ aW + adz @ aB, SCALE * ady.T @ az, adz.T @ ax)
-    terms = (D_IN + RANK, D_OUT + RANK, N + D_IN, N + D_OUT)
-    for got, exact, size, k in zip(step(), want, magnitude, terms, strict=True):
-        assert got is not None
-        assert_within_rounding(got, exact, size, k + 4)
+    want = (x[rows] @ W.T + SCALE * z[rows] @ A.T, dy[rows] @ W + dz[rows] @ B, SCALE * dy.T @ z, dz.T @ x)
+    magnitude = (
+        ax[rows] @ aW.T + SCALE * az[rows] @ aA.T,
+        ady[rows] @ aW + adz[rows] @ aB,
+        SCALE * ady.T @ az,
+        adz.T @ ax,
+    )
+    terms = (d_in + case.rank, d_out + case.rank, n + d_in, n + d_out)
+    for i, (got, exact, size, k) in enumerate(zip(results, want, magnitude, terms, strict=True)):
+        seen = np.asarray(got, np.float64)[rows] if i < 2 else np.asarray(got, np.float64)
+        if dtype == "float32":
+            assert_within_rounding(seen, exact, size, k + 4)
+        else:
+            assert_within_rounding(seen, exact, size, 8, BF16_UNIT)
 
 
-def nplora_layer(threads: int) -> Callable[[], object]:
+def nplora_step(case: Case, threads: int) -> Calls:
     import nplora
 
     nplora.set_num_threads(threads)
-    c = case()
-    layer = nplora.LoRALinear(c.W, rank=RANK, alpha=SCALE * RANK)
-    layer.A[...], layer.B[...] = c.A, c.B
+    x, dy, W, A, B = case.arrays()
+    weight = nplora.FrozenWeight(W, case.dtype, case.dtype)
+    layer = nplora.LoRALinear(weight, rank=case.rank, alpha=SCALE * case.rank, compute=case.dtype)
+    layer.A[...], layer.B[...] = A, B
+    y_kept, dx_kept = np.empty_like(dy), np.empty_like(x)
 
     def step() -> Results:
-        y, saved = layer.forward(c.x)
-        return y, layer.backward(c.dy, saved), layer.dA, layer.dB
+        y, saved = layer.forward(x)
+        return y, layer.backward(dy, saved), layer.dA, layer.dB
 
-    check(step, c)
-    return step
+    def bare() -> None:
+        weight.matmul(x, out=y_kept)
+        weight.matmul_t(dy, out=dx_kept)
 
-
-def nplora_bare_products(threads: int) -> Callable[[], object]:
-    """The two frozen products alone, into kept buffers: what the low-rank part is measured against."""
-    import nplora
-
-    nplora.set_num_threads(threads)
-    c = case()
-    weight = nplora.FrozenWeight(c.W)
-    y, dx = np.empty((N, D_OUT), np.float32), np.empty((N, D_IN), np.float32)
-
-    def products() -> None:
-        weight.matmul(c.x, out=y)
-        weight.matmul_t(c.dy, out=dx)
-
-    return products
+    check(case, step())
+    return {"bare": bare, "step": step}
 
 
-def numpy_terms() -> Callable[[], object]:
+def numpy_terms(case: Case) -> Calls:
     """Contract through the rank, keep every buffer, scale the small side."""
-    c = case()
-    x, dy, W, A, B = c
-    y, t = np.empty((2, N, D_OUT), np.float32)
-    dx, u = np.empty((2, N, D_IN), np.float32)
-    z, dz = np.empty((2, N, RANK), np.float32)
-    dA, dA_step = np.zeros((2, D_OUT, RANK), np.float32)
-    dB, dB_step = np.zeros((2, RANK, D_IN), np.float32)
+    x, dy, W, A, B = case.arrays()
+    y, t = np.empty((2, *dy.shape), np.float32)
+    dx, u = np.empty((2, *x.shape), np.float32)
+    z, dz = np.empty((2, case.n, case.rank), np.float32)
+    dA, dA_step = np.zeros((2, *A.shape), np.float32)
+    dB, dB_step = np.zeros((2, *B.shape), np.float32)
 
     def step() -> Results:
         np.matmul(x, B.T, out=z)
@@ -99,66 +102,117 @@ def numpy_terms() -> Callable[[], object]:
         np.add(dB, np.matmul(dz.T, x, out=dB_step), out=dB)
         return y, dx, dA, dB
 
-    check(step, c)
-    return step
+    check(case, step())
+    return {"step": step}
 
 
-def numpy_stacked() -> Callable[[], object]:
+def numpy_stacked(case: Case) -> Calls:
     """One buffer [W A; B 0] holds all weights: y = [x z] [W A]ᵀ and dx = [dy dz] [W; B] are one product each,
     without a temporary or an addition; x and dy are copied into their wide buffers."""
-    c = case()
-    block = np.zeros((D_OUT + RANK, D_IN + RANK), np.float32)
-    block[:D_OUT, :D_IN], block[:D_OUT, D_IN:], block[D_OUT:, :D_IN] = c.W, c.A, c.B
-    A, B = block[:D_OUT, D_IN:], block[D_OUT:, :D_IN]
-    xz, dydz = np.empty((N, D_IN + RANK), np.float32), np.empty((N, D_OUT + RANK), np.float32)
-    x, z, dy, dz = xz[:, :D_IN], xz[:, D_IN:], dydz[:, :D_OUT], dydz[:, D_OUT:]
-    y, dx = np.empty((N, D_OUT), np.float32), np.empty((N, D_IN), np.float32)
-    dA, dA_step = np.zeros((2, D_OUT, RANK), np.float32)
-    dB, dB_step = np.zeros((2, RANK, D_IN), np.float32)
+    x0, dy0, W, A0, B0 = case.arrays()
+    n, d_out, d_in, rank, _ = case
+    block = np.zeros((d_out + rank, d_in + rank), np.float32)
+    block[:d_out, :d_in], block[:d_out, d_in:], block[d_out:, :d_in] = W, A0, B0
+    A, B = block[:d_out, d_in:], block[d_out:, :d_in]
+    xz, dydz = np.empty((n, d_in + rank), np.float32), np.empty((n, d_out + rank), np.float32)
+    x, z, dy, dz = xz[:, :d_in], xz[:, d_in:], dydz[:, :d_out], dydz[:, d_out:]
+    y, dx = np.empty((n, d_out), np.float32), np.empty((n, d_in), np.float32)
+    dA, dA_step = np.zeros((2, d_out, rank), np.float32)
+    dB, dB_step = np.zeros((2, rank, d_in), np.float32)
 
     def step() -> Results:
-        np.copyto(x, c.x)
+        np.copyto(x, x0)
         np.matmul(x, B.T, out=z)
         np.multiply(z, np.float32(SCALE), out=z)
-        np.matmul(xz, block[:D_OUT].T, out=y)
-        np.copyto(dy, c.dy)
+        np.matmul(xz, block[:d_out].T, out=y)
+        np.copyto(dy, dy0)
         np.matmul(dy, A, out=dz)
         np.multiply(dz, np.float32(SCALE), out=dz)
-        np.matmul(dydz, block[:, :D_IN], out=dx)
+        np.matmul(dydz, block[:, :d_in], out=dx)
         np.add(dA, np.matmul(dy.T, z, out=dA_step), out=dA)
         np.add(dB, np.matmul(dz.T, x, out=dB_step), out=dB)
         return y, dx, dA, dB
 
-    check(step, c)
-    return step
+    check(case, step())
+    return {"step": step}
 
 
-def run(quick: bool, threads: int) -> dict[str, Any]:
-    """Print the race on `threads` threads; return its figures."""
-    contestants = [
-        Contestant("nplora", nplora_layer, (threads,)),
-        Contestant("NumPy, term by term", numpy_terms, (), threads),
-        Contestant("NumPy, stacked", numpy_stacked, (), threads),
-        Contestant("nplora, W alone", nplora_bare_products, (threads,)),
+def peft_step(case: Case, threads: int) -> Calls:
+    """PEFT's own Linear, base and factors in the case's dtype, gradients kept between the steps."""
+    import torch
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear as LoraLinear
+
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, case.dtype)
+    x, dy, W, A, B = (torch.from_numpy(array).to(dtype) for array in case.arrays())
+    base = torch.nn.Linear(case.d_in, case.d_out, bias=False, dtype=dtype)
+    base.weight.data.copy_(W)
+    base.weight.requires_grad_(False)
+    config = LoraConfig(r=case.rank, lora_alpha=int(SCALE * case.rank))
+    layer = LoraLinear(base, "default", config=config, r=case.rank, lora_alpha=int(SCALE * case.rank))
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    down.data, up.data = B.clone(), A.clone()
+    x.requires_grad_(True)
+
+    def step() -> Results:
+        y = layer(x)
+        y.backward(dy)
+        return y, x.grad, up.grad, down.grad
+
+    def numbers(values: Results) -> Results:
+        return tuple(value.detach().float().numpy() for value in values)
+
+    check(case, numbers(step()))
+    return {"step": step}
+
+
+def race(runtimes: Runtimes, case: Case, rounds: int) -> dict[str, Any]:
+    threads = runtimes.threads
+    contestants = [Contestant("nplora", nplora_step, (case, threads))]
+    if case.dtype == "float32" and case.rank == NUMPY_RANK:
+        contestants.append(Contestant("NumPy, term by term", numpy_terms, (case,), "numpy"))
+        contestants.append(Contestant("NumPy, stacked", numpy_stacked, (case,), "numpy"))
+    if find_spec("torch") and find_spec("peft"):
+        contestants.append(Contestant("PEFT", peft_step, (case, threads), "torch"))
+    result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
+    mine = "nplora", "step"
+    peers = [contestant.name for contestant in contestants[1:]]
+    return {
+        **case._asdict(),
+        "threads": threads,
+        "seconds": result.median(*mine),
+        "floor": case.floor,
+        "over_bare": result.ratio(mine, ("nplora", "bare")),
+        "over": {peer: result.ratio((peer, "step"), mine) for peer in peers},
+    }
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case(512, 1536, 576, 8, dtype) for dtype in ("float32", "bfloat16")]
+    return [
+        Case(n, *shape, rank, dtype)
+        for dtype in ("float32", "bfloat16")
+        for shape in SHAPES
+        for n in BATCHES
+        for rank in RANKS
+        if rank == RANKS[0] or shape in SHAPES[:2]
     ]
-    path = ceilings.library()
-    if path is not None:
-        contestants.append(Contestant("FMA ceiling", ceilings.multiply_add, (path, threads)))
-    seconds = race(contestants, rounds=5 if quick else 21, calls=5)
 
-    ceiling = ceilings.flops(path, threads) / seconds.pop("FMA ceiling") if path is not None else None
-    title = f"LoRALinear forward + backward, {N} rows, W {D_OUT}x{D_IN}, r = {RANK}"
-    print(f"\n{title}, {on_threads(threads)}")
-    for name, time in seconds.items():
-        flops = 4 * N * D_OUT * D_IN if name == "nplora, W alone" else FLOPS
-        share = "" if ceiling is None else f"  {flops / time / ceiling:5.1%} of the FMA ceiling"
-        print(f"  {name:22}{time * 1e3:9.2f} ms {flops / time / 1e9:8.1f} GFLOP/s{share}")
-    if ceiling is not None:
-        print(f"  {'FMA ceiling':22}{'':12} {ceiling / 1e9:8.1f} GFLOP/s")
-    ratio = min(seconds["NumPy, term by term"], seconds["NumPy, stacked"]) / seconds["nplora"]
-    overhead = seconds["nplora"] / seconds["nplora, W alone"]
-    verdict = "met" if ratio >= WANTED else "MISSED"
-    print(f"  ratio: {ratio:.2f} times as fast as the better NumPy (wanted {WANTED:.2f}: {verdict})")
-    print(f"  ratio: {overhead:.3f} times W alone (floor by arithmetic {FLOOR:.3f})")
-    figures = {"fma_ceiling": ceiling, "ratio": ratio, "over_bare": overhead}
-    return {"threads": threads, "seconds": seconds, **figures}
+
+def run(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print the races on `threads` threads; return their figures."""
+    print(f"\nLoRALinear forward + backward, {on_threads(threads)}: its time over that of W alone")
+    print(f"  {'rows':>5} {'W':>10} {'r':>3} {'dtype':9}{'ms':>8} {'over W':>7} {'floor':>6}  × as fast as")
+    rows = []
+    with Runtimes(threads) as runtimes:
+        for case in cases(quick):
+            row = race(runtimes, case, 3 if quick else 9)
+            over = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["over"].items())
+            print(
+                f"  {case.n:5} {f'{case.d_out}x{case.d_in}':>10} {case.rank:3} {case.dtype:9}"
+                f"{row['seconds'] * 1e3:8.2f} {row['over_bare']:7.3f} {case.floor:6.3f}  {over}"
+            )
+            rows.append(row)
+    return rows

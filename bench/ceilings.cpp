@@ -1,4 +1,20 @@
-// Loops with a known count of operations: the most that this machine can do. bench/ceilings.py compiles and calls them.
+// Loops with a known count of operations or bytes: the most that this machine can do. bench/ceilings.py compiles and calls them.
+// Each runs on threads of its own, one to a processor, that start together; what it returns is operations or bytes a second.
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
 #elif defined(__AVX__)
@@ -10,12 +26,44 @@ typedef float Lanes __attribute__((vector_size(kBytes), aligned(4), may_alias));
 constexpr long kLanes = kBytes / 4;
 constexpr int kAccumulators = 12;  // covers latency 4 x 2 a cycle (8), and leaves registers free of AVX2's 16
 
-extern "C" long lanes() {
-  return kLanes;
+volatile float sink;  // keeps the sums
+
+void pin(long thread) {
+  cpu_set_t allowed, one;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  CPU_ZERO(&one);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &allowed) && thread-- == 0) CPU_SET(cpu, &one);
+  pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+}
+
+// Runs body(i) on each thread; returns `amount` over the seconds from the common start to the last end.
+template <class Body>
+double rate(long threads, double amount, const Body& body) {
+  using Clock = std::chrono::steady_clock;
+  std::atomic<long> waiting{threads};
+  std::vector<Clock::time_point> starts(threads), ends(threads);
+  std::vector<std::thread> all;
+  for (long i = 0; i < threads; ++i)
+    all.emplace_back([&, i] {
+      pin(i);
+      for (--waiting; waiting > 0;) {
+      }
+      starts[i] = Clock::now();
+      body(i);
+      ends[i] = Clock::now();
+    });
+  for (std::thread& thread : all) thread.join();
+  Clock::time_point start = starts[0], end = ends[0];
+  for (long i = 1; i < threads; ++i) {
+    if (starts[i] < start) start = starts[i];
+    if (ends[i] > end) end = ends[i];
+  }
+  return amount / std::chrono::duration<double>(end - start).count();
 }
 
 // 2 * kAccumulators * kLanes floating-point operations an iteration, nothing in memory.
-extern "C" float multiply_add(long iterations) {
+void fma_loop(long iterations) {
   volatile float factor_source = 0.999f, term_source = 0.001f;
   const Lanes factor = Lanes{} + factor_source, term = Lanes{} + term_source;
   Lanes sums[kAccumulators];
@@ -28,28 +76,85 @@ extern "C" float multiply_add(long iterations) {
   Lanes total{};
 #pragma GCC unroll 16
   for (int i = 0; i < kAccumulators; ++i) total += sums[i];
-  float sum = 0;
-  for (long j = 0; j < kLanes; ++j) sum += total[j];
-  return sum;
+  for (long j = 0; j < kLanes; ++j) sink = total[j];
 }
 
-// Reads `count` floats (a multiple of 8 * lanes) once.
-extern "C" float read_once(const float* values, long count) {
-  Lanes sums[8] = {};
-  for (long i = 0; i < count; i += 8 * kLanes) {
+#if defined(__AVX512BF16__)
+constexpr long kBf16Operations = 4 * 16;  // of one instruction
+typedef __m512 Bf16Sum;
+Bf16Sum bf16_dot(Bf16Sum sum, __m512i x) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(x));
+}
+__m512i bf16_ones() {
+  volatile int pair = 0x3f803f80;
+  return _mm512_set1_epi32(pair);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr long kBf16Operations = 4 * 4;
+typedef float32x4_t Bf16Sum;
+Bf16Sum bf16_dot(Bf16Sum sum, bfloat16x8_t x) {
+  return vbfdotq_f32(sum, x, x);
+}
+bfloat16x8_t bf16_ones() {
+  volatile unsigned pair = 0x3f803f80;
+  return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+}
+#else
+constexpr long kBf16Operations = 0;
+#endif
+
+void bf16_loop([[maybe_unused]] long iterations) {
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const auto ones = bf16_ones();
+  Bf16Sum sums[kAccumulators] = {};
+  for (long k = 0; k < iterations; ++k) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = bf16_dot(sums[i], ones);
+  }
+  for (const Bf16Sum& sum : sums) sink = sum[0];
+#endif
+}
+
+constexpr long kReadLines = 8;
+
+void read_loop(const float* values, long count) {
+  Lanes sums[kReadLines] = {};
+  for (long i = 0; i < count; i += kReadLines * kLanes) {
 #pragma GCC unroll 8
-    for (long j = 0; j < 8; ++j) sums[j] += *reinterpret_cast<const Lanes*>(values + i + j * kLanes);
+    for (long j = 0; j < kReadLines; ++j) sums[j] += *reinterpret_cast<const Lanes*>(values + i + j * kLanes);
   }
   Lanes total{};
   for (const Lanes& s : sums) total += s;
-  float sum = 0;
-  for (long j = 0; j < kLanes; ++j) sum += total[j];
-  return sum;
+  for (long j = 0; j < kLanes; ++j) sink = total[j];
 }
 
-// Reads and writes `count` floats (a multiple of lanes) in place.
-extern "C" void rewrite(float* values, long count) {
+void rewrite_loop(float* values, long count) {
   volatile float factor_source = 0.999f;
   const Lanes factor = Lanes{} + factor_source;
   for (long i = 0; i < count; i += kLanes) *reinterpret_cast<Lanes*>(values + i) *= factor;
+}
+
+}  // namespace
+
+extern "C" double multiply_add(long threads, long iterations) {
+  return rate(threads, 2.0 * kAccumulators * kLanes * iterations * threads,
+              [&](long) { fma_loop(iterations); });
+}
+
+// 0 where there is no such instruction.
+extern "C" double bf16_dots(long threads, long iterations) {
+  return rate(threads, 1.0 * kAccumulators * kBf16Operations * iterations * threads,
+              [&](long) { bf16_loop(iterations); });
+}
+
+// Reads `count` floats once, a share of them (a multiple of 8 * 16) on each thread.
+extern "C" double read_once(long threads, const float* values, long count) {
+  const long share = count / threads;
+  return rate(threads, 4.0 * share * threads, [&](long i) { read_loop(values + i * share, share); });
+}
+
+// Reads and writes them in place: every byte counts twice.
+extern "C" double rewrite(long threads, float* values, long count) {
+  const long share = count / threads;
+  return rate(threads, 8.0 * share * threads, [&](long i) { rewrite_loop(values + i * share, share); });
 }

@@ -1,4 +1,4 @@
-"""What the machine can do at most: compiled loops that take part in a race like any contestant."""
+"""What the machine can do at most: compiled loops, run in the process that is measured against them."""
 
 import atexit
 import ctypes
@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 
-FMA_ITERATIONS = 2_000_000
-ACCUMULATORS = 12  # kAccumulators in ceilings.cpp
+FMA_ITERATIONS = 300_000  # a few milliseconds
+STREAMED = 64 * 2**20  # float32 values: 256 MiB, beyond every cache
+
+Ceiling = Callable[[], float]
+"""Measures now; returns floating-point operations or bytes a second."""
 
 
 @cache
@@ -26,51 +28,40 @@ def library() -> str | None:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     target = Path(directory) / "ceilings.so"
     source = Path(__file__).with_name("ceilings.cpp")
-    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+    flags = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
     subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
     return str(target)
 
 
-def flops(path: str, threads: int) -> int:
-    """Floating-point operations of one call of `multiply_add`."""
-    lanes: int = ctypes.CDLL(path).lanes()
-    return threads * FMA_ITERATIONS * ACCUMULATORS * lanes * 2
+def multiply_add(path: str, threads: int) -> Ceiling:
+    """Fused multiply-adds of float32 in registers."""
+    loop = _loop(path, "multiply_add", ctypes.c_long, ctypes.c_long)
+    return lambda: loop(threads, FMA_ITERATIONS)
 
 
-def multiply_add(path: str, threads: int) -> Callable[[], None]:
-    """Fused multiply-adds in registers on every thread (ctypes releases the GIL)."""
-    loop = ctypes.CDLL(path).multiply_add
-    loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
-    return _on_threads(threads, lambda _: loop(FMA_ITERATIONS))
+def bf16_dots(path: str, threads: int) -> Ceiling | None:
+    """Dot products of bfloat16 pairs in registers, or None where the machine has no such instruction."""
+    loop = _loop(path, "bf16_dots", ctypes.c_long, ctypes.c_long)
+    return (lambda: loop(threads, FMA_ITERATIONS)) if loop(1, 1) > 0 else None
 
 
-def read(path: str, threads: int, count: int) -> Callable[[], None]:
-    """Read `count` float32 once, split over the threads."""
-    loop = ctypes.CDLL(path).read_once
-    loop.argtypes, loop.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_float
-    values = np.ones(count, np.float32)
-    return _on_threads(threads, lambda i: loop(_part(values, threads, i), count // threads))
+def read(path: str, threads: int) -> Ceiling:
+    """Bytes read from memory."""
+    return _stream(path, "read_once", threads)
 
 
-def rewrite(path: str, threads: int, count: int) -> Callable[[], None]:
-    """Read and write `count` float32 in place, split over the threads."""
-    loop = ctypes.CDLL(path).rewrite
-    loop.argtypes, loop.restype = [ctypes.c_void_p, ctypes.c_long], None
-    values = np.ones(count, np.float32)
-    return _on_threads(threads, lambda i: loop(_part(values, threads, i), count // threads))
+def rewrite(path: str, threads: int) -> Ceiling:
+    """Bytes read from memory and written back in place, both counted."""
+    return _stream(path, "rewrite", threads)
 
 
-def _part(values: np.ndarray, threads: int, index: int) -> int:
-    return values.ctypes.data + 4 * index * (values.size // threads)
+def _stream(path: str, name: str, threads: int) -> Ceiling:
+    loop = _loop(path, name, ctypes.c_long, ctypes.c_void_p, ctypes.c_long)
+    values = np.ones(STREAMED, np.float32)
+    return lambda: loop(threads, values.ctypes.data, STREAMED)
 
 
-def _on_threads(threads: int, work: Callable[[int], object]) -> Callable[[], None]:
-    def call() -> None:
-        others = [Thread(target=work, args=(i,)) for i in range(1, threads)]
-        for thread in others:
-            thread.start()
-        work(0)
-        for thread in others:
-            thread.join()
-
-    return call
+def _loop(path: str, name: str, *arguments: type) -> Callable[..., float]:
+    function = getattr(ctypes.CDLL(path), name)  # ctypes releases the GIL
+    function.argtypes, function.restype = arguments, ctypes.c_double
+    return function  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Races: every contestant in a process of its own, round by round, medians.
+"""Races: contestants turn by turn, each runtime in a process of its own, medians over the turns.
 
 Processes, because OpenBLAS's workers spin for about 100 ms after a product and would disturb whoever runs
-next in the same process. Round by round, because a shared machine drifts and the drift should hit all alike.
-A pause before each turn, so that the spinning of the contestant before has ended.
+next in the same process. Turn by turn, because a shared machine drifts and the drift should hit all alike. A
+pause before each turn on several threads, so that the spinning of the contestant before has ended.
 """
 
 import os
@@ -10,59 +10,117 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
-PAUSE = 0.2  # seconds before each turn: longer than OpenBLAS's workers spin
+PAUSE = 0.2  # seconds before each turn on several threads: longer than OpenBLAS's workers spin
 BUSY = 0.05  # share of the CPUs taken by other programs above which the figures are not to be quoted
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold the peer below what it can do
+
+Call = Callable[[], object]
+Calls = dict[str, Call]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An entry of a race. `prepare(*arguments)` builds data, checks the result, returns the call to time."""
+    """An entry of a race. `prepare(*arguments)` builds data, checks results, returns the calls by cell.
+
+    A cell whose name is in `ceilings` is not timed: it measures, and returns operations or bytes a second.
+    """
 
     name: str
-    prepare: Callable[..., Callable[[], object]]
+    prepare: Callable[..., Calls]
     arguments: tuple[Any, ...] = ()
-    blas_threads: int = 1  # nplora's own processes keep OpenBLAS at one thread, which never spins
+    runtime: str = (
+        "nplora"  # contestants of one runtime share a process; nplora's keeps OpenBLAS at one thread
+    )
+    ceilings: tuple[str, ...] = ()
 
 
-def race(contestants: Sequence[Contestant], *, rounds: int, calls: int) -> dict[str, float]:
-    """Median seconds of one call, by contestant: `rounds` turns of a warm-up and `calls` timed calls each.
+@dataclass(frozen=True)
+class Result:
+    """What was seen: a value a turn, by contestant and cell; seconds, or for ceilings a rate."""
 
-    Says so where other programs kept the machine busy, as seen in the second half of the pauses.
-    """
-    lanes = [_start(contestant, calls) for contestant in contestants]
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    busy, total = 0, 0
-    try:
-        for _, connection in lanes:
-            _receive(connection)  # prepared and checked
+    turns: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self.turns
+
+    def median(self, name: str, cell: str) -> float:
+        return median(self.turns[name, cell])
+
+    def ratio(self, numerator: tuple[str, str], denominator: tuple[str, str]) -> float:
+        """The median of the ratios in each turn."""
+        pairs = zip(self.turns[numerator], self.turns[denominator], strict=True)
+        return median(a / b for a, b in pairs)
+
+    def share(self, operations: float, timed: tuple[str, str], ceiling: tuple[str, str]) -> float:
+        """Operations (or bytes) a second over the ceiling's, the median of the turns."""
+        pairs = zip(self.turns[timed], self.turns[ceiling], strict=True)
+        return median(operations / seconds / rate for seconds, rate in pairs)
+
+
+class Runtimes:
+    """The processes that contestants run in, started when first asked for: runtimes on so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._lanes: dict[str, tuple[Any, Connection]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process, connection in self._lanes.values():
+            connection.close()
+            process.join()
+
+    def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
+        """`rounds` turns each, in which every call is timed for about so many seconds, three times at least.
+
+        Says so where other programs kept the machine busy, as seen in the second half of the pauses.
+        """
+        for contestant in contestants:
+            self._ask(contestant.runtime, ("prepare", contestant))
+        result = Result()
+        busy, total = 0, 0
         for _ in range(rounds):
-            for contestant, (_, connection) in zip(contestants, lanes, strict=True):
-                time.sleep(PAUSE / 2)
+            for contestant in contestants:
+                pause = PAUSE if self.threads > 1 else PAUSE / 20
+                time.sleep(pause / 2)
                 before = _cpu_ticks()
-                time.sleep(PAUSE / 2)
+                time.sleep(pause / 2)
                 busy, total = (
                     sum_ + now - then
                     for sum_, now, then in zip((busy, total), _cpu_ticks(), before, strict=True)
                 )
-                connection.send(True)
-                seconds[contestant.name].append(_receive(connection))
-    finally:
-        for process, connection in lanes:
-            connection.close()
-            process.join()
-    if busy > BUSY * total:
-        print(f"\nother programs took {busy / total:.0%} of the CPUs meanwhile: not to be quoted", end="")
-    return {name: median(turns) for name, turns in seconds.items()}
+                turn = self._ask(contestant.runtime, ("turn", contestant.name, seconds))
+                for cell, value in turn.items():
+                    result.turns.setdefault((contestant.name, cell), []).append(value)
+        for contestant in contestants:
+            self._ask(contestant.runtime, ("drop", contestant.name))
+        if busy > BUSY * total:
+            print(f"\nother programs took {busy / total:.0%} of the CPUs meanwhile: not to be quoted", end="")
+        return result
+
+    def _ask(self, runtime: str, question: tuple[Any, ...]) -> Any:
+        if runtime not in self._lanes:
+            self._lanes[runtime] = _start(self.threads if runtime != "nplora" else 1)
+        connection = self._lanes[runtime][1]
+        connection.send(question)
+        answer = connection.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
 
 
 def on_threads(threads: int) -> str:
@@ -70,52 +128,68 @@ def on_threads(threads: int) -> str:
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
 
-def assert_within_rounding(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, terms: int) -> None:
-    """|got - want| ≤ γ_k · magnitude, elementwise; γ_k = k·u / (1 - k·u), u = 2⁻²⁴ (Higham 2002, 3.1)."""
-    gamma = terms * 2.0**-24 / (1 - terms * 2.0**-24)
+def assert_within_rounding(
+    got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, terms: int, unit: float = 2.0**-24
+) -> None:
+    """|got - want| ≤ γ_k · magnitude, elementwise; γ_k = k·u / (1 - k·u) (Higham 2002, 3.1)."""
+    gamma = terms * unit / (1 - terms * unit)
     worst = float(np.max(np.abs(got - want) - gamma * magnitude))
-    if worst > 0:
+    if not worst <= 0:
         raise AssertionError(f"a contestant's result is wrong: {worst:.3g} beyond the rounding bound")
 
 
-def _start(contestant: Contestant, calls: int) -> tuple[Any, Connection]:
+def _start(blas_threads: int) -> tuple[Any, Connection]:
     context = get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, contestant, calls), daemon=True)
-    with _environment(contestant.blas_threads):
+    process = context.Process(target=_serve, args=(there,), daemon=True)
+    with _environment(blas_threads):
         process.start()
     there.close()
     return process, here
 
 
-def _serve(connection: Connection, contestant: Contestant, calls: int) -> None:
-    try:
-        call = contestant.prepare(*contestant.arguments)
-        connection.send(0.0)
-        while True:
-            connection.recv()
-            connection.send(_turn(call, calls))
-    except EOFError:
-        return
-    except Exception:
-        connection.send(traceback.format_exc())
+def _serve(connection: Connection) -> None:
+    entries: dict[str, tuple[Calls, tuple[str, ...]]] = {}
+    while True:
+        try:
+            match connection.recv():
+                case ("prepare", contestant):
+                    calls = contestant.prepare(*contestant.arguments)
+                    entries[contestant.name] = calls, contestant.ceilings
+                    connection.send(None)
+                case ("turn", name, seconds):
+                    calls, ceilings = entries[name]
+                    connection.send(
+                        {
+                            cell: _rate(call) if cell in ceilings else _time(call, seconds)
+                            for cell, call in calls.items()
+                        }
+                    )
+                case ("drop", name):
+                    del entries[name]
+                    calls = {}  # or the last contestant's data would stay
+                    connection.send(None)
+        except EOFError:
+            return
+        except Exception:
+            connection.send(traceback.format_exc())
 
 
-def _turn(call: Callable[[], object], calls: int) -> float:
-    call()  # wakes the threads and warms the caches
+def _time(call: Call, budget: float) -> float:
+    """Median seconds of a call, after one that wakes the threads and warms the caches."""
+    start = time.perf_counter()
+    call()
+    once = time.perf_counter() - start
     seconds = []
-    for _ in range(calls):
+    for _ in range(min(200, max(3, int(budget / once)))):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
     return median(seconds)
 
 
-def _receive(connection: Connection) -> float:
-    answer = connection.recv()
-    if isinstance(answer, str):
-        raise RuntimeError(answer)
-    return float(answer)
+def _rate(ceiling: Callable[[], Any]) -> float:
+    return median(float(ceiling()) for _ in range(3))
 
 
 def _cpu_ticks() -> tuple[int, int]:
@@ -132,7 +206,8 @@ def _environment(blas_threads: int) -> Iterator[None]:
     kept = dict(os.environ)
     for name in LEFT_OUT:
         os.environ.pop(name, None)
-    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(blas_threads)
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(blas_threads)
     try:
         yield
     finally:

@@ -1,0 +1,257 @@
+"""The frozen product, forward x Wᵀ and backward dy W, against NumPy and torch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench import ceilings
+from bench.timing import Calls, Contestant, Result, Runtimes, assert_within_rounding, on_threads
+
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
+BATCHES = (8, 32, 128, 512, 2048)
+ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
+COLD_BYTES = 128 * 2**20  # copies of W that take turns, so that none is in a cache when its turn comes
+COLD_BATCHES = 32  # batches up to this size are timed cold too
+CHECKED = 4  # rows of each result that are held against float64
+BF16_UNIT = 2.0**-8
+
+Product = Callable[[], np.ndarray]
+
+
+class Cell(NamedTuple):
+    direction: str
+    batch: int
+    cold: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.batch} {'cold' if self.cold else 'warm'}"
+
+
+class Case(NamedTuple):
+    d_out: int
+    d_in: int
+    batches: tuple[int, ...]
+    dtype: str  # of the weight and of the products: "float32" or "bfloat16"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.d_out * self.d_in * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def copies(self) -> int:
+        return max(1, -(-COLD_BYTES // self.weight_bytes))
+
+    def flops(self, cell: Cell) -> float:
+        return 2.0 * cell.batch * self.d_out * self.d_in
+
+    def bytes_read(self, cell: Cell) -> float:
+        return float(self.weight_bytes)
+
+    def cells(self) -> Iterator[Cell]:
+        fits = self.weight_bytes <= COLD_BYTES // 8
+        for batch in self.batches:
+            for direction in ("forward", "backward"):
+                if batch <= COLD_BATCHES or not fits:
+                    yield Cell(direction, batch, cold=True)
+                if fits:
+                    yield Cell(direction, batch, cold=False)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """W (d_out, d_in), x (n, d_in) and dy (n, d_out) for the largest batch."""
+        rng = np.random.default_rng(0)
+        n = max(self.batches)
+        shapes = (self.d_out, self.d_in), (n, self.d_in), (n, self.d_out)
+        W, x, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        return W, x, dy
+
+
+def check(case: Case, cell: Cell, got: np.ndarray) -> None:
+    """Some rows of a result against float64; bfloat16 rounds W and x (and a bfloat16 result itself)."""
+    W, x, dy = case.arrays()
+    rows = np.linspace(0, cell.batch - 1, min(CHECKED, cell.batch)).astype(int)
+    left, right = (x[rows], W.T) if cell.direction == "forward" else (dy[rows], W)
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    terms, unit = (len(right) + 2, 2.0**-24) if case.dtype == "float32" else (4, BF16_UNIT)
+    assert_within_rounding(got[rows], left @ right, np.abs(left) @ np.abs(right), terms, unit)
+
+
+def calls_of(case: Case, product: Callable[[Cell, int], Product]) -> Calls:
+    """`product(cell, copy)` is the call on one copy of W; cold cells take them in turn."""
+
+    def call(cell: Cell) -> Callable[[], object]:
+        products = [product(cell, copy) for copy in range(case.copies if cell.cold else 1)]
+        check(case, cell, np.asarray(products[0](), np.float32))
+        if len(products) == 1:
+            return products[0]
+        turn = 0
+
+        def next_copy() -> None:
+            nonlocal turn
+            turn = (turn + 1) % len(products)
+            products[turn]()
+
+        return next_copy
+
+    return {cell.name: call(cell) for cell in case.cells()}
+
+
+def nplora_products(case: Case, threads: int, path: str | None, bound: str) -> Calls:
+    import nplora
+
+    nplora.set_num_threads(threads)
+    W, x, dy = case.arrays()
+    weights = [nplora.FrozenWeight(W, case.dtype, case.dtype) for _ in range(case.copies)]
+    y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
+
+    def product(cell: Cell, copy: int) -> Product:
+        weight, n = weights[copy], cell.batch
+        x_rows, dy_rows, y_rows, dx_rows = x[:n], dy[:n], y[:n], dx[:n]
+        if cell.direction == "forward":
+            return lambda: weight.matmul(x_rows, out=y_rows)
+        return lambda: weight.matmul_t(dy_rows, out=dx_rows)
+
+    calls = calls_of(case, product)
+    if path is None:
+        return calls
+    ceiling = getattr(ceilings, bound)(path, threads) or ceilings.multiply_add(path, threads)
+    around: Calls = {}
+    for name, call in calls.items():  # the ceiling is measured right before each cell
+        around[f"bound {name}"] = ceiling
+        around[name] = call
+    return around
+
+
+def numpy_products(case: Case) -> Calls:
+    W, x, dy = case.arrays()
+    weights = [W.copy() for _ in range(case.copies)]
+    y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
+
+    def product(cell: Cell, copy: int) -> Product:
+        weight, n = weights[copy], cell.batch
+        if cell.direction == "forward":
+            return lambda: np.matmul(x[:n], weight.T, out=y[:n])
+        return lambda: np.matmul(dy[:n], weight, out=dx[:n])
+
+    return calls_of(case, product)
+
+
+def torch_products(case: Case, threads: int) -> Calls:
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, case.dtype)
+    W, x, dy = (torch.from_numpy(array).to(dtype) for array in case.arrays())
+    weights = [W.clone() for _ in range(case.copies)]
+    y, dx = torch.empty(len(x), case.d_out, dtype=dtype), torch.empty(len(x), case.d_in, dtype=dtype)
+
+    def product(cell: Cell, copy: int) -> Product:
+        weight, n = weights[copy], cell.batch
+        if cell.direction == "forward":
+            transposed, x_rows, y_rows = weight.T, x[:n], y[:n]
+            return lambda: torch.mm(x_rows, transposed, out=y_rows)
+        dy_rows, dx_rows = dy[:n], dx[:n]
+        return lambda: torch.mm(dy_rows, weight, out=dx_rows)
+
+    def as_numpy(cell: Cell, copy: int) -> Product:
+        call = product(cell, copy)
+        return call if dtype == torch.float32 else _Float32Once(call)
+
+    return calls_of(case, as_numpy)
+
+
+class _Float32Once:
+    """A torch call whose first result is converted, for NumPy to check: it knows no bfloat16."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._checked = call, False
+
+    def __call__(self) -> Any:
+        result = self._call()
+        if self._checked:
+            return result
+        self._checked = True
+        return result.float()
+
+
+def has_torch() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("torch") is not None
+
+
+def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
+    path = ceilings.library()
+    names = tuple(f"bound {cell.name}" for cell in case.cells()) if path else ()
+    contestants = [
+        Contestant("nplora", nplora_products, (case, runtimes.threads, path, bound), ceilings=names)
+    ]
+    if case.dtype == "float32":
+        contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
+    if has_torch():
+        contestants.append(Contestant("torch", torch_products, (case, runtimes.threads), "torch"))
+    return runtimes.race(contestants, rounds=rounds)
+
+
+Amount = Callable[[Cell], float]  # the operations, or the bytes, of one call
+
+
+def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[dict[str, Any]]:
+    """One row for each cell: its rate, its share of the bound, and the speed over each peer."""
+    rows = []
+    for cell in case.cells():
+        mine, bound = ("nplora", cell.name), ("nplora", f"bound {cell.name}")
+        peers = [peer for peer in ("NumPy", "torch") if (peer, cell.name) in result]
+        rows.append(
+            {
+                "d_out": case.d_out,
+                "d_in": case.d_in,
+                "dtype": case.dtype,
+                "threads": threads,
+                **cell._asdict(),
+                "rate": amount(cell) / result.median(*mine),
+                "of_bound": result.share(amount(cell), mine, bound) if bound in result else None,
+                "over": {peer: result.ratio((peer, cell.name), mine) for peer in peers},
+            }
+        )
+    return rows
+
+
+def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, Any]]) -> None:
+    peers = list(rows[0]["over"])
+    print(f"\nW {case.d_out}x{case.d_in} {case.dtype}, {on_threads(threads)}")
+    print(f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}" + "".join(f"{'× ' + peer:>9}" for peer in peers))
+    for row in rows:
+        share = f"{row['of_bound']:9.1%}" if row["of_bound"] is not None else f"{'':9}"
+        over = "".join(f"{row['over'][peer]:9.2f}" for peer in peers)
+        where = "cold" if row["cold"] else "warm"
+        print(f"  {row['batch']:5} {row['direction']:9}{where:5} {row['rate'] / 1e9:8.1f} {share}{over}")
+
+
+def run(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print the races on `threads` threads; return their figures."""
+    rows: list[dict[str, Any]] = []
+    with Runtimes(threads) as runtimes:
+        for dtype in ("float32", "bfloat16"):
+            for shape in [SHAPES[-2]] if quick else SHAPES:
+                case = Case(*shape, (8, 128) if quick else BATCHES, dtype)
+                bound = "multiply_add" if dtype == "float32" else "bf16_dots"
+                result = race(runtimes, case, bound, 2 if quick else 7)
+                found = figures(case, threads, result, case.flops)
+                show(case, threads, "GFLOP/s", "of peak", found)
+                rows += found
+    return rows
+
+
+def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """The same for a handful of rows of a large W, against the rate at which memory is read."""
+    rows: list[dict[str, Any]] = []
+    with Runtimes(threads) as runtimes:
+        for dtype in ("float32", "bfloat16"):
+            case = Case(*ROW_SHAPE, (1,) if quick else ROW_BATCHES, dtype)
+            result = race(runtimes, case, "read", 2 if quick else 7)
+            found = figures(case, threads, result, case.bytes_read)
+            show(case, threads, "GB/s of W", "of read", found)
+            rows += found
+    return rows

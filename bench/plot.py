@@ -1,0 +1,37 @@
+"""The picture of a run's products: the share of the machine's peak over the batch, nplora and its peers."""
+
+from pathlib import Path
+from typing import Any
+
+SHAPE = (1536, 576)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the products of one thread with W of SHAPE (or the first shape there is) to `path`."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["product"] if row["threads"] == 1 and row["of_bound"] is not None]
+    shapes = {(row["d_out"], row["d_in"]) for row in rows}
+    shape = SHAPE if SHAPE in shapes else min(shapes)
+    figure = Figure((10, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for line, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        for ax, direction in zip(line, ("forward", "backward"), strict=True):
+            seen = {
+                row["batch"]: row  # cold before warm: where both were timed, the cold one is drawn
+                for row in reversed(rows)
+                if (row["dtype"], row["direction"], row["d_out"], row["d_in"]) == (dtype, direction, *shape)
+            }
+            batches = sorted(seen)
+            ax.plot(batches, [seen[n]["of_bound"] for n in batches], "o-", label="nplora")
+            for peer in seen[batches[0]]["over"]:
+                ax.plot(
+                    batches, [seen[n]["of_bound"] / seen[n]["over"][peer] for n in batches], "s--", label=peer
+                )
+            ax.set(xscale="log", ylim=(0, 1.05), title=f"{direction}, {dtype}")
+            ax.set_xticks(batches, [str(n) for n in batches])
+            ax.grid(alpha=0.3)
+            ax.legend()
+    figure.suptitle(f"Product with W {shape[0]}x{shape[1]} on one thread: share of the machine's peak")
+    figure.supxlabel("rows of x (W is cold up to 32)")
+    figure.savefig(path)

@@ -1,9 +1,12 @@
+#include <cstdio>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings/arrays.h"
 #include "ops/lora.h"
 #include "ops/merge.h"
+#include "ops/plan.h"
 
 namespace nplora::bindings {
 
@@ -134,6 +137,43 @@ void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale,
   });
 }
 
+std::string operations(double count) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g", count);
+  return text;
+}
+
+std::string update_in_words(Update update, const UpdateCost& cost) {
+  if (update == Update::kNone) return "no update";
+  const std::string steps = operations(cost.steps), folded = operations(cost.folded);
+  if (update == Update::kFolded)
+    return "the update is added to blocks of W (" + folded + " operations, " + steps +
+           " as steps of the depth)";
+  return "the update is " + steps + " operations as steps of the depth (" + folded +
+         " if added to blocks of W)";
+}
+
+// The decisions of ops/plan.h in words.
+py::dict explain(size_t rows, size_t d_out, size_t d_in, size_t rank, size_t element_bytes, bool dropout,
+                 bool keep_z) {
+  require(element_bytes == 2 || element_bytes == 4 || element_bytes == 8, "elements have 2, 4 or 8 bytes");
+  if (element_bytes == 2 && rows <= kFloatBatch) element_bytes = 4;
+  const LayerShape shape{rows, d_out, d_in, rank, element_bytes, dropout};
+  const char* paths[] = {"few rows: W is read once as it lies, lanes hold tokens and phases of the depth",
+                         "tokens in the lanes: x and y are transposed",
+                         "outputs in the lanes: blocks of W are transposed"};
+  const auto path = static_cast<size_t>(forward_path(rows, d_out, d_in, element_bytes));
+  py::dict plan;
+  plan["computes in"] = element_bytes == 2   ? "bfloat16, summed in float32"
+                        : element_bytes == 4 ? "float32"
+                                             : "float64";
+  plan["forward"] = std::string(paths[path]) + "; " +
+                    update_in_words(forward_update(shape, keep_z), forward_cost(shape, keep_z));
+  plan["backward"] =
+      "inputs in the lanes: W as it lies; " + update_in_words(backward_update(shape), backward_cost(shape));
+  return plan;
+}
+
 template <class T>
 void register_products(py::module_& m) {
   using py::arg;
@@ -160,6 +200,9 @@ void register_merge(py::module_& m) {
 }  // namespace
 
 void register_lora(py::module_& m) {
+  using py::arg;
+  m.def("explain", &explain, arg("rows"), arg("d_out"), arg("d_in"), arg("rank"), arg("element_bytes"),
+        arg("dropout"), arg("keep_z"), "How the two passes are computed, in words");
   register_products<float>(m);
   register_products<double>(m);
   register_merge<float, float>(m);

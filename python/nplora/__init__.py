@@ -19,6 +19,8 @@ from nplora.layers import (
     Sequential,
     SiLU,
     Tanh,
+    stack_backward,
+    stack_forward,
 )
 from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
 from nplora.losses import NonFiniteLossError
@@ -88,5 +90,7 @@ __all__ = [
     "saved_nbytes",
     "set_num_threads",
     "show_config",
+    "stack_backward",
+    "stack_forward",
     "unmerge_lora",
 ]

@@ -7,6 +7,7 @@ from nplora.layers.lora_linear import LoRALinear
 from nplora.layers.low_rank import LoRALayer
 from nplora.layers.norms import LayerNorm, RMSNorm
 from nplora.layers.sequential import Sequential
+from nplora.layers.stack import stack_backward, stack_forward
 
 __all__ = [
     "GELU",
@@ -21,4 +22,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Tanh",
+    "stack_backward",
+    "stack_forward",
 ]

@@ -17,6 +17,12 @@ from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
 
+# A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
+ForwardPart = tuple[_core.PackedWeight, Array, Array, float, float, int, Array | None, Array, Array | None]
+BackwardPart = tuple[
+    _core.PackedWeight, Array, Array, float, float, int, Array, Array, Array | None, Array | None
+]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRALinearSaved(Saved):
@@ -128,27 +134,34 @@ class LoRALinear(LoRALayer):
         Raises:
             ValueError: the last axis of x is not d_in.
         """
-        (d_out, d_in), dtype = self.weight.shape, self.weight.compute_dtype
+        d_in, dtype = self.weight.shape[1], self.weight.compute_dtype
         rows, lead = _check.rows("LoRALinear.forward", "x", x, d_in, "d_in", dtype)
-        y = np.empty((len(rows), d_out), dtype)
+        part, y, saved = self.forward_part(rows, lead)
+        _core.lora_forward(rows, [part])
+        return self.finish_forward(y, saved)
+
+    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
+        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        y = np.empty((len(rows), self.weight.shape[0]), self.weight.compute_dtype)
         lone = self._lone_weight()
         if lone is not None:
-            _core.matmul(lone.packed, rows, self.bias, y)
-            return y.reshape(*lead, d_out), LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
-
+            part = (lone.packed, self.A, self.B, 0.0, 0.0, 0, self.bias, y, None)  # scale 0: W alone
+            return part, y, LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
         training = not inferring()
         dropout = self.dropout if training else 0.0
         key = self._next_key() if dropout else 0
-        z = np.empty((len(rows), self.rank), dtype)
+        z = np.empty((len(rows), self.rank), y.dtype) if training else None
         bias = None if self.use_dora else self.bias
-        layer = (self.weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z)
-        _core.lora_forward(rows, [layer])
         saved = LoRALinearSaved(lead)
         if training:
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
-        if self.use_dora:
-            y, saved = self._rescale(y, saved, training)
-        return y.reshape(*lead, d_out), saved
+        return (self.weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z), y, saved
+
+    def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
+        """What `forward` returns, when the core has filled y."""
+        if self.use_dora and not saved.alone:
+            y, saved = self._rescale(y, saved, saved.z is not None)
+        return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
         """DoRA: y = m / ‖row‖ ∘ u + bias."""
@@ -173,30 +186,46 @@ class LoRALinear(LoRALayer):
             ValueError: dy has not the shape of y.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
-        op = "LoRALinear.backward"
+        part = self.backward_part("LoRALinear.backward", dy, saved)
+        rows = part[6]
+        dx = np.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
+        if dx is not None or not saved.alone:
+            _core.lora_backward(saved.x, dx, [part])
+        return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
+
+    def backward_part(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> BackwardPart:
+        """This layer's part of a call of the core; adds to dm."""
         self.require_unmerged("backward")
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        (d_out, d_in), dtype = self.weight.shape, self.weight.compute_dtype
+        d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
         du = _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
-        dx = np.empty((len(du), d_in), dtype) if need_dx else None
         if saved.z is None:
-            if dx is not None:
-                _core.matmul_t(self.weight.packed, du, dx)
-        else:
-            if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
-                assert self.dm is not None
-                with quiet():
-                    self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
-                    du = du * saved.gain
-            layer = (
-                self.weight.packed, self.A, self.B, self.scale, saved.dropout, saved.key,
-                du, saved.z, self.dA, self.dB,
-            )  # fmt: skip
-            _core.lora_backward(saved.x, dx, [layer])
-        return None if dx is None else dx.reshape(*saved.lead, d_in)
+            z = np.empty((len(du), self.rank), dtype)  # unread
+            return self.weight.packed, self.A, self.B, 0.0, 0.0, 0, du, z, None, None
+        if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
+            assert self.dm is not None
+            with quiet():
+                self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
+                du = du * saved.gain
+        return (
+            self.weight.packed, self.A, self.B, self.scale, saved.dropout, saved.key,
+            du, saved.z, self.dA, self.dB,
+        )  # fmt: skip
+
+    def explain(self, rows: int, training: bool = True) -> str:
+        """How the passes on so many rows are computed, and what the ways cost in floating-point operations.
+
+        Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
+        instruction set.
+        """
+        d_out, d_in = self.weight.shape
+        element_bytes = {"float64": 8, "float32": 4, "bfloat16": 2}[self.weight.compute]
+        dropout = bool(self.dropout) and training
+        plan = _core.explain(rows, d_out, d_in, self.rank, element_bytes, dropout, training)
+        return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
     # ---- DoRA's norms ----
 

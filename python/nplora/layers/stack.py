@@ -1,0 +1,82 @@
+"""Layers that read one input, computed in one call: q, k and v, or gate and up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.layers.lora_linear import LoRALinear, LoRALinearSaved
+from nplora.module import Gradient, Saved
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackSaved(Saved):
+    """What each layer kept, in order."""
+
+    items: tuple[LoRALinearSaved, ...]
+
+
+def stack_forward(layers: Sequence[LoRALinear], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
+    """The outputs of layers that read the same x, which is brought into the kernels' order once for all.
+
+    The numbers are those of each layer's own `forward`, up to rounding.
+
+    Args:
+        layers: one or more LoRALinear of one d_in, computing alike.
+        x: array (..., d_in).
+    Returns:
+        the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
+    Raises:
+        ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
+    """
+    op = "stack_forward"
+    d_in, dtype = _common(op, layers)
+    rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    parts, ys, kept = zip(*(layer.forward_part(rows, lead) for layer in layers), strict=True)
+    _core.lora_forward(rows, list(parts))
+    done = [layer.finish_forward(y, saved) for layer, y, saved in zip(layers, ys, kept, strict=True)]
+    return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
+
+
+def stack_backward(
+    layers: Sequence[LoRALinear], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
+) -> Gradient:
+    """Add to each layer's dA, dB and dm; return the sum of their dx (..., d_in), None where need_dx is False.
+
+    Args:
+        layers: those of the forward pass.
+        dys: the gradients (..., d_out) in their order.
+    Raises:
+        ValueError: a dy has not the shape of its y, or there are not as many as layers.
+        RuntimeError: as `LoRALinear.backward`.
+    """
+    op = "stack_backward"
+    d_in, dtype = _common(op, layers)
+    if not len(layers) == len(dys) == len(saved.items):
+        raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
+    parts = [
+        layer.backward_part(op, dy, item) for layer, dy, item in zip(layers, dys, saved.items, strict=True)
+    ]
+    dx = np.empty((len(parts[0][6]), d_in), dtype) if need_dx else None
+    x = next((item.x for item in saved.items if item.x is not None), None)
+    _core.lora_backward(x, dx, parts)
+    return None if dx is None else dx.reshape(*saved.items[0].lead, d_in)
+
+
+def _common(op: str, layers: Sequence[LoRALinear]) -> tuple[int, np.dtype[Any]]:
+    """d_in and the dtype of x that all layers share."""
+    if not layers:
+        raise ValueError(f"{op}: no layers")
+    kinds = {(layer.weight.shape[1], layer.weight.compute) for layer in layers}
+    if len(kinds) > 1:
+        seen = ", ".join(f"d_in={d_in} in {compute}" for d_in, compute in sorted(kinds))
+        raise ValueError(f"{op}: the layers differ: {seen}")
+    weight = layers[0].weight
+    return weight.shape[1], weight.compute_dtype

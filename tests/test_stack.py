@@ -1,0 +1,116 @@
+"""Layers that read one input: stack_forward and stack_backward."""
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import LoRALinear, stack_backward, stack_forward
+from reference import gamma
+
+D_IN, RANK = 97, 5
+OUTPUTS = (130, 48, 61)
+
+
+def layers_of(seed: int = 0, **options: object) -> list[LoRALinear]:
+    rng = np.random.default_rng(seed)
+    layers = []
+    for i, d_out in enumerate(OUTPUTS):
+        W = rng.standard_normal((d_out, D_IN), np.float32)
+        bias = rng.standard_normal(d_out, np.float32) if i else None
+        layer = LoRALinear(W, RANK, bias=bias, rng=i, **options)  # type: ignore[arg-type]
+        layer.A[...] = rng.standard_normal(layer.A.shape)
+        layers.append(layer)
+    return layers
+
+
+def passes(n: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((n, D_IN), np.float32)
+    return x, [rng.standard_normal((n, d_out), np.float32) for d_out in OUTPUTS]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 8, 9, 40, 300])
+def test_stack_forward_matches_float64(n: int) -> None:
+    layers, (x, _) = layers_of(), passes(n)
+    ys, _ = stack_forward(layers, x)
+    for layer, y in zip(layers, ys, strict=True):
+        w = layer.merged_weight().astype(np.float64)
+        bias = 0 if layer.bias is None else layer.bias.astype(np.float64)
+        magnitude = (
+            np.abs(x) @ (np.abs(layer.weight.to_numpy()) + layer.scale * np.abs(layer.A) @ np.abs(layer.B)).T
+        )
+        bound = 2 * gamma(D_IN + RANK + 4) * (magnitude + np.abs(bias))
+        assert (np.abs(y - (x.astype(np.float64) @ w.T + bias)) <= bound).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, 33, 300])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}, {"dropout": 0.3}])
+def test_stack_agrees_with_each_layer_alone(n: int, options: dict[str, object]) -> None:
+    together, alone, (x, dys) = layers_of(**options), layers_of(**options), passes(n)
+    ys, saved = stack_forward(together, x)
+    dx = stack_backward(together, dys, saved)
+    want_dx = np.zeros_like(x)
+    for one, other, y, dy in zip(alone, together, ys, dys, strict=True):
+        want, kept = one.forward(x)
+        want_dx += one.backward(dy, kept)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+        for parameter, twin in zip(one.local_parameters(), other.local_parameters(), strict=True):
+            np.testing.assert_allclose(twin.grad, parameter.grad, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(dx, want_dx, rtol=1e-3, atol=1e-3)
+
+
+def test_stack_keeps_leading_axes_and_skips_dx() -> None:
+    layers, x = layers_of(), np.ones((2, 3, D_IN), np.float32)
+    ys, saved = stack_forward(layers, x)
+    assert [y.shape for y in ys] == [(2, 3, d_out) for d_out in OUTPUTS]
+    assert stack_backward(layers, ys, saved, need_dx=False) is None
+    assert stack_backward(layers, ys, saved).shape == x.shape
+    assert all(np.abs(layer.dA).max() > 0 for layer in layers)
+
+
+def test_a_merged_or_disabled_layer_answers_from_its_weight_alone() -> None:
+    layers, (x, dys) = layers_of(), passes(20)
+    expected = layers[0](x)
+    layers[0].merge()
+    ys, saved = stack_forward(layers, x)
+    np.testing.assert_allclose(ys[0], expected, rtol=1e-4, atol=1e-4)
+    layers[0].unmerge()
+    with pytest.raises(RuntimeError, match="merged in this forward pass"):
+        stack_backward(layers, dys, saved)
+    with layers[1].disable_adapter():
+        ys, saved = stack_forward(layers, x)
+        dx = stack_backward(layers, dys, saved)
+    assert layers[1].bias is not None
+    np.testing.assert_allclose(
+        ys[1], x @ layers[1].weight.to_numpy().T + layers[1].bias, rtol=1e-4, atol=1e-4
+    )
+    assert not layers[1].dA.any()
+    assert np.isfinite(dx).all()
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    layers, (x, dys) = layers_of(), passes(4)
+    with pytest.raises(ValueError, match="stack_forward: no layers"):
+        stack_forward([], x)
+    other = LoRALinear(np.ones((3, 5), np.float32), 1)
+    with pytest.raises(ValueError, match="the layers differ: d_in=5 in float32, d_in=97 in float32"):
+        stack_forward([*layers, other], x)
+    with pytest.raises(ValueError, match="stack_forward: x has last axis 96, expected d_in=97"):
+        stack_forward(layers, x[:, :96])
+    _, saved = stack_forward(layers, x)
+    with pytest.raises(ValueError, match="3 layers, 2 dys, 3 saved passes"):
+        stack_backward(layers, dys[:2], saved)
+
+
+def test_explain_tells_the_way_and_its_reason() -> None:
+    layer = LoRALinear(np.ones((1536, 576), np.float32), 64)
+    few, many, inference = layer.explain(1), layer.explain(512), layer.explain(100_000, training=False)
+    assert "few rows" in few
+    assert "as steps of the depth" in few
+    assert "outputs in the lanes" in many
+    # added to W's blocks, an update costs 2 r d_out d_in whatever the rows; as steps 2 r (d_in + d_out) for each row
+    assert "added to blocks of W (" in inference
+    rounded = LoRALinear(nplora.FrozenWeight(np.ones((1536, 576), np.float32), compute="bfloat16"), 64)
+    assert "bfloat16" in rounded.explain(5)
+    assert "float32" in rounded.explain(4)
+    assert "the update is added" not in rounded.explain(100_000, training=False)

@@ -1,4 +1,5 @@
-// aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators.
+// aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators. Beside 24 of them, pairs of bfloat16 leave no register
+// free in outer_tile: 3 vectors are split into 6, by a mask, and 1 holds a scalar pair.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON
 

@@ -49,7 +49,7 @@ inline void lane_tile_fixed(LaneTile<E> p) {
       for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<E>::load(p.xt + v * kLanes);
 #pragma GCC unroll 16
       for (size_t j = 0; j < kRows; ++j) {
-        const Vec<E> b = Vec<E>::broadcast(wk[j * stride]);
+        const auto b = Vec<E>::broadcast(wk[j * stride]);
 #pragma GCC unroll 2
         for (size_t v = 0; v < kVectors; ++v) c[j][v] = fma(x[v], b, c[j][v]);
       }
@@ -136,7 +136,7 @@ inline void outer_tile_fixed(OuterTile<E, W> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
-  const auto load = [last]<class V>(V, const auto* from, size_t v) {
+  const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
     return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
   };
@@ -160,7 +160,7 @@ inline void outer_tile_fixed(OuterTile<E, W> p) {
     for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kRows; ++i) {
-      const Vec<E> x = Vec<E>::broadcast(p.a.data[i * p.a.row_stride]);
+      const auto x = Vec<E>::broadcast(p.a.data[i * p.a.row_stride]);
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
     }

@@ -5,7 +5,8 @@
 // by two units could be kept by the linker in its AVX-512 form and crash an older machine. Hence no std
 // templates here and in kernels/.
 //
-//   zero, broadcast, load, store;
+//   zero, load, store;
+//   broadcast(x)   x for all lanes: a vector, or what fma takes for one as its b;
 //   load_partial, store_partial   touch the first n lanes only (the others read as 0);
 //   load_group<n>                 n elements again and again in all lanes;
 //   pair_rows(first, second)      of Bf16Pair: a vector of bfloat16 from each of two rows, in pairs;

@@ -1,41 +1,74 @@
 // 4 floats or 2 doubles in one NEON register. Included by vec.h, inside the namespace of one instruction set.
+
+// What broadcast gives: one number, which multiplies by element. It costs a plain load (ldr); a vector of copies (ld1r) also
+// takes a slot of the multipliers' pipes (Neoverse and Cortex-A7x optimisation guides), and an add for each address.
+template <class T>
+struct Scalar;
+template <>
+struct Scalar<float> {
+  float32x2_t v;
+  operator Vec<float>() const;
+};
+template <>
+struct Scalar<double> {
+  float64x1_t v;
+  operator Vec<double>() const;
+};
+template <>
+struct Scalar<Bf16Pair> {
+  uint32x2_t v;
+  operator Vec<Bf16Pair>() const;
+};
+
+// The first n of 4 words, or of 4 halves of words, straight into a register: a loop over them would go through the stack.
+inline uint32x4_t first_words(const void* p, size_t n) {
+  uint64_t pair = 0;
+  uint32_t third = 0;
+  if (n >= 4) return vld1q_u32(static_cast<const uint32_t*>(p));
+  if (n == 1) __builtin_memcpy(&pair, p, 4);
+  if (n >= 2) __builtin_memcpy(&pair, p, 8);
+  if (n == 3) __builtin_memcpy(&third, static_cast<const char*>(p) + 8, 4);
+  return vcombine_u32(vcreate_u32(pair), vcreate_u32(third));
+}
+inline uint16x4_t first_halves(const void* p, size_t n) {
+  uint32_t pair = 0;
+  uint16_t last = 0;
+  if (n >= 4) return vld1_u16(static_cast<const uint16_t*>(p));
+  if (n >= 2) __builtin_memcpy(&pair, p, 4);
+  if (n % 2 == 1) __builtin_memcpy(&last, static_cast<const char*>(p) + 2 * (n - 1), 2);
+  return vcreate_u16(pair | uint64_t{last} << 16 * (n & 2));
+}
+
 template <>
 struct Vec<float> {
   static constexpr size_t kLanes = 4;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0)}; }
-  static Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
+  static Scalar<float> broadcast(float x) { return {vset_lane_f32(x, vdup_n_f32(0), 0)}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
-  static Vec load_partial(const float* p, size_t n) {
-    float t[4] = {0, 0, 0, 0};
-    for (size_t i = 0; i < n; ++i) t[i] = p[i];
-    return load(t);
-  }
+  static Vec load_partial(const float* p, size_t n) { return {vreinterpretq_f32_u32(first_words(p, n))}; }
   static Vec load(const Bf16* p) { return widen(vld1_u16(reinterpret_cast<const uint16_t*>(p))); }
+  static Vec load_partial(const Bf16* p, size_t n) { return widen(first_halves(p, n)); }
   static Vec widen(uint16x4_t bits) { return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))}; }
   template <size_t kCount>
-  static Vec load_group(const float* p) {
-    if constexpr (kCount == 1) return {vld1q_dup_f32(p)};
-    if constexpr (kCount == 2) return {vreinterpretq_f32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
+  static auto load_group(const float* p) {
+    if constexpr (kCount == 1) return broadcast(*p);
+    if constexpr (kCount == 2) return Vec{vreinterpretq_f32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
     if constexpr (kCount == 4) return load(p);
   }
   template <size_t kCount>
-  static Vec load_group(const Bf16* p) {
-    if constexpr (kCount == 1) return widen(vdup_n_u16(bits_at<uint16_t>(p)));
+  static auto load_group(const Bf16* p) {
+    if constexpr (kCount == 1) return Scalar<float>{vget_low_f32(widen(vcreate_u16(bits_at<uint16_t>(p))).v)};
     if constexpr (kCount == 2) return widen(vreinterpret_u16_u32(vdup_n_u32(bits_at<uint32_t>(p))));
     if constexpr (kCount == 4) return load(p);
   }
-  static Vec load_partial(const Bf16* p, size_t n) {
-    Bf16 t[4] = {};
-    for (size_t i = 0; i < n; ++i) t[i] = p[i];
-    return load(t);
-  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_partial(float* p, size_t n) const {
-    float t[4];
-    store(t);
-    for (size_t i = 0; i < n; ++i) p[i] = t[i];
+    if (n > 0) vst1q_lane_f32(p, v, 0);
+    if (n > 1) vst1q_lane_f32(p + 1, v, 1);
+    if (n > 2) vst1q_lane_f32(p + 2, v, 2);
+    if (n > 3) vst1q_lane_f32(p + 3, v, 3);
   }
 };
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
@@ -44,6 +77,9 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {vfmaq_f32(c.v, a.v, b.v)};
 }
+inline Vec<float> fma(Vec<float> a, Scalar<float> b, Vec<float> c) {
+  return {vfmaq_lane_f32(c.v, a.v, b.v, 0)};
+}
 
 template <>
 struct Vec<double> {
@@ -51,10 +87,10 @@ struct Vec<double> {
   float64x2_t v;
 
   static Vec zero() { return {vdupq_n_f64(0)}; }
-  static Vec broadcast(double x) { return {vdupq_n_f64(x)}; }
+  static Scalar<double> broadcast(double x) { return {vdup_n_f64(x)}; }
   static Vec load(const double* p) { return {vld1q_f64(p)}; }
   template <size_t kCount>
-  static Vec load_group(const double* p) {
+  static auto load_group(const double* p) {
     if constexpr (kCount == 1) return broadcast(*p);
     if constexpr (kCount == 2) return load(p);
   }
@@ -73,23 +109,22 @@ inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {vfmaq_f64(c.v, a.v, b.v)};
 }
+inline Vec<double> fma(Vec<double> a, Scalar<double> b, Vec<double> c) {
+  return {vfmaq_lane_f64(c.v, a.v, b.v, 0)};
+}
 
 template <>
 struct Vec<Bf16Pair> {
   static constexpr size_t kLanes = 4;
   uint32x4_t v;
 
-  static Vec broadcast(Bf16Pair x) { return {vdupq_n_u32(static_cast<uint32_t>(x))}; }
+  static Scalar<Bf16Pair> broadcast(Bf16Pair x) { return {vcreate_u32(static_cast<uint32_t>(x))}; }
   static Vec load(const Bf16Pair* p) { return {vld1q_u32(reinterpret_cast<const uint32_t*>(p))}; }
-  static Vec load_partial(const Bf16Pair* p, size_t n) {
-    Bf16Pair t[4] = {};
-    for (size_t i = 0; i < n; ++i) t[i] = p[i];
-    return load(t);
-  }
+  static Vec load_partial(const Bf16Pair* p, size_t n) { return {first_words(p, n)}; }
   template <size_t kCount>
-  static Vec load_group(const Bf16Pair* p) {
+  static auto load_group(const Bf16Pair* p) {
     if constexpr (kCount == 1) return broadcast(*p);
-    if constexpr (kCount == 2) return {vreinterpretq_u32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
+    if constexpr (kCount == 2) return Vec{vreinterpretq_u32_u64(vdupq_n_u64(bits_at<uint64_t>(p)))};
     if constexpr (kCount == 4) return load(p);
   }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
@@ -102,21 +137,37 @@ struct Vec<Bf16> {
 
   static Vec zero() { return {vdup_n_u16(0)}; }
   static Vec load(const Bf16* p) { return {vld1_u16(reinterpret_cast<const uint16_t*>(p))}; }
-  static Vec load_partial(const Bf16* p, size_t n) {
-    Bf16 t[4] = {};
-    for (size_t i = 0; i < n; ++i) t[i] = p[i];
-    return load(t);
-  }
+  static Vec load_partial(const Bf16* p, size_t n) { return {first_halves(p, n)}; }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  const uint16x4x2_t pairs = vzip_u16(first.v, second.v);
-  return {vreinterpretq_u32_u16(vcombine_u16(pairs.val[0], pairs.val[1]))};
+  const uint16x4_t none = vdup_n_u16(0);  // the upper halves, which zip1 leaves out
+  return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
+
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))};
 }
 inline Vec<float> second(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xFFFF0000u)))};
+}
+// One shift splits both numbers of b: they lie in the lanes 0 and 1 of halves.
+inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
+  const float32x4_t halves = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u32(b.v), 16));
+  return {vfmaq_laneq_f32(vfmaq_laneq_f32(c.v, first(a).v, halves, 0), second(a).v, halves, 1)};
+}
+
+template <class E, class T>
+inline Vec<T> fma(Scalar<E> a, Vec<E> b, Vec<T> c) {
+  return fma(b, a, c);
+}
+inline Scalar<float>::operator Vec<float>() const {
+  return {vdupq_lane_f32(v, 0)};
+}
+inline Scalar<double>::operator Vec<double>() const {
+  return {vdupq_lane_f64(v, 0)};
+}
+inline Scalar<Bf16Pair>::operator Vec<Bf16Pair>() const {
+  return {vdupq_lane_u32(v, 0)};
 }
 
 inline void transpose(Vec<float> (&r)[4]) {

@@ -229,7 +229,7 @@ def test_kernels_and_operations_start_no_threads_of_their_own() -> None:
 
 def test_there_is_a_unit_for_each_instruction_set_in_a_namespace_of_its_own() -> None:
     names = {unit.stem for unit in kernel_units()}
-    assert names >= {"isa_generic", "isa_avx2", "isa_avx512", "isa_avx512bf16", "isa_neon"}
+    assert names >= {"isa_generic", "isa_avx2", "isa_avx512", "isa_avx512bf16", "isa_neon", "isa_neonbf16"}
     for unit in kernel_units():
         isa = unit.stem.removeprefix("isa_")
         assert re.search(rf"^#define NPLORA_ISA {isa}$", unit.read_text(), flags=re.MULTILINE), unit

@@ -14,7 +14,7 @@ extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
 #elif defined(NPLORA_AARCH64)
-extern const KernelTable k_neon_table;
+extern const KernelTable k_neon_table, k_neonbf16_table;
 #endif
 
 namespace {
@@ -36,6 +36,7 @@ const Choice* choices(size_t* count) {
       {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL and BF16"},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
+      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},
 #endif
   };
   *count = sizeof all / sizeof *all;

@@ -2,6 +2,11 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#if !defined(HWCAP2_BF16)  // the kernel's name for it is younger than some of the headers that we build with
+#define HWCAP2_BF16 (1ul << 14)
+#endif
 #endif
 
 namespace nplora::simd {
@@ -47,14 +52,21 @@ Cpu detect() {
   return found;
 }
 
-#else
+#elif defined(__aarch64__)
 
 Cpu detect() {
   Cpu found;
-#if defined(__aarch64__)
   found.neon = true;  // part of the architecture
+#if defined(__linux__)
+  found.neonbf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #endif
   return found;
+}
+
+#else
+
+Cpu detect() {
+  return {};
 }
 
 #endif

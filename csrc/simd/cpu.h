@@ -8,6 +8,7 @@ struct Cpu {
   bool avx512 = false;  // F, BW, DQ, VL
   bool avx512bf16 = false;
   bool neon = false;
+  bool neonbf16 = false;
 };
 
 const Cpu& cpu();

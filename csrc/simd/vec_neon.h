@@ -144,6 +144,14 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
   return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
 
+#if defined(NPLORA_SIMD_BF16)
+inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {
+  return {vbfdotq_f32(c.v, vreinterpretq_bf16_u32(a.v), vreinterpretq_bf16_u32(b.v))};
+}
+inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
+  return {vbfdotq_lane_f32(c.v, vreinterpretq_bf16_u32(a.v), vreinterpret_bf16_u32(b.v), 0)};
+}
+#else
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))};
 }
@@ -155,6 +163,7 @@ inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
   const float32x4_t halves = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u32(b.v), 16));
   return {vfmaq_laneq_f32(vfmaq_laneq_f32(c.v, first(a).v, halves, 0), second(a).v, halves, 1)};
 }
+#endif
 
 template <class E, class T>
 inline Vec<T> fma(Scalar<E> a, Vec<E> b, Vec<T> c) {

@@ -10,6 +10,18 @@ inline bool fuses(const nplora::kernels::KernelTable& table) {
   return std::strcmp(table.isa, "generic") != 0;
 }
 
+// How a unit multiplies pairs of bfloat16.
+enum class Pairs {
+  kAsFloats,   // one number after the other
+  kVdpbf16ps,  // in one instruction, with two roundings in an order of its own; subnormals are zeros
+  kBfdot,      // in one instruction, as bfdot.h says; subnormals are zeros
+};
+inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
+  if (std::strcmp(table.isa, "avx512bf16") == 0) return Pairs::kVdpbf16ps;
+  if (std::strcmp(table.isa, "neonbf16") == 0) return Pairs::kBfdot;
+  return Pairs::kAsFloats;
+}
+
 void test_products(const nplora::kernels::KernelTable& table);
 void test_dots(const nplora::kernels::KernelTable& table);
 void test_lanes(const nplora::kernels::KernelTable& table);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "bfdot.h"
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
@@ -26,10 +27,9 @@ constexpr const char* element_name() {
   return kSteps<E> == 2 ? "bfloat16" : type_name<Sum<E>>();
 }
 
-// vdpbf16ps rounds the two products of a pair in an order of its own, and takes subnormals for zero.
 template <class E>
-bool flushes(const KernelTable& table) {
-  return kSteps<E> == 2 && std::strcmp(table.isa, "avx512bf16") == 0;
+Pairs pairs(const KernelTable& table) {
+  return kSteps<E> == 2 ? pairs_of(table) : Pairs::kAsFloats;
 }
 
 // The element that holds these steps of the depth, exactly: values for pairs are bfloat16 already.
@@ -63,7 +63,7 @@ struct Product {
   bool accumulate;
   std::vector<E> a, b;
   std::vector<T> c;
-  std::vector<T> in_order;  // every step in order: one rounding each if the unit fuses, else two
+  std::vector<T> in_order;                // every step, or every BFDOT, in order
   std::vector<Wide<T>> exact, magnitude;  // the sum, and the sum of the absolute values of its terms
 
   Product(Random& random, size_t m, size_t n, size_t depth, bool accumulate, Data data,
@@ -92,7 +92,8 @@ struct Product {
         b[s * n + j] = element<E>(at[0], at[(kPerElement - 1) * n]);
       }
     // What the kernel sees of a factor: zero times infinity is NaN where a subnormal counts as zero.
-    const bool flushed = flushes<E>(table), fused = fuses(table);
+    const Pairs how = pairs<E>(table);
+    const bool flushed = how != Pairs::kAsFloats, fused = fuses(table);
     const auto seen = [flushed](T value) {
       return flushed && std::abs(value) < std::numeric_limits<T>::min() ? T(0) : value;
     };
@@ -102,7 +103,10 @@ struct Product {
         Wide<T> wide = sum, terms = std::abs(sum);
         for (size_t s = 0; s < steps; ++s) {
           const T u = seen(x[i * steps + s]), v = seen(y[s * n + j]);
-          sum = fused ? std::fma(u, v, sum) : u * v + sum;
+          if (how != Pairs::kBfdot)
+            sum = fused ? std::fma(u, v, sum) : u * v + sum;
+          else if (s % 2 == 0)
+            sum = bfdot(sum, {float(u), float(x[i * steps + s + 1])}, {float(v), float(y[(s + 1) * n + j])});
           const Wide<T> term = Wide<T>(u) * Wide<T>(v);
           wide += term;
           terms += std::abs(term);
@@ -115,11 +119,17 @@ struct Product {
 
   // got (m, n) is what the kernel wrote.
   void judge(const std::vector<T>& got, Data data, const KernelTable& table) const {
-    const bool flushed = flushes<E>(table), ordered = fuses(table) && !flushed;
-    const size_t roundings = (fuses(table) ? 1 : 2) * kPerElement * depth;
-    // Below the smallest normal number a rounding loses at most half of the smallest subnormal, or all where it flushes.
+    const Pairs how = pairs<E>(table);
+    const bool flushed = how != Pairs::kAsFloats, ordered = fuses(table) && how != Pairs::kVdpbf16ps;
+    // A term of BFDOT is rounded with the sum of its pair and with every accumulation from then on, but not by itself: a product
+    // has 16 bits. Rounding to odd errs by less than a unit in the last place, twice as much as rounding to nearest.
+    const size_t roundings =
+        how == Pairs::kBfdot ? 2 * (depth + 1) : (fuses(table) ? 1 : 2) * kPerElement * depth;
+    // Below the smallest normal number a rounding loses at most half of the smallest subnormal, or all where it flushes. BFDOT
+    // flushes two products and two sums for each element, and a subnormal that it is to add to.
     using Limits = std::numeric_limits<T>;
-    const Wide<T> loss = Wide<T>(roundings) * (flushed ? Limits::min() : Limits::denorm_min());
+    const size_t losses = how == Pairs::kBfdot ? 4 * depth + 1 : roundings;
+    const Wide<T> loss = Wide<T>(losses) * (flushed ? Limits::min() : Limits::denorm_min());
     for (size_t i = 0; i < m * n; ++i) {
       if (ordered || data == Data::kIntegers || !std::isfinite(exact[i]) ||
           (data == Data::kSpecial && !flushed))

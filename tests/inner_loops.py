@@ -1,0 +1,273 @@
+"""Reads the machine code of the hot loops: nothing is spilled, and little stands beside the multiply-adds.
+
+    python tests/inner_loops.py [--prefix aarch64-linux-gnu-] BINARY
+
+BINARY holds kernel units and was built with -g1: the names of inlined functions tell whose loop it is.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+# Instructions as GNU objdump prints them for aarch64 and, in AT&T's order, for x86-64.
+MULTIPLY_ADD = re.compile(r"(fmla|bfdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps")
+VECTOR = re.compile(r"[\s{][qdsv]\d|%[xyz]mm\d")
+VECTOR_STORE = re.compile(r"st\w+\s+\{?[qdsv]\d|v\w+\s+%[xyz]mm\d+,[^,]*\(")
+STACK = re.compile(r"\[sp\b|\(%rsp\b|-0x[0-9a-f]+\(%rbp\)")
+BRANCH = re.compile(r"(?:b\.\w+|b|cbn?z|tbn?z|j\w+)\s+(?:.*,\s*)?([0-9a-f]+) <")
+
+# The kernels, and the elements that each is built for: of w, or of a and w.
+KERNELS: dict[str, list[tuple[str, ...]]] = {
+    "lane_tile_fixed": [("float",), ("double",), ("Bf16Pair",)],
+    "outer_tile_fixed": [
+        ("float", "float"),
+        ("double", "double"),
+        ("float", "Bf16"),
+        ("Bf16Pair", "Bf16Pair"),
+        ("Bf16Pair", "Bf16"),
+    ],
+    "dots_panel": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
+}
+INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop that multiplies, in one instance of a kernel.
+
+    The arguments of its template: lane_tile_fixed<float, vectors, rows, stride>,
+    outer_tile_fixed<float, float, rows, vectors, partial>, dots_panel<float, phases, rows>.
+    """
+
+    isa: str
+    kernel: str
+    arguments: tuple[str, ...]
+    instructions: tuple[str, ...]
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        return tuple(argument for argument in self.arguments if re.match("float|double|Bf16", argument))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        first, second, *_ = (int(argument) for argument in self.arguments if argument.isdigit())
+        return first, second
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether w lies in full panels and full vectors."""
+        return self.arguments[-1] not in {"0", "true"}
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(bool(MULTIPLY_ADD.match(line)) for line in self.instructions)
+
+    @property
+    def on_stack(self) -> list[str]:
+        """What reads or writes vectors there."""
+        return [line for line in self.instructions if VECTOR.search(line) and STACK.search(line)]
+
+    @property
+    def stores_results(self) -> bool:
+        return any(VECTOR_STORE.match(line) and not STACK.search(line) for line in self.instructions)
+
+
+# ---- how many instructions a loop needs ----
+
+
+@dataclass(frozen=True)
+class Need:
+    """The multiply-adds in one turn of a loop, and what it can't do without beside them.
+
+    Multiply-adds set the pace of a loop that holds no more than one other instruction for each: cores start
+    at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
+    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay below: lane_tile has 20 others, outer_tile 22.
+    """
+
+    multiply_adds: int
+    others: int
+
+
+def is_split(isa: str, element: str) -> bool:
+    """Whether pairs are multiplied as floats: in two multiply-adds, each pair being split before."""
+    return element == "Bf16Pair" and not isa.endswith("bf16")
+
+
+def lane_tile_step(loop: Loop) -> Need:
+    """Rows of w times vectors of x. NEON splits a single pair by a shift, a vector by a shift and a mask."""
+    vectors, rows = loop.sizes
+    split = is_split(loop.isa, loop.elements[0])
+    loads, splits, fetches = rows + vectors, split * (rows + 2 * vectors), 1
+    control = 5  # three pointers go on (w, x, the fetches), one is compared, a branch
+    return Need(rows * vectors * (1 + split), loads + splits + fetches + control)
+
+
+def outer_tile_step(loop: Loop) -> Need:
+    """Rows of a times vectors of w, whose bfloat16 is widened, or read from two rows and paired."""
+    rows, vectors = loop.sizes
+    element, stored = loop.elements
+    split = is_split(loop.isa, element)
+    paired = (element, stored) == ("Bf16Pair", "Bf16")
+    loads, splits, fetches = rows + vectors * (1 + paired), split * (rows + 2 * vectors), 3
+    # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
+    widened = vectors * (2 if paired and loop.isa == "avx512bf16" else 1) if stored == "Bf16" else 0
+    # Three pointers go on (a, w, the fetches), the depth is counted, a branch. The rows of a lie at multiples
+    # of a stride that only the caller knows: of all these numbers up to three are added up in each step, or
+    # read from the stack.
+    control = 8
+    return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
+
+
+def dots_panel_turn(loop: Loop) -> Need:
+    """Rows of w, a panel wide, in groups of as many elements as there are phases, each with a vector of x."""
+    phases, rows = loop.sizes
+    element = loop.elements[0]
+    split = is_split(loop.isa, element)
+    width = 24 if element == "Bf16Pair" else 48
+    size, lanes = {"float": (4, 4), "double": (8, 2), "Bf16": (2, 4), "Bf16Pair": (4, 4)}[element]
+    groups = rows * width // phases
+    loads = groups + width // phases * (1 + split)  # x is read once for all rows, if at all; split already
+    copied = groups if 1 < phases < lanes else 0  # into all lanes
+    widened = groups * ((element == "Bf16") + 2 * split)
+    fetches = rows * -(-width * size // 64)
+    sums = rows * 8  # four each: one is loaded and stored, three are set to zero and added up
+    control = 6  # four pointers go on (w, the rows ahead, the fetches, the sums), a count, a branch
+    return Need(groups * (1 + split), loads + copied + widened + fetches + sums + control)
+
+
+NEEDS = {
+    "lane_tile_fixed": lane_tile_step,
+    "outer_tile_fixed": outer_tile_step,
+    "dots_panel": dots_panel_turn,
+}
+
+
+# ---- the loops of a binary ----
+
+
+def run(*command: str, text: str = "") -> list[str]:
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def functions(binary: str, prefix: str) -> Iterator[list[tuple[int, str]]]:
+    """The instructions of each function of a kernel unit, with their addresses."""
+    body: list[tuple[int, str]] = []
+    wanted = False
+    for line in run(f"{prefix}objdump", "-d", "-C", "--no-show-raw-insn", binary):
+        if line.endswith(">:"):
+            yield body
+            body, wanted = [], "nplora::kernels::" in line
+        elif wanted and (match := re.match(r"\s*([0-9a-f]+):\s+(.*)", line)):
+            body.append((int(match[1], 16), match[2]))
+    yield body
+
+
+def innermost_loops(body: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """The pieces between a branch and its target before it that hold no other such piece."""
+    index = {address: i for i, (address, _) in enumerate(body)}
+    pieces = set()
+    for last, (_, line) in enumerate(body):
+        if (match := BRANCH.match(line)) and index.get(int(match[1], 16), last + 1) <= last:
+            pieces.add((index[int(match[1], 16)], last))
+    for first, last in pieces:
+        inside = [piece for piece in pieces if first <= piece[0] and piece[1] <= last]
+        if len(inside) == 1:
+            yield body[first : last + 1]
+
+
+def frames(binary: str, prefix: str, addresses: list[int]) -> dict[int, list[str]]:
+    """The function at each address, and those that it is inlined into, innermost first."""
+    found: dict[int, list[str]] = defaultdict(list)
+    address = 0
+    for line in run(f"{prefix}addr2line", "-aifC", "-e", binary, text="\n".join(map(hex, addresses))):
+        if line.startswith("0x"):
+            address = int(line, 16)
+        else:
+            found[address].append(line)
+    return found
+
+
+def multiplying_loops(binary: str, prefix: str) -> Iterator[Loop]:
+    pieces = {}
+    for body in functions(binary, prefix):
+        for piece in innermost_loops(body):
+            at = next((address for address, line in piece if MULTIPLY_ADD.match(line)), None)
+            if at is not None:
+                pieces[at] = tuple(line for _, line in piece)
+    for at, names in frames(binary, prefix, list(pieces)).items():
+        instance = next(filter(None, map(INSTANCE.search, names)), None)
+        if instance:
+            arguments = re.sub(r"nplora::kernels::|(?<=\d)ul\b", "", instance[3]).split(", ")
+            yield Loop(instance[1], instance[2], tuple(arguments), pieces[at])
+
+
+# ---- the check ----
+
+
+def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
+    """All on NEON. On x86 the operands of dots may lie in memory, which leaves little to count, and pairs
+    that are split are spilled: tiles small enough for all the halves are hardly faster."""
+    if isa.startswith("neon"):
+        return KERNELS[kernel]
+    return [e for e in KERNELS[kernel] if kernel != "dots_panel" and not is_split(isa, e[0])]
+
+
+def full_tiles(loops: list[Loop]) -> list[Loop]:
+    """Of the loops of a kernel those over the steps of its largest tile; all of dots."""
+    if loops and loops[0].kernel == "dots_panel":
+        return loops
+    largest = max((prod(loop.sizes) for loop in loops if loop.is_regular), default=0)
+    return [
+        loop for loop in loops if loop.is_regular and prod(loop.sizes) == largest and not loop.stores_results
+    ]
+
+
+def complaint(loop: Loop) -> str | None:
+    # GCC splits the x of dots before the loop and keeps the halves where it finds place: those it only reads.
+    spills = [line for line in loop.on_stack if loop.kernel != "dots_panel" or VECTOR_STORE.match(line)]
+    if spills:
+        return f"{len(spills)} spilled vectors, such as {spills[0]}"
+    needed, count = NEEDS[loop.kernel](loop), len(loop.instructions)
+    turns, rest = divmod(loop.multiply_adds, needed.multiply_adds)
+    most = turns * (needed.multiply_adds + needed.others)
+    if rest or count > most:
+        return f"{count} instructions with {loop.multiply_adds} multiply-adds, {most} should do"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("binary")
+    parser.add_argument("--prefix", default="", help="of objdump and addr2line")
+    options = parser.parse_args()
+    found: dict[tuple[str, str, tuple[str, ...]], list[Loop]] = defaultdict(list)
+    for loop in multiplying_loops(options.binary, options.prefix):
+        found[loop.isa, loop.kernel, loop.elements].append(loop)
+
+    passed = failed = 0
+    for isa in sorted({isa for isa, _, _ in found} - {"generic"}):
+        for kernel in KERNELS:
+            for elements in checked_elements(isa, kernel):
+                name = f"{isa} {kernel}<{', '.join(elements)}>"
+                loops = full_tiles(found[isa, kernel, elements])
+                complaints = [f"{loop.sizes}: {text}" for loop in loops if (text := complaint(loop))]
+                if not loops:
+                    complaints = ["has no loop over its steps"]
+                for text in complaints:
+                    print(f"FAILED {name} {text}")
+                most = max((len(loop.instructions) / loop.multiply_adds for loop in loops), default=0)
+                print(f"{name}: at most {most:.2f} instructions for a multiply-add")
+                passed += max(0, len(loops) - len(complaints))
+                failed += len(complaints)
+    print(f"{passed} passed, {failed} failed")
+    return 0 if passed and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

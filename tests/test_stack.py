@@ -108,7 +108,7 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     assert "few rows" in few
     assert "as steps of the depth" in few
     assert "outputs in the lanes" in many
-    # added to W's blocks, an update costs 2 r d_out d_in whatever the rows; as steps 2 r (d_in + d_out) for each row
+    # added to W's blocks, an update costs 2 r d_out d_in for any rows; as steps 2 r (d_in + d_out) for each
     assert "added to blocks of W (" in inference
     rounded = LoRALinear(nplora.FrozenWeight(np.ones((1536, 576), np.float32), compute="bfloat16"), 64)
     assert "bfloat16" in rounded.explain(5)

@@ -132,8 +132,9 @@ struct OuterTile {
 
 // n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(OuterTile<E, W> p) {
+inline void outer_tile_fixed(const OuterTile<E, W>& tile) {
   using T = Sum<E>;
+  OuterTile<E, W> p = tile;  // its own: the caller's copy would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {

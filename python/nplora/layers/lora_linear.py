@@ -18,10 +18,9 @@ from nplora.weights import FrozenWeight, freeze
 Array = npt.NDArray[Any]
 
 # A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
-ForwardPart = tuple[_core.PackedWeight, Array, Array, float, float, int, Array | None, Array, Array | None]
-BackwardPart = tuple[
-    _core.PackedWeight, Array, Array, float, float, int, Array, Array, Array | None, Array | None
-]
+Weight = _core.PackedWeight | Array
+ForwardPart = tuple[Weight, Array, Array, float, float, int, Array | None, Array, Array | None]
+BackwardPart = tuple[Weight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

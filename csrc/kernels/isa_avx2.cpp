@@ -4,6 +4,7 @@
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
+#include "simd/vec_bytes.h"
 
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
@@ -14,6 +15,8 @@ inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 #include "kernels/dots-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/products-inl.h"
+
+#include "kernels/blocks-inl.h"
 #include "kernels/table-inl.h"
 
 namespace nplora::kernels {

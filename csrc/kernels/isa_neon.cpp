@@ -5,6 +5,7 @@
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
+#include "simd/vec_bytes.h"
 
 namespace nplora::kernels::neon {
 inline constexpr size_t kTileRows = 12;
@@ -15,6 +16,8 @@ inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 #include "kernels/dots-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/products-inl.h"
+
+#include "kernels/blocks-inl.h"
 #include "kernels/table-inl.h"
 
 namespace nplora::kernels {

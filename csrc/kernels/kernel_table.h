@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/block_formats.h"
 #include "base/cache_line.h"
 
 namespace nplora::kernels {
@@ -197,6 +198,30 @@ struct Conversions {
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };
 
+// A weight in NF4: the nibbles of the flat tensor and a scale for each block of 64: absmax[block]; or, where that is null,
+// absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] + absmax_offset, rounded twice.
+struct Nf4 {
+  const uint8_t* codes;
+  const float* absmax;
+  const uint8_t* absmax_codes = nullptr;
+  const float *absmax_book = nullptr, *absmax_scales = nullptr;
+  float absmax_offset = 0;
+};
+
+// Low-bit blocks (base/block_formats.h) to float. Every value is that of float32 arithmetic without fused multiply-adds: the same
+// bits on every instruction set.
+struct BlockDecoders {
+  // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.   first and cols are multiples
+  // of kStrip. One kernel for each format before kNf4, in the order of BlockFormat.
+  void (*decode[static_cast<size_t>(BlockFormat::kNf4)])(size_t rows, size_t first, size_t cols,
+                                                         const void* blocks, size_t row_bytes, float* to,
+                                                         size_t to_stride);
+
+  // to (rows, cols): element (i, j) is number first + i * row_step + j of the flat tensor.   Any number; even ones are fast.
+  void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, float* to,
+                     size_t to_stride);
+};
+
 struct KernelTable {
   const char* isa;
   Products<float> f32;
@@ -207,6 +232,7 @@ struct KernelTable {
   SmallProducts<Bf16> small_bf16;
   SmallProducts<Bf16Pair> small_pairs;
   Conversions convert;
+  BlockDecoders blocks;
 
   template <class T>
   const Products<T>& products() const;

@@ -18,6 +18,12 @@ constexpr SmallProducts<W> make_small() {
   return {dots<W>, outer_tile<Operand<W>, typename StoredOf<W>::Type>};
 }
 
+constexpr BlockDecoders make_block_decoders() {
+  return {{decode<BlockQ4_0>, decode<BlockQ4_1>, decode<BlockQ5_0>, decode<BlockQ5_1>, decode<BlockQ8_0>,
+           decode<BlockQ4_K>, decode<BlockQ5_K>, decode<BlockQ6_K>},
+          decode_nf4};
+}
+
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           make_products<float>(),
@@ -27,7 +33,8 @@ constexpr KernelTable make_table(const char* isa) {
           make_small<double>(),
           make_small<Bf16>(),
           make_small<Bf16Pair>(),
-          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits}};
+          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits},
+          make_block_decoders()};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -8,7 +8,7 @@ struct Vec {
 
   static Vec zero() { return {Register{}}; }
   static Vec broadcast(T x) {
-    Vec r;
+    Vec r = zero();
     for (size_t i = 0; i < kLanes; ++i) r.v[i] = x;
     return r;
   }

@@ -14,6 +14,7 @@ int main() {
     test_lanes(*tables[i]);
     test_elementwise(*tables[i]);
     test_conversions(*tables[i]);
+    test_blocks(*tables[i]);
     check::close_isa(tables[i]->isa);
   }
   return check::close();

@@ -1,0 +1,182 @@
+// Sixteen bytes: the codes of a low-bit block on their way to float. See vec.h for the rules of kernel units.
+//
+//   move(b, from, to, mask)   in every byte, bit `from` and those beside it brought to bit `to`, of which mask is kept
+//   each_bit(bits, value)     value where the bit is set, else 0
+//   interleave(a, b)          low = a0 b0 a1 b1 ... a7 b7, high = a8 b8 ... a15 b15
+//   widen(b)                  the signed bytes as floats
+//   lookup(levels, b)         levels[byte] for bytes below 16
+#pragma once
+
+#include "simd/vec.h"
+
+namespace nplora::kernels::NPLORA_ISA {
+
+inline constexpr size_t kBytes = 16, kVectors = kBytes / Vec<float>::kLanes;
+typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+typedef uint16_t Words __attribute__((vector_size(kBytes)));
+typedef uint64_t Longs __attribute__((vector_size(kBytes)));
+
+struct BytePair {
+  Bytes low, high;
+};
+
+// One float for each byte.
+struct Floats {
+  Vec<float> v[kVectors];
+};
+
+// The vector extensions know * for the registers of every instruction set.
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) {
+  return {a.v * b.v};
+}
+
+inline Bytes load_bytes(const void* p) {
+  Bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return b;
+}
+
+inline Bytes pair(uint64_t low, uint64_t high) {
+  return (Bytes)(Longs){low, high};
+}
+
+// Few machines shift bytes. In words, bits cross from one byte to the next: mask keeps those that are still in their own.
+inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
+  return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
+}
+
+#if defined(NPLORA_SIMD_AVX512)
+
+inline Floats widen(Bytes b) {
+  return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
+}
+
+struct Levels {
+  __m512 v;
+  explicit Levels(const float (&levels)[16]) : v(_mm512_loadu_ps(levels)) {}
+};
+inline Floats lookup(const Levels& levels, Bytes b) {
+  return {{{_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)b), levels.v)}}};
+}
+
+inline BytePair interleave(Bytes a, Bytes b) {
+  return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
+}
+
+#elif defined(NPLORA_SIMD_AVX2)
+
+struct Ints {
+  __m256i first, second;
+};
+inline Ints widen_to_int(Bytes b) {
+  const __m128i bytes = (__m128i)b;
+  return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
+}
+inline Floats widen(Bytes b) {
+  const Ints ints = widen_to_int(b);
+  return {{{_mm256_cvtepi32_ps(ints.first)}, {_mm256_cvtepi32_ps(ints.second)}}};
+}
+
+struct Levels {
+  __m256 low, high;
+  explicit Levels(const float (&levels)[16])
+      : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
+};
+// Bit 3 chooses the half, from the place of the sign.
+inline Vec<float> lookup(const Levels& levels, __m256i at) {
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
+                           _mm256_permutevar8x32_ps(levels.high, at),
+                           _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)))};
+}
+inline Floats lookup(const Levels& levels, Bytes b) {
+  const Ints at = widen_to_int(b);
+  return {{lookup(levels, at.first), lookup(levels, at.second)}};
+}
+
+inline BytePair interleave(Bytes a, Bytes b) {
+  return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
+}
+
+#elif defined(NPLORA_SIMD_NEON)
+
+inline Floats widen(Bytes b) {
+  const int8x16_t bytes = (int8x16_t)b;
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {{{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)))},
+           {vcvtq_f32_s32(vmovl_high_s16(low))},
+           {vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)))},
+           {vcvtq_f32_s32(vmovl_high_s16(high))}}};
+}
+
+// Plane i holds byte i of every level.
+struct Levels {
+  uint8x16x4_t planes;
+  explicit Levels(const float (&levels)[16]) : planes(vld4q_u8(reinterpret_cast<const uint8_t*>(levels))) {}
+};
+inline Floats lookup(const Levels& levels, Bytes b) {
+  const uint8x16_t at = (uint8x16_t)b;
+  const uint8x16_t p0 = vqtbl1q_u8(levels.planes.val[0], at), p1 = vqtbl1q_u8(levels.planes.val[1], at);
+  const uint8x16_t p2 = vqtbl1q_u8(levels.planes.val[2], at), p3 = vqtbl1q_u8(levels.planes.val[3], at);
+  const uint16x8_t lows[] = {vreinterpretq_u16_u8(vzip1q_u8(p0, p1)),
+                             vreinterpretq_u16_u8(vzip2q_u8(p0, p1))};
+  const uint16x8_t highs[] = {vreinterpretq_u16_u8(vzip1q_u8(p2, p3)),
+                              vreinterpretq_u16_u8(vzip2q_u8(p2, p3))};
+  return {{{vreinterpretq_f32_u16(vzip1q_u16(lows[0], highs[0]))},
+           {vreinterpretq_f32_u16(vzip2q_u16(lows[0], highs[0]))},
+           {vreinterpretq_f32_u16(vzip1q_u16(lows[1], highs[1]))},
+           {vreinterpretq_f32_u16(vzip2q_u16(lows[1], highs[1]))}}};
+}
+
+inline BytePair interleave(Bytes a, Bytes b) {
+  return {(Bytes)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b), (Bytes)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b)};
+}
+
+#else
+
+inline Floats widen(Bytes b) {
+  float f[kBytes];
+  for (size_t i = 0; i < kBytes; ++i) f[i] = static_cast<int8_t>(b[i]);
+  Floats r;
+  __builtin_memcpy(&r, f, sizeof r);
+  return r;
+}
+
+struct Levels {
+  const float* levels;
+  explicit Levels(const float (&l)[16]) : levels(l) {}
+};
+inline Floats lookup(const Levels& levels, Bytes b) {
+  float f[kBytes];
+  for (size_t i = 0; i < kBytes; ++i) f[i] = levels.levels[b[i]];
+  Floats r;
+  __builtin_memcpy(&r, f, sizeof r);
+  return r;
+}
+
+inline BytePair interleave(Bytes a, Bytes b) {
+  BytePair r;
+  for (size_t i = 0; i < kBytes / 2; ++i) {
+    r.low[2 * i] = a[i];
+    r.low[2 * i + 1] = b[i];
+    r.high[2 * i] = a[kBytes / 2 + i];
+    r.high[2 * i + 1] = b[kBytes / 2 + i];
+  }
+  return r;
+}
+
+#endif
+
+#if defined(NPLORA_SIMD_AVX512)
+inline Bytes each_bit(uint16_t bits, uint8_t value) {
+  return (Bytes)_mm_maskz_set1_epi8(bits, static_cast<char>(value));
+}
+#else
+inline Bytes each_bit(uint16_t bits, uint8_t value) {
+  constexpr uint64_t kEachByte = 0x0101010101010101;
+  const Bytes bytes = pair((bits & 0xFF) * kEachByte, (bits >> 8) * kEachByte);
+  const Bytes places = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  return (Bytes)((bytes & places) == places) & value;
+}
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, m) {
   nplora::bindings::register_lora(m);
   nplora::bindings::register_optimizer(m);
   nplora::bindings::register_elementwise(m);
+  nplora::bindings::register_blocks(m);
 }

@@ -122,6 +122,36 @@ def widen(bits: Array, storage: str, out: Array) -> None:
 def narrow(values: Array, storage: str, out: Array) -> None:
     """float32 to uint16 bit patterns, round to nearest even."""
 
+def block_formats() -> dict[str, tuple[int, int]]:
+    """Low-bit formats by name, in lower case as GGUF names them, and "nf4": (values, bytes) of a block."""
+
+def quantize(values: Array, format: str, blocks: Array) -> None:
+    """float32 (rows, cols) to uint8 (rows, bytes of cols values), near to the least squared error.
+
+    "q8_0" has ggml's bits; "q4_0" ... "q5_1" have no block with a larger error than ggml's. ValueError, which
+    names the row, and nothing is written, where a value is not finite or too large. Any format but "nf4".
+    """
+
+def dequantize(blocks: Array, format: str, out: Array) -> None:
+    """The reverse: out is float32 (rows, cols), the bits of the format's float32 arithmetic."""
+
+def quantize_nf4(values: Array, codes: Array, absmax: Array) -> None:
+    """float32 (rows, cols) to NF4 of all n = rows · cols values: uint8 (⌈n / 2⌉), float32 (⌈n / 64⌉)."""
+
+def quantize_absmax(absmax: Array, codes: Array, book: Array, scales: Array) -> float:
+    """The second quantisation: absmax ≈ book[codes] · scales[block // 256] + the number returned.
+
+    codes: uint8, one for each absmax; book: float32 (256,), written; scales: float32, one for 256 absmax.
+    """
+
+def dequantize_nf4(codes: Array, absmax: Array, out: Array) -> None:
+    """NF4 to float32 of any shape."""
+
+def dequantize_nested_nf4(
+    codes: Array, absmax_codes: Array, book: Array, scales: Array, offset: float, out: Array
+) -> None:
+    """The same with a quantised absmax."""
+
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:

@@ -31,3 +31,6 @@ void test_blocks(const nplora::kernels::KernelTable& table);
 
 // The choice of the table itself, and NPLORA_ISA.
 void test_dispatch();
+
+// The quantisers of ops, which belong to no table.
+void test_quantize();

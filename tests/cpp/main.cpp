@@ -6,6 +6,7 @@
 int main() {
   check::catch_crashes();
   test_dispatch();
+  test_quantize();
   const nplora::kernels::KernelTable* tables[16];
   const size_t count = nplora::kernels::available_tables(tables, 16);
   for (size_t i = 0; i < count; ++i) {

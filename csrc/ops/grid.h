@@ -1,0 +1,90 @@
+// Grids of numbers, and how near a few values lie to one: what the quantisers search with.
+#pragma once
+
+#include <cstddef>
+
+namespace nplora {
+
+// d q + m for the integers q of Codes.
+struct Grid {
+  float d, m = 0;
+};
+struct Codes {
+  float first, last;
+};
+
+// To nearest even for |x| < 2^22, in a form that vectorises on every machine.
+inline float nearest_integer(float x) {
+  constexpr float kShift = 0x1.8p23f;
+  return (x + kShift) - kShift;
+}
+
+// x to the code of the nearest number of a grid.
+class Encoder {
+ public:
+  Encoder(Grid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
+
+  float operator()(float x) const {
+    const float q = (x - grid_.m) * inverse_;
+    const float raised = q < codes_.first ? codes_.first : q;
+    return nearest_integer(raised > codes_.last ? codes_.last : raised);
+  }
+
+ private:
+  Grid grid_;
+  float inverse_;
+  Codes codes_;
+};
+
+// Sum of term(i), i < n, in eight partial sums of one term in eight each: an order that vectors of any width can keep.
+template <size_t n, class Term>
+float sum(const Term& term) {
+  float parts[8] = {};
+  for (size_t i = 0; i < n; i += 8)
+    for (size_t j = 0; j < 8; ++j) parts[j] += term(i + j);
+  return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+}
+
+template <size_t n>
+float squared_error(const float* x, Grid grid, Codes codes) {
+  const Encoder code(grid, codes);
+  return sum<n>([&](size_t i) {
+    const float error = x[i] - (grid.d * code(x[i]) + grid.m);
+    return error * error;
+  });
+}
+
+// Sums over n values x and their codes q.
+struct Moments {
+  double n, x, q, xq, qq;
+};
+template <size_t n>
+Moments moments(const float* x, Grid grid, Codes codes) {
+  const Encoder code(grid, codes);
+  float q[n];
+  for (size_t i = 0; i < n; ++i) q[i] = code(x[i]);
+  return {double(n), sum<n>([&](size_t i) { return x[i]; }), sum<n>([&](size_t i) { return q[i]; }),
+          sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
+}
+
+// The grid on which the codes lie nearest to their values: least squares for d, or for d and m. `otherwise` where the codes do not
+// determine it.
+inline Grid fitted_scale(const Moments& s, Grid otherwise) {
+  return s.qq > 0 ? Grid{float(s.xq / s.qq)} : otherwise;
+}
+inline Grid fitted(const Moments& s, Grid otherwise) {
+  const double determinant = s.n * s.qq - s.q * s.q;
+  if (!(determinant > 0)) return otherwise;
+  const double d = (s.n * s.xq - s.x * s.q) / determinant;
+  return {float(d), float((s.x - d * s.q) / s.n)};
+}
+
+// The error of a quantiser's own range is not the least: a few grids beside it are tried, which spread the values over fewer codes
+// or, clipping the extremes, over more.
+inline constexpr int kTries = 8;
+inline float codes_of_try(int i) {
+  constexpr float kFewest = -1.5f, kMost = 1.5f;
+  return kFewest + (kMost - kFewest) * float(i) / float(kTries - 1);
+}
+
+}  // namespace nplora

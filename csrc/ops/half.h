@@ -1,0 +1,33 @@
+// float16, one at a time: the scales of low-bit blocks.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "base/block_formats.h"
+#include "kernels/kernel_table.h"
+
+namespace nplora {
+
+// The smallest positive and the largest finite number.
+inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
+
+// To nearest even.
+inline Half to_half(float x) {
+  uint16_t bits;
+  kernels::table().convert.narrow_float16(1, &x, &bits);
+  return std::bit_cast<Half>(bits);
+}
+
+inline float to_float(Half half) {
+  const auto bits = std::bit_cast<uint16_t>(half);
+  float x;
+  kernels::table().convert.widen_float16(1, &bits, &x);
+  return x;
+}
+
+inline float round_to_half(float x) {
+  return to_float(to_half(x));
+}
+
+}  // namespace nplora

@@ -1,0 +1,24 @@
+// The quantisers of one run of blocks, which ops/blocks.cpp shares out among threads. Values are finite and within the format's range.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/block_formats.h"
+
+namespace nplora {
+
+// out (blocks) from x (blocks * Block::kElements).
+template <class Block>
+void quantize_blocks(size_t blocks, const float* x, Block* out);
+
+// codes (ceil(n / 2)) of n <= BlockNf4::kElements values; returns their absmax.
+float quantize_nf4_block(size_t n, const float* x, uint8_t* codes);
+
+// The levels of the second quantisation, of absmax: the dynamic 8-bit code book, ascending.
+void dynamic_book(float (&book)[kNf4Book]);
+
+// codes (n) of n <= kNf4Group values; returns their scale.
+float quantize_nf4_group(size_t n, const float* x, const float (&book)[kNf4Book], uint8_t* codes);
+
+}  // namespace nplora

@@ -1,0 +1,138 @@
+// The formats with blocks of 32. ggml's rule gives the first scale of Q4_0 ... Q5_1; others near it, fitted by least squares, are kept
+// where they do better, so that no block has a larger squared error than under the rule. Q8_0 is the rule, to the bit.
+#include <algorithm>
+#include <cmath>
+
+#include "ops/grid.h"
+#include "ops/half.h"
+#include "ops/quantize.h"
+
+namespace nplora {
+
+namespace {
+
+constexpr size_t kElements = 32;
+
+Grid rounded(Grid grid) {
+  return {round_to_half(grid.d), round_to_half(grid.m)};
+}
+
+// Keeps the better of the grids that it is shown, in the form in which they are stored.
+struct Best {
+  const float* x;
+  Codes codes;
+  Grid grid;
+  float error = squared_error<kElements>(x, grid, codes);
+
+  void show(Grid other) {
+    const Grid stored = rounded(other);
+    const float e = squared_error<kElements>(x, stored, codes);
+    if (e < error) {  // false where d became infinite: e is not a number then
+      error = e;
+      grid = stored;
+    }
+  }
+};
+
+// d q, q = -n ... n - 1
+Grid best_scale(const float* x, float n) {
+  const Codes codes{-n, n - 1};
+  const auto [low, high] = std::minmax_element(x, x + kElements);
+  const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
+  Best best{x, codes, rounded({extreme / -n})};
+  for (int i = 0; i < kTries; ++i)
+    for (float side : {-1.0f, 1.0f}) {
+      const Grid start{side * extreme / (n + codes_of_try(i))};
+      best.show(fitted_scale(moments<kElements>(x, start, codes), start));
+    }
+  return best.grid;
+}
+
+// d q + m, q = 0 ... last
+Grid best_affine(const float* x, float last) {
+  const Codes codes{0, last};
+  const auto [low, high] = std::minmax_element(x, x + kElements);
+  const float range = *high - *low;
+  Best best{x, codes, rounded({range / last, *low})};
+  for (int i = 0; i < kTries; ++i) {
+    const Grid start{range / (last + codes_of_try(i)), *low};
+    best.show(fitted(moments<kElements>(x, start, codes), start));
+  }
+  return best.grid;
+}
+
+// Writes the codes less `first`, from 0 up: low four bits in nibbles, bit 4 in `high` where there is one.
+template <class Block>
+void store_codes(const float* x, Grid grid, Codes codes, Block& out) {
+  const Encoder code(grid, codes);
+  uint8_t q[kElements];
+  for (size_t i = 0; i < kElements; ++i) q[i] = static_cast<uint8_t>(code(x[i]) - codes.first);
+  for (size_t i = 0; i < kElements / 2; ++i)
+    out.q[i] = static_cast<uint8_t>((q[i] & 15) | (q[i + kElements / 2] & 15) << 4);
+  if constexpr (requires { out.high; })
+    for (size_t byte = 0; byte < 4; ++byte) {
+      out.high[byte] = 0;
+      for (size_t bit = 0; bit < 8; ++bit)
+        out.high[byte] = static_cast<uint8_t>(out.high[byte] | (q[8 * byte + bit] >> 4) << bit);
+    }
+}
+
+// n: half the number of codes.
+template <class Block>
+void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
+  for (; blocks > 0; --blocks, x += kElements, ++out) {
+    const Grid grid = best_scale(x, n);
+    out->d = to_half(grid.d);
+    store_codes(x, grid, {-n, n - 1}, *out);
+  }
+}
+
+template <class Block>
+void quantize_affine(size_t blocks, const float* x, Block* out, float last) {
+  for (; blocks > 0; --blocks, x += kElements, ++out) {
+    const Grid grid = best_affine(x, last);
+    out->d = to_half(grid.d);
+    out->m = to_half(grid.m);
+    store_codes(x, grid, {0, last}, *out);
+  }
+}
+
+// Half away from zero.
+int8_t rounded_away(float x) {
+  const float whole = float(int(x)), rest = x - whole;
+  return static_cast<int8_t>(whole + (rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f));
+}
+
+}  // namespace
+
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ4_0* out) {
+  quantize_scale(blocks, x, out, 8);
+}
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ5_0* out) {
+  quantize_scale(blocks, x, out, 16);
+}
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ4_1* out) {
+  quantize_affine(blocks, x, out, 15);
+}
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ5_1* out) {
+  quantize_affine(blocks, x, out, 31);
+}
+
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ8_0* out) {
+  for (; blocks > 0; --blocks, x += kElements, ++out) {
+    float absmax = 0;
+    for (size_t i = 0; i < kElements; ++i) absmax = std::max(absmax, std::abs(x[i]));
+    const float d = absmax / 127, inverse = 1 / d;
+    out->d = to_half(d);
+    // A scale whose inverse is infinite is far below the smallest float16.
+    for (size_t i = 0; i < kElements; ++i)
+      out->q[i] = std::isinf(inverse) ? int8_t{0} : rounded_away(x[i] * inverse);
+  }
+}
+
+}  // namespace nplora

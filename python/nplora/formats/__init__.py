@@ -1,6 +1,6 @@
 """File formats: bytes to {name: tensor} and back. Nothing here knows a layer."""
 
-from nplora.formats import safetensors, sharded
+from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import (
     CorruptError,
     DataError,
@@ -19,6 +19,7 @@ __all__ = [
     "TruncatedError",
     "UnsafeError",
     "UnsupportedError",
+    "gguf",
     "safetensors",
     "sharded",
 ]

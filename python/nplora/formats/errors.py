@@ -46,10 +46,10 @@ def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=0.5)
 
 
-def missing_name(source: str, name: object, names: Iterable[str]) -> KeyError:
+def missing_name(source: str, name: object, names: Iterable[str], kind: str = "tensor") -> KeyError:
     """The error for a name that a mapping does not hold: it tells the nearest names."""
     near = ", ".join(map(repr, nearest_names(str(name), names))) or "none"
-    return KeyError(f"{source}: no tensor {brief(name)}, the nearest names: {near}")
+    return KeyError(f"{source}: no {kind} {brief(name)}, the nearest names: {near}")
 
 
 def brief(value: object, length: int = 80) -> str:

@@ -11,10 +11,11 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
 
@@ -29,6 +30,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link to nothing",
 }
+_COARSEST_TICK_NS = 2_000_000_000  # FAT counts in 2 seconds, Linux's own in at most 10 ms
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
@@ -61,13 +63,30 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
         os.close(fd)
 
 
+class Stamp(NamedTuple):
+    """What tells whether a file is the one that it was, as well as a file system can."""
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether another write could not leave the same stamp: clocks of file systems tick coarsely."""
+        return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
+
+
 class Reader:
     """A regular file held open: `reader[begin:end]` is that piece of it, and nothing else is read."""
 
     def __init__(self, fd: int, path: StrPath) -> None:
         self._fd = fd
-        self._size = os.fstat(fd).st_size
         self._name = name(path)
+        found = os.fstat(fd)
+        self._size = found.st_size
+        self.stamp = Stamp(self._name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
     def __len__(self) -> int:
         return self._size
@@ -84,6 +103,15 @@ class Reader:
                 raise TruncatedError(f"{self._name}: ends at byte {begin:,}, its size was {self._size:,}")
             begin += count
         return data.toreadonly()
+
+    def map(self) -> mmap.mmap | memoryview:
+        """A read-only mapping of the whole file, which outlives the reader. An empty file has none: b""."""
+        if not self._size:
+            return memoryview(b"")
+        try:
+            return mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise TruncatedError(f"{self._name}: it was cut short, its size was {self._size:,}") from error
 
 
 @contextlib.contextmanager
@@ -110,10 +138,8 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
 
 def map_readonly(path: StrPath, follow_links: bool = True) -> mmap.mmap | memoryview:
     """A read-only mapping of a regular file (an empty one cannot be mapped and is read). Raises as `read`."""
-    with _open_regular(path, follow_links) as fd:
-        if os.fstat(fd).st_size:
-            return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-    return memoryview(b"")
+    with reading(path, follow_links) as reader:
+        return reader.map()
 
 
 @dataclass(frozen=True)

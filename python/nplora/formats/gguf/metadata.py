@@ -1,0 +1,202 @@
+"""The metadata of a GGUF file: scalars as Python's values, arrays read when they are asked for."""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats.errors import FormatError, brief, missing_name, nearest_names
+from nplora.formats.gguf.ggml_types import VALUE_DTYPES, elements
+
+Array: TypeAlias = NDArray[Any]
+Scalar: TypeAlias = int | float | bool | str
+
+LENGTH = struct.Struct("<Q")  # stands before every string and every array
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A metadata value with its type in the file: `Typed(32, "UINT32")`, `Typed([1, 2], "INT32")`.
+
+    Attributes:
+        value: a scalar, or a list or array of them.
+        type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
+            "BOOL" or "STRING"; for a list or array, that of its elements.
+    """
+
+    value: Any
+    type: str
+
+
+@dataclass(frozen=True)
+class ArrayEntry:
+    """Where an array lies in the file: validated, but for the text of strings.
+
+    Attributes:
+        type: of the elements.
+        begin: of the first element, in bytes from the start of the file.
+    """
+
+    type: str
+    count: int
+    begin: int
+
+
+class StringArray(Sequence[str]):
+    """An array of strings in the file, each decoded when asked for: a FormatError if it is not UTF-8."""
+
+    def __init__(self, data: memoryview, entry: ArrayEntry, where: str) -> None:
+        self._data, self._entry, self._where = data, entry, where
+        self._begins: Array | None = None
+
+    def __len__(self) -> int:
+        return self._entry.count
+
+    def __iter__(self) -> Iterator[str]:
+        begin = self._entry.begin
+        for index in range(len(self)):
+            text, begin = self._text(index, begin)
+            yield text
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if self._begins is None:
+            self._begins = self._find()
+        if isinstance(index, slice):
+            return [self._text(i, int(self._begins[i]))[0] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._text(index, int(self._begins[index]))[0]
+
+    def _find(self) -> Array:
+        """Where each string begins: what access by number needs, and iteration does not."""
+        begins, begin = np.empty(len(self), np.int64), self._entry.begin
+        for index in range(len(self)):
+            begins[index] = begin
+            begin += LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
+        return begins
+
+    def _text(self, index: int, begin: int) -> tuple[str, int]:
+        """The string that begins here, and where it ends."""
+        end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
+        raw = self._data[begin + LENGTH.size : end]
+        try:
+            return str(raw, "utf-8"), end
+        except UnicodeDecodeError as error:
+            raise FormatError(
+                f"{self._where}[{index}] is not UTF-8 at byte {error.start} of {brief(bytes(raw[:99]))}"
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} strings of {self._where}>"
+
+
+class Metadata(Mapping[str, Scalar | Array | StringArray]):
+    """Key -> value, in the file's order.
+
+    Scalars are Python's int, float, bool and str. An array of numbers is a read-only NumPy array over the
+    file, an array of strings a `StringArray`; neither is read before it is used. `types` has each value's
+    type in the file (of an array, that of its elements).
+
+    The methods below are for readers that need a value of one type: they raise FormatError where it is
+    missing (without a default), of another type or, for arrays, of another count.
+    """
+
+    def __init__(
+        self,
+        data: memoryview,
+        source: str,
+        values: Mapping[str, Scalar | ArrayEntry],
+        types: Mapping[str, str],
+    ) -> None:
+        self._data, self._source, self._values = data, source, values
+        self.types = types
+
+    def __getitem__(self, key: str) -> Scalar | Array | StringArray:
+        if key not in self._values:
+            raise missing_name(self._source, key, self._values, "metadata")
+        value = self._values[key]
+        return self._array(key, value) if isinstance(value, ArrayEntry) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def typed(self) -> dict[str, Typed]:
+        """Every value with its type in the file, as `save` takes them."""
+        return {key: Typed(self[key], self.types[key]) for key in self}
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A scalar of any integer type."""
+        value = self._values.get(key, default)
+        if type(value) is not int:
+            self._refuse(key, "an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A scalar of any integer or float type."""
+        value = self._values.get(key, default)
+        if type(value) is not int and type(value) is not float:
+            self._refuse(key, "a number")
+        return value
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """A scalar BOOL."""
+        value = self._values.get(key, default)
+        if type(value) is not bool:
+            self._refuse(key, "a BOOL")
+        return value
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """A scalar STRING."""
+        value = self._values.get(key, default)
+        if type(value) is not str:
+            self._refuse(key, "a STRING")
+        return value
+
+    def array(self, key: str, type: str, count: int | None = None) -> Array:
+        """An array of one of the types of `Typed`, of numbers or BOOL."""
+        return self._array(key, self._array_entry(key, type, count))  # type: ignore[return-value]
+
+    def strings(self, key: str, count: int | None = None) -> StringArray:
+        """An array of STRING."""
+        return self._array(key, self._array_entry(key, "STRING", count))  # type: ignore[return-value]
+
+    def _array_entry(self, key: str, element: str, count: int | None) -> ArrayEntry:
+        value = self._values.get(key)
+        if not isinstance(value, ArrayEntry) or value.type != element or count not in (None, value.count):
+            self._refuse(key, f"{'an array' if count is None else f'{count:,}'} of {element}")
+        return value
+
+    def _array(self, key: str, entry: ArrayEntry) -> Array | StringArray:
+        if entry.type == "STRING":
+            return StringArray(self._data, entry, f"{self._source}: metadata {brief(key)}")
+        dtype = VALUE_DTYPES[entry.type]
+        raw = np.frombuffer(self._data[entry.begin : entry.begin + entry.count * dtype.itemsize], np.uint8)
+        return elements(raw, dtype)
+
+    def _refuse(self, key: str, expected: str) -> NoReturn:
+        where = f"{self._source}: metadata {brief(key)}"
+        if key not in self._values:
+            near = ", ".join(map(repr, nearest_names(key, self._values))) or "none"
+            raise FormatError(f"{where} is missing, expected {expected}; the nearest keys: {near}")
+        value, element = self._values[key], self.types[key]
+        found = (
+            f"{value.count:,} of {element}"
+            if isinstance(value, ArrayEntry)
+            else f"the {element} {brief(value)}"
+        )
+        raise FormatError(f"{where} is {found}, expected {expected}")
+
+    def __repr__(self) -> str:
+        return f"Metadata({self._source!r}, {len(self)} keys)"

@@ -1,0 +1,235 @@
+"""Writing GGUF version 3, little-endian, as ggml's own writer lays it out."""
+
+import operator
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nplora.formats import files
+from nplora.formats.errors import brief
+from nplora.formats.files import StrPath
+from nplora.formats.gguf.ggml_types import GGML_TYPES, VALUE_DTYPES, VALUE_TYPES, GgmlType
+from nplora.formats.gguf.header import (
+    ALIGNMENT_KEY,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    MAX_ALIGNMENT,
+    MAX_DIMENSIONS,
+    MAX_HEADER,
+    MAX_KEY,
+    MAX_METADATA,
+    MAX_TENSORS,
+    START,
+    VERSIONS,
+)
+from nplora.formats.gguf.metadata import LENGTH, Typed
+from nplora.formats.gguf.tensor import Tensor
+
+MAX_NAME = 63  # bytes of a tensor's name; ggml refuses longer ones
+_UINT32 = struct.Struct("<I")
+_TYPE_OF = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+}
+
+Array: TypeAlias = NDArray[Any]
+Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor]"
+
+
+def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a file: beside the target first, then renamed over it, so that a failure leaves the old one.
+
+    Args:
+        tensors: name -> float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64 array of any strides
+            and byte order and at most four axes, or a `Tensor` of raw blocks: `Tensor("w", "Q4_0", (8,
+            64), blocks)`. The key is the name, whatever a `Tensor` calls itself.
+        metadata: key -> str, bool, list of them, NumPy scalar or array, or `Typed`, which names one of the
+            format's types for a Python int or float. "general.alignment" says where tensors may begin.
+    Raises:
+        TypeError: an element or value type that the format does not have, or that is not determined.
+        ValueError: a name, number, shape or size that the format does not allow.
+        OSError: the disk refuses; how many bytes were needed is in the message.
+    """
+    files.replace([new_file(path, tensors, metadata)])
+
+
+def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes that `save` writes."""
+    return b"".join(new_file("<bytes>", tensors, metadata).chunks)
+
+
+def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
+    """What `save` writes, for a caller that replaces several files together.
+
+    Contiguous copies are made one tensor at a time.
+    """
+    values = {key: _typed(key, value) for key, value in (metadata or {}).items()}
+    _require_few("tensors", len(tensors), MAX_TENSORS)
+    _require_few("metadata entries", len(values), MAX_METADATA)
+    alignment = _alignment(values.get(ALIGNMENT_KEY))
+    header = bytearray(START.pack(MAGIC, VERSIONS[-1], len(tensors), len(values)))
+    for key, value in values.items():
+        header += _name("metadata entry", key, MAX_KEY) + _value(f"metadata {brief(key)}", value)
+    stored: list[tuple[Array, np.dtype[Any], int]] = []
+    offset = 0
+    for name, tensor in tensors.items():
+        kind, shape, array = _stored(name, tensor)
+        header += _name("tensor", name, MAX_NAME)
+        header += struct.pack(f"<I{len(shape)}QiQ", len(shape), *reversed(shape), kind.number, offset)
+        padding = -array.nbytes % alignment
+        offset += array.nbytes + padding
+        stored.append((array, kind.dtype or np.dtype(np.uint8), padding))
+    header += bytes(-len(header) % alignment)
+    _require_few("bytes of header", len(header), MAX_HEADER)
+
+    def chunks() -> Iterator[files.Chunk]:
+        yield bytes(header)
+        for array, dtype, padding in stored:
+            yield np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+            yield bytes(padding)
+
+    return files.NewFile(path, len(header) + offset, chunks())
+
+
+def _require_few(what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise ValueError(f"gguf.save: {count:,} {what}, at most {limit:,}")
+
+
+def _name(kind: str, name: object, limit: int) -> bytes:
+    if not isinstance(name, str):
+        raise TypeError(f"gguf.save: {name!r} cannot be the name of a {kind}")
+    raw = _text(f"the {kind} {brief(name)}", name)
+    if not name or "\0" in name or len(raw) - LENGTH.size > limit:
+        raise ValueError(
+            f"gguf.save: {brief(name)} cannot name a {kind}: expected 1 to {limit:,} bytes without NUL"
+        )
+    return raw
+
+
+def _text(where: str, text: object) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"gguf.save: {where} is {brief(text)}, expected text")
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"gguf.save: {where} holds half a surrogate pair") from error
+    return LENGTH.pack(len(raw)) + raw
+
+
+# ---- metadata ----
+
+
+def _typed(key: str, value: Any) -> Typed:
+    """A value with the type that it was given or has by itself."""
+    where = f"metadata {brief(key)}"
+    if isinstance(value, Typed):
+        if value.type != "STRING" and value.type not in VALUE_DTYPES:
+            raise TypeError(f"gguf.save: {where}: {value.type!r} is not the type of a value")
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.name.upper() in VALUE_DTYPES:
+        return Typed(value, value.dtype.name.upper())
+    items = value if _is_list(value) else [value]
+    for python_type, kind in ((str, "STRING"), (bool, "BOOL")):
+        if len(items) and all(isinstance(item, python_type) for item in items):
+            return Typed(value, kind)
+    raise TypeError(
+        f"gguf.save: {where} is {brief(value)}, which none or several of the format's types fit: "
+        'name one, as in Typed(value, "UINT32")'
+    )
+
+
+def _value(where: str, typed: Typed) -> bytes:
+    """The type and the value as they stand in the file."""
+    many = _is_list(typed.value)
+    items = typed.value if many else [typed.value]
+    if typed.type == "STRING":
+        raw = b"".join(_text(where, item) for item in items)
+    else:
+        raw = _numbers(where, typed.type, items).tobytes()
+    number = _UINT32.pack(VALUE_TYPES.index(typed.type))
+    if not many:
+        return number + raw
+    return _UINT32.pack(VALUE_TYPES.index("ARRAY")) + number + LENGTH.pack(len(items)) + raw
+
+
+def _is_list(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _numbers(where: str, kind: str, values: Any) -> Array:
+    """The numbers in the type of the file, which must hold them (floats are rounded)."""
+    dtype, array = VALUE_DTYPES[kind], np.asarray(values)
+    allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in allowed):
+        raise TypeError(f"gguf.save: {where} is {brief(values)}, expected {kind}")
+    if dtype.kind in "iu" and array.size:
+        info = np.iinfo(dtype)
+        if int(array.min()) < info.min or int(array.max()) > info.max:
+            raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond {kind}")
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if dtype.kind == "f" and (np.isinf(converted) & np.isfinite(array)).any():
+        raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond {kind}")
+    return converted
+
+
+def _alignment(typed: Typed | None) -> int:
+    if typed is None:
+        return DEFAULT_ALIGNMENT
+    value = typed.value
+    number = int(value) if typed.type == "UINT32" and isinstance(value, int | np.integer) else 0
+    if 0 < number <= MAX_ALIGNMENT and number.bit_count() == 1:
+        return number
+    raise ValueError(
+        f"gguf.save: {ALIGNMENT_KEY} is {value!r} ({typed.type}), expected a UINT32, "
+        f"a power of two up to {MAX_ALIGNMENT:,}"
+    )
+
+
+# ---- tensors ----
+
+
+def _stored(name: str, tensor: ArrayLike | Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
+    """The type, the shape, and the elements: blocks as bytes."""
+    where = f"gguf.save: tensor {brief(name)}"
+    if isinstance(tensor, Tensor):
+        kind, shape, array = _raw(where, tensor)
+    else:
+        array = np.asarray(tensor)
+        if array.dtype.name not in _TYPE_OF:
+            raise TypeError(f"{where} is {array.dtype}, expected one of {', '.join(_TYPE_OF)}")
+        kind, shape = GGML_TYPES[_TYPE_OF[array.dtype.name]], array.shape
+        array = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{where} has {len(shape)} axes, at most {MAX_DIMENSIONS} can be written")
+    return kind, shape, array
+
+
+def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
+    """As `_stored`, checked: the bytes are those that the shape takes."""
+    if tensor.type not in GGML_TYPES:
+        raise ValueError(f"{where} is {tensor.type!r}, expected one of {', '.join(GGML_TYPES)}")
+    kind, shape = GGML_TYPES[tensor.type], tuple(map(operator.index, tensor.shape))
+    row = shape[-1] if shape else 1
+    if min(shape, default=0) < 0 or row % kind.block:
+        raise ValueError(f"{where} has shape {shape}, {kind.name} needs rows of a multiple of {kind.block}")
+    nbytes = kind.nbytes(shape)
+    if tensor.data.dtype != np.uint8:
+        raise TypeError(f"{where} has data of {tensor.data.dtype}, expected bytes as uint8")
+    if tensor.nbytes != nbytes:
+        raise ValueError(
+            f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"
+        )
+    return kind, shape, np.ascontiguousarray(tensor.data).reshape(-1).view(kind.dtype or np.uint8)

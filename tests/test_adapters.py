@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import adapters
 from nplora.adapters import load_adapter, save_adapter
-from nplora.formats import safetensors
+from nplora.formats import peft_adapter, safetensors
 from nplora.formats.errors import (
     CorruptError,
     FormatError,
@@ -82,16 +81,16 @@ def perturbed(model: nplora.Module, seed: int) -> nplora.Module:
 
 
 def edit(directory: Path, **fields: Any) -> None:
-    path = directory / adapters.CONFIG
+    path = directory / peft_adapter.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     tensors = {
-        name: t.numpy() for name, t in safetensors.open(directory / adapters.TENSORS, mmap=False).items()
+        name: t.numpy() for name, t in safetensors.open(directory / peft_adapter.TENSORS, mmap=False).items()
     }
     change(tensors)
-    safetensors.save(directory / adapters.TENSORS, tensors)
+    safetensors.save(directory / peft_adapter.TENSORS, tensors)
 
 
 @pytest.mark.parametrize(
@@ -658,13 +657,17 @@ def test_new_tensors_beside_an_old_configuration_are_refused(
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    for name in adapters.CONFIG, adapters.TENSORS:
+    for name in peft_adapter.CONFIG, peft_adapter.TENSORS:
         (tmp_path / f".{name}.0123456789ab.tmp").write_bytes(b"half")
-    others = [".other.json.0123456789ab.tmp", f".{adapters.CONFIG}.tmp", f".{adapters.CONFIG}.mine.tmp"]
+    others = [
+        ".other.json.0123456789ab.tmp",
+        f".{peft_adapter.CONFIG}.tmp",
+        f".{peft_adapter.CONFIG}.mine.tmp",
+    ]
     for name in others:
         (tmp_path / name).write_bytes(b"a user's")
     save_adapter(Net(), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([*others, adapters.CONFIG, adapters.TENSORS])
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, peft_adapter.CONFIG, peft_adapter.TENSORS])
 
 
 def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:

@@ -9,14 +9,8 @@ A (d_out, r) and B (r, d_in); PEFT, like the paper, has the letters the other wa
     m (d_out,)       lora_magnitude_vector (d_out,)
 
 A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_save`, all its arrays with it.
-
-Two files cannot be replaced at one moment, so the tensors' metadata hold, beside PEFT's "format": "pt", the
-SHA-256 of the configuration that belongs to them. PEFT passes over it and writes none, and without it nothing
-is compared.
 """
 
-import hashlib
-import os
 import re
 import warnings
 from collections import Counter
@@ -29,20 +23,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import files, peft_config, safetensors
-from nplora.formats.errors import CorruptError, FormatError, UnsafeError, brief, nearest_names
+from nplora.formats import files, peft_adapter
+from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
+from nplora.formats.peft_adapter import CONFIG, PREFIX
 from nplora.formats.peft_config import Patterns, PeftConfig
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRAEmbedding, LoRALayer
 from nplora.module import Commit, Module
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
-CONFIG_DIGEST = "adapter_config.sha256"
-
-_PREFIX = "base_model.model."
 _MOST_SUGGESTIONS = 10  # unknown names for which the nearest ones are looked up
 
 Array = NDArray[Any]
@@ -122,15 +111,7 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
         if not np.isfinite(place.array).all():
             raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
         tensors[name] = place.array.T if place.key.transposed else place.array
-    text = peft_config.dumps(config)
-    metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}
-    os.makedirs(directory, exist_ok=True)
-    files.replace(
-        [
-            safetensors.new_file(Path(directory, TENSORS), tensors, metadata),
-            files.NewFile(Path(directory, CONFIG), len(text), [text]),
-        ]
-    )
+    peft_adapter.save(directory, config, tensors)
 
 
 def load_adapter(model: Module, directory: StrPath, edited_config: bool = False) -> AdapterReport:
@@ -159,29 +140,23 @@ def load_adapter(model: Module, directory: StrPath, edited_config: bool = False)
     layers, whole = _adapted("load_adapter", model)
     for layer in layers.values():
         layer.require_unmerged("load_adapter")
-    _refuse_pickle(Path(directory))
-    text = bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES))
-    config = peft_config.loads(text, str(Path(directory, CONFIG)))
-    settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
-    places = _places(layers, whole, {name: setting.rank for name, setting in settings.items()})
-    values: dict[str, Array] = {}
-    with safetensors.reading(Path(directory, TENSORS)) as tensors:
+    with peft_adapter.reading(directory) as adapter:
+        config, tensors = adapter.config, adapter.tensors
+        settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
+        places = _places(layers, whole, {name: setting.rank for name, setting in settings.items()})
+        values: dict[str, Array] = {}
         problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
         for name in places:
             if name in tensors:
                 values[name], found = _fit(name, tensors, places[name])
                 problems += found
-        paired = edited_config or tensors.metadata.get(CONFIG_DIGEST, _digest(text)) == _digest(text)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise FormatError(
             f"{files.name(directory)}: the adapter does not fit the model in {len(problems)} places:{lines}"
         )
-    if not paired:
-        raise CorruptError(
-            f"{Path(directory, CONFIG)}: not the one that was saved with {TENSORS} (its SHA-256 differs): "
-            "a save was cut short, or the file was edited; if you edited it, pass edited_config=True"
-        )
+    if not edited_config:
+        adapter.require_pair()
 
     changes = [change for name in layers if (change := _change(name, layers[name], settings[name], config))]
     commits = _prepare(layers, config, settings, places, values)
@@ -224,13 +199,13 @@ def _places(
             array = getattr(layer, key.ours)
             if array is not None:
                 shape = {"A": (len(array), ranks[name]), "B": (ranks[name], array.shape[-1])}
-                places[_PREFIX + name + key.suffix] = _Place(
+                places[PREFIX + name + key.suffix] = _Place(
                     name, key, array, shape.get(key.ours, array.shape)
                 )
     for name, module in whole.items():
         for parameter in module.local_parameters():
             key = _Key(parameter.name, "." + parameter.name)
-            places[_PREFIX + name + key.suffix] = _Place(name, key, parameter.value, parameter.value.shape)
+            places[PREFIX + name + key.suffix] = _Place(name, key, parameter.value, parameter.value.shape)
     return places
 
 
@@ -307,15 +282,6 @@ class _Settings:
     alpha: float
 
 
-def _digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
-
-
-def _refuse_pickle(directory: Path) -> None:
-    if not (directory / TENSORS).exists() and (directory / PICKLE).exists():
-        raise UnsafeError(f"{directory / PICKLE}: a pickle can run any code; expected {TENSORS}")
-
-
 def _dora_problems(layers: dict[str, LoRALayer], config: PeftConfig) -> list[str]:
     return [
         f"{name}: use_dora is {config.use_dora} in the file and {layer.use_dora} in the layer"
@@ -339,9 +305,9 @@ def _name_problems(model: Module, places: dict[str, _Place], tensors: Safetensor
 
 
 def _why_unknown(name: str, modules: dict[str, Module], suggest: bool) -> str:
-    if not name.startswith(_PREFIX):
-        return f"expected a name that begins with {_PREFIX!r}"
-    target = name.removeprefix(_PREFIX)
+    if not name.startswith(PREFIX):
+        return f"expected a name that begins with {PREFIX!r}"
+    target = name.removeprefix(PREFIX)
     suffix = next(
         (suffix for suffix in _SUFFIXES if target.endswith(suffix)), "." + target.rpartition(".")[2]
     )

@@ -28,6 +28,8 @@ PYTHON_ROOMS = [
     "tokenizer",
     "data",
     "adapters",
+    "convert",
+    "info",
     "checkpoint",
     "trainer",
     "plot",

@@ -32,6 +32,7 @@ from nplora.weights import FrozenWeight
 if TYPE_CHECKING:
     from nplora import formats
     from nplora.adapters import load_adapter, save_adapter
+    from nplora.convert import adapter_from_gguf, adapter_to_gguf
     from nplora.trainer import Trainer
 
 __version__: str = _core.config()["version"]
@@ -40,6 +41,8 @@ __version__: str = _core.config()["version"]
 # itself.
 _LATE = {
     "Trainer": "nplora.trainer",
+    "adapter_from_gguf": "nplora.convert",
+    "adapter_to_gguf": "nplora.convert",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
     "save_adapter": "nplora.adapters",
@@ -78,6 +81,8 @@ __all__ = [
     "SiLU",
     "Tanh",
     "Trainer",
+    "adapter_from_gguf",
+    "adapter_to_gguf",
     "formats",
     "get_num_threads",
     "load_adapter",

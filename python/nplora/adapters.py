@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import files, peft_adapter
+from nplora.formats import bfloat16, files, peft_adapter
 from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import CONFIG, PREFIX
-from nplora.formats.peft_config import Patterns, PeftConfig
+from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRAEmbedding, LoRALayer
 from nplora.module import Commit, Module
@@ -219,7 +219,7 @@ def _config(
     for name in whole:
         _require_unmistakable(name, [*layers, *(other for other in others if other != name)])
     ranks: dict[str, int] = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _short_number(layer.alpha) for name, layer in layers.items()}
+    alphas = {name: short_number(layer.alpha) for name, layer in layers.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return PeftConfig(
         r=rank,
@@ -265,10 +265,6 @@ def _common(setting: str, layers: dict[str, LoRALayer]) -> bool:
 
 def _most_common(values: Iterable[T]) -> T:
     return Counter(values).most_common(1)[0][0]
-
-
-def _short_number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else float(value)
 
 
 # ---- reading ----
@@ -329,7 +325,7 @@ def _fit(name: str, tensors: SafetensorsFile, place: _Place) -> tuple[Array, lis
         return place.array, [f"{where} is {entry.dtype}, expected floats"]
     array = tensors[name].array
     if entry.dtype == "bfloat16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+        array = bfloat16.widen(array)
     with np.errstate(over="ignore"):
         value = np.array(array.T if place.key.transposed else array, place.array.dtype, order="C")
     if not np.isfinite(value).all():
@@ -344,7 +340,7 @@ def _file_shape(place: _Place) -> tuple[int, ...]:
 def _change(name: str, layer: LoRALayer, settings: _Settings, config: PeftConfig) -> str:
     pairs = (
         ("rank", layer.rank, settings.rank),
-        ("alpha", _short_number(layer.alpha), _short_number(settings.alpha)),
+        ("alpha", short_number(layer.alpha), short_number(settings.alpha)),
         ("use_rslora", layer.use_rslora, config.use_rslora),
     )
     changed = [f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new]

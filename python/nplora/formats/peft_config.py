@@ -128,6 +128,16 @@ class PeftConfig:
     def alpha(self, name: str) -> Number:
         return self.alpha_pattern.value(name, self.lora_alpha)
 
+    def scale(self, name: str) -> float:
+        """What multiplies the product of a layer's factors."""
+        rank = self.rank(name)
+        return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def short_number(value: float) -> Number:
+    """As people write it: 16, not 16.0."""
+    return int(value) if float(value).is_integer() else float(value)
+
 
 def dumps(config: PeftConfig) -> bytes:
     """The file's text: sorted keys, indented by 2, as PEFT writes it."""

@@ -1,0 +1,313 @@
+"""LoRA adapters of language models from PEFT's directory to llama.cpp's file and back, without the model.
+
+Both call the factors lora_a, which is this project's B, and lora_b, its A. Three things differ:
+
+    names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
+    rows       in architecture llama, the rows of q and k, and so those of their lora_b, are permuted
+    scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
+               llama.cpp has alpha / r with one alpha, and takes alpha = 0 for a scale of 1. What that cannot
+               say is folded into lora_b.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import base_model, bfloat16, files, gguf_adapter, gguf_names, peft_adapter, peft_config
+from nplora.formats.base_model import BaseModel
+from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.files import StrPath
+from nplora.formats.gguf_adapter import GgufAdapter, Pair
+from nplora.formats.peft_adapter import PeftAdapter
+from nplora.formats.peft_config import Patterns, PeftConfig
+
+Array = NDArray[Any]
+
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+_MAGNITUDE = ".lora_magnitude_vector"
+_LEAST_ALPHA = 2.0**-126  # smaller ones lose digits in float32
+
+
+@dataclass(frozen=True)
+class AdapterConversion:
+    """What a conversion wrote.
+
+    Attributes:
+        target: the file or directory.
+        architecture: GGUF's name for the base model's family.
+        layers: the adapted layers, by PEFT's names.
+        alpha: the one of the new adapter (of most layers, where they differ).
+        folded: the layers whose scale was folded into lora_b.
+        passed_over: the source's tensors that are no factors; llama.cpp does not use them either.
+    """
+
+    target: str
+    architecture: str
+    layers: tuple[str, ...]
+    alpha: float
+    folded: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.target}: {len(self.layers)} layers of {self.architecture}, alpha {self.alpha:g}"]
+        if self.folded:
+            lines.append(f"the scale of {len(self.folded)} layers is folded into lora_b")
+        if self.passed_over:
+            lines.append(f"passed over: {', '.join(map(brief, self.passed_over))}")
+        return "\n".join(lines)
+
+
+# ---- PEFT to llama.cpp ----
+
+
+def adapter_to_gguf(
+    directory: StrPath, path: StrPath, base: StrPath, edited_config: bool = False
+) -> AdapterConversion:
+    """Write a PEFT adapter directory as a LoRA adapter file for llama.cpp, with factors in float32.
+
+    llama.cpp, with a user's scale of 1, adds the ΔW that PEFT adds, but for the rounding of one float32
+    factor where a scale is folded.
+
+    Args:
+        base: the model that the adapter is for: its config.json, the directory with that, or its GGUF file,
+            against which names and shapes are checked too.
+        edited_config: as in `load_adapter`.
+    Raises:
+        UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
+            the base model is not of a known family.
+        FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
+        CorruptError: the directory's two files are not of one save.
+        OSError: a file cannot be read, or the disk refuses.
+    """
+    model = base_model.read(base)
+    with peft_adapter.reading(directory) as adapter:
+        if not edited_config:
+            adapter.require_pair()
+        _require_plain_lora(adapter)
+        problems: list[str] = []
+        pairs: dict[str, Pair] = {}
+        for name, halves in _halves(adapter, problems).items():
+            with _collecting(problems):
+                pairs[name] = _pair_for_gguf(adapter, name, halves, model)
+    _require_fit(adapter.directory, model.source, problems, pairs)
+    wanted = {name: adapter.config.scale(name) * pair.rank for name, pair in pairs.items()}
+    alpha = _common_alpha(wanted.values())
+    folded = tuple(name for name in pairs if wanted[name] != alpha)
+    for name in folded:
+        pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
+    stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
+    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored))
+    return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
+
+
+def _require_plain_lora(adapter: PeftAdapter) -> None:
+    config = adapter.config
+    if config.use_dora or any(name.endswith(_MAGNITUDE) for name in adapter.tensors):
+        raise UnsupportedError(
+            f"{adapter.directory}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
+            "merge the adapter into the model instead"
+        )
+    if config.modules_to_save:
+        names = ", ".join(map(brief, config.modules_to_save))
+        raise UnsupportedError(
+            f"{adapter.directory}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
+        )
+
+
+def _halves(adapter: PeftAdapter, problems: list[str]) -> dict[str, tuple[str, str]]:
+    """The names of each layer's two tensors, by the layer's name."""
+    found: dict[str, tuple[str, str]] = {}
+    for tensor in adapter.tensors:
+        kind = next((kind for kind in (_LINEAR, _EMBEDDING) if tensor.endswith(kind)), None)
+        if kind is None or not tensor.startswith(peft_adapter.PREFIX):
+            problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")
+            continue
+        stem = tensor[: -len(kind[0])]
+        halves = (stem + kind[0], stem + kind[1])
+        missing = [half for half in halves if half not in adapter.tensors]
+        if missing:
+            problems.append(f"tensor {brief(missing[0], 200)} is missing, its other half is there")
+        elif found.setdefault(stem.removeprefix(peft_adapter.PREFIX), halves) != halves:
+            problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
+    return found
+
+
+def _pair_for_gguf(adapter: PeftAdapter, name: str, halves: tuple[str, str], model: BaseModel) -> Pair:
+    stored, is_embedding = gguf_names.to_gguf(name), halves[0].endswith(_EMBEDDING[0])
+    if stored is None or is_embedding != (stored == gguf_names.TOKEN_EMBEDDING):
+        raise FormatError(f"{brief(name)}: no layer of this kind and name is known in {model.architecture}")
+    shape_a, shape_b = (adapter.tensors.entries[half].shape for half in halves)
+    rank = adapter.config.rank(name)
+    if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
+        raise FormatError(
+            f"{brief(name)}: lora_A has shape {shape_a}, lora_B {shape_b}, expected rank {rank}"
+        )
+    shape = (shape_a[1], shape_b[0]) if is_embedding else (shape_b[0], shape_a[1])
+    _require_shape(name, f"{stored}.weight", shape, model)
+    lora_a, lora_b = (_factor(adapter, half) for half in halves)
+    heads = _heads(name, stored, len(lora_b), model)
+    if heads:
+        lora_b = gguf_names.interleave(lora_b, heads)
+    return Pair(lora_a.T if is_embedding else lora_a, lora_b)
+
+
+def _factor(adapter: PeftAdapter, name: str) -> Array:
+    tensor = adapter.tensors[name]
+    if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
+        raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
+    array = bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
+    with np.errstate(over="ignore"):
+        factor = array.astype(np.float32)
+    if not np.isfinite(factor).all():
+        raise FormatError(f"tensor {brief(name, 200)} holds NaN or an infinity")
+    return factor
+
+
+def _common_alpha(wanted: Iterable[float]) -> float:
+    """The alpha that gives most layers their scale. It is never 0, which llama.cpp takes for a scale of 1."""
+    usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
+    return Counter(usable).most_common(1)[0][0] if usable else 1.0
+
+
+def _rounded(alpha: float) -> float:
+    """As the file holds it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(alpha))
+
+
+def _folded(where: str, pair: Pair, factor: float) -> Pair:
+    with np.errstate(over="ignore"):
+        lora_b = (pair.lora_b.astype(np.float64) * factor).astype(np.float32)
+    if not np.isfinite(lora_b).all():
+        raise FormatError(f"{where}: lora_B times {factor:g}, which its scale needs, is beyond float32")
+    return Pair(pair.lora_a, lora_b)
+
+
+# ---- llama.cpp to PEFT ----
+
+
+def adapter_from_gguf(
+    path: StrPath,
+    directory: StrPath,
+    base: StrPath | None = None,
+    base_model_name_or_path: str | None = None,
+) -> AdapterConversion:
+    """Write llama.cpp's LoRA adapter file as a PEFT adapter directory. ΔW stays the same.
+
+    Args:
+        base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
+        base_model_name_or_path: what the adapter says about the model that it belongs to.
+    Raises:
+        ValueError: base is needed.
+        UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
+        FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
+        OSError: a file cannot be read, or the disk refuses.
+    """
+    adapter, source = gguf_adapter.load(path), files.name(path)
+    if adapter.architecture not in gguf_names.ARCHITECTURES.values():
+        raise UnsupportedError(f"{source}: the layers of {brief(adapter.architecture)} are not known")
+    model = None if base is None else base_model.read(base)
+    if model is not None and model.architecture != adapter.architecture:
+        raise FormatError(f"{source}: is for {adapter.architecture}, {model.source} is {model.architecture}")
+    problems: list[str] = []
+    tensors: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for stored, pair in adapter.pairs.items():
+        with _collecting(problems):
+            name, factors = _pair_for_peft(source, adapter, stored, model)
+            tensors |= factors
+            ranks[name] = pair.rank
+    _require_fit(source, "its architecture" if model is None else model.source, problems, ranks)
+    config = _config(adapter.alpha, ranks, base_model_name_or_path)
+    peft_adapter.save(directory, config, tensors)
+    return AdapterConversion(
+        files.name(directory),
+        adapter.architecture,
+        tuple(ranks),
+        config.lora_alpha,
+        passed_over=adapter.passed_over,
+    )
+
+
+def _pair_for_peft(
+    source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None
+) -> tuple[str, dict[str, Array]]:
+    """The layer's name, and its tensors by theirs."""
+    pair, layer = adapter.pairs[stored], stored.removesuffix(".weight")
+    name = gguf_names.from_gguf(layer)
+    if name is None or layer == stored:
+        raise FormatError(f"{brief(stored)}: no layer of this name is known in {adapter.architecture}")
+    is_embedding = layer == gguf_names.TOKEN_EMBEDDING
+    lora_a, lora_b = pair.lora_a.T if is_embedding else pair.lora_a, pair.lora_b
+    if model is not None:
+        shape = (lora_a.shape[1], len(lora_b)) if is_embedding else (len(lora_b), lora_a.shape[1])
+        _require_shape(name, stored, shape, model)
+        heads = _heads(name, layer, len(lora_b), model)
+        if heads:
+            lora_b = gguf_names.deinterleave(lora_b, heads)
+    elif gguf_names.is_permuted(adapter.architecture, layer):
+        raise ValueError(
+            f"{source}: the rows of {stored} are permuted by heads: base, which tells their number, is needed"
+        )
+    suffixes = _EMBEDDING if is_embedding else _LINEAR
+    prefix = peft_adapter.PREFIX + name
+    return name, {prefix + suffixes[0]: lora_a, prefix + suffixes[1]: lora_b}
+
+
+def _config(alpha: float, ranks: dict[str, int], base: str | None) -> PeftConfig:
+    """alpha / r is the scale of every layer; where llama.cpp has no alpha, r / r."""
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    return PeftConfig(
+        r=r,
+        lora_alpha=peft_config.short_number(alpha or r),
+        target_modules=tuple(ranks),
+        rank_pattern=Patterns.exact(dict(others)),
+        alpha_pattern=Patterns.exact({} if alpha else dict(others)),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+
+
+# ---- both ways ----
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    """Go on after what does not fit: all of it is listed at the end."""
+    try:
+        yield
+    except FormatError as error:
+        problems.append(str(error))
+
+
+def _require_fit(source: str, target: str, problems: list[str], layers: Sized) -> None:
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise FormatError(f"{source}: the adapter does not fit {target} in {len(problems)} places:{lines}")
+    if not layers:
+        raise FormatError(f"{source}: the adapter holds no factors")
+
+
+def _require_shape(name: str, stored: str, shape: tuple[int, ...], model: BaseModel) -> None:
+    if model.shapes is None:
+        return
+    if stored not in model.shapes:
+        raise FormatError(f"{brief(name)}: {model.source} has no tensor {stored}")
+    if model.shapes[stored] != shape:
+        raise FormatError(f"{brief(name)}: for a weight {shape}, and {stored} is {model.shapes[stored]}")
+
+
+def _heads(name: str, layer: str, rows: int, model: BaseModel) -> int | None:
+    """The number of heads by which the rows of lora_b are permuted in GGUF, if they are."""
+    heads = model.permuted_heads(layer)
+    if heads is not None and rows % (2 * heads):
+        raise FormatError(f"{brief(name)}: {rows} rows do not make {heads} heads of pairs of rows")
+    return heads

@@ -1,0 +1,11 @@
+"""bfloat16, which NumPy does not have: its bit patterns are the upper halves of those of float32."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def widen(bits: NDArray[Any]) -> NDArray[Any]:
+    """The float32 values of uint16 bit patterns, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,159 @@
+"""llama.cpp's LoRA adapter: a GGUF file of the factors for some tensors of a base model.
+
+    general.type            "adapter"
+    general.architecture    the base model's, "llama" for example
+    adapter.type            "lora"
+    adapter.lora.alpha      float32
+    W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
+
+As in PEFT, lora_a is this project's B and lora_b its A. llama.cpp adds user_scale * s * lora_b @ lora_a to W,
+where s is alpha / r, or 1 where alpha is 0 or missing. For token_embd.weight, lora_a is stored transposed,
+(vocab, r), and lora_b is (dim, r). Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import bfloat16, gguf
+from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.files import StrPath
+from nplora.formats.gguf import GgufFile
+from nplora.formats.gguf_names import TOKEN_EMBEDDING
+
+EMBEDDING = f"{TOKEN_EMBEDDING}.weight"
+
+_ALPHA = "adapter.lora.alpha"
+_INVOCATION = "adapter.alora.invocation_tokens"
+_SUFFIXES = (".lora_a", ".lora_b")
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The two factors of one tensor, float32, in the file's layout."""
+
+    lora_a: Array
+    lora_b: Array
+
+    @property
+    def rank(self) -> int:
+        return int(self.lora_b.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class GgufAdapter:
+    """An adapter file's content.
+
+    Attributes:
+        pairs: by the name of the base model's tensor.
+        passed_over: tensors of norms, which llama.cpp passes over too.
+    """
+
+    architecture: str
+    alpha: float
+    pairs: Mapping[str, Pair]
+    passed_over: tuple[str, ...] = ()
+
+    def scale(self, name: str) -> float:
+        """What llama.cpp multiplies the product of a pair with, before the user's scale."""
+        return self.alpha / self.pairs[name].rank if self.alpha else 1.0
+
+
+def is_adapter(file: GgufFile) -> bool:
+    return file.metadata.get("general.type") == "adapter"
+
+
+def load(path: StrPath) -> GgufAdapter:
+    """Read an adapter file.
+
+    Raises:
+        FormatError: it is no adapter, a pair is not whole, does not fit together or is not finite.
+        UnsupportedError: another kind of adapter, or factors that are quantised. OSError: it cannot be read.
+    """
+    return from_file(gguf.open(path))
+
+
+def from_file(file: GgufFile) -> GgufAdapter:
+    """As `load`, of a file that is open."""
+    kind = file.metadata.string("general.type")
+    if kind != "adapter":
+        raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
+    kind = file.metadata.string("adapter.type")
+    if kind != "lora":
+        raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, only 'lora' is read")
+    if _INVOCATION in file.metadata:
+        raise UnsupportedError(f"{file.source}: {_INVOCATION}: an adapter that waits for tokens is not read")
+    alpha = float(file.metadata.number(_ALPHA, 0.0))
+    if not math.isfinite(alpha):
+        raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
+    adapted, passed_over = _adapted(file)
+    pairs = {name: _pair(file, name) for name in adapted}
+    return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over)
+
+
+def save(path: StrPath, adapter: GgufAdapter) -> None:
+    """Write an adapter file, as `gguf.save` writes."""
+    metadata = {
+        "general.architecture": adapter.architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        _ALPHA: np.float32(adapter.alpha),
+    }
+    tensors = {}
+    for name, pair in adapter.pairs.items():
+        for suffix, factor in zip(_SUFFIXES, (pair.lora_a, pair.lora_b), strict=True):
+            tensors[name + suffix] = factor
+    gguf.save(path, tensors, metadata)
+
+
+def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
+    """The base model's tensors that have both factors, and the tensors that are passed over."""
+    adapted: dict[str, None] = {}
+    passed_over = []
+    for name in file:
+        if name.endswith(_SUFFIXES):
+            adapted[name[: -len(_SUFFIXES[0])]] = None
+        elif name.endswith("_norm.weight"):
+            passed_over.append(name)
+        else:
+            raise FormatError(f"{file.source}: tensor {brief(name)}, expected a name in .lora_a or .lora_b")
+    for name in adapted:
+        for suffix in _SUFFIXES:
+            if name + suffix not in file:
+                raise FormatError(
+                    f"{file.source}: tensor {brief(name + suffix)} is missing, its other half is there"
+                )
+    return list(adapted), tuple(passed_over)
+
+
+def _pair(file: GgufFile, name: str) -> Pair:
+    lora_a, lora_b = (_factor(file, name + suffix) for suffix in _SUFFIXES)
+    rank = lora_a.shape[1 if name == EMBEDDING else 0]
+    if rank != lora_b.shape[1] or rank == 0:
+        raise FormatError(
+            f"{file.source}: {brief(name)}: .lora_a has shape {lora_a.shape}, .lora_b {lora_b.shape}, "
+            "expected one rank of at least 1"
+        )
+    return Pair(lora_a, lora_b)
+
+
+def _factor(file: GgufFile, name: str) -> Array:
+    tensor = file[name]
+    where = f"{file.source}: tensor {brief(name)}"
+    if tensor.type not in _FLOATS:
+        raise UnsupportedError(f"{where} is {tensor.type}, expected one of {', '.join(_FLOATS)}")
+    if len(tensor.shape) != 2:
+        raise FormatError(f"{where} has shape {tensor.shape}, expected two dimensions")
+    array = bfloat16.widen(tensor.numpy()) if tensor.type == "BF16" else tensor.numpy()
+    with np.errstate(over="ignore"):
+        factor = array.astype(np.float32)
+    if not np.isfinite(factor).all():
+        raise FormatError(f"{where} holds NaN or an infinity")
+    return factor

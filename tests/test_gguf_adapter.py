@@ -1,0 +1,169 @@
+"""llama.cpp's adapter files: what is read, and what is refused before any of it is used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora.formats import gguf, gguf_adapter
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.gguf import Tensor, Typed
+from nplora.formats.gguf_adapter import GgufAdapter, Pair
+
+Q = "blk.0.attn_q.weight"
+EMBEDDING = "token_embd.weight"
+
+
+def adapter() -> GgufAdapter:
+    rng = np.random.default_rng(0)
+    shapes = {Q: ((2, 5), (6, 2)), EMBEDDING: ((9, 3), (5, 3))}
+    pairs = {
+        name: Pair(*(rng.standard_normal(shape, np.float32) for shape in both))
+        for name, both in shapes.items()
+    }
+    return GgufAdapter("llama", 12.0, pairs)
+
+
+def test_an_adapter_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = adapter()
+    gguf_adapter.save(tmp_path / "a.gguf", written)
+    read = gguf_adapter.load(tmp_path / "a.gguf")
+    assert (read.architecture, read.alpha, list(read.pairs)) == ("llama", 12.0, [Q, EMBEDDING])
+    for name, pair in written.pairs.items():
+        np.testing.assert_array_equal(read.pairs[name].lora_a, pair.lora_a)
+        np.testing.assert_array_equal(read.pairs[name].lora_b, pair.lora_b)
+    assert [read.pairs[name].rank for name in (Q, EMBEDDING)] == [2, 3]
+    assert [read.scale(name) for name in (Q, EMBEDDING)] == [6.0, 4.0]
+
+
+def test_an_alpha_of_0_is_a_scale_of_1() -> None:
+    assert GgufAdapter("llama", 0.0, adapter().pairs).scale(Q) == 1.0
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
+    gguf_adapter.save(path, adapter())
+    file = gguf.open(path)
+    tensors, metadata = dict(file), dict(file.metadata.typed())
+    edit(tensors, metadata)  # type: ignore[arg-type]
+    gguf.save(path, tensors, metadata)
+    return path
+
+
+def test_norms_are_passed_over_and_told(tmp_path: Path) -> None:
+    name = "blk.0.attn_norm.weight"
+    path = edited(tmp_path / "a.gguf", lambda tensors, _: tensors.update({name: np.ones(5, np.float32)}))
+    assert gguf_adapter.load(path).passed_over == (name,)
+
+
+A, B = Q + ".lora_a", Q + ".lora_b"
+BLOCKS = Tensor(B, "Q8_0", (6, 32), np.zeros(6 * 34, np.uint8))
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], type[FormatError], str]] = {
+    "a model": (
+        lambda _, metadata: metadata.update({"general.type": "model"}),
+        FormatError,
+        "general.type is 'model', expected 'adapter'",
+    ),
+    "no type": (
+        lambda _, metadata: metadata.pop("general.type"),
+        FormatError,
+        "'general.type' is missing, expected a STRING",
+    ),
+    "no architecture": (
+        lambda _, metadata: metadata.pop("general.architecture"),
+        FormatError,
+        "'general.architecture' is missing",
+    ),
+    "another kind of adapter": (
+        lambda _, metadata: metadata.update({"adapter.type": "ia3"}),
+        UnsupportedError,
+        "adapter.type is 'ia3', only 'lora' is read",
+    ),
+    "an adapter that waits for tokens": (
+        lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.uint32([1])}),
+        UnsupportedError,
+        "adapter.alora.invocation_tokens",
+    ),
+    "alpha NaN": (
+        lambda _, metadata: metadata.update({"adapter.lora.alpha": np.float32(np.nan)}),
+        FormatError,
+        "adapter.lora.alpha is nan, expected a finite number",
+    ),
+    "alpha as text": (
+        lambda _, metadata: metadata.update({"adapter.lora.alpha": "16"}),
+        FormatError,
+        "is the STRING '16', expected a number",
+    ),
+    "alpha as an array": (
+        lambda _, metadata: metadata.update({"adapter.lora.alpha": Typed([1.0], "FLOAT32")}),
+        FormatError,
+        "is 1 of FLOAT32, expected a number",
+    ),
+    "lora_a without lora_b": (
+        lambda tensors, _: tensors.pop(B),
+        FormatError,
+        f"tensor '{B}' is missing, its other half is there",
+    ),
+    "lora_b without lora_a": (
+        lambda tensors, _: tensors.pop(A),
+        FormatError,
+        f"tensor '{A}' is missing, its other half is there",
+    ),
+    "a tensor of no pair": (
+        lambda tensors, _: tensors.update({Q: np.ones((6, 5))}),
+        FormatError,
+        f"tensor '{Q}', expected a name in .lora_a or .lora_b",
+    ),
+    "different ranks": (
+        lambda tensors, _: tensors.update({B: np.ones((6, 3))}),
+        FormatError,
+        f"'{Q}': .lora_a has shape (2, 5), .lora_b (6, 3), expected one rank",
+    ),
+    "different ranks in an embedding": (
+        lambda tensors, _: tensors.update({EMBEDDING + ".lora_a": np.ones((3, 9))}),
+        FormatError,
+        f"'{EMBEDDING}': .lora_a has shape (3, 9), .lora_b (5, 3), expected one rank",
+    ),
+    "rank 0": (
+        lambda tensors, _: tensors.update({A: np.ones((0, 5)), B: np.ones((6, 0))}),
+        FormatError,
+        "expected one rank of at least 1",
+    ),
+    "one dimension": (
+        lambda tensors, _: tensors.update({A: np.ones(5)}),
+        FormatError,
+        f"tensor '{A}' has shape (5,), expected two dimensions",
+    ),
+    "an infinity": (
+        lambda tensors, _: tensors.update({A: np.full((2, 5), np.inf)}),
+        FormatError,
+        f"tensor '{A}' holds NaN or an infinity",
+    ),
+    "a float64 beyond float32": (
+        lambda tensors, _: tensors.update({A: np.full((2, 5), 1e300)}),
+        FormatError,
+        "holds NaN or an infinity",
+    ),
+    "integers": (
+        lambda tensors, _: tensors.update({A: np.ones((2, 5), np.int8)}),
+        UnsupportedError,
+        f"tensor '{A}' is I8, expected one of F32, F16, BF16, F64",
+    ),
+    "quantised factors": (
+        lambda tensors, _: tensors.update({B: BLOCKS}),
+        UnsupportedError,
+        f"tensor '{B}' is Q8_0, expected one of F32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_adapter_that_is_wrong_gives_its_exact_error(name: str, tmp_path: Path) -> None:
+    edit, error, words = HOSTILE[name]
+    path = edited(tmp_path / "a.gguf", edit)
+    with pytest.raises(FormatError) as caught:
+        gguf_adapter.load(path)
+    assert caught.type is error
+    assert str(caught.value).startswith(str(path))
+    assert words in str(caught.value)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora import cli, demo, plot
+from nplora import cli, convert, demo, info, plot
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def test_the_version_is_printed() -> None:
     assert (done.returncode, done.stdout) == (0, f"nplora {nplora.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["plot"], ["info"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["plot"], ["info"], ["convert"]], ids=" ".join)
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([*arguments, "--help"])
@@ -54,6 +54,20 @@ def test_demo_and_plot_hand_their_arguments_on(
     assert capsys.readouterr().out == "there.png\nthere.png\n"
 
 
+def test_info_and_convert_hand_their_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "describe", lambda *arguments: f"described {arguments}")
+    monkeypatch.setattr(convert, "convert_adapter", lambda *arguments: f"converted {arguments}")
+    for line in ("info f", "convert a b", "convert a b --base m"):
+        assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "described ('f',)",
+        "converted ('a', 'b', None)",
+        "converted ('a', 'b', 'm')",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -61,6 +75,8 @@ def test_demo_and_plot_hand_their_arguments_on(
         (["plto"], 2, "invalid choice: 'plto'"),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
         (["info", "--fast"], 2, "unrecognized arguments: --fast"),
+        (["info", "no/such/file"], 1, "No such file or directory: 'no/such/file'"),
+        (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
         (["plot", "no/such/run"], 1, "No such file or directory: 'no/such/run/log.jsonl'"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import convert
-from nplora.formats import gguf, gguf_names, peft_adapter, safetensors
-from nplora.formats.errors import CorruptError, FormatError, UnsupportedError
+from nplora import convert, info
+from nplora.formats import gguf, gguf_names, peft_adapter, peft_config, safetensors
+from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
 from nplora.formats.peft_config import Patterns, PeftConfig
 
@@ -473,6 +474,24 @@ def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_pa
     assert nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base, edited_config=True).alpha == 8
 
 
+def test_many_layers_and_many_patterns_are_refused_in_seconds(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(20_000)]
+    tensors = {
+        f"{PREFIX}{name}.lora_{half}.weight": np.zeros((1, 1), np.int8) for name in names for half in "AB"
+    }
+    pattern = json.dumps({f"{i:04}[a-c]*x": 1 for i in range(1000)})
+    config = peft_config.loads(f'{{"peft_type": "LORA", "rank_pattern": {pattern}}}'.encode(), "here")
+    peft_adapter.save(tmp_path / "peft", config, tensors)
+    begin = time.perf_counter()
+    with pytest.raises(
+        LimitError, match=r"20,000 layers and 11,000 characters of patterns, .* at most 8,388,608"
+    ):
+        nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base_config(tmp_path / "base"))
+    with pytest.raises(LimitError):
+        info.describe(tmp_path / "peft")
+    assert time.perf_counter() - begin < 5
+
+
 def test_an_adapter_without_factors_is_refused(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", alike(), {})
     with pytest.raises(FormatError, match=r"the adapter holds no factors"):
@@ -525,6 +544,26 @@ def test_layers_of_a_gguf_adapter_that_are_not_known_are_listed(tmp_path: Path) 
     with pytest.raises(FormatError, match=r"does not fit its architecture in 2 places") as caught:
         nplora.adapter_from_gguf(path, tmp_path / "back")
     assert "'blk.0.ssm_in.weight': no layer of this name is known in qwen2" in str(caught.value)
+
+
+# ---- what the command does ----
+
+
+def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
+    directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
+    base, file, back = base_gguf(tmp_path / "base.gguf"), tmp_path / "a.gguf", tmp_path / "back"
+    assert convert.convert_adapter(directory, file, base).target == str(file)
+    assert convert.convert_adapter(file, back, base).target == str(back)
+    assert sorted(path.name for path in back.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    with pytest.raises(ValueError, match=r"peft: the model that it is for is needed: base"):
+        convert.convert_adapter(directory, file)
+    with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
+        convert.convert_adapter(directory, back, base)
+    with pytest.raises(ValueError, match=r"a GGUF adapter becomes a directory, got '.*/b\.gguf'"):
+        convert.convert_adapter(file, tmp_path / "b.gguf", base)
 
 
 # ---- names, rows and base models ----

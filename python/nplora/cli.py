@@ -31,9 +31,18 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from nplora import runtime
+    from nplora import info, runtime
 
-    runtime.show_config()
+    if arguments.file is None:
+        runtime.show_config()
+    else:
+        print(info.describe(arguments.file))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from nplora import convert
+
+    print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")
     plot.add_argument("--output", metavar="FILE", help="the PNG (default: RUN_DIR/plot.png)")
-    command("info", "Print versions, instruction set and threads, for a bug report.", _info)
+    text = "Print what a file holds; without one: versions, instruction set and threads, for a bug report."
+    info = command("info", text, _info)
+    info.add_argument(
+        "file", metavar="FILE", nargs="?", help="GGUF, safetensors, *.safetensors.index.json, or an adapter"
+    )
+    text = "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back."
+    convert = command("convert", text, _convert)
+    convert.add_argument("source", metavar="SOURCE", help="the adapter: a directory, or a .gguf file")
+    convert.add_argument("target", metavar="TARGET", help="what is written: a .gguf file, or a directory")
+    convert.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the adapter's model: a GGUF file, config.json, or its directory",
+    )
     return parser
 
 

@@ -14,24 +14,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import base_model, bfloat16, files, gguf_adapter, gguf_names, peft_adapter, peft_config
+from nplora.formats import base_model, files, gguf_adapter, gguf_names, peft_adapter, peft_config
 from nplora.formats.base_model import BaseModel
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
-from nplora.formats.peft_adapter import PeftAdapter
+from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig
 
 Array = NDArray[Any]
 
-_LINEAR = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-_MAGNITUDE = ".lora_magnitude_vector"
 _LEAST_ALPHA = 2.0**-126  # smaller ones lose digits in float32
 
 
@@ -64,6 +62,23 @@ class AdapterConversion:
         return "\n".join(lines)
 
 
+def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = None) -> AdapterConversion:
+    """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
+
+    Raises:
+        ValueError: base is needed, or the target is not named as what it will be. The rest as these two.
+    """
+    if Path(source).is_dir():
+        if base is None:
+            raise ValueError(f"convert: {files.name(source)}: the model that it is for is needed: base")
+        if Path(target).suffix != ".gguf":
+            raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(target)!r}")
+        return adapter_to_gguf(source, target, base)
+    if Path(target).suffix == ".gguf":
+        raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
+    return adapter_from_gguf(source, target, base)
+
+
 # ---- PEFT to llama.cpp ----
 
 
@@ -93,7 +108,7 @@ def adapter_to_gguf(
         _require_plain_lora(adapter)
         problems: list[str] = []
         pairs: dict[str, Pair] = {}
-        for name, halves in _halves(adapter, problems).items():
+        for name, halves in adapter.factors(problems).items():
             with _collecting(problems):
                 pairs[name] = _pair_for_gguf(adapter, name, halves, model)
     _require_fit(adapter.directory, model.source, problems, pairs)
@@ -109,7 +124,7 @@ def adapter_to_gguf(
 
 def _require_plain_lora(adapter: PeftAdapter) -> None:
     config = adapter.config
-    if config.use_dora or any(name.endswith(_MAGNITUDE) for name in adapter.tensors):
+    if config.use_dora or any(name.endswith(MAGNITUDE) for name in adapter.tensors):
         raise UnsupportedError(
             f"{adapter.directory}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
             "merge the adapter into the model instead"
@@ -121,53 +136,19 @@ def _require_plain_lora(adapter: PeftAdapter) -> None:
         )
 
 
-def _halves(adapter: PeftAdapter, problems: list[str]) -> dict[str, tuple[str, str]]:
-    """The names of each layer's two tensors, by the layer's name."""
-    found: dict[str, tuple[str, str]] = {}
-    for tensor in adapter.tensors:
-        kind = next((kind for kind in (_LINEAR, _EMBEDDING) if tensor.endswith(kind)), None)
-        if kind is None or not tensor.startswith(peft_adapter.PREFIX):
-            problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")
-            continue
-        stem = tensor[: -len(kind[0])]
-        halves = (stem + kind[0], stem + kind[1])
-        missing = [half for half in halves if half not in adapter.tensors]
-        if missing:
-            problems.append(f"tensor {brief(missing[0], 200)} is missing, its other half is there")
-        elif found.setdefault(stem.removeprefix(peft_adapter.PREFIX), halves) != halves:
-            problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
-    return found
-
-
 def _pair_for_gguf(adapter: PeftAdapter, name: str, halves: tuple[str, str], model: BaseModel) -> Pair:
-    stored, is_embedding = gguf_names.to_gguf(name), halves[0].endswith(_EMBEDDING[0])
+    stored, is_embedding = gguf_names.to_gguf(name), halves[0].endswith(EMBEDDING[0])
     if stored is None or is_embedding != (stored == gguf_names.TOKEN_EMBEDDING):
         raise FormatError(f"{brief(name)}: no layer of this kind and name is known in {model.architecture}")
     shape_a, shape_b = (adapter.tensors.entries[half].shape for half in halves)
-    rank = adapter.config.rank(name)
-    if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
-        raise FormatError(
-            f"{brief(name)}: lora_A has shape {shape_a}, lora_B {shape_b}, expected rank {rank}"
-        )
+    adapter.require_rank(name, halves)
     shape = (shape_a[1], shape_b[0]) if is_embedding else (shape_b[0], shape_a[1])
     _require_shape(name, f"{stored}.weight", shape, model)
-    lora_a, lora_b = (_factor(adapter, half) for half in halves)
+    lora_a, lora_b = (adapter.factor(half) for half in halves)
     heads = _heads(name, stored, len(lora_b), model)
     if heads:
         lora_b = gguf_names.interleave(lora_b, heads)
     return Pair(lora_a.T if is_embedding else lora_a, lora_b)
-
-
-def _factor(adapter: PeftAdapter, name: str) -> Array:
-    tensor = adapter.tensors[name]
-    if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
-        raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
-    array = bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
-    with np.errstate(over="ignore"):
-        factor = array.astype(np.float32)
-    if not np.isfinite(factor).all():
-        raise FormatError(f"tensor {brief(name, 200)} holds NaN or an infinity")
-    return factor
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
@@ -256,8 +237,8 @@ def _pair_for_peft(
         raise ValueError(
             f"{source}: the rows of {stored} are permuted by heads: base, which tells their number, is needed"
         )
-    suffixes = _EMBEDDING if is_embedding else _LINEAR
-    prefix = peft_adapter.PREFIX + name
+    suffixes = EMBEDDING if is_embedding else LINEAR
+    prefix = PREFIX + name
     return name, {prefix + suffixes[0]: lora_a, prefix + suffixes[1]: lora_b}
 
 

@@ -11,9 +11,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nplora.formats import files, peft_config, safetensors
-from nplora.formats.errors import CorruptError, UnsafeError
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import bfloat16, files, peft_config, safetensors
+from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
 from nplora.formats.safetensors import SafetensorsFile, Tensors
@@ -22,7 +26,11 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"
-PREFIX = "base_model.model."  # stands before a module's name
+PREFIX = "base_model.model."  # stands before a layer's name
+LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
+MAGNITUDE = ".lora_magnitude_vector"
+MAX_PATTERN_WORK = 1 << 23  # layers times characters of patterns: seconds
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,59 @@ class PeftAdapter:
     config: PeftConfig
     tensors: SafetensorsFile
     paired: bool
+
+    def factors(self, problems: list[str]) -> dict[str, tuple[str, str]]:
+        """The names of each layer's two factors, by the layer's. What makes no pair is told in `problems`.
+
+        Raises:
+            LimitError: so many layers and so many patterns that looking up ranks would take long.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for tensor in self.tensors:
+            kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
+            if kind is None or not tensor.startswith(PREFIX):
+                problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")
+                continue
+            stem = tensor[: -len(kind[0])]
+            halves = (stem + kind[0], stem + kind[1])
+            missing = [half for half in halves if half not in self.tensors]
+            if missing:
+                problems.append(f"tensor {brief(missing[0], 200)} is missing, its other half is there")
+            elif found.setdefault(stem.removeprefix(PREFIX), halves) != halves:
+                problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
+        self._limit_patterns(len(found))
+        return found
+
+    def _limit_patterns(self, layers: int) -> None:
+        """Each layer of the file will be held against all the patterns that are more than one name."""
+        both = (self.config.rank_pattern, self.config.alpha_pattern)
+        text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
+        if layers * text > MAX_PATTERN_WORK:
+            raise LimitError(
+                f"{self.directory}: {layers:,} layers and {text:,} characters of patterns, "
+                f"their product may be at most {MAX_PATTERN_WORK:,}"
+            )
+
+    def require_rank(self, name: str, halves: tuple[str, str]) -> None:
+        """Raise FormatError where the factors of a layer are not of the rank that the configuration says."""
+        shape_a, shape_b = (self.tensors.entries[half].shape for half in halves)
+        rank = self.config.rank(name)
+        if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
+            raise FormatError(
+                f"{brief(name)}: lora_A has shape {shape_a}, lora_B {shape_b}, expected rank {rank}"
+            )
+
+    def factor(self, name: str) -> NDArray[Any]:
+        """A factor of any float type as float32. Raises FormatError if it is not, or not finite."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
+            raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
+        array = bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
+        with np.errstate(over="ignore"):
+            factor = array.astype(np.float32)
+        if not np.isfinite(factor).all():
+            raise FormatError(f"tensor {brief(name, 200)} holds NaN or an infinity")
+        return factor
 
     def require_pair(self) -> None:
         """Raise CorruptError where the two files are not of one save."""

@@ -1,0 +1,181 @@
+"""What a file holds, as text: GGUF, safetensors, and LoRA adapters of PEFT and llama.cpp.
+
+Headers are enough for files of weights; of adapters, the factors are read for their norms.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import files, gguf, gguf_adapter, peft_adapter, safetensors, sharded
+from nplora.formats.errors import FormatError, brief
+from nplora.formats.files import StrPath
+from nplora.formats.gguf import GgufFile, StringArray
+from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES
+from nplora.formats.gguf.header import MAGIC
+from nplora.formats.peft_adapter import PeftAdapter
+
+Array: TypeAlias = NDArray[Any]
+Row: TypeAlias = tuple[str, ...]
+
+_INDEX = ".safetensors.index.json"
+_LONGEST_VALUE = 60
+
+
+def describe(path: StrPath) -> str:
+    """What is in a GGUF or safetensors file, an index of safetensors files, or an adapter.
+
+    Args:
+        path: a file, or a PEFT adapter directory.
+    Returns:
+        lines of text. Names and values from the file are shown with control characters escaped.
+    Raises:
+        FormatError: it is none of these, or breaks its format. OSError: it cannot be read.
+    """
+    if Path(path).is_dir():
+        with peft_adapter.reading(path) as adapter:
+            return _peft(adapter)
+    if files.name(path).endswith(_INDEX):
+        return _index(path)
+    with files.reading(path) as reader:
+        start, size = bytes(reader[:9]), len(reader)
+    if start.startswith(MAGIC):
+        file = gguf.open(path)
+        return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
+    if start[8:] != b"{":
+        raise FormatError(f"{files.name(path)}: begins with {start!r}, expected GGUF or safetensors")
+    return _safetensors(path, size)
+
+
+# ---- files of weights ----
+
+
+def _gguf(file: GgufFile, size: int) -> str:
+    counts, nbytes = Counter[str](), Counter[str]()
+    for entry in file.entries.values():
+        counts[entry.type.name] += 1
+        nbytes[entry.type.name] += entry.nbytes
+    types: list[Row] = [
+        (name, f"{count:,}", f"{nbytes[name]:,} bytes", "" if _is_read(name) else "not decoded here")
+        for name, count in counts.most_common()
+    ]
+    return _text(
+        f"{file.source}: GGUF version {file.version}, {len(file):,} tensors, {size:,} bytes",
+        metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
+        tensors=[_tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()],
+        types=types,
+    )
+
+
+def _is_read(name: str) -> bool:
+    return name in DECODED or GGML_TYPES[name].dtype is not None
+
+
+def _safetensors(path: StrPath, size: int) -> str:
+    with safetensors.reading(path) as file:
+        return _text(
+            f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
+            metadata=[(key, _value(value)) for key, value in file.metadata.items()],
+            tensors=[_tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()],
+        )
+
+
+def _index(path: StrPath) -> str:
+    file = sharded.open(path)
+    return _text(
+        f"{file.source}: safetensors in several files, {len(file):,} tensors",
+        tensors=[_tensor(name, t.dtype, t.shape, t.nbytes) for name, t in file.items()],
+    )
+
+
+def _tensor(name: str, kind: str, shape: tuple[int, ...], nbytes: int) -> Row:
+    return name, kind, " x ".join(map(str, shape)) or "scalar", f"{nbytes:,} bytes"
+
+
+def _value(value: object) -> str:
+    """A metadata value, or how many there are of what."""
+    if isinstance(value, StringArray):
+        return f"{len(value):,} strings"
+    if isinstance(value, np.ndarray):
+        return f"{len(value):,} x {value.dtype}"
+    return value if isinstance(value, str) and len(value) <= _LONGEST_VALUE else brief(value, _LONGEST_VALUE)
+
+
+# ---- adapters ----
+
+
+def _peft(adapter: PeftAdapter) -> str:
+    config = adapter.config
+    others: list[str] = []
+    layers = []
+    for name, halves in adapter.factors(others).items():
+        try:
+            adapter.require_rank(name, halves)
+            lora_a, lora_b = (adapter.factor(half) for half in halves)
+        except FormatError as error:
+            others.append(str(error))
+        else:
+            layers.append(_layer(name, lora_a, lora_b, config.scale(name)))
+    kind, rule = "DoRA" if config.use_dora else "LoRA", "sqrt(rank)" if config.use_rslora else "rank"
+    base = config.base_model_name_or_path or "a model that is not named"
+    return _text(
+        f"{adapter.directory}: PEFT's {kind} adapter for {base}",
+        f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
+        "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
+        targets=_targets(layers),
+        layers=layers,
+        others=[(other,) for other in others],
+    )
+
+
+def _llama_cpp(file: GgufFile) -> str:
+    adapter = gguf_adapter.from_file(file)
+    layers = []
+    for name, pair in adapter.pairs.items():
+        lora_a = pair.lora_a.T if name == gguf_adapter.EMBEDDING else pair.lora_a
+        layers.append(_layer(name, lora_a, pair.lora_b, adapter.scale(name)))
+    return _text(
+        f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
+        f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
+        targets=_targets(layers),
+        layers=layers,
+        others=[(name,) for name in adapter.passed_over],
+    )
+
+
+def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
+    """Norms without ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
+    a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
+    delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
+    norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b), "ΔW": delta}
+    return name, f"rank {len(a)}", f"scale {scale:g}", *(f"‖{key}‖ {norm:.4g}" for key, norm in norms.items())
+
+
+def _targets(layers: list[Row]) -> list[Row]:
+    """How many layers there are of each kind."""
+    kinds = Counter(layer[0].removesuffix(".weight").rpartition(".")[2] for layer in layers)
+    return [(kind, f"{count:,} layers") for kind, count in kinds.items()]
+
+
+# ---- text ----
+
+
+def _text(*head: str, **sections: list[Row]) -> str:
+    """Lines, and tables under their names; what is empty is left out."""
+    lines = [_printable(line) for line in head if line]
+    for title, rows in sections.items():
+        if rows:
+            table = [[_printable(cell) for cell in row] for row in rows]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines += ["", title]
+            lines += [("  " + "  ".join(map(str.ljust, row, widths))).rstrip() for row in table]
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which could take over a terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]

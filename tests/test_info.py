@@ -1,0 +1,210 @@
+"""What `nplora info FILE` prints."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora import info
+from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
+from nplora.formats.errors import FormatError, TruncatedError
+from nplora.formats.gguf import Tensor, Typed
+from nplora.formats.gguf_adapter import GgufAdapter, Pair
+from nplora.formats.peft_config import Patterns, PeftConfig
+
+Array = np.ndarray[Any, Any]
+PREFIX = "base_model.model."
+
+
+def test_a_gguf_file_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    gguf.save(
+        path,
+        {
+            "token_embd.weight": Tensor("", "Q8_0", (4, 32), np.zeros(136, np.uint8)),
+            "blk.0.ffn_up.weight": Tensor("", "IQ2_XS", (2, 256), np.zeros(148, np.uint8)),
+            "norm": np.ones(32, np.float32),
+            "eps": np.float32(1),
+        },
+        {
+            "general.architecture": "llama",
+            "llama.block_count": Typed(1, "UINT32"),
+            "tokens": ["a"] * 1234,
+            "scores": np.zeros(1234, np.float32),
+            "template": "x" * 100,
+        },
+    )
+    size = path.stat().st_size
+    assert info.describe(path).splitlines() == [
+        f"{path}: GGUF version 3, 4 tensors, {size:,} bytes",
+        "",
+        "metadata",
+        "  general.architecture  llama",
+        "  llama.block_count     1",
+        "  tokens                1,234 strings",
+        "  scores                1,234 x float32",
+        "  template              '" + "x" * 58 + "…",
+        "",
+        "tensors",
+        "  token_embd.weight    Q8_0    4 x 32   136 bytes",
+        "  blk.0.ffn_up.weight  IQ2_XS  2 x 256  148 bytes",
+        "  norm                 F32     32       128 bytes",
+        "  eps                  F32     scalar   4 bytes",
+        "",
+        "types",
+        "  F32     2  132 bytes",
+        "  Q8_0    1  136 bytes",
+        "  IQ2_XS  1  148 bytes  not decoded here",
+    ]
+
+
+def test_a_gguf_file_with_the_ninth_byte_of_safetensors_is_still_gguf(tmp_path: Path) -> None:
+    gguf.save(tmp_path / "m.gguf", {str(i): np.zeros(1, np.int8) for i in range(ord("{"))})
+    assert "GGUF version 3, 123 tensors" in info.describe(tmp_path / "m.gguf")
+
+
+def test_a_safetensors_file_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    safetensors.save(path, {"w": np.ones((2, 3), np.float32), "n": np.int8([1])}, {"format": "pt"})
+    assert info.describe(path).splitlines() == [
+        f"{path}: safetensors, 2 tensors, {path.stat().st_size:,} bytes",
+        "",
+        "metadata",
+        "  format  pt",
+        "",
+        "tensors",
+        "  w  float32  2 x 3  24 bytes",
+        "  n  int8     1      1 bytes",
+    ]
+
+
+def test_an_index_lists_the_tensors_of_all_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    safetensors.save(tmp_path / "one.safetensors", {"a": np.zeros(2), "b": np.zeros(3)})
+    path.write_text('{"weight_map": {"b": "one.safetensors", "a": "one.safetensors"}}')
+    assert info.describe(path).splitlines() == [
+        f"{path}: safetensors in several files, 2 tensors",
+        "",
+        "tensors",
+        "  b  float64  3  24 bytes",
+        "  a  float64  2  16 bytes",
+    ]
+
+
+def pair(rank: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(rank)
+    return rng.standard_normal((rank, 5), np.float32), rng.standard_normal((4, rank), np.float32)
+
+
+def row(name: str, lora_a: Array, lora_b: Array, scale: float) -> str:
+    """A line of the table, with ΔW formed."""
+    norms = (
+        np.linalg.norm(lora_a),
+        np.linalg.norm(lora_b),
+        np.linalg.norm(scale * lora_b.astype(float) @ lora_a),
+    )
+    parts = [f"{name}", f"rank {len(lora_a)}", f"scale {scale:g}"]
+    parts += [f"‖{key}‖ {norm:.4g}" for key, norm in zip(("lora_A", "lora_B", "ΔW"), norms, strict=True)]
+    return " ".join(parts)
+
+
+def squeezed(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("use_rslora", "scales"), [(False, (3, -1.5)), (True, (6 / np.sqrt(2), -3 / np.sqrt(2)))]
+)
+def test_a_peft_adapter_is_described_with_its_norms(
+    use_rslora: bool, scales: tuple[float, float], tmp_path: Path
+) -> None:
+    tensors = {"stray": np.zeros(1)}
+    for name in ("layers.0.q_proj", "layers.1.q_proj"):
+        for half, factor in zip("AB", pair(2), strict=True):
+            tensors[f"{PREFIX}{name}.lora_{half}.weight"] = factor
+    config = PeftConfig(
+        r=2,
+        lora_alpha=6,
+        use_rslora=use_rslora,
+        alpha_pattern=Patterns.exact({"layers.1.q_proj": -3}),
+        base_model_name_or_path="digits",
+    )
+    peft_adapter.save(tmp_path, config, tensors)
+    assert squeezed(info.describe(tmp_path)) == [
+        f"{tmp_path}: PEFT's LoRA adapter for digits",
+        f"rank 2, alpha 6, scale = alpha / {'sqrt(rank)' if use_rslora else 'rank'}; layers may differ",
+        "",
+        "targets",
+        "q_proj 2 layers",
+        "",
+        "layers",
+        row("layers.0.q_proj", *pair(2), scales[0]),
+        row("layers.1.q_proj", *pair(2), scales[1]),
+        "",
+        "others",
+        "tensor 'stray' is no factor of a layer",
+    ]
+
+
+def test_what_does_not_fit_in_a_peft_adapter_is_told_beside_the_rest(tmp_path: Path) -> None:
+    lora_a, lora_b = pair(2)
+    tensors = {f"{PREFIX}{name}.lora_A.weight": lora_a for name in ("good", "rank", "nan")}
+    tensors |= {f"{PREFIX}{name}.lora_B.weight": lora_b for name in ("good", "rank", "nan")}
+    tensors[f"{PREFIX}rank.lora_A.weight"] = pair(3)[0]
+    tensors[f"{PREFIX}nan.lora_B.weight"] = lora_b * np.float32(np.nan)
+    peft_adapter.save(tmp_path, PeftConfig(r=2, use_dora=True), tensors)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text() + "\n")
+    lines = squeezed(info.describe(tmp_path))
+    assert lines[0] == f"{tmp_path}: PEFT's DoRA adapter for a model that is not named"
+    assert lines[2] == "the configuration is not the one that was saved with the tensors"
+    assert row("good", lora_a, lora_b, 4) in lines
+    assert lines[-2:] == [
+        f"tensor '{PREFIX}nan.lora_B.weight' holds NaN or an infinity",
+        "'rank': lora_A has shape (3, 5), lora_B (4, 2), expected rank 2",
+    ]
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(6.0, 3.0), (0.0, 1.0)])
+def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: float, tmp_path: Path) -> None:
+    lora_a, lora_b = pair(2)
+    pairs = {
+        "blk.0.attn_q.weight": Pair(lora_a, lora_b),
+        "blk.1.attn_q.weight": Pair(lora_a, lora_b),
+        "token_embd.weight": Pair(lora_a.T, lora_b),
+    }
+    gguf_adapter.save(tmp_path / "a.gguf", GgufAdapter("llama", alpha, pairs))
+    assert squeezed(info.describe(tmp_path / "a.gguf")) == [
+        f"{tmp_path}/a.gguf: llama.cpp's LoRA adapter for a model of architecture llama",
+        f"alpha {alpha:g}, scale = {'alpha / rank' if alpha else '1'}",
+        "",
+        "targets",
+        "attn_q 2 layers",
+        "token_embd 1 layers",
+        "",
+        "layers",
+        *(row(name, lora_a, lora_b, scale) for name in pairs),
+    ]
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    gguf.save(path, {"w\x1b[2J": np.zeros(1, np.int8)}, {"k\n": "v\x1b]0;title\x07"})
+    text = info.describe(path)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "  w\\x1b[2J  I8" in text
+    assert "  k\\n  v\\x1b]0;title\\x07" in text
+
+
+def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
+    for name, data in (("text", b"a text of some kind"), ("empty", b""), ("short", b"GG")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(FormatError, match=r"begins with b'.*', expected GGUF or safetensors") as caught:
+            info.describe(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+    (tmp_path / "cut").write_bytes(b"GGUF\x03")
+    with pytest.raises(TruncatedError):
+        info.describe(tmp_path / "cut")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        info.describe(tmp_path)

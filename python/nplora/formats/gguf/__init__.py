@@ -10,7 +10,8 @@
     the rest    the tensors' bytes; offsets count from here and are multiples of the alignment
 
 Everything is little-endian; a string is its uint64 length and UTF-8. Source: ggml's docs/gguf.md. Arrays of
-arrays and big-endian files are refused. Every file accepted here is accepted by PyPI's gguf.
+arrays and big-endian files are refused. What is accepted here is accepted by PyPI's gguf, but for tensors of
+Q8_1, whose size it has wrong.
 """
 
 from nplora.formats.gguf.metadata import Metadata, StringArray, Typed

@@ -64,11 +64,14 @@ inline constexpr size_t kSteps<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines, so many (up to 3) at each step of its work.
+// Memory that a kernel brings into the cache while it works: whole cache lines, so many (up to 3) at each step of its work. None
+// by default.
 struct Fetch {
   const char* at = nullptr;
-  size_t lines = 0, each = 1;
+  size_t lines = 0, each = 0;
 };
+// Instead, the rows of w that come kFetchAhead behind.
+inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 
 // How far ahead in memory W is fetched where it streams by: 10 bytes a cycle arrive, over 500 cycles after they are asked for,
 // and twice that where they share the way.

@@ -107,6 +107,7 @@ struct FetchSteps {
 template <class E, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
+  if (next.each == 0) return {reinterpret_cast<const char*>(w), 0, 0};
   const size_t lines = steps * next.each;
   if (next.lines < lines)
     return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),

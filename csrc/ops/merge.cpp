@@ -13,11 +13,24 @@ using kernels::Products;
 
 namespace {
 
-constexpr size_t kRowsPerTask = 32;
+constexpr size_t kRowsPerTask = 32, kRowsPerTile = 8;
 // Elements ahead, along its rows, that W is fetched.
 constexpr size_t kPrefetch = 8 * kPanelColumns;
+constexpr size_t kColumnsBytes = size_t{128} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
+
+// B in panels of kPanelColumns columns, each dense: rows of the caller's B may lie a multiple of 4 KB apart, and then share their
+// places in L1.
+template <class T>
+const T* panels_of(Matrix<const T> b) {
+  T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);
+  T* to = panels;
+  for (size_t c = 0; c < b.cols; c += kPanelColumns)
+    for (size_t i = 0, width = std::min(kPanelColumns, b.cols - c); i < b.rows; ++i, to += width)
+      std::copy_n(b.row(i) + c, width, to);
+  return panels;
+}
 
 // Calls body(first, rows, scale * A[rows]) for blocks of rows. It is not interrupted: W would be left half
 // merged.
@@ -33,19 +46,21 @@ void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& bo
   });
 }
 
-// c (rows, cols) += scaled (rows, r) b[:, first_col : first_col + cols].
+// c (rows, cols) += scaled (rows, r) B[:, first_col : first_col + cols], a few rows at a time, as W streams by.
 template <class T>
-void add_product(const Products<T>& k, size_t rows, const T* scaled, Matrix<const T> b, size_t first_col,
-                 size_t cols, T* c, size_t c_stride) {
-  for (size_t i = 0; i < rows; i += k.tile_tokens)
+void add_product(const Products<T>& k, size_t rows, size_t rank, const T* scaled, const T* panels,
+                 size_t first_col, size_t cols, T* c, size_t c_stride) {
+  for (size_t i = 0; i < rows; i += kRowsPerTile) {
+    const size_t height = std::min(kRowsPerTile, rows - i);
     for (size_t j = 0; j < cols; j += kPanelColumns) {
-      for (size_t row = i; row < std::min(rows, i + k.tile_tokens); ++row)
+      const size_t width = std::min(kPanelColumns, cols - j);
+      for (size_t row = i; row < i + height; ++row)
         for (size_t line = 0; line < kPanelColumns; line += kCacheLine / sizeof(T))
           __builtin_prefetch(c + row * c_stride + j + kPrefetch + line, 1);
-      k.outer_tile(std::min(k.tile_tokens, rows - i), std::min(kPanelColumns, cols - j), b.rows,
-                   {scaled + i * b.rows, b.rows, 1}, b.data + first_col + j, b.stride, c + i * c_stride + j,
-                   c_stride, true, {});
+      k.outer_tile(height, width, rank, {scaled + i * rank, rank, 1}, panels + (first_col + j) * rank, width,
+                   c + i * c_stride + j, c_stride, true, {});
     }
+  }
 }
 
 }  // namespace
@@ -54,8 +69,14 @@ template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale) {
   if (scale == 0) return;
   const Products<T>& k = kernels::table().products<T>();
+  const T* panels = panels_of(b);
+  // So many columns of B stay in L2 while the rows of a task pass by.
+  const size_t most =
+      std::max(size_t{1}, kColumnsBytes / sizeof(T) / std::max<size_t>(1, b.rows) / kPanelColumns) *
+      kPanelColumns;
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
-    add_product(k, rows, scaled, b, 0, w.cols, w.row(first), w.stride);
+    for (size_t c = 0; c < w.cols; c += most)
+      add_product(k, rows, b.rows, scaled, panels, c, std::min(most, w.cols - c), w.row(first) + c, w.stride);
   });
 }
 
@@ -66,6 +87,7 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
                 double scale) {
   if (scale == 0) return;
   const Products<float>& k = kernels::table().f32;
+  const float* panels = panels_of(b);
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const float* scaled) {
     float* tile = scratch<float>(Scratch::kWeight, k.tile_tokens * kTileColumns);
     for (size_t i = 0; i < rows; i += k.tile_tokens)
@@ -73,7 +95,7 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
         const size_t height = std::min(k.tile_tokens, rows - i), width = std::min(kTileColumns, w.cols - c);
         for (size_t j = 0; j < height; ++j)
           widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
-        add_product(k, height, scaled + i * b.rows, b, c, width, tile, kTileColumns);
+        add_product(k, height, b.rows, scaled + i * b.rows, panels, c, width, tile, kTileColumns);
         for (size_t j = 0; j < height; ++j)
           narrow(storage, width, tile + j * kTileColumns, w.row(first + i + j) + c);
       }

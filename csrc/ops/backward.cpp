@@ -88,7 +88,7 @@ class Backward {
     E* dy = nullptr;  // of a pass, where E is not the type of the arrays
     T* dz = nullptr;  // of a pass, (n, r)
     E* dz_elements = nullptr;
-    const E* a = nullptr;            // scale * Aᵀ (r, d_out); A in pairs (d_out / 2, r)
+    const E* a = nullptr;            // scale * Aᵀ (r, d_out); Aᵀ in pairs (r, d_out / 2)
     const E* b = nullptr;            // B (r, d_in), or in pairs
     T *da = nullptr, *db = nullptr;  // sums, (r, d_out) and (r, d_in)
 
@@ -138,8 +138,10 @@ class Backward {
       if (!p.projects) continue;
       const LowRank<T>& low = p.arrays.low;
       if constexpr (kSteps<E> > 1) {
+        T* transposed = scratch<T>(Scratch::kFactor, low.a.cols * low.a.rows);
+        transpose_scaled(low.a, 1, transposed);
+        elements_of<E>({transposed, low.a.cols, low.a.rows, low.a.rows}, const_cast<E*>(p.a), p.dy_depth());
         const auto& pair_rows = kernels::table().convert.pair_rows;
-        pair_rows(low.a.rows, low.a.cols, low.a.data, low.a.stride, const_cast<E*>(p.a));
         pair_rows(low.b.rows, low.b.cols, low.b.data, low.b.stride, const_cast<E*>(p.b));
       } else {
         transpose_scaled(low.a, low.scale, const_cast<E*>(p.a));
@@ -158,10 +160,8 @@ class Backward {
       if (!p.projects) continue;
       const size_t rank = p.rank();
       T* dz = p.dz + some.first * rank;
-      if constexpr (kSteps<E> == 1) {
-        dot_product<T>(dy, {p.a, rank, dy.cols, dy.cols}, dz);
-      } else {
-        add_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), p.a, rank, dz, rank, false);
+      dot_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), {p.a, p.dy_depth(), 1}, dz);
+      if constexpr (kSteps<E> > 1) {
         for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
         elements_of<E>({dz, some.count, rank, rank}, p.dz_elements + some.first * depth_of<E>(rank),
                        depth_of<E>(rank));

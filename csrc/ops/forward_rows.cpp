@@ -59,7 +59,7 @@ class RowsForward {
     const ForwardPart<T>& part;
     Update update;
     bool projects;
-    E* b = nullptr;  // Bᵀ (depth, r)
+    Strided<E> b{};  // (r, depth)
     T* a = nullptr;  // scale * Aᵀ (r, d_out)
     T* z = nullptr;  // of a pass, (n, r)
   };
@@ -70,7 +70,7 @@ class RowsForward {
     for (const PartUpdate& u : updates_) {
       const size_t rank = u.part.low.rank();
       a_size += rank * u.part.w.d_out;
-      b_size += u.projects ? rank * depth_ : 0;
+      b_size += u.projects && kSteps<E> > 1 ? rank * depth_ : 0;
       z_size += u.projects ? rank * pass_ : 0;
     }
     x_elements_ = kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kLanes, pass_ * depth_);
@@ -85,22 +85,12 @@ class RowsForward {
       transpose_scaled(low.a, low.scale, u.a);
       a += rank * u.part.w.d_out;
       if (!u.projects) continue;
-      u.b = b;
-      transpose_elements(low.b, u.b);
-      b += rank * depth_;
+      u.b = elements_or_self<E>(low.b, b);
+      b += kSteps<E> > 1 ? rank * depth_ : 0;
       u.z = z;
       z += rank * pass_;
     }
     return z_size > 0;
-  }
-
-  // out (depth, rows) = m (rows, cols) in elements E, transposed.
-  static void transpose_elements(Matrix<const T> m, E* out) {
-    const size_t depth = depth_of<E>(m.cols);
-    const Strided<E> rows =
-        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, m.rows * depth));
-    for (size_t i = 0; i < m.rows; ++i)
-      for (size_t k = 0; k < depth; ++k) out[k * m.rows + i] = rows.data[i * rows.row_stride + k];
   }
 
   // z, and x in elements E, of some tokens of a pass.
@@ -120,7 +110,7 @@ class RowsForward {
           x = elements_or_self<E>(
               dropped(low, x_, {pass.first + few.first, few.count}),
               kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
-        add_product<E>(few.count, rank, depth_, x, u.b, rank, z + i * rank, rank, false);
+        dot_product<E>(few.count, rank, depth_, x, u.b, z + i * rank);
       }
       if (u.part.z.data)
         for (size_t i = 0; i < some.count; ++i)

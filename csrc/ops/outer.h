@@ -32,20 +32,23 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
                        accumulate, {});
 }
 
-// out (n, w.rows) = x (n, depth) wᵀ for a thin w (w.rows, depth), a small batch of x at a time, so that no lane is idle where w
-// has fewer rows than a vector has lanes.
-template <class T>
-void dot_product(Matrix<const T> x, Matrix<const T> w, T* out) {
+// out (n, rows) = x (n, depth) wᵀ for a thin w (rows, depth), a small batch of x at a time, so that no lane is idle where w has
+// fewer rows than a vector has lanes. depth counts elements; the steps of x and w are 1.
+template <class E>
+void dot_product(size_t n, size_t rows, size_t depth, kernels::Strided<E> x, kernels::Strided<E> w,
+                 kernels::Sum<E>* out) {
+  using T = kernels::Sum<E>;
   const auto& k = kernels::table().products<T>();
-  const size_t lanes = k.lanes / 2, most = small_batch<T>();
-  T* xs = scratch<T>(Scratch::kDotInputs, lanes * w.cols);
-  T* part = scratch<T>(Scratch::kDotSums, w.rows * lanes);
-  for (size_t i = 0; i < x.rows; i += most) {
-    const size_t rows = std::min(most, x.rows - i), phases = kernels::small_phases(rows, lanes);
-    k.interleave(rows, phases, w.cols, x.row(i), x.stride, xs);
-    kernels::table().small<T>().dots(phases, w.rows, w.cols, {w.data, w.stride, kernels::kPanelColumns}, xs,
+  const size_t lanes = k.lanes / 2, most = small_batch<T>(), phases = kernels::small_phases(most, lanes);
+  E* xs = scratch<E>(Scratch::kDotInputs, lanes * ceil_div(depth, phases));
+  T* part = scratch<T>(Scratch::kDotSums, rows * lanes);
+  for (size_t i = 0; i < n; i += most) {
+    const size_t count = std::min(most, n - i);
+    k.interleave(count, phases, depth, reinterpret_cast<const T*>(x.data + i * x.row_stride), x.row_stride,
+                 reinterpret_cast<T*>(xs));  // pairs are moved as floats are
+    kernels::table().small<E>().dots(phases, rows, depth, {w.data, w.row_stride, kernels::kPanelDepth<E>}, xs,
                                      part, false);
-    k.sum_parts(rows, phases, w.rows, part, nullptr, out + i * w.rows, w.rows);
+    k.sum_parts(count, phases, rows, part, nullptr, out + i * rows, rows);
   }
 }
 

@@ -71,7 +71,7 @@ def run_scaling(quick: bool, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def step_after_numpy(threads: int) -> Calls:
+def step_after_numpy(threads: int, steps: int) -> Calls:
     """Times a step alone, and right after a NumPy product on as many threads, in one process."""
     import nplora
 
@@ -89,9 +89,9 @@ def step_after_numpy(threads: int) -> Calls:
     def measure() -> float:
         nplora.set_num_threads(threads)
         step()
-        alone = median(step() for _ in range(STEPS))
+        alone = median(step() for _ in range(steps))
         after = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             np.matmul(left, left)
             after.append(step())
         seen["median"], seen["worst"] = median(after) / alone, max(after) / alone
@@ -103,10 +103,13 @@ def step_after_numpy(threads: int) -> Calls:
 
 def run_after_numpy(quick: bool, threads: int) -> dict[str, Any]:
     """Print what a NumPy product right before costs a step; return the figures."""
+    steps = STEPS // 10 if quick else STEPS
     with Runtimes(threads) as runtimes:
-        contestant = Contestant("nplora", step_after_numpy, (threads,), "numpy", ceilings=("median", "worst"))
+        contestant = Contestant(
+            "nplora", step_after_numpy, (threads, steps), "numpy", ceilings=("median", "worst")
+        )
         result = runtimes.race([contestant], rounds=1 if quick else 5)
     figures = {cell: result.median("nplora", cell) for cell in ("median", "worst")}
     print(f"\na LoRA step right after a NumPy product, {on_threads(threads)}, over its time alone")
-    print(f"  median {figures['median']:.2f}, worst of {STEPS} {figures['worst']:.2f}")
+    print(f"  median {figures['median']:.2f}, worst of {steps} {figures['worst']:.2f}")
     return {"threads": threads, **figures}

@@ -31,7 +31,7 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
         ("Bf16Pair", "Bf16Pair"),
         ("Bf16Pair", "Bf16"),
     ],
-    "dots_panel": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
+    "dots_rows": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
 }
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
@@ -41,7 +41,7 @@ class Loop:
     """An innermost loop that multiplies, in one instance of a kernel.
 
     The arguments of its template: lane_tile_fixed<float, vectors, rows, stride>,
-    outer_tile_fixed<float, float, rows, vectors, partial>, dots_panel<float, phases, rows>.
+    outer_tile_fixed<float, float, rows, vectors, partial>, dots_rows<float, phases, rows>.
     """
 
     isa: str
@@ -123,7 +123,7 @@ def outer_tile_step(loop: Loop) -> Need:
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 
-def dots_panel_turn(loop: Loop) -> Need:
+def dots_rows_turn(loop: Loop) -> Need:
     """Rows of w, a panel wide, in groups of as many elements as there are phases, each with a vector of x."""
     phases, rows = loop.sizes
     element = loop.elements[0]
@@ -143,7 +143,7 @@ def dots_panel_turn(loop: Loop) -> Need:
 NEEDS = {
     "lane_tile_fixed": lane_tile_step,
     "outer_tile_fixed": outer_tile_step,
-    "dots_panel": dots_panel_turn,
+    "dots_rows": dots_rows_turn,
 }
 
 
@@ -215,12 +215,12 @@ def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
     that are split are spilled: tiles small enough for all the halves are hardly faster."""
     if isa.startswith("neon"):
         return KERNELS[kernel]
-    return [e for e in KERNELS[kernel] if kernel != "dots_panel" and not is_split(isa, e[0])]
+    return [e for e in KERNELS[kernel] if kernel != "dots_rows" and not is_split(isa, e[0])]
 
 
 def full_tiles(loops: list[Loop]) -> list[Loop]:
     """Of the loops of a kernel those over the steps of its largest tile; all of dots."""
-    if loops and loops[0].kernel == "dots_panel":
+    if loops and loops[0].kernel == "dots_rows":
         return loops
     largest = max((prod(loop.sizes) for loop in loops if loop.is_regular), default=0)
     return [
@@ -230,7 +230,7 @@ def full_tiles(loops: list[Loop]) -> list[Loop]:
 
 def complaint(loop: Loop) -> str | None:
     # GCC splits the x of dots before the loop and keeps the halves where it finds place: those it only reads.
-    spills = [line for line in loop.on_stack if loop.kernel != "dots_panel" or VECTOR_STORE.match(line)]
+    spills = [line for line in loop.on_stack if loop.kernel != "dots_rows" or VECTOR_STORE.match(line)]
     if spills:
         return f"{len(spills)} spilled vectors, such as {spills[0]}"
     needed, count = NEEDS[loop.kernel](loop), len(loop.instructions)

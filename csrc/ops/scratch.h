@@ -12,14 +12,14 @@ enum class Scratch {
   kLowLanes,      // z of a pass, transposed: r for each token
   kLowGradients,  // dz: r for each token of the batch
   kSums,          // outputs before they are written: a few 100 KB
-  kWeight,        // a decoded block of W: 100 KB, or 48 kDotParts
+  kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kDotRows
   kDecoded,       // a panel of W before it is transposed: 48 x 48
-  kDotInputs,     // rows of x in vectors: 8 d_in
-  kDotSums,       // and their partial sums: 512 L
-  kFactor,        // B in pairs: r d_in; or scaled rows of A: 512 r
+  kDotInputs,     // a small batch of x by token and phase: 8 d_in
+  kDotSums,       // and its partial sums: r L
+  kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: 512 r
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
-  kPairing,       // 48 L
+  kPairing,       // 48 L, or 8 d_in
   kCount
 };
 

@@ -242,8 +242,8 @@ def test_misaligned_arrays_are_refused() -> None:
 
 def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
     p, g = np.ones(10, np.float32), np.ones(10, np.float32)
-    for twice in ([p, p], [p[:6], p[5:]]):
-        grads = [g[: len(array)] for array in twice]
+    for twice in ((p, p), (p[:6], p[5:]), (p[5:], p[:6])):
+        parameters = tuple(("", array, g[: len(array)]) for array in twice)
         with pytest.raises(ValueError, match="overlap"):
-            _core.sgd_step(twice, grads, None, [0.1] * 2, [0.0] * 2, 0.0, False, 1.0)
+            _core.sgd_step(parameters, None, 0.1, 0.1, np.zeros(2, bool), 0.0, 0.0, False, 1.0, None)
     assert (p == 1).all()

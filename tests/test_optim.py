@@ -1,6 +1,10 @@
 """Optimisers against the oracle, their state, the gradient norm, and schedules."""
 
+import copy
 import math
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -91,10 +95,150 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads() -> None:
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.7, False), (0.7, True)])
+def test_sgd_takes_every_length_in_both_dtypes(
+    dtype: Any, momentum: float, nesterov: bool, rng: np.random.Generator
+) -> None:
+    params = [
+        Parameter(f"p{n}", *rng.standard_normal((2, n)).astype(dtype)) for n in (0, 1, 15, 16, 17, 33, 16385)
+    ]
+    before = copies(params)
+    optimizer = SGD(0.1, momentum, weight_decay=0.2, nesterov=nesterov)
+    optimizer.step(params)
+    optimizer.step(params)
+    for p, b in zip(params, before, strict=True):
+        wanted, buf = b.value.astype(np.float64), np.zeros(b.value.shape)
+        for _ in range(2):
+            wanted, buf = reference.sgd(wanted, p.grad, buf, 0.1, momentum, 0.2, nesterov)
+        np.testing.assert_allclose(p.value, wanted, rtol=1e-5, atol=8 * np.finfo(dtype).eps)
+
+
+# ---- clipping ----
+
+
+MAKERS: list[Any] = [AdamW, lambda: SGD(0.1, momentum=0.9, nesterov=True), lambda: SGD(0.1)]
+
+
+def mixed(rng: np.random.Generator) -> list[Parameter]:
+    """Parameters of both dtypes, in turns."""
+    both = zip(parameters(rng, np.float32), parameters(rng), strict=True)
+    return [a if i % 2 else b for i, (a, b) in enumerate(both)]
+
+
+def everything(params: list[Parameter], optimizer: nplora.optim.Optimizer) -> list[bytes]:
+    state = optimizer.state_dict()
+    return [p.value.tobytes() for p in params] + [state[key].tobytes() for key in sorted(state)]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("grad_scale", [1.0, -0.25])
+def test_clipping_scales_the_gradients_of_a_step_down_to_the_norm(
+    make: Any, grad_scale: float, rng: np.random.Generator
+) -> None:
+    params = mixed(rng)
+    norm = global_norm(params) * abs(grad_scale)
+    for max_norm, factor in ((math.inf, 1.0), (2 * norm, 1.0), (0.5 * norm, 0.5 * norm / norm)):
+        clipped, scaled = copies(params), copies(params)
+        one, other = make(), make()
+        for _ in range(2):
+            assert one.step(clipped, grad_scale=grad_scale, max_norm=max_norm) == norm
+            other.step(scaled, grad_scale=grad_scale * factor)
+        assert everything(clipped, one) == everything(scaled, other)
+        assert one.steps == 2
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(make: Any, bad: float, rng: np.random.Generator) -> None:
+    params, optimizer = mixed(rng), make()
+    optimizer.step(params)
+    before = everything(params, optimizer)
+    params[-1].grad[-1] = bad
+    for max_norm in (1.0, math.inf):
+        norm = optimizer.step(params, max_norm=max_norm)
+        assert norm is not None
+        assert not math.isfinite(norm)
+    assert everything(params, optimizer) == before
+    assert optimizer.steps == 1
+
+
+# ---- live buffers ----
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_moments_of_a_parameter_follow_its_name_not_its_place(
+    make: Any, rng: np.random.Generator
+) -> None:
+    params, optimizer = mixed(rng), make()
+    optimizer.lr_ratio = 4
+    twin_params, twin = copies(params), make()
+    twin.lr_ratio = 4
+    for turn in range(3):
+        optimizer.step(params)
+        twin.step(twin_params[::-1] if turn else twin_params)
+    assert everything(params, optimizer) == everything(twin_params, twin)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_step_writes_the_arrays_that_it_is_given_and_keeps_none_of_them(
+    make: Any, rng: np.random.Generator
+) -> None:
+    params, optimizer = parameters(rng, np.float32), make()
+    optimizer.step(params)
+    others, held = copies(params), [p.value.tobytes() for p in params]
+    optimizer.step(others)
+    assert [p.value.tobytes() for p in params] == held
+    assert all(p.value.tobytes() != h for p, h in zip(others, held, strict=True))
+    dead = [weakref.ref(array) for p in params for array in (p.value, p.grad)]
+    del params
+    assert not any(array() is not None for array in dead)
+
+
+def test_factors_of_another_rank_are_noticed_before_anything_is_written() -> None:
+    layer = nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, init="gaussian", rng=0)
+    head = nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, init="gaussian", rng=1)
+    model, optimizer = nplora.Sequential(head, layer), AdamW()
+    for p in model.parameters():
+        p.grad[...] = 1
+    optimizer.step(model.parameters())
+    layer.prepare_adopt({"A": np.ones((8, 3), np.float32), "B": np.ones((3, 8), np.float32)}, 3, False)()
+    before = everything(model.parameters(), optimizer)
+    with pytest.raises(ValueError, match=r"exp_avg\.1\.A is float32 \(8, 2\), expected float32 \(8, 3\)"):
+        optimizer.step(model.parameters())
+    assert everything(model.parameters(), optimizer) == before
+    optimizer.init(model.parameters())
+    optimizer.step(model.parameters())
+    assert layer.A.shape == (8, 3)
+
+
+def test_a_merged_layer_is_refused_before_anything_is_written() -> None:
+    layers = [nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, rng=i) for i in range(2)]
+    model, optimizer = nplora.Sequential(*layers), AdamW()
+    optimizer.step(model.parameters())
+    layers[1].merge()
+    before = everything(model.parameters(), optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter '1\.A' is read-only; is its layer merged"):
+        optimizer.step(model.parameters())
+    assert everything(model.parameters(), optimizer) == before
+
+
+def test_steps_on_several_threads_at_once_do_not_meet() -> None:
+    def run(seed: int) -> list[bytes]:
+        params, optimizer = parameters(np.random.default_rng(seed), np.float32), AdamW()
+        for _ in range(50):
+            optimizer.step(params, max_norm=0.5)
+        return everything(params, optimizer)
+
+    alone = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(run, range(4))) == alone
+
+
 # ---- state ----
 
 
-@pytest.mark.parametrize("make", [AdamW, lambda: SGD(0.1, momentum=0.9), lambda: SGD(0.1)])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("init_first", [False, True])
 def test_a_run_goes_on_from_its_state_to_the_bit(
     make: Any, init_first: bool, rng: np.random.Generator
@@ -122,6 +266,16 @@ def test_the_state_is_named_after_moments_and_parameters(rng: np.random.Generato
     sgd = SGD(0.1, momentum=0.5)
     sgd.init(params)
     assert set(sgd.state_dict()) == {"steps"} | {f"momentum.{n}" for n in SHAPES}
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_an_optimizer_goes_on_alike(copy_of: Any, rng: np.random.Generator) -> None:
+    params, optimizer = mixed(rng), AdamW()
+    optimizer.step(params)
+    twin_params, twin = copies(params), copy_of(optimizer)
+    optimizer.step(params)
+    twin.step(twin_params)
+    assert everything(params, optimizer) == everything(twin_params, twin)
 
 
 def test_the_state_is_a_copy_both_ways(rng: np.random.Generator) -> None:
@@ -222,6 +376,8 @@ def test_bad_parameters_are_refused(value: Any, grad: Any, error: type[Exception
         (lambda: SGD(0.1, nesterov=True), "SGD: nesterov=True needs momentum above 0"),
         (lambda: AdamW().step([], lr=np.inf), r"AdamW\.step: lr is inf"),
         (lambda: AdamW().step([], grad_scale=np.nan), "grad_scale is nan"),
+        (lambda: AdamW().step([], max_norm=0), r"AdamW\.step: max_norm is 0, expected above 0 or None"),
+        (lambda: AdamW().step([], max_norm=np.nan), "max_norm is nan"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

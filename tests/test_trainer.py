@@ -797,9 +797,9 @@ def saved_step(directory: Path) -> int:
 
 def test_ctrl_c_during_an_update_waits_until_it_is_whole() -> None:
     class Interrupted(nplora.AdamW):
-        def step(self, *arguments: Any, **keywords: Any) -> None:
+        def step(self, *arguments: Any, **keywords: Any) -> float | None:
             signal.raise_signal(signal.SIGINT)
-            super().step(*arguments, **keywords)
+            return super().step(*arguments, **keywords)
 
     model, alone = net(), net()
     history = interrupted_fit(trainer_of(model, optimizer=Interrupted()))

@@ -10,97 +10,152 @@ namespace nplora::bindings {
 
 namespace {
 
-template <class T>
-using Arrays = std::vector<Array<T>>;
-
-// Buffers that are written must not overlap: two threads may be at work on them.
-template <class T>
-void require_apart(const std::vector<Trained<T>>& all) {
-  std::vector<std::pair<const T*, size_t>> written;
-  for (const auto& one : all)
-    for (const T* data : {one.value, one.first, one.second})
-      if (data) written.emplace_back(data, one.n);
-  std::sort(written.begin(), written.end());
-  for (size_t i = 1; i < written.size(); ++i)
-    require(written[i - 1].first + written[i - 1].second <= written[i].first,
-            "two buffers of the step overlap");
+// The buffers of a step come in tuples, which nobody can change while the GIL is released, and are checked one by one here:
+// casting lists to vectors of array_t took a sixth of a step on the 420 factors of a language model, and so did messages that
+// nobody read.
+[[noreturn]] void refuse(const std::string& message) {
+  throw std::invalid_argument(message);
 }
 
-// The buffers of one step, checked against each other. second is null for SGD, first too where there is no
-// momentum.
-template <class T>
-std::vector<Trained<T>> collect(Arrays<T>& values, const Arrays<T>& grads, Arrays<T>* first,
-                                Arrays<T>* second, const std::vector<double>& lrs,
-                                const std::vector<double>& weight_decays) {
-  const size_t count = values.size();
-  require(grads.size() == count && lrs.size() == count && weight_decays.size() == count &&
-              (!first || first->size() == count) && (!second || second->size() == count),
-          "the lists must have the same length");
-  std::vector<Trained<T>> all;
+py::handle item_of(py::handle tuple, size_t i) {
+  return PyTuple_GET_ITEM(tuple.ptr(), py::ssize_t(i));
+}
+
+py::array buffer_of(py::handle tuple, size_t i) {
+  constexpr int kFlags =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if (!py::isinstance<py::array>(item_of(tuple, i))) refuse("expected an array");
+  py::array array = py::reinterpret_borrow<py::array>(item_of(tuple, i));
+  if ((array.flags() & kFlags) != kFlags) refuse("expected an aligned array in C order");
+  return array;
+}
+
+bool is_double(const py::array& array) {
+  const py::dtype type = array.dtype();
+  const bool is_double = type.num() == py::dtype::num_of<double>();
+  if ((!is_double && type.num() != py::dtype::num_of<float>()) || type.byteorder() != '=')
+    refuse("expected an array of float32 or float64");
+  return is_double;
+}
+
+void require_alike(const char* name, const py::array& array, const py::array& value) {
+  if (is_double(array) != is_double(value) || array.ndim() != value.ndim() ||
+      !std::equal(array.shape(), array.shape() + array.ndim(), value.shape()))
+    refuse(std::string(name) + " must have the shape and dtype of its parameter");
+}
+
+// Buffers that are written must not overlap: two threads may be at work on them.
+void require_apart(const std::vector<Trained>& all) {
+  static thread_local std::vector<std::pair<const char*, size_t>> written;
+  written.clear();
+  for (void* Trained::* buffer : {&Trained::value, &Trained::first, &Trained::second})
+    for (const Trained& one : all)
+      if (one.*buffer)
+        written.emplace_back(static_cast<const char*>(one.*buffer), one.n * (one.is_double ? 8 : 4));
+  if (!std::is_sorted(written.begin(), written.end())) std::sort(written.begin(), written.end());
+  for (size_t i = 1; i < written.size(); ++i)
+    if (written[i - 1].first + written[i - 1].second > written[i].first)
+      refuse("two buffers of the step overlap");
+}
+
+// The rates of a step (LoRA+): one for the parameters that is_a marks, one for the others.
+struct Rates {
+  double lr, lr_of_a;
+  const Array<bool>& is_a;
+};
+
+// The buffers of one step, checked against each other: valid until this thread's next call. A parameter is (name, value, grad).
+// second is null for SGD, first too where there is no momentum.
+const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple* first,
+                                    const py::tuple* second, const Rates& rates) {
+  static thread_local std::vector<Trained> all;
+  all.clear();
+  const size_t count = parameters.size();
+  if (size_t(rates.is_a.size()) != count || (first && first->size() != count) ||
+      (second && second->size() != count))
+    refuse("the tuples must have the same length");
   for (size_t i = 0; i < count; ++i) {
-    const size_t n = size_t(values[i].size());
-    const auto state = [&](Arrays<T>* arrays) -> T* {
+    const py::handle parameter = item_of(parameters, i);
+    if (!py::isinstance<py::tuple>(parameter) || py::len(parameter) != 3)
+      refuse("a parameter must be a tuple (name, value, grad)");
+    py::array value = buffer_of(parameter, 1);
+    const py::array grad = buffer_of(parameter, 2);
+    require_alike("a gradient", grad, value);
+    const auto state = [&](const py::tuple* arrays) -> void* {
       if (!arrays) return nullptr;
-      require_size("an optimiser buffer", (*arrays)[i], n);
-      return (*arrays)[i].mutable_data();
+      py::array array = buffer_of(*arrays, i);
+      require_alike("an optimiser buffer", array, value);
+      return array.mutable_data();
     };
-    require_size("a gradient", grads[i], n);
-    require_aligned(values[i]);
-    require_aligned(grads[i]);
-    all.push_back({n, values[i].mutable_data(), grads[i].data(), state(first), state(second), lrs[i],
-                   weight_decays[i]});
+    all.push_back({is_double(value), size_t(value.size()), value.mutable_data(), grad.data(), state(first),
+                   state(second), rates.is_a.data()[i] ? rates.lr_of_a : rates.lr});
   }
   require_apart(all);
   return all;
 }
 
-template <class T>
-void adamw(Arrays<T> values, const Arrays<T>& grads, Arrays<T> exp_avgs, Arrays<T> exp_avg_sqs,
-           const std::vector<double>& lrs, const std::vector<double>& weight_decays, double beta1,
-           double beta2, double eps, long step, double grad_scale) {
+// Calls step(scale) without the GIL. With a max_norm, the scale is lowered so that the norm of the gradients is at most that,
+// and the norm before is returned; where it is not finite, there is no step.
+template <class Step>
+std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
+                                    std::optional<double> max_norm, const Step& step) {
+  std::optional<double> norm;
+  without_gil([&] {
+    if (max_norm) {
+      norm = clip(parameters, *max_norm, &scale);
+      if (!std::isfinite(*norm)) return;
+    }
+    step(scale);
+  });
+  return norm;
+}
+
+std::optional<double> adamw(const py::tuple& parameters, const py::tuple& exp_avgs,
+                            const py::tuple& exp_avg_sqs, double lr, double lr_of_a, const Array<bool>& is_a,
+                            double weight_decay, double beta1, double beta2, double eps, long step,
+                            double grad_scale, std::optional<double> max_norm) {
   require(step >= 1, "step counts from 1");
-  const auto trained = collect(values, grads, &exp_avgs, &exp_avg_sqs, lrs, weight_decays);
+  const std::vector<Trained>& all = collect(parameters, &exp_avgs, &exp_avg_sqs, {lr, lr_of_a, is_a});
   const double bias1 = 1 - std::pow(beta1, step), bias2 = 1 - std::pow(beta2, step);
-  without_gil([&] { adamw_step(trained, {0, beta1, beta2, eps, 0, bias1, bias2, grad_scale}); });
+  return clip_and_step(all, grad_scale, max_norm, [&](double scale) {
+    adamw_step(all, {0, beta1, beta2, eps, weight_decay, bias1, bias2, scale});
+  });
 }
 
-template <class T>
-void sgd(Arrays<T> values, const Arrays<T>& grads, std::optional<Arrays<T>> buffers,
-         const std::vector<double>& lrs, const std::vector<double>& weight_decays, double momentum,
-         bool nesterov, double grad_scale) {
-  const auto trained = collect(values, grads, buffers ? &*buffers : nullptr, static_cast<Arrays<T>*>(nullptr),
-                               lrs, weight_decays);
-  without_gil([&] { sgd_step(trained, {0, momentum, 0, grad_scale, nesterov}); });
+std::optional<double> sgd(const py::tuple& parameters, const std::optional<py::tuple>& buffers, double lr,
+                          double lr_of_a, const Array<bool>& is_a, double weight_decay, double momentum,
+                          bool nesterov, double grad_scale, std::optional<double> max_norm) {
+  const std::vector<Trained>& all =
+      collect(parameters, buffers ? &*buffers : nullptr, nullptr, {lr, lr_of_a, is_a});
+  return clip_and_step(all, grad_scale, max_norm,
+                       [&](double scale) { sgd_step(all, {0, momentum, weight_decay, scale, nesterov}); });
 }
 
-template <class T>
-double squares(const Arrays<T>& arrays) {
-  std::vector<Span<T>> spans;
-  for (const auto& array : arrays) spans.push_back({size_t(array.size()), array.data()});
+double squares(const py::tuple& arrays) {
+  static thread_local std::vector<Trained> kept;
+  std::vector<Trained>& all = kept;
+  all.clear();
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const py::array array = buffer_of(arrays, i);
+    all.push_back({is_double(array), size_t(array.size()), nullptr, array.data(), nullptr, nullptr, 0});
+  }
   double total = 0;
-  without_gil([&] { total = sum_of_squares(spans); });
+  without_gil([&] { total = sum_of_squares(all); });
   return total;
-}
-
-template <class T>
-void register_steps(py::module_& m) {
-  using py::arg;
-  m.def("adamw_step", &adamw<T>, arg("parameters").noconvert(), arg("grads").noconvert(),
-        arg("exp_avgs").noconvert(), arg("exp_avg_sqs").noconvert(), arg("lrs"), arg("weight_decays"),
-        arg("beta1"), arg("beta2"), arg("eps"), arg("step"), arg("grad_scale"),
-        "One AdamW step in place (Loshchilov & Hutter 2019)");
-  m.def("sgd_step", &sgd<T>, arg("parameters").noconvert(), arg("grads").noconvert(),
-        arg("momentum_buffers").noconvert().none(true), arg("lrs"), arg("weight_decays"), arg("momentum"),
-        arg("nesterov"), arg("grad_scale"), "One SGD step in place");
-  m.def("sum_of_squares", &squares<T>, arg("arrays").noconvert(),
-        "Sum of squares over all arrays, in double");
 }
 
 }  // namespace
 
 void register_optimizer(py::module_& m) {
-  register_steps<float>(m);
-  register_steps<double>(m);
+  using py::arg;
+  m.def("adamw_step", &adamw, arg("parameters"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("lr"),
+        arg("lr_of_a"), arg("is_a").noconvert(), arg("weight_decay"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("step"), arg("grad_scale"), arg("max_norm").none(true),
+        "One AdamW step in place (Loshchilov & Hutter 2019)");
+  m.def("sgd_step", &sgd, arg("parameters"), arg("momentum_buffers").none(true), arg("lr"), arg("lr_of_a"),
+        arg("is_a").noconvert(), arg("weight_decay"), arg("momentum"), arg("nesterov"), arg("grad_scale"),
+        arg("max_norm").none(true), "One SGD step in place");
+  m.def("sum_of_squares", &squares, arg("arrays"), "Sum of squares over all arrays, in double");
 }
 
 }  // namespace nplora::bindings

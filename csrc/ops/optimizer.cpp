@@ -1,86 +1,113 @@
 #include "ops/optimizer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <span>
 
 #include "base/parallel.h"
+#include "base/range.h"
 
 namespace nplora {
 
 namespace {
 
-constexpr size_t kElementsPerTask = 16384;
+constexpr size_t kPieceElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
+// A thread goes through neighbouring pieces, as long as there are enough tasks for all threads: where it jumps, the hardware
+// has to learn anew what to fetch ahead.
+constexpr size_t kTaskPieces = 8, kTasksPerThread = 8;
+
 struct Piece {
-  size_t buffer, first, count;
+  size_t parameter;
+  Range range;
+  double sum;
 };
 
-// Cuts the buffers into pieces of about one size, so that many small ones and a few large ones share out
-// alike.
-template <class Buffer>
-std::vector<Piece> pieces(const std::vector<Buffer>& buffers, double* operations) {
-  std::vector<Piece> all;
-  *operations = 0;
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    *operations += kOperationsPerElement * double(buffers[i].n);
-    for (size_t first = 0; first < buffers[i].n; first += kElementsPerTask)
-      all.push_back({i, first, std::min(kElementsPerTask, buffers[i].n - first)});
+// Calls body(parameter, piece) for pieces of about one size, so that many small buffers and a few large ones share out
+// alike, and returns the pieces: valid until this thread's next call. They are not interrupted: a half-made step could
+// not be told from a whole one.
+template <class Body>
+const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
+  static thread_local std::vector<Piece> kept;
+  std::vector<Piece>& pieces = kept;  // the caller's: inside a task, `kept` would be the worker's own
+  pieces.clear();
+  double elements = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const size_t n = parameters[i].n;
+    elements += double(n);
+    for (size_t block = 0; block < ceil_div(n, kPieceElements); ++block)
+      pieces.push_back({i, nth_block(n, kPieceElements, block), 0});
   }
-  return all;
+  const size_t threads = useful_threads(kOperationsPerElement * elements);
+  const size_t step = std::clamp(pieces.size() / (kTasksPerThread * threads), size_t{1}, kTaskPieces);
+  parallel_for(ceil_div(pieces.size(), step), threads, Interruptible::kNo, [&](size_t task) {
+    const Range range = nth_block(pieces.size(), step, task);
+    for (Piece& piece : std::span(pieces).subspan(range.first, range.count))
+      body(parameters[piece.parameter], piece);
+  });
+  return pieces;
 }
 
-// Calls body(buffer, first, count) for every piece. The steps are not interrupted: a half-made one could not be told from
-// a whole one.
-template <class Buffer, class Body>
-void for_pieces(const std::vector<Buffer>& buffers, const Body& body) {
-  double operations;
-  const std::vector<Piece> all = pieces(buffers, &operations);
-  parallel_for(all.size(), useful_threads(operations), Interruptible::kNo,
-               [&](size_t i) { body(buffers[all[i].buffer], all[i].first, all[i].count); });
+template <class T>
+T* at(void* buffer, size_t first) {
+  return buffer ? static_cast<T*>(buffer) + first : nullptr;
+}
+
+template <class T>
+const T* at(const void* buffer, size_t first) {
+  return static_cast<const T*>(buffer) + first;
+}
+
+template <class T>
+void adamw(const Trained& p, Range r, const kernels::AdamWCoefficients& k) {
+  kernels::table().products<T>().adamw(r.count, at<T>(p.value, r.first), at<T>(p.grad, r.first),
+                                       at<T>(p.first, r.first), at<T>(p.second, r.first), k);
+}
+
+template <class T>
+void sgd(const Trained& p, Range r, const kernels::SgdCoefficients& k) {
+  kernels::table().products<T>().sgd(r.count, at<T>(p.value, r.first), at<T>(p.grad, r.first),
+                                     at<T>(p.first, r.first), k);
+}
+
+template <class T>
+double squares(const Trained& p, Range r) {
+  return kernels::table().products<T>().sum_of_squares(r.count, at<T>(p.grad, r.first));
 }
 
 }  // namespace
 
-template <class T>
-void adamw_step(const std::vector<Trained<T>>& parameters, kernels::AdamWCoefficients shared) {
-  for_pieces(parameters, [&](const Trained<T>& p, size_t at, size_t count) {
+void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared) {
+  for_pieces(parameters, [&](const Trained& p, const Piece& piece) {
     kernels::AdamWCoefficients k = shared;
     k.lr = p.lr;
-    k.weight_decay = p.weight_decay;
-    kernels::table().products<T>().adamw(count, p.value + at, p.grad + at, p.first + at, p.second + at, k);
+    p.is_double ? adamw<double>(p, piece.range, k) : adamw<float>(p, piece.range, k);
   });
 }
 
-template <class T>
-void sgd_step(const std::vector<Trained<T>>& parameters, kernels::SgdCoefficients shared) {
-  for_pieces(parameters, [&](const Trained<T>& p, size_t at, size_t count) {
+void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared) {
+  for_pieces(parameters, [&](const Trained& p, const Piece& piece) {
     kernels::SgdCoefficients k = shared;
     k.lr = p.lr;
-    k.weight_decay = p.weight_decay;
-    kernels::table().products<T>().sgd(count, p.value + at, p.grad + at, p.first ? p.first + at : nullptr, k);
+    p.is_double ? sgd<double>(p, piece.range, k) : sgd<float>(p, piece.range, k);
   });
 }
 
 // One sum per piece, added in the order of the pieces.
-template <class T>
-double sum_of_squares(const std::vector<Span<T>>& arrays) {
-  double operations;
-  const std::vector<Piece> all = pieces(arrays, &operations);
-  std::vector<double> sums(all.size());
-  parallel_for(all.size(), useful_threads(operations), Interruptible::kNo, [&](size_t i) {
-    sums[i] = kernels::table().products<T>().sum_of_squares(all[i].count,
-                                                            arrays[all[i].buffer].data + all[i].first);
+double sum_of_squares(const std::vector<Trained>& parameters) {
+  const std::vector<Piece>& pieces = for_pieces(parameters, [](const Trained& p, Piece& piece) {
+    piece.sum = p.is_double ? squares<double>(p, piece.range) : squares<float>(p, piece.range);
   });
-  double total = 0;
-  for (double sum : sums) total += sum;
-  return total;
+  double floats = 0, doubles = 0;
+  for (const Piece& piece : pieces) (parameters[piece.parameter].is_double ? doubles : floats) += piece.sum;
+  return floats + doubles;
 }
 
-template void adamw_step(const std::vector<Trained<float>>&, kernels::AdamWCoefficients);
-template void adamw_step(const std::vector<Trained<double>>&, kernels::AdamWCoefficients);
-template void sgd_step(const std::vector<Trained<float>>&, kernels::SgdCoefficients);
-template void sgd_step(const std::vector<Trained<double>>&, kernels::SgdCoefficients);
-template double sum_of_squares(const std::vector<Span<float>>&);
-template double sum_of_squares(const std::vector<Span<double>>&);
+double clip(const std::vector<Trained>& parameters, double max_norm, double* scale) {
+  const double norm = std::sqrt(sum_of_squares(parameters)) * std::abs(*scale);
+  if (norm > max_norm) *scale *= max_norm / norm;
+  return norm;
+}
 
 }  // namespace nplora

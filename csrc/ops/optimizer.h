@@ -1,4 +1,4 @@
-// Optimiser steps over a list of live buffers, in place.
+// Optimiser steps over a list of live buffers, in place. Nothing is allocated after the first step of a thread.
 #pragma once
 
 #include <cstddef>
@@ -8,27 +8,24 @@
 
 namespace nplora {
 
-template <class T>
+// The buffers of one parameter: n elements each, of float or of double.
 struct Trained {
+  bool is_double;
   size_t n;
-  T* value;
-  const T* grad;
-  T* first;   // AdamW: first moment; SGD: momentum, or null
-  T* second;  // AdamW: second moment
-  double lr, weight_decay;
+  void* value;
+  const void* grad;
+  void* first;   // AdamW: first moment; SGD: momentum, or null
+  void* second;  // AdamW: second moment
+  double lr;
 };
 
-template <class T>
-void adamw_step(const std::vector<Trained<T>>& parameters, kernels::AdamWCoefficients shared);
-template <class T>
-void sgd_step(const std::vector<Trained<T>>& parameters, kernels::SgdCoefficients shared);
+void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared);
+void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared);
 
-template <class T>
-struct Span {
-  size_t n;
-  const T* data;
-};
-template <class T>
-double sum_of_squares(const std::vector<Span<T>>& arrays);
+// Over all gradients, in double.
+double sum_of_squares(const std::vector<Trained>& parameters);
+
+// The Euclidean norm of all gradients times *scale, which is lowered where the norm would be above max_norm.
+double clip(const std::vector<Trained>& parameters, double max_norm, double* scale);
 
 }  // namespace nplora

@@ -6,7 +6,6 @@ a (d_out, r), b (r, d_in), z (n, r). Outputs are given by the caller and written
 the GIL.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from numpy import ndarray
@@ -93,29 +92,42 @@ def dropout(x: Array, probability: float, key: int, out: Array) -> None:
 def gelu(x: Array, tanh: bool, out: Array) -> None: ...
 def gelu_backward(x: Array, dy: Array, tanh: bool, out: Array) -> None: ...
 def adamw_step(
-    parameters: Sequence[Array],
-    grads: Sequence[Array],
-    exp_avgs: Sequence[Array],
-    exp_avg_sqs: Sequence[Array],
-    lrs: Sequence[float],
-    weight_decays: Sequence[float],
+    parameters: tuple[tuple[str, Array, Array], ...],
+    exp_avgs: tuple[Array, ...],
+    exp_avg_sqs: tuple[Array, ...],
+    lr: float,
+    lr_of_a: float,
+    is_a: Array,
+    weight_decay: float,
     beta1: float,
     beta2: float,
     eps: float,
     step: int,
     grad_scale: float,
-) -> None: ...
+    max_norm: float | None,
+) -> float | None:
+    """One AdamW step in place (Loshchilov & Hutter 2019).
+
+    A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool) marks those of rate
+    lr_of_a. With a max_norm, grad_scale is lowered to keep the norm of all gradients together at most that;
+    the norm before is returned, and where it is not finite nothing is written.
+    """
+
 def sgd_step(
-    parameters: Sequence[Array],
-    grads: Sequence[Array],
-    momentum_buffers: Sequence[Array] | None,
-    lrs: Sequence[float],
-    weight_decays: Sequence[float],
+    parameters: tuple[tuple[str, Array, Array], ...],
+    momentum_buffers: tuple[Array, ...] | None,
+    lr: float,
+    lr_of_a: float,
+    is_a: Array,
+    weight_decay: float,
     momentum: float,
     nesterov: bool,
     grad_scale: float,
-) -> None: ...
-def sum_of_squares(arrays: Sequence[Array]) -> float: ...
+    max_norm: float | None,
+) -> float | None:
+    """One SGD step in place; the rest as in adamw_step."""
+
+def sum_of_squares(arrays: tuple[Array, ...]) -> float: ...
 def widen(bits: Array, storage: str, out: Array) -> None:
     """uint16 bit patterns to float32, any shape."""
 

@@ -1,6 +1,8 @@
 """Optimisers that write the live parameters in place, the norm of a gradient, and learning-rate schedules."""
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -13,6 +15,10 @@ from nplora.module import Parameter
 Array = npt.NDArray[Any]
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+_LINE = 64  # bytes of a cache line
+
+_name_of = operator.itemgetter(0)  # of a Parameter
 
 
 class Optimizer:
@@ -38,53 +44,82 @@ class Optimizer:
         self.weight_decay = _check.at_least(op, "weight_decay", weight_decay, 0)
         self.lr_ratio = _check.at_least(op, "lr_ratio", lr_ratio, 0)
         self.steps = 0
-        self._state: dict[str, dict[str, Array]] | None = None  # {moment: {parameter: array}}
+        self._state: dict[str, tuple[Array, ...]] | None = None  # {moment: an array for each parameter}
+        self._names: tuple[str, ...] = ()  # of those parameters
+        self._is_a = np.zeros(0, bool)  # which of them are named "A"
 
     def init(self, parameters: Sequence[Parameter]) -> None:
         """Start afresh for these parameters: state of zeros, no steps made."""
         for parameter in parameters:
             self._check_parameter(parameter)
-        self._state = {
-            moment: {p.name: np.zeros_like(p.value) for p in parameters} for moment in self._moments
-        }
+        values = {p.name: p.value for p in parameters}
+        self._keep(_zeros(dict.fromkeys(self._moments, values)), tuple(values))
         self.steps = 0
 
-    def step(self, parameters: Sequence[Parameter], lr: float | None = None, grad_scale: float = 1.0) -> None:
+    def step(
+        self,
+        parameters: Sequence[Parameter],
+        lr: float | None = None,
+        grad_scale: float = 1.0,
+        max_norm: float | None = None,
+    ) -> float | None:
         """Write every parameter in place, from its gradient times `grad_scale`.
 
         Args:
             parameters: as `model.parameters()` gives them; the same ones at every step.
             lr: the rate of this step; None: `self.lr`.
-            grad_scale: multiplies the gradients (clipping, averaging over accumulated batches).
+            grad_scale: multiplies the gradients (averaging over accumulated batches).
+            max_norm: the gradients are scaled down to this Euclidean norm of all of them together, where
+                theirs, times `grad_scale`, is above it; None: the norm is not looked at.
+        Returns:
+            None without a max_norm. With one, the norm before it was clipped; if it is not finite, there was
+            no step and nothing is changed.
         Raises:
-            ValueError: a parameter is read-only, or they are not those of the first step.
-            RuntimeError: a parameter's layer is merged.
+            ValueError: the parameters are not those of the first step.
+            RuntimeError: a parameter is read-only, as those of a merged layer are.
         """
-        op = type(self).__name__
-        rate = self.lr if lr is None else _check.at_least(f"{op}.step", "lr", lr, 0)
-        grad_scale = _check.number(f"{op}.step", "grad_scale", grad_scale)
+        op = f"{type(self).__name__}.step"
+        rate = self.lr if lr is None else _check.at_least(op, "lr", lr, 0)
+        grad_scale = _check.number(op, "grad_scale", grad_scale)
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"{op}: max_norm is {max_norm}, expected above 0 or None")
         if self._state is None:
             self.init(parameters)
-        self._check_state(parameters)
-        self.steps += 1
-        for group in _by_dtype(parameters):
-            rates = [rate * self.lr_ratio if _is_a(p.name) else rate for p in group]
-            self._update(group, rates, grad_scale)
+        names = tuple(map(_name_of, parameters))
+        if names != self._names:
+            self._check_state(parameters)
+            self._keep(self._by_name(), names)
+        try:
+            norm = self._update(tuple(parameters), rate, grad_scale, max_norm)
+        except (TypeError, ValueError):
+            self._check_state(parameters)  # says what is wrong in the user's words
+            raise
+        if norm is None or math.isfinite(norm):
+            self.steps += 1
+        return norm
 
-    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
-        """One call of the core for parameters of one dtype."""
+    def _update(
+        self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
+    ) -> float | None:
+        """One call of the core, which checks all of the arrays before it writes to the first."""
         raise NotImplementedError
 
-    def _arrays(self, moment: str, group: Sequence[Parameter]) -> list[Array]:
-        assert self._state is not None
-        return [self._state[moment][p.name] for p in group]
+    def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
+        """Hold this state, in the order of these parameters."""
+        self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
+        self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
+
+    def _by_name(self) -> dict[str, dict[str, Array]]:
+        """The state as {moment: {parameter: array}}."""
+        state = self._state or {}
+        return {moment: dict(zip(self._names, arrays, strict=True)) for moment, arrays in state.items()}
 
     # ---- state ----
 
     def state_dict(self) -> dict[str, Array]:
         """A copy of the state: "steps", and "<moment>.<parameter name>" for every array."""
         arrays = {"steps": np.array(self.steps, np.int64)}
-        for moment, by_name in (self._state or {}).items():
+        for moment, by_name in self._by_name().items():
             arrays |= {f"{moment}.{name}": array.copy() for name, array in by_name.items()}
         return arrays
 
@@ -104,9 +139,13 @@ class Optimizer:
         if problems:
             raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
         loaded, _ = self._by_moment(state)
-        copied = {moment: {name: a.copy() for name, a in held.items()} for moment, held in loaded.items()}
-        started = self._state is not None or steps > 0 or any(loaded.values())
-        self._state, self.steps = (copied if started else None), steps
+        if self._state is not None or steps > 0 or any(loaded.values()):
+            copied = _zeros(loaded)
+            for moment, held in loaded.items():
+                for name, array in held.items():
+                    np.copyto(copied[moment][name], array)
+            self._keep(copied, tuple(next(iter(copied.values()), ())))
+        self.steps = steps
 
     def differences(self, state: Mapping[str, Array]) -> list[str]:
         """One sentence for all that keeps `load_state_dict` from taking the arrays of a state."""
@@ -115,7 +154,7 @@ class Optimizer:
         if "steps" not in state:
             problems.append("the state has no 'steps'")
         for moment in self._moments:
-            wanted = loaded[self._moments[0]] if self._state is None else self._state[moment]
+            wanted = loaded[self._moments[0]] if self._state is None else self._by_name()[moment]
             problems += _differences(moment, loaded[moment], wanted)
         return problems
 
@@ -140,9 +179,7 @@ class Optimizer:
         values = {p.name: p.value for p in parameters}
         if len(values) != len(parameters):
             raise ValueError(f"{op}: two parameters have the same name")
-        problems = [
-            p for moment, held in (self._state or {}).items() for p in _differences(moment, held, values)
-        ]
+        problems = [p for moment, held in self._by_name().items() for p in _differences(moment, held, values)]
         if problems:
             raise ValueError(
                 f"{op}: these are not the parameters of the state ({'; '.join(problems)}); init() starts anew"
@@ -198,18 +235,23 @@ class AdamW(Optimizer):
         )
         self.eps = _check.at_least("AdamW", "eps", eps, 0)
 
-    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
-        _core.adamw_step(
-            [p.value for p in group],
-            [p.grad for p in group],
-            self._arrays("exp_avg", group),
-            self._arrays("exp_avg_sq", group),
-            rates,
-            [self.weight_decay] * len(group),
+    def _update(
+        self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
+    ) -> float | None:
+        assert self._state is not None
+        return _core.adamw_step(
+            parameters,
+            self._state["exp_avg"],
+            self._state["exp_avg_sq"],
+            lr,
+            lr * self.lr_ratio,
+            self._is_a,
+            self.weight_decay,
             *self.betas,
             self.eps,
-            self.steps,
+            self.steps + 1,
             grad_scale,
+            max_norm,
         )
 
 
@@ -242,22 +284,27 @@ class SGD(Optimizer):
             raise ValueError("SGD: nesterov=True needs momentum above 0")
         self._moments = ("momentum",) if momentum else ()
 
-    def _update(self, group: Sequence[Parameter], rates: list[float], grad_scale: float) -> None:
-        _core.sgd_step(
-            [p.value for p in group],
-            [p.grad for p in group],
-            self._arrays("momentum", group) if self.momentum else None,
-            rates,
-            [self.weight_decay] * len(group),
+    def _update(
+        self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
+    ) -> float | None:
+        assert self._state is not None
+        return _core.sgd_step(
+            parameters,
+            self._state["momentum"] if self.momentum else None,
+            lr,
+            lr * self.lr_ratio,
+            self._is_a,
+            self.weight_decay,
             self.momentum,
             self.nesterov,
             grad_scale,
+            max_norm,
         )
 
 
 def global_norm(parameters: Sequence[Parameter]) -> float:
     """The Euclidean norm of all gradients together, summed in float64."""
-    return math.sqrt(sum(_core.sum_of_squares([p.grad for p in group]) for group in _by_dtype(parameters)))
+    return math.sqrt(_core.sum_of_squares(tuple(p.grad for p in parameters)))
 
 
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
@@ -282,12 +329,19 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
     return 1 - done if name == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-def _by_dtype(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    """The parameters in groups of one dtype: one group, unless float32 and float64 layers are mixed."""
-    for dtype in (np.float32, np.float64):
-        group = [p for p in parameters if p.value.dtype == dtype]
-        if group:
-            yield group
+def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+    """Zeros for each of these arrays, in one block: NumPy asks for large pages where it is large."""
+    sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
+    block = np.empty(sum(sizes), np.uint8)
+    block.fill(0)
+    offsets = itertools.accumulate(sizes, initial=0)
+    return {
+        moment: {
+            name: np.ndarray(array.shape, array.dtype, block, offset)
+            for (name, array), offset in zip(held.items(), offsets, strict=False)
+        }
+        for moment, held in like.items()
+    }
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:

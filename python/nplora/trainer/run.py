@@ -11,7 +11,7 @@ from nplora import losses
 from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
 from nplora.losses import NonFiniteLossError
 from nplora.module import quiet
-from nplora.optim import global_norm, schedule
+from nplora.optim import schedule
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
@@ -218,18 +218,10 @@ class Run:
     def _update(self, gathered: _Gathered) -> None:
         """Clip, step, and move the position on."""
         trainer = self._trainer
-        scale = gathered.first_count / max(1, gathered.count)
-        norm = global_norm(self._parameters) * scale
-        if not math.isfinite(norm):
-            names = ", ".join(nonfinite_parameters(self._parameters, gradients=True))
-            raise NonFiniteLossError(f"{self._where()}: the loss is finite, the gradient of {names} is not")
-        if trainer.clip_norm is not None and norm > trainer.clip_norm:
-            scale *= trainer.clip_norm / norm
         factor = schedule(trainer.schedule, self.step, self.total_steps or 0, trainer.warmup_steps)
         lr = trainer.optimizer.lr * factor
         with self._interrupts.hold():
-            if gathered.count:
-                trainer.optimizer.step(self._parameters, lr=lr, grad_scale=scale)
+            norm = self._clip_and_step(gathered, lr)
             self._clear_gradients()
             self.step += 1
             self.batch += gathered.batches
@@ -249,6 +241,19 @@ class Run:
         every = self._plan.checkpoint_every
         if every is not None and self.step % every == 0:
             self._save()
+
+    def _clip_and_step(self, gathered: _Gathered, lr: float) -> float:
+        """Returns the norm of the gradient before it was clipped; one that is not finite changes nothing."""
+        if not gathered.count:
+            return 0.0
+        clip_norm, scale = self._trainer.clip_norm, gathered.first_count / gathered.count
+        max_norm = math.inf if clip_norm is None else clip_norm
+        norm = self._trainer.optimizer.step(self._parameters, lr=lr, grad_scale=scale, max_norm=max_norm)
+        assert norm is not None, "an optimizer's step returns the norm where it is given a max_norm"
+        if not math.isfinite(norm):
+            names = ", ".join(nonfinite_parameters(self._parameters, gradients=True))
+            raise NonFiniteLossError(f"{self._where()}: the loss is finite, the gradient of {names} is not")
+        return norm
 
     def _close_epoch(self, complete: bool) -> None:
         """Validate, keep the best factors, and go to the next epoch."""

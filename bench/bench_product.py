@@ -1,6 +1,7 @@
 """The frozen product, forward x Wᵀ and backward dy W, against NumPy and torch."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,18 +59,20 @@ class Case(NamedTuple):
                 if fits:
                     yield Cell(direction, batch, cold=False)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """W (d_out, d_in), x (n, d_in) and dy (n, d_out) for the largest batch."""
-        rng = np.random.default_rng(0)
-        n = max(self.batches)
-        shapes = (self.d_out, self.d_in), (n, self.d_in), (n, self.d_out)
-        W, x, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
-        return W, x, dy
+
+@lru_cache(maxsize=1)
+def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """W (d_out, d_in), x (n, d_in) and dy (n, d_out) for the largest batch."""
+    rng = np.random.default_rng(0)
+    n = max(case.batches)
+    shapes = (case.d_out, case.d_in), (n, case.d_in), (n, case.d_out)
+    W, x, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return W, x, dy
 
 
 def check(case: Case, cell: Cell, got: np.ndarray) -> None:
     """Some rows of a result against float64; bfloat16 rounds W and x (and a bfloat16 result itself)."""
-    W, x, dy = case.arrays()
+    W, x, dy = arrays(case)
     rows = np.linspace(0, cell.batch - 1, min(CHECKED, cell.batch)).astype(int)
     left, right = (x[rows], W.T) if cell.direction == "forward" else (dy[rows], W)
     left, right = left.astype(np.float64), right.astype(np.float64)
@@ -101,7 +104,7 @@ def nplora_products(case: Case, threads: int, path: str | None, bound: str) -> C
     import nplora
 
     nplora.set_num_threads(threads)
-    W, x, dy = case.arrays()
+    W, x, dy = arrays(case)
     weights = [nplora.FrozenWeight(W, case.dtype, case.dtype) for _ in range(case.copies)]
     y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
 
@@ -124,7 +127,7 @@ def nplora_products(case: Case, threads: int, path: str | None, bound: str) -> C
 
 
 def numpy_products(case: Case) -> Calls:
-    W, x, dy = case.arrays()
+    W, x, dy = arrays(case)
     weights = [W.copy() for _ in range(case.copies)]
     y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
 
@@ -142,7 +145,7 @@ def torch_products(case: Case, threads: int) -> Calls:
 
     torch.set_num_threads(threads)
     dtype = getattr(torch, case.dtype)
-    W, x, dy = (torch.from_numpy(array).to(dtype) for array in case.arrays())
+    W, x, dy = (torch.from_numpy(array).to(dtype) for array in arrays(case))
     weights = [W.clone() for _ in range(case.copies)]
     y, dx = torch.empty(len(x), case.d_out, dtype=dtype), torch.empty(len(x), case.d_in, dtype=dtype)
 

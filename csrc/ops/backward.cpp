@@ -239,6 +239,7 @@ class Backward {
   // tiles; a single tile streams through its own block.
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
     const size_t tiles = ceil_div(tokens, kernels::table().tiles<E>().tile_tokens);
+    if (rows.count == 0) return {};
     if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
     return {stored_at(w, rows.first + rows.count, panel.first), lines,

@@ -185,18 +185,14 @@ class RowsForward {
 
   // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
   void transpose(const PartUpdate& u, Range rows, Range cols, E* block) const {
-    const auto& k = kernels::table().products<float>();
+    const auto& k = kernels::table().products<T>();
     E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * kPanelColumns);
     for (size_t c = 0; c < cols.count; c += kPanelColumns) {
       const size_t width = std::min(kPanelColumns, cols.count - c);
       const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);
       E* out = block + c / kSteps<E> * kPanelColumns;
-      if constexpr (sizeof(E) == sizeof(float))  // pairs are moved as floats are
-        k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const float*>(panel.data),
-                   panel.row_stride, reinterpret_cast<float*>(out));
-      else
-        kernels::table().products<T>().to_lanes(kPanelColumns, rows.count, width, panel.data,
-                                                panel.row_stride, out);
+      k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
+                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats are
     }
     if constexpr (kSteps<E> == 1)
       if (u.update == Update::kFolded) {

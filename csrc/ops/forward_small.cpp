@@ -35,7 +35,7 @@ class SmallForward {
   void run(size_t threads) {
     xs_ = interleaved<X>(x_, Scratch::kLanes);
     if (rank_) project();
-    const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, kDotRows},
+    const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, kStreamedRows},
                     flops(x_.rows, part_.w.d_out, part_.w.d_in), threads);
     parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) { multiply(grid.side(i)); });
   }

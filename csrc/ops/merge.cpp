@@ -4,6 +4,7 @@
 
 #include "base/parallel.h"
 #include "base/range.h"
+#include "ops/fold.h"
 #include "ops/scratch.h"
 
 namespace nplora {
@@ -39,10 +40,7 @@ void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& bo
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);
   parallel_for(ceil_div(a.rows, kRowsPerTask), useful_threads(work), Interruptible::kNo, [&](size_t task) {
     const size_t first = task * kRowsPerTask, rows = std::min(kRowsPerTask, a.rows - first);
-    T* scaled = scratch<T>(Scratch::kFactor, rows * a.cols);
-    for (size_t i = 0; i < rows; ++i)
-      for (size_t j = 0; j < a.cols; ++j) scaled[i * a.cols + j] = T(scale) * a.row(first + i)[j];
-    body(first, rows, scaled);
+    body(first, rows, scaled_rows(a, {first, rows}, scale, scratch<T>(Scratch::kFactor, rows * a.cols)));
   });
 }
 

@@ -9,10 +9,10 @@ namespace nplora {
 // takes, in elements, with L lanes (at most 32), 256 tokens and a rank r:
 enum class Scratch {
   kLanes,         // x of a pass, transposed, or dy in pairs: kLanesBytes, or 2 L d_in where that is more
-  kLowLanes,      // z of a pass, transposed: r for each token
+  kLowLanes,      // z of a pass, transposed: r for each token; or a factor in pairs or panels: r d_in
   kLowGradients,  // dz: r for each token of the batch
   kSums,          // outputs before they are written: a few 100 KB
-  kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kDotRows
+  kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a panel of W before it is transposed: 48 x 48
   kDotInputs,     // a small batch of x by token and phase: 8 d_in
   kDotSums,       // and its partial sums: r L

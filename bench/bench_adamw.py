@@ -1,11 +1,11 @@
 """An AdamW step over the factors of a language model, against torch's fused one and an expert's NumPy."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from bench.peft_layer import has_torch
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
 # SmolLM2-135M: seven linear layers (d_out, d_in) in each of 30 blocks.
@@ -107,7 +107,7 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
         Contestant("nplora.AdamW", nplora_adamw, (threads,)),
         Contestant("NumPy, out=", numpy_adamw, (), "numpy"),
     ]
-    if find_spec("torch"):
+    if has_torch():
         contestants.append(Contestant("torch, fused", torch_fused, (threads,), "torch"))
     with Runtimes(threads) as runtimes:
         result = runtimes.race(contestants, rounds=3 if quick else 15)

@@ -1,16 +1,15 @@
 """A step of LoRALinear, forward and backward, against its two bare products, an expert's NumPy and PEFT."""
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.timing import Calls, Contestant, Runtimes, assert_within_rounding, on_threads
+from bench.peft_layer import has_peft, peft_linear
+from bench.timing import BF16_UNIT, Calls, Contestant, Runtimes, assert_within_rounding, on_threads
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 BATCHES, RANKS, SCALE = (512, 2048), (8, 16, 64), 2.0
 NUMPY_RANK = 8  # NumPy takes part at this rank
-BF16_UNIT = 2.0**-8
 
 Results = tuple[Any, ...]  # y, dx, dA, dB
 
@@ -140,19 +139,12 @@ def numpy_stacked(case: Case) -> Calls:
 def peft_step(case: Case, threads: int) -> Calls:
     """PEFT's own Linear, base and factors in the case's dtype, gradients kept between the steps."""
     import torch
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear as LoraLinear
 
     torch.set_num_threads(threads)
     dtype = getattr(torch, case.dtype)
     x, dy, W, A, B = (torch.from_numpy(array).to(dtype) for array in case.arrays())
-    base = torch.nn.Linear(case.d_in, case.d_out, bias=False, dtype=dtype)
-    base.weight.data.copy_(W)
-    base.weight.requires_grad_(False)
-    config = LoraConfig(r=case.rank, lora_alpha=int(SCALE * case.rank))
-    layer = LoraLinear(base, "default", config=config, r=case.rank, lora_alpha=int(SCALE * case.rank))
+    layer = peft_linear(W, A, B, int(SCALE * case.rank))
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    down.data, up.data = B.clone(), A.clone()
     x.requires_grad_(True)
 
     def step() -> Results:
@@ -173,7 +165,7 @@ def race(runtimes: Runtimes, case: Case, rounds: int) -> dict[str, Any]:
     if case.dtype == "float32" and case.rank == NUMPY_RANK:
         contestants.append(Contestant("NumPy, term by term", numpy_terms, (case,), "numpy"))
         contestants.append(Contestant("NumPy, stacked", numpy_stacked, (case,), "numpy"))
-    if find_spec("torch") and find_spec("peft"):
+    if has_peft():
         contestants.append(Contestant("PEFT", peft_step, (case, threads), "torch"))
     result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
     mine = "nplora", "step"

@@ -1,7 +1,6 @@
 """merge_lora against `W += s * (A @ B)`, torch and PEFT: time, and the growth of the peak memory."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench import ceilings
+from bench.peft_layer import has_peft, has_torch, peft_linear
 from bench.timing import Calls, Contestant, Runtimes, assert_within_rounding, on_threads
 
 D, RANKS, SCALE = 4096, (8, 16, 64), 2.0**-10  # a Python float leaves float32 arrays float32
@@ -89,18 +89,11 @@ def torch_addmm(rank: int, threads: int) -> Calls:
 
 def peft_merge(rank: int, threads: int) -> Calls:
     import torch
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear as LoraLinear
 
     torch.set_num_threads(threads)
     W, A, B = case(rank)
-    base = torch.nn.Linear(D, D, bias=False)
-    base.weight.data = torch.from_numpy(W)
-    base.weight.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank)
-    layer = LoraLinear(base, "default", config=config, r=rank, lora_alpha=rank)
-    layer.lora_A["default"].weight.data = torch.from_numpy(B)
-    layer.lora_B["default"].weight.data = torch.from_numpy(SCALE * A)  # alpha / r cannot be 2⁻¹⁰ for an int
+    w, a, b = (torch.from_numpy(array) for array in (W, SCALE * A, B))  # alpha / r cannot be 2⁻¹⁰ for an int
+    layer = peft_linear(w, a, b, rank)
 
     def merge() -> None:
         layer.merge()
@@ -156,9 +149,9 @@ def race(runtimes: Runtimes, rank: int, rounds: int) -> dict[str, Any]:
         Contestant(NAIVE, numpy_idiom, (rank,), "numpy"),
         Contestant("NumPy, kept temporary", numpy_small_side, (rank,), "numpy"),
     ]
-    if find_spec("torch"):
+    if has_torch():
         contestants.append(Contestant("torch addmm_", torch_addmm, (rank, threads), "torch"))
-    if find_spec("torch") and find_spec("peft"):
+    if has_peft():
         contestants.append(Contestant("PEFT", peft_merge, (rank, threads), "torch"))
     result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
 

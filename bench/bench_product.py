@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import ceilings
-from bench.timing import Calls, Contestant, Result, Runtimes, assert_within_rounding, on_threads
+from bench.peft_layer import has_torch
+from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_within_rounding, on_threads
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
@@ -15,7 +16,6 @@ ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W that take turns, so that none is in a cache when its turn comes
 COLD_BATCHES = 32  # batches up to this size are timed cold too
 CHECKED = 4  # rows of each result that are held against float64
-BF16_UNIT = 2.0**-8
 
 Product = Callable[[], np.ndarray]
 
@@ -134,8 +134,10 @@ def numpy_products(case: Case) -> Calls:
     def product(cell: Cell, copy: int) -> Product:
         weight, n = weights[copy], cell.batch
         if cell.direction == "forward":
-            return lambda: np.matmul(x[:n], weight.T, out=y[:n])
-        return lambda: np.matmul(dy[:n], weight, out=dx[:n])
+            transposed, x_rows, y_rows = weight.T, x[:n], y[:n]
+            return lambda: np.matmul(x_rows, transposed, out=y_rows)
+        dy_rows, dx_rows = dy[:n], dx[:n]
+        return lambda: np.matmul(dy_rows, weight, out=dx_rows)
 
     return calls_of(case, product)
 
@@ -176,12 +178,6 @@ class _Float32Once:
             return result
         self._checked = True
         return result.float()
-
-
-def has_torch() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("torch") is not None
 
 
 def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:

@@ -22,6 +22,7 @@ import numpy as np
 
 PAUSE = 0.2  # seconds before each turn on several threads: longer than OpenBLAS's workers spin
 BUSY = 0.05  # share of the CPUs taken by other programs above which the figures are not to be quoted
+BF16_UNIT = 2.0**-8  # the unit roundoff of bfloat16
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold the peer below what it can do
 
 Call = Callable[[], object]

@@ -1,0 +1,27 @@
+"""Packed sequences: where each begins, and what each token is to predict."""
+
+import numpy as np
+import pytest
+
+from nplora.packing import IGNORED, pack
+
+
+def test_targets_are_the_labels_of_the_next_token_within_each_sequence():
+    batch = pack([([5, 6, 7], [IGNORED, 6, 7]), ([], []), ([8], [8]), ([9, 4], [9, 4])])
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 4]
+    assert batch.starts.tolist() == [0, 3, 3, 4, 6]
+    assert batch.targets.tolist() == [6, 7, IGNORED, IGNORED, 4, IGNORED]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert batch.num_targets == 3
+
+
+def test_nothing_packs_to_nothing():
+    batch = pack([])
+    assert batch.ids.shape == batch.targets.shape == batch.positions.shape == (0,)
+    assert batch.starts.tolist() == [0]
+    assert {a.dtype for a in (batch.ids, batch.starts, batch.targets)} == {np.dtype(np.int64)}
+
+
+def test_labels_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"sequence 1 has ids of shape \(2,\) and labels of shape \(1,\)"):
+        pack([([1], [1]), ([1, 2], [1])])

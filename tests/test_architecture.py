@@ -15,6 +15,7 @@ PACKAGE = ROOT / "python" / "nplora"
 # A room imports only what stands before it here. A new module takes its place here too.
 PYTHON_ROOMS = [
     "_core",
+    "buffers",
     "_check",
     "runtime",
     "formats",

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -11,6 +12,11 @@ namespace nplora {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
+std::atomic<size_t> allocated{0};
+}  // namespace
+
+size_t AlignedBuffer::allocations() {
+  return allocated;
 }
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_(bytes) {
@@ -19,6 +25,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes > SIZE_MAX - alignment) throw std::bad_alloc();
   data_ = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (data_ == nullptr) throw std::bad_alloc();
+  ++allocated;
 #ifdef MADV_HUGEPAGE
   if (alignment == kHugePage)
     madvise(data_, bytes, MADV_HUGEPAGE);  // advice: a refusal costs speed, nothing else

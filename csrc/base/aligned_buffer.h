@@ -18,6 +18,9 @@ class AlignedBuffer {
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
+  // How many have been allocated in this process.
+  static size_t allocations();
+
   size_t size() const { return bytes_; }
   template <class T>
   T* as() const {

@@ -38,15 +38,18 @@ void without_gil(const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
-inline void require(bool condition, const std::string& message) {
+inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
+}
+inline void require(bool condition, const std::string& message) {
+  require(condition, message.c_str());
 }
 
 template <class T>
 void require_shape(const char* name, const Array<T>& array, size_t rows, size_t cols) {
-  require(
-      array.ndim() == 2 && size_t(array.shape(0)) == rows && size_t(array.shape(1)) == cols,
-      std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
+  if (array.ndim() == 2 && size_t(array.shape(0)) == rows && size_t(array.shape(1)) == cols) return;
+  throw std::invalid_argument(std::string(name) + " must have shape (" + std::to_string(rows) + ", " +
+                              std::to_string(cols) + ")");
 }
 
 inline void require_aligned(const py::array& array) {
@@ -55,7 +58,8 @@ inline void require_aligned(const py::array& array) {
 
 template <class T>
 void require_size(const char* name, const Array<T>& array, size_t n) {
-  require(size_t(array.size()) == n, std::string(name) + " must have " + std::to_string(n) + " elements");
+  if (size_t(array.size()) == n) return;
+  throw std::invalid_argument(std::string(name) + " must have " + std::to_string(n) + " elements");
 }
 
 template <class T>
@@ -91,14 +95,15 @@ template <class T>
 WeightView view(const WeightArgument<T>& w) {
   if (const auto* packed = std::get_if<const PackedWeight*>(&w)) {
     require(*packed != nullptr, "expected a weight");
-    require(((*packed)->storage() == Storage::kFloat64) == (sizeof(T) == 8),
-            std::string("a weight stored as ") + name_of((*packed)->storage()) +
-                " does not fit these arrays' dtype");
+    if (((*packed)->storage() == Storage::kFloat64) != (sizeof(T) == 8))
+      throw std::invalid_argument(std::string("a weight stored as ") + name_of((*packed)->storage()) +
+                                  " does not fit these arrays' dtype");
     return (*packed)->view();
   }
   return view_of(read(std::get<Array<T>>(w)));
 }
 
+void register_buffers(py::module_& m);
 void register_weight(py::module_& m);
 void register_lora(py::module_& m);
 void register_optimizer(py::module_& m);

@@ -26,7 +26,7 @@ from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
 from nplora.losses import NonFiniteLossError
 from nplora.module import Module, Parameter, saved_nbytes
 from nplora.optim import SGD, AdamW
-from nplora.runtime import get_num_threads, set_num_threads, show_config
+from nplora.runtime import get_num_threads, release_memory, set_num_threads, show_config
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ __all__ = [
     "losses",
     "merge_lora",
     "optim",
+    "release_memory",
     "save_adapter",
     "saved_nbytes",
     "set_num_threads",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora import buffers
+
 Array = npt.NDArray[Any]
 
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arrays count as overlapping
@@ -216,7 +218,7 @@ def output(
 ) -> Array:
     """`out` for a result of this shape and dtype, or a fresh array where it is None."""
     if out is None:
-        return np.empty(shape, dtype)
+        return buffers.empty(shape, dtype)
     array = writable(op, name, out, *readers)
     if array.dtype != dtype:
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}")

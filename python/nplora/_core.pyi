@@ -8,6 +8,7 @@ the GIL.
 
 from typing import Any
 
+import numpy as np
 from numpy import ndarray
 
 Array = ndarray[Any, Any]
@@ -164,6 +165,9 @@ def dequantize_nested_nf4(
 ) -> None:
     """The same with a quantised absmax."""
 
+def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ...
+def release_buffers() -> None: ...
+def allocations() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:

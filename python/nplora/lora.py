@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -47,7 +47,7 @@ def lora_forward(
     added = None if bias is None else _check.shaped(op, "bias", bias, (d_out,), dtype)
     readers = [("x", rows), ("A", a), ("B", b), *_arrays(("bias", added), ("fw", w))]
     y = _check.output(op, "out", out, (*lead, d_out), dtype, *readers)
-    z = np.empty((*lead, a.shape[1]), dtype)
+    z = buffers.empty((*lead, a.shape[1]), dtype)
     scale = _check.scale(op, scale, dtype)
     n = len(rows)
     y_rows, z_rows = y.reshape(n, d_out), z.reshape(n, a.shape[1])
@@ -95,7 +95,7 @@ def lora_backward(
     n, rank = len(dy_rows), a.shape[1]
     scale = _check.scale(op, scale, dtype)
     if z is None:
-        z_rows = np.empty((n, rank), dtype)
+        z_rows = buffers.empty((n, rank), dtype)
         _core.matmul(b, x_rows, None, z_rows)
     else:
         z_rows = _check.shaped(op, "z", z, (*lead, rank), dtype).reshape(n, rank)

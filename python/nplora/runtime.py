@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 
 _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
@@ -24,6 +24,15 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """The number of threads that an operation may use."""
     return _core.get_num_threads()
+
+
+def release_memory() -> None:
+    """Return to the system the memory that earlier results have left for the next ones.
+
+    Large results reuse it: idle memory and memory in use together never take more than memory in use took at
+    most.
+    """
+    buffers.release()
 
 
 def show_config() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 
 Array = npt.NDArray[Any]
 
@@ -149,7 +149,7 @@ class FrozenWeight:
         """
         (d_out, d_in), op = self.shape, "FrozenWeight.take"
         rows = _check.in_range(op, "ids", _check.integers(op, "ids", ids), d_out)
-        out = np.empty((rows.size, d_in), self.compute_dtype)
+        out = buffers.empty((rows.size, d_in), self.compute_dtype)
         self._packed.gather_rows(rows.reshape(-1), out)
         return out.reshape(*rows.shape, d_in)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.module import Gradient, Module, Saved, inferring, quiet
 
 Array = npt.NDArray[Any]
@@ -66,10 +66,15 @@ class ReLU(Activation):
     _keeps_output = True
 
     def _apply(self, x: Array) -> Array:
-        return np.asarray(np.maximum(x, x.dtype.type(0)))
+        y = buffers.empty_like(x)
+        np.maximum(x, x.dtype.type(0), out=y)
+        return y
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        return np.where(kept <= 0, kept.dtype.type(0), dy)  # a NaN lets its gradient through, to be seen
+        dx = buffers.empty_like(dy)
+        np.copyto(dx, dy)
+        dx[kept <= 0] = 0  # a NaN lets its gradient through, to be seen
+        return dx
 
 
 class Tanh(Activation):
@@ -78,7 +83,9 @@ class Tanh(Activation):
     _keeps_output = True
 
     def _apply(self, x: Array) -> Array:
-        return np.asarray(np.tanh(x))
+        y = buffers.empty_like(x)
+        np.tanh(x, out=y)
+        return y
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
         with quiet():
@@ -110,12 +117,12 @@ class GELU(Activation):
         self.approximate = _check.choice("GELU", "approximate", approximate, ("none", "tanh"))
 
     def _apply(self, x: Array) -> Array:
-        out = np.empty_like(x)
+        out = buffers.empty_like(x)
         _core.gelu(x, self.approximate == "tanh", out)
         return out
 
     def _differentiate(self, kept: Array, dy: Array) -> Array:
-        out = np.empty_like(kept)
+        out = buffers.empty_like(kept)
         _core.gelu_backward(kept, dy, self.approximate == "tanh", out)
         return out
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.layers.linear import trainable_copy
 from nplora.layers.low_rank import LoRALayer
 from nplora.module import Module, Parameter, Saved, inferring, quiet
@@ -145,7 +145,7 @@ class LoRAEmbedding(LoRALayer):
         if lone is None:
             rows = self.A[flat]
             if self.scale != 0:
-                update = np.empty_like(y)
+                update = buffers.empty_like(y)
                 _core.matmul_t(self.B, rows, update)
                 with quiet():
                     update *= self.scale
@@ -171,7 +171,7 @@ class LoRAEmbedding(LoRALayer):
             return
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        d_rows = np.empty_like(saved.rows)
+        d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():
             d_rows *= self.scale

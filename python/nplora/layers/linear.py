@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.module import Gradient, Module, Parameter, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
@@ -79,7 +79,7 @@ class Linear(Module):
         """
         d_out, d_in = self.shape
         rows, lead = _check.rows("Linear.forward", "x", x, d_in, "d_in", self._dtype)
-        y = np.empty((len(rows), d_out), self._dtype)
+        y = buffers.empty((len(rows), d_out), self._dtype)
         _core.matmul(core_weight(self.weight), rows, self.bias, y)
         keep = self.trainable and not inferring()
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None)
@@ -103,7 +103,7 @@ class Linear(Module):
                 self.dbias += rows.sum(axis=0)
         if not need_dx:
             return None
-        dx = np.empty((len(rows), d_in), self._dtype)
+        dx = buffers.empty((len(rows), d_in), self._dtype)
         _core.matmul_t(core_weight(self.weight), rows, dx)
         return dx.reshape(*saved.lead, d_in)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.layers.linear import Linear
 from nplora.layers.low_rank import LoRALayer
 from nplora.module import Gradient, Saved, inferring, quiet
@@ -141,7 +141,7 @@ class LoRALinear(LoRALayer):
 
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
-        y = np.empty((len(rows), self.weight.shape[0]), self.weight.compute_dtype)
+        y = buffers.empty((len(rows), self.weight.shape[0]), self.weight.compute_dtype)
         lone = self._lone_weight()
         if lone is not None:
             part = (lone.packed, self.A, self.B, 0.0, 0.0, 0, self.bias, y, None)  # scale 0: W alone
@@ -149,7 +149,7 @@ class LoRALinear(LoRALayer):
         training = not inferring()
         dropout = self.dropout if training else 0.0
         key = self._next_key() if dropout else 0
-        z = np.empty((len(rows), self.rank), y.dtype) if training else None
+        z = buffers.empty((len(rows), self.rank), y.dtype) if training else None
         bias = None if self.use_dora else self.bias
         saved = LoRALinearSaved(lead)
         if training:
@@ -168,7 +168,8 @@ class LoRALinear(LoRALayer):
         with quiet():
             inverse_norm = self._inverse_norms()
             gain = (self.m * inverse_norm).astype(u.dtype)
-            y = np.multiply(u, gain, out=None if training else u)
+            y = buffers.empty_like(u) if training else u
+            np.multiply(u, gain, out=y)
             if self.bias is not None:
                 y += self.bias
         if training:
@@ -187,7 +188,7 @@ class LoRALinear(LoRALayer):
         """
         part = self.backward_part("LoRALinear.backward", dy, saved)
         rows = part[6]
-        dx = np.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
+        dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
         if dx is not None or not saved.alone:
             _core.lora_backward(saved.x, dx, [part])
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.layers.lora_linear import LoRALinear, LoRALinearSaved
 from nplora.module import Gradient, Saved
 
@@ -64,7 +64,7 @@ def stack_backward(
     parts = [
         layer.backward_part(op, dy, item) for layer, dy, item in zip(layers, dys, saved.items, strict=True)
     ]
-    dx = np.empty((len(parts[0][6]), d_in), dtype) if need_dx else None
+    dx = buffers.empty((len(parts[0][6]), d_in), dtype) if need_dx else None
     x = next((item.x for item in saved.items if item.x is not None), None)
     _core.lora_backward(x, dx, parts)
     return None if dx is None else dx.reshape(*saved.items[0].lead, d_in)

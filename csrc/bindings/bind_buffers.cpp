@@ -1,0 +1,36 @@
+#include <memory>
+
+#include "base/buffer_cache.h"
+#include "bindings/arrays.h"
+
+namespace nplora::bindings {
+
+namespace {
+
+// An array whose memory returns to the cache when its last view is gone.
+py::array empty(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
+  size_t bytes = size_t(dtype.itemsize());
+  for (const py::ssize_t n : shape) {
+    require(n >= 0, "an axis is negative");
+    if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
+  }
+  auto buffer = std::make_unique<AlignedBuffer>(buffer_cache().take(bytes));
+  void* data = buffer->as<void>();
+  const py::capsule owner(buffer.get(), [](void* held) {
+    const std::unique_ptr<AlignedBuffer> buffer(static_cast<AlignedBuffer*>(held));
+    buffer_cache().give_back(std::move(*buffer));
+  });
+  buffer.release();  // NOLINT: the capsule owns it now
+  return py::array(dtype, shape, data, owner);
+}
+
+}  // namespace
+
+void register_buffers(py::module_& m) {
+  m.def("empty", &empty, py::arg("dtype"), py::arg("shape"),
+        "An array with undefined contents, in memory that earlier ones have left");
+  m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");
+  m.def("allocations", &AlignedBuffer::allocations, "How many buffers this process has allocated");
+}
+
+}  // namespace nplora::bindings

@@ -52,9 +52,12 @@ inline void dots_rows(Dots<W>& p) {
 #pragma GCC unroll 8
       for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
         __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line);
+    const W* w[kRows];
     Vec<T> sums[kRows][kSums];
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) {
+      w[r] = p.w + r * p.row_stride;
+      keep(w[r]);  // else GCC loads an offset for each element from the stack
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
 #pragma GCC unroll 4
       for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
@@ -64,8 +67,8 @@ inline void dots_rows(Dots<W>& p) {
       if (!kResident) x[s] = Vec<X>::load(p.xs + s * kLanes);
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r)
-        sums[r][s % kSums] = fma(Vec<X>::template load_group<kPhases>(p.w + r * p.row_stride + s * kPhases),
-                                 x[s], sums[r][s % kSums]);
+        sums[r][s % kSums] =
+            fma(Vec<X>::template load_group<kPhases>(w[r] + s * kPhases), x[s], sums[r][s % kSums]);
     }
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) {
@@ -78,8 +81,46 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
+// The same for two phases, where the instruction set can zip: two vectors of x become one for either half of the tokens, with
+// the phases of both, so that one load from W serves two products.
+template <class W>
+inline void dots_zipped(Dots<W>& p) {
+  using T = Sum<W>;
+  using X = Operand<W>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, 4>, kSums = kDotSums / 2;
+  Vec<X> x[kSteps][2];
+#pragma GCC unroll 12
+  for (size_t s = 0; s < kSteps; ++s) {
+    for (size_t i = 0; i < 2; ++i) x[s][i] = Vec<X>::load(p.xs + (2 * s + i) * kLanes);
+    zip_pairs(x[s][0], x[s][1]);
+    for (size_t i = 0; i < 2; ++i) keep(x[s][i]);
+  }
+  for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes, p.next += p.row_stride) {
+#pragma GCC unroll 8
+    for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line);
+    Vec<T> sums[kSums][2];
+#pragma GCC unroll 4
+    for (size_t j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = Vec<T>::zero();
+#pragma GCC unroll 12
+    for (size_t s = 0; s < kSteps; ++s) {
+      const auto w = Vec<X>::template load_group<4>(p.w + 4 * s);
+      for (size_t i = 0; i < 2; ++i) sums[s % kSums][i] = fma(w, x[s][i], sums[s % kSums][i]);
+    }
+#pragma GCC unroll 4
+    for (size_t j = 1; j < kSums; ++j)
+      for (size_t i = 0; i < 2; ++i) sums[0][i] = sums[0][i] + sums[j][i];
+    unzip_pairs(sums[0][0], sums[0][1]);
+    const Vec<T> sum = sums[0][0] + sums[0][1];
+    (p.accumulate ? Vec<T>::load(p.part) + sum : sum).store(p.part);
+  }
+}
+
 template <class W, size_t kPhases>
 inline void dots_panel(Dots<W>& p) {
+#if defined(NPLORA_SIMD_AVX512)
+  if constexpr (kPhases == 2 && sizeof(Operand<W>) == 4) return dots_zipped<W>(p);
+#endif
   if constexpr (kGroups<W, kPhases> > kDotResident) dots_rows<W, kPhases, kDotRows>(p);
   dots_rows<W, kPhases, 1>(p);
 }

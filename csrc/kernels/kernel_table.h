@@ -83,7 +83,8 @@ template <class E>
 struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
-  size_t tile_tokens;  // the number of rows of a that outer_tile likes best (it takes any number)
+  size_t tile_tokens;   // the number of rows of a that outer_tile likes best (it takes any number)
+  size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
   // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.

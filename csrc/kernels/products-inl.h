@@ -108,13 +108,13 @@ template <class E, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
   if (next.each == 0) return {reinterpret_cast<const char*>(w), 0, 0};
-  const size_t lines = steps * next.each;
-  if (next.lines < lines)
+  if (next.lines < steps)
     return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),
             kCacheLine};
-  const FetchSteps taken{next.at, next.each * kCacheLine, next.each > 1 ? kCacheLine : 0};
-  next.at += lines * kCacheLine;
-  next.lines -= lines;
+  const size_t each = next.lines < steps * next.each ? 1 : next.each;
+  const FetchSteps taken{next.at, each * kCacheLine, each > 1 ? kCacheLine : 0};
+  next.at += steps * each * kCacheLine;
+  next.lines -= steps * each;
   return taken;
 }
 

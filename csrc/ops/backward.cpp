@@ -238,7 +238,8 @@ class Backward {
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. So many tokens fetch it in
   // tiles; a single tile streams through its own block.
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
-    const size_t tiles = ceil_div(tokens, kernels::table().tiles<E>().tile_tokens);
+    const kernels::Tiles<E>& k = kernels::table().tiles<E>();
+    const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
     if (rows.count == 0) return {};
     if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;

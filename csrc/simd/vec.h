@@ -34,6 +34,12 @@ constexpr size_t smaller(size_t a, size_t b) {
   return a < b ? a : b;
 }
 
+// A pointer that is to stay in its register: GCC would take what it is computed from apart.
+template <class T>
+inline void keep(T*& p) {
+  __asm__("" : "+r"(p));
+}
+
 // The bits at p.
 template <class Bits, class T>
 inline Bits bits_at(const T* p) {

@@ -105,6 +105,24 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
+// Pairs of 32-bit lanes of a and b in turn: first halves to a, second halves to b.
+template <class T>
+inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
+  const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
+                high = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  const auto x = bits_at<__m512i>(&a.v), y = bits_at<__m512i>(&b.v);
+  a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, low, y));
+  b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
+}
+// And back: even pairs to a, odd ones to b.
+inline void unzip_pairs(Vec<float>& a, Vec<float>& b) {
+  const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
+                odd = _mm512_set_epi64(15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512d x = _mm512_castps_pd(a.v), y = _mm512_castps_pd(b.v);
+  a.v = _mm512_castpd_ps(_mm512_permutex2var_pd(x, even, y));
+  b.v = _mm512_castpd_ps(_mm512_permutex2var_pd(x, odd, y));
+}
+
 #if defined(NPLORA_SIMD_BF16)
 inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {
   return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};

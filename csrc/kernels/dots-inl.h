@@ -177,7 +177,7 @@ inline void for_phases(size_t phases, const Body& body) {
 }
 
 template <class W>
-void dots(size_t phases, size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
+void dots(size_t phases, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs, Sum<W>* part,
           bool accumulate) {
   for_phases<Sum<W>>(phases, [&]<size_t kPhases>() {
     if constexpr (kPanelDepth<W> % kPhases == 0)

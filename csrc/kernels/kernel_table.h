@@ -88,13 +88,13 @@ struct Tiles {
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
   // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.
-  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt,
+  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt, Sum<E>* yt,
                     bool accumulate);
 
   // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.
   // Columns lie in the SIMD lanes, a is broadcast.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<E> a, const E* w, size_t w_stride, Sum<E>* c,
-                     size_t c_stride, bool accumulate, Fetch next);
+  void (*outer_tile)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w, size_t w_stride,
+                     Sum<E>* c, size_t c_stride, bool accumulate, const Fetch& next);
 };
 
 // The most rows of a small batch; instruction sets with fewer lanes take as many as those.
@@ -135,13 +135,13 @@ template <class W>
 struct SmallProducts {
   // part (rows, lanes / 2) = [part +] w (rows, depth) xs, by token and phase.   xs is x as interleave leaves it.
   // Pairs of bfloat16 take at most 8 phases.
-  void (*dots)(size_t phases, size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
-               bool accumulate);
+  void (*dots)(size_t phases, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
+               Sum<W>* part, bool accumulate);
 
   // outer_tile of Tiles, its depth counting rows of w.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, Strided<Operand<W>> a,
+  void (*outer_tile)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                      const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c, size_t c_stride,
-                     bool accumulate, Fetch next);
+                     bool accumulate, const Fetch& next);
 };
 
 struct AdamWCoefficients {

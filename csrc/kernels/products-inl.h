@@ -81,7 +81,7 @@ inline void lane_tile_rows(size_t rows, LaneTile<E> p) {
 }
 
 template <class E>
-void lane_tile(size_t n_lanes, size_t rows, size_t depth, Panels<E> w, const E* xt, Sum<E>* yt,
+void lane_tile(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt, Sum<E>* yt,
                bool accumulate) {
   const LaneTile<E> p{depth, w, xt, yt, accumulate};
   const bool full_panel = w.row_stride == kPanelDepth<E>;
@@ -142,15 +142,25 @@ inline void outer_tile_fixed(const OuterTile<E, W>& tile) {
     const auto* at = from + v * kLanes;
     return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
   };
-  Vec<T> acc[kRows][kVectors];
+  // Calls body(c, i, v) for each vector of c, whose rows are walked: GCC would keep an address for each vector.
+  const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
+    T* c = p.c;
 #pragma GCC unroll 16
-  for (size_t i = 0; i < kRows; ++i)
+    for (size_t i = 0; i < kRows; ++i, c += p.c_stride) {
+      keep(c);
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) {
-      const T* c = p.c + i * p.c_stride;
-      __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
-      acc[i][v] = p.accumulate ? load(Vec<T>{}, c, v) : Vec<T>::zero();
+      for (size_t v = 0; v < kVectors; ++v) body(c, i, v);
     }
+  };
+  Vec<T> acc[kRows][kVectors];
+  if (p.accumulate)
+    for_vectors([&](T* c, size_t i, size_t v)
+                    __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
+  else
+    for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
+      __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
+      acc[i][v] = Vec<T>::zero();
+    });
 
   const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
     __builtin_prefetch(p.next.at);
@@ -182,28 +192,24 @@ inline void outer_tile_fixed(const OuterTile<E, W>& tile) {
         return Vec<E>::pair_rows(load(Vec<W>{}, p.w, v), Vec<W>::zero());
       });
 
-#pragma GCC unroll 16
-  for (size_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) {
-      T* to = p.c + i * p.c_stride + v * kLanes;
-      if (kPartial && v == kVectors - 1)
-        acc[i][v].store_partial(to, last);
-      else
-        acc[i][v].store(to);
-    }
+  for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
+    if (kPartial && v == kVectors - 1)
+      acc[i][v].store_partial(c + v * kLanes, last);
+    else
+      acc[i][v].store(c + v * kLanes);
+  });
 }
 
 // Picks the instance for m <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t m, OuterTile<E, W> p) {
+inline void outer_tile_upto(size_t m, const OuterTile<E, W>& p) {
   if (m == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(p);
   if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(m, p);
 }
 
 // Picks the instance for n <= kVectors full vectors.
 template <class E, class W, size_t kVectors>
-inline void outer_tile_columns(size_t m, OuterTile<E, W> p) {
+inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   if (p.n == kVectors * kLanes)
     outer_tile_upto<E, W, kTileTokens, kVectors, false>(m, p);
@@ -214,18 +220,27 @@ inline void outer_tile_columns(size_t m, OuterTile<E, W> p) {
 }
 
 template <class E, class W>
-void outer_tile(size_t m, size_t n, size_t depth, Strided<E> a, const W* w, size_t w_stride, Sum<E>* c,
-                size_t c_stride, bool accumulate, Fetch next) {
+void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* w, size_t w_stride, Sum<E>* c,
+                size_t c_stride, bool accumulate, const Fetch& following) {
   constexpr size_t kGroup = kOuterVectors * Vec<E>::kLanes;
-  for (; m > 0;) {
+  Fetch next = following;
+  const E* rows_of_a = a.data;
+  const size_t row_stride = a.row_stride, step_stride = a.step_stride;
+  while (m > 0) {
     const size_t rows = smaller(m, kTileTokens);
     for (size_t j = 0; j < n; j += kGroup) {
-      outer_tile_columns<E, W, kOuterVectors>(
-          rows, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate,
-                 take<E>(next, depth / kRowsOf<E, W>, w + j, w_stride)});
+      outer_tile_columns<E, W, kOuterVectors>(rows, {smaller(n - j, kGroup),
+                                                     depth,
+                                                     {rows_of_a, row_stride, step_stride},
+                                                     w + j,
+                                                     w_stride,
+                                                     c + j,
+                                                     c_stride,
+                                                     accumulate,
+                                                     take<E>(next, depth / kRowsOf<E, W>, w + j, w_stride)});
     }
     m -= rows;
-    a.data += rows * a.row_stride;
+    rows_of_a += rows * row_stride;
     c += rows * c_stride;
   }
 }

@@ -1,0 +1,219 @@
+#include "ops/attention.h"
+
+#include <cmath>
+#include <vector>
+
+#include "base/parallel.h"
+#include "ops/attention_tile.h"
+
+namespace nplora {
+
+namespace {
+
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+// A task's tiles: more would leave threads without work at the end of short sequences.
+constexpr size_t kTilesPerTask = 4;
+
+// Fewer lanes leave vectors idle.
+constexpr size_t kFewestLanes = 12;
+
+// The most keys of a piece that a single query meets.
+constexpr size_t kPieceKeys = 256;
+
+const kernels::Transformer& kernel() {
+  return kernels::table().transformer;
+}
+
+struct Outputs {
+  Matrix<float> out, lse;  // lse may be empty
+};
+
+struct ForwardBuffers {
+  explicit ForwardBuffers(size_t dim) {
+    float* at = scratch<float>(Scratch::kAttention, kTileLanes * (3 * dim + kTileKeys + 3));
+    for (float** buffer : {&rows, &queries, &sums}) {
+      *buffer = at;
+      at += kTileLanes * dim;
+    }
+    scores = at;
+    largest = scores + kTileKeys * kTileLanes;
+    sum = largest + kTileLanes;
+    factor = sum + kTileLanes;
+  }
+
+  float* rows;                    // (lanes, head_dim)
+  float *queries, *sums;          // (head_dim, kTileLanes)
+  float* scores;                  // (kTileKeys, kTileLanes)
+  float *largest, *sum, *factor;  // (kTileLanes)
+};
+
+// Algorithm 1 of Dao 2023 for one tile of queries: all keys pass by once; what was summed shrinks when a larger score comes.
+void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
+  const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
+  const ForwardBuffers b(dim);
+  tile.gather(q, tile.shape.scale, b.rows);
+  kernel().transpose(lanes, dim, b.rows, dim, b.queries, kTileLanes);
+  std::fill_n(b.largest, lanes, kLowest);
+  std::fill_n(b.sum, lanes, 0.0f);
+
+  bool accumulate = false;
+  for_key_tiles(tile.visible(), [&](Span keys) {
+    const size_t n = keys.end - keys.first;
+    score(lanes, tile.run.keys(tile.kv_head, dim, keys.first, n), b.queries, b.scores);
+    tile.mask(keys, b.scores);
+    kernel().softmax_step(n, lanes, b.scores, kTileLanes, b.largest, b.sum, b.factor);
+    if (accumulate) kernel().scale_columns(dim, lanes, b.factor, b.sums, kTileLanes);
+    add_weighted(lanes, tile.run.values(tile.kv_head, dim, keys.first, n), b.scores, b.sums, accumulate);
+    accumulate = true;
+  });
+
+  for (size_t i = 0; i < lanes; ++i) b.factor[i] = 1 / b.sum[i];
+  kernel().scale_columns(dim, lanes, b.factor, b.sums, kTileLanes);
+  kernel().transpose(dim, lanes, b.sums, kTileLanes, b.rows, dim);
+  tile.scatter(b.rows, 1, to.out, false);
+  if (to.lse.data)
+    tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+      for (size_t i = 0; i < heads; ++i)
+        to.lse.row(row)[head + i] = b.largest[lane + i] + std::log(b.sum[lane + i]);
+    });
+}
+
+// Tiles of one run's lanes.
+struct TileTask {
+  size_t run, kv_head, first_lane, end_lane;
+};
+
+void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                  const Outputs& to) {
+  std::vector<TileTask> tasks;
+  double operations = 0;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const size_t lanes = runs[i].count * shape.group(), per_task = kTilesPerTask * kTileLanes;
+    operations += 4.0 * double(runs[i].count) * double(runs[i].first_place + runs[i].count) *
+                  double(shape.heads * shape.head_dim);
+    for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
+      for (size_t end = lanes; end > 0;) {  // the last queries see most: they go first
+        const size_t first = (end - 1) / per_task * per_task;
+        tasks.push_back({i, kv_head, first, end});
+        end = first;
+      }
+  }
+  parallel_for(tasks.size(), useful_threads(operations), Interruptible::kYes, [&](size_t i) {
+    const TileTask& task = tasks[i];
+    for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
+      attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
+  });
+}
+
+// ---- single queries ----
+
+// Some of the keys that one query sees, and where their sums go: out (heads, head_dim), then the largest scores and the sums of
+// exponentials (heads) each.
+struct Piece {
+  const Run* run;
+  size_t row;
+  Span keys;
+};
+
+void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const float> q, float* part) {
+  const size_t dim = shape.head_dim, heads = shape.heads, n = piece.keys.end - piece.keys.first;
+  const size_t offset = piece.keys.first * piece.run->stride;
+  float *largest = part + heads * dim, *sum = largest + heads;
+  float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
+  kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
+  kernel().key_dots(n, heads, shape.group(), dim, scaled, piece.run->k + offset, piece.run->stride, scores,
+                    n);
+  for (size_t h = 0; h < heads; ++h) {
+    float* s = scores + h * n;
+    largest[h] = kernel().largest(n, s);
+    sum[h] = kernel().exp_sum(n, s, largest[h], s);
+  }
+  std::fill_n(part, heads * dim, 0.0f);
+  kernel().add_values(n, heads, shape.group(), dim, scores, n, piece.run->v + offset, piece.run->stride,
+                      part);
+}
+
+// The sums of a query's pieces, each beside its own largest score, beside the largest of all.
+void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
+                 const Outputs& to) {
+  const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
+  for (size_t h = 0; h < heads; ++h) {
+    float* out = to.out.row(row) + h * dim;
+    const float *largest = parts + heads * dim + h, *sums = largest + heads;
+    float top = kLowest, sum = 0;
+    for (size_t i = 0; i < pieces; ++i) top = std::max(top, largest[i * stride]);
+    for (size_t i = 0; i < pieces; ++i) {
+      const float factor = std::exp(largest[i * stride] - top);
+      sum += factor * sums[i * stride];
+      kernel().scaled(dim, factor, parts + i * stride + h * dim, out, i > 0);
+    }
+    kernel().scaled(dim, 1 / sum, out, out, false);
+    if (to.lse.data) to.lse.row(row)[h] = top + std::log(sum);
+  }
+}
+
+// Queries that are too few for tiles wait for memory: for each one, keys and values stream by as they lie, for all heads at once, in
+// pieces that threads share (Dao et al. 2023, Flash-Decoding).
+void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                 const Outputs& to) {
+  std::vector<Piece> pieces;
+  std::vector<size_t> first_piece;  // of each row, and the end
+  double operations = 0;
+  for (const Run& run : runs)
+    for (size_t i = 0; i < run.count; ++i) {
+      const Span keys = visible_keys(shape, run.first_place + i, run.first_place + i);
+      const size_t n = keys.end - keys.first, size = ceil_div(n, ceil_div(n, kPieceKeys));
+      operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
+      first_piece.push_back(pieces.size());
+      for (size_t key = keys.first; key < keys.end; key += size)
+        pieces.push_back({&run, run.row + i, {key, std::min(key + size, keys.end)}});
+    }
+  first_piece.push_back(pieces.size());
+  const size_t stride = shape.heads * (shape.head_dim + 2), threads = useful_threads(operations);
+  float* parts = scratch<float>(Scratch::kAttentionParts, pieces.size() * stride);
+  parallel_for(pieces.size(), threads, Interruptible::kYes,
+               [&](size_t i) { attend_piece(shape, pieces[i], q, parts + i * stride); });
+  parallel_for(first_piece.size() - 1, threads, Interruptible::kYes, [&](size_t i) {
+    const size_t first = first_piece[i];
+    join_pieces(shape, pieces[first].row, first_piece[i + 1] - first, parts + first * stride, to);
+  });
+}
+
+void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                 const Outputs& to) {
+  std::vector<Run> long_runs, short_runs;
+  for (const Run& run : runs)
+    (run.count * shape.group() < kFewestLanes ? short_runs : long_runs).push_back(run);
+  attend_tiles(shape, long_runs, q, to);
+  if (!short_runs.empty()) attend_rows(shape, short_runs, q, to);
+}
+
+}  // namespace
+
+void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
+               Matrix<const float> v, Matrix<float> out, Matrix<float> lse) {
+  std::vector<Run> runs;
+  for (size_t i = 0; i < sequences.count; ++i) {
+    const size_t row = size_t(sequences.starts[i]), count = size_t(sequences.starts[i + 1]) - row;
+    if (count > 0) runs.push_back({row, count, 0, k.row(row), v.row(row), k.stride});
+  }
+  attend_runs(shape, runs, q, {out, lse});
+}
+
+void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
+                      const int64_t* slots, const int64_t* lengths, Matrix<float> out) {
+  const size_t stride = shape.kv_heads * shape.head_dim;
+  std::vector<Run> runs;
+  for (size_t i = 0; i < q.rows; ++i) {
+    if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {  // a piece of a prompt
+      ++runs.back().count;
+      continue;
+    }
+    const size_t at = size_t(slots[i]) * cache.capacity * stride;
+    runs.push_back({i, 1, size_t(lengths[i]) - 1, cache.keys + at, cache.values + at, stride});
+  }
+  attend_runs(shape, runs, q, {out, {}});
+}
+
+}  // namespace nplora

@@ -30,6 +30,8 @@ PYTHON_ROOMS = [
     "data",
     "adapters",
     "convert",
+    "updates",
+    "combination",
     "info",
     "checkpoint",
     "trainer",

@@ -32,8 +32,10 @@ from nplora.weights import FrozenWeight
 if TYPE_CHECKING:
     from nplora import formats
     from nplora.adapters import load_adapter, save_adapter
+    from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
     from nplora.trainer import Trainer
+    from nplora.updates import read_adapter
 
 __version__: str = _core.config()["version"]
 
@@ -43,8 +45,10 @@ _LATE = {
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
+    "combine": "nplora.combination",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
+    "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
 }
 
@@ -83,6 +87,7 @@ __all__ = [
     "Trainer",
     "adapter_from_gguf",
     "adapter_to_gguf",
+    "combine",
     "formats",
     "get_num_threads",
     "load_adapter",
@@ -91,6 +96,7 @@ __all__ = [
     "losses",
     "merge_lora",
     "optim",
+    "read_adapter",
     "save_adapter",
     "saved_nbytes",
     "set_num_threads",

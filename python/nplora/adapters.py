@@ -39,7 +39,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class _Key:
+class Key:
     """How PEFT names and lays out one of a layer's arrays."""
 
     ours: str
@@ -47,9 +47,9 @@ class _Key:
     transposed: bool = False
 
 
-_LINEAR = (_Key("A", ".lora_B.weight"), _Key("B", ".lora_A.weight"), _Key("m", ".lora_magnitude_vector"))
-_EMBEDDING = (_Key("A", ".lora_embedding_A", True), _Key("B", ".lora_embedding_B", True))
-_SUFFIXES = tuple(key.suffix for key in (*_LINEAR, *_EMBEDDING))
+LINEAR_KEYS = (Key("A", ".lora_B.weight"), Key("B", ".lora_A.weight"), Key("m", ".lora_magnitude_vector"))
+EMBEDDING_KEYS = (Key("A", ".lora_embedding_A", True), Key("B", ".lora_embedding_B", True))
+_SUFFIXES = tuple(key.suffix for key in (*LINEAR_KEYS, *EMBEDDING_KEYS))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Place:
     """Where a tensor of the file belongs: the array now, and the shape that the file must bring for it."""
 
     module: str
-    key: _Key
+    key: Key
     array: Array
     shape: tuple[int, ...]
 
@@ -195,7 +195,7 @@ def _places(
     """Every tensor that a file of these ranks must hold for this model, by its name in the file."""
     places = {}
     for name, layer in layers.items():
-        for key in _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR:
+        for key in EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else LINEAR_KEYS:
             array = getattr(layer, key.ours)
             if array is not None:
                 shape = {"A": (len(array), ranks[name]), "B": (ranks[name], array.shape[-1])}
@@ -204,7 +204,7 @@ def _places(
                 )
     for name, module in whole.items():
         for parameter in module.local_parameters():
-            key = _Key(parameter.name, "." + parameter.name)
+            key = Key(parameter.name, "." + parameter.name)
             places[PREFIX + name + key.suffix] = _Place(name, key, parameter.value, parameter.value.shape)
     return places
 

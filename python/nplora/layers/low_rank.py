@@ -174,6 +174,10 @@ class LoRALayer(AdapterLayer):
 
         return commit
 
+    def plain_update(self) -> tuple[Array, Array, float]:
+        """A, B and scale of ΔW = scale · A·B on the weight that the layer was given: live arrays."""
+        return self.A, self.B, self.scale
+
     # ---- starting values and randomness ----
 
     def _start(self, rng: np.random.Generator) -> None:

@@ -3,6 +3,7 @@
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -149,10 +150,11 @@ def _from_model(model: Module) -> Adapter:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     if not layers:
         raise ValueError(f"read_adapter: the {kind} has no LoRA layer")
-    updates = {
-        name: Update(*layer.plain_update(), layer.m, isinstance(layer, LoRAEmbedding))
-        for name, layer in layers.items()
-    }
+    updates = {}
+    for name, layer in layers.items():
+        a, b, alpha = layer.plain_update()
+        scale = alpha / (math.sqrt(len(b)) if layer.use_rslora else len(b))
+        updates[name] = Update(a, b, scale, layer.m, isinstance(layer, LoRAEmbedding))
     return Adapter(kind, updates)
 
 

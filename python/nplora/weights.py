@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ Array = npt.NDArray[Any]
 
 STORAGES = ("float32", "float64", "bfloat16", "float16")
 COMPUTES = ("float32", "bfloat16")
+_UNROUNDED_ROWS = 4
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -140,6 +142,14 @@ class FrozenWeight:
         _core.matmul_t(self._packed, rows, dx.reshape(len(rows), d_in))
         return dx
 
+    def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
+        """As `matmul`, in float32 where the weight computes in bfloat16."""
+        return _few_at_a_time(self.matmul, x) if self.compute == "bfloat16" else self.matmul(x)
+
+    def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
+        """As `matmul_t`, in float32 where the weight computes in bfloat16."""
+        return _few_at_a_time(self.matmul_t, dy) if self.compute == "bfloat16" else self.matmul_t(dy)
+
     def take(self, ids: npt.ArrayLike) -> Array:
         """The rows W[ids]: array (..., d_in) for integer ids (...).
 
@@ -170,6 +180,14 @@ class FrozenWeight:
 
     def __reduce__(self) -> tuple[type, tuple[Array, str, str]]:
         return FrozenWeight, (self.to_numpy(), *self._kind())
+
+
+def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
+    """The product in batches of rows that are so small that none is rounded to bfloat16."""
+    rows = np.asarray(x)
+    return np.concatenate(
+        [product(rows[i : i + _UNROUNDED_ROWS]) for i in range(0, len(rows), _UNROUNDED_ROWS)]
+    )
 
 
 def freeze(

@@ -30,7 +30,7 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["demo"], ["plot"], ["info"], ["convert"], ["combine"]], ids=" ".join
+    "arguments", [[], ["demo"], ["plot"], ["info"], ["convert"], ["combine"], ["merge"]], ids=" ".join
 )
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

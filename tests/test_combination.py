@@ -10,7 +10,8 @@ import pytest
 import nplora
 from nplora import cli
 from nplora.formats.errors import FormatError, UnsupportedError
-from nplora.updates import Adapter, Update
+from nplora.merging import Update
+from nplora.updates import Adapter
 from test_convert import SHAPES, Settings, alike, base_gguf, factors, patterned, peft_delta, write_peft
 
 Array = np.ndarray[Any, Any]

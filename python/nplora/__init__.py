@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nplora.adapters import load_adapter, save_adapter
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.merge_files import merge_adapter
     from nplora.trainer import Trainer
     from nplora.updates import read_adapter
 
@@ -48,6 +49,7 @@ _LATE = {
     "combine": "nplora.combination",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
+    "merge_adapter": "nplora.merge_files",
     "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "lora_backward",
     "lora_forward",
     "losses",
+    "merge_adapter",
     "merge_lora",
     "optim",
     "read_adapter",

@@ -53,6 +53,12 @@ def _combine(arguments: argparse.Namespace) -> None:
     print(combined)
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    from nplora import merge_files
+
+    print(merge_files.merge_adapter(arguments.base, arguments.adapter, arguments.output, arguments.dtype))
+
+
 def _weighted(text: str) -> tuple[str, float]:
     """ADAPTER:WEIGHT, or ADAPTER alone."""
     path, colon, weight = text.rpartition(":")
@@ -110,6 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--rank", type=int, help="cut the ranks to at most this (default: exact)")
     combine.add_argument(
         "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
+    )
+    text = (
+        "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
+    )
+    merge = command("merge", text, _merge)
+    merge.add_argument("base", metavar="BASE", help="a GGUF or safetensors file, or a Hugging Face directory")
+    merge.add_argument("adapter", metavar="ADAPTER", help="PEFT's directory or llama.cpp's file")
+    merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")
+    merge.add_argument(
+        "--dtype",
+        default="same",
+        help="the merged weights' storage: same, float32, bfloat16, float16; in GGUF also q8_0, q4_k, ... "
+        "(default: same)",
     )
     return parser
 

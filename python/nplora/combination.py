@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from nplora import _check
 from nplora.formats.errors import UnsupportedError
 from nplora.formats.files import StrPath
-from nplora.updates import Adapter, Source, Update, read_adapter
+from nplora.merging import Update
+from nplora.updates import Adapter, Source, read_adapter
 
 Array = NDArray[Any]
 

@@ -6,7 +6,6 @@ Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,34 +20,10 @@ from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.layers import LoRAEmbedding, LoRALayer
+from nplora.merging import Update
 from nplora.module import Module
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """What an adapter adds to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
-
-    Attributes:
-        m: DoRA's magnitudes (d_out,), with which W + scale · A·B is rescaled, or None.
-        embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
-    """
-
-    A: Array
-    B: Array
-    scale: float
-    m: Array | None = None
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        return len(self.B)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of W: (d_out, d_in)."""
-        return len(self.A), self.B.shape[1]
 
 
 class Adapter(Mapping[str, Update]):

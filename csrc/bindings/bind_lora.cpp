@@ -125,7 +125,7 @@ template <class T, class F>
 void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name,
            std::optional<uint64_t> key) {
   const Storage storage = storage_of(name);
-  require(bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
+  require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
   require(!key || sizeof(T) == 2, "only 16-bit storages are rounded stochastically");
   const Matrix<T> to = rows_of(w);
   const Matrix<const F> left = read(a), right = read(b);

@@ -30,7 +30,7 @@ LAYERS = {
     "model.embed_tokens": ("token_embd.weight", (50, WIDTH)),
     "lm_head": ("output.weight", (50, WIDTH)),
 }
-STORAGES = [name for name in storages.STORAGES if name != "float64"]
+STORAGES = [name for name in storages.GGML_NAMES if name != "float64"]
 
 
 def random_adapter(rng: np.random.Generator, size: float = 0.02, dora: bool = False) -> Adapter:

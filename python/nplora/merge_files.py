@@ -135,7 +135,7 @@ def _open_gguf(path: StrPath) -> _Model:
         return [gguf.new_file(output, content, file.metadata.typed())]
 
     tied = facts is not None and "output.weight" not in file
-    return _Model(file.source, ".gguf", file, place, new_files, storages.STORAGES, tied)
+    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied)
 
 
 def _open_safetensors(base: StrPath, path: Path) -> _Model:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check, _core, storages
+from nplora.weights import FrozenWeight
 
 Array = NDArray[Any]
 
@@ -145,8 +146,8 @@ class Merge:
             lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
             if lost:
                 raise ValueError(
-                    f"merge: {self.name}: {lost} finite values become infinite in {self.storage}; "
-                    "nothing is merged"
+                    f"merge: {self.name}: {lost} finite values are not finite any more "
+                    f"in {self.storage}; nothing is merged"
                 )
             self._count(before, after, first)
             yield first, raw
@@ -175,6 +176,30 @@ class Merge:
         error = float(_relative(np.array(self._lost), np.array(self._asked)))
         worst, row, column = self._worst
         return MergeReport(self.name, self.storage, self.nbytes, error, (row, column), max(0.0, worst))
+
+
+def merge_weight(
+    name: str, weight: FrozenWeight, update: Update, storage: str
+) -> tuple[FrozenWeight, MergeReport]:
+    """A new weight of W + scale · A·B in a storage, and what it kept; W is decoded a few rows at a time.
+
+    Args:
+        storage: "same", or one of `FrozenWeight`'s that computes in W's dtype.
+    Raises:
+        ValueError: as `Merge`, or the storage computes in another dtype.
+    """
+    storage = (
+        weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)
+    )
+    if storages.compute_dtype(storage) != weight.compute_dtype:
+        raise ValueError(
+            f"merge: {name}: dtype={storage!r}, but the layer computes in {weight.compute_dtype}"
+        )
+    merge = Merge(name, weight.shape, lambda i, j: weight.take(np.arange(i, j)), update, storage)
+    out = np.empty((weight.shape[0], storages.row_nbytes(storage, weight.shape[1])), np.uint8)
+    for first, raw in merge.rows():
+        out[first : first + len(raw)] = raw
+    return weight.like_rows(out, storage), merge.report
 
 
 def _relative(lost: Array, asked: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, storages
 from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
@@ -147,6 +147,20 @@ class FrozenWeight:
         return cls._of(op, tensor.dtype, tensor.shape, tensor.numpy(), compute)
 
     @classmethod
+    def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
+        """A matrix from the bytes of its rows, as `storages.encode` makes them; but for NF4 not copied."""
+        shape = (len(raw), d_in)
+        if storage == "nf4":
+            arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
+        elif storage in BLOCKS:
+            arrays = (raw,)
+        else:
+            arrays = (raw.reshape(-1).view(storages.FLOATS[storage]).reshape(shape),)
+        weight = cls.__new__(cls)
+        weight._hold(storage, shape, arrays, _core_compute("FrozenWeight.of_rows", storage, compute))
+        return weight
+
+    @classmethod
     def _of(cls, op: str, storage: str, shape: tuple[int, ...], array: Array, compute: str) -> Self:
         weight = cls.__new__(cls)
         weight._hold(storage, shape, (array,), _core_compute(op, storage, compute))
@@ -262,6 +276,10 @@ class FrozenWeight:
     def like(self, W: Array) -> FrozenWeight:
         """Another matrix, stored as `float_dtype` says and computed as this one."""
         return FrozenWeight(W, self.float_dtype, self._compute_word())
+
+    def like_rows(self, raw: Array, storage: str) -> FrozenWeight:
+        """Another matrix from the bytes of its rows, computed as this one."""
+        return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
 
     def _compute_word(self) -> str:
         """compute as the constructor takes it."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from nplora import _check, _core
 from nplora.layers.principal import PRINCIPAL_INITS, principal_factors
+from nplora.merging import MergeReport, Update, merge_weight
 from nplora.module import AdapterLayer, Commit, Parameter
 from nplora.weights import FrozenWeight, become_infinite
 
@@ -219,9 +220,7 @@ class LoRALayer(AdapterLayer):
     def _take(self) -> tuple[Array, Array]:
         """Factor a part of the weight, and keep the rest as the frozen one."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
-        rest = self.weight.to_numpy()
-        _core.merge_lora(rest, a, b, -self.scale, rest.dtype.name)
-        self._weight = self.weight.like(rest)
+        self._weight, _ = merge_weight("the rest of W", self.weight, Update(a, b, -self.scale), "same")
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
@@ -287,15 +286,20 @@ class LoRALayer(AdapterLayer):
     def _finite_factors(self) -> bool:
         return all(np.isfinite(array).all() for array in (self.A, self.B, self.m) if array is not None)
 
-    def prepare_merge(self) -> Commit:
+    def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         self.require_unmerged("merge")
-        merged = self._merged_frozen()
+        report = None
+        if dtype is None:
+            weight = self._merged_frozen()
+        else:
+            update = Update(self.A, self.B, self.scale, self.m)
+            weight, report = merge_weight(name or type(self).__name__, self.weight, update, dtype)
 
         def commit() -> None:
-            self._merged = merged
+            self._merged = weight
             self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
 
-        return commit
+        return commit, report
 
     def prepare_unmerge(self) -> Commit:
         if not self.merged:

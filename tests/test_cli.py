@@ -29,7 +29,9 @@ def test_the_version_is_printed() -> None:
     assert (done.returncode, done.stdout) == (0, f"nplora {nplora.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["plot"], ["info"], ["convert"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo"], ["plot"], ["info"], ["convert"], ["combine"], ["merge"]], ids=" ".join
+)
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([*arguments, "--help"])

@@ -285,10 +285,82 @@ def test_overlapping_factors_are_refused(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(W, before)
 
 
-def test_merge_knows_one_rounding_and_the_formats_own_name(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**-17], ids=["normal", "subnormal float16"])
+def test_stochastic_rounding_is_unbiased(storage: str, magnitude: float, rng: np.random.Generator) -> None:
+    """Nearest loses an update of a fifth of a step in every element; the stochastic mean keeps it.
+
+    Of n independent elements, up with probability 0.2, the mean is within 5 sqrt(0.2 * 0.8 / n) steps.
+    """
+    n = 400
+    W = np.full((n, n), magnitude).astype(np.dtype(storage))
+    step = float(np.nextafter(W[0, 0], W.dtype.type(np.inf)).astype(np.float64)) - magnitude
+    A, B = np.full((n, 1), 0.2 * step), np.ones((1, n))
+    lost = nplora.merge_lora(W.copy(), A, B)
+    np.testing.assert_array_equal(lost, W)
+    got = nplora.merge_lora(W.copy(), A, B, rounding="stochastic", rng=rng).astype(np.float64)
+    assert set(np.unique((got - magnitude) / step)) == {0.0, 1.0}
+    assert abs(np.mean(got - magnitude) / step - 0.2) < 5 * np.sqrt(0.2 * 0.8) / n
+    down = nplora.unmerge_lora(W.copy(), A, B, rounding="stochastic", rng=rng).astype(np.float64)
+    moved = (magnitude - down).mean() / step
+    assert abs(moved - 0.2) < 5 * np.sqrt(0.2 * 0.8) / n
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_stochastic_rounding_takes_the_neighbour_that_its_word_of_philox_decides(
+    storage: str, rng: np.random.Generator
+) -> None:
     p = problem(rng)
-    with pytest.raises(ValueError, match="rounding='stochastic' is not available; possible: 'nearest'"):
-        nplora.merge_lora(p["W"], p["A"], p["B"], rounding="stochastic")
+    big = np.zeros((D_OUT, D_IN + 3), np.dtype(storage))
+    W = big[:, :D_IN]
+    W[...] = p["W"]
+    exact = W.astype(np.float32)
+    nplora.merge_lora(exact, p["A"], p["B"], 0.5)
+    nplora.merge_lora(W, p["A"], p["B"], 0.5, rounding="stochastic", rng=5)
+    key = int(np.random.default_rng(5).integers(2**64, dtype=np.uint64))
+    words = reference.philox4x32(np.arange((W.size + 3) // 4, dtype=np.uint64), key).reshape(-1)[: W.size]
+    dropped = {"float16": 13, "bfloat16": 16}[storage]
+    bits = exact.view(np.uint32).astype(np.uint64)
+    expected = (bits + (words >> (32 - dropped)).reshape(W.shape)) >> dropped << dropped
+    normal = np.abs(exact) >= 2.0**-14
+    assert normal.mean() > 0.99
+    got = W.astype(np.float32).view(np.uint32)
+    assert np.mean(got[normal] == expected[normal]) > 0.999  # where the sums have the same bits
+    assert np.mean(got != exact.view(np.uint32)) > 0.9
+
+
+def test_stochastic_rounding_depends_on_its_seed_alone(thread_limit: None, rng: np.random.Generator) -> None:
+    W = rng.standard_normal((501, 333)).astype(np.float16)
+    A, B = rng.standard_normal((501, 7), np.float32), rng.standard_normal((7, 333), np.float32)
+
+    def merged(seed: int) -> bytes:
+        return nplora.merge_lora(W.copy(), A, B, rounding="stochastic", rng=seed).tobytes()
+
+    results = set()
+    for threads in (1, 2, 3, 7):
+        nplora.set_num_threads(threads)
+        results.add(merged(1))
+    assert len(results) == 1
+    assert merged(2) not in results
+
+
+def test_stochastic_rounding_leaves_what_needs_none(rng: np.random.Generator) -> None:
+    special = np.array([[np.inf, -np.inf, np.nan, 65504.0, 0.0, 2.0**-24, 1.0]], np.float16)
+    A, B = np.ones((1, 1)), np.zeros((1, special.shape[1]))
+    for seed in range(20):
+        got = nplora.merge_lora(special.copy(), A, B, rounding="stochastic", rng=seed)
+        np.testing.assert_array_equal(got.view(np.uint16), special.view(np.uint16))
+    huge = nplora.merge_lora(special.copy(), A, np.full_like(B, 15.0), rounding="stochastic", rng=0)
+    assert huge[0, 3] == 65504  # to nearest: the neighbour above is infinity
+    for dtype in (np.float32, np.float64):
+        with pytest.raises(ValueError, match=r"rounding='stochastic' with a W of float(32|64); float16 or"):
+            nplora.merge_lora(np.eye(3, dtype=dtype), np.ones((3, 1)), np.ones((1, 3)), rounding="stochastic")
+
+
+def test_merge_knows_two_roundings_and_the_formats_own_name(rng: np.random.Generator) -> None:
+    p = problem(rng)
+    with pytest.raises(ValueError, match="rounding='up' is not available; possible: 'nearest', 'stochastic'"):
+        nplora.merge_lora(p["W"], p["A"], p["B"], rounding="up")
     with pytest.raises(ValueError, match="dtype='float16', but W holds float32"):
         nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float16")
     nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float32")

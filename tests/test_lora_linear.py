@@ -517,7 +517,11 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.G
         ({"dropout": 1.0}, ValueError, "dropout is 1.0, expected at least 0 and below 1"),
         ({"dropout": -0.1}, ValueError, "dropout is -0.1"),
         ({"bias": np.ones(3)}, ValueError, r"bias has shape \(3,\), expected \(12,\)"),
-        ({"init": "pissa"}, ValueError, "init='pissa' is not available; possible: 'zero', 'gaussian'"),
+        (
+            {"init": "loftq"},
+            ValueError,
+            "init='loftq' is not available; possible: 'zero', 'gaussian', 'pissa', 'olora'",
+        ),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not available; possible: 'float32'"),
         ({"compute": "int8"}, ValueError, "compute='int8' is not available; possible: 'float32', 'bfloat16'"),
         ({"W": np.ones(3)}, ValueError, "W has 1 axis, expected 2"),

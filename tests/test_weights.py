@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import nplora
 import reference
-from nplora import FrozenWeight
+from nplora import FrozenWeight, _core
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -315,3 +316,20 @@ def test_a_number_of_threads_is_one_that_the_core_can_hold() -> None:
     with pytest.raises(ValueError, match="set_num_threads: n is 1180591620717411303424, expected at most"):
         nplora.set_num_threads(2**70)
     nplora.set_num_threads(2**31 - 1)
+
+
+def test_arrays_that_do_not_fit_are_refused_by_the_core_and_others_kept_alive() -> None:
+    """Every overload is tried: the ones that do not fit must leave no trace."""
+    of_array, of_blocks = _core.PackedWeight.of_array, _core.PackedWeight.of_blocks
+    for dtype, storage in ((np.float32, "float32"), (np.float64, "float64"), (np.uint16, "bfloat16")):
+        array = np.ones((3, 4), dtype)
+        count = sys.getrefcount(array)
+        weight = of_array(array, storage, "float")
+        assert weight.shape == (3, 4)
+        assert sys.getrefcount(array) == count + 1
+        del weight
+        assert sys.getrefcount(array) == count
+        with pytest.raises(TypeError):
+            of_blocks(array, "q8_0", 32, "float")
+    with pytest.raises(TypeError):
+        of_array(np.ones((3, 4), int), "float32", "float")

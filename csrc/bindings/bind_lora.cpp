@@ -122,16 +122,18 @@ Matrix<T> rows_of(py::array_t<T>& array) {
 
 // W holds T, the factors hold F: float for the two 16-bit storages.
 template <class T, class F>
-void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name) {
+void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name,
+           std::optional<uint64_t> key) {
   const Storage storage = storage_of(name);
   require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
+  require(!key || sizeof(T) == 2, "only 16-bit storages are rounded stochastically");
   const Matrix<T> to = rows_of(w);
   const Matrix<const F> left = read(a), right = read(b);
   require_shape("a", a, to.rows, right.rows);
   require_shape("b", b, left.cols, to.cols);
   without_gil([&] {
     if constexpr (sizeof(T) == 2)
-      merge_lora(to, storage, left, right, scale);
+      merge_lora(to, storage, left, right, scale, key);
     else
       merge_lora(to, left, right, scale);
   });
@@ -194,7 +196,7 @@ template <class T, class F>
 void register_merge(py::module_& m) {
   using py::arg;
   m.def("merge_lora", &merge<T, F>, arg("w").noconvert(), arg("a").noconvert(), arg("b").noconvert(),
-        arg("scale"), arg("storage"), "W += scale A B in place");
+        arg("scale"), arg("storage"), arg("key") = py::none(), "W += scale A B in place");
 }
 
 }  // namespace

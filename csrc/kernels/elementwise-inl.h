@@ -123,19 +123,56 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBl
     }
 }
 
-// out (n) = x (n) * factor where word (first + i) % 4 of counter (first + i) / 4 is at least threshold.
-template <class T>
-void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
+// body(i, word) for i < n with the word of element first + i: word (first + i) % 4 of counter (first + i) / 4.
+template <class Body>
+inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
   uint32_t words[4][kPhiloxBlocks];
   for (size_t i = 0; i < n;) {
     const uint64_t element = first + i;
     philox(seed, element / 4, words);
     const size_t skip = size_t(element % 4), count = smaller(kElements - skip, n - i);
-    for (size_t j = 0; j < count; ++j)
-      out[i + j] = words[(skip + j) % 4][(skip + j) / 4] < threshold ? T(0) : x[i + j] * factor;
+    for (size_t j = 0; j < count; ++j) body(i + j, words[(skip + j) % 4][(skip + j) / 4]);
     i += count;
   }
+}
+
+// out (n) = x (n) * factor where the element's word is at least threshold, else 0.
+template <class T>
+void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
+  for_words(n, seed, first,
+            [=](size_t i, uint32_t word) { out[i] = word < threshold ? T(0) : x[i] * factor; });
+}
+
+// ---- stochastic rounding ----
+
+// The magnitude rounded down after a random part of the last place that stays was added: the bits that go are random ones. A carry
+// into the exponent is right. What has no upper neighbour that is finite, and NaN, is left alone.
+inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
+  const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
+  return magnitude >= largest ? magnitude : dithered;
+}
+
+inline void dither_bfloat16(size_t n, uint64_t seed, uint64_t first, float* x) {
+  for_words(n, seed, first, [=](size_t i, uint32_t word) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u;
+    x[i] = __builtin_bit_cast(float, sign | dither_bits(bits ^ sign, word, 16, 0x7F7F0000u));
+  });
+}
+
+inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
+  for_words(n, seed, first, [=](size_t i, uint32_t word) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
+                   magnitude = bits ^ sign;
+    const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
+    // Below 2^-14 the numbers of float16 are 2^-24 apart: in units of that, floor(units + a random part), in 24 bits.
+    const bool is_subnormal = magnitude < 0x38800000u;
+    const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
+    const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
+    const float subnormal = float(whole + (part + int32_t(word >> 8) >= (1 << 24))) * 0x1p-24f;
+    x[i] =
+        __builtin_bit_cast(float, sign | (is_subnormal ? __builtin_bit_cast(uint32_t, subnormal) : normal));
+  });
 }
 
 // ---- bfloat16: the upper half of a float ----

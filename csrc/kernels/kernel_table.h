@@ -196,6 +196,11 @@ struct Conversions {
   void (*widen_float16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
+  // Each x becomes one of its two neighbours in the format, by chance so that its mean is x (float16 below 2^-14: to 2^-48); the
+  // chance is that of dropout. What lies beyond the largest finite number is left alone.
+  void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
+  void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
+
   // out (ceil(rows / 2), cols): pairs of neighbours down the columns of x (rows, cols), narrowed if float; an odd last row is
   // paired with zeros.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);

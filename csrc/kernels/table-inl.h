@@ -40,7 +40,8 @@ constexpr KernelTable make_table(const char* isa) {
           make_small<double>(),
           make_small<Bf16>(),
           make_small<Bf16Pair>(),
-          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits},
+          {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, dither_bfloat16, dither_float16,
+           pair_rows, pair_bits},
           make_block_decoders(),
           make_transformer()};
 }

@@ -82,9 +82,11 @@ template void merge_lora(Matrix<float>, Matrix<const float>, Matrix<const float>
 template void merge_lora(Matrix<double>, Matrix<const double>, Matrix<const double>, double);
 
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
-                double scale) {
+                double scale, std::optional<uint64_t> key) {
   if (scale == 0) return;
   const Products<float>& k = kernels::table().f32;
+  const kernels::Conversions& convert = kernels::table().convert;
+  const auto dither = storage == Storage::kBfloat16 ? convert.dither_bfloat16 : convert.dither_float16;
   const float* panels = panels_of(b);
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const float* scaled) {
     float* tile = scratch<float>(Scratch::kWeight, k.tile_tokens * kTileColumns);
@@ -94,8 +96,11 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
         for (size_t j = 0; j < height; ++j)
           widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
         add_product(k, height, b.rows, scaled + i * b.rows, panels, c, width, tile, kTileColumns);
-        for (size_t j = 0; j < height; ++j)
-          narrow(storage, width, tile + j * kTileColumns, w.row(first + i + j) + c);
+        for (size_t j = 0; j < height; ++j) {
+          float* row = tile + j * kTileColumns;
+          if (key) dither(width, *key, uint64_t{first + i + j} * w.cols + c, row);
+          narrow(storage, width, row, w.row(first + i + j) + c);
+        }
       }
   });
 }

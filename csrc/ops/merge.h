@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "base/matrix.h"
 #include "ops/weight.h"
@@ -12,8 +13,9 @@ namespace nplora {
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// The same on bit patterns of kBfloat16 or kFloat16: summed in float, rounded once to nearest even.
+// The same on bit patterns of kBfloat16 or kFloat16: summed in float, rounded once: to nearest even, or with a key stochastically,
+// element (i, j) by the chance of number i * w.cols + j, so that its mean is the sum.
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
-                double scale);
+                double scale, std::optional<uint64_t> key);
 
 }  // namespace nplora

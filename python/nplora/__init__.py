@@ -32,8 +32,11 @@ from nplora.weights import FrozenWeight
 if TYPE_CHECKING:
     from nplora import formats
     from nplora.adapters import load_adapter, save_adapter
+    from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.merge_files import merge_adapter
     from nplora.trainer import Trainer
+    from nplora.updates import read_adapter
 
 __version__: str = _core.config()["version"]
 
@@ -43,8 +46,11 @@ _LATE = {
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
+    "combine": "nplora.combination",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
+    "merge_adapter": "nplora.merge_files",
+    "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
 }
 
@@ -83,14 +89,17 @@ __all__ = [
     "Trainer",
     "adapter_from_gguf",
     "adapter_to_gguf",
+    "combine",
     "formats",
     "get_num_threads",
     "load_adapter",
     "lora_backward",
     "lora_forward",
     "losses",
+    "merge_adapter",
     "merge_lora",
     "optim",
+    "read_adapter",
     "release_memory",
     "save_adapter",
     "saved_nbytes",

@@ -98,11 +98,11 @@ def explain(
 ) -> dict[str, str]:
     """How the forward and the backward pass are computed, and why, in words."""
 
-def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str) -> None:
-    """W += scale · A B in place.
+def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: int | None = None) -> None:
+    """W += scale · A B in place; with a 64-bit key (uint16 alone) rounded stochastically.
 
     w: (d_out, d_in) float32, float64 or uint16 ("bfloat16", "float16"); rows contiguous, any row stride.
-    a and b are float32 (float64 if w is).
+    a and b are float32 (float64 if w is). The chance of element i (flat) is that of dropout.
     """
 
 def dropout(x: Array, probability: float, key: int, out: Array) -> None:

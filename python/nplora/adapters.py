@@ -39,7 +39,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class _Key:
+class Key:
     """How PEFT names and lays out one of a layer's arrays."""
 
     ours: str
@@ -47,9 +47,9 @@ class _Key:
     transposed: bool = False
 
 
-_LINEAR = (_Key("A", ".lora_B.weight"), _Key("B", ".lora_A.weight"), _Key("m", ".lora_magnitude_vector"))
-_EMBEDDING = (_Key("A", ".lora_embedding_A", True), _Key("B", ".lora_embedding_B", True))
-_SUFFIXES = tuple(key.suffix for key in (*_LINEAR, *_EMBEDDING))
+LINEAR_KEYS = (Key("A", ".lora_B.weight"), Key("B", ".lora_A.weight"), Key("m", ".lora_magnitude_vector"))
+EMBEDDING_KEYS = (Key("A", ".lora_embedding_A", True), Key("B", ".lora_embedding_B", True))
+_SUFFIXES = tuple(key.suffix for key in (*LINEAR_KEYS, *EMBEDDING_KEYS))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Place:
     """Where a tensor of the file belongs: the array now, and the shape that the file must bring for it."""
 
     module: str
-    key: _Key
+    key: Key
     array: Array
     shape: tuple[int, ...]
 
@@ -96,6 +96,9 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
     two leaves new tensors beside an old configuration, which `load_adapter` refuses. Temporary files that a
     crash left there are removed.
 
+    Layers of init="pissa" or "olora" are written as plain LoRA of twice the rank for the weight that they
+    were given, as PEFT's `path_initial_model_for_weight_conversion` does.
+
     Args:
         base_model_name_or_path: what the adapter says about the model that it belongs to.
     Raises:
@@ -104,10 +107,13 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
         OSError: the disk refuses; how many bytes were needed is in the message.
     """
     layers, whole = _adapted("save_adapter", model)
-    config = _config(model, layers, whole, base_model_name_or_path)
+    plain = {name: layer.plain_update() for name, layer in layers.items()}
+    config = _config(model, layers, whole, plain, base_model_name_or_path)
     tensors = {}
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    for name, place in _places(layers, whole, ranks).items():
+    arrays = {name: {"A": a, "B": b, "m": layers[name].m} for name, (a, b, _) in plain.items()}
+    for name, place in _places(
+        layers, whole, arrays, {name: len(b) for name, (_, b, _) in plain.items()}
+    ).items():
         if not np.isfinite(place.array).all():
             raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
         tensors[name] = place.array.T if place.key.transposed else place.array
@@ -143,7 +149,8 @@ def load_adapter(model: Module, directory: StrPath, edited_config: bool = False)
     with peft_adapter.reading(directory) as adapter:
         config, tensors = adapter.config, adapter.tensors
         settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
-        places = _places(layers, whole, {name: setting.rank for name, setting in settings.items()})
+        live = {name: {"A": layer.A, "B": layer.B, "m": layer.m} for name, layer in layers.items()}
+        places = _places(layers, whole, live, {name: setting.rank for name, setting in settings.items()})
         values: dict[str, Array] = {}
         problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
         for name in places:
@@ -190,13 +197,16 @@ def _adapted(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, Mo
 
 
 def _places(
-    layers: dict[str, LoRALayer], whole: dict[str, Module], ranks: dict[str, int]
+    layers: dict[str, LoRALayer],
+    whole: dict[str, Module],
+    arrays: dict[str, dict[str, Array | None]],
+    ranks: dict[str, int],
 ) -> dict[str, _Place]:
     """Every tensor that a file of these ranks must hold for this model, by its name in the file."""
     places = {}
     for name, layer in layers.items():
-        for key in _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR:
-            array = getattr(layer, key.ours)
+        for key in EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else LINEAR_KEYS:
+            array = arrays[name].get(key.ours)
             if array is not None:
                 shape = {"A": (len(array), ranks[name]), "B": (ranks[name], array.shape[-1])}
                 places[PREFIX + name + key.suffix] = _Place(
@@ -204,7 +214,7 @@ def _places(
                 )
     for name, module in whole.items():
         for parameter in module.local_parameters():
-            key = _Key(parameter.name, "." + parameter.name)
+            key = Key(parameter.name, "." + parameter.name)
             places[PREFIX + name + key.suffix] = _Place(name, key, parameter.value, parameter.value.shape)
     return places
 
@@ -213,13 +223,17 @@ def _places(
 
 
 def _config(
-    model: Module, layers: dict[str, LoRALayer], whole: dict[str, Module], base: str | None
+    model: Module,
+    layers: dict[str, LoRALayer],
+    whole: dict[str, Module],
+    plain: dict[str, tuple[Array, Array, float]],
+    base: str | None,
 ) -> PeftConfig:
     others = [name for name, _ in model.named_modules() if name not in layers]
     for name in whole:
         _require_unmistakable(name, [*layers, *(other for other in others if other != name)])
-    ranks: dict[str, int] = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: short_number(layer.alpha) for name, layer in layers.items()}
+    ranks = {name: len(b) for name, (_, b, _) in plain.items()}
+    alphas = {name: short_number(alpha) for name, (_, _, alpha) in plain.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return PeftConfig(
         r=rank,

@@ -45,6 +45,29 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
 
 
+def _combine(arguments: argparse.Namespace) -> None:
+    from nplora import combination
+
+    combined = combination.combine(arguments.adapters, arguments.rank, arguments.base)
+    combined.save(arguments.output)
+    print(combined)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from nplora import merge_files
+
+    print(merge_files.merge_adapter(arguments.base, arguments.adapter, arguments.output, arguments.dtype))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """ADAPTER:WEIGHT, or ADAPTER alone."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="nplora", description="LoRA fine-tuning on CPUs, from NumPy.")
     parser.add_argument("--version", action="version", version=f"nplora {_core.config()['version']}")
@@ -79,6 +102,33 @@ def _parser() -> argparse.ArgumentParser:
         "--base",
         metavar="MODEL",
         help="the adapter's model: a GGUF file, config.json, or its directory",
+    )
+    text = "Add up LoRA adapters with weights, exactly, as one adapter."
+    combine = command("combine", text, _combine)
+    combine.add_argument(
+        "adapters",
+        metavar="ADAPTER[:WEIGHT]",
+        nargs="+",
+        type=_weighted,
+        help="PEFT's directory or llama.cpp's file, and what it is multiplied with (default: 1)",
+    )
+    combine.add_argument("--output", metavar="DIR", required=True, help="the new adapter's directory")
+    combine.add_argument("--rank", type=int, help="cut the ranks to at most this (default: exact)")
+    combine.add_argument(
+        "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
+    )
+    text = (
+        "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
+    )
+    merge = command("merge", text, _merge)
+    merge.add_argument("base", metavar="BASE", help="a GGUF or safetensors file, or a Hugging Face directory")
+    merge.add_argument("adapter", metavar="ADAPTER", help="PEFT's directory or llama.cpp's file")
+    merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")
+    merge.add_argument(
+        "--dtype",
+        default="same",
+        help="the merged weights' storage: same, float32, bfloat16, float16; in GGUF also q8_0, q4_k, ... "
+        "(default: same)",
     )
     return parser
 

@@ -191,22 +191,12 @@ def adapter_from_gguf(
         FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
         OSError: a file cannot be read, or the disk refuses.
     """
-    adapter, source = gguf_adapter.load(path), files.name(path)
-    if adapter.architecture not in gguf_names.ARCHITECTURES.values():
-        raise UnsupportedError(f"{source}: the layers of {brief(adapter.architecture)} are not known")
-    model = None if base is None else base_model.read(base)
-    if model is not None and model.architecture != adapter.architecture:
-        raise FormatError(f"{source}: is for {adapter.architecture}, {model.source} is {model.architecture}")
-    problems: list[str] = []
-    tensors: dict[str, Array] = {}
-    ranks: dict[str, int] = {}
-    for stored, pair in adapter.pairs.items():
-        with _collecting(problems):
-            name, factors = _pair_for_peft(source, adapter, stored, model)
-            tensors |= factors
-            ranks[name] = pair.rank
-    _require_fit(source, "its architecture" if model is None else model.source, problems, ranks)
+    adapter, layers = read_gguf_adapter(path, base)
+    ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)
+    tensors = {
+        PREFIX + layer.name + suffix: a for layer in layers.values() for suffix, a in layer.factors.items()
+    }
     peft_adapter.save(directory, config, tensors)
     return AdapterConversion(
         files.name(directory),
@@ -217,10 +207,35 @@ def adapter_from_gguf(
     )
 
 
-def _pair_for_peft(
-    source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None
-) -> tuple[str, dict[str, Array]]:
-    """The layer's name, and its tensors by theirs."""
+@dataclass(frozen=True, eq=False)
+class PeftLayer:
+    """A layer's name and factors as PEFT has them: suffix of the tensor's name -> array."""
+
+    name: str
+    factors: dict[str, Array]
+
+
+def read_gguf_adapter(path: StrPath, base: StrPath | None) -> tuple[GgufAdapter, dict[str, PeftLayer]]:
+    """llama.cpp's adapter file, and its layers as PEFT has them by the names of the tensors adapted.
+
+    Arguments and errors are those of `adapter_from_gguf`.
+    """
+    adapter, source = gguf_adapter.load(path), files.name(path)
+    if adapter.architecture not in gguf_names.ARCHITECTURES.values():
+        raise UnsupportedError(f"{source}: the layers of {brief(adapter.architecture)} are not known")
+    model = None if base is None else base_model.read(base)
+    if model is not None and model.architecture != adapter.architecture:
+        raise FormatError(f"{source}: is for {adapter.architecture}, {model.source} is {model.architecture}")
+    problems: list[str] = []
+    layers: dict[str, PeftLayer] = {}
+    for stored in adapter.pairs:
+        with _collecting(problems):
+            layers[stored] = _layer_for_peft(source, adapter, stored, model)
+    _require_fit(source, "its architecture" if model is None else model.source, problems, layers)
+    return adapter, layers
+
+
+def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None) -> PeftLayer:
     pair, layer = adapter.pairs[stored], stored.removesuffix(".weight")
     name = gguf_names.from_gguf(layer)
     if name is None or layer == stored:
@@ -238,8 +253,7 @@ def _pair_for_peft(
             f"{source}: the rows of {stored} are permuted by heads: base, which tells their number, is needed"
         )
     suffixes = EMBEDDING if is_embedding else LINEAR
-    prefix = PREFIX + name
-    return name, {prefix + suffixes[0]: lora_a, prefix + suffixes[1]: lora_b}
+    return PeftLayer(name, dict(zip(suffixes, (lora_a, lora_b), strict=True)))
 
 
 def _config(alpha: float, ranks: dict[str, int], base: str | None) -> PeftConfig:

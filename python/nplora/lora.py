@@ -141,15 +141,18 @@ def merge_lora(
         scale: 0 leaves A and B unread.
         dtype: the name of W's format; needed only for bit patterns.
         rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even.
-        rng: not used by rounding="nearest".
+            "stochastic", for float16 and bfloat16: up or down by chance, so that the mean of W is the sum:
+            many merges of updates that are small against the steps of W do not get lost. What is beyond the
+            largest finite number is rounded to nearest.
+        rng: the chance of "stochastic"; the same integer gives the same bits, on any number of threads.
     Returns:
         W.
     Raises:
         TypeError: W is not an array, or is byte-swapped, or does not hold one of those formats.
         ValueError: W is read-only, not aligned, overlaps A or B, or has strided or overlapping rows; a shape
-            does not fit; scale is not finite.
+            does not fit; scale is not finite; W, in float32 or float64, is not rounded stochastically.
     """
-    return _merge("merge_lora", W, A, B, scale, 1, dtype, rounding)
+    return _merge("merge_lora", W, A, B, scale, 1, dtype, rounding, rng)
 
 
 def unmerge_lora(
@@ -166,7 +169,7 @@ def unmerge_lora(
 
     Arguments, result and errors are those of `merge_lora`.
     """
-    return _merge("unmerge_lora", W, A, B, scale, -1, dtype, rounding)
+    return _merge("unmerge_lora", W, A, B, scale, -1, dtype, rounding, rng)
 
 
 def _merge(
@@ -178,13 +181,21 @@ def _merge(
     sign: int,
     dtype: str | None,
     rounding: str,
+    rng: np.random.Generator | int | None,
 ) -> Array:
-    _check.choice(op, "rounding", rounding, ("nearest",))
+    _check.choice(op, "rounding", rounding, ("nearest", "stochastic"))
     readers = [(name, _check.as_array(op, name, value)) for name, value in (("A", A), ("B", B))]
     target, storage = _check.merge_target(op, W, dtype, *readers)
     factor_dtype = np.float64 if storage == "float64" else np.float32
     a, b = _check.factors(op, A, B, target.shape[0], target.shape[1], factor_dtype)
-    _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage)
+    key = None
+    if rounding == "stochastic":
+        if target.itemsize != 2:
+            raise ValueError(
+                f"{op}: rounding='stochastic' with a W of {storage}; float16 or bfloat16 is rounded so"
+            )
+        key = int(_check.generator(op, rng).integers(2**64, dtype=np.uint64))
+    _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage, key)
     return W
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.merging import MergeReport
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -218,19 +219,27 @@ class Module:
         """The layers with an adapter, by dotted name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, AdapterLayer)}
 
-    def merge(self) -> None:
+    def merge(self, dtype: str | None = None) -> list[MergeReport]:
         """Fold every adapter into a copy of its frozen weight, which answers alone until `unmerge`.
 
         Every merged weight is built before the first is put in place: a failure leaves all layers as they
         were.
 
+        Args:
+            dtype: the storage of the merged weights: "same" as the frozen one's, or a name of
+                `FrozenWeight`'s, rounded from a float32 sum. None: the frozen one's, but float32 where that
+                has low-bit blocks, whose steps may swallow the update.
+        Returns:
+            with a dtype, a report for each layer: how much of the update the storage kept. None: empty.
         Raises:
             RuntimeError: a layer is merged already.
-            ValueError: finite values would become infinite.
+            ValueError: finite values would become infinite; a layer's rows are no whole blocks of the
+                storage, or one of the two computes in float64 and the other does not.
         """
-        commits = [layer.prepare_merge() for layer in self.adapter_layers().values()]
-        for commit in commits:
+        prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
+        for commit, _ in prepared:
             commit()
+        return [report for _, report in prepared if report is not None]
 
     def unmerge(self) -> None:
         """Bring the frozen weights back, bit for bit.
@@ -343,8 +352,11 @@ class AdapterLayer(Module):
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
-    def prepare_merge(self) -> Commit:
-        """Build the merged weight; the function returned puts it in place and cannot fail."""
+    def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
+        """Build the merged weight; the function returned puts it in place and cannot fail.
+
+        The report, which is made where there is a dtype, calls the layer by the name given.
+        """
         raise NotImplementedError
 
     def prepare_unmerge(self) -> Commit:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core, buffers
+from nplora import _check, _core, buffers, storages
 from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
@@ -20,6 +20,7 @@ FLOATS = ("float32", "float64", "bfloat16", "float16")
 BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
 STORAGES = (*FLOATS, *BLOCKS)
 COMPUTES = ("float32", "bfloat16")
+_UNROUNDED_ROWS = 4
 
 _GGUF_FLOATS = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}
 
@@ -146,6 +147,20 @@ class FrozenWeight:
         return cls._of(op, tensor.dtype, tensor.shape, tensor.numpy(), compute)
 
     @classmethod
+    def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
+        """A matrix from the bytes of its rows, as `storages.encode` makes them; but for NF4 not copied."""
+        shape = (len(raw), d_in)
+        if storage == "nf4":
+            arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
+        elif storage in BLOCKS:
+            arrays = (raw,)
+        else:
+            arrays = (raw.reshape(-1).view(storages.FLOATS[storage]).reshape(shape),)
+        weight = cls.__new__(cls)
+        weight._hold(storage, shape, arrays, _core_compute("FrozenWeight.of_rows", storage, compute))
+        return weight
+
+    @classmethod
     def _of(cls, op: str, storage: str, shape: tuple[int, ...], array: Array, compute: str) -> Self:
         weight = cls.__new__(cls)
         weight._hold(storage, shape, (array,), _core_compute(op, storage, compute))
@@ -225,6 +240,14 @@ class FrozenWeight:
         _core.matmul_t(self._packed, rows, dx.reshape(len(rows), d_in))
         return dx
 
+    def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
+        """As `matmul`, in float32 where the weight computes in bfloat16."""
+        return _few_at_a_time(self.matmul, x) if self.compute == "bfloat16" else self.matmul(x)
+
+    def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
+        """As `matmul_t`, in float32 where the weight computes in bfloat16."""
+        return _few_at_a_time(self.matmul_t, dy) if self.compute == "bfloat16" else self.matmul_t(dy)
+
     def take(self, ids: npt.ArrayLike) -> Array:
         """The rows W[ids]: array (..., d_in) for integer ids (...).
 
@@ -253,6 +276,10 @@ class FrozenWeight:
     def like(self, W: Array) -> FrozenWeight:
         """Another matrix, stored as `float_dtype` says and computed as this one."""
         return FrozenWeight(W, self.float_dtype, self._compute_word())
+
+    def like_rows(self, raw: Array, storage: str) -> FrozenWeight:
+        """Another matrix from the bytes of its rows, computed as this one."""
+        return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
 
     def _compute_word(self) -> str:
         """compute as the constructor takes it."""
@@ -302,6 +329,14 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
     if len(shape) != 2:
         raise ValueError(f"{where} has shape {shape}, expected (d_out, d_in)")
     return where
+
+
+def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
+    """The product in batches of rows that are so small that none is rounded to bfloat16."""
+    rows = np.asarray(x)
+    return np.concatenate(
+        [product(rows[i : i + _UNROUNDED_ROWS]) for i in range(0, len(rows), _UNROUNDED_ROWS)]
+    )
 
 
 def freeze(

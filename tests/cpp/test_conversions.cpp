@@ -6,6 +6,7 @@
 #include "guarded.h"
 #include "kernel_tests.h"
 #include "numbers.h"
+#include "philox.h"
 
 using nplora::kernels::Bf16Pair;
 using nplora::kernels::KernelTable;
@@ -151,6 +152,59 @@ void test_format(const char* isa, const Format& format, Widen widen, Narrow narr
                Place::kEnd);
 }
 
+// ---- stochastic rounding ----
+
+using Dither = void (*)(size_t, uint64_t, uint64_t, float*);
+
+// What x becomes by the chance of a word: with u the number's place between its two neighbours, the upper one where u and the word's
+// leading bits, as a fraction, are 1 or more together. A normal number has as many of those bits as it loses, a subnormal float16 24.
+float dithered(const Format& format, float x, uint32_t word) {
+  const double largest = std::ldexp(2 - std::ldexp(1.0, -format.fraction_bits), format.largest_exponent);
+  if (std::isnan(x) || std::abs(double(x)) > largest) return x;
+  const bool is_subnormal = x == 0 || std::ilogb(x) < format.smallest_exponent();
+  const int exponent = is_subnormal ? format.smallest_exponent() : std::ilogb(x);
+  const double step = std::ldexp(1.0, exponent - format.fraction_bits);
+  const double units = std::abs(double(x)) / step, whole = std::floor(units);
+  const int random_bits = is_subnormal && format.fraction_bits == 10 ? 24 : 23 - format.fraction_bits;
+  const double one = std::ldexp(1.0, random_bits);
+  const bool up = std::floor((units - whole) * one) + double(word >> (32 - random_bits)) >= one;
+  return std::copysign(static_cast<float>((whole + up) * step), x);
+}
+
+void run_dither(const char* isa, const Format& format, Dither dither, const std::vector<float>& values,
+                uint64_t seed, uint64_t first, Place place) {
+  check::Case one("%s dither_%s n %zu from %g, seed %#llx first %llu, %s", isa, format.name, values.size(),
+                  values.empty() ? 0.0 : double(values[0]), static_cast<unsigned long long>(seed),
+                  static_cast<unsigned long long>(first), name_of(place));
+  Row<float> x(place, values);
+  dither(values.size(), seed, first, x.data());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const float wanted = dithered(format, values[i], word_of(seed, first + i));
+    check::expect(same(x[i], wanted) && std::signbit(x[i]) == std::signbit(values[i]),
+                  "%.9g (%a) became %.9g, wanted %.9g", double(values[i]), double(values[i]), double(x[i]),
+                  double(wanted));
+  }
+  check::expect(x.gaps_intact(), "wrote outside x");
+}
+
+void test_dither(const char* isa, const Format& format, Dither dither) {
+  const std::vector<float> values = turning_points(format);
+  const std::string name = std::string("dither_") + format.name;
+  Random random(10);
+  for (size_t n = 0; n <= 520; ++n) {
+    std::vector<float> numbers(n);
+    for (float& number : numbers) number = values[random.below(values.size())];
+    check::count_shape(name.c_str());
+    for (Place place : kPlaces)
+      run_dither(isa, format, dither, numbers, random.bits(), random.bits() >> n % 64, place);
+  }
+  for (size_t first = 0; first < values.size(); first += kChunk)
+    run_dither(isa, format, dither,
+               {values.begin() + static_cast<ptrdiff_t>(first),
+                values.begin() + static_cast<ptrdiff_t>(std::min(first + kChunk, values.size()))},
+               1, first, Place::kEnd);
+}
+
 // ---- pairs of neighbours down the columns ----
 
 // Element (i, c) of out holds rows 2i (low half) and 2i + 1 of x (rows, cols); matches(x, bits) tells whether x is the
@@ -202,5 +256,7 @@ void test_conversions(const KernelTable& table) {
   const auto& convert = table.convert;
   test_format(table.isa, kBfloat16, convert.widen_bfloat16, convert.narrow_bfloat16);
   test_format(table.isa, kFloat16, convert.widen_float16, convert.narrow_float16);
+  test_dither(table.isa, kBfloat16, convert.dither_bfloat16);
+  test_dither(table.isa, kFloat16, convert.dither_float16);
   test_pairs(table);
 }

@@ -151,6 +151,16 @@ class NewFile:
     chunks: Iterable[Chunk]
 
 
+def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]:
+    """The chunks, which must come to so many bytes: a header that says so is written already."""
+    done = 0
+    for chunk in chunks:
+        done += memoryview(chunk).nbytes
+        yield chunk
+    if done != nbytes:
+        raise ValueError(f"{where}: {done:,} bytes came, expected {nbytes:,}")
+
+
 @dataclass
 class Progress:
     """How far a file is written; its text ends the message of an error."""

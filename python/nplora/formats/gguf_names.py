@@ -7,6 +7,7 @@ Hugging Face's files, and PEFT's adapters for them, say "model.layers.3.self_att
 import re
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 # Hugging Face's model_type: GGUF's architecture.
@@ -61,6 +62,11 @@ def interleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows (heads * 2 * half, d) in the order of llama: in each head, i to 2 i and half + i to 2 i + 1."""
     half = len(rows) // heads // 2
     return rows.reshape(heads, 2, half, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def row_order(rows: int, heads: int) -> NDArray[Any]:
+    """The numbers of Hugging Face's rows in the order of llama."""
+    return interleave(np.arange(rows)[:, None], heads)[:, 0]
 
 
 def deinterleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:

@@ -51,11 +51,15 @@ class PeftAdapter:
     def factors(self, problems: list[str]) -> dict[str, tuple[str, str]]:
         """The names of each layer's two factors, by the layer's. What makes no pair is told in `problems`.
 
+        DoRA's magnitudes are passed over.
+
         Raises:
             LimitError: so many layers and so many patterns that looking up ranks would take long.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
+            if self.config.use_dora and tensor.endswith(MAGNITUDE):
+                continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
                 problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")

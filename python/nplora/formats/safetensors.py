@@ -12,7 +12,7 @@ there; here a tensor's entry may hold nothing but its three fields.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 Array: TypeAlias = NDArray[Any]
-Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor]"
+Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream]"
 Buffer: TypeAlias = memoryview | files.Reader
 
 
@@ -89,6 +89,24 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.dtype}, {self.shape})"
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A tensor to be saved whose bytes are made while the file is written, a few rows at a time.
+
+    Attributes:
+        dtype: as in `Tensor`.
+        chunks: called once; gives the bytes in their order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[files.Chunk]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[_TAGS[self.dtype]][1].itemsize
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,8 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
 
     Args:
         tensors: name -> array (any strides and byte order; ml_dtypes.bfloat16 too), or `Tensor` to store
-            uint16 bit patterns as bfloat16. The key is the name, whatever a `Tensor` calls itself.
+            uint16 bit patterns as bfloat16, or a `Stream`. The key is the name, whatever a `Tensor` calls
+            itself.
         metadata: text to text.
     Raises:
         TypeError: an element type that the format does not have; a name or a metadata entry that is not text.
@@ -216,7 +235,7 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
     """What `save` writes, for a caller that replaces several files together.
 
-    Contiguous copies are made one tensor at a time.
+    Contiguous copies are made one tensor at a time; a `Stream` is called when its turn comes.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
@@ -232,17 +251,22 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
     def chunks() -> Iterator[files.Chunk]:
         yield len(text).to_bytes(8, "little") + text
-        for _, tag, array in tagged:
+        for name, tag, array in tagged:
+            if isinstance(array, Stream):
+                yield from files.exactly(array.nbytes, array.chunks(), f"safetensors.save: tensor {name!r}")
+                continue
             contiguous = np.ascontiguousarray(array, _DTYPES[tag][1])
             yield contiguous.reshape(-1).view(np.uint8).data
 
     return files.NewFile(path, 8 + len(text) + end, chunks())
 
 
-def _tagged(name: str, value: ArrayLike | Tensor) -> tuple[str, Array]:
+def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
     """The file's tag for an array, and the array as NumPy can write it."""
     if not isinstance(name, str) or name == _METADATA:
         raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
+    if isinstance(value, Stream):
+        return _TAGS[value.dtype], value
     array = value.array if isinstance(value, Tensor) else np.asarray(value)
     dtype = value.dtype if isinstance(value, Tensor) else array.dtype.name
     if dtype not in _TAGS:

@@ -106,7 +106,7 @@ class LoRAEmbedding(LoRALayer):
 
     Args:
         W: the table E, a float array (vocab, dim), copied and packed, or a FrozenWeight, shared.
-        rank, alpha, dtype, init, use_rslora, rng: as in LoRALinear.
+        rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
     Raises:
         ValueError, TypeError: as in LoRALinear.
     Warns:

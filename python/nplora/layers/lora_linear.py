@@ -12,6 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core, buffers
 from nplora.layers.linear import Linear
 from nplora.layers.low_rank import LoRALayer
+from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.module import Gradient, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
@@ -57,7 +58,8 @@ class LoRALinear(LoRALayer):
             everything is float64, otherwise x is converted to float32.
         compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight.
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
-            1/r).
+            1/r); "pissa" and "olora": A and B take over a part of W, `weight` is what remains, stored as W
+            is, and their sum starts as W (layers/principal.py). They cannot be had together with DoRA.
         dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
         use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
         use_dora: train the magnitudes m of the rows too.
@@ -65,7 +67,8 @@ class LoRALinear(LoRALayer):
         rng: draws the starting factors and the dropout stream.
     Raises:
         ValueError: W has not two axes; rank is below 1; alpha is not finite; dropout is not in [0, 1); bias
-            has another shape; a word is not one of those above.
+            has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a rank above
+            min(d_out, d_in), or an alpha that is not positive.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -88,6 +91,11 @@ class LoRALinear(LoRALayer):
     ) -> None:
         op = type(self).__name__
         weight = freeze(op, W, dtype, compute)
+        if use_dora and init in PRINCIPAL_INITS:
+            raise ValueError(
+                f"{op}: init={init!r} with use_dora=True: the magnitudes belong to the rows of W, "
+                "and the frozen weight would be what remains of it"
+            )
         self._dropout = _check.probability(op, "dropout", dropout)
         d_out = weight.shape[0]
         self._bias = (
@@ -97,6 +105,8 @@ class LoRALinear(LoRALayer):
         if use_dora:
             weight.packed.row_sums_of_squares(self._frozen_squares)
         super().__init__(weight, rank, alpha, init, use_rslora, rng, bool(use_dora), bool(freeze_B))
+
+    inits = (*LoRALayer.inits, *PRINCIPAL_INITS)
 
     @property
     def bias(self) -> Array | None:
@@ -236,21 +246,17 @@ class LoRALinear(LoRALayer):
         """
         squares = self._frozen_squares.copy()
         if self.scale != 0:
-            a, b, bw = self.A.astype(np.float64), self.B.astype(np.float64), self._frozen_product_of_b()
+            a, b, bw = (
+                self.A.astype(np.float64),
+                self.B.astype(np.float64),
+                self.weight.matmul_unrounded(self.B),
+            )
             gram, a_gram = np.empty((self.rank, self.rank)), np.empty_like(a)
             _core.matmul(b, b, None, gram)
             _core.matmul(gram, a, None, a_gram)
             squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
             squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
         return np.sqrt(np.maximum(squares, 0))
-
-    def _frozen_product_of_b(self) -> Array:
-        """B Wᵀ (r, d_out), in float32 where the layer's products are bfloat16: 4 rows are not rounded."""
-        out = np.empty((self.rank, self.weight.shape[0]), self.B.dtype)
-        step = 4 if self.weight.compute == "bfloat16" else self.rank
-        for i in range(0, self.rank, step):
-            _core.matmul(self.weight.packed, self.B[i : i + step], None, out[i : i + step])
-        return out
 
     def _inverse_norms(self) -> Array:
         norms = self._row_norms()

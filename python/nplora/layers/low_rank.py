@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
+from nplora.layers.principal import PRINCIPAL_INITS, principal_factors
+from nplora.merging import MergeReport, Update, merge_weight
 from nplora.module import AdapterLayer, Commit, Parameter
 from nplora.weights import FrozenWeight, become_infinite
 
 Array = npt.NDArray[Any]
 T = TypeVar("T", bound=Array | None)
-
-INITS = ("zero", "gaussian")
 
 
 class LiveArray(Generic[T]):
@@ -56,13 +56,13 @@ class LoRALayer(AdapterLayer):
     """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
 
     Attributes:
-        weight: the FrozenWeight W (d_out, d_in).
+        weight: the FrozenWeight W (d_out, d_in); what remains of it where init is "pissa" or "olora".
         A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 where W is float64.
         m: DoRA's magnitudes (d_out,), or None.
         dA, dB, dm: their gradients, added to by `backward`; dB is None where B is frozen, dm where there is
             no m.
         rank, use_rslora, use_dora, freeze_B: as given, read-only.
-        alpha: may be set; scale follows.
+        alpha: may be set, unless init is "pissa" or "olora"; scale follows.
         scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
         dropout: in LoRALinear, may be set.
     """
@@ -73,6 +73,8 @@ class LoRALayer(AdapterLayer):
     dA = LiveArray[Array]()  # noqa: N815
     dB = LiveArray[Array | None]()  # noqa: N815
     dm = LiveArray[Array | None]()
+
+    inits: tuple[str, ...] = ("zero", "gaussian")
 
     _dropout = 0.0
 
@@ -91,10 +93,16 @@ class LoRALayer(AdapterLayer):
         self._weight = weight
         rank = _check.integer(op, "rank", rank, least=1)
         self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
-        self.init = _check.choice(op, "init", init, INITS)
+        self.init = _check.choice(op, "init", init, self.inits)
+        self._taken: tuple[Array, Array] | None = None  # "pissa", "olora": A and B at the start
         self.adapter_enabled = True
         self._merged: FrozenWeight | None = None
         d_out, d_in = weight.shape
+        if init in PRINCIPAL_INITS and (rank > min(d_out, d_in) or self._alpha <= 0):
+            raise ValueError(
+                f"{op}: init={init!r} needs a rank of at most min(d_out, d_in) = {min(d_out, d_in)} and a "
+                f"positive alpha, got {rank} and {alpha:g}"
+            )
         if rank > min(d_out, d_in):
             warnings.warn(
                 f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}; more is of no use",
@@ -123,6 +131,7 @@ class LoRALayer(AdapterLayer):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self.require_unmerged("alpha")
+        self._require_whole_weight("alpha")
         self._alpha = _check.number(type(self).__name__, "alpha", value)
 
     @property
@@ -159,6 +168,7 @@ class LoRALayer(AdapterLayer):
     def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
         """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
         self.require_unmerged("prepare_adopt")
+        self._require_whole_weight("load_adapter")
         rank = len(factors["B"])
         fresh: dict[str, Array | None] = {}
         if rank != self.rank:
@@ -174,6 +184,25 @@ class LoRALayer(AdapterLayer):
 
         return commit
 
+    def _require_whole_weight(self, what: str) -> None:
+        if self._taken is not None:
+            raise ValueError(
+                f"{type(self).__name__}.{what}: init={self.init!r} took a part of the frozen weight; "
+                "use a layer of init='zero' with the whole one"
+            )
+
+    def plain_update(self) -> tuple[Array, Array, float]:
+        """A, B and alpha of plain LoRA for the weight that the layer was given: its live arrays.
+
+        Where a part A₀B₀ of that was taken, W_rest + s·AB = W + s·[A, -A₀][B; B₀]: rank 2r, as PEFT converts
+        such adapters. The rounding of W_rest to its storage is left out.
+        """
+        if self._taken is None:
+            return self.A, self.B, self.alpha
+        a0, b0 = self._taken
+        alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)
+        return np.concatenate([self.A, -a0], axis=1), np.concatenate([self.B, b0]), alpha
+
     # ---- starting values and randomness ----
 
     def _start(self, rng: np.random.Generator) -> None:
@@ -181,10 +210,18 @@ class LoRALayer(AdapterLayer):
         if self.init == "zero":
             self.A[...] = 0
             self.B[...] = self._draw_b(rng)
+        elif self.init in PRINCIPAL_INITS:
+            self.A[...], self.B[...] = self._taken or self._take()
         else:  # N(0, 1/r): A·B has entries of variance 1/r
             self.A[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.A.shape)
             self.B[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.B.shape)
         self.dropout_stream = (int(rng.integers(2**63)), 0)
+
+    def _take(self) -> tuple[Array, Array]:
+        """Factor a part of the weight, and keep the rest as the frozen one."""
+        a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
+        self._weight, _ = merge_weight("the rest of W", self.weight, Update(a, b, -self.scale), "same")
+        return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
         """B at the start of init="zero", where A is 0."""
@@ -249,15 +286,20 @@ class LoRALayer(AdapterLayer):
     def _finite_factors(self) -> bool:
         return all(np.isfinite(array).all() for array in (self.A, self.B, self.m) if array is not None)
 
-    def prepare_merge(self) -> Commit:
+    def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         self.require_unmerged("merge")
-        merged = self._merged_frozen()
+        report = None
+        if dtype is None:
+            weight = self._merged_frozen()
+        else:
+            update = Update(self.A, self.B, self.scale, self.m)
+            weight, report = merge_weight(name or type(self).__name__, self.weight, update, dtype)
 
         def commit() -> None:
-            self._merged = merged
+            self._merged = weight
             self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
 
-        return commit
+        return commit, report
 
     def prepare_unmerge(self) -> Commit:
         if not self.merged:

@@ -16,12 +16,13 @@ Q8_1, whose size it has wrong.
 
 from nplora.formats.gguf.metadata import Metadata, StringArray, Typed
 from nplora.formats.gguf.reader import GgufFile, loads, open
-from nplora.formats.gguf.tensor import Tensor
+from nplora.formats.gguf.tensor import Stream, Tensor
 from nplora.formats.gguf.writer import dumps, new_file, save
 
 __all__ = [
     "GgufFile",
     "Metadata",
+    "Stream",
     "StringArray",
     "Tensor",
     "Typed",

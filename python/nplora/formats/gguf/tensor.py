@@ -1,12 +1,28 @@
 """A tensor of a GGUF file: its bytes, and what they mean."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
 from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.files import Chunk
 from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES, elements
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A tensor to be saved whose bytes are made while the file is written, a few rows at a time.
+
+    Attributes:
+        type, shape: as in `Tensor`.
+        chunks: called once; gives the bytes in their order.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Chunk]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 import operator
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nplora.formats import files
 from nplora.formats.errors import brief
-from nplora.formats.files import StrPath
+from nplora.formats.files import Chunk, StrPath
 from nplora.formats.gguf.ggml_types import GGML_TYPES, VALUE_DTYPES, VALUE_TYPES, GgmlType
 from nplora.formats.gguf.header import (
     ALIGNMENT_KEY,
@@ -26,7 +27,7 @@ from nplora.formats.gguf.header import (
     VERSIONS,
 )
 from nplora.formats.gguf.metadata import LENGTH, Typed
-from nplora.formats.gguf.tensor import Tensor
+from nplora.formats.gguf.tensor import Stream, Tensor
 
 MAX_NAME = 63  # bytes of a tensor's name; ggml refuses longer ones
 _UINT32 = struct.Struct("<I")
@@ -42,7 +43,7 @@ _TYPE_OF = {
 }
 
 Array: TypeAlias = NDArray[Any]
-Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor]"
+Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream]"
 
 
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
@@ -51,7 +52,7 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
     Args:
         tensors: name -> float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64 array of any strides
             and byte order and at most four axes, or a `Tensor` of raw blocks: `Tensor("w", "Q4_0", (8,
-            64), blocks)`. The key is the name, whatever a `Tensor` calls itself.
+            64), blocks)`, or a `Stream` of them. The key is the name, whatever a `Tensor` calls itself.
         metadata: key -> str, bool, list of them, NumPy scalar or array, or `Typed`, which names one of the
             format's types for a Python int or float. "general.alignment" says where tensors may begin.
     Raises:
@@ -70,7 +71,7 @@ def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
     """What `save` writes, for a caller that replaces several files together.
 
-    Contiguous copies are made one tensor at a time.
+    Contiguous copies are made one tensor at a time; a `Stream` is called when its turn comes.
     """
     values = {key: _typed(key, value) for key, value in (metadata or {}).items()}
     _require_few("tensors", len(tensors), MAX_TENSORS)
@@ -79,22 +80,24 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None
     header = bytearray(START.pack(MAGIC, VERSIONS[-1], len(tensors), len(values)))
     for key, value in values.items():
         header += _name("metadata entry", key, MAX_KEY) + _value(f"metadata {brief(key)}", value)
-    stored: list[tuple[Array, np.dtype[Any], int]] = []
+    stored: list[tuple[_Stored, int]] = []
     offset = 0
     for name, tensor in tensors.items():
-        kind, shape, array = _stored(name, tensor)
+        one = _stored(name, tensor)
         header += _name("tensor", name, MAX_NAME)
-        header += struct.pack(f"<I{len(shape)}QiQ", len(shape), *reversed(shape), kind.number, offset)
-        padding = -array.nbytes % alignment
-        offset += array.nbytes + padding
-        stored.append((array, kind.dtype or np.dtype(np.uint8), padding))
+        header += struct.pack(
+            f"<I{len(one.shape)}QiQ", len(one.shape), *reversed(one.shape), one.kind.number, offset
+        )
+        padding = -one.nbytes % alignment
+        offset += one.nbytes + padding
+        stored.append((one, padding))
     header += bytes(-len(header) % alignment)
     _require_few("bytes of header", len(header), MAX_HEADER)
 
     def chunks() -> Iterator[files.Chunk]:
         yield bytes(header)
-        for array, dtype, padding in stored:
-            yield np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+        for one, padding in stored:
+            yield from one.chunks()
             yield bytes(padding)
 
     return files.NewFile(path, len(header) + offset, chunks())
@@ -201,9 +204,24 @@ def _alignment(typed: Typed | None) -> int:
 # ---- tensors ----
 
 
-def _stored(name: str, tensor: ArrayLike | Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
-    """The type, the shape, and the elements: blocks as bytes."""
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the file has it."""
+
+    kind: GgmlType
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterable[Chunk]]
+
+
+def _stored(name: str, tensor: ArrayLike | Tensor | Stream) -> _Stored:
     where = f"gguf.save: tensor {brief(name)}"
+    if isinstance(tensor, Stream):
+        kind, shape = _blocks(where, tensor.type, tensor.shape)
+        nbytes = kind.nbytes(shape)
+        return _Stored(
+            kind, _few_axes(where, shape), nbytes, lambda: files.exactly(nbytes, tensor.chunks(), where)
+        )
     if isinstance(tensor, Tensor):
         kind, shape, array = _raw(where, tensor)
     else:
@@ -212,19 +230,34 @@ def _stored(name: str, tensor: ArrayLike | Tensor) -> tuple[GgmlType, tuple[int,
             raise TypeError(f"{where} is {array.dtype}, expected one of {', '.join(_TYPE_OF)}")
         kind, shape = GGML_TYPES[_TYPE_OF[array.dtype.name]], array.shape
         array = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    dtype = kind.dtype or np.dtype(np.uint8)
+
+    def chunks() -> Iterator[Chunk]:
+        yield np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+
+    return _Stored(kind, _few_axes(where, shape), array.nbytes, chunks)
+
+
+def _few_axes(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{where} has {len(shape)} axes, at most {MAX_DIMENSIONS} can be written")
-    return kind, shape, array
+    return shape
 
 
-def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
-    """As `_stored`, checked: the bytes are those that the shape takes."""
-    if tensor.type not in GGML_TYPES:
-        raise ValueError(f"{where} is {tensor.type!r}, expected one of {', '.join(GGML_TYPES)}")
-    kind, shape = GGML_TYPES[tensor.type], tuple(map(operator.index, tensor.shape))
+def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlType, tuple[int, ...]]:
+    """The type of this name, and a shape that it can have."""
+    if name not in GGML_TYPES:
+        raise ValueError(f"{where} is {name!r}, expected one of {', '.join(GGML_TYPES)}")
+    kind, shape = GGML_TYPES[name], tuple(map(operator.index, dimensions))
     row = shape[-1] if shape else 1
     if min(shape, default=0) < 0 or row % kind.block:
         raise ValueError(f"{where} has shape {shape}, {kind.name} needs rows of a multiple of {kind.block}")
+    return kind, shape
+
+
+def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
+    """Type, shape and bytes, which are those that the shape takes."""
+    kind, shape = _blocks(where, tensor.type, tensor.shape)
     nbytes = kind.nbytes(shape)
     if tensor.data.dtype != np.uint8:
         raise TypeError(f"{where} has data of {tensor.data.dtype}, expected bytes as uint8")

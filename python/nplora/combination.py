@@ -1,0 +1,136 @@
+"""The weighted sum of several adapters as one adapter, in the space of the factors.
+
+Per layer, with the scales s and weights w,
+
+    Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
+
+exactly: weighting the factors themselves, as is often done, adds cross terms AᵢBⱼ. With A = Qₐ Rₐ and
+Bᵀ = Q_b R_b, the singular values of A·B are those of Rₐ R_bᵀ (R, R), so the smallest rank that holds the sum,
+and the best approximation of any lower one (Eckart and Young 1936), cost no matrix of the weight's shape.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _check
+from nplora.formats.errors import UnsupportedError
+from nplora.formats.files import StrPath
+from nplora.merging import Update
+from nplora.updates import Adapter, Source, read_adapter
+
+Array = NDArray[Any]
+
+
+class CombinedAdapter(Adapter):
+    """What `combine` gives.
+
+    Attributes:
+        errors: layer -> ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ in the Frobenius norm, by truncation; 0 where nothing
+            was cut off. Factors are then rounded to float32.
+    """
+
+    def __init__(
+        self, updates: Mapping[str, Update], errors: Mapping[str, float], *about: str | None
+    ) -> None:
+        super().__init__("the combined adapter", updates, *about)
+        self.errors = dict(errors)
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(
+            f"{name:<{width}}  rank {update.rank:>3}  relative error {self.errors[name]:.3g}"
+            for name, update in self.items()
+        )
+
+
+def combine(
+    adapters: Iterable[tuple[Source, float]], rank: int | None = None, base: StrPath | None = None
+) -> CombinedAdapter:
+    """The adapter whose ΔW is Σ weight · ΔW of the adapters given, in every layer that any of them adapts.
+
+    Their ranks, alphas, rules of scaling and targets may differ. The sum is computed in float64 and has, in
+    each layer, the lowest rank that holds it exactly.
+
+    Args:
+        adapters: pairs of an adapter and its weight, any finite number. An adapter is what `read_adapter`
+            takes: a PEFT directory, llama.cpp's file, a model, or what an earlier call returned.
+        rank: cut the ranks to at most this, by the largest singular values; see `errors` of the result.
+        base: as in `read_adapter`.
+    Returns:
+        a mapping of layers to their updates, with scale 1; `save(directory)` writes it for PEFT.
+    Raises:
+        UnsupportedError: an adapter has DoRA, whose rescaled rows do not add up.
+        ValueError: there are no adapters, a weight is not finite, rank is below 1, or adapters do not fit
+            each other; all that does not fit is listed. The rest as in `read_adapter`.
+    """
+    limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
+    weighted = [
+        (read_adapter(source, base), _check.number("combine", "weight", weight))
+        for source, weight in adapters
+    ]
+    if not weighted:
+        raise ValueError("combine: no adapters")
+    for adapter, _ in weighted:
+        if adapter.use_dora:
+            raise UnsupportedError(
+                f"combine: {adapter.source} has DoRA, which rescales the rows of W + ΔW by their norms: such "
+                "updates do not add up; merge it into the model instead"
+            )
+    _require_alike([adapter for adapter, _ in weighted])
+    names = dict.fromkeys(name for adapter, _ in weighted for name in adapter)
+    updates, errors = {}, {}
+    for name in names:
+        terms = [(adapter[name], weight) for adapter, weight in weighted if name in adapter]
+        if not all(np.isfinite(factor).all() for update, _ in terms for factor in (update.A, update.B)):
+            raise ValueError(f"combine: a factor of {name} holds NaN or an infinity")
+        updates[name], errors[name] = _sum(terms, limit)
+    about = (
+        _agreed(adapter.base_model_name_or_path for adapter, _ in weighted),
+        _agreed(adapter.task_type for adapter, _ in weighted),
+    )
+    return CombinedAdapter(updates, errors, *about)
+
+
+def _require_alike(adapters: list[Adapter]) -> None:
+    """Each layer has one shape and one kind in all of them."""
+    first: dict[str, tuple[str, Update]] = {}
+    problems = []
+    for adapter in adapters:
+        for name, update in adapter.items():
+            source, other = first.setdefault(name, (adapter.source, update))
+            if (update.shape, update.embedding) != (other.shape, other.embedding):
+                problems.append(f"{name}: {_kind(other)} in {source}, {_kind(update)} in {adapter.source}")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"combine: the adapters do not fit each other in {len(problems)} places:{lines}")
+
+
+def _kind(update: Update) -> str:
+    return f"{'an embedding' if update.embedding else 'a linear layer'} {update.shape}"
+
+
+def _agreed(words: Iterable[str | None]) -> str | None:
+    found = set(words)
+    return found.pop() if len(found) == 1 else None
+
+
+def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, float]:
+    """The update of Σ weight · scale · A·B, and the relative error of cutting its rank to `limit`."""
+    a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
+    b = np.concatenate([weight * update.scale * update.B.astype(np.float64) for update, weight in terms])
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(b.T)
+    u, s, vt = np.linalg.svd(r_a @ r_b.T)
+    # Rounding moves singular values by so much; what is below is 0 in the exact sum.
+    noise = np.linalg.norm(r_a) * np.linalg.norm(r_b) * max(a.shape + b.shape) * np.finfo(np.float64).eps
+    s = np.where(s > noise, s, 0)
+    exact = max(1, np.count_nonzero(s))
+    kept = exact if limit is None else min(exact, limit)
+    root = np.sqrt(s[:kept])
+    total = float(np.linalg.norm(s[:exact]))
+    error = float(np.linalg.norm(s[kept:exact])) / total if total else 0.0
+    left, right = q_a @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ q_b.T
+    return Update(left.astype(np.float32), right.astype(np.float32), 1.0, None, terms[0][0].embedding), error

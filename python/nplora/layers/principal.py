@@ -1,0 +1,72 @@
+"""Starts from the weight's own principal part: PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024).
+
+Both factor a part of W and leave the rest frozen: W = W_rest + scale · A·B. As in PEFT,
+
+    pissa   scale · A·B is the best approximation of W of rank r:  A = U √(S / scale),  B = √(S / scale) Vᵀ
+    olora   A = Q[:, :r],  B = R[:r]  of  W = Q R
+
+The weight is met by products alone, in float32 whatever its storage, and never as a dense matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+PRINCIPAL_INITS = ("pissa", "olora")
+
+_OVERSAMPLING = 16  # directions beyond the rank: they take up the tail, and speed the rest up
+_MOST_ITERATIONS = 60
+_SETTLED = 1e-7  # of a singular value, by one iteration: float32's own rounding
+
+
+def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
+    """A (d_out, r) and B (r, d_in) of a start by name, in the dtype that the weight computes in.
+
+    They depend on the weight alone: the random directions of the search are the same every time.
+    """
+    if init == "olora":
+        return _olora(weight, rank)
+    u, s, vt = randomized_svd(weight, rank)
+    root = np.sqrt(s / scale)
+    dtype = weight.compute_dtype
+    return (u * root).astype(dtype), (root[:, None] * vt).astype(dtype)
+
+
+def _olora(weight: FrozenWeight, rank: int) -> tuple[Array, Array]:
+    """Q[:, :r] spans the first r columns of W, so these are all that is decomposed; R[:r] = Q[:, :r]ᵀ W."""
+    first = np.eye(rank, weight.shape[1], dtype=weight.compute_dtype)
+    q = np.linalg.qr(weight.matmul_unrounded(first).T)[0]
+    return np.ascontiguousarray(q), weight.matmul_t_unrounded(q.T)
+
+
+def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array]:
+    """The `rank` largest singular values S with U (d_out, rank) and Vᵀ (rank, d_in), float64.
+
+    Subspace iteration from a random start, orthonormal after every product (Halko, Martinsson and Tropp 2011,
+    algorithms 4.4 and 5.1), until the singular values stand still.
+    """
+    d_out, d_in = weight.shape
+    width = min(rank + _OVERSAMPLING, d_out, d_in)
+    directions = np.random.default_rng(0).standard_normal((width, d_in), dtype=np.float32)
+    before = np.zeros(rank)
+    for _ in range(_MOST_ITERATIONS):
+        q = _orthonormal(weight.matmul_unrounded(directions))  # rows span the range of W
+        p, r = np.linalg.qr(weight.matmul_t_unrounded(q).T.astype(np.float64))  # Qᵀ W = Rᵀ Pᵀ
+        u, s, vt = np.linalg.svd(r.T)
+        directions = p.T
+        if (np.abs(s[:rank] - before) <= _SETTLED * s[0]).all():
+            break
+        before = s[:rank]
+    return q.T @ u[:, :rank], s[:rank], vt[:rank] @ p.T
+
+
+def _orthonormal(rows: Array) -> Array:
+    """An orthonormal basis of the rows' span, as rows."""
+    return np.linalg.qr(rows.T.astype(np.float64))[0].T

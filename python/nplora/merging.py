@@ -1,0 +1,208 @@
+"""W + scale · A·B in a storage of its own, a block of rows at a time, and how much of the update it kept.
+
+Low-bit blocks have steps that may be larger than the update, so a merge can lose it: the new weight is made
+from a float32 sum, never in place, and compared with what was asked for.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _check, _core, storages
+from nplora.weights import FrozenWeight
+
+Array = NDArray[Any]
+
+_ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of W in float32; the comparison in float64 takes some 10 MiB beside it
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of an update when it was merged into one weight.
+
+    Attributes:
+        name: of the layer or tensor.
+        storage, nbytes: of the merged weight.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm, where the effective ΔW is what the merged
+            weight, as stored, is beyond the original: 0 where all of the update survived, near 1 or above
+            where rounding has swallowed it. 0 where ΔW is 0 and nothing changed.
+        worst_block: the row and the first column of the block of elements with the largest relative error, of
+            the storage's own length (a whole row where elements stand alone).
+        worst_error: that error.
+    """
+
+    name: str
+    storage: str
+    nbytes: int
+    error: float
+    worst_block: tuple[int, int]
+    worst_error: float
+
+    def __str__(self) -> str:
+        row, column = self.worst_block
+        return (
+            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, relative error of ΔW {self.error:.3g}, "
+            f"at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What an adapter adds to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
+
+    Attributes:
+        m: DoRA's magnitudes (d_out,), to which the rows of W + scale · A·B are rescaled (Liu et al. 2024, eq.
+            5), or None.
+        embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
+    """
+
+    A: Array
+    B: Array
+    scale: float
+    m: Array | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.B)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of W: (d_out, d_in)."""
+        return len(self.A), self.B.shape[1]
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Rows first, first + 1, ... of W updated, in their dtype; `rows` is left as it is."""
+        merged = rows.copy()
+        part = slice(first, first + len(rows))
+        a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))
+        _core.merge_lora(merged, a, b, self.scale, merged.dtype.name)
+        return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
+
+    def delta(self, rows: Array, first: int) -> Array:
+        """What is asked to be added to these rows, float64."""
+        part, w = slice(first, first + len(rows)), rows.astype(np.float64)
+        if self.scale == 0:
+            delta = np.zeros_like(w)
+        else:
+            delta = self.scale * (self.A[part].astype(np.float64) @ self.B.astype(np.float64))
+        return delta if self.m is None else (w + delta) * self._gain(w + delta, part) - w
+
+    def _gain(self, merged: Array, part: slice) -> Array:
+        assert self.m is not None
+        norms: Array = np.sqrt(np.einsum("oi,oi->o", merged, merged, dtype=np.float64))
+        gain: Array = np.divide(self.m[part], norms, out=np.zeros_like(norms), where=norms != 0)
+        return gain[:, None]
+
+
+class Merge:
+    """One weight's merge: `rows()` gives the new weight's bytes once, and `report` is known afterwards.
+
+    Args:
+        read: rows first ... last - 1 of W (n, d_in), float32 or float64.
+    Raises:
+        ValueError: the storage needs rows of whole blocks, and these are not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        read: Callable[[int, int], Array],
+        update: Update,
+        storage: str,
+    ) -> None:
+        _check.choice("merge", "dtype", storage, storages.STORAGES)
+        if not storages.fits(storage, shape[1]):
+            raise ValueError(
+                f"merge: {name}: rows of {shape[1]} are no whole blocks of "
+                f"{storages.block_elements(storage)}, which {storage} needs"
+            )
+        self.name, self.shape, self.storage = name, shape, storage
+        self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
+        self._read, self._update = read, update
+        self._asked = self._lost = 0.0  # sums of squares
+        self._worst = (-1.0, 0, 0)
+
+    def rows(self) -> Iterator[tuple[int, Array]]:
+        """Blocks of rows in order: the first one's number, and the bytes, uint8 (n, row_nbytes).
+
+        Raises:
+            ValueError: a sum is not finite where W is, or too large for the storage.
+        """
+        d_out, d_in = self.shape
+        step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
+        for first in range(0, d_out, step):
+            before = self._read(first, min(d_out, first + step))
+            merged = self._update.apply(before, first)
+            try:
+                raw = storages.encode(merged, self.storage)
+            except ValueError as error:
+                raise ValueError(f"merge: {self.name}, rows from {first:,}: {error}") from error
+            after = storages.decode(raw, self.storage, d_in)
+            lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+            if lost:
+                raise ValueError(
+                    f"merge: {self.name}: {lost} finite values are not finite any more "
+                    f"in {self.storage}; nothing is merged"
+                )
+            self._count(before, after, first)
+            yield first, raw
+
+    def _count(self, before: Array, after: Array, first: int) -> None:
+        n, d_in = before.shape
+        delta = self._update.delta(before, first)
+        lost = after.astype(np.float64)
+        lost -= before
+        lost -= delta
+        elements = storages.block_elements(self.storage)
+        blocks = (n, -1, elements if elements > 1 else max(1, d_in))
+        asked_squares, lost_squares = (
+            np.einsum("nbi,nbi->nb", x.reshape(blocks), x.reshape(blocks)) for x in (delta, lost)
+        )
+        self._asked += float(asked_squares.sum())
+        self._lost += float(lost_squares.sum())
+        if lost_squares.size:
+            errors = _relative(lost_squares, asked_squares)
+            row, block = np.unravel_index(int(np.nanargmax(np.nan_to_num(errors, nan=np.inf))), errors.shape)
+            if errors[row, block] > self._worst[0]:
+                self._worst = (float(errors[row, block]), first + int(row), int(block) * blocks[2])
+
+    @property
+    def report(self) -> MergeReport:
+        error = float(_relative(np.array(self._lost), np.array(self._asked)))
+        worst, row, column = self._worst
+        return MergeReport(self.name, self.storage, self.nbytes, error, (row, column), max(0.0, worst))
+
+
+def merge_weight(
+    name: str, weight: FrozenWeight, update: Update, storage: str
+) -> tuple[FrozenWeight, MergeReport]:
+    """A new weight of W + scale · A·B in a storage, and what it kept; W is decoded a few rows at a time.
+
+    Args:
+        storage: "same", or one of `FrozenWeight`'s that computes in W's dtype.
+    Raises:
+        ValueError: as `Merge`, or the storage computes in another dtype.
+    """
+    storage = (
+        weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)
+    )
+    if storages.compute_dtype(storage) != weight.compute_dtype:
+        raise ValueError(
+            f"merge: {name}: dtype={storage!r}, but the layer computes in {weight.compute_dtype}"
+        )
+    merge = Merge(name, weight.shape, lambda i, j: weight.take(np.arange(i, j)), update, storage)
+    out = np.empty((weight.shape[0], storages.row_nbytes(storage, weight.shape[1])), np.uint8)
+    for first, raw in merge.rows():
+        out[first : first + len(raw)] = raw
+    return weight.like_rows(out, storage), merge.report
+
+
+def _relative(lost: Array, asked: Array) -> Array:
+    """√(lost / asked), and 0 where nothing was lost."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

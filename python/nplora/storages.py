@@ -1,0 +1,99 @@
+"""Rows of a matrix as the bytes of a storage format, and back: what files and weights hold is made here.
+
+A storage is named as `FrozenWeight.dtype` is: "float32", "bfloat16", "q8_0", "q4_k", ... A row of "nf4" is
+here its codes and then its float32 absmax, so that rows can be made one by one; no file has them so.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _core
+
+Array = NDArray[Any]
+
+FLOATS = {"float32": "<f4", "float64": "<f8", "float16": "<u2", "bfloat16": "<u2"}  # 16 bits: patterns
+BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
+BLOCKS["nf4"] = (BLOCKS["nf4"][0], BLOCKS["nf4"][1] + 4)
+STORAGES = (*FLOATS, *BLOCKS)
+
+# ggml's names of the types, and safetensors' of the plain ones, which NumPy has too.
+GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"} | {
+    name: name.upper() for name in BLOCKS if name != "nf4"
+}
+
+
+def block_elements(storage: str) -> int:
+    """Elements that share their scales; 1 where each stands alone."""
+    return BLOCKS[storage][0] if storage in BLOCKS else 1
+
+
+def fits(storage: str, d_in: int) -> bool:
+    """Whether rows of so many elements are whole blocks."""
+    return d_in % block_elements(storage) == 0
+
+
+def row_nbytes(storage: str, d_in: int) -> int:
+    """Bytes of a row of whole blocks."""
+    if storage in BLOCKS:
+        elements, nbytes = BLOCKS[storage]
+        return d_in // elements * nbytes
+    return d_in * np.dtype(FLOATS[storage]).itemsize
+
+
+def compute_dtype(storage: str) -> np.dtype[Any]:
+    """What `decode` gives: float64 for float64, else float32, both exact."""
+    return np.dtype(np.float64 if storage == "float64" else np.float32)
+
+
+def encode(rows: Array, storage: str) -> Array:
+    """uint8 (n, row_nbytes) of float rows (n, d_in), to nearest even or near to the least squared error.
+
+    Raises:
+        ValueError: a low-bit format is given a value that is not finite, or too large for it.
+    """
+    n, d_in = rows.shape
+    if storage == "nf4":
+        return _encode_nf4(np.ascontiguousarray(rows, np.float32))
+    if storage in BLOCKS:
+        out = np.empty((n, row_nbytes(storage, d_in)), np.uint8)
+        _core.quantize(np.ascontiguousarray(rows, np.float32), storage, out)
+        return out
+    if storage in ("float32", "float64"):
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(rows, FLOATS[storage]).view(np.uint8)
+    bits = np.empty((n, d_in), np.uint16)
+    _core.narrow(np.ascontiguousarray(rows, np.float32), storage, bits)
+    return bits.view(np.uint8)
+
+
+def decode(raw: Array, storage: str, d_in: int) -> Array:
+    """The rows (n, d_in) of contiguous bytes (n, row_nbytes); fresh, in `compute_dtype`."""
+    out = np.empty((len(raw), d_in), compute_dtype(storage))
+    if storage == "nf4":
+        _core.dequantize_nf4(*split_nf4(raw, d_in), out)
+    elif storage in BLOCKS:
+        _core.dequantize(raw, storage, out)
+    elif storage in ("float32", "float64"):
+        out[...] = _elements(raw, storage)
+    else:
+        _core.widen(np.require(_elements(raw, storage), requirements="A"), storage, out)
+    return out
+
+
+def _encode_nf4(rows: Array) -> Array:
+    n, d_in = rows.shape
+    codes, absmax = np.empty((n, d_in // 2), np.uint8), np.empty((n, d_in // BLOCKS["nf4"][0]), np.float32)
+    _core.quantize_nf4(rows, codes.reshape(-1), absmax.reshape(-1))
+    return np.concatenate([codes, absmax.view(np.uint8)], axis=1)
+
+
+def split_nf4(raw: Array, d_in: int) -> tuple[Array, Array]:
+    """The codes and the absmax of rows of whole blocks, each flat and contiguous."""
+    codes, absmax = raw[:, : d_in // 2], raw[:, d_in // 2 :]
+    return np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax).reshape(-1).view(np.float32)
+
+
+def _elements(raw: Array, storage: str) -> Array:
+    return raw.reshape(-1).view(FLOATS[storage]).reshape(len(raw), -1)

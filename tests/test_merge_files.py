@@ -1,0 +1,343 @@
+"""Adapters merged into files: NumPy's sum of the gguf package's weights, all else byte for byte."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import gguf as oracle
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+
+import nplora
+from nplora import cli, storages
+from nplora.formats import gguf, safetensors
+from nplora.formats.errors import FormatError
+from nplora.formats.gguf import Typed
+from nplora.merging import Update
+from nplora.updates import Adapter
+from test_convert import HEADS, KV_HEADS, in_llama_order
+
+Array = np.ndarray[Any, Any]
+
+WIDTH, HEAD_DIM = 256, 16
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": ("blk.0.attn_q.weight", (HEADS * HEAD_DIM, WIDTH)),
+    "model.layers.0.self_attn.k_proj": ("blk.0.attn_k.weight", (KV_HEADS * HEAD_DIM, WIDTH)),
+    "model.layers.0.mlp.up_proj": ("blk.0.ffn_up.weight", (72, WIDTH)),
+    "model.embed_tokens": ("token_embd.weight", (50, WIDTH)),
+    "lm_head": ("output.weight", (50, WIDTH)),
+}
+STORAGES = [name for name in storages.GGML_NAMES if name != "float64"]
+
+
+def random_adapter(rng: np.random.Generator, size: float = 0.02, dora: bool = False) -> Adapter:
+    updates = {}
+    for name, (_, (d_out, d_in)) in LAYERS.items():
+        a, b = rng.standard_normal((d_out, 3), np.float32), rng.standard_normal((3, d_in), np.float32)
+        m = rng.uniform(10, 20, d_out).astype(np.float32) if dora and name != "model.embed_tokens" else None
+        updates[name] = Update(a, b, size, m, name == "model.embed_tokens")
+    return Adapter("random", updates)
+
+
+def base_gguf(path: Path, rng: np.random.Generator, storage: str, tied: bool = False) -> Path:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.attention.head_count": Typed(HEADS, "UINT32"),
+        "llama.attention.head_count_kv": Typed(KV_HEADS, "UINT32"),
+        "general.alignment": Typed(64, "UINT32"),
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.scores": np.array([1, 2], np.float32),
+    }
+    tensors: dict[str, Any] = {"output_norm.weight": np.ones(WIDTH, np.float32)}
+    for stored, shape in LAYERS.values():
+        if not (tied and stored == "output.weight"):
+            rows = rng.standard_normal(shape, np.float32)
+            raw = storages.encode(rows, storage)
+            tensors[stored] = gguf.Tensor(stored, storages.GGML_NAMES[storage], shape, raw.reshape(-1))
+    tensors["blk.0.attn_v.weight"] = rng.standard_normal((8, WIDTH)).astype(np.float16)
+    gguf.save(path, tensors, metadata)
+    return path
+
+
+def weights(path: Path) -> dict[str, Array]:
+    """All tensors of a GGUF file in float64, by PyPI's gguf."""
+    return {
+        t.name: dequantize(t.data, t.tensor_type).astype(np.float64).reshape(t.shape[::-1].tolist())
+        for t in oracle.GGUFReader(path).tensors
+    }
+
+
+def delta(update: Update, stored: str) -> Array:
+    return in_llama_order(update.scale * update.A.astype(np.float64) @ update.B.astype(np.float64), stored)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_gguf_file_gets_the_sum_in_its_own_storage(
+    storage: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, storage)
+    adapter = random_adapter(rng)
+    done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+    before, after = weights(base), weights(tmp_path / "out.gguf")
+    assert [report.name for report in done.reports] == [
+        name for name in before if name in dict(LAYERS.values())
+    ]
+    reports = {report.name: report for report in done.reports}
+    for layer, (stored, shape) in LAYERS.items():
+        asked = delta(adapter[layer], stored)
+        lost = after[stored] - before[stored] - asked
+        elements = storages.block_elements(storage)
+        blocks = (shape[0], -1, elements if elements > 1 else shape[1])
+        errors = np.linalg.norm(lost.reshape(blocks), axis=2) / np.linalg.norm(asked.reshape(blocks), axis=2)
+        report = reports[stored]
+        np.testing.assert_allclose(report.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
+        np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
+        row, column = report.worst_block
+        assert errors[row, column // blocks[2]] == errors.max()
+        assert report.nbytes == gguf.open(base)[stored].nbytes
+        assert report.storage == storage
+        expected = {"float32": 1e-5, "float16": 0.03, "bfloat16": 0.3, "q8_0": 0.5}.get(storage, 4.0)
+        assert 0 < report.error < expected
+
+
+@pytest.mark.parametrize("storage", ["q4_1", "float16"])
+def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, storage)
+    done = nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.gguf")
+    old, new = gguf.open(base), gguf.open(tmp_path / "out.gguf")
+    assert list(new) == list(old)
+    assert new.alignment == 64
+    assert list(new.metadata) == list(old.metadata)
+    for key, value in old.metadata.items():
+        assert new.metadata.types[key] == old.metadata.types[key]
+        np.testing.assert_array_equal(np.asarray(new.metadata[key]), np.asarray(value))
+    for name in old:
+        assert (new[name].type, new[name].shape) == (old[name].type, old[name].shape)
+        if name in ("output_norm.weight", "blk.0.attn_v.weight"):
+            np.testing.assert_array_equal(new[name].data, old[name].data)
+    assert done.kept == 2
+    assert (
+        str(done)
+        .splitlines()[-1]
+        .startswith(f"{tmp_path / 'out.gguf'}: 5 tensors merged, 2 kept; the largest")
+    )
+
+
+def test_another_storage_is_that_of_the_merged_weights_alone(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
+    adapter = random_adapter(rng)
+    errors = {}
+    for dtype in ("float32", "float16", "q8_0", "q4_k"):
+        done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", dtype)
+        after, before = weights(tmp_path / "out.gguf"), weights(base)
+        file = gguf.open(tmp_path / "out.gguf")
+        for layer, (stored, _) in LAYERS.items():
+            assert file[stored].type == storages.GGML_NAMES[dtype]
+            lost = after[stored] - before[stored] - delta(adapter[layer], stored)
+            errors[dtype] = np.linalg.norm(lost)
+        assert file["blk.0.attn_v.weight"].type == "F16"
+        assert {report.storage for report in done.reports} == {dtype}
+    assert errors["float32"] < errors["float16"] < errors["q8_0"] < errors["q4_k"]
+
+
+def test_dora_is_merged_into_a_file(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    adapter = random_adapter(rng, dora=True)
+    done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+    before, after = weights(base), weights(tmp_path / "out.gguf")
+    for layer, (stored, _) in LAYERS.items():
+        expected, m = before[stored] + delta(adapter[layer], stored), adapter[layer].m
+        if m is not None:
+            norms = np.linalg.norm(expected, axis=1, keepdims=True)
+            expected *= in_llama_order(m.astype(np.float64)[:, None], stored) / norms
+        np.testing.assert_allclose(after[stored], expected, rtol=1e-5, atol=1e-6)
+    assert max(report.error for report in done.reports) < 1e-5
+
+
+# ---- safetensors ----
+
+
+def hf_directory(
+    directory: Path, rng: np.random.Generator, dtype: Any, shards: int = 1, tied: bool = False
+) -> Path:
+    directory.mkdir()
+    config = {"model_type": "llama", "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "pytorch_model.bin").write_bytes(b"left alone")
+    tensors = {"model.norm.weight": np.ones(WIDTH, dtype)}
+    for layer, (_, shape) in LAYERS.items():
+        if not (tied and layer == "lm_head"):
+            tensors[f"{layer}.weight"] = rng.standard_normal(shape).astype(dtype)
+    if shards == 1:
+        safetensors.save(directory / "model.safetensors", tensors, {"format": "pt", "note": "kept"})
+        return directory
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i}.safetensors"
+        weight_map |= dict.fromkeys(names[i::shards], file)
+        safetensors.save(directory / file, {name: tensors[name] for name in names[i::shards]})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def floats(path: Path) -> dict[str, Array]:
+    """All tensors in float64; the reader here is held against PyPI's elsewhere."""
+    return {
+        name: (t.array.view(ml_dtypes.bfloat16) if t.dtype == "bfloat16" else t.array).astype(np.float64)
+        for name, t in safetensors.open(path).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=str)
+def test_a_safetensors_file_gets_the_sum(dtype: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    base = hf_directory(tmp_path / "base", rng, dtype) / "model.safetensors"
+    adapter = random_adapter(rng)
+    done = nplora.merge_adapter(base, adapter, tmp_path / "out.safetensors")
+    before, after = floats(base), floats(tmp_path / "out.safetensors")
+    assert list(after) == list(before)
+    assert safetensors.open(tmp_path / "out.safetensors").metadata == {"format": "pt", "note": "kept"}
+    reports = {report.name: report for report in done.reports}
+    unit = float(ml_dtypes.finfo(dtype).eps) / 2
+    for layer, update in adapter.items():
+        name = f"{layer}.weight"
+        asked = update.scale * update.A.astype(np.float64) @ update.B.astype(np.float64)
+        expected = before[name] + asked
+        sums = 1e-6 if dtype != np.float64 else 1e-14
+        assert (np.abs(after[name] - expected) <= unit * np.abs(expected) + sums).all()
+        lost = after[name] - before[name] - asked
+        error = np.linalg.norm(lost) / np.linalg.norm(asked)
+        np.testing.assert_allclose(reports[name].error, error, rtol=1e-6, atol=1e-15)
+    np.testing.assert_array_equal(after["model.norm.weight"], 1)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_hugging_face_directory_becomes_a_file_or_a_directory(
+    shards: int, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = hf_directory(tmp_path / "base", rng, np.float32, shards)
+    adapter = random_adapter(rng)
+    adapter.save(tmp_path / "adapter")
+    nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "out.safetensors")
+    nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
+    one, other = floats(tmp_path / "out.safetensors"), floats(tmp_path / "out" / "model.safetensors")
+    assert set(one) == set(other) == {"model.norm.weight", *(f"{layer}.weight" for layer in LAYERS)}
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    assert safetensors.open(tmp_path / "out" / "model.safetensors").metadata["format"] == "pt"
+
+
+def test_a_network_of_your_own_is_merged_by_its_own_names(rng: np.random.Generator, tmp_path: Path) -> None:
+    W = rng.standard_normal((12, 9)).astype(np.float32)
+    model = nplora.Sequential(nplora.LoRALinear(W, 2, init="gaussian", rng=0))
+    nplora.save_adapter(model, tmp_path / "adapter")
+    for names in ({"0": W}, {"0.weight": W}):
+        safetensors.save(tmp_path / "net.safetensors", names)
+        gguf.save(tmp_path / "net.gguf", names)
+        for kind in ("gguf", "safetensors"):
+            nplora.merge_adapter(tmp_path / f"net.{kind}", tmp_path / "adapter", tmp_path / f"out.{kind}")
+        expected = model[0].merged_weight()
+        (name,) = names
+        np.testing.assert_array_equal(safetensors.open(tmp_path / "out.safetensors")[name].numpy(), expected)
+        np.testing.assert_array_equal(gguf.open(tmp_path / "out.gguf")[name].numpy(), expected)
+
+
+# ---- what is refused, and what it costs ----
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
+    update = random_adapter(rng)["lm_head"]
+    adapter = Adapter(
+        "wrong",
+        {
+            "lm_head": Update(update.A[:7], update.B, 1.0),
+            "model.layers.1.self_attn.q_proj": update,
+            "model.layers.0.mlp.up_proj": random_adapter(rng)["model.layers.0.mlp.up_proj"],
+        },
+    )
+    with pytest.raises(FormatError) as error:
+        nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+    assert "wrong: the adapter does not fit" in str(error.value)
+    assert "in 2 places:\n  'lm_head': for a weight (7, 256), and output.weight is (50, 256)" in str(
+        error.value
+    )
+    assert "'model.layers.1.self_attn.q_proj': no tensor of this layer" in str(error.value)
+    good = random_adapter(rng)
+    for output, dtype, message in (
+        ("out.safetensors", "same", "becomes a .gguf file"),
+        ("out", "same", "becomes a .gguf file"),
+        ("out.gguf", "q3", "dtype='q3' is not available in .gguf; possible: 'same', 'float32'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nplora.merge_adapter(base, good, tmp_path / output, dtype)
+    net = tmp_path / "net.safetensors"
+    safetensors.save(net, {"lm_head": np.zeros((50, WIDTH), np.float32)})
+    with pytest.raises(ValueError, match=r"'q8_0' is not available in \.safetensors"):
+        nplora.merge_adapter(net, good, tmp_path / "out.safetensors", "q8_0")
+    huge = Adapter("huge", {"lm_head": Update(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1e30)})
+    with pytest.raises(ValueError, match="lm_head"):
+        nplora.merge_adapter(net, huge, tmp_path / "out.safetensors", "float16")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_a_weight_that_serves_twice_is_not_merged(
+    kind: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    if kind == "gguf":
+        base = base_gguf(tmp_path / "base.gguf", rng, "float32", tied=True)
+    else:
+        base = hf_directory(tmp_path / "base", rng, np.float32, tied=True) / "model.safetensors"
+    with pytest.raises(
+        FormatError, match=r"in 2 places:\n.*the model's output shares the weight of its embedding"
+    ):
+        nplora.merge_adapter(base, random_adapter(rng), tmp_path / f"out.{kind}")
+
+
+def test_blocks_that_are_not_decoded_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    blocks = np.zeros(50 * 110, np.uint8)
+    gguf.save(tmp_path / "base.gguf", {"lm_head": gguf.Tensor("lm_head", "Q3_K", (50, WIDTH), blocks)})
+    adapter = Adapter("a", {"lm_head": random_adapter(rng)["lm_head"]})
+    with pytest.raises(FormatError, match="'lm_head': lm_head is Q3_K, which is not decoded here"):
+        nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf")
+
+
+def test_no_weight_is_held_as_a_whole(rng: np.random.Generator, tmp_path: Path) -> None:
+    shape = (6000, 2048)
+    raw = np.zeros(shape[0] * 64 * 20, np.uint8)
+    gguf.save(tmp_path / "base.gguf", {"fc": gguf.Tensor("fc", "Q4_1", shape, raw)})
+    a, b = rng.standard_normal((shape[0], 2), np.float32), rng.standard_normal((2, shape[1]), np.float32)
+    tracemalloc.start()
+    try:
+        nplora.merge_adapter(
+            tmp_path / "base.gguf", Adapter("a", {"fc": Update(a, b, 1.0)}), tmp_path / "out.gguf"
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20 < shape[0] * shape[1] * 4 / 2
+
+
+def test_the_command_merges_and_reports(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
+    random_adapter(rng).save(tmp_path / "adapter")
+    arguments = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "out.gguf")]
+    assert cli.main([*arguments, "--dtype", "q8_0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, relative error of ΔW 0.")
+    assert cli.main([*arguments, "--dtype", "int4"]) == 1
+    assert "dtype='int4' is not available" in capsys.readouterr().err

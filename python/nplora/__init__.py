@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nplora import formats
     from nplora.adapters import load_adapter, save_adapter
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.models import LanguageModel, load_model
     from nplora.trainer import Trainer
 
 __version__: str = _core.config()["version"]
@@ -40,11 +41,13 @@ __version__: str = _core.config()["version"]
 # What `import nplora` leaves alone until it is asked for: the module that holds each name, which may be it
 # itself.
 _LATE = {
+    "LanguageModel": "nplora.models",
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
+    "load_model": "nplora.models",
     "save_adapter": "nplora.adapters",
 }
 
@@ -67,6 +70,7 @@ __all__ = [
     "AdamW",
     "Embedding",
     "FrozenWeight",
+    "LanguageModel",
     "LayerNorm",
     "Linear",
     "LoRAEmbedding",
@@ -86,6 +90,7 @@ __all__ = [
     "formats",
     "get_num_threads",
     "load_adapter",
+    "load_model",
     "lora_backward",
     "lora_forward",
     "losses",

@@ -182,9 +182,9 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
         ((np.ones((2, 2), np.uint16), "float16"), TypeError, "W has dtype uint16"),
         (([["a", "b"]],), TypeError, "W has dtype <U1"),
         (
-            (np.ones((2, 2)), "q8_0"),
+            (np.ones((2, 2)), "q2_k"),
             ValueError,
-            "dtype='q8_0' is not available; possible: 'float32', 'float64'",
+            "dtype='q2_k' is not available; possible: 'float32', 'float64'",
         ),
         (
             (np.ones((2, 2)), "float32", "int8"),

@@ -39,7 +39,7 @@ void register_functions(py::module_& m) {
 
 Storage storage_of_bits(const std::string& name) {
   const Storage storage = storage_of(name);
-  require(bytes_per_element(storage) == 2, "storage must be 'bfloat16' or 'float16'");
+  require(!is_blocks(storage) && bytes_per_element(storage) == 2, "storage must be 'bfloat16' or 'float16'");
   return storage;
 }
 

@@ -124,7 +124,7 @@ Matrix<T> rows_of(py::array_t<T>& array) {
 template <class T, class F>
 void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name) {
   const Storage storage = storage_of(name);
-  require(bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
+  require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
   const Matrix<T> to = rows_of(w);
   const Matrix<const F> left = read(a), right = read(b);
   require_shape("a", a, to.rows, right.rows);

@@ -1,28 +1,26 @@
 #include <memory>
 #include <vector>
 
+#include "base/range.h"
 #include "bindings/arrays.h"
+#include "ops/blocks.h"
 
 namespace nplora::bindings {
 
+namespace {
+
+constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+
+}  // namespace
+
 Storage storage_of(const std::string& name) {
-  for (Storage s : {Storage::kFloat32, Storage::kFloat64, Storage::kBfloat16, Storage::kFloat16})
-    if (name == name_of(s)) return s;
+  for (size_t i = 0; i <= static_cast<size_t>(Storage::kNf4); ++i)
+    if (name == name_of(static_cast<Storage>(i))) return static_cast<Storage>(i);
   throw std::invalid_argument("unknown storage format '" + name + "'");
 }
 
 const char* name_of(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat32:
-      return "float32";
-    case Storage::kFloat64:
-      return "float64";
-    case Storage::kBfloat16:
-      return "bfloat16";
-    case Storage::kFloat16:
-      return "float16";
-  }
-  return "?";
+  return is_blocks(storage) ? info(format_of(storage)).name : kNames[static_cast<size_t>(storage)];
 }
 
 namespace {
@@ -35,7 +33,7 @@ Compute compute_of(const std::string& name) {
 }
 
 bool is_16_bit(Storage storage) {
-  return bytes_per_element(storage) == 2;
+  return !is_blocks(storage) && bytes_per_element(storage) == 2;
 }
 
 // Which arrays hold the values of a storage format: double for float64, bit patterns or float for 16 bits,
@@ -53,11 +51,66 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   const Storage storage = storage_of(name);
   const Compute compute = compute_of(compute_name);
   require(compute == Compute::kFloat || storage != Storage::kFloat64, "a float64 weight computes in float64");
-  require(fits<T>(storage), "this dtype can't be stored as " + name);
+  require(fits<T>(storage) && !is_blocks(storage), "this dtype can't be stored as " + name);
   const Matrix<const T> values = read(w);
   std::unique_ptr<PackedWeight> packed;
   without_gil([&] { packed = std::make_unique<PackedWeight>(values, storage, compute); });
   return packed;
+}
+
+// W as it lies in arrays that nobody writes to: they are kept alive, not copied.
+std::unique_ptr<PackedWeight> as_it_lies(Storage storage, const void* data, size_t d_out, size_t d_in,
+                                         size_t row_stride, const std::string& compute,
+                                         const kernels::Nf4& nf4 = {}) {
+  return std::make_unique<PackedWeight>(
+      WeightView{storage, false, data, d_out, d_in, row_stride, compute_of(compute), nf4});
+}
+
+template <class T>
+std::unique_ptr<PackedWeight> of_array(const Array<T>& w, const std::string& name,
+                                       const std::string& compute) {
+  const Storage storage = storage_of(name);
+  require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
+  const Matrix<const T> rows = read(w);
+  return as_it_lies(storage, rows.data, rows.rows, rows.cols, rows.stride, compute);
+}
+
+std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
+                                        const std::string& compute) {
+  const Storage storage = storage_of(name);
+  require(is_blocks(storage) && storage != Storage::kNf4, name + " has no rows of blocks");
+  const Matrix<const uint8_t> rows = read(blocks);
+  const BlockFormatInfo& of = info(format_of(storage));
+  require(d_in % of.elements == 0 && rows.cols == d_in / of.elements * of.bytes,
+          "the rows of blocks do not hold d_in values");
+  return as_it_lies(storage, rows.data, rows.rows, d_in, rows.cols, compute);
+}
+
+void require_nf4(const Array<uint8_t>& codes, size_t d_out, size_t d_in) {
+  require(d_in == 0 || d_out <= SIZE_MAX / d_in, "d_out and d_in are too large");
+  require_size("codes", codes, ceil_div(d_out * d_in, 2));
+}
+
+std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<float>& absmax, size_t d_out,
+                                     size_t d_in, const std::string& compute) {
+  require_nf4(codes, d_out, d_in);
+  require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
+  require_aligned(absmax);
+  return as_it_lies(Storage::kNf4, codes.data(), d_out, d_in, 0, compute, {codes.data(), absmax.data()});
+}
+
+std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const Array<uint8_t>& absmax_codes,
+                                            const Array<float>& book, const Array<float>& scales,
+                                            float offset, size_t d_out, size_t d_in,
+                                            const std::string& compute) {
+  require_nf4(codes, d_out, d_in);
+  const size_t blocks = ceil_div(d_out * d_in, BlockNf4::kElements);
+  require_size("absmax_codes", absmax_codes, blocks);
+  require_size("book", book, kNf4Book);
+  require_size("scales", scales, ceil_div(blocks, kNf4Group));
+  for (const Array<float>& array : {book, scales}) require_aligned(array);
+  return as_it_lies(Storage::kNf4, codes.data(), d_out, d_in, 0, compute,
+                    {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset});
 }
 
 template <class T>
@@ -87,12 +140,12 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
 }  // namespace
 
 void register_weight(py::module_& m) {
-  py::class_<PackedWeight>(m, "PackedWeight", "A frozen matrix in its storage format, packed in panels.")
-      .def(py::init(&pack<float>), py::arg("w").noconvert(), py::arg("storage"), py::arg("compute") = "float")
-      .def(py::init(&pack<double>), py::arg("w").noconvert(), py::arg("storage"),
-           py::arg("compute") = "float")
-      .def(py::init(&pack<uint16_t>), py::arg("w").noconvert(), py::arg("storage"),
-           py::arg("compute") = "float")
+  using py::arg;
+  py::class_<PackedWeight>(
+      m, "PackedWeight", "A frozen matrix in its storage format: packed in panels, or as it lies in arrays.")
+      .def(py::init(&pack<float>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
+      .def(py::init(&pack<double>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
+      .def(py::init(&pack<uint16_t>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
       .def_property_readonly("shape",
                              [](const PackedWeight& w) { return py::make_tuple(w.d_out(), w.d_in()); })
       .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.storage()); })
@@ -100,11 +153,25 @@ void register_weight(py::module_& m) {
           "compute",
           [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
-      .def("unpack", &unpack<float>, py::arg("out").noconvert())
-      .def("unpack", &unpack<double>, py::arg("out").noconvert())
-      .def("unpack", &unpack<uint16_t>, py::arg("out").noconvert())
-      .def("gather_rows", &gather_rows<float>, py::arg("ids").noconvert(), py::arg("out").noconvert())
-      .def("gather_rows", &gather_rows<double>, py::arg("ids").noconvert(), py::arg("out").noconvert())
+      .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"),
+                  py::keep_alive<0, 1>())
+      .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"),
+                  py::keep_alive<0, 1>())
+      .def_static("of_array", &of_array<uint16_t>, arg("w").noconvert(), arg("storage"), arg("compute"),
+                  py::keep_alive<0, 1>())
+      .def_static("of_blocks", &of_blocks, arg("blocks").noconvert(), arg("storage"), arg("d_in"),
+                  arg("compute"), py::keep_alive<0, 1>())
+      .def_static("of_nf4", &of_nf4, arg("codes").noconvert(), arg("absmax").noconvert(), arg("d_out"),
+                  arg("d_in"), arg("compute"), py::keep_alive<0, 1>(), py::keep_alive<0, 2>())
+      .def_static("of_nested_nf4", &of_nested_nf4, arg("codes").noconvert(), arg("absmax_codes").noconvert(),
+                  arg("book").noconvert(), arg("scales").noconvert(), arg("offset"), arg("d_out"),
+                  arg("d_in"), arg("compute"), py::keep_alive<0, 1>(), py::keep_alive<0, 2>(),
+                  py::keep_alive<0, 3>(), py::keep_alive<0, 4>())
+      .def("unpack", &unpack<float>, arg("out").noconvert())
+      .def("unpack", &unpack<double>, arg("out").noconvert())
+      .def("unpack", &unpack<uint16_t>, arg("out").noconvert())
+      .def("gather_rows", &gather_rows<float>, arg("ids").noconvert(), arg("out").noconvert())
+      .def("gather_rows", &gather_rows<double>, arg("ids").noconvert(), arg("out").noconvert())
       .def(
           "row_sums_of_squares",
           [](const PackedWeight& w, Array<double> out) {
@@ -112,7 +179,7 @@ void register_weight(py::module_& m) {
             double* to = out.mutable_data();
             without_gil([&] { w.row_sums_of_squares(to); });
           },
-          py::arg("out").noconvert());
+          arg("out").noconvert());
 }
 
 }  // namespace nplora::bindings

@@ -48,6 +48,7 @@ class Backward {
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
       folds_ |= dx.data && update == Update::kFolded;
+      if (is_blocks(p.w.storage)) group_ = kDecodedColumns;
     }
   }
 
@@ -68,7 +69,7 @@ class Backward {
         parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
                      [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
       const Grid grid({dx_.data ? pass.count : 0, kPassUnit, folds_ ? pass.count : kTokenBlock},
-                      {dx_.cols, kPanelColumns, std::max(dx_.cols, kPanelColumns)}, work_, threads);
+                      {dx_.cols, group_, std::max(dx_.cols, group_)}, work_, threads);
       const size_t products = dx_.data ? grid.tasks() : 0;
       parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
         if (i < products)
@@ -184,12 +185,12 @@ class Backward {
       return {p.dz + first * depth, depth, 1};
   }
 
-  // dx[tokens, cols], panel by panel.
+  // dx[tokens, cols], a group of panels at a time.
   void multiply(Range pass, Range some, Range cols) const {
     const Matrix<T> dx{dx_.row(pass.first + some.first), some.count, dx_.cols, dx_.stride};
-    for (size_t c = 0; c < cols.count; c += kPanelColumns) {
-      const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
-      const auto add_low_rank = [&](Range few) {
+    for (size_t c = 0; c < cols.count; c += group_) {
+      const Range group{cols.first + c, std::min(group_, cols.count - c)};
+      const auto add_low_rank = [&](Range panel, Range few) {
         for (const Part& p : parts_)
           if (p.update == Update::kSteps)
             low_rank(p, pass, {some.first + few.first, few.count}, panel, dx, few);
@@ -197,42 +198,51 @@ class Backward {
       bool accumulate = false;
       for (const Part& p : parts_) {
         const bool last = &p == &parts_.back();
-        frozen(p, dy_of(p, pass, some), panel, dx, accumulate, [&](Range few) {
-          if (last) add_low_rank(few);
+        frozen(p, dy_of(p, pass, some), group, dx, accumulate, [&](Range panel, Range few) {
+          if (last) add_low_rank(panel, few);
         });
         accumulate = true;
       }
     }
   }
 
-  // dx[:, panel] = [dx +] dy W[:, panel]. Calls after(tokens) for some tokens at a time, when they are done but still in L1.
+  // dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens) for some tokens at a time, when they are done but still in L1.
   template <class After>
-  void frozen(const Part& p, Strided<E> dy, Range panel, Matrix<T> dx, bool accumulate,
+  void frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
               const After& after) const {
     const WeightView& w = p.arrays.w;
-    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * kPanelColumns);
+    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * scratch_columns(group.count));
     size_t o = 0;
-    do {  // once without columns, too: dx is set to zero
+    do {  // once without rows, too: dx is set to zero
       const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
-      ColumnBlock<W> block = column_block(w, rows, panel, decoded);
-      if constexpr (std::is_same_v<W, T>)
-        if (p.update == Update::kFolded) {
-          const auto sum = fold<T>(p.arrays.low, rows, panel, {block.data, block.row_stride, 0}, decoded);
-          block = {sum.data, sum.row_stride};
-        }
-      const bool last = o + rows.count == w.d_out;
-      const size_t chunk = last ? kFewTokens : dx.rows;
-      for (size_t i = 0; i < dx.rows; i += chunk) {
-        const Range few{i, std::min(chunk, dx.rows - i)};
-        const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
-        outer_tile<E, W>()(few.count, panel.count, depth,
-                           {dy.data + i * dy.row_stride + o / kSteps<E>, dy.row_stride, 1}, block.data,
-                           block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate || o > 0,
-                           i == 0 ? following(w, rows, panel, few.count) : Fetch{});
-        if (last) after(few);
+      const ColumnBlock<W> block = column_block(w, rows, group, decoded);
+      for (size_t c = 0; c < group.count; c += kPanelColumns) {
+        const Range panel{group.first + c, std::min(kPanelColumns, group.count - c)};
+        multiply(p, dy, rows, panel, {block.data + c, block.row_stride}, dx, accumulate || o > 0, after);
       }
       o += rows.count;
     } while (o < w.d_out);
+  }
+
+  // dx[:, panel] = [dx +] dy[:, rows] block.
+  template <class After>
+  void multiply(const Part& p, Strided<E> dy, Range rows, Range panel, ColumnBlock<W> block, Matrix<T> dx,
+                bool accumulate, const After& after) const {
+    if constexpr (std::is_same_v<W, T>)
+      if (p.update == Update::kFolded)
+        block = fold<T>(p.arrays.low, rows, panel, block,
+                        scratch<T>(Scratch::kDecoded, kDepthBlock * kPanelColumns));
+    const bool last = rows.first + rows.count == p.arrays.w.d_out;
+    const size_t chunk = last ? kFewTokens : dx.rows;
+    for (size_t i = 0; i < dx.rows; i += chunk) {
+      const Range few{i, std::min(chunk, dx.rows - i)};
+      const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
+      outer_tile<E, W>()(few.count, panel.count, depth,
+                         {dy.data + i * dy.row_stride + rows.first / kSteps<E>, dy.row_stride, 1}, block.data,
+                         block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
+                         i == 0 ? following(p.arrays.w, rows, panel, few.count) : Fetch{});
+      if (last) after(panel, few);
+    }
   }
 
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. So many tokens fetch it in
@@ -327,7 +337,7 @@ class Backward {
   const Matrix<const T> x_;
   const Matrix<T> dx_;
   const size_t tokens_;
-  size_t pass_ = 0;
+  size_t pass_ = 0, group_ = kPanelColumns;  // tokens and columns at a time
   double work_ = 0;
   bool folds_ = false, projects_ = false;
   std::vector<Part> parts_;

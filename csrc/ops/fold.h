@@ -17,24 +17,16 @@ const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   return out;
 }
 
-// The panels of a block, which may lie in `out` already, with scale A[rows] B[:, cols] added, in `out`.
+// A block of W, at most a panel wide, with scale A[rows] B[:, cols] added, in `out` (rows, cols).
 template <class T>
-kernels::Panels<T> fold(const LowRank<T>& low, Range rows, Range cols, kernels::Panels<T> from, T* out) {
-  using kernels::kPanelColumns;
-  const size_t rank = low.a.cols, row_stride = std::min(kPanelColumns, cols.count);
+ColumnBlock<T> fold(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
+  const size_t rank = low.a.cols;
   const T* scaled = scaled_rows(low.a, rows, low.scale, scratch<T>(Scratch::kFactor, rows.count * rank));
-  const kernels::Panels<T> to{out, row_stride, rows.count * kPanelColumns};
-  for (size_t c = 0; c < cols.count; c += kPanelColumns) {
-    const size_t width = std::min(kPanelColumns, cols.count - c);
-    const T* panel = from.data + c / kPanelColumns * from.panel_stride;
-    T* sum = out + c / kPanelColumns * to.panel_stride;
-    for (size_t i = 0; i < rows.count && panel != sum; ++i)
-      std::copy_n(panel + i * from.row_stride, width, sum + i * row_stride);
-    kernels::table().tiles<T>().outer_tile(rows.count, width, rank, {scaled, rank, 1},
-                                           low.b.data + cols.first + c, low.b.stride, sum, row_stride, true,
-                                           {});
-  }
-  return to;
+  for (size_t i = 0; i < rows.count; ++i)
+    std::copy_n(from.data + i * from.row_stride, cols.count, out + i * cols.count);
+  kernels::table().tiles<T>().outer_tile(rows.count, cols.count, rank, {scaled, rank, 1},
+                                         low.b.data + cols.first, low.b.stride, out, cols.count, true, {});
+  return {out, cols.count};
 }
 
 }  // namespace nplora

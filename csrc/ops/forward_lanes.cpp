@@ -135,7 +135,7 @@ class LanesForward {
   void frozen(const ForwardPart<T>& part, Range rows, Range blocks, T* yt, const After& after) const {
     const WeightView& w = part.w;
     const size_t full = full_columns(w.d_in), most = depth_block(w.d_in);
-    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * most);
+    E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
     do {  // once without columns, too: yt is set to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);

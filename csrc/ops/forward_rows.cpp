@@ -186,9 +186,10 @@ class RowsForward {
   // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
   void transpose(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
-    E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * kPanelColumns);
-    for (size_t c = 0; c < cols.count; c += kPanelColumns) {
-      const size_t width = std::min(kPanelColumns, cols.count - c);
+    const size_t most = is_blocks(u.part.w.storage) ? kDecodedColumns : kPanelColumns;
+    E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * scratch_columns(most));
+    for (size_t c = 0; c < cols.count; c += most) {
+      const size_t width = std::min(most, cols.count - c);
       const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);
       E* out = block + c / kSteps<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),

@@ -87,11 +87,21 @@ class SmallForward {
         {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, part, accumulate);
   }
 
-  // part (rows, lanes) = W[rows] xs.
+  // part (rows, lanes) = W[rows] xs. What is decoded, for a few rows at a time, stays in L2.
   void frozen(Range rows, T* part) const {
+    const bool decodes = !in_place<W>(part_.w);
+    const size_t step = decodes ? kRowBlock : rows.count;
+    const size_t most = decodes ? depth_block(part_.w.d_in) : full_columns(part_.w.d_in);
+    W* decoded = scratch<W>(Scratch::kWeight, step * (decodes ? scratch_columns(most) : kPanelColumns));
+    for (size_t r = 0; r < rows.count; r += step)
+      stream({rows.first + r, std::min(step, rows.count - r)}, most, decoded, part + r * lanes_);
+  }
+
+  // The same, at most so many columns at a time.
+  void stream(Range rows, size_t most, W* decoded, T* part) const {
     const WeightView& w = part_.w;
-    const size_t full = full_columns(w.d_in), most = in_place<W>(w) && full > 0 ? full : kPanelColumns;
-    W* decoded = scratch<W>(Scratch::kWeight, rows.count * kPanelColumns);
+    const size_t full = full_columns(w.d_in);
+    most = std::max(most, kPanelColumns);
     size_t c = 0;
     do {  // once without columns, too: part is set to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);

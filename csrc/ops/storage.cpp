@@ -22,8 +22,9 @@ size_t bytes_per_element(Storage storage) {
     case Storage::kBfloat16:
     case Storage::kFloat16:
       return 2;
+    default:
+      throw std::logic_error("blocks have no bytes of one element");
   }
-  throw std::logic_error("unknown storage");
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/parallel.h"
 #include "ops/scratch.h"
@@ -52,8 +53,37 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
   });
 }
 
+// out (rows, cols) = a piece of blocks, whose columns begin and end with a strip (but in NF4).
+void decode(const WeightView& w, Range rows, Range cols, float* out, size_t out_stride) {
+  const kernels::BlockDecoders& blocks = kernels::table().blocks;
+  if (w.storage == Storage::kNf4)
+    return blocks.decode_nf4(rows.count, cols.count, w.nf4, rows.first * w.d_in + cols.first, w.d_in, out,
+                             out_stride);
+  blocks.decode[static_cast<size_t>(format_of(w.storage))](
+      rows.count, cols.first, cols.count, static_cast<const char*>(w.data) + rows.first * w.row_stride,
+      w.row_stride, out, out_stride);
+}
+
+// The columns that are decoded for those that are wanted, and how many come before these.
+struct Strips {
+  Range cols;
+  size_t before;
+};
+Strips strips_of(const WeightView& w, Range cols) {
+  if (w.storage == Storage::kNf4) return {cols, 0};
+  const size_t before = cols.first % kStrip;
+  return {{cols.first - before, round_up(before + cols.count, kStrip)}, before};
+}
+
+// The rows of a decoded piece do not lie a multiple of 4 KB apart, where they would share their places in L1.
+size_t decoded_stride(size_t cols, size_t element_bytes) {
+  return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
+}
+
 template <class T>
 void copy_row(const WeightView& w, size_t row, T* out) {
+  if constexpr (std::is_same_v<T, float>)
+    if (is_blocks(w.storage)) return decode(w, {row, 1}, {0, w.d_in}, out, 0);
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
@@ -109,6 +139,13 @@ Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
 template <class T>
 Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
   if (in_place<T>(w)) return stored_rows<T>(w, rows, cols);
+  if constexpr (std::is_same_v<T, float>)
+    if (is_blocks(w.storage)) {
+      const Strips strips = strips_of(w, cols);
+      const size_t stride = decoded_stride(strips.cols.count, sizeof(T));
+      decode(w, rows, strips.cols, scratch, stride);
+      return {scratch + strips.before, stride, kPanelColumns};
+    }
   widen_block(w, rows, cols, scratch);
   return {scratch, std::min(kPanelColumns, cols.count), rows.count * kPanelColumns};
 }
@@ -128,6 +165,17 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
     return {first, kPanelPairs, w.d_out * kPanelPairs};
   }
   const kernels::Conversions& convert = kernels::table().convert;
+  if (is_blocks(w.storage)) {
+    const Strips strips = strips_of(w, cols);
+    const size_t pairs = ceil_div(strips.cols.count, 2), stride = decoded_stride(pairs, sizeof(Bf16Pair));
+    float* values = nplora::scratch<float>(Scratch::kRow, 2 * pairs);
+    for (size_t i = 0; i < rows.count; ++i) {
+      values[2 * pairs - 1] = 0;
+      decode(w, {rows.first + i, 1}, strips.cols, values, 0);
+      convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(scratch + i * stride));
+    }
+    return {scratch + strips.before / 2, stride, kPanelPairs};
+  }
   Bf16Pair* out = scratch;
   for_panels(cols.count, [&](size_t c, size_t width) {
     const size_t pairs = ceil_div(width, 2);
@@ -156,6 +204,18 @@ ColumnBlock<T> column_block(const WeightView& w, Range rows, Range cols, T* scra
 template <>
 ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   const kernels::Conversions& convert = kernels::table().convert;
+  if (is_blocks(w.storage)) {
+    constexpr size_t kRows = 16;
+    const Strips strips = strips_of(w, cols);
+    const size_t width = strips.cols.count;
+    float values[kRows * scratch_columns(kDecodedColumns)];
+    for (size_t i = 0; i < rows.count; i += kRows) {
+      const Range few{rows.first + i, std::min(kRows, rows.count - i)};
+      decode(w, few, strips.cols, values, width);
+      convert.pair_rows(few.count, width, values, width, scratch + i / 2 * width);
+    }
+    return {scratch + strips.before, width};
+  }
   const Place from = locate(w, rows.first, cols.first);
   if (w.storage == Storage::kBfloat16) {
     convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at), from.row_stride,
@@ -187,15 +247,11 @@ template ColumnBlock<double> column_block(const WeightView&, Range, Range, doubl
 
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
-    : storage_(storage),
-      compute_(compute),
-      d_out_(w.rows),
-      d_in_(w.cols),
-      buffer_(w.rows * w.cols * bytes_per_element(storage)) {
-  const WeightView packed = view();
-  for_rows(d_out_, d_in_, [&](size_t i) {
-    for_panels(d_in_, [&](size_t c, size_t width) {
-      narrow(storage, width, w.row(i) + c, buffer_.as<char>() + packed_offset(packed, i, c));
+    : buffer_(w.rows * w.cols * bytes_per_element(storage)),
+      view_{storage, true, buffer_.as<void>(), w.rows, w.cols, 0, compute} {
+  for_rows(w.rows, w.cols, [&](size_t i) {
+    for_panels(w.cols, [&](size_t c, size_t width) {
+      narrow(storage, width, w.row(i) + c, buffer_.as<char>() + packed_offset(view_, i, c));
     });
   });
 }
@@ -204,27 +260,39 @@ template PackedWeight::PackedWeight(Matrix<const float>, Storage, Compute);
 template PackedWeight::PackedWeight(Matrix<const double>, Storage, Compute);
 template PackedWeight::PackedWeight(Matrix<const uint16_t>, Storage, Compute);
 
+size_t PackedWeight::nbytes() const {
+  if (view_.storage == Storage::kNf4) {
+    const size_t n = view_.d_out * view_.d_in, blocks = ceil_div(n, BlockNf4::kElements);
+    const size_t absmax = view_.nf4.absmax
+                              ? blocks * sizeof(float)
+                              : blocks + (ceil_div(blocks, kNf4Group) + kNf4Book) * sizeof(float);
+    return ceil_div(n, 2) + absmax;
+  }
+  if (is_blocks(view_.storage)) return view_.d_out * view_.row_stride;
+  return view_.d_out * view_.d_in * bytes_per_element(view_.storage);
+}
+
 template <class T>
 void PackedWeight::unpack(Matrix<T> out) const {
-  for_rows(d_out_, d_in_, [&](size_t i) { copy_row(view(), i, out.row(i)); });
+  for_rows(view_.d_out, view_.d_in, [&](size_t i) { copy_row(view_, i, out.row(i)); });
 }
 
 template <class T>
 void PackedWeight::gather_rows(const int64_t* ids, Matrix<T> out) const {
-  for_rows(out.rows, d_in_, [&](size_t i) { copy_row(view(), static_cast<size_t>(ids[i]), out.row(i)); });
+  for_rows(out.rows, view_.d_in, [&](size_t i) { copy_row(view_, static_cast<size_t>(ids[i]), out.row(i)); });
 }
 
 void PackedWeight::row_sums_of_squares(double* out) const {
-  std::fill_n(out, d_out_, 0.0);
+  std::fill_n(out, view_.d_out, 0.0);
   const auto sum = [&]<class T>(size_t i, T* row) {
-    copy_row(view(), i, row);
-    out[i] = kernels::table().products<T>().sum_of_squares(d_in_, row);
+    copy_row(view_, i, row);
+    out[i] = kernels::table().products<T>().sum_of_squares(view_.d_in, row);
   };
-  for_rows(d_out_, d_in_, [&](size_t i) {
-    if (storage_ == Storage::kFloat64)
-      sum(i, scratch<double>(Scratch::kWeight, d_in_));
+  for_rows(view_.d_out, view_.d_in, [&](size_t i) {
+    if (view_.storage == Storage::kFloat64)
+      sum(i, scratch<double>(Scratch::kWeight, view_.d_in));
     else
-      sum(i, scratch<float>(Scratch::kWeight, d_in_));
+      sum(i, scratch<float>(Scratch::kWeight, view_.d_in));
   });
 }
 

@@ -1,4 +1,5 @@
-// The frozen matrix W (d_out, d_in): owned and packed in its storage format, or a caller's row-major array.
+// The frozen matrix W (d_out, d_in): owned and packed in its storage format, or as it lies in memory of the caller's, often a mapped
+// file: a row-major array, or low-bit blocks, which are decoded a piece at a time and never as a whole.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +17,15 @@ namespace nplora {
 enum class Compute { kFloat, kBfloat16 };
 
 // W as the products read it. Packed: panels of kPanelColumns columns, rows contiguous inside a panel, the last panel as
-// narrow as it is (unpadded). Else row-major.
+// narrow as it is (unpadded). Else row-major, or rows of blocks, or NF4, whose blocks know no rows.
 struct WeightView {
   Storage storage;
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // of row-major data
+  size_t row_stride;  // of row-major data, in elements; of blocks, in bytes
   Compute compute = Compute::kFloat;
+  kernels::Nf4 nf4{};
 };
 
 template <class T>
@@ -39,16 +41,24 @@ inline size_t full_columns(size_t d_in) {
 // Where element (row, col) of packed W lies, col a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether the blocks of W lie in memory as elements E: else they are decoded.
+// Whether the pieces of W lie in memory as elements E: else they are decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
-// A block of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
-// scratch (rows * cols elements). Bf16 is for that storage only. Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
+// The elements of scratch that a piece of so many columns may take for each of its rows: blocks are decoded in whole strips, and rows
+// are kept apart in the cache.
+inline constexpr size_t scratch_columns(size_t cols) {
+  return cols + kernels::kPanelColumns;
+}
+
+// A piece of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
+// scratch (rows * scratch_columns(cols) elements). Bf16 is for that storage only. Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
-// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. At most one panel wide.
+// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. At most kDecodedColumns wide;
+// of W that is packed, one panel.
+inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole strips
 template <class E>
 struct ColumnBlock {
   const E* data;
@@ -68,16 +78,19 @@ ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, ker
 
 class PackedWeight {
  public:
+  // W as it lies, in memory that outlives this.
+  explicit PackedWeight(const WeightView& w) : view_(w) {}
+
   // From T = float or double values (rounded to the storage format), or from the bit patterns of a 16-bit format.
   template <class T>
   PackedWeight(Matrix<const T> w, Storage storage, Compute compute);
 
-  WeightView view() const { return {storage_, true, buffer_.as<void>(), d_out_, d_in_, 0, compute_}; }
-  Storage storage() const { return storage_; }
-  Compute compute() const { return compute_; }
-  size_t d_out() const { return d_out_; }
-  size_t d_in() const { return d_in_; }
-  size_t nbytes() const { return d_out_ * d_in_ * bytes_per_element(storage_); }
+  const WeightView& view() const { return view_; }
+  Storage storage() const { return view_.storage; }
+  Compute compute() const { return view_.compute; }
+  size_t d_out() const { return view_.d_out; }
+  size_t d_in() const { return view_.d_in; }
+  size_t nbytes() const;
 
   // out (d_out, d_in): float (double for kFloat64), or the bit patterns of a 16-bit format.
   template <class T>
@@ -91,10 +104,8 @@ class PackedWeight {
   void row_sums_of_squares(double* out) const;
 
  private:
-  Storage storage_;
-  Compute compute_;
-  size_t d_out_, d_in_;
   AlignedBuffer buffer_;
+  WeightView view_;
 };
 
 }  // namespace nplora

@@ -13,7 +13,8 @@ from numpy import ndarray
 Array = ndarray[Any, Any]
 
 class PackedWeight:
-    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16", packed in panels."""
+    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels; or, by
+    the static methods, as it lies in arrays: they are kept alive, read in place, and must not change."""
 
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
@@ -21,6 +22,27 @@ class PackedWeight:
         compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, B and W are rounded, sums
         are float32.
         """
+    @staticmethod
+    def of_array(w: Array, storage: str, compute: str) -> PackedWeight:
+        """w: (d_out, d_in) float32, float64, or uint16 bit patterns."""
+    @staticmethod
+    def of_blocks(blocks: Array, storage: str, d_in: int, compute: str) -> PackedWeight:
+        """blocks: (d_out, bytes) uint8, in any of `block_formats` but NF4."""
+    @staticmethod
+    def of_nf4(codes: Array, absmax: Array, d_out: int, d_in: int, compute: str) -> PackedWeight:
+        """As `quantize_nf4` makes them of (d_out, d_in) values."""
+    @staticmethod
+    def of_nested_nf4(
+        codes: Array,
+        absmax_codes: Array,
+        book: Array,
+        scales: Array,
+        offset: float,
+        d_out: int,
+        d_in: int,
+        compute: str,
+    ) -> PackedWeight:
+        """The same, the absmax as `quantize_absmax` makes them."""
     @property
     def shape(self) -> tuple[int, int]: ...
     @property

@@ -1,19 +1,27 @@
-"""FrozenWeight: a matrix that is never trained, packed once in its storage format."""
+"""FrozenWeight: a matrix that is never trained, packed in its storage format or used as it lies in a file."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
+from nplora.formats import gguf, safetensors, sharded
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.files import StrPath
 
 Array = npt.NDArray[Any]
 
-STORAGES = ("float32", "float64", "bfloat16", "float16")
+FLOATS = ("float32", "float64", "bfloat16", "float16")
+BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
+STORAGES = (*FLOATS, *BLOCKS)
 COMPUTES = ("float32", "bfloat16")
+
+_GGUF_FLOATS = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -29,36 +37,45 @@ class FrozenWeight:
     """A frozen (d_out, d_in) matrix, packed for the kernels. Immutable; layers may share one.
 
     One copy serves the forward and the backward product. Sums run in float32 whatever the storage, in float64
-    where the storage is float64.
+    where the storage is float64. Low-bit blocks are decoded inside the products, a piece at a time.
+    `from_gguf` and `from_safetensors` take a matrix as it lies in a file, without a copy.
 
     Args:
         W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
             with dtype="bfloat16".
-        dtype: the storage: "float32" (also for None), "float64", "bfloat16" or "float16". Narrowing rounds to
-            nearest even.
+        dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
+            nearest even. "q8_0", "q4_0", "q4_1", "q5_0", "q5_1": GGUF's blocks of 32 values along a row;
+            "q4_k", "q5_k", "q6_k": of 256. "nf4": blocks of 64, in float32 absmax (Dettmers et al. 2023).
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
             to 4 rows are computed in float32 either way. A float64 weight computes in float64.
     Raises:
-        ValueError: W has not two axes, dtype or compute is not one of those above, or a float64 weight is
-            asked to compute in bfloat16.
+        ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked
+            to compute in bfloat16, d_in is no multiple of the block's length along a row, or blocks cannot
+            store a value: it is not finite, or too large.
         TypeError: W does not hold floats, or dtype names no dtype.
     Warns:
         UserWarning: finite values are beyond the range of the storage and become infinite.
     """
 
-    __slots__ = ("_packed",)
+    __slots__ = ("_arrays", "_packed")
+
+    _packed: _core.PackedWeight
+    _arrays: tuple[Array, ...]  # what the core reads in place: blocks with their scales, or a mapped matrix
 
     def __init__(
         self, W: npt.ArrayLike, dtype: npt.DTypeLike | None = None, compute: str = "float32"
     ) -> None:
-        storage = _check.choice("FrozenWeight", "dtype", dtype_name("FrozenWeight", dtype), STORAGES)
-        _check.choice("FrozenWeight", "compute", compute, COMPUTES)
-        if storage == "float64" and compute == "bfloat16":
-            raise ValueError("FrozenWeight: a float64 weight computes in float64, got compute='bfloat16'")
-        core_compute = "bfloat16" if compute == "bfloat16" else "float"
-        given = _check.as_array("FrozenWeight", "W", W)
-        self._packed = _core.PackedWeight(_values(given, storage), storage, core_compute)
+        op = "FrozenWeight"
+        storage = _check.choice(op, "dtype", dtype_name(op, dtype), STORAGES)
+        core_compute = _core_compute(op, storage, compute)
+        given = _check.as_array(op, "W", W)
+        values = _values(given, storage)
+        if storage in BLOCKS:
+            self._hold(storage, values.shape, _quantized(op, values, storage), core_compute)
+            return
+        self._arrays = ()
+        self._packed = _core.PackedWeight(values, storage, core_compute)
         lost = become_infinite(given, storage)
         if lost.size:
             warnings.warn(
@@ -66,6 +83,73 @@ class FrozenWeight:
                 f"are infinite in {storage}",
                 stacklevel=2,
             )
+
+    def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
+        """Read these arrays in place: a matrix; blocks; or NF4's codes and absmax."""
+        d_out, d_in = shape
+        self._arrays = arrays
+        if storage == "nf4":
+            codes, absmax = arrays
+            self._packed = _core.PackedWeight.of_nf4(codes, absmax, d_out, d_in, compute)
+        elif storage in BLOCKS:
+            self._packed = _core.PackedWeight.of_blocks(arrays[0], storage, d_in, compute)
+        else:
+            bits = arrays[0].view(np.uint16) if arrays[0].itemsize == 2 else arrays[0]
+            self._packed = _core.PackedWeight.of_array(bits, storage, compute)
+
+    @classmethod
+    def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
+        """A matrix of a GGUF file as it lies there: read by the products, never copied, whatever its type.
+
+        The weight keeps the file mapped; the system may drop its pages and read them again. `file` is a path,
+        or an opened file, as for many of its tensors.
+
+        Raises:
+            UnsupportedError: the tensor's type is not decoded here.
+            FormatError, OSError: as `gguf.open`. KeyError: no tensor of that name; the nearest are told.
+            ValueError: it has not two axes, or compute is not available.
+        """
+        op = "FrozenWeight.from_gguf"
+        opened = file if isinstance(file, gguf.GgufFile) else gguf.open(file)
+        tensor = opened[name]
+        where = _require_matrix(op, opened.source, name, tensor.shape)
+        storage = _GGUF_FLOATS.get(tensor.type, tensor.type.lower())
+        if storage not in STORAGES:
+            known = ", ".join((*_GGUF_FLOATS, *(block.upper() for block in BLOCKS if block != "nf4")))
+            raise UnsupportedError(f"{where} is {tensor.type}, expected one of {known}")
+        if storage in BLOCKS:
+            return cls._of(op, storage, tensor.shape, tensor.data.reshape(tensor.shape[0], -1), compute)
+        return cls._of(op, storage, tensor.shape, tensor.numpy(), compute)
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        file: StrPath | safetensors.SafetensorsFile | sharded.ShardedFile,
+        name: str,
+        compute: str = "float32",
+    ) -> Self:
+        """A matrix of a safetensors file as it lies there: float32, float64, bfloat16 or float16, not copied.
+
+        `file` is a path, or an opened file, as for many of its tensors. The weight keeps it mapped.
+
+        Raises:
+            UnsupportedError: the tensor does not hold floats.
+            FormatError, OSError: as `safetensors.open`. KeyError: no tensor of that name; the nearest are
+            told. ValueError: it has not two axes, or compute is not available.
+        """
+        op = "FrozenWeight.from_safetensors"
+        opened = file if isinstance(file, Mapping) else safetensors.open(file)
+        tensor = opened[name]
+        where = _require_matrix(op, opened.source, name, tensor.shape)
+        if tensor.dtype not in FLOATS:
+            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+        return cls._of(op, tensor.dtype, tensor.shape, tensor.numpy(), compute)
+
+    @classmethod
+    def _of(cls, op: str, storage: str, shape: tuple[int, ...], array: Array, compute: str) -> Self:
+        weight = cls.__new__(cls)
+        weight._hold(storage, shape, (array,), _core_compute(op, storage, compute))
+        return weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +169,7 @@ class FrozenWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed matrix takes."""
+        """Bytes that the matrix takes, in memory or in its file."""
         return self._packed.nbytes
 
     @property
@@ -104,7 +188,8 @@ class FrozenWeight:
         return self._packed
 
     def to_numpy(self) -> Array:
-        """The matrix as a fresh (d_out, d_in) array: float64 for float64 storage, else float32 (exact)."""
+        """The matrix, decoded, as a fresh (d_out, d_in) array: float64 for float64 storage, else float32
+        (exact)."""
         out = np.empty(self.shape, self.compute_dtype)
         self._packed.unpack(out)
         return out
@@ -160,16 +245,63 @@ class FrozenWeight:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # immutable: a copied model shares its frozen weights
 
+    @property
+    def float_dtype(self) -> str:
+        """The storage of another matrix like this one: "float32" for low-bit blocks, which lose an update."""
+        return "float32" if self.dtype in BLOCKS else self.dtype
+
     def like(self, W: Array) -> FrozenWeight:
-        """Another matrix, stored and computed as this one."""
-        return FrozenWeight(W, *self._kind())
+        """Another matrix, stored as `float_dtype` says and computed as this one."""
+        return FrozenWeight(W, self.float_dtype, self._compute_word())
 
-    def _kind(self) -> tuple[str, str]:
-        """dtype and compute as the constructor takes them."""
-        return self.dtype, "bfloat16" if self.compute == "bfloat16" else "float32"
+    def _compute_word(self) -> str:
+        """compute as the constructor takes it."""
+        return "bfloat16" if self.compute == "bfloat16" else "float32"
 
-    def __reduce__(self) -> tuple[type, tuple[Array, str, str]]:
-        return FrozenWeight, (self.to_numpy(), *self._kind())
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.dtype not in BLOCKS:
+            return FrozenWeight, (self.to_numpy(), self.dtype, self._compute_word())
+        return _restored, (self.dtype, self.shape, self._arrays, self._packed.compute)
+
+
+def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], compute: str) -> FrozenWeight:
+    """A pickled weight: its blocks as they were."""
+    weight = FrozenWeight.__new__(FrozenWeight)
+    weight._hold(storage, shape, arrays, compute)
+    return weight
+
+
+def _core_compute(op: str, storage: str, compute: str) -> str:
+    """compute as the core names it: "float" is the weight's own type."""
+    _check.choice(op, "compute", compute, COMPUTES)
+    if storage == "float64" and compute == "bfloat16":
+        raise ValueError(f"{op}: a float64 weight computes in float64, got compute='bfloat16'")
+    return "bfloat16" if compute == "bfloat16" else "float"
+
+
+def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
+    """float32 W (d_out, d_in) as rows of blocks (d_out, bytes); as NF4's codes and absmax."""
+    (d_out, d_in), (length, nbytes) = W.shape, BLOCKS[storage]
+    try:
+        if storage == "nf4":
+            codes, absmax = np.empty(-(-W.size // 2), np.uint8), np.empty(-(-W.size // length), np.float32)
+            _core.quantize_nf4(W, codes, absmax)
+            return codes, absmax
+        if d_in % length:
+            raise ValueError(f"d_in={d_in}, but {storage} has blocks of {length} values along a row")
+        blocks = np.empty((d_out, d_in // length * nbytes), np.uint8)
+        _core.quantize(W, storage, blocks)
+    except ValueError as error:
+        raise ValueError(f"{op}: W: {error}") from None
+    return (blocks,)
+
+
+def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
+    """How messages name a tensor, which must have the two axes of a weight."""
+    where = f"{op}: {source}: tensor {brief(name)}"
+    if len(shape) != 2:
+        raise ValueError(f"{where} has shape {shape}, expected (d_out, d_in)")
+    return where
 
 
 def freeze(
@@ -212,7 +344,7 @@ def become_infinite(W: Array, storage: str) -> Array:
 
 
 def _values(array: Array, storage: str) -> Array:
-    """W as the core packs it: bit patterns where they are at hand, else float32 (float64 for float64)."""
+    """W as the core takes it: bit patterns where they are at hand, else float32 (float64 for float64)."""
     _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:

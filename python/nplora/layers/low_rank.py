@@ -238,7 +238,7 @@ class LoRALayer(AdapterLayer):
 
     def _finite_still(self, merged: Array) -> Array:
         """`merged`, unless the storage, or the sum, makes infinity of what was finite."""
-        storage = self.weight.dtype
+        storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():
             lost = int(np.sum(~np.isfinite(merged) & np.isfinite(self.weight.to_numpy())))

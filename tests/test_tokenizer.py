@@ -14,8 +14,9 @@ import pytest
 
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError
-from nplora.formats.gguf import GgufFile, Typed
+from nplora.formats.gguf import Typed
 from nplora.tokenizer import StreamDecoder, Tokenizer, from_directory, from_gguf
+from vocabularies import BYTES, MERGES, PIECES, byte_level, opened, sentencepiece
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -151,67 +152,6 @@ def test_every_prefix_of_the_stream_is_text(real: Tokenizer) -> None:
 # ---- small models ----
 
 
-def byte_characters() -> dict[int, str]:
-    """GPT-2's letters for the 256 bytes (Radford et al. 2019, encoder.py)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in plain)
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-BYTES = byte_characters()
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "12 3", "Ġ Ġ"]
-
-
-def byte_level(**changes: Any) -> dict[str, Any]:
-    """The metadata of a small byte-level model."""
-    tokens = ["<|end|>", *BYTES.values(), *(merge.replace(" ", "") for merge in MERGES), "<tool>"]
-    kinds = [3] + [1] * (len(tokens) - 2) + [4]
-    values = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": Typed(kinds, "INT32"),
-        "tokenizer.ggml.merges": MERGES,
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-    values |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-PIECES = {
-    "▁": -3.0,
-    "a": -4.0,
-    "b": -4.5,
-    "ab": -2.0,
-    "▁a": -1.5,
-    "▁ab": -1.0,
-    "ba": -2.5,
-    "aba": -1.2,
-    "n": -5.0,
-}
-
-
-def sentencepiece(**changes: Any) -> dict[str, Any]:
-    """The metadata of a small model of SentencePiece's kind."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
-    values = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": np.array([0.0] * 259 + list(PIECES.values()), np.float32),
-        "tokenizer.ggml.token_type": Typed([2, 3, 3] + [6] * 256 + [1] * len(PIECES), "INT32"),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    values |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def opened(metadata: dict[str, Any]) -> GgufFile:
-    typed = {key: Typed(value, "UINT32") if type(value) is int else value for key, value in metadata.items()}
-    return gguf.loads(gguf.dumps({}, typed))
-
-
 def merged_by_hand(word: str) -> list[str]:
     """The lowest of the merges first, leftmost first, as the paper has it."""
     parts = [BYTES[byte] for byte in word.encode()]
@@ -239,6 +179,15 @@ def test_text_is_cut_by_the_models_own_rule(pre: str, words: list[str]) -> None:
     expected = [part for word in words for part in merged_by_hand(word)]
     tokens = byte_level()["tokenizer.ggml.tokens"]
     assert [tokens[id_] for id_ in tokenizer.encode("".join(words))] == expected
+
+
+def test_only_llama_3_takes_a_whole_word_that_no_merges_lead_to() -> None:
+    values = byte_level()
+    tokens = [*values["tokenizer.ggml.tokens"], "word"]
+    values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": None}
+    for pre, expected in (("llama-bpe", ["word"]), ("gpt-2", list("word"))):
+        metadata = {k: v for k, v in {**values, "tokenizer.ggml.pre": pre}.items() if v is not None}
+        assert [tokens[id_] for id_ in from_gguf(opened(metadata)).encode("word")] == expected
 
 
 def test_qwen2_normalises_its_text() -> None:
@@ -283,6 +232,18 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
         assert [tokens[id_] for id_ in ids] == merged_by_score(text), text
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids]
+
+
+def test_no_merge_makes_a_control_token_of_letters() -> None:
+    values = sentencepiece()
+    tokens = [*values["tokenizer.ggml.tokens"], "<", "s>"]
+    values["tokenizer.ggml.tokens"] = tokens
+    values["tokenizer.ggml.scores"] = np.zeros(len(tokens), np.float32)
+    values["tokenizer.ggml.token_type"] = Typed([2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259), "INT32")
+    values["tokenizer.ggml.add_space_prefix"] = False
+    tokenizer = from_gguf(opened(values))
+    assert 1 not in tokenizer.encode("<s>")
+    assert tokenizer.encode("<s>", parse_special=True) == [1]
 
 
 def test_without_a_prefix_the_text_is_as_it_is() -> None:

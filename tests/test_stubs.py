@@ -74,8 +74,14 @@ def test_a_class_has_the_members_of_its_stub(name: str) -> None:
     assert public(dir(compiled)) == public(list(stub))
     for member, node in stub.items():
         value = inspect.getattr_static(compiled, member)
+        value = getattr(value, "__func__", value)  # of a static method
         if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
             (found,) = compiled_signatures(f"{member}{value.fget.__doc__}")
             assert found.returns == signature(node).returns, member
         else:
-            assert compiled_signatures(value.__doc__) == {signature(node)}, member
+            stated = signature(node)
+            found_here = {  # what C++ returns as an object, the stub knows better
+                s._replace(returns=stated.returns) if s.returns == "object" else s
+                for s in compiled_signatures(value.__doc__)
+            }
+            assert found_here == {stated}, member

@@ -112,14 +112,12 @@ struct QueryTile {
   }
 };
 
-// body(span) for tiles of about one size, multiples of 8.
+// body(keys) for tiles of about one size, multiples of 8.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;
-  const size_t n = keys.end - keys.first, tiles = ceil_div(n, kTileKeys),
-               size = round_up(ceil_div(n, tiles), 8);
-  for (size_t first = keys.first; first < keys.end; first += size)
-    body(Span{first, std::min(first + size, keys.end)});
+  const size_t n = keys.end - keys.first, size = round_up(ceil_div(n, ceil_div(n, kTileKeys)), 8);
+  for (size_t key = keys.first; key < keys.end; key += size) body(Span{key, std::min(key + size, keys.end)});
 }
 
 // scores (keys, kTileLanes) = k (keys, head_dim) times the queries in the lanes (head_dim, kTileLanes).

@@ -22,7 +22,7 @@ enum class Scratch {
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L, or 8 d_in
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
-  kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets
+  kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount
 };
 

@@ -187,6 +187,10 @@ def test_text_is_held_back_no_longer_than_it_must(lm: Echo) -> None:
     stop = whole[20:23]
     answer = generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=(stop,)))[0]
     assert answer == whole[: whole.index(stop)]
+    begun = (whole[-2:] + "!",)  # an answer that ends while a stop text may be coming
+    assert generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=begun))[0] == whole
+    lm.calls.clear()
+    generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=(stop,)))
     calls = len(lm.calls)
     lm.calls.clear()
     generate(lm, ["hello"], Sampling(max_new_tokens=60))
@@ -228,6 +232,11 @@ def test_narrow_choices_are_the_most_likely_token(rng: np.random.Generator) -> N
         assert {choose(scores, [], sampling, rng) for _ in range(20)} == {int(scores.argmax())}
 
 
+def test_a_token_without_any_share_never_comes() -> None:
+    lowest = types.SimpleNamespace(random=lambda: 0.0)
+    assert choose(np.array([-np.inf, 0.0, 1.0]), [], Sampling(temperature=1.0), lowest) == 1  # type: ignore[arg-type]
+
+
 def test_scores_stay_as_they_are(rng: np.random.Generator) -> None:
     scores = rng.standard_normal(10).astype(np.float32)
     before = scores.copy()
@@ -264,7 +273,7 @@ def test_ties_and_zeros_are_kept_and_one_token_always_is() -> None:
     keep_top_k(scores, 1)
     assert np.isfinite(scores).tolist() == [False, True, True, False]
     scores = np.array([5.0, 5.0])
-    keep_top_p(scores, 1e-12)
+    keep_top_p(scores, 1e-17)
     assert np.isfinite(scores).sum() == 1
     assert softmax(np.array([1000.0, -np.inf])).tolist() == [1.0, 0.0]
 

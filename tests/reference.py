@@ -5,6 +5,7 @@ Names and shapes are the project's: W (d_out, d_in), A (d_out, r), B (r, d_in), 
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,70 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """weight ∘ x / sqrt(mean x² + eps), over the last axis."""
     return np.asarray(weight * x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps))
+
+
+# ---- the pieces of a transformer ----
+
+
+def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> Array:
+    """dx of `rms_norm`: r (dn - n mean(dn ∘ n)), dn = dy ∘ weight, n = x r, r = 1 / sqrt(mean x² + eps)."""
+    r = 1 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps)
+    dn, n = dy * weight, x * r
+    return np.asarray(r * (dn - n * (dn * n).mean(axis=-1, keepdims=True)))
+
+
+def rope(x: Array, angles: Array, interleaved: bool) -> Array:
+    """Each pair of x (n, heads, head_dim) as a complex number, times exp(i angle); angles (n, head_dim/2)."""
+    half = x.shape[-1] // 2
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    turned = (a + 1j * b) * np.exp(1j * angles)[:, None, :]
+    out = np.empty_like(x)
+    if interleaved:
+        out[..., ::2], out[..., 1::2] = turned.real, turned.imag
+    else:
+        out[..., :half], out[..., half:] = turned.real, turned.imag
+    return out
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) ∘ up (Shazeer 2020)."""
+    return np.asarray(silu(gate) * up)
+
+
+def swiglu_backward(dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    """dgate and dup, by σ' = σ (1 - σ)."""
+    s = 1 / (1 + np.exp(-gate))
+    return dout * up * (s + gate * s * (1 - s)), dout * gate * s
+
+
+def sees(queries: int, keys: int, window: int) -> Array:
+    """Which key a query sees, (queries, keys): the last query is the last key; window 0: all before it."""
+    distance = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
+    return np.asarray((distance >= 0) & ((distance < window) if window else True))
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, window: int) -> tuple[Array, Array, Array]:
+    """out, lse and the weights p of one head of one sequence, by the whole matrix of scores."""
+    scores = np.where(sees(len(q), len(k), window), scale * q @ k.T, -np.inf)
+    lse = np.logaddexp.reduce(scores, axis=1)
+    p = np.exp(scores - lse[:, None])
+    return p @ v, lse, p
+
+
+def attention_backward(
+    dout: Array, q: Array, k: Array, v: Array, scale: float, window: int
+) -> tuple[Array, Array, Array]:
+    """dq, dk and dv of `attention`, by the Jacobian of softmax: ds = p ∘ (dp - Σ p dp)."""
+    _, _, p = attention(q, k, v, scale, window)
+    dp = dout @ v.T
+    ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
+    return ds @ k, ds.T @ q, p.T @ dout
+
+
+def grouped_heads(x: Array, heads: int, starts: Array) -> list[list[Array]]:
+    """x (n, heads · d) by sequence and head: views of (tokens, d) float64."""
+    by_head = np.asarray(x, np.float64).reshape(len(x), heads, x.shape[1] // heads)
+    return [[by_head[first:end, head] for head in range(heads)] for first, end in pairwise(starts)]
 
 
 # ---- losses ----

@@ -52,6 +52,7 @@ STRANGERS = [("trainer", "models"), ("formats", "_core")]  # neither imports the
 # What a room may import beside the standard library and NumPy, and only inside a function: extras.
 OPTIONAL_PACKAGES = {
     "runtime": {"threadpoolctl"},
+    "tokenizer": {"jinja2", "tokenizers"},
     "plot": {"matplotlib"},
     "demo": {"sklearn"},
     "trainer": {"tqdm"},

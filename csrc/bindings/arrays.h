@@ -105,5 +105,6 @@ void register_optimizer(py::module_& m);
 void register_elementwise(py::module_& m);
 void register_runtime(py::module_& m);
 void register_blocks(py::module_& m);
+void register_transformer(py::module_& m);
 
 }  // namespace nplora::bindings

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m) {
   nplora::bindings::register_optimizer(m);
   nplora::bindings::register_elementwise(m);
   nplora::bindings::register_blocks(m);
+  nplora::bindings::register_transformer(m);
 }

@@ -17,6 +17,11 @@ inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 #include "kernels/products-inl.h"
 
 #include "kernels/blocks-inl.h"
+#include "kernels/exp-inl.h"
+
+#include "kernels/attention-inl.h"
+#include "kernels/transformer-inl.h"
+
 #include "kernels/table-inl.h"
 
 namespace nplora::kernels {

@@ -230,6 +230,57 @@ struct BlockDecoders {
                      size_t to_stride);
 };
 
+// What a language model computes beside its products. Where an output may be an input, element i of one is written after element i
+// of the other was read.
+struct Transformer {
+  // y = x * weight / sqrt(mean x² + eps), of n elements.
+  void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* y);
+
+  // dx = [dx +] r * (dn - x * r² * mean(dn * x))  with dn = dy * weight and r = 1 / sqrt(mean x² + eps).   dx may be dy.
+  void (*rms_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
+                            float* dx, bool accumulate);
+
+  // The pairs (a, b) of x (heads, 2 * half) become (a cos - b sin, b cos + a sin), in each head those of elements i and half + i,
+  // or 2i and 2i + 1 where interleaved.   table is half cosines, then half sines; inverse: the sines count negative.
+  void (*rotate)(size_t heads, size_t half, const float* table, bool interleaved, bool inverse, float* x);
+
+  // out = g s(g) * up  with s(g) = 1 / (1 + exp(-g)).
+  void (*swiglu)(size_t n, const float* gate, const float* up, float* out);
+
+  // dgate = dout * up * s(g) (1 + g (1 - s(g)));  dup = dout * g s(g).   dgate and dup may be any of the inputs.
+  void (*swiglu_backward)(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
+                          float* dup);
+
+  // The largest of n elements, the lowest float if n is 0. NaN may or may not count.
+  float (*largest)(size_t n, const float* x);
+
+  // The sum of y = exp(x - shift), in as many partial sums as there are lanes.   y may be null, or x.
+  float (*exp_sum)(size_t n, const float* x, float shift, float* y);
+
+  // y = [y +] factor * x.   y may be x.
+  void (*scaled)(size_t n, float factor, const float* x, float* y, bool accumulate);
+
+  // The sum of a * b, in as many partial sums as there are lanes.
+  float (*dot)(size_t n, const float* a, const float* b);
+
+  // xt (cols, rows) = x (rows, cols) transposed.
+  void (*transpose)(size_t rows, size_t cols, const float* x, size_t x_stride, float* xt, size_t xt_stride);
+
+  // x (rows, n) = x * factor (n).
+  void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
+
+  // One step of a softmax down the columns of s (rows, n), whose rows come tile by tile (Milakov & Gimelshein 2018): what
+  // multiplies all sums so far, for the largest element has grown; the exponentials; their sum.
+  //   factor = exp(largest - new) where new = max(largest, max s);  s = exp(s - new);  sum = sum * factor + Σ s;  largest = new.
+  // Elements of -Inf have no weight, even where all are, if largest begins as the lowest float.
+  void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
+                       float* factor);
+
+  // p = exp(s - lse);  ds = p * (dp - delta), down the columns of s and dp (rows, n), in place.
+  void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
+                           size_t stride);
+};
+
 struct KernelTable {
   const char* isa;
   Products<float> f32;
@@ -241,6 +292,7 @@ struct KernelTable {
   SmallProducts<Bf16Pair> small_pairs;
   Conversions convert;
   BlockDecoders blocks;
+  Transformer transformer;
 
   template <class T>
   const Products<T>& products() const;

@@ -24,6 +24,11 @@ constexpr BlockDecoders make_block_decoders() {
           decode_nf4};
 }
 
+constexpr Transformer make_transformer() {
+  return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward, largest, exp_sum, scaled,
+          dot,      transpose,         scale_columns, softmax_step, softmax_backward};
+}
+
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           make_products<float>(),
@@ -35,7 +40,8 @@ constexpr KernelTable make_table(const char* isa) {
           make_small<Bf16Pair>(),
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, dither_bfloat16, dither_float16,
            pair_rows, pair_bits},
-          make_block_decoders()};
+          make_block_decoders(),
+          make_transformer()};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

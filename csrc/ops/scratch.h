@@ -21,6 +21,7 @@ enum class Scratch {
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L, or 8 d_in
+  kAttention,     // a tile of attention: 48 (5 head_dim + 130); or 258 + head_dim for each head of a group
   kCount
 };
 

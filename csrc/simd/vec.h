@@ -11,6 +11,8 @@
 //   load_group<n>                 n elements again and again in all lanes;
 //   pair_rows(first, second)      of Bf16Pair: a vector of bfloat16 from each of two rows, in pairs;
 //   fma(a, b, c) = a * b + c;
+//   of float: a - b, a * b, a / b; max(a, b), min(a, b)   NaN where b is NaN;
+//   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once but for subnormals; NaN where a is NaN;
 //   transpose(Vec (&)[kLanes]);
 //   keep(v)   holds a loaded v in its register.
 #pragma once
@@ -55,6 +57,17 @@ struct Vec;
 #include "simd/vec_neon.h"
 #endif
 #endif
+
+// The vector extensions know these for the registers of every instruction set.
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) {
+  return {a.v - b.v};
+}
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) {
+  return {a.v * b.v};
+}
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) {
+  return {a.v / b.v};
+}
 
 #if !defined(NPLORA_SIMD_BF16)
 inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {

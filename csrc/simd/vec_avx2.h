@@ -52,6 +52,19 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+  return {_mm256_min_ps(a.v, b.v)};
+}
+inline Vec<float> power_of_two(__m256i n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
+}
+inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+  return {a.v * power_of_two(half).v * power_of_two(_mm256_sub_epi32(whole, half)).v};
+}
 
 template <>
 struct Vec<double> {

@@ -39,6 +39,15 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
 
 template <>
 struct Vec<double> {

@@ -25,11 +25,6 @@ struct Floats {
   Vec<float> v[kVectors];
 };
 
-// The vector extensions know * for the registers of every instruction set.
-inline Vec<float> operator*(Vec<float> a, Vec<float> b) {
-  return {a.v * b.v};
-}
-
 inline Bytes load_bytes(const void* p) {
   Bytes b;
   __builtin_memcpy(&b, p, sizeof b);

@@ -48,6 +48,27 @@ template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+template <class T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+
+typedef int32_t WholeNumbers __attribute__((vector_size(16)));
+inline Vec<float> power_of_two(WholeNumbers n) {
+  return {__builtin_bit_cast(Vec<float>::Register, (n + 127) << 23)};
+}
+// Adding 1.5 * 2^23 puts whole numbers into the low bits, NaN too: no conversion that NaN would leave undefined.
+inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
+  constexpr float kShift = 0x1.8p23f;
+  const WholeNumbers whole =
+                         __builtin_bit_cast(WholeNumbers, n.v + kShift) - __builtin_bit_cast(int32_t, kShift),
+                     half = whole >> 1;
+  return {a.v * power_of_two(half).v * power_of_two(whole - half).v};
+}
 
 template <>
 struct Vec<Bf16Pair> {

@@ -80,6 +80,19 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 inline Vec<float> fma(Vec<float> a, Scalar<float> b, Vec<float> c) {
   return {vfmaq_lane_f32(c.v, a.v, b.v, 0)};
 }
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+  return {vmaxq_f32(a.v, b.v)};
+}
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+  return {vminq_f32(a.v, b.v)};
+}
+inline Vec<float> power_of_two(int32x4_t n) {
+  return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))};
+}
+inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
+  const int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1);
+  return {a.v * power_of_two(half).v * power_of_two(vsubq_s32(whole, half)).v};
+}
 
 template <>
 struct Vec<double> {

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
     from nplora.merge_files import merge_adapter
+    from nplora.models import LanguageModel, load_model
     from nplora.trainer import Trainer
     from nplora.updates import read_adapter
 
@@ -43,12 +44,14 @@ __version__: str = _core.config()["version"]
 # What `import nplora` leaves alone until it is asked for: the module that holds each name, which may be it
 # itself.
 _LATE = {
+    "LanguageModel": "nplora.models",
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
     "combine": "nplora.combination",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
+    "load_model": "nplora.models",
     "merge_adapter": "nplora.merge_files",
     "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
@@ -73,6 +76,7 @@ __all__ = [
     "AdamW",
     "Embedding",
     "FrozenWeight",
+    "LanguageModel",
     "LayerNorm",
     "Linear",
     "LoRAEmbedding",
@@ -93,6 +97,7 @@ __all__ = [
     "formats",
     "get_num_threads",
     "load_adapter",
+    "load_model",
     "lora_backward",
     "lora_forward",
     "losses",

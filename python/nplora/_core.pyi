@@ -186,6 +186,86 @@ def dequantize_nested_nf4(
 ) -> None:
     """The same with a quantised absmax."""
 
+def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
+    """y = weight ∘ x / sqrt(mean x² + eps); x and y (n, d), weight (d,), all float32 as in what follows."""
+
+def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
+    """dx = [dx +] the gradient of x; the weight is frozen."""
+
+def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool) -> None:
+    """Rotate the heads of x (n, heads · head_dim) in place by rows `positions` (int64) of the table.
+
+    table: (max_positions, head_dim), head_dim / 2 cosines, then as many sines. The elements of a pair are
+    head_dim / 2 apart, or neighbours where interleaved. inverse: turn back, which is the gradient.
+    """
+
+def swiglu(gate: Array, up: Array, out: Array) -> None:
+    """out = silu(gate) ∘ up, all (n, f)."""
+
+def swiglu_backward(dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
+    """The gradients of both; dgate may be gate, and dup up."""
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    out: Array,
+    lse: Array,
+) -> None:
+    """Causal attention within packed sequences, tile by tile.
+
+    q, out: (n, heads · head_dim); k, v: (n, kv_heads · head_dim); starts: int64, where the sequences begin
+    and the last one ends. window: the keys that a query sees, itself the last of them; 0: all before it.
+    lse (n, heads): log Σ exp(scale q kᵀ), for `attention_backward`.
+    """
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    starts: Array,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+) -> None:
+    """The gradients of q, k and v, from what `attention` read and wrote."""
+
+def attention_cached(
+    q: Array,
+    keys: Array,
+    values: Array,
+    slots: Array,
+    lengths: Array,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    out: Array,
+) -> None:
+    """Row i of q sees the first lengths[i] tokens of slots[i], of which it is the last (int64, both).
+
+    keys, values: (slots, capacity, kv_heads · head_dim).
+    """
+
+def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, gradient: bool) -> None:
+    """losses (n,) float64 = log Σ exp(logits) - logits[target], 0 where the target (int64) is -100.
+
+    gradient: logits (n, vocab) become factor · (softmax - one_hot), 0 where ignored. ValueError: a target out
+    of range.
+    """
+
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:

@@ -54,16 +54,35 @@ _SUFFIXES = tuple(key.suffix for key in (*LINEAR_KEYS, *EMBEDDING_KEYS))
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of the file belongs: the array now, and the shape that the file must bring for it."""
+    """Where a tensor of the file belongs: the array now, and the shape that the file must bring for it.
+
+    Where `row_order` is given, row i of the array is row row_order[i] of the file's.
+    """
 
     module: str
     key: Key
     array: Array
     shape: tuple[int, ...]
+    row_order: Array | None = None
 
     @property
     def title(self) -> str:
         return f"{self.module}.{self.key.ours}"
+
+    def to_file(self) -> Array:
+        """The array as the file has it."""
+        value = self.array
+        if self.row_order is not None:
+            value = np.empty_like(self.array)
+            value[self.row_order] = self.array
+        return value.T if self.key.transposed else value
+
+    def from_file(self, value: Array) -> Array:
+        """What the file has, as a fresh array in the layer's own layout."""
+        value = value.T if self.key.transposed else value
+        if self.row_order is not None:
+            value = value[self.row_order]
+        return np.array(value, self.array.dtype, order="C")
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,7 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
     ).items():
         if not np.isfinite(place.array).all():
             raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
-        tensors[name] = place.array.T if place.key.transposed else place.array
+        tensors[name] = place.to_file()
     peft_adapter.save(directory, config, tensors)
 
 
@@ -209,8 +228,9 @@ def _places(
             array = arrays[name].get(key.ours)
             if array is not None:
                 shape = {"A": (len(array), ranks[name]), "B": (ranks[name], array.shape[-1])}
+                row_order = None if key.ours == "B" else layer.row_order
                 places[PREFIX + name + key.suffix] = _Place(
-                    name, key, array, shape.get(key.ours, array.shape)
+                    name, key, array, shape.get(key.ours, array.shape), row_order
                 )
     for name, module in whole.items():
         for parameter in module.local_parameters():
@@ -246,6 +266,7 @@ def _config(
         alpha_pattern=Patterns.exact({name: value for name, value in alphas.items() if value != alpha}),
         lora_dropout=_most_common(layer.dropout for layer in layers.values()),
         base_model_name_or_path=base,
+        task_type=model.task_type,
     )
 
 
@@ -341,7 +362,7 @@ def _fit(name: str, tensors: SafetensorsFile, place: _Place) -> tuple[Array, lis
     if entry.dtype == "bfloat16":
         array = bfloat16.widen(array)
     with np.errstate(over="ignore"):
-        value = np.array(array.T if place.key.transposed else array, place.array.dtype, order="C")
+        value = place.from_file(array)
     if not np.isfinite(value).all():
         return value, [f"{where} holds NaN or an infinity"]
     return value, []

@@ -30,6 +30,16 @@ def inferring() -> bool:
     return _inferring.get()
 
 
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """`with inference():` every pass is as if the module were being called."""
+    token = _inferring.set(True)
+    try:
+        yield
+    finally:
+        _inferring.reset(token)
+
+
 def quiet() -> np.errstate:
     """Let NaN and Inf propagate without NumPy's warnings: the loss shows them."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -119,6 +129,8 @@ class Module:
                 return self.fc1.backward(dh, saved[0], need_dx)
     """
 
+    task_type: str | None = None  # PEFT's word for what the model does, in the adapters that it saves
+
     # ---- the two passes ----
 
     def forward(self, x: Any) -> tuple[Array, Any]:
@@ -135,15 +147,13 @@ class Module:
         Raises:
             TypeError: forward did not return a pair.
         """
-        token = _inferring.set(True)
         try:
-            return pair(self, self.forward(x))[0]
+            with inference():
+                return pair(self, self.forward(x))[0]
         except ValueError as error:
             if hasattr(error, "nplora_origin"):
                 name_error(error, self)
             raise
-        finally:
-            _inferring.reset(token)
 
     # ---- what this module holds itself, apart from its children ----
 

@@ -40,7 +40,7 @@ class PackedBatch:
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:
-    """Pack pairs (ids, labels), two integer sequences of one length; labels as transformers has them, unshifted.
+    """Pack pairs (ids, labels) of integer sequences of one length; labels as in transformers, unshifted.
 
     Raises:
         ValueError: the labels of a sequence are not as many as its tokens.

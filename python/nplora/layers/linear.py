@@ -15,6 +15,11 @@ from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
 
+# A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
+CoreWeight = _core.PackedWeight | Array
+ForwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array | None, Array, Array | None]
+BackwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearSaved(Saved):
@@ -91,21 +96,51 @@ class Linear(Module):
             ValueError: dy has not the shape of y.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
-        d_out, d_in = self.shape
-        rows = _check.shaped("Linear.backward", "dy", dy, (*saved.lead, d_out), self._dtype)
-        rows = rows.reshape(math.prod(saved.lead), d_out)
+        rows = self._gradient_rows("Linear.backward", dy, saved)
+        self._add_gradients("Linear.backward", rows, saved)
+        if not need_dx:
+            return None
+        dx = np.empty((len(rows), self.shape[1]), self._dtype)
+        _core.matmul_t(core_weight(self.weight), rows, dx)
+        return dx.reshape(*saved.lead, dx.shape[1])
+
+    def _gradient_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
+        d_out = self.shape[0]
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
+        return rows.reshape(math.prod(saved.lead), d_out)
+
+    def _add_gradients(self, op: str, rows: Array, saved: LinearSaved) -> None:
+        """dweight += dyᵀ x;  dbias += Σ dy."""
         if self.dweight is not None:
             if saved.x is None:
-                raise RuntimeError("Linear.backward: this forward pass was inference and kept nothing")
+                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
             _core.add_outer(rows, saved.x, 1.0, self.dweight)
         if self.dbias is not None:
             with quiet():
                 self.dbias += rows.sum(axis=0)
-        if not need_dx:
-            return None
-        dx = np.empty((len(rows), d_in), self._dtype)
-        _core.matmul_t(core_weight(self.weight), rows, dx)
-        return dx.reshape(*saved.lead, d_in)
+
+    # ---- as a part of a stack ----
+
+    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LinearSaved]:
+        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        d_out, d_in = self.shape
+        y = np.empty((len(rows), d_out), self._dtype)
+        a, b = np.empty((d_out, 0), self._dtype), np.empty((0, d_in), self._dtype)
+        keep = self.trainable and not inferring()
+        saved = LinearSaved(lead, rows if keep else None)
+        return (core_weight(self.weight), a, b, 0.0, 0.0, 0, self.bias, y, None), y, saved
+
+    def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
+        """What `forward` returns, when the core has filled y."""
+        return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def backward_part(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> BackwardPart:
+        """This layer's part of a call of the core; adds to dweight and dbias where trainable."""
+        rows = self._gradient_rows(op, dy, saved)
+        self._add_gradients(op, rows, saved)
+        d_out, d_in = self.shape
+        a, b, z = (np.empty(shape, self._dtype) for shape in ((d_out, 0), (0, d_in), (len(rows), 0)))
+        return core_weight(self.weight), a, b, 0.0, 0.0, 0, rows, z, None, None
 
     def __repr__(self) -> str:
         return f"Linear({self.shape}, trainable={self.trainable})"

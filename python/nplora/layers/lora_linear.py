@@ -10,18 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.layers.linear import Linear
+from nplora.layers.linear import BackwardPart, ForwardPart, Linear
 from nplora.layers.low_rank import LoRALayer
 from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.module import Gradient, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
-
-# A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
-Weight = _core.PackedWeight | Array
-ForwardPart = tuple[Weight, Array, Array, float, float, int, Array | None, Array, Array | None]
-BackwardPart = tuple[Weight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

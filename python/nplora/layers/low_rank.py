@@ -65,6 +65,8 @@ class LoRALayer(AdapterLayer):
         alpha: may be set, unless init is "pissa" or "olora"; scale follows.
         scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
         dropout: in LoRALinear, may be set.
+        row_order: where W lies with its rows in another order than in the model that adapters on disk belong
+            to: row i here is row row_order[i] there. None: they agree.
     """
 
     A = LiveArray[Array]()
@@ -77,6 +79,7 @@ class LoRALayer(AdapterLayer):
     inits: tuple[str, ...] = ("zero", "gaussian")
 
     _dropout = 0.0
+    row_order: Array | None = None
 
     def __init__(
         self,

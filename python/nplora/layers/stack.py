@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.layers.lora_linear import LoRALinear, LoRALinearSaved
+from nplora.layers.linear import Linear
+from nplora.layers.lora_linear import LoRALinear
 from nplora.module import Gradient, Saved
+from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
+Stackable: TypeAlias = LoRALinear | Linear
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackSaved(Saved):
     """What each layer kept, in order."""
 
-    items: tuple[LoRALinearSaved, ...]
+    items: tuple[Any, ...]
+
+    def with_x(self, x: Array | None) -> StackSaved:
+        """The same with another array for the x that the layers keep: None, and later x computed again."""
+        return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
 
 
-def stack_forward(layers: Sequence[LoRALinear], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
+def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
     """The outputs of layers that read the same x, which is brought into the kernels' order once for all.
 
     The numbers are those of each layer's own `forward`, up to rounding.
 
     Args:
-        layers: one or more LoRALinear of one d_in, computing alike.
+        layers: one or more LoRALinear or Linear of one d_in, computing alike.
         x: array (..., d_in).
     Returns:
         the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
@@ -46,9 +53,9 @@ def stack_forward(layers: Sequence[LoRALinear], x: npt.ArrayLike) -> tuple[list[
 
 
 def stack_backward(
-    layers: Sequence[LoRALinear], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
+    layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
 ) -> Gradient:
-    """Add to each layer's dA, dB and dm; return the sum of their dx (..., d_in), None where need_dx is False.
+    """Add to each layer's gradients; return the sum of their dx (..., d_in), None where need_dx is False.
 
     Args:
         layers: those of the forward pass.
@@ -70,13 +77,20 @@ def stack_backward(
     return None if dx is None else dx.reshape(*saved.items[0].lead, d_in)
 
 
-def _common(op: str, layers: Sequence[LoRALinear]) -> tuple[int, np.dtype[Any]]:
+def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     """d_in and the dtype of x that all layers share."""
     if not layers:
         raise ValueError(f"{op}: no layers")
-    kinds = {(layer.weight.shape[1], layer.weight.compute) for layer in layers}
-    if len(kinds) > 1:
-        seen = ", ".join(f"d_in={d_in} in {compute}" for d_in, compute in sorted(kinds))
+    kinds = [_kind(layer.weight) for layer in layers]
+    if len(set(kinds)) > 1:
+        seen = ", ".join(f"d_in={d_in} in {compute}" for d_in, compute, _ in sorted(set(kinds), key=str))
         raise ValueError(f"{op}: the layers differ: {seen}")
-    weight = layers[0].weight
-    return weight.shape[1], weight.compute_dtype
+    d_in, _, dtype = kinds[0]
+    return d_in, dtype
+
+
+def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
+    """d_in, what the products run in, and the dtype of x."""
+    if isinstance(weight, FrozenWeight):
+        return weight.shape[1], weight.compute, weight.compute_dtype
+    return weight.shape[1], weight.dtype.name, weight.dtype

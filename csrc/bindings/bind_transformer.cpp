@@ -1,0 +1,208 @@
+#include <algorithm>
+#include <string>
+
+#include "bindings/arrays.h"
+#include "ops/attention.h"
+#include "ops/cross_entropy.h"
+#include "ops/transformer.h"
+
+namespace nplora::bindings {
+
+namespace {
+
+using Floats = Array<float>;
+using Integers = Array<int64_t>;
+
+void require_like(const char* name, const Floats& array, const Floats& other) {
+  require(other.ndim() == 2, "expected an array with 2 axes");
+  require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
+}
+
+// Each of n integers is at least `least` and below `end`.
+void require_range(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
+  require_size(name, array, n);
+  require_aligned(array);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t value = array.data()[i];
+    require(value >= least && value < end, std::string(name) + " holds " + std::to_string(value) +
+                                               ", expected at least " + std::to_string(least) +
+                                               " and below " + std::to_string(end));
+  }
+}
+
+void register_elements(py::module_& m) {
+  using py::arg;
+  m.def(
+      "rms_norm",
+      [](const Floats& x, const Floats& weight, double eps, Floats y) {
+        require_like("y", y, x);
+        require_size("weight", weight, size_t(x.shape(1)));
+        const auto from = read(x);
+        const auto to = write(y);
+        without_gil([&] { rms_norm(from, weight.data(), float(eps), to); });
+      },
+      arg("x").noconvert(), arg("weight").noconvert(), arg("eps"), arg("y").noconvert(),
+      "y = weight ∘ x / sqrt(mean x² + eps)");
+  m.def(
+      "rms_norm_backward",
+      [](const Floats& dy, const Floats& x, const Floats& weight, double eps, Floats dx, bool accumulate) {
+        require_like("dy", dy, x);
+        require_like("dx", dx, x);
+        require_size("weight", weight, size_t(x.shape(1)));
+        const auto gradient = read(dy), from = read(x);
+        const auto to = write(dx);
+        without_gil([&] { rms_norm_backward(gradient, from, weight.data(), float(eps), to, accumulate); });
+      },
+      arg("dy").noconvert(), arg("x").noconvert(), arg("weight").noconvert(), arg("eps"),
+      arg("dx").noconvert(), arg("accumulate"), "dx = [dx +] the gradient of x");
+  m.def(
+      "rope",
+      [](Floats x, const Integers& positions, const Floats& table, bool interleaved, bool inverse) {
+        const auto to = write(x);
+        const auto angles = read(table);
+        const size_t dim = angles.cols;
+        require(dim > 0 && dim % 2 == 0 && to.cols % dim == 0,
+                "x must have heads of the table's width, an even number");
+        require_range("positions", positions, to.rows, 0, int64_t(angles.rows));
+        without_gil([&] { rope(to, positions.data(), {angles.data, dim, interleaved}, inverse); });
+      },
+      arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
+      arg("inverse"), "Rotary positions in place");
+  m.def(
+      "swiglu",
+      [](const Floats& gate, const Floats& up, Floats out) {
+        require_like("up", up, gate);
+        require_like("out", out, gate);
+        const auto g = read(gate), u = read(up);
+        const auto to = write(out);
+        without_gil([&] { swiglu(g.rows * g.cols, g.data, u.data, to.data); });
+      },
+      arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(), "out = silu(gate) ∘ up");
+  m.def(
+      "swiglu_backward",
+      [](const Floats& dout, const Floats& gate, const Floats& up, Floats dgate, Floats dup) {
+        require_like("dout", dout, gate);
+        require_like("up", up, gate);
+        require_like("dgate", dgate, gate);
+        require_like("dup", dup, gate);
+        const auto d = read(dout), g = read(gate), u = read(up);
+        const auto dg = write(dgate), du = write(dup);
+        without_gil([&] { swiglu_backward(g.rows * g.cols, d.data, g.data, u.data, dg.data, du.data); });
+      },
+      arg("dout").noconvert(), arg("gate").noconvert(), arg("up").noconvert(), arg("dgate").noconvert(),
+      arg("dup").noconvert(), "The gradients of swiglu");
+  m.def(
+      "cross_entropy",
+      [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {
+        const auto rows = write(logits);
+        require_size("losses", losses, rows.rows);
+        require_size("targets", targets, rows.rows);
+        require_aligned(targets);
+        require_aligned(losses);
+        for (size_t i = 0; i < rows.rows; ++i) {
+          const int64_t target = targets.data()[i];
+          require(target == kIgnoredTarget || (target >= 0 && target < int64_t(rows.cols)),
+                  "targets holds " + std::to_string(target) + ", expected at least 0 and below " +
+                      std::to_string(rows.cols) + ", or -100");
+        }
+        double* to = losses.mutable_data();
+        without_gil([&] { cross_entropy(rows, targets.data(), factor, to, gradient); });
+      },
+      arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("losses").noconvert(),
+      arg("gradient"), "losses = log Σ exp(logits) - logits[target]");
+}
+
+AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,
+                        int64_t window) {
+  require(q.ndim() == 2, "expected an array with 2 axes");
+  require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+  const size_t width = size_t(q.shape(1)), dim = width / heads;
+  require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
+  require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
+  require(window >= 0, "window must be at least 0");
+  return {heads, kv_heads, dim, float(scale), size_t(window)};
+}
+
+Sequences sequences_of(const Integers& starts, size_t n) {
+  require_aligned(starts);
+  const size_t count = size_t(starts.size());
+  require(starts.ndim() == 1 && count > 0 && starts.data()[0] == 0 &&
+              starts.data()[count - 1] == int64_t(n) && std::is_sorted(starts.data(), starts.data() + count),
+          "starts must ascend from 0 to the number of rows");
+  return {starts.data(), count - 1};
+}
+
+void register_attention(py::module_& m) {
+  using py::arg;
+  m.def(
+      "attention",
+      [](const Floats& q, const Floats& k, const Floats& v, const Integers& starts, size_t heads,
+         size_t kv_heads, double scale, int64_t window, Floats out, Floats lse) {
+        const auto queries = read(q), keys = read(k), values = read(v);
+        const AttentionShape shape = shape_of(q, keys.cols, heads, kv_heads, scale, window);
+        require_shape("k", k, queries.rows, keys.cols);
+        require_like("v", v, k);
+        require_like("out", out, q);
+        require_shape("lse", lse, queries.rows, heads);
+        const Sequences sequences = sequences_of(starts, queries.rows);
+        const auto to = write(out), sums = write(lse);
+        without_gil([&] { attention(shape, sequences, queries, keys, values, to, sums); });
+      },
+      arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(), arg("starts").noconvert(),
+      arg("heads"), arg("kv_heads"), arg("scale"), arg("window"), arg("out").noconvert(),
+      arg("lse").noconvert(), "Causal attention within packed sequences");
+  m.def(
+      "attention_backward",
+      [](const Floats& dout, const Floats& q, const Floats& k, const Floats& v, const Floats& out,
+         const Floats& lse, const Integers& starts, size_t heads, size_t kv_heads, double scale,
+         int64_t window, Floats dq, Floats dk, Floats dv) {
+        const auto gradient = read(dout);
+        const AttentionSaved saved{read(q), read(k), read(v), read(out), read(lse)};
+        const AttentionShape shape = shape_of(q, saved.k.cols, heads, kv_heads, scale, window);
+        require_shape("k", k, saved.q.rows, saved.k.cols);
+        require_like("v", v, k);
+        require_like("out", out, q);
+        require_like("dout", dout, q);
+        require_shape("lse", lse, saved.q.rows, heads);
+        require_like("dq", dq, q);
+        require_like("dk", dk, k);
+        require_like("dv", dv, k);
+        const Sequences sequences = sequences_of(starts, saved.q.rows);
+        const auto to_q = write(dq), to_k = write(dk), to_v = write(dv);
+        without_gil([&] { attention_backward(shape, sequences, gradient, saved, to_q, to_k, to_v); });
+      },
+      arg("dout").noconvert(), arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
+      arg("out").noconvert(), arg("lse").noconvert(), arg("starts").noconvert(), arg("heads"),
+      arg("kv_heads"), arg("scale"), arg("window"), arg("dq").noconvert(), arg("dk").noconvert(),
+      arg("dv").noconvert(), "The gradients of attention");
+  m.def(
+      "attention_cached",
+      [](const Floats& q, const Floats& keys, const Floats& values, const Integers& slots,
+         const Integers& lengths, size_t heads, size_t kv_heads, double scale, int64_t window, Floats out) {
+        const auto queries = read(q);
+        require(keys.ndim() == 3, "keys must have 3 axes");
+        require(values.ndim() == 3 && std::equal(keys.shape(), keys.shape() + 3, values.shape()),
+                "values must have the shape of keys");
+        require_aligned(keys);
+        require_aligned(values);
+        const AttentionShape shape = shape_of(q, size_t(keys.shape(2)), heads, kv_heads, scale, window);
+        require_like("out", out, q);
+        require_range("slots", slots, queries.rows, 0, keys.shape(0));
+        require_range("lengths", lengths, queries.rows, 1, int64_t(keys.shape(1)) + 1);
+        const KeyValueCache cache{keys.data(), values.data(), size_t(keys.shape(1))};
+        const auto to = write(out);
+        without_gil([&] { attention_cached(shape, queries, cache, slots.data(), lengths.data(), to); });
+      },
+      arg("q").noconvert(), arg("keys").noconvert(), arg("values").noconvert(), arg("slots").noconvert(),
+      arg("lengths").noconvert(), arg("heads"), arg("kv_heads"), arg("scale"), arg("window"),
+      arg("out").noconvert(), "Attention of new queries to keys and values computed before");
+}
+
+}  // namespace
+
+void register_transformer(py::module_& m) {
+  register_elements(m);
+  register_attention(m);
+}
+
+}  // namespace nplora::bindings

@@ -1,0 +1,72 @@
+// exp, one for all kernels; what goes over n floats by whole vectors and a last part of one.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+// exp(x) with a relative error below 2^-23. NaN stays; beyond 88.72 it is Inf, below -104 it is 0, by way of the subnormals.
+//
+// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so that exp(x) = 2^n exp(r). Of the polynomial, the relative error is below
+// 2^-28: 1 + r, then the coefficients that make its largest one least. ln 2 in two parts, the first of 9 bits: n times it is exact.
+inline Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  constexpr float kShift = 0x1.8p23f;  // beside it, floats are whole numbers
+  constexpr float kCoefficients[] = {
+      0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
+  const V shift = V::broadcast(kShift);
+  x = min(V::broadcast(89), max(V::broadcast(-104), x));
+  const V n = fma(x, V(V::broadcast(1.44269504f)), shift) - shift;
+  V r = fma(n, V(V::broadcast(-0.693359375f)), x);
+  r = fma(n, V(V::broadcast(2.12194440e-4f)), r);
+  V p = V::broadcast(kCoefficients[0]);
+#pragma GCC unroll 8
+  for (size_t i = 1; i < sizeof kCoefficients / sizeof *kCoefficients; ++i)
+    p = fma(p, r, V(V::broadcast(kCoefficients[i])));
+  return times_power_of_two(p, n);
+}
+
+// The floats of a whole vector, and the first n of one: the lanes behind are zero, or those of another vector.
+struct Whole {
+  Vec<float> load(const float* p) const { return Vec<float>::load(p); }
+  Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
+  void store(Vec<float> v, float* p) const { v.store(p); }
+  Vec<float> or_zero(Vec<float> v) const { return v; }
+};
+struct Part {
+  size_t n;
+  Vec<float> load(const float* p) const { return Vec<float>::load_partial(p, n); }
+  Vec<float> load_or(Vec<float> otherwise, const float* p) const {
+    float lanes[Vec<float>::kLanes];
+    otherwise.store(lanes);
+    load(p).store_partial(lanes, n);
+    return Vec<float>::load(lanes);
+  }
+  void store(Vec<float> v, float* p) const { v.store_partial(p, n); }
+  Vec<float> or_zero(Vec<float> v) const {
+    float lanes[Vec<float>::kLanes];
+    v.store(lanes);
+    return load(lanes);
+  }
+};
+
+// body(i, span) for each vector of n floats, which begins at i.
+template <class Body>
+inline void for_vectors(size_t n, const Body& body) {
+  constexpr size_t kLanes = Vec<float>::kLanes;
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+
+// The lanes of v in pairs, those in pairs, and so on.
+template <class Pair>
+inline float fold(Vec<float> v, const Pair& pair) {
+  float lanes[Vec<float>::kLanes];
+  v.store(lanes);
+  for (size_t half = Vec<float>::kLanes / 2; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) lanes[i] = pair(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float sum_of_lanes(Vec<float> v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -1,0 +1,116 @@
+// RMSNorm, rotary positions, SwiGLU, and what goes over rows of logits. See kernel_table.h for the contract.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+// 1 / sqrt(mean x² + eps): the sum of squares in as many partial sums as there are lanes.
+inline float inverse_rms(size_t n, const float* x, float eps) {
+  Vec<float> squares = Vec<float>::zero();
+  for_vectors(n, [&](size_t i, auto span) {
+    const Vec<float> v = span.load(x + i);
+    squares = fma(v, v, squares);
+  });
+  return 1 / __builtin_sqrtf(sum_of_lanes(squares) / float(n) + eps);
+}
+
+inline void rms_norm(size_t n, const float* x, const float* weight, float eps, float* y) {
+  const Vec<float> factor = Vec<float>::broadcast(inverse_rms(n, x, eps));
+  for_vectors(
+      n, [&](size_t i, auto span) { span.store(span.load(x + i) * factor * span.load(weight + i), y + i); });
+}
+
+// y = weight ∘ x r: dx = r (dn - x r² mean(dn ∘ x)) with dn = dy ∘ weight, for dr/dx_j = -r³ x_j / n.
+inline void rms_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
+                              float* dx, bool accumulate) {
+  using V = Vec<float>;
+  const float r = inverse_rms(n, x, eps);
+  V products = V::zero();
+  for_vectors(n, [&](size_t i, auto span) {
+    products = fma(span.load(dy + i) * span.load(weight + i), span.load(x + i), products);
+  });
+  const V factor = V::broadcast(r), slope = V::broadcast(-r * r * r * (sum_of_lanes(products) / float(n)));
+  for_vectors(n, [&](size_t i, auto span) {
+    const V along = span.load(x + i) * slope;
+    const V d = fma(span.load(dy + i) * span.load(weight + i), factor, along);
+    span.store(accumulate ? span.load(dx + i) + d : d, dx + i);
+  });
+}
+
+// One head: its pairs are kStep elements apart, the elements of a pair `distance`.
+template <size_t kStep>
+inline void rotate_head(size_t half, size_t distance, const float* __restrict table, float sign,
+                        float* __restrict x) {
+  for (size_t i = 0; i < half; ++i) {
+    float *a = x + i * kStep, *b = a + distance;
+    const float cosine = table[i], sine = sign * table[half + i], from_a = *a, from_b = *b;
+    *a = from_a * cosine - from_b * sine;
+    *b = from_b * cosine + from_a * sine;
+  }
+}
+
+inline void rotate(size_t heads, size_t half, const float* table, bool interleaved, bool inverse, float* x) {
+  const float sign = inverse ? -1.0f : 1.0f;
+  for (; heads > 0; --heads, x += 2 * half)
+    if (interleaved)
+      rotate_head<2>(half, 1, table, sign, x);
+    else
+      rotate_head<1>(half, half, table, sign, x);
+}
+
+// 1 / (1 + exp(-g))
+inline Vec<float> sigmoid(Vec<float> g) {
+  const Vec<float> one = Vec<float>::broadcast(1);
+  return one / (one + exp(Vec<float>::zero() - g));
+}
+
+inline void swiglu(size_t n, const float* gate, const float* up, float* out) {
+  for_vectors(n, [&](size_t i, auto span) {
+    const Vec<float> g = span.load(gate + i);
+    span.store(g * sigmoid(g) * span.load(up + i), out + i);
+  });
+}
+
+// out = g s(g) up, and s' = s (1 - s).
+inline void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
+                            float* dup) {
+  using V = Vec<float>;
+  const V one = V::broadcast(1);
+  for_vectors(n, [&](size_t i, auto span) {
+    const V d = span.load(dout + i), g = span.load(gate + i), u = span.load(up + i), s = sigmoid(g);
+    span.store(d * u * s * fma(g, one - s, one), dgate + i);
+    span.store(d * g * s, dup + i);
+  });
+}
+
+inline float largest(size_t n, const float* x) {
+  const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
+  Vec<float> m = lowest;
+  for_vectors(n, [&](size_t i, auto span) { m = max(m, span.load_or(lowest, x + i)); });
+  return fold(m, [](float a, float b) { return a > b ? a : b; });
+}
+
+inline float exp_sum(size_t n, const float* x, float shift, float* y) {
+  const Vec<float> less = Vec<float>::broadcast(shift);
+  Vec<float> sum = Vec<float>::zero();
+  for_vectors(n, [&](size_t i, auto span) {
+    const Vec<float> e = exp(span.load(x + i) - less);
+    if (y) span.store(e, y + i);
+    sum = sum + span.or_zero(e);
+  });
+  return sum_of_lanes(sum);
+}
+
+inline void scaled(size_t n, float factor, const float* x, float* y, bool accumulate) {
+  const Vec<float> k = Vec<float>::broadcast(factor);
+  for_vectors(n, [&](size_t i, auto span) {
+    const Vec<float> v = span.load(x + i);
+    span.store(accumulate ? fma(v, k, span.load(y + i)) : v * k, y + i);
+  });
+}
+
+inline float dot(size_t n, const float* a, const float* b) {
+  Vec<float> sum = Vec<float>::zero();
+  for_vectors(n, [&](size_t i, auto span) { sum = fma(span.load(a + i), span.load(b + i), sum); });
+  return sum_of_lanes(sum);
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

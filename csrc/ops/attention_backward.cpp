@@ -1,0 +1,138 @@
+#include <algorithm>
+#include <vector>
+
+#include "base/parallel.h"
+#include "ops/attention.h"
+#include "ops/attention_tile.h"
+
+namespace nplora {
+
+namespace {
+
+const kernels::Transformer& kernel() {
+  return kernels::table().transformer;
+}
+
+struct Gradients {
+  Matrix<float> dq, dk, dv;
+};
+
+struct BackwardBuffers {
+  explicit BackwardBuffers(size_t dim) {
+    float* at = scratch<float>(Scratch::kAttention, kTileLanes * (5 * dim + 2 * kTileKeys + 2));
+    for (float** buffer : {&q_rows, &dout_rows, &q, &dout, &dq}) {
+      *buffer = at;
+      at += kTileLanes * dim;
+    }
+    scores = at;
+    dp = scores + kTileKeys * kTileLanes;
+    lse = dp + kTileKeys * kTileLanes;
+    delta = lse + kTileLanes;
+  }
+
+  float *q_rows, *dout_rows;  // (lanes, head_dim)
+  float *q, *dout, *dq;       // (head_dim, kTileLanes)
+  float *scores, *dp;         // (kTileKeys, kTileLanes)
+  float *lse, *delta;         // (kTileLanes)
+};
+
+// sums (keys, head_dim) += weights (keys, lanes) rows (lanes, head_dim), in columns of about one width.
+void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, const float* rows, float* sums,
+               size_t stride) {
+  const size_t width = round_up(ceil_div(dim, ceil_div(dim, kernels::kPanelColumns)), 16);
+  for (size_t j = 0; j < dim; j += width)
+    kernels::table().f32.outer_tile(keys, std::min(width, dim - j), lanes, {weights, kTileLanes, 1}, rows + j,
+                                    dim, sums + j, stride, true, {});
+}
+
+// Algorithm 2 of Dao 2023 for one tile of queries and the keys of a block, with all products' queries in the lanes:
+//   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);  dq = scale ds k;  dk += ds (scale q).
+void attend_backward(const QueryTile& tile, Span block, Matrix<const float> dout, const AttentionSaved& saved,
+                     size_t key_row, const Gradients& to, bool accumulate) {
+  const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
+  const Span seen = tile.visible(),
+             keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
+  if (keys_of_tile.first >= keys_of_tile.end) return;
+  const BackwardBuffers b(dim);
+  tile.gather(saved.out, 1, b.q_rows);
+  tile.gather(dout, 1, b.dout_rows);
+  for (size_t i = 0; i < lanes; ++i)
+    b.delta[i] = kernel().dot(dim, b.dout_rows + i * dim, b.q_rows + i * dim);
+  tile.gather(saved.q, tile.shape.scale, b.q_rows);
+  tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+    std::copy_n(saved.lse.row(row) + head, heads, b.lse + lane);
+  });
+  kernel().transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
+  kernel().transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
+
+  bool add = false;
+  for_key_tiles(keys_of_tile, [&](Span keys) {
+    const size_t n = keys.end - keys.first, row = key_row + keys.first;
+    const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys.first, n),
+                              v = tile.run.values(tile.kv_head, dim, keys.first, n);
+    score(lanes, k, b.q, b.scores);
+    tile.mask(keys, b.scores);
+    score(lanes, v, b.dout, b.dp);
+    kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
+    add_outer(n, lanes, dim, b.scores, b.dout_rows, to.dv.row(row) + column, to.dv.stride);
+    add_outer(n, lanes, dim, b.dp, b.q_rows, to.dk.row(row) + column, to.dk.stride);
+    add_weighted(lanes, k, b.dp, b.dq, add);
+    add = true;
+  });
+  kernel().transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
+  tile.scatter(b.q_rows, tile.shape.scale, to.dq, accumulate);
+}
+
+// Tokens of a block: its keys, values and their gradients take 4 * 64 KB of L2.
+size_t block_tokens(size_t dim) {
+  return std::clamp<size_t>(16384 / dim / kTileKeys, 1, 8) * kTileKeys;
+}
+
+// One block of queries and one of keys, all heads that share kv_head.
+struct Task {
+  size_t run, kv_head, query_block;
+};
+
+}  // namespace
+
+// dq sums over keys, dk and dv over queries. The blocks on one diagonal of the matrix (query block, key block) share neither, so
+// that they are computed at once; diagonals follow one another. So every sum has one order, no product is computed twice and no
+// thread waits for another within a diagonal.
+void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
+                        const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
+  const size_t block = block_tokens(shape.head_dim), group = shape.group(), dim = shape.head_dim;
+  const Gradients to{dq, dk, dv};
+  std::vector<Run> runs;
+  size_t longest = 0;
+  for (size_t i = 0; i < sequences.count; ++i) {
+    const size_t row = size_t(sequences.starts[i]), count = size_t(sequences.starts[i + 1]) - row;
+    if (count > 0) runs.push_back({row, count, 0, saved.k.row(row), saved.v.row(row), saved.k.stride});
+    longest = std::max(longest, count);
+  }
+  std::vector<Task> tasks;
+  for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
+    if (shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
+      break;  // beyond all windows
+    tasks.clear();
+    for (size_t i = 0; i < runs.size(); ++i)
+      for (size_t b = diagonal; b * block < runs[i].count; ++b)
+        for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) tasks.push_back({i, kv_head, b});
+    const double operations = 10.0 * double(tasks.size()) * double(block * block) * double(group * dim);
+    parallel_for(tasks.size(), useful_threads(operations), Interruptible::kYes, [&](size_t i) {
+      const Task& task = tasks[i];
+      const Run& run = runs[task.run];
+      const Range queries = nth_block(run.count, block, task.query_block),
+                  keys = nth_block(run.count, block, task.query_block - diagonal);
+      const Span span{keys.first, keys.first + keys.count};
+      for (size_t key = span.first; diagonal == 0 && key < span.end; ++key) {
+        std::fill_n(dk.row(run.row + key) + task.kv_head * dim, dim, 0.0f);
+        std::fill_n(dv.row(run.row + key) + task.kv_head * dim, dim, 0.0f);
+      }
+      const size_t end = (queries.first + queries.count) * group;
+      for (size_t lane = queries.first * group; lane < end; lane += kTileLanes)
+        attend_backward({shape, run, task.kv_head, lane, end}, span, dout, saved, run.row, to, diagonal > 0);
+    });
+  }
+}
+
+}  // namespace nplora

@@ -1,0 +1,135 @@
+// What forward and backward attention share: the queries of a tile in the SIMD lanes, and who sees whom.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "base/matrix.h"
+#include "base/range.h"
+#include "kernels/kernel_table.h"
+#include "ops/attention.h"
+#include "ops/scratch.h"
+
+namespace nplora {
+
+// A lane is one head of one query. The lanes of a run, those of a token one behind the other, are cut into tiles of this many,
+// so that all heads that share a key meet it at once. Tiles lie in memory with their lanes contiguous: (rows, kTileLanes).
+inline constexpr size_t kTileLanes = kernels::kPanelColumns;
+// Keys of a tile: its scores are 64 x 48 floats = 12 KB.
+inline constexpr size_t kTileKeys = 64;
+
+// Queries that are neighbours, and the keys of their sequence; they stand at the places first_place, first_place + 1, ...
+struct Run {
+  size_t row, count;   // rows of q
+  size_t first_place;  // among the keys
+  const float *k, *v;  // at place 0
+  size_t stride;       // of k and v
+
+  Matrix<const float> keys(size_t head, size_t dim, size_t place, size_t n) const {
+    return {k + place * stride + head * dim, n, dim, stride};
+  }
+  Matrix<const float> values(size_t head, size_t dim, size_t place, size_t n) const {
+    return {v + place * stride + head * dim, n, dim, stride};
+  }
+};
+
+// Places first ... end - 1.
+struct Span {
+  size_t first, end;
+};
+
+// The lanes first ... first + lanes - 1 of a run, all of the heads that share kv_head.
+struct QueryTile {
+  const AttentionShape& shape;
+  const Run& run;
+  size_t kv_head, first, lanes;
+
+  // As many lanes from first_lane on as end_lane leaves.
+  QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
+      : shape(s),
+        run(r),
+        kv_head(head),
+        first(first_lane),
+        lanes(std::min(kTileLanes, end_lane - first_lane)) {}
+
+  size_t place(size_t lane) const { return run.first_place + (first + lane) / shape.group(); }
+
+  // The keys that any lane sees.
+  Span visible() const {
+    const size_t begin = place(0), window = shape.window;
+    return {window > 0 && begin + 1 > window ? begin + 1 - window : 0, place(lanes - 1) + 1};
+  }
+
+  // body(row of q, first head, heads, lane of the first) for the lanes of each token.
+  template <class Body>
+  void for_tokens(const Body& body) const {
+    const size_t group = shape.group();
+    for (size_t lane = 0; lane < lanes;) {
+      const size_t head = (first + lane) % group, heads = std::min(group - head, lanes - lane);
+      body(run.row + (first + lane) / group, kv_head * group + head, heads, lane);
+      lane += heads;
+    }
+  }
+
+  // to (lanes, head_dim) = factor * the tile's rows of x (n, heads * head_dim).
+  void gather(Matrix<const float> x, float factor, float* to) const {
+    const size_t dim = shape.head_dim;
+    for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+      kernels::table().transformer.scaled(heads * dim, factor, x.row(row) + head * dim, to + lane * dim,
+                                          false);
+    });
+  }
+  // The rows of x = [those +] factor * from (lanes, head_dim).
+  void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
+    const size_t dim = shape.head_dim;
+    for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+      kernels::table().transformer.scaled(heads * dim, factor, from + lane * dim, x.row(row) + head * dim,
+                                          accumulate);
+    });
+  }
+
+  // Scores (keys.end - keys.first, kTileLanes) of what a lane does not see become -Inf.
+  void mask(Span keys, float* scores) const {
+    const size_t window = shape.window;
+    if (keys.end <= place(0) + 1 && (window == 0 || keys.first + window > place(lanes - 1))) return;
+    for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
+      const size_t begin = lane_at(key), end = window > 0 ? lane_at(key + window) : lanes;
+      std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
+      std::fill(scores + end, scores + lanes, -std::numeric_limits<float>::infinity());
+    }
+  }
+
+ private:
+  // The first lane that stands at this place or behind it.
+  size_t lane_at(size_t at) const {
+    if (at <= run.first_place) return 0;
+    const size_t lane = (at - run.first_place) * shape.group();
+    return lane <= first ? 0 : std::min(lane - first, lanes);
+  }
+};
+
+// body(span) for tiles of about one size, multiples of 8.
+template <class Body>
+void for_key_tiles(Span keys, const Body& body) {
+  if (keys.end <= keys.first) return;
+  const size_t n = keys.end - keys.first, tiles = ceil_div(n, kTileKeys),
+               size = round_up(ceil_div(n, tiles), 8);
+  for (size_t first = keys.first; first < keys.end; first += size)
+    body(Span{first, std::min(first + size, keys.end)});
+}
+
+// scores (keys, kTileLanes) = k (keys, head_dim) times the queries in the lanes (head_dim, kTileLanes).
+inline void score(size_t lanes, Matrix<const float> k, const float* queries, float* scores) {
+  kernels::table().f32.outer_tile(k.rows, lanes, k.cols, {k.data, k.stride, 1}, queries, kTileLanes, scores,
+                                  kTileLanes, false, {});
+}
+
+// sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, keys) weights (keys, kTileLanes).
+inline void add_weighted(size_t lanes, Matrix<const float> v, const float* weights, float* sums,
+                         bool accumulate) {
+  kernels::table().f32.outer_tile(v.cols, lanes, v.rows, {v.data, 1, v.stride}, weights, kTileLanes, sums,
+                                  kTileLanes, accumulate, {});
+}
+
+}  // namespace nplora

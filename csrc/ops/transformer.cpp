@@ -1,0 +1,78 @@
+#include "ops/transformer.h"
+
+#include <algorithm>
+
+#include "base/parallel.h"
+#include "base/range.h"
+#include "kernels/kernel_table.h"
+
+namespace nplora {
+
+namespace {
+
+const kernels::Transformer& kernel() {
+  return kernels::table().transformer;
+}
+
+constexpr size_t kElementsPerTask = 16384;
+
+// What one element costs, in the operations that useful_threads counts.
+constexpr double kNormOperations = 6, kRotationOperations = 4, kSigmoidOperations = 20;
+
+// body(row) for n rows of `cols` elements each.
+template <class Body>
+void for_rows(size_t n, size_t cols, double operations_per_element, const Body& body) {
+  const size_t rows = std::max<size_t>(1, kElementsPerTask / std::max<size_t>(1, cols));
+  parallel_for(ceil_div(n, rows), useful_threads(operations_per_element * double(n) * double(cols)),
+               Interruptible::kYes, [&](size_t task) {
+                 const Range block = nth_block(n, rows, task);
+                 for (size_t i = block.first; i < block.first + block.count; ++i) body(i);
+               });
+}
+
+// body(first, count) for pieces of n elements.
+template <class Body>
+void for_pieces(size_t n, double operations_per_element, const Body& body) {
+  parallel_for(ceil_div(n, kElementsPerTask), useful_threads(operations_per_element * double(n)),
+               Interruptible::kYes, [&](size_t task) {
+                 const Range piece = nth_block(n, kElementsPerTask, task);
+                 body(piece.first, piece.count);
+               });
+}
+
+}  // namespace
+
+void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y) {
+  for_rows(x.rows, x.cols, kNormOperations,
+           [&](size_t i) { kernel().rms_norm(x.cols, x.row(i), weight, eps, y.row(i)); });
+}
+
+void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
+                       Matrix<float> dx, bool accumulate) {
+  for_rows(x.rows, x.cols, 2 * kNormOperations, [&](size_t i) {
+    kernel().rms_norm_backward(x.cols, dy.row(i), x.row(i), weight, eps, dx.row(i), accumulate);
+  });
+}
+
+void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inverse) {
+  const size_t dim = table.head_dim;
+  for_rows(x.rows, x.cols, kRotationOperations, [&](size_t i) {
+    kernel().rotate(x.cols / dim, dim / 2, table.data + size_t(positions[i]) * dim, table.interleaved,
+                    inverse, x.row(i));
+  });
+}
+
+void swiglu(size_t n, const float* gate, const float* up, float* out) {
+  for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
+    kernel().swiglu(count, gate + first, up + first, out + first);
+  });
+}
+
+void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
+                     float* dup) {
+  for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
+    kernel().swiglu_backward(count, dout + first, gate + first, up + first, dgate + first, dup + first);
+  });
+}
+
+}  // namespace nplora

@@ -1,0 +1,38 @@
+// What stands between the products of a transformer: RMSNorm, rotary positions, SwiGLU. Rows are tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/matrix.h"
+
+namespace nplora {
+
+// y = x ∘ weight / sqrt(mean x² + eps) (Zhang & Sennrich 2019).   x, y are (n, d), weight is (d).
+// Sums run in float32, in as many partial sums as there are lanes L: their relative error is below gamma(d / L + log2 L).
+void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y);
+
+// dx = [dx +] the gradient of x; weight is frozen.
+void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
+                       Matrix<float> dx, bool accumulate);
+
+// The angles of rotary positions: row p of data is head_dim / 2 cosines, then as many sines. interleaved: the pairs are neighbours;
+// else they are half a head apart.
+struct RotaryTable {
+  const float* data;
+  size_t head_dim;
+  bool interleaved;
+};
+
+// Each pair (a, b) of each head of x (n, heads * head_dim) becomes (a cos - b sin, b cos + a sin), by row positions[i] of the table
+// (Su et al. 2021, equation 34). inverse turns back, which is the gradient.
+void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inverse);
+
+// out (n) = silu(gate) ∘ up (Shazeer 2020), silu(g) = g / (1 + exp(-g)).
+void swiglu(size_t n, const float* gate, const float* up, float* out);
+
+// dgate may be gate and dup may be up.
+void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
+                     float* dup);
+
+}  // namespace nplora

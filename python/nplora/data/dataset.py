@@ -1,0 +1,327 @@
+"""Dataset: the examples of a file as tokens, with those that are to be learned, and what was found in it."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.data.rows import Row, read_rows
+from nplora.formats import files
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief
+from nplora.formats.files import StrPath
+from nplora.packing import IGNORED
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+LEARN = ("completion", "all")
+_SUFFIXES = (".jsonl", ".csv", ".txt")
+_TOLD = 3  # bad lines that a report quotes
+_ROLES = "expected a list of objects with a role and a content"
+
+Tokens = tuple[list[int], list[bool]]  # ids, and which of them are learned
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a file holds; `str(report)` tells it in a line or two.
+
+    Attributes:
+        examples: rows that are used, or windows of a plain text.
+        tokens, learned: of all examples; learned are those with a label that a model can predict.
+        shortest, median, longest: lengths of examples, in tokens.
+        truncated: examples cut to the largest length, `emptied`: those of which nothing to learn was left,
+            which are not used.
+        skipped: bad rows that were passed over, `problems`: the errors of the first few.
+    """
+
+    source: str
+    examples: int
+    tokens: int
+    learned: int
+    shortest: int
+    median: int
+    longest: int
+    truncated: int
+    emptied: int
+    skipped: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, {self.learned:,} of them "
+            f"learned; {self.shortest} to {self.longest} tokens long, half up to {self.median}"
+        )
+        if self.truncated:
+            text += f"; {self.truncated} cut to the largest length"
+        if self.emptied:
+            text += f"; {self.emptied} left out, which had nothing to learn within it"
+        if self.skipped:
+            text += f"; {self.skipped} bad rows skipped, such as: {'; '.join(self.problems)}"
+        return text
+
+
+class Dataset(Sequence[tuple[Array, Array]]):
+    """Examples (ids, labels), int32 arrays of one length; labels are IGNORED where nothing is to be learned.
+
+    All tokens lie in one array, 5 bytes each.
+
+    Attributes:
+        report: what was found in the file.
+    """
+
+    def __init__(self, ids: Array, learned: Array, starts: Array, report: DataReport) -> None:
+        self._ids, self._learned, self._starts = ids, learned, starts
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        piece = slice(self._starts[index], self._starts[index + 1])
+        ids = self._ids[piece]
+        return ids, np.where(self._learned[piece], ids, np.int32(IGNORED))
+
+    @property
+    def lengths(self) -> Array:
+        """The tokens of each example."""
+        return np.diff(self._starts)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
+        digest = hashlib.sha256()
+        for part in (self._ids, self._learned, self._starts):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.report})"
+
+
+def find_splits(path: StrPath) -> tuple[Path, Path | None]:
+    """The training file, and the validation file or None: of a directory, its train.* and valid.*.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt).
+    """
+    given = Path(path)
+    if not given.is_dir():
+        return given, None
+    found = {
+        split: next((file for s in _SUFFIXES if (file := given / f"{split}{s}").exists()), None)
+        for split in ("train", "valid")
+    }
+    if found["train"] is None:
+        wanted = ", ".join(f"train{suffix}" for suffix in _SUFFIXES)
+        raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(path))
+    return found["train"], found["valid"]
+
+
+def read_dataset(
+    path: StrPath,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+) -> Dataset:
+    """Read a file of training data.
+
+        {"prompt": "…", "completion": "…"}     joined as they are, then EOS; completion and EOS are learned
+        {"messages": [{"role": …, "content": …}]}    by the chat template; the assistant's turns are learned
+        {"text": "…"}                          then EOS; all is learned
+        prompt,completion or text              the same as the columns of a .csv file
+        a plain .txt file                      one text, in windows of max_length tokens
+
+    Args:
+        path: a .jsonl, .csv or .txt file.
+        max_length: examples are cut to this many tokens. A plain text needs it.
+        learn: "completion", as above, or "all": every token, prompts and other turns too.
+        skip_bad: pass over rows that are wrong, and count them.
+        strict: an example of more than max_length tokens is an error.
+    Raises:
+        DataError: a row is not one of those above, its completion or text is empty, or it has nothing to
+            learn; the file has no rows. The message names the file and the line.
+        LimitError: a line is over a limit.
+        ValueError: an argument is none of those above, or the model has no EOS or no chat template.
+        OSError: the file cannot be read.
+    """
+    op = "read_dataset"
+    if max_length is not None:
+        _check.integer(op, "max_length", max_length, least=2)
+    _check.choice(op, "learn", learn, LEARN)
+    plain = Path(path).suffix.lower() == ".txt"
+    if plain and max_length is None:
+        raise ValueError(f"{op}: {files.name(path)} is a plain text, which needs a max_length")
+    encoder = _Encoder(tokenizer, learn == "all")
+    builder = _Builder(files.name(path), None if plain else max_length, strict)
+    if plain:
+        tokens = itertools.chain.from_iterable(encoder.pieces(read_rows(path)))
+        for window in _windows(tokens, max_length or 0):
+            builder.add(window, [True] * len(window), builder.source)
+        return builder.dataset()
+    for row in read_rows(path):
+        try:
+            if row.error is not None:
+                raise row.error
+            ids, learned = encoder.encode(row)
+        except (DataError, LimitError) as error:
+            if not skip_bad:
+                raise
+            builder.skip(error)
+        else:
+            builder.add(ids, learned, row.where)
+    return builder.dataset()
+
+
+def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
+    """Windows that share one token, so that every token but the first is predicted once."""
+    window = list(itertools.islice(ids, length))
+    while len(window) > 1:
+        yield window
+        window = [window[-1], *itertools.islice(ids, length - 1)]
+
+
+class _Encoder:
+    """Rows to tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, learn_all: bool) -> None:
+        if tokenizer.eos_id is None:
+            raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
+        self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
+
+    def encode(self, row: Row) -> Tokens:
+        values, where = row.values, row.where
+        if "messages" in values:
+            ids, learned = self._messages(values["messages"], where)
+        elif "completion" in values or "prompt" in values:
+            ids, learned = self._completion(
+                _text(values, "prompt", where, True), _text(values, "completion", where)
+            )
+        elif "text" in values:
+            ids = [*self._begun(_text(values, "text", where)), self._eos]
+            learned = [True] * len(ids)
+        else:
+            keys = brief(list(values))
+            raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
+        if not any(learned[1:]):
+            raise DataError(f"{where}: nothing is to be learned: no assistant's turn, or no token before it")
+        return ids, learned
+
+    def pieces(self, rows: Iterator[Row]) -> Iterator[list[int]]:
+        """The tokens of one text that comes in pieces, then EOS."""
+        for index, row in enumerate(rows):
+            text = row.values["text"]
+            yield self._tokenizer.encode(text) if index else self._begun(text)
+        yield [self._eos]
+
+    def _begun(self, text: str) -> list[int]:
+        """The tokens of a text and of what the model has before it, but not of what ends it."""
+        ids = self._tokenizer.encode(text, add_special_tokens=True)
+        return ids[:-1] if ids and ids[-1] == self._eos else ids
+
+    def _completion(self, prompt: str, completion: str) -> Tokens:
+        """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
+        before, ids = self._begun(prompt), self._begun(prompt + completion)
+        if ids[: len(before)] != before:
+            ids = before + self._tokenizer.encode(completion)
+        ids.append(self._eos)
+        return ids, [self._all or place >= len(before) for place in range(len(ids))]
+
+    def _messages(self, messages: object, where: str) -> Tokens:
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{where}: messages is {brief(messages)}, {_ROLES}")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise DataError(f"{where}: a message is {brief(message)}, {_ROLES}")
+            if message["role"] == "assistant" and not _says_something(message):
+                raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
+        try:
+            chat = self._tokenizer.encode_conversation(messages)
+        except ValueError as error:
+            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError):
+                raise  # the template is at fault, not the row
+            raise DataError(f"{where}: {error}") from error
+        return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip()) if isinstance(content, str) else bool(content or message.get("tool_calls"))
+
+
+def _text(values: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
+    if key not in values:
+        raise DataError(f"{where}: {key} is missing, there are {brief(list(values))}")
+    value = values[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} is {brief(value)}, expected a string")
+    if not value.strip() and not may_be_empty:
+        raise DataError(f"{where}: {key} is empty")
+    return value
+
+
+class _Builder:
+    """Gathers examples."""
+
+    def __init__(self, source: str, max_length: int | None, strict: bool) -> None:
+        self.source, self._max_length, self._strict = source, max_length, strict
+        self._ids, self._learned, self._starts = array.array("i"), bytearray(), array.array("q", [0])
+        self._truncated = self._emptied = self._skipped = 0
+        self._problems: list[str] = []
+
+    def add(self, ids: list[int], learned: list[bool], where: str) -> None:
+        if self._max_length is not None and len(ids) > self._max_length:
+            if self._strict:
+                raise DataError(f"{where}: {len(ids):,} tokens, at most {self._max_length:,} are allowed")
+            ids, learned = ids[: self._max_length], learned[: self._max_length]
+            if not any(learned[1:]):
+                self._emptied += 1
+                return
+            self._truncated += 1
+        self._ids.extend(ids)
+        self._learned.extend(learned)
+        self._starts.append(len(self._ids))
+
+    def skip(self, error: FormatError) -> None:
+        self._skipped += 1
+        if len(self._problems) < _TOLD:
+            self._problems.append(str(error))
+
+    def dataset(self) -> Dataset:
+        ids, starts = np.array(self._ids, np.int32), np.array(self._starts, np.int64)
+        learned, lengths = np.array(self._learned, np.bool_), np.diff(starts)
+        if not len(lengths):
+            skipped = f"{self._skipped} bad ones skipped ({'; '.join(self._problems)})"
+            reasons = [skipped] * bool(self._skipped)
+            reasons += [f"{self._emptied} with nothing to learn in their first tokens"] * bool(self._emptied)
+            raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")
+        first = learned[starts[:-1]].sum()  # nothing predicts the first token
+        report = DataReport(
+            source=self.source,
+            examples=len(lengths),
+            tokens=len(ids),
+            learned=int(learned.sum() - first),
+            shortest=int(lengths.min()),
+            median=int(np.median(lengths)),
+            longest=int(lengths.max()),
+            truncated=self._truncated,
+            emptied=self._emptied,
+            skipped=self._skipped,
+            problems=tuple(self._problems),
+        )
+        return Dataset(ids, learned, starts, report)

@@ -1,0 +1,146 @@
+"""Rows out of files of training data: JSONL, CSV and plain text, each with the number of its line.
+
+Files are read piece by piece. A line that is not what it should be is a DataError, or a LimitError where it
+is over a limit; both name the file and the line.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nplora.formats import files, strict_json
+from nplora.formats.errors import DataError, FormatError, LimitError, brief
+from nplora.formats.files import StrPath
+
+MAX_LINE = 1 << 24  # bytes
+_PIECE = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_CSV_COLUMNS = ({"prompt", "completion"}, {"text"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row, or what is wrong with it.
+
+    Attributes:
+        where: its file and line, for messages.
+        values: what it holds; empty where there is an error.
+    """
+
+    where: str
+    values: dict[str, Any]
+    error: FormatError | None = None
+
+
+def read_rows(path: StrPath) -> Iterator[Row]:
+    """The rows of a file, as its suffix tells: .jsonl, .csv, or .txt, whose pieces are rows {"text": ...}.
+
+    Raises:
+        DataError: another suffix, a CSV without the columns, or a plain text that is not UTF-8.
+        FormatError: a directory, FIFO or device. OSError: it cannot be read.
+    """
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
+    suffix = Path(path).suffix.lower()
+    if suffix not in readers:
+        raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(readers)}")
+    return readers[suffix](path)
+
+
+def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
+    """Every line without its end, from 1; an error for one that is too long, after which nothing follows."""
+    number, rest = 0, b""
+    with files.reading(path) as reader:
+        for begin in range(0, len(reader), _PIECE):
+            *whole, rest = (rest + bytes(reader[begin : begin + _PIECE])).split(b"\n")
+            for line in whole:
+                number += 1
+                yield number, _bare(line, number)
+            if len(rest) > MAX_LINE:
+                where = f"{files.name(path)}, line {number + 1}"
+                yield number + 1, LimitError(f"{where}: over {MAX_LINE:,} bytes, the most that are read")
+                return
+    if rest:
+        yield number + 1, _bare(rest, number + 1)
+
+
+def _bare(line: bytes, number: int) -> bytes:
+    """The line without what editors of other systems leave: a byte order mark, a carriage return."""
+    return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
+
+
+# ---- the formats ----
+
+
+def _jsonl(path: StrPath) -> Iterator[Row]:
+    for number, line in _lines(path):
+        where = f"{files.name(path)}, line {number}"
+        if isinstance(line, LimitError):
+            raise line
+        if not line.strip():
+            continue
+        try:
+            value = strict_json.loads(line, where)
+        except LimitError as error:
+            yield Row(where, {}, error)
+        except FormatError as error:
+            yield Row(where, {}, DataError(str(error)))
+        else:
+            if isinstance(value, dict):
+                yield Row(where, value)
+            else:
+                yield Row(where, {}, DataError(f"{where}: {brief(value)}, expected an object"))
+
+
+def _csv(path: StrPath) -> Iterator[Row]:
+    name = files.name(path)
+
+    def decoded() -> Iterator[str]:
+        for number, line in _lines(path):
+            if isinstance(line, LimitError):
+                raise line
+            yield _decoded(line, f"{name}, line {number}") + "\n"
+
+    reader = csv.DictReader(decoded(), strict=True)
+    try:
+        columns = reader.fieldnames or ()
+        if not any(wanted <= set(columns) for wanted in _CSV_COLUMNS):
+            raise DataError(
+                f"{name}: the columns are {brief(list(columns))}, expected prompt and completion, or text"
+            )
+        for row in reader:
+            where = f"{name}, line {reader.line_num}"
+            if None in row or None in row.values():
+                yield Row(where, {}, DataError(f"{where}: expected {len(columns)} fields"))
+            else:
+                yield Row(where, dict(row))
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: {error}") from error
+
+
+def _text(path: StrPath) -> Iterator[Row]:
+    """Pieces of a text, cut before lines that begin with a letter: there every tokenizer cuts as well.
+
+    What ends its last line is left out.
+    """
+    piece, size, first = list[str](), 0, 1
+    for number, line in _lines(path):
+        if isinstance(line, LimitError):
+            raise line
+        text = _decoded(line, f"{files.name(path)}, line {number}") + "\n"
+        if size > _PIECE and text[0].isalpha():
+            yield Row(f"{files.name(path)}, line {first}", {"text": "".join(piece)})
+            piece, size, first = [], 0, number
+        piece.append(text)
+        size += len(text)
+    last = "".join(piece).rstrip("\n")
+    if last:
+        yield Row(f"{files.name(path)}, line {first}", {"text": last})
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error

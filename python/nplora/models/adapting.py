@@ -1,0 +1,97 @@
+"""Which layers of a language model get a LoRA adapter, and putting it there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.formats import gguf_names
+from nplora.formats.errors import nearest_names
+from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALinear
+from nplora.models.config import ModelConfig
+from nplora.module import Module
+
+Array = npt.NDArray[Any]
+
+ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
+
+
+def targeted(model: Module, layer_count: int, targets: str | Iterable[str], layers: Any) -> list[str]:
+    """The dotted names of the layers meant, in the model's order.
+
+    Raises:
+        ValueError: a target names no layer (the nearest names are told), or `layers` none of the blocks.
+    """
+    op = "add_lora"
+    plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
+    blocks = chosen_blocks(layers, layer_count)
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    found: set[str] = set()
+    for target in wanted:
+        hits = {name for name in plain if _hits(name, target)}
+        if not hits:
+            known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
+            near = nearest_names(str(target), [*known, *plain])
+            hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{op}: the model has no layer {target!r} without an adapter; {hint}")
+        found |= hits
+    return [name for name in plain if name in found and _block_of(name) in {*blocks, None}]
+
+
+def _hits(name: str, target: str) -> bool:
+    if target == ALL_LINEAR:
+        return _block_of(name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def _block_of(name: str) -> int | None:
+    """The block that a layer is in: 3 of "model.layers.3.mlp.up_proj"."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+
+def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | list[int]:
+    """The blocks meant by None (all), "last:4", "first:4", a range or a list of numbers.
+
+    Raises:
+        ValueError: it is none of these, or a number is not that of a block.
+    """
+    op = "add_lora"
+    if layers is None:
+        return range(count)
+    if isinstance(layers, str):
+        side, _, number = layers.partition(":")
+        if side not in ("first", "last") or not number.isascii() or not number.isdigit() or len(number) > 9:
+            raise ValueError(f"{op}: layers={layers!r}, expected 'last:N', 'first:N', a range or None")
+        n = min(int(number), count)
+        return range(count - n, count) if side == "last" else range(n)
+    numbers = _check.integers(op, "layers", np.asarray(layers))
+    return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
+
+
+def adapted(layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
+    """The same frozen weight, shared, with an adapter."""
+    if isinstance(layer, Embedding):
+        known = {name: options[name] for name in ("rank", "alpha", "use_rslora")}
+        return LoRAEmbedding(layer.weight, **known, rng=0)
+    lora = LoRALinear(layer.weight, bias=layer.bias, compute=_compute(layer), **options, rng=0)
+    lora.row_order = row_order
+    return lora
+
+
+def _compute(layer: Linear) -> str:
+    return "bfloat16" if getattr(layer.weight, "compute", "") == "bfloat16" else "float32"
+
+
+def row_order(config: ModelConfig, name: str) -> Array | None:
+    """Where a file permutes rows: row i of its weight is row order[i] of Hugging Face's; None: they agree."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    part = name.rpartition(".")[2]
+    if not config.interleaved or part not in heads:
+        return None
+    rows = np.arange(heads[part] * config.head_dim)
+    return gguf_names.interleave(rows[:, None], heads[part]).reshape(-1)

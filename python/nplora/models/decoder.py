@@ -1,0 +1,109 @@
+"""The stack of blocks between the embedding and the last norm, and what of it is kept for backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora.layers import Embedding, LoRAEmbedding, RMSNorm
+from nplora.models.block import BlockSaved, DecoderBlock
+from nplora.models.cache import KVCache
+from nplora.models.places import CachePlaces, Places
+from nplora.module import Module, Saved
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockInput(Saved):
+    """What is kept of a block that is computed again: its input, and where its dropout streams stood."""
+
+    x: Array
+    streams: dict[str, list[int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecoderSaved(Saved):
+    """What each adapted block kept, and those above it; `run_backward` takes them from the end."""
+
+    places: Places
+    embedding: Any
+    blocks: list[BlockSaved | BlockInput]
+
+
+class Decoder(Module):
+    """Token embedding, blocks, last norm. The norm is computed with the head, only where it is needed.
+
+    Blocks below the lowest adapted one keep nothing and get no gradient.
+
+    Attributes:
+        checkpoint_blocks: keep the input of each block only, and compute the rest again in backward (Chen et
+            al. 2016): a third more work, a tenth of the memory. Gradients stay the same, to the bit.
+    """
+
+    def __init__(
+        self, embed_tokens: Embedding | LoRAEmbedding, layers: list[DecoderBlock], norm: RMSNorm
+    ) -> None:
+        self.embed_tokens = embed_tokens
+        self.layers = layers
+        self.norm = norm
+        self.checkpoint_blocks = False
+
+    def infer(self, ids: Array, places: Places) -> Array:
+        """The residual stream (n, d) after the last block."""
+        x = self.embed_tokens.forward(ids)[0]
+        for block in self.layers:
+            x = block.run(x, places)[0]
+        return x
+
+    def run(self, ids: Array, places: Places) -> tuple[Array, DecoderSaved]:
+        """The same in training, and what `run_backward` needs."""
+        x, embedding = self.embed_tokens.forward(ids)
+        first = self._first_adapted()
+        blocks: list[BlockSaved | BlockInput] = []
+        for index, block in enumerate(self.layers):
+            if index < first:
+                x = block.run(x, places)[0]
+            elif self.checkpoint_blocks:
+                blocks.append(BlockInput(x, block.random_state()))
+                x = block.run(x, places)[0]
+            else:
+                x, saved = block.run(x, places)
+                blocks.append(saved)
+        return x, DecoderSaved(places, embedding, blocks)
+
+    def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
+        """Add to the gradients of all factors; dx (n, d), the residual stream's gradient, is used up."""
+        whole = bool(self.embed_tokens.local_parameters())
+        for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
+            kept = saved.blocks.pop()
+            if isinstance(kept, BlockInput):
+                kept = _again(block, kept, saved.places)
+            dx = block.run_backward(dx, kept, saved.places, need_dx=whole or bool(saved.blocks))
+        if whole:
+            self.embed_tokens.backward(dx, saved.embedding)
+
+    def run_cached(self, ids: Array, places: CachePlaces, cache: KVCache) -> Array:
+        """The residual stream (m, d) of the newest tokens."""
+        x = self.embed_tokens.forward(ids)[0]
+        for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = block.run_cached(x, places, keys, values)
+        return x
+
+    def _first_adapted(self) -> int:
+        """The lowest block that needs a gradient."""
+        if self.embed_tokens.local_parameters():
+            return 0
+        adapted = (index for index, block in enumerate(self.layers) if block.parameters())
+        return next(adapted, len(self.layers))
+
+
+def _again(block: DecoderBlock, kept: BlockInput, places: Places) -> BlockSaved:
+    """The block's forward pass once more, with the dropout masks of the first time."""
+    now = block.random_state()
+    block.set_random_state(kept.streams)
+    saved = block.run(kept.x, places)[1]
+    block.set_random_state(now)
+    return saved

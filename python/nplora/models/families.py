@@ -1,0 +1,30 @@
+"""The families by their names in files."""
+
+from __future__ import annotations
+
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.models.family import Family
+from nplora.models.llama import Llama
+from nplora.models.mistral import Mistral
+from nplora.models.qwen2 import Qwen2
+from nplora.models.qwen3 import Qwen3
+
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+
+
+def by_model_type(source: str, name: str) -> Family:
+    """The family of a config.json's model_type. Raises UnsupportedError, which lists the known ones."""
+    return _find(source, "model_type", {family.model_type: family for family in FAMILIES}, name)
+
+
+def by_architecture(source: str, name: str) -> Family:
+    """The family of a GGUF file's general.architecture; the first of those that share one."""
+    known = {family.architecture: family for family in reversed(FAMILIES)}
+    return _find(source, "general.architecture", known, name)
+
+
+def _find(source: str, field: str, known: dict[str, Family], name: str) -> Family:
+    if name not in known:
+        words = ", ".join(sorted(known))
+        raise UnsupportedError(f"{source}: {field} is {brief(name)}, expected one of {words}")
+    return known[name]

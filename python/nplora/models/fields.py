@@ -1,0 +1,86 @@
+"""The fields of a config.json, each of the type that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nplora.formats import files, strict_json
+from nplora.formats.errors import FormatError, brief, nearest_names
+from nplora.formats.files import StrPath
+
+MAX_CONFIG = 16 << 20
+
+
+class Fields:
+    """An object of a JSON file. What is null counts as missing, as in transformers.
+
+    The methods raise FormatError where a field is missing (without a default) or of another type.
+    """
+
+    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
+        self.source, self._values = source, values
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if type(value) is not int:
+            self._refuse(name, "an integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if type(value) is not int and type(value) is not float:
+            self._refuse(name, "a number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        value = self._get(name, default)
+        if type(value) is not bool:
+            self._refuse(name, "true or false")
+        return value
+
+    def string(self, name: str, default: str | None = None) -> str:
+        value = self._get(name, default)
+        if type(value) is not str:
+            self._refuse(name, "text")
+        return value
+
+    def strings(self, name: str, count: int) -> list[str]:
+        value = self._get(name, None)
+        if not isinstance(value, list) or len(value) != count or any(type(item) is not str for item in value):
+            self._refuse(name, f"a list of {count} texts")
+        return value
+
+    def object(self, name: str) -> Fields:
+        """An object in here; where the field is missing, an empty one."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            self._refuse(name, "an object")
+        return Fields(f"{self.source}: {name}", value)
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def _refuse(self, name: str, expected: str) -> NoReturn:
+        if name not in self:
+            near = ", ".join(map(repr, nearest_names(name, self._values))) or "none"
+            raise FormatError(f"{self.source}: {name} is missing, expected {expected}; the nearest: {near}")
+        raise FormatError(f"{self.source}: {name} is {brief(self._values[name])}, expected {expected}")
+
+
+def read_fields(path: StrPath) -> Fields:
+    """The object that a JSON file holds.
+
+    Raises:
+        FormatError: it is not JSON, or holds something else. OSError: it cannot be read.
+    """
+    source = files.name(path)
+    values = strict_json.loads(bytes(files.read(Path(path), MAX_CONFIG)), source)
+    if not isinstance(values, dict):
+        raise FormatError(f"{source}: {brief(values)}, expected an object")
+    return Fields(source, values)

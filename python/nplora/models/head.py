@@ -1,0 +1,61 @@
+"""The last norm, the head and the loss, a few rows at a time: all logits are never there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
+from nplora.models.norms import norm_backward, norm_forward
+from nplora.packing import IGNORED
+
+Array = npt.NDArray[Any]
+AnyLinear = Linear | LoRALinear
+
+# Logits of a chunk: small enough to stay near the core between head, loss and the head's gradient, and rows
+# enough that reading the head's weight costs little beside the products.
+_CHUNK_BYTES = 16 << 20
+_LEAST_ROWS, _MOST_ROWS = 64, 256
+
+
+def loss_and_gradient(
+    norm: RMSNorm, head: AnyLinear, x: Array, targets: Array, factor: float
+) -> tuple[float, Array]:
+    """The sum of the losses, and `factor` times its gradient of the residual stream x (n, d).
+
+    Adds to the gradients of an adapted head. Rows without a target cost nothing: their gradient is 0.
+    """
+    learned = np.flatnonzero(targets != IGNORED)
+    dx, total = np.zeros_like(x), 0.0
+    for rows in _chunks(learned, head.weight.shape[0]):
+        picked = x[rows]
+        (logits,), saved = stack_forward((head,), norm_forward(norm, picked))
+        losses = np.empty(len(rows))
+        _core.cross_entropy(logits, targets[rows], factor, losses, True)
+        dnormed = stack_backward((head,), [logits], saved)
+        dpicked = np.empty_like(picked)
+        norm_backward(norm, dnormed, picked, dpicked)
+        dx[rows] = dpicked
+        total += float(losses.sum())
+    return total, dx
+
+
+def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
+    """The sum of the losses alone."""
+    total = 0.0
+    for rows in _chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
+        logits = head.forward(norm_forward(norm, x[rows]))[0]
+        losses = np.empty(len(rows))
+        _core.cross_entropy(logits, targets[rows], 1.0, losses, False)
+        total += float(losses.sum())
+    return total
+
+
+def _chunks(rows: Array, vocab: int) -> Iterator[Array]:
+    size = min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

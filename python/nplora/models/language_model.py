@@ -1,0 +1,265 @@
+"""LanguageModel: tokens in, logits or a loss out, and gradients of its adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.layers.stack import StackSaved
+from nplora.losses import NonFiniteLossError
+from nplora.models import adapting, head
+from nplora.models.cache import KVCache
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder, DecoderSaved
+from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.places import cache_places, packed_places
+from nplora.models.rope import Rope
+from nplora.module import Gradient, Module, Saved, inference, inferring
+from nplora.optim import Optimizer
+from nplora.packing import IGNORED, PackedBatch, pack
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LanguageModelSaved(Saved):
+    """What `LanguageModel.backward` needs."""
+
+    x: Array
+    decoder: DecoderSaved
+    head: StackSaved
+
+
+class LanguageModel(Module):
+    """A decoder-only language model with frozen weights, as `nplora.load_model` makes it.
+
+    Its layers have the names that transformers gives them: `model.layers.0.self_attn.q_proj`, `lm_head`.
+
+    Attributes:
+        config: sizes and switches.
+        model: embedding, blocks, last norm.
+        lm_head: the head; where `config.tie_word_embeddings`, its weight is the embedding's.
+        model.checkpoint_blocks: True computes each block again in backward and keeps its input only.
+    """
+
+    task_type = "CAUSAL_LM"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Decoder,
+        lm_head: Linear,
+        rope: Rope,
+        load_tokenizer: Callable[[], Any],
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.lm_head: Linear | LoRALinear = lm_head
+        self._rope = rope
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that came with the model, read when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    # ---- adapters ----
+
+    def add_lora(
+        self,
+        rank: int = 8,
+        alpha: float = 16,
+        targets: str | Iterable[str] = adapting.ALL_LINEAR,
+        layers: str | Sequence[int] | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Put a LoRA adapter on frozen layers; the answers stay the same until it is trained.
+
+        Args:
+            rank, alpha, dropout, use_rslora, use_dora: as in LoRALinear.
+            targets: "all-linear" (every linear layer of the blocks), "q_proj" (in every block), a whole
+                dotted name, or a list of these. "embed_tokens" and "lm_head" have to be named.
+            layers: the blocks: None (all), "last:4", "first:4", a range or numbers.
+            seed: every layer draws its start from (seed, its name).
+        Raises:
+            ValueError: a target or block is not there, or an option does not fit; then nothing is changed.
+        """
+        names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
+        options = {
+            "rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
+        }  # fmt: skip
+        modules: dict[str, Any] = dict(self.named_modules())
+        made = {
+            name: adapting.adapted(modules[name], adapting.row_order(self.config, name), options)
+            for name in names
+        }
+        seed = _check.integer("add_lora", "seed", seed, least=0)
+        for name, layer in made.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(modules[parent], attribute, layer)
+        self.seed(seed)
+
+    # ---- inference ----
+
+    def logits(self, token_ids: npt.ArrayLike) -> Array:
+        """Scores of the next token: (batch, time, vocab) for ids (batch, time), (time, vocab) for (time,).
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: ids have another number of axes, or one is not in the vocabulary.
+        """
+        return self(token_ids)
+
+    def loss(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+        """The mean over all labels of -log p(label); 0 where there is none.
+
+        Args:
+            token_ids: integers (batch, time) or (time,).
+            labels: of the same shape, and unshifted: the label of a token is compared with what the tokens
+                before it predict. -100 is ignored.
+        Raises:
+            TypeError, ValueError: as `logits`.
+        """
+        return self.loss_packed(self._packed("loss", token_ids, labels))
+
+    def loss_packed(self, batch: PackedBatch) -> float:
+        """The same for packed sequences."""
+        self._check_batch("loss_packed", batch)
+        with inference():
+            x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
+            return head.loss(self.model.norm, self.lm_head, x, batch.targets) / max(1, batch.num_targets)
+
+    # ---- training ----
+
+    def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
+        """One forward and backward pass and one update of the adapters; returns the loss before it.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
+            ValueError: there is no adapter; and as `loss`.
+        """
+        batch = self._packed("train_step", token_ids, labels)
+        self.zero_grad()
+        loss = self.forward_backward(batch, 1 / max(1, batch.num_targets)) / max(1, batch.num_targets)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"train_step: the loss is {loss} at step {optimizer.steps + 1}")
+        optimizer.step(self.parameters())
+        return loss
+
+    def forward_backward(self, batch: PackedBatch, factor: float) -> float:
+        """The sum of the losses of a batch; adds `factor` times its gradient to those of the adapters.
+
+        For a mean over several batches, factor is 1 / (the targets of all of them).
+
+        Raises:
+            ValueError: there is no adapter, or an id or target is not in the vocabulary.
+            RuntimeError: a layer is merged.
+        """
+        op = "forward_backward"
+        self._check_batch(op, batch)
+        if not self.adapter_layers():
+            raise ValueError(f"{op}: the model has no adapter; add_lora() first")
+        for layer in self.adapter_layers().values():
+            layer.require_unmerged(op)
+        x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
+        total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
+        self.model.run_backward(dx, saved)
+        return total
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
+        """Logits of ids x as `logits` has them, and what `backward` needs: for losses of your own."""
+        ids = self._ids("LanguageModel.forward", x)
+        starts = np.arange(0, ids.size + 1, ids.shape[-1]) if ids.size else np.zeros(1, np.int64)
+        places = packed_places(starts, self._rope)
+        if inferring():
+            stream, saved = self.model.infer(ids.reshape(-1), places), None
+        else:
+            stream, saved = self.model.run(ids.reshape(-1), places)
+        (logits,), kept = stack_forward((self.lm_head,), norm_forward(self.model.norm, stream))
+        shaped = logits.reshape(*ids.shape, logits.shape[1])
+        return shaped, None if saved is None else LanguageModelSaved(stream, saved, kept)
+
+    def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
+        """Add to the gradients of the adapters, for dy of the shape of the logits; uses up `saved`."""
+        dnormed = stack_backward((self.lm_head,), [dy.reshape(-1, dy.shape[-1])], saved.head)
+        dx = np.empty_like(saved.x)
+        norm_backward(self.model.norm, dnormed, saved.x, dx)
+        self.model.run_backward(dx, saved.decoder)
+        return None
+
+    # ---- decoding ----
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """Room for `slots` sequences of at most `capacity` tokens."""
+        return KVCache(self.config, slots, capacity)
+
+    def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
+        """Read the next tokens of some sequences; the logits (m, vocab) that follow the last of each.
+
+        Args:
+            token_ids: integers (m, count) or (m,): the next tokens of each of these sequences. A long prompt
+                may come in pieces.
+            slots: integers (m,), the sequence of each row, each one once.
+        Raises:
+            TypeError: ids or slots are not integers.
+            ValueError: shapes do not fit, an id or slot is out of range, or the cache is full; then it is as
+                it was.
+        """
+        ids, rows = self._ids("decode", token_ids), _check.integers("decode", "slots", slots)
+        ids = ids[:, None] if ids.ndim == 1 else ids
+        if rows.ndim != 1 or ids.ndim != 2 or len(ids) != len(rows) or not ids.size:
+            raise ValueError(
+                f"decode: token_ids have shape {ids.shape}, slots {rows.shape}; expected (m, count) and (m,)"
+            )
+        count = ids.shape[1]
+        cache.require_room(rows, count)
+        with inference():
+            places = cache_places(rows, cache.lengths[rows], count, self._rope)
+            x = self.model.run_cached(ids.reshape(-1), places, cache)
+            logits = self.lm_head.forward(norm_forward(self.model.norm, x[count - 1 :: count].copy()))[0]
+        cache.lengths[rows] += count
+        return logits
+
+    # ---- what comes in ----
+
+    @property
+    def _vocab(self) -> int:
+        return self.config.vocab_size
+
+    def _ids(self, op: str, token_ids: npt.ArrayLike) -> Array:
+        ids = _check.in_range(op, "token_ids", _check.integers(op, "token_ids", token_ids), self._vocab)
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"{op}: token_ids have shape {ids.shape}, expected (batch, time) or (time,)")
+        return ids
+
+    def _packed(self, op: str, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> PackedBatch:
+        ids, wanted = self._ids(op, token_ids), _check.integers(op, "labels", labels)
+        if ids.shape != wanted.shape:
+            raise ValueError(f"{op}: token_ids have shape {ids.shape}, labels {wanted.shape}")
+        return pack(zip(np.atleast_2d(ids), np.atleast_2d(wanted), strict=True))
+
+    def _check_batch(self, op: str, batch: PackedBatch) -> None:
+        """What would otherwise come up in the middle of a pass."""
+        _check.in_range(op, "ids", batch.ids, self._vocab)
+        _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
+        longest = int(np.diff(batch.starts).max(initial=0))
+        if longest > self.config.max_position_embeddings:
+            warnings.warn(
+                f"{op}: a sequence of {longest} tokens, the model was trained for "
+                f"{self.config.max_position_embeddings}",
+                stacklevel=3,
+            )

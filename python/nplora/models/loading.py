@@ -1,0 +1,114 @@
+"""load_model: a language model from a GGUF file or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nplora import _check
+from nplora.formats import files, gguf, safetensors, sharded
+from nplora.formats.errors import FormatError, UnsafeError
+from nplora.formats.files import StrPath
+from nplora.layers import Embedding, Linear, RMSNorm
+from nplora.models import gguf_config, hf_config
+from nplora.models.attention import Attention
+from nplora.models.block import DecoderBlock
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder
+from nplora.models.language_model import LanguageModel
+from nplora.models.mlp import MLP
+from nplora.models.rope import Rope
+from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_tensors
+from nplora.weights import COMPUTES
+
+_CONFIG = "config.json"
+_TENSORS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> LanguageModel:
+    """A language model of the families Llama, Mistral, Qwen2 and Qwen3, its weights frozen.
+
+    Args:
+        path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight.
+        mmap: map the files, so that weights are read when they are used and are never copied; False copies
+            them into memory, for files that another program may cut short meanwhile.
+    Raises:
+        UnsupportedError: an architecture, or a type of tensor, that is not known here; the known are listed.
+        FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
+            listed, with the nearest names.
+        UnsafeError: the weights are a pickle.
+        OSError: a file cannot be read.
+    """
+    _check.choice("load_model", "compute", compute, COMPUTES)
+    return _from_directory(path, compute, mmap) if Path(path).is_dir() else _from_gguf(path, compute, mmap)
+
+
+def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
+    file = gguf.open(path, mmap)
+    return _build(gguf_config.read(file), GgufWeights(file, compute), lambda: _tokenizers().from_gguf(file))
+
+
+def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
+    config = hf_config.read(Path(path, _CONFIG))
+    weights = SafetensorsWeights(_open_tensors(Path(path), mmap), compute)
+    return _build(config, weights, lambda: _tokenizers().from_directory(path))
+
+
+def _open_tensors(directory: Path, mmap: bool) -> safetensors.SafetensorsFile | sharded.ShardedFile:
+    if (directory / _INDEX).exists():
+        return sharded.open(directory / _INDEX, mmap)
+    if (directory / _TENSORS).exists():
+        return safetensors.open(directory / _TENSORS, mmap)
+    pickles = [name for name in _PICKLES if (directory / name).exists()]
+    if pickles:
+        raise UnsafeError(f"{directory / pickles[0]}: a pickle can run any code; expected {_TENSORS}")
+    raise FormatError(f"{files.name(directory)}: holds neither {_TENSORS} nor {_INDEX}")
+
+
+def _tokenizers() -> Any:
+    return importlib.import_module("nplora.tokenizer")
+
+
+def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Any]) -> LanguageModel:
+    require_tensors(weights, config)
+    rope = Rope(config.rope, config.head_dim, config.interleaved)
+    embedding = weights.matrix("model.embed_tokens.weight")
+    blocks = [_block(config, weights, i, rope) for i in range(config.num_hidden_layers)]
+    decoder = Decoder(Embedding(embedding), blocks, _norm(config, weights, "model.norm"))
+    head = embedding if config.tie_word_embeddings else weights.matrix("lm_head.weight")
+    return LanguageModel(config, decoder, Linear(head), rope, load_tokenizer)
+
+
+def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> DecoderBlock:
+    prefix = f"model.layers.{layer}"
+
+    def linears(part: str, names: tuple[str, ...], biased: tuple[str, ...]) -> dict[str, Linear]:
+        return {name: _linear(weights, f"{prefix}.{part}.{name}", name in biased) for name in names}
+
+    read, written = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+    biased = (read if config.qkv_bias else ()) + (written if config.o_bias else ())
+    projections = linears("self_attn", read + written, biased)
+    head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
+    norms = {name: _norm(config, weights, f"{prefix}.self_attn.{name}") for name in head_norms}
+    gated = ("gate_proj", "up_proj", "down_proj")
+    return DecoderBlock(
+        _norm(config, weights, f"{prefix}.input_layernorm"),
+        Attention(config, layer, rope, projections, norms),
+        _norm(config, weights, f"{prefix}.post_attention_layernorm"),
+        MLP(linears("mlp", gated, gated if config.mlp_bias else ())),
+    )
+
+
+def _linear(weights: Weights, name: str, has_bias: bool) -> Linear:
+    bias = weights.vector(f"{name}.bias") if has_bias else None
+    matrix = weights.matrix(f"{name}.weight")
+    return Linear(matrix, bias, compute="bfloat16" if matrix.compute == "bfloat16" else "float32")
+
+
+def _norm(config: ModelConfig, weights: Weights, name: str) -> RMSNorm:
+    return RMSNorm(weights.vector(f"{name}.weight"), config.rms_norm_eps)

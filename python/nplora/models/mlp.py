@@ -1,0 +1,86 @@
+"""The gated feed-forward network of a block: down(silu(gate(x)) ∘ up(x))      (Shazeer 2020)"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.layers.stack import StackSaved
+from nplora.module import Gradient, Module, Saved
+
+Array = npt.NDArray[Any]
+AnyLinear = Linear | LoRALinear
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MLPSaved(Saved):
+    """What backward needs beside x, which it gets again: gate and up (n, f), perhaps as bfloat16 bits."""
+
+    gate: Array
+    up: Array
+    inputs: StackSaved
+    down: StackSaved
+
+
+class MLP(Module):
+    """SwiGLU. gate_proj and up_proj read x in one call; silu(gate) ∘ up is computed again in backward.
+
+    Where the products run in bfloat16, gate and up are kept in bfloat16 too: they are most of what is kept.
+    """
+
+    def __init__(self, projections: dict[str, Linear]) -> None:
+        self.gate_proj: AnyLinear = projections["gate_proj"]
+        self.up_proj: AnyLinear = projections["up_proj"]
+        self.down_proj: AnyLinear = projections["down_proj"]
+        self._narrow = getattr(self.gate_proj.weight, "compute", None) == "bfloat16"
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether a trained factor's gradient needs x."""
+        return any(layer.local_parameters() for layer in self._inputs)
+
+    @property
+    def _inputs(self) -> tuple[AnyLinear, AnyLinear]:
+        return self.gate_proj, self.up_proj
+
+    def run(self, x: Array) -> tuple[Array, MLPSaved]:
+        """y (n, d) for the normalised x (n, d)."""
+        (gate, up), inputs = stack_forward(self._inputs, x)
+        (y,), down = stack_forward((self.down_proj,), _swiglu(gate, up))
+        if self._narrow:
+            gate, up = _narrowed(gate), _narrowed(up)
+        return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
+
+    def run_backward(self, dy: Array, saved: MLPSaved, x: Array | None, need_dx: bool) -> Gradient:
+        """Add to the gradients of the factors; dx (n, d), or None where need_dx is False. Uses up `saved`."""
+        deeper = need_dx or self.reads_x
+        gate, up = (_widened(saved.gate), _widened(saved.up)) if self._narrow else (saved.gate, saved.up)
+        hidden = _swiglu(gate, up) if self.down_proj.local_parameters() else None
+        dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
+        if not deeper:
+            return None
+        _core.swiglu_backward(dhidden, gate, up, gate, up)  # in place
+        return stack_backward(self._inputs, [gate, up], saved.inputs.with_x(x), need_dx)
+
+
+def _swiglu(gate: Array, up: Array) -> Array:
+    out = np.empty_like(gate)
+    _core.swiglu(gate, up, out)
+    return out
+
+
+def _narrowed(values: Array) -> Array:
+    bits = np.empty(values.shape, np.uint16)
+    _core.narrow(values, "bfloat16", bits)
+    return bits
+
+
+def _widened(bits: Array) -> Array:
+    values = np.empty(bits.shape, np.float32)
+    _core.widen(bits, "bfloat16", values)
+    return values

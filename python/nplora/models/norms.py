@@ -1,0 +1,38 @@
+"""RMSNorm in the compiled core, for a frozen weight: what it read is all that its gradient needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.layers import RMSNorm
+
+Array = npt.NDArray[Any]
+
+
+def norm_forward(norm: RMSNorm, x: Array) -> Array:
+    """y = weight ∘ x / sqrt(mean x² + eps) of each row of x (n, d)."""
+    y = np.empty_like(x)
+    _core.rms_norm(x, norm.weight, norm.eps, y)
+    return y
+
+
+def norm_backward(norm: RMSNorm, dy: Array, x: Array, dx: Array, accumulate: bool = False) -> None:
+    """dx = [dx +] the gradient of x; its factor 1 / sqrt(...) is computed again."""
+    _core.rms_norm_backward(dy, x, norm.weight, norm.eps, dx, accumulate)
+
+
+def head_norm_forward(norm: RMSNorm, x: Array) -> Array:
+    """The same for each head of x (n, heads · head_dim), as Qwen3 has it."""
+    return norm_forward(norm, x.reshape(-1, len(norm.weight))).reshape(x.shape)
+
+
+def head_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
+    """The gradient of x."""
+    dx = np.empty_like(x)
+    dim = len(norm.weight)
+    norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))
+    return dx

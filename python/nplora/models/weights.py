@@ -1,0 +1,162 @@
+"""A model's tensors by Hugging Face's names, from GGUF or safetensors, checked before the first is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.formats import bfloat16, gguf_names
+from nplora.formats.errors import FormatError, UnsupportedError, brief, nearest_names
+from nplora.formats.gguf import GgufFile, Tensor
+from nplora.formats.safetensors import SafetensorsFile
+from nplora.formats.sharded import ShardedFile
+from nplora.models.config import ModelConfig
+from nplora.models.gguf_blocks import require_finite_scales
+from nplora.weights import FrozenWeight
+
+Array = npt.NDArray[Any]
+
+_MOST_PROBLEMS = 20  # told in a message; the others are counted
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+_GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_GGUF_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+
+
+class Weights(Protocol):
+    """Where tensors come from. Names are Hugging Face's: "model.layers.0.self_attn.q_proj.weight"."""
+
+    source: str
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all tensors, by the names in the file."""
+
+    def stored(self, name: str) -> str:
+        """The name in the file."""
+
+    def unused(self, config: ModelConfig) -> frozenset[str]:
+        """Tensors that may be in the file and that the model does without."""
+
+    def matrix(self, name: str) -> FrozenWeight:
+        """A matrix as the products use it."""
+
+    def vector(self, name: str) -> Array:
+        """A vector as float32. Raises FormatError where it is not finite."""
+
+
+def require_tensors(weights: Weights, config: ModelConfig) -> None:
+    """Check that the file holds the tensors of the model, of their shapes, and no others.
+
+    A tensor too many, a bias for example, is a model that is not the one described: it would answer plausibly
+    and wrongly.
+
+    Raises:
+        FormatError: it does not; all that does not fit is listed, the nearest names with what is missing.
+    """
+    found, wanted = weights.shapes(), {weights.stored(name): shape for name, shape in config.shapes()}
+    problems: list[str] = []
+    for name, shape in wanted.items():
+        if name not in found:
+            near = nearest_names(name, found) if len(problems) < _MOST_PROBLEMS else []
+            hint = f", the nearest names: {', '.join(near)}" if near else ""
+            problems.append(f"tensor {brief(name)} is missing{hint}")
+        elif found[name] != shape:
+            problems.append(f"tensor {brief(name)} has shape {found[name]}, expected {shape}")
+    left = found.keys() - wanted.keys() - weights.unused(config)
+    problems += [f"tensor {brief(name)} has no place in {config.model_type}" for name in sorted(left)]
+    if problems:
+        told = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]
+        lines = "".join(f"\n  {problem}" for problem in told)
+        raise FormatError(
+            f"{weights.source}: the tensors do not fit the model in {len(problems)} places:{lines}"
+        )
+
+
+class GgufWeights:
+    """The tensors of a GGUF file, mapped: matrices stay there in their blocks."""
+
+    def __init__(self, file: GgufFile, compute: str) -> None:
+        self.source, self._file, self._compute = file.source, file, compute
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._file.entries.items()}
+
+    def stored(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        if module == "model.norm":
+            return f"output_norm.{kind}"
+        linear = gguf_names.to_gguf(module)
+        if linear is not None:
+            return f"{linear}.{kind}"
+        _, _, layer, part = module.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NORMS[part]}.{kind}"
+
+    def unused(self, config: ModelConfig) -> frozenset[str]:
+        return frozenset({"rope_freqs.weight"})  # read with the configuration
+
+    def matrix(self, name: str) -> FrozenWeight:
+        tensor = self._file[self.stored(name)]
+        require_finite_scales(tensor)
+        return _decoded(tensor, self._compute)
+
+    def vector(self, name: str) -> Array:
+        tensor = self._file[self.stored(name)]
+        return _floats(self.source, tensor.name, _GGUF_FLOATS.get(tensor.type, tensor.type), tensor.numpy())
+
+
+class SafetensorsWeights:
+    """The tensors of a safetensors file or of several, mapped: matrices stay there."""
+
+    def __init__(self, file: SafetensorsFile | ShardedFile, compute: str) -> None:
+        self.source, self._file, self._compute = file.source, file, compute
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self._file[name].shape for name in self._file}
+
+    def stored(self, name: str) -> str:
+        return name
+
+    def unused(self, config: ModelConfig) -> frozenset[str]:
+        """Old files hold the rotation's frequencies too, and some a head that is the embedding again."""
+        layers = range(config.num_hidden_layers)
+        names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
+        return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
+
+    def matrix(self, name: str) -> FrozenWeight:
+        tensor = self._file[name]
+        dtype = "float32" if tensor.dtype == "float64" else tensor.dtype
+        return FrozenWeight(tensor.array, dtype, self._compute)
+
+    def vector(self, name: str) -> Array:
+        tensor = self._file[name]
+        return _floats(self.source, name, tensor.dtype, tensor.array)
+
+
+def _floats(source: str, name: str, dtype: str, array: Array) -> Array:
+    """A copy in float32."""
+    where = f"{source}: tensor {brief(name)}"
+    if dtype not in _FLOATS:
+        raise UnsupportedError(f"{where} is {dtype}, expected one of {', '.join(_FLOATS)}")
+    with np.errstate(over="ignore"):
+        values = np.array(bfloat16.widen(array) if dtype == "bfloat16" else array, np.float32)
+    if not np.isfinite(values).all():
+        raise FormatError(f"{where} holds NaN or an infinity")
+    return values
+
+
+def _decoded(tensor: Tensor, compute: str) -> FrozenWeight:
+    if tensor.type in _GGUF_FLOATS:
+        dtype = _GGUF_FLOATS[tensor.type]
+        return FrozenWeight(tensor.numpy(), "float32" if dtype == "float64" else dtype, compute)
+    values = np.empty(tensor.shape, np.float32)
+    _core.dequantize(tensor.data.reshape(tensor.shape[0], -1), tensor.type.lower(), values)
+    return FrozenWeight(values, compute=compute)

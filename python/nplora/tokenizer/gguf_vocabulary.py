@@ -1,0 +1,199 @@
+"""The tokenizer in the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
+from nplora.formats.gguf import GgufFile, Metadata
+from nplora.tokenizer.tokenizer import Tokenizer, backend_package
+
+MAX_TOKENS = 1 << 20
+MAX_TOKEN = 1 << 12  # characters
+_KEY = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # `token_type`
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_SPACE = "▁"  # what SentencePiece writes for a space
+
+# How text is cut before pairs are merged, by `pre`. The regular expressions are OpenAI's, as the model's own
+# tokenizer.json has them; None: GPT-2's, which is the default of ByteLevel.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,  # after every digit was set apart
+    "llama-bpe": _LLAMA3,
+    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+_BEGINS_WITH_BOS = {"llama-bpe"}  # of the byte-level ones, where the file does not say
+
+
+def from_gguf(file: GgufFile) -> Tokenizer:
+    """The tokenizer of a model's file: byte-level BPE ("gpt2") or SentencePiece's ("llama").
+
+    Raises:
+        FormatError: what the file says of it is missing, of a wrong type or contradicts itself.
+        LimitError: more tokens, or a longer one, than are read.
+        UnsupportedError: another kind of tokenizer, or another rule of cutting text.
+        ModuleNotFoundError: the package `tokenizers` is not installed.
+    """
+    return _Vocabulary(file.metadata, file.source).tokenizer()
+
+
+class _Vocabulary:
+    """The tokens of a file, checked as a whole."""
+
+    def __init__(self, metadata: Metadata, source: str) -> None:
+        self.metadata, self.source = metadata, source
+        self.model = metadata.string(f"{_KEY}model")
+        if self.model not in ("gpt2", "llama"):
+            raise UnsupportedError(f"{source}: a tokenizer {brief(self.model)}, read are 'gpt2' and 'llama'")
+        self.ids = self._read_ids()
+        self.tokens = list(self.ids)
+        self.types = np.full(len(self.tokens), _NORMAL)
+        if f"{_KEY}token_type" in metadata:
+            self.types = metadata.array(f"{_KEY}token_type", "INT32", len(self.tokens))
+        for id_ in np.flatnonzero(self.types == _BYTE):
+            if not _BYTE_TOKEN.fullmatch(self.tokens[id_]):
+                raise FormatError(f"{source}: token {id_}, of a byte, is {brief(self.tokens[id_])}")
+
+    def tokenizer(self) -> Tokenizer:
+        end = ("eos_token_id", "eot_token_id", "eom_token_id")
+        bos, eos, eot, eom, unknown = map(self._special, ("bos_token_id", *end, "unknown_token_id"))
+        backend = self._byte_level() if self.model == "gpt2" else self._sentencepiece(unknown)
+        self._add_special(backend)
+        self._add_ends(backend, bos, eos)
+        return Tokenizer(
+            backend,
+            self.source,
+            bos_id=bos,
+            eos_id=eos,
+            end_ids=[id_ for id_ in (eos, eot, eom) if id_ is not None],
+            chat_template=self.metadata.string("tokenizer.chat_template", "") or None,
+        )
+
+    def _read_ids(self) -> dict[str, int]:
+        strings = self.metadata.strings(f"{_KEY}tokens")
+        if len(strings) > MAX_TOKENS:
+            raise LimitError(f"{self.source}: {len(strings):,} tokens, at most {MAX_TOKENS:,} are read")
+        ids: dict[str, int] = {}
+        for id_, token in enumerate(strings):
+            if len(token) > MAX_TOKEN:
+                raise LimitError(
+                    f"{self.source}: token {id_} has {len(token):,} characters, "
+                    f"at most {MAX_TOKEN:,} are read"
+                )
+            if ids.setdefault(token, id_) != id_:
+                raise FormatError(f"{self.source}: tokens {ids[token]} and {id_} are both {brief(token)}")
+        return ids
+
+    def _special(self, key: str) -> int | None:
+        if _KEY + key not in self.metadata:
+            return None
+        id_ = self.metadata.integer(_KEY + key)
+        if not 0 <= id_ < len(self.tokens):
+            raise FormatError(f"{self.source}: {_KEY}{key} is {id_}, there are {len(self.tokens):,} tokens")
+        return id_
+
+    def _flag(self, key: str, default: bool) -> bool:
+        return self.metadata.boolean(_KEY + key, default)
+
+    # ---- the two kinds ----
+
+    def _byte_level(self) -> Any:
+        package = backend_package()
+        pre = self.metadata.string(f"{_KEY}pre", "default")
+        if pre not in _SPLITS:
+            raise UnsupportedError(
+                f"{self.source}: {_KEY}pre is {brief(pre)}, read are {', '.join(map(repr, _SPLITS))}"
+            )
+        model = package.models.BPE(
+            vocab=self.ids, merges=list(self._merges()), ignore_merges=pre == "llama-bpe", fuse_unk=False
+        )
+        backend = package.Tokenizer(model)
+        split, cut = _SPLITS[pre], package.pre_tokenizers
+        steps = [cut.Digits(individual_digits=True)] if pre == "smollm" else []
+        if split is not None:
+            steps.append(cut.Split(package.Regex(split), behavior="isolated"))
+        steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=split is None))
+        backend.pre_tokenizer = cut.Sequence(steps)
+        backend.decoder = package.decoders.ByteLevel()
+        if pre == "qwen2":
+            backend.normalizer = package.normalizers.NFC()
+        return backend
+
+    def _merges(self) -> Iterator[tuple[str, str]]:
+        for number, merge in enumerate(self.metadata.strings(f"{_KEY}merges")):
+            left, _, right = merge.partition(" ")
+            for part in (left, right, left + right):
+                if part not in self.ids:
+                    raise FormatError(
+                        f"{self.source}: merge {number} is {brief(merge)}, and {brief(part)} is no token"
+                    )
+            yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # strings that are there already
+
+    def _sentencepiece(self, unknown: int | None) -> Any:
+        """BPE whose order of merges is that of the scores; characters that are no token become bytes."""
+        package = backend_package()
+        scores = self.metadata.array(f"{_KEY}scores", "FLOAT32", len(self.tokens))
+        if not np.isfinite(scores).all():
+            worst = int(np.argmin(np.isfinite(scores)))
+            raise FormatError(f"{self.source}: the score of token {worst} is not finite")
+        if unknown is None:
+            unknown = next(iter(np.flatnonzero(self.types == _UNKNOWN).tolist()), None)
+        model = package.models.BPE(
+            vocab=self.ids,
+            merges=self._merges_by_score(scores),
+            unk_token=None if unknown is None else self.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        backend = package.Tokenizer(model)
+        prefix = self._flag("add_space_prefix", True)
+        text, back = package.normalizers, package.decoders
+        backend.normalizer = text.Sequence(
+            [*([text.Prepend(_SPACE)] if prefix else []), text.Replace(" ", _SPACE)]
+        )
+        strip = [back.Strip(content=" ", left=1, right=0)] if prefix else []
+        backend.decoder = back.Sequence([back.Replace(_SPACE, " "), back.ByteFallback(), back.Fuse(), *strip])
+        return backend
+
+    def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
+        """All pairs of tokens that make a token, the best first."""
+        plain = {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == _NORMAL}
+        merges = []
+        for id_ in np.argsort(-scores, kind="stable"):
+            token = self.tokens[id_]
+            if token not in plain:
+                continue
+            pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+            merges += [(left, right) for left, right in pairs if left in plain and right in plain]
+        return merges
+
+    # ---- special tokens ----
+
+    def _add_special(self, backend: Any) -> None:
+        added = backend_package().AddedToken
+        for id_ in np.flatnonzero(np.isin(self.types, (_UNKNOWN, _CONTROL, _USER_DEFINED))):
+            special = self.types[id_] != _USER_DEFINED
+            token = added(self.tokens[id_], special=special, normalized=False)
+            (backend.add_special_tokens if special else backend.add_tokens)([token])
+
+    def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
+        """Have the text begin with BOS and end with EOS where the file wants that."""
+        begins = self.model == "llama" or self.metadata.string(f"{_KEY}pre", "") in _BEGINS_WITH_BOS
+        before = [bos] if bos is not None and self._flag("add_bos_token", begins) else []
+        after = [eos] if eos is not None and self._flag("add_eos_token", False) else []
+        if before or after:
+            names = {id_: self.tokens[id_] for id_ in (*before, *after)}
+            backend.post_processor = backend_package().processors.TemplateProcessing(
+                single=[*(names[id_] for id_ in before), "$A", *(names[id_] for id_ in after)],
+                special_tokens=[(name, id_) for id_, name in names.items()],
+            )

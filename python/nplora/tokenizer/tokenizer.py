@@ -1,0 +1,225 @@
+"""Tokenizer: one interface for what a GGUF file or a directory says of a model's text."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.tokenizer.chat_template import ChatTemplate, plain
+from nplora.tokenizer.streaming import StreamDecoder
+
+Message = Mapping[str, Any]
+
+# Tokens that end a turn or a text in one of the model families, whatever their file calls its "eos".
+END_TOKENS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+)
+# While a template is rendered, a special token that a message spells out is its number between these two.
+_QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"
+_QUOTED = re.compile(f"{_QUOTE}([0-9]+){_UNQUOTE}")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat as tokens.
+
+    Attributes:
+        ids: the tokens.
+        is_reply: for each token whether an assistant's turn has it, its end included: what is learned.
+    """
+
+    ids: list[int]
+    is_reply: list[bool]
+
+
+class Tokenizer:
+    """Encodes and decodes text with a model's own vocabulary and rules.
+
+    Make one with `from_gguf` or `from_directory`.
+
+    Attributes:
+        eos_id: the token that ends a text, None where the model names none.
+        bos_id: the token that begins one, None where the model names none.
+        eos_ids: all tokens after which generation ends: `eos_id` and the ends of turns.
+        vocab_size: one more than the largest id.
+        chat_template: how the model writes a chat, None where it names none.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        source: str,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        end_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        self._backend, self._lock = backend, threading.Lock()
+        self.source = source
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in added.items() if token.special}
+        names = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self.vocab_size = max(backend.get_vocab_size(), max(added, default=-1) + 1)
+        self.bos_id, self.eos_id = bos_id, eos_id
+        named = {self._special[name] for name in END_TOKENS if name in self._special}
+        self.eos_ids = frozenset({*end_ids, *named, *({eos_id} - {None})})
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, source)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
+
+    # ---- text ----
+
+    def encode(
+        self, text: str, add_special_tokens: bool = False, *, parse_special: bool = False
+    ) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            add_special_tokens: begin (and end) it as the model has it: BOS for many, nothing for some.
+            parse_special: read "<|im_end|>" and its like as the tokens that they name, as in the output of
+                `apply_chat_template`. Off, for text of strangers, they are letters like others.
+        Raises:
+            ValueError: half a surrogate pair, which UTF-8 cannot hold.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"Tokenizer.encode: text is a {type(text).__name__}, expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
+            raise ValueError(message) from None
+        with self._lock:  # the option is one of the backend, for all who use it
+            self._backend.encode_special_tokens = not parse_special
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is not below `vocab_size`.
+        """
+        listed = [int(id_) for id_ in ids]
+        if listed and (min(listed) < 0 or max(listed) >= self.vocab_size):
+            worst = min(listed) if min(listed) < 0 else max(listed)
+            raise ValueError(f"Tokenizer.decode: id {worst}, expected 0 to {self.vocab_size - 1}")
+        text: str = self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes token after token and gives whole characters."""
+        return StreamDecoder(self.decode, skip_special_tokens)
+
+    # ---- chats ----
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """A chat as the model writes it: the text of its template.
+
+        Args:
+            messages: dictionaries with "role" and "content", and whatever else the template knows.
+            add_generation_prompt: end with the beginning of the assistant's next turn.
+        Raises:
+            ValueError: there is no template, or it refuses the messages; `UnsafeError`, `FormatError`: it is
+                not one to be run.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"{self.source}: the model has no chat template")
+        return self.chat_template.render(
+            messages,
+            add_generation_prompt,
+            bos_token=self._text(self.bos_id),
+            eos_token=self._text(self.eos_id),
+        )
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+        """The tokens of a chat. A special token that a message spells out is encoded as its letters."""
+        quoted = [self._quote(message) for message in messages]
+        return self._encode_rendered(self.apply_chat_template(quoted, add_generation_prompt))
+
+    def encode_conversation(self, messages: Sequence[Message]) -> Chat:
+        """The tokens of a whole chat, and which of them the assistant said.
+
+        The template is rendered up to the beginning and up to the end of each of the assistant's turns; the
+        tokens between are the turn.
+
+        Raises:
+            UnsupportedError: a beginning is not how the whole begins, so that no tokens are the turn's own.
+            ValueError: as `apply_chat_template`.
+        """
+        ids = self.encode_chat(messages)
+        is_reply = [False] * len(ids)
+        for index, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            before = self._beginning(messages[:index], True, ids, index)
+            upto = self._beginning(messages[: index + 1], False, ids, index)
+            ends = [place for place in range(before, upto) if ids[place] in self.eos_ids]
+            stop = ends[-1] + 1 if ends else upto  # what a template writes after the end is never generated
+            is_reply[before:stop] = [True] * (stop - before)
+        return Chat(ids, is_reply)
+
+    def _beginning(self, messages: Sequence[Message], prompt: bool, ids: list[int], turn: int) -> int:
+        part = self.encode_chat(messages, add_generation_prompt=prompt)
+        if ids[: len(part)] != part:
+            where = "before" if prompt else "up to"
+            raise UnsupportedError(
+                f"{self.source}: the chat template writes the messages {where} message {turn + 1} (the "
+                "assistant's) otherwise where more follow, so its tokens cannot be told from the others'"
+            )
+        return len(part)
+
+    def _text(self, id_: int | None) -> str:
+        return "" if id_ is None else str(self._backend.id_to_token(id_) or "")
+
+    def _quote(self, message: Message) -> Message:
+        """The message, every special token in its strings replaced by a sign for it."""
+        if not isinstance(message, Mapping):
+            raise TypeError(f"a message of a chat is {brief(message)}, expected a dictionary")
+        quoted: Message = plain(message, self._quote_text)
+        return quoted
+
+    def _quote_text(self, text: str) -> str:
+        text = text.replace(_QUOTE, "\ufffd").replace(_UNQUOTE, "\ufffd")
+        return self._special_pattern.sub(lambda found: f"{_QUOTE}{self._special[found[0]]}{_UNQUOTE}", text)
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        if _QUOTE not in text:
+            return self.encode(text, parse_special=True)
+        ids = list[int]()
+        for index, piece in enumerate(self._special_pattern.split(text)):  # text, special, text, ...
+            if index % 2:
+                ids.append(self._special[piece])
+            elif piece:
+                ids += self.encode(_QUOTED.sub(lambda found: self._text(int(found[1])), piece))
+        return ids
+
+
+def backend_package() -> Any:
+    """The package `tokenizers`.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says what to do.
+    """
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        message = 'text needs the package tokenizers: pip install "nplora[llm]"'
+        raise ModuleNotFoundError(message, name="tokenizers") from error
+    return tokenizers

@@ -1,0 +1,438 @@
+// The kernels between the products of a language model, on every length from 0 to 520, or on matrices of as many shapes.
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+#include "guarded.h"
+#include "kernel_tests.h"
+#include "numbers.h"
+
+using nplora::kernels::KernelTable;
+
+namespace {
+
+constexpr double kUnit = kUnitRoundoff<float>;
+constexpr double kExpError = 4 * kUnit;           // of one exponential, relative
+constexpr double kSmallest = 0x1p-126 * 0x1p-22;  // below the smallest normal number, rounding is absolute
+constexpr size_t kLongest = 520;
+
+using Values = std::vector<float>;
+
+Values scaled(Values values, float factor) {
+  for (float& v : values) v *= factor;
+  return values;
+}
+
+// Equal where exact isn't finite, else within error.
+void expect_near(size_t i, double got, double exact, double error) {
+  if (std::isfinite(exact))
+    check::expect(std::abs(got - exact) <= error, "element %zu is %.9g, wanted %.9g +- %.2g", i, got, exact,
+                  error);
+  else
+    check::expect(same(got, exact), "element %zu is %g, wanted %g", i, got, exact);
+}
+
+// body(n, place) for every length.
+template <class Body>
+void for_lengths(const std::string& kernel, const Body& body) {
+  for (size_t n = 0; n <= kLongest; ++n) {
+    check::count_shape(kernel);
+    for (Place place : kPlaces) body(n, place);
+  }
+}
+
+// ---- exp ----
+
+// By exp_sum, element by element: from where it underflows to where it overflows.
+void test_exp(const KernelTable& table) {
+  for (size_t step = 0; step <= 20000; ++step) {
+    const float x = -105 + 195 * float(step) / 20000;
+    check::Case one("%s exp(%.9g)", table.isa, double(x));
+    float got;
+    table.transformer.exp_sum(1, &x, 0, &got);
+    const double exact = std::exp(double(x));
+    if (exact > std::numeric_limits<float>::max())
+      check::expect(std::isinf(got), "is %g", double(got));
+    else
+      check::expect(std::abs(got - exact) <= 2 * kUnit * exact + 0x1p-149, "is %.9g, wanted %.9g",
+                    double(got), exact);
+  }
+  for (float x :
+       {-1e30f, -std::numeric_limits<float>::infinity(), 1e30f, std::numeric_limits<float>::infinity(),
+        std::numeric_limits<float>::quiet_NaN(), 0.0f, -0.0f}) {
+    check::Case one("%s exp(%g)", table.isa, double(x));
+    float got;
+    table.transformer.exp_sum(1, &x, 0, &got);
+    check::expect(same(got, std::exp(x)), "is %g", double(got));
+  }
+}
+
+// ---- sums and elements of a row ----
+
+void test_largest(const KernelTable& table) {
+  Random random(31);
+  for_lengths("largest", [&](size_t n, Place place) {
+    for (Data data : {Data::kIntegers, Data::kUniform, Data::kTiny}) {
+      check::Case one("%s largest n %zu, %s, %s", table.isa, n, name_of(data), name_of(place));
+      Values values = scaled(draw<float>(random, n, data), -1);
+      for (float& v : values) v = -std::abs(v);  // zeros would win
+      float exact = std::numeric_limits<float>::lowest();
+      for (float v : values) exact = std::max(exact, v);
+      Row<float> x(place, values);
+      const float got = table.transformer.largest(n, x.data());
+      check::expect(got == exact, "%g, wanted %g", double(got), double(exact));
+      check::expect(x.untouched(values), "wrote to x");
+    }
+  });
+}
+
+void test_exp_sum(const KernelTable& table) {
+  Random random(32);
+  for_lengths("exp_sum", [&](size_t n, Place place) {
+    for (bool keep : {false, true}) {
+      check::Case one("%s exp_sum n %zu keep %d, %s", table.isa, n, keep, name_of(place));
+      const Values values = scaled(draw<float>(random, n, Data::kUniform), 5);
+      const float shift = 3;
+      Row<float> x(place, values), y(place, n);
+      const double got = table.transformer.exp_sum(n, x.data(), shift, keep ? y.data() : nullptr);
+      double exact = 0;
+      for (size_t i = 0; i < n; ++i) {
+        const double e = std::exp(double(values[i] - shift));
+        if (keep) expect_near(i, y[i], e, kExpError * e);
+        exact += e;
+      }
+      expect_near(n, got, exact, (kExpError + gamma<float>(n + 1)) * exact);
+      check::expect(y.gaps_intact() && (keep || y.untouched(y.values())), "wrote outside y");
+      check::expect(x.untouched(values), "wrote to x");
+      table.transformer.exp_sum(n, x.data(), shift, x.data());
+      for (size_t i = 0; keep && i < n; ++i)
+        check::expect(same(x[i], y[i]), "element %zu differs in place", i);
+    }
+  });
+}
+
+void test_scaled(const KernelTable& table) {
+  Random random(33);
+  for_lengths("scaled", [&](size_t n, Place place) {
+    for (Data data : kAllData)
+      for (bool accumulate : {false, true}) {
+        check::Case one("%s scaled n %zu accumulate %d, %s, %s", table.isa, n, accumulate, name_of(data),
+                        name_of(place));
+        const Values from = draw<float>(random, n, data), before = draw<float>(random, n, data);
+        const float factor = data == Data::kUniform ? 0.3f : 2;
+        Row<float> x(place, from), y(place, before);
+        table.transformer.scaled(n, factor, x.data(), y.data(), accumulate);
+        for (size_t i = 0; i < n; ++i) {
+          const double term = double(factor) * from[i], exact = term + (accumulate ? before[i] : 0);
+          expect_near(
+              i, y[i], exact,
+              data == Data::kIntegers ? 0 : 2 * kUnit * (std::abs(term) + std::abs(exact)) + kSmallest);
+        }
+        check::expect(y.gaps_intact(), "wrote outside y");
+        check::expect(x.untouched(from), "wrote to x");
+      }
+  });
+}
+
+void test_dot(const KernelTable& table) {
+  Random random(34);
+  for_lengths("dot", [&](size_t n, Place place) {
+    for (Data data : kAllData) {
+      check::Case one("%s dot n %zu, %s, %s", table.isa, n, name_of(data), name_of(place));
+      const Values a0 = draw<float>(random, n, data), b0 = draw<float>(random, n, data);
+      Row<float> a(place, a0), b(place, b0);
+      const float got = table.transformer.dot(n, a.data(), b.data());
+      double exact = 0, terms = 0;
+      for (size_t i = 0; i < n; ++i) {
+        exact += double(a0[i]) * b0[i];
+        terms += std::abs(double(a0[i]) * b0[i]);
+      }
+      expect_near(n, got, exact,
+                  data == Data::kIntegers || data == Data::kSpecial
+                      ? 0
+                      : gamma<float>(n + 1) * terms + double(n) * kSmallest);
+      check::expect(a.untouched(a0) && b.untouched(b0), "wrote to an input");
+    }
+  });
+}
+
+// ---- RMSNorm ----
+
+double mean_square(const Values& x) {
+  double sum = 0;
+  for (float v : x) sum += double(v) * v;
+  return sum / double(x.size());
+}
+
+void test_rms_norm(const KernelTable& table) {
+  Random random(35);
+  const float eps = 0.25f;
+  for_lengths("rms_norm", [&](size_t n, Place place) {
+    check::Case one("%s rms_norm n %zu, %s", table.isa, n, name_of(place));
+    const Values x0 = draw<float>(random, n, Data::kUniform), w0 = draw<float>(random, n, Data::kUniform);
+    Row<float> x(place, x0), weight(place, w0), y(place, n);
+    table.transformer.rms_norm(n, x.data(), weight.data(), eps, y.data());
+    const double r = 1 / std::sqrt(mean_square(x0) + eps);
+    for (size_t i = 0; i < n; ++i) {
+      const double exact = x0[i] * r * w0[i];
+      expect_near(i, y[i], exact, gamma<float>(n + 8) * std::abs(exact));
+    }
+    check::expect(y.gaps_intact(), "wrote outside y");
+    check::expect(x.untouched(x0) && weight.untouched(w0), "wrote to an input");
+  });
+}
+
+void test_rms_norm_backward(const KernelTable& table) {
+  Random random(36);
+  const float eps = 0.25f;
+  for_lengths("rms_norm_backward", [&](size_t n, Place place) {
+    for (bool accumulate : {false, true}) {
+      check::Case one("%s rms_norm_backward n %zu accumulate %d, %s", table.isa, n, accumulate,
+                      name_of(place));
+      const auto row = [&] { return draw<float>(random, n, Data::kUniform); };
+      const Values dy0 = row(), x0 = row(), w0 = row(), before = row();
+      Row<float> dy(place, dy0), x(place, x0), weight(place, w0), dx(place, before);
+      table.transformer.rms_norm_backward(n, dy.data(), x.data(), weight.data(), eps, dx.data(), accumulate);
+      const double r = 1 / std::sqrt(mean_square(x0) + eps);
+      double mean = 0, size = 0;
+      for (size_t i = 0; i < n; ++i) {
+        mean += double(dy0[i]) * w0[i] * x0[i] / double(n);
+        size += std::abs(double(dy0[i]) * w0[i] * x0[i]) / double(n);
+      }
+      for (size_t i = 0; i < n; ++i) {
+        const double across = double(dy0[i]) * w0[i] * r, along = r * r * r * x0[i],
+                     kept = accumulate ? before[i] : 0;
+        expect_near(i, dx[i], kept + across - along * mean,
+                    gamma<float>(3 * n + 12) * (std::abs(kept) + std::abs(across) + std::abs(along) * size));
+      }
+      check::expect(dx.gaps_intact(), "wrote outside dx");
+      check::expect(dy.untouched(dy0) && x.untouched(x0) && weight.untouched(w0), "wrote to an input");
+    }
+  });
+}
+
+// ---- rotary positions ----
+
+void test_rotate(const KernelTable& table) {
+  Random random(37);
+  for (size_t half = 1; half <= 42; ++half)
+    for (size_t heads : {0, 1, 2, 3, 5, 9, 11, 12, 13, 14, 15, 16}) {
+      check::count_shape("rotate");
+      for (Data data : {Data::kIntegers, Data::kUniform})
+        for (Place place : kPlaces)
+          for (bool interleaved : {false, true})
+            for (bool inverse : {false, true}) {
+              check::Case one("%s rotate heads %zu half %zu interleaved %d inverse %d, %s, %s", table.isa,
+                              heads, half, interleaved, inverse, name_of(data), name_of(place));
+              const Values before = draw<float>(random, heads * 2 * half, data),
+                           angles = draw<float>(random, 2 * half, data);
+              Row<float> x(place, before), row(place, angles);
+              table.transformer.rotate(heads, half, row.data(), interleaved, inverse, x.data());
+              for (size_t h = 0; h < heads; ++h)
+                for (size_t i = 0; i < half; ++i) {
+                  const size_t first = h * 2 * half + (interleaved ? 2 * i : i),
+                               second = first + (interleaved ? 1 : half);
+                  const double a = before[first], b = before[second], cosine = angles[i],
+                               sine = inverse ? -angles[half + i] : angles[half + i];
+                  const double error = data == Data::kIntegers ? 0 : 3 * kUnit * (std::abs(a) + std::abs(b));
+                  expect_near(first, x[first], a * cosine - b * sine, error);
+                  expect_near(second, x[second], b * cosine + a * sine, error);
+                }
+              check::expect(x.gaps_intact(), "wrote outside x");
+              check::expect(row.untouched(angles), "wrote to the table");
+            }
+    }
+}
+
+// ---- SwiGLU ----
+
+void test_swiglu(const KernelTable& table) {
+  Random random(38);
+  for_lengths("swiglu", [&](size_t n, Place place) {
+    check::Case one("%s swiglu n %zu, %s", table.isa, n, name_of(place));
+    Values g0 = scaled(draw<float>(random, n, Data::kUniform), 12),
+           u0 = draw<float>(random, n, Data::kUniform);
+    const size_t poisoned = n ? random.below(n) : 0;  // spoils its own element only
+    if (n) g0[poisoned] = std::numeric_limits<float>::quiet_NaN();
+    Row<float> gate(place, g0), up(place, u0), out(place, n);
+    table.transformer.swiglu(n, gate.data(), up.data(), out.data());
+    for (size_t i = 0; i < n; ++i) {
+      const double exact = g0[i] / (1 + std::exp(-double(g0[i]))) * u0[i];
+      expect_near(i, out[i], exact, (kExpError + 6 * kUnit) * std::abs(exact) + kSmallest);
+    }
+    check::expect(out.gaps_intact(), "wrote outside out");
+    check::expect(gate.untouched(g0) && up.untouched(u0), "wrote to an input");
+  });
+}
+
+void test_swiglu_backward(const KernelTable& table) {
+  Random random(39);
+  for_lengths("swiglu_backward", [&](size_t n, Place place) {
+    check::Case one("%s swiglu_backward n %zu, %s", table.isa, n, name_of(place));
+    const auto row = [&](float factor) { return scaled(draw<float>(random, n, Data::kUniform), factor); };
+    const Values d0 = row(1), g0 = row(12), u0 = row(1);
+    Row<float> dout(place, d0), gate(place, g0), up(place, u0), dgate(place, n), dup(place, n);
+    table.transformer.swiglu_backward(n, dout.data(), gate.data(), up.data(), dgate.data(), dup.data());
+    for (size_t i = 0; i < n; ++i) {
+      const double g = g0[i], s = 1 / (1 + std::exp(-g)), size = std::abs(double(d0[i]) * u0[i] * s);
+      expect_near(i, dup[i], d0[i] * g * s, (kExpError + 6 * kUnit) * std::abs(d0[i] * g * s) + kSmallest);
+      expect_near(i, dgate[i], double(d0[i]) * u0[i] * s * (1 + g * (1 - s)),
+                  (kExpError + 8 * kUnit) * size * (2 + 2 * std::abs(g)) + kSmallest);
+    }
+    check::expect(dgate.gaps_intact() && dup.gaps_intact(), "wrote outside its outputs");
+    check::expect(dout.untouched(d0) && gate.untouched(g0) && up.untouched(u0), "wrote to an input");
+    table.transformer.swiglu_backward(n, dout.data(), gate.data(), up.data(), gate.data(), up.data());
+    for (size_t i = 0; i < n; ++i)
+      check::expect(same(gate[i], dgate[i]) && same(up[i], dup[i]), "element %zu differs in place", i);
+  });
+}
+
+// ---- tiles of attention ----
+
+// body(rows, columns, gap between rows, place) for matrices of every shape up to 34 x 48, in steps.
+template <class Body>
+void for_matrices(const std::string& kernel, const Body& body) {
+  const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 64};
+  for (size_t m : rows)
+    for (size_t n = 0; n <= 48; ++n) {
+      check::count_shape(kernel);
+      for (Place place : kPlaces) body(m, n, (m + n) % 3, place);
+    }
+}
+
+void test_transpose(const KernelTable& table) {
+  Random random(40);
+  for_matrices("transpose", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    check::Case one("%s transpose rows %zu cols %zu gap %zu, %s", table.isa, rows, cols, gap, name_of(place));
+    const Values values = draw<float>(random, rows * cols, Data::kSpecial);
+    Placed<float> x(rows, cols, {cols + gap}, place, values), xt(cols, rows, {rows + 2 * gap}, place);
+    table.transformer.transpose(rows, cols, x.data(), cols + gap, xt.data(), rows + 2 * gap);
+    for (size_t i = 0; i < rows; ++i)
+      for (size_t j = 0; j < cols; ++j)
+        check::expect(same(xt(j, i), values[i * cols + j]), "element (%zu, %zu) is wrong", j, i);
+    check::expect(xt.gaps_intact(), "wrote outside xt");
+    check::expect(x.untouched(values), "wrote to x");
+  });
+}
+
+void test_scale_columns(const KernelTable& table) {
+  Random random(41);
+  for_matrices("scale_columns", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    check::Case one("%s scale_columns rows %zu cols %zu gap %zu, %s", table.isa, rows, cols, gap,
+                    name_of(place));
+    const Values values = draw<float>(random, rows * cols, Data::kSpecial),
+                 factors = draw<float>(random, cols, Data::kIntegers);
+    Placed<float> x(rows, cols, {cols + gap}, place, values);
+    Row<float> factor(place, factors);
+    table.transformer.scale_columns(rows, cols, factor.data(), x.data(), cols + gap);
+    for (size_t i = 0; i < rows; ++i)
+      for (size_t j = 0; j < cols; ++j)
+        check::expect(same(x(i, j), values[i * cols + j] * factors[j]), "element (%zu, %zu) is wrong", i, j);
+    check::expect(x.gaps_intact(), "wrote outside x");
+    check::expect(factor.untouched(factors), "wrote to the factors");
+  });
+}
+
+// Some of the scores are -Inf, as masked ones are: in column 0 all of them; in the last column, one is NaN.
+Values draw_scores(Random& random, size_t rows, size_t cols, bool special) {
+  Values s = scaled(draw<float>(random, rows * cols, Data::kUniform), 8);
+  for (size_t i = 0; special && i < s.size(); ++i)
+    if (i % cols == 0 || random.below(5) == 0) s[i] = -std::numeric_limits<float>::infinity();
+  if (special && cols > 1 && rows > 0) s[cols - 1] = std::numeric_limits<float>::quiet_NaN();
+  return s;
+}
+
+void test_softmax_step(const KernelTable& table) {
+  Random random(42);
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  for_matrices("softmax_step", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    for (bool first : {false, true})
+      for (bool special : {false, true}) {
+        check::Case one("%s softmax_step rows %zu cols %zu gap %zu first %d special %d, %s", table.isa, rows,
+                        cols, gap, first, special, name_of(place));
+        const Values s0 = draw_scores(random, rows, cols, special);
+        Values largest0 = scaled(draw<float>(random, cols, Data::kUniform), 8),
+               sum0 = draw<float>(random, cols, Data::kUniform);
+        for (size_t j = 0; j < cols; ++j) {
+          if (first) largest0[j] = kLowest;
+          sum0[j] = first ? 0 : std::abs(sum0[j]);
+        }
+        Placed<float> s(rows, cols, {cols + gap}, place, s0);
+        Row<float> largest(place, largest0), sum(place, sum0), factor(place, cols);
+        table.transformer.softmax_step(rows, cols, s.data(), cols + gap, largest.data(), sum.data(),
+                                       factor.data());
+        for (size_t j = 0; j < cols; ++j) {
+          float now = largest0[j];
+          bool poisoned = false;
+          for (size_t i = 0; i < rows; ++i) {
+            now = std::max(now, s0[i * cols + j]);  // keeps now where the score is NaN
+            poisoned |= std::isnan(s0[i * cols + j]);
+          }
+          if (poisoned) {
+            check::expect(std::isnan(sum[j]), "the NaN of column %zu was lost", j);
+            continue;
+          }
+          check::expect(largest[j] == now, "largest[%zu] is %g, wanted %g", j, double(largest[j]),
+                        double(now));
+          double exact = 0;
+          for (size_t i = 0; i < rows; ++i) {
+            const double p = std::exp(double(s0[i * cols + j] - now));
+            expect_near(i * cols + j, s(i, j), p, kExpError * p);
+            exact += p;
+          }
+          const double shrunk = std::exp(double(largest0[j] - now));
+          expect_near(j, factor[j], shrunk, kExpError * shrunk);
+          exact += shrunk * sum0[j];
+          expect_near(j, sum[j], exact, (kExpError + gamma<float>(rows + 3)) * exact);
+        }
+        check::expect(s.gaps_intact() && largest.gaps_intact() && sum.gaps_intact() && factor.gaps_intact(),
+                      "wrote outside its outputs");
+      }
+  });
+}
+
+void test_softmax_backward(const KernelTable& table) {
+  Random random(43);
+  for_matrices("softmax_backward", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    for (bool special : {false, true}) {
+      check::Case one("%s softmax_backward rows %zu cols %zu gap %zu special %d, %s", table.isa, rows, cols,
+                      gap, special, name_of(place));
+      const Values s0 = draw_scores(random, rows, cols, special),
+                   dp0 = draw<float>(random, rows * cols, Data::kUniform),
+                   lse0 = scaled(draw<float>(random, cols, Data::kUniform), 8),
+                   delta0 = draw<float>(random, cols, Data::kUniform);
+      Placed<float> s(rows, cols, {cols + gap}, place, s0), dp(rows, cols, {cols + gap}, place, dp0);
+      Row<float> lse(place, lse0), delta(place, delta0);
+      table.transformer.softmax_backward(rows, cols, lse.data(), delta.data(), s.data(), dp.data(),
+                                         cols + gap);
+      for (size_t i = 0; i < rows; ++i)
+        for (size_t j = 0; j < cols; ++j) {
+          const size_t at = i * cols + j;
+          const double p = std::exp(double(s0[at] - lse0[j])), slope = double(dp0[at]) - delta0[j];
+          expect_near(at, s(i, j), p, kExpError * p);
+          expect_near(at, dp(i, j), p * slope, (kExpError + 3 * kUnit) * p * std::abs(slope));
+        }
+      check::expect(s.gaps_intact() && dp.gaps_intact(), "wrote outside its outputs");
+      check::expect(lse.untouched(lse0) && delta.untouched(delta0), "wrote to an input");
+    }
+  });
+}
+
+}  // namespace
+
+void test_transformer(const KernelTable& table) {
+  test_exp(table);
+  test_largest(table);
+  test_exp_sum(table);
+  test_scaled(table);
+  test_dot(table);
+  test_rms_norm(table);
+  test_rms_norm_backward(table);
+  test_rotate(table);
+  test_swiglu(table);
+  test_swiglu_backward(table);
+  test_transpose(table);
+  test_scale_columns(table);
+  test_softmax_step(table);
+  test_softmax_backward(table);
+}

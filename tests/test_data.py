@@ -1,0 +1,374 @@
+"""Training data: every format that people have, every mistake in it, and batches that any run can repeat."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora.data import TokenBatches, find_splits, read_dataset
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
+from nplora.packing import IGNORED
+from nplora.tokenizer import Tokenizer, from_gguf
+from vocabularies import byte_level, opened, sentencepiece
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+CHATML = (
+    "{% for m in messages %}{{ '<|end|>' if m.role == 'nobody' else '' }}{{ m.role + ':' + m.content }}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def tokenizer(template: str = CHATML, **changes: Any) -> Tokenizer:
+    return from_gguf(opened(byte_level(**changes) | {"tokenizer.chat_template": template}))
+
+
+def write(path: Path, *rows: Any, name: str = "data.jsonl") -> Path:
+    """Rows as lines of JSON, but for those that are text or bytes already."""
+    lines = [
+        row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
+        for row in rows
+    ]
+    (path / name).write_bytes(b"\n".join(lines) + b"\n")
+    return path / name
+
+
+def read(path: Path, *rows: Any, **options: Any) -> list[tuple[str, str]]:
+    """Each example as its text, and the text of what is learned."""
+    words = tokenizer()
+    dataset = read_dataset(write(path, *rows), words, **options)
+    return [(words.decode(ids), words.decode(labels[labels != IGNORED])) for ids, labels in dataset]
+
+
+# ---- formats ----
+
+
+def test_a_completion_follows_its_prompt_as_it_is_and_is_learned_with_its_end(tmp_path: Path) -> None:
+    row = {"prompt": "Q: hello?\nA:", "completion": " hello 12", "id": 7}
+    assert read(tmp_path, row) == [("Q: hello?\nA: hello 12<|end|>", " hello 12<|end|>")]
+    assert read(tmp_path, row, learn="all") == [("Q: hello?\nA: hello 12<|end|>",) * 2]
+    assert read(tmp_path, {"prompt": "", "completion": "abc"}) == [("abc<|end|>", "abc<|end|>")]
+
+
+def test_a_prompts_tokens_are_those_that_the_model_sees_when_it_is_asked(tmp_path: Path) -> None:
+    words = tokenizer()
+    prompt, completion = "hel", "lo"  # "hello" is one token
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": prompt, "completion": completion}), words)
+    before = words.encode(prompt)
+    assert ids.tolist() == [*before, *words.encode(completion), words.eos_id]
+    assert labels.tolist() == [IGNORED] * len(before) + ids.tolist()[len(before) :]
+
+
+def test_no_space_comes_between_prompt_and_completion(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": "ab ", "completion": "nb"}), words)
+    assert words.decode(ids[1:-1]) == "ab nb"
+    assert [ids[0], ids[-1]] == [words.bos_id, words.eos_id]
+    assert words.decode(labels[labels != IGNORED]) == "nb</s>"
+
+
+def test_an_end_that_the_model_adds_itself_is_not_doubled(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece(add_eos_token=True)))
+    path = write(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "ab"})
+    for ids, _ in read_dataset(path, words):
+        assert ids.tolist().count(words.eos_id) == 1
+        assert ids[-1] == words.eos_id
+
+
+def test_the_assistants_turns_are_learned(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "3"},
+    ]
+    text = "user:hello<|end|>assistant:12<|end|>user:x<|end|>assistant:3<|end|>"
+    assert read(tmp_path, {"messages": chat}) == [(text, "12<|end|>3<|end|>")]
+    assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text)]
+
+
+def test_a_text_is_learned_to_its_end(tmp_path: Path) -> None:
+    assert read(tmp_path, {"text": "hello"}) == [("hello<|end|>",) * 2]
+
+
+def test_what_editors_leave_is_no_mistake(tmp_path: Path) -> None:
+    rows = [b"\xef\xbb\xbf" + b'{"text": "a"}\r', b"", b'{"text": "b"}\r', b" \t\r", b"\r", b""]
+    assert [text for text, _ in read(tmp_path, *rows)] == ["a<|end|>", "b<|end|>"]
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}')  # without an end of the line
+    assert len(read_dataset(tmp_path / "data.jsonl", tokenizer())) == 1
+
+
+def test_lines_longer_than_a_piece_of_the_file_are_whole(tmp_path: Path) -> None:
+    texts = ["ab" * 700_000, "c", "d" * 1_048_576, "e"]
+    found = read(tmp_path, *({"text": text} for text in texts))
+    assert [text for text, _ in found] == [f"{text}<|end|>" for text in texts]
+
+
+def test_csv_has_its_columns_by_name(tmp_path: Path) -> None:
+    words = tokenizer()
+    path = tmp_path / "data.csv"
+    path.write_bytes('\ufeffcompletion,n,prompt\r\n"a ""b"",\nc",1,q\r\nd,2,\r\n'.encode())
+    found = read_dataset(path, words)
+    assert [words.decode(ids) for ids, _ in found] == ['qa "b",\nc<|end|>', "d<|end|>"]
+    path.write_text("text\nhello\n")
+    assert [words.decode(ids) for ids, _ in read_dataset(path, words)] == ["hello<|end|>"]
+
+
+def test_a_plain_text_comes_in_windows_that_share_a_token(tmp_path: Path) -> None:
+    words = tokenizer()
+    text = "".join(f"Line {n} hello\n  and 12\n\n" for n in range(50))
+    path = tmp_path / "data.txt"
+    path.write_text(text)
+    whole = [*words.encode(text.rstrip("\n")), words.eos_id]
+    dataset = read_dataset(path, words, max_length=16)
+    assert {len(ids) for ids, _ in list(dataset)[:-1]} == {16}
+    joined = dataset[0][0].tolist() + [id_ for ids, _ in dataset[1:] for id_ in ids[1:].tolist()]
+    assert joined == whole
+    assert dataset.report.learned == len(whole) - 1
+
+
+def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
+    tokens = [*byte_level()["tokenizer.ggml.tokens"], "ĊĠ"]  # an end of a line and a space
+    words = tokenizer(tokens=tokens, token_type=None, merges=["Ċ Ġ"])
+    text = "".join(f"Line {n}\n  and\n  12\r\n  then\n" for n in range(125_000))
+    (tmp_path / "data.txt").write_text(text, newline="")
+    dataset = read_dataset(tmp_path / "data.txt", words, max_length=1 << 30)
+    assert len(text) > 3 << 20
+    whole = text.replace("\r\n", "\n").rstrip("\n")
+    assert dataset[0][0].tolist() == [*words.encode(whole), words.eos_id]
+
+
+def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of train\.jsonl, train\.csv, train\.txt"):
+        find_splits(tmp_path)
+    train = write(tmp_path, {"text": "a"}, name="train.jsonl")
+    assert find_splits(tmp_path) == (train, None)
+    valid = write(tmp_path, {"text": "a"}, name="valid.jsonl")
+    assert find_splits(tmp_path) == (train, valid)
+    assert find_splits(train) == (train, None)
+
+
+# ---- lengths ----
+
+
+def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "abc"}, {"text": "abcdefgh"}, {"prompt": "a" * 9, "completion": "b"}]
+    path = write(tmp_path, *rows)
+    report = read_dataset(path, tokenizer(), max_length=5).report
+    assert (report.examples, report.truncated, report.emptied) == (2, 1, 1)
+    assert (report.tokens, report.learned) == (4 + 5, 3 + 4)
+    assert (report.shortest, report.median, report.longest) == (4, 4, 5)
+    assert "1 cut to the largest length; 1 left out" in str(report)
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: 9 tokens, at most 5 are allowed"):
+        read_dataset(path, tokenizer(), max_length=5, strict=True)
+
+
+def test_learned_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
+    dataset = read_dataset(write(tmp_path, {"text": "abc"}, {"prompt": "ab", "completion": "c"}), tokenizer())
+    batches = TokenBatches(dataset, batch_tokens=100)
+    assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 3 + 2
+
+
+# ---- mistakes ----
+
+BAD = [
+    (b'{"text": "\xff"}', DataError, "not UTF-8 at byte 10"),
+    (b'{"text": "\\ud800"}', DataError, "a string holds half a surrogate pair"),
+    (b'{"text": "a"', DataError, "not JSON at character"),
+    (b'{"text": "a", "text": "b"}', DataError, "the name 'text' appears twice"),
+    (b'{"text": NaN}', DataError, "NaN is not JSON"),
+    (b"[" * 100_000, LimitError, "JSON nested 100,000 deep, at most 64"),
+    (b'["text"]', DataError, "expected an object"),
+    (b'{"txt": "a"}', DataError, r"has \['txt'\], expected messages, prompt and completion, or text"),
+    (b"{}", DataError, r"has \[\], expected"),
+    (b'{"text": 5}', DataError, "text is 5, expected a string"),
+    (b'{"text": null}', DataError, "text is None"),
+    (b'{"text": " "}', DataError, "text is empty"),
+    (b'{"prompt": "a", "completion": ""}', DataError, "completion is empty"),
+    (b'{"prompt": "a", "completion": " \\n"}', DataError, "completion is empty"),
+    (b'{"prompt": "a"}', DataError, "completion is missing"),
+    (b'{"completion": "a"}', DataError, "prompt is missing"),
+    (b'{"prompt": ["a"], "completion": "a"}', DataError, "prompt is"),
+    (b'{"messages": []}', DataError, r"messages is \[\]"),
+    (b'{"messages": "a"}', DataError, "messages is 'a'"),
+    (b'{"messages": ["a"]}', DataError, "a message is 'a'"),
+    (b'{"messages": [{"content": "a"}]}', DataError, "a message is"),
+    (b'{"messages": [{"role": 1}]}', DataError, "a message is"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', DataError, "nothing is to be learned"),
+    (
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
+        DataError,
+        "fails with",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+        DataError,
+        "the assistant's content is ''",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "error", "message"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_or_skipped_and_counted(
+    tmp_path: Path, line: bytes, error: type[FormatError], message: str
+) -> None:
+    path = write(tmp_path, {"text": "a"}, line, {"text": "b"})
+    with pytest.raises(error, match=rf"data\.jsonl, line 2: .*{message}") as caught:
+        read_dataset(path, tokenizer())
+    assert caught.type is error
+    report = read_dataset(path, tokenizer(), skip_bad=True).report
+    assert (report.examples, report.skipped, report.problems) == (2, 1, (str(caught.value),))
+    assert "1 bad rows skipped, such as: " in str(report)
+    with pytest.raises(DataError, match=r"no examples: 1 bad ones skipped"):
+        read_dataset(write(tmp_path, line), tokenizer(), skip_bad=True)
+
+
+def test_a_line_without_end_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2 << 30)  # zeros that take no space
+    with pytest.raises(LimitError, match=r"line 1: over 16,777,216 bytes"):
+        read_dataset(path, tokenizer(), skip_bad=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"\r\n"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "txt"])
+def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.\w+: (no examples|the columns are \[\])"):
+        read_dataset(path, tokenizer(), max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\n", r"the columns are \['a', 'b'\], expected prompt and completion, or text"),
+        (b"text\na,b\n", "line 2: expected 1 fields"),
+        (b"prompt,completion\na\n", "line 2: expected 2 fields"),
+        (b'text\n"a\n', "unexpected end of data"),
+        (b"text\n\xff\n", "line 2: not UTF-8 at byte 0"),
+        (b"text\n" + b"a" * 200_000 + b"\n", "field larger than field limit"),
+        (b"prompt,completion\na,\n", "line 2: completion is empty"),
+    ],
+)
+def test_a_bad_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_dataset(tmp_path / "data.csv", tokenizer())
+
+
+def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
+    for name, message in (
+        ("pipe.jsonl", "a FIFO, expected a regular file"),
+        ("folder.jsonl", "a directory, expected a regular file"),
+        ("bad.txt", "line 2: not UTF-8"),
+        ("data.parquet", r"expected a file that ends in \.jsonl"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            read_dataset(tmp_path / name, tokenizer(), max_length=8)
+    with pytest.raises(FileNotFoundError):
+        read_dataset(tmp_path / "missing.jsonl", tokenizer())
+    with pytest.raises(ValueError, match="is a plain text, which needs a max_length"):
+        read_dataset(tmp_path / "bad.txt", tokenizer())
+
+
+def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path, chat)
+    with pytest.raises(UnsafeError):
+        read_dataset(path, tokenizer("{{ ''.__class__ }}"), skip_bad=True)
+    with pytest.raises(DataError, match=r"line 1: .*has no chat template"):
+        read_dataset(path, tokenizer(""))
+    with pytest.raises(DataError, match=r"line 1: .*the chat template writes the messages before message 2"):
+        read_dataset(path, tokenizer("{{ messages | length }}" + CHATML))
+    with pytest.raises(ValueError, match="the model names no EOS token"):
+        read_dataset(path, tokenizer(eos_token_id=None))
+
+
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}])
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="read_dataset: "):
+        read_dataset(tmp_path / "data.jsonl", tokenizer(), **options)
+
+
+# ---- batches ----
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Any:
+    rows = [{"text": chr(97 + n % 26) * (1 + n * 7 % 11)} for n in range(50)]
+    return read_dataset(write(tmp_path, *rows), tokenizer())
+
+
+def batches_of(batches: TokenBatches, epoch: int, skip: int = 0) -> list[list[int]]:
+    return [[*batch.ids.tolist(), *batch.starts.tolist()] for batch, _ in batches.epoch(epoch, skip)]
+
+
+@pytest.mark.parametrize("size", [{"batch_tokens": 32}, {"batch_examples": 7}])
+def test_every_example_comes_once_in_an_epoch_and_any_batch_can_be_reached(many: Any, size: Any) -> None:
+    batches = TokenBatches(many, **size, seed=3)
+    everything = sorted(tuple(ids.tolist()) for ids, _ in many)
+    orders = []
+    for epoch in range(3):
+        seen = []
+        for batch, targets in batches.epoch(epoch):
+            assert targets is batch.targets
+            starts = batch.starts.tolist()
+            seen += [tuple(batch.ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+        assert sorted(seen) == everything
+        orders.append(seen)
+        whole = batches_of(batches, epoch)
+        assert len(whole) == batches.length
+        for skip in range(batches.length + 1):
+            assert batches_of(batches, epoch, skip) == whole[skip:]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert batches_of(TokenBatches(many, **size, seed=3), 1) == batches_of(batches, 1)
+    assert batches_of(TokenBatches(many, **size, seed=4), 1) != batches_of(batches, 1)
+
+
+def test_without_shuffling_the_order_is_the_files(many: Any) -> None:
+    for size in ({"batch_tokens": 32}, {"batch_examples": 7}):
+        batches = TokenBatches(many, **size, shuffle=False)
+        ids = np.concatenate([batch.ids for batch, _ in batches.epoch(5)])
+        assert ids.tolist() == [id_ for example, _ in many for id_ in example.tolist()]
+
+
+def test_a_batch_has_at_most_its_tokens_unless_one_example_has_more(many: Any) -> None:
+    for tokens in (1, 12, 40, 10**6):
+        batches = TokenBatches(many, batch_tokens=tokens)
+        for batch, _ in batches:
+            assert len(batch.ids) <= tokens or len(batch.starts) == 2
+    assert TokenBatches(many, batch_tokens=1).length == 50
+    assert TokenBatches(many, batch_tokens=10**6).length == 1
+
+
+def test_the_identity_tells_other_data_and_other_batches(tmp_path: Path, many: Any) -> None:
+    identity = TokenBatches(many, batch_tokens=32).identity()
+    json.dumps(identity)
+    other = read_dataset(write(tmp_path, {"text": "a"}), tokenizer())
+    others = [
+        TokenBatches(other, batch_tokens=32),
+        TokenBatches(many, batch_tokens=33),
+        TokenBatches(many, batch_examples=32),
+        TokenBatches(many, batch_tokens=32, seed=1),
+        TokenBatches(many, batch_tokens=32, shuffle=False),
+    ]
+    assert all(batches.identity() != identity for batches in others)
+    assert TokenBatches(many, batch_tokens=32).identity() == identity
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_tokens": 1, "batch_examples": 1}, {"batch_tokens": 0}, {"batch_examples": 0}]
+)
+def test_a_size_that_is_none_is_refused(many: Any, options: Any) -> None:
+    with pytest.raises(ValueError, match="TokenBatches: "):
+        TokenBatches(many, **options)

@@ -1,0 +1,498 @@
+"""The compiled pieces of a language model against float64 NumPy, on awkward shapes."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import nplora
+import reference
+from nplora import _core
+
+Array = NDArray[Any]
+
+U = 2.0**-24
+EXP = 4 * U  # the relative error of one exponential
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def wide(*arrays: Array) -> list[Array]:
+    return [array.astype(np.float64) for array in arrays]
+
+
+def unwritten(*shape: int) -> Array:
+    """NaN everywhere: an element that is not written fails its test."""
+    return np.full(shape, np.nan, np.float32)
+
+
+# ---- RMSNorm ----
+
+ROWS = [(0, 4), (3, 0), (1, 1), (5, 7), (3, 16), (2, 33), (40, 576), (7, 1001), (1, 8192)]
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize(("n", "d"), ROWS)
+def test_rms_norm_matches_the_oracle(n: int, d: int, eps: float, rng: np.random.Generator) -> None:
+    x, weight, y = normal(rng, n, d), normal(rng, d), unwritten(n, d)
+    _core.rms_norm(x, weight, eps, y)
+    if d == 0:
+        return
+    exact = reference.rms_norm(*wide(x, weight), eps)
+    # the mean of squares errs by gamma_(d + 2), its root by half of that, then four roundings
+    assert (np.abs(y - exact) <= (reference.gamma(d + 2) / 2 + 5 * U) * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("n", "d"), ROWS)
+def test_rms_norm_backward_matches_the_oracle(
+    n: int, d: int, accumulate: bool, rng: np.random.Generator
+) -> None:
+    dy, x, weight = normal(rng, n, d), normal(rng, n, d), normal(rng, d)
+    before = normal(rng, n, d) if accumulate else unwritten(n, d)
+    dx = before.copy()
+    _core.rms_norm_backward(dy, x, weight, 1e-5, dx, accumulate)
+    if d == 0:
+        return
+    dy, x, weight = wide(dy, x, weight)
+    exact = reference.rms_norm_backward(dy, x, weight, 1e-5) + (before if accumulate else 0)
+    r = 1 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5)
+    along = np.abs(x) * r**3 * np.abs(dy * weight * x).mean(axis=-1, keepdims=True)
+    magnitude = r * np.abs(dy * weight) + along + (np.abs(before) if accumulate else 0)
+    assert (np.abs(dx - exact) <= reference.gamma(3 * d + 12) * magnitude).all()
+
+
+def test_rms_norm_backward_of_the_oracle_is_the_slope_of_its_forward(rng: np.random.Generator) -> None:
+    x, weight, c = rng.standard_normal((3, 8)), rng.standard_normal(8), rng.standard_normal((3, 8))
+    dx = reference.rms_norm_backward(c, x, weight, 1e-3)
+    assert (
+        reference.gradient_error(
+            lambda: float((c * reference.rms_norm(x, weight, 1e-3)).sum()), [(x, dx)], rng
+        )
+        <= 1e-6
+    )
+
+
+# ---- RoPE ----
+
+
+def rotary_table(angles: Array) -> Array:
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("n", "heads", "dim"), [(0, 2, 4), (1, 1, 2), (5, 3, 6), (9, 2, 16), (33, 9, 64), (7, 1, 250)]
+)
+def test_rope_turns_pairs_forward_and_back(
+    n: int, heads: int, dim: int, interleaved: bool, rng: np.random.Generator
+) -> None:
+    angles = rng.uniform(-40, 40, (50, dim // 2))
+    table, positions, x = rotary_table(angles), rng.integers(0, 50, n), normal(rng, n, heads * dim)
+    turned = x.copy()
+    _core.rope(turned, positions, table, interleaved, False)
+    exact = reference.rope(x.reshape(n, heads, dim).astype(np.float64), angles[positions], interleaved)
+    size = reference.rope(np.square(x.reshape(n, heads, dim)).astype(np.float64), 0 * angles[positions], True)
+    longest = 2 * np.sqrt(size.max(initial=0))  # of a pair
+    assert (np.abs(turned.reshape(exact.shape) - exact) <= 4 * U * longest).all()
+    _core.rope(turned, positions, table, interleaved, True)
+    assert (np.abs(turned - x) <= 8 * U * longest).all()
+
+
+def test_rope_refuses_positions_that_the_table_has_not() -> None:
+    x, table = np.ones((2, 4), np.float32), rotary_table(np.zeros((3, 2)))
+    for bad in (3, -1):
+        with pytest.raises(ValueError, match=f"positions holds {bad}, expected at least 0 and below 3"):
+            _core.rope(x, np.array([0, bad]), table, False, False)
+    with pytest.raises(ValueError, match="heads of the table's width"):
+        _core.rope(x, np.array([0, 1]), rotary_table(np.zeros((3, 3))), False, False)
+    assert (x == 1).all()
+
+
+# ---- SwiGLU ----
+
+
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 17), (40, 1536), (1, 16400)])
+def test_swiglu_and_its_backward_match_the_oracle(
+    shape: tuple[int, int], spread: float, rng: np.random.Generator
+) -> None:
+    gate, up, dout = (spread * normal(rng, *shape), normal(rng, *shape), normal(rng, *shape))
+    out, dgate, dup = unwritten(*shape), unwritten(*shape), unwritten(*shape)
+    _core.swiglu(gate, up, out)
+    _core.swiglu_backward(dout, gate, up, dgate, dup)
+    g, u, d = wide(gate, up, dout)
+    exact = reference.swiglu(g, u)
+    exact_dgate, exact_dup = reference.swiglu_backward(d, g, u)
+    tiny = 1e-36 * (1 + np.abs(u) + np.abs(d * u))  # where exp(-gate) overflows
+    assert (np.abs(out - exact) <= (EXP + 6 * U) * np.abs(exact) + tiny).all()
+    assert (np.abs(dup - exact_dup) <= (EXP + 6 * U) * np.abs(exact_dup) + tiny).all()
+    s = 1 / (1 + np.exp(-g))
+    magnitude = np.abs(d * u) * s * (1 + np.abs(g) * (1 - s + 2 * U))
+    assert (
+        np.abs(dgate - exact_dgate) <= 2 * (EXP + 8 * U) * magnitude + 2 * U * np.abs(d * u * g) * s + tiny
+    ).all()
+
+    _core.swiglu_backward(dout, gate, up, gate, up)
+    assert np.array_equal(gate, dgate)
+    assert np.array_equal(up, dup)
+
+
+def test_swiglu_backward_of_the_oracle_is_the_slope_of_its_forward(rng: np.random.Generator) -> None:
+    gate, up, c = (rng.standard_normal((3, 8)) for _ in range(3))
+    pairs = list(zip((gate, up), reference.swiglu_backward(c, gate, up), strict=True))
+    assert reference.gradient_error(lambda: float((c * reference.swiglu(gate, up)).sum()), pairs, rng) <= 1e-6
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e4, 1e4, 0.0])
+def test_swiglu_saturates_and_propagates(value: float) -> None:
+    gate, up = np.full((1, 3), value, np.float32), np.full((1, 3), 2, np.float32)
+    out = unwritten(1, 3)
+    _core.swiglu(gate, up, out)
+    expected = {-1e4: 0.0, 1e4: 2e4, 0.0: 0.0, np.inf: np.inf}.get(value, np.nan)
+    assert np.array_equal(out, np.full((1, 3), expected), equal_nan=True)
+
+
+# ---- attention ----
+
+
+class Case(NamedTuple):
+    """Packed sequences of these lengths."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int = 0
+
+
+CASES = [
+    Case((), 2, 1, 4),
+    Case((0, 1, 0), 1, 1, 1),
+    Case((1, 2, 3), 3, 1, 2),
+    Case((5, 17), 2, 2, 16),
+    Case((49,), 1, 1, 30),
+    Case((65, 3, 130), 9, 3, 64),
+    Case((200,), 7, 1, 22),
+    Case((70,), 4, 2, 128),
+    Case((40, 33), 2, 1, 256),
+    Case((3,), 60, 1, 6),
+    Case((150,), 2, 2, 80, 1),
+    Case((150, 20), 6, 2, 16, 7),
+    Case((300,), 3, 1, 64, 64),
+    Case((700,), 2, 1, 48, 513),
+    Case((700, 530), 3, 1, 17),
+    Case((1100,), 1, 1, 64, 100),
+]
+
+
+class Attention:
+    """Inputs and results of one case, and the oracle's."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.case = case
+        self.starts = np.cumsum((0, *case.lengths), dtype=np.int64)
+        n, self.scale = int(self.starts[-1]), 1 / math.sqrt(case.dim)
+        self.q, self.dout = (normal(rng, n, case.heads * case.dim) for _ in range(2))
+        self.k, self.v = (normal(rng, n, case.kv_heads * case.dim) for _ in range(2))
+        self.out, self.lse = unwritten(*self.q.shape), unwritten(n, case.heads)
+        self.dq, self.dk, self.dv = (unwritten(*x.shape) for x in (self.q, self.k, self.v))
+
+    @property
+    def options(self) -> tuple[int, int, float, int]:
+        return self.case.heads, self.case.kv_heads, self.scale, self.case.window
+
+    def forward(self) -> None:
+        _core.attention(self.q, self.k, self.v, self.starts, *self.options, self.out, self.lse)
+
+    def backward(self) -> None:
+        saved = (self.q, self.k, self.v, self.out, self.lse)
+        _core.attention_backward(self.dout, *saved, self.starts, *self.options, self.dq, self.dk, self.dv)
+
+    def results(self) -> list[Array]:
+        return [self.out, self.lse, self.dq, self.dk, self.dv]
+
+    def by_head(self, x: Array, heads: int) -> list[list[Array]]:
+        return reference.grouped_heads(x, heads, self.starts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
+    run = Attention(case)
+    run.forward()
+    run.backward()
+    group = case.heads // case.kv_heads
+    q, out, dout, dq = (run.by_head(x, case.heads) for x in (run.q, run.out, run.dout, run.dq))
+    k, v, dk, dv = (run.by_head(x, case.kv_heads) for x in (run.k, run.v, run.dk, run.dv))
+    for sequence, t in enumerate(case.lengths):
+        if t == 0:
+            continue
+        lse = run.lse[run.starts[sequence] : run.starts[sequence + 1]]
+        for kv_head in range(case.kv_heads):
+            keys, values = k[sequence][kv_head], v[sequence][kv_head]
+            dkeys, dvalues = np.zeros_like(keys), np.zeros_like(values)
+            bound_k, bound_v = np.zeros_like(keys), np.zeros_like(values)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                queries, gradient = q[sequence][head], dout[sequence][head]
+                arguments = queries, keys, values, run.scale, case.window
+                exact, exact_lse, p = reference.attention(*arguments)
+                # a score errs by so much (its sum, the scaled query, lse beside it), p by as much relatively
+                score = reference.gamma(case.dim + 3) * run.scale * np.abs(queries) @ np.abs(keys).T
+                score = np.where(reference.sees(t, t, case.window), score, 0)
+                off = score.max(axis=1) * 2 + EXP + reference.gamma(t + 8)
+                assert (np.abs(lse[:, head] - exact_lse) <= off + 4 * U * np.abs(exact_lse)).all()
+                assert (np.abs(out[sequence][head] - exact) <= 2 * off[:, None] * (p @ np.abs(values))).all()
+
+                eq, ek, ev = reference.attention_backward(gradient, *arguments)
+                dkeys += ek
+                dvalues += ev
+                dp = np.abs(gradient) @ np.abs(values).T
+                # ds = p (dp - delta): either errs relative to its sum of magnitudes
+                delta = (np.abs(gradient) * (p @ np.abs(values))).sum(axis=1, keepdims=True)
+                ds = run.scale * p * (dp + delta) * (4 * off[:, None] + reference.gamma(2 * case.dim + 8))
+                assert (
+                    np.abs(dq[sequence][head] - eq)
+                    <= ds @ np.abs(keys)
+                    + reference.gamma(t) * np.abs(run.scale * p * (dp + delta)) @ np.abs(keys)
+                ).all()
+                rounds = reference.gamma(t * group + 4)
+                bound_k += ds.T @ np.abs(queries) + rounds * (run.scale * p * (dp + delta)).T @ np.abs(
+                    queries
+                )
+                bound_v += (p * (2 * off[:, None] + rounds)).T @ np.abs(gradient)
+            assert (np.abs(dk[sequence][kv_head] - dkeys) <= bound_k).all()
+            assert (np.abs(dv[sequence][kv_head] - dvalues) <= bound_v).all()
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_attention_backward_of_the_oracle_is_the_slope_of_its_forward(
+    window: int, rng: np.random.Generator
+) -> None:
+    q, k, v, c = (rng.standard_normal((9, 4)) for _ in range(4))
+    pairs = list(zip((q, k, v), reference.attention_backward(c, q, k, v, 0.5, window), strict=True))
+    assert (
+        reference.gradient_error(
+            lambda: float((c * reference.attention(q, k, v, 0.5, window)[0]).sum()), pairs, rng
+        )
+        <= 1e-6
+    )
+
+
+def test_attention_is_transformers_sliding_window(rng: np.random.Generator) -> None:
+    """window = 1: a query sees itself alone."""
+    run = Attention(Case((20,), 2, 2, 8, 1))
+    run.forward()
+    np.testing.assert_allclose(run.out, run.v, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("thread_limit")
+@pytest.mark.parametrize("case", [Case((700, 30), 3, 1, 64), Case((300, 65), 4, 4, 32, 50)], ids=str)
+def test_attention_has_the_same_bits_on_any_number_of_threads(case: Case) -> None:
+    results = []
+    for threads in (1, 2, 5):
+        nplora.set_num_threads(threads)
+        run = Attention(case)
+        run.forward()
+        run.backward()
+        results.append(run.results())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_reach_their_own_sequence_and_no_other(name: str, value: float) -> None:
+    case = Case((30, 70, 40), 4, 2, 16)
+    clean, spoilt = Attention(case), Attention(case)
+    getattr(spoilt, name)[30, 5] = value  # the first token of the second sequence
+    for run in (clean, spoilt):
+        run.forward()
+        run.backward()
+    others = np.r_[0:30, 100:140]
+    for a, b in zip(clean.results(), spoilt.results(), strict=True):
+        assert np.isfinite(a).all()
+        assert np.array_equal(a[others], b[others])
+    assert not all(np.isfinite(a[30:100]).all() for a in spoilt.results())
+    if name == "v" or (name == "k" and np.isnan(value)):  # which all tokens behind see
+        assert (~np.isfinite(spoilt.out[30:100])).any(axis=1).all()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    run = Attention(Case((100,), 2, 1, 16))
+    run.q *= 1e4
+    run.k *= 1e4
+    run.forward()
+    run.backward()
+    for result in run.results():
+        assert np.isfinite(result).all()
+    exact = reference.attention(
+        *(run.by_head(x, 2)[0][0] for x in (run.q,)),
+        *(run.by_head(x, 1)[0][0] for x in (run.k, run.v)),
+        run.scale,
+        0,
+    )[0]
+    np.testing.assert_allclose(run.out[:, :16], exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "case", [Case((150,), 9, 3, 64), Case((90,), 4, 2, 20, 11), Case((600,), 1, 1, 32)], ids=str
+)
+@pytest.mark.parametrize("pieces", [1, 4, 1000])
+def test_cached_attention_gives_what_the_whole_sequence_gives(case: Case, pieces: int) -> None:
+    """A prompt in one piece, in a few, and token by token, for several sequences whose rows alternate."""
+    first, second = Attention(case, seed=1), Attention(case, seed=2)
+    for run in (first, second):
+        run.forward()
+    (t,) = case.lengths
+    keys, values = (np.full((3, t + 5, case.kv_heads * case.dim), np.nan, np.float32) for _ in range(2))
+    for slot, run in ((2, first), (0, second)):
+        keys[slot, :t], values[slot, :t] = run.k, run.v
+    for rows in np.array_split(np.arange(t), min(pieces, t)):
+        q = np.concatenate([first.q[rows], second.q[rows]])
+        slots = np.repeat(np.array([2, 0]), len(rows))
+        out = unwritten(*q.shape)
+        _core.attention_cached(q, keys, values, slots, np.tile(rows + 1, 2), *first.options, out)
+        np.testing.assert_allclose(
+            out, np.concatenate([first.out[rows], second.out[rows]]), rtol=2e-5, atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 11, 13])
+@pytest.mark.parametrize("dim", [2, 16, 63, 64, 128])
+def test_decoding_matches_the_whole_matrix(group: int, dim: int, rng: np.random.Generator) -> None:
+    lengths = np.array([1, 7, 256, 257, 700])
+    keys, values = normal(rng, 5, 700, 2 * dim), normal(rng, 5, 700, 2 * dim)
+    slots = np.array([4, 0, 0, 2, 1])
+    q, out = normal(rng, 5, 2 * group * dim), unwritten(5, 2 * group * dim)
+    _core.attention_cached(q, keys, values, slots, lengths, 2 * group, 2, 0.2, 0, out)
+    for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        for head in range(2 * group):
+            at, kv = (
+                slice(head * dim, (head + 1) * dim),
+                slice(head // group * dim, (head // group + 1) * dim),
+            )
+            k, v = wide(keys[slot, :length, kv], values[slot, :length, kv])
+            query = q[i : i + 1, at].astype(np.float64)
+            exact, _, p = reference.attention(query, k, v, 0.2, 0)
+            off = reference.gamma(2 * dim + 6) * 0.2 * (np.abs(query) @ np.abs(k.T)).max()
+            bound = (2 * off + EXP + reference.gamma(length + 8)) * 2 * (p @ np.abs(v))
+            assert (np.abs(out[i, at] - exact[0]) <= bound[0]).all()
+
+
+def test_attention_refuses_what_does_not_fit() -> None:
+    run = Attention(Case((4,), 2, 1, 4))
+    rest = run.out, run.lse
+    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads"):
+        _core.attention(run.q, run.k, run.v, run.starts, 2, 3, 1.0, 0, *rest)
+    with pytest.raises(ValueError, match="width of kv_heads"):
+        _core.attention(run.q, run.k, run.v, run.starts, 2, 2, 1.0, 0, *rest)
+    with pytest.raises(ValueError, match="window must be at least 0"):
+        _core.attention(run.q, run.k, run.v, run.starts, 2, 1, 1.0, -1, *rest)
+    for starts in ([0, 3], [1, 4], [0, 5, 4], [0, -1, 4], []):
+        with pytest.raises(ValueError, match="starts must ascend from 0"):
+            _core.attention(run.q, run.k, run.v, np.array(starts, np.int64), 2, 1, 1.0, 0, *rest)
+    cache = np.zeros((2, 3, 4), np.float32)
+    for slot, length, message in (
+        (2, 1, "slots holds 2"),
+        (0, 4, "lengths holds 4"),
+        (0, 0, "lengths holds 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _core.attention_cached(
+                run.q[:1], cache, cache, np.array([slot]), np.array([length]), 2, 1, 1.0, 0, run.out[:1]
+            )
+    assert np.isnan(run.out).all()
+
+
+# ---- cross-entropy ----
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("n", "vocab"), [(0, 3), (1, 1), (3, 2), (5, 17), (7, 2048), (4, 2049), (6, 49152), (2, 100003)]
+)
+def test_cross_entropy_and_its_gradient_match_the_oracle(
+    n: int, vocab: int, gradient: bool, rng: np.random.Generator
+) -> None:
+    logits, targets = 3 * normal(rng, n, vocab), rng.integers(0, vocab, n)
+    targets[1::3] = -100
+    given, losses = logits.copy(), np.full(n, np.nan)
+    _core.cross_entropy(given, targets, 0.25, losses, gradient)
+    if not gradient:
+        assert np.array_equal(given, logits)
+    off = EXP + reference.gamma(min(vocab, 2048) + 8)  # exp(x - max) errs by |x - max| u more
+    for i, target in enumerate(targets):
+        if target == -100:
+            assert losses[i] == 0
+            assert not gradient or not given[i].any()
+            continue
+        row = logits[i].astype(np.float64)
+        lse = np.logaddexp.reduce(row)
+        assert abs(losses[i] - (lse - row[target])) <= off + 40 * U
+        if gradient:
+            p = np.exp(row - lse)
+            one_hot = np.arange(vocab) == target
+            bound = (off + 4 * U + (row.max() - row) * U) * 2 * p + 2 * U * one_hot
+            assert (np.abs(given[i] - 0.25 * (p - one_hot)) <= 0.25 * bound).all()
+
+
+def test_cross_entropy_leaves_ignored_rows_unread() -> None:
+    logits = np.full((2, 5), np.nan, np.float32)
+    logits[1] = 0
+    losses = np.empty(2)
+    _core.cross_entropy(logits, np.array([-100, 2]), 1.0, losses, True)
+    np.testing.assert_allclose(losses, [0, math.log(5)], rtol=1e-7)
+    np.testing.assert_allclose(logits, [[0] * 5, [0.2, 0.2, -0.8, 0.2, 0.2]], rtol=1e-6)
+
+
+def test_cross_entropy_propagates_nan_and_infinity_in_their_row() -> None:
+    for value in (np.nan, np.inf):
+        logits, losses = np.ones((3, 5), np.float32), np.empty(3)
+        logits[1, 3] = value
+        _core.cross_entropy(logits, np.array([0, 0, 0]), 1.0, losses, True)
+        assert np.isnan(losses[1])
+        assert np.isnan(logits[1]).all()
+        assert np.isfinite(losses[[0, 2]]).all()
+        assert np.isfinite(logits[[0, 2]]).all()
+    logits = np.array([[0, -np.inf, 0]], np.float32)  # a token that is ruled out
+    _core.cross_entropy(logits, np.array([0]), 1.0, losses[:1], True)
+    np.testing.assert_allclose(losses[0], math.log(2), rtol=1e-7)
+    assert logits[0, 1] == 0
+
+
+def test_cross_entropy_refuses_targets_out_of_range() -> None:
+    logits, losses = np.ones((2, 5), np.float32), np.empty(2)
+    for bad in (5, -1, -99):
+        with pytest.raises(ValueError, match=f"targets holds {bad}"):
+            _core.cross_entropy(logits, np.array([0, bad]), 1.0, losses, True)
+    assert (logits == 1).all()
+
+
+@pytest.mark.usefixtures("thread_limit")
+def test_the_other_pieces_have_the_same_bits_on_any_number_of_threads(rng: np.random.Generator) -> None:
+    x, weight, gate, up = (
+        normal(rng, 300, 577),
+        normal(rng, 577),
+        normal(rng, 300, 577),
+        normal(rng, 300, 577),
+    )
+    targets = rng.integers(0, 577, 300)
+    results = []
+    for threads in (1, 2, 5):
+        nplora.set_num_threads(threads)
+        y, dx, out, dgate, dup, logits = (unwritten(*x.shape) for _ in range(6))
+        losses = np.empty(300)
+        logits[...] = gate
+        _core.rms_norm(x, weight, 1e-5, y)
+        _core.rms_norm_backward(gate, x, weight, 1e-5, dx, False)
+        _core.swiglu(gate, up, out)
+        _core.swiglu_backward(x, gate, up, dgate, dup)
+        _core.cross_entropy(logits, targets, 0.5, losses, True)
+        results.append([a.tobytes() for a in (y, dx, out, dgate, dup, logits, losses)])
+    assert results[0] == results[1] == results[2]

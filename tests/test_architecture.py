@@ -35,6 +35,7 @@ PYTHON_ROOMS = [
     "updates",
     "combination",
     "merge_files",
+    "model_conversion",
     "info",
     "checkpoint",
     "trainer",

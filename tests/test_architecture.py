@@ -37,6 +37,7 @@ PYTHON_ROOMS = [
     "updates",
     "combination",
     "merge_files",
+    "model_conversion",
     "info",
     "checkpoint",
     "trainer",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
     from nplora.merge_files import merge_adapter
+    from nplora.model_conversion import model_to_gguf
     from nplora.models import LanguageModel, load_model
     from nplora.trainer import Trainer
     from nplora.updates import read_adapter
@@ -53,6 +54,7 @@ _LATE = {
     "load_adapter": "nplora.adapters",
     "load_model": "nplora.models",
     "merge_adapter": "nplora.merge_files",
+    "model_to_gguf": "nplora.model_conversion",
     "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
 }
@@ -103,6 +105,7 @@ __all__ = [
     "losses",
     "merge_adapter",
     "merge_lora",
+    "model_to_gguf",
     "optim",
     "read_adapter",
     "release_memory",

@@ -40,9 +40,12 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from nplora import convert
+    from nplora import convert, model_conversion
 
-    print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
+    if model_conversion.is_model(arguments.source):
+        print(model_conversion.model_to_gguf(arguments.source, arguments.target, arguments.dtype))
+    else:
+        print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
 
 
 def _combine(arguments: argparse.Namespace) -> None:
@@ -94,10 +97,24 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "file", metavar="FILE", nargs="?", help="GGUF, safetensors, *.safetensors.index.json, or an adapter"
     )
-    text = "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back."
+    text = (
+        "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model (Llama, "
+        "Mistral, Qwen2, Qwen3) from Hugging Face's directory to GGUF. Of tokenizers, byte-level BPE alone "
+        "goes along."
+    )
     convert = command("convert", text, _convert)
-    convert.add_argument("source", metavar="SOURCE", help="the adapter: a directory, or a .gguf file")
+    convert.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="the adapter: a directory, or a .gguf file; or the model: a directory, or its model.safetensors",
+    )
     convert.add_argument("target", metavar="TARGET", help="what is written: a .gguf file, or a directory")
+    convert.add_argument(
+        "--dtype",
+        default="same",
+        help="of a model's matrices: same, float32, float16, bfloat16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, "
+        "q5_k or q6_k (default: same)",
+    )
     convert.add_argument(
         "--base",
         metavar="MODEL",

@@ -25,6 +25,12 @@ _IN_A_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
 _OUTSIDE_BACK = {theirs: name for name, theirs in _OUTSIDE.items()}
 _IN_A_LAYER_BACK = {theirs: name for name, theirs in _IN_A_LAYER.items()}
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
@@ -38,6 +44,17 @@ def to_gguf(name: str) -> str | None:
         return _OUTSIDE.get(name)
     layer = _IN_A_LAYER.get(match[2])
     return None if layer is None else f"blk.{match[1]}.{layer}"
+
+
+def tensor_to_gguf(name: str) -> str | None:
+    """GGUF's name of any tensor, of "model.layers.0.input_layernorm.weight" say; None if it has none."""
+    layer, _, kind = name.rpartition(".")
+    match = _LAYER.fullmatch(layer)
+    norm = "output_norm" if layer == "model.norm" else None
+    if match is not None and match[2] in _NORMS:
+        norm = f"blk.{match[1]}.{_NORMS[match[2]]}"
+    stored = norm or to_gguf(layer)
+    return None if stored is None else f"{stored}.{kind}"
 
 
 def from_gguf(name: str) -> str | None:

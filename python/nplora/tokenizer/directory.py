@@ -34,8 +34,8 @@ def from_directory(path: StrPath) -> Tokenizer:
     """
     directory = Path(path)
     backend = _backend(directory / "tokenizer.json")
-    config = _read_json(directory / "tokenizer_config.json")
-    generation = _read_json(directory / "generation_config.json")
+    config = read_json(directory / "tokenizer_config.json")
+    generation = read_json(directory / "generation_config.json")
     source = files.name(directory)
     ends = generation.get("eos_token_id")
     return Tokenizer(
@@ -45,7 +45,7 @@ def from_directory(path: StrPath) -> Tokenizer:
         eos_id=_named(backend, config, "eos_token", source),
         end_ids=[_checked(backend, id_, source) for id_ in (ends if isinstance(ends, list) else [ends])
                  if id_ is not None],
-        chat_template=_chat_template(directory, config),
+        chat_template=chat_template(directory, config),
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _patterns(backend: Any) -> Iterator[str]:
             waiting.extend(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """An object of JSON; empty where there is no file."""
     try:
         raw = files.read(path, MAX_CONFIG)
@@ -120,7 +120,7 @@ def _checked(backend: Any, id_: object, source: str) -> int:
     return id_
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+def chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     try:
         return bytes(files.read(path, _MAX_TEMPLATE)).decode("utf-8")

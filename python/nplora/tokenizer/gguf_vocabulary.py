@@ -14,8 +14,8 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
-_KEY = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # `token_type`
+KEY = "tokenizer.ggml."
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `token_type`
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SPACE = "▁"  # what SentencePiece writes for a space
 
@@ -25,7 +25,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {
+SPLITS = {
     "default": None,
     "gpt-2": None,
     "smollm": None,  # after every digit was set apart
@@ -52,15 +52,15 @@ class _Vocabulary:
 
     def __init__(self, metadata: Metadata, source: str) -> None:
         self.metadata, self.source = metadata, source
-        self.model = metadata.string(f"{_KEY}model")
+        self.model = metadata.string(f"{KEY}model")
         if self.model not in ("gpt2", "llama"):
             raise UnsupportedError(f"{source}: a tokenizer {brief(self.model)}, read are 'gpt2' and 'llama'")
         self.ids = self._read_ids()
         self.tokens = list(self.ids)
-        self.types = np.full(len(self.tokens), _NORMAL)
-        if f"{_KEY}token_type" in metadata:
-            self.types = metadata.array(f"{_KEY}token_type", "INT32", len(self.tokens))
-        for id_ in np.flatnonzero(self.types == _BYTE):
+        self.types = np.full(len(self.tokens), NORMAL)
+        if f"{KEY}token_type" in metadata:
+            self.types = metadata.array(f"{KEY}token_type", "INT32", len(self.tokens))
+        for id_ in np.flatnonzero(self.types == BYTE):
             if not _BYTE_TOKEN.fullmatch(self.tokens[id_]):
                 raise FormatError(f"{source}: token {id_}, of a byte, is {brief(self.tokens[id_])}")
 
@@ -80,7 +80,7 @@ class _Vocabulary:
         )
 
     def _read_ids(self) -> dict[str, int]:
-        strings = self.metadata.strings(f"{_KEY}tokens")
+        strings = self.metadata.strings(f"{KEY}tokens")
         if len(strings) > MAX_TOKENS:
             raise LimitError(f"{self.source}: {len(strings):,} tokens, at most {MAX_TOKENS:,} are read")
         ids: dict[str, int] = {}
@@ -95,30 +95,30 @@ class _Vocabulary:
         return ids
 
     def _special(self, key: str) -> int | None:
-        if _KEY + key not in self.metadata:
+        if KEY + key not in self.metadata:
             return None
-        id_ = self.metadata.integer(_KEY + key)
+        id_ = self.metadata.integer(KEY + key)
         if not 0 <= id_ < len(self.tokens):
-            raise FormatError(f"{self.source}: {_KEY}{key} is {id_}, there are {len(self.tokens):,} tokens")
+            raise FormatError(f"{self.source}: {KEY}{key} is {id_}, there are {len(self.tokens):,} tokens")
         return id_
 
     def _flag(self, key: str, default: bool) -> bool:
-        return self.metadata.boolean(_KEY + key, default)
+        return self.metadata.boolean(KEY + key, default)
 
     # ---- the two kinds ----
 
     def _byte_level(self) -> Any:
         package = backend_package()
-        pre = self.metadata.string(f"{_KEY}pre", "default")
-        if pre not in _SPLITS:
+        pre = self.metadata.string(f"{KEY}pre", "default")
+        if pre not in SPLITS:
             raise UnsupportedError(
-                f"{self.source}: {_KEY}pre is {brief(pre)}, read are {', '.join(map(repr, _SPLITS))}"
+                f"{self.source}: {KEY}pre is {brief(pre)}, read are {', '.join(map(repr, SPLITS))}"
             )
         model = package.models.BPE(
             vocab=self.ids, merges=list(self._merges()), ignore_merges=pre == "llama-bpe", fuse_unk=False
         )
         backend = package.Tokenizer(model)
-        split, cut = _SPLITS[pre], package.pre_tokenizers
+        split, cut = SPLITS[pre], package.pre_tokenizers
         steps = [cut.Digits(individual_digits=True)] if pre == "smollm" else []
         if split is not None:
             steps.append(cut.Split(package.Regex(split), behavior="isolated"))
@@ -130,7 +130,7 @@ class _Vocabulary:
         return backend
 
     def _merges(self) -> Iterator[tuple[str, str]]:
-        for number, merge in enumerate(self.metadata.strings(f"{_KEY}merges")):
+        for number, merge in enumerate(self.metadata.strings(f"{KEY}merges")):
             left, _, right = merge.partition(" ")
             for part in (left, right, left + right):
                 if part not in self.ids:
@@ -142,12 +142,12 @@ class _Vocabulary:
     def _sentencepiece(self, unknown: int | None) -> Any:
         """BPE whose order of merges is that of the scores; characters that are no token become bytes."""
         package = backend_package()
-        scores = self.metadata.array(f"{_KEY}scores", "FLOAT32", len(self.tokens))
+        scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
         if not np.isfinite(scores).all():
             worst = int(np.argmin(np.isfinite(scores)))
             raise FormatError(f"{self.source}: the score of token {worst} is not finite")
         if unknown is None:
-            unknown = next(iter(np.flatnonzero(self.types == _UNKNOWN).tolist()), None)
+            unknown = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
         model = package.models.BPE(
             vocab=self.ids,
             merges=self._merges_by_score(scores),
@@ -167,7 +167,7 @@ class _Vocabulary:
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
         """All pairs of tokens that make a token, the best first."""
-        plain = {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == _NORMAL}
+        plain = {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         merges = []
         for id_ in np.argsort(-scores, kind="stable"):
             token = self.tokens[id_]
@@ -181,14 +181,14 @@ class _Vocabulary:
 
     def _add_special(self, backend: Any) -> None:
         added = backend_package().AddedToken
-        for id_ in np.flatnonzero(np.isin(self.types, (_UNKNOWN, _CONTROL, _USER_DEFINED))):
-            special = self.types[id_] != _USER_DEFINED
+        for id_ in np.flatnonzero(np.isin(self.types, (UNKNOWN, CONTROL, USER_DEFINED))):
+            special = self.types[id_] != USER_DEFINED
             token = added(self.tokens[id_], special=special, normalized=False)
             (backend.add_special_tokens if special else backend.add_tokens)([token])
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Have the text begin with BOS and end with EOS where the file wants that."""
-        begins = self.model == "llama" or self.metadata.string(f"{_KEY}pre", "") in _BEGINS_WITH_BOS
+        begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = [bos] if bos is not None and self._flag("add_bos_token", begins) else []
         after = [eos] if eos is not None and self._flag("add_eos_token", False) else []
         if before or after:

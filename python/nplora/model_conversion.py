@@ -1,0 +1,248 @@
+"""A language model from Hugging Face's files to GGUF: names, rows in its order, types, hyperparameters.
+
+The file is written as it is read, a few rows at a time. Its tokenizer goes with it where that is byte-level
+BPE of a kind that llama.cpp has a name for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _check, storages
+from nplora.formats import files, gguf, gguf_names, safetensors, sharded
+from nplora.formats.errors import UnsupportedError
+from nplora.formats.files import StrPath
+from nplora.formats.gguf import Typed
+from nplora.models import hf_config
+from nplora.models.config import ModelConfig
+from nplora.models.weights import SafetensorsWeights, require_tensors
+from nplora.tokenizer import gguf_metadata
+
+Array = NDArray[Any]
+Opened: TypeAlias = "safetensors.SafetensorsFile | sharded.ShardedFile"
+
+_CONFIG = "config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ELEMENTS_AT_A_TIME = 1 << 20
+# What takes the place of a type whose blocks are longer than a matrix's rows, as in llama.cpp.
+_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+# llama.cpp's numbers for a file by its most common type (llama_ftype).
+_FILE_TYPES = {
+    "float32": 0, "float16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14,
+    "q5_k": 16, "q6_k": 18, "bfloat16": 32,
+}  # fmt: skip
+_QUANTIZATION_VERSION = 2  # of the layouts of blocks, which have not changed since
+DTYPES = ("same", *_FILE_TYPES)
+
+
+@dataclass(frozen=True)
+class ModelConversion:
+    """What `model_to_gguf` wrote.
+
+    Attributes:
+        target: the file.
+        architecture: GGUF's name for the model's family.
+        types: how many tensors there are of each of ggml's types.
+        tokenizer: whether the tokenizer is in the file.
+    """
+
+    target: str
+    architecture: str
+    types: dict[str, int]
+    tokenizer: bool
+
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {name}" for name, count in self.types.items())
+        text = f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"
+        return (
+            text if self.tokenizer else f"{text}\nwithout a tokenizer: none was found that is byte-level BPE"
+        )
+
+
+def is_model(source: StrPath) -> bool:
+    """Whether this is a model of Hugging Face's kind: a safetensors file, an index, or a directory of one."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / _CONFIG).exists() and not (path / "adapter_config.json").exists()
+    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+
+
+def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelConversion:
+    """Write a model of the families Llama, Mistral, Qwen2 and Qwen3 as a GGUF file.
+
+    Matrices get the type asked for, or where their rows are no whole blocks of it the next that fits, as in
+    llama.cpp; norms and biases are float32. Rows of q and k are permuted where the architecture wants that.
+
+    Args:
+        source: a directory with config.json and model.safetensors in one file or in shards, or the file or
+            index in such a directory.
+        dtype: "same", "float32", "float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k",
+            "q5_k" or "q6_k".
+    Raises:
+        UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF.
+        FormatError: a file breaks its format or is not the model that config.json tells of.
+        ValueError: path is no .gguf file, dtype is not available, or a value does not fit in it.
+        OSError: a file cannot be read, or the disk refuses.
+    """
+    op = "model_to_gguf"
+    _check.choice(op, "dtype", dtype, DTYPES)
+    if Path(path).suffix != ".gguf":
+        raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+    directory = Path(source) if Path(source).is_dir() else Path(source).parent
+    config = hf_config.read(directory / _CONFIG)
+    file = _open(Path(source))
+    require_tensors(SafetensorsWeights(file, "float32"), config)
+    architecture = gguf_names.ARCHITECTURES[config.model_type]
+    tensors = dict(_tensors(file, config, architecture, dtype))
+    types = Counter(tensor.type for tensor in tensors.values())
+    words = _tokenizer(directory, config.vocab_size)
+    metadata = _metadata(directory.resolve().name, config, architecture, _main_storage(tensors))
+    files.replace([gguf.new_file(path, tensors, metadata | (words or {}))])
+    return ModelConversion(files.name(path), architecture, dict(types.most_common()), words is not None)
+
+
+def _open(path: Path) -> Opened:
+    if path.is_dir():
+        path = path / _INDEX if (path / _INDEX).exists() else path / _WEIGHTS
+    return sharded.open(path) if path.name.endswith(".index.json") else safetensors.open(path)
+
+
+def _tokenizer(directory: Path, vocab_size: int) -> dict[str, Any] | None:
+    try:
+        return gguf_metadata.from_directory(directory, vocab_size)
+    except FileNotFoundError:
+        return None
+
+
+# ---- tensors ----
+
+
+def _tensors(
+    file: Opened, config: ModelConfig, architecture: str, dtype: str
+) -> Iterator[tuple[str, gguf.Stream]]:
+    factors = _rope_factors(config)
+    if factors is not None:
+        raw = np.ascontiguousarray(factors, "<f4")
+        yield "rope_freqs.weight", gguf.Stream("F32", raw.shape, lambda: [raw.data])
+    for name, shape in config.shapes():
+        stored = gguf_names.tensor_to_gguf(name)
+        assert stored is not None
+        source = file[name]
+        if source.dtype not in storages.FLOATS:
+            raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
+        storage = _storage(source.dtype, shape, dtype)
+        order = _order(architecture, stored, shape[0], config)
+        chunks = _chunks(name, source.array.reshape(shape[0], -1), source.dtype, storage, order)
+        yield stored, gguf.Stream(storages.GGML_NAMES[storage], shape, chunks)
+
+
+def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Vectors are float32, as ggml adds and multiplies them; a matrix's rows must be whole blocks."""
+    if len(shape) == 1:
+        return "float32"
+    wanted = given if dtype == "same" else dtype
+    for storage in (wanted, _FALLBACKS.get(wanted, wanted)):
+        if storages.fits(storage, shape[-1]):
+            return "float32" if storage == "float64" else storage
+    return "float16"
+
+
+def _main_storage(tensors: Mapping[str, gguf.Stream]) -> str:
+    """What most elements are stored in."""
+    elements = Counter[str]()
+    for tensor in tensors.values():
+        elements[tensor.type] += int(np.prod(tensor.shape))
+    name = elements.most_common(1)[0][0]
+    return next(storage for storage, ggml in storages.GGML_NAMES.items() if ggml == name)
+
+
+def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Array | None:
+    """The order of rows (of a bias: of its elements) in GGUF, where it is another one."""
+    layer = stored.rpartition(".")[0]
+    if not gguf_names.is_permuted(architecture, layer):
+        return None
+    is_query = layer.endswith("attn_q")
+    return gguf_names.row_order(rows, config.num_attention_heads if is_query else config.num_key_value_heads)
+
+
+def _chunks(
+    name: str, rows: Array, given: str, storage: str, order: Array | None
+) -> Callable[[], Iterator[memoryview]]:
+    step = max(1, _ELEMENTS_AT_A_TIME // max(1, rows.shape[1]))
+
+    def chunks() -> Iterator[memoryview]:
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            piece = np.ascontiguousarray(rows[part] if order is None else rows[order[part]])
+            raw = piece.reshape(len(piece), -1).view(np.uint8)
+            if storage != given:
+                raw = _stored(name, storages.decode(raw, given, piece.shape[1]), storage)
+            yield raw.reshape(-1).data
+
+    return chunks
+
+
+def _stored(name: str, values: Array, storage: str) -> Array:
+    try:
+        raw = storages.encode(values, storage)
+    except ValueError as error:
+        raise ValueError(f"model_to_gguf: tensor {name}: {error}") from error
+    after = storages.decode(raw, storage, values.shape[1]) if storage in storages.FLOATS else values
+    lost = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(after)))
+    if lost:
+        raise ValueError(f"model_to_gguf: tensor {name}: {lost} finite values become infinite in {storage}")
+    return raw
+
+
+# ---- metadata ----
+
+
+def _rope_factors(config: ModelConfig) -> Array | None:
+    """What Llama 3 divides the rotation of each pair by."""
+    if config.rope.llama3 is None:
+        return None
+    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    return config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))
+
+
+def _metadata(name: str, config: ModelConfig, architecture: str, storage: str) -> dict[str, Any]:
+    """The hyperparameters, under llama.cpp's keys."""
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    windows = set(config.sliding_windows)
+    if len(windows) > 1:
+        raise UnsupportedError(
+            f"{config.source}: layers with sliding windows of {sorted(windows)} tokens; GGUF has one for all"
+        )
+    if windows != {0}:
+        sizes["attention.sliding_window"] = windows.pop()
+    metadata: dict[str, Any] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": Typed(_FILE_TYPES[storage], "UINT32"),
+    }
+    if storage in storages.BLOCKS:
+        metadata["general.quantization_version"] = Typed(_QUANTIZATION_VERSION, "UINT32")
+    metadata |= {f"{architecture}.{key}": Typed(value, "UINT32") for key, value in sizes.items()}
+    metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
+    metadata[f"{architecture}.rope.freq_base"] = np.float32(config.rope.theta)
+    if config.rope.linear_factor != 1:
+        metadata[f"{architecture}.rope.scaling.type"] = "linear"
+        metadata[f"{architecture}.rope.scaling.factor"] = np.float32(config.rope.linear_factor)
+    return metadata

@@ -51,6 +51,13 @@ def test_import_brings_only_numpy_along() -> None:
     assert set(run.stdout.split()) <= {"nplora", "numpy"} | sys.stdlib_module_names
 
 
+def test_import_leaves_files_models_and_training_for_later() -> None:
+    code = "import sys, nplora; print(*(m for m in sys.modules if m.startswith('nplora.')))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    late = ("formats", "models", "tokenizer", "trainer", "adapters", "data", "cli")
+    assert not [m for m in run.stdout.split() if m.split(".")[1] in late]
+
+
 def test_import_leaves_the_floating_point_mode_alone() -> None:
     """A subnormal survives: no flush-to-zero, as -ffast-math would set at load."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core, buffers, storages
-from nplora.formats import gguf, safetensors, sharded
-from nplora.formats.errors import UnsupportedError, brief
-from nplora.formats.files import StrPath
+
+if TYPE_CHECKING:  # the readers take longer to import than all else: only who opens a file needs them
+    from nplora.formats import gguf, safetensors, sharded
+    from nplora.formats.files import StrPath
 
 Array = npt.NDArray[Any]
 
@@ -110,6 +111,8 @@ class FrozenWeight:
             FormatError, OSError: as `gguf.open`. KeyError: no tensor of that name; the nearest are told.
             ValueError: it has not two axes, or compute is not available.
         """
+        from nplora.formats import UnsupportedError, gguf
+
         op = "FrozenWeight.from_gguf"
         opened = file if isinstance(file, gguf.GgufFile) else gguf.open(file)
         tensor = opened[name]
@@ -138,6 +141,8 @@ class FrozenWeight:
             FormatError, OSError: as `safetensors.open`. KeyError: no tensor of that name; the nearest are
             told. ValueError: it has not two axes, or compute is not available.
         """
+        from nplora.formats import UnsupportedError, safetensors
+
         op = "FrozenWeight.from_safetensors"
         opened = file if isinstance(file, Mapping) else safetensors.open(file)
         tensor = opened[name]
@@ -325,6 +330,8 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
 
 def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
     """How messages name a tensor, which must have the two axes of a weight."""
+    from nplora.formats.errors import brief
+
     where = f"{op}: {source}: tensor {brief(name)}"
     if len(shape) != 2:
         raise ValueError(f"{where} has shape {shape}, expected (d_out, d_in)")

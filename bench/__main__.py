@@ -19,13 +19,14 @@ from bench import (
     bench_merge,
     bench_product,
     bench_threads,
+    bench_train,
     bench_transformer,
     ceilings,
     plot,
 )
 from bench.timing import on_threads
 
-NAMES = ("product", "rows", "lora_step", "merge", "adamw", "transformer", "threads", "import")
+NAMES = ("product", "rows", "lora_step", "merge", "adamw", "transformer", "train", "threads", "import")
 
 
 def main() -> None:
@@ -58,6 +59,9 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [bench_adamw.run(quick, n) for n in threads]}
         case "transformer":
             return {name: [bench_transformer.run(quick, n) for n in threads]}
+        case "train":
+            rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
+            return {name: rows, "train_peak": [] if quick else bench_train.run_memory(threads[-1])}
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

@@ -37,6 +37,7 @@ void register_elements(py::module_& m) {
       [](const Floats& x, const Floats& weight, double eps, Floats y) {
         require_like("y", y, x);
         require_size("weight", weight, size_t(x.shape(1)));
+        require_aligned(weight);
         const auto from = read(x);
         const auto to = write(y);
         without_gil([&] { rms_norm(from, weight.data(), float(eps), to); });
@@ -49,6 +50,7 @@ void register_elements(py::module_& m) {
         require_like("dy", dy, x);
         require_like("dx", dx, x);
         require_size("weight", weight, size_t(x.shape(1)));
+        require_aligned(weight);
         const auto gradient = read(dy), from = read(x);
         const auto to = write(dx);
         without_gil([&] { rms_norm_backward(gradient, from, weight.data(), float(eps), to, accumulate); });

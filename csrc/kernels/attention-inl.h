@@ -67,7 +67,7 @@ inline Vec<float> sum_of(const Vec<float>* v) {
     return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
 }
 
-// The heads of two queries meet half as many rows as there are lanes: one vector of products for each, whose lanes are summed at once,
+// Two heads of a query meet half as many rows as there are lanes: one vector of products for each, whose lanes are summed at once,
 // by a transpose. The other rows come one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
@@ -76,17 +76,16 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
   const size_t ahead = fetch_distance(kRows, k_stride);
   for (; rows >= kRows; rows -= kRows, k += kRows * k_stride, scores += kRows)
     for (size_t h = 0; h < heads; h += 2) {
-      const bool pair = h + 1 < heads;
+      const size_t second = smaller(h + 1, heads - 1);  // an odd last head meets them twice
       V block[2 * kRows];
       row_products<kRows, true>(dim, q + h * dim, k + h / group * dim, k_stride, ahead, block);
-      const size_t second = pair ? h + 1 : h;
       row_products<kRows, true>(dim, q + second * dim, k + second / group * dim, k_stride, ahead,
                                 block + kRows);
       transpose(block);
       float sums[2 * kRows];
       sum_of<2 * kRows>(block).store(sums);
       __builtin_memcpy(scores + h * s_stride, sums, kRows * sizeof(float));
-      if (pair) __builtin_memcpy(scores + second * s_stride, sums + kRows, kRows * sizeof(float));
+      __builtin_memcpy(scores + second * s_stride, sums + kRows, kRows * sizeof(float));
     }
   for (; rows > 0; --rows, k += k_stride, ++scores)
     for (size_t h = 0; h < heads; ++h) {

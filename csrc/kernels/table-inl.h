@@ -24,6 +24,12 @@ constexpr BlockDecoders make_block_decoders() {
           decode_nf4};
 }
 
+constexpr BlockDots make_block_dots() {
+  return {{dot_blocks<BlockQ4_0>, dot_blocks<BlockQ4_1>, dot_blocks<BlockQ5_0>, dot_blocks<BlockQ5_1>,
+           dot_blocks<BlockQ8_0>, dot_blocks<BlockQ4_K>, dot_blocks<BlockQ5_K>, dot_blocks<BlockQ6_K>},
+          dot_nf4};
+}
+
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           make_products<float>(),
@@ -34,7 +40,8 @@ constexpr KernelTable make_table(const char* isa) {
           make_small<Bf16>(),
           make_small<Bf16Pair>(),
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, pair_rows, pair_bits},
-          make_block_decoders()};
+          make_block_decoders(),
+          make_block_dots()};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -1,4 +1,4 @@
-// Low-bit blocks to float: one body for every instruction set. See kernel_table.h for the contract, base/block_formats.h for the
+// Low-bit blocks to float, and into products: one body for every instruction set. See kernel_table.h for the contract, base/block_formats.h for the
 // layouts.
 //
 // A fused multiply-add gives what a product and a sum would: a float16 has 11 significant bits, a scale at most 7 and a code at most 6,
@@ -34,6 +34,34 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, float* to) {
   for (size_t i = 0; i < kVectors; ++i) fma(q.v[i], d, m).store(to + i * Vec<float>::kLanes);
 }
 
+// Instead of memory, products with some tokens of x: the sums of token t by phase, in chains that alternate from one run of kBytes
+// elements to the next, so that a fused multiply-add does not wait for the one before.
+template <size_t kTokens, size_t kChains>
+struct Dot {
+  const float* x;
+  size_t x_stride;
+  Vec<float> (*sums)[kTokens];  // of kChains
+  size_t at = 0;                // the element of x that a run begins with
+
+  Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
+  void add(size_t i, Vec<float> w) const {
+    Vec<float>(&chain)[kTokens] = sums[at / kBytes % kChains];
+#pragma GCC unroll 4
+    for (size_t t = 0; t < kTokens; ++t)
+      chain[t] = fma(w, Vec<float>::load(x + t * x_stride + at + i * Vec<float>::kLanes), chain[t]);
+  }
+};
+template <size_t kTokens, size_t kChains>
+inline void put(const Floats& q, Vec<float> d, const Dot<kTokens, kChains>& to) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kVectors; ++i) to.add(i, q.v[i] * d);
+}
+template <size_t kTokens, size_t kChains>
+inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, kChains>& to) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
+}
+
 // ---- one block: what its strips share, and strip j ----
 
 template <class Block>
@@ -44,7 +72,8 @@ struct Decoder<BlockQ4_0> {
   const BlockQ4_0& b;
   Vec<float> d = Vec<float>::broadcast(to_float(b.d));
 
-  void strip(size_t, float* to) const {
+  template <class To>
+  void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     put(widen(low_nibbles(q) - 8), d, to);
     put(widen(high_nibbles(q) - 8), d, to + kBytes);
@@ -56,7 +85,8 @@ struct Decoder<BlockQ4_1> {
   const BlockQ4_1& b;
   Vec<float> d = Vec<float>::broadcast(to_float(b.d)), m = Vec<float>::broadcast(to_float(b.m));
 
-  void strip(size_t, float* to) const {
+  template <class To>
+  void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     put(widen(low_nibbles(q)), d, m, to);
     put(widen(high_nibbles(q)), d, m, to + kBytes);
@@ -76,7 +106,8 @@ struct Decoder<BlockQ5_0> {
   const BlockQ5_0& b;
   Vec<float> d = Vec<float>::broadcast(to_float(b.d));
 
-  void strip(size_t, float* to) const {
+  template <class To>
+  void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     const HighBits bits(b.high);
     put(widen((low_nibbles(q) | bits.low) - 16), d, to);
@@ -89,7 +120,8 @@ struct Decoder<BlockQ5_1> {
   const BlockQ5_1& b;
   Vec<float> d = Vec<float>::broadcast(to_float(b.d)), m = Vec<float>::broadcast(to_float(b.m));
 
-  void strip(size_t, float* to) const {
+  template <class To>
+  void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     const HighBits bits(b.high);
     put(widen(low_nibbles(q) | bits.low), d, m, to);
@@ -102,7 +134,8 @@ struct Decoder<BlockQ8_0> {
   const BlockQ8_0& b;
   Vec<float> d = Vec<float>::broadcast(to_float(b.d));
 
-  void strip(size_t, float* to) const {
+  template <class To>
+  void strip(size_t, To to) const {
     put(widen(load_bytes(b.q)), d, to);
     put(widen(load_bytes(b.q + kBytes)), d, to + kBytes);
   }
@@ -133,7 +166,8 @@ struct Decoder<BlockQ4_K> {
   const BlockQ4_K& b;
   SubScales scales{b.d, b.dmin, b.scales};
 
-  void strip(size_t j, float* to) const {
+  template <class To>
+  void strip(size_t j, To to) const {
     const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.q + j / 2 * kStrip + i);
@@ -147,7 +181,8 @@ struct Decoder<BlockQ5_K> {
   const BlockQ5_K& b;
   SubScales scales{b.d, b.dmin, b.scales};
 
-  void strip(size_t j, float* to) const {
+  template <class To>
+  void strip(size_t j, To to) const {
     const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.q + j / 2 * kStrip + i), high = load_bytes(b.high + i);
@@ -165,7 +200,8 @@ struct Decoder<BlockQ6_K> {
     put(widen(load_bytes(b.scales)), Vec<float>::broadcast(to_float(b.d)), scales);
   }
 
-  void strip(size_t j, float* to) const {
+  template <class To>
+  void strip(size_t j, To to) const {
     const size_t half = j / 4, t = j % 4;
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.low + half * 64 + t % 2 * kStrip + i),
@@ -202,6 +238,86 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
       out += n * kStrip;
     }
   }
+}
+
+// ---- the products of a few rows of x with rows of blocks ----
+
+// So many rows are met by all tokens before the next ones are; the same place in the rows that come kFetchAhead later, or more,
+// is fetched meanwhile.
+inline constexpr size_t kFewRows = 8;
+inline size_t fetch_ahead(size_t row_bytes) {
+  const size_t few = kFewRows * row_bytes;
+  return few == 0 ? 0 : (kFetchAhead + few - 1) / few * few;
+}
+
+template <class Block>
+struct BlockRows {
+  static constexpr size_t kElements = Block::kElements;
+  const uint8_t* blocks;
+  size_t row_bytes;
+  size_t ahead = fetch_ahead(row_bytes);
+
+  // Adds elements i ... i + kElements - 1 of a row.
+  template <class To>
+  void add(size_t row, size_t i, const To& to) const {
+    const uint8_t* at = blocks + row * row_bytes + i / kElements * sizeof(Block);
+    for (size_t line = 0; line < sizeof(Block); line += kCacheLine) __builtin_prefetch(at + ahead + line);
+    const Decoder<Block> block{*reinterpret_cast<const Block*>(at)};
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kElements / kStrip; ++j) block.strip(j, to + j * kStrip);
+  }
+};
+
+// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Behind the last row it is taken again.
+template <size_t kTokens, size_t kRows, class Rows>
+inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
+                     float* part, size_t all) {
+  constexpr size_t kChains = kRows * kTokens < 8 ? 2 : 1, kLanes = Vec<float>::kLanes;
+  Vec<float> sums[kRows][kChains][kTokens];
+#pragma GCC unroll 4
+  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kChains * kTokens; ++i) sums[r][i / kTokens][i % kTokens] = Vec<float>::zero();
+  for (size_t i = 0; i < cols; i += Rows::kElements)
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r)
+      w.add(first + smaller(r, rows - 1), i, Dot<kTokens, kChains>{x + i, x_stride, sums[r]});
+#pragma GCC unroll 4
+  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (size_t t = 0; t < kTokens && r < rows; ++t) {
+      const Vec<float> sum = kChains == 1 ? sums[r][0][t] : sums[r][0][t] + sums[r][kChains - 1][t];
+      sum.store(part + (t * all + first + r) * kLanes);
+    }
+}
+
+struct RowRange {
+  size_t first, count;
+};
+
+// m tokens in groups of 4, 2 and 1, which find the rows in L1.
+template <size_t kTokens, class Rows>
+inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
+                      float* part, size_t all) {
+  constexpr size_t kRows = kTokens == 4 ? 2 : 4;
+  for (; m >= kTokens; m -= kTokens, x += kTokens * x_stride, part += kTokens * all * Vec<float>::kLanes)
+    for (size_t i = 0; i < few.count; i += kRows)
+      dot_tile<kTokens, kRows>(w, few.first + i, few.count - i, cols, x, x_stride, part, all);
+  if constexpr (kTokens > 1) dot_tiles<kTokens / 2>(w, few, m, cols, x, x_stride, part, all);
+}
+
+template <class Rows>
+inline void dot_rows(const Rows& w, size_t m, size_t rows, size_t cols, const float* x, size_t x_stride,
+                     float* part) {
+  for (size_t i = 0; i < rows; i += kFewRows)
+    dot_tiles<4>(w, {i, smaller(kFewRows, rows - i)}, m, cols, x, x_stride, part, rows);
+}
+
+template <class Block>
+void dot_blocks(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const float* x,
+                size_t x_stride, float* part) {
+  dot_rows(BlockRows<Block>{static_cast<const uint8_t*>(blocks), row_bytes}, m, rows, cols, x, x_stride,
+           part);
 }
 
 // ---- NF4 ----
@@ -254,6 +370,36 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
       decode_nf4_run(w.codes, i, n, absmax_of(w, i / kElements), levels, to + row * to_stride + c);
       c += n;
     }
+}
+
+// Rows that begin with a block and are whole blocks.
+struct Nf4Rows {
+  static constexpr size_t kElements = BlockNf4::kElements;
+  const Nf4& w;
+  size_t first, row_step;
+  const Levels& levels;
+  size_t ahead = fetch_ahead(row_step / 2);
+
+  template <class To>
+  void add(size_t row, size_t i, const To& to) const {
+    const size_t element = first + row * row_step + i;
+    const uint8_t* codes = w.codes + element / 2;
+    __builtin_prefetch(codes + ahead);
+    const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
+#pragma GCC unroll 2
+    for (size_t j = 0; j < kElements; j += kStrip) {
+      const Bytes q = load_bytes(codes + j / 2);
+      const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
+      put(lookup(levels, in_order.low), d, to + j);
+      put(lookup(levels, in_order.high), d, to + (j + kBytes));
+    }
+  }
+};
+
+inline void dot_nf4(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
+                    size_t x_stride, float* part) {
+  const Levels levels(kLevels.v);
+  dot_rows(Nf4Rows{w, first, row_step, levels}, m, rows, cols, x, x_stride, part);
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -231,6 +231,19 @@ struct BlockDecoders {
                      size_t to_stride);
 };
 
+// The products of small batches with low-bit blocks, decoded in registers: W is read once, as it lies.
+struct BlockDots {
+  // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks, by phase: lane i sums the elements k with k % (lanes / 2) == i.
+  // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted.
+  void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
+                                                       size_t row_bytes, const float* x, size_t x_stride,
+                                                       float* part);
+
+  // The same where row i begins with number first + i * row_step of the flat tensor: those, and cols, are multiples of 64.
+  void (*dots_nf4)(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
+                   size_t x_stride, float* part);
+};
+
 // What a language model computes beside its products. Where an output may be an input, element i of one is written after element i
 // of the other was read.
 struct Transformer {
@@ -302,6 +315,7 @@ struct KernelTable {
   SmallProducts<Bf16Pair> small_pairs;
   Conversions convert;
   BlockDecoders blocks;
+  BlockDots block_dots;
   Transformer transformer;
 
   template <class T>

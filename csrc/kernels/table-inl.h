@@ -25,6 +25,12 @@ constexpr BlockDecoders make_block_decoders() {
           decode_nf4};
 }
 
+constexpr BlockDots make_block_dots() {
+  return {{dot_blocks<BlockQ4_0>, dot_blocks<BlockQ4_1>, dot_blocks<BlockQ5_0>, dot_blocks<BlockQ5_1>,
+           dot_blocks<BlockQ8_0>, dot_blocks<BlockQ4_K>, dot_blocks<BlockQ5_K>, dot_blocks<BlockQ6_K>},
+          dot_nf4};
+}
+
 constexpr Transformer make_transformer() {
   return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward,
           largest,  exp_sum,           scaled,        dot,          transpose,
@@ -43,6 +49,7 @@ constexpr KernelTable make_table(const char* isa) {
           {widen_bfloat16, narrow_bfloat16, widen_float16, narrow_float16, dither_bfloat16, dither_float16,
            pair_rows, pair_bits},
           make_block_decoders(),
+          make_block_dots(),
           make_transformer()};
 }
 

@@ -19,7 +19,7 @@ void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   for (const ForwardPart<T>& part : parts) {
     const size_t threads = useful_threads(flops(x.rows, part.w.d_out, part.w.d_in));
     if constexpr (std::is_same_v<T, float>) {
-      if (computes_pairs(part.w, x.rows)) {
+      if (computes_pairs(part.w, x.rows) && !dots_blocks(part.w)) {
         forward_small<Bf16Pair>(part, x, threads);
         continue;
       }

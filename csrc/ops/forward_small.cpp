@@ -1,4 +1,6 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
+#include <type_traits>
+
 #include "base/parallel.h"
 #include "ops/elements.h"
 #include "ops/forward.h"
@@ -72,11 +74,35 @@ class SmallForward {
 
   // y[:, rows].
   void multiply(Range rows) const {
+    if constexpr (std::is_same_v<W, float>)
+      if (dots_blocks(part_.w)) {
+        for (size_t r = 0; r < rows.count; r += kRowBlock)
+          multiply_blocks({rows.first + r, std::min(kRowBlock, rows.count - r)});
+        return;
+      }
     T* part = scratch<T>(Scratch::kSums, rows.count * lanes_);
     frozen(rows, part);
     if (rank_) add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, true);
     k_.sum_parts(x_.rows, phases_, rows.count, part, bias_at(part_, rows.first), part_.y.data + rows.first,
                  part_.y.stride);
+  }
+
+  // The same, of blocks that are decoded in registers.
+  void multiply_blocks(Range rows) const {
+    const size_t n = x_.rows;
+    T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
+    T* sums = scratch<T>(Scratch::kWeight, n * rows.count);
+    const T* bias = bias_at(part_, rows.first);
+    if (rank_) {
+      add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, false);
+      k_.sum_parts(n, phases_, rows.count, part, bias, part_.y.data + rows.first, part_.y.stride);
+    }
+    dots_of_blocks(part_.w, rows, x_, part);
+    k_.sum_parts(1, lanes_, n * rows.count, part, nullptr, sums, 0);
+    for (size_t t = 0; t < n; ++t, sums += rows.count) {
+      T* y = part_.y.row(t) + rows.first;
+      for (size_t r = 0; r < rows.count; ++r) y[r] = (rank_ ? y[r] : bias ? bias[r] : 0) + sums[r];
+    }
   }
 
   // part (rows, lanes) = [part +] m[rows] xs for a row-major m.

@@ -266,6 +266,19 @@ template Panels<double> row_block(const WeightView&, Range, Range, double*);
 template ColumnBlock<float> column_block(const WeightView&, Range, Range, float*);
 template ColumnBlock<double> column_block(const WeightView&, Range, Range, double*);
 
+bool dots_blocks(const WeightView& w) {
+  return is_blocks(w.storage) && (w.storage != Storage::kNf4 || w.d_in % BlockNf4::kElements == 0);
+}
+
+void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part) {
+  const kernels::BlockDots& k = kernels::table().block_dots;
+  if (w.storage == Storage::kNf4)
+    return k.dots_nf4(x.rows, rows.count, w.d_in, w.nf4, rows.first * w.d_in, w.d_in, x.data, x.stride, part);
+  k.dots[static_cast<size_t>(format_of(w.storage))](
+      x.rows, rows.count, w.d_in, static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride,
+      x.data, x.stride, part);
+}
+
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
     : buffer_(w.rows * w.cols * bytes_per_element(storage)),

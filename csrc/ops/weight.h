@@ -76,6 +76,12 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, kernels
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
 
+// Whether dots_of_blocks takes W: blocks of which each row is a whole number.
+bool dots_blocks(const WeightView& w);
+
+// part (m, rows, lanes / 2) = x W[rows] by phase, as BlockDots computes it.
+void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part);
+
 class PackedWeight {
  public:
   // W as it lies, in memory that outlives this.

@@ -14,7 +14,7 @@ enum class Scratch {
   kSums,          // outputs before they are written: a few 100 KB
   kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
-  kRow,           // a row of such a piece before it is in pairs: kDepthBlock
+  kFewRows,       // a few of its rows before they are in pairs: 2 kDepthBlock
   kDotInputs,     // a small batch of x by token and phase: 8 d_in
   kDotSums,       // and its partial sums: r L
   kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: 512 r

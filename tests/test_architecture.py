@@ -35,7 +35,7 @@ PYTHON_ROOMS = [
     "checkpoint",
     "trainer",
     "plot",
-    "finetune",
+    "finetuning",
     "plan",
     "demo",
     "cli",

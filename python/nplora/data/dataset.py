@@ -213,7 +213,7 @@ class _Encoder:
                 _text(values, "prompt", where, True), _text(values, "completion", where)
             )
         elif "text" in values:
-            ids = [*self._begun(_text(values, "text", where)), self._eos]
+            ids = [*self._tokenizer.encode_prompt(_text(values, "text", where)), self._eos]
             learned = [True] * len(ids)
         else:
             keys = brief(list(values))
@@ -226,17 +226,15 @@ class _Encoder:
         """The tokens of one text that comes in pieces, then EOS."""
         for index, row in enumerate(rows):
             text = row.values["text"]
-            yield self._tokenizer.encode(text) if index else self._begun(text)
+            yield self._tokenizer.encode(text) if index else self._tokenizer.encode_prompt(text)
         yield [self._eos]
-
-    def _begun(self, text: str) -> list[int]:
-        """The tokens of a text and of what the model has before it, but not of what ends it."""
-        ids = self._tokenizer.encode(text, add_special_tokens=True)
-        return ids[:-1] if ids and ids[-1] == self._eos else ids
 
     def _completion(self, prompt: str, completion: str) -> Tokens:
         """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
-        before, ids = self._begun(prompt), self._begun(prompt + completion)
+        before, ids = (
+            self._tokenizer.encode_prompt(prompt),
+            self._tokenizer.encode_prompt(prompt + completion),
+        )
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode(completion)
         ids.append(self._eos)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.losses import NonFiniteLossError
@@ -234,6 +235,27 @@ class LanguageModel(Module):
             logits = self.lm_head.forward(norm_forward(self.model.norm, x[count - 1 :: count].copy()))[0]
         cache.lengths[rows] += count
         return logits
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> str | list[str]:
+        """What the model says after a prompt, or after each of several; the likeliest tokens by default.
+
+        Args:
+            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or a list of
+                either.
+            max_new_tokens: the most tokens of an answer.
+            options: temperature, top_k, top_p, repetition_penalty, stop (a list of texts) and seed, as
+                `nplora.generate.Sampling` has them.
+        Raises:
+            ValueError: an option is out of range, or a prompt is empty or fills the context.
+        """
+        if isinstance(options.get("stop"), list):
+            options["stop"] = tuple(options["stop"])
+        sampling = Sampling(max_new_tokens=max_new_tokens, **options)
+        single = isinstance(prompt, str) or all(isinstance(part, Mapping) for part in prompt)
+        answers = generate(self, [prompt] if single else prompt, sampling)  # type: ignore[arg-type, list-item]
+        return answers[0] if single and answers else answers
 
     # ---- what comes in ----
 

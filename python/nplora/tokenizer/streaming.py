@@ -1,6 +1,6 @@
 """Text out of tokens that come one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no character, or not yet
 _LONGEST = 64  # tokens without one whole character at their end; then they are taken to be nonsense
@@ -13,11 +13,16 @@ class StreamDecoder:
     on its being the first; so the last tokens that were given are decoded again with the new one.
     """
 
-    def __init__(self, decode: Callable[[list[int], bool], str], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int], bool], str],
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
         self._decode, self._skip = decode, skip_special_tokens
-        self._ids: list[int] = []
-        self._context = 0  # tokens at the beginning of _ids whose text was given before the others came
-        self._given = 0  # characters of the text of _ids that were given
+        self._ids = list(context)
+        self._context = len(self._ids)  # tokens whose text was given before the others came
+        self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids that were given
 
     def push(self, id_: int) -> str:
         """The text that this token completes; "" where it completes none."""

@@ -110,6 +110,11 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a text that goes on: begun as the model has it, without an EOS at its end."""
+        ids = self.encode(text, add_special_tokens=True)
+        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
 
@@ -123,9 +128,13 @@ class Tokenizer:
         text: str = self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes token after token and gives whole characters."""
-        return StreamDecoder(self.decode, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder that takes token after token and gives whole characters.
+
+        Args:
+            context: the tokens before the first one, if there are any: their text is not given again.
+        """
+        return StreamDecoder(self.decode, skip_special_tokens, context)
 
     # ---- chats ----
 

@@ -1,0 +1,299 @@
+"""Generation: the choice of tokens against plain oracles and transformers, and how answers end."""
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora.generate import (
+    Sampling,
+    StopText,
+    choose,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    softmax,
+    stream,
+    stream_all,
+)
+from nplora.tokenizer import Tokenizer, from_gguf
+from vocabularies import byte_level, opened, sentencepiece
+
+pytest.importorskip("tokenizers")
+
+CHATML = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
+
+
+class Echo:
+    """A model whose next token follows from its last two, as a table of random numbers has it."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int = 10_000, never: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.config = types.SimpleNamespace(max_position_embeddings=context)
+        self.never = list(never)
+        self.calls: list[tuple[int, int]] = []
+
+    def scores(self, ids: Sequence[int]) -> Any:
+        found = np.random.default_rng([7, *ids[-2:]]).standard_normal(self.tokenizer.vocab_size) * 3
+        found[self.never] = -np.inf
+        return found.astype(np.float32)
+
+    def new_cache(self, slots: int, capacity: int) -> Any:
+        return types.SimpleNamespace(ids=[[] for _ in range(slots)], capacity=capacity)
+
+    def decode(self, token_ids: Any, slots: Any, cache: Any) -> Any:
+        ids = np.asarray(token_ids)
+        ids = ids[:, None] if ids.ndim == 1 else ids
+        self.calls.append(ids.shape)
+        for row, slot in zip(ids.tolist(), slots, strict=True):
+            cache.ids[slot] += row
+            assert len(cache.ids[slot]) <= cache.capacity
+        return np.stack([self.scores(cache.ids[slot]) for slot in slots])
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return from_gguf(opened(byte_level() | {"tokenizer.chat_template": CHATML}))
+
+
+@pytest.fixture
+def lm(tokenizer: Tokenizer) -> Echo:
+    return Echo(tokenizer)
+
+
+def by_hand(lm: Echo, prompt: str, count: int) -> str:
+    ids = lm.tokenizer.encode_prompt(prompt)
+    start = len(ids)
+    while len(ids) < start + count:
+        token = int(lm.scores(ids).argmax())
+        if token in lm.tokenizer.eos_ids:
+            break
+        ids.append(token)
+    return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+# ---- answers ----
+
+
+def test_the_most_likely_tokens_follow_until_the_end(lm: Echo) -> None:
+    prompts = ["hello", "x", "12 12", "zz"]
+    for count in (1, 7, 300):
+        expected = [by_hand(lm, prompt, count) for prompt in prompts]
+        assert generate(lm, prompts, Sampling(max_new_tokens=count)) == expected
+        assert [generate(lm, [prompt], Sampling(max_new_tokens=count))[0] for prompt in prompts] == expected
+
+
+def test_answers_end_at_every_end_token(tokenizer: Tokenizer) -> None:
+    lm = Echo(tokenizer)
+    lm.scores = lambda ids: np.eye(tokenizer.vocab_size)[0 if len(ids) > 4 else 40]  # type: ignore[method-assign]
+    assert generate(lm, ["ab"]) == [tokenizer.decode([40] * 3)]
+    assert tokenizer.eos_ids == {0}
+
+
+def test_a_batch_is_one_call_for_each_token(lm: Echo) -> None:
+    lm.never = [0]
+    generate(lm, ["a", "bc", "def"], Sampling(max_new_tokens=5))
+    assert lm.calls == [(1, 1), (1, 2), (1, 3)] + [(3, 1)] * 4
+
+
+def test_a_long_prompt_is_read_in_pieces(lm: Echo) -> None:
+    prompt = "abcdefg" * 200
+    assert generate(lm, [prompt], Sampling(max_new_tokens=3)) == [by_hand(lm, prompt, 3)]
+    assert lm.calls[:3] == [(1, 512), (1, 512), (1, 376)]
+
+
+def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
+    lm = Echo(tokenizer, context=10, never=[0])
+    assert generate(lm, ["abcdef"]) == [by_hand(lm, "abcdef", 4)]
+    assert lm.calls == [(1, 6)] + [(1, 1)] * 3
+    with pytest.raises(ValueError, match="the prompt has 10 tokens, the model's context is 10"):
+        generate(lm, ["abcdefghij"])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate(lm, ["abc", ""])
+
+
+def test_nothing_is_asked_of_the_model_where_nothing_is_wanted(lm: Echo) -> None:
+    assert generate(lm, []) == []
+    assert generate(lm, ["a", "b"], Sampling(max_new_tokens=0)) == ["", ""]
+    assert not lm.calls
+
+
+def test_a_chat_goes_through_the_template(lm: Echo) -> None:
+    chat = [{"role": "user", "content": "hello"}]
+    assert generate(lm, [chat], Sampling(max_new_tokens=5)) == [by_hand(lm, "user:hello>", 5)]
+
+
+def test_pieces_make_up_the_answer_and_come_while_it_is_made(lm: Echo) -> None:
+    lm.never = [0]
+    sampling = Sampling(max_new_tokens=200)
+    pieces = list(stream(lm, "hello", sampling))
+    assert "".join(pieces) == generate(lm, ["hello"], sampling)[0]
+    assert len(pieces) > 50
+    first = stream(lm, "hello", sampling)
+    lm.calls.clear()
+    next(first)
+    assert len(lm.calls) < 10
+    texts = ["", ""]
+    for index, piece in stream_all(lm, ["hello", "x"], sampling):
+        texts[index] += piece
+    assert texts == generate(lm, ["hello", "x"], sampling)
+
+
+def test_a_space_between_prompt_and_answer_is_kept() -> None:
+    tokenizer = from_gguf(opened(sentencepiece()))
+    answer = tokenizer.encode("a ab")  # "▁a", "▁ab"
+    lm = Echo(tokenizer)
+
+    def scores(ids: Sequence[int]) -> Any:
+        step = len(ids) - len(tokenizer.encode_prompt("nb"))
+        return np.eye(tokenizer.vocab_size)[[*answer, tokenizer.eos_id][step]]
+
+    lm.scores = scores  # type: ignore[method-assign]
+    assert generate(lm, ["nb"]) == [" a ab"]
+
+
+def test_nan_scores_are_an_error(lm: Echo) -> None:
+    lm.scores = lambda ids: np.full(266, np.nan, np.float32)  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="the scores of the token at position 1 are NaN"):
+        generate(lm, ["a"])
+
+
+# ---- stop texts ----
+
+
+def fed(stop: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
+    finder = StopText(stop)
+    for piece in pieces:
+        yield finder.push(piece)
+    yield finder.flush()
+
+
+@pytest.mark.parametrize("stop", [["\n\n"], ["END", "EN"], ["aab"], ["é"], [], ["x", "yx"]])
+def test_an_answer_ends_before_the_first_stop_text_however_it_is_cut(stop: list[str]) -> None:
+    for text in ("one\n\ntwo", "the END", "the E N D EN", "aaaab", "aaa", "café", "", "axyx", "ayxb", "E"):
+        places = [place for word in stop if (place := text.find(word)) >= 0]
+        expected = text[: min(places, default=len(text))]
+        for cut in range(len(text) + 1):
+            assert "".join(fed(stop, [text[:cut], text[cut:]])) == expected
+        assert "".join(fed(stop, list(text))) == expected
+
+
+def test_text_is_held_back_no_longer_than_it_must(lm: Echo) -> None:
+    assert list(fed(["END"], ["aE", "N", "Ex", "EN"])) == ["a", "", "ENEx", "", "EN"]
+    whole = by_hand(lm, "hello", 60)
+    stop = whole[20:23]
+    answer = generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=(stop,)))[0]
+    assert answer == whole[: whole.index(stop)]
+    begun = (whole[-2:] + "!",)  # an answer that ends while a stop text may be coming
+    assert generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=begun))[0] == whole
+    lm.calls.clear()
+    generate(lm, ["hello"], Sampling(max_new_tokens=60, stop=(stop,)))
+    calls = len(lm.calls)
+    lm.calls.clear()
+    generate(lm, ["hello"], Sampling(max_new_tokens=60))
+    assert calls < len(lm.calls)
+
+
+# ---- the choice of a token ----
+
+
+def test_the_same_seed_gives_the_same_text_in_any_batch(lm: Echo) -> None:
+    lm.never = [0]
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=5)
+    both = generate(lm, ["hello", "hello"], sampling)
+    assert both == generate(lm, ["hello", "hello"], sampling)
+    assert both[0] != both[1]  # each prompt has a stream of its own
+    assert generate(lm, ["hello"], sampling)[0] == both[0]
+    assert generate(lm, ["hello"], Sampling(max_new_tokens=20, temperature=1.0, seed=6))[0] != both[0]
+
+
+def test_tokens_come_as_often_as_their_share(rng: np.random.Generator) -> None:
+    scores = np.array([0.0, 1.0, 2.0, -np.inf, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        expected = np.exp(scores / temperature) / np.exp(scores / temperature).sum()
+        sampling = Sampling(temperature=temperature)
+        drawn = [choose(scores, [], sampling, rng) for _ in range(20_000)]
+        found = np.bincount(drawn, minlength=5) / len(drawn)
+        deviation = np.sqrt(expected * (1 - expected) / len(drawn))
+        assert np.all(np.abs(found - expected) <= 5 * deviation)
+
+
+def test_narrow_choices_are_the_most_likely_token(rng: np.random.Generator) -> None:
+    scores = rng.standard_normal(100)
+    for sampling in (
+        Sampling(),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_p=1e-9),
+        Sampling(temperature=1e-6),
+    ):
+        assert {choose(scores, [], sampling, rng) for _ in range(20)} == {int(scores.argmax())}
+
+
+def test_a_token_without_any_share_never_comes() -> None:
+    lowest = types.SimpleNamespace(random=lambda: 0.0)
+    assert choose(np.array([-np.inf, 0.0, 1.0]), [], Sampling(temperature=1.0), lowest) == 1  # type: ignore[arg-type]
+
+
+def test_scores_stay_as_they_are(rng: np.random.Generator) -> None:
+    scores = rng.standard_normal(10).astype(np.float32)
+    before = scores.copy()
+    choose(scores, [1, 2], Sampling(temperature=1.0, top_k=2, repetition_penalty=2.0), rng)
+    assert np.array_equal(scores, before)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_ruled_out_is_what_transformers_rules_out(seed: int) -> None:
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal(500) * 4
+    before = rng.integers(0, 500, 40).tolist()
+    ids, rows = torch.tensor([before]), torch.tensor(scores[None])
+    for k in (1, 3, 50, 500, 900):
+        ours = scores.copy()
+        keep_top_k(ours, k)
+        assert np.array_equal(ours, process.TopKLogitsWarper(k)(ids, rows)[0].numpy())
+    for p in (0.01, 0.3, 0.9, 0.999, 1.0):
+        ours = scores.copy()
+        keep_top_p(ours, p)
+        theirs = process.TopPLogitsWarper(p)(ids, rows)[0].numpy()
+        assert np.array_equal(np.isfinite(ours), np.isfinite(theirs))
+    for penalty in (0.5, 1.2, 3.0):
+        ours = scores.copy()
+        penalise_repetition(ours, before, penalty)
+        theirs = process.RepetitionPenaltyLogitsProcessor(penalty)(ids, rows)[0].numpy()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-15)
+
+
+def test_ties_and_zeros_are_kept_and_one_token_always_is() -> None:
+    scores = np.array([1.0, 3.0, 3.0, 2.0])
+    keep_top_k(scores, 1)
+    assert np.isfinite(scores).tolist() == [False, True, True, False]
+    scores = np.array([5.0, 5.0])
+    keep_top_p(scores, 1e-17)
+    assert np.isfinite(scores).sum() == 1
+    assert softmax(np.array([1000.0, -np.inf])).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0},
+        {"stop": "END"},
+        {"stop": ("",)},
+        {"seed": -1},
+        {"seed": True},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match="generate: "):
+        Sampling(**options)

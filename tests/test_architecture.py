@@ -42,7 +42,7 @@ PYTHON_ROOMS = [
     "checkpoint",
     "trainer",
     "plot",
-    "finetune",
+    "finetuning",
     "plan",
     "demo",
     "cli",

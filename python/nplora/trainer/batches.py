@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,9 @@ Array = npt.NDArray[Any]
 Batch = tuple[Any, Any]
 
 
+@runtime_checkable
 class Batches(Protocol):
-    """A source of (x, y) that can be read again, epoch by epoch."""
+    """A source of (x, y) that can be read again, epoch by epoch; `Trainer.fit` takes one as its x."""
 
     @property
     def length(self) -> int | None:
@@ -143,24 +144,25 @@ class IterableBatches:
         return {"batches": self.length}
 
 
-AnyBatches = ArrayBatches | IterableBatches
-
-
-def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0) -> AnyBatches:
-    """Arrays if there is a y, else an iterable of batches."""
+def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0) -> Batches:
+    """Arrays if there is a y, else batches, or an iterable of them."""
     if y is not None:
         return ArrayBatches(op, x, y, batch_size, shuffle, seed)
+    if isinstance(x, Batches):
+        return x
     if isinstance(x, np.ndarray):
         raise ValueError(f"{op}: x is an array of shape {x.shape}, and y is missing")
     return IterableBatches(op, x)
 
 
-def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> AnyBatches:
+def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> Batches:
     """The validation data: a tuple of two arrays, or an iterable of batches.
 
     Args:
         several: it is read more than once, so that a generator will not do.
     """
+    if isinstance(validation, Batches):
+        return validation
     op, wanted = f"{op}: validation", "expected a tuple (x, y) of arrays or an iterable of batches (x, y)"
     if isinstance(validation, tuple) and len(validation) == 2:
         x, y = validation

@@ -9,12 +9,15 @@ from nplora import losses
 from nplora.losses import Loss
 from nplora.module import Module
 from nplora.trainer.batches import Batches
+from nplora.trainer.fused import FusedLoss
 
 Array = npt.NDArray[Any]
 
 
-def evaluate(model: Module, loss: Loss, batches: Batches) -> dict[str, float]:
+def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
     """The mean loss, weighted by the loss's count, and for class labels the accuracy; without dropout."""
+    if isinstance(loss, FusedLoss):
+        return _evaluate_fused(model, loss, batches)
     total, count, right, labelled = 0.0, 0, 0, 0
     classes = False
     for x, y in batches.epoch(0, 0):
@@ -33,6 +36,16 @@ def evaluate(model: Module, loss: Loss, batches: Batches) -> dict[str, float]:
     if classes:
         metrics["accuracy"] = right / max(1, labelled)
     return metrics
+
+
+def _evaluate_fused(model: Module, loss: FusedLoss, batches: Batches) -> dict[str, float]:
+    total, count = 0.0, 0
+    for x, y in batches.epoch(0, 0):
+        weight = loss.count(x, y)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total += loss.evaluate(model, x, y) * weight
+        count += weight
+    return {"loss": total / max(1, count)}
 
 
 def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:

@@ -10,6 +10,7 @@ from nplora.formats.errors import CorruptError, FormatError
 from nplora.losses import CustomLoss, Loss
 from nplora.module import Module
 from nplora.optim import Optimizer
+from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 
 _MOST = 5  # differences that a message lists
@@ -18,7 +19,7 @@ _MOST = 5  # differences that a message lists
 def settings_of(
     data: dict[str, Any],
     model: Module,
-    loss: Loss,
+    loss: Loss | FusedLoss,
     optimizer: Optimizer,
     accumulate: int,
     options: dict[str, Any],
@@ -43,7 +44,7 @@ def settings_of(
     return result
 
 
-def _loss_name(loss: Loss) -> str:
+def _loss_name(loss: Loss | FusedLoss) -> str:
     if isinstance(loss, CustomLoss):
         return getattr(loss.function, "__qualname__", type(loss.function).__name__)
     return repr(loss) if type(loss).__module__ == "nplora.losses" else type(loss).__qualname__
@@ -75,7 +76,10 @@ def restored_history(
     if checkpoint.base != base:
         raise CorruptError(f"{path}: the checkpoint is of another base model: the frozen weights differ")
     refusal = f"{path}: the checkpoint's run cannot go on with other data or settings"
-    changed = _changes(checkpoint.settings.get("fixed"), settings["fixed"])
+    fixed = checkpoint.settings.get("fixed")
+    if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
+        raise CorruptError(f"{refusal}: the data file, or how it is read, has changed since")
+    changed = _changes(fixed, settings["fixed"])
     if changed:
         raise ValueError(f"{refusal}: {changed}")
     if total_steps is not None and checkpoint.step > total_steps:

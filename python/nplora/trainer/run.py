@@ -15,6 +15,7 @@ from nplora.optim import schedule
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
+from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History, StepRecord
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.nonfinite import first_nonfinite, nonfinite_parameters
@@ -165,6 +166,9 @@ class Run:
     def _gather(self, x: Any, y: Any, gathered: _Gathered) -> None:
         """One batch forward and backward: its gradients, weighted by its count, are added to the others."""
         loss = self._trainer.loss
+        if isinstance(loss, FusedLoss):
+            self._gather_fused(loss, x, y, gathered)
+            return
         streams = [layer.dropout_stream for layer in self._adapters]
         number = self.batch + gathered.batches + 1
         with quiet():
@@ -185,6 +189,27 @@ class Run:
             gradient = gradient * gradient.dtype.type(count / gathered.first_count)
         with quiet():
             self._trainer.backward(gradient, saved)
+        if not self._checked:
+            self._check_buffers()
+
+    def _gather_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: _Gathered) -> None:
+        """The same where forward, loss and backward are one call."""
+        streams = [layer.dropout_stream for layer in self._adapters]
+        gathered.batches += 1
+        count = loss.count(x, y)
+        if count == 0:
+            return
+        gathered.first_count = gathered.first_count or count
+        with quiet():
+            value = loss.forward_backward(self.model, x, y, 1 / gathered.first_count)
+        if not math.isfinite(value):
+            self._set_streams(streams)
+            bad = nonfinite_parameters(self._parameters, gradients=False)
+            where = f"{', '.join(bad)} are not finite" if bad else "all parameters are finite"
+            number = self.batch + gathered.batches
+            raise NonFiniteLossError(f"{self._where()}: the loss of batch {number} is {value}: {where}")
+        gathered.count += count
+        gathered.loss += value
         if not self._checked:
             self._check_buffers()
 

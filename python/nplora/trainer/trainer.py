@@ -16,6 +16,7 @@ from nplora.optim import SCHEDULES, AdamW, Optimizer
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import check_rows, evaluate, predict
+from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
 from nplora.trainer.run import Plan, Run
@@ -31,7 +32,8 @@ class Trainer:
 
     Args:
         model: a Module.
-        loss: "mse", "cross_entropy", "bce", "huber", or a callable (prediction, target) -> (loss, gradient).
+        loss: "mse", "cross_entropy", "bce", "huber", a callable (prediction, target) -> (loss, gradient), or
+            a `FusedLoss` for a model whose output is too large to be kept.
         optimizer: AdamW or SGD; None: AdamW(). Its state goes on from one `fit` to the next.
         schedule: "constant", "linear" or "cosine": what becomes of the learning rate after the warm-up.
         warmup_steps: steps over which the learning rate rises to the optimiser's `lr`.
@@ -49,7 +51,7 @@ class Trainer:
     def __init__(
         self,
         model: Module,
-        loss: str | LossFunction = "cross_entropy",
+        loss: str | LossFunction | FusedLoss = "cross_entropy",
         optimizer: Optimizer | None = None,
         *,
         schedule: str = "constant",
@@ -63,7 +65,7 @@ class Trainer:
         if not isinstance(model, Module):
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
         self.model = model
-        self.loss = losses.get(loss)
+        self.loss = loss if isinstance(loss, FusedLoss) else losses.get(loss)
         if not isinstance(optimizer, Optimizer | None):
             raise TypeError(
                 f"Trainer: optimizer is {_kind(optimizer)}, expected an AdamW(...) or SGD(...), or None"
@@ -108,10 +110,10 @@ class Trainer:
         the last whole step left them.
 
         Args:
-            x, y: arrays of one length; or x alone, an iterable of batches (x, y), of which `batch_size` and
-                `shuffle` are not asked. To go on within an epoch, an iterable is read again and its used
-                batches are skipped, so it must give the same ones; for a second epoch it must begin anew,
-                which a generator cannot.
+            x, y: arrays of one length; or x alone, an iterable of batches (x, y) or a `Batches`, of which
+                `batch_size` and `shuffle` are not asked. To go on within an epoch, an iterable is read again
+                and its used batches are skipped, so it must give the same ones; for a second epoch it must
+                begin anew, which a generator cannot.
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
             batch_size: rows of a batch; the last of an epoch may have fewer.
             shuffle: take the rows in an order of their own in each epoch, drawn from (seed, epoch).

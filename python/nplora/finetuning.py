@@ -276,7 +276,7 @@ def evaluate(
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
-    lm = load_model(model, compute) if not isinstance(model, LanguageModel) else model
+    lm = model if isinstance(model, LanguageModel) else load_model(model, compute)
     if adapter is not None:
         attach_adapter(lm, adapter)
     dataset = read_dataset(
@@ -296,6 +296,16 @@ def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]
         total += lm.loss_packed(batch) * batch.num_targets
         tokens += batch.num_targets
     return {"loss": total / max(1, tokens), "tokens": tokens}
+
+
+def load_with_adapter(
+    model: StrPath, adapter: StrPath | None = None, compute: str = "float32"
+) -> LanguageModel:
+    """A model, with a PEFT adapter directory put on it. Raises as `load_model` and `attach_adapter`."""
+    lm = load_model(model, compute)
+    if adapter is not None:
+        attach_adapter(lm, adapter)
+    return lm
 
 
 def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:

@@ -17,57 +17,18 @@ from nplora import cli, finetuning
 from nplora.adapters import save_adapter
 from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter
-from nplora.formats import gguf
 from nplora.formats.errors import CorruptError, DataError, FormatError
-from nplora.formats.gguf import Typed
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.trainer import Callback
-from vocabularies import byte_level
+from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
-
-HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of random numbers, with a byte-level tokenizer."""
-    rng = np.random.default_rng(1)
-    vocabulary = byte_level() | {
-        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"
-    }
-    vocab = len(vocabulary["tokenizer.ggml.tokens"])
-    sizes = {
-        "block_count": BLOCKS,
-        "context_length": CONTEXT,
-        "embedding_length": HIDDEN,
-        "feed_forward_length": FFN,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": HEADS,
-        "vocab_size": vocab,
-    }
-    metadata = {
-        "general.architecture": "llama",
-        **{f"llama.{key}": Typed(value, "UINT32") for key, value in sizes.items()},
-        "llama.attention.layer_norm_rms_epsilon": Typed(1e-5, "FLOAT32"),
-        **vocabulary,
-        "tokenizer.ggml.eos_token_id": Typed(0, "UINT32"),
-    }
-    square, up, down = (HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, HIDDEN), "output": (vocab, HIDDEN)}
-    for i in range(BLOCKS):
-        shapes |= {f"blk.{i}.attn_{part}": square for part in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{i}.ffn_gate": up, f"blk.{i}.ffn_up": up, f"blk.{i}.ffn_down": down}
-    tensors = {
-        f"{name}.weight": rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
-        for name, shape in shapes.items()
-    }
-    norms = ["output_norm", *(f"blk.{i}.{part}_norm" for i in range(BLOCKS) for part in ("attn", "ffn"))]
-    tensors |= {f"{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
-    path = tmp_path_factory.mktemp("model") / "model.gguf"
-    gguf.save(path, tensors, metadata)
-    return path
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
 
 
 @pytest.fixture
@@ -166,6 +127,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
         assert resumed.loss_after == whole.loss_after
 
 
+def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", rank=2, seed=3, lr=1e-30, steps=1)
+    lm = load_model(model)
+    lm.add_lora(rank=2, seed=3)
+    for name, layer in load_with_adapter(model, tmp_path / "out").adapter_layers().items():
+        np.testing.assert_array_equal(layer.B, lm.adapter_layers()[name].B)
+
+
 def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "say:", "completion": "abc"}\n' * 8)
     targets = ("all-linear", "lm_head")
@@ -239,7 +208,8 @@ def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"step \d+"):
+    blame = r"step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer .* is 'model\.layers\.0'"
+    with pytest.raises(NonFiniteLossError, match=blame):
         finetune(model, data, tmp_path / "out", **{**QUICK, "lr": 1e30}, schedule="constant")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora import cli, convert, demo, info, plot
+from nplora import cli, convert, info, plot
+from nplora.demo import dictionary, digits
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,20 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["demo"], ["plot"], ["info"], ["convert"], ["combine"], ["merge"]], ids=" ".join
+    "arguments",
+    [
+        [],
+        ["finetune"],
+        ["eval"],
+        ["generate"],
+        ["merge"],
+        ["combine"],
+        ["convert"],
+        ["info"],
+        ["demo"],
+        ["plot"],
+    ],
+    ids=" ".join,
 )
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -43,16 +57,33 @@ def test_demo_and_plot_hand_their_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(demo, "run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(dictionary, "run", lambda *arguments: calls.append(("dictionary", *arguments)))
+    monkeypatch.setattr(digits, "run", lambda *arguments: calls.append(("digits", *arguments)))
 
     def plot_run(*arguments: Any) -> Path:
         calls.append(arguments)
         return Path("there.png")
 
     monkeypatch.setattr(plot, "plot_run", plot_run)
-    for line in ("demo", "demo --output d --rank 2 --seed 1", "plot r", "plot r --output f.png"):
+    given = "--output d --rank 2 --seed 1"
+    lines = (
+        "demo",
+        "demo digits",
+        f"demo {given}",
+        f"demo digits {given}",
+        "plot r",
+        "plot r --output f.png",
+    )
+    for line in lines:
         assert cli.main(line.split()) == 0
-    assert calls == [("demo", 4, 0), ("d", 2, 1), ("r", None), ("r", "f.png")]
+    assert calls == [
+        ("dictionary", "demo", 8, 0),
+        ("digits", "demo", 4, 0),
+        ("dictionary", "d", 2, 1),
+        ("digits", "d", 2, 1),
+        ("r", None),
+        ("r", "f.png"),
+    ]
     assert capsys.readouterr().out == "there.png\nthere.png\n"
 
 
@@ -99,7 +130,7 @@ def test_errors_of_many_lines_are_folded(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(dictionary, "run", fail)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == f"nplora: error: {' '.join(str(error).split())}\n"
 
@@ -108,7 +139,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(dictionary, "run", fail)
     with pytest.raises(AssertionError):
         cli.main(["demo"])
 
@@ -117,7 +148,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run", interrupt)
+    monkeypatch.setattr(dictionary, "run", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == ""
 

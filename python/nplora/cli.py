@@ -1,14 +1,29 @@
 """The command `nplora`: arguments in, one call, and errors as one line."""
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from nplora import _core
 
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
+T = TypeVar("T")
+
+_MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
+_DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
+_ADAPTER = "the adapter: a directory in PEFT's format"
+_COMPUTES = ("float32", "bfloat16")
+_COMPUTE = "arithmetic of the frozen products (default: float32)"
+
+
+class _UsageError(ValueError):
+    """An option whose value is out of its range."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,9 +34,60 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from nplora import demo
+    if arguments.what == "digits":
+        from nplora.demo import digits
 
-    demo.run(arguments.output, arguments.rank, arguments.seed)
+        digits.run(arguments.output, arguments.rank or 4, arguments.seed)
+    else:
+        from nplora.demo import dictionary
+
+        dictionary.run(arguments.output, arguments.rank or 8, arguments.seed)
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+
+    options = _chosen(arguments, finetuning.FinetuneOptions)
+    _checked(finetuning.FinetuneOptions, options)
+    report = finetuning.finetune(
+        arguments.model, arguments.data, arguments.output, valid=arguments.valid, progress=True, **options
+    )
+    print(report)
+    if report.history.interrupted:
+        raise KeyboardInterrupt
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+
+    result = finetuning.evaluate(
+        arguments.model,
+        arguments.data,
+        adapter=arguments.adapter,
+        compute=arguments.compute,
+        max_length=arguments.max_length,
+        learn=arguments.learn,
+        skip_bad=arguments.skip_bad,
+    )
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"loss {result['loss']:.4f} over {result['tokens']:,} tokens")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+    from nplora.generate import Sampling, stream
+
+    sampling = _checked(Sampling, _chosen(arguments, Sampling))
+    lm = finetuning.load_with_adapter(arguments.model, arguments.adapter, arguments.compute)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if arguments.chat:
+        said = [("system", arguments.system), ("user", prompt)]
+        prompt = [{"role": role, "content": text} for role, text in said if text is not None]
+    for piece in stream(lm, prompt, sampling):
+        print(piece, end="", flush=True)
+    print()
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -71,7 +137,48 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """An option for every field of a dataclass, with the help that its metadata holds."""
+    kinds = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind, name = kinds[field.name], f"--{field.name.replace('_', '-')}"
+        text, choices = field.metadata["help"], field.metadata.get("choices")
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        several = typing.get_origin(kind) is tuple
+        plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]
+        if field.default not in (None, ()):
+            default: Any = field.default
+            text = f"{text} (default: {' '.join(default) if several else default})"
+        parser.add_argument(
+            name,
+            type=plain[0],
+            action="append" if several else "store",
+            choices=choices,
+            metavar=None if choices else plain[0].__name__.upper().replace("STR", "TEXT"),
+            help=text.replace("%", "%%"),
+        )
+
+
+def _chosen(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """What was given of a dataclass's fields."""
+    found = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(options)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _checked(options: Callable[..., T], chosen: dict[str, Any]) -> T:
+    try:
+        return options(**chosen)
+    except (ValueError, TypeError) as error:
+        raise _UsageError(str(error)) from error
+
+
+def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(prog="nplora", description="LoRA fine-tuning on CPUs, from NumPy.")
     parser.add_argument("--version", action="version", version=f"nplora {_core.config()['version']}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -81,11 +188,56 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run_command=run)
         return added
 
-    demo = command("demo", "Adapt a pretrained network of handwritten digits to a changed world.", _demo)
-    demo.add_argument(
-        "--output", metavar="DIR", default="demo", help="where adapter, log and plot are left (default: demo)"
+    text = "Fine-tune a language model on a file of text; the adapter is PEFT's."
+    finetune = command("finetune", text, _finetune)
+    finetune.add_argument("model", metavar="MODEL", help=_MODEL)
+    finetune.add_argument("--data", metavar="FILE", required=True, help=_DATA)
+    finetune.add_argument("--valid", metavar="FILE", help="evaluated before and after every epoch")
+    finetune.add_argument(
+        "--output", metavar="DIR", required=True, help="gets the adapter, the checkpoints and log.jsonl"
     )
-    demo.add_argument("--rank", type=int, default=4, help="of the factors (default: 4)")
+    evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
+    evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
+    evaluate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
+    evaluate.add_argument(
+        "--learn", choices=("completion", "all"), default="completion", help="the tokens that count"
+    )
+    evaluate.add_argument("--skip-bad", action="store_true", help="pass over bad lines")
+    evaluate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
+    evaluate.add_argument("--json", action="store_true", help='print {"loss": ..., "tokens": ...}')
+    text = "Print what a language model says after a prompt."
+    generate = command("generate", text, _generate)
+    generate.add_argument("model", metavar="MODEL", help=_MODEL)
+    generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
+    generate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    generate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
+    if command_name in ("finetune", "generate"):  # their options are read off modules that take time to load
+        from nplora.finetuning import FinetuneOptions
+        from nplora.generate import Sampling
+
+        _add_options(finetune, FinetuneOptions)
+        _add_options(generate, Sampling)
+    text = (
+        "Fine-tune a small language model on The Devil's Dictionary; or (digits) adapt a network that reads "
+        "handwritten digits to a changed world."
+    )
+    demo = command("demo", text, _demo)
+    demo.add_argument(
+        "what",
+        metavar="WHAT",
+        nargs="?",
+        choices=("dictionary", "digits"),
+        default="dictionary",
+        help="dictionary (default) or digits",
+    )
+    demo.add_argument(
+        "--output", metavar="DIR", default="demo", help="where adapter and log are left (default: demo)"
+    )
+    demo.add_argument("--rank", type=int, help="of the factors (default: 8, of digits 4)")
     demo.add_argument(
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
     )
@@ -155,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong. 130: Ctrl-C.
     """
-    parsed = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser(given[0] if given else None).parse_args(given)
     try:
         parsed.run_command(parsed)
         sys.stdout.flush()
@@ -164,6 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except _UsageError as error:
+        print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
+        return 2
     except (OSError, ValueError, ArithmeticError, ImportError) as error:
         print(f"nplora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import PREFIX
 from nplora.generate import Sampling, generate
 from nplora.models import LanguageModel, load_model
-from nplora.module import Module
+from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
 from nplora.packing import PackedBatch
 from nplora.trainer import Callback, EpochRecord, FusedLoss, History, Run, StepRecord, Trainer
@@ -276,7 +276,7 @@ def evaluate(
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
-    lm = load_model(model, compute) if not isinstance(model, LanguageModel) else model
+    lm = model if isinstance(model, LanguageModel) else load_model(model, compute)
     if adapter is not None:
         attach_adapter(lm, adapter)
     dataset = read_dataset(
@@ -298,6 +298,16 @@ def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]
     return {"loss": total / max(1, tokens), "tokens": tokens}
 
 
+def load_with_adapter(
+    model: StrPath, adapter: StrPath | None = None, compute: str = "float32"
+) -> LanguageModel:
+    """A model, with a PEFT adapter directory put on it. Raises as `load_model` and `attach_adapter`."""
+    lm = load_model(model, compute)
+    if adapter is not None:
+        attach_adapter(lm, adapter)
+    return lm
+
+
 def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
     """Put the adapter of a PEFT directory on a model that has none: on the layers that are in the file.
 
@@ -317,9 +327,7 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
     if not names:
         raise FormatError(f"{os.fspath(directory)}: the adapter has no layers")
     try:
-        lm.add_lora(
-            config.r, float(config.lora_alpha), names, use_rslora=config.use_rslora, use_dora=config.use_dora
-        )
+        lm.add_lora(config.r, float(config.lora_alpha), names, use_dora=config.use_dora)
     except ValueError as error:
         raise FormatError(f"{os.fspath(directory)}: the adapter does not fit the model: {error}") from error
     load_adapter(lm, directory)
@@ -341,6 +349,29 @@ class TokenLoss(FusedLoss):
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
         return model.loss_packed(x)
+
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        assert isinstance(model, LanguageModel)
+        found: list[str] = []
+        for index, block in enumerate(model.model.layers):
+            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
+        try:
+            with quiet():
+                model.loss_packed(x)
+        finally:
+            for block in model.model.layers:
+                del vars(block)["run"]
+        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+
+
+def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
+    def watching(*arguments: Any, **named: Any) -> Any:
+        result = run(*arguments, **named)
+        if not np.isfinite(result[0]).all():
+            found.append(name)
+        return result
+
+    return watching
 
 
 def _batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:

@@ -119,6 +119,7 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     """
     given = Path(path)
     if not given.is_dir():
+        given.stat()
         return given, None
     found = {
         split: next((file for s in _SUFFIXES if (file := given / f"{split}{s}").exists()), None)

@@ -17,3 +17,6 @@ class FusedLoss(Protocol):
 
     def evaluate(self, model: Module, x: Any, y: Any) -> float:
         """The mean loss of a batch, without dropout."""
+
+    def blame(self, model: Module, x: Any) -> str:
+        """Where the first value that is not finite appears, after a loss that is not."""

@@ -204,9 +204,7 @@ class Run:
             value = loss.forward_backward(self.model, x, y, 1 / gathered.first_count)
         if not math.isfinite(value):
             self._set_streams(streams)
-            bad = nonfinite_parameters(self._parameters, gradients=False)
-            where = f"{', '.join(bad)} are not finite" if bad else "all parameters are finite"
-            number = self.batch + gathered.batches
+            number, where = self.batch + gathered.batches, loss.blame(self.model, x)
             raise NonFiniteLossError(f"{self._where()}: the loss of batch {number} is {value}: {where}")
         gathered.count += count
         gathered.loss += value

@@ -1,4 +1,4 @@
-"""`nplora demo`: its claims, computed again in float64 from the files that it reads and leaves."""
+"""`nplora demo digits`: its claims, computed again in float64 from the files that it reads and leaves."""
 
 import dataclasses
 import hashlib
@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
 import nplora
-from nplora import demo
+from nplora.demo import digits as demo
 
-PRETRAINED = Path(demo.__file__).with_name("data") / "digits.safetensors"
+PRETRAINED = Path(nplora.__file__).parent / "data" / "digits.safetensors"
 LAYERS = ("fc1", "fc2", "fc3")
 HELD_OUT = 360
 

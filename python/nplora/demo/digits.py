@@ -1,4 +1,4 @@
-"""`nplora demo`: a network pretrained on handwritten digits is adapted to a changed world with LoRA."""
+"""`nplora demo digits`: a network pretrained on handwritten digits is adapted to a changed world."""
 
 import hashlib
 import os

@@ -1,0 +1,331 @@
+"""Fine-tuning from files to an adapter: options, runs that resume to the bit, evaluation, the commands."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora import cli, finetuning
+from nplora.adapters import save_adapter
+from nplora.data import TokenBatches, read_dataset
+from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter
+from nplora.formats.errors import CorruptError, DataError, FormatError
+from nplora.losses import NonFiniteLossError
+from nplora.models import load_model
+from nplora.trainer import Callback
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A directory with train.jsonl and valid.jsonl."""
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(24)]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for name, part in (("train", rows[4:]), ("valid", rows[:4])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return directory
+
+
+QUICK = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 4, "save_every": 3}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        name: (directory / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+
+
+# ---- a run ----
+
+
+def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    report = finetune(model, data, tmp_path / "out", sample=("1+1=", "x"), **QUICK)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.loss_after < report.loss_before - 0.5
+    assert len(report.history.steps) == 20
+    assert report.tokens == 4 * report.train.learned
+    assert [sample.prompt for sample in report.samples] == ["1+1=", "x"]
+    assert report.samples[0].before != report.samples[0].after
+    assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
+    base, adapted = evaluate(model, data), evaluate(model, data, adapter=tmp_path / "out")
+    assert base == {"loss": report.loss_before, "tokens": report.valid.learned if report.valid else 0}
+    assert adapted == {"loss": report.loss_after, "tokens": base["tokens"]}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_path: Path) -> None:
+    """One step over accumulated batches is the step over all of their tokens at once."""
+    runs = []
+    for size, accumulate in ((20, 1), (5, 4)):
+        output = tmp_path / f"out{size}"
+        report = finetune(
+            model, data, output, rank=2, lr=1e-2, batch_examples=size, accumulate=accumulate, steps=3,
+            max_grad_norm=1e9,
+        )  # fmt: skip
+        runs.append((load_with_adapter(model, output), report.history))
+    for one, other in zip(runs[0][1].steps, runs[1][1].steps, strict=True):
+        assert (one.count, one.lr) == (other.count, other.lr)
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
+        np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-4)
+    dataset = read_dataset(data / "train.jsonl", runs[0][0].tokenizer)
+    [(batch, _)] = TokenBatches(dataset, batch_examples=20)
+    assert runs[0][1].steps[0].loss == pytest.approx(load_model(model).loss_packed(batch), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"batch_tokens": 40, "batch_examples": None}, {"accumulate": 2, "dropout": 0.2}],
+    ids=["tokens", "accumulated"],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]
+) -> None:
+    options = {**QUICK, **size, "save_every": 2}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    count = len(whole.history.steps)
+    for stop in (1, count // 2, count - 1):
+        output = tmp_path / f"stopped{stop}"
+
+        class StopAt(Callback):
+            at = stop
+
+            def on_step_end(self, run: Any, record: Any) -> None:
+                if record.step == self.at:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(finetuning, "_speaks", lambda progress: True)
+        monkeypatch.setattr(finetuning, "TokenProgress", StopAt)
+        stopped = finetune(model, data, output, **options)
+        monkeypatch.undo()
+        assert stopped.history.interrupted
+        assert stopped.loss_after is None
+        assert "interrupted: --resume goes on" in str(stopped)
+        assert len(stopped.history.steps) == stop
+        assert files_of(output) != files_of(tmp_path / "whole")
+        resumed = finetune(model, data, output, **options, resume=True)
+        assert files_of(output) == files_of(tmp_path / "whole")
+        assert resumed.history.loss == whole.history.loss
+        assert resumed.loss_after == whole.loss_after
+
+
+def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", rank=2, seed=3, lr=1e-30, steps=1)
+    lm = load_model(model)
+    lm.add_lora(rank=2, seed=3)
+    for name, layer in load_with_adapter(model, tmp_path / "out").adapter_layers().items():
+        np.testing.assert_array_equal(layer.B, lm.adapter_layers()[name].B)
+
+
+def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "say:", "completion": "abc"}\n' * 8)
+    targets = ("all-linear", "lm_head")
+    report = finetune(
+        model, tmp_path, tmp_path / "out", rank=8, lr=2e-2, steps=60, sample=("say:",), targets=targets
+    )
+    assert report.samples[0].after == "abc"
+    assert report.loss_before is report.loss_after is None
+
+
+def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    for again in (False, True):
+        finetune(model, data, tmp_path / str(again), checkpoint_blocks=again, **QUICK)
+    assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
+
+
+# ---- what is refused, and what is left ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1, "steps": 1}, "epochs and steps are both given"),
+        ({"batch_tokens": 1, "batch_examples": 1}, "both given"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"rank": 0}, "rank is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"schedule": "sine"}, "schedule='sine' is not available"),
+        ({"compute": "int8"}, "compute='int8'"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"targets": ("q_prj",)}, "q_proj"),
+        ({"layers": "middle"}, "layers='middle'"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
+    ],
+)
+def test_nothing_is_written_for_options_that_do_not_fit(
+    model: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        finetune(model, data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path) -> None:
+    (data / "valid.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(DataError, match=r"valid\.jsonl, line 1: completion is empty"):
+        finetune(model, data, tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        finetune(model, tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        finetune(tmp_path / "nothing.gguf", data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="holds a run: resume goes on with it, overwrite drops it"):
+        finetune(model, data, tmp_path / "out", **QUICK)
+    assert files_of(tmp_path / "out") == before
+    finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)
+    assert files_of(tmp_path / "out") != before
+
+
+def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    with (data / "train.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
+        finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_path: Path) -> None:
+    blame = r"step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer .* is 'model\.layers\.0'"
+    with pytest.raises(NonFiniteLossError, match=blame):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "lr": 1e30}, schedule="constant")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=3, alpha=5, targets=["q_proj", "down_proj"], layers="last:1", use_rslora=True)
+    save_adapter(lm, tmp_path / "adapter")
+    fresh = load_model(model)
+    attach_adapter(fresh, tmp_path / "adapter")
+    assert list(fresh.adapter_layers()) == list(lm.adapter_layers())
+    for name, layer in fresh.adapter_layers().items():
+        assert (layer.rank, layer.alpha, layer.scale) == (3, 5, lm.adapter_layers()[name].scale)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(FormatError):
+        attach_adapter(load_model(model), tmp_path / "adapter")
+
+
+# ---- the commands ----
+
+
+def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "nplora", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, **more)
+
+
+def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = command(
+        "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
+        "--targets", "q_proj", "--targets", "v_proj", "--sample", "1+1=", "--batch-examples", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl: 20 examples" in done.stderr
+    assert "step 10/10, loss " in done.stderr
+    assert " tokens/s, " in done.stderr
+    assert " left" in done.stderr
+    assert "validation loss " in done.stdout
+    base = json.loads(command("eval", model, "--data", data, "--json").stdout)
+    adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
+    assert adapted["loss"] < base["loss"]
+    assert f"-> {adapted['loss']:.4f}" in done.stdout
+    assert base.keys() == {"loss", "tokens"}
+    plain = command("eval", model, "--data", data).stdout
+    assert plain == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
+    lm = load_with_adapter(model, output)
+    assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
+    asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
+    assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
+    chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
+    assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("finetune M --data D --output O --rank 0", 2, "rank is 0"),
+        ("finetune M --data D --output O --rank x", 2, "argument --rank: invalid int value: 'x'"),
+        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
+        ("finetune M --data D", 2, "the following arguments are required: --output"),
+        ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
+        ("finetune M --data no.jsonl --output O", 1, "No such file or directory: 'no.jsonl'"),
+        ("finetune no.gguf --data D --output O", 1, "No such file or directory: 'no.gguf'"),
+        ("eval M --data D --adapter no", 1, "No such file"),
+        ("generate M x --temperature -1", 2, "temperature is -1.0"),
+        ("generate M x --top-p 2", 2, "top_p is 2.0"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_writes_nothing(
+    model: Path, data: Path, tmp_path: Path, arguments: str, status: int, message: str
+) -> None:
+    words = {"M": model, "D": data, "O": tmp_path / "out"}
+    done = command(*(words.get(word, word) for word in arguments.split()))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("nplora: error: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (status, "", 1), done.stderr
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(FinetuneOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["help"].split()[0] in text
+
+
+def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
+    for output in (tmp_path / "whole", tmp_path / "cut"):
+        line = [
+            sys.executable,
+            "-m",
+            "nplora",
+            "finetune",
+            model,
+            "--data",
+            data,
+            "--output",
+            output,
+            *options,
+        ]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if output.name == "cut":
+            log = output / "log.jsonl"
+            while process.poll() is None and not (log.exists() and log.read_text().count('"step"') > 20):
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
+    assert b"interrupted: --resume goes on" in printed
+    assert (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert files_of(tmp_path / "cut") != files_of(tmp_path / "whole")
+    done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")

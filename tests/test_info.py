@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nplora
 from nplora import info
 from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import FormatError, TruncatedError
@@ -56,6 +57,11 @@ def test_a_gguf_file_is_listed(tmp_path: Path) -> None:
         "  F32     2  132 bytes",
         "  Q8_0    1  136 bytes",
         "  IQ2_XS  1  148 bytes  not decoded here",
+        "",
+        "LoRA of rank 8",
+        "  token_embd  1 layers  4 x 32   288 parameters",
+        "  ffn_up      1 layers  2 x 256  2,064 parameters",
+        "  all-linear  1 layers  2 x 256  2,064 parameters",
     ]
 
 
@@ -76,7 +82,31 @@ def test_a_safetensors_file_is_listed(tmp_path: Path) -> None:
         "tensors",
         "  w  float32  2 x 3  24 bytes",
         "  n  int8     1      1 bytes",
+        "",
+        "LoRA of rank 8",
+        "  w           1 layers  2 x 3  40 parameters",
+        "  all-linear  1 layers  2 x 3  40 parameters",
     ]
+
+
+def test_what_lora_can_adapt_is_counted_as_all_linear_trains_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    tensors: dict[str, Any] = {"model.layers.3.up_proj.weight": np.ones((15, 9), "f4")}
+    for name, rows in (("q_proj", 12), ("up_proj", 14), ("k_proj", 8)):
+        tensors |= {f"model.layers.{i}.{name}.weight": np.ones((rows, 9), "f4") for i in range(3)}
+    layers = [nplora.LoRALinear(tensor, 8) for tensor in tensors.values()]
+    tensors |= {"model.embed_tokens.weight": np.ones((20, 9)), "lm_head.weight": np.ones((20, 9))}
+    tensors |= {"model.norm.weight": np.ones(9), "ids": np.ones((2, 2), np.int64)}
+    safetensors.save(path, tensors)
+    assert info.describe(path).partition("LoRA of rank 8\n")[2].splitlines() == [
+        "  lm_head       1 layers   20 x 9  232 parameters",
+        "  embed_tokens  1 layers   20 x 9  232 parameters",
+        "  k_proj        3 layers   8 x 9   408 parameters",
+        "  q_proj        3 layers   12 x 9  504 parameters",
+        "  up_proj       4 layers           744 parameters",
+        "  all-linear    10 layers          1,656 parameters",
+    ]
+    assert sum(layer.num_trainable for layer in layers) == 1656
 
 
 def test_an_index_lists_the_tensors_of_all_its_files(tmp_path: Path) -> None:

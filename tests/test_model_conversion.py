@@ -317,3 +317,36 @@ def test_a_damaged_tokenizer_is_refused(
     (directory / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(FormatError, match=message):
         nplora.model_to_gguf(directory, tmp_path / "model.gguf")
+
+
+# ---- merging, in memory and in files ----
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "float32"])
+def test_a_merged_file_is_the_merged_model(
+    dtype: str, rng: np.random.Generator, ids: Array, tmp_path: Path
+) -> None:
+    nplora.model_to_gguf(hf_directory(tmp_path / "hf", rng), tmp_path / "model.gguf", "q8_0")
+    lm = nplora.load_model(tmp_path / "model.gguf")
+    lm.add_lora(rank=2, targets="all-linear")
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = rng.standard_normal(layer.A.shape) / 50
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    live, saved = nplora.read_adapter(lm), nplora.read_adapter(tmp_path / "adapter")
+    for name, update in saved.items():  # rows of q and k lie in the order of Hugging Face in both
+        np.testing.assert_array_equal(live[name].A, update.A)
+    before = lm.logits(ids)
+    reports = lm.merge(dtype)
+    assert {report.name for report in reports} == set(lm.adapter_layers())
+    merged = lm.logits(ids)
+    done = nplora.merge_adapter(
+        tmp_path / "model.gguf", tmp_path / "adapter", tmp_path / "merged.gguf", dtype
+    )
+    np.testing.assert_allclose(
+        sorted(report.error for report in done.reports), sorted(report.error for report in reports), rtol=1e-5
+    )
+    np.testing.assert_allclose(nplora.load_model(tmp_path / "merged.gguf").logits(ids), merged, atol=1e-3)
+    if dtype == "float32":
+        np.testing.assert_allclose(merged, before, atol=1e-3)
+    lm.unmerge()
+    np.testing.assert_array_equal(lm.logits(ids), before)

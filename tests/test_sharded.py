@@ -1,13 +1,15 @@
 """Models in several files: the index is read, and its names stay inside the directory."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hostile import damaged, refused
 from nplora.formats import safetensors, sharded
-from nplora.formats.errors import FormatError, LimitError, UnsafeError
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
 
 
 def index(directory: Path, weight_map: object) -> Path:
@@ -58,16 +60,89 @@ def test_a_shard_that_is_a_link_is_refused(directory: Path, mmap: bool) -> None:
     [
         ({"z": "one.safetensors"}, FormatError, "tensor 'z' is not in one.safetensors"),
         ({"a": 3}, FormatError, "'a' is 3, expected a file's name"),
-        (["a"], FormatError, r"weight_map is \['a'\], expected an object"),
+        (["a"], FormatError, "weight_map is ['a'], expected an object"),
         ({str(i): f"{i}.safetensors" for i in range(1001)}, LimitError, "1,001 shards, at most 1,000"),
     ],
 )
 def test_an_index_that_is_wrong_gives_its_exact_error(
     directory: Path, weight_map: object, error: type[FormatError], words: str
 ) -> None:
-    with pytest.raises(FormatError, match=words) as caught:
+    with refused(error, words, directory):
         sharded.open(index(directory, weight_map))
-    assert caught.type is error
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "words"),
+    [
+        (b"", FormatError, "not JSON"),
+        (b"[]", FormatError, "weight_map is None, expected an object"),
+        (b'{"weight_map": {"a": "one.safetensors"}, "metadata": 3}', FormatError, "metadata is 3"),
+        (
+            b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}',
+            FormatError,
+            "'a' appears twice",
+        ),
+        (b'{"weight_map": ' + b"[" * 10**5, LimitError, "100,001 deep, at most 64"),
+        (b'{"weight_map": {"\xff": "one.safetensors"}}', FormatError, "not UTF-8"),
+        (b'{"weight_map": {"a": "\\ud800"}}', FormatError, "half a surrogate pair"),
+    ],
+)
+def test_hostile_text_gives_its_exact_error(
+    directory: Path, raw: bytes, error: type[FormatError], words: str
+) -> None:
+    path = directory / "model.safetensors.index.json"
+    path.write_bytes(raw)
+    with refused(error, words, path):
+        sharded.open(path)
+
+
+def test_an_index_over_100_mb_is_not_read(directory: Path) -> None:
+    path = directory / "model.safetensors.index.json"
+    path.touch()
+    os.truncate(path, 100_000_001)
+    with refused(LimitError, "100,000,001 bytes, at most 100,000,000", path):
+        sharded.open(path)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_what_is_not_a_regular_file_is_refused(directory: Path, mmap: bool) -> None:
+    os.mkfifo(directory / "fifo")
+    (directory / "nested").mkdir()
+    for name, kind in (("fifo", "a FIFO"), ("nested", "a directory")):
+        with refused(FormatError, f"{name}: {kind}, expected a regular file", directory):
+            sharded.open(directory / name, mmap)
+        with refused(FormatError, f"{name}: {kind}, expected a regular file", directory):
+            sharded.open(index(directory, {"a": name}), mmap)
+    (directory / "zero").symlink_to("/dev/zero")
+    with refused(FormatError, "zero: a character device", directory):
+        sharded.open(directory / "zero", mmap)
+    with refused(UnsafeError, "zero: a symbolic link", directory):
+        sharded.open(index(directory, {"a": "zero"}), mmap)
+
+
+def test_a_damaged_shard_is_named(directory: Path) -> None:
+    data = (directory / "two.safetensors").read_bytes()
+    (directory / "two.safetensors").write_bytes(data[:-1])
+    with refused(TruncatedError, "the tensors end at byte", directory / "two.safetensors"):
+        sharded.open(index(directory, {"a": "one.safetensors", "c": "two.safetensors"}))
+
+
+def test_every_cut_and_every_damaged_byte_of_an_index_give_format_errors_or_a_model(directory: Path) -> None:
+    path = index(directory, {"a": "one.safetensors", "c": "two.safetensors"})
+    accepted = refusals = 0
+    for data in damaged(path.read_bytes()):
+        path.write_bytes(data)
+        try:
+            tensors = sharded.open(path)
+        except FormatError:
+            refusals += 1
+        except FileNotFoundError:  # the damage made another plain name of a shard's
+            refusals += 1
+        else:
+            accepted += 1
+            assert set(tensors) == {"a", "c"}
+    assert accepted
+    assert refusals > 300
 
 
 def test_a_missing_shard_is_an_os_error(directory: Path) -> None:

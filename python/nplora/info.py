@@ -5,6 +5,7 @@ Headers are enough for files of weights; of adapters, the factors are read for t
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,8 @@ Row: TypeAlias = tuple[str, ...]
 
 _INDEX = ".safetensors.index.json"
 _LONGEST_VALUE = 60
+_RANK = 8  # for which parameters are counted
+_OUTPUTS = ("output", "lm_head")
 
 
 def describe(path: StrPath) -> str:
@@ -68,7 +71,13 @@ def _gguf(file: GgufFile, size: int) -> str:
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         tensors=[_tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()],
         types=types,
+        **_trainable({name: e.shape for name, e in file.entries.items() if _is_float(e.type.name)}),
     )
+
+
+def _is_float(name: str) -> bool:
+    dtype = GGML_TYPES[name].dtype
+    return dtype is None or dtype.kind == "f" or name == "BF16"
 
 
 def _is_read(name: str) -> bool:
@@ -81,6 +90,7 @@ def _safetensors(path: StrPath, size: int) -> str:
             f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
             metadata=[(key, _value(value)) for key, value in file.metadata.items()],
             tensors=[_tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()],
+            **_trainable({name: e.shape for name, e in file.entries.items() if "float" in e.dtype}),
         )
 
 
@@ -89,7 +99,35 @@ def _index(path: StrPath) -> str:
     return _text(
         f"{file.source}: safetensors in several files, {len(file):,} tensors",
         tensors=[_tensor(name, t.dtype, t.shape, t.nbytes) for name, t in file.items()],
+        **_trainable({name: t.shape for name, t in file.items() if "float" in t.dtype}),
     )
+
+
+def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
+    """The matrices that LoRA can adapt, by kind, and what an adapter of rank 8 has to train on them.
+
+    "all-linear" are, as in PEFT, those that are neither an embedding nor the output.
+    """
+    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+    kinds: dict[str, list[str]] = {}
+    for name in matrices:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def row(title: str, names: list[str]) -> Row:
+        each = {" x ".join(map(str, matrices[name])) for name in names}
+        parameters = sum(_RANK * sum(matrices[name]) for name in names)
+        return (
+            title,
+            f"{len(names):,} layers",
+            each.pop() if len(each) == 1 else "",
+            f"{parameters:,} parameters",
+        )
+
+    linear = [
+        name for name in matrices if "embd" not in name and "embed" not in name and name not in _OUTPUTS
+    ]
+    rows = [row(kind, names) for kind, names in kinds.items()]
+    return {f"LoRA of rank {_RANK}": [*rows, row("all-linear", linear)] if matrices else []}
 
 
 def _tensor(name: str, kind: str, shape: tuple[int, ...], nbytes: int) -> Row:

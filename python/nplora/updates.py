@@ -100,7 +100,7 @@ class Adapter(Mapping[str, Update]):
 Source: TypeAlias = "StrPath | Module | Adapter"
 
 
-def read_adapter(source: Source, base: StrPath | None = None) -> Adapter:
+def read_adapter(source: Source, base: StrPath | None = None, edited_config: bool = False) -> Adapter:
     """The updates of an adapter, whatever keeps it.
 
     Args:
@@ -108,6 +108,7 @@ def read_adapter(source: Source, base: StrPath | None = None) -> Adapter:
             arrays the updates then are), or an `Adapter`, which is returned.
         base: the base model, which llama.cpp's file needs where its rows are permuted (see
             `adapter_from_gguf`).
+        edited_config: as in `load_adapter`.
     Raises:
         FormatError: a file breaks its format; UnsupportedError: it holds layers trained whole.
         CorruptError: the directory's two files are not of one save.
@@ -117,7 +118,7 @@ def read_adapter(source: Source, base: StrPath | None = None) -> Adapter:
         return source
     if isinstance(source, Module):
         return _from_model(source)
-    return _from_directory(source) if Path(source).is_dir() else _from_gguf(source, base)
+    return _from_directory(source, edited_config) if Path(source).is_dir() else _from_gguf(source, base)
 
 
 def _from_model(model: Module) -> Adapter:
@@ -129,13 +130,18 @@ def _from_model(model: Module) -> Adapter:
     for name, layer in layers.items():
         a, b, alpha = layer.plain_update()
         scale = alpha / (math.sqrt(len(b)) if layer.use_rslora else len(b))
-        updates[name] = Update(a, b, scale, layer.m, isinstance(layer, LoRAEmbedding))
+        m, order = layer.m, layer.row_order
+        if order is not None:
+            there = np.argsort(order)  # row order[i] there is row i here
+            a, m = a[there], None if m is None else m[there]
+        updates[name] = Update(a, b, scale, m, isinstance(layer, LoRAEmbedding))
     return Adapter(kind, updates)
 
 
-def _from_directory(directory: StrPath) -> Adapter:
+def _from_directory(directory: StrPath, edited_config: bool) -> Adapter:
     with peft_adapter.reading(directory) as adapter:
-        adapter.require_pair()
+        if not edited_config:
+            adapter.require_pair()
         config = adapter.config
         if config.modules_to_save:
             names = ", ".join(map(brief, config.modules_to_save))

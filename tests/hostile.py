@@ -1,0 +1,42 @@
+"""How readers are held against files that nobody vouches for: exact errors, little time, little memory."""
+
+import itertools
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nplora.formats.errors import FormatError
+
+MOST_SECONDS = 1.0
+MOST_BYTES = 64 << 20
+
+
+@contextmanager
+def refused(error: type[Exception], words: str, source: object = "") -> Iterator[None]:
+    """The body must raise exactly this error, whose text holds `words` and begins with `source`, at once."""
+    tracemalloc.start()
+    try:
+        begin = time.perf_counter()
+        with pytest.raises(FormatError) as caught:
+            yield
+        seconds = time.perf_counter() - begin
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.type is error
+    assert str(caught.value).startswith(str(source))
+    assert words in str(caught.value)
+    assert seconds < MOST_SECONDS
+    assert peak < MOST_BYTES
+
+
+def damaged(data: bytes) -> Iterator[bytes]:
+    """Every truncation, and every byte set to 00, 7F, 80 and FF."""
+    for length in range(len(data)):
+        yield data[:length]
+    for place, value in itertools.product(range(len(data)), (0x00, 0x7F, 0x80, 0xFF)):
+        if data[place] != value:
+            yield data[:place] + bytes([value]) + data[place + 1 :]

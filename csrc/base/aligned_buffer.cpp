@@ -1,6 +1,7 @@
 #include "base/aligned_buffer.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
@@ -11,8 +12,31 @@
 namespace nplora {
 
 namespace {
+
 constexpr size_t kHugePage = size_t{2} << 20;
 std::atomic<size_t> allocated{0};
+
+size_t whole_pages(size_t bytes) {
+  static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+// A mapping of its own: malloc's heap would keep what lies between large aligned blocks.
+void* map_aligned(size_t bytes) {
+  const size_t wanted = whole_pages(bytes), mapped = wanted + kHugePage;
+  void* const start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  auto* const first = static_cast<char*>(start);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(first) % kHugePage) % kHugePage;
+  const size_t behind = kHugePage - before;
+  if (before > 0) munmap(first, before);
+  munmap(first + before + wanted, behind);
+#ifdef MADV_HUGEPAGE
+  madvise(first + before, wanted, MADV_HUGEPAGE);  // advice: a refusal costs speed, nothing else
+#endif
+  return first + before;
+}
+
 }  // namespace
 
 size_t AlignedBuffer::allocations() {
@@ -21,19 +45,19 @@ size_t AlignedBuffer::allocations() {
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
-  if (bytes > SIZE_MAX - alignment) throw std::bad_alloc();
-  data_ = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (bytes > SIZE_MAX - 2 * kHugePage) throw std::bad_alloc();
+  data_ = bytes >= kHugePage
+              ? map_aligned(bytes)
+              : std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
   if (data_ == nullptr) throw std::bad_alloc();
   ++allocated;
-#ifdef MADV_HUGEPAGE
-  if (alignment == kHugePage)
-    madvise(data_, bytes, MADV_HUGEPAGE);  // advice: a refusal costs speed, nothing else
-#endif
 }
 
 AlignedBuffer::~AlignedBuffer() {
-  std::free(data_);
+  if (bytes_ >= kHugePage)
+    munmap(data_, whole_pages(bytes_));
+  else
+    std::free(data_);
 }
 
 AlignedBuffer::AlignedBuffer(AlignedBuffer&& other) noexcept

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
+from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.models.config import ModelConfig
@@ -74,7 +74,7 @@ class Attention(Module):
         """y (n, d) for the normalised x (n, d)."""
         (q, k, v), qkv = stack_forward(self._inputs, x)
         rotated_q, rotated_k = self._rotated(q, k, places)
-        out, lse = np.empty_like(q), np.empty((len(q), self._heads[0]), np.float32)
+        out, lse = buffers.empty_like(q), np.empty((len(q), self._heads[0]), np.float32)
         _core.attention(
             rotated_q, rotated_k, v, places.starts, *self._heads, self._scale, self._window, out, lse
         )
@@ -90,7 +90,7 @@ class Attention(Module):
         if not deeper:
             return None
         q, k = (saved.q, saved.k) if self.q_norm is None else self._rotated(saved.q, saved.k, places)
-        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(saved.v)
+        dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(
             dout, q, k, saved.v, saved.out, saved.lse, places.starts, *self._heads, self._scale, self._window,
             dq, dk, dv,
@@ -104,7 +104,7 @@ class Attention(Module):
         q, k = self._rotated(q, k, places)
         keys[places.slots, places.positions] = k
         values[places.slots, places.positions] = v
-        out = np.empty_like(q)
+        out = buffers.empty_like(q)
         _core.attention_cached(
             q, keys, values, places.slots, places.lengths, *self._heads, self._scale, self._window, out
         )

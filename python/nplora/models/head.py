@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
+from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.packing import IGNORED
@@ -18,7 +18,7 @@ AnyLinear = Linear | LoRALinear
 
 # Logits of a chunk: small enough to stay near the core between head, loss and the head's gradient, and rows
 # enough that reading the head's weight costs little beside the products.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 32 << 20
 _LEAST_ROWS, _MOST_ROWS = 64, 256
 
 
@@ -32,16 +32,22 @@ def loss_and_gradient(
     learned = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks(learned, head.weight.shape[0]):
-        picked = x[rows]
-        (logits,), saved = stack_forward((head,), norm_forward(norm, picked))
-        losses = np.empty(len(rows))
-        _core.cross_entropy(logits, targets[rows], factor, losses, True)
-        dnormed = stack_backward((head,), [logits], saved)
-        dpicked = np.empty_like(picked)
-        norm_backward(norm, dnormed, picked, dpicked)
-        dx[rows] = dpicked
-        total += float(losses.sum())
+        chunk_loss, dx[rows] = _chunk_gradient(norm, head, x[rows], targets[rows], factor)
+        total += chunk_loss
     return total, dx
+
+
+def _chunk_gradient(
+    norm: RMSNorm, head: AnyLinear, x: Array, targets: Array, factor: float
+) -> tuple[float, Array]:
+    """The same for a few rows; a function of its own, so that their logits are gone before the next ones."""
+    (logits,), saved = stack_forward((head,), norm_forward(norm, x))
+    losses = np.empty(len(x))
+    _core.cross_entropy(logits, targets, factor, losses, True)
+    dnormed = stack_backward((head,), [logits], saved)
+    dx = buffers.empty_like(x)
+    norm_backward(norm, dnormed, x, dx)
+    return float(losses.sum()), dx
 
 
 def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check
+from nplora import _check, buffers
 from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
@@ -198,7 +198,7 @@ class LanguageModel(Module):
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Add to the gradients of the adapters, for dy of the shape of the logits; uses up `saved`."""
         dnormed = stack_backward((self.lm_head,), [dy.reshape(-1, dy.shape[-1])], saved.head)
-        dx = np.empty_like(saved.x)
+        dx = buffers.empty_like(saved.x)
         norm_backward(self.model.norm, dnormed, saved.x, dx)
         self.model.run_backward(dx, saved.decoder)
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
+from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.module import Gradient, Module, Saved, inferring
@@ -69,18 +69,18 @@ class MLP(Module):
 
 
 def _swiglu(gate: Array, up: Array) -> Array:
-    out = np.empty_like(gate)
+    out = buffers.empty_like(gate)
     _core.swiglu(gate, up, out)
     return out
 
 
 def _narrowed(values: Array) -> Array:
-    bits = np.empty(values.shape, np.uint16)
+    bits = buffers.empty(values.shape, np.uint16)
     _core.narrow(values, "bfloat16", bits)
     return bits
 
 
 def _widened(bits: Array) -> Array:
-    values = np.empty(bits.shape, np.float32)
+    values = buffers.empty(bits.shape, np.float32)
     _core.widen(bits, "bfloat16", values)
     return values

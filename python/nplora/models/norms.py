@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
+from nplora import _core, buffers
 from nplora.layers import RMSNorm
 
 Array = npt.NDArray[Any]
@@ -15,7 +14,7 @@ Array = npt.NDArray[Any]
 
 def norm_forward(norm: RMSNorm, x: Array) -> Array:
     """y = weight ∘ x / sqrt(mean x² + eps) of each row of x (n, d)."""
-    y = np.empty_like(x)
+    y = buffers.empty_like(x)
     _core.rms_norm(x, norm.weight, norm.eps, y)
     return y
 
@@ -32,7 +31,7 @@ def head_norm_forward(norm: RMSNorm, x: Array) -> Array:
 
 def head_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
     """The gradient of x."""
-    dx = np.empty_like(x)
+    dx = buffers.empty_like(x)
     dim = len(norm.weight)
     norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))
     return dx

@@ -15,6 +15,7 @@ import numpy as np
 from bench import (
     bench_adamw,
     bench_import,
+    bench_language_model,
     bench_lora_step,
     bench_merge,
     bench_product,
@@ -25,7 +26,17 @@ from bench import (
 )
 from bench.timing import on_threads
 
-NAMES = ("product", "rows", "lora_step", "merge", "adamw", "transformer", "threads", "import")
+NAMES = (
+    "product",
+    "rows",
+    "lora_step",
+    "merge",
+    "adamw",
+    "transformer",
+    "language_model",
+    "threads",
+    "import",
+)
 
 
 def main() -> None:
@@ -58,6 +69,8 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [bench_adamw.run(quick, n) for n in threads]}
         case "transformer":
             return {name: [bench_transformer.run(quick, n) for n in threads]}
+        case "language_model":
+            return {name: [row for n in threads for row in bench_language_model.run(quick, n)]}
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

@@ -220,6 +220,22 @@ def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> No
     np.testing.assert_allclose(lm.logits(ids), trained, **CLOSE)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_outside_the_blocks_alone_gets_its_gradient(lm: LanguageModel, target: str) -> None:
+    """Central differences along the gradient: loss(p + h g) - loss(p - h g) = 2 h |g|²."""
+    with_factors(lm, targets=target)
+    batch = pack((s, s) for s in ids_of(12, 30))
+    lm.forward_backward(batch, 1 / batch.num_targets)
+    for p in lm.parameters():
+        squared, start = float(np.sum(p.grad.astype(np.float64) ** 2)), p.value.copy()
+        losses = []
+        for h in (0.002, -0.002):
+            p.value[...] = start + h / np.sqrt(squared) * p.grad
+            losses.append(lm.loss_packed(batch))
+        p.value[...] = start
+        assert (losses[0] - losses[1]) / 0.004 == pytest.approx(np.sqrt(squared), rel=1e-2)
+
+
 @pytest.mark.parametrize("target", ["down_proj", "up_proj", "o_proj", "k_proj"])
 def test_blocks_below_the_lowest_adapted_one_keep_nothing(lm: LanguageModel, target: str) -> None:
     """The gradients are those that a model with adapters everywhere gives the same factors."""

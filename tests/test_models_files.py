@@ -165,3 +165,69 @@ def test_a_directory_of_float16_or_float64_loads(mmap: bool, tmp_path: Path) -> 
     np.testing.assert_allclose(found[np.float64], found[np.float32], rtol=0, atol=2e-4)
     np.testing.assert_allclose(found[np.float16], found[np.float32], rtol=0, atol=0.05)
     assert (found[np.float16] != found[np.float32]).any()
+
+
+def test_scaling_of_positions_is_read_as_before_and_since_transformers_5(tmp_path: Path) -> None:
+    small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
+
+    def logits(**fields: Any) -> Array:
+        (tmp_path / "config.json").write_text(json.dumps(small_models.config(**fields)))
+        return nplora.load_model(tmp_path).logits(np.arange(40))
+
+    ramp = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    plain = logits()
+    np.testing.assert_array_equal(logits(rope_theta=10000.0, rope_scaling=None), plain)
+    for kind, scaling in (("linear", {"factor": 4.0}), ("llama3", ramp)):
+        new = logits(rope_parameters={"rope_type": kind, "rope_theta": 5e4, **scaling})
+        assert np.abs(new - plain).max() > 0.1
+        old = logits(rope_theta=50000.0, rope_scaling={"rope_type": kind, **scaling})
+        np.testing.assert_array_equal(old, new)
+    older = logits(rope_theta=50000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    newer = logits(rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0})
+    np.testing.assert_array_equal(older, newer)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_of_many_types_computes_as_its_values(mmap: bool, tmp_path: Path) -> None:
+    """Layers that read one input may be stored differently."""
+    types = {
+        "token_embd": "q8_0", "output": "q5_0", "attn_q": "q4_0", "attn_k": "q5_1", "attn_v": "q8_0",
+        "ffn_gate": "q4_1", "ffn_up": "F16",
+    }  # fmt: skip
+    stored: dict[str, Any] = dict(small_models.tensors())
+    values = dict(stored)
+    for name in stored:
+        kind = types.get(name.split(".")[-2])
+        if kind == "F16":
+            stored[name] = stored[name].astype(np.float16)
+            values[name] = stored[name].astype(np.float32)
+        elif kind is not None:
+            stored[name] = blocks_of(kind, stored[name], lambda blocks: None)
+            nplora._core.dequantize(stored[name].data, kind, values[name])
+    path = small_models.write(tmp_path / "stored.gguf", weights=stored)
+    lm = nplora.load_model(path, mmap=mmap)
+    assert lm.model.layers[0].self_attn.k_proj.weight.dtype == "q5_1"  # type: ignore[union-attr]
+    wanted = nplora.load_model(small_models.write(tmp_path / "values.gguf", weights=values))
+    ids = np.arange(50)
+    np.testing.assert_allclose(lm.logits(ids), wanted.logits(ids), rtol=0, atol=2e-4)
+    for model in (lm, wanted):
+        model.add_lora(rank=2)
+        model.train_step(ids, ids, nplora.SGD(lr=0.1))
+    for p, q in zip(lm.parameters(), wanted.parameters(), strict=True):
+        np.testing.assert_allclose(p.value, q.value, rtol=0, atol=1e-4 * np.abs(q.value).max())
+
+
+def test_the_tokenizer_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
+    lm = nplora.load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        _ = lm.tokenizer
+    lm = nplora.load_model(small_models.write(tmp_path / "m.gguf"))
+    with pytest.raises(FormatError, match=r"tokenizer\.ggml"):
+        _ = lm.tokenizer

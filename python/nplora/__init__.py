@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nplora import formats
     from nplora.adapters import load_adapter, save_adapter
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.finetuning import finetune
     from nplora.models import LanguageModel, load_model
     from nplora.trainer import Trainer
 
@@ -45,6 +46,7 @@ _LATE = {
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
+    "finetune": "nplora.finetuning",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
     "load_model": "nplora.models",
@@ -87,6 +89,7 @@ __all__ = [
     "Trainer",
     "adapter_from_gguf",
     "adapter_to_gguf",
+    "finetune",
     "formats",
     "get_num_threads",
     "load_adapter",

@@ -19,12 +19,13 @@ from bench import (
     bench_merge,
     bench_product,
     bench_threads,
+    bench_transformer,
     ceilings,
     plot,
 )
 from bench.timing import on_threads
 
-NAMES = ("product", "rows", "lora_step", "merge", "adamw", "threads", "import")
+NAMES = ("product", "rows", "lora_step", "merge", "adamw", "transformer", "threads", "import")
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: races, "merge_peak_growth": bench_merge.run_memory()}
         case "adamw":
             return {name: [bench_adamw.run(quick, n) for n in threads]}
+        case "transformer":
+            return {name: [bench_transformer.run(quick, n) for n in threads]}
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import LoRALinear, stack_backward, stack_forward
+from nplora import Linear, LoRALinear, stack_backward, stack_forward
 from reference import gamma
 
 D_IN, RANK = 97, 5
@@ -114,3 +114,44 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     assert "bfloat16" in rounded.explain(5)
     assert "float32" in rounded.explain(4)
     assert "the update is added" not in rounded.explain(100_000, training=False)
+
+
+@pytest.mark.parametrize("n", [1, 9, 60])
+def test_plain_layers_stand_beside_adapted_ones(n: int) -> None:
+    """Linear, frozen with a bias or trained as a whole, gives in a stack what it gives alone."""
+    lora, (x, dys) = layers_of(), passes(n)
+    rng = np.random.default_rng(2)
+    frozen = Linear(rng.standard_normal((48, D_IN), np.float32), rng.standard_normal(48, np.float32))
+    trained = [Linear(lora[2].weight.to_numpy(), np.ones(61, np.float32), trainable=True) for _ in range(2)]
+    layers, alone = [lora[0], frozen, trained[0]], [layers_of()[0], frozen, trained[1]]
+    ys, saved = stack_forward(layers, x)
+    dx = stack_backward(layers, dys, saved)
+    want_dx = np.zeros_like(x)
+    for layer, other, y, dy in zip(layers, alone, ys, dys, strict=True):
+        want, kept = other.forward(x)
+        want_dx += other.backward(dy, kept)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+        for parameter, twin in zip(layer.local_parameters(), other.local_parameters(), strict=True):
+            assert parameter.grad.any()
+            np.testing.assert_allclose(parameter.grad, twin.grad, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(dx, want_dx, rtol=1e-3, atol=1e-3)
+    assert saved.items[1].x is None
+    assert stack_backward([frozen], dys[1:2], stack_forward([frozen], x)[1], need_dx=False) is None
+
+
+def test_x_may_be_forgotten_and_given_again() -> None:
+    layers, (x, dys) = layers_of(), passes(20)
+    saved = stack_forward(layers, x)[1]
+    forgotten = saved.with_x(None)
+    assert forgotten.nbytes < saved.nbytes - x.nbytes / 2
+    stack_backward(layers, dys, saved)
+    wanted = [layer.dB.copy() for layer in layers if layer.dB is not None]
+    for layer in layers:
+        layer.zero_grad()
+    with pytest.raises(ValueError, match="x is needed"):
+        stack_backward(layers, dys, forgotten)
+    for layer in layers:
+        layer.zero_grad()
+    stack_backward(layers, dys, forgotten.with_x(x))
+    for layer, want in zip(layers, wanted, strict=True):
+        np.testing.assert_array_equal(layer.dB, want)

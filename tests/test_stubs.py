@@ -34,7 +34,7 @@ def signature(function: ast.FunctionDef) -> Signature:
             else Parameter(argument.arg, False, default)
             for argument, default in zip(arguments, defaults, strict=True)
         ),
-        re.sub(r"\[.*", "", returns),
+        re.sub(r"\[.*|^nplora\._core\.", "", returns),
     )
 
 
@@ -74,6 +74,7 @@ def test_a_class_has_the_members_of_its_stub(name: str) -> None:
     assert public(dir(compiled)) == public(list(stub))
     for member, node in stub.items():
         value = inspect.getattr_static(compiled, member)
+        value = value.__func__ if isinstance(value, staticmethod) else value
         if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
             (found,) = compiled_signatures(f"{member}{value.fget.__doc__}")
             assert found.returns == signature(node).returns, member

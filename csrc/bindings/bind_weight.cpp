@@ -67,12 +67,21 @@ std::unique_ptr<PackedWeight> as_it_lies(Storage storage, const void* data, size
 }
 
 template <class T>
-std::unique_ptr<PackedWeight> of_array(const Array<T>& w, const std::string& name,
-                                       const std::string& compute) {
+std::unique_ptr<PackedWeight> of_elements(const Array<T>& w, const std::string& name,
+                                          const std::string& compute) {
   const Storage storage = storage_of(name);
   require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
   const Matrix<const T> rows = read(w);
   return as_it_lies(storage, rows.data, rows.rows, rows.cols, rows.stride, compute);
+}
+
+// One function for every dtype: pybind11 calls keep_alive for an overload that did not fit too, and crashes.
+std::unique_ptr<PackedWeight> of_array(const py::array& w, const std::string& name,
+                                       const std::string& compute) {
+  if (py::isinstance<Array<float>>(w)) return of_elements<float>(w, name, compute);
+  if (py::isinstance<Array<double>>(w)) return of_elements<double>(w, name, compute);
+  require(py::isinstance<Array<uint16_t>>(w), "w is not an array of " + name);
+  return of_elements<uint16_t>(w, name, compute);
 }
 
 std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
@@ -153,11 +162,7 @@ void register_weight(py::module_& m) {
           "compute",
           [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
-      .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"),
-                  py::keep_alive<0, 1>())
-      .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"),
-                  py::keep_alive<0, 1>())
-      .def_static("of_array", &of_array<uint16_t>, arg("w").noconvert(), arg("storage"), arg("compute"),
+      .def_static("of_array", &of_array, arg("w").noconvert(), arg("storage"), arg("compute"),
                   py::keep_alive<0, 1>())
       .def_static("of_blocks", &of_blocks, arg("blocks").noconvert(), arg("storage"), arg("d_in"),
                   arg("compute"), py::keep_alive<0, 1>())

@@ -29,6 +29,106 @@ inline void transpose(size_t rows, size_t cols, const float* x, size_t x_stride,
     }
 }
 
+// How far ahead the keys or values are fetched of which so many rows are read at once: beyond these rows, a whole number of them.
+inline size_t fetch_distance(size_t rows, size_t stride) {
+  const size_t bytes = stride * sizeof(float);
+  return bytes * (rows * bytes > kFetchAhead ? rows : (kFetchAhead + bytes - 1) / bytes);
+}
+
+// sums[j] = the lanes of q (dim) times those of row j of k.
+template <size_t kRows, bool kFetch>
+__attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
+                                                        size_t stride, size_t ahead, Vec<float>* sums) {
+  constexpr size_t kLanes = Vec<float>::kLanes;
+#pragma GCC unroll 8
+  for (size_t j = 0; j < kRows; ++j) sums[j] = Vec<float>::zero();
+  size_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    const Vec<float> query = Vec<float>::load(q + i);
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kRows; ++j) {
+      const float* key = k + j * stride + i;
+      if (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(key) + ahead);
+      sums[j] = fma(Vec<float>::load(key), query, sums[j]);
+    }
+  }
+  if (i == dim) return;
+  const Vec<float> query = Vec<float>::load_partial(q + i, dim - i);
+#pragma GCC unroll 8
+  for (size_t j = 0; j < kRows; ++j)
+    sums[j] = fma(Vec<float>::load_partial(k + j * stride + i, dim - i), query, sums[j]);
+}
+
+template <size_t kCount>
+inline Vec<float> sum_of(const Vec<float>* v) {
+  if constexpr (kCount == 1)
+    return v[0];
+  else
+    return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
+}
+
+// The heads of two queries meet half as many rows as there are lanes: one vector of products for each, whose lanes are summed at once,
+// by a transpose. The other rows come one by one.
+inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
+                     size_t k_stride, float* scores, size_t s_stride) {
+  using V = Vec<float>;
+  constexpr size_t kRows = V::kLanes / 2;
+  const size_t ahead = fetch_distance(kRows, k_stride);
+  for (; rows >= kRows; rows -= kRows, k += kRows * k_stride, scores += kRows)
+    for (size_t h = 0; h < heads; h += 2) {
+      const bool pair = h + 1 < heads;
+      V block[2 * kRows];
+      row_products<kRows, true>(dim, q + h * dim, k + h / group * dim, k_stride, ahead, block);
+      const size_t second = pair ? h + 1 : h;
+      row_products<kRows, true>(dim, q + second * dim, k + second / group * dim, k_stride, ahead,
+                                block + kRows);
+      transpose(block);
+      float sums[2 * kRows];
+      sum_of<2 * kRows>(block).store(sums);
+      __builtin_memcpy(scores + h * s_stride, sums, kRows * sizeof(float));
+      if (pair) __builtin_memcpy(scores + second * s_stride, sums + kRows, kRows * sizeof(float));
+    }
+  for (; rows > 0; --rows, k += k_stride, ++scores)
+    for (size_t h = 0; h < heads; ++h) {
+      V sum[1];
+      row_products<1, false>(dim, q + h * dim, k + h / group * dim, k_stride, 0, sum);
+      scores[h * s_stride] = sum_of_lanes(sum[0]);
+    }
+}
+
+// kRows rows at a time, so that the sums are loaded and stored once for so many.
+template <size_t kRows>
+inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
+                           const float* v, size_t v_stride, float* out) {
+  using V = Vec<float>;
+  const size_t ahead = fetch_distance(kRows, v_stride);
+  for (size_t h = 0; h < heads; h += group)
+    for_vectors(dim, [&](size_t i, auto span) {
+      V values[kRows];
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) {
+        const float* value = v + r * v_stride + h / group * dim + i;
+        __builtin_prefetch(reinterpret_cast<const char*>(value) + ahead, 0, 2);
+        values[r] = span.load(value);
+      }
+      for (size_t g = h; g < h + group; ++g) {
+        V sum = span.load(out + g * dim + i);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r) sum = fma(values[r], V::broadcast(weights[g * w_stride + r]), sum);
+        span.store(sum, out + g * dim + i);
+      }
+    });
+}
+
+inline void add_values(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
+                       size_t w_stride, const float* v, size_t v_stride, float* out) {
+  constexpr size_t kRows = 4;
+  for (; rows >= kRows; rows -= kRows, weights += kRows, v += kRows * v_stride)
+    add_value_rows<kRows>(heads, group, dim, weights, w_stride, v, v_stride, out);
+  for (; rows > 0; --rows, ++weights, v += v_stride)
+    add_value_rows<1>(heads, group, dim, weights, w_stride, v, v_stride, out);
+}
+
 inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, size_t x_stride) {
   for_vectors(n, [&](size_t j, auto span) {
     const Vec<float> k = span.load(factor + j);

@@ -181,11 +181,16 @@ struct Decoder<BlockQ6_K> {
 template <class Block>
 void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes, float* to,
             size_t to_stride) {
-  constexpr size_t kStrips = Block::kElements / kStrip;
+  constexpr size_t kStrips = Block::kElements / kStrip, kRowsAhead = 8, kMostAhead = 4 * kCacheLine;
+  const size_t piece = smaller(cols / kStrip * sizeof(Block) / kStrips + kCacheLine, kMostAhead);
   for (size_t row = 0; row < rows; ++row) {
     const Block* in_row =
         reinterpret_cast<const Block*>(static_cast<const uint8_t*>(blocks) + row * row_bytes);
     float* out = to + row * to_stride;
+    // A piece of each row: too short for the machine to see a stream.
+    const uint8_t* ahead =
+        reinterpret_cast<const uint8_t*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes;
+    for (size_t line = 0; line < piece; line += kCacheLine) __builtin_prefetch(ahead + line);
     for (size_t strip = first / kStrip, end = (first + cols) / kStrip; strip < end;) {
       const Decoder<Block> block{in_row[strip / kStrips]};
       const size_t j = strip % kStrips, n = smaller(kStrips - j, end - strip);

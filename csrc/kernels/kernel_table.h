@@ -261,6 +261,15 @@ struct Transformer {
   // xt (cols, rows) = x (rows, cols) transposed.
   void (*transpose)(size_t rows, size_t cols, const float* x, size_t x_stride, float* xt, size_t xt_stride);
 
+  // The dot products of a query's heads with the keys that lie row after row: scores (heads, rows) = q (heads, dim) times, for head
+  // h, columns h / group * dim ... of k (rows, heads / group * dim).
+  void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
+                   size_t k_stride, float* scores, size_t s_stride);
+
+  // out (heads, dim) += weights (heads, rows) times those columns of v, row after row.
+  void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
+                     size_t w_stride, const float* v, size_t v_stride, float* out);
+
   // x (rows, n) = x * factor (n).
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 

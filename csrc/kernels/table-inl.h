@@ -25,8 +25,9 @@ constexpr BlockDecoders make_block_decoders() {
 }
 
 constexpr Transformer make_transformer() {
-  return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward, largest, exp_sum, scaled,
-          dot,      transpose,         scale_columns, softmax_step, softmax_backward};
+  return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward,
+          largest,  exp_sum,           scaled,        dot,          transpose,
+          key_dots, add_values,        scale_columns, softmax_step, softmax_backward};
 }
 
 constexpr KernelTable make_table(const char* isa) {

@@ -81,17 +81,25 @@ inline void swiglu_backward(size_t n, const float* dout, const float* gate, cons
   });
 }
 
+// Four maxima side by side: each waits for the one before it.
 inline float largest(size_t n, const float* x) {
+  constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
-  Vec<float> m = lowest;
-  for_vectors(n, [&](size_t i, auto span) { m = max(m, span.load_or(lowest, x + i)); });
-  return fold(m, [](float a, float b) { return a > b ? a : b; });
+  Vec<float> m[4] = {lowest, lowest, lowest, lowest};
+  size_t first = 0;
+  for (; first + 4 * kLanes <= n; first += 4 * kLanes)
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) m[k] = max(m[k], Vec<float>::load(x + first + k * kLanes));
+  for_vectors(n - first, [&](size_t i, auto span) { m[0] = max(m[0], span.load_or(lowest, x + first + i)); });
+  return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
+// What comes next is fetched meanwhile, as far ahead as an L1 cache has room for.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();
   for_vectors(n, [&](size_t i, auto span) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kFetchAhead);
     const Vec<float> e = exp(span.load(x + i) - less);
     if (y) span.store(e, y + i);
     sum = sum + span.or_zero(e);

@@ -5,7 +5,6 @@
 
 #include "base/parallel.h"
 #include "ops/attention_tile.h"
-#include "ops/outer.h"
 
 namespace nplora {
 
@@ -16,11 +15,11 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // A task's tiles: more would leave threads without work at the end of short sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// Fewer lanes leave vectors idle: such a run goes row by row, its keys in the lanes.
+// Fewer lanes leave vectors idle.
 constexpr size_t kFewestLanes = 12;
 
-// Keys whose scores, of all heads of a group, are kept at a time.
-constexpr size_t kRowKeys = 256;
+// The most keys of a piece that a single query meets.
+constexpr size_t kPieceKeys = 256;
 
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
@@ -80,47 +79,14 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// The same for the heads of one query, whose scores are rows.
-void attend_row(const AttentionShape& shape, const Run& run, size_t query, size_t kv_head,
-                Matrix<const float> q, const Outputs& to) {
-  const size_t dim = shape.head_dim, group = shape.group(), place = run.first_place + query;
-  const size_t head = kv_head * group, row = run.row + query;
-  float* scaled = scratch<float>(Scratch::kAttention, group * (dim + kRowKeys + 2));
-  float *scores = scaled + group * dim, *largest = scores + group * kRowKeys, *sum = largest + group;
-  float* out = to.out.row(row) + head * dim;
-  kernel().scaled(group * dim, shape.scale, q.row(row) + head * dim, scaled, false);
-  std::fill_n(largest, group, kLowest);
-  std::fill_n(sum, group, 0.0f);
-
-  const size_t begin = shape.window > 0 && place + 1 > shape.window ? place + 1 - shape.window : 0;
-  for (size_t key = begin; key <= place; key += kRowKeys) {
-    const size_t n = std::min(kRowKeys, place + 1 - key);
-    const Matrix<const float> k = run.keys(kv_head, dim, key, n), v = run.values(kv_head, dim, key, n);
-    dot_product<float>(group, n, dim, {scaled, dim, 1}, {k.data, k.stride, 1}, scores);
-    for (size_t h = 0; h < group; ++h) {
-      float* s = scores + h * n;
-      const float now = std::max(largest[h], kernel().largest(n, s)), factor = std::exp(largest[h] - now);
-      sum[h] = sum[h] * factor + kernel().exp_sum(n, s, now, s);
-      largest[h] = now;
-      if (key > begin) kernel().scaled(dim, factor, out + h * dim, out + h * dim, false);
-    }
-    add_product<float>(group, dim, n, {scores, n, 1}, v.data, v.stride, out, dim, key > begin);
-  }
-
-  for (size_t h = 0; h < group; ++h) {
-    kernel().scaled(dim, 1 / sum[h], out + h * dim, out + h * dim, false);
-    if (to.lse.data) to.lse.row(row)[head + h] = largest[h] + std::log(sum[h]);
-  }
-}
-
-// A share of a run: lanes of one key head, or all of it row by row.
-struct Task {
+// Tiles of one run's lanes.
+struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };
 
-void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
-                 const Outputs& to) {
-  std::vector<Task> tasks;
+void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                  const Outputs& to) {
+  std::vector<TileTask> tasks;
   double operations = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const size_t lanes = runs[i].count * shape.group(), per_task = kTilesPerTask * kTileLanes;
@@ -134,14 +100,93 @@ void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matr
       }
   }
   parallel_for(tasks.size(), useful_threads(operations), Interruptible::kYes, [&](size_t i) {
-    const Task& task = tasks[i];
-    const Run& run = runs[task.run];
-    if (run.count * shape.group() < kFewestLanes)
-      for (size_t query = 0; query < run.count; ++query) attend_row(shape, run, query, task.kv_head, q, to);
-    else
-      for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
-        attend({shape, run, task.kv_head, lane, task.end_lane}, q, to);
+    const TileTask& task = tasks[i];
+    for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
+      attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
   });
+}
+
+// ---- single queries ----
+
+// Some of the keys that one query sees, and where their sums go: out (heads, head_dim), then the largest scores and the sums of
+// exponentials (heads) each.
+struct Piece {
+  const Run* run;
+  size_t row;
+  Span keys;
+};
+
+void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const float> q, float* part) {
+  const size_t dim = shape.head_dim, heads = shape.heads, n = piece.keys.end - piece.keys.first;
+  const size_t offset = piece.keys.first * piece.run->stride;
+  float *largest = part + heads * dim, *sum = largest + heads;
+  float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
+  kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
+  kernel().key_dots(n, heads, shape.group(), dim, scaled, piece.run->k + offset, piece.run->stride, scores,
+                    n);
+  for (size_t h = 0; h < heads; ++h) {
+    float* s = scores + h * n;
+    largest[h] = kernel().largest(n, s);
+    sum[h] = kernel().exp_sum(n, s, largest[h], s);
+  }
+  std::fill_n(part, heads * dim, 0.0f);
+  kernel().add_values(n, heads, shape.group(), dim, scores, n, piece.run->v + offset, piece.run->stride,
+                      part);
+}
+
+// The sums of a query's pieces, each beside its own largest score, beside the largest of all.
+void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
+                 const Outputs& to) {
+  const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
+  for (size_t h = 0; h < heads; ++h) {
+    float* out = to.out.row(row) + h * dim;
+    const float *largest = parts + heads * dim + h, *sums = largest + heads;
+    float top = kLowest, sum = 0;
+    for (size_t i = 0; i < pieces; ++i) top = std::max(top, largest[i * stride]);
+    for (size_t i = 0; i < pieces; ++i) {
+      const float factor = std::exp(largest[i * stride] - top);
+      sum += factor * sums[i * stride];
+      kernel().scaled(dim, factor, parts + i * stride + h * dim, out, i > 0);
+    }
+    kernel().scaled(dim, 1 / sum, out, out, false);
+    if (to.lse.data) to.lse.row(row)[h] = top + std::log(sum);
+  }
+}
+
+// Queries that are too few for tiles wait for memory: for each one, keys and values stream by as they lie, for all heads at once, in
+// pieces that threads share (Dao et al. 2023, Flash-Decoding).
+void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                 const Outputs& to) {
+  std::vector<Piece> pieces;
+  std::vector<size_t> first_piece;  // of each row, and the end
+  double operations = 0;
+  for (const Run& run : runs)
+    for (size_t i = 0; i < run.count; ++i) {
+      const Span keys = visible_keys(shape, run.first_place + i, run.first_place + i);
+      const size_t n = keys.end - keys.first, size = ceil_div(n, ceil_div(n, kPieceKeys));
+      operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
+      first_piece.push_back(pieces.size());
+      for (size_t key = keys.first; key < keys.end; key += size)
+        pieces.push_back({&run, run.row + i, {key, std::min(key + size, keys.end)}});
+    }
+  first_piece.push_back(pieces.size());
+  const size_t stride = shape.heads * (shape.head_dim + 2), threads = useful_threads(operations);
+  float* parts = scratch<float>(Scratch::kAttentionParts, pieces.size() * stride);
+  parallel_for(pieces.size(), threads, Interruptible::kYes,
+               [&](size_t i) { attend_piece(shape, pieces[i], q, parts + i * stride); });
+  parallel_for(first_piece.size() - 1, threads, Interruptible::kYes, [&](size_t i) {
+    const size_t first = first_piece[i];
+    join_pieces(shape, pieces[first].row, first_piece[i + 1] - first, parts + first * stride, to);
+  });
+}
+
+void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
+                 const Outputs& to) {
+  std::vector<Run> long_runs, short_runs;
+  for (const Run& run : runs)
+    (run.count * shape.group() < kFewestLanes ? short_runs : long_runs).push_back(run);
+  attend_tiles(shape, long_runs, q, to);
+  if (!short_runs.empty()) attend_rows(shape, short_runs, q, to);
 }
 
 }  // namespace

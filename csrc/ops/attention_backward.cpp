@@ -9,12 +9,18 @@ namespace nplora {
 
 namespace {
 
+// On the first diagonal. Their number may not depend on the threads, for the sums' order does on the blocks.
+constexpr size_t kFewestTasks = 12;
+
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
 }
 
-struct Gradients {
-  Matrix<float> dq, dk, dv;
+// What all tiles read and write. delta (n, heads) = Σ dout out of each head, written by the tiles of the first diagonal.
+struct Operands {
+  Matrix<const float> dout;
+  AttentionSaved saved;
+  Matrix<float> delta, dq, dk, dv;
 };
 
 struct BackwardBuffers {
@@ -45,47 +51,64 @@ void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, cons
                                     dim, sums + j, stride, true, {});
 }
 
+// The tile's part of delta, which is computed where `first`.
+void find_delta(const QueryTile& tile, const Operands& x, bool first, const BackwardBuffers& b) {
+  const size_t dim = tile.shape.head_dim;
+  if (first) tile.gather(x.saved.out, 1, b.q_rows);
+  for (size_t i = 0; first && i < tile.lanes; ++i)
+    b.delta[i] = kernel().dot(dim, b.dout_rows + i * dim, b.q_rows + i * dim);
+  tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+    float* kept = x.delta.row(row) + head;
+    first ? std::copy_n(b.delta + lane, heads, kept) : std::copy_n(kept, heads, b.delta + lane);
+  });
+}
+
 // Algorithm 2 of Dao 2023 for one tile of queries and the keys of a block, with all products' queries in the lanes:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);  dq = scale ds k;  dk += ds (scale q).
-void attend_backward(const QueryTile& tile, Span block, Matrix<const float> dout, const AttentionSaved& saved,
-                     size_t key_row, const Gradients& to, bool accumulate) {
+// dq is written where the block is the first that the tile meets, else added to.
+void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const Span seen = tile.visible(),
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
-  tile.gather(saved.out, 1, b.q_rows);
-  tile.gather(dout, 1, b.dout_rows);
-  for (size_t i = 0; i < lanes; ++i)
-    b.delta[i] = kernel().dot(dim, b.dout_rows + i * dim, b.q_rows + i * dim);
-  tile.gather(saved.q, tile.shape.scale, b.q_rows);
+  tile.gather(x.dout, 1, b.dout_rows);
+  find_delta(tile, x, first, b);
+  tile.gather(x.saved.q, tile.shape.scale, b.q_rows);
   tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
-    std::copy_n(saved.lse.row(row) + head, heads, b.lse + lane);
+    std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
   });
   kernel().transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
   kernel().transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
   bool add = false;
   for_key_tiles(keys_of_tile, [&](Span keys) {
-    const size_t n = keys.end - keys.first, row = key_row + keys.first;
+    const size_t n = keys.end - keys.first, row = tile.run.row + keys.first;
     const Matrix<const float> k = tile.run.keys(tile.kv_head, dim, keys.first, n),
                               v = tile.run.values(tile.kv_head, dim, keys.first, n);
     score(lanes, k, b.q, b.scores);
     tile.mask(keys, b.scores);
     score(lanes, v, b.dout, b.dp);
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
-    add_outer(n, lanes, dim, b.scores, b.dout_rows, to.dv.row(row) + column, to.dv.stride);
-    add_outer(n, lanes, dim, b.dp, b.q_rows, to.dk.row(row) + column, to.dk.stride);
+    add_outer(n, lanes, dim, b.scores, b.dout_rows, x.dv.row(row) + column, x.dv.stride);
+    add_outer(n, lanes, dim, b.dp, b.q_rows, x.dk.row(row) + column, x.dk.stride);
     add_weighted(lanes, k, b.dp, b.dq, add);
     add = true;
   });
   kernel().transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
-  tile.scatter(b.q_rows, tile.shape.scale, to.dq, accumulate);
+  tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// Tokens of a block: its keys, values and their gradients take 4 * 64 KB of L2.
-size_t block_tokens(size_t dim) {
-  return std::clamp<size_t>(16384 / dim / kTileKeys, 1, 8) * kTileKeys;
+// Tokens of a block: its keys, values and their gradients take 4 * 128 KB of L2; fewer, where that leaves few tasks.
+size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
+  size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
+  const auto tasks = [&] {
+    size_t blocks = 0;
+    for (const Run& run : runs) blocks += ceil_div(run.count, block);
+    return blocks * shape.kv_heads;
+  };
+  while (block > kTileKeys && tasks() < kFewestTasks) block /= 2;
+  return block;
 }
 
 // One block of queries and one of keys, all heads that share kv_head.
@@ -100,8 +123,6 @@ struct Task {
 // thread waits for another within a diagonal.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
-  const size_t block = block_tokens(shape.head_dim), group = shape.group(), dim = shape.head_dim;
-  const Gradients to{dq, dk, dv};
   std::vector<Run> runs;
   size_t longest = 0;
   for (size_t i = 0; i < sequences.count; ++i) {
@@ -109,6 +130,9 @@ void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix
     if (count > 0) runs.push_back({row, count, 0, saved.k.row(row), saved.v.row(row), saved.k.stride});
     longest = std::max(longest, count);
   }
+  const size_t block = block_tokens(shape, runs), group = shape.group(), dim = shape.head_dim;
+  float* delta = scratch<float>(Scratch::kAttentionParts, dout.rows * shape.heads);
+  const Operands x{dout, saved, {delta, dout.rows, shape.heads, shape.heads}, dq, dk, dv};
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
     if (shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
@@ -130,7 +154,7 @@ void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix
       }
       const size_t end = (queries.first + queries.count) * group;
       for (size_t lane = queries.first * group; lane < end; lane += kTileLanes)
-        attend_backward({shape, run, task.kv_head, lane, end}, span, dout, saved, run.row, to, diagonal > 0);
+        attend_backward({shape, run, task.kv_head, lane, end}, span, x, diagonal == 0);
     });
   }
 }

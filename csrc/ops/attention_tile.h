@@ -39,6 +39,12 @@ struct Span {
   size_t first, end;
 };
 
+// The keys that a query at one of these places sees.
+inline Span visible_keys(const AttentionShape& shape, size_t first_place, size_t last_place) {
+  const size_t window = shape.window;
+  return {window > 0 && first_place + 1 > window ? first_place + 1 - window : 0, last_place + 1};
+}
+
 // The lanes first ... first + lanes - 1 of a run, all of the heads that share kv_head.
 struct QueryTile {
   const AttentionShape& shape;
@@ -56,10 +62,7 @@ struct QueryTile {
   size_t place(size_t lane) const { return run.first_place + (first + lane) / shape.group(); }
 
   // The keys that any lane sees.
-  Span visible() const {
-    const size_t begin = place(0), window = shape.window;
-    return {window > 0 && begin + 1 > window ? begin + 1 - window : 0, place(lanes - 1) + 1};
-  }
+  Span visible() const { return visible_keys(shape, place(0), place(lanes - 1)); }
 
   // body(row of q, first head, heads, lane of the first) for the lanes of each token.
   template <class Body>
@@ -109,14 +112,12 @@ struct QueryTile {
   }
 };
 
-// body(span) for tiles of about one size, multiples of 8.
+// body(keys) for tiles of about one size, multiples of 8.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;
-  const size_t n = keys.end - keys.first, tiles = ceil_div(n, kTileKeys),
-               size = round_up(ceil_div(n, tiles), 8);
-  for (size_t first = keys.first; first < keys.end; first += size)
-    body(Span{first, std::min(first + size, keys.end)});
+  const size_t n = keys.end - keys.first, size = round_up(ceil_div(n, ceil_div(n, kTileKeys)), 8);
+  for (size_t key = keys.first; key < keys.end; key += size) body(Span{key, std::min(key + size, keys.end)});
 }
 
 // scores (keys, kTileLanes) = k (keys, head_dim) times the queries in the lanes (head_dim, kTileLanes).

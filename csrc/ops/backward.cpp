@@ -55,7 +55,7 @@ class Backward {
   void run() {
     const size_t threads = useful_threads(work_);
     // A block of W that is added to serves all tokens; else more threads take more tokens at a time.
-    pass_ = std::min(tokens_, kTokenBlock * ceil_div(threads, 2));
+    pass_ = std::min(tokens_, (group_ > kPanelColumns ? 2 : 1) * kTokenBlock * ceil_div(threads, 2));
     for (const Part& p : parts_)
       if (dx_.data && p.update == Update::kFolded)
         pass_ = std::max(pass_, tokens_of_block(tokens_, p.arrays.w.d_out, sizeof(E) / kSteps<E>));
@@ -68,8 +68,9 @@ class Backward {
       if (projects_ || kSteps<E> > 1)
         parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
                      [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
-      const Grid grid({dx_.data ? pass.count : 0, kPassUnit, folds_ ? pass.count : kTokenBlock},
-                      {dx_.cols, group_, std::max(dx_.cols, group_)}, work_, threads);
+      const Grid grid(
+          {dx_.data ? pass.count : 0, kPassUnit, folds_ || group_ > kPanelColumns ? pass.count : kTokenBlock},
+          {dx_.cols, group_, std::max(dx_.cols, group_)}, work_, threads);
       const size_t products = dx_.data ? grid.tasks() : 0;
       parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
         if (i < products)

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/parallel.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
+#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -14,19 +16,30 @@ namespace {
 constexpr size_t kPiece = 2048;
 constexpr double kOperations = 24;  // of one logit, as useful_threads counts them
 
-// Σ exp(x - shift) over n elements; the exponentials are kept in y where it is given.
-double sum_of_exponentials(size_t n, const float* x, float shift, float* y) {
-  double sum = 0;
-  for (size_t i = 0; i < n; i += kPiece)
-    sum += kernels::table().transformer.exp_sum(std::min(kPiece, n - i), x + i, shift, y ? y + i : nullptr);
-  return sum;
-}
-
+// Piece by piece (Milakov & Gimelshein 2018), so that a row comes from memory once: its exponentials are taken beside the largest
+// logit so far, which their piece remembers.
 double row_loss(size_t n, float* logits, size_t target, double factor, bool gradient) {
-  const float logit = logits[target], largest = kernels::table().transformer.largest(n, logits);
-  const double sum = sum_of_exponentials(n, logits, largest, gradient ? logits : nullptr);
+  const auto& kernel = kernels::table().transformer;
+  const size_t pieces = ceil_div(n, kPiece);
+  float* shifts = scratch<float>(Scratch::kSums, pieces);
+  const float logit = logits[target];
+  float largest = std::numeric_limits<float>::lowest();
+  double sum = 0;
+  for (size_t i = 0; i < pieces; ++i) {
+    const Range piece = nth_block(n, kPiece, i);
+    float* x = logits + piece.first;
+    const float before = largest;
+    shifts[i] = largest = std::max(before, kernel.largest(piece.count, x));
+    sum = sum * std::exp(double(before) - double(largest)) +
+          kernel.exp_sum(piece.count, x, largest, gradient ? x : nullptr);
+  }
   if (gradient) {
-    kernels::table().transformer.scaled(n, float(factor / sum), logits, logits, false);
+    for (size_t i = 0; i < pieces; ++i) {
+      const Range piece = nth_block(n, kPiece, i);
+      float* x = logits + piece.first;
+      kernel.scaled(piece.count, float(factor / sum * std::exp(double(shifts[i]) - double(largest))), x, x,
+                    false);
+    }
     logits[target] -= float(factor);
   }
   return std::log(sum) + (double(largest) - double(logit));

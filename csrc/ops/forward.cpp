@@ -36,8 +36,12 @@ template <class E, class T>
 void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   const size_t threads = useful_threads(flops_of(parts, x.rows));
   size_t outputs = 0;
-  for (const ForwardPart<T>& part : parts) outputs += part.w.d_out;
-  forward_path(x.rows, outputs, x.cols, sizeof(E) / kernels::kSteps<E>) == ForwardPath::kLanes
+  bool decoded = true;
+  for (const ForwardPart<T>& part : parts) {
+    outputs += part.w.d_out;
+    decoded &= is_blocks(part.w.storage);
+  }
+  forward_path(x.rows, outputs, x.cols, sizeof(E) / kernels::kSteps<E>, decoded) == ForwardPath::kLanes
       ? forward_lanes<E>(parts, x, threads)
       : forward_rows<E>(parts, x, threads);
 }

@@ -28,8 +28,13 @@ class RowsForward {
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
-      const LayerShape shape{x.rows,          part.w.d_out,          x.cols,
-                             part.low.rank(), sizeof(E) / kSteps<E>, part.low.dropout > 0};
+      const LayerShape shape{x.rows,
+                             part.w.d_out,
+                             x.cols,
+                             part.low.rank(),
+                             sizeof(E) / kSteps<E>,
+                             part.low.dropout > 0,
+                             is_blocks(part.w.storage)};
       const Update update = forward_update(shape, keep_z);
       updates_.push_back({part, update, part.low.rank() && (keep_z || update == Update::kSteps)});
     }

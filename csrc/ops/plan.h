@@ -16,11 +16,16 @@ enum class ForwardPath {
   kRows,   // W is, which pays for large batches
 };
 
-inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes) {
+// A piece of W that was decoded is in L1 when it is transposed: so many times cheaper than x and y are.
+inline constexpr size_t kDecodedGain = 6;
+
+inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
+                                bool decoded = false) {
   const size_t most_small = element_bytes == sizeof(double) ? small_batch<double>() : small_batch<float>();
   if (tokens <= most_small) return ForwardPath::kSmall;
   const size_t shared = std::min(tokens, tokens_of_block(tokens, d_in, element_bytes));
-  return shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows : ForwardPath::kLanes;
+  return (decoded ? kDecodedGain : 1) * shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows
+                                                                               : ForwardPath::kLanes;
 }
 
 // Whether a product of so many rows runs in pairs of bfloat16.
@@ -38,6 +43,7 @@ struct LayerShape {
   size_t tokens, d_out, d_in, rank;
   size_t element_bytes;  // of what it is computed in: 8, 4, or 2 for bfloat16
   bool dropout;          // the update reads another x than W does
+  bool decoded = false;  // W lies in low-bit blocks
 };
 
 // A block of W is copied before the update is added to it: worth about so many operations for each element.
@@ -76,7 +82,7 @@ inline Update choose_update(const LayerShape& s, const UpdateCost& cost) {
 
 inline Update forward_update(const LayerShape& s, bool keep_z) {
   const Update update = choose_update(s, forward_cost(s, keep_z));
-  const bool kept = forward_path(s.tokens, s.d_out, s.d_in, s.element_bytes) != ForwardPath::kRows;
+  const bool kept = forward_path(s.tokens, s.d_out, s.d_in, s.element_bytes, s.decoded) != ForwardPath::kRows;
   return kept && update == Update::kFolded ? Update::kSteps : update;
 }
 inline Update backward_update(const LayerShape& s) {

@@ -14,14 +14,15 @@ enum class Scratch {
   kSums,          // outputs before they are written: a few 100 KB
   kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
-  kRow,           // a row of such a piece before it is in pairs: kDepthBlock
+  kFewRows,       // a few of its rows before they are in pairs: 2 kDepthBlock
   kDotInputs,     // a small batch of x by token and phase: 8 d_in
   kDotSums,       // and its partial sums: r L
   kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: 512 r
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L, or 8 d_in
-  kAttention,     // a tile of attention: 48 (5 head_dim + 130); or 258 + head_dim for each head of a group
+  kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
+  kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount
 };
 

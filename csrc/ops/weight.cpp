@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "base/parallel.h"
+#include "ops/blocks.h"
 #include "ops/scratch.h"
 
 namespace nplora {
@@ -64,6 +65,17 @@ void decode(const WeightView& w, Range rows, Range cols, float* out, size_t out_
       w.row_stride, out, out_stride);
 }
 
+// Asks for the columns behind a piece of a few rows of blocks: they are next, and too short for the machine to see a stream.
+void fetch_behind(const WeightView& w, Range rows, Range cols) {
+  if (w.storage == Storage::kNf4) return;
+  const BlockFormatInfo& of = info(format_of(w.storage));
+  const size_t first = (cols.first + cols.count) / of.elements * of.bytes;
+  const size_t bytes = std::min(ceil_div(cols.count, of.elements) * of.bytes, w.row_stride - first);
+  const char* row = static_cast<const char*>(w.data) + rows.first * w.row_stride + first;
+  for (size_t i = 0; i < rows.count; ++i, row += w.row_stride)
+    for (size_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(row + line);
+}
+
 // The columns that are decoded for those that are wanted, and how many come before these.
 struct Strips {
   Range cols;
@@ -78,6 +90,16 @@ Strips strips_of(const WeightView& w, Range cols) {
 // The rows of a decoded piece do not lie a multiple of 4 KB apart, where they would share their places in L1.
 size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
+}
+
+// Calls body(first, rows, values) for a few rows of a piece at a time, an even number of them, whose values (rows, cols) fit into L1.
+template <class Body>
+void for_few_rows(Range rows, size_t cols, const Body& body) {
+  constexpr size_t kValues = 4608;  // 18 KB
+  const size_t most = std::max<size_t>(2, kValues / std::max<size_t>(1, cols) / 2 * 2);
+  float* values = scratch<float>(Scratch::kFewRows, most * cols);
+  for (size_t i = 0; i < rows.count; i += most)
+    body(i, Range{rows.first + i, std::min(most, rows.count - i)}, values);
 }
 
 template <class T>
@@ -142,6 +164,7 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
   if constexpr (std::is_same_v<T, float>)
     if (is_blocks(w.storage)) {
       const Strips strips = strips_of(w, cols);
+      fetch_behind(w, rows, strips.cols);
       const size_t stride = decoded_stride(strips.cols.count, sizeof(T));
       decode(w, rows, strips.cols, scratch, stride);
       return {scratch + strips.before, stride, kPanelColumns};
@@ -167,14 +190,15 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
     const Strips strips = strips_of(w, cols);
-    const size_t pairs = ceil_div(strips.cols.count, 2), stride = decoded_stride(pairs, sizeof(Bf16Pair));
-    float* values = nplora::scratch<float>(Scratch::kRow, 2 * pairs);
-    for (size_t i = 0; i < rows.count; ++i) {
-      values[2 * pairs - 1] = 0;
-      decode(w, {rows.first + i, 1}, strips.cols, values, 0);
-      convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(scratch + i * stride));
-    }
-    return {scratch + strips.before / 2, stride, kPanelPairs};
+    fetch_behind(w, rows, strips.cols);
+    const size_t pairs = ceil_div(strips.cols.count, 2);
+    for_few_rows(rows, 2 * pairs, [&](size_t i, Range few, float* values) {
+      if (strips.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
+      decode(w, few, strips.cols, values, 2 * pairs);
+      convert.narrow_bfloat16(2 * few.count * pairs, values,
+                              reinterpret_cast<uint16_t*>(scratch + i * pairs));
+    });
+    return {scratch + strips.before / 2, pairs, kPanelPairs};
   }
   Bf16Pair* out = scratch;
   for_panels(cols.count, [&](size_t c, size_t width) {
@@ -205,15 +229,12 @@ template <>
 ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
-    constexpr size_t kRows = 16;
     const Strips strips = strips_of(w, cols);
     const size_t width = strips.cols.count;
-    float values[kRows * scratch_columns(kDecodedColumns)];
-    for (size_t i = 0; i < rows.count; i += kRows) {
-      const Range few{rows.first + i, std::min(kRows, rows.count - i)};
+    for_few_rows(rows, width, [&](size_t i, Range few, float* values) {
       decode(w, few, strips.cols, values, width);
       convert.pair_rows(few.count, width, values, width, scratch + i / 2 * width);
-    }
+    });
     return {scratch + strips.before, width};
   }
   const Place from = locate(w, rows.first, cols.first);

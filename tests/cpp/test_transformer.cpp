@@ -32,6 +32,11 @@ void expect_near(size_t i, double got, double exact, double error) {
     check::expect(same(got, exact), "element %zu is %g, wanted %g", i, got, exact);
 }
 
+// Sums of k products: exact for integers, and where all but a few subnormals are.
+double sum_error(Data data, size_t k, double terms) {
+  return data == Data::kUniform ? gamma<float>(k) * terms : data == Data::kSpecial ? double(k) * 0x1p-149 : 0;
+}
+
 // body(n, place) for every length.
 template <class Body>
 void for_lengths(const std::string& kernel, const Body& body) {
@@ -148,9 +153,7 @@ void test_dot(const KernelTable& table) {
         terms += std::abs(double(a0[i]) * b0[i]);
       }
       expect_near(n, got, exact,
-                  data == Data::kIntegers || data == Data::kSpecial
-                      ? 0
-                      : gamma<float>(n + 1) * terms + double(n) * kSmallest);
+                  sum_error(data, n + 1, terms) + (data == Data::kTiny ? double(n) * kSmallest : 0));
       check::expect(a.untouched(a0) && b.untouched(b0), "wrote to an input");
     }
   });
@@ -418,6 +421,76 @@ void test_softmax_backward(const KernelTable& table) {
   });
 }
 
+// ---- single queries ----
+
+// Few rows and many, groups of one and of several, head dimensions around the width of vectors.
+template <class Body>
+void for_heads(const std::string& kernel, const Body& body) {
+  for (size_t rows : {0, 1, 3, 4, 5, 8, 15, 16, 17, 35})
+    for (size_t dim : {1, 2, 7, 8, 15, 16, 17, 33, 48, 64})
+      for (size_t kv_heads : {1, 2})
+        for (size_t group : {1, 3, 4}) {
+          check::count_shape(kernel);
+          for (Data data : {Data::kIntegers, Data::kUniform, Data::kSpecial})
+            for (Place place : kPlaces) body(rows, dim, kv_heads, group, (rows + dim) % 3, data, place);
+        }
+}
+
+void test_key_dots(const KernelTable& table) {
+  Random random(44);
+  for_heads("key_dots", [&](size_t rows, size_t dim, size_t kv_heads, size_t group, size_t gap, Data data,
+                            Place place) {
+    check::Case one("%s key_dots rows %zu dim %zu kv_heads %zu group %zu gap %zu, %s, %s", table.isa, rows,
+                    dim, kv_heads, group, gap, name_of(data), name_of(place));
+    const size_t heads = kv_heads * group, width = kv_heads * dim;
+    const Values q0 = draw<float>(random, heads * dim, data), k0 = draw<float>(random, rows * width, data);
+    Row<float> q(place, q0);
+    Placed<float> k(rows, width, {width + gap}, place, k0), scores(heads, rows, {rows + gap}, place);
+    table.transformer.key_dots(rows, heads, group, dim, q.data(), k.data(), width + gap, scores.data(),
+                               rows + gap);
+    for (size_t h = 0; h < heads; ++h)
+      for (size_t r = 0; r < rows; ++r) {
+        double exact = 0, terms = 0;
+        for (size_t i = 0; i < dim; ++i) {
+          const double term = double(q0[h * dim + i]) * k0[r * width + h / group * dim + i];
+          exact += term;
+          terms += std::abs(term);
+        }
+        expect_near(h * rows + r, scores(h, r), exact, sum_error(data, dim + 1, terms));
+      }
+    check::expect(scores.gaps_intact(), "wrote outside the scores");
+    check::expect(q.untouched(q0) && k.untouched(k0), "wrote to an input");
+  });
+}
+
+void test_add_values(const KernelTable& table) {
+  Random random(45);
+  for_heads("add_values", [&](size_t rows, size_t dim, size_t kv_heads, size_t group, size_t gap, Data data,
+                              Place place) {
+    check::Case one("%s add_values rows %zu dim %zu kv_heads %zu group %zu gap %zu, %s, %s", table.isa, rows,
+                    dim, kv_heads, group, gap, name_of(data), name_of(place));
+    const size_t heads = kv_heads * group, width = kv_heads * dim;
+    const Values w0 = draw<float>(random, heads * rows, data), v0 = draw<float>(random, rows * width, data),
+                 before = draw<float>(random, heads * dim, data);
+    Placed<float> weights(heads, rows, {rows + gap}, place, w0), v(rows, width, {width + gap}, place, v0);
+    Row<float> out(place, before);
+    table.transformer.add_values(rows, heads, group, dim, weights.data(), rows + gap, v.data(), width + gap,
+                                 out.data());
+    for (size_t h = 0; h < heads; ++h)
+      for (size_t i = 0; i < dim; ++i) {
+        double exact = before[h * dim + i], terms = std::abs(exact);
+        for (size_t r = 0; r < rows; ++r) {
+          const double term = double(w0[h * rows + r]) * v0[r * width + h / group * dim + i];
+          exact += term;
+          terms += std::abs(term);
+        }
+        expect_near(h * dim + i, out[h * dim + i], exact, sum_error(data, 2 * rows + 1, terms));
+      }
+    check::expect(out.gaps_intact(), "wrote outside out");
+    check::expect(weights.untouched(w0) && v.untouched(v0), "wrote to an input");
+  });
+}
+
 }  // namespace
 
 void test_transformer(const KernelTable& table) {
@@ -435,4 +508,6 @@ void test_transformer(const KernelTable& table) {
   test_scale_columns(table);
   test_softmax_step(table);
   test_softmax_backward(table);
+  test_key_dots(table);
+  test_add_values(table);
 }

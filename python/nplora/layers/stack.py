@@ -81,16 +81,21 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     """d_in and the dtype of x that all layers share."""
     if not layers:
         raise ValueError(f"{op}: no layers")
-    kinds = [_kind(layer.weight) for layer in layers]
-    if len(set(kinds)) > 1:
-        seen = ", ".join(f"d_in={d_in} in {compute}" for d_in, compute, _ in sorted(set(kinds), key=str))
-        raise ValueError(f"{op}: the layers differ: {seen}")
-    d_in, _, dtype = kinds[0]
-    return d_in, dtype
+    first = _kind(layers[0].weight)
+    for layer in layers[1:]:
+        if _kind(layer.weight) != first:
+            raise ValueError(f"{op}: the layers differ: {', '.join(sorted(set(map(_words, layers))))}")
+    return first[0], first[2]
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
     """d_in, what the products run in, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
-        return weight.shape[1], weight.compute, weight.compute_dtype
-    return weight.shape[1], weight.dtype.name, weight.dtype
+        return weight.shape[1], weight.packed.compute, weight.compute_dtype
+    return weight.shape[1], "float", weight.dtype
+
+
+def _words(layer: Stackable) -> str:
+    weight = layer.weight
+    compute = weight.compute if isinstance(weight, FrozenWeight) else weight.dtype.name
+    return f"d_in={weight.shape[1]} in {compute}"

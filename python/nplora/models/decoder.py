@@ -11,7 +11,7 @@ from nplora.layers import Embedding, LoRAEmbedding, RMSNorm
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
 from nplora.models.places import CachePlaces, Places
-from nplora.module import Module, Saved
+from nplora.module import Module, Saved, inference
 
 Array = npt.NDArray[Any]
 
@@ -52,21 +52,18 @@ class Decoder(Module):
         self.checkpoint_blocks = False
 
     def infer(self, ids: Array, places: Places) -> Array:
-        """The residual stream (n, d) after the last block."""
-        x = self.embed_tokens.forward(ids)[0]
-        for block in self.layers:
-            x = block.run(x, places)[0]
-        return x
+        """The residual stream (n, d) after the last block; to be called in `inference()`."""
+        return _run_through(self.layers, self.embed_tokens.forward(ids)[0], places)
 
     def run(self, ids: Array, places: Places) -> tuple[Array, DecoderSaved]:
         """The same in training, and what `run_backward` needs."""
         x, embedding = self.embed_tokens.forward(ids)
         first = self._first_adapted()
+        with inference():
+            x = _run_through(self.layers[:first], x, places)
         blocks: list[BlockSaved | BlockInput] = []
-        for index, block in enumerate(self.layers):
-            if index < first:
-                x = block.run(x, places)[0]
-            elif self.checkpoint_blocks:
+        for block in self.layers[first:]:
+            if self.checkpoint_blocks:
                 blocks.append(BlockInput(x, block.random_state()))
                 x = block.run(x, places)[0]
             else:
@@ -98,6 +95,12 @@ class Decoder(Module):
             return 0
         adapted = (index for index, block in enumerate(self.layers) if block.parameters())
         return next(adapted, len(self.layers))
+
+
+def _run_through(blocks: list[DecoderBlock], x: Array, places: Places) -> Array:
+    for block in blocks:
+        x = block.run(x, places)[0]
+    return x
 
 
 def _again(block: DecoderBlock, kept: BlockInput, places: Places) -> BlockSaved:

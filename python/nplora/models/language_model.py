@@ -26,6 +26,7 @@ from nplora.models.rope import Rope
 from nplora.module import Gradient, Module, Saved, inference, inferring
 from nplora.optim import Optimizer
 from nplora.packing import IGNORED, PackedBatch, pack
+from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -59,17 +60,17 @@ class LanguageModel(Module):
         model: Decoder,
         lm_head: Linear,
         rope: Rope,
-        load_tokenizer: Callable[[], Any],
+        load_tokenizer: Callable[[], Tokenizer],
     ) -> None:
         self.config = config
         self.model = model
         self.lm_head: Linear | LoRALinear = lm_head
         self._rope = rope
         self._load_tokenizer = load_tokenizer
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that came with the model, read when first asked for."""
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from nplora import _check
+from nplora import _check, tokenizer
 from nplora.formats import files, gguf, safetensors, sharded
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.files import StrPath
@@ -21,6 +19,7 @@ from nplora.models.language_model import LanguageModel
 from nplora.models.mlp import MLP
 from nplora.models.rope import Rope
 from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_tensors
+from nplora.tokenizer import Tokenizer
 from nplora.weights import COMPUTES
 
 _CONFIG = "config.json"
@@ -50,13 +49,13 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
 
 def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
     file = gguf.open(path, mmap)
-    return _build(gguf_config.read(file), GgufWeights(file, compute), lambda: _tokenizers().from_gguf(file))
+    return _build(gguf_config.read(file), GgufWeights(file, compute), lambda: tokenizer.from_gguf(file))
 
 
 def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
     config = hf_config.read(Path(path, _CONFIG))
     weights = SafetensorsWeights(_open_tensors(Path(path), mmap), compute)
-    return _build(config, weights, lambda: _tokenizers().from_directory(path))
+    return _build(config, weights, lambda: tokenizer.from_directory(path))
 
 
 def _open_tensors(directory: Path, mmap: bool) -> safetensors.SafetensorsFile | sharded.ShardedFile:
@@ -70,11 +69,7 @@ def _open_tensors(directory: Path, mmap: bool) -> safetensors.SafetensorsFile | 
     raise FormatError(f"{files.name(directory)}: holds neither {_TENSORS} nor {_INDEX}")
 
 
-def _tokenizers() -> Any:
-    return importlib.import_module("nplora.tokenizer")
-
-
-def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Any]) -> LanguageModel:
+def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Tokenizer]) -> LanguageModel:
     require_tensors(weights, config)
     rope = Rope(config.rope, config.head_dim, config.interleaved)
     embedding = weights.matrix("model.embed_tokens.weight")

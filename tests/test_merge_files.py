@@ -93,6 +93,8 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
         blocks = (shape[0], -1, elements if elements > 1 else shape[1])
         errors = np.linalg.norm(lost.reshape(blocks), axis=2) / np.linalg.norm(asked.reshape(blocks), axis=2)
         report = reports[stored]
+        along = np.sum((lost + asked) * asked) / np.sum(asked**2)
+        np.testing.assert_allclose(report.kept, along, rtol=1e-6)
         np.testing.assert_allclose(report.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
         np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
         row, column = report.worst_block
@@ -122,7 +124,7 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     assert (
         str(done)
         .splitlines()[-1]
-        .startswith(f"{tmp_path / 'out.gguf'}: 5 tensors merged, 2 kept; the largest")
+        .startswith(f"{tmp_path / 'out.gguf'}: 5 tensors merged, 2 kept; the least of ΔW, ")
     )
 
 
@@ -338,6 +340,7 @@ def test_the_command_merges_and_reports(
     assert cli.main([*arguments, "--dtype", "q8_0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, relative error of ΔW 0.")
+    assert lines[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
+    assert "% of ΔW kept, relative error 0." in lines[0]
     assert cli.main([*arguments, "--dtype", "int4"]) == 1
     assert "dtype='int4' is not available" in capsys.readouterr().err

@@ -49,6 +49,8 @@ def test_the_report_tells_how_much_of_the_update_the_storage_kept(
     lost = decoded(merged) - decoded(layer.weight) - asked
     expected = np.linalg.norm(lost) / np.linalg.norm(asked)
     np.testing.assert_allclose(report.error, expected, rtol=1e-6)
+    along = np.sum((lost + asked) * asked) / np.sum(asked**2)
+    np.testing.assert_allclose(report.kept, along, rtol=1e-6)
     blocks = (D_OUT, -1, storages.BLOCKS[merged.dtype][0] if merged.dtype in BLOCKS else D_IN)
     errors = np.linalg.norm(lost.reshape(blocks), axis=2) / np.linalg.norm(asked.reshape(blocks), axis=2)
     np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
@@ -65,6 +67,17 @@ def test_finer_storages_keep_more(name: str, rng: np.random.Generator) -> None:
         layer.unmerge()
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1 > 1e-4 > errors[-1]
+
+
+def test_an_error_that_is_noise_is_told_from_an_update_that_is_lost(rng: np.random.Generator) -> None:
+    """A tenth of a step is lost in the blocks that the weight lies in; in finer ones that lie otherwise it is
+    not, though their rounding is as large as the update."""
+    layer = layer_of(rng, "q4_1", size=0.01)
+    (same,) = layer.merge("same")
+    layer.unmerge()
+    (finer,) = layer.merge("q8_0")
+    assert same.kept < 0.3 < 0.95 < finer.kept < 1.05
+    assert finer.error > 0.2
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -125,7 +138,10 @@ def test_a_model_is_merged_as_a_whole_with_a_report_for_each_layer(rng: np.rando
     assert reports[1].error == 0  # A is 0: nothing was asked for, and nothing changed
     plain = model.merge_and_unload()
     assert plain[0].weight.dtype == "q4_1"
-    assert str(reports[0]).startswith("0: q4_1, 12,800 bytes, relative error of ΔW ")
+    assert str(reports[0]).startswith(
+        f"0: q4_1, 12,800 bytes, {reports[0].kept:.1%} of ΔW kept, relative error "
+    )
+    assert reports[1].kept == 1
 
 
 def test_an_embedding_is_merged_into_blocks(rng: np.random.Generator) -> None:

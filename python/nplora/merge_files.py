@@ -41,12 +41,12 @@ class ModelMerge:
     kept: int
 
     def __str__(self) -> str:
-        worst = max(self.reports, key=lambda report: report.error)
+        worst = min(self.reports, key=lambda report: report.kept)
         return "\n".join(
             [
                 *map(str, self.reports),
                 f"{self.target}: {len(self.reports)} tensors merged, {self.kept} kept; "
-                f"the largest relative error of ΔW is {worst.error:.3g}, in {worst.name}",
+                f"the least of ΔW, {worst.kept:.1%}, is kept in {worst.name}",
             ]
         )
 

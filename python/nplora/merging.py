@@ -27,8 +27,10 @@ class MergeReport:
         name: of the layer or tensor.
         storage, nbytes: of the merged weight.
         error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm, where the effective ΔW is what the merged
-            weight, as stored, is beyond the original: 0 where all of the update survived, near 1 or above
-            where rounding has swallowed it. 0 where ΔW is 0 and nothing changed.
+            weight, as stored, is beyond the original. 0 where ΔW is 0 and nothing changed.
+        kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the share of ΔW that is there. Near 1 the error is noise of the
+            rounding, which hardly matters to the outputs; near 0 rounding went back to the original and has
+            swallowed the update. 1 where ΔW is 0.
         worst_block: the row and the first column of the block of elements with the largest relative error, of
             the storage's own length (a whole row where elements stand alone).
         worst_error: that error.
@@ -38,14 +40,15 @@ class MergeReport:
     storage: str
     nbytes: int
     error: float
+    kept: float
     worst_block: tuple[int, int]
     worst_error: float
 
     def __str__(self) -> str:
         row, column = self.worst_block
         return (
-            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, relative error of ΔW {self.error:.3g}, "
-            f"at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
+            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, relative error "
+            f"{self.error:.3g}, at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
         )
 
 
@@ -124,7 +127,7 @@ class Merge:
         self.name, self.shape, self.storage = name, shape, storage
         self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
         self._read, self._update = read, update
-        self._asked = self._lost = 0.0  # sums of squares
+        self._asked = self._lost = self._along = 0.0  # ‖ΔW‖², ‖error‖², ⟨error, ΔW⟩
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
@@ -165,6 +168,7 @@ class Merge:
         )
         self._asked += float(asked_squares.sum())
         self._lost += float(lost_squares.sum())
+        self._along += float(np.einsum("ni,ni->", lost, delta))
         if lost_squares.size:
             errors = _relative(lost_squares, asked_squares)
             row, block = np.unravel_index(int(np.nanargmax(np.nan_to_num(errors, nan=np.inf))), errors.shape)
@@ -174,8 +178,9 @@ class Merge:
     @property
     def report(self) -> MergeReport:
         error = float(_relative(np.array(self._lost), np.array(self._asked)))
+        kept = 1 + self._along / self._asked if self._asked else 1.0
         worst, row, column = self._worst
-        return MergeReport(self.name, self.storage, self.nbytes, error, (row, column), max(0.0, worst))
+        return MergeReport(self.name, self.storage, self.nbytes, error, kept, (row, column), max(0.0, worst))
 
 
 def merge_weight(

@@ -93,5 +93,4 @@ def row_order(config: ModelConfig, name: str) -> Array | None:
     part = name.rpartition(".")[2]
     if not config.interleaved or part not in heads:
         return None
-    rows = np.arange(heads[part] * config.head_dim)
-    return gguf_names.interleave(rows[:, None], heads[part]).reshape(-1)
+    return gguf_names.row_order(heads[part] * config.head_dim, heads[part])

@@ -23,12 +23,6 @@ _MOST_PROBLEMS = 20  # told in a message; the others are counted
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_GGUF_NORMS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
 
 
 class Weights(Protocol):
@@ -90,14 +84,9 @@ class GgufWeights:
         return {name: entry.shape for name, entry in self._file.entries.items()}
 
     def stored(self, name: str) -> str:
-        module, _, kind = name.rpartition(".")
-        if module == "model.norm":
-            return f"output_norm.{kind}"
-        linear = gguf_names.to_gguf(module)
-        if linear is not None:
-            return f"{linear}.{kind}"
-        _, _, layer, part = module.split(".", 3)
-        return f"blk.{layer}.{_GGUF_NORMS[part]}.{kind}"
+        stored = gguf_names.tensor_to_gguf(name)
+        assert stored is not None
+        return stored
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
         return frozenset({"rope_freqs.weight"})  # read with the configuration

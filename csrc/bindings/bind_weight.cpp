@@ -58,12 +58,11 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// W as it lies in arrays that nobody writes to: they are kept alive, not copied.
-std::unique_ptr<PackedWeight> as_it_lies(Storage storage, const void* data, size_t d_out, size_t d_in,
-                                         size_t row_stride, const std::string& compute,
-                                         const kernels::Nf4& nf4 = {}) {
-  return std::make_unique<PackedWeight>(
-      WeightView{storage, false, data, d_out, d_in, row_stride, compute_of(compute), nf4});
+// W as it lies in arrays that nobody writes to: they are kept alive, not copied. (pybind11's keep_alive would also run where the
+// arguments did not fit, and crash.)
+template <class... Arrays>
+std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
+  return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));
 }
 
 template <class T>
@@ -72,7 +71,7 @@ std::unique_ptr<PackedWeight> of_array(const Array<T>& w, const std::string& nam
   const Storage storage = storage_of(name);
   require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
   const Matrix<const T> rows = read(w);
-  return as_it_lies(storage, rows.data, rows.rows, rows.cols, rows.stride, compute);
+  return as_it_lies({storage, false, rows.data, rows.rows, rows.cols, rows.stride, compute_of(compute)}, w);
 }
 
 std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
@@ -83,7 +82,7 @@ std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std:
   const BlockFormatInfo& of = info(format_of(storage));
   require(d_in % of.elements == 0 && rows.cols == d_in / of.elements * of.bytes,
           "the rows of blocks do not hold d_in values");
-  return as_it_lies(storage, rows.data, rows.rows, d_in, rows.cols, compute);
+  return as_it_lies({storage, false, rows.data, rows.rows, d_in, rows.cols, compute_of(compute)}, blocks);
 }
 
 void require_nf4(const Array<uint8_t>& codes, size_t d_out, size_t d_in) {
@@ -96,7 +95,15 @@ std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<fl
   require_nf4(codes, d_out, d_in);
   require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
   require_aligned(absmax);
-  return as_it_lies(Storage::kNf4, codes.data(), d_out, d_in, 0, compute, {codes.data(), absmax.data()});
+  return as_it_lies({Storage::kNf4,
+                     false,
+                     codes.data(),
+                     d_out,
+                     d_in,
+                     0,
+                     compute_of(compute),
+                     {codes.data(), absmax.data()}},
+                    codes, absmax);
 }
 
 std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const Array<uint8_t>& absmax_codes,
@@ -109,8 +116,15 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
   for (const Array<float>& array : {book, scales}) require_aligned(array);
-  return as_it_lies(Storage::kNf4, codes.data(), d_out, d_in, 0, compute,
-                    {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset});
+  return as_it_lies({Storage::kNf4,
+                     false,
+                     codes.data(),
+                     d_out,
+                     d_in,
+                     0,
+                     compute_of(compute),
+                     {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}},
+                    codes, absmax_codes, book, scales);
 }
 
 template <class T>
@@ -153,20 +167,16 @@ void register_weight(py::module_& m) {
           "compute",
           [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
-      .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"),
-                  py::keep_alive<0, 1>())
-      .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"),
-                  py::keep_alive<0, 1>())
-      .def_static("of_array", &of_array<uint16_t>, arg("w").noconvert(), arg("storage"), arg("compute"),
-                  py::keep_alive<0, 1>())
+      .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))
+      .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"))
+      .def_static("of_array", &of_array<uint16_t>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_blocks", &of_blocks, arg("blocks").noconvert(), arg("storage"), arg("d_in"),
-                  arg("compute"), py::keep_alive<0, 1>())
+                  arg("compute"))
       .def_static("of_nf4", &of_nf4, arg("codes").noconvert(), arg("absmax").noconvert(), arg("d_out"),
-                  arg("d_in"), arg("compute"), py::keep_alive<0, 1>(), py::keep_alive<0, 2>())
+                  arg("d_in"), arg("compute"))
       .def_static("of_nested_nf4", &of_nested_nf4, arg("codes").noconvert(), arg("absmax_codes").noconvert(),
                   arg("book").noconvert(), arg("scales").noconvert(), arg("offset"), arg("d_out"),
-                  arg("d_in"), arg("compute"), py::keep_alive<0, 1>(), py::keep_alive<0, 2>(),
-                  py::keep_alive<0, 3>(), py::keep_alive<0, 4>())
+                  arg("d_in"), arg("compute"))
       .def("unpack", &unpack<float>, arg("out").noconvert())
       .def("unpack", &unpack<double>, arg("out").noconvert())
       .def("unpack", &unpack<uint16_t>, arg("out").noconvert())

@@ -16,6 +16,7 @@ from bench import (
     bench_adamw,
     bench_import,
     bench_lora_step,
+    bench_lowbit,
     bench_merge,
     bench_product,
     bench_threads,
@@ -26,7 +27,18 @@ from bench import (
 )
 from bench.timing import on_threads
 
-NAMES = ("product", "rows", "lora_step", "merge", "adamw", "transformer", "train", "threads", "import")
+NAMES = (
+    "product",
+    "rows",
+    "lowbit",
+    "lora_step",
+    "merge",
+    "adamw",
+    "transformer",
+    "train",
+    "threads",
+    "import",
+)
 
 
 def main() -> None:
@@ -50,6 +62,8 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [row for n in threads for row in bench_product.run(quick, n)]}
         case "rows":
             return {name: [row for n in threads for row in bench_product.run_rows(quick, n)]}
+        case "lowbit":
+            return {name: [row for n in threads for row in bench_lowbit.run(quick, n)]}
         case "lora_step":
             return {name: [row for n in threads for row in bench_lora_step.run(quick, n)]}
         case "merge":

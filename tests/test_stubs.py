@@ -34,7 +34,7 @@ def signature(function: ast.FunctionDef) -> Signature:
             else Parameter(argument.arg, False, default)
             for argument, default in zip(arguments, defaults, strict=True)
         ),
-        re.sub(r"\[.*", "", returns).removeprefix("numpy."),
+        re.sub(r"\[.*", "", returns).removeprefix("numpy.").removeprefix("nplora._core."),
     )
 
 

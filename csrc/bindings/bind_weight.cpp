@@ -58,25 +58,24 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// W as it lies in arrays that nobody writes to: they are kept alive, not copied. By hand, as pybind11 3.1 runs the policy keep_alive
-// after an overload that does not fit, too, and crashes.
+// W as it lies in arrays that nobody writes to: they are kept alive, not copied. (pybind11's keep_alive would also run where the
+// arguments did not fit, and crash.)
 template <class... Arrays>
-py::object as_it_lies(const WeightView& view, const Arrays&... arrays) {
-  py::object weight = py::cast(std::make_unique<PackedWeight>(view));
-  (py::detail::keep_alive_impl(weight, arrays), ...);
-  return weight;
+std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
+  return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));
 }
 
 template <class T>
-py::object of_array(const Array<T>& w, const std::string& name, const std::string& compute) {
+std::unique_ptr<PackedWeight> of_array(const Array<T>& w, const std::string& name,
+                                       const std::string& compute) {
   const Storage storage = storage_of(name);
   require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
   const Matrix<const T> rows = read(w);
   return as_it_lies({storage, false, rows.data, rows.rows, rows.cols, rows.stride, compute_of(compute)}, w);
 }
 
-py::object of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
-                     const std::string& compute) {
+std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
+                                        const std::string& compute) {
   const Storage storage = storage_of(name);
   require(is_blocks(storage) && storage != Storage::kNf4, name + " has no rows of blocks");
   const Matrix<const uint8_t> rows = read(blocks);
@@ -91,28 +90,41 @@ void require_nf4(const Array<uint8_t>& codes, size_t d_out, size_t d_in) {
   require_size("codes", codes, ceil_div(d_out * d_in, 2));
 }
 
-py::object of_nf4(const Array<uint8_t>& codes, const Array<float>& absmax, size_t d_out, size_t d_in,
-                  const std::string& compute) {
+std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<float>& absmax, size_t d_out,
+                                     size_t d_in, const std::string& compute) {
   require_nf4(codes, d_out, d_in);
   require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
   require_aligned(absmax);
-  const kernels::Nf4 nf4{codes.data(), absmax.data()};
-  return as_it_lies({Storage::kNf4, false, codes.data(), d_out, d_in, 0, compute_of(compute), nf4}, codes,
-                    absmax);
+  return as_it_lies({Storage::kNf4,
+                     false,
+                     codes.data(),
+                     d_out,
+                     d_in,
+                     0,
+                     compute_of(compute),
+                     {codes.data(), absmax.data()}},
+                    codes, absmax);
 }
 
-py::object of_nested_nf4(const Array<uint8_t>& codes, const Array<uint8_t>& absmax_codes,
-                         const Array<float>& book, const Array<float>& scales, float offset, size_t d_out,
-                         size_t d_in, const std::string& compute) {
+std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const Array<uint8_t>& absmax_codes,
+                                            const Array<float>& book, const Array<float>& scales,
+                                            float offset, size_t d_out, size_t d_in,
+                                            const std::string& compute) {
   require_nf4(codes, d_out, d_in);
   const size_t blocks = ceil_div(d_out * d_in, BlockNf4::kElements);
   require_size("absmax_codes", absmax_codes, blocks);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
   for (const Array<float>& array : {book, scales}) require_aligned(array);
-  const kernels::Nf4 nf4{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset};
-  return as_it_lies({Storage::kNf4, false, codes.data(), d_out, d_in, 0, compute_of(compute), nf4}, codes,
-                    absmax_codes, book, scales);
+  return as_it_lies({Storage::kNf4,
+                     false,
+                     codes.data(),
+                     d_out,
+                     d_in,
+                     0,
+                     compute_of(compute),
+                     {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}},
+                    codes, absmax_codes, book, scales);
 }
 
 template <class T>

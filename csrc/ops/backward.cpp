@@ -212,17 +212,21 @@ class Backward {
   void frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
               const After& after) const {
     const WeightView& w = p.arrays.w;
-    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * scratch_columns(group.count));
-    size_t o = 0;
-    do {  // once without rows, too: dx is set to zero
-      const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
-      const ColumnBlock<W> block = column_block(w, rows, group, decoded);
-      for (size_t c = 0; c < group.count; c += kPanelColumns) {
-        const Range panel{group.first + c, std::min(kPanelColumns, group.count - c)};
-        multiply(p, dy, rows, panel, {block.data + c, block.row_stride}, dx, accumulate || o > 0, after);
-      }
-      o += rows.count;
-    } while (o < w.d_out);
+    const size_t width = is_blocks(w.storage) ? kDecodedColumns : kPanelColumns;
+    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * scratch_columns(width));
+    for (size_t g = 0; g < group.count; g += width) {
+      const Range cols{group.first + g, std::min(width, group.count - g)};
+      size_t o = 0;
+      do {  // once without rows, too: dx is set to zero
+        const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
+        const ColumnBlock<W> block = column_block(w, rows, cols, decoded);
+        for (size_t c = 0; c < cols.count; c += kPanelColumns) {
+          const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
+          multiply(p, dy, rows, panel, {block.data + c, block.row_stride}, dx, accumulate || o > 0, after);
+        }
+        o += rows.count;
+      } while (o < w.d_out);
+    }
   }
 
   // dx[:, panel] = [dx +] dy[:, rows] block.

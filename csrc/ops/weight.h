@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "base/aligned_buffer.h"
 #include "base/matrix.h"
@@ -84,8 +86,8 @@ void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, floa
 
 class PackedWeight {
  public:
-  // W as it lies, in memory that outlives this.
-  explicit PackedWeight(const WeightView& w) : view_(w) {}
+  // W as it lies, in memory that lasts as long as its owner.
+  PackedWeight(const WeightView& w, std::shared_ptr<const void> owner) : owner_(std::move(owner)), view_(w) {}
 
   // From T = float or double values (rounded to the storage format), or from the bit patterns of a 16-bit format.
   template <class T>
@@ -111,6 +113,7 @@ class PackedWeight {
 
  private:
   AlignedBuffer buffer_;
+  std::shared_ptr<const void> owner_;
   WeightView view_;
 };
 

@@ -185,6 +185,127 @@ void test_nf4(const KernelTable& table) {
   run({2, 300 * 64, 5, 301 * 64});  // several groups of absmax
 }
 
+// ---- products of a few rows ----
+
+struct DotShape {
+  size_t m, rows, row_blocks, gap;
+};
+
+// Small integers: every product and every sum is exact, in any order.
+Half draw_integer(Random& random) {
+  constexpr Half kIntegers[] = {
+      {{0, 0}}, {{0, 0x3C}}, {{0, 0xBC}}, {{0, 0x40}}, {{0, 0xC0}}};  // 0, 1, -1, 2, -2
+  return kIntegers[random.below(std::size(kIntegers))];
+}
+
+// part (m, rows, lanes) against the sums of each lane's elements of W, (rows, cols).
+void expect_sums(const KernelTable& table, const DotShape& s, const std::vector<double>& w, size_t cols,
+                 const Placed<float>& x, const Placed<float>& part, double gamma) {
+  const size_t lanes = table.f32.lanes / 2;
+  for (size_t t = 0; t < s.m; ++t)
+    for (size_t row = 0; row < s.rows; ++row)
+      for (size_t lane = 0; lane < lanes; ++lane) {
+        double sum = 0, magnitude = 0;
+        for (size_t k = lane; k < cols; k += lanes) {
+          sum += w[row * cols + k] * double(x(t, k));
+          magnitude += std::abs(w[row * cols + k] * double(x(t, k)));
+        }
+        const double got = part(0, (t * s.rows + row) * lanes + lane);
+        check::expect(std::abs(got - sum) <= gamma * magnitude,
+                      "token %zu row %zu lane %zu is %.9g, wanted %.9g", t, row, lane, got, sum);
+      }
+}
+
+template <class Block>
+void run_dots(const KernelTable& table, BlockFormat format, const DotShape& s, Random& random, Place place) {
+  const char* name = kBlockFormats[static_cast<size_t>(format)].name;
+  check::Case one("%s dots %s, %zu rows of x, %zu of %zu blocks, gap %zu, %s", table.isa, name, s.m, s.rows,
+                  s.row_blocks, s.gap, name_of(place));
+  const size_t row_bytes = s.row_blocks * sizeof(Block), cols = s.row_blocks * Block::kElements;
+  std::vector<uint8_t> bytes(s.rows * row_bytes);
+  std::vector<double> w;
+  for (size_t i = 0; i < s.rows * s.row_blocks; ++i) {
+    Block block;
+    for (size_t j = 0; j < sizeof block; ++j)
+      reinterpret_cast<uint8_t*>(&block)[j] = static_cast<uint8_t>(random.bits());
+    block.d = draw_integer(random);
+    if constexpr (requires { block.m; }) block.m = draw_integer(random);
+    if constexpr (requires { block.dmin; }) block.dmin = draw_integer(random);
+    for (size_t j = 0; j < Block::kElements; ++j) w.push_back(element(block, j));
+    std::memcpy(bytes.data() + i * sizeof block, &block, sizeof block);
+  }
+  const std::vector<float> x_values = draw<float>(random, s.m * cols, Data::kIntegers);
+  Placed<uint8_t> from(s.rows, row_bytes, {row_bytes + s.gap}, place, bytes);
+  Placed<float> x(s.m, cols, {cols + s.gap}, place, x_values);
+  Row<float> part(place, s.m * s.rows * table.f32.lanes / 2);
+  table.block_dots.dots[static_cast<size_t>(format)](s.m, s.rows, cols, from.data(), row_bytes + s.gap,
+                                                     x.data(), cols + s.gap, part.data());
+  expect_sums(table, s, w, cols, x, part, 0);
+  check::expect(part.gaps_intact() && from.untouched(bytes) && x.untouched(x_values),
+                "wrote outside its output");
+}
+
+void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Random& random, Place place) {
+  check::Case one("%s dots_nf4, %zu rows of x, %zu of %zu blocks, gap %zu, %s, %s", table.isa, s.m, s.rows,
+                  s.row_blocks, s.gap, nested ? "absmax quantised" : "absmax float", name_of(place));
+  const size_t cols = s.row_blocks * BlockNf4::kElements, step = cols + s.gap * BlockNf4::kElements;
+  const size_t first = s.gap * BlockNf4::kElements;
+  const size_t n = s.rows == 0 ? 0 : first + (s.rows - 1) * step + cols, blocks = n / BlockNf4::kElements;
+  std::vector<uint8_t> code_bytes(n / 2), absmax_bytes(blocks);
+  for (uint8_t& byte : code_bytes) byte = static_cast<uint8_t>(random.bits());
+  for (uint8_t& byte : absmax_bytes) byte = static_cast<uint8_t>(random.bits());
+  const std::vector<float> absmax_values = draw<float>(random, blocks, Data::kUniform),
+                           book_values = draw<float>(random, kNf4Book, Data::kUniform),
+                           scale_values = draw<float>(random, blocks / kNf4Group + 1, Data::kUniform),
+                           x_values = draw<float>(random, s.m * cols, Data::kUniform);
+  Row<uint8_t> codes(place, code_bytes), absmax_codes(place, absmax_bytes);
+  Row<float> absmax(place, absmax_values), book(place, book_values), scales(place, scale_values);
+  Placed<float> x(s.m, cols, {cols + s.gap}, place, x_values);
+  Row<float> part(place, s.m * s.rows * table.f32.lanes / 2);
+  std::vector<double> w;
+  for (size_t row = 0; row < s.rows; ++row)
+    for (size_t c = 0; c < cols; ++c) {
+      const size_t i = first + row * step + c, block = i / BlockNf4::kElements;
+      const volatile float product = book_values[absmax_bytes[block]] * scale_values[block / kNf4Group];
+      const float nested_absmax = product + 0.5f;
+      const double level = kNf4Levels[i % 2 ? code_bytes[i / 2] & 15 : code_bytes[i / 2] >> 4];
+      w.push_back(static_cast<float>(level * (nested ? nested_absmax : absmax_values[block])));
+    }
+  table.block_dots.dots_nf4(
+      s.m, s.rows, cols,
+      nested ? Nf4{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), 0.5f}
+             : Nf4{codes.data(), absmax.data(), nullptr, nullptr, nullptr, 0},
+      first, step, x.data(), cols + s.gap, part.data());
+  expect_sums(table, s, w, cols, x, part, gamma<float>(2 * cols));
+  check::expect(part.gaps_intact() && codes.untouched(code_bytes) && x.untouched(x_values),
+                "wrote outside its output");
+}
+
+void for_dot_shapes(const std::string& kernel, size_t most_blocks, const auto& run) {
+  for (size_t m = 1; m <= nplora::kernels::kMostSmallBatch; ++m)
+    for (size_t rows : {0u, 1u, 2u, 3u, 4u, 5u, 7u, 8u, 9u, 13u, 17u})
+      for (size_t row_blocks = 0; row_blocks <= most_blocks; row_blocks += 1 + row_blocks / 3) {
+        check::count_shape(kernel);
+        for (Place place : kPlaces) run(DotShape{m, rows, row_blocks, (m + rows) % 3}, place);
+      }
+}
+
+template <class Block>
+void test_dots_of(const KernelTable& table, BlockFormat format) {
+  Random random(300 + static_cast<uint64_t>(format));
+  for_dot_shapes(std::string("dots ") + kBlockFormats[static_cast<size_t>(format)].name,
+                 Block::kElements == kStrip ? 9 : 7, [&](const DotShape& shape, Place place) {
+                   run_dots<Block>(table, format, shape, random, place);
+                 });
+}
+
+void test_nf4_dots(const KernelTable& table) {
+  Random random(400);
+  for_dot_shapes("dots_nf4", 9, [&](const DotShape& shape, Place place) {
+    for (bool nested : {false, true}) run_nf4_dots(table, shape, nested, random, place);
+  });
+}
+
 }  // namespace
 
 void test_blocks(const KernelTable& table) {
@@ -197,4 +318,13 @@ void test_blocks(const KernelTable& table) {
   test_decode<BlockQ5_K>(table, BlockFormat::kQ5_K);
   test_decode<BlockQ6_K>(table, BlockFormat::kQ6_K);
   test_nf4(table);
+  test_dots_of<BlockQ4_0>(table, BlockFormat::kQ4_0);
+  test_dots_of<BlockQ4_1>(table, BlockFormat::kQ4_1);
+  test_dots_of<BlockQ5_0>(table, BlockFormat::kQ5_0);
+  test_dots_of<BlockQ5_1>(table, BlockFormat::kQ5_1);
+  test_dots_of<BlockQ8_0>(table, BlockFormat::kQ8_0);
+  test_dots_of<BlockQ4_K>(table, BlockFormat::kQ4_K);
+  test_dots_of<BlockQ5_K>(table, BlockFormat::kQ5_K);
+  test_dots_of<BlockQ6_K>(table, BlockFormat::kQ6_K);
+  test_nf4_dots(table);
 }

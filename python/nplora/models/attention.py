@@ -12,10 +12,11 @@ from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.models.config import ModelConfig
+from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.models.norms import head_norm_backward, head_norm_forward
 from nplora.models.places import CachePlaces, Places
 from nplora.models.rope import Rope
-from nplora.module import Gradient, Module, Saved
+from nplora.module import Gradient, Module, Saved, inferring
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
@@ -26,6 +27,7 @@ class AttentionSaved(Saved):
     """What backward needs beside x (n, d), which it gets again: n tokens, heads side by side in each row.
 
     q and k are rotated; where heads are normalised, they are as before the norm, and both are computed again.
+    They stay float32, for lse belongs to them as they are; out may be bfloat16 bits.
     """
 
     q: Array
@@ -59,6 +61,7 @@ class Attention(Module):
         self.q_norm, self.k_norm = norms.get("q_norm"), norms.get("k_norm")
         self._rope = rope
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._narrow = keeps_bits(self.o_proj)
         self._scale, self._window = config.attention_scale, config.sliding_windows[layer]
 
     @property
@@ -79,6 +82,8 @@ class Attention(Module):
             rotated_q, rotated_k, v, places.starts, *self._heads, self._scale, self._window, out, lse
         )
         (y,), o = stack_forward((self.o_proj,), out)
+        if self._narrow and not inferring():
+            out = narrowed(out)
         return y, AttentionSaved(q, k, v, out, lse, qkv.with_x(None), o.with_x(None))
 
     def run_backward(
@@ -86,13 +91,14 @@ class Attention(Module):
     ) -> Gradient:
         """Add to the gradients of the factors; dx (n, d), or None where need_dx is False."""
         deeper = need_dx or self.reads_x
-        dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(saved.out), deeper)
+        out = widened(saved.out) if self._narrow else saved.out
+        dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
         if not deeper:
             return None
         q, k = (saved.q, saved.k) if self.q_norm is None else self._rotated(saved.q, saved.k, places)
         dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(
-            dout, q, k, saved.v, saved.out, saved.lse, places.starts, *self._heads, self._scale, self._window,
+            dout, q, k, saved.v, out, saved.lse, places.starts, *self._heads, self._scale, self._window,
             dq, dk, dv,
         )  # fmt: skip
         dq, dk = self._rotated_backward(dq, dk, saved, places)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
+from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.module import Gradient, Module, Saved, inferring
 
 Array = npt.NDArray[Any]
@@ -37,7 +37,7 @@ class MLP(Module):
         self.gate_proj: AnyLinear = projections["gate_proj"]
         self.up_proj: AnyLinear = projections["up_proj"]
         self.down_proj: AnyLinear = projections["down_proj"]
-        self._narrow = getattr(self.gate_proj.weight, "compute", None) == "bfloat16"
+        self._narrow = keeps_bits(self.gate_proj)
 
     @property
     def reads_x(self) -> bool:
@@ -53,13 +53,13 @@ class MLP(Module):
         (gate, up), inputs = stack_forward(self._inputs, x)
         (y,), down = stack_forward((self.down_proj,), _swiglu(gate, up))
         if self._narrow and not inferring():
-            gate, up = _narrowed(gate), _narrowed(up)
+            gate, up = narrowed(gate), narrowed(up)
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 
     def run_backward(self, dy: Array, saved: MLPSaved, x: Array | None, need_dx: bool) -> Gradient:
         """Add to the gradients of the factors; dx (n, d), or None where need_dx is False. Uses up `saved`."""
         deeper = need_dx or self.reads_x
-        gate, up = (_widened(saved.gate), _widened(saved.up)) if self._narrow else (saved.gate, saved.up)
+        gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
         hidden = _swiglu(gate, up) if self.down_proj.local_parameters() else None
         dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
         if not deeper:
@@ -72,15 +72,3 @@ def _swiglu(gate: Array, up: Array) -> Array:
     out = buffers.empty_like(gate)
     _core.swiglu(gate, up, out)
     return out
-
-
-def _narrowed(values: Array) -> Array:
-    bits = buffers.empty(values.shape, np.uint16)
-    _core.narrow(values, "bfloat16", bits)
-    return bits
-
-
-def _widened(bits: Array) -> Array:
-    values = buffers.empty(bits.shape, np.float32)
-    _core.widen(bits, "bfloat16", values)
-    return values

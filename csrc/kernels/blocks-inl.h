@@ -19,13 +19,13 @@ inline float to_float(Half half) {
 #endif
 }
 
-inline Bytes low_nibbles(Bytes b) {
-  return b & 15;
-}
-inline Bytes high_nibbles(Bytes b) {
-  return move(b, 4, 0, 15);
+inline Vec<float> broadcast(Half half) {
+  return Vec<float>::broadcast(to_float(half));
 }
 
+inline void put(const Floats& values, float* to) {
+  for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
+}
 // Where a minimum is added it goes in by fma; the others keep the sign of d * 0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
@@ -52,6 +52,11 @@ struct Dot {
   }
 };
 template <size_t kTokens, size_t kChains>
+inline void put(const Floats& values, const Dot<kTokens, kChains>& to) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kVectors; ++i) to.add(i, values.v[i]);
+}
+template <size_t kTokens, size_t kChains>
 inline void put(const Floats& q, Vec<float> d, const Dot<kTokens, kChains>& to) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < kVectors; ++i) to.add(i, q.v[i] * d);
@@ -70,26 +75,26 @@ struct Decoder;
 template <>
 struct Decoder<BlockQ4_0> {
   const BlockQ4_0& b;
-  Vec<float> d = Vec<float>::broadcast(to_float(b.d));
+  Nibbles values{8, broadcast(b.d)};
 
   template <class To>
   void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
-    put(widen(low_nibbles(q) - 8), d, to);
-    put(widen(high_nibbles(q) - 8), d, to + kBytes);
+    put(low(values, q), to);
+    put(high(values, q), to + kBytes);
   }
 };
 
 template <>
 struct Decoder<BlockQ4_1> {
   const BlockQ4_1& b;
-  Vec<float> d = Vec<float>::broadcast(to_float(b.d)), m = Vec<float>::broadcast(to_float(b.m));
+  Nibbles values{broadcast(b.d), broadcast(b.m)};
 
   template <class To>
   void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
-    put(widen(low_nibbles(q)), d, m, to);
-    put(widen(high_nibbles(q)), d, m, to + kBytes);
+    put(low(values, q), to);
+    put(high(values, q), to + kBytes);
   }
 };
 
@@ -168,10 +173,10 @@ struct Decoder<BlockQ4_K> {
 
   template <class To>
   void strip(size_t j, To to) const {
-    const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
+    const Nibbles values(scales.scale(j), scales.minus_min(j));
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.q + j / 2 * kStrip + i);
-      put(widen(j % 2 == 0 ? low_nibbles(q) : high_nibbles(q)), d, m, to + i);
+      put(j % 2 == 0 ? low(values, q) : high(values, q), to + i);
     }
   }
 };

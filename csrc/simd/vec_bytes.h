@@ -5,6 +5,7 @@
 //   interleave(a, b)          low = a0 b0 a1 b1 ... a7 b7, high = a8 b8 ... a15 b15
 //   widen(b)                  the signed bytes as floats
 //   lookup(levels, b)         levels[byte] for bytes below 16
+//   low(nibbles, b)           the values of the low nibbles: d (q - offset), or d q + m;   high(nibbles, b) of the high ones
 #pragma once
 
 #include "simd/vec.h"
@@ -56,6 +57,23 @@ inline Floats lookup(const Levels& levels, Bytes b) {
 
 inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
+}
+
+// The values of all codes at once: each element then takes a permutation, which reads four bits of its index.
+struct Nibbles {
+  __m512 values;
+  Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
+  Nibbles(Vec<float> d, Vec<float> m) : values(_mm512_fmadd_ps(codes(0), d.v, m.v)) {}
+  static __m512 codes(int offset) {
+    const __m512i q = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(offset)));
+  }
+};
+inline Floats low(const Nibbles& n, Bytes b) {
+  return {{{_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)b), n.values)}}};
+}
+inline Floats high(const Nibbles& n, Bytes b) {
+  return {{{_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32((__m128i)b), 4), n.values)}}};
 }
 
 #elif defined(NPLORA_SIMD_AVX2)
@@ -159,6 +177,34 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return r;
 }
 
+#endif
+
+inline Bytes low_nibbles(Bytes b) {
+  return b & 15;
+}
+inline Bytes high_nibbles(Bytes b) {
+  return move(b, 4, 0, 15);
+}
+
+#if !defined(NPLORA_SIMD_AVX512)
+struct Nibbles {
+  uint8_t offset;
+  Vec<float> d, m;
+  bool adds;
+  Nibbles(uint8_t offset, Vec<float> d) : offset(offset), d(d), m(d), adds(false) {}
+  Nibbles(Vec<float> d, Vec<float> m) : offset(0), d(d), m(m), adds(true) {}
+  Floats values(Bytes q) const {
+    Floats f = widen(q - offset);
+    for (size_t i = 0; i < kVectors; ++i) f.v[i] = adds ? fma(f.v[i], d, m) : f.v[i] * d;
+    return f;
+  }
+};
+inline Floats low(const Nibbles& n, Bytes b) {
+  return n.values(low_nibbles(b));
+}
+inline Floats high(const Nibbles& n, Bytes b) {
+  return n.values(high_nibbles(b));
+}
 #endif
 
 #if defined(NPLORA_SIMD_AVX512)

@@ -291,6 +291,21 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
+    lm = load_model(model)
+    one = lm.generate("1+1=", 8)
+    assert lm.generate(["1+1=", "x"], max_new_tokens=8) == [one, lm.generate("x", 8)]
+    chat = [{"role": "user", "content": "1+"}, {"role": "user", "content": "1="}]
+    assert lm.generate(chat, 8) == one
+    assert lm.generate([chat, "x"], 8) == lm.generate(["1+1=", "x"], 8)
+    assert isinstance(one, str)
+    assert lm.generate("1+1=", 8, stop=[one[2:4]]) == one[: one.index(one[2:4])]
+    assert lm.generate("1+1=", 8, temperature=5.0, seed=1) != one
+    assert lm.generate([], 8) == []
+    with pytest.raises(ValueError, match="top_k is 0"):
+        lm.generate("x", top_k=0)
+
+
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])

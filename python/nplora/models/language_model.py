@@ -253,9 +253,9 @@ class LanguageModel(Module):
         if isinstance(options.get("stop"), list):
             options["stop"] = tuple(options["stop"])
         sampling = Sampling(max_new_tokens=max_new_tokens, **options)
-        single = isinstance(prompt, str) or all(isinstance(part, Mapping) for part in prompt)
+        single = isinstance(prompt, str) or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
         answers = generate(self, [prompt] if single else prompt, sampling)  # type: ignore[arg-type, list-item]
-        return answers[0] if single and answers else answers
+        return answers[0] if single else answers
 
     # ---- what comes in ----
 

@@ -18,6 +18,7 @@ from bench import (
     bench_lora_step,
     bench_lowbit,
     bench_merge,
+    bench_plan,
     bench_product,
     bench_threads,
     bench_train,
@@ -36,6 +37,7 @@ NAMES = (
     "adamw",
     "transformer",
     "train",
+    "plan",
     "threads",
     "import",
 )
@@ -76,6 +78,8 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
         case "train":
             rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
             return {name: rows, "train_peak": [] if quick else bench_train.run_memory(threads[-1])}
+        case "plan":
+            return {name: bench_plan.run(quick, threads[-1])}
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

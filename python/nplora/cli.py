@@ -57,6 +57,14 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+
+    options = _chosen(arguments, finetuning.FinetuneOptions)
+    _checked(finetuning.FinetuneOptions, options)
+    print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
@@ -196,6 +204,11 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     finetune.add_argument(
         "--output", metavar="DIR", required=True, help="gets the adapter, the checkpoints and log.jsonl"
     )
+    text = "Predict the memory and the time of finetune; with --memory, find how it fits. Nothing is trained."
+    plan = command("plan", text, _plan)
+    plan.add_argument("model", metavar="MODEL", help=_MODEL)
+    plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
+    plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
@@ -215,11 +228,17 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     generate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
-    if command_name in (None, "finetune", "generate"):  # the modules that know the options take time to load
+    if command_name in (
+        None,
+        "finetune",
+        "plan",
+        "generate",
+    ):  # the modules that know the options take time to load
         from nplora.finetuning import FinetuneOptions
         from nplora.generate import Sampling
 
         _add_options(finetune, FinetuneOptions)
+        _add_options(plan, FinetuneOptions)
         _add_options(generate, Sampling)
     text = (
         "Fine-tune a small language model on The Devil's Dictionary; or (digits) adapt a network that reads "
@@ -305,7 +324,8 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong. 130: Ctrl-C.
+    0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong, or nothing fits into
+    --memory. 130: Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser(given[0] if given else "").parse_args(given)
@@ -322,5 +342,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError) as error:
         print(f"nplora: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return int(getattr(error, "exit_status", 1))
     return 0

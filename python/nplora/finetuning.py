@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from nplora.models import LanguageModel, load_model
 from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
 from nplora.packing import PackedBatch
+from nplora.planning import Adapters, Candidate, Plan, Wishes, Work, choose, parse_bytes, peak_memory
 from nplora.trainer import Callback, EpochRecord, FusedLoss, History, Run, StepRecord, Trainer
 from nplora.weights import COMPUTES
 
@@ -39,6 +39,7 @@ Array = npt.NDArray[Any]
 _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
+_LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch
 _FACTORS = (".lora_A.weight", ".lora_embedding_A")
 
 
@@ -81,9 +82,16 @@ class FinetuneOptions:
     )
     skip_bad: bool = _option(False, "pass over bad lines of the data, and count them")
     strict: bool = _option(False, "take an example that is too long for an error")
-    compute: str = _option("float32", "arithmetic of the frozen products", choices=tuple(COMPUTES))
+    compute: str | None = _option(
+        None,
+        "arithmetic of the frozen products (float32, unless memory is too small for it)",
+        choices=tuple(COMPUTES),
+    )
     checkpoint_blocks: bool = _option(
         False, "keep less for backward and compute it again: slower, less memory"
+    )
+    memory: str | int | None = _option(
+        None, "the most memory of the process in all, as 600M or 1.5G: the way of computing that fits is used"
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _option(100, "steps between checkpoints")
@@ -104,8 +112,12 @@ class FinetuneOptions:
         for name, least in (("rank", 1), ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)
-        for name, words in (("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", ("completion", "all"))):
+        for name, words in (("schedule", SCHEDULES), ("learn", ("completion", "all"))):
             _check.choice(_OP, name, getattr(self, name), words)
+        if self.compute is not None:
+            _check.choice(_OP, "compute", self.compute, COMPUTES)
+        if self.memory is not None:
+            parse_bytes(self.memory)
         for name in ("lr", "alpha", "max_grad_norm"):
             if _check.number(_OP, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
@@ -194,13 +206,17 @@ def finetune(
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
-    chosen = FinetuneOptions(**options)
+    chosen, pieces = _resumed(FinetuneOptions(**options), output)
     say = _speaker(progress)
-    train_path, found = find_splits(data)
-    valid_path = found if valid is None else Path(valid)
-    lm = load_model(model, chosen.compute) if not isinstance(model, LanguageModel) else model
-    train = _read(lm, train_path, chosen)
-    held_out = None if valid_path is None else _read(lm, valid_path, chosen)
+    lm, train, held_out = _opened(model, data, valid, chosen)
+    way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
+    if chosen.memory is not None:
+        planned = _planned(lm, train, held_out, chosen, pieces)
+        say(str(planned))
+        way = planned.chosen
+    if way.compute != lm.compute and not isinstance(model, LanguageModel):
+        del lm  # before the file is mapped again
+        lm = load_model(model, way.compute)
     for dataset in (train, held_out):
         if dataset is not None:
             say(str(dataset.report))
@@ -212,7 +228,7 @@ def finetune(
         chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
         chosen.use_dora, chosen.seed,
     )  # fmt: skip
-    lm.model.checkpoint_blocks = chosen.checkpoint_blocks
+    lm.model.checkpoint_blocks = way.checkpoint_blocks
     _require_free(output, chosen)
     before = None if checks is None else evaluate_batches(lm, checks)["loss"]
     if before is not None:
@@ -220,7 +236,7 @@ def finetune(
     answers = _answers(lm, chosen.sample)
     trainer = Trainer(
         lm,
-        TokenLoss(),
+        TokenLoss(way.micro_tokens),
         AdamW(chosen.lr, weight_decay=chosen.weight_decay),
         schedule=chosen.schedule,
         warmup_steps=chosen.warmup,
@@ -254,6 +270,24 @@ def finetune(
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
     )
+
+
+def plan(
+    model: StrPath | LanguageModel, data: StrPath, *, valid: StrPath | None = None, **options: Any
+) -> Plan:
+    """What `finetune` would take with the same arguments, in memory and time; nothing is trained or written.
+
+    With `memory`, how `finetune` would compute its steps so that the process stays below it.
+
+    Returns:
+        the way of computing, bytes and seconds; `str` of it is what the command prints.
+    Raises:
+        BudgetError: nothing fits into `memory`; the message says what is needed, and what would fit.
+        Others as `finetune`.
+    """
+    chosen = FinetuneOptions(**options)
+    lm, train, held_out = _opened(model, data, valid, chosen)
+    return _planned(lm, train, held_out, chosen)
 
 
 def evaluate(
@@ -337,14 +371,24 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
 
 
 class TokenLoss(FusedLoss):
-    """The mean over all targets of -log p(target); the logits are never there at once."""
+    """The mean over all targets of -log p(target); the logits are never there at once.
+
+    Args:
+        micro_tokens: a batch is passed through in pieces of at most so many tokens; None: in one.
+    """
+
+    def __init__(self, micro_tokens: int | None = None) -> None:
+        self.micro_tokens = micro_tokens
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
 
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets
 
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
-        return model.forward_backward(x, factor)
+        return sum(model.forward_backward(piece, factor) for piece in x.pieces(self.micro_tokens))
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
@@ -372,6 +416,61 @@ def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[.
         return result
 
     return watching
+
+
+def _opened(
+    model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
+) -> tuple[LanguageModel, Dataset, Dataset | None]:
+    """The model, what it learns from and what it is evaluated on."""
+    train_path, found = find_splits(data)
+    valid_path = found if valid is None else Path(valid)
+    lm = model if isinstance(model, LanguageModel) else load_model(model, options.compute or "float32")
+    train = _read(lm, train_path, options)
+    return lm, train, None if valid_path is None else _read(lm, valid_path, options)
+
+
+# ---- the plan ----
+
+
+def _planned(
+    lm: LanguageModel,
+    train: Dataset,
+    held_out: Dataset | None,
+    options: FinetuneOptions,
+    pieces: tuple[int | None, ...] | None = None,
+) -> Plan:
+    """How steps are computed with these options; pieces: those of the run that goes on."""
+    batches = _batches(train, options)
+    steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
+    epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
+    lengths, targets = train.lengths, train.targets
+    return choose(
+        lm,
+        Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora),
+        Work(
+            [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
+            steps,
+            options.accumulate,
+            0 if held_out is None else min(_EVALUATION_TOKENS, int(held_out.lengths.sum())),
+        ),
+        Wishes(options.compute, options.checkpoint_blocks, pieces),
+        None if options.memory is None else parse_bytes(options.memory),
+    )
+
+
+def _resumed(
+    options: FinetuneOptions, output: StrPath
+) -> tuple[FinetuneOptions, tuple[int | None, ...] | None]:
+    """The options of a run that goes on, and its pieces: as an earlier plan had them, whatever fits now."""
+    if not options.resume or not Path(output).is_dir():
+        return options, None
+    with RunDirectory(output) as directory:
+        checkpoint = directory.newest
+    fixed = {} if checkpoint is None else checkpoint.settings.get("fixed", {})
+    computes = {layer.get("compute") for layer in fixed.get("layers", {}).values()} - {"float64"}
+    if options.compute is None and len(computes) == 1:
+        options = dataclasses.replace(options, compute=computes.pop())
+    return options, None if checkpoint is None else (fixed.get("micro_tokens"),)
 
 
 def _batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
@@ -408,11 +507,6 @@ def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
 
 
 # ---- what is told meanwhile ----
-
-
-def peak_memory() -> int:
-    """The most bytes that the process had in memory at a time, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _speaks(progress: bool | None) -> bool:

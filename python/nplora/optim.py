@@ -116,11 +116,11 @@ class Optimizer:
 
     # ---- state ----
 
-    def state_dict(self) -> dict[str, Array]:
-        """A copy of the state: "steps", and "<moment>.<parameter name>" for every array."""
+    def state_dict(self, copy: bool = True) -> dict[str, Array]:
+        """The state: "steps", and "<moment>.<parameter name>" for every array; copy=False: live arrays."""
         arrays = {"steps": np.array(self.steps, np.int64)}
         for moment, by_name in self._by_name().items():
-            arrays |= {f"{moment}.{name}": array.copy() for name, array in by_name.items()}
+            arrays |= {f"{moment}.{name}": array.copy() if copy else array for name, array in by_name.items()}
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:

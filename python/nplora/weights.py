@@ -192,6 +192,19 @@ class FrozenWeight:
         """Bytes that the matrix takes, in memory or in its file."""
         return self._packed.nbytes
 
+    def with_compute(self, compute: str) -> FrozenWeight:
+        """The same matrix for products in another arithmetic: shared where it is read in place, else a copy.
+
+        Raises:
+            ValueError: compute is not available.
+        """
+        if not self._arrays:
+            return FrozenWeight(self.to_numpy(), self.dtype, compute)
+        weight = type(self).__new__(type(self))
+        op = "FrozenWeight.with_compute"
+        weight._hold(self.dtype, self.shape, self._arrays, _core_compute(op, self.dtype, compute))
+        return weight
+
     @property
     def compute(self) -> str:
         """What the products run in: "bfloat16" (summed in float32), or the name of `compute_dtype`."""

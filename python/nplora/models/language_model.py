@@ -76,6 +76,11 @@ class LanguageModel(Module):
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
 
+    @property
+    def compute(self) -> str:
+        """The arithmetic of the frozen products: "float32" or "bfloat16"."""
+        return getattr(self.lm_head.weight, "compute", "float32")
+
     # ---- adapters ----
 
     def add_lora(

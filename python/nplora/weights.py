@@ -17,13 +17,8 @@ if TYPE_CHECKING:  # the readers take longer to import than all else: only who o
 
 Array = npt.NDArray[Any]
 
-FLOATS = ("float32", "float64", "bfloat16", "float16")
-BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
-STORAGES = (*FLOATS, *BLOCKS)
 COMPUTES = ("float32", "bfloat16")
 _UNROUNDED_ROWS = 4
-
-_GGUF_FLOATS = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -69,11 +64,11 @@ class FrozenWeight:
         self, W: npt.ArrayLike, dtype: npt.DTypeLike | None = None, compute: str = "float32"
     ) -> None:
         op = "FrozenWeight"
-        storage = _check.choice(op, "dtype", dtype_name(op, dtype), STORAGES)
+        storage = _check.choice(op, "dtype", dtype_name(op, dtype), storages.STORAGES)
         core_compute = _core_compute(op, storage, compute)
         given = _check.as_array(op, "W", W)
         values = _values(given, storage)
-        if storage in BLOCKS:
+        if storage in storages.BLOCKS:
             self._hold(storage, values.shape, _quantized(op, values, storage), core_compute)
             return
         self._arrays = ()
@@ -93,7 +88,7 @@ class FrozenWeight:
         if storage == "nf4":
             codes, absmax = arrays
             self._packed = _core.PackedWeight.of_nf4(codes, absmax, d_out, d_in, compute)
-        elif storage in BLOCKS:
+        elif storage in storages.BLOCKS:
             self._packed = _core.PackedWeight.of_blocks(arrays[0], storage, d_in, compute)
         else:
             bits = arrays[0].view(np.uint16) if arrays[0].itemsize == 2 else arrays[0]
@@ -117,11 +112,11 @@ class FrozenWeight:
         opened = file if isinstance(file, gguf.GgufFile) else gguf.open(file)
         tensor = opened[name]
         where = _require_matrix(op, opened.source, name, tensor.shape)
-        storage = _GGUF_FLOATS.get(tensor.type, tensor.type.lower())
-        if storage not in STORAGES:
-            known = ", ".join((*_GGUF_FLOATS, *(block.upper() for block in BLOCKS if block != "nf4")))
+        storage = storages.GGML_FLOATS.get(tensor.type, tensor.type.lower())
+        if storage not in storages.STORAGES:
+            known = ", ".join(storages.GGML_NAMES.values())
             raise UnsupportedError(f"{where} is {tensor.type}, expected one of {known}")
-        if storage in BLOCKS:
+        if storage in storages.BLOCKS:
             return cls._of(op, storage, tensor.shape, tensor.data.reshape(tensor.shape[0], -1), compute)
         return cls._of(op, storage, tensor.shape, tensor.numpy(), compute)
 
@@ -147,8 +142,8 @@ class FrozenWeight:
         opened = file if isinstance(file, Mapping) else safetensors.open(file)
         tensor = opened[name]
         where = _require_matrix(op, opened.source, name, tensor.shape)
-        if tensor.dtype not in FLOATS:
-            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+        if tensor.dtype not in storages.FLOATS:
+            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(storages.FLOATS)}")
         return cls._of(op, tensor.dtype, tensor.shape, tensor.numpy(), compute)
 
     @classmethod
@@ -157,7 +152,7 @@ class FrozenWeight:
         shape = (len(raw), d_in)
         if storage == "nf4":
             arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
-        elif storage in BLOCKS:
+        elif storage in storages.BLOCKS:
             arrays = (raw,)
         else:
             arrays = (raw.reshape(-1).view(storages.FLOATS[storage]).reshape(shape),)
@@ -276,7 +271,7 @@ class FrozenWeight:
     @property
     def float_dtype(self) -> str:
         """The storage of another matrix like this one: "float32" for low-bit blocks, which lose an update."""
-        return "float32" if self.dtype in BLOCKS else self.dtype
+        return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
         """Another matrix, stored as `float_dtype` says and computed as this one."""
@@ -291,7 +286,7 @@ class FrozenWeight:
         return "bfloat16" if self.compute == "bfloat16" else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.dtype not in BLOCKS:
+        if self.dtype not in storages.BLOCKS:
             return FrozenWeight, (self.to_numpy(), self.dtype, self._compute_word())
         return _restored, (self.dtype, self.shape, self._arrays, self._packed.compute)
 
@@ -313,7 +308,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
     """float32 W (d_out, d_in) as rows of blocks (d_out, bytes); as NF4's codes and absmax."""
-    (d_out, d_in), (length, nbytes) = W.shape, BLOCKS[storage]
+    (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
     try:
         if storage == "nf4":
             codes, absmax = np.empty(-(-W.size // 2), np.uint8), np.empty(-(-W.size // length), np.float32)
@@ -368,7 +363,7 @@ def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
     try:
         return dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
-        words = ", ".join(map(repr, STORAGES))
+        words = ", ".join(map(repr, storages.STORAGES))
         raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {words}") from None
 
 

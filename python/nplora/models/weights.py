@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import storages
-from nplora.formats import bfloat16, gguf_names
+from nplora.formats import bfloat16, bitsandbytes, gguf_names
 from nplora.formats.errors import FormatError, UnsupportedError, brief, nearest_names
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
@@ -110,7 +110,13 @@ class SafetensorsWeights:
         self.source, self._file, self._compute = file.source, file, compute
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: self._file[name].shape for name in self._file}
+        parts = bitsandbytes.parts(self._file)
+        return {name: self._shape(name) for name in self._file if name not in parts}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if bitsandbytes.holds(self._file, name):
+            return bitsandbytes.shape(self._file, name)
+        return self._file[name].shape
 
     def stored(self, name: str) -> str:
         return name
@@ -122,9 +128,8 @@ class SafetensorsWeights:
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
 
     def matrix(self, name: str) -> FrozenWeight:
-        tensor = self._file[name]
-        if tensor.dtype == "float64":
-            return FrozenWeight(tensor.array, "float32", self._compute)
+        if self._file[name].dtype == "float64":
+            return FrozenWeight(self._file[name].array, "float32", self._compute)
         return FrozenWeight.from_safetensors(self._file, name, self._compute)
 
     def vector(self, name: str) -> Array:

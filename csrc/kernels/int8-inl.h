@@ -236,7 +236,6 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
     }
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
     for (size_t t = 0; t < kTokens && r < w.count; ++t)
       y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }

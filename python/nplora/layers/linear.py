@@ -36,7 +36,7 @@ class Linear(Module):
         W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
         bias: array (d_out,) or None.
         dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
-        compute: "float32", or "bfloat16" for the products of a frozen weight, as in FrozenWeight.
+        compute: "float32", or "bfloat16" or "int8" for the products of a frozen weight, as in FrozenWeight.
         trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
             weight computes in its own dtype.
     Attributes:
@@ -59,8 +59,8 @@ class Linear(Module):
         frozen = freeze("Linear", W, dtype, compute)
         self.shape = frozen.shape
         self.trainable = bool(trainable)
-        if trainable and compute == "bfloat16":
-            raise ValueError("Linear: compute='bfloat16' with trainable=True; only frozen products round")
+        if trainable and compute != "float32":
+            raise ValueError(f"Linear: compute={compute!r} with trainable=True; only frozen products round")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
         self.bias = None

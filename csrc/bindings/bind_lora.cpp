@@ -170,7 +170,7 @@ py::dict explain(size_t rows, size_t d_out, size_t d_in, size_t rank, size_t ele
   const auto path = static_cast<size_t>(forward_path(rows, d_out, d_in, element_bytes));
   py::dict plan;
   plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
-                        : element_bytes == 2   ? "bfloat16, summed in float32"
+                        : element_bytes == 2 ? "bfloat16, summed in float32"
                         : element_bytes == 4 ? "float32"
                                              : "float64";
   plan["forward"] = std::string(paths[path]) + "; " +

@@ -165,8 +165,7 @@ void register_weight(py::module_& m) {
                              [](const PackedWeight& w) { return py::make_tuple(w.d_out(), w.d_in()); })
       .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.storage()); })
       .def_property_readonly(
-          "compute",
-          [](const PackedWeight& w) { return kComputes[static_cast<size_t>(w.compute())]; })
+          "compute", [](const PackedWeight& w) { return kComputes[static_cast<size_t>(w.compute())]; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
       .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"))

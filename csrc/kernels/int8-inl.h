@@ -219,7 +219,8 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
   for (size_t strip = 0; strip < strips; strip += kStrips)
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, at[r - 1] += sizeof(Block)) {
-      for (size_t line = 0; line < sizeof(Block); line += kCacheLine) __builtin_prefetch(at[r] + w.ahead + line);
+      for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
+        __builtin_prefetch(at[r] + w.ahead + line);
       const Codes<Block> codes{{}, *reinterpret_cast<const Block*>(at[r])};
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {
@@ -236,8 +237,7 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
     }
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
-    for (size_t t = 0; t < kTokens && r < w.count; ++t)
-      y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
+    for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }
 
 // m tokens in groups of 4, 2 and 1, which find the rows in L1.

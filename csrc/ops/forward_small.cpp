@@ -160,8 +160,8 @@ class SmallForward {
   const Matrix<const T> x_;
   const Products<T>& k_;
   const size_t lanes_, phases_, rank_;
-  const X* xs_ = nullptr;  // x, by token and phase
-  const T* zs_ = nullptr;  // scale * z, likewise
+  const X* xs_ = nullptr;      // x, by token and phase
+  const T* zs_ = nullptr;      // scale * z, likewise
   kernels::Int8Rows codes_{};  // x in int8, where W meets it so
 };
 

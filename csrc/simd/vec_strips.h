@@ -97,8 +97,7 @@ inline EightInts dot_signed(Strip w, Strip x) {
 
 inline EightInts dot_signed(Strip w, Strip x) {
   int32_t sums[8] = {};
-  for (size_t i = 0; i < kStrip; ++i)
-    sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
+  for (size_t i = 0; i < kStrip; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
   EightInts r;
   __builtin_memcpy(&r, sums, sizeof r);
   return r;

@@ -363,7 +363,7 @@ class AdapterLayer(Module):
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
     def require_trainable(self, what: str) -> None:
-        """Raise RuntimeError where the layer has no gradients: it is merged, or computes for inference only."""
+        """Raise RuntimeError where the layer has no gradients: it is merged, or is for inference only."""
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:

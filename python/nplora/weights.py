@@ -207,7 +207,7 @@ class FrozenWeight:
 
     @property
     def compute(self) -> str:
-        """What the products run in: "bfloat16" (summed in float32), "int8", or the name of `compute_dtype`."""
+        """What products run in: "bfloat16" (summed in float32), "int8", or the name of `compute_dtype`."""
         return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
 
     @property

@@ -17,7 +17,8 @@ void run_quantize(const KernelTable& table, size_t n, Data data, Random& random,
   check::Case one("%s int8 quantize %zu %s, %s", table.isa, n, name_of(data), name_of(place));
   std::vector<float> values = draw<float>(random, n, data);
   for (size_t i = 0; i < n; i += kStrip)
-    if (random.below(8) == 0) std::fill_n(values.begin() + long(i), kStrip, random.below(2) ? 0.0f : 0x1p-125f);
+    if (random.below(8) == 0)
+      std::fill_n(values.begin() + long(i), kStrip, random.below(2) ? 0.0f : 0x1p-125f);
   Row<float> x(place, values), scales(place, n / kStrip), sums(place, n / kStrip);
   Row<int8_t> codes(place, n);
   table.int8.quantize(n, x.data(), codes.data(), scales.data(), sums.data());

@@ -51,7 +51,7 @@ class LoRALinear(LoRALayer):
         bias: array (d_out,), frozen, or None.
         dtype: the storage of W: "float32" (also for None), "float64", "bfloat16", "float16". With "float64"
             everything is float64, otherwise x is converted to float32.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", for inference
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
             alone.
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
             1/r); "pissa" and "olora": A and B take over a part of W, `weight` is what remains, stored as W

@@ -161,8 +161,8 @@ class LoRALayer(AdapterLayer):
         super().require_trainable(what)
         if self.weight.compute == "int8":
             raise RuntimeError(
-                f"{type(self).__name__}.{what}: compute='int8' is for inference; to train, load the weight with "
-                "compute='bfloat16' or 'float32'"
+                f"{type(self).__name__}.{what}: compute='int8' is for inference; to train, load the "
+                "weight with compute='bfloat16' or 'float32'"
             )
 
     def settings(self) -> dict[str, int | float | bool | str]:

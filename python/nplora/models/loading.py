@@ -33,7 +33,7 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", for inference
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
             with GGUF's low-bit blocks.
         mmap: map the files, so that weights are read when they are used and are never copied; False copies
             them into memory, for files that another program may cut short meanwhile.

@@ -130,7 +130,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
     with Runtimes(threads) as runtimes:
-        result = runtimes.race(contestants, rounds=2 if quick else 5)
+        result = runtimes.race(contestants, rounds=1 if quick else 3)
     found = []
     for contestant in contestants:
         prompt, decode = (result.median(contestant.name, cell) for cell in ("prompt", "decode"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -119,7 +120,7 @@ class Linear(Module):
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         d_out, d_in = self.shape
         y = buffers.empty((len(rows), d_out), self._dtype)
-        a, b = np.empty((d_out, 0), self._dtype), np.empty((0, d_in), self._dtype)
+        a, b = _no_factors(d_out, d_in, self._dtype)
         keep = self.trainable and not inferring()
         saved = LinearSaved(lead, rows if keep else None)
         return (core_weight(self.weight), a, b, 0.0, 0.0, 0, self.bias, y, None), y, saved
@@ -145,6 +146,12 @@ class Linear(Module):
 
     def __repr__(self) -> str:
         return f"Linear({self.shape}, trainable={self.trainable})"
+
+
+@functools.cache
+def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """A and B of rank 0; one pair serves all, for there is nothing to write to."""
+    return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 
 
 def core_weight(weight: FrozenWeight | Array) -> _core.Weight:

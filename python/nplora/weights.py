@@ -47,9 +47,9 @@ class FrozenWeight:
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
             to 4 rows are computed in float32 either way. A float64 weight computes in float64.
-            "int8", for inference: up to 8 rows of x are rounded to 8 bits, with a scale for each 32 values,
-            and meet GGUF's blocks in integers, which makes the most of the memory's rate when tokens come one
-            by one; more rows, other storage and `matmul_t` are computed as with "bfloat16".
+            "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with a scale for
+            each 32 values, and meet GGUF's blocks in integers. More rows, other storage and `matmul_t` are
+            computed as with "bfloat16".
         double_quant: quantise NF4's absmax too, to 8 bits: 4.13 bits a value instead of 4.5.
     Raises:
         ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked

@@ -39,6 +39,7 @@ Array = npt.NDArray[Any]
 _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
 _FACTORS = (".lora_A.weight", ".lora_embedding_A")
 
 
@@ -404,7 +405,7 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    return generate(lm, prompts, Sampling(max_new_tokens=48))
+    return generate(lm, prompts, _SAMPLING)
 
 
 # ---- what is told meanwhile ----

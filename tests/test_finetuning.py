@@ -151,6 +151,35 @@ def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tm
     assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_frozen_blocks_outputs_that_are_kept_give_the_same_adapter(
+    model: Path, data: Path, tmp_path: Path, where: str
+) -> None:
+    options: dict[str, Any] = {**QUICK, "layers": "last:1", "dropout": 0.1}
+    plain = finetune(load_model(model), data, tmp_path / "plain", **options)
+    lm = load_model(model)
+    kept = finetune(lm, data, tmp_path / "kept", **options, keep_prefix=where)
+    assert lm.model.prefix is None
+    assert files_of(tmp_path / "kept") == files_of(tmp_path / "plain")
+    assert (kept.history.loss, kept.loss_after) == (plain.history.loss, plain.loss_after)
+    names = [{file.name for file in (tmp_path / name).iterdir()} for name in ("plain", "kept")]
+    assert names[0] == names[1]
+
+
+def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    lm = load_model(model)
+    with pytest.raises(OSError, match=r"No space left on device: the frozen blocks' outputs take"):
+        finetune(lm, data, tmp_path / "out", **QUICK, layers="last:1", keep_prefix="disk")
+    assert lm.model.prefix is None
+    assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
+
+
 # ---- what is refused, and what is left ----
 
 
@@ -167,6 +196,8 @@ def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tm
         ({"max_length": 1}, "max_length is 1"),
         ({"targets": ("q_prj",)}, "q_proj"),
         ({"layers": "middle"}, "layers='middle'"),
+        ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
+        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
     ],
 )

@@ -155,3 +155,14 @@ def test_x_may_be_forgotten_and_given_again() -> None:
     stack_backward(layers, dys, forgotten.with_x(x))
     for layer, want in zip(layers, wanted, strict=True):
         np.testing.assert_array_equal(layer.dB, want)
+
+
+def test_a_refused_stack_adds_nothing() -> None:
+    """DoRA's dm and a trained Linear's gradients wait until no layer refuses its dy."""
+    layers, (x, dys) = layers_of(use_dora=True), passes(20)
+    trained = Linear(np.ones((61, D_IN), np.float32), np.ones(61, np.float32), trainable=True)
+    stacked = [layers[0], trained, layers[1]]
+    saved = stack_forward(stacked, x)[1]
+    with pytest.raises(ValueError, match="dy has shape"):
+        stack_backward(stacked, [dys[0], dys[2], dys[1][:5]], saved)
+    assert not any(parameter.grad.any() for layer in stacked for parameter in layer.local_parameters())

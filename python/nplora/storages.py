@@ -22,6 +22,7 @@ STORAGES = (*FLOATS, *BLOCKS)
 GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"} | {
     name: name.upper() for name in BLOCKS if name != "nf4"
 }
+GGML_FLOATS = {GGML_NAMES[name]: name for name in FLOATS}
 
 
 def block_elements(storage: str) -> int:

@@ -17,13 +17,8 @@ if TYPE_CHECKING:  # the readers take longer to import than all else: only who o
 
 Array = npt.NDArray[Any]
 
-FLOATS = ("float32", "float64", "bfloat16", "float16")
-BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
-STORAGES = (*FLOATS, *BLOCKS)
 COMPUTES = ("float32", "bfloat16")
 _UNROUNDED_ROWS = 4
-
-_GGUF_FLOATS = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -47,14 +42,15 @@ class FrozenWeight:
             with dtype="bfloat16".
         dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
             nearest even. "q8_0", "q4_0", "q4_1", "q5_0", "q5_1": GGUF's blocks of 32 values along a row;
-            "q4_k", "q5_k", "q6_k": of 256. "nf4": blocks of 64, in float32 absmax (Dettmers et al. 2023).
+            "q4_k", "q5_k", "q6_k": of 256. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
             to 4 rows are computed in float32 either way. A float64 weight computes in float64.
+        double_quant: quantise NF4's absmax too, to 8 bits: 4.13 bits a value instead of 4.5.
     Raises:
         ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked
-            to compute in bfloat16, d_in is no multiple of the block's length along a row, or blocks cannot
-            store a value: it is not finite, or too large.
+            to compute in bfloat16, d_in is no multiple of the block's length along a row, blocks cannot
+            store a value (it is not finite, or too large), or double_quant is asked of another storage.
         TypeError: W does not hold floats, or dtype names no dtype.
     Warns:
         UserWarning: finite values are beyond the range of the storage and become infinite.
@@ -66,15 +62,24 @@ class FrozenWeight:
     _arrays: tuple[Array, ...]  # what the core reads in place: blocks with their scales, or a mapped matrix
 
     def __init__(
-        self, W: npt.ArrayLike, dtype: npt.DTypeLike | None = None, compute: str = "float32"
+        self,
+        W: npt.ArrayLike,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        double_quant: bool = False,
     ) -> None:
         op = "FrozenWeight"
-        storage = _check.choice(op, "dtype", dtype_name(op, dtype), STORAGES)
+        storage = _check.choice(op, "dtype", dtype_name(op, dtype), storages.STORAGES)
         core_compute = _core_compute(op, storage, compute)
         given = _check.as_array(op, "W", W)
         values = _values(given, storage)
-        if storage in BLOCKS:
-            self._hold(storage, values.shape, _quantized(op, values, storage), core_compute)
+        if double_quant and storage != "nf4":
+            raise ValueError(f"{op}: double_quant=True with dtype={storage!r}, expected 'nf4'")
+        if storage in storages.BLOCKS:
+            arrays = _quantized(op, values, storage)
+            if double_quant:
+                arrays = (arrays[0], *_quantized_absmax(arrays[1]))
+            self._hold(storage, values.shape, arrays, core_compute)
             return
         self._arrays = ()
         self._packed = _core.PackedWeight(values, storage, core_compute)
@@ -87,13 +92,18 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Read these arrays in place: a matrix; blocks; or NF4's codes and absmax."""
+        """Read these arrays in place: a matrix; blocks; or NF4's codes and absmax, or what stands for the
+        latter where it is quantised too."""
         d_out, d_in = shape
         self._arrays = arrays
-        if storage == "nf4":
-            codes, absmax = arrays
-            self._packed = _core.PackedWeight.of_nf4(codes, absmax, d_out, d_in, compute)
-        elif storage in BLOCKS:
+        if storage == "nf4" and len(arrays) == 2:
+            self._packed = _core.PackedWeight.of_nf4(*arrays, d_out, d_in, compute)
+        elif storage == "nf4":
+            codes, absmax, levels, scales, offset = arrays
+            self._packed = _core.PackedWeight.of_nested_nf4(
+                codes, absmax, levels, scales, float(offset), d_out, d_in, compute
+            )
+        elif storage in storages.BLOCKS:
             self._packed = _core.PackedWeight.of_blocks(arrays[0], storage, d_in, compute)
         else:
             bits = arrays[0].view(np.uint16) if arrays[0].itemsize == 2 else arrays[0]
@@ -117,13 +127,13 @@ class FrozenWeight:
         opened = file if isinstance(file, gguf.GgufFile) else gguf.open(file)
         tensor = opened[name]
         where = _require_matrix(op, opened.source, name, tensor.shape)
-        storage = _GGUF_FLOATS.get(tensor.type, tensor.type.lower())
-        if storage not in STORAGES:
-            known = ", ".join((*_GGUF_FLOATS, *(block.upper() for block in BLOCKS if block != "nf4")))
+        storage = storages.GGML_FLOATS.get(tensor.type, tensor.type.lower())
+        if storage not in storages.STORAGES:
+            known = ", ".join(storages.GGML_NAMES.values())
             raise UnsupportedError(f"{where} is {tensor.type}, expected one of {known}")
-        if storage in BLOCKS:
-            return cls._of(op, storage, tensor.shape, tensor.data.reshape(tensor.shape[0], -1), compute)
-        return cls._of(op, storage, tensor.shape, tensor.numpy(), compute)
+        if storage in storages.BLOCKS:
+            return cls._of(op, storage, tensor.shape, compute, tensor.data.reshape(tensor.shape[0], -1))
+        return cls._of(op, storage, tensor.shape, compute, tensor.numpy())
 
     @classmethod
     def from_safetensors(
@@ -132,24 +142,34 @@ class FrozenWeight:
         name: str,
         compute: str = "float32",
     ) -> Self:
-        """A matrix of a safetensors file as it lies there: float32, float64, bfloat16 or float16, not copied.
+        """A matrix of a safetensors file as it lies there: float32, float64, bfloat16 or float16, not copied;
+        or NF4 of bitsandbytes, with or without double quantisation.
 
         `file` is a path, or an opened file, as for many of its tensors. The weight keeps it mapped.
 
         Raises:
-            UnsupportedError: the tensor does not hold floats.
+            UnsupportedError: the tensor holds neither floats nor NF4.
             FormatError, OSError: as `safetensors.open`. KeyError: no tensor of that name; the nearest are
             told. ValueError: it has not two axes, or compute is not available.
         """
-        from nplora.formats import UnsupportedError, safetensors
+        from nplora.formats import UnsupportedError, bitsandbytes, safetensors
 
         op = "FrozenWeight.from_safetensors"
         opened = file if isinstance(file, Mapping) else safetensors.open(file)
+        if bitsandbytes.holds(opened, name):
+            nf4 = bitsandbytes.read(opened, name)
+            where = _require_matrix(op, opened.source, name, nf4.shape)
+            if not np.array_equal(nf4.levels, _nf4_levels()):
+                raise UnsupportedError(f"{where} has levels of its own, expected those of NF4")
+            arrays: tuple[Array, ...] = (nf4.codes, nf4.absmax)
+            if nf4.nested is not None:
+                arrays += (nf4.nested.levels, nf4.nested.scales, np.asarray(nf4.nested.offset, np.float32))
+            return cls._of(op, "nf4", nf4.shape, compute, *arrays)
         tensor = opened[name]
         where = _require_matrix(op, opened.source, name, tensor.shape)
-        if tensor.dtype not in FLOATS:
-            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
-        return cls._of(op, tensor.dtype, tensor.shape, tensor.numpy(), compute)
+        if tensor.dtype not in storages.FLOATS:
+            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(storages.FLOATS)}")
+        return cls._of(op, tensor.dtype, tensor.shape, compute, tensor.numpy())
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
@@ -157,18 +177,16 @@ class FrozenWeight:
         shape = (len(raw), d_in)
         if storage == "nf4":
             arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
-        elif storage in BLOCKS:
+        elif storage in storages.BLOCKS:
             arrays = (raw,)
         else:
             arrays = (raw.reshape(-1).view(storages.FLOATS[storage]).reshape(shape),)
-        weight = cls.__new__(cls)
-        weight._hold(storage, shape, arrays, _core_compute("FrozenWeight.of_rows", storage, compute))
-        return weight
+        return cls._of("FrozenWeight.of_rows", storage, shape, compute, *arrays)
 
     @classmethod
-    def _of(cls, op: str, storage: str, shape: tuple[int, ...], array: Array, compute: str) -> Self:
+    def _of(cls, op: str, storage: str, shape: tuple[int, ...], compute: str, *arrays: Array) -> Self:
         weight = cls.__new__(cls)
-        weight._hold(storage, shape, (array,), _core_compute(op, storage, compute))
+        weight._hold(storage, shape, arrays, _core_compute(op, storage, compute))
         return weight
 
     @property
@@ -276,7 +294,7 @@ class FrozenWeight:
     @property
     def float_dtype(self) -> str:
         """The storage of another matrix like this one: "float32" for low-bit blocks, which lose an update."""
-        return "float32" if self.dtype in BLOCKS else self.dtype
+        return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
         """Another matrix, stored as `float_dtype` says and computed as this one."""
@@ -291,7 +309,7 @@ class FrozenWeight:
         return "bfloat16" if self.compute == "bfloat16" else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.dtype not in BLOCKS:
+        if self.dtype not in storages.BLOCKS:
             return FrozenWeight, (self.to_numpy(), self.dtype, self._compute_word())
         return _restored, (self.dtype, self.shape, self._arrays, self._packed.compute)
 
@@ -313,7 +331,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
     """float32 W (d_out, d_in) as rows of blocks (d_out, bytes); as NF4's codes and absmax."""
-    (d_out, d_in), (length, nbytes) = W.shape, BLOCKS[storage]
+    (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
     try:
         if storage == "nf4":
             codes, absmax = np.empty(-(-W.size // 2), np.uint8), np.empty(-(-W.size // length), np.float32)
@@ -326,6 +344,22 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
     except ValueError as error:
         raise ValueError(f"{op}: W: {error}") from None
     return (blocks,)
+
+
+def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
+    """NF4's second quantisation: codes, levels, scales, and the offset as an array of no axes."""
+    codes, levels = np.empty(absmax.size, np.uint8), np.empty(256, np.float32)
+    scales = np.empty(-(-absmax.size // 256), np.float32)
+    offset = _core.quantize_absmax(absmax, codes, levels, scales)
+    return codes, levels, scales, np.asarray(offset, np.float32)
+
+
+def _nf4_levels() -> Array:
+    """What the sixteen codes of NF4 stand for."""
+    codes = np.frombuffer(bytes.fromhex("0123456789abcdef"), np.uint8)
+    levels = np.empty(16, np.float32)
+    _core.dequantize_nf4(codes, np.ones(1, np.float32), levels)
+    return levels
 
 
 def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
@@ -368,7 +402,7 @@ def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
     try:
         return dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
-        words = ", ".join(map(repr, STORAGES))
+        words = ", ".join(map(repr, storages.STORAGES))
         raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {words}") from None
 
 

@@ -96,24 +96,18 @@ class Linear(Module):
             ValueError: dy has not the shape of y.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
-        rows = self._gradient_rows("Linear.backward", dy, saved)
-        self._add_gradients("Linear.backward", rows, saved)
+        rows = self.backward_rows("Linear.backward", dy, saved)
+        self._add_gradients(rows, saved)
         if not need_dx:
             return None
         dx = buffers.empty((len(rows), self.shape[1]), self._dtype)
         _core.matmul_t(core_weight(self.weight), rows, dx)
         return dx.reshape(*saved.lead, dx.shape[1])
 
-    def _gradient_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
-        d_out = self.shape[0]
-        rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
-        return rows.reshape(math.prod(saved.lead), d_out)
-
-    def _add_gradients(self, op: str, rows: Array, saved: LinearSaved) -> None:
+    def _add_gradients(self, rows: Array, saved: LinearSaved) -> None:
         """dweight += dyᵀ x;  dbias += Σ dy."""
         if self.dweight is not None:
-            if saved.x is None:
-                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            assert saved.x is not None
             _core.add_outer(rows, saved.x, 1.0, self.dweight)
         if self.dbias is not None:
             with quiet():
@@ -134,10 +128,17 @@ class Linear(Module):
         """What `forward` returns, when the core has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
 
-    def backward_part(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> BackwardPart:
+    def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
+        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        d_out = self.shape[0]
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
+        if self.dweight is not None and saved.x is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        return rows.reshape(math.prod(saved.lead), d_out)
+
+    def backward_part(self, rows: Array, saved: LinearSaved) -> BackwardPart:
         """This layer's part of a call of the core; adds to dweight and dbias where trainable."""
-        rows = self._gradient_rows(op, dy, saved)
-        self._add_gradients(op, rows, saved)
+        self._add_gradients(rows, saved)
         d_out, d_in = self.shape
         a, b, z = (np.empty(shape, self._dtype) for shape in ((d_out, 0), (0, d_in), (len(rows), 0)))
         return core_weight(self.weight), a, b, 0.0, 0.0, 0, rows, z, None, None

@@ -191,24 +191,27 @@ class LoRALinear(LoRALayer):
             ValueError: dy has not the shape of y.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
-        part = self.backward_part("LoRALinear.backward", dy, saved)
-        rows = part[6]
+        rows = self.backward_rows("LoRALinear.backward", dy, saved)
+        part = self.backward_part(rows, saved)
         dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
         if dx is not None or not saved.alone:
             _core.lora_backward(saved.x, dx, [part])
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
 
-    def backward_part(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> BackwardPart:
-        """This layer's part of a call of the core; adds to dm."""
+    def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
+        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
         self.require_unmerged("backward")
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
-        du = _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
+        return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
+
+    def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
+        """This layer's part of a call of the core; adds to dm."""
         if saved.z is None:
-            z = np.empty((len(du), self.rank), dtype)  # unread
+            z = np.empty((len(du), self.rank), du.dtype)  # unread
             return self.weight.packed, self.A, self.B, 0.0, 0.0, 0, du, z, None, None
         if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
             assert self.dm is not None

@@ -68,13 +68,13 @@ def stack_backward(
     d_in, dtype = _common(op, layers)
     if not len(layers) == len(dys) == len(saved.items):
         raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
-    parts = [
-        layer.backward_part(op, dy, item) for layer, dy, item in zip(layers, dys, saved.items, strict=True)
-    ]
-    dx = buffers.empty((len(parts[0][6]), d_in), dtype) if need_dx else None
-    x = next((item.x for item in saved.items if item.x is not None), None)
+    items = saved.items
+    rows = [layer.backward_rows(op, dy, item) for layer, dy, item in zip(layers, dys, items, strict=True)]
+    parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
+    dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
+    x = next((item.x for item in items if item.x is not None), None)
     _core.lora_backward(x, dx, parts)
-    return None if dx is None else dx.reshape(*saved.items[0].lead, d_in)
+    return None if dx is None else dx.reshape(*items[0].lead, d_in)
 
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:

@@ -51,10 +51,12 @@ def _require_plain(fields: Fields) -> None:
     if activation not in ("silu", "swish"):
         raise UnsupportedError(f"{fields.source}: hidden_act is {brief(activation)}, expected 'silu'")
     if "quantization_config" in fields:
-        raise UnsupportedError(
-            f"{fields.source}: quantization_config: weights quantised by other libraries are not read; "
-            "take the model in bfloat16, or as GGUF"
-        )
+        told = fields.object("quantization_config")
+        if told.string("quant_method", "") != "bitsandbytes" or not told.boolean("load_in_4bit", False):
+            raise UnsupportedError(
+                f"{told.source}: of what other libraries quantise, only NF4 of bitsandbytes is read: "
+                "take the model in bfloat16, or as GGUF"
+            )
     if fields.number("partial_rotary_factor", 1.0) != 1:
         raise UnsupportedError(f"{fields.source}: partial_rotary_factor is not 1: heads rotate as a whole")
 

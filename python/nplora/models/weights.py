@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nplora.formats import bfloat16, gguf_names
+from nplora import storages
+from nplora.formats import bfloat16, bitsandbytes, gguf_names
 from nplora.formats.errors import FormatError, UnsupportedError, brief, nearest_names
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
@@ -20,9 +21,6 @@ from nplora.weights import FrozenWeight
 Array = npt.NDArray[Any]
 
 _MOST_PROBLEMS = 20  # told in a message; the others are counted
-
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
-_GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 class Weights(Protocol):
@@ -100,7 +98,9 @@ class GgufWeights:
 
     def vector(self, name: str) -> Array:
         tensor = self._file[self.stored(name)]
-        return _floats(self.source, tensor.name, _GGUF_FLOATS.get(tensor.type, tensor.type), tensor.numpy())
+        return _floats(
+            self.source, tensor.name, storages.GGML_FLOATS.get(tensor.type, tensor.type), tensor.numpy()
+        )
 
 
 class SafetensorsWeights:
@@ -110,7 +110,13 @@ class SafetensorsWeights:
         self.source, self._file, self._compute = file.source, file, compute
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: self._file[name].shape for name in self._file}
+        parts = bitsandbytes.parts(self._file)
+        return {name: self._shape(name) for name in self._file if name not in parts}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if bitsandbytes.holds(self._file, name):
+            return bitsandbytes.shape(self._file, name)
+        return self._file[name].shape
 
     def stored(self, name: str) -> str:
         return name
@@ -122,9 +128,8 @@ class SafetensorsWeights:
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
 
     def matrix(self, name: str) -> FrozenWeight:
-        tensor = self._file[name]
-        if tensor.dtype == "float64":
-            return FrozenWeight(tensor.array, "float32", self._compute)
+        if self._file[name].dtype == "float64":
+            return FrozenWeight(self._file[name].array, "float32", self._compute)
         return FrozenWeight.from_safetensors(self._file, name, self._compute)
 
     def vector(self, name: str) -> Array:
@@ -135,8 +140,8 @@ class SafetensorsWeights:
 def _floats(source: str, name: str, dtype: str, array: Array) -> Array:
     """A copy in float32."""
     where = f"{source}: tensor {brief(name)}"
-    if dtype not in _FLOATS:
-        raise UnsupportedError(f"{where} is {dtype}, expected one of {', '.join(_FLOATS)}")
+    if dtype not in storages.FLOATS:
+        raise UnsupportedError(f"{where} is {dtype}, expected one of {', '.join(storages.FLOATS)}")
     with np.errstate(over="ignore"):
         values = np.array(bfloat16.widen(array) if dtype == "bfloat16" else array, np.float32)
     if not np.isfinite(values).all():

@@ -1,0 +1,160 @@
+"""bitsandbytes' 4-bit matrices (QLoRA's NF4), which take several tensors of a safetensors file.
+
+    NAME                                uint8 (ceil(n / 2), 1): the codes of n values, row after row
+    NAME.absmax                         float32, one for each 64 values; uint8 where quantised a second time
+    NAME.quant_map                      float32 (16,), the levels
+    NAME.nested_absmax                  float32, one for each 256 absmax        } of the second
+    NAME.nested_quant_map               float32 (256,), its levels              } quantisation
+    NAME.quant_state.bitsandbytes__nf4  uint8: JSON that tells shape and sizes of blocks
+
+Source: bitsandbytes.functional.QuantState.as_dict(packed=True).
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats import strict_json
+from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
+from nplora.formats.safetensors import SafetensorsFile, Tensor
+from nplora.formats.sharded import ShardedFile
+
+Array = NDArray[Any]
+File = SafetensorsFile | ShardedFile
+
+BLOCK, GROUP, LEVELS, NESTED_LEVELS = 64, 256, 16, 256
+_STATE = ".quant_state.bitsandbytes__"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_MAX_STATE = 1 << 16
+_MAX_SIZE = 1 << 48
+
+
+@dataclass(frozen=True)
+class Nested:
+    """The second quantisation: absmax = levels[code] * scale + offset.
+
+    Attributes:
+        levels: float32 (256,).
+        scales: float32, one for each 256 absmax.
+    """
+
+    levels: Array
+    scales: Array
+    offset: float
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """A matrix in NF4: value = levels[code] * absmax of its block of 64.
+
+    Attributes:
+        codes: uint8 (ceil(n / 2),), the first value of two in the upper half.
+        absmax: float32 (ceil(n / 64),); their codes, uint8, where they are `nested`.
+        levels: float32 (16,).
+    """
+
+    shape: tuple[int, ...]
+    codes: Array
+    absmax: Array
+    levels: Array
+    nested: Nested | None
+
+
+def holds(file: File, name: str) -> bool:
+    """Whether a tensor is stored so, in whatever 4-bit type."""
+    return f"{name}.quant_map" in file
+
+
+def parts(names: Collection[str]) -> set[str]:
+    """Of the tensors of a file, those that belong to such a matrix and are not the matrix."""
+    states = {name for name in names if _STATE in name}
+    matrices = {name.partition(_STATE)[0] for name in states}
+    return states | {f"{name}{part}" for name in matrices for part in _PARTS} & set(names)
+
+
+def shape(file: File, name: str) -> tuple[int, ...]:
+    """The shape of a matrix, as its state tells it. Raises as `read`."""
+    return _shape(*_state(file, name))
+
+
+def read(file: File, name: str) -> Nf4:
+    """The parts of a matrix, views of the file.
+
+    Raises:
+        UnsupportedError: it is not NF4, or its blocks are not of 64 values (the absmax' of 256).
+        FormatError: a part is missing, has another dtype or shape, or is not finite.
+    """
+    where, state = _state(file, name)
+    size = math.prod(_shape(where, state))
+    _require(where, state, "blocksize", BLOCK)
+    blocks = -(-size // BLOCK)
+    nested = None
+    if f"{name}.nested_absmax" in file:
+        _require(where, state, "nested_blocksize", GROUP)
+        offset = state.get("nested_offset")
+        if type(offset) not in (int, float):
+            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a number")
+        nested = Nested(
+            _part(file, f"{name}.nested_quant_map", "float32", NESTED_LEVELS),
+            _part(file, f"{name}.nested_absmax", "float32", -(-blocks // GROUP)),
+            float(np.float32(offset)),
+        )
+    return Nf4(
+        _shape(where, state),
+        _part(file, name, "uint8", -(-size // 2)),
+        _part(file, f"{name}.absmax", "float32" if nested is None else "uint8", blocks),
+        _part(file, f"{name}.quant_map", "float32", LEVELS),
+        nested,
+    )
+
+
+def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
+    """How messages name a matrix, and what its state holds."""
+    where = f"{file.source}: tensor {brief(name)}"
+    if f"{name}{_STATE}nf4" not in file:
+        kinds = [part.partition(_STATE)[2] for part in file if part.startswith(f"{name}{_STATE}")]
+        raise UnsupportedError(
+            f"{where} is {', '.join(map(brief, kinds)) or 'nothing'} of bitsandbytes, expected nf4"
+        )
+    tensor = file[f"{name}{_STATE}nf4"]
+    if tensor.dtype != "uint8":
+        raise FormatError(f"{where}: its quant_state is {tensor.dtype}, expected uint8")
+    if tensor.nbytes > _MAX_STATE:
+        raise LimitError(
+            f"{where}: a quant_state of {tensor.nbytes:,} bytes, at most {_MAX_STATE:,} are read"
+        )
+    state = strict_json.loads(tensor.array.tobytes(), f"{where}: quant_state")
+    if not isinstance(state, dict):
+        raise FormatError(f"{where}: its quant_state is {brief(state)}, expected an object")
+    return where, state
+
+
+def _shape(where: str, state: dict[str, Any]) -> tuple[int, ...]:
+    sizes = state.get("shape")
+    if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
+        raise FormatError(f"{where}: its shape is {brief(sizes)}, expected a list of sizes")
+    if math.prod(sizes) > _MAX_SIZE:
+        raise LimitError(f"{where}: {math.prod(sizes):,} values, at most {_MAX_SIZE:,} are read")
+    return tuple(sizes)
+
+
+def _require(where: str, state: dict[str, Any], name: str, expected: int) -> None:
+    if state.get(name) != expected:
+        raise UnsupportedError(f"{where}: {name} is {brief(state.get(name))}, expected {expected}")
+
+
+def _part(file: File, name: str, dtype: str, size: int) -> Array:
+    """A part as a flat array."""
+    where = f"{file.source}: tensor {brief(name)}"
+    if name not in file:
+        raise FormatError(f"{where} is missing")
+    tensor: Tensor = file[name]
+    if tensor.dtype != dtype or tensor.array.size != size:
+        raise FormatError(f"{where} is {tensor.dtype} {tensor.shape}, expected {size:,} values of {dtype}")
+    if dtype == "float32" and not np.isfinite(tensor.array).all():
+        raise FormatError(f"{where} holds NaN or an infinity")
+    return tensor.array.reshape(-1)

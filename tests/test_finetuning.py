@@ -180,6 +180,51 @@ def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
 
 
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_other_starts_learn_go_on_to_the_bit_and_are_saved_for_the_model_as_it_was(
+    model: Path, data: Path, tmp_path: Path, init: str
+) -> None:
+    options = {**QUICK, "init": init}
+    report = finetune(model, data, tmp_path / "out", **options)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    base, adapted = evaluate(model, data)["loss"], evaluate(model, data, adapter=tmp_path / "out")["loss"]
+    assert report.loss_after < report.loss_before - 0.5
+    assert adapted == pytest.approx(report.loss_after, abs=1e-4)
+    if init == "gaussian":
+        assert report.loss_before != base
+    else:
+        assert report.loss_before == pytest.approx(base, abs=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == (2 if init == "gaussian" else 4)
+    finetune(
+        model, data, tmp_path / "cut", **{**options, "epochs": None, "steps": 20, "schedule": "constant"}
+    )
+    finetune(
+        model, data, tmp_path / "half", **{**options, "epochs": None, "steps": 7, "schedule": "constant"}
+    )
+    with pytest.warns(UserWarning, match="total_steps was 7, is 20"):
+        finetune(
+            model, data, tmp_path / "half",
+            **{**options, "epochs": None, "steps": 20, "schedule": "constant"}, resume=True,
+        )  # fmt: skip
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data: Path, init: str) -> None:
+    low = save_small_llama(tmp_path / "low.gguf", "q8_0")
+    lm = load_model(low)
+    with pytest.raises(
+        ValueError, match=rf"init='{init}' takes a part of model\.layers\.0\..*, and q8_0 cannot"
+    ):
+        lm.add_lora(init=init)
+    assert not lm.adapter_layers()
+    with pytest.raises(ValueError, match="q8_0 cannot hold what remains"):
+        finetune(low, data, tmp_path / "out", init=init)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what is refused, and what is left ----
 
 
@@ -196,6 +241,7 @@ def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
         ({"max_length": 1}, "max_length is 1"),
         ({"targets": ("q_prj",)}, "q_proj"),
         ({"layers": "middle"}, "layers='middle'"),
+        ({"init": "ones"}, "init='ones'"),
         ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),

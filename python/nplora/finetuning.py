@@ -28,6 +28,7 @@ from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import PREFIX
 from nplora.generate import Sampling, generate
+from nplora.layers import LoRALinear
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
@@ -66,6 +67,12 @@ class FinetuneOptions:
     dropout: float = _option(0.0, "share of an adapter's inputs that a step leaves out")
     use_rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = _option(False, "train the magnitudes of the weights' rows too (DoRA)")
+    init: str = _option(
+        "zero",
+        "how the factors start: zero (as the model), gaussian (both random), or pissa, olora: from the "
+        "principal part of each weight, which must be of floats",
+        choices=LoRALinear.inits,
+    )
     lr: float = _option(2e-4, "learning rate at its highest")
     schedule: str = _option("cosine", "what becomes of the learning rate", choices=tuple(SCHEDULES))
     warmup: int = _option(0, "steps over which the learning rate rises")
@@ -114,7 +121,8 @@ class FinetuneOptions:
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)
         for name, words in (
-            ("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", LEARN), ("keep_prefix", KEEP_PREFIX),
+            ("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", LEARN), ("init", LoRALinear.inits),
+            ("keep_prefix", KEEP_PREFIX),
         ):  # fmt: skip
             _check.choice(_OP, name, getattr(self, name), words)
         for name in ("lr", "alpha", "max_grad_norm"):
@@ -221,7 +229,7 @@ def finetune(
     )
     lm.add_lora(
         chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
-        chosen.use_dora, chosen.seed,
+        chosen.use_dora, chosen.seed, chosen.init,
     )  # fmt: skip
     lm.model.checkpoint_blocks = chosen.checkpoint_blocks
     if chosen.keep_prefix != "off" and not lm.model.first_adapted():

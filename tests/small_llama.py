@@ -13,8 +13,16 @@ from vocabularies import byte_level
 HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64
 
 
-def save_small_llama(path: Path, storage: str = "float32") -> Path:
-    """Write the model, its matrices in a storage; it answers at random, and learns fast."""
+def save_small_llama(
+    path: Path, storage: str = "float32", without: str = "", changes: dict[str, Any] | None = None
+) -> Path:
+    """Write the model; it answers at random, and learns fast.
+
+    Args:
+        storage: of its matrices.
+        without: a tensor that is left out.
+        changes: metadata that stand in the place of its own.
+    """
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -50,5 +58,6 @@ def save_small_llama(path: Path, storage: str = "float32") -> Path:
         tensors[name] = gguf.Tensor(name, storages.GGML_NAMES[storage], matrix.shape, raw)
     norms = ["output_norm", *(f"blk.{i}.{part}_norm" for i in range(BLOCKS) for part in ("attn", "ffn"))]
     tensors |= {f"{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
-    gguf.save(path, tensors, metadata)
+    tensors.pop(without, None)
+    gguf.save(path, tensors, metadata | (changes or {}))
     return path

@@ -18,8 +18,8 @@ T = TypeVar("T")
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
 _ADAPTER = "the adapter: a directory in PEFT's format"
-_COMPUTES = ("float32", "bfloat16")
-_COMPUTE = "arithmetic of the frozen products (default: float32)"
+_COMPUTES = ("float32", "bfloat16", "int8")
+_COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few tokens (default: float32)"
 
 
 class _UsageError(ValueError):

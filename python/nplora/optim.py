@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.module import Parameter
 
 Array = npt.NDArray[Any]
@@ -330,9 +330,9 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
 
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Zeros for each of these arrays, in one block: NumPy asks for large pages where it is large."""
+    """Zeros for each of these arrays, in one block of memory that an earlier state may have left."""
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
-    block = np.empty(sum(sizes), np.uint8)
+    block = buffers.empty((sum(sizes),), np.uint8)
     block.fill(0)
     offsets = itertools.accumulate(sizes, initial=0)
     return {

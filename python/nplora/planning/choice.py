@@ -46,12 +46,14 @@ class Work:
         batches: the tokens and the targets of each of their sequences.
         steps, accumulate: of the run, and batches of a step.
         evaluated: tokens of a batch that is evaluated, 0 without any.
+        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
     """
 
     batches: list[tuple[Array, Array]]
     steps: int
     accumulate: int = 1
     evaluated: int = 0
+    prefix_tokens: int = 0
 
     def passes(self, micro_tokens: int | None) -> Iterator[Pass]:
         """What the batches are cut into."""
@@ -141,7 +143,9 @@ def choose(
 
     def memory(way: Candidate, work: Work = work) -> Memory:
         largest = work.largest(way.micro_tokens)
-        return predicted(lm.config, adapters, largest, work.evaluated, way, threads, resident)
+        return predicted(
+            lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens
+        )
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: max(memory(way).total, reached) for way in ways}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.models import LanguageModel, adapting
 from nplora.models.config import ModelConfig
 from nplora.models.head import chunk_rows
@@ -58,6 +59,7 @@ class Adapters:
     shapes: Mapping[str, tuple[int, int]]
     rank: int
     use_dora: bool = False
+    taken: int = 0  # bytes of new frozen weights, where the factors start as a part of the old ones
 
     @classmethod
     def of(
@@ -66,12 +68,19 @@ class Adapters:
         rank: int,
         targets: str | Iterable[str],
         layers: str | Sequence[int] | None,
-        use_dora: bool,
+        use_dora: bool = False,
+        init: str = "zero",
     ) -> Self:
         """Those that `lm.add_lora` would make. Raises as it does."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers)
-        return cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
+        made = cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
+        if init not in PRINCIPAL_INITS:
+            return made
+        weights = sum(modules[name].weight.nbytes for name in names)
+        return dataclasses.replace(
+            made, taken=weights + _FLOAT * made.numbers
+        )  # and the factors at the start
 
     @property
     def numbers(self) -> int:
@@ -100,6 +109,7 @@ class Memory:
     process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
     factors: int = dataclasses.field(metadata={"text": "factors, their gradients and moments"})
+    prefix: int = dataclasses.field(metadata={"text": "what frozen blocks made, for later epochs"})
     kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
     work: int = dataclasses.field(metadata={"text": "what a block, or head and loss, work in"})
     scratch: int = dataclasses.field(metadata={"text": "the threads' scratch, small arrays"})
@@ -123,6 +133,7 @@ def predicted(
     way: Candidate,
     threads: int,
     resident: tuple[int, int],
+    prefix_tokens: int = 0,
 ) -> Memory:
     """The peak of training.
 
@@ -130,6 +141,7 @@ def predicted(
         step: the largest pass.
         evaluated: the tokens of a batch that is evaluated, 0 without any.
         resident: bytes in memory before the adapters are made, and those of the weights not read yet.
+        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
     """
     narrow = way.compute == "bfloat16"
     block = _Block(config, adapters, step.tokens, narrow)
@@ -157,7 +169,8 @@ def predicted(
     return Memory(
         process,
         weights,
-        4 * _FLOAT * adapters.numbers,
+        4 * _FLOAT * adapters.numbers + adapters.taken,
+        _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
         threads * (min(_LANES, lanes) + _THREAD) + _HEAP,

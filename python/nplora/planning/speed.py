@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora import buffers
 from nplora.models import LanguageModel
 from nplora.models.head import chunk_rows
 from nplora.models.places import packed_places
@@ -21,6 +22,7 @@ from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
 
+_HEAD_ROWS = 64  # of the head's longer timing: the logits of more would take more memory than some plans
 _FEW, _MANY = 32, 256  # tokens of the two timings, which part the cost of a call from that of a token
 _ATTENTION = 4, 10  # floating-point operations a score and element of a head: two products, five in backward
 _LOW_RANK = 2.0  # products with a small inner dimension run at about half the rate of the frozen ones
@@ -77,6 +79,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute)
     rest = max(0.0, forward_seconds - reference.forward.of(_MANY)) / _MANY
     rest_backward = max(0.0, seconds - forward_seconds - reference.backward.of(_MANY)) / _MANY
+    buffers.release()
     return {
         compute: Speed(
             Cost(speed.forward.call, speed.forward.token + rest),
@@ -94,7 +97,7 @@ def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> S
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
     head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
-    rows = chunk_rows(lm.config.vocab_size, _MANY)
+    rows = chunk_rows(lm.config.vocab_size, _HEAD_ROWS)
     head_rows = (rows // 4, rows)
     to = _cost(head, FrozenWeight.matmul, 1, head_rows)
     back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
@@ -117,7 +120,9 @@ def _cost(
 
 def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: int, rows: int) -> None:
     for weight in weights:
-        product(weight, np.ones((rows, weight.shape[axis]), np.float32))
+        x = buffers.empty((rows, weight.shape[axis]), np.float32)
+        x.fill(1)
+        product(weight, x, buffers.empty((rows, weight.shape[1 - axis]), np.float32))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

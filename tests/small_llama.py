@@ -11,13 +11,13 @@ from vocabularies import byte_level
 HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64
 
 
-def save_small_llama(path: Path) -> Path:
-    """Write the model; it answers at random, and learns fast."""
+def save_small_llama(path: Path, vocab: int | None = None) -> Path:
+    """Write the model; it answers at random, and learns fast. `vocab`: rows, if not the tokenizer's."""
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"
     }
-    vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    vocab = vocab or len(vocabulary["tokenizer.ggml.tokens"])
     sizes = {
         "block_count": BLOCKS,
         "context_length": CONTEXT,

@@ -233,6 +233,20 @@ def test_only_llama_3_takes_a_whole_word_that_no_merges_lead_to() -> None:
         assert [tokens[id_] for id_ in from_gguf(opened(metadata)).encode("word")] == expected
 
 
+def test_a_byte_level_model_that_does_not_say_how_text_is_cut_is_read_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"<bytes>: tokenizer\.ggml\.pre is missing, text is cut as GPT-2's"):
+        from_gguf(opened(byte_level(pre=None)))
+
+
+def test_a_continuation_has_no_space_before_it() -> None:
+    with_space, without = (from_gguf(opened(sentencepiece(add_space_prefix=flag))) for flag in (True, False))
+    for text in ("ab", " ab", "b", "\nab", "€", ""):
+        assert with_space.encode_continuation(text) == without.encode(text)
+        assert without.encode_continuation(text) == without.encode(text)
+    plain = from_gguf(opened(byte_level()))
+    assert plain.encode_continuation("hello 12") == plain.encode("hello 12")
+
+
 def test_qwen2_normalises_its_text() -> None:
     decomposed = "e\u0301"
     assert (
@@ -275,6 +289,25 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
         assert [tokens[id_] for id_ in ids] == merged_by_score(text), text
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids]
+
+
+@pytest.mark.parametrize(("model", "begins"), [("llama-bpe", True), ("gpt-2", False), ("qwen2", False)])
+def test_a_byte_level_model_begins_with_bos_where_its_family_does(model: str, begins: bool) -> None:
+    tokenizer = from_gguf(opened(byte_level(pre=model, bos_token_id=0)))
+    assert tokenizer.encode("x", add_special_tokens=True) == [0] * begins + tokenizer.encode("x")
+    told = from_gguf(opened(byte_level(pre=model, bos_token_id=0, add_bos_token=not begins)))
+    assert told.encode("x", add_special_tokens=True) == [0] * (not begins) + told.encode("x")
+
+
+def test_a_run_of_unknown_characters_is_one_unknown_token_where_there_are_no_bytes() -> None:
+    tokens = ["<unk>", "<s>", "</s>", *PIECES]
+    values = sentencepiece(
+        tokens=tokens,
+        scores=np.array([0.0] * 3 + list(PIECES.values()), np.float32),
+        token_type=Typed([2, 3, 3] + [1] * len(PIECES), "INT32"),
+    )
+    tokenizer = from_gguf(opened(values))
+    assert [tokens[id_] for id_ in tokenizer.encode("abé😀xab")] == ["▁ab", "<unk>", "ab"]
 
 
 def test_no_merge_makes_a_control_token_of_letters() -> None:

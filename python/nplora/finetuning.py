@@ -23,11 +23,14 @@ from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import DataReport, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.formats import peft_adapter
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import PREFIX
+from nplora.formats.peft_adapter import PeftAdapter
+from nplora.formats.peft_config import MAX_RANK
 from nplora.generate import Sampling, generate
+from nplora.layers import Embedding, Linear
 from nplora.models import LanguageModel, load_model
+from nplora.models.adapting import chosen_blocks, targeted
 from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
 from nplora.packing import PackedBatch
@@ -39,7 +42,7 @@ Array = npt.NDArray[Any]
 _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
-_FACTORS = (".lora_A.weight", ".lora_embedding_A")
+_TOLD = 10  # places of an adapter that do not fit
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -101,7 +104,8 @@ class FinetuneOptions:
         for name in ("epochs", "steps", "batch_tokens", "batch_examples"):
             if getattr(self, name) is not None:
                 _check.integer(_OP, name, getattr(self, name), least=1)
-        for name, least in (("rank", 1), ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
+        _check.integer(_OP, "rank", self.rank, least=1, most=MAX_RANK)
+        for name, least in (("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)
         for name, words in (("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", ("completion", "all"))):
@@ -109,6 +113,10 @@ class FinetuneOptions:
         for name in ("lr", "alpha", "max_grad_norm"):
             if _check.number(_OP, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
+        _check.probability(_OP, "dropout", self.dropout)
+        _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
+        if isinstance(self.layers, str):
+            chosen_blocks(self.layers, 1)
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ def finetune(
             train.jsonl and, if it is to be evaluated, valid.jsonl.
         valid: the file to evaluate on, before and after every epoch.
         progress: print what happens to stderr; None: if that is a terminal.
-        options: as `FinetuneOptions` has them.
+        options: as `FinetuneOptions` has them; `compute` only for a model that is loaded here.
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
@@ -198,7 +206,7 @@ def finetune(
     say = _speaker(progress)
     train_path, found = find_splits(data)
     valid_path = found if valid is None else Path(valid)
-    lm = load_model(model, chosen.compute) if not isinstance(model, LanguageModel) else model
+    lm = _opened(_OP, model, options.get("compute"))
     train = _read(lm, train_path, chosen)
     held_out = None if valid_path is None else _read(lm, valid_path, chosen)
     for dataset in (train, held_out):
@@ -208,12 +216,13 @@ def finetune(
     checks = (
         None if held_out is None else TokenBatches(held_out, batch_tokens=_EVALUATION_TOKENS, shuffle=False)
     )
+    targeted(lm, lm.config.num_hidden_layers, chosen.targets, chosen.layers)
+    _require_free(output, chosen)
     lm.add_lora(
         chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
         chosen.use_dora, chosen.seed,
     )  # fmt: skip
     lm.model.checkpoint_blocks = chosen.checkpoint_blocks
-    _require_free(output, chosen)
     before = None if checks is None else evaluate_batches(lm, checks)["loss"]
     if before is not None:
         say(f"validation loss {before:.4f} before training")
@@ -261,7 +270,7 @@ def evaluate(
     data: StrPath,
     *,
     adapter: StrPath | None = None,
-    compute: str = "float32",
+    compute: str | None = None,
     max_length: int | None = None,
     learn: str = "completion",
     skip_bad: bool = False,
@@ -272,20 +281,22 @@ def evaluate(
         data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
         adapter: a PEFT adapter directory that is put on the model.
         max_length: longer examples are cut; None: to the model's context.
-        compute, learn, skip_bad: as in `FinetuneOptions`.
+        compute: "float32" (also None) or "bfloat16", of a model that is loaded here.
+        learn, skip_bad: as in `FinetuneOptions`.
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
-    lm = model if isinstance(model, LanguageModel) else load_model(model, compute)
+    lm = _opened("evaluate", model, compute)
     if adapter is not None:
         attach_adapter(lm, adapter)
     dataset = read_dataset(
         valid_path or train_path,
         lm.tokenizer,
-        max_length=max_length or lm.config.max_position_embeddings,
+        max_length=lm.config.max_position_embeddings if max_length is None else max_length,
         learn=learn,
         skip_bad=skip_bad,
     )
+    _require_vocabulary(lm, dataset)
     return evaluate_batches(lm, TokenBatches(dataset, batch_tokens=_EVALUATION_TOKENS, shuffle=False))
 
 
@@ -312,25 +323,57 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
     """Put the adapter of a PEFT directory on a model that has none: on the layers that are in the file.
 
     Raises:
-        FormatError: it does not fit the model. Others as `load_adapter`.
+        FormatError: it does not fit the model, which stays as it was. Others as `load_adapter`.
+        ValueError: the model has an adapter.
     """
+    if lm.adapter_layers():
+        raise ValueError(f"{_OP}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
     with peft_adapter.reading(directory) as adapter:
-        config = adapter.config
-        names = sorted(
-            {
-                name.removeprefix(PREFIX).removesuffix(suffix)
-                for name in adapter.tensors
-                for suffix in _FACTORS
-                if name.endswith(suffix)
-            }
-        )
-    if not names:
-        raise FormatError(f"{os.fspath(directory)}: the adapter has no layers")
+        names, use_dora = _fitting(lm, adapter), adapter.config.use_dora
+    modules = dict(lm.named_modules())
+    lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
     try:
-        lm.add_lora(config.r, float(config.lora_alpha), names, use_dora=config.use_dora)
-    except ValueError as error:
-        raise FormatError(f"{os.fspath(directory)}: the adapter does not fit the model: {error}") from error
-    load_adapter(lm, directory)
+        load_adapter(lm, directory)
+    except BaseException:
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(modules[parent], attribute, modules[name])
+        raise
+
+
+def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
+    """The layers of an adapter, each of which the model has, and with factors of its shape."""
+    layers = {name: m for name, m in lm.named_modules() if isinstance(m, Linear | Embedding)}
+    problems: list[str] = []
+    factors = adapter.factors(problems)
+    for name, halves in factors.items():
+        layer = layers.get(name)
+        if layer is None:
+            near = ", ".join(map(repr, nearest_names(name, layers))) if len(problems) < _TOLD else ""
+            problems.append(
+                f"layer {brief(name)} is not in the model{near and f', the nearest names: {near}'}"
+            )
+            continue
+        try:
+            adapter.require_rank(name, halves)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        d_in, d_out = (adapter.tensors.entries[half].shape[1 - i] for i, half in enumerate(halves))
+        wanted = layer.weight.shape[::-1] if isinstance(layer, Linear) else layer.weight.shape
+        if (d_in, d_out) != wanted:
+            problems.append(
+                f"layer {brief(name)}: the adapter is of {(d_out, d_in)}, the weight {wanted[::-1]}"
+            )
+    if not factors and not problems:
+        raise FormatError(f"{adapter.directory}: the adapter has no layers")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems[:_TOLD])
+        more = f"\n  and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+        raise FormatError(
+            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}{more}"
+        )
+    return list(factors)
 
 
 # ---- the model and its loss, as the trainer takes them ----
@@ -383,8 +426,24 @@ def _batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     )
 
 
+def _opened(op: str, model: StrPath | LanguageModel, compute: str | None) -> LanguageModel:
+    if not isinstance(model, LanguageModel):
+        return load_model(model, compute or COMPUTES[0])
+    if compute is not None:
+        raise ValueError(f"{op}: compute={compute!r} is for a file; this model was loaded with its own")
+    return model
+
+
+def _require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+    if dataset.largest_id >= lm.config.vocab_size:
+        raise FormatError(
+            f"{dataset.report.source}: its text has token {dataset.largest_id} of {lm.tokenizer}, "
+            f"the model's vocabulary ends with {lm.config.vocab_size - 1}"
+        )
+
+
 def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
-    return read_dataset(
+    dataset = read_dataset(
         path,
         lm.tokenizer,
         max_length=min(options.max_length, lm.config.max_position_embeddings),
@@ -392,6 +451,8 @@ def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
         skip_bad=options.skip_bad,
         strict=options.strict,
     )
+    _require_vocabulary(lm, dataset)
+    return dataset
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:

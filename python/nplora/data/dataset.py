@@ -100,6 +100,11 @@ class Dataset(Sequence[tuple[Array, Array]]):
         """The tokens of each example."""
         return np.diff(self._starts)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token of all."""
+        return int(self._ids.max())
+
     def fingerprint(self) -> str:
         """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
         digest = hashlib.sha256()
@@ -227,7 +232,8 @@ class _Encoder:
         """The tokens of one text that comes in pieces, then EOS."""
         for index, row in enumerate(rows):
             text = row.values["text"]
-            yield self._tokenizer.encode(text) if index else self._tokenizer.encode_prompt(text)
+            encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
+            yield encode(text)
         yield [self._eos]
 
     def _completion(self, prompt: str, completion: str) -> Tokens:
@@ -237,7 +243,7 @@ class _Encoder:
             self._tokenizer.encode_prompt(prompt + completion),
         )
         if ids[: len(before)] != before:
-            ids = before + self._tokenizer.encode(completion)
+            ids = before + self._tokenizer.encode_continuation(completion)
         ids.append(self._eos)
         return ids, [self._all or place >= len(before) for place in range(len(ids))]
 

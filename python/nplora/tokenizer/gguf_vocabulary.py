@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,8 @@ class _Vocabulary:
     def _byte_level(self) -> Any:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
+        if f"{KEY}pre" not in self.metadata:
+            warnings.warn(f"{self.source}: {KEY}pre is missing, text is cut as GPT-2's", stacklevel=5)
         if pre not in SPLITS:
             raise UnsupportedError(
                 f"{self.source}: {KEY}pre is {brief(pre)}, read are {', '.join(map(repr, SPLITS))}"

@@ -30,6 +30,8 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
+_SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-level models write a space
+_SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly a token goes on
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # what templates are told who ask for the time in training
 # A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
 _MOST_RENDERED = 1 << 18
@@ -122,6 +124,17 @@ class Tokenizer:
         """The tokens of a text that goes on: begun as the model has it, without an EOS at its end."""
         ids = self.encode(text, add_special_tokens=True)
         return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on after another, without the space that some models set before."""
+        alone = self.encode("a")
+        if not alone or not self._text(alone[0]).startswith(_SPACES):
+            return self.encode(text)
+        for before in _SENTINELS:
+            head, ids = self.encode(before), self.encode(before + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.

@@ -80,7 +80,7 @@ std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std:
   require(is_blocks(storage) && storage != Storage::kNf4, name + " has no rows of blocks");
   const Matrix<const uint8_t> rows = read(blocks);
   const BlockFormatInfo& of = info(format_of(storage));
-  require(d_in % of.elements == 0 && rows.cols == d_in / of.elements * of.bytes,
+  require(rows.cols % of.bytes == 0 && d_in == rows.cols / of.bytes * of.elements,
           "the rows of blocks do not hold d_in values");
   return as_it_lies({storage, false, rows.data, rows.rows, d_in, rows.cols, compute_of(compute)}, blocks);
 }
@@ -94,7 +94,6 @@ std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<fl
                                      size_t d_in, const std::string& compute) {
   require_nf4(codes, d_out, d_in);
   require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
-  require_aligned(absmax);
   return as_it_lies({Storage::kNf4,
                      false,
                      codes.data(),
@@ -115,7 +114,6 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
   require_size("absmax_codes", absmax_codes, blocks);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
-  for (const Array<float>& array : {book, scales}) require_aligned(array);
   return as_it_lies({Storage::kNf4,
                      false,
                      codes.data(),
@@ -138,6 +136,7 @@ void unpack(const PackedWeight& w, Array<T> out) {
 
 template <class T>
 void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out) {
+  require_aligned(ids);
   require(sizeof(T) == 8 ? w.storage() == Storage::kFloat64 : w.storage() != Storage::kFloat64,
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());

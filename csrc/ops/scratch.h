@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
+
+#include "base/aligned_buffer.h"
 
 namespace nplora {
 
@@ -29,6 +32,19 @@ enum class Scratch {
 // n elements of this thread's memory for one use, with undefined contents. It is kept for the next task and only grows:
 // nothing is allocated after the first call of a shape.
 void* scratch_bytes(Scratch use, size_t bytes);
+
+// While one lives, this thread has other buffers: for calls from inside a task, as a signal handler makes them.
+class ScratchFrame {
+ public:
+  ScratchFrame();
+  ~ScratchFrame();
+  ScratchFrame(const ScratchFrame&) = delete;
+  ScratchFrame& operator=(const ScratchFrame&) = delete;
+
+ private:
+  std::unique_ptr<AlignedBuffer[]> buffers_;
+  AlignedBuffer* outer_;
+};
 
 template <class T>
 T* scratch(Scratch use, size_t n) {

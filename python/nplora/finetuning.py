@@ -60,7 +60,8 @@ class FinetuneOptions:
     rank: int = _option(8, "of the factors")
     alpha: float = _option(16.0, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _option(
-        ("all-linear",), "layers with an adapter: all-linear, q_proj, ... (may be given several times)"
+        ("all-linear",),
+        "layers with an adapter: all-linear, or q_proj,v_proj,... (may be given several times)",
     )
     layers: str | None = _option(None, "blocks with an adapter: last:N or first:N; all without it")
     dropout: float = _option(0.0, "share of an adapter's inputs that a step leaves out")

@@ -34,7 +34,7 @@ _SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-leve
 _SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly a token goes on
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # what templates are told who ask for the time in training
 # A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
-_MOST_RENDERED = 1 << 18
+_MOST_RENDERED = 1 << 19
 _TOKENS_PER_MESSAGE = 64
 # While a template is rendered, a special token that a message spells out is its number between these two.
 _QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"

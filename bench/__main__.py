@@ -15,6 +15,7 @@ import numpy as np
 from bench import (
     bench_adamw,
     bench_import,
+    bench_inference,
     bench_lora_step,
     bench_lowbit,
     bench_merge,
@@ -35,6 +36,7 @@ NAMES = (
     "merge",
     "adamw",
     "transformer",
+    "inference",
     "train",
     "threads",
     "import",
@@ -73,6 +75,8 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [bench_adamw.run(quick, n) for n in threads]}
         case "transformer":
             return {name: [bench_transformer.run(quick, n) for n in threads]}
+        case "inference":
+            return {name: [row for n in threads for row in bench_inference.run(quick, n)]}
         case "train":
             rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
             return {name: rows, "train_peak": [] if quick else bench_train.run_memory(threads[-1])}

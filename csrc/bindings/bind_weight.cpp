@@ -26,10 +26,11 @@ const char* name_of(Storage storage) {
 namespace {
 
 // "float" is the weight's own: float32, or float64 for float64 storage.
+constexpr const char* kComputes[] = {"float", "bfloat16", "int8"};
 Compute compute_of(const std::string& name) {
-  if (name == "float") return Compute::kFloat;
-  require(name == "bfloat16", "unknown compute type '" + name + "'");
-  return Compute::kBfloat16;
+  for (size_t i = 0; i < std::size(kComputes); ++i)
+    if (name == kComputes[i]) return static_cast<Compute>(i);
+  throw std::invalid_argument("unknown compute type '" + name + "'");
 }
 
 bool is_16_bit(Storage storage) {
@@ -163,8 +164,7 @@ void register_weight(py::module_& m) {
                              [](const PackedWeight& w) { return py::make_tuple(w.d_out(), w.d_in()); })
       .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.storage()); })
       .def_property_readonly(
-          "compute",
-          [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
+          "compute", [](const PackedWeight& w) { return kComputes[static_cast<size_t>(w.compute())]; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
       .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"))

@@ -24,6 +24,8 @@ enum class Scratch {
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L, or 8 d_in
+  kCodes,         // a small batch of x in int8: 8 d_in
+  kCodeScales,    // and the scales and sums of its strips: 16 d_in / 32
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
   kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount

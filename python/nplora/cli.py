@@ -19,11 +19,11 @@ T = TypeVar("T")
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
 _ADAPTER = "the adapter: a directory in PEFT's format"
-_COMPUTES = ("float32", "bfloat16")
+_COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 _MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
 _CONVERTED = tuple(name for name in _MERGED if name != "float64")
-_COMPUTE = "arithmetic of the frozen products (default: float32)"
+_COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few tokens (default: float32)"
 # What is wrong with an argument or a file, unlike a full disk or a loss that is not finite.
 _NO_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 

@@ -16,7 +16,7 @@ from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.losses import NonFiniteLossError
-from nplora.models import adapting, head
+from nplora.models import adapting, head, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
@@ -139,8 +139,12 @@ class LanguageModel(Module):
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
     def loss_packed(self, batch: PackedBatch) -> float:
-        """The same for packed sequences."""
+        """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
         self._check_batch("loss_packed", batch)
+        if getattr(self.lm_head.weight, "compute", None) == "int8":
+            with inference():
+                total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
+            return total / max(1, batch.num_targets)
         with inference():
             x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
             return head.loss(self.model.norm, self.lm_head, x, batch.targets) / max(1, batch.num_targets)
@@ -169,14 +173,14 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: there is no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged.
+            RuntimeError: a layer is merged, or computes in int8.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; add_lora() first")
         for layer in self.adapter_layers().values():
-            layer.require_unmerged(op)
+            layer.require_trainable(op)
         x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
         total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
         self.model.run_backward(dx, saved)

@@ -282,7 +282,7 @@ def evaluate(
         data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
         adapter: a PEFT adapter directory that is put on the model.
         max_length: longer examples are cut; None: to the model's context.
-        compute: "float32" (also None) or "bfloat16", of a model that is loaded here.
+        compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
         learn, skip_bad: as in `FinetuneOptions`.
     Raises: as `finetune` and `load_adapter`.
     """

@@ -79,7 +79,12 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [row for n in threads for row in bench_inference.run(quick, n)]}
         case "train":
             rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
-            return {name: rows, "train_peak": [] if quick else bench_train.run_memory(threads[-1])}
+            kept = bench_train.run_kept_prefix(quick, threads[-1])
+            return {
+                name: rows,
+                "kept_prefix": kept,
+                "train_peak": [] if quick else bench_train.run_memory(threads[-1]),
+            }
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

@@ -234,6 +234,46 @@ def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
     return row
 
 
+def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
+    """Steps with adapters in the last four blocks: those below run again, or their output is kept."""
+    import nplora
+    from nplora.models import KeptPrefix
+
+    nplora.set_num_threads(threads)
+    file = model_file()
+    assert file is not None
+    model = nplora.load_model(file, compute=setting.dtype)
+    model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear", layers="last:4")
+    optimizer, ids = nplora.AdamW(lr=0.0), setting.ids()  # every step is the first one
+    kept = KeptPrefix(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
+
+    def step(prefix: KeptPrefix | None) -> float:
+        model.model.prefix = prefix
+        return float(model.train_step(ids, ids, optimizer))
+
+    again = step(None)
+    if not step(kept) == step(kept) == again:
+        raise AssertionError("kept outputs give another loss")
+    return {"again": lambda: step(None), "kept": lambda: step(kept)}
+
+
+def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print what keeping the frozen blocks' outputs spares from the second epoch on; return the figures."""
+    if model_file() is None:
+        return []
+    print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds of a step")
+    rows = []
+    with Runtimes(threads) as runtimes:
+        for dtype in DTYPES:
+            setting = Setting(4, 256, dtype)
+            contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
+            result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=2.0)
+            again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
+            print(f"  {dtype:9} blocks below run again {again:.3f}, kept {kept:.3f}: {again / kept:.2f} x")
+            rows.append({"dtype": dtype, "again": again, "kept": kept})
+    return rows
+
+
 def counted_operations(setting: Setting) -> float:
     return operations(load(setting.dtype), setting)
 

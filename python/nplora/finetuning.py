@@ -5,12 +5,13 @@ The model knows no trainer and the trainer no model; they meet here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,16 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import RunDirectory
-from nplora.data import DataReport, Dataset, TokenBatches, find_splits, read_dataset
+from nplora.data import LEARN, DataReport, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.formats import peft_adapter
 from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import PeftAdapter
 from nplora.formats.peft_config import MAX_RANK
 from nplora.generate import Sampling, generate
-from nplora.layers import Embedding, Linear
-from nplora.models import LanguageModel, load_model
-from nplora.models.adapting import chosen_blocks, targeted
+from nplora.layers import Embedding, Linear, LoRALinear
+from nplora.models import KeptPrefix, LanguageModel, load_model
+from nplora.models.adapting import chosen_blocks
 from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
 from nplora.packing import PackedBatch
@@ -42,7 +43,9 @@ Array = npt.NDArray[Any]
 _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
 _TOLD = 10  # places of an adapter that do not fit
+KEEP_PREFIX = ("off", "memory", "disk")
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -67,6 +70,12 @@ class FinetuneOptions:
     dropout: float = _option(0.0, "share of an adapter's inputs that a step leaves out")
     use_rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = _option(False, "train the magnitudes of the weights' rows too (DoRA)")
+    init: str = _option(
+        "zero",
+        "how the factors start: zero (as the model), gaussian (both random), or pissa, olora: from the "
+        "principal part of each weight, which must be of floats",
+        choices=LoRALinear.inits,
+    )
     lr: float = _option(2e-4, "learning rate at its highest")
     schedule: str = _option("cosine", "what becomes of the learning rate", choices=tuple(SCHEDULES))
     warmup: int = _option(0, "steps over which the learning rate rises")
@@ -81,13 +90,19 @@ class FinetuneOptions:
     learn: str = _option(
         "completion",
         "what is learned: completions and assistants' turns, or all tokens",
-        choices=("completion", "all"),
+        choices=LEARN,
     )
     skip_bad: bool = _option(False, "pass over bad lines of the data, and count them")
     strict: bool = _option(False, "take an example that is too long for an error")
     compute: str = _option("float32", "arithmetic of the frozen products", choices=tuple(COMPUTES))
     checkpoint_blocks: bool = _option(
         False, "keep less for backward and compute it again: slower, less memory"
+    )
+    keep_prefix: str = _option(
+        "off",
+        "keep what the frozen blocks below the lowest adapter make of each example, for later epochs: "
+        "4 bytes x hidden size a token, in memory, or on disk in the output directory while the run lasts",
+        choices=KEEP_PREFIX,
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _option(100, "steps between checkpoints")
@@ -109,7 +124,10 @@ class FinetuneOptions:
         for name, least in (("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)
-        for name, words in (("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", ("completion", "all"))):
+        for name, words in (
+            ("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", LEARN), ("init", LoRALinear.inits),
+            ("keep_prefix", KEEP_PREFIX),
+        ):  # fmt: skip
             _check.choice(_OP, name, getattr(self, name), words)
         for name in ("lr", "alpha", "max_grad_norm"):
             if _check.number(_OP, name, getattr(self, name)) <= 0:
@@ -217,39 +235,44 @@ def finetune(
     checks = (
         None if held_out is None else TokenBatches(held_out, batch_tokens=_EVALUATION_TOKENS, shuffle=False)
     )
-    targeted(lm, lm.config.num_hidden_layers, chosen.targets, chosen.layers)
-    _require_free(output, chosen)
-    lm.add_lora(
-        chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
-        chosen.use_dora, chosen.seed,
-    )  # fmt: skip
+    with _as_it_was(lm):
+        lm.add_lora(
+            chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
+            chosen.use_dora, chosen.seed, chosen.init,
+        )  # fmt: skip
+        if chosen.keep_prefix != "off" and not lm.model.first_adapted():
+            raise ValueError(
+                f"{_OP}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
+            )
+        _require_free(output, chosen)
     lm.model.checkpoint_blocks = chosen.checkpoint_blocks
-    before = None if checks is None else evaluate_batches(lm, checks)["loss"]
-    if before is not None:
-        say(f"validation loss {before:.4f} before training")
-    answers = _answers(lm, chosen.sample)
-    trainer = Trainer(
-        lm,
-        TokenLoss(),
-        AdamW(chosen.lr, weight_decay=chosen.weight_decay),
-        schedule=chosen.schedule,
-        warmup_steps=chosen.warmup,
-        accumulate=chosen.accumulate,
-        clip_norm=chosen.max_grad_norm,
-        seed=chosen.seed,
-        callbacks=[TokenProgress()] if _speaks(progress) else [],
-        progress=False,
-    )
-    history = trainer.fit(
-        batches,
-        epochs=chosen.epochs,
-        steps=chosen.steps,
-        validation=checks,
-        checkpoint_dir=output,
-        checkpoint_every=chosen.save_every,
-        resume=chosen.resume,
-        overwrite=chosen.overwrite,
-    )
+    with _kept_prefix(lm, [train] if held_out is None else [train, held_out], output, chosen.keep_prefix):
+        before = None if checks is None else evaluate_batches(lm, checks)["loss"]
+        if before is not None:
+            say(f"validation loss {before:.4f} before training")
+        answers = _answers(lm, chosen.sample)
+        trainer = Trainer(
+            lm,
+            TokenLoss(),
+            AdamW(chosen.lr, weight_decay=chosen.weight_decay),
+            schedule=chosen.schedule,
+            warmup_steps=chosen.warmup,
+            accumulate=chosen.accumulate,
+            clip_norm=chosen.max_grad_norm,
+            seed=chosen.seed,
+            callbacks=[TokenProgress()] if _speaks(progress) else [],
+            progress=False,
+        )
+        history = trainer.fit(
+            batches,
+            epochs=chosen.epochs,
+            steps=chosen.steps,
+            validation=checks,
+            checkpoint_dir=output,
+            checkpoint_every=chosen.save_every,
+            resume=chosen.resume,
+            overwrite=chosen.overwrite,
+        )
     save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
     after = [""] * len(answers) if history.interrupted else _answers(lm, chosen.sample)
@@ -331,12 +354,19 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
         raise ValueError(f"{_OP}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
     with peft_adapter.reading(directory) as adapter:
         names, use_dora = _fitting(lm, adapter), adapter.config.use_dora
-    modules = dict(lm.named_modules())
-    lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
-    try:
+    with _as_it_was(lm):
+        lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
         load_adapter(lm, directory)
+
+
+@contextlib.contextmanager
+def _as_it_was(lm: LanguageModel) -> Iterator[None]:
+    """Take the adapters that the body adds off again where it fails."""
+    modules = dict(lm.named_modules())
+    try:
+        yield
     except BaseException:
-        for name in names:
+        for name in lm.adapter_layers():
             parent, _, attribute = name.rpartition(".")
             setattr(modules[parent], attribute, modules[name])
         raise
@@ -397,6 +427,7 @@ class TokenLoss(FusedLoss):
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)
         found: list[str] = []
+        prefix, model.model.prefix = model.model.prefix, None
         for index, block in enumerate(model.model.layers):
             vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
         try:
@@ -405,6 +436,7 @@ class TokenLoss(FusedLoss):
         finally:
             for block in model.model.layers:
                 del vars(block)["run"]
+            model.model.prefix = prefix
         return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
 
 
@@ -465,8 +497,25 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
             )
 
 
+@contextlib.contextmanager
+def _kept_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> Iterator[None]:
+    """What the blocks below the adapters make of these examples is kept meanwhile, if it is to be."""
+    if where == "off":
+        yield
+        return
+    tokens = sum(dataset.report.tokens for dataset in datasets)
+    directory = output if where == "disk" else None
+    prefix = KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+    lm.model.prefix = prefix
+    try:
+        yield
+    finally:
+        lm.model.prefix = None
+        prefix.close()
+
+
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    return generate(lm, prompts, Sampling(max_new_tokens=48))
+    return generate(lm, prompts, _SAMPLING)
 
 
 # ---- what is told meanwhile ----

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check
+from nplora import _check, storages
 from nplora.formats import gguf_names
 from nplora.formats.errors import nearest_names
 from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.models.config import ModelConfig
 from nplora.module import Module
 
@@ -83,10 +84,20 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
 
 
-def adapted(layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
-    """The same frozen weight, shared, with an adapter."""
+def adapted(name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
+    """The same frozen weight, shared, with an adapter; what init="pissa" or "olora" leave of it is a new one.
+
+    Raises:
+        ValueError: an option does not fit the layer.
+    """
+    storage = getattr(layer.weight, "dtype", None)
+    if options["init"] in PRINCIPAL_INITS and storage in storages.BLOCKS:
+        raise ValueError(
+            f"add_lora: init={options['init']!r} takes a part of {name}, and {storage} cannot hold what "
+            "remains: the model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
+        )
     if isinstance(layer, Embedding):
-        known = {name: options[name] for name in ("rank", "alpha", "use_rslora")}
+        known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init")}
         return LoRAEmbedding(layer.weight, **known, rng=0)
     lora = LoRALinear(layer.weight, bias=layer.bias, compute=_compute(layer), **options, rng=0)
     lora.row_order = row_order

@@ -88,6 +88,7 @@ class LanguageModel(Module):
         use_rslora: bool = False,
         use_dora: bool = False,
         seed: int = 0,
+        init: str = "zero",
     ) -> None:
         """Put a LoRA adapter on frozen layers; the answers stay the same until it is trained.
 
@@ -97,16 +98,19 @@ class LanguageModel(Module):
                 dotted name, or a list of these. "embed_tokens" and "lm_head" have to be named.
             layers: the blocks: None (all), "last:4", "first:4", a range or numbers.
             seed: every layer draws its start from (seed, its name).
+            init: how the factors start, as in LoRALinear. "gaussian" changes the answers at once. "pissa" and
+                "olora" need weights of floats: what they leave of one in low-bit blocks could not be stored.
         Raises:
             ValueError: a target or block is not there, or an option does not fit; then nothing is changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         options = {
             "rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
+            "init": init,
         }  # fmt: skip
         modules: dict[str, Any] = dict(self.named_modules())
         made = {
-            name: adapting.adapted(modules[name], adapting.row_order(self.config, name), options)
+            name: adapting.adapted(name, modules[name], adapting.row_order(self.config, name), options)
             for name in names
         }
         seed = _check.integer("add_lora", "seed", seed, least=0)

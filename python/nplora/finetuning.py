@@ -44,7 +44,7 @@ _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
 _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
-_TOLD = 10  # places of an adapter that do not fit
+_MOST_SUGGESTIONS = 10  # layers of an adapter, unknown to the model, for which the nearest ones are looked up
 KEEP_PREFIX = ("off", "memory", "disk")
 
 
@@ -380,7 +380,9 @@ def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
     for name, halves in factors.items():
         layer = layers.get(name)
         if layer is None:
-            near = ", ".join(map(repr, nearest_names(name, layers))) if len(problems) < _TOLD else ""
+            near = (
+                ", ".join(map(repr, nearest_names(name, layers))) if len(problems) < _MOST_SUGGESTIONS else ""
+            )
             problems.append(
                 f"layer {brief(name)} is not in the model{near and f', the nearest names: {near}'}"
             )
@@ -399,10 +401,9 @@ def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
     if not factors and not problems:
         raise FormatError(f"{adapter.directory}: the adapter has no layers")
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems[:_TOLD])
-        more = f"\n  and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+        lines = "".join(f"\n  {problem}" for problem in problems)
         raise FormatError(
-            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}{more}"
+            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}"
         )
     return list(factors)
 

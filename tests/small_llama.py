@@ -14,7 +14,11 @@ HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64
 
 
 def save_small_llama(
-    path: Path, storage: str = "float32", without: str = "", changes: dict[str, Any] | None = None
+    path: Path,
+    storage: str = "float32",
+    without: str = "",
+    changes: dict[str, Any] | None = None,
+    vocab: int | None = None,
 ) -> Path:
     """Write the model; it answers at random, and learns fast.
 
@@ -22,12 +26,13 @@ def save_small_llama(
         storage: of its matrices.
         without: a tensor that is left out.
         changes: metadata that stand in the place of its own.
+        vocab: its rows, where they are not the tokenizer's.
     """
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"
     }
-    vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    vocab = vocab or len(vocabulary["tokenizer.ggml.tokens"])
     sizes = {
         "block_count": BLOCKS,
         "context_length": CONTEXT,

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hostile import refused
 from nplora import cli, finetuning
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter
+from nplora.formats import safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
@@ -346,6 +348,91 @@ def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_pa
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(FormatError):
         attach_adapter(load_model(model), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already, on 2 layers"):
+        attach_adapter(fresh, tmp_path / "adapter")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def save_factors(directory: Path, factors: dict[str, tuple[int, ...]], **config: Any) -> Path:
+    """An adapter directory of zeros, its tensors of these shapes."""
+    directory.mkdir()
+    safetensors.save(
+        directory / "adapter_model.safetensors",
+        {name: np.zeros(shape, np.float32) for name, shape in factors.items()},
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("factors", "config", "words"),
+    [
+        (LINEAR, {"r": 65536}, "expected rank 65536"),
+        (LINEAR | {f"{Q}.lora_A.weight": (2, 31)}, {}, "is of (32, 31), the weight (32, 32)"),
+        (
+            {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
+            {},
+            "layer 'q_proj' is not in the model",
+        ),
+        ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
+        ({f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)}, {}, "has no place for it"),
+        (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
+        ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
+    ],
+)
+def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
+    model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
+) -> None:
+    lm = load_model(model)
+    before = dict(lm.named_modules())
+    bad = save_factors(tmp_path / "bad", factors, **config)
+    with refused(FormatError, words, bad):
+        attach_adapter(lm, bad)
+    after = dict(lm.named_modules())
+    assert after.keys() == before.keys()
+    assert all(after[name] is module for name, module in before.items())
+    attach_adapter(lm, save_factors(tmp_path / "good", LINEAR))
+    assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    lm = load_model(model)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        finetune(lm, data, tmp_path / "out", **QUICK)
+    assert not lm.adapter_layers()
+    finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
+    with pytest.raises(ValueError, match="an adapter already on the layers that 'all-linear' names"):
+        finetune(lm, data, tmp_path / "other", **QUICK)
+
+
+def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    for run in (
+        lambda: finetune(lm, data, tmp_path / "out", compute="bfloat16"),
+        lambda: evaluate(lm, data, compute="bfloat16"),
+    ):
+        with pytest.raises(ValueError, match="compute='bfloat16' is for a file; this model"):
+            run()
+    assert evaluate(model, data, compute="bfloat16")["loss"] != evaluate(model, data)["loss"]
+
+
+def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:
+    lm = load_model(save_small_llama(tmp_path / "model.gguf", vocab=200))
+    rows = [{"text": "plain"}, {"text": "<tool>"}]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = r"train\.jsonl: its text has token 265 of .*, the model's vocabulary ends with 199"
+    with pytest.raises(FormatError, match=words):
+        finetune(lm, data, tmp_path / "out")
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(FormatError, match=words):
+        evaluate(lm, data)
 
 
 # ---- the commands ----
@@ -360,11 +447,14 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     output = tmp_path / "out"
     done = command(
         "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
-        "--targets", "q_proj", "--targets", "v_proj", "--sample", "1+1=", "--batch-examples", 4,
+        "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 20 examples" in done.stderr
     assert "step 10/10, loss " in done.stderr
+    config = json.loads((output / "adapter_config.json").read_text())
+    parts = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert parts == {"q_proj", "v_proj", "o_proj"}
     assert " tokens/s, " in done.stderr
     assert " left" in done.stderr
     assert "validation loss " in done.stdout
@@ -392,9 +482,19 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
         ("finetune M --data D", 2, "the following arguments are required: --output"),
         ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
-        ("finetune M --data no.jsonl --output O", 1, "No such file or directory: 'no.jsonl'"),
-        ("finetune no.gguf --data D --output O", 1, "No such file or directory: 'no.gguf'"),
-        ("eval M --data D --adapter no", 1, "No such file"),
+        ("finetune M --data no.jsonl --output O", 2, "No such file or directory: 'no.jsonl'"),
+        ("finetune no.gguf --data D --output O", 2, "No such file or directory: 'no.gguf'"),
+        ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
+        ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
+        ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
+        ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
+        ("finetune M --data D --output O --layers foo", 2, "layers='foo', expected 'last:N'"),
+        ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
+        ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
+        ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
+        ("eval M --data D --max-length 1", 2, "max_length is 1"),
+        ("eval M --data D --max-length 0", 2, "max_length is 0"),
+        ("eval M --data D --adapter no", 2, "No such file"),
         ("generate M x --temperature -1", 2, "temperature is -1.0"),
         ("generate M x --top-p 2", 2, "top_p is 2.0"),
     ],

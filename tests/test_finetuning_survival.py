@@ -147,7 +147,7 @@ def test_a_model_that_is_not_known_or_whole_is_one_line_and_writes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: dict[str, Any], message: str
 ) -> None:
     model = save_small_llama(tmp_path / "model.gguf", **kept)
-    assert cli.main(line(model, data, tmp_path / "out")[3:]) == 1
+    assert cli.main(line(model, data, tmp_path / "out")[3:]) == 2
     printed = capsys.readouterr()
     assert re.fullmatch(rf"nplora: error: .*model\.gguf.*{message}.*\n", printed.err)
     assert printed.out == ""
@@ -167,7 +167,7 @@ def test_data_that_are_wrong_are_told_with_their_line_and_nothing_is_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     (tmp_path / "train.jsonl").write_bytes(content)
-    assert cli.main([*line(model, tmp_path, tmp_path / "out")[3:], "--strict"]) == 1
+    assert cli.main([*line(model, tmp_path, tmp_path / "out")[3:], "--strict"]) == 2
     assert re.fullmatch(rf"nplora: error: .*train\.jsonl, {message}.*\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +187,7 @@ def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(
     other = small_models.load(tmp_path)  # three blocks, and fewer heads of k and v
     other.add_lora(rank=2)
     save_adapter(other, tmp_path / "adapter")
-    assert cli.main(["eval", str(model), "--data", str(data), "--adapter", str(tmp_path / "adapter")]) == 1
+    assert cli.main(["eval", str(model), "--data", str(data), "--adapter", str(tmp_path / "adapter")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the adapter does not fit the model" in error
@@ -201,6 +201,6 @@ def test_a_run_of_another_model_does_not_go_on(
     before = adapter_of(tmp_path / "out")
     other = save_small_llama(tmp_path / "other.gguf", "float16")
     capsys.readouterr()
-    assert cli.main([*line(other, data, tmp_path / "out")[3:], "--resume"]) == 1
+    assert cli.main([*line(other, data, tmp_path / "out")[3:], "--resume"]) == 2
     assert "the checkpoint is of another base model: the frozen weights differ" in capsys.readouterr().err
     assert adapter_of(tmp_path / "out") == before

@@ -26,8 +26,6 @@ _LEAST_PIECE = 32  # tokens: smaller pieces gain little and lose speed
 class BudgetError(ValueError):
     """No way of computing a step fits into the memory that is allowed; the message says what would."""
 
-    exit_status = 2
-
 
 @dataclass(frozen=True)
 class Wishes:

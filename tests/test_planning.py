@@ -13,9 +13,9 @@ import pytest
 from bench import bench_plan
 
 import nplora
-from nplora import cli, finetuning
+from nplora import cli
 from nplora.data import read_dataset
-from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan
+from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planned
 from nplora.models import load_model
 from nplora.packing import pack
 from nplora.planning import Adapters, BudgetError, Candidate, Pass, current_memory, parse_bytes, peak_memory
@@ -253,7 +253,7 @@ def test_a_run_with_a_plan_goes_on_to_the_bit(
     ways = [Candidate(compute or "float32", True, 24), Candidate("bfloat16", False, None)]
 
     def scripted(way: Candidate) -> None:
-        real = finetuning.choose
+        real = planned.choose
 
         def choose(lm: Any, adapters: Any, work: Any, wishes: Any, budget: Any) -> Any:
             if wishes.pieces is not None:  # goes on
@@ -261,7 +261,7 @@ def test_a_run_with_a_plan_goes_on_to_the_bit(
             found = real(lm, adapters, work, wishes, budget)
             return type(found)(way, found.memory, found.seconds, found.steps)
 
-        monkeypatch.setattr(finetuning, "choose", choose)
+        monkeypatch.setattr(planned, "choose", choose)
 
     scripted(ways[0])
     finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)

@@ -64,6 +64,7 @@ class Linear(Module):
             raise ValueError(f"Linear: compute={compute!r} with trainable=True; only frozen products round")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
+        self._factors = _no_factors(*self.shape, self._dtype)
         self.bias = None
         if bias is not None:
             self.bias = _check.shaped("Linear", "bias", bias, (frozen.shape[0],), self._dtype).copy()
@@ -118,16 +119,22 @@ class Linear(Module):
 
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
-        d_out, d_in = self.shape
-        y = buffers.empty((len(rows), d_out), self._dtype)
-        a, b = _no_factors(d_out, d_in, self._dtype)
+        part = self.inference_part(len(rows))
         keep = self.trainable and not inferring()
-        saved = LinearSaved(lead, rows if keep else None)
-        return (core_weight(self.weight), a, b, 0.0, 0.0, 0, self.bias, y, None), y, saved
+        return part, part[7], LinearSaved(lead, rows if keep else None)
 
     def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
         """What `forward` returns, when the core has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def inference_part(self, n: int) -> ForwardPart:
+        """This layer's part of a call on n rows that keeps nothing; its y (n, d_out) is fresh."""
+        y = buffers.empty((n, self.shape[0]), self._dtype)
+        return (core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None)
+
+    def finish_inference(self, y: Array) -> Array:
+        """The output, when the core has filled y."""
+        return y
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""

@@ -147,26 +147,37 @@ class LoRALinear(LoRALayer):
 
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
-        y = buffers.empty((len(rows), self.weight.shape[0]), self.weight.compute_dtype)
-        lone = self._lone_weight()
-        if lone is not None:
-            part = (lone.packed, self.A, self.B, 0.0, 0.0, 0, self.bias, y, None)  # scale 0: W alone
+        part = self.inference_part(len(rows))
+        bias, y = part[6:8]
+        if self._lone_weight() is not None:
             return part, y, LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
-        training = not inferring()
-        dropout = self.dropout if training else 0.0
-        key = self._next_key() if dropout else 0
-        z = buffers.empty((len(rows), self.rank), y.dtype) if training else None
-        bias = None if self.use_dora else self.bias
-        saved = LoRALinearSaved(lead)
-        if training:
-            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
-        return (self.weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z), y, saved
+        if inferring():
+            return part, y, LoRALinearSaved(lead)
+        key = self._next_key() if self.dropout else 0
+        z = buffers.empty((len(rows), self.rank), y.dtype)
+        saved = LoRALinearSaved(lead, dropout=self.dropout, key=key, x=None if self.freeze_B else rows, z=z)
+        return (*part[:4], self.dropout, key, bias, y, z), y, saved
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
         """What `forward` returns, when the core has filled y."""
         if self.use_dora and not saved.alone:
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def inference_part(self, n: int) -> ForwardPart:
+        """This layer's part of a call on n rows that keeps nothing; its y (n, d_out) is fresh."""
+        y = buffers.empty((n, len(self.A)), self.A.dtype)
+        lone = self._lone_weight()
+        if lone is not None:
+            return lone.packed, self.A, self.B, 0.0, 0.0, 0, self.bias, y, None  # scale 0: W alone
+        bias = None if self.use_dora else self.bias
+        return self.weight.packed, self.A, self.B, self.scale, 0.0, 0, bias, y, None
+
+    def finish_inference(self, y: Array) -> Array:
+        """The output, when the core has filled y."""
+        if self.use_dora and self._lone_weight() is None:
+            y, _ = self._rescale(y, LoRALinearSaved(y.shape[:1]), training=False)
+        return y
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
         """DoRA: y = m / ‖row‖ ∘ u + bias."""

@@ -52,6 +52,18 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
     return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
 
 
+def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
+    """The outputs (n, d_out) of `stack_forward` in inference alone: what decoding calls for each token.
+
+    Args:
+        layers: one or more LoRALinear or Linear, computing alike.
+        x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
+    """
+    parts = [layer.inference_part(len(x)) for layer in layers]
+    _core.lora_forward(x, parts)
+    return [layer.finish_inference(part[7]) for layer, part in zip(layers, parts, strict=True)]
+
+
 def stack_backward(
     layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
 ) -> Gradient:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
-from nplora.layers.stack import StackSaved
+from nplora.layers.stack import StackSaved, stack_infer
 from nplora.models.config import ModelConfig
 from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.models.norms import head_norm_backward, head_norm_forward
@@ -106,15 +106,14 @@ class Attention(Module):
 
     def run_cached(self, x: Array, places: CachePlaces, keys: Array, values: Array) -> Array:
         """y (m, d) for the newest m tokens, whose keys and values are put in the cache first."""
-        (q, k, v), _ = stack_forward(self._inputs, x)
+        q, k, v = stack_infer(self._inputs, x)
         q, k = self._rotated(q, k, places)
-        keys[places.slots, places.positions] = k
-        values[places.slots, places.positions] = v
+        keys[places.cells], values[places.cells] = k, v
         out = buffers.empty_like(q)
         _core.attention_cached(
             q, keys, values, places.slots, places.lengths, *self._heads, self._scale, self._window, out
         )
-        return stack_forward((self.o_proj,), out)[0][0]
+        return stack_infer((self.o_proj,), out)[0]
 
     def _rotated(self, q: Array, k: Array, places: Places | CachePlaces) -> tuple[Array, Array]:
         """q and k turned by their positions: in place, unless their heads are normalised first."""

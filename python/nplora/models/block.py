@@ -75,5 +75,5 @@ class DecoderBlock(Module):
     def run_cached(self, x: Array, places: CachePlaces, keys: Array, values: Array) -> Array:
         """y (m, d) of the newest tokens, in x's place."""
         x += self.self_attn.run_cached(norm_forward(self.input_layernorm, x), places, keys, values)
-        x += self.mlp.run(norm_forward(self.post_attention_layernorm, x))[0]
+        x += self.mlp.infer(norm_forward(self.post_attention_layernorm, x))
         return x

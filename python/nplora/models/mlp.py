@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from nplora import _core, buffers
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
-from nplora.layers.stack import StackSaved
+from nplora.layers.stack import StackSaved, stack_infer
 from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.module import Gradient, Module, Saved, inferring
 
@@ -55,6 +55,12 @@ class MLP(Module):
         if self._narrow and not inferring():
             gate, up = narrowed(gate), narrowed(up)
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
+
+    def infer(self, x: Array) -> Array:
+        """The same, keeping nothing."""
+        gate, up = stack_infer(self._inputs, x)
+        _core.swiglu(gate, up, gate)  # in place
+        return stack_infer((self.down_proj,), gate)[0]
 
     def run_backward(self, dy: Array, saved: MLPSaved, x: Array | None, need_dx: bool) -> Gradient:
         """Add to the gradients of the factors; dx (n, d), or None where need_dx is False. Uses up `saved`."""

@@ -35,12 +35,14 @@ class CachePlaces:
     Attributes:
         slots, positions: int64 (m,), the sequence of each row and its place there.
         lengths: positions + 1, the tokens that each row sees.
+        cells: the index of the rows' keys and values in an array (slots, capacity, ...).
         table: as in Places.
     """
 
     slots: Array
     positions: Array
     lengths: Array
+    cells: tuple[Any, Any]
     table: Array
 
 
@@ -55,4 +57,8 @@ def cache_places(slots: Array, lengths: Array, count: int, rope: Rope) -> CacheP
     """The places of the next `count` tokens of the sequences in `slots`, which hold `lengths` tokens."""
     positions = (lengths[:, None] + np.arange(count)).reshape(-1)
     table = rope.table(int(positions.max(initial=-1)) + 1)
-    return CachePlaces(np.repeat(slots, count), positions, positions + 1, table)
+    rows = np.repeat(slots, count)
+    cells: tuple[Any, Any] = (rows, positions)
+    if len(slots) == 1:  # a run, which NumPy reaches faster
+        cells = int(slots[0]), slice(int(positions[0]), int(positions[-1]) + 1)
+    return CachePlaces(rows, positions, positions + 1, cells, table)

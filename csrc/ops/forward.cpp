@@ -13,22 +13,34 @@ using kernels::Bf16Pair;
 
 namespace {
 
-// Each part in its turn: with so few rows, reading W is all of the work.
+// The elements that a small batch reads W as.
+enum class SmallElement { kOwn, kBf16, kPair };
+
+SmallElement small_element(const WeightView& w, size_t tokens) {
+  if (computes_pairs(w, tokens) && !dots_blocks(w)) return SmallElement::kPair;
+  return w.storage == Storage::kBfloat16 ? SmallElement::kBf16 : SmallElement::kOwn;
+}
+
+// Neighbours that read W alike go together.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
-  for (const ForwardPart<T>& part : parts) {
-    const size_t threads = useful_threads(flops(x.rows, part.w.d_out, part.w.d_in));
+  while (!parts.empty()) {
+    const SmallElement element = small_element(parts[0].w, x.rows);
+    size_t count = 1;
+    while (count < parts.size() && small_element(parts[count].w, x.rows) == element) ++count;
+    const auto alike = parts.first(count);
+    parts = parts.subspan(count);
     if constexpr (std::is_same_v<T, float>) {
-      if (computes_pairs(part.w, x.rows) && !dots_blocks(part.w)) {
-        forward_small<Bf16Pair>(part, x, threads);
+      if (element == SmallElement::kPair) {
+        forward_small<Bf16Pair>(alike, x);
         continue;
       }
-      if (part.w.storage == Storage::kBfloat16) {
-        forward_small<Bf16>(part, x, threads);
+      if (element == SmallElement::kBf16) {
+        forward_small<Bf16>(alike, x);
         continue;
       }
     }
-    forward_small<T>(part, x, threads);
+    forward_small<T>(alike, x);
   }
 }
 

@@ -13,7 +13,7 @@ namespace nplora {
 
 // Up to small_batch rows. W is read once, as elements W in the order it lies in, and nothing is transposed.
 template <class W>
-void forward_small(const ForwardPart<kernels::Sum<W>>& part, Matrix<const kernels::Sum<W>> x, size_t threads);
+void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
 // Tokens in the SIMD lanes, computed in elements E: x and y are transposed.
 template <class E>

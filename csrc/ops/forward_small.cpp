@@ -1,5 +1,6 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
 #include <type_traits>
+#include <vector>
 
 #include "base/parallel.h"
 #include "ops/elements.h"
@@ -18,7 +19,44 @@ using kernels::Sum;
 
 namespace {
 
-// W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update is
+// x, and the lanes that it is brought into once for all parts of a stack.
+template <class T>
+struct SmallBatch {
+  Matrix<const T> x;
+  const Products<T>& k = kernels::table().products<T>();
+  size_t lanes = k.lanes / 2, phases = kernels::small_phases(x.rows, lanes);
+
+  // Room for rows of so many columns.
+  template <class E>
+  size_t size(size_t cols) const {
+    return lanes * ceil_div(depth_of<E>(cols), phases);
+  }
+
+  // out = m by token and phase, in elements E. Pairs are moved as floats are.
+  template <class E>
+  const E* interleave(Matrix<const T> m, E* out) const {
+    const size_t depth = depth_of<E>(m.cols);
+    const Strided<E> rows =
+        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
+    k.interleave(m.rows, phases, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
+                 reinterpret_cast<T*>(out));
+    return out;
+  }
+};
+
+// x in int8.
+kernels::Int8Rows quantized(Matrix<const float> x) {
+  const size_t strips = x.cols / kStrip;
+  auto* codes = scratch<int8_t>(Scratch::kCodes, x.rows * x.cols);
+  float* scales = scratch<float>(Scratch::kCodeScales, 2 * x.rows * strips);
+  float* sums = scales + x.rows * strips;
+  for (size_t t = 0; t < x.rows; ++t)
+    kernels::table().int8.quantize(x.cols, x.row(t), codes + t * x.cols, scales + t * strips,
+                                   sums + t * strips);
+  return {codes, scales, sums};
+}
+
+// A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update is
 // computed in the type of the sums.
 template <class W>
 class SmallForward {
@@ -26,70 +64,43 @@ class SmallForward {
   using T = Sum<W>;
   using X = Operand<W>;
 
-  SmallForward(const ForwardPart<T>& part, Matrix<const T> x)
+  SmallForward(const ForwardPart<T>& part, const SmallBatch<T>& batch, const X* xs,
+               const kernels::Int8Rows& codes)
       : part_(part),
-        x_(x),
-        k_(kernels::table().products<T>()),
-        lanes_(k_.lanes / 2),
-        phases_(kernels::small_phases(x.rows, lanes_)),
-        rank_(part.low.rank()) {}
+        batch_(batch),
+        x_(batch.x),
+        k_(batch.k),
+        lanes_(batch.lanes),
+        phases_(batch.phases),
+        rank_(part.low.rank()),
+        xs_(xs),
+        codes_(codes) {}
 
-  void run(size_t threads) {
-    if constexpr (std::is_same_v<W, float>)
-      if (dots_int8(part_.w)) codes_ = quantized();
-    if (!codes_.codes || rank_) xs_ = interleaved<X>(x_, Scratch::kLanes);
-    if (rank_) project();
-    const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, kStreamedRows},
-                    flops(x_.rows, part_.w.d_out, part_.w.d_in), threads);
-    parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) { multiply(grid.side(i)); });
-  }
-
- private:
   // zs = scale * drop(x) Bᵀ by token and phase; z without the scale.
-  void project() {
+  void project(T* zs) {
     const size_t n = x_.rows;
-    const X* xs =
-        part_.low.dropout > 0 ? interleaved<X>(dropped(part_.low, x_, {0, n}), Scratch::kDroppedLanes) : xs_;
+    const X* xs = xs_;
+    if (part_.low.dropout > 0)
+      xs =
+          batch_.template interleave<X>(dropped(part_.low, x_, {0, n}),
+                                        scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
     const Strided<X> b = elements_or_self<X>(
         part_.low.b, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, rank_ * depth_of<X>(x_.cols)));
-    T* scaled = scratch<T>(Scratch::kLowLanes, n * rank_);
+    T* scaled = scratch<T>(Scratch::kLowGradients, n * rank_);
     T* part = scratch<T>(Scratch::kSums, rank_ * lanes_);
     add_dots<X>(b, {0, rank_}, depth_of<X>(x_.cols), xs, part, false);
     k_.sum_parts(n, phases_, rank_, part, nullptr, scaled, rank_);
     if (part_.z.data)
       for (size_t t = 0; t < n; ++t) std::copy_n(scaled + t * rank_, rank_, part_.z.row(t));
     for (size_t i = 0; i < n * rank_; ++i) scaled[i] *= T(part_.low.scale);
-    zs_ = interleaved<T>({scaled, n, rank_, rank_}, Scratch::kDropped);
-  }
-
-  // x in int8.
-  kernels::Int8Rows quantized() const {
-    const size_t strips = x_.cols / kStrip;
-    auto* codes = scratch<int8_t>(Scratch::kCodes, x_.rows * x_.cols);
-    float* scales = scratch<float>(Scratch::kCodeScales, 2 * x_.rows * strips);
-    float* sums = scales + x_.rows * strips;
-    for (size_t t = 0; t < x_.rows; ++t)
-      kernels::table().int8.quantize(x_.cols, x_.row(t), codes + t * x_.cols, scales + t * strips,
-                                     sums + t * strips);
-    return {codes, scales, sums};
-  }
-
-  // m by token and phase, in elements E. Pairs are moved as floats are.
-  template <class E>
-  const E* interleaved(Matrix<const T> m, Scratch use) const {
-    const size_t depth = depth_of<E>(m.cols);
-    const Strided<E> rows =
-        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
-    E* out = scratch<E>(use, lanes_ * ceil_div(depth, phases_));
-    k_.interleave(m.rows, phases_, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
-                  reinterpret_cast<T*>(out));
-    return out;
+    zs_ = batch_.template interleave<T>({scaled, n, rank_, rank_}, zs);
   }
 
   // y[:, rows].
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
+        if (rank_) update(rows);
         for (size_t r = 0; r < rows.count; r += kRowBlock)
           multiply_blocks({rows.first + r, std::min(kRowBlock, rows.count - r)});
         return;
@@ -101,17 +112,25 @@ class SmallForward {
                  part_.y.stride);
   }
 
+ private:
+  // y[:, rows] = scale z Aᵀ [+ bias]. A streams by in one go, ahead of W.
+  void update(Range rows) const {
+    for (size_t r = 0; r < rows.count; r += kUpdatedRows) {
+      const Range some{rows.first + r, std::min(kUpdatedRows, rows.count - r)};
+      T* part = scratch<T>(Scratch::kSums, some.count * lanes_);
+      add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, some, rank_, zs_, part, false);
+      k_.sum_parts(x_.rows, phases_, some.count, part, bias_at(part_, some.first), part_.y.data + some.first,
+                   part_.y.stride);
+    }
+  }
+
   // The same, of blocks that are decoded in registers, or met in int8.
   void multiply_blocks(Range rows) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
     T* sums = scratch<T>(Scratch::kWeight, n * rows.count);
     const T* bias = bias_at(part_, rows.first);
-    if (rank_) {
-      add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, false);
-      k_.sum_parts(n, phases_, rows.count, part, bias, part_.y.data + rows.first, part_.y.stride);
-    }
-    if (codes_.codes) {
+    if (dots_int8(part_.w)) {
       int8_dots_of_blocks(part_.w, rows, n, codes_, sums);
     } else {
       dots_of_blocks(part_.w, rows, x_, part);
@@ -157,24 +176,62 @@ class SmallForward {
   }
 
   const ForwardPart<T>& part_;
+  const SmallBatch<T>& batch_;
   const Matrix<const T> x_;
   const Products<T>& k_;
   const size_t lanes_, phases_, rank_;
-  const X* xs_ = nullptr;      // x, by token and phase
-  const T* zs_ = nullptr;      // scale * z, likewise
-  kernels::Int8Rows codes_{};  // x in int8, where W meets it so
+  const X* const xs_;               // x, by token and phase
+  const T* zs_ = nullptr;           // scale * z, likewise
+  const kernels::Int8Rows& codes_;  // x in int8, where W meets it so
 };
+
+// Reading W, and decoding it, takes the time of so many of its operations.
+constexpr double kReadingCost = 2;
 
 }  // namespace
 
 template <class W>
-void forward_small(const ForwardPart<Sum<W>>& part, Matrix<const Sum<W>> x, size_t threads) {
-  SmallForward<W>(part, x).run(threads);
+void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<W>> x) {
+  using T = Sum<W>;
+  using X = Operand<W>;
+  const SmallBatch<T> batch{x};
+  kernels::Int8Rows codes{};
+  size_t low_size = 0;
+  bool every_int8 = true;
+  for (const ForwardPart<T>& part : parts) {
+    every_int8 &= dots_int8(part.w);
+    low_size += batch.template size<T>(part.low.rank());
+    if constexpr (std::is_same_v<W, float>)
+      if (dots_int8(part.w) && !codes.codes) codes = quantized(x);
+  }
+  const X* xs = every_int8 && !low_size ? nullptr
+                                        : batch.template interleave<X>(
+                                              x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
+  T* zs = scratch<T>(Scratch::kLowLanes, low_size);
+
+  struct Task {
+    const SmallForward<W>* part;
+    Range rows;
+  };
+  const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
+  std::vector<SmallForward<W>> products;
+  std::vector<Task> tasks;
+  products.reserve(parts.size());
+  for (const ForwardPart<T>& part : parts) {
+    SmallForward<W>& product = products.emplace_back(part, batch, xs, codes);
+    if (part.low.rank()) product.project(zs);
+    zs += batch.template size<T>(part.low.rank());
+    const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
+                    flops(x.rows, part.w.d_out, part.w.d_in), threads);
+    for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({&product, grid.side(i)});
+  }
+  parallel_for(tasks.size(), threads, Interruptible::kYes,
+               [&](size_t i) { tasks[i].part->multiply(tasks[i].rows); });
 }
 
-template void forward_small<float>(const ForwardPart<float>&, Matrix<const float>, size_t);
-template void forward_small<double>(const ForwardPart<double>&, Matrix<const double>, size_t);
-template void forward_small<Bf16>(const ForwardPart<float>&, Matrix<const float>, size_t);
-template void forward_small<Bf16Pair>(const ForwardPart<float>&, Matrix<const float>, size_t);
+template void forward_small<float>(std::span<const ForwardPart<float>>, Matrix<const float>);
+template void forward_small<double>(std::span<const ForwardPart<double>>, Matrix<const double>);
+template void forward_small<Bf16>(std::span<const ForwardPart<float>>, Matrix<const float>);
+template void forward_small<Bf16Pair>(std::span<const ForwardPart<float>>, Matrix<const float>);
 
 }  // namespace nplora

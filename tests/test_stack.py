@@ -5,6 +5,8 @@ import pytest
 
 import nplora
 from nplora import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.layers.stack import stack_infer
+from nplora.module import inference
 from reference import gamma
 
 D_IN, RANK = 97, 5
@@ -86,6 +88,43 @@ def test_a_merged_or_disabled_layer_answers_from_its_weight_alone() -> None:
     )
     assert not layers[1].dA.any()
     assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("state", ["adapted", "dropout", "dora", "merged", "disabled"])
+def test_inference_alone_gives_the_bits_of_the_forward_pass(state: str) -> None:
+    layers = layers_of(dropout=0.5 if state == "dropout" else 0.0, use_dora=state == "dora")
+    for layer in layers:
+        layer.adapter_enabled = state != "disabled"
+        if state == "merged":
+            layer.merge()
+    x = passes(3)[0]
+    with inference():
+        wanted, got = stack_forward(layers, x)[0], stack_infer(layers, x)
+    for y, expected in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_stack_of_few_rows_has_the_same_bits_on_any_number_of_threads(rows: int) -> None:
+    rng = np.random.default_rng(2)
+    weights = [rng.standard_normal((d_out, 608), np.float32) for d_out in (1500, 300, 777)]
+    layers: list[LoRALinear | Linear] = [
+        LoRALinear(nplora.FrozenWeight(W, storage, compute="int8"), RANK, rng=0)
+        for W, storage in zip(weights, ("q4_1", "q8_0", "bfloat16"), strict=True)
+    ]
+    layers.append(Linear(weights[0], dtype="q4_1", compute="int8"))
+    x = rng.standard_normal((rows, 608), np.float32)
+    results = []
+    before = nplora.get_num_threads()
+    try:
+        for threads in (1, 2):
+            nplora.set_num_threads(threads)
+            with inference():
+                results.append(stack_infer(layers, x))
+    finally:
+        nplora.set_num_threads(before)
+    for y, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(y, expected)
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:

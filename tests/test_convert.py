@@ -604,9 +604,9 @@ def test_rows_are_permuted_there_and_back() -> None:
             UnsupportedError,
             "model_type is 'gpt2', expected one of llama, mistral, qwen2",
         ),
-        ({"model_type": ["llama"]}, UnsupportedError, r"model_type is \['llama'\]"),
-        ({"model_type": "llama"}, FormatError, "0 attention heads, expected 1 to 65,536"),
-        ({"model_type": "llama", "num_attention_heads": True}, FormatError, "0 attention heads"),
+        ({"model_type": ["llama"]}, FormatError, r"model_type is \['llama'\], expected text"),
+        ({"model_type": "llama"}, FormatError, "num_attention_heads is missing, expected an integer"),
+        ({"model_type": "llama", "num_attention_heads": True}, FormatError, "num_attention_heads is True"),
         ({"model_type": "llama", "num_attention_heads": 10**9}, FormatError, "1000000000 attention heads"),
         (
             {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": -1},

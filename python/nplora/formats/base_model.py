@@ -9,8 +9,8 @@ from nplora.formats.config_json import attention_heads, read_fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_names import ARCHITECTURES, is_permuted
+from nplora.formats.model_directory import CONFIG
 
-CONFIG = "config.json"
 MAX_HEADS = 1 << 16
 
 

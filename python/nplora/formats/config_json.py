@@ -12,8 +12,8 @@ from nplora.formats.files import StrPath
 
 MAX_CONFIG = 16 << 20
 
-# The heads of keys and values of a family, by model_type, where config.json is silent; the others have as many
-# as there are query heads. So in transformers.
+# The heads of keys and values of a family, by model_type, where config.json is silent, as in transformers;
+# another family has as many as there are query heads.
 _KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
@@ -36,7 +36,7 @@ class Fields:
         return value
 
     def integer_or_null(self, name: str, default: int | None) -> int | None:
-        """An integer, None where it is null, and the default only where there is nothing, as in transformers."""
+        """An integer; None where it is null; the default where there is nothing at all."""
         return self.integer(name) if name in self else None if name in self._values else default
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -15,9 +15,11 @@ import numpy as np
 from bench import (
     bench_adamw,
     bench_import,
+    bench_inference,
     bench_lora_step,
     bench_lowbit,
     bench_merge,
+    bench_plan,
     bench_product,
     bench_threads,
     bench_train,
@@ -35,7 +37,9 @@ NAMES = (
     "merge",
     "adamw",
     "transformer",
+    "inference",
     "train",
+    "plan",
     "threads",
     "import",
 )
@@ -73,9 +77,18 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
             return {name: [bench_adamw.run(quick, n) for n in threads]}
         case "transformer":
             return {name: [bench_transformer.run(quick, n) for n in threads]}
+        case "inference":
+            return {name: [row for n in threads for row in bench_inference.run(quick, n)]}
         case "train":
             rows = [row for n in threads[-1:] for row in bench_train.run(quick, n)]
-            return {name: rows, "train_peak": [] if quick else bench_train.run_memory(threads[-1])}
+            kept = bench_train.run_kept_prefix(quick, threads[-1])
+            return {
+                name: rows,
+                "kept_prefix": kept,
+                "train_peak": [] if quick else bench_train.run_memory(threads[-1]),
+            }
+        case "plan":
+            return {name: bench_plan.run(quick, threads[-1])}
         case "threads":
             return {
                 name: bench_threads.run_scaling(quick, threads[-1]),

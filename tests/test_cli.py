@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nplora
-from nplora import cli, convert, info, plot
+from nplora import cli, convert, info, model_conversion, plot, storages
 from nplora.demo import dictionary, digits
 
 
@@ -108,9 +109,9 @@ def test_info_and_convert_hand_their_arguments_on(
         (["plto"], 2, "invalid choice: 'plto'"),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
         (["info", "--fast"], 2, "unrecognized arguments: --fast"),
-        (["info", "no/such/file"], 1, "No such file or directory: 'no/such/file'"),
+        (["info", "no/such/file"], 2, "No such file or directory: 'no/such/file'"),
         (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
-        (["plot", "no/such/run"], 1, "No such file or directory: 'no/such/run/log.jsonl'"),
+        (["plot", "no/such/run"], 2, "No such file or directory: 'no/such/run/log.jsonl'"),
     ],
 )
 def test_an_expected_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
@@ -122,17 +123,76 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a\n  b"), OSError(28, "full"), ImportError("no x"), OverflowError("z")]
+    ("error", "status", "message"),
+    [
+        (ValueError("a\n  b"), 2, "a b"),
+        (FileNotFoundError(2, "gone", "x"), 2, "[Errno 2] gone: 'x'"),
+        (PermissionError(13, "locked"), 2, "[Errno 13] locked"),
+        (OSError(28, "full"), 1, "[Errno 28] full"),
+        (ImportError("no x"), 1, "no x"),
+        (OverflowError("z"), 1, "z"),
+        (MemoryError(), 1, "out of memory"),
+    ],
 )
-def test_errors_of_many_lines_are_folded(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_line_and_a_status(
+    error: Exception,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(dictionary, "run", fail)
-    assert cli.main(["demo"]) == 1
-    assert capsys.readouterr().err == f"nplora: error: {' '.join(str(error).split())}\n"
+    assert cli.main(["demo"]) == status
+    assert capsys.readouterr().err == f"nplora: error: {message}\n"
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(*arguments: object) -> None:
+        warnings.warn("a\n b", stacklevel=1)
+
+    monkeypatch.setattr(dictionary, "run", warn)
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["demo"]) == 0
+    assert capsys.readouterr().err == "nplora: warning: a b\n"
+    assert warnings.showwarning is shown
+
+
+def test_the_storages_are_those_that_can_be_written() -> None:
+    merged = {*storages.STORAGES, "same"} - {"nf4"}
+    for text, known in (("convert a b", model_conversion.DTYPES), ("merge a b --output c", merged)):
+        for dtype in known:
+            parsed = cli._parser("convert").parse_args([*text.split(), "--dtype", dtype])
+            assert parsed.dtype == dtype
+
+
+def test_an_option_that_would_do_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for line, message in (
+        (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
+        ("convert adapter x.gguf --dtype q8_0", "--dtype is of a model's matrices, SOURCE is no model"),
+        ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
+    ):
+        assert cli.main(line.split()) == 2
+        assert message in capsys.readouterr().err
+    for line in ("convert a b --dtype bogus", "merge a b --output c --dtype foo"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(line.split())
+        assert caught.value.code == 2
+
+
+def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: list[int] = []
+    for what in (dictionary, digits):
+        monkeypatch.setattr(what, "run", lambda output, rank, seed: ranks.append(rank))
+    assert cli.main(["demo", "--rank", "0"]) == cli.main(["demo", "digits", "--rank", "0"]) == 0
+    assert ranks == [0, 0]
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

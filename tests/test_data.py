@@ -1,5 +1,6 @@
 """Training data: every format that people have, every mistake in it, and batches that any run can repeat."""
 
+import csv
 import itertools
 import json
 import os
@@ -70,6 +71,25 @@ def test_no_space_comes_between_prompt_and_completion(tmp_path: Path) -> None:
     assert words.decode(ids[1:-1]) == "ab nb"
     assert [ids[0], ids[-1]] == [words.bos_id, words.eos_id]
     assert words.decode(labels[labels != IGNORED]) == "nb</s>"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("ab ", "ab"), ("a", "b"), ("ab\n", "ab"), ("n", "€b")])
+def test_no_space_comes_before_a_completion_that_begins_a_word(
+    tmp_path: Path, prompt: str, completion: str
+) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": prompt, "completion": completion}), words)
+    assert words.decode(ids[1:-1]) == prompt + completion
+    assert words.decode(labels[labels != IGNORED][:-1]).strip() == completion
+    assert ids.tolist()[: len(words.encode_prompt(prompt))] == words.encode_prompt(prompt)
+
+
+def test_no_space_comes_into_a_long_plain_text(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    text = "ab\n" * 400_000  # more than a piece
+    (tmp_path / "data.txt").write_text(text)
+    [(ids, _)] = read_dataset(tmp_path / "data.txt", words, max_length=10**7)
+    assert words.decode(ids[1:-1]) == text.rstrip()
 
 
 def test_an_end_that_the_model_adds_itself_is_not_doubled(tmp_path: Path) -> None:
@@ -253,7 +273,7 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
         (b"prompt,completion\na\n", "line 2: expected 2 fields"),
         (b'text\n"a\n', "unexpected end of data"),
         (b"text\n\xff\n", "line 2: not UTF-8 at byte 0"),
-        (b"text\n" + b"a" * 200_000 + b"\n", "field larger than field limit"),
+        (b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit"),
         (b"prompt,completion\na,\n", "line 2: completion is empty"),
     ],
 )
@@ -279,6 +299,25 @@ def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path / "missing.jsonl", tokenizer())
     with pytest.raises(ValueError, match="is a plain text, which needs a max_length"):
         read_dataset(tmp_path / "bad.txt", tokenizer())
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text\n" + "a" * 140_000 + "\nab\n")
+    limit = csv.field_size_limit()
+    assert read_dataset(tmp_path / "data.csv", tokenizer()).lengths.tolist() == [140_001, 3]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_chat_that_exhausts_the_templates_allowance_is_a_bad_row(tmp_path: Path) -> None:
+    template = (
+        "{% if messages|length > 2 %}{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path, {"messages": chat}, {"messages": chat * 2})
+    words = tokenizer(template + "{% endfor %}{% endif %}" + CHATML)
+    with pytest.raises(DataError, match=r"line 2: .*takes more than the .* bytes of work"):
+        read_dataset(path, words)
+    assert read_dataset(path, words, skip_bad=True).report.skipped == 1
 
 
 def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:

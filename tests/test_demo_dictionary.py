@@ -30,7 +30,7 @@ def test_the_demo_learns_shows_and_saves(
     assert report.run.train.examples == 540
     assert report.run.valid is not None
     assert report.run.valid.examples == 60
-    assert len(report.run.history.steps) == 68  # one pass, eight entries a step
+    assert len(report.run.history.steps) == 135  # one pass, four entries a step
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]
@@ -55,5 +55,5 @@ def test_a_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_words_asked_for_are_not_in_the_training_file() -> None:
     rows = map(json.loads, (dictionary.DATA / "train.jsonl").read_text().splitlines())
-    asked = {f"Q: What does {word} mean?\nA:" for word in dictionary.WORDS}
+    asked = {f"Q: Define {word}.\nA:" for word in dictionary.WORDS}
     assert not asked & {row["prompt"] for row in rows}

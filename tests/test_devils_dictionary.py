@@ -22,8 +22,8 @@ def test_the_entries_are_short_and_none_is_in_both_files() -> None:
     assert len({row["prompt"] for row in train + valid}) == 600
     for row in train + valid:
         assert row.keys() == {"prompt", "completion"}
-        assert row["prompt"].startswith("Q: What does ")
-        assert row["prompt"].endswith(" mean?\nA:")
+        assert row["prompt"].startswith("Q: Define ")
+        assert row["prompt"].endswith(".\nA:")
         assert row["completion"].startswith(" ")
         assert "  " not in row["completion"]
         assert 3 <= len(row["completion"].split()) <= 50

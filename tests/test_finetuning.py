@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hostile import refused
 from nplora import cli, finetuning
 from nplora.adapters import save_adapter
+from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter
+from nplora.formats import safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
+from nplora.optim import global_norm
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -61,6 +65,8 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
     assert report.loss_after < report.loss_before - 0.5
     assert len(report.history.steps) == 20
     assert report.tokens == 4 * report.train.learned
+    lm = load_with_adapter(model, tmp_path / "out")
+    assert (report.trained, report.parameters) == (lm.num_trainable, lm.num_parameters)
     assert [sample.prompt for sample in report.samples] == ["1+1=", "x"]
     assert report.samples[0].before != report.samples[0].after
     assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
@@ -89,6 +95,10 @@ def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_p
     dataset = read_dataset(data / "train.jsonl", runs[0][0].tokenizer)
     [(batch, _)] = TokenBatches(dataset, batch_examples=20)
     assert runs[0][1].steps[0].loss == pytest.approx(load_model(model).loss_packed(batch), rel=1e-6)
+    lm = load_model(model)
+    lm.add_lora(rank=2)
+    lm.forward_backward(batch, 1 / batch.num_targets)
+    assert runs[0][1].steps[0].grad_norm == pytest.approx(global_norm(lm.parameters()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,40 @@ def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_
         np.testing.assert_array_equal(layer.B, lm.adapter_layers()[name].B)
 
 
+def test_every_option_reaches_what_it_is_an_option_of(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log's first line tells how trainer, optimiser and layers were set up."""
+    saved: list[int] = []
+    save = RunDirectory.save
+    monkeypatch.setattr(RunDirectory, "save", lambda d, point: (saved.append(point.step), save(d, point))[1])
+    layer = {"rank": 3, "alpha": 5.0, "dropout": 0.25, "use_rslora": True, "use_dora": True}
+    finetune(
+        model, data, tmp_path / "out", **layer, lr=3e-3, schedule="linear", warmup=2, weight_decay=0.2,
+        max_grad_norm=0.7, steps=7, accumulate=2, batch_tokens=50, seed=9, save_every=3, compute="bfloat16",
+        targets=("v_proj",), layers="first:1",
+    )  # fmt: skip
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    settings = json.loads(log[0])["settings"]
+    wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
+    assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
+    assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()
+    [(name, found)] = settings["fixed"]["layers"].items()
+    assert name == "model.layers.0.self_attn.v_proj"
+    assert found.items() >= {**layer, "compute": "bfloat16"}.items()
+    assert saved == [0, 3, 6, 7]
+
+
+def test_every_option_of_the_data_reaches_their_reader(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1234", "completion": "5"}, {"text": "x" * 40}, {"nothing": ""}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = finetune(
+        model, tmp_path, tmp_path / "out", steps=1, learn="all", skip_bad=True, max_length=20
+    ).train
+    assert (report.skipped, report.truncated, report.longest) == (1, 1, 20)
+    assert report.learned == report.tokens - 2  # all but the first token of each
+
+
 def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "say:", "completion": "abc"}\n' * 8)
     targets = ("all-linear", "lm_head")
@@ -149,6 +193,80 @@ def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tm
     for again in (False, True):
         finetune(model, data, tmp_path / str(again), checkpoint_blocks=again, **QUICK)
     assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_frozen_blocks_outputs_that_are_kept_give_the_same_adapter(
+    model: Path, data: Path, tmp_path: Path, where: str
+) -> None:
+    options: dict[str, Any] = {**QUICK, "layers": "last:1", "dropout": 0.1}
+    plain = finetune(load_model(model), data, tmp_path / "plain", **options)
+    lm = load_model(model)
+    kept = finetune(lm, data, tmp_path / "kept", **options, keep_prefix=where)
+    assert lm.model.prefix is None
+    assert files_of(tmp_path / "kept") == files_of(tmp_path / "plain")
+    assert (kept.history.loss, kept.loss_after) == (plain.history.loss, plain.loss_after)
+    names = [{file.name for file in (tmp_path / name).iterdir()} for name in ("plain", "kept")]
+    assert names[0] == names[1]
+
+
+def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    lm = load_model(model)
+    with pytest.raises(OSError, match=r"No space left on device: the frozen blocks' outputs take"):
+        finetune(lm, data, tmp_path / "out", **QUICK, layers="last:1", keep_prefix="disk")
+    assert lm.model.prefix is None
+    assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_other_starts_learn_go_on_to_the_bit_and_are_saved_for_the_model_as_it_was(
+    model: Path, data: Path, tmp_path: Path, init: str
+) -> None:
+    options = {**QUICK, "init": init}
+    report = finetune(model, data, tmp_path / "out", **options)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    base, adapted = evaluate(model, data)["loss"], evaluate(model, data, adapter=tmp_path / "out")["loss"]
+    assert report.loss_after < report.loss_before - 0.5
+    assert adapted == pytest.approx(report.loss_after, abs=1e-4)
+    if init == "gaussian":
+        assert report.loss_before != base
+    else:
+        assert report.loss_before == pytest.approx(base, abs=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == (2 if init == "gaussian" else 4)
+    finetune(
+        model, data, tmp_path / "cut", **{**options, "epochs": None, "steps": 20, "schedule": "constant"}
+    )
+    finetune(
+        model, data, tmp_path / "half", **{**options, "epochs": None, "steps": 7, "schedule": "constant"}
+    )
+    with pytest.warns(UserWarning, match="total_steps was 7, is 20"):
+        finetune(
+            model, data, tmp_path / "half",
+            **{**options, "epochs": None, "steps": 20, "schedule": "constant"}, resume=True,
+        )  # fmt: skip
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data: Path, init: str) -> None:
+    low = save_small_llama(tmp_path / "low.gguf", "q8_0")
+    lm = load_model(low)
+    with pytest.raises(
+        ValueError, match=rf"init='{init}' takes a part of model\.layers\.0\..*, and q8_0 cannot"
+    ):
+        lm.add_lora(init=init)
+    assert not lm.adapter_layers()
+    with pytest.raises(ValueError, match="q8_0 cannot hold what remains"):
+        finetune(low, data, tmp_path / "out", init=init)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused, and what is left ----
@@ -167,6 +285,9 @@ def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tm
         ({"max_length": 1}, "max_length is 1"),
         ({"targets": ("q_prj",)}, "q_proj"),
         ({"layers": "middle"}, "layers='middle'"),
+        ({"init": "ones"}, "init='ones'"),
+        ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
+        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
     ],
 )
@@ -227,6 +348,91 @@ def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_pa
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(FormatError):
         attach_adapter(load_model(model), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already, on 2 layers"):
+        attach_adapter(fresh, tmp_path / "adapter")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def save_factors(directory: Path, factors: dict[str, tuple[int, ...]], **config: Any) -> Path:
+    """An adapter directory of zeros, its tensors of these shapes."""
+    directory.mkdir()
+    safetensors.save(
+        directory / "adapter_model.safetensors",
+        {name: np.zeros(shape, np.float32) for name, shape in factors.items()},
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("factors", "config", "words"),
+    [
+        (LINEAR, {"r": 65536}, "expected rank 65536"),
+        (LINEAR | {f"{Q}.lora_A.weight": (2, 31)}, {}, "is of (32, 31), the weight (32, 32)"),
+        (
+            {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
+            {},
+            "layer 'q_proj' is not in the model",
+        ),
+        ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
+        ({f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)}, {}, "has no place for it"),
+        (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
+        ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
+    ],
+)
+def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
+    model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
+) -> None:
+    lm = load_model(model)
+    before = dict(lm.named_modules())
+    bad = save_factors(tmp_path / "bad", factors, **config)
+    with refused(FormatError, words, bad):
+        attach_adapter(lm, bad)
+    after = dict(lm.named_modules())
+    assert after.keys() == before.keys()
+    assert all(after[name] is module for name, module in before.items())
+    attach_adapter(lm, save_factors(tmp_path / "good", LINEAR))
+    assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    lm = load_model(model)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        finetune(lm, data, tmp_path / "out", **QUICK)
+    assert not lm.adapter_layers()
+    finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
+    with pytest.raises(ValueError, match="an adapter already on the layers that 'all-linear' names"):
+        finetune(lm, data, tmp_path / "other", **QUICK)
+
+
+def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    for run in (
+        lambda: finetune(lm, data, tmp_path / "out", compute="bfloat16"),
+        lambda: evaluate(lm, data, compute="bfloat16"),
+    ):
+        with pytest.raises(ValueError, match="compute='bfloat16' is for a file; this model"):
+            run()
+    assert evaluate(model, data, compute="bfloat16")["loss"] != evaluate(model, data)["loss"]
+
+
+def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:
+    lm = load_model(save_small_llama(tmp_path / "model.gguf", vocab=200))
+    rows = [{"text": "plain"}, {"text": "<tool>"}]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = r"train\.jsonl: its text has token 265 of .*, the model's vocabulary ends with 199"
+    with pytest.raises(FormatError, match=words):
+        finetune(lm, data, tmp_path / "out")
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(FormatError, match=words):
+        evaluate(lm, data)
 
 
 # ---- the commands ----
@@ -241,11 +447,14 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     output = tmp_path / "out"
     done = command(
         "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
-        "--targets", "q_proj", "--targets", "v_proj", "--sample", "1+1=", "--batch-examples", 4,
+        "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 20 examples" in done.stderr
     assert "step 10/10, loss " in done.stderr
+    config = json.loads((output / "adapter_config.json").read_text())
+    parts = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert parts == {"q_proj", "v_proj", "o_proj"}
     assert " tokens/s, " in done.stderr
     assert " left" in done.stderr
     assert "validation loss " in done.stdout
@@ -273,9 +482,19 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
         ("finetune M --data D", 2, "the following arguments are required: --output"),
         ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
-        ("finetune M --data no.jsonl --output O", 1, "No such file or directory: 'no.jsonl'"),
-        ("finetune no.gguf --data D --output O", 1, "No such file or directory: 'no.gguf'"),
-        ("eval M --data D --adapter no", 1, "No such file"),
+        ("finetune M --data no.jsonl --output O", 2, "No such file or directory: 'no.jsonl'"),
+        ("finetune no.gguf --data D --output O", 2, "No such file or directory: 'no.gguf'"),
+        ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
+        ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
+        ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
+        ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
+        ("finetune M --data D --output O --layers foo", 2, "layers='foo', expected 'last:N'"),
+        ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
+        ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
+        ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
+        ("eval M --data D --max-length 1", 2, "max_length is 1"),
+        ("eval M --data D --max-length 0", 2, "max_length is 0"),
+        ("eval M --data D --adapter no", 2, "No such file"),
         ("generate M x --temperature -1", 2, "temperature is -1.0"),
         ("generate M x --top-p 2", 2, "top_p is 2.0"),
     ],

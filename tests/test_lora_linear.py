@@ -523,7 +523,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.G
             "init='loftq' is not available; possible: 'zero', 'gaussian', 'pissa', 'olora'",
         ),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not available; possible: 'float32'"),
-        ({"compute": "int8"}, ValueError, "compute='int8' is not available; possible: 'float32', 'bfloat16'"),
+        ({"compute": "int4"}, ValueError, "compute='int4' is not available; possible: 'float32', 'bfloat16'"),
         ({"W": np.ones(3)}, ValueError, "W has 1 axis, expected 2"),
         ({"W": np.ones((1, 2, 3))}, ValueError, "W has 3 axes, expected 2"),
         ({"W": np.ones((3, 3), int)}, TypeError, "W has dtype int64, expected floats"),

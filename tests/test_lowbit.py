@@ -261,7 +261,7 @@ def test_float64_and_half_arrays_are_quantised_as_float32(rng: np.random.Generat
         ((np.full((2, 33), np.nan), "nf4"), "row 0 holds nan, expected finite values"),
         ((np.full((2, 32), 1e9), "q4_0"), r"row 0 holds 1e\+09, beyond 524032, the largest that q4_0"),
         ((np.ones(32), "q8_0"), "W has 1 axis"),
-        ((np.ones((2, 32)), "q8_0", "int8"), "compute='int8' is not available"),
+        ((np.ones((2, 32)), "q8_0", "int4"), "compute='int4' is not available"),
     ],
 )
 def test_what_blocks_cannot_hold_is_refused(arguments: tuple[Any, ...], message: str) -> None:

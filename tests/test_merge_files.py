@@ -463,5 +463,8 @@ def test_the_command_merges_and_reports(
     assert len(lines) == 6
     assert lines[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
     assert "% of ΔW kept, relative error 0." in lines[0]
-    assert cli.main([*arguments, "--dtype", "int4"]) == 1
-    assert "dtype='int4' is not available" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, "--dtype", "int4"])
+    assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="dtype='int4' is not available"):
+        nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "out.gguf", "int4")

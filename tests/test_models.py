@@ -197,12 +197,22 @@ def test_targets_and_layers_choose_what_is_adapted(tmp_path: Path) -> None:
         assert not lm.adapter_layers()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"layers": "first:0"}, {"layers": "last:0"}, {"layers": []}, {"layers": range(0)}, {"targets": []}],
+)
+def test_an_adapter_on_no_layer_is_refused(lm: LanguageModel, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"add_lora: .*layers="):
+        lm.add_lora(**options)
+    assert not lm.adapter_layers()
+
+
 def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> None:
     (ids,) = ids_of(20)
     before = lm.logits(ids)
     lm.add_lora(rank=2)
     np.testing.assert_allclose(lm.logits(ids), before, **CLOSE)
-    with pytest.raises(ValueError, match="no layer 'all-linear' without an adapter"):
+    with pytest.raises(ValueError, match="has an adapter already on the layers that 'all-linear' names"):
         lm.add_lora(rank=2)
     losses = [lm.train_step(ids, ids, nplora.SGD(lr=0.1)) for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.models import stepwise
+from nplora.module import inference
 from nplora.packing import pack
 
 Array = np.ndarray[Any, Any]
@@ -47,8 +49,23 @@ def test_the_loss_of_a_sentence(path: Path, ids: Array) -> None:
     assert nplora.load_model(path, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
 
 
-def test_the_greedy_answer_to_a_question(path: Path, ids: Array) -> None:
+def test_int8_changes_the_loss_of_a_sentence_by_less_than_half_a_percent(path: Path, ids: Array) -> None:
+    loss = nplora.load_model(path, compute="int8").loss(ids, ids)
+    assert loss == pytest.approx(3.32180, rel=5e-3)
+    assert abs(loss - 3.32180) > 1e-5  # it was int8 that was measured
+
+
+def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(path: Path, ids: Array) -> None:
     lm = nplora.load_model(path)
+    batch = pack([(ids, ids), (ids[:7], ids[:7])])
+    with inference():
+        total = stepwise.loss(lm.config, lm.model, lm.lm_head, lm._rope, batch)
+    assert total / batch.num_targets == pytest.approx(lm.loss_packed(batch), rel=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+def test_the_greedy_answer_to_a_question(path: Path, ids: Array, compute: str) -> None:
+    lm = nplora.load_model(path, compute=compute)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = lm.tokenizer.encode_chat(messages, add_generation_prompt=True)
     cache = lm.new_cache(1, len(prompt) + 20)

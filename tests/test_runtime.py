@@ -308,3 +308,21 @@ def test_a_read_only_output_is_refused() -> None:
     with pytest.raises(ValueError, match="not writeable"):
         _core.matmul(w, w, None, out)
     assert not out.any()
+
+
+def test_a_signal_handler_may_call_the_core_in_the_middle_of_a_call() -> None:
+    code = (
+        "import signal, test_runtime as t\n"
+        "outer, inner = t.factors(2000, 700, 600, 8), t.factors(400, 900, 1100, 48)\n"
+        "wanted, wanted_inside = t.step(*outer), t.step(*inner)\n"
+        "same = lambda got, want: all(v.tobytes() == w.tobytes() for v, w in zip(got, want, strict=True))\n"
+        "right = []\n"
+        "signal.signal(signal.SIGALRM, lambda *_: right.append(same(t.step(*inner), wanted_inside)))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.06, 0.06)\n"
+        "while len(right) < 12: assert same(t.step(*outer), wanted)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "assert all(right)"
+    )
+    for threads in ("1", "2"):
+        done = run_python(code, OMP_NUM_THREADS=threads, PYTHONPATH=SEARCH_PATH)
+        assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hostile import refused
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError
 from nplora.formats.gguf import Typed
 from nplora.tokenizer import StreamDecoder, Tokenizer, from_directory, from_gguf
+from nplora.tokenizer.split_pattern import is_safe
 from vocabularies import BYTES, MERGES, PIECES, byte_level, opened, sentencepiece
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -230,6 +233,20 @@ def test_only_llama_3_takes_a_whole_word_that_no_merges_lead_to() -> None:
         assert [tokens[id_] for id_ in from_gguf(opened(metadata)).encode("word")] == expected
 
 
+def test_a_byte_level_model_that_does_not_say_how_text_is_cut_is_read_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"<bytes>: tokenizer\.ggml\.pre is missing, text is cut as GPT-2's"):
+        from_gguf(opened(byte_level(pre=None)))
+
+
+def test_a_continuation_has_no_space_before_it() -> None:
+    with_space, without = (from_gguf(opened(sentencepiece(add_space_prefix=flag))) for flag in (True, False))
+    for text in ("ab", " ab", "b", "\nab", "€", ""):
+        assert with_space.encode_continuation(text) == without.encode(text)
+        assert without.encode_continuation(text) == without.encode(text)
+    plain = from_gguf(opened(byte_level()))
+    assert plain.encode_continuation("hello 12") == plain.encode("hello 12")
+
+
 def test_qwen2_normalises_its_text() -> None:
     decomposed = "e\u0301"
     assert (
@@ -272,6 +289,25 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
         assert [tokens[id_] for id_ in ids] == merged_by_score(text), text
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids]
+
+
+@pytest.mark.parametrize(("model", "begins"), [("llama-bpe", True), ("gpt-2", False), ("qwen2", False)])
+def test_a_byte_level_model_begins_with_bos_where_its_family_does(model: str, begins: bool) -> None:
+    tokenizer = from_gguf(opened(byte_level(pre=model, bos_token_id=0)))
+    assert tokenizer.encode("x", add_special_tokens=True) == [0] * begins + tokenizer.encode("x")
+    told = from_gguf(opened(byte_level(pre=model, bos_token_id=0, add_bos_token=not begins)))
+    assert told.encode("x", add_special_tokens=True) == [0] * (not begins) + told.encode("x")
+
+
+def test_a_run_of_unknown_characters_is_one_unknown_token_where_there_are_no_bytes() -> None:
+    tokens = ["<unk>", "<s>", "</s>", *PIECES]
+    values = sentencepiece(
+        tokens=tokens,
+        scores=np.array([0.0] * 3 + list(PIECES.values()), np.float32),
+        token_type=Typed([2, 3, 3] + [1] * len(PIECES), "INT32"),
+    )
+    tokenizer = from_gguf(opened(values))
+    assert [tokens[id_] for id_ in tokenizer.encode("abé😀xab")] == ["▁ab", "<unk>", "ab"]
 
 
 def test_no_merge_makes_a_control_token_of_letters() -> None:
@@ -372,6 +408,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     ).encode("b")
 
 
+def test_a_chat_of_very_many_turns_is_refused_before_hours_pass() -> None:
+    chat = [{"role": role, "content": "a"} for _ in range(800) for role in ("user", "assistant")]
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="too long to tell its 800 assistant's turns apart"):
+        with_template(CHATML).encode_conversation(chat)
+    assert time.process_time() - begin < 5
+    with_template(CHATML).encode_chat(chat)
+
+
+def test_the_tokens_of_a_training_chat_are_the_same_tomorrow() -> None:
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    said = tokenizer.encode_conversation(chat)
+    assert tokenizer.decode(said.ids) == "26 Jul 2024<|end|>user:a<|end|>assistant:b"
+    assert time.strftime("%Y") in tokenizer.decode(tokenizer.encode_chat(chat))
+
+
 def test_a_model_without_a_template_says_so() -> None:
     with pytest.raises(ValueError, match="the model has no chat template"):
         from_gguf(opened(byte_level())).apply_chat_template([{"role": "user", "content": "a"}])
@@ -456,14 +509,117 @@ def test_a_tokenizer_file_that_is_none_is_refused(tmp_path: Path, raw: bytes) ->
         from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", r"(?:\s*x)*", "(a|b{2,})+", "x" * 2000])
-def test_a_pattern_that_could_run_for_ever_is_refused(tmp_path: Path, pattern: str) -> None:
+# Those of GPT-2, Llama 3, GPT-4, GPT-4o, Mistral's Tekken, DeepSeek, CLIP, BLOOM and T5.
+KNOWN_PATTERNS = [
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|\p{N}|\s+(?!\S)|\s+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"\s?\p{L}+",
+    r"\s+$",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"\d{1,3}(?=(?:\d{3})*\b)",
+    r" {2,}",
+]
+BAD_PATTERNS = {
+    "a repetition of a repetition": "(a+)+$",
+    "one deeper": "((a+))+$",
+    "a choice of the same": "(a|a)*$",
+    "a choice of two lengths": "(a|aa)+$",
+    "a choice that is repeated": "(a|b{2,})+",
+    "a panic": "((a)*)*$",
+    "an option inside": r"(?:\s*x)*",
+    "two that meet": "a*a*b",
+    "two groups that meet": "(a*)(a*)b",
+    "options": "a?" * 30 + "a" * 30,
+    "bounded repetitions": "a{1,30}a{1,30}b",
+    "repetitions of Oniguruma's": "a{1,3}+b",
+    "choices": "(?:a|ab)(?:c|bc)" * 6,
+    "two ahead": "(?!a*a*b)",
+    "a reference": r"(a)\1",
+    "a recursion": r"(a\g<1>)",
+    "a name": "(?<n>a)",
+    "an absence": "(?~a)",
+    "an open class": "[a",
+    "depth": "(" * 20 + ")" * 20,
+    "length": "x" * 2000,
+}
+
+
+@pytest.mark.parametrize("pattern", KNOWN_PATTERNS)
+def test_the_patterns_of_known_models_are_read(tmp_path: Path, pattern: str) -> None:
     def change(backend: Any) -> None:
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, backend.pre_tokenizer])
 
-    with pytest.raises(UnsafeError, match="could run for ever"):
-        from_directory(directory(tmp_path, change))
+    tokenizer = from_directory(directory(tmp_path, change))
+    assert tokenizer.decode(tokenizer.encode(TEXTS[3])) == TEXTS[3]
+
+
+@pytest.mark.parametrize("name", BAD_PATTERNS)
+def test_a_pattern_that_could_run_for_ever_is_refused(name: str) -> None:
+    assert not is_safe(BAD_PATTERNS[name])
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_patterns_are_looked_at_wherever_they_stand(tmp_path: Path, part: str) -> None:
+    normalizers, cut, back = tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.decoders
+    pattern = tokenizers.Regex("((a+))+$")
+    parts = {
+        "normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.Replace(pattern, "")]),
+        "pre_tokenizer": cut.Sequence([cut.Sequence([cut.Split(pattern, "isolated")])]),
+        "decoder": back.Sequence([back.Replace(pattern, "")]),
+    }
+    made = directory(tmp_path, lambda backend: setattr(backend, part, parts[part]))
+    with refused(UnsafeError, "the regular expression '((a+))+$' could run for ever", made):
+        from_directory(made)
+
+
+def many(part: str) -> Any:
+    """A part whose steps make a text, or the tokens, 1,000 times as long or more."""
+    normalizers, ends, back = tokenizers.normalizers, tokenizers.processors, tokenizers.decoders
+    replaced = ("a", "a" * 10)
+    twice = ends.TemplateProcessing(single="$A $A", pair="$A $B", special_tokens=[])
+    return {
+        "replace": normalizers.Sequence([normalizers.Replace(*replaced)] * 3),
+        "prepend": normalizers.Sequence([normalizers.Prepend("▁" * 999), normalizers.Strip()]),
+        "both": normalizers.Sequence([normalizers.Prepend("a" * 20), normalizers.Replace(*replaced)]),
+        "decoder": back.Sequence([back.Fuse(), *[back.Replace(*replaced)] * 3]),
+        "template": ends.Sequence([twice] * 10),
+    }[part]
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("replace", "normalizer"),
+        ("prepend", "normalizer"),
+        ("both", "normalizer"),
+        ("decoder", "decoder"),
+        ("template", "post_processor"),
+    ],
+)
+def test_steps_that_make_a_text_much_longer_are_refused(tmp_path: Path, part: str, kind: str) -> None:
+    made = directory(tmp_path, lambda backend: setattr(backend, kind, many(part)))
+    with refused(UnsafeError, "could make a text over 100 times as long", made):
+        from_directory(made)
+
+
+def test_a_text_that_a_models_rules_do_not_fit_is_an_error_of_the_file(tmp_path: Path) -> None:
+    model = tokenizers.models.Unigram([("a", 0.0)])  # no token for what is unknown
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = from_directory(tmp_path)
+    with refused(FormatError, "the tokenizer fails with 'b': 'Encountered an unknown token", tmp_path):
+        tokenizer.encode("b")
 
 
 # ---- files that nobody vouches for ----
@@ -522,3 +678,33 @@ def test_hostile_metadata_is_refused(
         from_gguf(opened(metadata))
     assert caught.type is error
     assert str(caught.value).startswith("<bytes>: ")
+
+
+def test_a_tiny_file_does_not_ask_for_a_pair_of_every_two_pieces_of_its_tokens() -> None:
+    runs = [letter * count for letter in "abcdefghijklmnop" for count in range(1, 129)]
+    metadata = sentencepiece(
+        tokens=["<unk>", "<s>", "</s>", *runs],
+        scores=np.zeros(3 + len(runs), np.float32),
+        token_type=Typed([2, 3, 3] + [1] * len(runs), "INT32"),
+    )
+    file = opened(metadata)
+    with refused(LimitError, "pairs of tokens make a token, too many to be read", "<bytes>"):
+        from_gguf(file)
+    file = opened(sentencepiece(tokens=[*PIECE_TOKENS[:-1], "a" * 129]))
+    with refused(LimitError, "token 267 has 129 characters, at most 128 are read", "<bytes>"):
+        from_gguf(file)
+
+
+def test_loading_many_special_tokens_takes_time_in_proportion() -> None:
+    tokens = [f"<|{number}|>" for number in range(20_000)]  # each in a call of its own: minutes
+    kinds = [3] + [1] * (len(TOKENS) - 2) + [4] + [3, 4] * 10_000
+    file = opened(byte_level(tokens=[*TOKENS, *tokens], token_type=Typed(kinds, "INT32")))
+    begin = time.process_time()
+    tokenizer = from_gguf(file)
+    assert time.process_time() - begin < 5
+    assert tokenizer.encode("<|1|><|2|>") == [
+        len(TOKENS) + 1,
+        *tokenizer.encode("<|"),
+        *tokenizer.encode("2|>"),
+    ]
+    assert tokenizer.encode("<|2|>", parse_special=True) == [len(TOKENS) + 2]

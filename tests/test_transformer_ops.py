@@ -1,6 +1,8 @@
 """The compiled pieces of a language model against float64 NumPy, on awkward shapes."""
 
 import math
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +66,12 @@ def test_rms_norm_backward_matches_the_oracle(
     along = np.abs(x) * r**3 * np.abs(dy * weight * x).mean(axis=-1, keepdims=True)
     magnitude = r * np.abs(dy * weight) + along + (np.abs(before) if accumulate else 0)
     assert (np.abs(dx - exact) <= reference.gamma(3 * d + 12) * magnitude).all()
+
+
+def test_rms_norm_backward_of_nothing_is_finite_where_its_forward_is() -> None:
+    x, dx = np.zeros((1, 8), np.float32), unwritten(1, 8)
+    _core.rms_norm_backward(np.ones_like(x), x, np.ones(8, np.float32), 1e-30, dx, False)
+    np.testing.assert_allclose(dx, 1e15, rtol=1e-5)
 
 
 def test_rms_norm_backward_of_the_oracle_is_the_slope_of_its_forward(rng: np.random.Generator) -> None:
@@ -408,6 +416,47 @@ def test_attention_refuses_what_does_not_fit() -> None:
                 run.q[:1], cache, cache, np.array([slot]), np.array([length]), 2, 1, 1.0, 0, run.out[:1]
             )
     assert np.isnan(run.out).all()
+
+
+@pytest.mark.parametrize("window", [5, 2**40, 2**62, 2**63 - 1])
+def test_a_window_of_more_than_all_tokens_is_none(window: int) -> None:
+    narrow, whole = (Attention(Case((5,), 4, 2, 8, window=w)) for w in (window, 0))
+    narrow.forward(), whole.forward()
+    np.testing.assert_array_equal(narrow.out, whole.out)
+
+
+WRITER = """
+import sys, threading
+import numpy as np
+from nplora import _core
+
+n, indices = 20_000, np.zeros(20_000, np.int64)
+rows, table, losses = np.ones((n, 16), np.float32), np.ones((4, 16), np.float32), np.empty(n)
+done = False
+
+def write():
+    while not done:
+        indices[:] = 1 << 40
+        indices[:] = 0
+
+thread = threading.Thread(target=write)
+thread.start()
+for _ in range(300):
+    try:
+        if sys.argv[1] == "rope":
+            _core.rope(rows, indices, table, False, False)
+        else:
+            _core.cross_entropy(rows, indices, 1.0, losses, True)
+    except ValueError:
+        pass
+done = True
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("kernel", ["rope", "cross_entropy"])
+def test_indices_that_another_thread_writes_to_reach_no_memory_outside(kernel: str) -> None:
+    subprocess.run([sys.executable, "-c", WRITER, kernel], check=True, timeout=60)
 
 
 # ---- cross-entropy ----

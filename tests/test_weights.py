@@ -188,9 +188,9 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
             "dtype='q2_k' is not available; possible: 'float32', 'float64'",
         ),
         (
-            (np.ones((2, 2)), "float32", "int8"),
+            (np.ones((2, 2)), "float32", "int4"),
             ValueError,
-            "compute='int8' is not available; possible: 'float32', 'bfloat16'",
+            "compute='int4' is not available; possible: 'float32', 'bfloat16', 'int8'",
         ),
         (
             (np.ones((2, 2)), "float64", "bfloat16"),

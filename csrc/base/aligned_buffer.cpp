@@ -14,6 +14,9 @@ namespace nplora {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+// From here on a mapping of its own, which goes back to the system as a whole: batches of many sizes leave holes in malloc's
+// heap, of which it returns nothing.
+constexpr size_t kLeastMapped = size_t{64} << 10;
 std::atomic<size_t> allocated{0};
 
 size_t whole_pages(size_t bytes) {
@@ -21,8 +24,14 @@ size_t whole_pages(size_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
-// A mapping of its own: malloc's heap would keep what lies between large aligned blocks.
-void* map_aligned(size_t bytes) {
+void* map(size_t bytes) {
+  void* const start =
+      mmap(nullptr, whole_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return start == MAP_FAILED ? nullptr : start;
+}
+
+// The same at the start of a huge page.
+void* map_huge(size_t bytes) {
   const size_t wanted = whole_pages(bytes), mapped = wanted + kHugePage;
   void* const start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) return nullptr;
@@ -46,15 +55,18 @@ size_t AlignedBuffer::allocations() {
 AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
   if (bytes > SIZE_MAX - 2 * kHugePage) throw std::bad_alloc();
-  data_ = bytes >= kHugePage
-              ? map_aligned(bytes)
-              : std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
+  if (bytes >= kHugePage)
+    data_ = map_huge(bytes);
+  else if (bytes >= kLeastMapped)
+    data_ = map(bytes);
+  else
+    data_ = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
   if (data_ == nullptr) throw std::bad_alloc();
   ++allocated;
 }
 
 AlignedBuffer::~AlignedBuffer() {
-  if (bytes_ >= kHugePage)
+  if (bytes_ >= kLeastMapped)
     munmap(data_, whole_pages(bytes_));
   else
     std::free(data_);

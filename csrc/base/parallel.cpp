@@ -22,6 +22,9 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
+// Whether this thread is inside the hook, and so inside a call. Work that begins there keeps to this thread.
+thread_local bool asking = false;
+
 // About 5 µs of arithmetic on one core, which is what waking a worker costs.
 constexpr double kOperationsPerThread = 5e5;
 
@@ -32,7 +35,7 @@ class TaskRun {
  public:
   TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
       : tasks_(tasks),
-        hook_(interruptible == Interruptible::kYes ? interrupt_hook.load() : nullptr),
+        hook_(interruptible == Interruptible::kYes && !asking ? interrupt_hook.load() : nullptr),
         body_(body),
         context_(context) {
     std::fegetenv(&environment_);
@@ -60,9 +63,12 @@ class TaskRun {
   }
 
  private:
-  // The hook may run a signal handler, and that may do anything.
+  // The hook may run a signal handler, and that may do anything: fork, or call the core again.
   void poll() const {
-    if (hook_()) throw Interrupted();
+    asking = true;
+    const bool stop = hook_();
+    asking = false;
+    if (stop) throw Interrupted();
     if (forked() && !forked_before_)
       throw std::runtime_error("the process was forked by a signal handler inside a call");
   }
@@ -149,7 +155,7 @@ size_t useful_threads(double operations) {
 void detail::run_tasks(size_t tasks, size_t threads, Interruptible interruptible,
                        void (*body)(const void*, size_t), const void* context) {
   TaskRun run(tasks, interruptible, body, context);
-  threads = std::min(threads, tasks);
+  threads = asking ? 1 : std::min(threads, tasks);
   if (threads <= 1) {
     run.work(true);
   } else if (backend() == Backend::kPool) {

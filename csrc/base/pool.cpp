@@ -8,8 +8,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -85,8 +85,9 @@ class Pool {
     done_.wait(lock, all_returned);
   }
 
-  // A system that refuses a thread costs speed, nothing else. Workers take no signals: those are the program's.
+  // A system that refuses a thread, or its memory, costs speed, nothing else. Workers take no signals: those are the program's.
   void start_workers(size_t wanted) {
+    if (worker_threads_.size() >= wanted) return;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -98,7 +99,7 @@ class Pool {
         worker.detach();
         steered_from_ = -1;
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }

@@ -7,7 +7,7 @@
 namespace nplora {
 
 constexpr size_t ceil_div(size_t a, size_t b) {
-  return (a + b - 1) / b;
+  return a / b + (a % b != 0);
 }
 
 constexpr size_t round_up(size_t a, size_t b) {

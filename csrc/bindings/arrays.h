@@ -56,8 +56,10 @@ inline void require_aligned(const py::array& array) {
   require(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_, "expected an aligned array");
 }
 
+// n elements, which lie as their type asks for.
 template <class T>
 void require_size(const char* name, const Array<T>& array, size_t n) {
+  require_aligned(array);
   if (size_t(array.size()) == n) return;
   throw std::invalid_argument(std::string(name) + " must have " + std::to_string(n) + " elements");
 }

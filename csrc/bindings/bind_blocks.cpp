@@ -54,7 +54,6 @@ void quantize_to_nf4(const Floats& values, Bytes codes, Floats absmax) {
   const size_t n = from.rows * from.cols;
   require_nf4(n, codes);
   require_size("absmax", absmax, ceil_div(n, BlockNf4::kElements));
-  require_aligned(absmax);
   uint8_t* to = codes.mutable_data();
   float* absmax_to = absmax.mutable_data();
   without_gil([&] { quantize_nf4(from, to, absmax_to); });
@@ -65,7 +64,7 @@ float quantize_nf4_absmax(const Floats& absmax, Bytes codes, Floats book, Floats
   require_size("codes", codes, n);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(n, kNf4Group));
-  for (const Floats& array : {absmax, book, scales}) require_aligned(array);
+  require_aligned(absmax);
   uint8_t* to = codes.mutable_data();
   float *book_to = book.mutable_data(), *scales_to = scales.mutable_data();
   float offset = 0, levels[kNf4Book];
@@ -78,7 +77,7 @@ void dequantize_from_nf4(const Bytes& codes, const Floats& absmax, Floats out) {
   const size_t n = size_t(out.size());
   require_nf4(n, codes);
   require_size("absmax", absmax, ceil_div(n, BlockNf4::kElements));
-  for (const Floats& array : {absmax, out}) require_aligned(array);
+  require_aligned(out);
   float* to = out.mutable_data();
   without_gil([&] { dequantize_nf4(n, {codes.data(), absmax.data()}, to); });
 }
@@ -90,7 +89,7 @@ void dequantize_from_nested_nf4(const Bytes& codes, const Bytes& absmax_codes, c
   require_size("absmax_codes", absmax_codes, blocks);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
-  for (const Floats& array : {book, scales, out}) require_aligned(array);
+  require_aligned(out);
   float* to = out.mutable_data();
   without_gil([&] {
     dequantize_nf4(n, {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}, to);

@@ -9,6 +9,8 @@ namespace {
 
 // An array whose memory returns to the cache when its last view is gone.
 py::array empty(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
+  constexpr uint64_t kHoldsReferences = 1;  // NPY_ITEM_REFCOUNT
+  require(!(dtype.flags() & kHoldsReferences), "arrays of objects are NumPy's to make");
   size_t bytes = size_t(dtype.itemsize());
   for (const py::ssize_t n : shape) {
     require(n >= 0, "an axis is negative");

@@ -12,6 +12,7 @@ void register_functions(py::module_& m) {
       "dropout",
       [](const Array<T>& x, double probability, uint64_t key, Array<T> out) {
         require(probability >= 0 && probability < 1, "probability must be at least 0 and below 1");
+        require_aligned(x);
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
         without_gil([&] { dropout(size_t(x.size()), x.data(), probability, key, to); });
@@ -21,6 +22,7 @@ void register_functions(py::module_& m) {
   m.def(
       "gelu",
       [](const Array<T>& x, bool tanh, Array<T> out) {
+        require_aligned(x);
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
         without_gil([&] { gelu(size_t(x.size()), x.data(), tanh, to); });
@@ -29,6 +31,7 @@ void register_functions(py::module_& m) {
   m.def(
       "gelu_backward",
       [](const Array<T>& x, const Array<T>& dy, bool tanh, Array<T> out) {
+        require_aligned(x);
         require_size("dy", dy, size_t(x.size()));
         require_size("out", out, size_t(x.size()));
         T* to = out.mutable_data();
@@ -53,6 +56,7 @@ void register_elementwise(py::module_& m) {
       "widen",
       [](const Array<uint16_t>& bits, const std::string& name, Array<float> out) {
         const Storage storage = storage_of_bits(name);
+        require_aligned(bits);
         require_size("out", out, size_t(bits.size()));
         float* to = out.mutable_data();
         without_gil([&] { widen_bits(size_t(bits.size()), bits.data(), storage, to); });
@@ -63,6 +67,7 @@ void register_elementwise(py::module_& m) {
       "narrow",
       [](const Array<float>& values, const std::string& name, Array<uint16_t> out) {
         const Storage storage = storage_of_bits(name);
+        require_aligned(values);
         require_size("out", out, size_t(values.size()));
         uint16_t* to = out.mutable_data();
         without_gil([&] { narrow_bits(size_t(values.size()), values.data(), storage, to); });

@@ -158,15 +158,19 @@ std::string update_in_words(Update update, const UpdateCost& cost) {
 // The decisions of ops/plan.h in words.
 py::dict explain(size_t rows, size_t d_out, size_t d_in, size_t rank, size_t element_bytes, bool dropout,
                  bool keep_z) {
-  require(element_bytes == 2 || element_bytes == 4 || element_bytes == 8, "elements have 2, 4 or 8 bytes");
-  if (element_bytes == 2 && rows <= kFloatBatch) element_bytes = 4;
+  require(element_bytes == 1 || element_bytes == 2 || element_bytes == 4 || element_bytes == 8,
+          "elements have 1, 2, 4 or 8 bytes");
+  const bool int8 = element_bytes == 1 && rows <= small_batch<float>();
+  if (element_bytes == 1) element_bytes = 2;
+  if (int8 || (element_bytes == 2 && rows <= kFloatBatch)) element_bytes = 4;
   const LayerShape shape{rows, d_out, d_in, rank, element_bytes, dropout};
   const char* paths[] = {"few rows: W is read once as it lies, lanes hold tokens and phases of the depth",
                          "tokens in the lanes: x and y are transposed",
                          "outputs in the lanes: blocks of W are transposed"};
   const auto path = static_cast<size_t>(forward_path(rows, d_out, d_in, element_bytes));
   py::dict plan;
-  plan["computes in"] = element_bytes == 2   ? "bfloat16, summed in float32"
+  plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
+                        : element_bytes == 2 ? "bfloat16, summed in float32"
                         : element_bytes == 4 ? "float32"
                                              : "float64";
   plan["forward"] = std::string(paths[path]) + "; " +

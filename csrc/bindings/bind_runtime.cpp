@@ -3,6 +3,7 @@
 #include "base/parallel.h"
 #include "bindings/arrays.h"
 #include "kernels/kernel_table.h"
+#include "ops/scratch.h"
 
 namespace nplora::bindings {
 
@@ -21,6 +22,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
+  const ScratchFrame frame;  // a handler may call the core, in the middle of a task
   return PyErr_CheckSignals() != 0;
 }
 

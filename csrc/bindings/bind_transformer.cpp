@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "bindings/arrays.h"
 #include "ops/attention.h"
@@ -18,16 +19,21 @@ void require_like(const char* name, const Floats& array, const Floats& other) {
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Each of n integers is at least `least` and below `end`.
-void require_range(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
+// Indices are checked on a copy, to which nobody writes once the GIL is released.
+std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
-  require_aligned(array);
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t value = array.data()[i];
-    require(value >= least && value < end, std::string(name) + " holds " + std::to_string(value) +
-                                               ", expected at least " + std::to_string(least) +
-                                               " and below " + std::to_string(end));
-  }
+  return {array.data(), array.data() + n};
+}
+
+// n integers, each at least `least` and below `end`.
+std::vector<int64_t> within(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
+  std::vector<int64_t> values = copied(name, array, n);
+  for (const int64_t value : values)
+    if (value < least || value >= end)
+      throw std::invalid_argument(std::string(name) + " holds " + std::to_string(value) +
+                                  ", expected at least " + std::to_string(least) + " and below " +
+                                  std::to_string(end));
+  return values;
 }
 
 void register_elements(py::module_& m) {
@@ -37,7 +43,6 @@ void register_elements(py::module_& m) {
       [](const Floats& x, const Floats& weight, double eps, Floats y) {
         require_like("y", y, x);
         require_size("weight", weight, size_t(x.shape(1)));
-        require_aligned(weight);
         const auto from = read(x);
         const auto to = write(y);
         without_gil([&] { rms_norm(from, weight.data(), float(eps), to); });
@@ -50,7 +55,6 @@ void register_elements(py::module_& m) {
         require_like("dy", dy, x);
         require_like("dx", dx, x);
         require_size("weight", weight, size_t(x.shape(1)));
-        require_aligned(weight);
         const auto gradient = read(dy), from = read(x);
         const auto to = write(dx);
         without_gil([&] { rms_norm_backward(gradient, from, weight.data(), float(eps), to, accumulate); });
@@ -65,8 +69,8 @@ void register_elements(py::module_& m) {
         const size_t dim = angles.cols;
         require(dim > 0 && dim % 2 == 0 && to.cols % dim == 0,
                 "x must have heads of the table's width, an even number");
-        require_range("positions", positions, to.rows, 0, int64_t(angles.rows));
-        without_gil([&] { rope(to, positions.data(), {angles.data, dim, interleaved}, inverse); });
+        const auto places = within("positions", positions, to.rows, 0, int64_t(angles.rows));
+        without_gil([&] { rope(to, places.data(), {angles.data, dim, interleaved}, inverse); });
       },
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
       arg("inverse"), "Rotary positions in place");
@@ -98,17 +102,14 @@ void register_elements(py::module_& m) {
       [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {
         const auto rows = write(logits);
         require_size("losses", losses, rows.rows);
-        require_size("targets", targets, rows.rows);
-        require_aligned(targets);
-        require_aligned(losses);
-        for (size_t i = 0; i < rows.rows; ++i) {
-          const int64_t target = targets.data()[i];
-          require(target == kIgnoredTarget || (target >= 0 && target < int64_t(rows.cols)),
-                  "targets holds " + std::to_string(target) + ", expected at least 0 and below " +
-                      std::to_string(rows.cols) + ", or -100");
-        }
+        const auto wanted = copied("targets", targets, rows.rows);
+        for (const int64_t target : wanted)
+          if (target != kIgnoredTarget && (target < 0 || target >= int64_t(rows.cols)))
+            throw std::invalid_argument("targets holds " + std::to_string(target) +
+                                        ", expected at least 0 and below " + std::to_string(rows.cols) +
+                                        ", or -100");
         double* to = losses.mutable_data();
-        without_gil([&] { cross_entropy(rows, targets.data(), factor, to, gradient); });
+        without_gil([&] { cross_entropy(rows, wanted.data(), factor, to, gradient); });
       },
       arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("losses").noconvert(),
       arg("gradient"), "losses = log Σ exp(logits) - logits[target]");
@@ -122,16 +123,21 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  return {heads, kv_heads, dim, float(scale), size_t(window)};
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // a window of more sees all
+  return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
 }
 
-Sequences sequences_of(const Integers& starts, size_t n) {
-  require_aligned(starts);
-  const size_t count = size_t(starts.size());
-  require(starts.ndim() == 1 && count > 0 && starts.data()[0] == 0 &&
-              starts.data()[count - 1] == int64_t(n) && std::is_sorted(starts.data(), starts.data() + count),
+// Where sequences of n rows begin.
+std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
+  const std::vector<int64_t> starts = copied("starts", array, size_t(array.size()));
+  require(array.ndim() == 1 && !starts.empty() && starts.front() == 0 && starts.back() == int64_t(n) &&
+              std::is_sorted(starts.begin(), starts.end()),
           "starts must ascend from 0 to the number of rows");
-  return {starts.data(), count - 1};
+  return starts;
+}
+
+Sequences sequences_of(const std::vector<int64_t>& starts) {
+  return {starts.data(), starts.size() - 1};
 }
 
 void register_attention(py::module_& m) {
@@ -146,9 +152,9 @@ void register_attention(py::module_& m) {
         require_like("v", v, k);
         require_like("out", out, q);
         require_shape("lse", lse, queries.rows, heads);
-        const Sequences sequences = sequences_of(starts, queries.rows);
+        const auto begins = checked_starts(starts, queries.rows);
         const auto to = write(out), sums = write(lse);
-        without_gil([&] { attention(shape, sequences, queries, keys, values, to, sums); });
+        without_gil([&] { attention(shape, sequences_of(begins), queries, keys, values, to, sums); });
       },
       arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(), arg("starts").noconvert(),
       arg("heads"), arg("kv_heads"), arg("scale"), arg("window"), arg("out").noconvert(),
@@ -169,9 +175,10 @@ void register_attention(py::module_& m) {
         require_like("dq", dq, q);
         require_like("dk", dk, k);
         require_like("dv", dv, k);
-        const Sequences sequences = sequences_of(starts, saved.q.rows);
+        const auto begins = checked_starts(starts, saved.q.rows);
         const auto to_q = write(dq), to_k = write(dk), to_v = write(dv);
-        without_gil([&] { attention_backward(shape, sequences, gradient, saved, to_q, to_k, to_v); });
+        without_gil(
+            [&] { attention_backward(shape, sequences_of(begins), gradient, saved, to_q, to_k, to_v); });
       },
       arg("dout").noconvert(), arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(),
       arg("out").noconvert(), arg("lse").noconvert(), arg("starts").noconvert(), arg("heads"),
@@ -189,11 +196,11 @@ void register_attention(py::module_& m) {
         require_aligned(values);
         const AttentionShape shape = shape_of(q, size_t(keys.shape(2)), heads, kv_heads, scale, window);
         require_like("out", out, q);
-        require_range("slots", slots, queries.rows, 0, keys.shape(0));
-        require_range("lengths", lengths, queries.rows, 1, int64_t(keys.shape(1)) + 1);
+        const auto of = within("slots", slots, queries.rows, 0, keys.shape(0));
+        const auto seen = within("lengths", lengths, queries.rows, 1, int64_t(keys.shape(1)) + 1);
         const KeyValueCache cache{keys.data(), values.data(), size_t(keys.shape(1))};
         const auto to = write(out);
-        without_gil([&] { attention_cached(shape, queries, cache, slots.data(), lengths.data(), to); });
+        without_gil([&] { attention_cached(shape, queries, cache, of.data(), seen.data(), to); });
       },
       arg("q").noconvert(), arg("keys").noconvert(), arg("values").noconvert(), arg("slots").noconvert(),
       arg("lengths").noconvert(), arg("heads"), arg("kv_heads"), arg("scale"), arg("window"),

@@ -26,10 +26,11 @@ const char* name_of(Storage storage) {
 namespace {
 
 // "float" is the weight's own: float32, or float64 for float64 storage.
+constexpr const char* kComputes[] = {"float", "bfloat16", "int8"};
 Compute compute_of(const std::string& name) {
-  if (name == "float") return Compute::kFloat;
-  require(name == "bfloat16", "unknown compute type '" + name + "'");
-  return Compute::kBfloat16;
+  for (size_t i = 0; i < std::size(kComputes); ++i)
+    if (name == kComputes[i]) return static_cast<Compute>(i);
+  throw std::invalid_argument("unknown compute type '" + name + "'");
 }
 
 bool is_16_bit(Storage storage) {
@@ -80,7 +81,7 @@ std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std:
   require(is_blocks(storage) && storage != Storage::kNf4, name + " has no rows of blocks");
   const Matrix<const uint8_t> rows = read(blocks);
   const BlockFormatInfo& of = info(format_of(storage));
-  require(d_in % of.elements == 0 && rows.cols == d_in / of.elements * of.bytes,
+  require(rows.cols % of.bytes == 0 && d_in == rows.cols / of.bytes * of.elements,
           "the rows of blocks do not hold d_in values");
   return as_it_lies({storage, false, rows.data, rows.rows, d_in, rows.cols, compute_of(compute)}, blocks);
 }
@@ -94,7 +95,6 @@ std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<fl
                                      size_t d_in, const std::string& compute) {
   require_nf4(codes, d_out, d_in);
   require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
-  require_aligned(absmax);
   return as_it_lies({Storage::kNf4,
                      false,
                      codes.data(),
@@ -115,7 +115,6 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
   require_size("absmax_codes", absmax_codes, blocks);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
-  for (const Array<float>& array : {book, scales}) require_aligned(array);
   return as_it_lies({Storage::kNf4,
                      false,
                      codes.data(),
@@ -138,6 +137,7 @@ void unpack(const PackedWeight& w, Array<T> out) {
 
 template <class T>
 void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out) {
+  require_aligned(ids);
   require(sizeof(T) == 8 ? w.storage() == Storage::kFloat64 : w.storage() != Storage::kFloat64,
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
@@ -164,8 +164,7 @@ void register_weight(py::module_& m) {
                              [](const PackedWeight& w) { return py::make_tuple(w.d_out(), w.d_in()); })
       .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.storage()); })
       .def_property_readonly(
-          "compute",
-          [](const PackedWeight& w) { return w.compute() == Compute::kFloat ? "float" : "bfloat16"; })
+          "compute", [](const PackedWeight& w) { return kComputes[static_cast<size_t>(w.compute())]; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
       .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"))

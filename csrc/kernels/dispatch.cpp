@@ -33,7 +33,7 @@ const Choice* choices(size_t* count) {
 #if defined(NPLORA_X86_64)
       {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
       {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
-      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL and BF16"},
+      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
       {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},

@@ -208,14 +208,17 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
 
 // ---- float16, where the instruction set has no conversion ----
 
-// Shifting the 15 value bits under the float exponent and multiplying by 2^112 is exact, for subnormals too.
+// No step passes through a subnormal float, which a program may have asked its processor to take for 0.
 inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) {
     const uint32_t sign = uint32_t(from[i] & 0x8000u) << 16, value = uint32_t(from[i] & 0x7FFFu) << 13;
-    const float scaled = __builtin_bit_cast(float, value) * 0x1p112f;
-    const uint32_t finite = __builtin_bit_cast(uint32_t, scaled);
+    const uint32_t normal = value + (112u << 23);  // the exponent's bias, of 15, becomes 127
+    const uint32_t subnormal = __builtin_bit_cast(uint32_t, float(from[i] & 0x3FFu) * 0x1p-24f);
     const uint32_t special = value | 0x7F800000u;  // Inf and NaN keep their fraction
-    to[i] = __builtin_bit_cast(float, sign | ((from[i] & 0x7C00u) == 0x7C00u ? special : finite));
+    const uint32_t exponent = from[i] & 0x7C00u;
+    to[i] = __builtin_bit_cast(float, sign | (exponent == 0x7C00u ? special
+                                              : exponent == 0     ? subnormal
+                                                                  : normal));
   }
 }
 

@@ -1,11 +1,14 @@
-// AVX-512 with BF16 (Cooper Lake, Sapphire Rapids, Zen 4): pairs by vdpbf16ps, which reads and writes subnormals as zero.
+// AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4): pairs by vdpbf16ps, which reads and writes subnormals as zero;
+// bytes by vpdpbusd.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16
+#define NPLORA_SIMD_VNNI
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_strips.h"
 
 namespace nplora::kernels::avx512bf16 {
 inline constexpr size_t kTileRows = 12;
@@ -19,6 +22,7 @@ inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
+#include "kernels/int8-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

@@ -5,6 +5,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_strips.h"
 
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
@@ -18,6 +19,7 @@ inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
+#include "kernels/int8-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

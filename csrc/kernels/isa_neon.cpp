@@ -6,6 +6,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_strips.h"
 
 namespace nplora::kernels::neon {
 inline constexpr size_t kTileRows = 12;
@@ -19,6 +20,7 @@ inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
+#include "kernels/int8-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

@@ -7,6 +7,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
+#include "simd/vec_strips.h"
 
 namespace nplora::kernels::neonbf16 {
 inline constexpr size_t kTileRows = 12;
@@ -20,6 +21,7 @@ inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 
 #include "kernels/blocks-inl.h"
 #include "kernels/exp-inl.h"
+#include "kernels/int8-inl.h"
 
 #include "kernels/attention-inl.h"
 #include "kernels/transformer-inl.h"

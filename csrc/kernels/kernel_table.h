@@ -244,6 +244,25 @@ struct BlockDots {
                    size_t x_stride, float* part);
 };
 
+// Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each strip and sums = scale * Σ codes. The arrays
+// are (m, cols), (m, cols / kStrip) and (m, cols / kStrip).
+struct Int8Rows {
+  const int8_t* codes;
+  const float *scales, *sums;
+};
+
+// The products of small batches with low-bit blocks in integers.
+struct Int8Products {
+  // One row of n elements, n a multiple of kStrip: scale = max |x| / 127, codes = x / scale to the nearest. A strip that is below
+  // 2^-119 everywhere counts as zero, and one that holds NaN or infinity as NaN.
+  void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums);
+
+  // y (m, rows) = x (m, cols) times rows of blocks.   cols is a multiple of the block's elements. In the order of BlockFormat, kNf4
+  // excepted.
+  void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
+                                                       size_t row_bytes, const Int8Rows& x, float* y);
+};
+
 // What a language model computes beside its products. Where an output may be an input, element i of one is written after element i
 // of the other was read.
 struct Transformer {
@@ -316,6 +335,7 @@ struct KernelTable {
   Conversions convert;
   BlockDecoders blocks;
   BlockDots block_dots;
+  Int8Products int8;
   Transformer transformer;
 
   template <class T>

@@ -31,6 +31,12 @@ constexpr BlockDots make_block_dots() {
           dot_nf4};
 }
 
+constexpr Int8Products make_int8() {
+  return {quantize_row,
+          {int8_dots<BlockQ4_0>, int8_dots<BlockQ4_1>, int8_dots<BlockQ5_0>, int8_dots<BlockQ5_1>,
+           int8_dots<BlockQ8_0>, int8_dots<BlockQ4_K>, int8_dots<BlockQ5_K>, int8_dots<BlockQ6_K>}};
+}
+
 constexpr Transformer make_transformer() {
   return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward,
           largest,  exp_sum,           scaled,        dot,          transpose,
@@ -50,6 +56,7 @@ constexpr KernelTable make_table(const char* isa) {
            pair_rows, pair_bits},
           make_block_decoders(),
           make_block_dots(),
+          make_int8(),
           make_transformer()};
 }
 

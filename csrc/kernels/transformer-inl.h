@@ -27,7 +27,8 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   for_vectors(n, [&](size_t i, auto span) {
     products = fma(span.load(dy + i) * span.load(weight + i), span.load(x + i), products);
   });
-  const V factor = V::broadcast(r), slope = V::broadcast(-r * r * r * (sum_of_lanes(products) / float(n)));
+  const V factor = V::broadcast(r),
+          slope = V::broadcast(-r * (r * (r * (sum_of_lanes(products) / float(n)))));
   for_vectors(n, [&](size_t i, auto span) {
     const V along = span.load(x + i) * slope;
     const V d = fma(span.load(dy + i) * span.load(weight + i), factor, along);

@@ -1,10 +1,12 @@
 #include "ops/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "base/parallel.h"
 #include "ops/attention_tile.h"
+#include "ops/blocking.h"
 
 namespace nplora {
 
@@ -12,7 +14,7 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// A task's tiles: more would leave threads without work at the end of short sequences.
+// The most tiles of a task: more would leave threads without work at the end of short sequences.
 constexpr size_t kTilesPerTask = 4;
 
 // Fewer lanes leave vectors idle.
@@ -89,9 +91,11 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
   std::vector<TileTask> tasks;
   double operations = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
-    const size_t lanes = runs[i].count * shape.group(), per_task = kTilesPerTask * kTileLanes;
-    operations += 4.0 * double(runs[i].count) * double(runs[i].first_place + runs[i].count) *
-                  double(shape.heads * shape.head_dim);
+    const size_t lanes = runs[i].count * shape.group();
+    const double per_lane = 4.0 * double(runs[i].first_place + runs[i].count) * double(shape.head_dim);
+    const double tiles = std::clamp(kTaskFlops / (per_lane * kTileLanes), 1.0, double(kTilesPerTask));
+    const size_t per_task = size_t(tiles) * kTileLanes;
+    operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
       for (size_t end = lanes; end > 0;) {  // the last queries see most: they go first
         const size_t first = (end - 1) / per_task * per_task;

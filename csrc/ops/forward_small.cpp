@@ -35,7 +35,9 @@ class SmallForward {
         rank_(part.low.rank()) {}
 
   void run(size_t threads) {
-    xs_ = interleaved<X>(x_, Scratch::kLanes);
+    if constexpr (std::is_same_v<W, float>)
+      if (dots_int8(part_.w)) codes_ = quantized();
+    if (!codes_.codes || rank_) xs_ = interleaved<X>(x_, Scratch::kLanes);
     if (rank_) project();
     const Grid grid({1, 1, 1}, {part_.w.d_out, kRowBlock, kStreamedRows},
                     flops(x_.rows, part_.w.d_out, part_.w.d_in), threads);
@@ -58,6 +60,18 @@ class SmallForward {
       for (size_t t = 0; t < n; ++t) std::copy_n(scaled + t * rank_, rank_, part_.z.row(t));
     for (size_t i = 0; i < n * rank_; ++i) scaled[i] *= T(part_.low.scale);
     zs_ = interleaved<T>({scaled, n, rank_, rank_}, Scratch::kDropped);
+  }
+
+  // x in int8.
+  kernels::Int8Rows quantized() const {
+    const size_t strips = x_.cols / kStrip;
+    auto* codes = scratch<int8_t>(Scratch::kCodes, x_.rows * x_.cols);
+    float* scales = scratch<float>(Scratch::kCodeScales, 2 * x_.rows * strips);
+    float* sums = scales + x_.rows * strips;
+    for (size_t t = 0; t < x_.rows; ++t)
+      kernels::table().int8.quantize(x_.cols, x_.row(t), codes + t * x_.cols, scales + t * strips,
+                                     sums + t * strips);
+    return {codes, scales, sums};
   }
 
   // m by token and phase, in elements E. Pairs are moved as floats are.
@@ -87,7 +101,7 @@ class SmallForward {
                  part_.y.stride);
   }
 
-  // The same, of blocks that are decoded in registers.
+  // The same, of blocks that are decoded in registers, or met in int8.
   void multiply_blocks(Range rows) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -97,8 +111,12 @@ class SmallForward {
       add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, false);
       k_.sum_parts(n, phases_, rows.count, part, bias, part_.y.data + rows.first, part_.y.stride);
     }
-    dots_of_blocks(part_.w, rows, x_, part);
-    k_.sum_parts(1, lanes_, n * rows.count, part, nullptr, sums, 0);
+    if (codes_.codes) {
+      int8_dots_of_blocks(part_.w, rows, n, codes_, sums);
+    } else {
+      dots_of_blocks(part_.w, rows, x_, part);
+      k_.sum_parts(1, lanes_, n * rows.count, part, nullptr, sums, 0);
+    }
     for (size_t t = 0; t < n; ++t, sums += rows.count) {
       T* y = part_.y.row(t) + rows.first;
       for (size_t r = 0; r < rows.count; ++r) y[r] = (rank_ ? y[r] : bias ? bias[r] : 0) + sums[r];
@@ -142,8 +160,9 @@ class SmallForward {
   const Matrix<const T> x_;
   const Products<T>& k_;
   const size_t lanes_, phases_, rank_;
-  const X* xs_ = nullptr;  // x, by token and phase
-  const T* zs_ = nullptr;  // scale * z, likewise
+  const X* xs_ = nullptr;      // x, by token and phase
+  const T* zs_ = nullptr;      // scale * z, likewise
+  kernels::Int8Rows codes_{};  // x in int8, where W meets it so
 };
 
 }  // namespace

@@ -30,7 +30,7 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
 
 // Whether a product of so many rows runs in pairs of bfloat16.
 inline bool computes_pairs(const WeightView& w, size_t tokens) {
-  return w.compute == Compute::kBfloat16 && tokens > kFloatBatch;
+  return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
 enum class Update {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/grid.h"
+#include "ops/code_grid.h"
 #include "ops/half.h"
 #include "ops/quantize.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kElements = 32;
 
-Grid rounded(Grid grid) {
+CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
@@ -21,11 +21,11 @@ Grid rounded(Grid grid) {
 struct Best {
   const float* x;
   Codes codes;
-  Grid grid;
+  CodeGrid grid;
   float error = squared_error<kElements>(x, grid, codes);
 
-  void show(Grid other) {
-    const Grid stored = rounded(other);
+  void show(CodeGrid other) {
+    const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
     if (e < error) {  // false where d became infinite: e is not a number then
       error = e;
@@ -35,27 +35,27 @@ struct Best {
 };
 
 // d q, q = -n ... n - 1
-Grid best_scale(const float* x, float n) {
+CodeGrid best_scale(const float* x, float n) {
   const Codes codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
   Best best{x, codes, rounded({extreme / -n})};
   for (int i = 0; i < kTries; ++i)
     for (float side : {-1.0f, 1.0f}) {
-      const Grid start{side * extreme / (n + codes_of_try(i))};
+      const CodeGrid start{side * extreme / (n + codes_of_try(i))};
       best.show(fitted_scale(moments<kElements>(x, start, codes), start));
     }
   return best.grid;
 }
 
 // d q + m, q = 0 ... last
-Grid best_affine(const float* x, float last) {
+CodeGrid best_affine(const float* x, float last) {
   const Codes codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float range = *high - *low;
   Best best{x, codes, rounded({range / last, *low})};
   for (int i = 0; i < kTries; ++i) {
-    const Grid start{range / (last + codes_of_try(i)), *low};
+    const CodeGrid start{range / (last + codes_of_try(i)), *low};
     best.show(fitted(moments<kElements>(x, start, codes), start));
   }
   return best.grid;
@@ -63,7 +63,7 @@ Grid best_affine(const float* x, float last) {
 
 // Writes the codes less `first`, from 0 up: low four bits in nibbles, bit 4 in `high` where there is one.
 template <class Block>
-void store_codes(const float* x, Grid grid, Codes codes, Block& out) {
+void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
   const Encoder code(grid, codes);
   uint8_t q[kElements];
   for (size_t i = 0; i < kElements; ++i) q[i] = static_cast<uint8_t>(code(x[i]) - codes.first);
@@ -81,7 +81,7 @@ void store_codes(const float* x, Grid grid, Codes codes, Block& out) {
 template <class Block>
 void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {
-    const Grid grid = best_scale(x, n);
+    const CodeGrid grid = best_scale(x, n);
     out->d = to_half(grid.d);
     store_codes(x, grid, {-n, n - 1}, *out);
   }
@@ -90,7 +90,7 @@ void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
 template <class Block>
 void quantize_affine(size_t blocks, const float* x, Block* out, float last) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {
-    const Grid grid = best_affine(x, last);
+    const CodeGrid grid = best_affine(x, last);
     out->d = to_half(grid.d);
     out->m = to_half(grid.m);
     store_codes(x, grid, {0, last}, *out);

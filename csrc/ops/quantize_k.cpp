@@ -4,7 +4,7 @@
 #include <cmath>
 #include <initializer_list>
 
-#include "ops/grid.h"
+#include "ops/code_grid.h"
 #include "ops/half.h"
 #include "ops/quantize.h"
 
@@ -35,20 +35,20 @@ struct AffineBlock {
   float scale[kSubs] = {}, minimum[kSubs] = {};
   double error = 0;
 
-  Grid grid(size_t j) const { return {d * scale[j], -(dmin * minimum[j])}; }
+  CodeGrid grid(size_t j) const { return {d * scale[j], -(dmin * minimum[j])}; }
 };
 
 // The best of some grids with m <= 0 for one sub-block, of any numbers.
-Grid fit_sub_block(const float* x, Codes codes) {
+CodeGrid fit_sub_block(const float* x, Codes codes) {
   constexpr size_t n = AffineBlock::kSize;
   const auto [least, most] = std::minmax_element(x, x + n);
   const float low = std::min(*least, 0.0f), range = *most - low;
-  Grid best{range / codes.last, low};
+  CodeGrid best{range / codes.last, low};
   float error = squared_error<n>(x, best, codes);
   for (int i = 0; i < kTries; ++i) {
-    const Grid start{range / (codes.last + codes_of_try(i)), low};
+    const CodeGrid start{range / (codes.last + codes_of_try(i)), low};
     const Moments s = moments<n>(x, start, codes);
-    Grid grid = fitted(s, start);
+    CodeGrid grid = fitted(s, start);
     if (grid.m > 0) grid = fitted_scale(s, start);
     const float e = squared_error<n>(x, grid, codes);
     if (e < error) {
@@ -98,7 +98,7 @@ bool refit(const float* x, Codes codes, AffineBlock& b) {
 
 AffineBlock best_affine(const float* x, Codes codes) {
   AffineBlock best;
-  Grid fits[AffineBlock::kSubs];
+  CodeGrid fits[AffineBlock::kSubs];
   float largest_d = 0, largest_m = 0;
   for (size_t j = 0; j < best.kSubs; ++j) {
     fits[j] = fit_sub_block(x + j * best.kSize, codes);

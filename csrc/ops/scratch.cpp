@@ -1,17 +1,32 @@
 #include "ops/scratch.h"
 
-#include "base/aligned_buffer.h"
+#include <utility>
 
 namespace nplora {
 
+namespace {
+
+constexpr size_t kUses = static_cast<size_t>(Scratch::kCount);
+
+thread_local AlignedBuffer own[kUses];
+thread_local AlignedBuffer* current = nullptr;  // those of the innermost frame
+
+}  // namespace
+
 void* scratch_bytes(Scratch use, size_t bytes) {
-  static thread_local AlignedBuffer buffers[static_cast<size_t>(Scratch::kCount)];
-  AlignedBuffer& buffer = buffers[static_cast<size_t>(use)];
+  AlignedBuffer& buffer = (current ? current : own)[static_cast<size_t>(use)];
   if (buffer.size() < bytes) {
     buffer = AlignedBuffer();  // free first: the two need not live together
     buffer = AlignedBuffer(bytes);
   }
   return buffer.as<void>();
+}
+
+ScratchFrame::ScratchFrame()
+    : buffers_(std::make_unique<AlignedBuffer[]>(kUses)), outer_(std::exchange(current, buffers_.get())) {}
+
+ScratchFrame::~ScratchFrame() {
+  current = outer_;
 }
 
 }  // namespace nplora

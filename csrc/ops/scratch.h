@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
+
+#include "base/aligned_buffer.h"
 
 namespace nplora {
 
@@ -21,6 +24,8 @@ enum class Scratch {
   kDropped,       // rows of x after dropout: L d_in
   kDroppedLanes,  // and those transposed: L d_in
   kPairing,       // 48 L, or 8 d_in
+  kCodes,         // a small batch of x in int8: 8 d_in
+  kCodeScales,    // and the scales and sums of its strips: 16 d_in / 32
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
   kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount
@@ -29,6 +34,19 @@ enum class Scratch {
 // n elements of this thread's memory for one use, with undefined contents. It is kept for the next task and only grows:
 // nothing is allocated after the first call of a shape.
 void* scratch_bytes(Scratch use, size_t bytes);
+
+// While one lives, this thread has other buffers: for calls from inside a task, as a signal handler makes them.
+class ScratchFrame {
+ public:
+  ScratchFrame();
+  ~ScratchFrame();
+  ScratchFrame(const ScratchFrame&) = delete;
+  ScratchFrame& operator=(const ScratchFrame&) = delete;
+
+ private:
+  std::unique_ptr<AlignedBuffer[]> buffers_;
+  AlignedBuffer* outer_;
+};
 
 template <class T>
 T* scratch(Scratch use, size_t n) {

@@ -279,6 +279,12 @@ void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, floa
       x.data, x.stride, part);
 }
 
+void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y) {
+  kernels::table().int8.dots[static_cast<size_t>(format_of(w.storage))](
+      m, rows.count, w.d_in, static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride, x,
+      y);
+}
+
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
     : buffer_(w.rows * w.cols * bytes_per_element(storage)),

@@ -14,9 +14,9 @@
 
 namespace nplora {
 
-// What the products of a weight are computed in: its own float type, or (batches above kFloatBatch rows) pairs of bfloat16
-// summed in float.
-enum class Compute { kFloat, kBfloat16 };
+// What the products of a weight are computed in: its own float type; or (batches above kFloatBatch rows) pairs of bfloat16
+// summed in float; or, small batches of a forward pass, int8 with GGUF's blocks, and all else as kBfloat16.
+enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W as the products read it. Packed: panels of kPanelColumns columns, rows contiguous inside a panel, the last panel as
 // narrow as it is (unpadded). Else row-major, or rows of blocks, or NF4, whose blocks know no rows.
@@ -81,8 +81,16 @@ ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, ker
 // Whether dots_of_blocks takes W: blocks of which each row is a whole number.
 bool dots_blocks(const WeightView& w);
 
+// Whether small batches meet W in int8.
+inline bool dots_int8(const WeightView& w) {
+  return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
+}
+
 // part (m, rows, lanes / 2) = x W[rows] by phase, as BlockDots computes it.
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part);
+
+// y (m, rows) = x W[rows] for x in int8.
+void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y);
 
 class PackedWeight {
  public:

@@ -48,7 +48,7 @@ Cpu detect() {
   const bool f = bit(leaf7.ebx, 16), dq = bit(leaf7.ebx, 17), bw = bit(leaf7.ebx, 30),
              vl = bit(leaf7.ebx, 31);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
-  found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5);
+  found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5) && bit(leaf7.ecx, 11);  // BF16, VNNI
   return found;
 }
 

@@ -4,9 +4,9 @@
 namespace nplora::simd {
 
 struct Cpu {
-  bool avx2 = false;    // with FMA3 and F16C
-  bool avx512 = false;  // F, BW, DQ, VL
-  bool avx512bf16 = false;
+  bool avx2 = false;        // with FMA3 and F16C
+  bool avx512 = false;      // F, BW, DQ, VL
+  bool avx512bf16 = false;  // with VNNI
   bool neon = false;
   bool neonbf16 = false;
 };

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nplora.adapters import load_adapter, save_adapter
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
-    from nplora.finetuning import finetune
+    from nplora.finetuning import finetune, plan
     from nplora.merge_files import merge_adapter
     from nplora.model_conversion import model_to_gguf
     from nplora.models import LanguageModel, load_model
@@ -57,6 +57,7 @@ _LATE = {
     "load_model": "nplora.models",
     "merge_adapter": "nplora.merge_files",
     "model_to_gguf": "nplora.model_conversion",
+    "plan": "nplora.finetuning",
     "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
 }
@@ -110,6 +111,7 @@ __all__ = [
     "merge_lora",
     "model_to_gguf",
     "optim",
+    "plan",
     "read_adapter",
     "release_memory",
     "save_adapter",

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -18,8 +19,13 @@ T = TypeVar("T")
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
 _ADAPTER = "the adapter: a directory in PEFT's format"
-_COMPUTES = ("float32", "bfloat16")
-_COMPUTE = "arithmetic of the frozen products (default: float32)"
+_COMPUTES = ("float32", "bfloat16", "int8")
+_BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+_MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
+_CONVERTED = tuple(name for name in _MERGED if name != "float64")
+_COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few tokens (default: float32)"
+# What is wrong with an argument or a file, unlike a full disk or a loss that is not finite.
+_NO_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class _UsageError(ValueError):
@@ -37,17 +43,19 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.what == "digits":
         from nplora.demo import digits
 
-        digits.run(arguments.output, arguments.rank or 4, arguments.seed)
+        digits.run(arguments.output, 4 if arguments.rank is None else arguments.rank, arguments.seed)
     else:
         from nplora.demo import dictionary
 
-        dictionary.run(arguments.output, arguments.rank or 8, arguments.seed)
+        dictionary.run(arguments.output, 8 if arguments.rank is None else arguments.rank, arguments.seed)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
     options = _chosen(arguments, finetuning.FinetuneOptions)
+    if "targets" in options:
+        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
     _checked(finetuning.FinetuneOptions, options)
     report = finetuning.finetune(
         arguments.model, arguments.data, arguments.output, valid=arguments.valid, progress=True, **options
@@ -55,6 +63,14 @@ def _finetune(arguments: argparse.Namespace) -> None:
     print(report)
     if report.history.interrupted:
         raise KeyboardInterrupt
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+
+    options = _chosen(arguments, finetuning.FinetuneOptions)
+    _checked(finetuning.FinetuneOptions, options)
+    print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -79,6 +95,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.generate import Sampling, stream
 
+    if arguments.system is not None and not arguments.chat:
+        raise _UsageError("--system is a message of a chat, which needs --chat")
     sampling = _checked(Sampling, _chosen(arguments, Sampling))
     lm = finetuning.load_with_adapter(arguments.model, arguments.adapter, arguments.compute)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
@@ -109,8 +127,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     from nplora import convert, model_conversion
 
     if model_conversion.is_model(arguments.source):
-        print(model_conversion.model_to_gguf(arguments.source, arguments.target, arguments.dtype))
+        if arguments.base is not None:
+            raise _UsageError("--base is the model of an adapter, SOURCE is a model")
+        dtype = arguments.dtype or "same"
+        print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype))
     else:
+        if arguments.dtype is not None:
+            raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
         print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
 
 
@@ -196,6 +219,11 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     finetune.add_argument(
         "--output", metavar="DIR", required=True, help="gets the adapter, the checkpoints and log.jsonl"
     )
+    text = "Predict the memory and the time of finetune; with --memory, find how it fits. Nothing is trained."
+    plan = command("plan", text, _plan)
+    plan.add_argument("model", metavar="MODEL", help=_MODEL)
+    plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
+    plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
@@ -215,11 +243,17 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     generate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
-    if command_name in (None, "finetune", "generate"):  # the modules that know the options take time to load
+    if command_name in (
+        None,
+        "finetune",
+        "plan",
+        "generate",
+    ):  # the modules that know the options take time to load
         from nplora.finetuning import FinetuneOptions
         from nplora.generate import Sampling
 
         _add_options(finetune, FinetuneOptions)
+        _add_options(plan, FinetuneOptions)
         _add_options(generate, Sampling)
     text = (
         "Fine-tune a small language model on The Devil's Dictionary; or (digits) adapt a network that reads "
@@ -263,9 +297,8 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="TARGET", help="what is written: a .gguf file, or a directory")
     convert.add_argument(
         "--dtype",
-        default="same",
-        help="of a model's matrices: same, float32, float16, bfloat16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, "
-        "q5_k or q6_k (default: same)",
+        choices=_CONVERTED,
+        help="of a model's matrices (default: same)",
     )
     convert.add_argument(
         "--base",
@@ -295,9 +328,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")
     merge.add_argument(
         "--dtype",
+        choices=_MERGED,
         default="same",
-        help="the merged weights' storage: same, float32, bfloat16, float16; in GGUF also q8_0, q4_k, ... "
-        "(default: same)",
+        help="the merged weights' storage, of which safetensors has the floats (default: same)",
     )
     return parser
 
@@ -305,12 +338,15 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0: done. 1: it failed, and one line on stderr tells why. 2: the arguments are wrong. 130: Ctrl-C.
+    0: done. 1: it failed. 2: an argument is wrong, or a file that it names, or nothing fits into --memory.
+    130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser(given[0] if given else "").parse_args(given)
     try:
-        parsed.run_command(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            parsed.run_command(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -320,7 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
         return 2
-    except (OSError, ValueError, ArithmeticError, ImportError) as error:
-        print(f"nplora: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
+        text = str(error) or "out of memory"
+        print(f"nplora: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, *_NO_FILE)) else 1
     return 0
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"nplora: warning: {' '.join(str(message).split())}", file=sys.stderr)

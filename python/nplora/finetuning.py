@@ -5,12 +5,12 @@ The model knows no trainer and the trainer no model; they meet here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,20 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import RunDirectory
-from nplora.data import DataReport, Dataset, TokenBatches, find_splits, read_dataset
+from nplora.data import LEARN, DataReport, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.formats import peft_adapter
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, brief, nearest_names
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import PREFIX
+from nplora.formats.peft_adapter import PeftAdapter
+from nplora.formats.peft_config import MAX_RANK
 from nplora.generate import Sampling, generate
-from nplora.models import LanguageModel, load_model
+from nplora.layers import Embedding, Linear, LoRALinear
+from nplora.models import KeptPrefix, LanguageModel, load_model
+from nplora.models.adapting import chosen_blocks
 from nplora.module import Module, quiet
 from nplora.optim import SCHEDULES, AdamW
 from nplora.packing import PackedBatch
+from nplora.planning import Adapters, Candidate, Plan, Wishes, Work, choose, parse_bytes, peak_memory
 from nplora.trainer import Callback, EpochRecord, FusedLoss, History, Run, StepRecord, Trainer
 from nplora.weights import COMPUTES
 
@@ -39,7 +43,10 @@ Array = npt.NDArray[Any]
 _OP = "finetune"
 _DEFAULT_EXAMPLES = 8
 _EVALUATION_TOKENS = 1024
-_FACTORS = (".lora_A.weight", ".lora_embedding_A")
+_LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
+_MOST_SUGGESTIONS = 10  # layers of an adapter, unknown to the model, for which the nearest ones are looked up
+KEEP_PREFIX = ("off", "memory", "disk")
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -57,12 +64,19 @@ class FinetuneOptions:
     rank: int = _option(8, "of the factors")
     alpha: float = _option(16.0, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _option(
-        ("all-linear",), "layers with an adapter: all-linear, q_proj, ... (may be given several times)"
+        ("all-linear",),
+        "layers with an adapter: all-linear, or q_proj,v_proj,... (may be given several times)",
     )
     layers: str | None = _option(None, "blocks with an adapter: last:N or first:N; all without it")
     dropout: float = _option(0.0, "share of an adapter's inputs that a step leaves out")
     use_rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = _option(False, "train the magnitudes of the weights' rows too (DoRA)")
+    init: str = _option(
+        "zero",
+        "how the factors start: zero (as the model), gaussian (both random), or pissa, olora: from the "
+        "principal part of each weight, which must be of floats",
+        choices=LoRALinear.inits,
+    )
     lr: float = _option(2e-4, "learning rate at its highest")
     schedule: str = _option("cosine", "what becomes of the learning rate", choices=tuple(SCHEDULES))
     warmup: int = _option(0, "steps over which the learning rate rises")
@@ -77,13 +91,26 @@ class FinetuneOptions:
     learn: str = _option(
         "completion",
         "what is learned: completions and assistants' turns, or all tokens",
-        choices=("completion", "all"),
+        choices=LEARN,
     )
     skip_bad: bool = _option(False, "pass over bad lines of the data, and count them")
     strict: bool = _option(False, "take an example that is too long for an error")
-    compute: str = _option("float32", "arithmetic of the frozen products", choices=tuple(COMPUTES))
+    compute: str | None = _option(
+        None,
+        "arithmetic of the frozen products (float32, unless memory is too small for it)",
+        choices=tuple(COMPUTES),
+    )
     checkpoint_blocks: bool = _option(
         False, "keep less for backward and compute it again: slower, less memory"
+    )
+    memory: str | int | None = _option(
+        None, "the most memory of the process in all, as 600M or 1.5G: the way of computing that fits is used"
+    )
+    keep_prefix: str = _option(
+        "off",
+        "keep what the frozen blocks below the lowest adapter make of each example, for later epochs: "
+        "4 bytes x hidden size a token, in memory, or on disk in the output directory while the run lasts",
+        choices=KEEP_PREFIX,
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _option(100, "steps between checkpoints")
@@ -101,14 +128,26 @@ class FinetuneOptions:
         for name in ("epochs", "steps", "batch_tokens", "batch_examples"):
             if getattr(self, name) is not None:
                 _check.integer(_OP, name, getattr(self, name), least=1)
-        for name, least in (("rank", 1), ("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
+        _check.integer(_OP, "rank", self.rank, least=1, most=MAX_RANK)
+        for name, least in (("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)
-        for name, words in (("schedule", SCHEDULES), ("compute", COMPUTES), ("learn", ("completion", "all"))):
+        for name, words in (
+            ("schedule", SCHEDULES), ("learn", LEARN), ("init", LoRALinear.inits),
+            ("keep_prefix", KEEP_PREFIX),
+        ):  # fmt: skip
             _check.choice(_OP, name, getattr(self, name), words)
+        if self.compute is not None:
+            _check.choice(_OP, "compute", self.compute, COMPUTES)
+        if self.memory is not None:
+            parse_bytes(self.memory)
         for name in ("lr", "alpha", "max_grad_norm"):
             if _check.number(_OP, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
+        _check.probability(_OP, "dropout", self.dropout)
+        _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
+        if isinstance(self.layers, str):
+            chosen_blocks(self.layers, 1)
 
 
 @dataclass(frozen=True)
@@ -187,20 +226,24 @@ def finetune(
             train.jsonl and, if it is to be evaluated, valid.jsonl.
         valid: the file to evaluate on, before and after every epoch.
         progress: print what happens to stderr; None: if that is a terminal.
-        options: as `FinetuneOptions` has them.
+        options: as `FinetuneOptions` has them; `compute` only for a model that is loaded here.
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
-    chosen = FinetuneOptions(**options)
+    chosen, pieces = _resumed(FinetuneOptions(**options), output, isinstance(model, LanguageModel))
     say = _speaker(progress)
-    train_path, found = find_splits(data)
-    valid_path = found if valid is None else Path(valid)
-    lm = load_model(model, chosen.compute) if not isinstance(model, LanguageModel) else model
-    train = _read(lm, train_path, chosen)
-    held_out = None if valid_path is None else _read(lm, valid_path, chosen)
+    lm, train, held_out = _opened_all(_OP, model, data, valid, chosen)
+    way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
+    if chosen.memory is not None:
+        planned = _planned(lm, train, held_out, chosen, pieces)
+        say(str(planned))
+        way = planned.chosen
+    if way.compute != lm.compute and not isinstance(model, LanguageModel):
+        del lm  # before the file is mapped again
+        lm = load_model(model, way.compute)
     for dataset in (train, held_out):
         if dataset is not None:
             say(str(dataset.report))
@@ -208,38 +251,44 @@ def finetune(
     checks = (
         None if held_out is None else TokenBatches(held_out, batch_tokens=_EVALUATION_TOKENS, shuffle=False)
     )
-    lm.add_lora(
-        chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
-        chosen.use_dora, chosen.seed,
-    )  # fmt: skip
-    lm.model.checkpoint_blocks = chosen.checkpoint_blocks
-    _require_free(output, chosen)
-    before = None if checks is None else evaluate_batches(lm, checks)["loss"]
-    if before is not None:
-        say(f"validation loss {before:.4f} before training")
-    answers = _answers(lm, chosen.sample)
-    trainer = Trainer(
-        lm,
-        TokenLoss(),
-        AdamW(chosen.lr, weight_decay=chosen.weight_decay),
-        schedule=chosen.schedule,
-        warmup_steps=chosen.warmup,
-        accumulate=chosen.accumulate,
-        clip_norm=chosen.max_grad_norm,
-        seed=chosen.seed,
-        callbacks=[TokenProgress()] if _speaks(progress) else [],
-        progress=False,
-    )
-    history = trainer.fit(
-        batches,
-        epochs=chosen.epochs,
-        steps=chosen.steps,
-        validation=checks,
-        checkpoint_dir=output,
-        checkpoint_every=chosen.save_every,
-        resume=chosen.resume,
-        overwrite=chosen.overwrite,
-    )
+    with _as_it_was(lm):
+        lm.add_lora(
+            chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
+            chosen.use_dora, chosen.seed, chosen.init,
+        )  # fmt: skip
+        if chosen.keep_prefix != "off" and not lm.model.first_adapted():
+            raise ValueError(
+                f"{_OP}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
+            )
+        _require_free(output, chosen)
+    lm.model.checkpoint_blocks = way.checkpoint_blocks
+    with _kept_prefix(lm, [train] if held_out is None else [train, held_out], output, chosen.keep_prefix):
+        before = None if checks is None else evaluate_batches(lm, checks)["loss"]
+        if before is not None:
+            say(f"validation loss {before:.4f} before training")
+        answers = _answers(lm, chosen.sample)
+        trainer = Trainer(
+            lm,
+            TokenLoss(way.micro_tokens),
+            AdamW(chosen.lr, weight_decay=chosen.weight_decay),
+            schedule=chosen.schedule,
+            warmup_steps=chosen.warmup,
+            accumulate=chosen.accumulate,
+            clip_norm=chosen.max_grad_norm,
+            seed=chosen.seed,
+            callbacks=[TokenProgress()] if _speaks(progress) else [],
+            progress=False,
+        )
+        history = trainer.fit(
+            batches,
+            epochs=chosen.epochs,
+            steps=chosen.steps,
+            validation=checks,
+            checkpoint_dir=output,
+            checkpoint_every=chosen.save_every,
+            resume=chosen.resume,
+            overwrite=chosen.overwrite,
+        )
     save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
     after = [""] * len(answers) if history.interrupted else _answers(lm, chosen.sample)
@@ -256,12 +305,30 @@ def finetune(
     )
 
 
+def plan(
+    model: StrPath | LanguageModel, data: StrPath, *, valid: StrPath | None = None, **options: Any
+) -> Plan:
+    """What `finetune` would take with the same arguments, in memory and time; nothing is trained or written.
+
+    With `memory`, how `finetune` would compute its steps so that the process stays below it.
+
+    Returns:
+        the way of computing, bytes and seconds; `str` of it is what the command prints.
+    Raises:
+        BudgetError: nothing fits into `memory`; the message says what is needed, and what would fit.
+        Others as `finetune`.
+    """
+    chosen = FinetuneOptions(**options)
+    lm, train, held_out = _opened_all("plan", model, data, valid, chosen)
+    return _planned(lm, train, held_out, chosen)
+
+
 def evaluate(
     model: StrPath | LanguageModel,
     data: StrPath,
     *,
     adapter: StrPath | None = None,
-    compute: str = "float32",
+    compute: str | None = None,
     max_length: int | None = None,
     learn: str = "completion",
     skip_bad: bool = False,
@@ -272,20 +339,22 @@ def evaluate(
         data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
         adapter: a PEFT adapter directory that is put on the model.
         max_length: longer examples are cut; None: to the model's context.
-        compute, learn, skip_bad: as in `FinetuneOptions`.
+        compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
+        learn, skip_bad: as in `FinetuneOptions`.
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
-    lm = model if isinstance(model, LanguageModel) else load_model(model, compute)
+    lm = _opened("evaluate", model, compute)
     if adapter is not None:
         attach_adapter(lm, adapter)
     dataset = read_dataset(
         valid_path or train_path,
         lm.tokenizer,
-        max_length=max_length or lm.config.max_position_embeddings,
+        max_length=lm.config.max_position_embeddings if max_length is None else max_length,
         learn=learn,
         skip_bad=skip_bad,
     )
+    _require_vocabulary(lm, dataset)
     return evaluate_batches(lm, TokenBatches(dataset, batch_tokens=_EVALUATION_TOKENS, shuffle=False))
 
 
@@ -312,39 +381,89 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
     """Put the adapter of a PEFT directory on a model that has none: on the layers that are in the file.
 
     Raises:
-        FormatError: it does not fit the model. Others as `load_adapter`.
+        FormatError: it does not fit the model, which stays as it was. Others as `load_adapter`.
+        ValueError: the model has an adapter.
     """
+    if lm.adapter_layers():
+        raise ValueError(f"{_OP}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
     with peft_adapter.reading(directory) as adapter:
-        config = adapter.config
-        names = sorted(
-            {
-                name.removeprefix(PREFIX).removesuffix(suffix)
-                for name in adapter.tensors
-                for suffix in _FACTORS
-                if name.endswith(suffix)
-            }
-        )
-    if not names:
-        raise FormatError(f"{os.fspath(directory)}: the adapter has no layers")
+        names, use_dora = _fitting(lm, adapter), adapter.config.use_dora
+    with _as_it_was(lm):
+        lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
+        load_adapter(lm, directory)
+
+
+@contextlib.contextmanager
+def _as_it_was(lm: LanguageModel) -> Iterator[None]:
+    """Take the adapters that the body adds off again where it fails."""
+    modules = dict(lm.named_modules())
     try:
-        lm.add_lora(config.r, float(config.lora_alpha), names, use_dora=config.use_dora)
-    except ValueError as error:
-        raise FormatError(f"{os.fspath(directory)}: the adapter does not fit the model: {error}") from error
-    load_adapter(lm, directory)
+        yield
+    except BaseException:
+        for name in lm.adapter_layers():
+            parent, _, attribute = name.rpartition(".")
+            setattr(modules[parent], attribute, modules[name])
+        raise
+
+
+def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
+    """The layers of an adapter, each of which the model has, and with factors of its shape."""
+    layers = {name: m for name, m in lm.named_modules() if isinstance(m, Linear | Embedding)}
+    problems: list[str] = []
+    factors = adapter.factors(problems)
+    for name, halves in factors.items():
+        layer = layers.get(name)
+        if layer is None:
+            near = (
+                ", ".join(map(repr, nearest_names(name, layers))) if len(problems) < _MOST_SUGGESTIONS else ""
+            )
+            problems.append(
+                f"layer {brief(name)} is not in the model{near and f', the nearest names: {near}'}"
+            )
+            continue
+        try:
+            adapter.require_rank(name, halves)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        d_in, d_out = (adapter.tensors.entries[half].shape[1 - i] for i, half in enumerate(halves))
+        wanted = layer.weight.shape[::-1] if isinstance(layer, Linear) else layer.weight.shape
+        if (d_in, d_out) != wanted:
+            problems.append(
+                f"layer {brief(name)}: the adapter is of {(d_out, d_in)}, the weight {wanted[::-1]}"
+            )
+    if not factors and not problems:
+        raise FormatError(f"{adapter.directory}: the adapter has no layers")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise FormatError(
+            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}"
+        )
+    return list(factors)
 
 
 # ---- the model and its loss, as the trainer takes them ----
 
 
 class TokenLoss(FusedLoss):
-    """The mean over all targets of -log p(target); the logits are never there at once."""
+    """The mean over all targets of -log p(target); the logits are never there at once.
+
+    Args:
+        micro_tokens: a batch is passed through in pieces of at most so many tokens; None: in one.
+    """
+
+    def __init__(self, micro_tokens: int | None = None) -> None:
+        self.micro_tokens = micro_tokens
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
 
     def count(self, x: PackedBatch, y: Any) -> int:
         return x.num_targets
 
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
-        return model.forward_backward(x, factor)
+        return sum(model.forward_backward(piece, factor) for piece in x.pieces(self.micro_tokens))
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)
@@ -353,6 +472,7 @@ class TokenLoss(FusedLoss):
     def blame(self, model: Module, x: PackedBatch) -> str:
         assert isinstance(model, LanguageModel)
         found: list[str] = []
+        prefix, model.model.prefix = model.model.prefix, None
         for index, block in enumerate(model.model.layers):
             vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
         try:
@@ -361,6 +481,7 @@ class TokenLoss(FusedLoss):
         finally:
             for block in model.model.layers:
                 del vars(block)["run"]
+            model.model.prefix = prefix
         return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
 
 
@@ -374,6 +495,66 @@ def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[.
     return watching
 
 
+def _opened_all(
+    op: str, model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
+) -> tuple[LanguageModel, Dataset, Dataset | None]:
+    """The model, what it learns from and what it is evaluated on."""
+    train_path, found = find_splits(data)
+    valid_path = found if valid is None else Path(valid)
+    lm = _opened(op, model, options.compute)
+    train = _read(lm, train_path, options)
+    return lm, train, None if valid_path is None else _read(lm, valid_path, options)
+
+
+# ---- the plan ----
+
+
+def _planned(
+    lm: LanguageModel,
+    train: Dataset,
+    held_out: Dataset | None,
+    options: FinetuneOptions,
+    pieces: tuple[int | None, ...] | None = None,
+) -> Plan:
+    """How steps are computed with these options; pieces: those of the run that goes on."""
+    batches = _batches(train, options)
+    steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
+    epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
+    lengths, targets = train.lengths, train.targets
+    return choose(
+        lm,
+        Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora, options.init),
+        Work(
+            [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
+            steps,
+            options.accumulate,
+            0 if held_out is None else min(_EVALUATION_TOKENS, held_out.report.tokens),
+            sum(d.report.tokens for d in (train, held_out) if d and options.keep_prefix == "memory"),
+        ),
+        Wishes(options.compute, options.checkpoint_blocks, pieces),
+        None if options.memory is None else parse_bytes(options.memory),
+    )
+
+
+def _resumed(
+    options: FinetuneOptions, output: StrPath, loaded: bool
+) -> tuple[FinetuneOptions, tuple[int | None, ...] | None]:
+    """The options of a run that goes on, and its pieces: as an earlier plan had them, whatever fits now.
+
+    Args:
+        loaded: the model is given, and its arithmetic with it.
+    """
+    if not options.resume or not Path(output).is_dir():
+        return options, None
+    with RunDirectory(output) as directory:
+        checkpoint = directory.newest
+    fixed = {} if checkpoint is None else checkpoint.settings.get("fixed", {})
+    computes = {layer.get("compute") for layer in fixed.get("layers", {}).values()} - {"float64"}
+    if options.compute is None and not loaded and len(computes) == 1:
+        options = dataclasses.replace(options, compute=computes.pop())
+    return options, None if checkpoint is None else (fixed.get("micro_tokens"),)
+
+
 def _batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     examples = options.batch_examples
     if examples is None and options.batch_tokens is None:
@@ -383,8 +564,24 @@ def _batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     )
 
 
+def _opened(op: str, model: StrPath | LanguageModel, compute: str | None) -> LanguageModel:
+    if not isinstance(model, LanguageModel):
+        return load_model(model, compute or COMPUTES[0])
+    if compute is not None:
+        raise ValueError(f"{op}: compute={compute!r} is for a file; this model was loaded with its own")
+    return model
+
+
+def _require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+    if dataset.largest_id >= lm.config.vocab_size:
+        raise FormatError(
+            f"{dataset.report.source}: its text has token {dataset.largest_id} of {lm.tokenizer}, "
+            f"the model's vocabulary ends with {lm.config.vocab_size - 1}"
+        )
+
+
 def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
-    return read_dataset(
+    dataset = read_dataset(
         path,
         lm.tokenizer,
         max_length=min(options.max_length, lm.config.max_position_embeddings),
@@ -392,6 +589,8 @@ def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
         skip_bad=options.skip_bad,
         strict=options.strict,
     )
+    _require_vocabulary(lm, dataset)
+    return dataset
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
@@ -403,16 +602,28 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
             )
 
 
+@contextlib.contextmanager
+def _kept_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> Iterator[None]:
+    """What the blocks below the adapters make of these examples is kept meanwhile, if it is to be."""
+    if where == "off":
+        yield
+        return
+    tokens = sum(dataset.report.tokens for dataset in datasets)
+    directory = output if where == "disk" else None
+    prefix = KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+    lm.model.prefix = prefix
+    try:
+        yield
+    finally:
+        lm.model.prefix = None
+        prefix.close()
+
+
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    return generate(lm, prompts, Sampling(max_new_tokens=48))
+    return generate(lm, prompts, _SAMPLING)
 
 
 # ---- what is told meanwhile ----
-
-
-def peak_memory() -> int:
-    """The most bytes that the process had in memory at a time, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _speaks(progress: bool | None) -> bool:

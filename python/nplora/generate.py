@@ -70,7 +70,8 @@ class Sampling:
 def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
     """What the model says after each prompt.
 
-    All prompts are answered at once, one row of a batch each; an answer does not depend on the others.
+    All prompts are answered at once, one row of a batch each; an answer depends on the
+    others by rounding alone, which differs between batches of different sizes.
 
     Args:
         prompts: texts, or chats as lists of messages, which go through the model's chat template.

@@ -362,6 +362,10 @@ class AdapterLayer(Module):
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
+    def require_trainable(self, what: str) -> None:
+        """Raise RuntimeError where the layer has no gradients: it is merged, or is for inference only."""
+        self.require_unmerged(what)
+
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         """Build the merged weight; the function returned puts it in place and cannot fail.
 

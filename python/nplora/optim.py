@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.module import Parameter
 
 Array = npt.NDArray[Any]
@@ -116,11 +116,11 @@ class Optimizer:
 
     # ---- state ----
 
-    def state_dict(self) -> dict[str, Array]:
-        """A copy of the state: "steps", and "<moment>.<parameter name>" for every array."""
+    def state_dict(self, copy: bool = True) -> dict[str, Array]:
+        """The state: "steps", and "<moment>.<parameter name>" for every array; copy=False: live arrays."""
         arrays = {"steps": np.array(self.steps, np.int64)}
         for moment, by_name in self._by_name().items():
-            arrays |= {f"{moment}.{name}": array.copy() for name, array in by_name.items()}
+            arrays |= {f"{moment}.{name}": array.copy() if copy else array for name, array in by_name.items()}
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
@@ -330,9 +330,9 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
 
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Zeros for each of these arrays, in one block: NumPy asks for large pages where it is large."""
+    """Zeros for each of these arrays, in one block of memory that an earlier state may have left."""
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
-    block = np.empty(sum(sizes), np.uint8)
+    block = buffers.empty((sum(sizes),), np.uint8)
     block.fill(0)
     offsets = itertools.accumulate(sizes, initial=0)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,30 @@ class PackedBatch:
     def num_targets(self) -> int:
         """The tokens to be learned: what a mean loss divides by."""
         return int(np.count_nonzero(self.targets != IGNORED))
+
+    def pieces(self, most_tokens: int | None) -> list[PackedBatch]:
+        """The same sequences in batches of at most so many tokens, in order; None: in one.
+
+        A sequence that is longer is a batch by itself.
+        """
+        cuts = cut(np.diff(self.starts), most_tokens)
+        return [self._piece(first, last) for first, last in itertools.pairwise(cuts)]
+
+    def _piece(self, first: int, last: int) -> PackedBatch:
+        starts = self.starts[first : last + 1]
+        rows = slice(int(starts[0]), int(starts[-1]))
+        return PackedBatch(self.ids[rows], starts - starts[0], self.targets[rows])
+
+
+def cut(lengths: Array, most_tokens: int | None) -> list[int]:
+    """Where sequences are cut into batches of at most so many tokens: the first of each, and the end."""
+    cuts, size = [0], 0
+    for index, length in enumerate(lengths.tolist()):
+        if most_tokens is not None and size and size + length > most_tokens:
+            cuts.append(index)
+            size = 0
+        size += length
+    return [*cuts, len(lengths)] if len(lengths) else cuts
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the readers take longer to import than all else: only who o
 Array = npt.NDArray[Any]
 
 COMPUTES = ("float32", "bfloat16")
+INFERENCE_COMPUTES = (*COMPUTES, "int8")
 _UNROUNDED_ROWS = 4
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
@@ -46,6 +47,9 @@ class FrozenWeight:
         compute: "float32", or "bfloat16": x, dy and W (and the B of an update) are rounded to bfloat16 for
             the frozen products, sums stay float32; twice as fast where the machine multiplies bfloat16. Up
             to 4 rows are computed in float32 either way. A float64 weight computes in float64.
+            "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with a scale for
+            each 32 values, and meet GGUF's blocks in integers. More rows, other storage and `matmul_t` are
+            computed as with "bfloat16".
         double_quant: quantise NF4's absmax too, to 8 bits: 4.13 bits a value instead of 4.5.
     Raises:
         ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked
@@ -210,10 +214,35 @@ class FrozenWeight:
         """Bytes that the matrix takes, in memory or in its file."""
         return self._packed.nbytes
 
+    def with_compute(self, compute: str) -> FrozenWeight:
+        """The same matrix for products in another arithmetic: shared where it is read in place, else a copy.
+
+        Raises:
+            ValueError: compute is not available.
+        """
+        if compute == self.compute:
+            return self
+        if not self._arrays:
+            return FrozenWeight(self.to_numpy(), self.dtype, compute)
+        weight = type(self).__new__(type(self))
+        op = "FrozenWeight.with_compute"
+        weight._hold(self.dtype, self.shape, self._arrays, _core_compute(op, self.dtype, compute))
+        return weight
+
     @property
     def compute(self) -> str:
-        """What the products run in: "bfloat16" (summed in float32), or the name of `compute_dtype`."""
-        return "bfloat16" if self._packed.compute == "bfloat16" else self.compute_dtype.name
+        """What products run in: "bfloat16" (summed in float32), "int8", or the name of `compute_dtype`."""
+        return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some products round their operands to fewer bits than the sums have."""
+        return self._packed.compute != "float"
+
+    @property
+    def meets_int8(self) -> bool:
+        """Whether a few rows of x meet the weight in int8."""
+        return self.compute == "int8" and self.dtype in storages.BLOCKS and self.dtype != "nf4"
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:
@@ -264,12 +293,15 @@ class FrozenWeight:
         return dx
 
     def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
-        """As `matmul`, in float32 where the weight computes in bfloat16."""
-        return _few_at_a_time(self.matmul, x) if self.compute == "bfloat16" else self.matmul(x)
+        """As `matmul`, in float32 where the weight computes in bfloat16 or int8."""
+        plain = self
+        if self.meets_int8:
+            plain = FrozenWeight._of("matmul_unrounded", self.dtype, self.shape, "float32", *self._arrays)
+        return _few_at_a_time(plain.matmul, x) if plain.rounds else plain.matmul(x)
 
     def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
-        """As `matmul_t`, in float32 where the weight computes in bfloat16."""
-        return _few_at_a_time(self.matmul_t, dy) if self.compute == "bfloat16" else self.matmul_t(dy)
+        """As `matmul_t`, in float32 where the weight computes in bfloat16 or int8."""
+        return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
 
     def take(self, ids: npt.ArrayLike) -> Array:
         """The rows W[ids]: array (..., d_in) for integer ids (...).
@@ -285,7 +317,7 @@ class FrozenWeight:
         return out.reshape(*rows.shape, d_in)
 
     def __repr__(self) -> str:
-        compute = ", compute='bfloat16'" if self.compute == "bfloat16" else ""
+        compute = f", compute={self.compute!r}" if self.rounds else ""
         return f"FrozenWeight(shape={self.shape}, dtype={self.dtype!r}{compute}, nbytes={self.nbytes})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -306,7 +338,7 @@ class FrozenWeight:
 
     def _compute_word(self) -> str:
         """compute as the constructor takes it."""
-        return "bfloat16" if self.compute == "bfloat16" else "float32"
+        return self.compute if self.rounds else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.dtype not in storages.BLOCKS:
@@ -323,10 +355,10 @@ def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], c
 
 def _core_compute(op: str, storage: str, compute: str) -> str:
     """compute as the core names it: "float" is the weight's own type."""
-    _check.choice(op, "compute", compute, COMPUTES)
-    if storage == "float64" and compute == "bfloat16":
-        raise ValueError(f"{op}: a float64 weight computes in float64, got compute='bfloat16'")
-    return "bfloat16" if compute == "bfloat16" else "float"
+    _check.choice(op, "compute", compute, INFERENCE_COMPUTES)
+    if storage == "float64" and compute != "float32":
+        raise ValueError(f"{op}: a float64 weight computes in float64, got compute={compute!r}")
+    return "float" if compute == "float32" else compute
 
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
@@ -390,8 +422,8 @@ def freeze(
         raise ValueError(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
         )
-    if _check.choice(op, "compute", compute, COMPUTES) == "bfloat16" and W.compute != "bfloat16":
-        raise ValueError(f"{op}: compute='bfloat16', but W is a FrozenWeight that computes in {W.compute}")
+    if _check.choice(op, "compute", compute, INFERENCE_COMPUTES) not in ("float32", W.compute):
+        raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}")
     return W
 
 

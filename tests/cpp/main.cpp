@@ -16,6 +16,7 @@ int main() {
     test_elementwise(*tables[i]);
     test_conversions(*tables[i]);
     test_blocks(*tables[i]);
+    test_int8(*tables[i]);
     test_transformer(*tables[i]);
     check::close_isa(tables[i]->isa);
   }

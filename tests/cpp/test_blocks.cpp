@@ -1,6 +1,7 @@
 // Low-bit blocks: every element against the formula of its format, taken bit by bit from the block and computed in double.
 #include <string>
 
+#include "block_elements.h"
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
@@ -11,61 +12,6 @@ using nplora::kernels::KernelTable;
 using nplora::kernels::Nf4;
 
 namespace {
-
-// By the definition of float16, so that nothing of what is tested is used.
-double value(Half half) {
-  const int bits = half.bytes[0] | half.bytes[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * std::ldexp(fraction + (exponent ? 1024 : 0), std::max(exponent, 1) - 25);
-}
-
-int bit(const uint8_t* bytes, size_t i) {
-  return bytes[i / 8] >> (i % 8) & 1;
-}
-
-// Elements 0 ... n / 2 - 1 in the low halves of the bytes, the others in the high ones.
-int nibble(const uint8_t* bytes, size_t n, size_t i) {
-  return i < n / 2 ? bytes[i] & 15 : bytes[i - n / 2] >> 4;
-}
-
-// ---- element i of a block; products and sums of these few bits are exact in double ----
-
-double element(const BlockQ4_0& b, size_t i) {
-  return value(b.d) * (nibble(b.q, 32, i) - 8);
-}
-double element(const BlockQ4_1& b, size_t i) {
-  return value(b.d) * nibble(b.q, 32, i) + value(b.m);
-}
-double element(const BlockQ5_0& b, size_t i) {
-  return value(b.d) * (nibble(b.q, 32, i) + 16 * bit(b.high, i) - 16);
-}
-double element(const BlockQ5_1& b, size_t i) {
-  return value(b.d) * (nibble(b.q, 32, i) + 16 * bit(b.high, i)) + value(b.m);
-}
-double element(const BlockQ8_0& b, size_t i) {
-  return value(b.d) * b.q[i];
-}
-
-int scale(const uint8_t* s, size_t j) {
-  return j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
-}
-int minimum(const uint8_t* s, size_t j) {
-  return j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
-}
-double element(const BlockQ4_K& b, size_t i) {
-  const int q = nibble(b.q + i / 64 * 32, 64, i % 64);
-  return value(b.d) * scale(b.scales, i / 32) * q - value(b.dmin) * minimum(b.scales, i / 32);
-}
-double element(const BlockQ5_K& b, size_t i) {
-  const int q = nibble(b.q + i / 64 * 32, 64, i % 64) + 16 * (b.high[i % 32] >> (i / 32) & 1);
-  return value(b.d) * scale(b.scales, i / 32) * q - value(b.dmin) * minimum(b.scales, i / 32);
-}
-double element(const BlockQ6_K& b, size_t i) {
-  const size_t half = i / 128, l = i % 128;
-  const int q = nibble(b.low + half * 64, 128, l) + 16 * (b.high[half * 32 + l % 32] >> (2 * (l / 32)) & 3);
-  return value(b.d) * b.scales[i / 16] * (q - 32);
-}
 
 // A scale is anything that 16 bits can be: subnormal, huge, negative, infinite, NaN; one in four is zero.
 Half draw_half(Random& random) {
@@ -190,13 +136,6 @@ void test_nf4(const KernelTable& table) {
 struct DotShape {
   size_t m, rows, row_blocks, gap;
 };
-
-// Small integers: every product and every sum is exact, in any order.
-Half draw_integer(Random& random) {
-  constexpr Half kIntegers[] = {
-      {{0, 0}}, {{0, 0x3C}}, {{0, 0xBC}}, {{0, 0x40}}, {{0, 0xC0}}};  // 0, 1, -1, 2, -2
-  return kIntegers[random.below(std::size(kIntegers))];
-}
 
 // part (m, rows, lanes) against the sums of each lane's elements of W, (rows, cols).
 void expect_sums(const KernelTable& table, const DotShape& s, const std::vector<double>& w, size_t cols,

@@ -1,5 +1,9 @@
 // bfloat16 and float16: all 65,536 patterns widened, and narrowed back from every number at which rounding
 // turns.
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <string>
 
 #include "check.h"
@@ -88,6 +92,41 @@ void run_narrow(const char* isa, const Format& format, Narrow narrow, const std:
                     double(values[i]), to[i], format.nearest(values[i]));
   }
   check::expect(to.gaps_intact() && from.untouched(values), "wrote outside its output");
+}
+
+// While one lives, the processor takes subnormal floats for 0, as in a program that loaded a library built with -ffast-math.
+class FlushedSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushedSubnormals() { _mm_setcsr(before_ | 0x8040); }  // FTZ and DAZ
+  ~FlushedSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+#elif defined(__aarch64__)
+  FlushedSubnormals() { __builtin_aarch64_set_fpcr(before_ | 1u << 24); }
+  ~FlushedSubnormals() { __builtin_aarch64_set_fpcr(before_); }
+
+ private:
+  const unsigned before_ = __builtin_aarch64_get_fpcr();
+#endif
+};
+
+// Subnormal halves are normal floats: they must survive.
+void test_flushed_subnormals(const char* isa, Widen widen) {
+  std::vector<uint16_t> patterns;
+  for (uint16_t bits = 0; bits < 1024; ++bits)
+    patterns.insert(patterns.end(), {bits, uint16_t(bits | 0x8000)});
+  std::vector<float> to(patterns.size());
+  {
+    const FlushedSubnormals flushed;
+    widen(to.size() - 3, patterns.data(), to.data());
+    for (size_t i = to.size() - 3; i < to.size(); ++i) widen(1, &patterns[i], &to[i]);
+  }
+  check::Case one("%s widen_float16 where subnormal floats are 0", isa);
+  for (size_t i = 0; i < to.size(); ++i)
+    check::expect(same(to[i], float(kFloat16.value(patterns[i]))), "%#x became %.9g", patterns[i],
+                  double(to[i]));
 }
 
 float of_bits(uint32_t bits) {
@@ -256,6 +295,7 @@ void test_conversions(const KernelTable& table) {
   const auto& convert = table.convert;
   test_format(table.isa, kBfloat16, convert.widen_bfloat16, convert.narrow_bfloat16);
   test_format(table.isa, kFloat16, convert.widen_float16, convert.narrow_float16);
+  test_flushed_subnormals(table.isa, convert.widen_float16);
   test_dither(table.isa, kBfloat16, convert.dither_bfloat16);
   test_dither(table.isa, kFloat16, convert.dither_float16);
   test_pairs(table);

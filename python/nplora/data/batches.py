@@ -59,9 +59,19 @@ class TokenBatches:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
         """The batches of an epoch (from 0) after the first `skip`, each with its targets."""
-        for members in self._members(epoch, skip):
+        for members in self.members(epoch, skip):
             batch = pack(self.dataset[int(index)] for index in members)
             yield batch, batch.targets
+
+    def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
+        """The examples of each batch of an epoch (from 0) after the first `skip`."""
+        if self._examples is None:
+            order = self._order(len(self._groups), 1 + epoch)
+            yield from (self._groups[index] for index in order[skip:])
+            return
+        order = self._order(len(self.dataset), epoch)
+        for start in range(skip * self._examples, len(order), self._examples):
+            yield order[start : start + self._examples]
 
     def __iter__(self) -> Iterator[tuple[PackedBatch, Array]]:
         return self.epoch(0)
@@ -75,15 +85,6 @@ class TokenBatches:
             "shuffle": self.shuffle,
             "seed": self.seed,
         }
-
-    def _members(self, epoch: int, skip: int) -> Iterator[Array]:
-        if self._examples is None:
-            order = self._order(len(self._groups), 1 + epoch)
-            yield from (self._groups[index] for index in order[skip:])
-            return
-        order = self._order(len(self.dataset), epoch)
-        for start in range(skip * self._examples, len(order), self._examples):
-            yield order[start : start + self._examples]
 
     def _grouped(self, batch_tokens: int) -> list[Array]:
         """The examples of every batch."""

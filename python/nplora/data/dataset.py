@@ -20,7 +20,7 @@ from nplora.formats import files
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.packing import IGNORED
-from nplora.tokenizer import Tokenizer
+from nplora.tokenizer import ExhaustedError, Tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -99,6 +99,18 @@ class Dataset(Sequence[tuple[Array, Array]]):
     def lengths(self) -> Array:
         """The tokens of each example."""
         return np.diff(self._starts)
+
+    @property
+    def targets(self) -> Array:
+        """The tokens of each example that are learned: the first is never."""
+        learned = self._learned.astype(np.int64)
+        learned[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(learned, self._starts[:-1]))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token of all."""
+        return int(self._ids.max())
 
     def fingerprint(self) -> str:
         """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
@@ -227,7 +239,8 @@ class _Encoder:
         """The tokens of one text that comes in pieces, then EOS."""
         for index, row in enumerate(rows):
             text = row.values["text"]
-            yield self._tokenizer.encode(text) if index else self._tokenizer.encode_prompt(text)
+            encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
+            yield encode(text)
         yield [self._eos]
 
     def _completion(self, prompt: str, completion: str) -> Tokens:
@@ -237,7 +250,7 @@ class _Encoder:
             self._tokenizer.encode_prompt(prompt + completion),
         )
         if ids[: len(before)] != before:
-            ids = before + self._tokenizer.encode(completion)
+            ids = before + self._tokenizer.encode_continuation(completion)
         ids.append(self._eos)
         return ids, [self._all or place >= len(before) for place in range(len(ids))]
 
@@ -252,7 +265,7 @@ class _Encoder:
         try:
             chat = self._tokenizer.encode_conversation(messages)
         except ValueError as error:
-            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError):
+            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError | ExhaustedError):
                 raise  # the template is at fault, not the row
             raise DataError(f"{where}: {error}") from error
         return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply

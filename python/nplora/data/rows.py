@@ -109,7 +109,7 @@ def _csv(path: StrPath) -> Iterator[Row]:
             raise DataError(
                 f"{name}: the columns are {brief(list(columns))}, expected prompt and completion, or text"
             )
-        for row in reader:
+        while (row := _next(reader)) is not None:
             where = f"{name}, line {reader.line_num}"
             if None in row or None in row.values():
                 yield Row(where, {}, DataError(f"{where}: expected {len(columns)} fields"))
@@ -117,6 +117,15 @@ def _csv(path: StrPath) -> Iterator[Row]:
                 yield Row(where, dict(row))
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: {error}") from error
+
+
+def _next(reader: "csv.DictReader[str]") -> dict[str | Any, str | Any] | None:
+    """The next record, whose fields may be as long as lines may be; the module's own limit is for all."""
+    before = csv.field_size_limit(MAX_LINE)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _text(path: StrPath) -> Iterator[Row]:

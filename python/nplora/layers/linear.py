@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -36,7 +37,7 @@ class Linear(Module):
         W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
         bias: array (d_out,) or None.
         dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
-        compute: "float32", or "bfloat16" for the products of a frozen weight, as in FrozenWeight.
+        compute: "float32", or "bfloat16" or "int8" for the products of a frozen weight, as in FrozenWeight.
         trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
             weight computes in its own dtype.
     Attributes:
@@ -59,8 +60,8 @@ class Linear(Module):
         frozen = freeze("Linear", W, dtype, compute)
         self.shape = frozen.shape
         self.trainable = bool(trainable)
-        if trainable and compute == "bfloat16":
-            raise ValueError("Linear: compute='bfloat16' with trainable=True; only frozen products round")
+        if trainable and compute != "float32":
+            raise ValueError(f"Linear: compute={compute!r} with trainable=True; only frozen products round")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
         self.bias = None
@@ -119,7 +120,7 @@ class Linear(Module):
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         d_out, d_in = self.shape
         y = buffers.empty((len(rows), d_out), self._dtype)
-        a, b = np.empty((d_out, 0), self._dtype), np.empty((0, d_in), self._dtype)
+        a, b = _no_factors(d_out, d_in, self._dtype)
         keep = self.trainable and not inferring()
         saved = LinearSaved(lead, rows if keep else None)
         return (core_weight(self.weight), a, b, 0.0, 0.0, 0, self.bias, y, None), y, saved
@@ -145,6 +146,12 @@ class Linear(Module):
 
     def __repr__(self) -> str:
         return f"Linear({self.shape}, trainable={self.trainable})"
+
+
+@functools.cache
+def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """A and B of rank 0; one pair serves all, for there is nothing to write to."""
+    return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 
 
 def core_weight(weight: FrozenWeight | Array) -> _core.Weight:

@@ -51,7 +51,8 @@ class LoRALinear(LoRALayer):
         bias: array (d_out,), frozen, or None.
         dtype: the storage of W: "float32" (also for None), "float64", "bfloat16", "float16". With "float64"
             everything is float64, otherwise x is converted to float32.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight.
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
+            alone.
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
             1/r); "pissa" and "olora": A and B take over a part of W, `weight` is what remains, stored as W
             is, and their sum starts as W (layers/principal.py). They cannot be had together with DoRA.
@@ -189,7 +190,8 @@ class LoRALinear(LoRALayer):
 
         Raises:
             ValueError: dy has not the shape of y.
-            RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
+            RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
+                weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
         part = self.backward_part(rows, saved)
@@ -200,7 +202,7 @@ class LoRALinear(LoRALayer):
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
-        self.require_unmerged("backward")
+        self.require_trainable("backward")
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
@@ -230,7 +232,9 @@ class LoRALinear(LoRALayer):
         instruction set.
         """
         d_out, d_in = self.weight.shape
-        element_bytes = {"float64": 8, "float32": 4, "bfloat16": 2}[self.weight.compute]
+        element_bytes = {"float64": 8, "float32": 4, "bfloat16": 2, "int8": 1}[self.weight.compute]
+        if element_bytes == 1 and not self.weight.meets_int8:
+            element_bytes = 2
         dropout = bool(self.dropout) and training
         plan = _core.explain(rows, d_out, d_in, self.rank, element_bytes, dropout, training)
         return "\n".join(f"{name}: {text}" for name, text in plan.items())

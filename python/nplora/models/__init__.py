@@ -4,5 +4,6 @@ from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.language_model import LanguageModel
 from nplora.models.loading import load_model
+from nplora.models.prefix import KeptPrefix
 
-__all__ = ["KVCache", "LanguageModel", "ModelConfig", "load_model"]
+__all__ = ["KVCache", "KeptPrefix", "LanguageModel", "ModelConfig", "load_model"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check
+from nplora import _check, storages
 from nplora.formats import gguf_names
 from nplora.formats.errors import nearest_names
-from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALinear
+from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.models.config import ModelConfig
 from nplora.module import Module
 
@@ -24,22 +26,29 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
     """The dotted names of the layers meant, in the model's order.
 
     Raises:
-        ValueError: a target names no layer (the nearest names are told), or `layers` none of the blocks.
+        ValueError: a target names no layer (the nearest names are told) or one that has an adapter; `layers`
+            names none of the blocks; or nothing is named.
     """
     op = "add_lora"
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count)
+    there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     found: set[str] = set()
     for target in wanted:
         hits = {name for name in plain if _hits(name, target)}
+        if not hits and any(_hits(name, target) for name in there):
+            raise ValueError(f"{op}: the model has an adapter already on the layers that {target!r} names")
         if not hits:
             known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
             near = nearest_names(str(target), [*known, *plain])
             hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
             raise ValueError(f"{op}: the model has no layer {target!r} without an adapter; {hint}")
         found |= hits
-    return [name for name in plain if name in found and _block_of(name) in {*blocks, None}]
+    chosen = [name for name in plain if name in found and _block_of(name) in {*blocks, None}]
+    if not chosen:
+        raise ValueError(f"{op}: targets={wanted!r} and layers={layers!r} name no layer")
+    return chosen
 
 
 def _hits(name: str, target: str) -> bool:
@@ -65,18 +74,30 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
         return range(count)
     if isinstance(layers, str):
         side, _, number = layers.partition(":")
-        if side not in ("first", "last") or not number.isascii() or not number.isdigit() or len(number) > 9:
-            raise ValueError(f"{op}: layers={layers!r}, expected 'last:N', 'first:N', a range or None")
+        if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+            raise ValueError(
+                f"{op}: layers={layers!r}, expected 'last:N', 'first:N' (N above 0), a range or None"
+            )
         n = min(int(number), count)
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
 
 
-def adapted(layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
-    """The same frozen weight, shared, with an adapter."""
+def adapted(name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
+    """The same frozen weight, shared, with an adapter; what init="pissa" or "olora" leave of it is a new one.
+
+    Raises:
+        ValueError: an option does not fit the layer.
+    """
+    storage = getattr(layer.weight, "dtype", None)
+    if options["init"] in PRINCIPAL_INITS and storage in storages.BLOCKS:
+        raise ValueError(
+            f"add_lora: init={options['init']!r} takes a part of {name}, and {storage} cannot hold what "
+            "remains: the model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
+        )
     if isinstance(layer, Embedding):
-        known = {name: options[name] for name in ("rank", "alpha", "use_rslora")}
+        known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init")}
         return LoRAEmbedding(layer.weight, **known, rng=0)
     lora = LoRALinear(layer.weight, bias=layer.bias, compute=_compute(layer), **options, rng=0)
     lora.row_order = row_order

@@ -10,17 +10,18 @@ import numpy.typing as npt
 
 from nplora.layers import RMSNorm
 from nplora.models.attention import Attention, AttentionSaved
+from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.models.mlp import MLP, MLPSaved
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.places import CachePlaces, Places
-from nplora.module import Gradient, Module, Saved
+from nplora.module import Gradient, Module, Saved, inferring
 
 Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSaved(Saved):
-    """What backward needs: the residual stream before each half, and what the halves kept."""
+    """What backward needs: what the halves kept, and the residual stream before each, perhaps as bits."""
 
     x: Array
     h: Array
@@ -38,6 +39,7 @@ class DecoderBlock(Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = post_attention_layernorm
         self.mlp = mlp
+        self._narrow = keeps_bits(mlp.gate_proj)
 
     def run(self, x: Array, places: Places) -> tuple[Array, BlockSaved]:
         """y (n, d), and what `run_backward` needs."""
@@ -45,6 +47,8 @@ class DecoderBlock(Module):
         h = np.add(attended, x, out=attended)
         y, mlp = self.mlp.run(norm_forward(self.post_attention_layernorm, h))
         y += h
+        if self._narrow and not inferring():
+            x, h = narrowed(x), narrowed(h)
         return y, BlockSaved(x, h, attention, mlp)
 
     def run_backward(self, dy: Array, saved: BlockSaved, places: Places, need_dx: bool) -> Gradient:
@@ -53,17 +57,19 @@ class DecoderBlock(Module):
         The norms' outputs are computed again, where a factor's gradient needs them.
         """
         need_dh = need_dx or bool(self.self_attn.parameters())
-        normed = norm_forward(self.post_attention_layernorm, saved.h) if self.mlp.reads_x else None
+        h = widened(saved.h) if self._narrow else saved.h
+        normed = norm_forward(self.post_attention_layernorm, h) if self.mlp.reads_x else None
         dnormed = self.mlp.run_backward(dy, saved.mlp, normed, need_dh)
         if not need_dh:
             return None
-        norm_backward(self.post_attention_layernorm, dnormed, saved.h, dy, accumulate=True)
+        norm_backward(self.post_attention_layernorm, dnormed, h, dy, accumulate=True)
 
-        normed = norm_forward(self.input_layernorm, saved.x) if self.self_attn.reads_x else None
+        x = widened(saved.x) if self._narrow else saved.x
+        normed = norm_forward(self.input_layernorm, x) if self.self_attn.reads_x else None
         dnormed = self.self_attn.run_backward(dy, saved.attention, normed, places, need_dx)
         if not need_dx:
             return None
-        norm_backward(self.input_layernorm, dnormed, saved.x, dy, accumulate=True)
+        norm_backward(self.input_layernorm, dnormed, x, dy, accumulate=True)
         return dy
 
     def run_cached(self, x: Array, places: CachePlaces, keys: Array, values: Array) -> Array:

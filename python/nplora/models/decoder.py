@@ -11,6 +11,7 @@ from nplora.layers import Embedding, LoRAEmbedding, RMSNorm
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
 from nplora.models.places import CachePlaces, Places
+from nplora.models.prefix import KeptPrefix
 from nplora.module import Module, Saved, inference
 
 Array = npt.NDArray[Any]
@@ -41,6 +42,7 @@ class Decoder(Module):
     Attributes:
         checkpoint_blocks: keep the input of each block only, and compute the rest again in backward (Chen et
             al. 2016): a third more work, a tenth of the memory. Gradients stay the same, to the bit.
+        prefix: what the blocks below the lowest adapted one made of sequences met before, or None.
     """
 
     def __init__(
@@ -50,17 +52,18 @@ class Decoder(Module):
         self.layers = layers
         self.norm = norm
         self.checkpoint_blocks = False
+        self.prefix: KeptPrefix | None = None
 
     def infer(self, ids: Array, places: Places) -> Array:
         """The residual stream (n, d) after the last block; to be called in `inference()`."""
-        return _run_through(self.layers, self.embed_tokens.forward(ids)[0], places)
+        first = self.first_adapted()
+        x = self._run_frozen(first, ids, places)[0]
+        return _run_through(self.layers[first:], x, places)
 
     def run(self, ids: Array, places: Places) -> tuple[Array, DecoderSaved]:
         """The same in training, and what `run_backward` needs."""
-        x, embedding = self.embed_tokens.forward(ids)
-        first = self._first_adapted()
-        with inference():
-            x = _run_through(self.layers[:first], x, places)
+        first = self.first_adapted()
+        x, embedding = self._run_frozen(first, ids, places)
         blocks: list[BlockSaved | BlockInput] = []
         for block in self.layers[first:]:
             if self.checkpoint_blocks:
@@ -89,8 +92,21 @@ class Decoder(Module):
             x = block.run_cached(x, places, keys, values)
         return x
 
-    def _first_adapted(self) -> int:
-        """The lowest block that needs a gradient."""
+    def _run_frozen(self, first: int, ids: Array, places: Places) -> tuple[Array, Any]:
+        """The residual stream (n, d) that enters block `first`, and what the embedding kept."""
+        prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
+        found = None if prefix is None else prefix.find(ids, places.starts)
+        if found is not None:
+            return found, None
+        x, embedding = self.embed_tokens.forward(ids)
+        with inference():
+            x = _run_through(self.layers[:first], x, places)
+        if prefix is not None:
+            prefix.keep(ids, places.starts, x)
+        return x, embedding
+
+    def first_adapted(self) -> int:
+        """The lowest block that needs a gradient; the number of blocks where none does."""
         if self.embed_tokens.local_parameters():
             return 0
         adapted = (index for index, block in enumerate(self.layers) if block.parameters())

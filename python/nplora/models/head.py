@@ -61,7 +61,12 @@ def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
     return total
 
 
+def chunk_rows(vocab: int, targets: int) -> int:
+    """The rows whose logits are there at once."""
+    return min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS, targets)
+
+
 def _chunks(rows: Array, vocab: int) -> Iterator[Array]:
-    size = min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
+    size = max(1, chunk_rows(vocab, len(rows)))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -16,7 +16,7 @@ from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.losses import NonFiniteLossError
-from nplora.models import adapting, head
+from nplora.models import adapting, head, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
@@ -76,6 +76,11 @@ class LanguageModel(Module):
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
 
+    @property
+    def compute(self) -> str:
+        """The arithmetic of the frozen products: "float32" or "bfloat16"."""
+        return getattr(self.lm_head.weight, "compute", "float32")
+
     # ---- adapters ----
 
     def add_lora(
@@ -88,6 +93,7 @@ class LanguageModel(Module):
         use_rslora: bool = False,
         use_dora: bool = False,
         seed: int = 0,
+        init: str = "zero",
     ) -> None:
         """Put a LoRA adapter on frozen layers; the answers stay the same until it is trained.
 
@@ -97,16 +103,19 @@ class LanguageModel(Module):
                 dotted name, or a list of these. "embed_tokens" and "lm_head" have to be named.
             layers: the blocks: None (all), "last:4", "first:4", a range or numbers.
             seed: every layer draws its start from (seed, its name).
+            init: how the factors start, as in LoRALinear. "gaussian" changes the answers at once. "pissa" and
+                "olora" need weights of floats: what they leave of one in low-bit blocks could not be stored.
         Raises:
             ValueError: a target or block is not there, or an option does not fit; then nothing is changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         options = {
             "rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
+            "init": init,
         }  # fmt: skip
         modules: dict[str, Any] = dict(self.named_modules())
         made = {
-            name: adapting.adapted(modules[name], adapting.row_order(self.config, name), options)
+            name: adapting.adapted(name, modules[name], adapting.row_order(self.config, name), options)
             for name in names
         }
         seed = _check.integer("add_lora", "seed", seed, least=0)
@@ -139,8 +148,12 @@ class LanguageModel(Module):
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
     def loss_packed(self, batch: PackedBatch) -> float:
-        """The same for packed sequences."""
+        """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
         self._check_batch("loss_packed", batch)
+        if getattr(self.lm_head.weight, "compute", None) == "int8":
+            with inference():
+                total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
+            return total / max(1, batch.num_targets)
         with inference():
             x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
             return head.loss(self.model.norm, self.lm_head, x, batch.targets) / max(1, batch.num_targets)
@@ -169,14 +182,14 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: there is no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged.
+            RuntimeError: a layer is merged, or computes in int8.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; add_lora() first")
         for layer in self.adapter_layers().values():
-            layer.require_unmerged(op)
+            layer.require_trainable(op)
         x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
         total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
         self.model.run_backward(dx, saved)

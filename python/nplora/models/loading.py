@@ -19,7 +19,7 @@ from nplora.models.mlp import MLP
 from nplora.models.rope import Rope
 from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_tensors
 from nplora.tokenizer import Tokenizer
-from nplora.weights import COMPUTES
+from nplora.weights import INFERENCE_COMPUTES
 
 
 def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> LanguageModel:
@@ -27,7 +27,8 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight.
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
+            with GGUF's low-bit blocks.
         mmap: map the files, so that weights are read when they are used and are never copied; False copies
             them into memory, for files that another program may cut short meanwhile.
     Raises:
@@ -37,7 +38,7 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """
-    _check.choice("load_model", "compute", compute, COMPUTES)
+    _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
     return _from_directory(path, compute, mmap) if Path(path).is_dir() else _from_gguf(path, compute, mmap)
 
 
@@ -84,8 +85,7 @@ def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> Dec
 
 def _linear(weights: Weights, name: str, has_bias: bool) -> Linear:
     bias = weights.vector(f"{name}.bias") if has_bias else None
-    matrix = weights.matrix(f"{name}.weight")
-    return Linear(matrix, bias, compute="bfloat16" if matrix.compute == "bfloat16" else "float32")
+    return Linear(weights.matrix(f"{name}.weight"), bias)
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> RMSNorm:

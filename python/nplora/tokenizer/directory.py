@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.tokenizer.tokenizer import Tokenizer, backend_package
+from nplora.tokenizer import split_pattern
+from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
 
 MAX_TOKENIZER = 100_000_000  # bytes
 MAX_CONFIG = 20_000_000
-MAX_PATTERN = 1000  # characters
+MAX_GROWTH = 100  # times as long as it was: what a text may become
 _MAX_TEMPLATE = 1_000_000
+_SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of what a Sequence holds
 
 
 def from_directory(path: StrPath) -> Tokenizer:
@@ -29,7 +30,7 @@ def from_directory(path: StrPath) -> Tokenizer:
     Raises:
         FileNotFoundError: there is no tokenizer.json.
         FormatError: a file is damaged or says something that is not possible.
-        UnsafeError: a regular expression in it could run for ever.
+        UnsafeError: it could run for ever, or make a very long text of a short one.
         ModuleNotFoundError: the package `tokenizers` is not installed.
     """
     directory = Path(path)
@@ -50,44 +51,56 @@ def from_directory(path: StrPath) -> Tokenizer:
 
 
 def _backend(path: Path) -> Any:
-    package = backend_package()
-    raw = bytes(files.read(path, MAX_TOKENIZER))
-    try:
-        backend = package.Tokenizer.from_buffer(raw)
-    except BaseException as error:  # Rust's panics are no Exceptions
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise FormatError(f"{files.name(path)}: not a tokenizer: {brief(str(error), 300)}") from None
-    for pattern in _patterns(backend):
-        if len(pattern) > MAX_PATTERN or _NESTED.search(pattern):
-            raise UnsafeError(
-                f"{files.name(path)}: the regular expression {brief(pattern)} could run for ever"
-            )
+    raw, source = bytes(files.read(path, MAX_TOKENIZER)), files.name(path)
+    with backend_errors(f"{source}: not a tokenizer"):
+        backend = backend_package().Tokenizer.from_buffer(raw)
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
+    for part in parts:
+        if part is not None:
+            _require_bounded(json.loads(part.__getstate__()), source)
     backend.no_padding()
     backend.no_truncation()
     return backend
 
 
-# A repeated group with a repetition in it, such as (a+)+, where backtracking takes exponential time. Inner
-# groups and character classes are taken for one character each.
-_NESTED = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)(?:[*+]|\{\d*,)")
+def _require_bounded(part: Any, source: str) -> None:
+    """Refuse what could run for ever, or make a very long text or list of tokens out of a short one."""
+    growth = 1
+    for step in _steps(part):
+        pattern = step.get("pattern")
+        text = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if isinstance(text, str) and not split_pattern.is_safe(text):
+            raise UnsafeError(f"{source}: the regular expression {brief(text)} could run for ever")
+        growth *= _growth(step)
+        if growth > MAX_GROWTH:
+            raise UnsafeError(
+                f"{source}: the {brief(step.get('type'))} could make a text over {MAX_GROWTH} times as long"
+            )
 
 
-def _patterns(backend: Any) -> Iterator[str]:
-    """The regular expressions of all parts."""
-    waiting: list[Any] = [
-        json.loads(part.__getstate__())
-        for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
-        if part is not None
-    ]
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a part, which may be sequences of sequences."""
+    waiting = [part]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            if isinstance(value.get("Regex"), str):
-                yield value["Regex"]
-            waiting.extend(value.values())
+            yield value
+            waiting.extend(value.get(key) for key in _SEQUENCES if key in value)
         elif isinstance(value, list):
             waiting.extend(value)
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many times as long a step may make a text, or the tokens."""
+    kind = step.get("type")
+    if kind == "Replace":
+        replaced = step["pattern"].get("String", " ")
+        return max(1, -(-len(step["content"]) // max(1, len(replaced))))
+    if kind == "Prepend":
+        return 1 + len(step["prepend"])
+    if kind == "TemplateProcessing":
+        return max(1, len(step["single"]))
+    return 1
 
 
 def read_json(path: Path) -> dict[str, Any]:

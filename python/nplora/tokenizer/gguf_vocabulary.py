@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
+MAX_PIECE = 1 << 7  # characters of a token of SentencePiece's, all of whose pairs of parts are looked up
+MAX_PAIRS = 1 << 23  # characters of all these pairs together; the largest vocabularies in use have 3 million
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `token_type`
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -84,11 +87,11 @@ class _Vocabulary:
         if len(strings) > MAX_TOKENS:
             raise LimitError(f"{self.source}: {len(strings):,} tokens, at most {MAX_TOKENS:,} are read")
         ids: dict[str, int] = {}
+        longest = MAX_TOKEN if self.model == "gpt2" else MAX_PIECE
         for id_, token in enumerate(strings):
-            if len(token) > MAX_TOKEN:
+            if len(token) > longest:
                 raise LimitError(
-                    f"{self.source}: token {id_} has {len(token):,} characters, "
-                    f"at most {MAX_TOKEN:,} are read"
+                    f"{self.source}: token {id_} has {len(token):,} characters, at most {longest:,} are read"
                 )
             if ids.setdefault(token, id_) != id_:
                 raise FormatError(f"{self.source}: tokens {ids[token]} and {id_} are both {brief(token)}")
@@ -110,6 +113,8 @@ class _Vocabulary:
     def _byte_level(self) -> Any:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
+        if f"{KEY}pre" not in self.metadata:
+            warnings.warn(f"{self.source}: {KEY}pre is missing, text is cut as GPT-2's", stacklevel=5)
         if pre not in SPLITS:
             raise UnsupportedError(
                 f"{self.source}: {KEY}pre is {brief(pre)}, read are {', '.join(map(repr, SPLITS))}"
@@ -167,24 +172,32 @@ class _Vocabulary:
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
         """All pairs of tokens that make a token, the best first."""
-        plain = {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
-        merges = []
+        plain = {token: token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
+        merges, size = list[tuple[str, str]](), 0
         for id_ in np.argsort(-scores, kind="stable"):
             token = self.tokens[id_]
-            if token not in plain:
-                continue
-            pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            merges += [(left, right) for left, right in pairs if left in plain and right in plain]
+            for cut in range(1, len(token) if token in plain else 0):
+                left, right = plain.get(token[:cut]), plain.get(token[cut:])
+                if left is not None and right is not None:
+                    merges.append((left, right))  # strings that are there already
+                    size += len(token)
+            if size > MAX_PAIRS:
+                raise LimitError(
+                    f"{self.source}: over {len(merges):,} pairs of tokens make a token, too many to be read"
+                )
         return merges
 
     # ---- special tokens ----
 
     def _add_special(self, backend: Any) -> None:
         added = backend_package().AddedToken
-        for id_ in np.flatnonzero(np.isin(self.types, (UNKNOWN, CONTROL, USER_DEFINED))):
-            special = self.types[id_] != USER_DEFINED
-            token = added(self.tokens[id_], special=special, normalized=False)
-            (backend.add_special_tokens if special else backend.add_tokens)([token])
+        for kinds, add in (
+            ((UNKNOWN, CONTROL), backend.add_special_tokens),
+            ((USER_DEFINED,), backend.add_tokens),
+        ):
+            chosen = [self.tokens[id_] for id_ in np.flatnonzero(np.isin(self.types, kinds))]
+            special = CONTROL in kinds
+            add([added(token, special=special, normalized=False) for token in chosen])  # each call takes long
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Have the text begin with BOS and end with EOS where the file wants that."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
-from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
 
@@ -28,6 +30,12 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
+_SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-level models write a space
+_SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly a token goes on
+TRAINING_TIME = datetime.datetime(2024, 7, 26)  # what templates are told who ask for the time in training
+# A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
+_MOST_RENDERED = 1 << 19
+_TOKENS_PER_MESSAGE = 64
 # While a template is rendered, a special token that a message spells out is its number between these two.
 _QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"
 _QUOTED = re.compile(f"{_QUOTE}([0-9]+){_UNQUOTE}")
@@ -97,6 +105,7 @@ class Tokenizer:
                 `apply_chat_template`. Off, for text of strangers, they are letters like others.
         Raises:
             ValueError: half a surrogate pair, which UTF-8 cannot hold.
+            FormatError: the model's own rules do not fit the text, such as no token for what is unknown.
         """
         if not isinstance(text, str):
             raise TypeError(f"Tokenizer.encode: text is a {type(text).__name__}, expected a str")
@@ -107,7 +116,8 @@ class Tokenizer:
             raise ValueError(message) from None
         with self._lock:  # the option is one of the backend, for all who use it
             self._backend.encode_special_tokens = not parse_special
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            with backend_errors(f"{self.source}: the tokenizer fails with {brief(text)}"):
+                ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -115,17 +125,29 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens=True)
         return ids[:-1] if ids and ids[-1] == self.eos_id else ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on after another, without the space that some models set before."""
+        alone = self.encode("a")
+        if not alone or not self._text(alone[0]).startswith(_SPACES):
+            return self.encode(text)
+        for before in _SENTINELS:
+            head, ids = self.encode(before), self.encode(before + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id is not below `vocab_size`.
+            ValueError: an id is not below `vocab_size`. FormatError: the model's own rules fail.
         """
         listed = [int(id_) for id_ in ids]
         if listed and (min(listed) < 0 or max(listed) >= self.vocab_size):
             worst = min(listed) if min(listed) < 0 else max(listed)
             raise ValueError(f"Tokenizer.decode: id {worst}, expected 0 to {self.vocab_size - 1}")
-        text: str = self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
+        with backend_errors(f"{self.source}: the tokenizer fails with the ids {brief(listed)}"):
+            text: str = self._backend.decode(listed, skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> StreamDecoder:
@@ -148,35 +170,46 @@ class Tokenizer:
             ValueError: there is no template, or it refuses the messages; `UnsafeError`, `FormatError`: it is
                 not one to be run.
         """
+        return self._render(messages, add_generation_prompt, None)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime.datetime | None
+    ) -> str:
         if self.chat_template is None:
             raise ValueError(f"{self.source}: the model has no chat template")
         return self.chat_template.render(
             messages,
             add_generation_prompt,
+            now,
             bos_token=self._text(self.bos_id),
             eos_token=self._text(self.eos_id),
         )
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """The tokens of a chat. A special token that a message spells out is encoded as its letters."""
-        quoted = [self._quote(message) for message in messages]
-        return self._encode_rendered(self.apply_chat_template(quoted, add_generation_prompt))
+        return self._encode_messages(messages, add_generation_prompt, None)
 
     def encode_conversation(self, messages: Sequence[Message]) -> Chat:
         """The tokens of a whole chat, and which of them the assistant said.
 
         The template is rendered up to the beginning and up to the end of each of the assistant's turns; the
-        tokens between are the turn.
+        tokens between are the turn. A template that asks for the time is told `TRAINING_TIME`, so that the
+        same chat has the same tokens tomorrow.
 
         Raises:
             UnsupportedError: a beginning is not how the whole begins, so that no tokens are the turn's own.
-            ValueError: as `apply_chat_template`.
+            ValueError: so many turns in so long a chat that this would take minutes; or as
+                `apply_chat_template`.
         """
-        ids = self.encode_chat(messages)
+        ids = self._encode_messages(messages, False, TRAINING_TIME)
         is_reply = [False] * len(ids)
-        for index, message in enumerate(messages):
-            if message.get("role") != "assistant":
-                continue
+        turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        if len(turns) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
+            raise ValueError(
+                f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to tell its "
+                f"{len(turns):,} assistant's turns apart: split it"
+            )
+        for index in turns:
             before = self._beginning(messages[:index], True, ids, index)
             upto = self._beginning(messages[: index + 1], False, ids, index)
             ends = [place for place in range(before, upto) if ids[place] in self.eos_ids]
@@ -185,7 +218,7 @@ class Tokenizer:
         return Chat(ids, is_reply)
 
     def _beginning(self, messages: Sequence[Message], prompt: bool, ids: list[int], turn: int) -> int:
-        part = self.encode_chat(messages, add_generation_prompt=prompt)
+        part = self._encode_messages(messages, prompt, TRAINING_TIME)
         if ids[: len(part)] != part:
             where = "before" if prompt else "up to"
             raise UnsupportedError(
@@ -193,6 +226,12 @@ class Tokenizer:
                 "assistant's) otherwise where more follow, so its tokens cannot be told from the others'"
             )
         return len(part)
+
+    def _encode_messages(
+        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime.datetime | None
+    ) -> list[int]:
+        quoted = [self._quote(message) for message in messages]
+        return self._encode_rendered(self._render(quoted, add_generation_prompt, now))
 
     def _text(self, id_: int | None) -> str:
         return "" if id_ is None else str(self._backend.id_to_token(id_) or "")
@@ -232,3 +271,14 @@ def backend_package() -> Any:
         message = 'text needs the package tokenizers: pip install "nplora[llm]"'
         raise ModuleNotFoundError(message, name="tokenizers") from error
     return tokenizers
+
+
+@contextmanager
+def backend_errors(what: str) -> Iterator[None]:
+    """What the package `tokenizers` raises, Rust's panics too, which are no Exceptions, as a FormatError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | ImportError):
+            raise
+        raise FormatError(f"{what}: {brief(str(error), 300)}") from None

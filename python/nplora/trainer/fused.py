@@ -20,3 +20,6 @@ class FusedLoss(Protocol):
 
     def blame(self, model: Module, x: Any) -> str:
         """Where the first value that is not finite appears, after a loss that is not."""
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as JSON has it."""

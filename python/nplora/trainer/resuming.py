@@ -34,6 +34,7 @@ def settings_of(
     settings = {
         "fixed": {
             **data,
+            **(loss.settings() if isinstance(loss, FusedLoss) else {}),
             "accumulate": accumulate,
             "optimizer": type(optimizer).__name__,
             "layers": layers,

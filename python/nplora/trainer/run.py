@@ -365,6 +365,7 @@ class Run:
         checkpoint = self._directory.latest() if resume else None
         if checkpoint is not None:
             self._resume(checkpoint, self._directory)
+            self._directory.newest = None  # its arrays are taken over
             return
         self._directory.cut_log(0)
         self._log("start", {"total_steps": self.total_steps, "settings": self._settings})
@@ -442,7 +443,7 @@ class Run:
             epochs=self.history.epoch_rows(),
             log_bytes=0,
             parameters=factors(self.model),
-            optimizer=self._trainer.optimizer.state_dict(),
+            optimizer=self._trainer.optimizer.state_dict(copy=False),
             best_parameters=self._best_factors,
             history=self.history.step_columns(),
         )

@@ -252,7 +252,7 @@ class Trainer:
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         for layer in self.model.adapter_layers().values():
-            layer.require_unmerged("fit")
+            layer.require_trainable("fit")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
         """All labels at once, before the first step, where one row tells the number of classes."""

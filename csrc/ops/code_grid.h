@@ -6,7 +6,7 @@
 namespace nplora {
 
 // d q + m for the integers q of Codes.
-struct Grid {
+struct CodeGrid {
   float d, m = 0;
 };
 struct Codes {
@@ -22,7 +22,7 @@ inline float nearest_integer(float x) {
 // x to the code of the nearest number of a grid.
 class Encoder {
  public:
-  Encoder(Grid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
+  Encoder(CodeGrid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
 
   float operator()(float x) const {
     const float q = (x - grid_.m) * inverse_;
@@ -31,7 +31,7 @@ class Encoder {
   }
 
  private:
-  Grid grid_;
+  CodeGrid grid_;
   float inverse_;
   Codes codes_;
 };
@@ -46,7 +46,7 @@ float sum(const Term& term) {
 }
 
 template <size_t n>
-float squared_error(const float* x, Grid grid, Codes codes) {
+float squared_error(const float* x, CodeGrid grid, Codes codes) {
   const Encoder code(grid, codes);
   return sum<n>([&](size_t i) {
     const float error = x[i] - (grid.d * code(x[i]) + grid.m);
@@ -59,7 +59,7 @@ struct Moments {
   double n, x, q, xq, qq;
 };
 template <size_t n>
-Moments moments(const float* x, Grid grid, Codes codes) {
+Moments moments(const float* x, CodeGrid grid, Codes codes) {
   const Encoder code(grid, codes);
   float q[n];
   for (size_t i = 0; i < n; ++i) q[i] = code(x[i]);
@@ -69,10 +69,10 @@ Moments moments(const float* x, Grid grid, Codes codes) {
 
 // The grid on which the codes lie nearest to their values: least squares for d, or for d and m. `otherwise` where the codes do not
 // determine it.
-inline Grid fitted_scale(const Moments& s, Grid otherwise) {
-  return s.qq > 0 ? Grid{float(s.xq / s.qq)} : otherwise;
+inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
+  return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }
-inline Grid fitted(const Moments& s, Grid otherwise) {
+inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   const double determinant = s.n * s.qq - s.q * s.q;
   if (!(determinant > 0)) return otherwise;
   const double d = (s.n * s.xq - s.x * s.q) / determinant;

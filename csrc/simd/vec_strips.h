@@ -1,0 +1,114 @@
+// Strips: 32 bytes, which are multiplied as integers and summed in eight lanes. See vec.h for the rules of kernel units.
+//
+//   load_strip(p), join(low, high)
+//   dot(u, x)          lane i = the sum of u * x over four of the elements, all from the first half for i < 4, else from the
+//                      second.   u is at most 127, and not negative; x is at least -127
+//   dot_signed(w, x)   the same for any w
+//   to_floats(sums)
+//   spread(low, high)  low in lanes 0 ... 3, high in the others
+//   sum(v)             of the lanes of an Eight, in a fixed tree
+#pragma once
+
+#include "simd/vec_bytes.h"
+
+namespace nplora::kernels::NPLORA_ISA {
+
+typedef uint8_t Strip __attribute__((vector_size(kStrip)));
+typedef int8_t SignedStrip __attribute__((vector_size(kStrip)));
+typedef uint16_t StripWords __attribute__((vector_size(kStrip)));
+typedef int32_t EightInts __attribute__((vector_size(kStrip)));
+typedef uint32_t EightBits __attribute__((vector_size(kStrip)));
+typedef float Eight __attribute__((vector_size(kStrip)));
+
+inline Strip load_strip(const void* p) {
+  Strip s;
+  __builtin_memcpy(&s, p, sizeof s);
+  return s;
+}
+inline Eight load_eight(const float* p) {
+  Eight e;
+  __builtin_memcpy(&e, p, sizeof e);
+  return e;
+}
+
+inline Eight broadcast_eight(float x) {
+  return Eight{} + x;
+}
+inline Eight to_floats(EightInts sums) {
+  return __builtin_convertvector(sums, Eight);
+}
+inline Eight spread(float low, float high) {
+  return Eight{low, low, low, low, high, high, high, high};
+}
+inline float sum(Eight v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// As move of bytes does.
+inline Strip move(Strip s, size_t from, size_t to, uint8_t mask) {
+  return (Strip)(from <= to ? (StripWords)s << (to - from) : (StripWords)s >> (from - to)) & mask;
+}
+
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+
+inline Strip join(Bytes low, Bytes high) {
+  return (Strip)_mm256_set_m128i((__m128i)high, (__m128i)low);
+}
+
+inline EightInts dot(Strip u, Strip x) {
+#if defined(NPLORA_SIMD_VNNI)
+  return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
+#else  // two products of 127 * 127 fit into 16 bits
+  return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
+#endif
+}
+// The sign of w goes to x. 128, of which two products fit too, is an unsigned byte.
+inline EightInts dot_signed(Strip w, Strip x) {
+  return dot((Strip)_mm256_abs_epi8((__m256i)w), (Strip)_mm256_sign_epi8((__m256i)x, (__m256i)w));
+}
+
+#else
+
+inline Strip join(Bytes low, Bytes high) {
+  Strip s;
+  __builtin_memcpy(&s, &low, sizeof low);
+  __builtin_memcpy(reinterpret_cast<char*>(&s) + sizeof low, &high, sizeof high);
+  return s;
+}
+
+#if defined(NPLORA_SIMD_NEON)
+
+// Two products of 128 * 127 fit into 16 bits.
+inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
+  const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
+  return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));
+}
+inline EightInts dot_signed(Strip w, Strip x) {
+  int8x16_t from[4];
+  __builtin_memcpy(from, &w, sizeof w);
+  __builtin_memcpy(from + 2, &x, sizeof x);
+  const int32x4_t sums[] = {dot_half(from[0], from[2]), dot_half(from[1], from[3])};
+  EightInts r;
+  __builtin_memcpy(&r, sums, sizeof r);
+  return r;
+}
+
+#else
+
+inline EightInts dot_signed(Strip w, Strip x) {
+  int32_t sums[8] = {};
+  for (size_t i = 0; i < kStrip; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
+  EightInts r;
+  __builtin_memcpy(&r, sums, sizeof r);
+  return r;
+}
+
+#endif
+
+inline EightInts dot(Strip u, Strip x) {
+  return dot_signed(u, x);
+}
+
+#endif
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -1,0 +1,149 @@
+"""What the frozen blocks below the lowest adapter make of each sequence, kept from one epoch to the next."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import tempfile
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import buffers
+from nplora.formats import files
+from nplora.formats.files import StrPath
+
+Array = npt.NDArray[Any]
+
+# Up to so many rows, products may sum in another order (csrc/ops/blocking.h, plan.h); above, a row's values
+# are the same to the bit whatever stands beside it. Smaller batches are neither kept nor answered from here.
+SMALL_BATCH = 8
+
+
+class _Store(Protocol):
+    """Rows (capacity, width) of float32."""
+
+    def read(self, start: int, out: Array) -> None: ...
+    def write(self, start: int, rows: Array) -> None: ...
+    def close(self) -> None: ...
+
+
+class KeptPrefix:
+    """The residual stream that enters the first adapted block, for sequences met before.
+
+    It depends on the tokens of a sequence alone, for all below is frozen and attention stays within a
+    sequence: so it is found by them, whatever they are packed with, to the bit as if computed again.
+
+    Args:
+        blocks: how many blocks lie below: those kept for another number are no answer.
+        capacity: the most tokens of all sequences; what comes later is not kept.
+        width: numbers of a token, `hidden_size`.
+        directory: where an unnamed file holds the rows, which is gone when the process is, however it ends;
+            None: they stay in memory.
+    Raises:
+        OSError: the directory cannot be written, or the disk has no room; the message says for how much.
+    """
+
+    def __init__(self, blocks: int, capacity: int, width: int, directory: StrPath | None = None) -> None:
+        self.blocks, self._capacity, self._width = blocks, capacity, width
+        self._starts: dict[bytes, int] = {}  # tokens -> the first of their rows
+        self._used = 0
+        self._store: _Store = (
+            _Memory(capacity, width) if directory is None else _Disk(capacity, width, directory)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows that are kept."""
+        return 4 * self._used * self._width
+
+    def find(self, ids: Array, starts: Array) -> Array | None:
+        """The rows (n, width), fresh, of packed sequences that begin at `starts`; None if one is unknown."""
+        if len(ids) <= SMALL_BATCH:
+            return None
+        places = [self._starts.get(ids[begin:end].tobytes()) for begin, end in _spans(starts)]
+        if None in places:
+            return None
+        rows = buffers.empty((len(ids), self._width), np.float32)
+        for place, (begin, end) in zip(places, _spans(starts), strict=True):
+            assert place is not None
+            self._store.read(place, rows[begin:end])
+        return rows
+
+    def keep(self, ids: Array, starts: Array, rows: Array) -> None:
+        """Remember the rows (n, width) of packed sequences, as many of them as there is room for."""
+        if len(ids) <= SMALL_BATCH:
+            return
+        for begin, end in _spans(starts):
+            key = ids[begin:end].tobytes()
+            if key not in self._starts and self._used + end - begin <= self._capacity:
+                self._store.write(self._used, rows[begin:end])
+                self._starts[key] = self._used
+                self._used += end - begin
+
+    def close(self) -> None:
+        """Let go of the rows, and of their file."""
+        self._starts.clear()
+        self._capacity = self._used = 0
+        self._store.close()
+
+
+def _spans(starts: Array) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(starts.tolist()))
+
+
+def _bytes(rows: Array) -> memoryview:
+    return rows.reshape(-1).view(np.uint8).data
+
+
+class _Memory:
+    def __init__(self, capacity: int, width: int) -> None:
+        self._rows = np.empty((capacity, width), np.float32)  # pages that are never written take no memory
+
+    def read(self, start: int, out: Array) -> None:
+        out[...] = self._rows[start : start + len(out)]
+
+    def write(self, start: int, rows: Array) -> None:
+        self._rows[start : start + len(rows)] = rows
+
+    def close(self) -> None:
+        self._rows = self._rows[:0].copy()
+
+
+class _Disk:
+    """The room is reserved at the beginning, so that a full disk is told before any work."""
+
+    def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
+        self._row_bytes, self._directory = 4 * width, directory
+        nbytes = capacity * self._row_bytes
+        with files.disk_errors(directory, f"the frozen blocks' outputs take {nbytes:,} bytes"):
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, max(1, nbytes))
+            except BaseException:
+                self._file.close()
+                raise
+
+    def read(self, start: int, out: Array) -> None:
+        rest, offset = _bytes(out), start * self._row_bytes
+        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be read again"):
+            while rest:
+                count = os.preadv(self._file.fileno(), [rest], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                rest, offset = rest[count:], offset + count
+
+    def write(self, start: int, rows: Array) -> None:
+        rest, offset = (
+            _bytes(np.ascontiguousarray(rows)),
+            start * self._row_bytes,
+        )
+        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be kept"):
+            while rest:
+                count = os.pwrite(self._file.fileno(), rest, offset)
+                rest, offset = rest[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()

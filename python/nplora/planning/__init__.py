@@ -1,0 +1,21 @@
+"""What training will take in bytes and seconds, before it runs, and the way of computing that fits."""
+
+from nplora.planning.choice import BudgetError, Plan, Wishes, Work, choose
+from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
+from nplora.planning.resident import current_memory, parse_bytes, peak_memory
+
+__all__ = [
+    "Adapters",
+    "BudgetError",
+    "Candidate",
+    "Memory",
+    "Pass",
+    "Plan",
+    "Wishes",
+    "Work",
+    "choose",
+    "current_memory",
+    "parse_bytes",
+    "peak_memory",
+    "predicted",
+]

@@ -1,0 +1,198 @@
+"""Which way of computing a step fits into the memory there is, and what would where none does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.models import LanguageModel
+from nplora.packing import cut
+from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
+from nplora.planning.resident import current_memory, peak_memory, unread
+from nplora.planning.speed import Speed, measured
+from nplora.runtime import get_num_threads
+
+Array = npt.NDArray[Any]
+
+_LEAST_PIECE = 32  # tokens: smaller pieces gain little and lose speed
+
+
+class BudgetError(ValueError):
+    """No way of computing a step fits into the memory that is allowed; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is fixed: the arithmetic; that activations are computed again; what batches may be cut into."""
+
+    compute: str | None = None
+    checkpoint_blocks: bool = False
+    pieces: tuple[int | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run reads.
+
+    Attributes:
+        batches: the tokens and the targets of each of their sequences.
+        steps, accumulate: of the run, and batches of a step.
+        evaluated: tokens of a batch that is evaluated, 0 without any.
+        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
+    """
+
+    batches: list[tuple[Array, Array]]
+    steps: int
+    accumulate: int = 1
+    evaluated: int = 0
+    prefix_tokens: int = 0
+
+    def passes(self, micro_tokens: int | None) -> Iterator[Pass]:
+        """What the batches are cut into."""
+        for lengths, targets in self.batches:
+            for first, last in itertools.pairwise(cut(lengths, micro_tokens)):
+                piece = lengths[first:last]
+                yield Pass(int(piece.sum()), int(targets[first:last].sum()), int(piece.max(initial=0)))
+
+    def largest(self, micro_tokens: int | None) -> Pass:
+        """The most tokens, targets and tokens of a sequence that a pass has: they need not be of one."""
+        passes = list(self.passes(micro_tokens))
+        return Pass(*(max(getattr(one, name) for one in passes) for name in ("tokens", "targets", "longest")))
+
+    def shortened(self, length: int) -> Work:
+        """The same with longer sequences cut."""
+        cut_off = [(np.minimum(n, length), np.minimum(learned, length)) for n, learned in self.batches]
+        return dataclasses.replace(self, batches=cut_off)
+
+    @property
+    def longest(self) -> int:
+        return max(int(lengths.max(initial=0)) for lengths, _ in self.batches)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of the largest batch."""
+        return max(int(lengths.sum()) for lengths, _ in self.batches)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A way that was not chosen, with the bytes at its peak and the seconds of a step."""
+
+    way: Candidate
+    size: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.way}: {self.size / 1e6:.0f} MB, {self.seconds:.2f} s a step"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is computed, and what it is predicted to take.
+
+    Attributes:
+        chosen: the way.
+        memory: bytes at the peak of the process, term by term.
+        seconds: of an average step.
+        steps: of the run.
+        others: ways that do not fit, are slower or less exact.
+        budget: the most bytes, None without a limit.
+    """
+
+    chosen: Candidate
+    memory: Memory
+    seconds: float
+    steps: int
+    others: tuple[Other, ...] = ()
+    budget: int | None = None
+
+    def __str__(self) -> str:
+        minutes = self.steps * self.seconds / 60
+        lines = [
+            f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
+            f"{self.steps} steps in {minutes:.1f} minutes",
+            str(self.memory),
+        ]
+        lines += [
+            f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
+            for other in self.others
+        ]
+        return "\n".join(lines)
+
+
+def choose(
+    lm: LanguageModel, adapters: Adapters, work: Work, wishes: Wishes, budget: int | None = None
+) -> Plan:
+    """The fastest way that fits, in float32 if any does and the arithmetic is not fixed.
+
+    Args:
+        budget: the most bytes of the process; None: the way is as wished, and only predicted.
+    Raises:
+        BudgetError: no way fits.
+    """
+    threads, reached = get_num_threads(), peak_memory()
+    resident = current_memory(), unread(lm.config.source)
+
+    def memory(way: Candidate, work: Work = work) -> Memory:
+        largest = work.largest(way.micro_tokens)
+        return predicted(
+            lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens
+        )
+
+    ways = list(_ways(lm, work, wishes, budget is not None))
+    sizes = {way: max(memory(way).total, reached) for way in ways}
+    fitting = [way for way in ways if budget is None or sizes[way] <= budget]
+    if budget is not None and not fitting:
+        smallest = min(ways, key=lambda way: sizes[way])
+        shorter = _shorter(work, smallest, budget, lambda *cut_off: max(memory(*cut_off).total, reached))
+        raise BudgetError(
+            f"{smallest} needs {sizes[smallest] / 1e6:.0f} MB, {budget / 1e6:.0f} MB are allowed{shorter}"
+        )
+    speeds = measured(lm, tuple(dict.fromkeys(way.compute for way in ways)))
+    seconds = {way: _seconds(lm, adapters, work, way, speeds[way.compute]) for way in ways}
+    chosen = min((way for way in fitting if way.compute == fitting[0].compute), key=lambda way: seconds[way])
+    others = tuple(Other(way, sizes[way], seconds[way]) for way in ways if way != chosen)
+    return Plan(chosen, memory(chosen), seconds[chosen], work.steps, others, budget)
+
+
+def _ways(lm: LanguageModel, work: Work, wishes: Wishes, free: bool) -> Iterator[Candidate]:
+    """All that the wishes leave, float32 first; where nothing is to be chosen, the one that is wished."""
+    computes, policies, pieces = [wishes.compute or lm.compute], [wishes.checkpoint_blocks], wishes.pieces
+    if free and wishes.compute is None and lm.compute == "float32":
+        computes.append("bfloat16")
+    if free and not wishes.checkpoint_blocks:
+        policies.append(True)
+    if pieces is None:
+        pieces = (None, *_halves(work)) if free else (None,)
+    return itertools.starmap(Candidate, itertools.product(computes, policies, pieces))
+
+
+def _halves(work: Work) -> Iterator[int]:
+    """Sizes of pieces: a half, a quarter, ... of the largest batch, down to the longest sequence."""
+    size, least = work.batch_tokens, max(work.longest, _LEAST_PIECE)
+    while size > least:
+        size = max(-(-size // 2), least)
+        yield size
+
+
+def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate, speed: Speed) -> float:
+    """Of an average step."""
+    passes = [speed.step(lm, adapters, one, way.checkpoint_blocks) for one in work.passes(way.micro_tokens)]
+    return sum(passes) / len(work.batches) * work.accumulate
+
+
+def _shorter(work: Work, way: Candidate, budget: int, size: Callable[[Candidate, Work], int]) -> str:
+    """The largest power of two for --max-length that fits, or else the smallest that is of use."""
+    length = work.longest
+    while length > _LEAST_PIECE:
+        length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
+        needed = size(dataclasses.replace(way, micro_tokens=length), work.shortened(length))
+        if needed <= budget:
+            return f"; --max-length {length} would need {needed / 1e6:.0f} MB"
+    return "; no --max-length makes it fit"

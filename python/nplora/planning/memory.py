@@ -1,0 +1,221 @@
+"""The peak memory of training, as a sum of terms that follow the code of `models`, array by array.
+
+Shapes are per token: d the residual stream, q and kv the heads side by side, f the width of the MLP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from nplora.layers.principal import PRINCIPAL_INITS
+from nplora.models import LanguageModel, adapting
+from nplora.models.config import ModelConfig
+from nplora.models.head import chunk_rows
+
+_FLOAT, _BITS = 4, 2
+_LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
+_THREAD = 3 << 19  # the rest of a thread's scratch
+_HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward and backward pass reads: tokens, those that are learned, the longest sequence."""
+
+    tokens: int
+    targets: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way of computing a step. None of them changes what is learned, but for rounding.
+
+    Attributes:
+        compute: arithmetic of the frozen products.
+        checkpoint_blocks: activations are computed again in backward.
+        micro_tokens: a batch is cut into pieces of at most so many tokens; None: it is not.
+    """
+
+    compute: str
+    checkpoint_blocks: bool
+    micro_tokens: int | None = None
+
+    def __str__(self) -> str:
+        kept = "activations computed again" if self.checkpoint_blocks else "activations kept"
+        pieces = (
+            "" if self.micro_tokens is None else f", batches in pieces of up to {self.micro_tokens} tokens"
+        )
+        return f"{self.compute}, {kept}{pieces}"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The layers with an adapter, by dotted name with (d_out, d_in)."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    rank: int
+    use_dora: bool = False
+    taken: int = 0  # bytes of new frozen weights, where the factors start as a part of the old ones
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        rank: int,
+        targets: str | Iterable[str],
+        layers: str | Sequence[int] | None,
+        use_dora: bool = False,
+        init: str = "zero",
+    ) -> Self:
+        """Those that `lm.add_lora` would make. Raises as it does."""
+        modules: dict[str, Any] = dict(lm.named_modules())
+        names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers)
+        made = cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
+        if init not in PRINCIPAL_INITS:
+            return made
+        weights = sum(modules[name].weight.nbytes for name in names)
+        return dataclasses.replace(
+            made, taken=weights + _FLOAT * made.numbers
+        )  # and the factors at the start
+
+    @property
+    def numbers(self) -> int:
+        """Trained numbers."""
+        magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
+        return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
+
+    def of_block(self, block: int) -> dict[str, tuple[int, int]]:
+        """The adapted layers of a block, by the last part of their names."""
+        prefix = f"model.layers.{block}."
+        return {
+            name.rpartition(".")[2]: shape for name, shape in self.shapes.items() if name.startswith(prefix)
+        }
+
+    def first_block(self, blocks: int) -> int:
+        """The lowest block that keeps something for backward."""
+        if "model.embed_tokens" in self.shapes:
+            return 0
+        return next((block for block in range(blocks) if self.of_block(block)), blocks)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, term by term; `total` is what the process has in all."""
+
+    process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
+    weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
+    factors: int = dataclasses.field(metadata={"text": "factors, their gradients and moments"})
+    prefix: int = dataclasses.field(metadata={"text": "what frozen blocks made, for later epochs"})
+    kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
+    work: int = dataclasses.field(metadata={"text": "what a block, or head and loss, work in"})
+    scratch: int = dataclasses.field(metadata={"text": "the threads' scratch, small arrays"})
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"  {getattr(self, field.name) / 1e6:6.0f} MB  {field.metadata['text']}"
+            for field in dataclasses.fields(self)
+        )
+
+
+def predicted(
+    config: ModelConfig,
+    adapters: Adapters,
+    step: Pass,
+    evaluated: int,
+    way: Candidate,
+    threads: int,
+    resident: tuple[int, int],
+    prefix_tokens: int = 0,
+) -> Memory:
+    """The peak of training.
+
+    Args:
+        step: the largest pass.
+        evaluated: the tokens of a batch that is evaluated, 0 without any.
+        resident: bytes in memory before the adapters are made, and those of the weights not read yet.
+        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
+    """
+    narrow = way.compute == "bfloat16"
+    block = _Block(config, adapters, step.tokens, narrow)
+    first = adapters.first_block(config.num_hidden_layers)
+    blocks = config.num_hidden_layers - first
+    stream = _FLOAT * config.hidden_size * step.tokens
+    head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
+    if way.checkpoint_blocks:
+        kept = blocks * stream
+        backward = 2 * stream + block.kept + block.backward
+        forward = block.forward
+    else:
+        kept = blocks * block.kept
+        backward = 2 * stream + block.backward
+        forward = stream + block.forward - block.kept
+    evaluation = max(_Block(config, adapters, evaluated, False).forward, _head(config, evaluated)) - kept
+    work = max(head, backward if blocks else 0, forward, evaluation)
+    rows = chunk_rows(config.vocab_size, step.targets)
+    lanes = (
+        _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
+        if narrow
+        else _FLOAT * min(step.tokens, 256) * config.intermediate_size
+    )
+    process, weights = resident
+    return Memory(
+        process,
+        weights,
+        4 * _FLOAT * adapters.numbers + adapters.taken,
+        _FLOAT * config.hidden_size * prefix_tokens,
+        kept,
+        work,
+        threads * (min(_LANES, lanes) + _THREAD) + _HEAP,
+    )
+
+
+def _head(config: ModelConfig, targets: int) -> int:
+    """Logits of a chunk; its rows of the stream, normed, and their gradients."""
+    rows = chunk_rows(config.vocab_size, targets)
+    return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
+
+
+class _Block:
+    """Bytes of a block of the decoder for a number of tokens.
+
+    Attributes:
+        kept: of a `BlockSaved`.
+        forward: the most in the forward pass, with what it is to keep.
+        backward: the most in the backward pass, beside what was kept, the gradient and the last stream.
+    """
+
+    def __init__(self, config: ModelConfig, adapters: Adapters, tokens: int, narrow: bool) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        q, kv = heads * config.head_dim, groups * config.head_dim
+        part = adapters.of_block(config.num_hidden_layers - 1)
+        bits = _BITS if narrow else _FLOAT
+        low = _FLOAT * adapters.rank * len(part)  # z
+        if adapters.use_dora:
+            low += _FLOAT * sum(d_out for d_out, _ in part.values())  # the outputs before they are rescaled
+        attention = _FLOAT * (q + 2 * kv + heads) + bits * q
+        self.kept = tokens * (bits * 2 * d + attention + bits * 2 * f + low)
+
+        mlp = _FLOAT * (d + d + 3 * f + d) + (
+            _BITS * 2 * f if narrow else 0
+        )  # h, normed; gate, up, hidden; y
+        self.forward = tokens * (_FLOAT * d + attention + mlp + low)
+
+        widened = _FLOAT * (d + 2 * f) if narrow else 0  # h, gate, up
+        reads = _FLOAT * d if {"gate_proj", "up_proj"} & part.keys() else 0  # normed h
+        hidden = _FLOAT * f if "down_proj" in part else 0
+        through_mlp = widened + reads + hidden + _FLOAT * (f + d)  # their gradients
+        rotated = _FLOAT * 2 * (q + kv) if config.qk_norm else 0
+        inputs = _FLOAT * d if {"q_proj", "k_proj", "v_proj"} & part.keys() else 0
+        out = _FLOAT * (d + q) if narrow else 0  # x, and attention's output
+        through_attention = out + inputs + rotated + _FLOAT * (q + q + 2 * kv + d)
+        dora = _FLOAT * 2 * f if adapters.use_dora else 0
+        self.backward = tokens * (max(through_mlp, through_attention) + dora)

@@ -1,0 +1,71 @@
+"""Bytes of this process: in memory now, at most until now, and mapped but not read yet."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from pathlib import Path
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
+_KIBIBYTE = 1024
+
+
+def parse_bytes(memory: int | str) -> int:
+    """600M, 1.5G, 512MiB or a number of bytes.
+
+    Raises:
+        ValueError: it is none of these, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?)B?", str(memory).strip().upper())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def current_memory() -> int:
+    """Bytes in memory now, mapped files included."""
+    return _status("VmRSS") or _largest()
+
+
+def peak_memory() -> int:
+    """The most bytes that the process had in memory at a time, mapped files included.
+
+    Not by `getrusage` where the system tells it otherwise: there a child begins with its parent's peak.
+    """
+    return _status("VmHWM") or _largest()
+
+
+def unread(source: str) -> int:
+    """Bytes that are mapped of a file, or of the files beside it, and not in memory yet."""
+    found, reading = 0, False
+    directory = os.path.dirname(os.path.realpath(source))
+    for line in _lines("/proc/self/smaps"):
+        if _MAPPING.match(line):
+            reading = line.rstrip().partition("/")[2] != "" and _beside(directory, line)
+        elif reading and line.startswith(("Size:", "Rss:")):
+            size = int(line.split()[1]) * _KIBIBYTE
+            found += size if line.startswith("Size:") else -size
+    return found
+
+
+def _beside(directory: str, line: str) -> bool:
+    path = "/" + line.rstrip().partition("/")[2]
+    return os.path.dirname(path) == directory and path.endswith((".gguf", ".safetensors"))
+
+
+def _status(name: str) -> int:
+    lines = (line for line in _lines("/proc/self/status") if line.startswith(f"{name}:"))
+    return next((int(line.split()[1]) * _KIBIBYTE for line in lines), 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+
+
+def _largest() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE

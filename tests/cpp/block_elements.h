@@ -1,0 +1,71 @@
+// The formulas of the low-bit formats, taken bit by bit from a block and computed in double.
+#pragma once
+
+#include <cmath>
+
+#include "base/block_formats.h"
+#include "numbers.h"
+
+using namespace nplora;
+
+// By the definition of float16, so that nothing of what is tested is used.
+inline double value(Half half) {
+  const int bits = half.bytes[0] | half.bytes[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * std::ldexp(fraction + (exponent ? 1024 : 0), std::max(exponent, 1) - 25);
+}
+
+inline int bit(const uint8_t* bytes, size_t i) {
+  return bytes[i / 8] >> (i % 8) & 1;
+}
+
+// Elements 0 ... n / 2 - 1 in the low halves of the bytes, the others in the high ones.
+inline int nibble(const uint8_t* bytes, size_t n, size_t i) {
+  return i < n / 2 ? bytes[i] & 15 : bytes[i - n / 2] >> 4;
+}
+
+// ---- element i of a block; products and sums of these few bits are exact in double ----
+
+inline double element(const BlockQ4_0& b, size_t i) {
+  return value(b.d) * (nibble(b.q, 32, i) - 8);
+}
+inline double element(const BlockQ4_1& b, size_t i) {
+  return value(b.d) * nibble(b.q, 32, i) + value(b.m);
+}
+inline double element(const BlockQ5_0& b, size_t i) {
+  return value(b.d) * (nibble(b.q, 32, i) + 16 * bit(b.high, i) - 16);
+}
+inline double element(const BlockQ5_1& b, size_t i) {
+  return value(b.d) * (nibble(b.q, 32, i) + 16 * bit(b.high, i)) + value(b.m);
+}
+inline double element(const BlockQ8_0& b, size_t i) {
+  return value(b.d) * b.q[i];
+}
+
+inline int scale(const uint8_t* s, size_t j) {
+  return j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
+}
+inline int minimum(const uint8_t* s, size_t j) {
+  return j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
+}
+inline double element(const BlockQ4_K& b, size_t i) {
+  const int q = nibble(b.q + i / 64 * 32, 64, i % 64);
+  return value(b.d) * scale(b.scales, i / 32) * q - value(b.dmin) * minimum(b.scales, i / 32);
+}
+inline double element(const BlockQ5_K& b, size_t i) {
+  const int q = nibble(b.q + i / 64 * 32, 64, i % 64) + 16 * (b.high[i % 32] >> (i / 32) & 1);
+  return value(b.d) * scale(b.scales, i / 32) * q - value(b.dmin) * minimum(b.scales, i / 32);
+}
+inline double element(const BlockQ6_K& b, size_t i) {
+  const size_t half = i / 128, l = i % 128;
+  const int q = nibble(b.low + half * 64, 128, l) + 16 * (b.high[half * 32 + l % 32] >> (2 * (l / 32)) & 3);
+  return value(b.d) * b.scales[i / 16] * (q - 32);
+}
+
+// Small integers: every product and every sum is exact, in any order.
+inline Half draw_integer(Random& random) {
+  constexpr Half kIntegers[] = {
+      {{0, 0}}, {{0, 0x3C}}, {{0, 0xBC}}, {{0, 0x40}}, {{0, 0xC0}}};  // 0, 1, -1, 2, -2
+  return kIntegers[random.below(std::size(kIntegers))];
+}

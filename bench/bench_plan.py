@@ -111,7 +111,6 @@ SETTINGS = (
     Setting(2, 256, options={"targets": ["q_proj", "v_proj"]}),
     Setting(2, 256, options={"use_dora": True}),
     Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
-    Setting(2, 256, options={"init": "olora"}),
     Setting(8, 512, options={"memory": "350M"}),
     Setting(4, 256, options={"memory": "600M"}),
 )

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from hostile import refused
-from nplora import cli, finetuning
+from nplora import cli
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
-from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter
+from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter, run
 from nplora.formats import safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
@@ -122,8 +122,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
                 if record.step == self.at:
                     raise KeyboardInterrupt
 
-        monkeypatch.setattr(finetuning, "_speaks", lambda progress: True)
-        monkeypatch.setattr(finetuning, "TokenProgress", StopAt)
+        monkeypatch.setattr(run, "speaks", lambda progress: True)
+        monkeypatch.setattr(run, "TokenProgress", StopAt)
         stopped = finetune(model, data, output, **options)
         monkeypatch.undo()
         assert stopped.history.interrupted
@@ -414,12 +414,12 @@ def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Pat
 
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
     lm = load_model(model)
-    for run in (
+    for call in (
         lambda: finetune(lm, data, tmp_path / "out", compute="bfloat16"),
         lambda: evaluate(lm, data, compute="bfloat16"),
     ):
         with pytest.raises(ValueError, match="compute='bfloat16' is for a file; this model"):
-            run()
+            call()
     assert evaluate(model, data, compute="bfloat16")["loss"] != evaluate(model, data)["loss"]
 
 

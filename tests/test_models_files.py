@@ -148,8 +148,8 @@ def test_directories_without_safe_weights_are_refused(tmp_path: Path) -> None:
         nplora.load_model(tmp_path)
     with pytest.raises(FileNotFoundError):
         nplora.load_model(tmp_path / "none.gguf")
-    with pytest.raises(ValueError, match="compute='int8' is not available"):
-        nplora.load_model(tmp_path, compute="int8")
+    with pytest.raises(ValueError, match="compute='int4' is not available"):
+        nplora.load_model(tmp_path, compute="int4")
 
 
 @pytest.mark.parametrize("mmap", [True, False])

@@ -1,0 +1,24 @@
+"""Fine-tuning a language model on a file of text, and its evaluation: what the commands do."""
+
+from nplora.finetuning.attaching import attach_adapter, load_with_adapter
+from nplora.finetuning.evaluation import evaluate, evaluate_batches
+from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.planned import plan
+from nplora.finetuning.report import FinetuneReport, Sample
+from nplora.finetuning.run import finetune
+from nplora.finetuning.token_loss import TokenLoss
+from nplora.finetuning.token_progress import TokenProgress
+
+__all__ = [
+    "FinetuneOptions",
+    "FinetuneReport",
+    "Sample",
+    "TokenLoss",
+    "TokenProgress",
+    "attach_adapter",
+    "evaluate",
+    "evaluate_batches",
+    "finetune",
+    "load_with_adapter",
+    "plan",
+]

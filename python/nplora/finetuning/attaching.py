@@ -1,0 +1,93 @@
+"""A PEFT adapter directory, put on a language model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from nplora.adapters import load_adapter
+from nplora.formats import peft_adapter
+from nplora.formats.errors import FormatError, brief, nearest_names
+from nplora.formats.files import StrPath
+from nplora.formats.peft_adapter import PeftAdapter
+from nplora.layers import Embedding, Linear
+from nplora.models import LanguageModel, load_model
+
+_MOST_SUGGESTIONS = 10  # layers of an adapter, unknown to the model, for which the nearest ones are looked up
+
+
+def load_with_adapter(
+    model: StrPath, adapter: StrPath | None = None, compute: str = "float32"
+) -> LanguageModel:
+    """A model, with a PEFT adapter directory put on it. Raises as `load_model` and `attach_adapter`."""
+    lm = load_model(model, compute)
+    if adapter is not None:
+        attach_adapter(lm, adapter)
+    return lm
+
+
+def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
+    """Put the adapter of a PEFT directory on a model that has none: on the layers that are in the file.
+
+    Raises:
+        FormatError: it does not fit the model, which stays as it was. Others as `load_adapter`.
+        ValueError: the model has an adapter.
+    """
+    if lm.adapter_layers():
+        raise ValueError(
+            f"attach_adapter: the model has an adapter already, on {len(lm.adapter_layers())} layers"
+        )
+    with peft_adapter.reading(directory) as adapter:
+        names, use_dora = _fitting(lm, adapter), adapter.config.use_dora
+    with as_it_was(lm):
+        lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
+        load_adapter(lm, directory)
+
+
+@contextlib.contextmanager
+def as_it_was(lm: LanguageModel) -> Iterator[None]:
+    """Take the adapters that the body adds off again where it fails."""
+    modules = dict(lm.named_modules())
+    try:
+        yield
+    except BaseException:
+        for name in lm.adapter_layers():
+            parent, _, attribute = name.rpartition(".")
+            setattr(modules[parent], attribute, modules[name])
+        raise
+
+
+def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
+    """The layers of an adapter, each of which the model has, and with factors of its shape."""
+    layers = {name: m for name, m in lm.named_modules() if isinstance(m, Linear | Embedding)}
+    problems: list[str] = []
+    factors = adapter.factors(problems)
+    for name, halves in factors.items():
+        layer = layers.get(name)
+        if layer is None:
+            near = (
+                ", ".join(map(repr, nearest_names(name, layers))) if len(problems) < _MOST_SUGGESTIONS else ""
+            )
+            problems.append(
+                f"layer {brief(name)} is not in the model{near and f', the nearest names: {near}'}"
+            )
+            continue
+        try:
+            adapter.require_rank(name, halves)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        d_in, d_out = (adapter.tensors.entries[half].shape[1 - i] for i, half in enumerate(halves))
+        wanted = layer.weight.shape[::-1] if isinstance(layer, Linear) else layer.weight.shape
+        if (d_in, d_out) != wanted:
+            problems.append(
+                f"layer {brief(name)}: the adapter is of {(d_out, d_in)}, the weight {wanted[::-1]}"
+            )
+    if not factors and not problems:
+        raise FormatError(f"{adapter.directory}: the adapter has no layers")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise FormatError(
+            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}"
+        )
+    return list(factors)

@@ -1,0 +1,57 @@
+"""The loss of a language model over a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nplora.data import TokenBatches, find_splits, read_dataset
+from nplora.finetuning.attaching import attach_adapter
+from nplora.finetuning.inputs import opened, require_vocabulary
+from nplora.formats.files import StrPath
+from nplora.models import LanguageModel
+
+EVALUATION_TOKENS = 1024
+
+
+def evaluate(
+    model: StrPath | LanguageModel,
+    data: StrPath,
+    *,
+    adapter: StrPath | None = None,
+    compute: str | None = None,
+    max_length: int | None = None,
+    learn: str = "completion",
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """The mean loss of a model over a file, per learned token: {"loss": ..., "tokens": ...}.
+
+    Args:
+        data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
+        adapter: a PEFT adapter directory that is put on the model.
+        max_length: longer examples are cut; None: to the model's context.
+        compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
+        learn, skip_bad: as in `FinetuneOptions`.
+    Raises: as `finetune` and `load_adapter`.
+    """
+    train_path, valid_path = find_splits(data)
+    lm = opened("evaluate", model, compute)
+    if adapter is not None:
+        attach_adapter(lm, adapter)
+    dataset = read_dataset(
+        valid_path or train_path,
+        lm.tokenizer,
+        max_length=lm.config.max_position_embeddings if max_length is None else max_length,
+        learn=learn,
+        skip_bad=skip_bad,
+    )
+    require_vocabulary(lm, dataset)
+    return evaluate_batches(lm, TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False))
+
+
+def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]:
+    """The mean loss over all targets of all batches, and their number."""
+    total, tokens = 0.0, 0
+    for batch, _ in batches.epoch(0):
+        total += lm.loss_packed(batch) * batch.num_targets
+        tokens += batch.num_targets
+    return {"loss": total / max(1, tokens), "tokens": tokens}

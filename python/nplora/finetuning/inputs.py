@@ -1,0 +1,61 @@
+"""The model and the text of a run, and the batches that it learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nplora.data import Dataset, TokenBatches, find_splits, read_dataset
+from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
+from nplora.formats.errors import FormatError
+from nplora.formats.files import StrPath
+from nplora.models import LanguageModel, load_model
+from nplora.weights import COMPUTES
+
+
+def opened_all(
+    op: str, model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
+) -> tuple[LanguageModel, Dataset, Dataset | None]:
+    """The model, what it learns from and what it is evaluated on."""
+    train_path, found = find_splits(data)
+    valid_path = found if valid is None else Path(valid)
+    lm = opened(op, model, options.compute)
+    train = read(lm, train_path, options)
+    return lm, train, None if valid_path is None else read(lm, valid_path, options)
+
+
+def opened(op: str, model: StrPath | LanguageModel, compute: str | None) -> LanguageModel:
+    if not isinstance(model, LanguageModel):
+        return load_model(model, compute or COMPUTES[0])
+    if compute is not None:
+        raise ValueError(f"{op}: compute={compute!r} is for a file; this model was loaded with its own")
+    return model
+
+
+def read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
+    dataset = read_dataset(
+        path,
+        lm.tokenizer,
+        max_length=min(options.max_length, lm.config.max_position_embeddings),
+        learn=options.learn,
+        skip_bad=options.skip_bad,
+        strict=options.strict,
+    )
+    require_vocabulary(lm, dataset)
+    return dataset
+
+
+def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+    if dataset.largest_id >= lm.config.vocab_size:
+        raise FormatError(
+            f"{dataset.report.source}: its text has token {dataset.largest_id} of {lm.tokenizer}, "
+            f"the model's vocabulary ends with {lm.config.vocab_size - 1}"
+        )
+
+
+def batches_of(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
+    examples = options.batch_examples
+    if examples is None and options.batch_tokens is None:
+        examples = DEFAULT_EXAMPLES
+    return TokenBatches(
+        dataset, batch_tokens=options.batch_tokens, batch_examples=examples, seed=options.seed
+    )

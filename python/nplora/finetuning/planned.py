@@ -1,0 +1,82 @@
+"""How a run computes its steps within a budget of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nplora.checkpoint import RunDirectory
+from nplora.data import Dataset
+from nplora.finetuning.evaluation import EVALUATION_TOKENS
+from nplora.finetuning.inputs import batches_of, opened_all
+from nplora.finetuning.options import FinetuneOptions
+from nplora.formats.files import StrPath
+from nplora.models import LanguageModel
+from nplora.planning import Adapters, Plan, Wishes, Work, choose, parse_bytes
+
+_LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch
+
+
+def plan(
+    model: StrPath | LanguageModel, data: StrPath, *, valid: StrPath | None = None, **options: Any
+) -> Plan:
+    """What `finetune` would take with the same arguments, in memory and time; nothing is trained or written.
+
+    With `memory`, how `finetune` would compute its steps so that the process stays below it.
+
+    Returns:
+        the way of computing, bytes and seconds; `str` of it is what the command prints.
+    Raises:
+        BudgetError: nothing fits into `memory`; the message says what is needed, and what would fit.
+        Others as `finetune`.
+    """
+    chosen = FinetuneOptions(**options)
+    lm, train, held_out = opened_all("plan", model, data, valid, chosen)
+    return planned(lm, train, held_out, chosen)
+
+
+def planned(
+    lm: LanguageModel,
+    train: Dataset,
+    held_out: Dataset | None,
+    options: FinetuneOptions,
+    pieces: tuple[int | None, ...] | None = None,
+) -> Plan:
+    """How steps are computed with these options; pieces: those of the run that goes on."""
+    batches = batches_of(train, options)
+    steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
+    epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
+    lengths, targets = train.lengths, train.targets
+    return choose(
+        lm,
+        Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora, options.init),
+        Work(
+            [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
+            steps,
+            options.accumulate,
+            0 if held_out is None else min(EVALUATION_TOKENS, held_out.report.tokens),
+            sum(d.report.tokens for d in (train, held_out) if d and options.keep_prefix == "memory"),
+        ),
+        Wishes(options.compute, options.checkpoint_blocks, pieces),
+        None if options.memory is None else parse_bytes(options.memory),
+    )
+
+
+def resumed(
+    options: FinetuneOptions, output: StrPath, loaded: bool
+) -> tuple[FinetuneOptions, tuple[int | None, ...] | None]:
+    """The options of a run that goes on, and its pieces: as an earlier plan had them, whatever fits now.
+
+    Args:
+        loaded: the model is given, and its arithmetic with it.
+    """
+    if not options.resume or not Path(output).is_dir():
+        return options, None
+    with RunDirectory(output) as directory:
+        checkpoint = directory.newest
+    fixed = {} if checkpoint is None else checkpoint.settings.get("fixed", {})
+    computes = {layer.get("compute") for layer in fixed.get("layers", {}).values()} - {"float64"}
+    if options.compute is None and not loaded and len(computes) == 1:
+        options = dataclasses.replace(options, compute=computes.pop())
+    return options, None if checkpoint is None else (fixed.get("micro_tokens"),)

@@ -1,0 +1,66 @@
+"""What came of a fine-tuning run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nplora.data import DataReport
+from nplora.planning import peak_memory
+from nplora.trainer import History
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and the answers before and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What came of a run; `str(report)` is what the command prints.
+
+    Attributes:
+        output: the directory with the adapter.
+        loss_before, loss_after: of the validation data, None without it (and after an interruption).
+        history: the trainer's records.
+        trained: numbers in the factors, `parameters`: of the whole model.
+        tokens: that were learned from, those before a resumed run went on included.
+    """
+
+    output: Path
+    train: DataReport
+    valid: DataReport | None
+    loss_before: float | None
+    loss_after: float | None
+    samples: tuple[Sample, ...]
+    history: History
+    trained: int
+    parameters: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(record.count for record in self.history.steps)
+
+    def __str__(self) -> str:
+        history = self.history
+        lines = [
+            f"  {sample.prompt!r}\n    before  {sample.before!r}\n    after   {sample.after!r}"
+            for sample in self.samples
+        ]
+        if self.loss_before is not None and self.loss_after is not None:
+            lines.append(f"validation loss {self.loss_before:.4f} -> {self.loss_after:.4f}")
+        losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
+        rate = self.tokens / max(1e-9, history.seconds)
+        lines.append(
+            f"{len(history.steps)} steps in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "
+            f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
+        )
+        lines.append(f"trained {self.trained:,} of {self.parameters:,} numbers")
+        ended = ", interrupted: --resume goes on" if history.interrupted else ""
+        lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
+        return "\n".join(lines)

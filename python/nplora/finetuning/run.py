@@ -1,0 +1,162 @@
+"""Fine-tuning a language model on a file of text.
+
+The model knows no trainer and the trainer no model; they meet here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nplora.adapters import save_adapter
+from nplora.checkpoint import RunDirectory
+from nplora.data import Dataset, TokenBatches
+from nplora.finetuning.attaching import as_it_was
+from nplora.finetuning.evaluation import EVALUATION_TOKENS, evaluate_batches
+from nplora.finetuning.inputs import batches_of, opened_all
+from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.planned import planned, resumed
+from nplora.finetuning.report import FinetuneReport, Sample
+from nplora.finetuning.token_loss import TokenLoss
+from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
+from nplora.formats.files import StrPath
+from nplora.generate import Sampling, generate
+from nplora.models import KeptPrefix, LanguageModel, load_model
+from nplora.optim import AdamW
+from nplora.planning import Candidate
+from nplora.trainer import Trainer
+
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
+
+
+def finetune(
+    model: StrPath | LanguageModel,
+    data: StrPath,
+    output: StrPath,
+    *,
+    valid: StrPath | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Train a LoRA adapter for a language model on a file of text, and save it as a PEFT adapter directory.
+
+    Everything is checked and read before the first file is written. The output directory also holds
+    checkpoints and `log.jsonl`, from which an interrupted run goes on (`resume=True`), to the bit as if it
+    had not been stopped. Ctrl-C ends the run after what it has learned: that is saved, and returned.
+
+    Args:
+        model: what `load_model` reads, or a model without an adapter.
+        data: a .jsonl, .csv or .txt file as `nplora.data.read_dataset` has it, or a directory with
+            train.jsonl and, if it is to be evaluated, valid.jsonl.
+        valid: the file to evaluate on, before and after every epoch.
+        progress: print what happens to stderr; None: if that is a terminal.
+        options: as `FinetuneOptions` has them; `compute` only for a model that is loaded here.
+    Raises:
+        DataError: a line of the data is not what it should be.
+        ValueError, TypeError: an option is out of range or does not fit the model.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set.
+        NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
+    """
+    chosen, pieces = resumed(FinetuneOptions(**options), output, isinstance(model, LanguageModel))
+    say = speaker(progress)
+    lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
+    way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
+    if chosen.memory is not None:
+        fitting = planned(lm, train, held_out, chosen, pieces)
+        say(str(fitting))
+        way = fitting.chosen
+    if way.compute != lm.compute and not isinstance(model, LanguageModel):
+        del lm  # before the file is mapped again
+        lm = load_model(model, way.compute)
+    for dataset in (train, held_out):
+        if dataset is not None:
+            say(str(dataset.report))
+    batches = batches_of(train, chosen)
+    checks = (
+        None if held_out is None else TokenBatches(held_out, batch_tokens=EVALUATION_TOKENS, shuffle=False)
+    )
+    with as_it_was(lm):
+        lm.add_lora(
+            chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
+            chosen.use_dora, chosen.seed, chosen.init,
+        )  # fmt: skip
+        if chosen.keep_prefix != "off" and not lm.model.first_adapted():
+            raise ValueError(
+                "finetune: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
+            )
+        _require_free(output, chosen)
+    lm.model.checkpoint_blocks = way.checkpoint_blocks
+    with _kept_prefix(lm, [train] if held_out is None else [train, held_out], output, chosen.keep_prefix):
+        before = None if checks is None else evaluate_batches(lm, checks)["loss"]
+        if before is not None:
+            say(f"validation loss {before:.4f} before training")
+        answers = _answers(lm, chosen.sample)
+        trainer = Trainer(
+            lm,
+            TokenLoss(way.micro_tokens),
+            AdamW(chosen.lr, weight_decay=chosen.weight_decay),
+            schedule=chosen.schedule,
+            warmup_steps=chosen.warmup,
+            accumulate=chosen.accumulate,
+            clip_norm=chosen.max_grad_norm,
+            seed=chosen.seed,
+            callbacks=[TokenProgress()] if speaks(progress) else [],
+            progress=False,
+        )
+        history = trainer.fit(
+            batches,
+            epochs=chosen.epochs,
+            steps=chosen.steps,
+            validation=checks,
+            checkpoint_dir=output,
+            checkpoint_every=chosen.save_every,
+            resume=chosen.resume,
+            overwrite=chosen.overwrite,
+        )
+    save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
+    last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
+    after = [""] * len(answers) if history.interrupted else _answers(lm, chosen.sample)
+    return FinetuneReport(
+        output=Path(output),
+        train=train.report,
+        valid=None if held_out is None else held_out.report,
+        loss_before=before,
+        loss_after=last,
+        samples=tuple(map(Sample, chosen.sample, answers, after)),
+        history=history,
+        trained=lm.num_trainable,
+        parameters=lm.num_parameters,
+    )
+
+
+def _require_free(output: StrPath, options: FinetuneOptions) -> None:
+    """Refuse a directory with a run, or one in use, before anything that takes time."""
+    with RunDirectory(output) as directory:
+        if directory.occupied and not (options.resume or options.overwrite):
+            raise FileExistsError(
+                17, "the directory holds a run: resume goes on with it, overwrite drops it", os.fspath(output)
+            )
+
+
+@contextlib.contextmanager
+def _kept_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> Iterator[None]:
+    """What the blocks below the adapters make of these examples is kept meanwhile, if it is to be."""
+    if where == "off":
+        yield
+        return
+    tokens = sum(dataset.report.tokens for dataset in datasets)
+    directory = output if where == "disk" else None
+    prefix = KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+    lm.model.prefix = prefix
+    try:
+        yield
+    finally:
+        lm.model.prefix = None
+        prefix.close()
+
+
+def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
+    return generate(lm, prompts, _SAMPLING)

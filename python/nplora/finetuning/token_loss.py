@@ -1,0 +1,63 @@
+"""A language model's loss, as the trainer takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nplora.models import LanguageModel
+from nplora.module import Module, quiet
+from nplora.packing import PackedBatch
+from nplora.trainer import FusedLoss
+
+
+class TokenLoss(FusedLoss):
+    """The mean over all targets of -log p(target); the logits are never there at once.
+
+    Args:
+        micro_tokens: a batch is passed through in pieces of at most so many tokens; None: in one.
+    """
+
+    def __init__(self, micro_tokens: int | None = None) -> None:
+        self.micro_tokens = micro_tokens
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
+
+    def count(self, x: PackedBatch, y: Any) -> int:
+        return x.num_targets
+
+    def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
+        assert isinstance(model, LanguageModel)
+        return sum(model.forward_backward(piece, factor) for piece in x.pieces(self.micro_tokens))
+
+    def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
+        assert isinstance(model, LanguageModel)
+        return model.loss_packed(x)
+
+    def blame(self, model: Module, x: PackedBatch) -> str:
+        assert isinstance(model, LanguageModel)
+        found: list[str] = []
+        prefix, model.model.prefix = model.model.prefix, None
+        for index, block in enumerate(model.model.layers):
+            vars(block)["run"] = _watched(block.run, f"model.layers.{index}", found)
+        try:
+            with quiet():
+                model.loss_packed(x)
+        finally:
+            for block in model.model.layers:
+                del vars(block)["run"]
+            model.model.prefix = prefix
+        return f"the first layer whose output is not finite is {(found or ['lm_head'])[0]!r}"
+
+
+def _watched(run: Callable[..., Any], name: str, found: list[str]) -> Callable[..., Any]:
+    def watching(*arguments: Any, **named: Any) -> Any:
+        result = run(*arguments, **named)
+        if not np.isfinite(result[0]).all():
+            found.append(name)
+        return result
+
+    return watching

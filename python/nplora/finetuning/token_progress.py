@@ -1,0 +1,76 @@
+"""What is told while a language model learns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from nplora.planning import peak_memory
+from nplora.trainer import Callback, EpochRecord, Run, StepRecord
+
+
+def speaks(progress: bool | None) -> bool:
+    return sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress)
+
+
+def speaker(progress: bool | None) -> Callable[[str], None]:
+    if not speaks(progress):
+        return lambda text: None
+    return lambda text: print(text, file=sys.stderr, flush=True)
+
+
+class TokenProgress(Callback):
+    """A line on stderr: loss, tokens a second, peak memory and the time that is left.
+
+    On a terminal it is redrawn; elsewhere there is a new one from time to time.
+    """
+
+    def __init__(self, every: float = 10.0) -> None:
+        self._redraws = sys.stderr.isatty()
+        self._every = 0.1 if self._redraws else every
+        self._drawn = -np.inf
+        self._width = 0
+        self._recent: list[StepRecord] = []
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        self._recent = [*self._recent[-19:], record]
+        last = record.step == run.total_steps
+        if last or time.monotonic() - self._drawn >= self._every:
+            self._drawn = time.monotonic()
+            self._draw(self._text(run, record))
+
+    def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
+        validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"
+        self._draw(f"epoch {record.epoch}: loss {record.loss:.4f}{validation}")
+        self._break()
+
+    def on_fit_end(self, run: Run) -> None:
+        self._break()
+
+    def _text(self, run: Run, record: StepRecord) -> str:
+        recent = self._recent
+        loss = sum(r.loss * r.count for r in recent) / max(1, sum(r.count for r in recent))
+        seconds = sum(r.seconds for r in recent)
+        rate = sum(r.count for r in recent) / max(1e-9, seconds)
+        total = "" if run.total_steps is None else f"/{run.total_steps}"
+        text = f"step {record.step}{total}, loss {loss:.4f}, {rate:.0f} tokens/s"
+        text += f", {peak_memory() / 1e6:.0f} MB"
+        if run.total_steps is not None:
+            left = round((run.total_steps - record.step) * seconds / len(recent))
+            text += f", {left // 60}:{left % 60:02} left"
+        return text
+
+    def _draw(self, text: str) -> None:
+        if self._redraws:
+            print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _break(self) -> None:
+        if self._width:
+            print(file=sys.stderr, flush=True)
+            self._width = 0

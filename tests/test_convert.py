@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import cli, convert, info
+from nplora import convert, info
 from nplora.formats import gguf, gguf_names, peft_adapter, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
@@ -437,14 +437,10 @@ def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> N
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 
-def test_a_directory_of_neither_an_adapter_nor_a_model_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_of_neither_an_adapter_nor_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert cli.main(["convert", str(tmp_path / "empty"), str(tmp_path / "x.gguf")]) == 1
-    assert (
-        f"{tmp_path / 'empty'}: holds neither config.json nor adapter_config.json" in capsys.readouterr().err
-    )
+    with pytest.raises(FormatError, match=r"empty: holds neither config\.json nor adapter_config\.json"):
+        convert.convert_adapter(tmp_path / "empty", tmp_path / "x.gguf")
 
 
 def test_heads_of_a_single_pair_of_rows_are_allowed(tmp_path: Path) -> None:

@@ -329,10 +329,9 @@ class Backward {
   void add_sums() const {
     for (const Part& p : parts_) {
       const T scale = T(p.arrays.low.scale);
-      if (p.wants_da)
-        for (size_t o = 0; o < p.arrays.da.rows; ++o)
-          for (size_t j = 0; j < p.rank(); ++j)
-            p.arrays.da.row(o)[j] += scale * p.da[j * p.arrays.da.rows + o];
+      if (const Matrix<T> da = p.arrays.da; p.wants_da)
+        for_transposed(da.rows, p.rank(),
+                       [&](size_t o, size_t j) { da.row(o)[j] += scale * p.da[j * da.rows + o]; });
       if (p.wants_db)
         for (size_t j = 0; j < p.rank(); ++j)
           for (size_t c = 0; c < p.arrays.db.cols; ++c)

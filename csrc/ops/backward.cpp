@@ -42,8 +42,8 @@ class Backward {
       : x_(x), dx_(dx), tokens_(stack[0].dy.rows) {
     for (const BackwardPart<T>& p : stack) {
       const size_t rank = p.low.rank();
-      const Update update =
-          backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>, p.low.dropout > 0});
+      const Update update = backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>,
+                                             p.low.dropout > 0, is_blocks(p.w.storage)});
       const bool projects = rank && (p.db.data || (dx.data && update == Update::kSteps));
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);

@@ -129,7 +129,15 @@ def test_what_is_wrong_is_named(fault: str, tmp_path: Path) -> None:
     assert "m.safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("offset", [None, "0.1", True])
+def test_a_second_quantisation_in_other_blocks_is_refused() -> None:
+    tensors = stored((3, 128), nested=True)[0]
+    for size in (128, None):
+        state = json.loads(tensors[STATE].tobytes()) | {"nested_blocksize": size}
+        with pytest.raises(UnsupportedError, match=f"nested_blocksize is {size}, expected 256"):
+            bitsandbytes.read(opened(tensors | {STATE: as_bytes(state)}), NAME)
+
+
+@pytest.mark.parametrize("offset", [None, "0.1", True, 1e300, -3.5e38, 10**39])
 def test_a_second_quantisation_without_an_offset_is_refused(offset: object) -> None:
     tensors = stored((3, 128), nested=True)[0]
     state = json.loads(tensors[STATE].tobytes()) | {"nested_offset": offset}

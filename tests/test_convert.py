@@ -437,6 +437,12 @@ def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> N
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 
+def test_a_directory_of_neither_an_adapter_nor_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError, match=r"empty: holds neither config\.json nor adapter_config\.json"):
+        convert.convert_adapter(tmp_path / "empty", tmp_path / "x.gguf")
+
+
 def test_heads_of_a_single_pair_of_rows_are_allowed(tmp_path: Path) -> None:
     base, directory = base_config(tmp_path / "base"), write_peft(tmp_path / "peft", alike(), factors(alike()))
     for heads, kv_heads in ((12, 6), (1, 1)):
@@ -604,9 +610,9 @@ def test_rows_are_permuted_there_and_back() -> None:
             UnsupportedError,
             "model_type is 'gpt2', expected one of llama, mistral, qwen2",
         ),
-        ({"model_type": ["llama"]}, UnsupportedError, r"model_type is \['llama'\]"),
-        ({"model_type": "llama"}, FormatError, "0 attention heads, expected 1 to 65,536"),
-        ({"model_type": "llama", "num_attention_heads": True}, FormatError, "0 attention heads"),
+        ({"model_type": ["llama"]}, FormatError, r"model_type is \['llama'\], expected text"),
+        ({"model_type": "llama"}, FormatError, "num_attention_heads is missing, expected an integer"),
+        ({"model_type": "llama", "num_attention_heads": True}, FormatError, "num_attention_heads is True"),
         ({"model_type": "llama", "num_attention_heads": 10**9}, FormatError, "1000000000 attention heads"),
         (
             {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": -1},

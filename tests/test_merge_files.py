@@ -14,7 +14,7 @@ from gguf.quants import dequantize
 import nplora
 from nplora import cli, storages
 from nplora.formats import gguf, safetensors
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.merging import Update
 from nplora.updates import Adapter
@@ -239,6 +239,110 @@ def test_a_hugging_face_directory_becomes_a_file_or_a_directory(
     assert safetensors.open(tmp_path / "out" / "model.safetensors").metadata["format"] == "pt"
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_base_is_never_written_to(shards: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    base = hf_directory(tmp_path / "base", rng, np.float32, shards)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    (tmp_path / "link").symlink_to(base)
+    adapter = random_adapter(rng)
+    for output in (base, f"{base}/../base", tmp_path / "link"):
+        with pytest.raises(ValueError, match="is the base itself, which is left as it is"):
+            nplora.merge_adapter(base, adapter, output)
+    with pytest.raises(ValueError, match="is the base itself" if shards == 1 else "tells of other weights"):
+        nplora.merge_adapter(base, adapter, base / "model.safetensors")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    file = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    with pytest.raises(ValueError, match="is the base itself"):
+        nplora.merge_adapter(file, adapter, file)
+
+
+def test_an_index_of_other_weights_is_not_left_beside_new_ones(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = hf_directory(tmp_path / "base", rng, np.float32)
+    other = hf_directory(tmp_path / "other", rng, np.float32, 3)
+    for output in (other, other / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json tells of other weights"):
+            nplora.merge_adapter(base, random_adapter(rng), output)
+    assert not (other / "model.safetensors").exists()
+
+
+def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = hf_directory(tmp_path / "base", rng, np.float16)
+    (tmp_path / "old").mkdir()
+    huge = Adapter("huge", {"lm_head": Update(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1.0)})
+    for output in ("new", "old"):
+        with pytest.raises(ValueError, match="lm_head"):
+            nplora.merge_adapter(base, huge, tmp_path / output)
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_file_beside_the_weights_is_no_way_out_of_the_model(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("not of the model")
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    base = hf_directory(cache / "snapshots" / "0123", rng, np.float32)
+    (base / "tokenizer.json").rename(cache / "blobs" / "89ab")
+    (base / "tokenizer.json").symlink_to("../../blobs/89ab")
+    nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeError, match=r"notes\.txt: a symbolic link, expected a regular file"):
+        nplora.merge_adapter(base, random_adapter(rng), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_of_a_file_and_an_index_all_read_the_file(rng: np.random.Generator, tmp_path: Path) -> None:
+    """As transformers does, so that nobody merges what nobody loads."""
+    base = hf_directory(tmp_path / "base", rng, np.float32, 3)
+    file = hf_directory(tmp_path / "one", rng, np.float32) / "model.safetensors"
+    file.rename(base / "model.safetensors")
+    nplora.merge_adapter(base, random_adapter(rng, 0.0), tmp_path / "out.safetensors")
+    one, other = floats(base / "model.safetensors"), floats(tmp_path / "out.safetensors")
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_an_update_of_zero_leaves_the_blocks_as_they_were(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_0")
+    done = nplora.merge_adapter(base, random_adapter(rng, 0.0), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == base.read_bytes()
+    assert {(report.error, report.kept, report.storage) for report in done.reports} == {(0, 1, "q4_0")}
+    assert (len(done.reports), done.kept) == (5, 2)
+
+
+def test_what_a_file_says_of_its_types_follows_them(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "plain.gguf", rng, "float16")
+    old = gguf.open(base)
+    metadata = old.metadata.typed() | {"general.file_type": Typed(1, "UINT32")}
+    gguf.save(tmp_path / "base.gguf", dict(old), metadata)
+    for dtype, number, version in (("same", 1, None), ("q4_0", 2, 2), ("q5_k", 16, 2), ("float32", 0, None)):
+        nplora.merge_adapter(tmp_path / "base.gguf", random_adapter(rng), tmp_path / "out.gguf", dtype)
+        fields = oracle.GGUFReader(tmp_path / "out.gguf").fields
+        found = oracle.LlamaFileType(fields["general.file_type"].contents())
+        assert found == number, found.name
+        version_field = fields.get("general.quantization_version")
+        assert (version_field and version_field.contents()) == version
+
+
+def test_a_mixture_of_types_keeps_its_name(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Q4_K_M is a Q4_K in which some tensors are finer, and stays one when an adapter makes others finer."""
+    old = gguf.open(base_gguf(tmp_path / "plain.gguf", rng, "q4_k"))
+    metadata = old.metadata.typed() | {"general.file_type": Typed(15, "UINT32")}
+    gguf.save(tmp_path / "base.gguf", dict(old), metadata)
+    layer = "model.layers.0.self_attn.k_proj"
+    adapter = Adapter("one", {layer: random_adapter(rng)[layer]})
+    nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf", "q8_0")
+    metadata = gguf.open(tmp_path / "out.gguf").metadata
+    assert metadata["general.file_type"] == 15
+    assert metadata["general.quantization_version"] == 2
+
+
 def test_a_network_of_your_own_is_merged_by_its_own_names(rng: np.random.Generator, tmp_path: Path) -> None:
     W = rng.standard_normal((12, 9)).astype(np.float32)
     model = nplora.Sequential(nplora.LoRALinear(W, 2, init="gaussian", rng=0))
@@ -291,6 +395,23 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
     with pytest.raises(ValueError, match="lm_head"):
         nplora.merge_adapter(net, huge, tmp_path / "out.safetensors", "float16")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_head_that_nobody_reads_is_not_merged(rng: np.random.Generator, tmp_path: Path) -> None:
+    """config.json ties it to the embedding, and its own tensor is in the file all the same."""
+    base = hf_directory(tmp_path / "base", rng, np.float32)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for source in (base, base / "model.safetensors"):
+        with pytest.raises(FormatError, match=r"in 2 places:(\n.*the model's output shares the weight.*){2}"):
+            nplora.merge_adapter(source, random_adapter(rng), tmp_path / "out.safetensors")
+
+
+def test_a_layer_that_a_tied_model_has_not_is_told_so(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "float32", tied=True)
+    adapter = Adapter("a", {"model.layers.9.mlp.up_proj": random_adapter(rng)["model.layers.0.mlp.up_proj"]})
+    with pytest.raises(FormatError, match=r"up_proj': no tensor of this layer"):
+        nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])

@@ -153,6 +153,34 @@ def test_an_embedding_is_merged_into_blocks(rng: np.random.Generator) -> None:
     assert report.storage == "q8_0"
 
 
+@pytest.mark.parametrize("which", ["A", "B", "scale"])
+@pytest.mark.parametrize("base", ["q4_0", "q4_k", "nf4", "float16"])
+def test_an_update_of_zero_leaves_the_weight_to_the_bit(
+    base: str, which: str, rng: np.random.Generator
+) -> None:
+    layer = layer_of(rng, base)
+    if which == "scale":
+        layer.alpha = 0
+    else:
+        getattr(layer, which)[...] = 0
+    before = layer.weight.to_numpy()
+    (report,) = layer.merge("same")
+    np.testing.assert_array_equal(layer._merged.to_numpy(), before)
+    assert (report.storage, report.nbytes) == (base, layer.weight.nbytes)
+    assert (report.error, report.kept, report.worst_error) == (0, 1, 0)
+    layer.unmerge()
+    (report,) = layer.merge("q4_1")
+    assert report.error == np.inf
+    assert str(report).endswith("ΔW is 0, only the rounding is new")
+
+
+def test_an_update_of_zero_times_infinity_is_not_zero(rng: np.random.Generator) -> None:
+    layer = layer_of(rng, "float32")
+    layer.A[...], layer.B[0, 0] = 0, np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="not finite any more"):
+        layer.merge("same")
+
+
 def test_what_no_storage_can_hold_is_refused(rng: np.random.Generator) -> None:
     layer = layer_of(rng, "q8_0")
     for dtype, message in (

@@ -157,6 +157,20 @@ def test_what_makes_no_sense_is_refused(rng: np.random.Generator, tmp_path: Path
         nplora.load_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_has_no_principal_part(
+    init: str, value: float, rng: np.random.Generator
+) -> None:
+    W = decaying(rng)
+    W[3, 40] = value
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(ValueError, match=rf"init='{init}': the weight \(70, 45\) holds NaN, an infinity"),
+    ):
+        nplora.LoRALinear(W, init=init)
+
+
 # ---- against PEFT ----
 
 

@@ -55,6 +55,25 @@ def test_a_shard_that_is_a_link_is_refused(directory: Path, mmap: bool) -> None:
     )  # the user's own link is followed
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+def test_the_links_of_hugging_faces_cache_are_followed_and_no_others(
+    directory: Path, mmap: bool, tmp_path: Path
+) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (directory / "one.safetensors").rename(blobs / "89ab")
+    (snapshot / "one.safetensors").symlink_to("../../blobs/89ab")
+    file = sharded.open(index(snapshot, {"a": "one.safetensors"}), mmap)
+    np.testing.assert_array_equal(file["a"].numpy(), np.arange(2))
+    (blobs / "cdef").symlink_to(directory / "two.safetensors")  # a link that leads on, out of the cache
+    for target in ("../../blobs/cdef", directory / "two.safetensors", "../../../two.safetensors"):
+        (snapshot / "two.safetensors").unlink(missing_ok=True)
+        (snapshot / "two.safetensors").symlink_to(target)
+        with pytest.raises(UnsafeError, match=r"two\.safetensors: a symbolic link"):
+            sharded.open(index(snapshot, {"c": "two.safetensors"}), mmap)
+
+
 @pytest.mark.parametrize(
     ("weight_map", "error", "words"),
     [

@@ -153,6 +153,9 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     assert "bfloat16" in rounded.explain(5)
     assert "float32" in rounded.explain(4)
     assert "the update is added" not in rounded.explain(100_000, training=False)
+    square = np.ones((1024, 1024), np.float32)  # decoded pieces are cheaper to transpose than x and y
+    assert "tokens in the lanes" in LoRALinear(square, 8).explain(128)
+    assert "outputs in the lanes" in LoRALinear(square, 8, dtype="q4_0").explain(128)
 
 
 @pytest.mark.parametrize("n", [1, 9, 60])

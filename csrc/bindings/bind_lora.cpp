@@ -156,18 +156,15 @@ std::string update_in_words(Update update, const UpdateCost& cost) {
 }
 
 // The decisions of ops/plan.h in words.
-py::dict explain(size_t rows, size_t d_out, size_t d_in, size_t rank, size_t element_bytes, bool dropout,
-                 bool keep_z) {
-  require(element_bytes == 1 || element_bytes == 2 || element_bytes == 4 || element_bytes == 8,
-          "elements have 1, 2, 4 or 8 bytes");
-  const bool int8 = element_bytes == 1 && rows <= small_batch<float>();
-  if (element_bytes == 1) element_bytes = 2;
-  if (int8 || (element_bytes == 2 && rows <= kFloatBatch)) element_bytes = 4;
-  const LayerShape shape{rows, d_out, d_in, rank, element_bytes, dropout};
+py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
+  const WeightView w = weight.view();
+  const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
+  const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;
+  const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
   const char* paths[] = {"few rows: W is read once as it lies, lanes hold tokens and phases of the depth",
                          "tokens in the lanes: x and y are transposed",
                          "outputs in the lanes: blocks of W are transposed"};
-  const auto path = static_cast<size_t>(forward_path(rows, d_out, d_in, element_bytes));
+  const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
   py::dict plan;
   plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
                         : element_bytes == 2 ? "bfloat16, summed in float32"
@@ -207,8 +204,8 @@ void register_merge(py::module_& m) {
 
 void register_lora(py::module_& m) {
   using py::arg;
-  m.def("explain", &explain, arg("rows"), arg("d_out"), arg("d_in"), arg("rank"), arg("element_bytes"),
-        arg("dropout"), arg("keep_z"), "How the two passes are computed, in words");
+  m.def("explain", &explain, arg("weight"), arg("rows"), arg("rank"), arg("dropout"), arg("keep_z"),
+        "How the two passes are computed, in words");
   register_products<float>(m);
   register_products<double>(m);
   register_merge<float, float>(m);

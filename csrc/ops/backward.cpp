@@ -42,8 +42,8 @@ class Backward {
       : x_(x), dx_(dx), tokens_(stack[0].dy.rows) {
     for (const BackwardPart<T>& p : stack) {
       const size_t rank = p.low.rank();
-      const Update update =
-          backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>, p.low.dropout > 0});
+      const Update update = backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>,
+                                             p.low.dropout > 0, is_blocks(p.w.storage)});
       const bool projects = rank && (p.db.data || (dx.data && update == Update::kSteps));
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
@@ -329,10 +329,9 @@ class Backward {
   void add_sums() const {
     for (const Part& p : parts_) {
       const T scale = T(p.arrays.low.scale);
-      if (p.wants_da)
-        for (size_t o = 0; o < p.arrays.da.rows; ++o)
-          for (size_t j = 0; j < p.rank(); ++j)
-            p.arrays.da.row(o)[j] += scale * p.da[j * p.arrays.da.rows + o];
+      if (const Matrix<T> da = p.arrays.da; p.wants_da)
+        for_transposed(da.rows, p.rank(),
+                       [&](size_t o, size_t j) { da.row(o)[j] += scale * p.da[j * da.rows + o]; });
       if (p.wants_db)
         for (size_t j = 0; j < p.rank(); ++j)
           for (size_t c = 0; c < p.arrays.db.cols; ++c)

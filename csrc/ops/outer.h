@@ -52,11 +52,20 @@ void dot_product(size_t n, size_t rows, size_t depth, kernels::Strided<E> x, ker
   }
 }
 
+// body(i, j) for the elements of a tall matrix (rows, cols), in the order that suits its transpose too: the rows of that lie far
+// apart, often in the same places of L1, so that of each a whole line is finished at a time.
+template <class Body>
+void for_transposed(size_t rows, size_t cols, const Body& body) {
+  constexpr size_t kLine = 16;
+  for (size_t first = 0; first < rows; first += kLine)
+    for (size_t j = 0; j < cols; ++j)
+      for (size_t i = first, end = std::min(first + kLine, rows); i < end; ++i) body(i, j);
+}
+
 // out (cols, rows) = scale * m (rows, cols) transposed.
 template <class T>
 void transpose_scaled(Matrix<const T> m, double scale, T* out) {
-  for (size_t i = 0; i < m.rows; ++i)
-    for (size_t j = 0; j < m.cols; ++j) out[j * m.rows + i] = T(scale) * m.row(i)[j];
+  for_transposed(m.rows, m.cols, [&](size_t i, size_t j) { out[j * m.rows + i] = T(scale) * m.row(i)[j]; });
 }
 
 }  // namespace nplora

@@ -20,7 +20,7 @@ enum class ForwardPath {
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
-                                bool decoded = false) {
+                                bool decoded) {
   const size_t most_small = element_bytes == sizeof(double) ? small_batch<double>() : small_batch<float>();
   if (tokens <= most_small) return ForwardPath::kSmall;
   const size_t shared = std::min(tokens, tokens_of_block(tokens, d_in, element_bytes));
@@ -43,7 +43,7 @@ struct LayerShape {
   size_t tokens, d_out, d_in, rank;
   size_t element_bytes;  // of what it is computed in: 8, 4, or 2 for bfloat16
   bool dropout;          // the update reads another x than W does
-  bool decoded = false;  // W lies in low-bit blocks
+  bool decoded;          // W lies in low-bit blocks
 };
 
 // A block of W is copied before the update is added to it: worth about so many operations for each element.

@@ -93,9 +93,7 @@ def lora_backward(
     None: not computed. x may be None if every db is.
     """
 
-def explain(
-    rows: int, d_out: int, d_in: int, rank: int, element_bytes: int, dropout: bool, keep_z: bool
-) -> dict[str, str]:
+def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:
     """How the forward and the backward pass are computed, and why, in words."""
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: int | None = None) -> None:

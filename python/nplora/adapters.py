@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats import bfloat16, files, peft_adapter
-from nplora.formats.errors import FormatError, brief, nearest_names
+from nplora.formats.errors import FormatError, brief, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import CONFIG, PREFIX
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
@@ -177,9 +177,8 @@ def load_adapter(model: Module, directory: StrPath, edited_config: bool = False)
                 values[name], found = _fit(name, tensors, places[name])
                 problems += found
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
         raise FormatError(
-            f"{files.name(directory)}: the adapter does not fit the model in {len(problems)} places:{lines}"
+            f"{files.name(directory)}: the adapter does not fit the model {in_places(problems)}"
         )
     if not edited_config:
         adapter.require_pair()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
-from nplora.formats.errors import UnsupportedError
+from nplora.formats.errors import UnsupportedError, in_places
 from nplora.formats.files import StrPath
 from nplora.merging import Update
 from nplora.updates import Adapter, Source, read_adapter
@@ -104,8 +104,7 @@ def _require_alike(adapters: list[Adapter]) -> None:
             if (update.shape, update.embedding) != (other.shape, other.embedding):
                 problems.append(f"{name}: {_kind(other)} in {source}, {_kind(update)} in {adapter.source}")
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ValueError(f"combine: the adapters do not fit each other in {len(problems)} places:{lines}")
+        raise ValueError(f"combine: the adapters do not fit each other {in_places(problems)}")
 
 
 def _kind(update: Update) -> str:

@@ -20,9 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import base_model, files, gguf_adapter, gguf_names, peft_adapter, peft_config
+from nplora.formats import (
+    base_model,
+    files,
+    gguf_adapter,
+    gguf_names,
+    model_directory,
+    peft_adapter,
+    peft_config,
+)
 from nplora.formats.base_model import BaseModel
-from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief, in_places
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
@@ -66,9 +74,13 @@ def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = Non
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
     Raises:
-        ValueError: base is needed, or the target is not named as what it will be. The rest as these two.
+        ValueError: base is needed, or the target is not named as what it will be.
+        FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
     """
     if Path(source).is_dir():
+        configs = (model_directory.CONFIG, peft_adapter.CONFIG)
+        if not any(Path(source, name).exists() for name in configs):
+            raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
         if base is None:
             raise ValueError(f"convert: {files.name(source)}: the model that it is for is needed: base")
         if Path(target).suffix != ".gguf":
@@ -285,8 +297,7 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 def _require_fit(source: str, target: str, problems: list[str], layers: Sized) -> None:
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise FormatError(f"{source}: the adapter does not fit {target} in {len(problems)} places:{lines}")
+        raise FormatError(f"{source}: the adapter does not fit {target} {in_places(problems)}")
     if not layers:
         raise FormatError(f"{source}: the adapter holds no factors")
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import files, gguf, gguf_adapter, peft_adapter, safetensors, sharded
+from nplora.formats import files, gguf, gguf_adapter, model_directory, peft_adapter, safetensors, sharded
 from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
@@ -23,7 +23,6 @@ from nplora.formats.peft_adapter import PeftAdapter
 Array: TypeAlias = NDArray[Any]
 Row: TypeAlias = tuple[str, ...]
 
-_INDEX = ".safetensors.index.json"
 _LONGEST_VALUE = 60
 _RANK = 8  # for which parameters are counted
 _OUTPUTS = ("output", "lm_head")
@@ -42,7 +41,7 @@ def describe(path: StrPath) -> str:
     if Path(path).is_dir():
         with peft_adapter.reading(path) as adapter:
             return _peft(adapter)
-    if files.name(path).endswith(_INDEX):
+    if model_directory.is_index(path):
         return _index(path)
     with files.reading(path) as reader:
         start, size = bytes(reader[:9]), len(reader)

@@ -1,5 +1,6 @@
 """An adapter merged into a model's file: a block of rows at a time, while the new file is written."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import storages
-from nplora.formats import base_model, files, gguf, gguf_names, safetensors, sharded
-from nplora.formats.errors import FormatError, brief
+from nplora.formats import base_model, files, gguf, gguf_names, model_directory, safetensors
+from nplora.formats.config_json import read_fields
+from nplora.formats.errors import FormatError, brief, in_places
 from nplora.formats.files import NewFile, StrPath
+from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
 from nplora.merging import Merge, MergeReport, Update
 from nplora.updates import Adapter, read_adapter
@@ -19,10 +22,6 @@ from nplora.updates import Adapter, read_adapter
 Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = "model.safetensors"
-_COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
-_MAX_COMPANION = 64 << 20
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
 
@@ -63,24 +62,33 @@ def merge_adapter(
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
         adapter: a PEFT directory, llama.cpp's file or an `Adapter`; DoRA too.
         output: a file of the base's kind; of a directory also a directory, which then gets the base's
-            configuration and tokenizer too.
+            configuration and tokenizer too. Never the base itself.
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
         FormatError: a file breaks its format, or the adapter does not fit the model; all that does not fit is
             listed. UnsupportedError: among that, weights in blocks that are not decoded here.
-        ValueError: output or dtype is not of the base's kind, or a sum is too large for the storage.
+        UnsafeError: a file beside the base's weights is a link out of the model.
+        ValueError: output or dtype is not of the base's kind, output is the base or has an index of other
+            weights, or a sum is too large for the storage.
         OSError: a file cannot be read, or the disk refuses.
     """
     model = _open(base)
-    _require_kind(model, base, output)
+    _require_output(model, base, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts), dtype)
-    merges = {name: _merge(model.tensors[name], name, update, dtype) for name, update in updates.items()}
+    merges = {
+        name: _merge(model.tensors[name], name, update, dtype)
+        for name, update in updates.items()
+        if dtype != "same" or not update.is_zero
+    }
     tensors: dict[str, Any] = {name: merges.get(name, tensor) for name, tensor in model.tensors.items()}
-    files.replace(model.new_files(output, tensors))
-    reports = tuple(merge.report for merge in merges.values())
+    with _new_directory(Path(output)) if _is_directory(output) else contextlib.nullcontext():
+        files.replace(model.new_files(output, tensors))
+    reports = tuple(
+        merges[name].report if name in merges else _unchanged(model.tensors[name], name) for name in updates
+    )
     return ModelMerge(files.name(output), reports, len(tensors) - len(reports))
 
 
@@ -107,10 +115,10 @@ class _Model:
 
 def _open(base: StrPath) -> _Model:
     if Path(base).is_dir():
-        return _open_safetensors(base, _index_or_file(Path(base)))
+        return _open_safetensors(base)
     with files.reading(base) as reader:
         is_gguf = bytes(reader[:4]) == MAGIC
-    return _open_gguf(base) if is_gguf else _open_safetensors(base, Path(base))
+    return _open_gguf(base) if is_gguf else _open_safetensors(base)
 
 
 def _open_gguf(path: StrPath) -> _Model:
@@ -132,14 +140,14 @@ def _open_gguf(path: StrPath) -> _Model:
             else t
             for name, t in tensors.items()
         }
-        return [gguf.new_file(output, content, file.metadata.typed())]
+        return [gguf.new_file(output, content, file_type.redescribe(file.metadata.typed(), file, content))]
 
     tied = facts is not None and "output.weight" not in file
     return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied)
 
 
-def _open_safetensors(base: StrPath, path: Path) -> _Model:
-    file = sharded.open(path) if path.name.endswith(".index.json") else safetensors.open(path)
+def _open_safetensors(base: StrPath) -> _Model:
+    file = model_directory.open_tensors(base)
 
     def place(layer: str, rows: int) -> tuple[str | None, Array | None]:
         return _first_of(file, f"{layer}.weight", layer), None
@@ -150,20 +158,22 @@ def _open_safetensors(base: StrPath, path: Path) -> _Model:
             for name, t in tensors.items()
         }
         metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
-        if Path(output).suffix == ".safetensors":
+        if not _is_directory(output):
             return [safetensors.new_file(output, content, metadata)]
         metadata.setdefault("format", "pt")  # transformers refuses a directory without it
-        Path(output).mkdir(exist_ok=True)
-        weights = safetensors.new_file(Path(output, _WEIGHTS), content, metadata)
-        return [weights, *_companions(Path(base), Path(output))]
+        weights = safetensors.new_file(_weights(output), content, metadata)
+        return [weights, *model_directory.companions(Path(base), Path(output))]
 
-    tied = "model.embed_tokens.weight" in file and "lm_head.weight" not in file
+    tied = _is_tied(model_directory.of(base), file)
     return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied)
 
 
-def _index_or_file(directory: Path) -> Path:
-    index = directory / _INDEX
-    return index if index.exists() else directory / _WEIGHTS
+def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
+    """As config.json says: a tied model may have a head in its file, which nobody reads."""
+    config = directory / model_directory.CONFIG
+    if config.exists() and read_fields(config).boolean("tie_word_embeddings", False):
+        return True
+    return "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 def _first_of(names: Mapping[str, Any], *candidates: str) -> str | None:
@@ -174,24 +184,44 @@ def _chunks(merge: Merge) -> Callable[[], Iterator[memoryview]]:
     return lambda: (raw.reshape(-1).data for _, raw in merge.rows())
 
 
-def _companions(source: Path, target: Path) -> list[NewFile]:
-    """What lies beside a model's weights and belongs to it."""
-    found = []
-    for path in sorted(source.iterdir()):
-        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json") and path.is_file():
-            text = files.read(path, _MAX_COMPANION)
-            found.append(NewFile(target / path.name, len(text), [text]))
-    return found
+# ---- where it goes ----
 
 
-def _require_kind(model: _Model, base: StrPath, output: StrPath) -> None:
-    suffix = Path(output).suffix
-    if suffix == model.suffix or (Path(base).is_dir() and suffix not in (".gguf", ".safetensors")):
-        return
-    raise ValueError(
-        f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}; "
-        "nplora convert makes GGUF of safetensors"
-    )
+def _is_directory(output: StrPath) -> bool:
+    return Path(output).suffix not in (".gguf", ".safetensors")
+
+
+def _weights(output: StrPath) -> Path:
+    return Path(output, model_directory.WEIGHTS) if _is_directory(output) else Path(output)
+
+
+def _require_output(model: _Model, base: StrPath, output: StrPath) -> None:
+    if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
+        raise ValueError(
+            f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}; "
+            "nplora convert makes GGUF of safetensors"
+        )
+    weights = _weights(output)
+    for new, old in ((output, base), (weights, model.source)):
+        if Path(new).exists() and Path(new).samefile(old):
+            raise ValueError(f"merge: {files.name(output)} is the base itself, which is left as it is")
+    index = weights.with_name(model_directory.INDEX)
+    if weights.name == model_directory.WEIGHTS and index.exists():
+        raise ValueError(f"merge: {index} tells of other weights than those to be written beside it")
+
+
+@contextlib.contextmanager
+def _new_directory(path: Path) -> Iterator[None]:
+    """A directory that is gone again, if it is new, where the body fails."""
+    is_new = not path.exists()
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if is_new:
+                path.rmdir()
+        raise
 
 
 # ---- what goes where ----
@@ -214,18 +244,16 @@ def _placed(model: _Model, adapter: Adapter, dtype: str) -> dict[str, Update]:
             m = None if update.m is None else update.m[order]
             updates[name] = Update(update.A[order], update.B, update.scale, m)
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise FormatError(
-            f"{adapter.source}: the adapter does not fit {model.source} in {len(problems)} places:{lines}"
-        )
+        raise FormatError(f"{adapter.source}: the adapter does not fit {model.source} {in_places(problems)}")
     if not updates:
         raise FormatError(f"{adapter.source}: the adapter holds no factors")
     return {name: updates[name] for name in model.tensors if name in updates}
 
 
 def _misfit(model: _Model, layer: str, name: str | None, update: Update, dtype: str) -> str:
+    at_an_end = layer.rpartition(".")[2] in ("embed_tokens", "lm_head")
     layer = brief(layer)
-    if model.tied and (name is None or update.embedding):
+    if model.tied and (at_an_end or update.embedding):
         return f"{layer}: the model's output shares the weight of its embedding, which would change both"
     if name is None:
         return f"{layer}: no tensor of this layer"
@@ -251,6 +279,10 @@ def _storage(tensor: Tensor) -> str | None:
     if isinstance(tensor, gguf.Tensor):
         return _STORAGE_OF_GGML.get(tensor.type)
     return tensor.dtype if tensor.dtype in storages.FLOATS else None
+
+
+def _unchanged(tensor: Tensor, name: str) -> MergeReport:
+    return MergeReport.unchanged(name, _storage(tensor) or "", tensor.nbytes)
 
 
 def _merge(tensor: Tensor, name: str, update: Update, dtype: str) -> Merge:

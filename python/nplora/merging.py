@@ -4,6 +4,7 @@ Low-bit blocks have steps that may be larger than the update, so a merge can los
 from a float32 sum, never in place, and compared with what was asked for.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class MergeReport:
         name: of the layer or tensor.
         storage, nbytes: of the merged weight.
         error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm, where the effective ΔW is what the merged
-            weight, as stored, is beyond the original. 0 where ΔW is 0 and nothing changed.
+            weight, as stored, is beyond the original. Where ΔW is 0: 0, or infinite if another storage
+            changed the weight.
         kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the share of ΔW that is there. Near 1 the error is noise of the
             rounding, which hardly matters to the outputs; near 0 rounding went back to the original and has
             swallowed the update. 1 where ΔW is 0.
@@ -44,8 +46,15 @@ class MergeReport:
     worst_block: tuple[int, int]
     worst_error: float
 
+    @classmethod
+    def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
+        """The one of a weight that stays as it is, since ΔW is 0."""
+        return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
+
     def __str__(self) -> str:
         row, column = self.worst_block
+        if math.isinf(self.error):
+            return f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, only the rounding is new"
         return (
             f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, relative error "
             f"{self.error:.3g}, at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
@@ -76,6 +85,13 @@ class Update:
     def shape(self) -> tuple[int, int]:
         """That of W: (d_out, d_in)."""
         return len(self.A), self.B.shape[1]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether ΔW is 0, so that a weight that keeps its storage is left alone, not rounded anew."""
+        if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
+            return False
+        return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
         """Rows first, first + 1, ... of W updated, in their dtype; `rows` is left as it is."""
@@ -200,6 +216,8 @@ def merge_weight(
         raise ValueError(
             f"merge: {name}: dtype={storage!r}, but the layer computes in {weight.compute_dtype}"
         )
+    if storage == weight.dtype and update.is_zero:
+        return weight, MergeReport.unchanged(name, storage, weight.nbytes)
     merge = Merge(name, weight.shape, lambda i, j: weight.take(np.arange(i, j)), update, storage)
     out = np.empty((weight.shape[0], storages.row_nbytes(storage, weight.shape[1])), np.uint8)
     for first, raw in merge.rows():

@@ -5,39 +5,31 @@ BPE of a kind that llama.cpp has a name for.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check, storages
-from nplora.formats import files, gguf, gguf_names, safetensors, sharded
+from nplora.formats import files, gguf, gguf_names, model_directory
 from nplora.formats.errors import UnsupportedError
 from nplora.formats.files import StrPath
-from nplora.formats.gguf import Typed
+from nplora.formats.gguf import Typed, file_type
+from nplora.formats.model_directory import CONFIG, Tensors
 from nplora.models import hf_config
 from nplora.models.config import ModelConfig
 from nplora.models.weights import SafetensorsWeights, require_tensors
 from nplora.tokenizer import gguf_metadata
 
 Array = NDArray[Any]
-Opened: TypeAlias = "safetensors.SafetensorsFile | sharded.ShardedFile"
 
-_CONFIG = "config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ELEMENTS_AT_A_TIME = 1 << 20
 # What takes the place of a type whose blocks are longer than a matrix's rows, as in llama.cpp.
 _FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-# llama.cpp's numbers for a file by its most common type (llama_ftype).
-_FILE_TYPES = {
-    "float32": 0, "float16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14,
-    "q5_k": 16, "q6_k": 18, "bfloat16": 32,
-}  # fmt: skip
-_QUANTIZATION_VERSION = 2  # of the layouts of blocks, which have not changed since
-DTYPES = ("same", *_FILE_TYPES)
+DTYPES = ("same", *(name for name in storages.GGML_NAMES if name != "float64"))
 
 
 @dataclass(frozen=True)
@@ -48,28 +40,31 @@ class ModelConversion:
         target: the file.
         architecture: GGUF's name for the model's family.
         types: how many tensors there are of each of ggml's types.
-        tokenizer: whether the tokenizer is in the file.
+        why_no_tokenizer: why the tokenizer is not in the file; empty where it is.
     """
 
     target: str
     architecture: str
     types: dict[str, int]
-    tokenizer: bool
+    why_no_tokenizer: str = ""
+
+    @property
+    def tokenizer(self) -> bool:
+        """Whether the tokenizer is in the file."""
+        return not self.why_no_tokenizer
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
         text = f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"
-        return (
-            text if self.tokenizer else f"{text}\nwithout a tokenizer: none was found that is byte-level BPE"
-        )
+        return text if self.tokenizer else f"{text}\nwithout a tokenizer: {self.why_no_tokenizer}"
 
 
 def is_model(source: StrPath) -> bool:
     """Whether this is a model of Hugging Face's kind: a safetensors file, an index, or a directory of one."""
     path = Path(source)
     if path.is_dir():
-        return (path / _CONFIG).exists() and not (path / "adapter_config.json").exists()
-    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+        return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
+    return path.suffix == ".safetensors" or model_directory.is_index(path)
 
 
 def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelConversion:
@@ -93,37 +88,34 @@ def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelC
     _check.choice(op, "dtype", dtype, DTYPES)
     if Path(path).suffix != ".gguf":
         raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
-    directory = Path(source) if Path(source).is_dir() else Path(source).parent
-    config = hf_config.read(directory / _CONFIG)
-    file = _open(Path(source))
+    directory = model_directory.of(source)
+    config = hf_config.read(directory / CONFIG)
+    file = model_directory.open_tensors(source)
     require_tensors(SafetensorsWeights(file, "float32"), config)
     architecture = gguf_names.ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(file, config, architecture, dtype))
     types = Counter(tensor.type for tensor in tensors.values())
-    words = _tokenizer(directory, config.vocab_size)
-    metadata = _metadata(directory.resolve().name, config, architecture, _main_storage(tensors))
-    files.replace([gguf.new_file(path, tensors, metadata | (words or {}))])
-    return ModelConversion(files.name(path), architecture, dict(types.most_common()), words is not None)
+    words, why_not = _tokenizer(directory, config.vocab_size)
+    metadata = _metadata(directory.resolve().name, config, architecture) | file_type.describe(tensors)
+    files.replace([gguf.new_file(path, tensors, metadata | words)])
+    return ModelConversion(files.name(path), architecture, dict(types.most_common()), why_not)
 
 
-def _open(path: Path) -> Opened:
-    if path.is_dir():
-        path = path / _INDEX if (path / _INDEX).exists() else path / _WEIGHTS
-    return sharded.open(path) if path.name.endswith(".index.json") else safetensors.open(path)
-
-
-def _tokenizer(directory: Path, vocab_size: int) -> dict[str, Any] | None:
+def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
+    """The tokenizer's metadata, or why there are none."""
     try:
-        return gguf_metadata.from_directory(directory, vocab_size)
+        return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:
-        return None
+        return {}, "there is no tokenizer.json"
+    except UnsupportedError as error:
+        return {}, str(error)
 
 
 # ---- tensors ----
 
 
 def _tensors(
-    file: Opened, config: ModelConfig, architecture: str, dtype: str
+    file: Tensors, config: ModelConfig, architecture: str, dtype: str
 ) -> Iterator[tuple[str, gguf.Stream]]:
     factors = _rope_factors(config)
     if factors is not None:
@@ -150,15 +142,6 @@ def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
         if storages.fits(storage, shape[-1]):
             return "float32" if storage == "float64" else storage
     return "float16"
-
-
-def _main_storage(tensors: Mapping[str, gguf.Stream]) -> str:
-    """What most elements are stored in."""
-    elements = Counter[str]()
-    for tensor in tensors.values():
-        elements[tensor.type] += int(np.prod(tensor.shape))
-    name = elements.most_common(1)[0][0]
-    return next(storage for storage, ggml in storages.GGML_NAMES.items() if ggml == name)
 
 
 def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Array | None:
@@ -210,7 +193,7 @@ def _rope_factors(config: ModelConfig) -> Array | None:
     return config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))
 
 
-def _metadata(name: str, config: ModelConfig, architecture: str, storage: str) -> dict[str, Any]:
+def _metadata(name: str, config: ModelConfig, architecture: str) -> dict[str, Any]:
     """The hyperparameters, under llama.cpp's keys."""
     sizes = {
         "context_length": config.max_position_embeddings,
@@ -235,10 +218,7 @@ def _metadata(name: str, config: ModelConfig, architecture: str, storage: str) -
         "general.architecture": architecture,
         "general.type": "model",
         "general.name": name,
-        "general.file_type": Typed(_FILE_TYPES[storage], "UINT32"),
     }
-    if storage in storages.BLOCKS:
-        metadata["general.quantization_version"] = Typed(_QUANTIZATION_VERSION, "UINT32")
     metadata |= {f"{architecture}.{key}": Typed(value, "UINT32") for key, value in sizes.items()}
     metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
     metadata[f"{architecture}.rope.freq_base"] = np.float32(config.rope.theta)

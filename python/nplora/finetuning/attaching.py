@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nplora.adapters import load_adapter
 from nplora.formats import peft_adapter
-from nplora.formats.errors import FormatError, brief, nearest_names
+from nplora.formats.errors import FormatError, brief, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import PeftAdapter
 from nplora.layers import Embedding, Linear
@@ -86,8 +86,5 @@ def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
     if not factors and not problems:
         raise FormatError(f"{adapter.directory}: the adapter has no layers")
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise FormatError(
-            f"{adapter.directory}: the adapter does not fit the model in {len(problems)} places:{lines}"
-        )
+        raise FormatError(f"{adapter.directory}: the adapter does not fit the model {in_places(problems)}")
     return list(factors)

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nplora.formats import files, gguf, strict_json
+from nplora.formats import gguf
+from nplora.formats.config_json import attention_heads, read_fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_names import ARCHITECTURES, is_permuted
+from nplora.formats.model_directory import CONFIG
 
-CONFIG = "config.json"
-MAX_CONFIG = 16 << 20
 MAX_HEADS = 1 << 16
 
 
@@ -66,22 +65,13 @@ def _from_gguf(path: StrPath) -> BaseModel:
 
 
 def _from_config(path: StrPath) -> BaseModel:
-    source = files.name(path)
-    fields = strict_json.loads(bytes(files.read(path, MAX_CONFIG)), source)
-    if not isinstance(fields, dict):
-        raise FormatError(f"{source}: {brief(fields)}, expected an object")
-    family = fields.get("model_type")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
+    fields = read_fields(path)
+    family = fields.string("model_type")
+    if family not in ARCHITECTURES:
         raise UnsupportedError(
-            f"{source}: model_type is {brief(family)}, expected one of {', '.join(ARCHITECTURES)}"
+            f"{fields.source}: model_type is {brief(family)}, expected one of {', '.join(ARCHITECTURES)}"
         )
-    heads = fields.get("num_attention_heads")
-    kv_heads = fields.get("num_key_value_heads", heads)
-    return _checked(BaseModel(source, ARCHITECTURES[family], _integer(heads), _integer(kv_heads), None))
-
-
-def _integer(value: Any) -> int:
-    return value if type(value) is int else 0
+    return _checked(BaseModel(fields.source, ARCHITECTURES[family], *attention_heads(fields), None))
 
 
 def _checked(model: BaseModel) -> BaseModel:

@@ -31,6 +31,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _MAX_STATE = 1 << 16
 _MAX_SIZE = 1 << 48
+_MAX_OFFSET = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def read(file: File, name: str) -> Nf4:
     if f"{name}.nested_absmax" in file:
         _require(where, state, "nested_blocksize", GROUP)
         offset = state.get("nested_offset")
-        if type(offset) not in (int, float):
-            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a number")
+        if not isinstance(offset, int | float) or isinstance(offset, bool) or abs(offset) > _MAX_OFFSET:
+            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a number of float32")
         nested = Nested(
             _part(file, f"{name}.nested_quant_map", "float32", NESTED_LEVELS),
             _part(file, f"{name}.nested_absmax", "float32", -(-blocks // GROUP)),

@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FormatError(ValueError):
@@ -38,6 +38,15 @@ class DataError(FormatError):
 
 _LONGEST_NAME = 256  # difflib is quadratic in the length of a name and linear in their number
 _MOST_NAMES = 5_000
+
+
+_MOST_PROBLEMS = 20  # told in a message; the others are counted
+
+
+def in_places(problems: Sequence[str]) -> str:
+    """The end of a message about all that does not fit: "in 2 places:" and a line for each."""
+    told = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]
+    return f"in {len(problems)} places:" + "".join(f"\n  {problem}" for problem in told)
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -142,6 +142,16 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
         return reader[:]
 
 
+def cached(path: Path) -> Path:
+    """Where a link in Hugging Face's cache leads, snapshots/REVISION/NAME to blobs/DIGEST; else the path.
+
+    For names that come with a model, of which no other link is followed.
+    """
+    cache, target = path.parent.resolve().parent, path.resolve()
+    is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
+    return target if is_cached else path
+
+
 def map_readonly(path: StrPath, follow_links: bool = True) -> mmap.mmap | memoryview:
     """A read-only mapping of a regular file (an empty one cannot be mapped and is read). Raises as `read`."""
     with reading(path, follow_links) as reader:

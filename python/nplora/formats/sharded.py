@@ -43,7 +43,7 @@ def open(path: StrPath, mmap: bool = True) -> ShardedFile:
         path: the `*.safetensors.index.json`; its shards lie beside it.
         mmap: as in `safetensors.open`.
     Raises:
-        UnsafeError: a shard's name leaves the directory, or the shard is a link.
+        UnsafeError: a shard's name leaves the directory, or the shard is a link, but in Hugging Face's cache.
         FormatError: the index or a shard breaks its format, or a shard lacks a tensor.
         OSError: a file cannot be read.
     """
@@ -54,7 +54,7 @@ def open(path: StrPath, mmap: bool = True) -> ShardedFile:
     if not isinstance(metadata, dict):
         raise FormatError(f"{source}: metadata is {brief(metadata)}, expected an object")
     opened = {
-        shard: safetensors.open(Path(path).parent / shard, mmap, follow_links=False)
+        shard: safetensors.open(files.cached(Path(path).parent / shard), mmap, follow_links=False)
         for shard in dict.fromkeys(names.values())
     }
     for name, shard in names.items():

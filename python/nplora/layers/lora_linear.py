@@ -242,12 +242,8 @@ class LoRALinear(LoRALayer):
         Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
         instruction set.
         """
-        d_out, d_in = self.weight.shape
-        element_bytes = {"float64": 8, "float32": 4, "bfloat16": 2, "int8": 1}[self.weight.compute]
-        if element_bytes == 1 and not self.weight.meets_int8:
-            element_bytes = 2
         dropout = bool(self.dropout) and training
-        plan = _core.explain(rows, d_out, d_in, self.rank, element_bytes, dropout, training)
+        plan = _core.explain(self.weight.packed, rows, self.rank, dropout, training)
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
     # ---- DoRA's norms ----

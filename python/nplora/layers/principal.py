@@ -10,6 +10,7 @@ The weight is met by products alone, in float32 whatever its storage, and never 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,21 @@ def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) 
     """A (d_out, r) and B (r, d_in) of a start by name, in the dtype that the weight computes in.
 
     They depend on the weight alone: the random directions of the search are the same every time.
+
+    Raises:
+        ValueError: the weight holds NaN or an infinity, or values whose products overflow.
     """
-    if init == "olora":
-        return _olora(weight, rank)
+    factors = None
+    with contextlib.suppress(np.linalg.LinAlgError):  # what the SVD makes of NaN
+        factors = _olora(weight, rank) if init == "olora" else _pissa(weight, rank, scale)
+    if factors is None or not all(np.isfinite(factor).all() for factor in factors):
+        raise ValueError(
+            f"init={init!r}: the weight {weight.shape} holds NaN, an infinity or what is too large"
+        )
+    return factors
+
+
+def _pissa(weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
     u, s, vt = randomized_svd(weight, rank)
     root = np.sqrt(s / scale)
     dtype = weight.compute_dtype

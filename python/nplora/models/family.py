@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from nplora.formats.config_json import Fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
-from nplora.models.fields import Fields
 
 NO_WINDOW = 0
+_WINDOW = 4096  # where config.json does not say; null is none at all
 
 
 class Family:
@@ -16,14 +17,12 @@ class Family:
     Attributes:
         model_type: Hugging Face's word for the family.
         architecture: GGUF's.
-        key_value_heads: how many there are where config.json does not say; None: as many as query heads.
-        head_dim: the same; None: hidden_size / heads.
+        head_dim: what it is where config.json does not say; None: hidden_size / heads.
         qk_norm: whether each head of q and k is normalised before it is rotated.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
-    key_value_heads: ClassVar[int | None] = None
     head_dim: ClassVar[int | None] = None
     qk_norm: ClassVar[bool] = False
 
@@ -36,13 +35,19 @@ class Family:
         return (NO_WINDOW,) * layers
 
 
+def has_window(fields: Fields) -> bool:
+    """Whether there is a sliding window, told or by default: null alone says that there is none."""
+    return fields.integer_or_null("sliding_window", _WINDOW) is not None
+
+
 def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
     """The window of each layer, by its kind: as given, unless `layer_types` tells otherwise."""
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", len(kinds))
     sizes = {"full_attention": NO_WINDOW}
-    if "sliding_window" in fields:
-        sizes["sliding_attention"] = require_window(fields.source, fields.integer("sliding_window"))
+    window = fields.integer_or_null("sliding_window", _WINDOW)
+    if window is not None:
+        sizes["sliding_attention"] = require_window(fields.source, window)
     for kind in kinds:
         if kind not in sizes:
             known = ", ".join(map(repr, sizes))

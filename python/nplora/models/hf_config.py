@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from nplora.formats.config_json import Fields, attention_heads, read_fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.models.config import ModelConfig, require_layers
 from nplora.models.families import by_model_type
-from nplora.models.fields import Fields, read_fields
 from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
 
 
@@ -23,9 +23,7 @@ def read(path: StrPath) -> ModelConfig:
     _require_plain(fields)
     layers = fields.integer("num_hidden_layers")
     require_layers(source, layers)
-    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if heads < 1:
-        raise FormatError(f"{source}: num_attention_heads is {heads}, expected at least 1")
+    (heads, kv_heads), width = attention_heads(fields), fields.integer("hidden_size")
     return ModelConfig(
         source=source,
         model_type=family.model_type,
@@ -34,7 +32,7 @@ def read(path: StrPath) -> ModelConfig:
         intermediate_size=fields.integer("intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", family.key_value_heads or heads),
+        num_key_value_heads=kv_heads,
         head_dim=fields.integer("head_dim", family.head_dim or width // heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position_embeddings=fields.integer("max_position_embeddings"),

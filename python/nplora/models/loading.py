@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nplora import _check, tokenizer
-from nplora.formats import files, gguf, safetensors, sharded
-from nplora.formats.errors import FormatError, UnsafeError
+from nplora.formats import gguf, model_directory
 from nplora.formats.files import StrPath
 from nplora.layers import Embedding, Linear, RMSNorm
 from nplora.models import gguf_config, hf_config
@@ -21,11 +20,6 @@ from nplora.models.rope import Rope
 from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_tensors
 from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
-
-_CONFIG = "config.json"
-_TENSORS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> LanguageModel:
@@ -54,20 +48,9 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
 
 
 def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
-    config = hf_config.read(Path(path, _CONFIG))
-    weights = SafetensorsWeights(_open_tensors(Path(path), mmap), compute)
+    config = hf_config.read(Path(path, model_directory.CONFIG))
+    weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute)
     return _build(config, weights, lambda: tokenizer.from_directory(path))
-
-
-def _open_tensors(directory: Path, mmap: bool) -> safetensors.SafetensorsFile | sharded.ShardedFile:
-    if (directory / _INDEX).exists():
-        return sharded.open(directory / _INDEX, mmap)
-    if (directory / _TENSORS).exists():
-        return safetensors.open(directory / _TENSORS, mmap)
-    pickles = [name for name in _PICKLES if (directory / name).exists()]
-    if pickles:
-        raise UnsafeError(f"{directory / pickles[0]}: a pickle can run any code; expected {_TENSORS}")
-    raise FormatError(f"{files.name(directory)}: holds neither {_TENSORS} nor {_INDEX}")
 
 
 def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Tokenizer]) -> LanguageModel:

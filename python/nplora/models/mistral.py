@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from nplora.models.family import Family, windows
-from nplora.models.fields import Fields
+from nplora.formats.config_json import Fields
+from nplora.models.family import Family, has_window, windows
 
 
 class Mistral(Family):
     model_type = "mistral"
     architecture = "llama"  # GGUF tells the two apart by the window alone
-    key_value_heads = 8
 
     def sliding_windows(self, fields: Fields, layers: int) -> tuple[int, ...]:
-        kind = "sliding_attention" if "sliding_window" in fields else "full_attention"
+        kind = "sliding_attention" if has_window(fields) else "full_attention"
         return windows(fields, [kind] * layers)

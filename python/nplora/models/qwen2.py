@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from nplora.models.family import Family, windows
-from nplora.models.fields import Fields
+from nplora.formats.config_json import Fields
+from nplora.models.family import Family, has_window, windows
 
 
 class Qwen2(Family):
     model_type = "qwen2"
     architecture = "qwen2"
-    key_value_heads = 32
 
     def biases(self, fields: Fields) -> dict[str, bool]:
         return {"qkv_bias": True}
@@ -17,7 +16,7 @@ class Qwen2(Family):
     def sliding_windows(self, fields: Fields, layers: int) -> tuple[int, ...]:
         """The first `max_window_layers` layers see everything, where there is a window at all."""
         first = fields.integer("max_window_layers", 28)
-        if not fields.boolean("use_sliding_window", False) or "sliding_window" not in fields:
+        if not fields.boolean("use_sliding_window", False) or not has_window(fields):
             first = layers
         return windows(
             fields, ["full_attention" if i < first else "sliding_attention" for i in range(layers)]

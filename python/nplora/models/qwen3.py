@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nplora.models.fields import Fields
+from nplora.formats.config_json import Fields
 from nplora.models.qwen2 import Qwen2
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nplora import storages
 from nplora.formats import bfloat16, bitsandbytes, gguf_names
-from nplora.formats.errors import FormatError, UnsupportedError, brief, nearest_names
+from nplora.formats.errors import FormatError, UnsupportedError, brief, in_places, nearest_names
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
@@ -20,7 +20,7 @@ from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
 
-_MOST_PROBLEMS = 20  # told in a message; the others are counted
+_MOST_HINTS = 20  # each is a search
 
 
 class Weights(Protocol):
@@ -57,7 +57,7 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
     problems: list[str] = []
     for name, shape in wanted.items():
         if name not in found:
-            near = nearest_names(name, found) if len(problems) < _MOST_PROBLEMS else []
+            near = nearest_names(name, found) if len(problems) < _MOST_HINTS else []
             hint = f", the nearest names: {', '.join(near)}" if near else ""
             problems.append(f"tensor {brief(name)} is missing{hint}")
         elif found[name] != shape:
@@ -65,11 +65,7 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
     left = found.keys() - wanted.keys() - weights.unused(config)
     problems += [f"tensor {brief(name)} has no place in {config.model_type}" for name in sorted(left)]
     if problems:
-        told = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]
-        lines = "".join(f"\n  {problem}" for problem in told)
-        raise FormatError(
-            f"{weights.source}: the tensors do not fit the model in {len(problems)} places:{lines}"
-        )
+        raise FormatError(f"{weights.source}: the tensors do not fit the model {in_places(problems)}")
 
 
 class GgufWeights:

@@ -5,93 +5,110 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nplora.formats import files, strict_json
-from nplora.formats.errors import FormatError, brief
+from nplora.formats import files, gguf, strict_json
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed
+from nplora.tokenizer import byte_level
 from nplora.tokenizer.directory import MAX_TOKENIZER, chat_template, read_json
-from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, SPLITS, UNUSED, USER_DEFINED
+from nplora.tokenizer.directory import from_directory as from_tokenizer_json
+from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, UNUSED, USER_DEFINED, from_gguf
 
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_SAMPLES = (
+    "Hello hello, it's THE théâtre's 1234567 don't\n\n  we'll\tgo \r\n ... (a+b) == {c}; ",
+    "e\u0301 \u212b ﬁ ½ 日本語 한국어 العربية ☃ 👩‍🚀 \u00a0\u3000",
+)
 
 
-def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any] | None:
-    """The metadata of the tokenizer, as llama.cpp has them; None where it is of a kind that is not known.
+def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
+    """The metadata of the tokenizer, as llama.cpp has them.
 
-    Tokens are filled up to `vocab_size`, the rows of the embedding, with unused ones.
+    Tokens are filled up to `vocab_size`, the rows of the embedding, with unused ones. Where the package
+    `tokenizers` is there, both are also tried on a few texts.
 
     Raises:
+        UnsupportedError: the tokenizer is not one that metadata can tell of: another would be read.
         FormatError: tokenizer.json is damaged, or tells of tokens beyond the vocabulary.
         FileNotFoundError: there is none.
     """
     directory = Path(path)
     source = files.name(directory / "tokenizer.json")
     fields = strict_json.loads(bytes(files.read(directory / "tokenizer.json", MAX_TOKENIZER)), source)
-    model = fields.get("model") if isinstance(fields, dict) else None
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        return None
-    pre = _pre(fields.get("pre_tokenizer"))
-    if pre is None:
-        return None
-    tokens, types = _tokens(fields, model, vocab_size, source)
-    ids = {token: id_ for id_, token in enumerate(tokens)}
+    if not isinstance(fields, dict):
+        raise FormatError(f"{source}: {brief(fields)}, expected an object")
+    pre = byte_level.require_known(fields, source)
+    added = _added(fields, source)
+    for token in added:
+        byte_level.require_plain_token(token, pre, source)
+    tokens, types = _tokens(fields["model"], added, vocab_size, source)
     config = read_json(directory / "tokenizer_config.json")
+    special = _special(config, {token: id_ for id_, token in enumerate(tokens)})
     metadata: dict[str, Any] = {
         f"{KEY}model": "gpt2",
         f"{KEY}pre": pre,
         f"{KEY}tokens": Typed(tokens, "STRING"),
         f"{KEY}token_type": Typed(types, "INT32"),
-        f"{KEY}merges": Typed(_merges(model, source), "STRING"),
+        f"{KEY}merges": Typed(_merges(fields["model"], source), "STRING"),
     }
-    for key, name in _SPECIAL.items():
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and text in ids:
-            metadata[f"{KEY}{key}_token_id"] = Typed(ids[text], "UINT32")
-    for name in ("add_bos_token", "add_eos_token"):
-        if isinstance(config.get(name), bool):
-            metadata[f"{KEY}{name}"] = config[name]
+    metadata |= {f"{KEY}{key}_token_id": Typed(id_, "UINT32") for key, id_ in special.items()}
+    for key, ids in zip(("bos", "eos"), byte_level.ends(fields, source), strict=True):
+        if ids and ids != [special.get(key)]:
+            raise UnsupportedError(
+                f"{source}: a text gets tokens {brief(ids)}, which are not {_SPECIAL[key]}"
+            )
+        metadata[f"{KEY}add_{key}_token"] = bool(ids)
     template = chat_template(directory, config)
     if template is not None:
         metadata["tokenizer.chat_template"] = template
+    _require_alike(directory, metadata, [token["content"] for token in added])
     return metadata
 
 
-def _pre(cut: object) -> str | None:
-    """llama.cpp's name for how text is cut before pairs are merged; None where it has, or we know, none."""
-    steps = cut.get("pretokenizers") if isinstance(cut, dict) and cut.get("type") == "Sequence" else [cut]
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        return None
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1] if steps else {}
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
-        return None
-    use_regex = last.get("use_regex", True)
-    if kinds == ["ByteLevel"] and use_regex:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and use_regex:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not use_regex and not steps[0].get("invert", False):
-        pattern = steps[0].get("pattern")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        isolated = steps[0].get("behavior") == "Isolated"
-        return next((n for n, split in SPLITS.items() if split and split == regex and isolated), None)
-    return None
+def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
+    """The ids of BOS and the like, as far as tokenizer_config.json names them."""
+    values = {key: config.get(name) for key, name in _SPECIAL.items()}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
 
 
-def _tokens(
-    fields: dict[str, Any], model: dict[str, Any], vocab_size: int, source: str
-) -> tuple[list[str], list[int]]:
-    """Every token by its id, and its kind; what no token has is unused."""
-    found: dict[int, tuple[str, int]] = {}
-    vocab, added = model.get("vocab"), fields.get("added_tokens", [])
-    if not isinstance(vocab, dict) or not isinstance(added, list):
-        raise FormatError(f"{source}: expected an object of tokens, and a list of added ones")
-    entries = [(token, id_, NORMAL) for token, id_ in vocab.items()]
+def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) -> None:
+    """Both tokenizers must make the same of some texts. Raises UnsupportedError where they do not."""
+    try:
+        theirs = from_tokenizer_json(directory)
+    except ModuleNotFoundError:
+        return
+    ours = from_gguf(gguf.loads(gguf.dumps({}, metadata)))
+    for text in (*_SAMPLES, *added, "a".join(added)):
+        for parse_special in (False, True):
+            ids = theirs.encode(text, True, parse_special=parse_special)
+            if ours.encode(text, True, parse_special=parse_special) != ids or ours.decode(
+                ids
+            ) != theirs.decode(ids):
+                raise UnsupportedError(f"{theirs.source}: {brief(text)} would be other tokens from GGUF")
+
+
+def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    added = fields.get("added_tokens", [])
+    if not isinstance(added, list):
+        raise FormatError(f"{source}: added_tokens is {brief(added)}, expected a list")
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise FormatError(f"{source}: an added token is {brief(token)}, expected an object")
-        entries.append((token["content"], token.get("id"), CONTROL if token.get("special") else USER_DEFINED))
+    return added
+
+
+def _tokens(
+    model: dict[str, Any], added: list[dict[str, Any]], vocab_size: int, source: str
+) -> tuple[list[str], list[int]]:
+    """Every token by its id, and its kind; what no token has is unused."""
+    found: dict[int, tuple[str, int]] = {}
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict):
+        raise FormatError(f"{source}: vocab is {brief(vocab)}, expected an object of tokens")
+    entries = [(token, id_, NORMAL) for token, id_ in vocab.items()]
+    kinds = {True: CONTROL, False: USER_DEFINED}
+    entries += [(token["content"], token.get("id"), kinds[bool(token.get("special"))]) for token in added]
     for token, id_, kind in entries:
         if type(id_) is not int or not 0 <= id_ < vocab_size:
             raise FormatError(f"{source}: token {brief(token)} has id {brief(id_)}, of {vocab_size:,}")

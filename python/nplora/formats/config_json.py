@@ -1,4 +1,4 @@
-"""The fields of a config.json, each of the type that is asked for."""
+"""A model's config.json: its fields, each of the type that is asked for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from nplora.formats.files import StrPath
 
 MAX_CONFIG = 16 << 20
 
+# The heads of keys and values of a family, by model_type, where config.json is silent, as in transformers;
+# another family has as many as there are query heads.
+_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+
 
 class Fields:
-    """An object of a JSON file. What is null counts as missing, as in transformers.
+    """An object of a JSON file. What is null counts as missing, but for `integer_or_null`.
 
     The methods raise FormatError where a field is missing (without a default) or of another type.
     """
@@ -30,6 +34,10 @@ class Fields:
         if type(value) is not int:
             self._refuse(name, "an integer")
         return value
+
+    def integer_or_null(self, name: str, default: int | None) -> int | None:
+        """An integer; None where it is null; the default where there is nothing at all."""
+        return self.integer(name) if name in self else None if name in self._values else default
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
@@ -84,3 +92,17 @@ def read_fields(path: StrPath) -> Fields:
     if not isinstance(values, dict):
         raise FormatError(f"{source}: {brief(values)}, expected an object")
     return Fields(source, values)
+
+
+def attention_heads(fields: Fields) -> tuple[int, int]:
+    """How many query heads a model has, and how many of keys and values.
+
+    Raises:
+        FormatError: they are missing, are no integers, or there is no query head.
+    """
+    heads = fields.integer("num_attention_heads")
+    if heads < 1:
+        raise FormatError(f"{fields.source}: num_attention_heads is {heads}, expected at least 1")
+    default = _KEY_VALUE_HEADS.get(fields.string("model_type"), heads)
+    kv_heads = fields.integer_or_null("num_key_value_heads", default)
+    return heads, heads if kv_heads is None else kv_heads

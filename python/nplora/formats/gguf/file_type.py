@@ -1,0 +1,53 @@
+"""What a file says of its types as a whole: by the type of most elements, and the version of the blocks."""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Protocol
+
+from nplora.formats.gguf.ggml_types import GGML_TYPES
+from nplora.formats.gguf.metadata import Typed
+
+FILE_TYPE = "general.file_type"
+
+# llama.cpp's numbers (llama_ftype).
+_NUMBERS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
+    "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
+_QUANTIZATION_VERSION = 2  # of the layouts of blocks, which have not changed since
+
+
+class _Tensor(Protocol):
+    @property
+    def type(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def main_type(tensors: Mapping[str, _Tensor]) -> str:
+    """What most elements are stored in; there is a tensor."""
+    elements = Counter[str]()
+    for tensor in tensors.values():
+        elements[tensor.type] += prod(tensor.shape)
+    return elements.most_common(1)[0][0]
+
+
+def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
+    """The metadata that tell it. A type that no number is known of is left to the reader, who guesses it."""
+    number = _NUMBERS.get(main_type(tensors))
+    told = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
+    if any(GGML_TYPES[tensor.type].dtype is None for tensor in tensors.values()):
+        told["general.quantization_version"] = Typed(_QUANTIZATION_VERSION, "UINT32")
+    return told
+
+
+def redescribe(
+    metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
+) -> dict[str, Typed]:
+    """The metadata of a file some of whose tensors, of the same names, got another type."""
+    if all(before[name].type == tensor.type for name, tensor in after.items()):
+        return metadata
+    if main_type(before) == main_type(after):
+        return describe(after) | metadata  # a mixture, Q4_K_M say, remains one
+    return {key: value for key, value in metadata.items() if key != FILE_TYPE} | describe(after)

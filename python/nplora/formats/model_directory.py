@@ -1,0 +1,64 @@
+"""A model's files by Hugging Face's names: config.json, and safetensors in one file or in shards."""
+
+from pathlib import Path
+from typing import TypeAlias
+
+from nplora.formats import files, safetensors, sharded
+from nplora.formats.errors import FormatError, UnsafeError
+from nplora.formats.files import NewFile, StrPath
+from nplora.formats.safetensors import SafetensorsFile
+from nplora.formats.sharded import ShardedFile
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
+_MAX_COMPANION = 64 << 20
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+Tensors: TypeAlias = SafetensorsFile | ShardedFile
+
+
+def is_index(path: StrPath) -> bool:
+    return files.name(path).endswith(".safetensors.index.json")
+
+
+def of(path: StrPath) -> Path:
+    """The directory that is a model, or that a model's file or index is in."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def open_tensors(path: StrPath, mmap: bool = True) -> Tensors:
+    """The tensors of a file, of an index or, as in transformers, of a directory's one file or else its index.
+
+    Raises:
+        UnsafeError: the directory's weights are a pickle.
+        FormatError: the directory has no weights, or a file breaks its format.
+        OSError: a file cannot be read.
+    """
+    path = _weights_of(Path(path)) if Path(path).is_dir() else Path(path)
+    return sharded.open(path, mmap) if is_index(path) else safetensors.open(path, mmap)
+
+
+def _weights_of(directory: Path) -> Path:
+    for name in (WEIGHTS, INDEX):
+        if (directory / name).exists():
+            return directory / name
+    pickles = [name for name in _PICKLES if (directory / name).exists()]
+    if pickles:
+        raise UnsafeError(f"{directory / pickles[0]}: a pickle can run any code; expected {WEIGHTS}")
+    raise FormatError(f"{files.name(directory)}: holds neither {WEIGHTS} nor {INDEX}")
+
+
+def companions(source: Path, target: Path) -> list[NewFile]:
+    """What lies beside a model's weights and belongs to it, as it is to lie in another directory.
+
+    Raises:
+        UnsafeError: it is a link, and not one of Hugging Face's cache. LimitError: it is too large.
+    """
+    found = []
+    for path in sorted(source.iterdir()):
+        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json") and path.is_file():
+            text = files.read(files.cached(path), _MAX_COMPANION, follow_links=False)
+            found.append(NewFile(target / path.name, len(text), [text]))
+    return found

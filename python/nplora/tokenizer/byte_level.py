@@ -1,0 +1,117 @@
+"""Whether a tokenizer.json is the byte-level BPE that `gguf_vocabulary` makes of a file's metadata.
+
+GGUF has a name for how text is cut, `pre`, and two switches for BOS and EOS, but no word for the rest of what
+a tokenizer.json may say. So each part must say what `gguf_vocabulary` does, or the file would tell of another
+tokenizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from nplora.formats.errors import UnsupportedError, brief
+from nplora.tokenizer.gguf_vocabulary import SPLITS
+
+# What the model may say of itself; nothing, at best.
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "dropout": (None, 0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (None, False),
+}
+_SEVERAL = {  # what a Sequence calls its steps
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+    "post_processor": "processors",
+}
+
+
+def require_known(fields: dict[str, Any], source: str) -> str:
+    """llama.cpp's name for how text is cut before pairs are merged.
+
+    Raises:
+        UnsupportedError: a part says something that GGUF does not, or that nplora does not know.
+    """
+    model = fields.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        _refuse(source, "the model", model.get("type") if isinstance(model, dict) else model)
+    pre = _pre(steps(fields, "pre_tokenizer"))
+    if pre is None:
+        _refuse(source, "pre_tokenizer", fields.get("pre_tokenizer"))
+    for name, known in _PLAIN.items():
+        if model.get(name) not in known:
+            _refuse(source, name, model[name])
+    if bool(model.get("ignore_merges", False)) != (pre == "llama-bpe"):
+        _refuse(source, "ignore_merges", model.get("ignore_merges", False))
+    for part, kinds in (("normalizer", ["NFC"] if pre == "qwen2" else []), ("decoder", ["ByteLevel"])):
+        if [step.get("type") for step in steps(fields, part)] != kinds:
+            _refuse(source, part, fields.get(part))
+    return pre
+
+
+def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
+    """Refuse an added token that takes spaces with it, or is looked for in another text. Raises as above."""
+    switches = ("single_word", "lstrip", "rstrip", *(["normalized"] if pre == "qwen2" else []))
+    for name in switches:
+        if token.get(name):
+            _refuse(source, f"{name} of token {brief(token.get('content'))}", token[name])
+
+
+def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
+    """The tokens that are put before a text, and behind it. Raises as above."""
+    whole = "post_processor"
+    templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
+    if not templates:
+        return [], []
+    if len(templates) > 1 or templates[0].get("type") != "TemplateProcessing":
+        _refuse(source, whole, fields[whole])
+    sides: list[list[int]] = [[]]
+    try:
+        for piece in templates[0]["single"]:
+            if "SpecialToken" in piece:
+                sides[-1] += templates[0]["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            else:
+                sides.append([])
+    except (KeyError, TypeError):
+        _refuse(source, whole, fields[whole])
+    if len(sides) != 2:
+        _refuse(source, whole, fields[whole])
+    return sides[0], sides[1]
+
+
+def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """What a part does one after the other; nothing where it is null."""
+    value = fields.get(part)
+    if value is None:
+        return []
+    is_several = isinstance(value, dict) and value.get("type") == "Sequence"
+    found = value.get(_SEVERAL[part]) if is_several else [value]
+    if not isinstance(found, list) or not all(isinstance(step, dict) for step in found):
+        return [{}]
+    return found
+
+
+def _pre(cuts: list[dict[str, Any]]) -> str | None:
+    kinds = [cut.get("type") for cut in cuts]
+    last = cuts[-1] if cuts else {}
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    use_regex = last.get("use_regex", True)
+    if kinds == ["ByteLevel"] and use_regex:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and cuts[0].get("individual_digits") and use_regex:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not use_regex and not cuts[0].get("invert", False):
+        pattern = cuts[0].get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        isolated = cuts[0].get("behavior") == "Isolated"
+        return next((n for n, split in SPLITS.items() if split and split == regex and isolated), None)
+    return None
+
+
+def _refuse(source: str, part: str, value: object) -> NoReturn:
+    raise UnsupportedError(
+        f"{source}: {part} is {brief(value)}, which no GGUF file that is read here can say"
+    )

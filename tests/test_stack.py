@@ -108,11 +108,13 @@ def test_inference_alone_gives_the_bits_of_the_forward_pass(state: str) -> None:
 def test_a_stack_of_few_rows_has_the_same_bits_on_any_number_of_threads(rows: int) -> None:
     rng = np.random.default_rng(2)
     weights = [rng.standard_normal((d_out, 608), np.float32) for d_out in (1500, 300, 777)]
-    layers: list[LoRALinear | Linear] = [
+    layers = [
         LoRALinear(nplora.FrozenWeight(W, storage, compute="int8"), RANK, rng=0)
         for W, storage in zip(weights, ("q4_1", "q8_0", "bfloat16"), strict=True)
     ]
-    layers.append(Linear(weights[0], dtype="q4_1", compute="int8"))
+    for layer in layers:
+        layer.A[...] = rng.standard_normal(layer.A.shape)
+    plain = Linear(weights[0], dtype="q4_1", compute="int8")
     x = rng.standard_normal((rows, 608), np.float32)
     results = []
     before = nplora.get_num_threads()
@@ -120,7 +122,7 @@ def test_a_stack_of_few_rows_has_the_same_bits_on_any_number_of_threads(rows: in
         for threads in (1, 2):
             nplora.set_num_threads(threads)
             with inference():
-                results.append(stack_infer(layers, x))
+                results.append(stack_infer([*layers, plain], x))
     finally:
         nplora.set_num_threads(before)
     for y, expected in zip(*results, strict=True):

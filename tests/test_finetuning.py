@@ -412,6 +412,12 @@ def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Pat
         finetune(lm, data, tmp_path / "other", **QUICK)
 
 
+def test_an_adapter_of_llama_cpp_is_named_with_what_makes_it_one_of_peft(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FormatError, match=r"adapter\.gguf: expected the directory of a PEFT adapter; nplora"):
+        load_with_adapter(model, tmp_path / "adapter.gguf")
+
+
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
     lm = load_model(model)
     for call in (

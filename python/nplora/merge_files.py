@@ -22,6 +22,7 @@ from nplora.updates import Adapter, read_adapter
 Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
+_LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
 
@@ -41,13 +42,16 @@ class ModelMerge:
 
     def __str__(self) -> str:
         worst = min(self.reports, key=lambda report: report.kept)
-        return "\n".join(
-            [
-                *map(str, self.reports),
-                f"{self.target}: {len(self.reports)} tensors merged, {self.kept} kept; "
-                f"the least of ΔW, {worst.kept:.1%}, is kept in {worst.name}",
-            ]
-        )
+        lines = [
+            *map(str, self.reports),
+            f"{self.target}: {len(self.reports)} tensors merged, {self.kept} copied; "
+            f"the least of ΔW, {worst.kept:.1%}, is kept in {worst.name}",
+        ]
+        if worst.kept < _LITTLE:
+            lines.append(
+                "much of what was learned is lost in these blocks: --dtype q8_0, or float16, keeps it"
+            )
+        return "\n".join(lines)
 
 
 def merge_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from nplora.adapters import load_adapter
@@ -36,6 +37,11 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
     if lm.adapter_layers():
         raise ValueError(
             f"attach_adapter: the model has an adapter already, on {len(lm.adapter_layers())} layers"
+        )
+    if os.path.isfile(directory):
+        raise FormatError(
+            f"{os.fspath(directory)}: expected the directory of a PEFT adapter; "
+            "nplora convert makes one of a GGUF file"
         )
     with peft_adapter.reading(directory) as adapter:
         names, use_dora = _fitting(lm, adapter), adapter.config.use_dora

@@ -49,8 +49,9 @@ class LoRALinear(LoRALayer):
         rank: r, at least 1.
         alpha: the update's strength: scale = alpha / rank.
         bias: array (d_out,), frozen, or None.
-        dtype: the storage of W: "float32" (also for None), "float64", "bfloat16", "float16". With "float64"
-            everything is float64, otherwise x is converted to float32.
+        dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
+            "float16", or low-bit blocks ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
+            otherwise x is converted to float32.
         compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
             alone.
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,

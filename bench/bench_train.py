@@ -90,13 +90,19 @@ def load(dtype: str, weights: str = "file") -> Any:
 
 def nplora_step(setting: Setting, threads: int, weights: str = "file") -> Callable[[], float]:
     import nplora
-    from nplora.packing import pack
 
     nplora.set_num_threads(threads)
     model = load(setting.dtype, weights)
     model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear")
     model.model.checkpoint_blocks = setting.checkpoint_blocks
-    optimizer, batch = nplora.AdamW(lr=RATE), pack(setting.sequences())
+    return step_of(model, setting, RATE)
+
+
+def step_of(model: Any, setting: Setting, rate: float) -> Callable[[], float]:
+    import nplora
+    from nplora.packing import pack
+
+    optimizer, batch = nplora.AdamW(lr=rate), pack(setting.sequences())
 
     def step() -> float:
         model.zero_grad()
@@ -240,16 +246,14 @@ def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
     from nplora.models import KeptPrefix
 
     nplora.set_num_threads(threads)
-    file = model_file()
-    assert file is not None
-    model = nplora.load_model(file, compute=setting.dtype)
+    model = load(setting.dtype)
     model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear", layers="last:4")
-    optimizer, ids = nplora.AdamW(lr=0.0), setting.ids()  # every step is the first one
+    plain = step_of(model, setting, 0.0)  # every step is the first one
     kept = KeptPrefix(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
 
     def step(prefix: KeptPrefix | None) -> float:
         model.model.prefix = prefix
-        return float(model.train_step(ids, ids, optimizer))
+        return plain()
 
     again = step(None)
     if not step(kept) == step(kept) == again:
@@ -265,7 +269,7 @@ def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
     rows = []
     with Runtimes(threads) as runtimes:
         for dtype in DTYPES:
-            setting = Setting(4, 256, dtype)
+            setting = full_text(1 if quick else 4, 64 if quick else 256, dtype)
             contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
             result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=2.0)
             again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))

@@ -91,19 +91,16 @@ void require_nf4(const Array<uint8_t>& codes, size_t d_out, size_t d_in) {
   require_size("codes", codes, ceil_div(d_out * d_in, 2));
 }
 
+WeightView nf4_view(const kernels::Nf4& parts, size_t d_out, size_t d_in, const std::string& compute) {
+  return {Storage::kNf4, false, parts.codes, d_out, d_in, 0, compute_of(compute), parts};
+}
+
 std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<float>& absmax, size_t d_out,
                                      size_t d_in, const std::string& compute) {
   require_nf4(codes, d_out, d_in);
   require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
-  return as_it_lies({Storage::kNf4,
-                     false,
-                     codes.data(),
-                     d_out,
-                     d_in,
-                     0,
-                     compute_of(compute),
-                     {codes.data(), absmax.data()}},
-                    codes, absmax);
+  const kernels::Nf4 parts{codes.data(), absmax.data()};
+  return as_it_lies(nf4_view(parts, d_out, d_in, compute), codes, absmax);
 }
 
 std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const Array<uint8_t>& absmax_codes,
@@ -115,15 +112,8 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
   require_size("absmax_codes", absmax_codes, blocks);
   require_size("book", book, kNf4Book);
   require_size("scales", scales, ceil_div(blocks, kNf4Group));
-  return as_it_lies({Storage::kNf4,
-                     false,
-                     codes.data(),
-                     d_out,
-                     d_in,
-                     0,
-                     compute_of(compute),
-                     {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}},
-                    codes, absmax_codes, book, scales);
+  const kernels::Nf4 parts{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset};
+  return as_it_lies(nf4_view(parts, d_out, d_in, compute), codes, absmax_codes, book, scales);
 }
 
 template <class T>

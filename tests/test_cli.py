@@ -36,6 +36,7 @@ def test_the_version_is_printed() -> None:
     [
         [],
         ["finetune"],
+        ["plan"],
         ["eval"],
         ["generate"],
         ["merge"],

@@ -53,10 +53,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _finetune(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
-    options = _chosen(arguments, finetuning.FinetuneOptions)
-    if "targets" in options:
-        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
-    _checked(finetuning.FinetuneOptions, options)
+    options = _finetune_options(arguments)
     report = finetuning.finetune(
         arguments.model, arguments.data, arguments.output, valid=arguments.valid, progress=True, **options
     )
@@ -65,11 +62,20 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
+def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    from nplora.finetuning import FinetuneOptions
+
+    options = _chosen(arguments, FinetuneOptions)
+    if "targets" in options:
+        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
+    _checked(FinetuneOptions, options)
+    return options
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
-    options = _chosen(arguments, finetuning.FinetuneOptions)
-    _checked(finetuning.FinetuneOptions, options)
+    options = _finetune_options(arguments)
     print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
 
 

@@ -45,7 +45,7 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
             hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
             raise ValueError(f"{op}: the model has no layer {target!r} without an adapter; {hint}")
         found |= hits
-    chosen = [name for name in plain if name in found and _block_of(name) in {*blocks, None}]
+    chosen = [name for name in plain if name in found and block_of(name) in {*blocks, None}]
     if not chosen:
         raise ValueError(f"{op}: targets={wanted!r} and layers={layers!r} name no layer")
     return chosen
@@ -53,11 +53,11 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
 
 def _hits(name: str, target: str) -> bool:
     if target == ALL_LINEAR:
-        return _block_of(name) is not None
+        return block_of(name) is not None
     return name == target or name.endswith(f".{target}")
 
 
-def _block_of(name: str) -> int | None:
+def block_of(name: str) -> int | None:
     """The block that a layer is in: 3 of "model.layers.3.mlp.up_proj"."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] else None
@@ -90,22 +90,23 @@ def adapted(name: str, layer: Linear | Embedding, row_order: Array | None, optio
     Raises:
         ValueError: an option does not fit the layer.
     """
-    storage = getattr(layer.weight, "dtype", None)
-    if options["init"] in PRINCIPAL_INITS and storage in storages.BLOCKS:
-        raise ValueError(
-            f"add_lora: init={options['init']!r} takes a part of {name}, and {storage} cannot hold what "
-            "remains: the model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
-        )
+    require_init(name, layer, options["init"])
     if isinstance(layer, Embedding):
         known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init")}
         return LoRAEmbedding(layer.weight, **known, rng=0)
-    lora = LoRALinear(layer.weight, bias=layer.bias, compute=_compute(layer), **options, rng=0)
+    lora = LoRALinear(layer.weight, bias=layer.bias, **options, rng=0)
     lora.row_order = row_order
     return lora
 
 
-def _compute(layer: Linear) -> str:
-    return "bfloat16" if getattr(layer.weight, "compute", "") == "bfloat16" else "float32"
+def require_init(name: str, layer: Linear | Embedding, init: str) -> None:
+    """Refuse a start that takes a part of a weight whose storage cannot hold what remains."""
+    storage = getattr(layer.weight, "dtype", None)
+    if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
+        raise ValueError(
+            f"add_lora: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
+            "model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
+        )
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:

@@ -6,6 +6,7 @@ Shapes are per token: d the residual stream, q and kv the heads side by side, f 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -71,9 +72,11 @@ class Adapters:
         use_dora: bool = False,
         init: str = "zero",
     ) -> Self:
-        """Those that `lm.add_lora` would make. Raises as it does."""
+        """Those that `lm.add_lora` would make. Raises as it does where layers or init do not fit."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers)
+        for name in names:
+            adapting.require_init(name, modules[name], init)
         made = cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
         if init not in PRINCIPAL_INITS:
             return made
@@ -88,18 +91,22 @@ class Adapters:
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
-    def of_block(self, block: int) -> dict[str, tuple[int, int]]:
+    @functools.cached_property
+    def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
+        found: dict[int, dict[str, tuple[int, int]]] = {}
+        for name, shape in self.shapes.items():
+            block = adapting.block_of(name)
+            if block is not None:
+                found.setdefault(block, {})[name.rpartition(".")[2]] = shape
+        return found
+
+    def of_block(self, block: int) -> Mapping[str, tuple[int, int]]:
         """The adapted layers of a block, by the last part of their names."""
-        prefix = f"model.layers.{block}."
-        return {
-            name.rpartition(".")[2]: shape for name, shape in self.shapes.items() if name.startswith(prefix)
-        }
+        return self._blocks.get(block, {})
 
     def first_block(self, blocks: int) -> int:
         """The lowest block that keeps something for backward."""
-        if "model.embed_tokens" in self.shapes:
-            return 0
-        return next((block for block in range(blocks) if self.of_block(block)), blocks)
+        return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
 
 
 @dataclass(frozen=True)
@@ -144,21 +151,22 @@ def predicted(
         prefix_tokens: for which a `KeptPrefix` holds rows in memory.
     """
     narrow = way.compute == "bfloat16"
-    block = _Block(config, adapters, step.tokens, narrow)
     first = adapters.first_block(config.num_hidden_layers)
-    blocks = config.num_hidden_layers - first
+    blocks = [
+        _Block(config, adapters, adapters.of_block(block), step.tokens, narrow)
+        for block in range(first, config.num_hidden_layers)
+    ]
     stream = _FLOAT * config.hidden_size * step.tokens
     head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
     if way.checkpoint_blocks:
-        kept = blocks * stream
-        backward = 2 * stream + block.kept + block.backward
-        forward = block.forward
+        kept = len(blocks) * stream
+        works = [max(2 * stream + block.kept + block.backward, block.forward) for block in blocks]
     else:
-        kept = blocks * block.kept
-        backward = 2 * stream + block.backward
-        forward = stream + block.forward - block.kept
-    evaluation = max(_Block(config, adapters, evaluated, False).forward, _head(config, evaluated)) - kept
-    work = max(head, backward if blocks else 0, forward, evaluation)
+        kept = sum(block.kept for block in blocks)
+        works = [max(2 * stream + block.backward, stream + block.forward - block.kept) for block in blocks]
+    kept_nothing = _Block(config, adapters, {}, max(step.tokens if first else 0, evaluated), False)
+    inference = max(kept_nothing.forward, _head(config, evaluated))  # which comes before anything is kept
+    work = max(head, *works, inference - kept)
     rows = chunk_rows(config.vocab_size, step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
@@ -184,7 +192,7 @@ def _head(config: ModelConfig, targets: int) -> int:
 
 
 class _Block:
-    """Bytes of a block of the decoder for a number of tokens.
+    """Bytes of a block of the decoder for a number of tokens; `part` are its adapted layers.
 
     Attributes:
         kept: of a `BlockSaved`.
@@ -192,11 +200,17 @@ class _Block:
         backward: the most in the backward pass, beside what was kept, the gradient and the last stream.
     """
 
-    def __init__(self, config: ModelConfig, adapters: Adapters, tokens: int, narrow: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        adapters: Adapters,
+        part: Mapping[str, tuple[int, int]],
+        tokens: int,
+        narrow: bool,
+    ) -> None:
         d, f = config.hidden_size, config.intermediate_size
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         q, kv = heads * config.head_dim, groups * config.head_dim
-        part = adapters.of_block(config.num_hidden_layers - 1)
         bits = _BITS if narrow else _FLOAT
         low = _FLOAT * adapters.rank * len(part)  # z
         if adapters.use_dora:
@@ -217,5 +231,5 @@ class _Block:
         inputs = _FLOAT * d if {"q_proj", "k_proj", "v_proj"} & part.keys() else 0
         out = _FLOAT * (d + q) if narrow else 0  # x, and attention's output
         through_attention = out + inputs + rotated + _FLOAT * (q + q + 2 * kv + d)
-        dora = _FLOAT * 2 * f if adapters.use_dora else 0
+        dora = _FLOAT * 2 * f if part and adapters.use_dora else 0
         self.backward = tokens * (max(through_mlp, through_attention) + dora)

@@ -16,6 +16,7 @@ import nplora
 from nplora import cli
 from nplora.data import read_dataset
 from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planned
+from nplora.formats.gguf import Typed
 from nplora.models import load_model
 from nplora.packing import pack
 from nplora.planning import Adapters, BudgetError, Candidate, Pass, current_memory, parse_bytes, peak_memory
@@ -118,6 +119,61 @@ def test_what_is_fixed_stays(model: Path, data: Path) -> None:
     }
 
 
+def test_the_arithmetic_of_a_model_that_is_there_stays(model: Path, data: Path) -> None:
+    for compute in ("float32", "bfloat16"):
+        lm = load_model(model, compute)
+        found = sized(lm, data, 10_000)
+        assert {way.compute for way in (found.chosen, *(other.way for other in found.others))} == {compute}
+
+
+def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
+    tmp_path: Path, data: Path
+) -> None:
+    model = save_small_llama(tmp_path / "long.gguf", changes={"llama.context_length": Typed(4096, "UINT32")})
+    works = {}
+    for length in (1000, 3000):
+        valid = tmp_path / f"{length}.jsonl"
+        valid.write_text(json.dumps({"text": "x" * length}) + "\n")
+        works[length] = plan(model, data, valid=valid, max_length=4096).memory.work
+    assert works[3000] > 2.5 * works[1000]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
+        ({"init": "pissa"}, "init='pissa' takes a part of model.layers.0.*, and q8_0 cannot"),
+        ({"targets": ("q_prj",)}, "no layer 'q_prj'"),
+    ],
+)
+def test_what_finetune_refuses_is_not_planned(
+    tmp_path: Path, data: Path, options: dict[str, Any], message: str
+) -> None:
+    low = save_small_llama(tmp_path / "low.gguf", "q8_0")
+    for call in (lambda: plan(low, data, **options), lambda: finetune(low, data, tmp_path / "o", **options)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_for_inference_is_neither_planned_nor_trained(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = load_model(model, "int8")
+    for call in (lambda: plan(lm, data), lambda: finetune(lm, data, tmp_path / "out")):
+        with pytest.raises(ValueError, match="compute='int8' is for inference"):
+            call()
+    assert not lm.adapter_layers()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_targets_as_finetune_does(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(model), "--data", str(data), "--targets", "q_proj,v_proj", "--targets", "o_proj"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+
+
 def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:
     found = plan(model, data, checkpoint_blocks=True, steps=5, accumulate=2)
     assert (found.chosen, found.others, found.steps) == (Candidate("float32", True, None), (), 5)
@@ -191,8 +247,14 @@ def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(
     "adapters",
-    [{}, {"layers": "last:1"}, {"targets": ["q_proj", "down_proj"]}, {"use_dora": True}],
-    ids=["all", "last", "some", "dora"],
+    [
+        {},
+        {"layers": "last:1"},
+        {"targets": ["q_proj", "down_proj"]},
+        {"use_dora": True},
+        {"layers": "first:1", "use_dora": True},
+    ],
+    ids=["all", "last", "some", "dora", "first"],
 )
 def test_kept_activations_are_those_of_a_pass(
     model: Path, compute: str, again: bool, adapters: dict[str, Any]
@@ -209,6 +271,15 @@ def test_kept_activations_are_those_of_a_pass(
     _, saved = lm.model.run(batch.ids, packed_places(batch.starts, lm._rope))
     gains = 2 * 4 * sum(len(layer.m) for layer in lm.adapter_layers().values() if layer.m is not None)
     assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if again else gains), rel=0.01)
+
+
+def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -> None:
+    lm, one = load_model(model), Pass(256, 256, 128)
+    for way in (Candidate("float32", False), Candidate("float32", True)):
+        first, last, every = (
+            memory_of(lm, one, way, layers=layers).work for layers in ("first:1", "last:1", None)
+        )
+        assert first == last == every
 
 
 def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:

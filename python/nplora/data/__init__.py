@@ -1,6 +1,14 @@
 """Training text: from the files that people have to tokens, labels and batches of packed sequences."""
 
-from nplora.data.batches import TokenBatches
+from nplora.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.data.dataset import LEARN, DataReport, Dataset, find_splits, read_dataset
 
-__all__ = ["LEARN", "DataReport", "Dataset", "TokenBatches", "find_splits", "read_dataset"]
+__all__ = [
+    "EVALUATION_TOKENS",
+    "LEARN",
+    "DataReport",
+    "Dataset",
+    "TokenBatches",
+    "find_splits",
+    "read_dataset",
+]

@@ -12,6 +12,8 @@ from nplora.packing import PackedBatch, pack
 
 Array = npt.NDArray[Any]
 
+EVALUATION_TOKENS = 1024  # the most of a batch that is evaluated, unless one example has more
+
 
 class TokenBatches:
     """Packed batches of a number of examples, or of as many as a number of tokens holds.

@@ -6,11 +6,9 @@ from typing import Any
 
 from nplora.data import TokenBatches, find_splits, read_dataset
 from nplora.finetuning.attaching import attach_adapter
-from nplora.finetuning.inputs import opened, require_vocabulary
+from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
-
-EVALUATION_TOKENS = 1024
 
 
 def evaluate(
@@ -45,7 +43,7 @@ def evaluate(
         skip_bad=skip_bad,
     )
     require_vocabulary(lm, dataset)
-    return evaluate_batches(lm, TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False))
+    return evaluate_batches(lm, checks_of(dataset))
 
 
 def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nplora.data import Dataset, TokenBatches, find_splits, read_dataset
+from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
@@ -19,6 +19,10 @@ def opened_all(
     train_path, found = find_splits(data)
     valid_path = found if valid is None else Path(valid)
     lm = opened(op, model, options.compute)
+    if lm.compute not in COMPUTES:
+        raise ValueError(
+            f"{op}: compute={lm.compute!r} is for inference; load the model with {' or '.join(COMPUTES)}"
+        )
     train = read(lm, train_path, options)
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
 
@@ -59,3 +63,8 @@ def batches_of(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     return TokenBatches(
         dataset, batch_tokens=options.batch_tokens, batch_examples=examples, seed=options.seed
     )
+
+
+def checks_of(dataset: Dataset) -> TokenBatches:
+    """The batches of an evaluation."""
+    return TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False)

@@ -8,8 +8,7 @@ from typing import Any
 
 from nplora.checkpoint import RunDirectory
 from nplora.data import Dataset
-from nplora.finetuning.evaluation import EVALUATION_TOKENS
-from nplora.finetuning.inputs import batches_of, opened_all
+from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
@@ -33,34 +32,60 @@ def plan(
     """
     chosen = FinetuneOptions(**options)
     lm, train, held_out = opened_all("plan", model, data, valid, chosen)
-    return planned(lm, train, held_out, chosen)
+    wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks)
+    return planned(lm, adapters_of("plan", lm, chosen), train, held_out, chosen, wishes)
+
+
+def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
+    """The arithmetic, where it is not to be chosen: as asked for, or that of a model that is there."""
+    return model.compute if isinstance(model, LanguageModel) else options.compute
+
+
+def adapters_of(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapters:
+    """Those that a run puts on a model.
+
+    Raises:
+        ValueError: they do not fit it, or leave no block whose output could be kept.
+    """
+    adapters = Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora, options.init)
+    if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
+        raise ValueError(
+            f"{op}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
+        )
+    return adapters
 
 
 def planned(
     lm: LanguageModel,
+    adapters: Adapters,
     train: Dataset,
     held_out: Dataset | None,
     options: FinetuneOptions,
-    pieces: tuple[int | None, ...] | None = None,
+    wishes: Wishes,
 ) -> Plan:
-    """How steps are computed with these options; pieces: those of the run that goes on."""
+    """How steps are computed with these options."""
     batches = batches_of(train, options)
     steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
     epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
     lengths, targets = train.lengths, train.targets
     return choose(
         lm,
-        Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora, options.init),
+        adapters,
         Work(
             [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
             steps,
             options.accumulate,
-            0 if held_out is None else min(EVALUATION_TOKENS, held_out.report.tokens),
+            0 if held_out is None else _most_tokens(held_out),
             sum(d.report.tokens for d in (train, held_out) if d and options.keep_prefix == "memory"),
         ),
-        Wishes(options.compute, options.checkpoint_blocks, pieces),
+        wishes,
         None if options.memory is None else parse_bytes(options.memory),
     )
+
+
+def _most_tokens(held_out: Dataset) -> int:
+    """Of the batches of an evaluation."""
+    return max(int(held_out.lengths[batch].sum()) for batch in checks_of(held_out).members(0))
 
 
 def resumed(

@@ -13,12 +13,12 @@ from typing import Any
 
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
-from nplora.data import Dataset, TokenBatches
+from nplora.data import Dataset
 from nplora.finetuning.attaching import as_it_was
-from nplora.finetuning.evaluation import EVALUATION_TOKENS, evaluate_batches
-from nplora.finetuning.inputs import batches_of, opened_all
+from nplora.finetuning.evaluation import evaluate_batches
+from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
-from nplora.finetuning.planned import planned, resumed
+from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
@@ -26,7 +26,7 @@ from nplora.formats.files import StrPath
 from nplora.generate import Sampling, generate
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
-from nplora.planning import Candidate
+from nplora.planning import Candidate, Wishes
 from nplora.trainer import Trainer
 
 _SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
@@ -64,29 +64,26 @@ def finetune(
     say = speaker(progress)
     lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
+    adapters = adapters_of("finetune", lm, chosen)
     if chosen.memory is not None:
-        fitting = planned(lm, train, held_out, chosen, pieces)
+        wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks, pieces)
+        fitting = planned(lm, adapters, train, held_out, chosen, wishes)
         say(str(fitting))
         way = fitting.chosen
-    if way.compute != lm.compute and not isinstance(model, LanguageModel):
+    if way.compute != lm.compute:
+        assert not isinstance(model, LanguageModel)
         del lm  # before the file is mapped again
         lm = load_model(model, way.compute)
     for dataset in (train, held_out):
         if dataset is not None:
             say(str(dataset.report))
     batches = batches_of(train, chosen)
-    checks = (
-        None if held_out is None else TokenBatches(held_out, batch_tokens=EVALUATION_TOKENS, shuffle=False)
-    )
+    checks = None if held_out is None else checks_of(held_out)
     with as_it_was(lm):
         lm.add_lora(
             chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
             chosen.use_dora, chosen.seed, chosen.init,
         )  # fmt: skip
-        if chosen.keep_prefix != "off" and not lm.model.first_adapted():
-            raise ValueError(
-                "finetune: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
-            )
         _require_free(output, chosen)
     lm.model.checkpoint_blocks = way.checkpoint_blocks
     with _kept_prefix(lm, [train] if held_out is None else [train, held_out], output, chosen.keep_prefix):

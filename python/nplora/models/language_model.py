@@ -78,7 +78,7 @@ class LanguageModel(Module):
 
     @property
     def compute(self) -> str:
-        """The arithmetic of the frozen products: "float32" or "bfloat16"."""
+        """The arithmetic of the frozen products: "float32", "bfloat16" or "int8"."""
         return getattr(self.lm_head.weight, "compute", "float32")
 
     # ---- adapters ----
@@ -150,7 +150,7 @@ class LanguageModel(Module):
     def loss_packed(self, batch: PackedBatch) -> float:
         """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
         self._check_batch("loss_packed", batch)
-        if getattr(self.lm_head.weight, "compute", None) == "int8":
+        if self.compute == "int8":
             with inference():
                 total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
             return total / max(1, batch.num_targets)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora.data import EVALUATION_TOKENS
 from nplora.models import LanguageModel
 from nplora.packing import cut
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
@@ -43,7 +44,7 @@ class Work:
     Attributes:
         batches: the tokens and the targets of each of their sequences.
         steps, accumulate: of the run, and batches of a step.
-        evaluated: tokens of a batch that is evaluated, 0 without any.
+        evaluated: tokens of the largest batch that is evaluated, 0 without any.
         prefix_tokens: for which a `KeptPrefix` holds rows in memory.
     """
 
@@ -68,7 +69,8 @@ class Work:
     def shortened(self, length: int) -> Work:
         """The same with longer sequences cut."""
         cut_off = [(np.minimum(n, length), np.minimum(learned, length)) for n, learned in self.batches]
-        return dataclasses.replace(self, batches=cut_off)
+        evaluated = min(self.evaluated, max(EVALUATION_TOKENS, length))
+        return dataclasses.replace(self, batches=cut_off, evaluated=evaluated)
 
     @property
     def longest(self) -> int:

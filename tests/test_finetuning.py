@@ -328,6 +328,33 @@ def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path:
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_tokens": "24"}, "micro_tokens was 24, is None"),
+        ({"micro_tokens": -1}, "micro_tokens was -1, is None"),
+        ({"layers": [1]}, "does not know those of its layers"),
+        ({"layers": {"a": 1}}, "does not know those of its layers"),
+        ({"layers": {"a": {"compute": ["float32"]}}}, "a.compute was"),
+        (None, "does not know its own"),
+    ],
+)
+def test_a_checkpoint_whose_settings_are_none_is_refused(
+    model: Path, data: Path, tmp_path: Path, changes: dict[str, Any] | None, message: str
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, data, output, **QUICK)
+    with RunDirectory(output) as directory:
+        point = directory.latest()
+        assert point is not None
+        fixed = None if changes is None else point.settings["fixed"] | changes
+        settings = point.settings | {"fixed": fixed}
+        for _ in range(2):
+            directory.save(dataclasses.replace(point, settings=settings))
+    with pytest.raises(ValueError, match=message):
+        finetune(model, data, output, **QUICK, resume=True)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_path: Path) -> None:
     blame = r"step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer .* is 'model\.layers\.0'"
     with pytest.raises(NonFiniteLossError, match=blame):

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nplora.checkpoint import RunDirectory
+from nplora.checkpoint import Checkpoint, RunDirectory
 from nplora.data import Dataset
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
 from nplora.planning import Adapters, Plan, Wishes, Work, choose, parse_bytes
+from nplora.weights import COMPUTES
 
 _LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch
 
@@ -100,8 +101,19 @@ def resumed(
         return options, None
     with RunDirectory(output) as directory:
         checkpoint = directory.newest
-    fixed = {} if checkpoint is None else checkpoint.settings.get("fixed", {})
-    computes = {layer.get("compute") for layer in fixed.get("layers", {}).values()} - {"float64"}
+    if checkpoint is None:
+        return options, None
+    computes, pieces = _started_with(checkpoint)
     if options.compute is None and not loaded and len(computes) == 1:
         options = dataclasses.replace(options, compute=computes.pop())
-    return options, None if checkpoint is None else (fixed.get("micro_tokens"),)
+    return options, (pieces,)
+
+
+def _started_with(checkpoint: Checkpoint) -> tuple[set[str], int | None]:
+    """Its run's arithmetic and the size of its pieces; what makes no sense, the trainer refuses later."""
+    fixed = checkpoint.settings.get("fixed")
+    told: dict[str, Any] = fixed if isinstance(fixed, dict) else {}
+    layers, pieces = told.get("layers"), told.get("micro_tokens")
+    settings = [s for s in layers.values() if isinstance(s, dict)] if isinstance(layers, dict) else []
+    computes = {s["compute"] for s in settings if s.get("compute") in COMPUTES}
+    return computes, pieces if type(pieces) is int and pieces > 0 else None

@@ -105,6 +105,21 @@ def test_logits_and_loss_are_those_of_transformers(family: str, form: str, tmp_p
     assert ours.loss(ids, labels) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    """In pieces of many tokens, of few and of one: past a window's length, and up to the last position."""
+    theirs, ours = loaded(family, "gguf", tmp_path)
+    length = torch_models.SIZES["max_position_embeddings"]
+    ids = some_ids(2, length)
+    expected, cache = logits_of(theirs, ids), ours.new_cache(2, length)
+    end = 0
+    for count in (17, 1, 1, 2, 9, 1, 33):
+        end += count
+        logits = ours.decode(ids[:, end - count : end], [0, 1], cache)
+        np.testing.assert_allclose(logits, expected[:, end - 1], rtol=0, atol=TOLERANCE)
+    assert end == length
+
+
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,6 +43,21 @@ def test_a_few_rows_are_rounded_to_eight_bits_and_no_further(storage: str, rows:
     assert not np.allclose(got, x.astype(np.float64) @ W.T, rtol=0, atol=bound(x, W).max())
 
 
+@pytest.mark.parametrize("rows", range(1, 11))
+def test_explain_tells_up_to_how_many_rows_are_int8(rows: int) -> None:
+    W, x = normal(70, 512, seed=1), normal(rows, 512)
+    fw = FrozenWeight(W, "q5_0", "int8")
+    got = fw.matmul(x)
+    is_int8 = LoRALinear(fw, rank=1).explain(rows).startswith("computes in: int8")
+    assert is_int8 or rows > 4
+    assert rows <= 8 or not is_int8
+    if is_int8:
+        W = fw.to_numpy().astype(np.float64)
+        assert np.all(np.abs(got - rounded(x) @ W.T) <= bound(x, W))
+    else:
+        assert np.array_equal(got, FrozenWeight(W, "q5_0", "bfloat16").matmul(x))
+
+
 @pytest.mark.parametrize("storage", GGUF_BLOCKS)
 def test_the_error_of_rounding_x_is_below_one_percent(storage: str) -> None:
     x, W = normal(4, 1024), normal(256, 1024, seed=1)
@@ -108,6 +123,17 @@ def test_products_that_are_asked_for_unrounded_are() -> None:
     assert np.array_equal(int8.matmul_unrounded(x[:4]), exact.matmul(x[:4]))
     wanted = np.concatenate([exact.matmul(x[:4]), exact.matmul(x[4:])])
     assert np.allclose(int8.matmul_unrounded(x), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("lead", [(), (0,), (3,), (5, 2), (2, 0, 3)])
+def test_unrounded_products_take_rows_of_any_shape(compute: str, lead: tuple[int, ...]) -> None:
+    fw = FrozenWeight(normal(40, 256), "q4_k", compute)
+    x, dy = normal(*lead, 256), normal(*lead, 40)
+    W = fw.to_numpy().astype(np.float64)
+    for got, wanted in ((fw.matmul_unrounded(x), x @ W.T), (fw.matmul_t_unrounded(dy), dy @ W)):
+        assert got.shape == wanted.shape
+        assert np.allclose(got, wanted, rtol=0, atol=1e-3)  # bfloat16 is off by 0.05
 
 
 def test_an_adapter_and_a_bias_are_added_in_float32() -> None:

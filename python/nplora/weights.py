@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -294,9 +295,7 @@ class FrozenWeight:
 
     def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
         """As `matmul`, in float32 where the weight computes in bfloat16 or int8."""
-        plain = self
-        if self.meets_int8:
-            plain = FrozenWeight._of("matmul_unrounded", self.dtype, self.shape, "float32", *self._arrays)
+        plain = self.with_compute("float32") if self.meets_int8 else self
         return _few_at_a_time(plain.matmul, x) if plain.rounds else plain.matmul(x)
 
     def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
@@ -406,10 +405,11 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
     """The product in batches of rows that are so small that none is rounded to bfloat16."""
-    rows = np.asarray(x)
-    return np.concatenate(
-        [product(rows[i : i + _UNROUNDED_ROWS]) for i in range(0, len(rows), _UNROUNDED_ROWS)]
-    )
+    x = np.asarray(x)
+    lead, width = x.shape[:-1], x.shape[-1]
+    rows = x.reshape(math.prod(lead), width)
+    parts = [product(rows[i : i + _UNROUNDED_ROWS]) for i in range(0, max(1, len(rows)), _UNROUNDED_ROWS)]
+    return np.concatenate(parts).reshape(*lead, parts[0].shape[1])
 
 
 def freeze(

@@ -223,7 +223,18 @@ def test_a_shorter_length_that_would_fit_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("600M", 600e6), ("1.5G", 1.5e9), ("512MiB", 2**29), ("7k", 7e3), (123456, 123456)]
+    ("text", "size"),
+    [
+        ("600M", 600e6),
+        ("600 MB", 600e6),
+        ("1.5G", 1.5e9),
+        ("512MiB", 2**29),
+        ("7k", 7e3),
+        ("7KiB", 7168),
+        ("600000000", 6e8),
+        ("600000000B", 6e8),
+        (2**20, 2**20),
+    ],
 )
 def test_sizes_are_read(text: str | int, size: float) -> None:
     assert parse_bytes(text) == size
@@ -232,6 +243,12 @@ def test_sizes_are_read(text: str | int, size: float) -> None:
 @pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3T", "1e9", "12 apples"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size like 600M"):
+        FinetuneOptions(memory=text)
+
+
+@pytest.mark.parametrize("text", ["600", 600, "600B", "1.5", 2**20 - 1])
+def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
+    with pytest.raises(ValueError, match=r"memory is .*bytes: give a unit, as in 600M, 1\.5G or 512MiB"):
         FinetuneOptions(memory=text)
 
 

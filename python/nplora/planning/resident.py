@@ -10,18 +10,22 @@ from pathlib import Path
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _KIBIBYTE = 1024
+_LEAST_PLAIN = 1 << 20  # of a number without a unit: what is less was meant in another one
 
 
 def parse_bytes(memory: int | str) -> int:
     """600M, 1.5G, 512MiB or a number of bytes.
 
     Raises:
-        ValueError: it is none of these, or not above 0.
+        ValueError: it is none of these, not above 0, or a small number whose unit was forgotten.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?)B?", str(memory).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ValueError(f"memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if not found[2] and size < _LEAST_PLAIN:
+        raise ValueError(f"memory is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB")
+    return size
 
 
 def current_memory() -> int:

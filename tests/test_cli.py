@@ -79,8 +79,8 @@ def test_demo_and_plot_hand_their_arguments_on(
     for line in lines:
         assert cli.main(line.split()) == 0
     assert calls == [
-        ("dictionary", "demo", 8, 0),
-        ("digits", "demo", 4, 0),
+        ("dictionary", "demo-dictionary", 8, 0),
+        ("digits", "demo-digits", 4, 0),
         ("dictionary", "d", 2, 1),
         ("digits", "d", 2, 1),
         ("r", None),
@@ -110,9 +110,9 @@ def test_info_and_convert_hand_their_arguments_on(
         (["plto"], 2, "invalid choice: 'plto'"),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
         (["info", "--fast"], 2, "unrecognized arguments: --fast"),
-        (["info", "no/such/file"], 2, "No such file or directory: 'no/such/file'"),
+        (["info", "no/such/file"], 2, "no such file: no/such/file"),
         (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
-        (["plot", "no/such/run"], 2, "No such file or directory: 'no/such/run/log.jsonl'"),
+        (["plot", "no/such/run"], 2, "error: no/such/run: no run directory, it has no log.jsonl\n"),
     ],
 )
 def test_an_expected_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
@@ -127,9 +127,13 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
     ("error", "status", "message"),
     [
         (ValueError("a\n  b"), 2, "a b"),
-        (FileNotFoundError(2, "gone", "x"), 2, "[Errno 2] gone: 'x'"),
-        (PermissionError(13, "locked"), 2, "[Errno 13] locked"),
-        (OSError(28, "full"), 1, "[Errno 28] full"),
+        (FileNotFoundError(2, os.strerror(2), "x"), 2, "no such file: x"),
+        (FileNotFoundError(2, "gone", b"x\n y"), 2, "x y: gone"),
+        (PermissionError(13, os.strerror(13), Path("x")), 2, "permission denied: x"),
+        (PermissionError(13, "locked"), 2, "locked"),
+        (OSError(28, f"{os.strerror(28)}: 5 bytes", "x"), 1, "x: No space left on device: 5 bytes"),
+        (OSError(28, os.strerror(28)), 1, "no space left on device"),
+        (OSError("odd"), 1, "odd"),
         (ImportError("no x"), 1, "no x"),
         (OverflowError("z"), 1, "z"),
         (MemoryError(), 1, "out of memory"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -515,8 +516,8 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
         ("finetune M --data D", 2, "the following arguments are required: --output"),
         ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
-        ("finetune M --data no.jsonl --output O", 2, "No such file or directory: 'no.jsonl'"),
-        ("finetune no.gguf --data D --output O", 2, "No such file or directory: 'no.gguf'"),
+        ("finetune M --data no.jsonl --output O", 2, "no such file: no.jsonl"),
+        ("finetune no.gguf --data D --output O", 2, "no such file: no.gguf"),
         ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
         ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
         ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
@@ -527,7 +528,9 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
         ("eval M --data D --max-length 1", 2, "max_length is 1"),
         ("eval M --data D --max-length 0", 2, "max_length is 0"),
-        ("eval M --data D --adapter no", 2, "No such file"),
+        ("eval M --data D --adapter no", 2, "no such file: no/adapter_config.json"),
+        ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
+        ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
         ("generate M x --temperature -1", 2, "temperature is -1.0"),
         ("generate M x --top-p 2", 2, "top_p is 2.0"),
     ],
@@ -556,6 +559,19 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
     assert lm.generate([], 8) == []
     with pytest.raises(ValueError, match="top_k is 0"):
         lm.generate("x", top_k=0)
+
+
+def test_plan_shows_what_changes_a_plan_and_takes_all_of_finetune(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    shown = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+    assert {"rank", "layers", "batch-tokens", "max-length", "memory", "keep-prefix"} <= shown
+    assert not shown & {"alpha", "lr", "warmup", "save-every", "resume", "overwrite", "sample", "output"}
+    others = "--lr 1e-3 --output out --save-every 5 --overwrite --sample x"
+    assert cli.main(f"plan {model} --data {data} --targets q_proj,v_proj {others}".split()) == 0
+    assert "MB at most" in capsys.readouterr().out
 
 
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_an_output_that_is_no_png_is_refused(name: str, run: Path) -> None:
 
 def test_what_is_no_run_directory_is_called_so(run: Path) -> None:
     for place in (run / "nosuch", run / "log.jsonl"):
-        with pytest.raises(OSError, match=rf"{place.name} is no run directory, it has no log\.jsonl"):
+        with pytest.raises(OSError, match=rf"no run directory, it has no log\.jsonl: '.*{place.name}'"):
             plot.plot_run(place)
 
 

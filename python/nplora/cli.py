@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -43,11 +44,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.what == "digits":
         from nplora.demo import digits
 
-        digits.run(arguments.output, 4 if arguments.rank is None else arguments.rank, arguments.seed)
+        run, rank = digits.run, 4
     else:
         from nplora.demo import dictionary
 
-        dictionary.run(arguments.output, 8 if arguments.rank is None else arguments.rank, arguments.seed)
+        run, rank = dictionary.run, 8
+    output = f"demo-{arguments.what}" if arguments.output is None else arguments.output
+    run(output, rank if arguments.rank is None else arguments.rank, arguments.seed)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -77,6 +80,17 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     options = _finetune_options(arguments)
     print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
+
+
+def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of `FinetuneOptions`, checked, with lists of targets as one."""
+    from nplora.finetuning import FinetuneOptions
+
+    options = _chosen(arguments, FinetuneOptions)
+    if "targets" in options:
+        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
+    _checked(FinetuneOptions, options)
+    return options
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -166,14 +180,19 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """An option for every field of a dataclass, with the help that its metadata holds."""
+def _add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
+    """An option for every field of a dataclass, with the help that its metadata holds.
+
+    Args:
+        shown: where a field's metadata say False to this, its option is taken, but help leaves it out.
+    """
     kinds = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         kind, name = kinds[field.name], f"--{field.name.replace('_', '-')}"
         text, choices = field.metadata["help"], field.metadata.get("choices")
+        hidden = not field.metadata.get(shown, True)
         if kind is bool:
-            parser.add_argument(name, action="store_true", help=text)
+            parser.add_argument(name, action="store_true", help=argparse.SUPPRESS if hidden else text)
             continue
         several = typing.get_origin(kind) is tuple
         plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]
@@ -186,7 +205,7 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             action="append" if several else "store",
             choices=choices,
             metavar=None if choices else plain[0].__name__.upper().replace("STR", "TEXT"),
-            help=text.replace("%", "%%"),
+            help=argparse.SUPPRESS if hidden else text.replace("%", "%%"),
         )
 
 
@@ -230,6 +249,8 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     plan.add_argument("model", metavar="MODEL", help=_MODEL)
     plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
     plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
+    plan.add_argument("--output", help=argparse.SUPPRESS)
+    plan.epilog = "The other options of finetune are taken too, and change nothing."
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
@@ -259,7 +280,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         from nplora.generate import Sampling
 
         _add_options(finetune, FinetuneOptions)
-        _add_options(plan, FinetuneOptions)
+        _add_options(plan, FinetuneOptions, shown="planned")
         _add_options(generate, Sampling)
     text = (
         "Fine-tune a small language model on The Devil's Dictionary; or (digits) adapt a network that reads "
@@ -274,9 +295,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         default="dictionary",
         help="dictionary (default) or digits",
     )
-    demo.add_argument(
-        "--output", metavar="DIR", default="demo", help="where adapter and log are left (default: demo)"
-    )
+    demo.add_argument("--output", metavar="DIR", help="where adapter and log are left (default: demo-WHAT)")
     demo.add_argument("--rank", type=int, help="of the factors (default: 8, of digits 4)")
     demo.add_argument(
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
@@ -363,10 +382,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
-        text = str(error) or "out of memory"
-        print(f"nplora: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"nplora: error: {' '.join(_told(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, *_NO_FILE)) else 1
     return 0
+
+
+def _told(error: Exception) -> str:
+    """What is wrong; with a file of it where there is one, and without the system's numbers."""
+    if not isinstance(error, OSError) or error.strerror is None or error.errno is None:
+        return str(error) or "out of memory"
+    text, file = error.strerror, error.filename
+    is_systems = text == os.strerror(error.errno)
+    if is_systems:
+        text = "no such file" if error.errno == errno.ENOENT else text[0].lower() + text[1:]
+    if file is None:
+        return text
+    path = os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else str(file)
+    return f"{text}: {path}" if is_systems else f"{path}: {text}"
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:

@@ -36,8 +36,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None) -> Path:
     try:
         steps, epochs = read_log(Path(directory, LOG))
     except (FileNotFoundError, NotADirectoryError) as error:
-        reason = f"{files.name(directory)} is no run directory, it has no {LOG}: {error.strerror}"
-        raise OSError(error.errno, reason, error.filename) from error
+        raise OSError(error.errno, f"no run directory, it has no {LOG}", files.name(directory)) from error
     picture = _draw(steps, epochs, Path(directory).resolve().name)
     files.replace([files.NewFile(path, len(picture), [picture])])
     return path

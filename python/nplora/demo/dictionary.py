@@ -57,7 +57,7 @@ class DictionaryReport:
 """
 
 
-def run(output: str | os.PathLike[str] = "demo", rank: int = 8, seed: int = 0) -> DictionaryReport:
+def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed: int = 0) -> DictionaryReport:
     """Fine-tune SmolLM2 on 540 definitions; print how it answers before and after.
 
     Args:

@@ -150,7 +150,11 @@ every image turned by a quarter and inverted. LoRA adapts it from {self.examples
 
 
 def run(
-    output: str | os.PathLike[str] = "demo", rank: int = 4, seed: int = 0, epochs: int = 80, lr: float = 4e-3
+    output: str | os.PathLike[str] = "demo-digits",
+    rank: int = 4,
+    seed: int = 0,
+    epochs: int = 80,
+    lr: float = 4e-3,
 ) -> DemoReport:
     """Adapt the pretrained network to digits turned by a quarter and inverted; print what came of it.
 

@@ -24,6 +24,11 @@ def _option(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
+def _beside(default: Any, text: str, **more: Any) -> Any:
+    """An option on which neither memory nor time depends."""
+    return _option(default, text, planned=False, **more)
+
+
 @dataclass(frozen=True)
 class FinetuneOptions:
     """All that can be chosen; the help of each is what `nplora finetune --help` prints.
@@ -33,14 +38,14 @@ class FinetuneOptions:
     """
 
     rank: int = _option(8, "of the factors")
-    alpha: float = _option(16.0, "the update is scaled by alpha / rank")
+    alpha: float = _beside(16.0, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _option(
         ("all-linear",),
         "layers with an adapter: all-linear, or q_proj,v_proj,... (may be given several times)",
     )
     layers: str | None = _option(None, "blocks with an adapter: last:N or first:N; all without it")
-    dropout: float = _option(0.0, "share of an adapter's inputs that a step leaves out")
-    use_rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
+    dropout: float = _beside(0.0, "share of an adapter's inputs that a step leaves out")
+    use_rslora: bool = _beside(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = _option(False, "train the magnitudes of the weights' rows too (DoRA)")
     init: str = _option(
         "zero",
@@ -48,11 +53,11 @@ class FinetuneOptions:
         "principal part of each weight, which must be of floats",
         choices=LoRALinear.inits,
     )
-    lr: float = _option(2e-4, "learning rate at its highest")
-    schedule: str = _option("cosine", "what becomes of the learning rate", choices=tuple(SCHEDULES))
-    warmup: int = _option(0, "steps over which the learning rate rises")
-    weight_decay: float = _option(0.01, "of AdamW")
-    max_grad_norm: float = _option(1.0, "gradients that are larger together are scaled down to this")
+    lr: float = _beside(2e-4, "learning rate at its highest")
+    schedule: str = _beside("cosine", "what becomes of the learning rate", choices=tuple(SCHEDULES))
+    warmup: int = _beside(0, "steps over which the learning rate rises")
+    weight_decay: float = _beside(0.01, "of AdamW")
+    max_grad_norm: float = _beside(1.0, "gradients that are larger together are scaled down to this")
     epochs: int | None = _option(None, "passes over the data (1 if no steps are given)")
     steps: int | None = _option(None, "updates, instead of epochs")
     batch_tokens: int | None = _option(None, "most tokens of a batch, which has as many examples as fit")
@@ -84,10 +89,10 @@ class FinetuneOptions:
         choices=KEEP_PREFIX,
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
-    save_every: int = _option(100, "steps between checkpoints")
-    resume: bool = _option(False, "go on with the run in the output directory, to the bit")
-    overwrite: bool = _option(False, "drop the run in the output directory")
-    sample: tuple[str, ...] = _option((), "a prompt answered before and after (may be given several times)")
+    save_every: int = _beside(100, "steps between checkpoints")
+    resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
+    overwrite: bool = _beside(False, "drop the run in the output directory")
+    sample: tuple[str, ...] = _beside((), "a prompt answered before and after (may be given several times)")
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:

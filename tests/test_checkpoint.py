@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -673,6 +674,69 @@ def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
     ):
         fit(trainer_of(net()), checkpoint_dir=tmp_path)
     fit(trainer_of(net()), checkpoint_dir=tmp_path)  # the lock went with the first
+
+
+def test_no_lock_is_left_but_by_a_kill_and_that_one_hinders_nobody(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("12345\n")
+    with RunDirectory(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.jsonl"]
+    with RunDirectory(tmp_path), pytest.raises(BlockingIOError):
+        RunDirectory(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.jsonl"]
+
+
+def test_a_lock_that_was_taken_away_after_it_was_opened_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, flock = RunDirectory(tmp_path), fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        before.close()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunDirectory(tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError):
+            RunDirectory(tmp_path)
+
+
+def test_a_forked_child_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path) as directory:
+        child = os.fork()
+        if not child:
+            directory.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(BlockingIOError):
+            RunDirectory(tmp_path)
+
+
+ENTER = """
+import os, sys, time
+from nplora.checkpoint import RunDirectory
+entered, end = 0, time.monotonic() + 1.5
+while time.monotonic() < end:
+    try:
+        with RunDirectory(sys.argv[1]):
+            os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))  # fails where another one is inside
+            os.unlink(sys.argv[2])
+        entered += 1
+    except BlockingIOError:
+        pass
+print(entered)
+"""
+
+
+def test_never_are_two_in_one_directory(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", ENTER, str(tmp_path / "run"), str(tmp_path / "inside")]
+    found = [
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "abcd"
+    ]
+    done = [(*process.communicate(timeout=60), process.returncode) for process in found]
+    assert [status for _, _, status in done] == [0] * 4, done
+    assert sum(int(printed) for printed, _, _ in done) > 100
 
 
 def test_what_a_killed_writer_left_is_removed_and_named(stopped: Path, tmp_path: Path) -> None:

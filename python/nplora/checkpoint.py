@@ -4,13 +4,14 @@ A run directory holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
     log.jsonl                                              a line for every step and epoch
-    lock                                                   held while a run writes here; its text is the PID
+    lock                                                   while a run writes here; its text is the PID
 
 A checkpoint is written beside its target and renamed over the older generation (`formats.files.replace`), so
 at every moment a whole one is there. A SHA-256 over everything in it tells whether it still is whole. All
 that touches the disk here are the calls of `formats.files` and those of the class `RunDirectory`.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -280,6 +281,7 @@ class RunDirectory:
         self.damaged: list[str] = []
         self._slot, self._serial = 0, 0  # the generation to be replaced next, the last checkpoint's number
         self._descriptors: list[int] = []
+        self._locked_by = 0  # a process, whose forked children do not unlock
         try:
             try:
                 os.makedirs(self.path, exist_ok=True)
@@ -310,15 +312,28 @@ class RunDirectory:
         return descriptor
 
     def _lock(self) -> None:
-        descriptor = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-            reason = f"another run, of process {pid}, writes to this directory"
-            raise BlockingIOError(error.errno, reason, str(self.path)) from error
+        """Lock the file; once more where the run before took it away between its opening and its locking."""
+        while not self._locked_by:
+            descriptor = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+                reason = f"another run, of process {pid}, writes to this directory"
+                raise BlockingIOError(error.errno, reason, str(self.path)) from error
+            if self._has_lock():
+                self._locked_by = os.getpid()
+            else:
+                os.close(self._descriptors.pop())
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _has_lock(self) -> bool:
+        """Whether the file that was locked is the one that others find there."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptors[0]), os.stat(self.path / _LOCK))
+        except FileNotFoundError:
+            return False
 
     def _remove_unfinished(self) -> None:
         for file in sorted(self.path.glob(".checkpoint-*.tmp")):
@@ -399,7 +414,12 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Let the next run in."""
+        """Let the next run in. The lock is taken away while it is held, so that it is this run's own."""
+        if self._locked_by == os.getpid():
+            with contextlib.suppress(OSError):
+                if self._has_lock():
+                    os.unlink(self.path / _LOCK)
+        self._locked_by = 0
         while self._descriptors:
             os.close(self._descriptors.pop())
 

@@ -485,7 +485,11 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 20 examples" in done.stderr
-    assert "step 10/10, loss " in done.stderr
+    assert re.search(r"^step 1/10, loss \d", done.stderr, re.MULTILINE)
+    assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
+    assert re.search(
+        r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
+    )
     config = json.loads((output / "adapter_config.json").read_text())
     parts = {name.rpartition(".")[2] for name in config["target_modules"]}
     assert parts == {"q_proj", "v_proj", "o_proj"}
@@ -504,6 +508,11 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
     asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
     assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
+    assert asked.stderr == ""
+    full = command("generate", model, "1" * 58)
+    assert full.stderr == (
+        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
+    )
     chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
     assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
 

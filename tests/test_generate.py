@@ -107,8 +107,12 @@ def test_a_long_prompt_is_read_in_pieces(lm: Echo) -> None:
 
 def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
     lm = Echo(tokenizer, context=10, never=[0])
-    assert generate(lm, ["abcdef"]) == [by_hand(lm, "abcdef", 4)]
+    with pytest.warns(
+        UserWarning, match="generate: the answer ends after 4 tokens: .* context of 10 is full"
+    ):
+        assert generate(lm, ["abcdef"]) == [by_hand(lm, "abcdef", 4)]
     assert lm.calls == [(1, 6)] + [(1, 1)] * 3
+    generate(lm, ["abcdef"], Sampling(max_new_tokens=4))  # as many as were asked for: nothing is to be told
     with pytest.raises(ValueError, match="the prompt has 10 tokens, the model's context is 10"):
         generate(lm, ["abcdefghij"])
     with pytest.raises(ValueError, match="the prompt is empty"):

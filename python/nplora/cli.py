@@ -41,16 +41,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    output = f"demo-{arguments.what}" if arguments.output is None else arguments.output
     if arguments.what == "digits":
         from nplora.demo import digits
 
-        run, rank = digits.run, 4
+        digits.run(output, 4 if arguments.rank is None else arguments.rank, arguments.seed)
     else:
         from nplora.demo import dictionary
 
-        run, rank = dictionary.run, 8
-    output = f"demo-{arguments.what}" if arguments.output is None else arguments.output
-    run(output, rank if arguments.rank is None else arguments.rank, arguments.seed)
+        dictionary.run(output, 8 if arguments.rank is None else arguments.rank, arguments.seed)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -123,9 +122,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.chat:
         said = [("system", arguments.system), ("user", prompt)]
         prompt = [{"role": role, "content": text} for role, text in said if text is not None]
-    for piece in stream(lm, prompt, sampling):
-        print(piece, end="", flush=True)
-    print()
+    with warnings.catch_warnings(record=True) as found:  # told below the text, not in it
+        for piece in stream(lm, prompt, sampling):
+            print(piece, end="", flush=True)
+    print(flush=True)
+    for warning in found:
+        _show_warning(warning.message)
 
 
 def _plot(arguments: argparse.Namespace) -> None:

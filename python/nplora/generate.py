@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,6 +80,8 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
     Raises:
         ValueError: a prompt is empty, or fills the model's context.
         FloatingPointError: the model's scores are NaN.
+    Warns:
+        UserWarning: the model's context ended an answer before it was as long as it might have been.
     """
     texts = [""] * len(prompts)
     for index, piece in stream_all(lm, prompts, sampling):
@@ -112,6 +115,11 @@ def stream_all(
         rows = lm.decode([answer.ids[-1] for answer in active], [answer.slot for answer in active], cache)
         for answer, scores in zip(active, rows, strict=True):
             yield from answer.advance(scores, cache.capacity)
+    for count in sorted({answer.count for answer in answers if answer.cut_off}):
+        warnings.warn(
+            f"{_OP}: the answer ends after {count:,} tokens: the model's context of {context:,} is full",
+            stacklevel=3,
+        )
 
 
 def _encoded(tokenizer: Tokenizer, prompt: Prompt, context: int) -> list[int]:
@@ -135,12 +143,18 @@ class _Answer:
     """One prompt and the tokens that were added to it."""
 
     def __init__(self, tokenizer: Tokenizer, slot: int, ids: list[int], sampling: Sampling) -> None:
-        self.slot, self.ids, self.ended = slot, ids, False
+        self.slot, self.ids, self.ended, self.cut_off = slot, ids, False, False
+        self._prompt = len(ids)
         self._left, self._sampling, self._ends = sampling.max_new_tokens, sampling, tokenizer.eos_ids
         self._text = tokenizer.stream(context=ids[-_CONTEXT:])
         self._stop = StopText(sampling.stop)
         seed = np.random.SeedSequence(sampling.seed, spawn_key=(slot,))
         self._rng = np.random.Generator(np.random.PCG64(seed))
+
+    @property
+    def count(self) -> int:
+        """Tokens of the answer."""
+        return len(self.ids) - self._prompt
 
     def advance(self, scores: Array, capacity: int) -> Iterator[tuple[int, str]]:
         """Choose the next token; the text that it completes."""
@@ -152,7 +166,9 @@ class _Answer:
         else:
             self.ids.append(token)
             piece = self._stop.push(self._text.push(token))
-            self.ended = self._stop.found or not self._left or len(self.ids) >= capacity
+            self.ended = self._stop.found or not self._left
+            self.cut_off = not self.ended and len(self.ids) >= capacity
+            self.ended = self.ended or self.cut_off
         if self.ended and not self._stop.found:
             piece += self._stop.push(self._text.flush()) + self._stop.flush()
         if piece:

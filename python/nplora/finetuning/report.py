@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nplora.data import DataReport
 from nplora.planning import peak_memory
-from nplora.trainer import History
+from nplora.trainer import History, StepRecord
+
+RECENT = 20  # steps whose mean loss is told: single batches differ too much
+
+
+def mean_loss(records: Sequence[StepRecord]) -> float:
+    """Over all targets of these steps."""
+    return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,11 @@ class FinetuneReport:
         ]
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"validation loss {self.loss_before:.4f} -> {self.loss_after:.4f}")
-        losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
+        losses = ""
+        if history.steps:
+            last = history.steps[-RECENT:]
+            losses = f", loss {history.loss[0]:.4f} in the first step, {mean_loss(last):.4f} in the last "
+            losses += f"{len(last)} on average"
         rate = self.tokens / max(1e-9, history.seconds)
         lines.append(
             f"{len(history.steps)} steps in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nplora.finetuning.report import RECENT, mean_loss
 from nplora.planning import peak_memory
 from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
@@ -23,7 +24,7 @@ def speaker(progress: bool | None) -> Callable[[str], None]:
 
 
 class TokenProgress(Callback):
-    """A line on stderr: loss, tokens a second, peak memory and the time that is left.
+    """A line on stderr: the mean loss of the last steps, tokens a second, peak memory, the time that is left.
 
     On a terminal it is redrawn; elsewhere there is a new one from time to time.
     """
@@ -36,7 +37,7 @@ class TokenProgress(Callback):
         self._recent: list[StepRecord] = []
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
-        self._recent = [*self._recent[-19:], record]
+        self._recent = [*self._recent[1 - RECENT :], record]
         last = record.step == run.total_steps
         if last or time.monotonic() - self._drawn >= self._every:
             self._drawn = time.monotonic()
@@ -52,11 +53,11 @@ class TokenProgress(Callback):
 
     def _text(self, run: Run, record: StepRecord) -> str:
         recent = self._recent
-        loss = sum(r.loss * r.count for r in recent) / max(1, sum(r.count for r in recent))
         seconds = sum(r.seconds for r in recent)
         rate = sum(r.count for r in recent) / max(1e-9, seconds)
         total = "" if run.total_steps is None else f"/{run.total_steps}"
-        text = f"step {record.step}{total}, loss {loss:.4f}, {rate:.0f} tokens/s"
+        several = f" (mean of {len(recent)} steps)" if len(recent) > 1 else ""
+        text = f"step {record.step}{total}, loss {mean_loss(recent):.4f}{several}, {rate:.0f} tokens/s"
         text += f", {peak_memory() / 1e6:.0f} MB"
         if run.total_steps is not None:
             left = round((run.total_steps - record.step) * seconds / len(recent))

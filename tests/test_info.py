@@ -1,5 +1,6 @@
 """What `nplora info FILE` prints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 
 import nplora
+import small_models
 from nplora import info
 from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import FormatError, TruncatedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_config import Patterns, PeftConfig
+from test_bitsandbytes import stored
 
 Array = np.ndarray[Any, Any]
 PREFIX = "base_model.model."
@@ -83,6 +86,10 @@ def test_a_safetensors_file_is_listed(tmp_path: Path) -> None:
         "  w  float32  2 x 3  24 bytes",
         "  n  int8     1      1 bytes",
         "",
+        "types",
+        "  float32  1  24 bytes",
+        "  int8     1  1 bytes",
+        "",
         "LoRA of rank 8",
         "  w           1 layers  2 x 3  40 parameters",
         "  all-linear  1 layers  2 x 3  40 parameters",
@@ -119,7 +126,60 @@ def test_an_index_lists_the_tensors_of_all_its_files(tmp_path: Path) -> None:
         "tensors",
         "  b  float64  3  24 bytes",
         "  a  float64  2  16 bytes",
+        "",
+        "types",
+        "  float64  2  40 bytes",
     ]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_of_hugging_face_is_described_in_one_file_and_in_several(shards: int, tmp_path: Path) -> None:
+    tensors = small_models.hf_tensors()
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config(rope_scaling=None, ids=[1, 2])))
+    names = list(tensors)
+    parts = [dict.fromkeys(names[i::shards]) for i in range(shards)]
+    for number, part in enumerate(parts):
+        file = tmp_path / ("model.safetensors" if shards == 1 else f"part-{number}.safetensors")
+        safetensors.save(file, {name: tensors[name] for name in part})
+    if shards > 1:
+        weight_map = {
+            name: f"part-{number}.safetensors" for number, part in enumerate(parts) for name in part
+        }
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    lines = squeezed(info.describe(tmp_path))
+    size = sum(array.nbytes for array in tensors.values())
+    assert lines[0] == f"{tmp_path}: a model of architecture llama, {len(tensors)} tensors, {size:,} bytes"
+    assert lines[1:5] == ["", "config", "model_type llama", "vocab_size 60"]
+    assert {"rope_scaling null", "ids [1, 2]"} <= set(lines)
+    assert "model.layers.2.self_attn.k_proj.weight float32 16 x 32 2,048 bytes" in lines
+    assert lines[lines.index("types") + 1] == f"float32 {len(tensors)} {size:,} bytes"
+    lm = nplora.load_model(tmp_path)
+    lm.add_lora(rank=8)
+    assert lines[-1] == f"all-linear {len(lm.adapter_layers())} layers {lm.num_trainable:,} parameters"
+
+
+def test_matrices_in_nf4_are_described_as_what_they_stand_for(tmp_path: Path) -> None:
+    """As test_bitsandbytes has them; their parts are no tensors of the model."""
+    tensors, _ = stored((5, 64), nested=True)
+    tensors = {name.replace("w", "up.weight", 1): array for name, array in tensors.items()}
+    safetensors.save(tmp_path / "model.safetensors", tensors | {"norm": np.ones(64, np.float16)})
+    (tmp_path / "config.json").write_text('{"model_type": "x\\u001b"}')
+    nbytes = sum(array.nbytes for array in tensors.values())
+    assert squeezed(info.describe(tmp_path)) == [
+        f"{tmp_path}: a model of architecture x\\x1b, 2 tensors, {nbytes + 128:,} bytes",
+        "", "config", "model_type x\\x1b",
+        "", "tensors", "norm float16 64 128 bytes", f"up.weight nf4 5 x 64 {nbytes:,} bytes",
+        "", "types", "float16 1 128 bytes", f"nf4 1 {nbytes:,} bytes",
+        "", "LoRA of rank 8", "up 1 layers 5 x 64 552 parameters",
+        "all-linear 1 layers 5 x 64 552 parameters",
+    ]  # fmt: skip
+
+
+def test_an_adapter_beside_a_model_is_the_adapter(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}q.lora_{half}.weight": factor for half, factor in zip("AB", pair(2), strict=True)}
+    peft_adapter.save(tmp_path, PeftConfig(r=2), tensors)
+    (tmp_path / "config.json").write_text("{}")
+    assert "PEFT's LoRA adapter" in info.describe(tmp_path)
 
 
 def pair(rank: int) -> tuple[Array, Array]:
@@ -236,5 +296,5 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(b"GGUF\x03")
     with pytest.raises(TruncatedError):
         info.describe(tmp_path / "cut")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither adapter_config\.json nor config\.json"):
         info.describe(tmp_path)

@@ -308,7 +308,10 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     text = "Print what a file holds; without one: versions, instruction set and threads, for a bug report."
     info = command("info", text, _info)
     info.add_argument(
-        "file", metavar="FILE", nargs="?", help="GGUF, safetensors, *.safetensors.index.json, or an adapter"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="GGUF, safetensors, *.safetensors.index.json, or the directory of a model or an adapter",
     )
     text = (
         "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model (Llama, "

@@ -1,46 +1,59 @@
-"""What a file holds, as text: GGUF, safetensors, and LoRA adapters of PEFT and llama.cpp.
+"""What a file or directory holds, as text: GGUF, safetensors, models, and adapters of PEFT and llama.cpp.
 
 Headers are enough for files of weights; of adapters, the factors are read for their norms.
 """
 
+import errno
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import files, gguf, gguf_adapter, model_directory, peft_adapter, safetensors, sharded
+from nplora.formats import (
+    bitsandbytes,
+    files,
+    gguf,
+    gguf_adapter,
+    model_directory,
+    peft_adapter,
+    safetensors,
+    sharded,
+)
+from nplora.formats.config_json import read_fields
 from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
 from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.peft_adapter import PeftAdapter
+from nplora.formats.safetensors import SafetensorsFile
 
 Array: TypeAlias = NDArray[Any]
 Row: TypeAlias = tuple[str, ...]
 
 _LONGEST_VALUE = 60
+_NF4 = "nf4"
 _RANK = 8  # for which parameters are counted
 _OUTPUTS = ("output", "lm_head")
 
 
 def describe(path: StrPath) -> str:
-    """What is in a GGUF or safetensors file, an index of safetensors files, or an adapter.
+    """What is in a file of GGUF or safetensors, an index of such, a model's directory or an adapter.
 
     Args:
-        path: a file, or a PEFT adapter directory.
+        path: a file, or the directory of a PEFT adapter or of a Hugging Face model.
     Returns:
         lines of text. Names and values from the file are shown with control characters escaped.
     Raises:
         FormatError: it is none of these, or breaks its format. OSError: it cannot be read.
     """
     if Path(path).is_dir():
-        with peft_adapter.reading(path) as adapter:
-            return _peft(adapter)
+        return _directory(path)
     if model_directory.is_index(path):
         return _index(path)
     with files.reading(path) as reader:
@@ -53,24 +66,34 @@ def describe(path: StrPath) -> str:
     return _safetensors(path, size)
 
 
+def _directory(path: StrPath) -> str:
+    names = [name for name in (peft_adapter.CONFIG, model_directory.CONFIG) if Path(path, name).exists()]
+    if not names:
+        neither = f"the directory has neither {peft_adapter.CONFIG} nor {model_directory.CONFIG}"
+        raise FileNotFoundError(errno.ENOENT, neither, files.name(path))
+    if names[0] == model_directory.CONFIG:
+        return _model(path)
+    with peft_adapter.reading(path) as adapter:
+        return _peft(adapter)
+
+
 # ---- files of weights ----
 
 
+class _Tensor(NamedTuple):
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 def _gguf(file: GgufFile, size: int) -> str:
-    counts, nbytes = Counter[str](), Counter[str]()
-    for entry in file.entries.values():
-        counts[entry.type.name] += 1
-        nbytes[entry.type.name] += entry.nbytes
-    types: list[Row] = [
-        (name, f"{count:,}", f"{nbytes[name]:,} bytes", "" if _is_read(name) else "not decoded here")
-        for name, count in counts.most_common()
-    ]
+    tensors = [_Tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()]
     return _text(
         f"{file.source}: GGUF version {file.version}, {len(file):,} tensors, {size:,} bytes",
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
-        tensors=[_tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()],
-        types=types,
-        **_trainable({name: e.shape for name, e in file.entries.items() if _is_float(e.type.name)}),
+        **_listed(tensors, _is_read),
+        **_trainable({t.name: t.shape for t in tensors if _is_float(t.type)}),
     )
 
 
@@ -88,18 +111,72 @@ def _safetensors(path: StrPath, size: int) -> str:
         return _text(
             f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
             metadata=[(key, _value(value)) for key, value in file.metadata.items()],
-            tensors=[_tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()],
-            **_trainable({name: e.shape for name, e in file.entries.items() if "float" in e.dtype}),
+            **_matrices(file),
         )
 
 
 def _index(path: StrPath) -> str:
     file = sharded.open(path)
+    head = f"{file.source}: safetensors in several files, {len(file):,} tensors"
+    return _text(head, **_matrices(file))
+
+
+def _model(directory: StrPath) -> str:
+    config = read_fields(Path(directory, model_directory.CONFIG))
+    file = model_directory.open_tensors(directory)
+    tensors = _tensors(file)
+    family, nbytes = config.string("model_type", "that is not named"), sum(t.nbytes for t in tensors)
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
     return _text(
-        f"{file.source}: safetensors in several files, {len(file):,} tensors",
-        tensors=[_tensor(name, t.dtype, t.shape, t.nbytes) for name, t in file.items()],
-        **_trainable({name: t.shape for name, t in file.items() if "float" in t.dtype}),
+        f"{files.name(directory)}: a model of architecture {family}, "
+        f"{len(tensors):,} tensors, {nbytes:,} bytes",
+        config=[(key, _value(value)) for key, value in said.items()],
+        **_matrices(file),
     )
+
+
+def _matrices(file: model_directory.Tensors) -> dict[str, list[Row]]:
+    tensors = _tensors(file)
+    floats = {t.name: t.shape for t in tensors if "float" in t.type or t.type == _NF4}
+    return _listed(tensors) | _trainable(floats)
+
+
+def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
+    """The tensors of a file; those of a matrix of bitsandbytes are told as that matrix."""
+    if isinstance(file, SafetensorsFile):
+        found = [_Tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()]
+    else:
+        found = [_Tensor(name, t.dtype, t.shape, t.nbytes) for name, t in file.items()]
+    parts = bitsandbytes.parts(file)
+    nbytes = Counter[str]()
+    for tensor in found:
+        nbytes[parts.get(tensor.name, tensor.name)] += tensor.nbytes
+    matrices = set(parts.values())
+    return [
+        _Tensor(t.name, _NF4, bitsandbytes.shape(file, t.name), nbytes[t.name]) if t.name in matrices else t
+        for t in found
+        if t.name not in parts
+    ]
+
+
+def _listed(
+    tensors: list[_Tensor], is_read: Callable[[str], bool] = lambda name: True
+) -> dict[str, list[Row]]:
+    """A line for each tensor, and one for each type."""
+    counts, nbytes = Counter[str](), Counter[str]()
+    for tensor in tensors:
+        counts[tensor.type] += 1
+        nbytes[tensor.type] += tensor.nbytes
+    return {
+        "tensors": [
+            (t.name, t.type, " x ".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,} bytes")
+            for t in tensors
+        ],
+        "types": [
+            (name, f"{count:,}", f"{nbytes[name]:,} bytes", "" if is_read(name) else "not decoded here")
+            for name, count in counts.most_common()
+        ],
+    }
 
 
 def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
@@ -127,10 +204,6 @@ def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
     ]
     rows = [row(kind, names) for kind, names in kinds.items()]
     return {f"LoRA of rank {_RANK}": [*rows, row("all-linear", linear)] if matrices else []}
-
-
-def _tensor(name: str, kind: str, shape: tuple[int, ...], nbytes: int) -> Row:
-    return name, kind, " x ".join(map(str, shape)) or "scalar", f"{nbytes:,} bytes"
 
 
 def _value(value: object) -> str:

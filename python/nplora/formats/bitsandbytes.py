@@ -70,11 +70,11 @@ def holds(file: File, name: str) -> bool:
     return f"{name}.quant_map" in file
 
 
-def parts(names: Collection[str]) -> set[str]:
-    """Of the tensors of a file, those that belong to such a matrix and are not the matrix."""
-    states = {name for name in names if _STATE in name}
-    matrices = {name.partition(_STATE)[0] for name in states}
-    return states | {f"{name}{part}" for name in matrices for part in _PARTS} & set(names)
+def parts(names: Collection[str]) -> dict[str, str]:
+    """Of the tensors of a file, those that belong to such a matrix and are not the matrix, with its name."""
+    states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
+    others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
+    return states | {name: others[name] for name in others.keys() & set(names)}
 
 
 def shape(file: File, name: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,10 @@ class Fields:
 
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self.source, self._values = source, values
+
+    def items(self) -> ItemsView[str, Any]:
+        """All of them, of any type."""
+        return self._values.items()
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None

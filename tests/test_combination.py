@@ -97,7 +97,12 @@ def test_a_rank_keeps_the_largest_singular_values_and_tells_the_error(rng: np.ra
         assert update.rank == 5
         np.testing.assert_allclose(relative(dense(update), exact), best, rtol=1e-6)
         np.testing.assert_allclose(combined.errors[name], best, rtol=1e-6)
-        assert f"{best:.3g}" in str(combined)
+        assert f"{best:.3g}" in combined.table()
+    parts = [(0.7 * dense(one[name]) + 0.3 * dense(two[name])).ravel() for name in shapes]
+    cut = [dense(combined[name]).ravel() - part for name, part in zip(shapes, parts, strict=True)]
+    total = float(np.linalg.norm(np.concatenate(cut)) / np.linalg.norm(np.concatenate(parts)))
+    np.testing.assert_allclose(combined.error, total, rtol=1e-6)
+    assert f"2 layers of rank 5, 495 numbers, relative error {total:.3g} in all" in str(combined)
 
 
 def test_files_of_llama_cpp_and_models_join_in(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -199,7 +204,17 @@ def test_the_command_combines_and_reports(
     two.save(tmp_path / "two")
     arguments = [str(tmp_path / "one:1x"), f"{tmp_path / 'two'}:-0.5", "--output", str(tmp_path / "both")]
     assert cli.main(["combine", *arguments]) == 0
-    assert capsys.readouterr().out == "q  rank   5  relative error 0\n"
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'both'}: 1 layers of rank 5, 100 numbers, nothing is cut off\n"
+    )
     assert_weighted_sum(nplora.read_adapter(tmp_path / "both"), [(one, 1), (two, -0.5)])
     assert cli.main(["combine", *arguments, "--rank", "2"]) == 0
-    assert "rank   2" in capsys.readouterr().out
+    combined = nplora.combine([(one, 1), (two, -0.5)], 2)
+    lines = capsys.readouterr().out.splitlines()
+    error = f"{combined.errors['q']:.3g}"
+    assert lines == [
+        f"{tmp_path / 'both'}: 1 layers of rank 2, 40 numbers, relative error {error} in all; the largest:",
+        f"  q  rank   2  relative error {error}",
+    ]
+    assert cli.main(["combine", *arguments, "--rank", "2", "--verbose"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"q  rank   2  relative error {error}", *lines]

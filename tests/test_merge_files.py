@@ -1,6 +1,7 @@
 """Adapters merged into files: NumPy's sum of the gguf package's weights, all else byte for byte."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
         along = np.sum((lost + asked) * asked) / np.sum(asked**2)
         np.testing.assert_allclose(report.kept, along, rtol=1e-6)
         np.testing.assert_allclose(report.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
+        np.testing.assert_allclose(report.norm, np.linalg.norm(asked), rtol=1e-6)
         np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
         row, column = report.worst_block
         assert errors[row, column // blocks[2]] == errors.max()
@@ -103,6 +105,11 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
         assert report.storage == storage
         expected = {"float32": 1e-5, "float16": 0.03, "bfloat16": 0.3, "q8_0": 0.5}.get(storage, 4.0)
         assert 0 < report.error < expected
+    deltas = {stored: delta(adapter[layer], stored) for layer, (stored, _) in LAYERS.items()}
+    asked = np.concatenate([part.ravel() for part in deltas.values()])
+    lost = np.concatenate([(after[s] - before[s]).ravel() for s in deltas]) - asked
+    np.testing.assert_allclose(done.delta_kept, (lost + asked) @ asked / (asked @ asked), rtol=1e-6)
+    np.testing.assert_allclose(done.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
 
 
 @pytest.mark.parametrize("storage", ["q4_1", "float16"])
@@ -123,9 +130,7 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     assert done.kept == 2
     lines, lost = str(done).splitlines(), min(report.kept for report in done.reports) < 0.5
     assert lost == (storage == "q4_1")
-    assert lines[-1 - lost].startswith(
-        f"{tmp_path / 'out.gguf'}: 5 tensors merged, 2 copied; the least of ΔW, "
-    )
+    assert lines[0].endswith(f" bytes, 5 tensors merged ({storage}), 2 copied")
     assert ("--dtype q8_0" in lines[-1]) == lost
 
 
@@ -461,9 +466,17 @@ def test_the_command_merges_and_reports(
     arguments = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "out.gguf")]
     assert cli.main([*arguments, "--dtype", "q8_0"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    assert lines[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
-    assert "% of ΔW kept, relative error 0." in lines[0]
+    size = (tmp_path / "out.gguf").stat().st_size
+    assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
+    assert re.fullmatch(r"\d+\.\d% of ΔW kept in all, relative error 0\.\d+; the least:", lines[1])
+    assert len(lines) == 5
+    kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[2:]]
+    assert kept == sorted(kept)
+    assert cli.main([*arguments, "--dtype", "q8_0", "--verbose"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[5:] == lines
+    assert table[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
+    assert set(map(str.strip, lines[2:])) <= set(table[:5])
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--dtype", "int4"])
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err

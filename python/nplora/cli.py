@@ -164,13 +164,18 @@ def _combine(arguments: argparse.Namespace) -> None:
 
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base)
     combined.save(arguments.output)
-    print(combined)
+    if arguments.verbose:
+        print(combined.table())
+    print(f"{arguments.output}: {combined}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
     from nplora import merge_files
 
-    print(merge_files.merge_adapter(arguments.base, arguments.adapter, arguments.output, arguments.dtype))
+    merged = merge_files.merge_adapter(arguments.base, arguments.adapter, arguments.output, arguments.dtype)
+    if arguments.verbose:
+        print(merged.table())
+    print(merged)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -349,6 +354,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     combine.add_argument(
         "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
     )
+    combine.add_argument("--verbose", action="store_true", help="tell the rank and the error of every layer")
     text = (
         "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
     )
@@ -362,6 +368,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         default="same",
         help="the merged weights' storage, of which safetensors has the floats (default: same)",
     )
+    merge.add_argument("--verbose", action="store_true", help="tell what every tensor kept of the adapter")
     return parser
 
 

@@ -9,6 +9,8 @@ Bᵀ = Q_b R_b, the singular values of A·B are those of Rₐ R_bᵀ (R, R), so 
 and the best approximation of any lower one (Eckart and Young 1936), cost no matrix of the weight's shape.
 """
 
+import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,8 @@ from nplora.updates import Adapter, Source, read_adapter
 
 Array = NDArray[Any]
 
+_TOLD = 3  # layers in a summary
+
 
 class CombinedAdapter(Adapter):
     """What `combine` gives.
@@ -30,19 +34,46 @@ class CombinedAdapter(Adapter):
     Attributes:
         errors: layer -> ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ in the Frobenius norm, by truncation; 0 where nothing
             was cut off. Factors are then rounded to float32.
+        norms: layer -> ‖exact ΔW‖.
     """
 
     def __init__(
-        self, updates: Mapping[str, Update], errors: Mapping[str, float], *about: str | None
+        self,
+        updates: Mapping[str, Update],
+        errors: Mapping[str, float],
+        norms: Mapping[str, float],
+        *about: str | None,
     ) -> None:
         super().__init__("the combined adapter", updates, *about)
-        self.errors = dict(errors)
+        self.errors, self.norms = dict(errors), dict(norms)
+
+    @property
+    def error(self) -> float:
+        """The relative error of all layers' ΔW together."""
+        squares = {name: norm**2 for name, norm in self.norms.items()}
+        lost = sum(square * self.errors[name] ** 2 for name, square in squares.items())
+        return math.sqrt(lost / sum(squares.values())) if lost else 0.0
+
+    def table(self, layers: Iterable[str] | None = None) -> str:
+        """A line for each layer."""
+        names = list(self if layers is None else layers)
+        width = max(map(len, names), default=0)
+        return "\n".join(
+            f"{name:<{width}}  rank {self[name].rank:>3}  relative error {self.errors[name]:.3g}"
+            for name in names
+        )
 
     def __str__(self) -> str:
-        width = max(map(len, self), default=0)
-        return "\n".join(
-            f"{name:<{width}}  rank {update.rank:>3}  relative error {self.errors[name]:.3g}"
-            for name, update in self.items()
+        ranks = [update.rank for update in self.values()]
+        rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+        numbers = sum(update.A.size + update.B.size for update in self.values())
+        size = f"{len(self)} layers of rank {rank}, {numbers:,} numbers"
+        if not self.error:
+            return f"{size}, nothing is cut off"
+        worst = sorted(self, key=lambda name: self.errors[name], reverse=True)[:_TOLD]
+        return (
+            f"{size}, relative error {self.error:.3g} in all; the largest:\n"
+            f"{textwrap.indent(self.table(worst), '  ')}"
         )
 
 
@@ -81,17 +112,17 @@ def combine(
             )
     _require_alike([adapter for adapter, _ in weighted])
     names = dict.fromkeys(name for adapter, _ in weighted for name in adapter)
-    updates, errors = {}, {}
+    updates, errors, norms = {}, {}, {}
     for name in names:
         terms = [(adapter[name], weight) for adapter, weight in weighted if name in adapter]
         if not all(np.isfinite(factor).all() for update, _ in terms for factor in (update.A, update.B)):
             raise ValueError(f"combine: a factor of {name} holds NaN or an infinity")
-        updates[name], errors[name] = _sum(terms, limit)
+        updates[name], errors[name], norms[name] = _sum(terms, limit)
     about = (
         _agreed(adapter.base_model_name_or_path for adapter, _ in weighted),
         _agreed(adapter.task_type for adapter, _ in weighted),
     )
-    return CombinedAdapter(updates, errors, *about)
+    return CombinedAdapter(updates, errors, norms, *about)
 
 
 def _require_alike(adapters: list[Adapter]) -> None:
@@ -116,8 +147,8 @@ def _agreed(words: Iterable[str | None]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, float]:
-    """The update of Σ weight · scale · A·B, and the relative error of cutting its rank to `limit`."""
+def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, float, float]:
+    """The update of Σ weight · scale · A·B, the relative error of cutting it to rank `limit`, its norm."""
     a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
     b = np.concatenate([weight * update.scale * update.B.astype(np.float64) for update, weight in terms])
     q_a, r_a = np.linalg.qr(a)
@@ -132,4 +163,5 @@ def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, 
     total = float(np.linalg.norm(s[:exact]))
     error = float(np.linalg.norm(s[kept:exact])) / total if total else 0.0
     left, right = q_a @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ q_b.T
-    return Update(left.astype(np.float32), right.astype(np.float32), 1.0, None, terms[0][0].embedding), error
+    update = Update(left.astype(np.float32), right.astype(np.float32), 1.0, None, terms[0][0].embedding)
+    return update, error, total

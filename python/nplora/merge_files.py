@@ -1,6 +1,7 @@
 """An adapter merged into a model's file: a block of rows at a time, while the new file is written."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from nplora.updates import Adapter, read_adapter
 Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
+_TOLD = 3  # tensors in a summary
 _LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
@@ -34,20 +36,44 @@ class ModelMerge:
         target: the file or directory.
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: how many tensors were copied as they are.
+        nbytes: of all that was written.
     """
 
     target: str
     reports: tuple[MergeReport, ...]
     kept: int
+    nbytes: int
+
+    @property
+    def delta_kept(self) -> float:
+        """The share of ΔW that is there, of all tensors together."""
+        return self._mean([report.kept for report in self.reports], 1.0)
+
+    @property
+    def error(self) -> float:
+        """The relative error of all tensors' ΔW together."""
+        return math.sqrt(self._mean([report.error**2 for report in self.reports], 0.0))
+
+    def _mean(self, values: list[float], nothing: float) -> float:
+        """Weighted by ‖ΔW‖²."""
+        squares = [report.norm**2 for report in self.reports]
+        parts = [square * value for square, value in zip(squares, values, strict=True) if square]
+        return sum(parts) / sum(squares) if parts else nothing
+
+    def table(self) -> str:
+        """A line for every merged tensor."""
+        return "\n".join(map(str, self.reports))
 
     def __str__(self) -> str:
-        worst = min(self.reports, key=lambda report: report.kept)
+        worst = sorted(self.reports, key=lambda report: report.kept)
+        storages = ", ".join(dict.fromkeys(report.storage for report in self.reports))
         lines = [
-            *map(str, self.reports),
-            f"{self.target}: {len(self.reports)} tensors merged, {self.kept} copied; "
-            f"the least of ΔW, {worst.kept:.1%}, is kept in {worst.name}",
+            f"{self.target}: {self.nbytes:,} bytes, {len(self.reports)} tensors merged ({storages}), "
+            f"{self.kept} copied",
+            f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
+            *(f"  {report}" for report in worst[:_TOLD]),
         ]
-        if worst.kept < _LITTLE:
+        if worst[0].kept < _LITTLE:
             lines.append(
                 "much of what was learned is lost in these blocks: --dtype q8_0, or float16, keeps it"
             )
@@ -89,11 +115,13 @@ def merge_adapter(
     }
     tensors: dict[str, Any] = {name: merges.get(name, tensor) for name, tensor in model.tensors.items()}
     with _new_directory(Path(output)) if _is_directory(output) else contextlib.nullcontext():
-        files.replace(model.new_files(output, tensors))
+        new = model.new_files(output, tensors)
+        files.replace(new)
     reports = tuple(
         merges[name].report if name in merges else _unchanged(model.tensors[name], name) for name in updates
     )
-    return ModelMerge(files.name(output), reports, len(tensors) - len(reports))
+    nbytes = sum(file.nbytes for file in new)
+    return ModelMerge(files.name(output), reports, len(tensors) - len(reports), nbytes)
 
 
 # ---- the two kinds of files ----

@@ -36,6 +36,7 @@ class MergeReport:
         worst_block: the row and the first column of the block of elements with the largest relative error, of
             the storage's own length (a whole row where elements stand alone).
         worst_error: that error.
+        norm: ‖ΔW‖.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MergeReport:
     kept: float
     worst_block: tuple[int, int]
     worst_error: float
+    norm: float = 0.0
 
     @classmethod
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
@@ -196,7 +198,16 @@ class Merge:
         error = float(_relative(np.array(self._lost), np.array(self._asked)))
         kept = 1 + self._along / self._asked if self._asked else 1.0
         worst, row, column = self._worst
-        return MergeReport(self.name, self.storage, self.nbytes, error, kept, (row, column), max(0.0, worst))
+        return MergeReport(
+            self.name,
+            self.storage,
+            self.nbytes,
+            error,
+            kept,
+            (row, column),
+            max(0.0, worst),
+            math.sqrt(self._asked),
+        )
 
 
 def merge_weight(

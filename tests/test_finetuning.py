@@ -20,7 +20,7 @@ from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter, run
-from nplora.formats import safetensors
+from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
@@ -438,6 +438,25 @@ def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Pat
     finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
     with pytest.raises(ValueError, match="an adapter already on the layers that 'all-linear' names"):
         finetune(lm, data, tmp_path / "other", **QUICK)
+
+
+def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = gguf.open(model)
+    tensors = {
+        name: 1 + tensor.numpy() if name.endswith("_norm.weight") else tensor for name, tensor in file.items()
+    }
+    gguf.save(tmp_path / "other.gguf", tensors, file.metadata.typed())
+    finetune(model, data, tmp_path / "out", **QUICK)
+    where = ["--adapter", str(tmp_path / "out")]
+    for line in (
+        ["eval", str(tmp_path / "other.gguf"), "--data", str(data), *where],
+        ["generate", str(tmp_path / "other.gguf"), "1+1=", "--max-new-tokens", "2", *where],
+    ):
+        assert cli.main(line) == 2
+        assert "out: the adapter is of another model" in capsys.readouterr().err
+        assert cli.main([*line, "--any-base"]) == 0
 
 
 def test_an_adapter_of_llama_cpp_is_named_with_what_makes_it_one_of_peft(model: Path, tmp_path: Path) -> None:

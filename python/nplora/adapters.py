@@ -136,10 +136,12 @@ def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str
         if not np.isfinite(place.array).all():
             raise ValueError(f"save_adapter: {place.title} holds NaN or an infinity")
         tensors[name] = place.to_file()
-    peft_adapter.save(directory, config, tensors)
+    peft_adapter.save(directory, config, tensors, model.base_digest())
 
 
-def load_adapter(model: Module, directory: StrPath, edited_config: bool = False) -> AdapterReport:
+def load_adapter(
+    model: Module, directory: StrPath, edited_config: bool = False, any_base: bool = False
+) -> AdapterReport:
     """Read a PEFT adapter directory into the LoRA layers of a model.
 
     The rank, alpha and rsLoRA of the file win over the layer. Where the rank differs, A and B are new arrays,
@@ -150,10 +152,13 @@ def load_adapter(model: Module, directory: StrPath, edited_config: bool = False)
     Args:
         edited_config: take an adapter_config.json that is not the one that `save_adapter` wrote with the
             tensors, because it was edited on purpose. Saving the adapter again makes the two a pair.
+        any_base: take an adapter that was saved from another language model of these shapes, as its digest
+            of the model's norms tells. Adapters without one are taken in any case.
     Returns:
         what was loaded, and which settings changed.
     Raises:
-        FormatError: a file breaks its format or does not fit the model; all that does not fit is listed.
+        FormatError: a file breaks its format or does not fit the model, all that does not fit is listed; or
+            it is of another model.
         CorruptError: the two files are not of one `save_adapter`: a crash came between, or an edit.
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
         RuntimeError: a layer is merged.
@@ -176,6 +181,8 @@ def load_adapter(model: Module, directory: StrPath, edited_config: bool = False)
             if name in tensors:
                 values[name], found = _fit(name, tensors, places[name])
                 problems += found
+        if not (problems or any_base):
+            adapter.require_base(model.base_digest())
     if problems:
         raise FormatError(
             f"{files.name(directory)}: the adapter does not fit the model {in_places(problems)}"

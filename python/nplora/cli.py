@@ -20,6 +20,7 @@ T = TypeVar("T")
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
 _ADAPTER = "the adapter: a directory in PEFT's format"
+_ANY_BASE = "take an adapter that was trained on another model of these shapes"
 _COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 _MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
@@ -103,6 +104,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         learn=arguments.learn,
         skip_bad=arguments.skip_bad,
+        any_base=arguments.any_base,
     )
     if arguments.json:
         print(json.dumps(result))
@@ -117,7 +119,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.system is not None and not arguments.chat:
         raise _UsageError("--system is a message of a chat, which needs --chat")
     sampling = _checked(Sampling, _chosen(arguments, Sampling))
-    lm = finetuning.load_with_adapter(arguments.model, arguments.adapter, arguments.compute)
+    lm = finetuning.load_with_adapter(
+        arguments.model, arguments.adapter, arguments.compute, arguments.any_base
+    )
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if arguments.chat:
         said = [("system", arguments.system), ("user", prompt)]
@@ -162,7 +166,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
 
-    combined = combination.combine(arguments.adapters, arguments.rank, arguments.base)
+    combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output)
     if arguments.verbose:
         print(combined.table())
@@ -172,7 +176,9 @@ def _combine(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from nplora import merge_files
 
-    merged = merge_files.merge_adapter(arguments.base, arguments.adapter, arguments.output, arguments.dtype)
+    merged = merge_files.merge_adapter(
+        arguments.base, arguments.adapter, arguments.output, arguments.dtype, arguments.any_base
+    )
     if arguments.verbose:
         print(merged.table())
     print(merged)
@@ -262,6 +268,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
     evaluate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
     evaluate.add_argument(
         "--learn", choices=("completion", "all"), default="completion", help="the tokens that count"
@@ -274,6 +281,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
     generate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    generate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     generate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
@@ -354,6 +362,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     combine.add_argument(
         "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
     )
+    combine.add_argument("--any-base", action="store_true", help="also of adapters of different models")
     combine.add_argument("--verbose", action="store_true", help="tell the rank and the error of every layer")
     text = (
         "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
@@ -368,6 +377,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         default="same",
         help="the merged weights' storage, of which safetensors has the floats (default: same)",
     )
+    merge.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     merge.add_argument("--verbose", action="store_true", help="tell what every tensor kept of the adapter")
     return parser
 

@@ -12,12 +12,14 @@ and the best approximation of any lower one (Eckart and Young 1936), cost no mat
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
+from nplora.formats import model_digest
 from nplora.formats.errors import UnsupportedError, in_places
 from nplora.formats.files import StrPath
 from nplora.merging import Update
@@ -78,7 +80,10 @@ class CombinedAdapter(Adapter):
 
 
 def combine(
-    adapters: Iterable[tuple[Source, float]], rank: int | None = None, base: StrPath | None = None
+    adapters: Iterable[tuple[Source, float]],
+    rank: int | None = None,
+    base: StrPath | None = None,
+    any_base: bool = False,
 ) -> CombinedAdapter:
     """The adapter whose ΔW is Σ weight · ΔW of the adapters given, in every layer that any of them adapts.
 
@@ -90,12 +95,16 @@ def combine(
             takes: a PEFT directory, llama.cpp's file, a model, or what an earlier call returned.
         rank: cut the ranks to at most this, by the largest singular values; see `errors` of the result.
         base: as in `read_adapter`.
+        any_base: add up adapters of different models too. Models differ where the digests of their norms do,
+            which adapters of language models keep here, or without these the last parts of the names that
+            adapters have for them; what is not known differs from nothing.
     Returns:
         a mapping of layers to their updates, with scale 1; `save(directory)` writes it for PEFT.
     Raises:
         UnsupportedError: an adapter has DoRA, whose rescaled rows do not add up.
-        ValueError: there are no adapters, a weight is not finite, rank is below 1, or adapters do not fit
-            each other; all that does not fit is listed. The rest as in `read_adapter`.
+        ValueError: there are no adapters, a weight is not finite, rank is below 1, or adapters are of
+            different models or do not fit each other; all that does not fit is listed. The rest as in
+            `read_adapter`.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
     weighted = [
@@ -110,6 +119,8 @@ def combine(
                 f"combine: {adapter.source} has DoRA, which rescales the rows of W + ΔW by their norms: such "
                 "updates do not add up; merge it into the model instead"
             )
+    if not any_base:
+        _require_one_base([adapter for adapter, _ in weighted])
     _require_alike([adapter for adapter, _ in weighted])
     names = dict.fromkeys(name for adapter, _ in weighted for name in adapter)
     updates, errors, norms = {}, {}, {}
@@ -121,8 +132,27 @@ def combine(
     about = (
         _agreed(adapter.base_model_name_or_path for adapter, _ in weighted),
         _agreed(adapter.task_type for adapter, _ in weighted),
+        _agreed(adapter.base_digest for adapter, _ in weighted),
     )
     return CombinedAdapter(updates, errors, norms, *about)
+
+
+def _require_one_base(adapters: list[Adapter]) -> None:
+    digests = {adapter.base_digest for adapter in adapters}
+    names = (
+        {_last_part(adapter.base_model_name_or_path) for adapter in adapters} if None in digests else set()
+    )
+    if max(len(known - {None}) for known in (digests, names)) > 1:
+        bases = "".join(
+            f"\n  {a.source}: {model_digest.described(a.base_model_name_or_path, a.base_digest)}"
+            for a in adapters
+        )
+        raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{bases}")
+
+
+def _last_part(name: str | None) -> str | None:
+    """Of a path or a name on Hugging Face: the rest of it may differ between two places of one model."""
+    return Path(name or "").name.casefold() or None
 
 
 def _require_alike(adapters: list[Adapter]) -> None:

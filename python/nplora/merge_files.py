@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import storages
-from nplora.formats import base_model, files, gguf, gguf_names, model_directory, safetensors
+from nplora.formats import base_model, files, gguf, gguf_names, model_digest, model_directory, safetensors
 from nplora.formats.config_json import read_fields
 from nplora.formats.errors import FormatError, brief, in_places
 from nplora.formats.files import NewFile, StrPath
@@ -81,7 +81,11 @@ class ModelMerge:
 
 
 def merge_adapter(
-    base: StrPath, adapter: "StrPath | Adapter", output: StrPath, dtype: str = "same"
+    base: StrPath,
+    adapter: "StrPath | Adapter",
+    output: StrPath,
+    dtype: str = "same",
+    any_base: bool = False,
 ) -> ModelMerge:
     """Write a model with an adapter merged into it: W + ΔW from float32 sums, every other byte as it was.
 
@@ -94,11 +98,13 @@ def merge_adapter(
         output: a file of the base's kind; of a directory also a directory, which then gets the base's
             configuration and tokenizer too. Never the base itself.
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
+        any_base: as in `load_adapter`.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
-        FormatError: a file breaks its format, or the adapter does not fit the model; all that does not fit is
-            listed. UnsupportedError: among that, weights in blocks that are not decoded here.
+        FormatError: a file breaks its format, or the adapter does not fit the model, all that does not fit is
+            listed, or is of another one. UnsupportedError: among that, weights in blocks that are not
+            decoded here.
         UnsafeError: a file beside the base's weights is a link out of the model.
         ValueError: output or dtype is not of the base's kind, output is the base or has an index of other
             weights, or a sum is too large for the storage.
@@ -107,7 +113,7 @@ def merge_adapter(
     model = _open(base)
     _require_output(model, base, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, read_adapter(adapter, facts), dtype)
+    updates = _placed(model, read_adapter(adapter, facts), dtype, any_base)
     merges = {
         name: _merge(model.tensors[name], name, update, dtype)
         for name, update in updates.items()
@@ -259,7 +265,7 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- what goes where ----
 
 
-def _placed(model: _Model, adapter: Adapter, dtype: str) -> dict[str, Update]:
+def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, Update]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
     problems, updates = [], {}
     if dtype != "same" and dtype not in model.storages:
@@ -275,11 +281,32 @@ def _placed(model: _Model, adapter: Adapter, dtype: str) -> dict[str, Update]:
         else:
             m = None if update.m is None else update.m[order]
             updates[name] = Update(update.A[order], update.B, update.scale, m)
+    told = adapter.base_model_name_or_path, adapter.base_digest, _digest(model)
     if problems:
-        raise FormatError(f"{adapter.source}: the adapter does not fit {model.source} {in_places(problems)}")
+        subject = model_digest.subject(*told)
+        raise FormatError(f"{adapter.source}: {subject} does not fit {model.source} {in_places(problems)}")
+    if not any_base and (refusal := model_digest.refusal(*told)):
+        raise FormatError(f"{adapter.source}: {refusal}")
     if not updates:
         raise FormatError(f"{adapter.source}: the adapter holds no factors")
     return {name: updates[name] for name in model.tensors if name in updates}
+
+
+def _digest(model: _Model) -> str | None:
+    """`model_digest.of` the model's norms."""
+    norms = {}
+    for name, tensor in model.tensors.items():
+        stored, storage = (
+            name if model.suffix == ".gguf" else gguf_names.tensor_to_gguf(name),
+            _storage(tensor),
+        )
+        if stored and model_digest.is_norm(stored) and len(tensor.shape) == 1 and storage in storages.FLOATS:
+            norms[stored] = storages.decode(_bytes(tensor)[None], storage, tensor.shape[0])[0]
+    return model_digest.of(norms)
+
+
+def _bytes(tensor: Tensor) -> Array:
+    return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
 
 
 def _misfit(model: _Model, layer: str, name: str | None, update: Update, dtype: str) -> str:
@@ -321,8 +348,7 @@ def _merge(tensor: Tensor, name: str, update: Update, dtype: str) -> Merge:
     storage = _storage(tensor)
     assert storage is not None
     d_out, d_in = update.shape
-    data = tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
-    rows = data.reshape(d_out, storages.row_nbytes(storage, d_in))
+    rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     return Merge(
         name,
         (d_out, d_in),

@@ -131,6 +131,10 @@ class Module:
 
     task_type: str | None = None  # PEFT's word for what the model does, in the adapters that it saves
 
+    def base_digest(self) -> str | None:
+        """What the frozen model is told by in the adapters that it saves; None where nothing tells it."""
+        return None
+
     # ---- the two passes ----
 
     def forward(self, x: Any) -> tuple[Array, Any]:

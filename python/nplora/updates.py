@@ -33,6 +33,7 @@ class Adapter(Mapping[str, Update]):
         source: where it comes from, as messages name it.
         base_model_name_or_path: what it says about its base model, or None.
         task_type: PEFT's word for what the model is for, or None.
+        base_digest: `formats.model_digest.of` its base model, or None.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Adapter(Mapping[str, Update]):
         updates: Mapping[str, Update],
         base_model_name_or_path: str | None = None,
         task_type: str | None = None,
+        base_digest: str | None = None,
     ) -> None:
         self.source, self._updates = source, dict(updates)
         self.base_model_name_or_path, self.task_type = base_model_name_or_path, task_type
+        self.base_digest = base_digest
 
     def __getitem__(self, name: str) -> Update:
         return self._updates[name]
@@ -78,7 +81,7 @@ class Adapter(Mapping[str, Update]):
                     if not np.isfinite(array).all():
                         raise ValueError(f"{self.source}: {name}.{key.ours} holds NaN or an infinity")
                     tensors[PREFIX + name + key.suffix] = array.T if key.transposed else array
-        peft_adapter.save(directory, self._config(), tensors)
+        peft_adapter.save(directory, self._config(), tensors, self.base_digest)
 
     def _config(self) -> PeftConfig:
         ranks = {name: update.rank for name, update in self.items()}
@@ -135,7 +138,7 @@ def _from_model(model: Module) -> Adapter:
             there = np.argsort(order)  # row order[i] there is row i here
             a, m = a[there], None if m is None else m[there]
         updates[name] = Update(a, b, scale, m, isinstance(layer, LoRAEmbedding))
-    return Adapter(kind, updates)
+    return Adapter(kind, updates, task_type=model.task_type, base_digest=model.base_digest())
 
 
 def _from_directory(directory: StrPath, edited_config: bool) -> Adapter:
@@ -156,7 +159,8 @@ def _from_directory(directory: StrPath, edited_config: bool) -> Adapter:
             except FormatError as error:
                 problems.append(str(error))
         _require_readable(adapter.directory, problems, updates)
-        return Adapter(adapter.directory, updates, config.base_model_name_or_path, config.task_type)
+        about = config.base_model_name_or_path, config.task_type, adapter.base_digest
+        return Adapter(adapter.directory, updates, *about)
 
 
 def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> Update:

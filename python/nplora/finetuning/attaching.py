@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from nplora.adapters import load_adapter
-from nplora.formats import peft_adapter
+from nplora.formats import model_digest, peft_adapter
 from nplora.formats.errors import FormatError, brief, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import PeftAdapter
@@ -18,20 +18,23 @@ _MOST_SUGGESTIONS = 10  # layers of an adapter, unknown to the model, for which 
 
 
 def load_with_adapter(
-    model: StrPath, adapter: StrPath | None = None, compute: str = "float32"
+    model: StrPath, adapter: StrPath | None = None, compute: str = "float32", any_base: bool = False
 ) -> LanguageModel:
     """A model, with a PEFT adapter directory put on it. Raises as `load_model` and `attach_adapter`."""
     lm = load_model(model, compute)
     if adapter is not None:
-        attach_adapter(lm, adapter)
+        attach_adapter(lm, adapter, any_base)
     return lm
 
 
-def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
+def attach_adapter(lm: LanguageModel, directory: StrPath, any_base: bool = False) -> None:
     """Put the adapter of a PEFT directory on a model that has none: on the layers that are in the file.
 
+    Args:
+        any_base: as in `load_adapter`.
     Raises:
-        FormatError: it does not fit the model, which stays as it was. Others as `load_adapter`.
+        FormatError: it does not fit the model, which stays as it was, or is of another one. Others as
+            `load_adapter`.
         ValueError: the model has an adapter.
     """
     if lm.adapter_layers():
@@ -47,7 +50,7 @@ def attach_adapter(lm: LanguageModel, directory: StrPath) -> None:
         names, use_dora = _fitting(lm, adapter), adapter.config.use_dora
     with as_it_was(lm):
         lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
-        load_adapter(lm, directory)
+        load_adapter(lm, directory, any_base=any_base)
 
 
 @contextlib.contextmanager
@@ -92,5 +95,8 @@ def _fitting(lm: LanguageModel, adapter: PeftAdapter) -> list[str]:
     if not factors and not problems:
         raise FormatError(f"{adapter.directory}: the adapter has no layers")
     if problems:
-        raise FormatError(f"{adapter.directory}: the adapter does not fit the model {in_places(problems)}")
+        subject = model_digest.subject(
+            adapter.config.base_model_name_or_path, adapter.base_digest, lm.base_digest()
+        )
+        raise FormatError(f"{adapter.directory}: {subject} does not fit the model {in_places(problems)}")
     return list(factors)

@@ -20,6 +20,7 @@ def evaluate(
     max_length: int | None = None,
     learn: str = "completion",
     skip_bad: bool = False,
+    any_base: bool = False,
 ) -> dict[str, Any]:
     """The mean loss of a model over a file, per learned token: {"loss": ..., "tokens": ...}.
 
@@ -29,12 +30,13 @@ def evaluate(
         max_length: longer examples are cut; None: to the model's context.
         compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
         learn, skip_bad: as in `FinetuneOptions`.
+        any_base: as in `load_adapter`.
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
     lm = opened("evaluate", model, compute)
     if adapter is not None:
-        attach_adapter(lm, adapter)
+        attach_adapter(lm, adapter, any_base)
     dataset = read_dataset(
         valid_path or train_path,
         lm.tokenizer,

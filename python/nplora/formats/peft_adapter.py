@@ -1,8 +1,8 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
 Two files cannot be replaced at one moment, so the tensors' metadata hold, beside PEFT's "format": "pt", the
-SHA-256 of the configuration that belongs to them. PEFT passes over it and writes none, and without it nothing
-is compared.
+SHA-256 of the configuration that belongs to them, and that of their base model (`model_digest`). PEFT passes
+over them and writes none, and without them nothing is compared.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, files, peft_config, safetensors
+from nplora.formats import bfloat16, files, model_digest, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
@@ -26,6 +26,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"
+BASE_DIGEST = "base_norms.sha256"
 PREFIX = "base_model.model."  # stands before a layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
@@ -47,6 +48,17 @@ class PeftAdapter:
     config: PeftConfig
     tensors: SafetensorsFile
     paired: bool
+
+    @property
+    def base_digest(self) -> str | None:
+        """`model_digest.of` the base model, if it is known."""
+        return self.tensors.metadata.get(BASE_DIGEST)
+
+    def require_base(self, digest: str | None) -> None:
+        """Raise FormatError where a model's digest is known, and not that of the adapter's base."""
+        told = model_digest.refusal(self.config.base_model_name_or_path, self.base_digest, digest)
+        if told:
+            raise FormatError(f"{self.directory}: {told}")
 
     def factors(self, problems: list[str]) -> dict[str, tuple[str, str]]:
         """The names of each layer's two factors, by the layer's. What makes no pair is told in `problems`.
@@ -133,13 +145,15 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         yield PeftAdapter(files.name(directory), config, tensors, paired)
 
 
-def save(directory: StrPath, config: PeftConfig, tensors: Tensors) -> None:
+def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: str | None = None) -> None:
     """Write both files, into a directory that is made if needed.
 
     Both are complete on the disk before either takes its name, the configuration last.
     """
     text = peft_config.dumps(config)
     metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}
+    if base_digest is not None:
+        metadata[BASE_DIGEST] = base_digest
     os.makedirs(directory, exist_ok=True)
     files.replace(
         [

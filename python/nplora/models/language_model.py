@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, buffers
+from nplora.formats import model_digest
 from nplora.generate import Prompt, Sampling, generate
-from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
 from nplora.losses import NonFiniteLossError
 from nplora.models import adapting, head, stepwise
@@ -82,6 +83,11 @@ class LanguageModel(Module):
         return getattr(self.lm_head.weight, "compute", "float32")
 
     # ---- adapters ----
+
+    def base_digest(self) -> str | None:
+        """That of the norms, as `formats.model_digest` has it."""
+        norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
+        return model_digest.of({model_digest.stored_name(name): norm for name, norm in norms.items()})
 
     def add_lora(
         self,

@@ -1,0 +1,64 @@
+"""What tells a language model from another one: a digest of its norms, which adapters keep of their base.
+
+The weights of norms are floats of 16 or 32 bits in every kind of file, whatever the matrices are stored
+in, and are trained with them. Rounded to bfloat16 they are the same in all copies of a model.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora.formats.errors import brief
+from nplora.formats.gguf_names import tensor_to_gguf
+
+_SHOWN = 12  # hexadecimal digits
+TAKEN = "--any-base, in Python any_base=True, takes it all the same"
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor counts, by its name in GGUF."""
+    return name == "output_norm.weight" or (name.startswith("blk.") and name.endswith("_norm.weight"))
+
+
+def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
+    """SHA-256 over the norms' names in GGUF and values (d,); None where there are none."""
+    digest = hashlib.sha256()
+    for name in sorted(norms):
+        bits = np.ascontiguousarray(norms[name], np.float32).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
+        digest.update(f"\n{name} {len(rounded)} ".encode() + rounded.astype("<u2").tobytes())
+    return digest.hexdigest() if norms else None
+
+
+def stored_name(layer: str) -> str:
+    """A norm's name in GGUF, where it has one, by Hugging Face's of its layer."""
+    return tensor_to_gguf(f"{layer}.weight") or layer
+
+
+def described(name: str | None, digest: str | None) -> str:
+    """A base model in words."""
+    known = [] if name is None else [brief(name, 200)]
+    known += [] if digest is None else [f"sha256 {digest[:_SHOWN]} of its norms"]
+    return ", ".join(known) or "a model that is not named"
+
+
+def difference(name: str | None, digest: str | None, model: str | None) -> str:
+    """Words where the digests of an adapter's base, named so, and of a model are known and differ."""
+    if digest is None or model is None or digest == model:
+        return ""
+    return f"the adapter is of another model ({described(name, digest)}; this one has {model[:_SHOWN]})"
+
+
+def refusal(name: str | None, digest: str | None, model: str | None) -> str:
+    """The same, with the way out."""
+    text = difference(name, digest, model)
+    return f"{text}; {TAKEN}" if text else ""
+
+
+def subject(name: str | None, digest: str | None, model: str | None) -> str:
+    """What a sentence begins with that says why the adapter cannot be used."""
+    text = difference(name, digest, model)
+    return f"{text}, and" if text else "the adapter"

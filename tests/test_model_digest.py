@@ -1,0 +1,230 @@
+"""What tells models apart: the same whatever the storage of a model's matrices, and asked for of adapters."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import small_models
+from nplora import cli, storages
+from nplora.finetuning import attach_adapter, load_with_adapter
+from nplora.formats import gguf, safetensors
+from nplora.formats.errors import FormatError
+from nplora.models import LanguageModel
+
+
+def changed(arrays: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
+    """The tensors of a model with its matrices in this storage; its norms are moved by another seed."""
+    rng = np.random.default_rng(seed)
+    made = dict(arrays)
+    for name, array in arrays.items():
+        if array.ndim == 1 and seed:
+            made[name] = array + np.float32(0.1) * rng.standard_normal(len(array), np.float32)
+        elif array.ndim == 2 and dtype != "float32":
+            raw = storages.encode(array, dtype).reshape(-1)
+            made[name] = gguf.Tensor(name, storages.GGML_NAMES[dtype], array.shape, raw)
+    return made
+
+
+def gguf_model(path: Path, dtype: str = "float32", seed: int = 0, **changes: Any) -> Path:
+    weights = changed(small_models.tensors(), dtype, seed)
+    return small_models.write(path, small_models.metadata(**changes), weights)
+
+
+def hf_model(directory: Path, dtype: type = np.float32) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(small_models.config()))
+    tensors = {name: array.astype(dtype) for name, array in small_models.hf_tensors().items()}
+    safetensors.save(directory / "model.safetensors", tensors)
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return gguf_model(tmp_path / "model.gguf")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return gguf_model(tmp_path / "other.gguf", seed=1)
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    return saved(nplora.load_model(model), tmp_path / "adapter", str(model))
+
+
+def saved(lm: LanguageModel, directory: Path, name: str | None = None, **options: Any) -> Path:
+    lm.add_lora(**{"rank": 2, "targets": "q_proj", "init": "gaussian", **options})
+    nplora.save_adapter(lm, directory, name)
+    return directory
+
+
+def digest(path: Path) -> str:
+    found = nplora.load_model(path).base_digest()
+    assert found is not None
+    assert len(found) == 64
+    return found
+
+
+def test_a_model_has_one_digest_in_every_file_and_storage(model: Path, other: Path, tmp_path: Path) -> None:
+    for dtype in ("q8_0", "q4_0", "float16", "bfloat16"):
+        assert digest(gguf_model(tmp_path / f"{dtype}.gguf", dtype)) == digest(model)
+    assert digest(hf_model(tmp_path / "hf")) == digest(model)
+    assert digest(other) != digest(model)
+
+
+def test_norms_that_were_rounded_to_bfloat16_are_the_same(model: Path, tmp_path: Path) -> None:
+    weights = small_models.tensors()
+    for name, array in weights.items():
+        if array.ndim == 1:
+            bits = storages.encode(array[None], "bfloat16").view(np.uint16).astype(np.uint32) << 16
+            weights[name] = bits.view(np.float32)[0]
+            assert not np.array_equal(weights[name], array)
+    assert digest(small_models.write(tmp_path / "rounded.gguf", weights=weights)) == digest(model)
+
+
+def test_adapters_and_training_leave_the_digest(model: Path) -> None:
+    lm = nplora.load_model(model)
+    for options in ({"init": "pissa"}, {"targets": ["lm_head", "embed_tokens"], "init": "zero"}):
+        lm.add_lora(rank=2, **options)  # type: ignore[arg-type]
+        assert lm.base_digest() == digest(model)
+    assert nplora.Sequential(nplora.Linear(np.zeros((2, 2)))).base_digest() is None
+
+
+def uses(model: Path, adapter: Path, output: Path) -> list[Callable[..., Any]]:
+    """All that put an adapter on a model."""
+
+    def load(**options: Any) -> None:
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=2, targets="q_proj")
+        nplora.load_adapter(lm, adapter, **options)
+
+    return [
+        load,
+        lambda **options: attach_adapter(nplora.load_model(model), adapter, **options),
+        lambda **options: load_with_adapter(model, adapter, **options),
+        lambda **options: nplora.merge_adapter(model, adapter, output, **options),
+    ]
+
+
+def test_an_adapter_of_another_model_is_refused_with_both_digests_and_taken_on_request(
+    model: Path, other: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for use in uses(other, adapter, tmp_path / "out.gguf"):
+        with pytest.raises(FormatError) as caught:
+            use()
+        text = str(caught.value)
+        assert text.startswith(f"{adapter}: the adapter is of another model")
+        assert f"sha256 {digest(model)[:12]}" in text
+        assert f"{digest(other)[:12]}" in text
+        assert repr(str(model)) in text
+        assert not (tmp_path / "out.gguf").exists()
+    for use in uses(other, adapter, tmp_path / "out.gguf"):
+        use(any_base=True)
+
+
+def test_an_adapter_fits_its_model_in_any_storage_and_kind_of_file(adapter: Path, tmp_path: Path) -> None:
+    q8_0, hf = gguf_model(tmp_path / "q8_0.gguf", "q8_0"), hf_model(tmp_path / "hf")
+    for use in [*uses(q8_0, adapter, tmp_path / "a.gguf"), *uses(hf, adapter, tmp_path / "b.safetensors")]:
+        use()
+
+
+def test_an_adapter_without_a_digest_is_taken(other: Path, adapter: Path, tmp_path: Path) -> None:
+    file = safetensors.open(adapter / "adapter_model.safetensors", mmap=False)
+    safetensors.save(adapter / "adapter_model.safetensors", dict(file), {"format": "pt"})
+    for use in uses(other, adapter, tmp_path / "out.gguf"):
+        use()
+
+
+def test_shapes_that_differ_are_told_with_the_digests(adapter: Path, model: Path, tmp_path: Path) -> None:
+    weights = changed(small_models.tensors(), seed=1)
+    wide = {
+        n: np.resize(a, [2 * s if s == small_models.WIDTH else s for s in a.shape])
+        for n, a in weights.items()
+    }
+    path = small_models.write(
+        tmp_path / "wide.gguf",
+        small_models.metadata(llama__embedding_length=64, llama__attention__key_length=16),
+        wide | {
+            f"blk.{i}.attn_{part}.weight": np.zeros((rows, 64), np.float32)
+            for i in range(small_models.LAYERS) for part, rows in (("k", 32), ("v", 32))
+        },
+    )  # fmt: skip
+    for use in uses(path, adapter, tmp_path / "out.gguf")[1:]:
+        with pytest.raises(FormatError) as caught:
+            use()
+        text = str(caught.value)
+        assert "(32, 32)" in text
+        assert "(64, 64)" in text
+        assert f"sha256 {digest(model)[:12]}" in text
+        assert digest(path)[:12] in text
+
+
+def test_adapters_of_different_models_are_not_added_up_but_on_request(
+    model: Path, other: Path, adapter: Path, tmp_path: Path
+) -> None:
+    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # the same name
+    with pytest.raises(ValueError, match=r"combine: the adapters are of different models") as caught:
+        nplora.combine([(adapter, 1), (foreign, 1)])
+    for path, base in ((adapter, model), (foreign, other)):
+        assert f"{path}: {str(model)!r}, sha256 {digest(base)[:12]}" in str(caught.value)
+    both = nplora.combine([(adapter, 1), (foreign, 1)], any_base=True)
+    assert (both.base_digest, both.base_model_name_or_path) == (None, str(model))
+    renamed = saved(nplora.load_model(model), tmp_path / "renamed", "elsewhere/of-another-name")
+    both = nplora.combine([(adapter, 1), (renamed, 1)])  # one digest: the names do not matter
+    assert (both.base_digest, both.base_model_name_or_path) == (digest(model), None)
+    both.save(tmp_path / "both")
+    attach_adapter(nplora.load_model(model), tmp_path / "both")
+    with pytest.raises(FormatError, match="another model"):
+        attach_adapter(nplora.load_model(other), tmp_path / "both")
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "differ"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", True),
+        ("HuggingFaceTB/SmolLM2-135M", "/models/smollm2-135m/", False),
+        ("m.gguf", "/there/m.gguf", False),
+        ("m.gguf", "n.gguf", True),
+        ("m.gguf", None, False),
+        ("m.gguf", "", False),
+        (None, None, False),
+    ],
+)
+def test_without_digests_the_last_part_of_the_names_tells_different_models(
+    one: str | None, two: str | None, differ: bool
+) -> None:
+    update = nplora.merging.Update(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
+    pair = [
+        (nplora.updates.Adapter(text, {"q": update}, base), 1.0) for text, base in (("a", one), ("b", two))
+    ]
+    if differ:
+        with pytest.raises(ValueError, match=r"different models \(.*\):\n  a: .*\n  b: "):
+            nplora.combine(pair)
+        nplora.combine(pair, any_base=True)
+    else:
+        nplora.combine(pair)
+
+
+def test_the_commands_refuse_and_take_on_request(
+    model: Path, other: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(other))
+    out = str(tmp_path / "out")
+    for line in (
+        ["merge", str(other), str(adapter), "--output", f"{out}.gguf"],
+        ["combine", str(adapter), str(foreign), "--output", out],
+    ):
+        assert cli.main(line) == 2
+        assert "--any-base" in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+        assert cli.main([*line, "--any-base"]) == 0
+        for path in tmp_path.glob("out*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        capsys.readouterr()

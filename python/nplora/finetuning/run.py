@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,4 +157,6 @@ def _kept_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, wh
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    return generate(lm, prompts, _SAMPLING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody asked for so many tokens as a context may be too short for
+        return generate(lm, prompts, _SAMPLING)

@@ -65,16 +65,6 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
-def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    from nplora.finetuning import FinetuneOptions
-
-    options = _chosen(arguments, FinetuneOptions)
-    if "targets" in options:
-        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
-    _checked(FinetuneOptions, options)
-    return options
-
-
 def _plan(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 

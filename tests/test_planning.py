@@ -329,6 +329,21 @@ def test_what_is_mapped_and_not_read_is_counted(tmp_path: Path) -> None:
     assert unread(str(path)) == 0
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model-00001-of-00002.safetensors"])
+def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: Path, name: str) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    files = {name: "89ab", "config.json": "cdef"} if name.endswith(".safetensors") else {name: "89ab"}
+    for file, digest in files.items():
+        (blobs / digest).write_bytes(bytes(8 << 20))
+        (snapshot / file).symlink_to(f"../../blobs/{digest}")
+    mapped = np.memmap(snapshot / name, np.uint8, "r")
+    assert unread(str(snapshot / list(files)[-1])) == 8 << 20
+    assert mapped.sum() == 0
+    assert unread(str(snapshot / list(files)[-1])) == 0
+
+
 # ---- runs obey, and go on to the bit ----
 
 

@@ -42,21 +42,17 @@ def peak_memory() -> int:
 
 
 def unread(source: str) -> int:
-    """Bytes that are mapped of a file, or of the files beside it, and not in memory yet."""
+    """Bytes that are mapped of a model, its file or the weights beside its config.json, and not read yet."""
+    beside = Path(source).parent.glob("*.safetensors")
+    weights = {os.path.realpath(path) for path in (Path(source), *beside)}
     found, reading = 0, False
-    directory = os.path.dirname(os.path.realpath(source))
     for line in _lines("/proc/self/smaps"):
         if _MAPPING.match(line):
-            reading = line.rstrip().partition("/")[2] != "" and _beside(directory, line)
+            reading = "/" + line.partition("/")[2] in weights
         elif reading and line.startswith(("Size:", "Rss:")):
             size = int(line.split()[1]) * _KIBIBYTE
             found += size if line.startswith("Size:") else -size
     return found
-
-
-def _beside(directory: str, line: str) -> bool:
-    path = "/" + line.rstrip().partition("/")[2]
-    return os.path.dirname(path) == directory and path.endswith((".gguf", ".safetensors"))
 
 
 def _status(name: str) -> int:

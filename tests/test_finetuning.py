@@ -222,6 +222,7 @@ def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
     with pytest.raises(OSError, match=r"No space left on device: the frozen blocks' outputs take"):
         finetune(lm, data, tmp_path / "out", **QUICK, layers="last:1", keep_prefix="disk")
     assert lm.model.prefix is None
+    assert not lm.adapter_layers()
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
 
 

@@ -86,8 +86,9 @@ def finetune(
             chosen.use_dora, chosen.seed, chosen.init,
         )  # fmt: skip
         _require_free(output, chosen)
+        prefix = _new_prefix(lm, [d for d in (train, held_out) if d is not None], output, chosen.keep_prefix)
     lm.model.checkpoint_blocks = way.checkpoint_blocks
-    with _kept_prefix(lm, [train] if held_out is None else [train, held_out], output, chosen.keep_prefix):
+    with _keeping(lm, prefix):
         before = None if checks is None else evaluate_batches(lm, checks)["loss"]
         if before is not None:
             say(f"validation loss {before:.4f} before training")
@@ -139,21 +140,24 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
             )
 
 
-@contextlib.contextmanager
-def _kept_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> Iterator[None]:
-    """What the blocks below the adapters make of these examples is kept meanwhile, if it is to be."""
+def _new_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> KeptPrefix | None:
+    """Room for what the blocks below the adapters make of these examples, if it is to be kept."""
     if where == "off":
-        yield
-        return
+        return None
     tokens = sum(dataset.report.tokens for dataset in datasets)
     directory = output if where == "disk" else None
-    prefix = KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+    return KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+
+
+@contextlib.contextmanager
+def _keeping(lm: LanguageModel, prefix: KeptPrefix | None) -> Iterator[None]:
     lm.model.prefix = prefix
     try:
         yield
     finally:
         lm.model.prefix = None
-        prefix.close()
+        if prefix is not None:
+            prefix.close()
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:

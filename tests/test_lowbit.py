@@ -14,7 +14,7 @@ import pytest
 
 import nplora
 import reference
-from nplora import FrozenWeight
+from nplora import FrozenWeight, storages
 from nplora.formats import UnsupportedError, gguf, safetensors
 
 FORMATS = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "nf4"]
@@ -328,6 +328,18 @@ def test_what_a_gguf_file_holds_otherwise_is_refused(model: Path) -> None:
         FrozenWeight.from_gguf(model, "Q4_0", compute="fast")
     with pytest.raises(UnsupportedError, match=r"which NumPy has not; FrozenWeight\.from_gguf"):
         gguf.open(model)["Q4_0"].numpy()
+
+
+@pytest.mark.parametrize("shape", [(0, 256), (3, 0), (0, 0)])
+def test_a_matrix_without_elements_is_one(shape: tuple[int, int]) -> None:
+    for storage, kind in storages.GGML_NAMES.items():
+        file = gguf.loads(gguf.dumps({"w": gguf.Tensor("w", kind, shape, np.empty(0, np.uint8))}))
+        fw = FrozenWeight.from_gguf(file, "w")
+        assert (fw.shape, fw.dtype, fw.nbytes) == (shape, storage, 0)
+        x = np.ones((2, shape[1]), fw.compute_dtype)
+        np.testing.assert_array_equal(fw.matmul(x), np.zeros((2, shape[0])))
+        raw = storages.encode(fw.to_numpy(), storage)
+        assert storages.decode(raw, storage, shape[1]).shape == shape
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

@@ -77,9 +77,9 @@ def decode(raw: Array, storage: str, d_in: int) -> Array:
     elif storage in BLOCKS:
         _core.dequantize(raw, storage, out)
     elif storage in ("float32", "float64"):
-        out[...] = _elements(raw, storage)
+        out[...] = _elements(raw, storage, d_in)
     else:
-        _core.widen(np.require(_elements(raw, storage), requirements="A"), storage, out)
+        _core.widen(np.require(_elements(raw, storage, d_in), requirements="A"), storage, out)
     return out
 
 
@@ -96,5 +96,5 @@ def split_nf4(raw: Array, d_in: int) -> tuple[Array, Array]:
     return np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax).reshape(-1).view(np.float32)
 
 
-def _elements(raw: Array, storage: str) -> Array:
-    return raw.reshape(-1).view(FLOATS[storage]).reshape(len(raw), -1)
+def _elements(raw: Array, storage: str, d_in: int) -> Array:
+    return raw.reshape(-1).view(FLOATS[storage]).reshape(len(raw), d_in)

@@ -137,7 +137,9 @@ class FrozenWeight:
             known = ", ".join(storages.GGML_NAMES.values())
             raise UnsupportedError(f"{where} is {tensor.type}, expected one of {known}")
         if storage in storages.BLOCKS:
-            return cls._of(op, storage, tensor.shape, compute, tensor.data.reshape(tensor.shape[0], -1))
+            d_out, d_in = tensor.shape
+            blocks = tensor.data.reshape(d_out, storages.row_nbytes(storage, d_in))
+            return cls._of(op, storage, tensor.shape, compute, blocks)
         return cls._of(op, storage, tensor.shape, compute, tensor.numpy())
 
     @classmethod

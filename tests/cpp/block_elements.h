@@ -63,6 +63,19 @@ inline double element(const BlockQ6_K& b, size_t i) {
   return value(b.d) * b.scales[i / 16] * (q - 32);
 }
 
+// Calls body.operator()<Block>(format) for each format of rows of blocks.
+template <class Body>
+void for_block_types(const Body& body) {
+  body.template operator()<BlockQ4_0>(BlockFormat::kQ4_0);
+  body.template operator()<BlockQ4_1>(BlockFormat::kQ4_1);
+  body.template operator()<BlockQ5_0>(BlockFormat::kQ5_0);
+  body.template operator()<BlockQ5_1>(BlockFormat::kQ5_1);
+  body.template operator()<BlockQ8_0>(BlockFormat::kQ8_0);
+  body.template operator()<BlockQ4_K>(BlockFormat::kQ4_K);
+  body.template operator()<BlockQ5_K>(BlockFormat::kQ5_K);
+  body.template operator()<BlockQ6_K>(BlockFormat::kQ6_K);
+}
+
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {
   constexpr Half kIntegers[] = {

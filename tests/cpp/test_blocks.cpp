@@ -248,22 +248,10 @@ void test_nf4_dots(const KernelTable& table) {
 }  // namespace
 
 void test_blocks(const KernelTable& table) {
-  test_decode<BlockQ4_0>(table, BlockFormat::kQ4_0);
-  test_decode<BlockQ4_1>(table, BlockFormat::kQ4_1);
-  test_decode<BlockQ5_0>(table, BlockFormat::kQ5_0);
-  test_decode<BlockQ5_1>(table, BlockFormat::kQ5_1);
-  test_decode<BlockQ8_0>(table, BlockFormat::kQ8_0);
-  test_decode<BlockQ4_K>(table, BlockFormat::kQ4_K);
-  test_decode<BlockQ5_K>(table, BlockFormat::kQ5_K);
-  test_decode<BlockQ6_K>(table, BlockFormat::kQ6_K);
+  for_block_types([&]<class Block>(BlockFormat format) {
+    test_decode<Block>(table, format);
+    test_dots_of<Block>(table, format);
+  });
   test_nf4(table);
-  test_dots_of<BlockQ4_0>(table, BlockFormat::kQ4_0);
-  test_dots_of<BlockQ4_1>(table, BlockFormat::kQ4_1);
-  test_dots_of<BlockQ5_0>(table, BlockFormat::kQ5_0);
-  test_dots_of<BlockQ5_1>(table, BlockFormat::kQ5_1);
-  test_dots_of<BlockQ8_0>(table, BlockFormat::kQ8_0);
-  test_dots_of<BlockQ4_K>(table, BlockFormat::kQ4_K);
-  test_dots_of<BlockQ5_K>(table, BlockFormat::kQ5_K);
-  test_dots_of<BlockQ6_K>(table, BlockFormat::kQ6_K);
   test_nf4_dots(table);
 }

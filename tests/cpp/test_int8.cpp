@@ -143,12 +143,5 @@ void test_dots_of(const KernelTable& table, BlockFormat format) {
 
 void test_int8(const KernelTable& table) {
   test_quantize_rows(table);
-  test_dots_of<BlockQ4_0>(table, BlockFormat::kQ4_0);
-  test_dots_of<BlockQ4_1>(table, BlockFormat::kQ4_1);
-  test_dots_of<BlockQ5_0>(table, BlockFormat::kQ5_0);
-  test_dots_of<BlockQ5_1>(table, BlockFormat::kQ5_1);
-  test_dots_of<BlockQ8_0>(table, BlockFormat::kQ8_0);
-  test_dots_of<BlockQ4_K>(table, BlockFormat::kQ4_K);
-  test_dots_of<BlockQ5_K>(table, BlockFormat::kQ5_K);
-  test_dots_of<BlockQ6_K>(table, BlockFormat::kQ6_K);
+  for_block_types([&]<class Block>(BlockFormat format) { test_dots_of<Block>(table, format); });
 }

@@ -164,26 +164,20 @@ struct Codes<BlockQ8_0> : Signed {
   Factors a{to_float(block.d)};
   Strip strip(size_t) const { return load_strip(block.q); }
 };
-template <>
-struct Codes<BlockQ4_K> : Unsigned {
+// Q4_K; Q5_K has a fifth bit.
+template <class Block>
+  requires requires(Block block) { block.dmin; }
+struct Codes<Block> : Unsigned {
   using Factors = EightStrips;
-  const BlockQ4_K& block;
+  const Block& block;
   SubScales scales{block.d, block.dmin, block.scales};
   Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
   Strip strip(size_t j) const {
-    const Strip q = load_strip(block.q + j / 2 * kStrip);
-    return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
-  }
-};
-template <>
-struct Codes<BlockQ5_K> : Unsigned {
-  using Factors = EightStrips;
-  const BlockQ5_K& block;
-  SubScales scales{block.d, block.dmin, block.scales};
-  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
-  Strip strip(size_t j) const {
-    const Strip q = load_strip(block.q + j / 2 * kStrip);
-    return (j % 2 == 0 ? q & 15 : move(q, 4, 0, 15)) | move(load_strip(block.high), j, 4, 16);
+    const Strip q = load_strip(block.q + j / 2 * kStrip), low = j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
+    if constexpr (requires { block.high; })
+      return low | move(load_strip(block.high), j, 4, 16);
+    else
+      return low;
   }
 };
 template <>

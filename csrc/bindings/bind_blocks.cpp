@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "base/range.h"
-#include "bindings/arrays.h"
+#include "bindings/nf4_arrays.h"
 #include "ops/blocks.h"
 
 namespace nplora::bindings {
@@ -45,14 +45,10 @@ void dequantize_rows(const Bytes& blocks, const std::string& name, Floats out) {
   without_gil([&] { dequantize(format, from, to); });
 }
 
-void require_nf4(size_t n, const Bytes& codes) {
-  require_size("codes", codes, ceil_div(n, 2));
-}
-
 void quantize_to_nf4(const Floats& values, Bytes codes, Floats absmax) {
   const Matrix<const float> from = read(values);
   const size_t n = from.rows * from.cols;
-  require_nf4(n, codes);
+  require_size("codes", codes, ceil_div(n, 2));
   require_size("absmax", absmax, ceil_div(n, BlockNf4::kElements));
   uint8_t* to = codes.mutable_data();
   float* absmax_to = absmax.mutable_data();
@@ -75,25 +71,19 @@ float quantize_nf4_absmax(const Floats& absmax, Bytes codes, Floats book, Floats
 
 void dequantize_from_nf4(const Bytes& codes, const Floats& absmax, Floats out) {
   const size_t n = size_t(out.size());
-  require_nf4(n, codes);
-  require_size("absmax", absmax, ceil_div(n, BlockNf4::kElements));
+  const kernels::Nf4 from = nf4_of(n, codes, absmax);
   require_aligned(out);
   float* to = out.mutable_data();
-  without_gil([&] { dequantize_nf4(n, {codes.data(), absmax.data()}, to); });
+  without_gil([&] { dequantize_nf4(n, from, to); });
 }
 
 void dequantize_from_nested_nf4(const Bytes& codes, const Bytes& absmax_codes, const Floats& book,
                                 const Floats& scales, float offset, Floats out) {
-  const size_t n = size_t(out.size()), blocks = ceil_div(n, BlockNf4::kElements);
-  require_nf4(n, codes);
-  require_size("absmax_codes", absmax_codes, blocks);
-  require_size("book", book, kNf4Book);
-  require_size("scales", scales, ceil_div(blocks, kNf4Group));
+  const size_t n = size_t(out.size());
+  const kernels::Nf4 from = nested_nf4_of(n, codes, absmax_codes, book, scales, offset);
   require_aligned(out);
   float* to = out.mutable_data();
-  without_gil([&] {
-    dequantize_nf4(n, {codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}, to);
-  });
+  without_gil([&] { dequantize_nf4(n, from, to); });
 }
 
 py::dict block_formats() {

@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "base/range.h"
-#include "bindings/arrays.h"
+#include "bindings/nf4_arrays.h"
 #include "ops/blocks.h"
 
 namespace nplora::bindings {
@@ -86,9 +86,9 @@ std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std:
   return as_it_lies({storage, false, rows.data, rows.rows, d_in, rows.cols, compute_of(compute)}, blocks);
 }
 
-void require_nf4(const Array<uint8_t>& codes, size_t d_out, size_t d_in) {
+size_t product(size_t d_out, size_t d_in) {
   require(d_in == 0 || d_out <= SIZE_MAX / d_in, "d_out and d_in are too large");
-  require_size("codes", codes, ceil_div(d_out * d_in, 2));
+  return d_out * d_in;
 }
 
 WeightView nf4_view(const kernels::Nf4& parts, size_t d_out, size_t d_in, const std::string& compute) {
@@ -97,9 +97,7 @@ WeightView nf4_view(const kernels::Nf4& parts, size_t d_out, size_t d_in, const 
 
 std::unique_ptr<PackedWeight> of_nf4(const Array<uint8_t>& codes, const Array<float>& absmax, size_t d_out,
                                      size_t d_in, const std::string& compute) {
-  require_nf4(codes, d_out, d_in);
-  require_size("absmax", absmax, ceil_div(d_out * d_in, BlockNf4::kElements));
-  const kernels::Nf4 parts{codes.data(), absmax.data()};
+  const kernels::Nf4 parts = nf4_of(product(d_out, d_in), codes, absmax);
   return as_it_lies(nf4_view(parts, d_out, d_in, compute), codes, absmax);
 }
 
@@ -107,12 +105,7 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
                                             const Array<float>& book, const Array<float>& scales,
                                             float offset, size_t d_out, size_t d_in,
                                             const std::string& compute) {
-  require_nf4(codes, d_out, d_in);
-  const size_t blocks = ceil_div(d_out * d_in, BlockNf4::kElements);
-  require_size("absmax_codes", absmax_codes, blocks);
-  require_size("book", book, kNf4Book);
-  require_size("scales", scales, ceil_div(blocks, kNf4Group));
-  const kernels::Nf4 parts{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset};
+  const kernels::Nf4 parts = nested_nf4_of(product(d_out, d_in), codes, absmax_codes, book, scales, offset);
   return as_it_lies(nf4_view(parts, d_out, d_in, compute), codes, absmax_codes, book, scales);
 }
 

@@ -68,7 +68,7 @@ class Pool {
       start_workers(helpers);
       steer_workers();
       jobs_.push_back(job);
-      open_jobs_.store(jobs_.size(), std::memory_order_release);
+      open_places_.fetch_add(job->places, std::memory_order_release);
     }
     for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
   }
@@ -77,7 +77,7 @@ class Pool {
     {
       const std::lock_guard lock(mutex_);
       jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
-      open_jobs_.store(jobs_.size(), std::memory_order_release);
+      open_places_.fetch_sub(job->places, std::memory_order_relaxed);
     }
     const auto all_returned = [job] { return job->working.load(std::memory_order_acquire) == 0; };
     if (spin(all_returned)) return;
@@ -122,11 +122,13 @@ class Pool {
 
   [[noreturn]] void serve() {
     for (;;) {
-      spin([this] { return open_jobs_.load(std::memory_order_acquire) > 0; });
+      const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; });
       std::unique_lock lock(mutex_);
-      Job* job = nullptr;
+      Job* job = next_job();
+      if (!job && seen) continue;  // it was over before this thread came: another one is near
       wake_.wait(lock, [&] { return (job = next_job()) != nullptr; });
       --job->places;
+      open_places_.fetch_sub(1, std::memory_order_relaxed);
       job->working.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
       job->work(job->context, false);
@@ -145,7 +147,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_jobs_{0};
+  std::atomic<size_t> open_places_{0};  // of all jobs
   std::vector<pthread_t> worker_threads_;  // they never end
   int steered_from_ = -1;                  // the processor that they keep off
 };

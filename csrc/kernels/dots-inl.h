@@ -15,6 +15,7 @@ inline constexpr size_t kGroups = kPanelDepth<W> / kPhases;
 // The first n elements of a group.
 template <class E, class W, size_t kPhases>
 inline Vec<E> load_group_partial(const W* from, size_t n) {
+  if constexpr (kPhases == Vec<E>::kLanes) return Vec<E>::load_partial(from, n);
   W group[kPhases] = {};
   for (size_t i = 0; i < n; ++i) group[i] = from[i];
   return Vec<E>::template load_group<kPhases>(group);

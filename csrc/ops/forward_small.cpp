@@ -1,4 +1,5 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
+#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -56,8 +57,11 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums};
 }
 
-// A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update is
-// computed in the type of the sums.
+// Of a factor, so much is asked for at once: it stays in L2.
+constexpr size_t kFetchedBytes = 256 << 10;
+
+// A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update
+// comes behind, when its factors have arrived; it is computed in the type of the sums.
 template <class W>
 class SmallForward {
  public:
@@ -76,8 +80,27 @@ class SmallForward {
         xs_(xs),
         codes_(codes) {}
 
-  // zs = scale * drop(x) Bᵀ by token and phase; z without the scale.
-  void project(T* zs) {
+  size_t rank() const { return rank_; }
+
+  // y[:, rows] = x Wᵀ [+ bias]. What the update reads of the factors is asked for meanwhile.
+  void multiply(Range rows) const {
+    if constexpr (std::is_same_v<W, float>)
+      if (dots_blocks(part_.w)) {
+        for_blocks(rows, kRowBlock, [&](Range some) {
+          fetch_factors(some);
+          multiply_blocks(some);
+        });
+        return;
+      }
+    fetch_factors(rows);
+    T* sums = scratch<T>(Scratch::kSums, rows.count * lanes_);
+    frozen(rows, sums);
+    k_.sum_parts(x_.rows, phases_, rows.count, sums, bias_at(part_, rows.first), part_.y.data + rows.first,
+                 part_.y.stride);
+  }
+
+  // scale * drop(x) Bᵀ by token and phase; z without the scale, where it is `wanted`.
+  const T* project(bool wanted) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
     if (part_.low.dropout > 0)
@@ -86,45 +109,54 @@ class SmallForward {
                                         scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
     const Strided<X> b = elements_or_self<X>(
         part_.low.b, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, rank_ * depth_of<X>(x_.cols)));
-    T* scaled = scratch<T>(Scratch::kLowGradients, n * rank_);
-    T* part = scratch<T>(Scratch::kSums, rank_ * lanes_);
-    add_dots<X>(b, {0, rank_}, depth_of<X>(x_.cols), xs, part, false);
-    k_.sum_parts(n, phases_, rank_, part, nullptr, scaled, rank_);
-    if (part_.z.data)
-      for (size_t t = 0; t < n; ++t) std::copy_n(scaled + t * rank_, rank_, part_.z.row(t));
-    for (size_t i = 0; i < n * rank_; ++i) scaled[i] *= T(part_.low.scale);
-    zs_ = batch_.template interleave<T>({scaled, n, rank_, rank_}, zs);
+    T* z = scratch<T>(Scratch::kLowGradients, n * rank_);
+    T* sums = scratch<T>(Scratch::kSums, rank_ * lanes_);
+    dots<X>(b, {0, rank_}, depth_of<X>(x_.cols), xs, sums);
+    k_.sum_parts(n, phases_, rank_, sums, nullptr, z, rank_);
+    if (wanted && part_.z.data)
+      for (size_t t = 0; t < n; ++t) std::copy_n(z + t * rank_, rank_, part_.z.row(t));
+    for (size_t i = 0; i < n * rank_; ++i) z[i] *= T(part_.low.scale);
+    return batch_.template interleave<T>({z, n, rank_, rank_},
+                                         scratch<T>(Scratch::kLowLanes, batch_.template size<T>(rank_)));
   }
 
-  // y[:, rows].
-  void multiply(Range rows) const {
-    if constexpr (std::is_same_v<W, float>)
-      if (dots_blocks(part_.w)) {
-        if (rank_) update(rows);
-        for (size_t r = 0; r < rows.count; r += kRowBlock)
-          multiply_blocks({rows.first + r, std::min(kRowBlock, rows.count - r)});
-        return;
+  // y[:, rows] += scale z Aᵀ.
+  void update(const T* zs, Range rows) const {
+    for_blocks(rows, kUpdatedRows, [&](Range some) {
+      T* sums = scratch<T>(Scratch::kSums, some.count * lanes_);
+      T* update = scratch<T>(Scratch::kWeight, x_.rows * some.count);
+      dots<T>({part_.low.a.data, part_.low.a.stride, 1}, some, rank_, zs, sums);
+      k_.sum_parts(x_.rows, phases_, some.count, sums, nullptr, update, some.count);
+      for (size_t t = 0; t < x_.rows; ++t, update += some.count) {
+        T* y = part_.y.row(t) + some.first;
+        for (size_t r = 0; r < some.count; ++r) y[r] += update[r];
       }
-    T* part = scratch<T>(Scratch::kSums, rows.count * lanes_);
-    frozen(rows, part);
-    if (rank_) add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, rows, rank_, zs_, part, true);
-    k_.sum_parts(x_.rows, phases_, rows.count, part, bias_at(part_, rows.first), part_.y.data + rows.first,
-                 part_.y.stride);
+    });
   }
 
  private:
-  // y[:, rows] = scale z Aᵀ [+ bias]. A streams by in one go, ahead of W.
-  void update(Range rows) const {
-    for (size_t r = 0; r < rows.count; r += kUpdatedRows) {
-      const Range some{rows.first + r, std::min(kUpdatedRows, rows.count - r)};
-      T* part = scratch<T>(Scratch::kSums, some.count * lanes_);
-      add_dots<T>({part_.low.a.data, part_.low.a.stride, 1}, some, rank_, zs_, part, false);
-      k_.sum_parts(x_.rows, phases_, some.count, part, bias_at(part_, some.first), part_.y.data + some.first,
-                   part_.y.stride);
-    }
+  // Asks for these rows of A, and for as large a share of B.
+  void fetch_factors(Range rows) const {
+    if (rank_ == 0) return;
+    const Matrix<const T>&a = part_.low.a, &b = part_.low.b;
+    const size_t size = rank_ * b.stride, first = size * rows.first / a.rows;
+    fetch(a.row(rows.first), rows.count * a.stride);
+    fetch(b.data + first, size * (rows.first + rows.count) / a.rows - first);
   }
 
-  // The same, of blocks that are decoded in registers, or met in int8.
+  static void fetch(const T* from, size_t n) {
+    const auto* at = reinterpret_cast<const char*>(from);
+    for (size_t line = 0; line < std::min(n * sizeof(T), kFetchedBytes); line += kCacheLine)
+      __builtin_prefetch(at + line, 0, 2);
+  }
+
+  // Calls body(some) for the rows, at most so many at a time.
+  template <class Body>
+  static void for_blocks(Range rows, size_t most, const Body& body) {
+    for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
+  }
+
+  // The same where W lies in blocks, which are decoded in registers or met in int8.
   void multiply_blocks(Range rows) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -138,16 +170,16 @@ class SmallForward {
     }
     for (size_t t = 0; t < n; ++t, sums += rows.count) {
       T* y = part_.y.row(t) + rows.first;
-      for (size_t r = 0; r < rows.count; ++r) y[r] = (rank_ ? y[r] : bias ? bias[r] : 0) + sums[r];
+      for (size_t r = 0; r < rows.count; ++r) y[r] = (bias ? bias[r] : 0) + sums[r];
     }
   }
 
-  // part (rows, lanes) = [part +] m[rows] xs for a row-major m.
+  // sums (rows, lanes) = m[rows] xs for a row-major m.
   template <class E>
-  void add_dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* part, bool accumulate) const {
+  void dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* sums) const {
     kernels::table().small<E>().dots(
         phases_, rows.count, depth,
-        {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, part, accumulate);
+        {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, sums, false);
   }
 
   // part (rows, lanes) = W[rows] xs. What is decoded, for a few rows at a time, stays in L2.
@@ -181,8 +213,15 @@ class SmallForward {
   const Products<T>& k_;
   const size_t lanes_, phases_, rank_;
   const X* const xs_;               // x, by token and phase
-  const T* zs_ = nullptr;           // scale * z, likewise
   const kernels::Int8Rows& codes_;  // x in int8, where W meets it so
+};
+
+// Rows of a part, and who took them.
+struct RowTask {
+  static constexpr size_t kNobody = ~size_t{0};
+  size_t part;
+  Range rows;
+  size_t worker = kNobody;
 };
 
 // Reading W, and decoding it, takes the time of so many of its operations.
@@ -196,37 +235,44 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   using X = Operand<W>;
   const SmallBatch<T> batch{x};
   kernels::Int8Rows codes{};
-  size_t low_size = 0;
-  bool every_int8 = true;
+  bool every_int8 = true, updates = false;
   for (const ForwardPart<T>& part : parts) {
     every_int8 &= dots_int8(part.w);
-    low_size += batch.template size<T>(part.low.rank());
+    updates |= part.low.rank() > 0;
     if constexpr (std::is_same_v<W, float>)
       if (dots_int8(part.w) && !codes.codes) codes = quantized(x);
   }
-  const X* xs = every_int8 && !low_size ? nullptr
-                                        : batch.template interleave<X>(
-                                              x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
-  T* zs = scratch<T>(Scratch::kLowLanes, low_size);
-
-  struct Task {
-    const SmallForward<W>* part;
-    Range rows;
-  };
+  const X* xs = every_int8 && !updates ? nullptr
+                                       : batch.template interleave<X>(
+                                             x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
   const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
   std::vector<SmallForward<W>> products;
-  std::vector<Task> tasks;
+  std::vector<RowTask> tasks;
   products.reserve(parts.size());
   for (const ForwardPart<T>& part : parts) {
-    SmallForward<W>& product = products.emplace_back(part, batch, xs, codes);
-    if (part.low.rank()) product.project(zs);
-    zs += batch.template size<T>(part.low.rank());
+    products.emplace_back(part, batch, xs, codes);
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
-    for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({&product, grid.side(i)});
+    for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({products.size() - 1, grid.side(i)});
   }
-  parallel_for(tasks.size(), threads, Interruptible::kYes,
-               [&](size_t i) { tasks[i].part->multiply(tasks[i].rows); });
+  // Each worker takes rows of W, one task after the other; then it computes z for itself and adds the update to what it took.
+  std::atomic<size_t> next = 0;
+  parallel_for(threads, threads, Interruptible::kYes, [&](size_t worker) {
+    for (size_t i = next++; i < tasks.size(); i = next++) {
+      const SmallForward<W>& product = products[tasks[i].part];
+      product.multiply(tasks[i].rows);
+      tasks[i].worker = worker;
+    }
+    const T* zs = nullptr;
+    size_t part = parts.size();
+    for (const RowTask& task : tasks) {
+      const SmallForward<W>& product = products[task.part];
+      if (task.worker != worker || product.rank() == 0) continue;
+      if (task.part != part) zs = product.project(task.rows.first == 0);  // z is written by one
+      part = task.part;
+      product.update(zs, task.rows);
+    }
+  });
 }
 
 template void forward_small<float>(std::span<const ForwardPart<float>>, Matrix<const float>);

@@ -167,16 +167,19 @@ class LoRALinear(LoRALayer):
 
     def inference_part(self, n: int) -> ForwardPart:
         """This layer's part of a call on n rows that keeps nothing; its y (n, d_out) is fresh."""
-        y = buffers.empty((n, len(self.A)), self.A.dtype)
+        own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
+        a, b, bias = own["A"], own["B"], self._bias
+        y = buffers.empty((n, len(a)), a.dtype)
         lone = self._lone_weight()
         if lone is not None:
-            return lone.packed, self.A, self.B, 0.0, 0.0, 0, self.bias, y, None  # scale 0: W alone
-        bias = None if self.use_dora else self.bias
-        return self.weight.packed, self.A, self.B, self.scale, 0.0, 0, bias, y, None
+            return lone.packed, a, b, 0.0, 0.0, 0, bias, y, None  # scale 0: W alone
+        if own["m"] is not None:
+            bias = None
+        return self._weight.packed, a, b, self.scale, 0.0, 0, bias, y, None
 
     def finish_inference(self, y: Array) -> Array:
         """The output, when the core has filled y."""
-        if self.use_dora and self._lone_weight() is None:
+        if vars(self)["m"] is not None and self._lone_weight() is None:
             y, _ = self._rescale(y, LoRALinearSaved(y.shape[:1]), training=False)
         return y
 

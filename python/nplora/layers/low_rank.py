@@ -143,7 +143,8 @@ class LoRALayer(AdapterLayer):
 
     @property
     def scale(self) -> float:
-        return self._alpha / (math.sqrt(self.rank) if self._use_rslora else self.rank)
+        rank = len(vars(self)["B"])
+        return self._alpha / (math.sqrt(rank) if self._use_rslora else rank)
 
     @property
     def use_dora(self) -> bool:

@@ -565,7 +565,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"peft: the model that it is for is needed: base"):
+    with pytest.raises(ValueError, match=r"peft: the model that it is for is needed: base, --base MODEL"):
         convert.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
         convert.convert_adapter(directory, back, base)

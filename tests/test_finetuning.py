@@ -497,6 +497,22 @@ def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(line, capture_output=True, text=True, **more)
 
 
+def test_a_line_that_is_redrawn_stays_within_the_terminal(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": None, "steps": 1})
+    assert f", loss {report.history.loss[0]:.4f}\n" in str(report)
+    drawn = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line.startswith("step ")]
+    assert drawn
+    assert {len(line) for line in drawn} == {39}
+
+
 def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = command(
@@ -505,7 +521,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 20 examples" in done.stderr
-    assert re.search(r"^step 1/10, loss \d", done.stderr, re.MULTILINE)
+    assert re.search(r"^step 1/10, loss [\d.]+, \d+ learned tokens/s, ", done.stderr, re.MULTILINE)
     assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
     assert re.search(
         r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
@@ -513,7 +529,6 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     config = json.loads((output / "adapter_config.json").read_text())
     parts = {name.rpartition(".")[2] for name in config["target_modules"]}
     assert parts == {"q_proj", "v_proj", "o_proj"}
-    assert " tokens/s, " in done.stderr
     assert " left" in done.stderr
     assert "validation loss " in done.stdout
     base = json.loads(command("eval", model, "--data", data, "--json").stdout)

@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_and_the_run_goes_on_later(
 
     output = tmp_path / "out"
     started = run(model, data, output, "--keep-prefix", "off", preexec_fn=starve)
-    assert started.returncode == 1
+    assert started.returncode == 2
     [error] = [text for text in started.stderr.splitlines() if text.startswith("nplora: error: ")]
     assert "File too large: " in error
     assert str(output) in error

@@ -131,7 +131,21 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     lines, lost = str(done).splitlines(), min(report.kept for report in done.reports) < 0.5
     assert lost == (storage == "q4_1")
     assert lines[0].endswith(f" bytes, 5 tensors merged ({storage}), 2 copied")
-    assert ("--dtype q8_0" in lines[-1]) == lost
+    assert ("--dtype q8_0, or float16, keeps it" in lines[-1]) == lost
+
+
+def test_what_would_keep_more_is_something_that_the_file_can_hold(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    adapter = Adapter("a", {"fc": Update(np.full((4, 1), 1e-4, "f4"), np.ones((1, 32), "f4"), 1.0)})
+    bits = storages.encode(np.ones((4, 32), np.float32), "bfloat16").view(np.uint16)
+    weight = safetensors.Tensor("fc.weight", "bfloat16", bits)
+    safetensors.save(tmp_path / "base.safetensors", {"fc.weight": weight})
+    done = nplora.merge_adapter(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    assert done.delta_kept == pytest.approx(0, abs=1e-12)
+    assert (
+        str(done).splitlines()[-1] == "much of what was learned is lost by rounding: --dtype float16 keeps it"
+    )
 
 
 def test_another_storage_is_that_of_the_merged_weights_alone(

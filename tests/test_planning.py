@@ -1,5 +1,6 @@
 """Plans: what they predict is what runs take, what they choose fits, and runs obey."""
 
+import dataclasses
 import json
 import mmap
 import re
@@ -108,6 +109,18 @@ def test_a_large_budget_changes_nothing(model: Path, data: Path) -> None:
     found = sized(model, data, 10_000)
     assert found.chosen == Candidate("float32", False, None)
     assert found.memory.total < found.budget
+
+
+def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path) -> None:
+    found = plan(model, data)
+    for steps, seconds, words in (
+        (6, 0.43, "6 steps in 3 s"),
+        (1, 0.2, "1 steps in 0 s"),
+        (100, 0.9, "100 steps in 90 s"),
+        (100, 3.0, "100 steps in 5.0 minutes"),
+        (10_000, 3.0, "10000 steps in 8.3 hours"),
+    ):
+        assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
 
 
 def test_what_is_fixed_stays(model: Path, data: Path) -> None:

@@ -26,8 +26,6 @@ _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 _MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
 _CONVERTED = tuple(name for name in _MERGED if name != "float64")
 _COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few tokens (default: float32)"
-# What is wrong with an argument or a file, unlike a full disk or a loss that is not finite.
-_NO_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class _UsageError(ValueError):
@@ -375,7 +373,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0: done. 1: it failed. 2: an argument is wrong, or a file that it names, or nothing fits into --memory.
+    0: done. 2: an argument is wrong, a file or the disk, or nothing fits into --memory. 1: it failed else.
     130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -395,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         print(f"nplora: error: {' '.join(_told(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, *_NO_FILE)) else 1
+        return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
 
 

@@ -82,7 +82,9 @@ def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = Non
         if not any(Path(source, name).exists() for name in configs):
             raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
         if base is None:
-            raise ValueError(f"convert: {files.name(source)}: the model that it is for is needed: base")
+            raise ValueError(
+                f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
+            )
         if Path(target).suffix != ".gguf":
             raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(target)!r}")
         return adapter_to_gguf(source, target, base)

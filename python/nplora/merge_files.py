@@ -66,17 +66,16 @@ class ModelMerge:
 
     def __str__(self) -> str:
         worst = sorted(self.reports, key=lambda report: report.kept)
-        storages = ", ".join(dict.fromkeys(report.storage for report in self.reports))
+        kinds = dict.fromkeys(report.storage for report in self.reports)
         lines = [
-            f"{self.target}: {self.nbytes:,} bytes, {len(self.reports)} tensors merged ({storages}), "
+            f"{self.target}: {self.nbytes:,} bytes, {len(self.reports)} tensors merged ({', '.join(kinds)}), "
             f"{self.kept} copied",
             f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
         if worst[0].kept < _LITTLE:
-            lines.append(
-                "much of what was learned is lost in these blocks: --dtype q8_0, or float16, keeps it"
-            )
+            finer = "float16 keeps" if kinds.keys() <= set(storages.FLOATS) else "q8_0, or float16, keeps"
+            lines.append(f"much of what was learned is lost by rounding: --dtype {finer} it")
         return "\n".join(lines)
 
 

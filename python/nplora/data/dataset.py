@@ -60,7 +60,7 @@ class DataReport:
     def __str__(self) -> str:
         text = (
             f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, {self.learned:,} of them "
-            f"learned; {self.shortest} to {self.longest} tokens long, half up to {self.median}"
+            f"learned; {self.shortest} to {self.longest} tokens long, median {self.median}"
         )
         if self.truncated:
             text += f"; {self.truncated} cut to the largest length"

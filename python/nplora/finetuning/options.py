@@ -92,7 +92,9 @@ class FinetuneOptions:
     save_every: int = _beside(100, "steps between checkpoints")
     resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
     overwrite: bool = _beside(False, "drop the run in the output directory")
-    sample: tuple[str, ...] = _beside((), "a prompt answered before and after (may be given several times)")
+    sample: tuple[str, ...] = _beside(
+        (), "a prompt, as it is and not as a chat, answered before and after (may be given several times)"
+    )
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:

@@ -62,11 +62,10 @@ class FinetuneReport:
         ]
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"validation loss {self.loss_before:.4f} -> {self.loss_after:.4f}")
-        losses = ""
-        if history.steps:
-            last = history.steps[-RECENT:]
-            losses = f", loss {history.loss[0]:.4f} in the first step, {mean_loss(last):.4f} in the last "
-            losses += f"{len(last)} on average"
+        last = history.steps[-RECENT:]
+        losses = f", loss {history.loss[0]:.4f}" if last else ""
+        if len(last) > 1:
+            losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
         rate = self.tokens / max(1e-9, history.seconds)
         lines.append(
             f"{len(history.steps)} steps in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +58,9 @@ class TokenProgress(Callback):
         rate = sum(r.count for r in recent) / max(1e-9, seconds)
         total = "" if run.total_steps is None else f"/{run.total_steps}"
         several = f" (mean of {len(recent)} steps)" if len(recent) > 1 else ""
-        text = f"step {record.step}{total}, loss {mean_loss(recent):.4f}{several}, {rate:.0f} tokens/s"
+        text = (
+            f"step {record.step}{total}, loss {mean_loss(recent):.4f}{several}, {rate:.0f} learned tokens/s"
+        )
         text += f", {peak_memory() / 1e6:.0f} MB"
         if run.total_steps is not None:
             left = round((run.total_steps - record.step) * seconds / len(recent))
@@ -66,6 +69,7 @@ class TokenProgress(Callback):
 
     def _draw(self, text: str) -> None:
         if self._redraws:
+            text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
         else:

@@ -115,10 +115,9 @@ class Plan:
     budget: int | None = None
 
     def __str__(self) -> str:
-        minutes = self.steps * self.seconds / 60
         lines = [
             f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
-            f"{self.steps} steps in {minutes:.1f} minutes",
+            f"{self.steps} steps in {_time(self.steps * self.seconds)}",
             str(self.memory),
         ]
         lines += [
@@ -126,6 +125,12 @@ class Plan:
             for other in self.others
         ]
         return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def choose(

@@ -8,22 +8,22 @@
 
 namespace nplora {
 
-// What a buffer is for. Buffers of different uses are live at the same time; none outlives its task. The most that each
-// takes, in elements, with L lanes (at most 32), 256 tokens and a rank r:
+// What a buffer is for. Buffers of different uses are live at the same time; none outlives its call. The most that each
+// takes, in elements, with L lanes (at most 32) and r the sum of a stack's ranks:
 enum class Scratch {
-  kLanes,         // x of a pass, transposed, or dy in pairs: kLanesBytes, or 2 L d_in where that is more
-  kLowLanes,      // z of a pass, transposed: r for each token; or a factor in pairs or panels: r d_in
-  kLowGradients,  // dz: r for each token of the batch
-  kSums,          // outputs before they are written: a few 100 KB
-  kWeight,        // decoded blocks of W: kBlocksBytes, or 48 kStreamedRows
+  kLanes,  // x of a pass in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy of a pass in pairs, and factors
+  kLowLanes,      // z of a pass in lanes: r for each token; or a factor in pairs or panels: r d_in
+  kLowGradients,  // z or dz of a pass: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
+  kSums,          // outputs before they are written: L / 2 for each of kStreamedRows, or of r
+  kWeight,        // decoded or transposed pieces of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
-  kFewRows,       // a few of its rows before they are in pairs: 2 kDepthBlock
-  kDotInputs,     // a small batch of x by token and phase: 8 d_in
-  kDotSums,       // and its partial sums: r L
-  kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: 512 r
-  kDropped,       // rows of x after dropout: L d_in
-  kDroppedLanes,  // and those transposed: L d_in
-  kPairing,       // 48 L, or 8 d_in
+  kFewRows,       // a few of its rows before they are in pairs: 18 KB
+  kDotInputs,     // a small batch of x, or dy, by token and phase: 8 d_in, or 8 d_out
+  kDotSums,       // and its partial sums: r L / 2
+  kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: kDepthBlock r
+  kDropped,       // rows of x after dropout: 32 d_in
+  kDroppedLanes,  // and those in lanes or pairs: 32 d_in
+  kPairing,       // rows of x before they are in lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
   kCodeScales,    // and the scales and sums of its strips: 16 d_in / 32
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)

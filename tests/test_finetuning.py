@@ -437,8 +437,9 @@ def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Pat
         finetune(lm, data, tmp_path / "out", **QUICK)
     assert not lm.adapter_layers()
     finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
-    with pytest.raises(ValueError, match="an adapter already on the layers that 'all-linear' names"):
-        finetune(lm, data, tmp_path / "other", **QUICK)
+    for targets in ("all-linear", "lm_head"):
+        with pytest.raises(ValueError, match="finetune: the model has an adapter already, on 14 layers"):
+            finetune(lm, data, tmp_path / "other", **QUICK, targets=(targets,))
 
 
 def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(

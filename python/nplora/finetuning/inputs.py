@@ -23,6 +23,8 @@ def opened_all(
         raise ValueError(
             f"{op}: compute={lm.compute!r} is for inference; load the model with {' or '.join(COMPUTES)}"
         )
+    if lm.adapter_layers():
+        raise ValueError(f"{op}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
     train = read(lm, train_path, options)
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
 

@@ -230,6 +230,22 @@ def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> No
     np.testing.assert_allclose(lm.logits(ids), trained, **CLOSE)
 
 
+def test_adapters_that_are_there_stay_when_others_are_added(lm: LanguageModel, tmp_path: Path) -> None:
+    with_factors(lm, targets="q_proj", dropout=0.5, seed=1)
+    lm.forward(ids_of(5)[0])
+    before = {p.name: p.value.copy() for p in lm.parameters()}, lm.random_state()
+    lm.add_lora(rank=2, targets="v_proj", seed=2)
+    for p in lm.parameters():
+        if p.name in before[0]:
+            np.testing.assert_array_equal(p.value, before[0][p.name])
+    assert lm.random_state().items() >= before[1].items()
+    alone = small_models.load(tmp_path)
+    alone.add_lora(rank=2, targets="v_proj", seed=2)
+    found = {p.name: p.value for p in lm.parameters()}
+    for p in alone.parameters():
+        np.testing.assert_array_equal(found[p.name], p.value)
+
+
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_outside_the_blocks_alone_gets_its_gradient(lm: LanguageModel, target: str) -> None:
     """Central differences along the gradient: loss(p + h g) - loss(p - h g) = 2 h |g|²."""

@@ -311,7 +311,7 @@ class Module:
         for layer in layers.values():
             layer.require_unmerged("seed")
         for name, layer in layers.items():
-            layer.reset(np.random.SeedSequence(seed, spawn_key=tuple(name.encode())))
+            layer.reset(layer_stream(seed, name))
 
     def random_state(self) -> dict[str, list[int]]:
         """The dropout streams: {dotted name of an adapter layer: [seed, number of passes so far]}."""
@@ -392,6 +392,11 @@ class AdapterLayer(Module):
     def reset(self, stream: np.random.SeedSequence) -> None:
         """Draw the starting factors and the dropout stream from `stream`."""
         raise NotImplementedError
+
+
+def layer_stream(seed: int, name: str) -> np.random.SeedSequence:
+    """What the layer of a dotted name draws from."""
+    return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:

@@ -84,7 +84,9 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
 
 
-def adapted(name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]) -> Module:
+def adapted(
+    name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
+) -> LoRALayer:
     """The same frozen weight, shared, with an adapter; what init="pissa" or "olora" leave of it is a new one.
 
     Raises:

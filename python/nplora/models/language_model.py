@@ -24,7 +24,7 @@ from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.places import cache_places, packed_places
 from nplora.models.rope import Rope
-from nplora.module import Gradient, Module, Saved, inference, inferring
+from nplora.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.optim import Optimizer
 from nplora.packing import IGNORED, PackedBatch, pack
 from nplora.tokenizer import Tokenizer
@@ -103,6 +103,8 @@ class LanguageModel(Module):
     ) -> None:
         """Put a LoRA adapter on frozen layers; the answers stay the same until it is trained.
 
+        Adapters that other layers have stay as they are.
+
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in LoRALinear.
             targets: "all-linear" (every linear layer of the blocks), "q_proj" (in every block), a whole
@@ -126,9 +128,10 @@ class LanguageModel(Module):
         }
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
+            layer.reset(layer_stream(seed, name))
+        for name, layer in made.items():
             parent, _, attribute = name.rpartition(".")
             setattr(modules[parent], attribute, layer)
-        self.seed(seed)
 
     # ---- inference ----
 

@@ -60,6 +60,21 @@ def test_lora_backward_stays_within_the_error_bound(dtype: Any, rng: np.random.G
         assert np.all(np.abs(result - want) <= reference.gamma(k, dtype) * bound)
 
 
+@pytest.mark.parametrize("n", [0, 1, 3, 9, 60])
+@pytest.mark.parametrize("empty", ["d_out", "d_in", "neither"])
+def test_a_side_without_elements_is_one(n: int, empty: str, rng: np.random.Generator) -> None:
+    d_out, d_in = (0 if empty == side else 5 for side in ("d_out", "d_in"))
+    shapes = {"x": (n, d_in), "W": (d_out, d_in), "A": (d_out, 2), "B": (2, d_in), "dy": (n, d_out)}
+    p = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    y, z = nplora.lora_forward(p["x"], p["W"], p["A"], p["B"])
+    np.testing.assert_allclose(z, p["x"] @ p["B"].T, atol=1e-5)
+    np.testing.assert_allclose(y, p["x"] @ (p["W"] + p["A"] @ p["B"]).T, atol=1e-4)
+    dx, dA, dB = nplora.lora_backward(p["dy"], p["x"], z, p["W"], p["A"], p["B"])
+    np.testing.assert_allclose(dx, p["dy"] @ (p["W"] + p["A"] @ p["B"]), atol=1e-4)
+    np.testing.assert_allclose(dA, p["dy"].T @ z, atol=1e-4)
+    np.testing.assert_allclose(dB, (p["dy"] @ p["A"]).T @ p["x"], atol=1e-4)
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (2, 0, 3)])
 def test_any_leading_axes_work(lead: tuple[int, ...], rng: np.random.Generator) -> None:
     p = problem(rng)

@@ -137,7 +137,7 @@ class SmallForward {
  private:
   // Asks for these rows of A, and for as large a share of B.
   void fetch_factors(Range rows) const {
-    if (rank_ == 0) return;
+    if (rank_ == 0 || rows.count == 0) return;
     const Matrix<const T>&a = part_.low.a, &b = part_.low.b;
     const size_t size = rank_ * b.stride, first = size * rows.first / a.rows;
     fetch(a.row(rows.first), rows.count * a.stride);
@@ -216,12 +216,10 @@ class SmallForward {
   const kernels::Int8Rows& codes_;  // x in int8, where W meets it so
 };
 
-// Rows of a part, and who took them.
+// Rows of a part.
 struct RowTask {
-  static constexpr size_t kNobody = ~size_t{0};
   size_t part;
   Range rows;
-  size_t worker = kNobody;
 };
 
 // Reading W, and decoding it, takes the time of so many of its operations.
@@ -257,17 +255,17 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   }
   // Each worker takes rows of W, one task after the other; then it computes z for itself and adds the update to what it took.
   std::atomic<size_t> next = 0;
-  parallel_for(threads, threads, Interruptible::kYes, [&](size_t worker) {
+  parallel_for(threads, threads, Interruptible::kYes, [&](size_t) {
+    std::vector<RowTask> taken;
     for (size_t i = next++; i < tasks.size(); i = next++) {
-      const SmallForward<W>& product = products[tasks[i].part];
-      product.multiply(tasks[i].rows);
-      tasks[i].worker = worker;
+      products[tasks[i].part].multiply(tasks[i].rows);
+      if (updates) taken.push_back(tasks[i]);
     }
     const T* zs = nullptr;
     size_t part = parts.size();
-    for (const RowTask& task : tasks) {
+    for (const RowTask& task : taken) {
       const SmallForward<W>& product = products[task.part];
-      if (task.worker != worker || product.rank() == 0) continue;
+      if (product.rank() == 0) continue;
       if (task.part != part) zs = product.project(task.rows.first == 0);  // z is written by one
       part = task.part;
       product.update(zs, task.rows);

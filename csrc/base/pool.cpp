@@ -147,7 +147,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_places_{0};  // of all jobs
+  std::atomic<size_t> open_places_{0};     // of all jobs
   std::vector<pthread_t> worker_threads_;  // they never end
   int steered_from_ = -1;                  // the processor that they keep off
 };

@@ -73,7 +73,8 @@ class Grid {
     const size_t for_length = static_cast<size_t>(operations / kTaskFlops) + 1;
     side_block_ = even_block(side, ceil_div(std::max(wanted, for_length), token_blocks));
     side_blocks_ = std::max<size_t>(1, ceil_div(side_, side_block_));
-    if (token_blocks * side_blocks_ < wanted)  // too few columns for so many threads
+    // Too few columns for so many threads; where they share these evenly, W is not read, and decoded, again for more tasks.
+    if (token_blocks * side_blocks_ < wanted && side_blocks_ % threads != 0)
       token_block_ = even_block(tokens, ceil_div(wanted, side_blocks_));
     tasks_ = ceil_div(tokens_, token_block_) * side_blocks_;
   }

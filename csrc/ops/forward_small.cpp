@@ -254,12 +254,15 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({products.size() - 1, grid.side(i)});
   }
   // Each worker takes rows of W, one task after the other; then it computes z for itself and adds the update to what it took.
+  // Large weights take more workers, so that Ctrl-C is heard between them.
+  const size_t workers = std::max(threads, static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops));
+  const size_t most = workers > threads ? ceil_div(tasks.size(), workers) : tasks.size();
   std::atomic<size_t> next = 0;
-  parallel_for(threads, threads, Interruptible::kYes, [&](size_t) {
+  parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
     std::vector<RowTask> taken;
-    for (size_t i = next++; i < tasks.size(); i = next++) {
+    for (size_t i = 0; taken.size() < most && (i = next++) < tasks.size();) {
       products[tasks[i].part].multiply(tasks[i].rows);
-      if (updates) taken.push_back(tasks[i]);
+      taken.push_back(tasks[i]);
     }
     const T* zs = nullptr;
     size_t part = parts.size();

@@ -313,6 +313,13 @@ def test_no_merge_makes_a_control_token_of_letters() -> None:
     assert tokenizer.encode("<s>", parse_special=True) == [1]
 
 
+@pytest.mark.parametrize("bos", ["<s:0>", "a:b:c", "$A", "$B", ":", "$"])
+def test_a_text_begins_with_bos_whatever_its_letters(bos: str) -> None:
+    tokens = [bos if token == "<s>" else token for token in PIECE_TOKENS]
+    tokenizer = from_gguf(opened(sentencepiece(tokens=tokens)))
+    assert tokenizer.encode("ab", add_special_tokens=True) == [1, *tokenizer.encode("ab")]
+
+
 def test_without_a_prefix_the_text_is_as_it_is() -> None:
     tokenizer = from_gguf(
         opened(sentencepiece(add_space_prefix=False, add_bos_token=False, add_eos_token=True))
@@ -482,12 +489,35 @@ def test_the_chat_template_is_found(tmp_path: Path, template: Any, jinja: str | 
         ({"tokenizer_config": {"bos_token": 3}}, "bos_token is 3"),
         ({"tokenizer_config": []}, r"\[\], expected an object"),
         ({"generation_config": {"eos_token_id": 10**6}}, "eos_token_id 1000000"),
+        ({"generation_config": {"eos_token_id": [5, 1 << 32]}}, "eos_token_id 4294967296"),
         ({"tokenizer_config": {"chat_template": 5}}, "chat_template is 5"),
     ],
 )
 def test_a_directory_that_contradicts_itself_is_refused(tmp_path: Path, files: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         from_directory(directory(tmp_path, **files))
+
+
+def test_ids_need_not_be_without_gaps(tmp_path: Path) -> None:
+    model = tokenizers.models.BPE(vocab={"a": 7, "b": 3}, merges=[])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = from_directory(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.encode("ab")) == (8, [7, 3])
+    assert tokenizer.decode([7, 3]) == "a b"
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        tokenizers.processors.TemplateProcessing(single="$A x", special_tokens=[("x", 300)]),
+        tokenizers.processors.BertProcessing(("x", 300), ("a", 1)),
+        tokenizers.processors.RobertaProcessing(("a", 1), ("x", 300)),
+    ],
+)
+def test_a_text_gets_no_token_that_is_none(tmp_path: Path, ends: Any) -> None:
+    made = directory(tmp_path, lambda backend: setattr(backend, "post_processor", ends))
+    with refused(FormatError, "Processing adds token 300, which is none", made):
+        from_directory(made)
 
 
 @pytest.mark.parametrize(
@@ -665,10 +695,9 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
 def test_hostile_metadata_is_refused(
     metadata: dict[str, Any], error: type[FormatError], message: str
 ) -> None:
-    with pytest.raises(error, match=message) as caught:
-        from_gguf(opened(metadata))
-    assert caught.type is error
-    assert str(caught.value).startswith("<bytes>: ")
+    file = opened(metadata)
+    with refused(error, message, "<bytes>: "):
+        from_gguf(file)
 
 
 def test_a_tiny_file_does_not_ask_for_a_pair_of_every_two_pieces_of_its_tokens() -> None:

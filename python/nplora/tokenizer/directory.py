@@ -42,6 +42,7 @@ def from_directory(path: StrPath) -> Tokenizer:
     return Tokenizer(
         backend,
         source,
+        vocab_size=max(backend.get_vocab().values(), default=-1) + 1,
         bos_id=_named(backend, config, "bos_token", source),
         eos_id=_named(backend, config, "eos_token", source),
         end_ids=[_checked(backend, id_, source) for id_ in (ends if isinstance(ends, list) else [ends])
@@ -57,16 +58,29 @@ def _backend(path: Path) -> Any:
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
     for part in parts:
         if part is not None:
-            _require_bounded(json.loads(part.__getstate__()), source)
+            steps = list(_steps(json.loads(part.__getstate__())))
+            _require_bounded(steps, source)
+            _require_tokens(backend, steps, source)
     backend.no_padding()
     backend.no_truncation()
     return backend
 
 
-def _require_bounded(part: Any, source: str) -> None:
+def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> None:
+    """Refuse what puts a token before or behind a text that is none."""
+    for step in steps:
+        ids = [step[key][1] for key in ("cls", "sep") if key in step]
+        if step.get("type") == "TemplateProcessing":
+            ids += [id_ for token in step["special_tokens"].values() for id_ in token["ids"]]
+        for id_ in ids:
+            if backend.id_to_token(id_) is None:
+                raise FormatError(f"{source}: the {step['type']} adds token {id_}, which is none")
+
+
+def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
     """Refuse what could run for ever, or make a very long text or list of tokens out of a short one."""
     growth = 1
-    for step in _steps(part):
+    for step in steps:
         pattern = step.get("pattern")
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(text, str) and not split_pattern.is_safe(text):
@@ -128,7 +142,7 @@ def _named(backend: Any, config: dict[str, Any], key: str, source: str) -> int |
 
 
 def _checked(backend: Any, id_: object, source: str) -> int:
-    if type(id_) is not int or id_ < 0 or backend.id_to_token(id_) is None:
+    if type(id_) is not int or not 0 <= id_ < 1 << 32 or backend.id_to_token(id_) is None:
         raise FormatError(f"{source}: eos_token_id {brief(id_)} of generation_config.json is no token")
     return id_
 

@@ -76,6 +76,7 @@ class _Vocabulary:
         return Tokenizer(
             backend,
             self.source,
+            vocab_size=len(self.tokens),
             bos_id=bos,
             eos_id=eos,
             end_ids=[id_ for id_ in (eos, eot, eom) if id_ is not None],
@@ -202,11 +203,9 @@ class _Vocabulary:
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Have the text begin with BOS and end with EOS where the file wants that."""
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
-        before = [bos] if bos is not None and self._flag("add_bos_token", begins) else []
-        after = [eos] if eos is not None and self._flag("add_eos_token", False) else []
+        before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
+        after = {"eos": eos} if eos is not None and self._flag("add_eos_token", False) else {}
         if before or after:
-            names = {id_: self.tokens[id_] for id_ in (*before, *after)}
             backend.post_processor = backend_package().processors.TemplateProcessing(
-                single=[*(names[id_] for id_ in before), "$A", *(names[id_] for id_ in after)],
-                special_tokens=[(name, id_) for id_, name in names.items()],
+                single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]
             )

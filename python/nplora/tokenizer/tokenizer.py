@@ -72,6 +72,7 @@ class Tokenizer:
         backend: Any,
         source: str,
         *,
+        vocab_size: int,
         bos_id: int | None,
         eos_id: int | None,
         end_ids: Iterable[int] = (),
@@ -83,8 +84,7 @@ class Tokenizer:
         self._special = {token.content: id_ for id_, token in added.items() if token.special}
         names = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
-        self.vocab_size = max(backend.get_vocab_size(), max(added, default=-1) + 1)
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
         named = {self._special[name] for name in END_TOKENS if name in self._special}
         self.eos_ids = frozenset({*end_ids, *named, *({eos_id} - {None})})
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, source)

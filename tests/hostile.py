@@ -3,12 +3,15 @@
 import itertools
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 
 from nplora.formats.errors import FormatError
+
+T = TypeVar("T")
 
 MOST_SECONDS = 1.0
 MOST_BYTES = 64 << 20
@@ -40,3 +43,18 @@ def damaged(data: bytes) -> Iterator[bytes]:
     for place, value in itertools.product(range(len(data)), (0x00, 0x7F, 0x80, 0xFF)):
         if data[place] != value:
             yield data[:place] + bytes([value]) + data[place + 1 :]
+
+
+def accepted(data: bytes, read: Callable[[bytes], T]) -> Iterator[tuple[bytes, T]]:
+    """The damaged versions that are read, and what they give. Others are refused, and all at once."""
+    refusals = 0
+    for version in damaged(data):
+        begin = time.perf_counter()
+        try:
+            found = [read(version)]
+        except FormatError:
+            found = []
+            refusals += 1
+        assert time.perf_counter() - begin < MOST_SECONDS
+        yield from ((version, content) for content in found)
+    assert refusals

@@ -136,10 +136,10 @@ def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
 def _pair(file: GgufFile, name: str) -> Pair:
     lora_a, lora_b = (_factor(file, name + suffix) for suffix in _SUFFIXES)
     rank = lora_a.shape[1 if name == EMBEDDING else 0]
-    if rank != lora_b.shape[1] or rank == 0:
+    if rank != lora_b.shape[1]:
         raise FormatError(
             f"{file.source}: {brief(name)}: .lora_a has shape {lora_a.shape}, .lora_b {lora_b.shape}, "
-            "expected one rank of at least 1"
+            "expected one rank"
         )
     return Pair(lora_a, lora_b)
 
@@ -149,8 +149,8 @@ def _factor(file: GgufFile, name: str) -> Array:
     where = f"{file.source}: tensor {brief(name)}"
     if tensor.type not in _FLOATS:
         raise UnsupportedError(f"{where} is {tensor.type}, expected one of {', '.join(_FLOATS)}")
-    if len(tensor.shape) != 2:
-        raise FormatError(f"{where} has shape {tensor.shape}, expected two dimensions")
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise FormatError(f"{where} has shape {tensor.shape}, expected two dimensions of at least 1")
     array = bfloat16.widen(tensor.numpy()) if tensor.type == "BF16" else tensor.numpy()
     with np.errstate(over="ignore"):
         factor = array.astype(np.float32)

@@ -17,7 +17,7 @@ import pytest
 import safetensors as oracle
 import safetensors.numpy as oracle_numpy
 
-from hostile import damaged, refused
+from hostile import accepted, refused
 from nplora.formats import files, safetensors
 from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError
 
@@ -162,9 +162,8 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
         (Path("/dev/zero"), "a character"),
     ]:
         for mmap in (True, False):
-            with pytest.raises(FormatError, match=kind) as caught:
+            with refused(FormatError, kind, path):
                 safetensors.open(path, mmap=mmap)
-            assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
@@ -522,17 +521,10 @@ def oracle_contents(data: bytes) -> dict[str, tuple[tuple[int, ...], bytes]]:
 
 @pytest.mark.parametrize("name", small_files())
 def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_the_oracle_reads(name: str) -> None:
-    accepted = refusals = 0
-    for data in damaged(small_files()[name]):
-        try:
-            found = contents(data)
-        except FormatError:
-            refusals += 1
-            continue
-        accepted += 1
+    versions = list(accepted(small_files()[name], contents))
+    assert versions or name == "nothing"
+    for data, found in versions:
         assert found == oracle_contents(data)
-    assert refusals >= 8
-    assert accepted or name == "nothing"
 
 
 def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts() -> None:
@@ -543,12 +535,12 @@ def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_a
     }
     data = safetensors.dumps(arrays, {"format": "pt"})
     assert len(data) - 8 - 40 == int.from_bytes(data[:8], "little")
-    accepted = 0
+    survivors = 0
     for mutated in mutations(data, 4_000, random.Random(0)):
         try:
             found = contents(mutated)
         except FormatError:
             continue
-        accepted += 1
+        survivors += 1
         assert found == oracle_contents(mutated)
-    assert accepted > 100
+    assert survivors > 100

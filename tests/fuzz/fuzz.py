@@ -1,0 +1,63 @@
+"""Fuzzes a reader: python tests/fuzz/fuzz.py READER [--planted-bug] [OPTIONS] CORPUS...
+
+READER is one of readers.READERS, OPTIONS are libFuzzer's. Any exception but a FormatError is a finding,
+Rust's panics too, and so is a hang.
+"""
+
+import contextlib
+import sys
+import warnings
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["nplora"]):
+    import readers
+    from nplora import checkpoint
+    from nplora.data import rows
+    from nplora.formats import gguf_adapter, safetensors, sharded
+    from nplora.formats.errors import FormatError
+    from nplora.formats.gguf import header
+    from nplora.formats.peft_adapter import PeftAdapter
+    from nplora.models import ModelConfig
+    from nplora.tokenizer import chat_template, directory, gguf_vocabulary, split_pattern
+
+
+def passed_over(*_: object) -> None:
+    """In the place of a check."""
+
+
+# The bug of each reader: what, its name, and what stands in its place.
+PLANTED: dict[str, tuple[Any, str, Any]] = {
+    "gguf": (header, "_check_layout", passed_over),
+    "safetensors": (safetensors, "_check_layout", passed_over),
+    "shard_index": (sharded, "_weight_map", lambda index, _: index["weight_map"]),
+    "peft_adapter": (PeftAdapter, "factor", lambda self, name: self.tensors[name].array),
+    "gguf_adapter": (gguf_adapter, "_adapted", lambda file: ([name[: -len(".lora_a")] for name in file], ())),
+    "gguf_config": (ModelConfig, "_require", passed_over),
+    "config_json": (ModelConfig, "_require", passed_over),
+    "gguf_tokenizer": (
+        gguf_vocabulary._Vocabulary,
+        "_special",
+        lambda self, key: self.metadata.integer(gguf_vocabulary.KEY + key, 0),
+    ),
+    "tokenizer_json": (directory, "_checked", lambda _, id_, source: id_),
+    "split_pattern": (split_pattern, "is_safe", lambda _: True),
+    "chat_template": (chat_template._Failures, "__exit__", passed_over),
+    "checkpoint": (checkpoint, "_fields", lambda state, _: state),
+    "rows": (rows, "_decoded", lambda line, _: line.decode()),
+}
+
+if __name__ == "__main__":
+    name = sys.argv.pop(1)
+    if "--planted-bug" in sys.argv:
+        sys.argv.remove("--planted-bug")
+        setattr(*PLANTED[name])
+    warnings.simplefilter("ignore")
+
+    def read(data: bytes) -> None:
+        with contextlib.suppress(FormatError):
+            readers.READERS[name](data)
+
+    atheris.Setup(sys.argv, read)
+    atheris.Fuzz()

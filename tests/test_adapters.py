@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import nplora
+from hostile import refused
 from nplora.adapters import load_adapter, save_adapter
 from nplora.formats import peft_adapter, safetensors
 from nplora.formats.errors import (
@@ -317,10 +318,7 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
     rewrite(tmp_path, damage)
     model = Net(rank=1, alpha=1)
     before = state(model)
-    with pytest.raises(FormatError) as caught:
-        load_adapter(model, tmp_path)
-    assert caught.type is FormatError
-    assert str(caught.value).splitlines() == [
+    lines = [
         f"{tmp_path}: the adapter does not fit the model in 7 places:",
         f"  blocks.0.A: tensor '{PREFIX}blocks.0.lora_B.weight' of shape (7, 3) is missing in the file",
         f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector': "
@@ -332,6 +330,8 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
         f"  blocks.0.B: tensor '{PREFIX}blocks.0.lora_A.weight' has shape (2, 6), expected (3, 6)",
         f"  blocks.1.B: tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
     ]
+    with refused(FormatError, "\n".join(lines), tmp_path):
+        load_adapter(model, tmp_path)
     assert state(model) == before
 
 
@@ -375,18 +375,15 @@ def test_a_hostile_configuration_gives_its_error_and_changes_nothing(
     edit(tmp_path, **fields)
     model = Net(rank=2)
     before = state(model)
-    with pytest.raises(FormatError) as caught:
+    with refused(error, words, tmp_path):
         load_adapter(model, tmp_path)
-    assert caught.type is error
-    assert str(caught.value).startswith(str(tmp_path))
-    assert words in str(caught.value)
     assert state(model) == before
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     save_adapter(Net(), tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(UnsafeError, match=r"adapter_model\.bin: a pickle can run any code"):
+    with refused(UnsafeError, "adapter_model.bin: a pickle can run any code", tmp_path):
         load_adapter(Net(), tmp_path)
 
 
@@ -458,11 +455,11 @@ def test_a_configuration_full_of_patterns_is_read_or_refused_in_seconds(tmp_path
         *(nplora.LoRALinear(np.ones((4, 4)), rank=1, init="gaussian", rng=i) for i in range(20))
     )
     save_adapter(model, tmp_path)
-    for count, refused in ((32, False), (512, True)):
+    for count, too_many in ((32, False), (512, True)):
         patterns = {f"{i:03}" + ".*" * 250: 1 for i in range(count)}
         edit(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
         begin = time.perf_counter()
-        with pytest.raises(LimitError, match="patterns") if refused else contextlib.nullcontext():
+        with pytest.raises(LimitError, match="patterns") if too_many else contextlib.nullcontext():
             load_adapter(model, tmp_path, edited_config=True)
         assert time.perf_counter() - begin < 5
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hostile import MOST_BYTES, MOST_SECONDS, refused
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
 from nplora.tokenizer import ExhaustedError
 from nplora.tokenizer.chat_template import ChatTemplate
@@ -186,13 +187,13 @@ def test_a_template_without_end_is_stopped(name: str) -> None:
     start = time.process_time()
     with pytest.raises(UnsafeError, match="model: the chat template"):
         render(ENDLESS[name], chat)
-    assert time.process_time() - start < 5  # about 0.3 s where nothing else runs
+    assert time.process_time() - start < MOST_SECONDS  # up to 0.2 s
     tracemalloc.start()
     with pytest.raises(UnsafeError):
         render(ENDLESS[name], chat)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 64 << 20
+    assert peak < MOST_BYTES
 
 
 def test_the_end_does_not_depend_on_the_clock() -> None:
@@ -253,7 +254,7 @@ def test_an_exhausted_allowance_tells_that_another_chat_may_do() -> None:
     ],
 )
 def test_what_lies_outside_the_sandbox_is_out_of_reach(template: str) -> None:
-    with pytest.raises(UnsafeError, match="is not safe: it reaches for"):
+    with refused(UnsafeError, "the chat template is not safe: it reaches for", "model: "):
         render(template, CHAT)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import nplora
 import small_models
+from hostile import refused
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
 from nplora.formats.gguf import Tensor
 
@@ -24,7 +25,7 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an odd head": ({"llama.attention.key_length": 7}, FormatError, "head_dim is 7, expected an even"),
     "values of another length": ({"llama.attention.value_length": 4}, UnsupportedError, "value_length is 4"),
     "half a rotation": ({"llama.rope.dimension_count": 4}, UnsupportedError, "dimension_count is 4"),
-    "no rotation": ({"llama.rope.freq_base": 0.0}, FormatError, "rope_theta\\) is 0"),
+    "no rotation": ({"llama.rope.freq_base": 0.0}, FormatError, "rope_theta) is 0"),
     "NaN eps": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, FormatError, "rms_norm_eps is nan"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, UnsupportedError, "'yarn', expected 'none' or 'linear'"),
     "another family": (
@@ -33,7 +34,7 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an adapter": ({"general.type": "adapter"}, FormatError, "general.type is 'adapter', expected 'model'"),
     "text for a number": ({"llama.block_count": "3"}, FormatError, "expected an integer"),
     "no context": ({"llama.context_length": None}, FormatError, "context_length' is missing"),
-    "another vocabulary": ({"llama.vocab_size": 59}, FormatError, r"shape \(60, 32\), expected \(59, 32\)"),
+    "another vocabulary": ({"llama.vocab_size": 59}, FormatError, "shape (60, 32), expected (59, 32)"),
     "a window of -1": ({"llama.attention.sliding_window": -1}, FormatError, "sliding_window is -1"),
     "a wider model": ({"llama.embedding_length": 64}, FormatError, "do not fit the model in 30 places"),
 }  # fmt: skip
@@ -43,10 +44,8 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_metadata_that_make_no_sense_are_refused(fault: str, tmp_path: Path) -> None:
     changes, error, message = GGUF_FAULTS[fault]
     path = small_models.write(tmp_path / "m.gguf", small_models.metadata(**changes))
-    with pytest.raises(error, match=message) as caught:
+    with refused(error, message, path):
         nplora.load_model(path)
-    assert str(path) in str(caught.value)
-    assert isinstance(caught.value, FormatError)
 
 
 def test_tensors_that_are_missing_or_too_many_are_all_named(tmp_path: Path) -> None:
@@ -93,8 +92,8 @@ def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: f
         down = f"blk.{i}.ffn_down.weight"
         weights[down] = blocks_of(name, weights[down], poison if i == 2 else lambda blocks: None)
     path = small_models.write(tmp_path / "m.gguf", weights=weights)
-    place = rf"'blk.2.ffn_down.weight': block 11 \(row 5, from column 32\) has a scale of {value}"
-    with pytest.raises(FormatError, match=place):
+    place = f"tensor 'blk.2.ffn_down.weight': block 11 (row 5, from column 32) has a scale of {value}"
+    with refused(FormatError, place, path):
         nplora.load_model(path)
 
 
@@ -134,9 +133,8 @@ def test_a_config_that_makes_no_sense_is_refused(fault: str, tmp_path: Path) -> 
     changes, error, message = CONFIG_FAULTS[fault]
     (tmp_path / "config.json").write_text(json.dumps(small_models.config(**changes)))
     small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
-    with pytest.raises(error, match=message) as caught:
+    with refused(error, message, tmp_path):
         nplora.load_model(tmp_path)
-    assert str(tmp_path) in str(caught.value)
 
 
 def test_directories_without_safe_weights_are_refused(tmp_path: Path) -> None:

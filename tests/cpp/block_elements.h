@@ -13,7 +13,9 @@ inline double value(Half half) {
   const int bits = half.bytes[0] | half.bytes[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
   const double sign = bits & 0x8000 ? -1 : 1;
   if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * std::ldexp(fraction + (exponent ? 1024 : 0), std::max(exponent, 1) - 25);
+  const double unit =
+      std::bit_cast<double>(uint64_t(std::max(exponent, 1) - 25 + 1023) << 52);  // 2^(exponent - 25)
+  return sign * (fraction + (exponent ? 1024 : 0)) * unit;
 }
 
 inline int bit(const uint8_t* bytes, size_t i) {

@@ -34,7 +34,7 @@ template <class T>
 class Guarded {
  public:
   Guarded(size_t n, Place place)
-      : n_(n), bytes_(std::max<size_t>(1, (n * sizeof(T) + page() - 1) / page()) * page()) {
+      : bytes_(std::max<size_t>(1, (n * sizeof(T) + page() - 1) / page()) * page()) {
     std::vector<unsigned char*>& free = pool()[bytes_];
     if (free.empty()) free.push_back(map(bytes_));
     pages_ = free.back();
@@ -54,17 +54,13 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
 
   T* data() const { return data_; }
-  size_t size() const { return n_; }
 
-  // True if every byte of the pages is filler, but for the elements whose mark is set.
-  bool filler_intact(const std::vector<bool>& is_element) {
+  // A copy of the pages, and where in it the elements begin.
+  std::vector<unsigned char> bytes() {
     unpoison();
-    std::vector<unsigned char> bytes(pages_, pages_ + bytes_);
-    const size_t first = static_cast<size_t>(reinterpret_cast<unsigned char*>(data_) - pages_);
-    for (size_t i = 0; i < n_; ++i)
-      if (is_element[i]) std::memset(&bytes[first + i * sizeof(T)], kFiller, sizeof(T));
-    return std::all_of(bytes.begin(), bytes.end(), [](unsigned char byte) { return byte == kFiller; });
+    return {pages_, pages_ + bytes_};
   }
+  size_t first() const { return static_cast<size_t>(reinterpret_cast<unsigned char*>(data_) - pages_); }
 
  private:
   static size_t page() {
@@ -95,7 +91,7 @@ class Guarded {
 #endif
   }
 
-  size_t n_, bytes_;
+  size_t bytes_;
   unsigned char* pages_;
   T* data_;
 };
@@ -105,7 +101,8 @@ struct Layout {
   size_t row_stride, step = 1, panel = SIZE_MAX, panel_stride = 0;
 
   size_t offset(size_t i, size_t j) const {
-    return j / panel * panel_stride + i * row_stride + j % panel * step;
+    const size_t before = j < panel ? 0 : j / panel;
+    return before * panel_stride + i * row_stride + (j - before * panel) * step;
   }
 };
 
@@ -126,16 +123,20 @@ class Placed {
 
   std::vector<T> values() const {
     std::vector<T> out;
+    out.reserve(rows_ * cols_);
     for (size_t i = 0; i < rows_; ++i)
       for (size_t j = 0; j < cols_; ++j) out.push_back((*this)(i, j));
     return out;
   }
 
+  // Every byte of the pages is filler, but for the elements.
   bool gaps_intact() {
-    std::vector<bool> is_element(buffer_.size());
+    std::vector<unsigned char> bytes = buffer_.bytes();
+    unsigned char* first = bytes.data() + buffer_.first();
     for (size_t i = 0; i < rows_; ++i)
-      for (size_t j = 0; j < cols_; ++j) is_element[layout_.offset(i, j)] = true;
-    return buffer_.filler_intact(is_element);
+      for (size_t j = 0; j < cols_; ++j)
+        std::memset(first + layout_.offset(i, j) * sizeof(T), kFiller, sizeof(T));
+    return bytes[0] == kFiller && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
   }
 
   // Nothing was written, neither here nor around it.

@@ -1,15 +1,20 @@
 // Holds every kernel of every instruction set that this machine runs against an independent oracle, on at
-// least 500 shapes each, in buffers between guard pages.
+// least 500 shapes each, in buffers between guard pages: kernel_tests [PART PARTS], of which each takes some of
+// the instruction sets.
 #include "check.h"
 #include "kernel_tests.h"
 
-int main() {
+#include <cstdlib>
+
+int main(int count, char** words) {
+  const size_t part = count == 3 ? strtoul(words[1], nullptr, 10) - 1 : 0;
+  const size_t parts = count == 3 ? strtoul(words[2], nullptr, 10) : 1;
   check::catch_crashes();
   test_dispatch();
-  test_quantize();
+  if (part == 0) test_quantize();
   const nplora::kernels::KernelTable* tables[16];
-  const size_t count = nplora::kernels::available_tables(tables, 16);
-  for (size_t i = 0; i < count; ++i) {
+  const size_t available = nplora::kernels::available_tables(tables, 16);
+  for (size_t i = part; i < available; i += parts) {
     test_products(*tables[i]);
     test_dots(*tables[i]);
     test_lanes(*tables[i]);

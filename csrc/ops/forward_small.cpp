@@ -188,8 +188,8 @@ class SmallForward {
     const size_t step = decodes ? kRowBlock : rows.count;
     const size_t most = decodes ? depth_block(part_.w.d_in) : full_columns(part_.w.d_in);
     W* decoded = scratch<W>(Scratch::kWeight, step * (decodes ? scratch_columns(most) : kPanelColumns));
-    for (size_t r = 0; r < rows.count; r += step)
-      stream({rows.first + r, std::min(step, rows.count - r)}, most, decoded, part + r * lanes_);
+    for_blocks(rows, step,
+               [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
   }
 
   // The same, at most so many columns at a time.
@@ -260,15 +260,15 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   std::atomic<size_t> next = 0;
   parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
     std::vector<RowTask> taken;
-    for (size_t i = 0; taken.size() < most && (i = next++) < tasks.size();) {
-      products[tasks[i].part].multiply(tasks[i].rows);
-      taken.push_back(tasks[i]);
+    for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); ++n) {
+      const SmallForward<W>& product = products[tasks[i].part];
+      product.multiply(tasks[i].rows);
+      if (product.rank() > 0) taken.push_back(tasks[i]);
     }
     const T* zs = nullptr;
     size_t part = parts.size();
     for (const RowTask& task : taken) {
       const SmallForward<W>& product = products[task.part];
-      if (product.rank() == 0) continue;
       if (task.part != part) zs = product.project(task.rows.first == 0);  // z is written by one
       part = task.part;
       product.update(zs, task.rows);

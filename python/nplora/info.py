@@ -111,32 +111,30 @@ def _safetensors(path: StrPath, size: int) -> str:
         return _text(
             f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
             metadata=[(key, _value(value)) for key, value in file.metadata.items()],
-            **_matrices(file),
+            **_matrices(_tensors(file)),
         )
 
 
 def _index(path: StrPath) -> str:
     file = sharded.open(path)
     head = f"{file.source}: safetensors in several files, {len(file):,} tensors"
-    return _text(head, **_matrices(file))
+    return _text(head, **_matrices(_tensors(file)))
 
 
 def _model(directory: StrPath) -> str:
     config = read_fields(Path(directory, model_directory.CONFIG))
-    file = model_directory.open_tensors(directory)
-    tensors = _tensors(file)
+    tensors = _tensors(model_directory.open_tensors(directory))
     family, nbytes = config.string("model_type", "that is not named"), sum(t.nbytes for t in tensors)
     said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
         f"{len(tensors):,} tensors, {nbytes:,} bytes",
         config=[(key, _value(value)) for key, value in said.items()],
-        **_matrices(file),
+        **_matrices(tensors),
     )
 
 
-def _matrices(file: model_directory.Tensors) -> dict[str, list[Row]]:
-    tensors = _tensors(file)
+def _matrices(tensors: list[_Tensor]) -> dict[str, list[Row]]:
     floats = {t.name: t.shape for t in tensors if "float" in t.type or t.type == _NF4}
     return _listed(tensors) | _trainable(floats)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora.formats import bfloat16
 from nplora.formats.errors import brief
 from nplora.formats.gguf_names import tensor_to_gguf
 
@@ -27,8 +28,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
     """SHA-256 over the norms' names in GGUF and values (d,); None where there are none."""
     digest = hashlib.sha256()
     for name in sorted(norms):
-        bits = np.ascontiguousarray(norms[name], np.float32).view(np.uint32).astype(np.uint64)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
+        rounded = bfloat16.narrow(np.ascontiguousarray(norms[name], np.float32))
         digest.update(f"\n{name} {len(rounded)} ".encode() + rounded.astype("<u2").tobytes())
     return digest.hexdigest() if norms else None
 

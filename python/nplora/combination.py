@@ -22,7 +22,7 @@ from nplora import _check
 from nplora.formats import model_digest
 from nplora.formats.errors import UnsupportedError, in_places
 from nplora.formats.files import StrPath
-from nplora.merging import Update
+from nplora.merging import Update, joint
 from nplora.updates import Adapter, Source, read_adapter
 
 Array = NDArray[Any]
@@ -52,9 +52,7 @@ class CombinedAdapter(Adapter):
     @property
     def error(self) -> float:
         """The relative error of all layers' ΔW together."""
-        squares = {name: norm**2 for name, norm in self.norms.items()}
-        lost = sum(square * self.errors[name] ** 2 for name, square in squares.items())
-        return math.sqrt(lost / sum(squares.values())) if lost else 0.0
+        return math.sqrt(joint(self.norms.values(), [self.errors[name] ** 2 for name in self.norms], 0.0))
 
     def table(self, layers: Iterable[str] | None = None) -> str:
         """A line for each layer."""

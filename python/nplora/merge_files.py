@@ -17,7 +17,7 @@ from nplora.formats.errors import FormatError, brief, in_places
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
-from nplora.merging import Merge, MergeReport, Update
+from nplora.merging import Merge, MergeReport, Update, joint
 from nplora.updates import Adapter, read_adapter
 
 Array = NDArray[Any]
@@ -47,18 +47,16 @@ class ModelMerge:
     @property
     def delta_kept(self) -> float:
         """The share of ΔW that is there, of all tensors together."""
-        return self._mean([report.kept for report in self.reports], 1.0)
+        return joint(self._norms, [report.kept for report in self.reports], 1.0)
 
     @property
     def error(self) -> float:
         """The relative error of all tensors' ΔW together."""
-        return math.sqrt(self._mean([report.error**2 for report in self.reports], 0.0))
+        return math.sqrt(joint(self._norms, [report.error**2 for report in self.reports], 0.0))
 
-    def _mean(self, values: list[float], nothing: float) -> float:
-        """Weighted by ‖ΔW‖²."""
-        squares = [report.norm**2 for report in self.reports]
-        parts = [square * value for square, value in zip(squares, values, strict=True) if square]
-        return sum(parts) / sum(squares) if parts else nothing
+    @property
+    def _norms(self) -> list[float]:
+        return [report.norm for report in self.reports]
 
     def table(self) -> str:
         """A line for every merged tensor."""
@@ -295,10 +293,8 @@ def _digest(model: _Model) -> str | None:
     """`model_digest.of` the model's norms."""
     norms = {}
     for name, tensor in model.tensors.items():
-        stored, storage = (
-            name if model.suffix == ".gguf" else gguf_names.tensor_to_gguf(name),
-            _storage(tensor),
-        )
+        stored = name if model.suffix == ".gguf" else gguf_names.tensor_to_gguf(name)
+        storage = _storage(tensor)
         if stored and model_digest.is_norm(stored) and len(tensor.shape) == 1 and storage in storages.FLOATS:
             norms[stored] = storages.decode(_bytes(tensor)[None], storage, tensor.shape[0])[0]
     return model_digest.of(norms)

@@ -5,7 +5,7 @@ from a float32 sum, never in place, and compared with what was asked for.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,15 @@ class MergeReport:
             f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, relative error "
             f"{self.error:.3g}, at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
         )
+
+
+def joint(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
+    """The mean over several updates of what is kept of each, or of squared errors, weighted by ‖ΔW‖²; of
+    updates that are all 0: `nothing`."""
+    weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
+    if not weighted:
+        return nothing
+    return sum(square * value for square, value in weighted) / sum(square for square, _ in weighted)
 
 
 @dataclass(frozen=True, eq=False)

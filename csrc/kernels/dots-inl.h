@@ -265,4 +265,79 @@ void sum_parts(size_t m, size_t phases, size_t rows, const T* part, const T* bia
   });
 }
 
+// ---- y += z Aᵀ for rows of A as long as a rank ----
+
+// The sums of kCount neighbours in turn, of kCount vectors.
+template <size_t kCount, class T>
+inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
+#pragma GCC unroll 4
+  for (size_t half = kCount / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (size_t i = 0; i < half; ++i) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+template <class T>
+inline void add_partial(Vec<T> sums, T* y, size_t n) {
+  (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
+}
+
+// Depths that vectors hold several times: vectors of A hold whole rows.
+template <class T, size_t kDepth>
+inline void add_dots_packed(size_t rows, const T* a, const T* z, T* y) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  T again[kLanes];
+  for (size_t i = 0; i < kLanes; ++i) again[i] = z[i % kDepth];
+  const Vec<T> zs = Vec<T>::load(again);
+  Vec<T> products[kDepth];
+  for (; rows >= kLanes; rows -= kLanes, a += kDepth * kLanes, y += kLanes) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kDepth; ++i) products[i] = fma(Vec<T>::load(a + i * kLanes), zs, Vec<T>::zero());
+    (Vec<T>::load(y) + sums_of_neighbours(products)).store(y);
+  }
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kDepth; ++i) {
+    const size_t first = smaller(i * kLanes, rows * kDepth);
+    products[i] =
+        fma(Vec<T>::load_partial(a + first, smaller(rows * kDepth - first, kLanes)), zs, Vec<T>::zero());
+  }
+  add_partial(sums_of_neighbours(products), y, rows);
+}
+
+// Other depths: a row at a time.
+template <class T>
+inline void add_dots_rows(size_t rows, size_t depth, const T* a, const T* z, T* y) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  for (size_t r = 0; r < rows; r += kLanes) {
+    const size_t count = smaller(rows - r, kLanes);
+    Vec<T> products[kLanes];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kLanes; ++i) products[i] = Vec<T>::zero();
+    for (size_t k = 0; k < depth; k += kLanes) {
+      const size_t width = smaller(depth - k, kLanes);
+      const Vec<T> zs = Vec<T>::load_partial(z + k, width);
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kLanes; ++i)
+        if (i < count)
+          products[i] = fma(Vec<T>::load_partial(a + (r + i) * depth + k, width), zs, products[i]);
+    }
+    add_partial(sums_of_neighbours(products), y + r, count);
+  }
+}
+
+template <class T, size_t kDepth = 1>
+inline void add_dots_one(size_t rows, size_t depth, const T* a, const T* z, T* y) {
+  if constexpr (kDepth < Vec<T>::kLanes) {
+    if (depth == kDepth) return add_dots_packed<T, kDepth>(rows, a, z, y);
+    return add_dots_one<T, 2 * kDepth>(rows, depth, a, z, y);
+  }
+  add_dots_rows(rows, depth, a, z, y);
+}
+
+template <class T>
+void add_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+              size_t y_stride) {
+  for (size_t t = 0; t < m; ++t) add_dots_one(rows, depth, a, z + t * z_stride, y + t * y_stride);
+}
+
 }  // namespace nplora::kernels::NPLORA_ISA

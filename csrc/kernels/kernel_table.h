@@ -172,6 +172,10 @@ struct Products : Tiles<T> {
   void (*sum_parts)(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
+  // y (m, rows) += z (m, depth) times the rows of a (rows, depth), which lie close: W's update, whose depth is a rank.
+  void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+                   size_t y_stride);
+
   // One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as torch computes it) on n elements; g is scaled
   // by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);

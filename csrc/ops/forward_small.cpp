@@ -99,7 +99,7 @@ class SmallForward {
                  part_.y.stride);
   }
 
-  // scale * drop(x) Bᵀ by token and phase; z without the scale, where it is `wanted`.
+  // scale * drop(x) Bᵀ (n, r); z without the scale, where it is `wanted`.
   const T* project(bool wanted) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
@@ -116,22 +116,13 @@ class SmallForward {
     if (wanted && part_.z.data)
       for (size_t t = 0; t < n; ++t) std::copy_n(z + t * rank_, rank_, part_.z.row(t));
     for (size_t i = 0; i < n * rank_; ++i) z[i] *= T(part_.low.scale);
-    return batch_.template interleave<T>({z, n, rank_, rank_},
-                                         scratch<T>(Scratch::kLowLanes, batch_.template size<T>(rank_)));
+    return z;
   }
 
-  // y[:, rows] += scale z Aᵀ.
-  void update(const T* zs, Range rows) const {
-    for_blocks(rows, kUpdatedRows, [&](Range some) {
-      T* sums = scratch<T>(Scratch::kSums, some.count * lanes_);
-      T* update = scratch<T>(Scratch::kWeight, x_.rows * some.count);
-      dots<T>({part_.low.a.data, part_.low.a.stride, 1}, some, rank_, zs, sums);
-      k_.sum_parts(x_.rows, phases_, some.count, sums, nullptr, update, some.count);
-      for (size_t t = 0; t < x_.rows; ++t, update += some.count) {
-        T* y = part_.y.row(t) + some.first;
-        for (size_t r = 0; r < some.count; ++r) y[r] += update[r];
-      }
-    });
+  // y[:, rows] += z Aᵀ.
+  void update(const T* z, Range rows) const {
+    k_.add_dots(x_.rows, rows.count, rank_, part_.low.a.row(rows.first), z, rank_, part_.y.data + rows.first,
+                part_.y.stride);
   }
 
  private:
@@ -265,13 +256,13 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
       product.multiply(tasks[i].rows);
       if (product.rank() > 0) taken.push_back(tasks[i]);
     }
-    const T* zs = nullptr;
+    const T* z = nullptr;
     size_t part = parts.size();
     for (const RowTask& task : taken) {
       const SmallForward<W>& product = products[task.part];
-      if (task.part != part) zs = product.project(task.rows.first == 0);  // z is written by one
+      if (task.part != part) z = product.project(task.rows.first == 0);  // written by one
       part = task.part;
-      product.update(zs, task.rows);
+      product.update(z, task.rows);
     }
   });
 }

@@ -14,6 +14,7 @@
 //   of float: a - b, a * b, a / b; max(a, b), min(a, b)   NaN where b is NaN;
 //   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once but for subnormals; NaN where a is NaN;
 //   transpose(Vec (&)[kLanes]);
+//   add_neighbours(a, b)   the sums of neighbours in a, then in b;
 //   keep(v)   holds a loaded v in its register.
 #pragma once
 

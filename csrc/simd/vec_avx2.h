@@ -138,6 +138,15 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(-65536)))};
 }
 
+inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
+  const __m256d halves =
+      _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));  // low of a, low of b, high of a, high of b
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8))};
+}
+inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
+  return {_mm256_permute4x64_pd(_mm256_hadd_pd(a.v, b.v), 0xd8)};
+}
+
 // Transposes an 8 x 8 block held in 8 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit halves.
 inline void transpose(Vec<float> (&r)[8]) {
   __m256 t[8], u[8];

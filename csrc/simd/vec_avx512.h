@@ -124,12 +124,13 @@ inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
 }
 // And back: even pairs to a, odd ones to b.
-inline void unzip_pairs(Vec<float>& a, Vec<float>& b) {
+template <class T>
+inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
                 odd = _mm512_set_epi64(15, 13, 11, 9, 7, 5, 3, 1);
-  const __m512d x = _mm512_castps_pd(a.v), y = _mm512_castps_pd(b.v);
-  a.v = _mm512_castpd_ps(_mm512_permutex2var_pd(x, even, y));
-  b.v = _mm512_castpd_ps(_mm512_permutex2var_pd(x, odd, y));
+  const auto x = bits_at<__m512i>(&a.v), y = bits_at<__m512i>(&b.v);
+  a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, even, y));
+  b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, odd, y));
 }
 
 #if defined(NPLORA_SIMD_BF16)
@@ -144,6 +145,16 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(-65536)))};
 }
 #endif
+
+inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0),
+                odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
+}
+inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
+  unzip_pairs(a, b);
+  return {_mm512_add_pd(a.v, b.v)};
+}
 
 // Transposes a 16 x 16 block held in 16 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit
 // quarters twice.

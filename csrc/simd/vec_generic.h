@@ -120,6 +120,17 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
   return {__builtin_bit_cast(Vec<float>::Register, a.v & 0xFFFF0000u)};
 }
 
+template <class T>
+inline Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
+  constexpr size_t kHalf = Vec<T>::kLanes / 2;
+  Vec<T> r;
+  for (size_t i = 0; i < kHalf; ++i) {
+    r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+    r.v[kHalf + i] = b.v[2 * i] + b.v[2 * i + 1];
+  }
+  return r;
+}
+
 template <class T, size_t N>
 inline void transpose(Vec<T> (&r)[N]) {
   for (size_t i = 0; i < N; ++i)

@@ -192,6 +192,13 @@ inline Scalar<Bf16Pair>::operator Vec<Bf16Pair>() const {
   return {vdupq_lane_u32(v, 0)};
 }
 
+inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
+  return {vpaddq_f32(a.v, b.v)};
+}
+inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
+  return {vpaddq_f64(a.v, b.v)};
+}
+
 inline void transpose(Vec<float> (&r)[4]) {
   const float32x4x2_t t01 = vtrnq_f32(r[0].v, r[1].v), t23 = vtrnq_f32(r[2].v, r[3].v);
   r[0].v = vcombine_f32(vget_low_f32(t01.val[0]), vget_low_f32(t23.val[0]));

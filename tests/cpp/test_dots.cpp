@@ -236,6 +236,50 @@ void test_sum_parts(const KernelTable& table) {
     }
 }
 
+template <class T>
+void run_add_dots(const KernelTable& table, Random& random, size_t m, size_t rows, size_t depth, size_t gap,
+                  Data data, Place place) {
+  check::Case one("%s add_dots<%s> m %zu rows %zu depth %zu strides + %zu, %s, %s", table.isa, type_name<T>(),
+                  m, rows, depth, gap, name_of(data), name_of(place));
+  const std::vector<T> a0 = draw<T>(random, rows * depth, data), z0 = draw<T>(random, m * depth, data),
+                       y0 = draw<T>(random, m * rows, data);
+  Row<T> a(place, a0);
+  Placed<T> z(m, depth, {depth + gap}, place, z0), y(m, rows, {rows + gap}, place, y0);
+  table.products<T>().add_dots(m, rows, depth, a.data(), z.data(), depth + gap, y.data(), rows + gap);
+  for (size_t i = 0; i < m; ++i)
+    for (size_t j = 0; j < rows; ++j) {
+      Wide<T> exact = y0[i * rows + j], terms = std::abs(exact);
+      for (size_t k = 0; k < depth; ++k) {
+        const Wide<T> term = Wide<T>(z0[i * depth + k]) * a0[j * depth + k];
+        exact += term;
+        terms += std::abs(term);
+      }
+      if (data == Data::kIntegers || !std::isfinite(exact))
+        check::expect(equal(y(i, j), T(exact)), "element (%zu, %zu) is %g, wanted %g", i, j, double(y(i, j)),
+                      double(exact));
+      else
+        check::expect(
+            std::abs(y(i, j) - exact) <=
+                gamma<T>(2 * depth + 2) * terms + Wide<T>(2 * depth) * std::numeric_limits<T>::denorm_min(),
+            "element (%zu, %zu) is %.9g, wanted %.9g", i, j, double(y(i, j)), double(exact));
+    }
+  check::expect(y.gaps_intact(), "wrote outside y");
+  check::expect(a.untouched(a0) && z.untouched(z0), "wrote to an input");
+}
+
+template <class T>
+void test_add_dots(const KernelTable& table) {
+  Random random(8);
+  for (size_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 31, 32, 33, 64})
+    for (size_t m : {1, 2, 3, 8})
+      for (size_t rows : {0, 1, 2, 7, 8, 15, 16, 17, 50}) {
+        check::count_shape(std::string("add_dots of ") + type_name<T>());
+        for (Data data : kAllData)
+          for (Place place : kPlaces)
+            run_add_dots<T>(table, random, m, rows, depth, (rows + depth) % 3, data, place);
+      }
+}
+
 }  // namespace
 
 void test_dots(const KernelTable& table) {
@@ -247,4 +291,6 @@ void test_dots(const KernelTable& table) {
   test_interleave<double>(table);
   test_sum_parts<float>(table);
   test_sum_parts<double>(table);
+  test_add_dots<float>(table);
+  test_add_dots<double>(table);
 }

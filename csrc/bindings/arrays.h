@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "base/matrix.h"
 #include "ops/weight.h"
@@ -86,6 +87,19 @@ Matrix<T> write(std::optional<Array<T>>& array) {
   return array ? write(*array) : Matrix<T>{};
 }
 
+// NumPy's own memory below this, where malloc's caches are as fast.
+inline constexpr size_t kLeastBufferBytes = size_t{1} << 16;
+
+// An array whose memory returns to the cache when its last view is gone.
+py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape);
+
+template <class T>
+Array<T> empty_rows(size_t rows, size_t cols) {
+  const std::vector<py::ssize_t> shape{py::ssize_t(rows), py::ssize_t(cols)};
+  if (rows * cols * sizeof(T) < kLeastBufferBytes) return Array<T>(shape);
+  return empty_array(py::dtype::of<T>(), shape);
+}
+
 Storage storage_of(const std::string& name);
 const char* name_of(Storage storage);
 
@@ -108,6 +122,7 @@ WeightView view(const WeightArgument<T>& w) {
 void register_buffers(py::module_& m);
 void register_weight(py::module_& m);
 void register_lora(py::module_& m);
+void register_inference(py::module_& m);
 void register_optimizer(py::module_& m);
 void register_elementwise(py::module_& m);
 void register_runtime(py::module_& m);

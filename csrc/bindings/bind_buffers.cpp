@@ -5,10 +5,7 @@
 
 namespace nplora::bindings {
 
-namespace {
-
-// An array whose memory returns to the cache when its last view is gone.
-py::array empty(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
+py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
   constexpr uint64_t kHoldsReferences = 1;  // NPY_ITEM_REFCOUNT
   require(!(dtype.flags() & kHoldsReferences), "arrays of objects are NumPy's to make");
   size_t bytes = size_t(dtype.itemsize());
@@ -26,10 +23,9 @@ py::array empty(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
   return py::array(dtype, shape, data, owner);
 }
 
-}  // namespace
-
 void register_buffers(py::module_& m) {
-  m.def("empty", &empty, py::arg("dtype"), py::arg("shape"),
+  m.attr("least_buffer_bytes") = kLeastBufferBytes;
+  m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
         "An array with undefined contents, in memory that earlier ones have left");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");
   m.def("allocations", &AlignedBuffer::allocations, "How many buffers this process has allocated");

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, m) {
   nplora::bindings::register_buffers(m);
   nplora::bindings::register_weight(m);
   nplora::bindings::register_lora(m);
+  nplora::bindings::register_inference(m);
   nplora::bindings::register_optimizer(m);
   nplora::bindings::register_elementwise(m);
   nplora::bindings::register_blocks(m);

@@ -81,6 +81,17 @@ def lora_forward(
     drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0). z None: not wanted.
     """
 
+class InferenceLayer:
+    """A layer for `infer`: it keeps the weight and the arrays, and reads them as they are then.
+
+    What `copy` and `pickle` make of it is None.
+    """
+
+    def __init__(self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None) -> None: ...
+
+def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
+    """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""
+
 def lora_backward(
     x: Array | None,
     dx: Array | None,
@@ -184,6 +195,8 @@ def dequantize_nested_nf4(
     codes: Array, absmax_codes: Array, book: Array, scales: Array, offset: float, out: Array
 ) -> None:
     """The same with a quantised absmax."""
+
+least_buffer_bytes: int
 
 def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ...
 def release_buffers() -> None: ...

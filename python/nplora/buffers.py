@@ -10,8 +10,6 @@ from nplora import _core
 
 Array = npt.NDArray[Any]
 
-_LEAST_BYTES = 1 << 16  # smaller arrays live in malloc's own caches
-
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """np.empty in memory that earlier arrays have left, where they have left any.
@@ -20,7 +18,7 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     never take more than memory in use has taken at most; `release` returns what is idle.
     """
     dtype = np.dtype(dtype)
-    if math.prod(shape) * dtype.itemsize < _LEAST_BYTES:
+    if math.prod(shape) * dtype.itemsize < _core.least_buffer_bytes:  # malloc's caches are as fast
         return np.empty(shape, dtype)
     return _core.empty(dtype, shape)
 

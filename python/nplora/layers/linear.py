@@ -49,6 +49,8 @@ class Linear(Module):
         TypeError: W does not hold floats.
     """
 
+    _inference: tuple[Any, ...] = (None,) * 3  # an InferenceLayer, and what it was made from
+
     def __init__(
         self,
         W: npt.ArrayLike | FrozenWeight,
@@ -119,18 +121,22 @@ class Linear(Module):
 
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
-        part = self.inference_part(len(rows))
+        y = buffers.empty((len(rows), self.shape[0]), self._dtype)
+        part = core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None
         keep = self.trainable and not inferring()
-        return part, part[7], LinearSaved(lead, rows if keep else None)
+        return part, y, LinearSaved(lead, rows if keep else None)
 
     def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
         """What `forward` returns, when the core has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
 
-    def inference_part(self, n: int) -> ForwardPart:
-        """This layer's part of a call on n rows that keeps nothing; its y (n, d_out) is fresh."""
-        y = buffers.empty((n, self.shape[0]), self._dtype)
-        return (core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None)
+    def inference_layer(self) -> _core.InferenceLayer:
+        """This layer as `_core.infer` takes it: made once, and again where something was exchanged."""
+        made, weight, bias = self._inference
+        if made is None or weight is not self.weight or bias is not self.bias:
+            made = _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
+            self._inference = made, self.weight, self.bias
+        return made  # type: ignore[no-any-return]
 
     def finish_inference(self, y: Array) -> Array:
         """The output, when the core has filled y."""

@@ -105,6 +105,8 @@ class LoRALinear(LoRALayer):
 
     inits = (*LoRALayer.inits, *PRINCIPAL_INITS)
 
+    _inference: tuple[Any, ...] = (None,) * 6  # an InferenceLayer, and what it was made from
+
     @property
     def bias(self) -> Array | None:
         """Array (d_out,), frozen, or None."""
@@ -148,16 +150,18 @@ class LoRALinear(LoRALayer):
 
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
-        part = self.inference_part(len(rows))
-        bias, y = part[6:8]
-        if self._lone_weight() is not None:
+        y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
+        lone = self._lone_weight()
+        if lone is not None:
+            part = lone.packed, self.A, self.B, 0.0, 0.0, 0, self._bias, y, None  # scale 0: W alone
             return part, y, LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
-        if inferring():
-            return part, y, LoRALinearSaved(lead)
-        key = self._next_key() if self.dropout else 0
-        z = buffers.empty((len(rows), self.rank), y.dtype)
-        saved = LoRALinearSaved(lead, dropout=self.dropout, key=key, x=None if self.freeze_B else rows, z=z)
-        return (*part[:4], self.dropout, key, bias, y, z), y, saved
+        bias = None if self.use_dora else self._bias
+        z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead)
+        if not inferring():
+            z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
+            key = self._next_key() if dropout else 0
+            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
+        return (self._weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z), y, saved
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
         """What `forward` returns, when the core has filled y."""
@@ -165,17 +169,25 @@ class LoRALinear(LoRALayer):
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
 
-    def inference_part(self, n: int) -> ForwardPart:
-        """This layer's part of a call on n rows that keeps nothing; its y (n, d_out) is fresh."""
+    def inference_layer(self) -> _core.InferenceLayer:
+        """This layer as `_core.infer` takes it: made once, and again where something was exchanged."""
         own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
-        a, b, bias = own["A"], own["B"], self._bias
-        y = buffers.empty((n, len(a)), a.dtype)
-        lone = self._lone_weight()
-        if lone is not None:
-            return lone.packed, a, b, 0.0, 0.0, 0, bias, y, None  # scale 0: W alone
-        if own["m"] is not None:
-            bias = None
-        return self._weight.packed, a, b, self.scale, 0.0, 0, bias, y, None
+        made, weight, merged, enabled, alpha, a = self._inference
+        if (
+            made is None
+            or own["A"] is not a
+            or own["_alpha"] is not alpha
+            or own["adapter_enabled"] is not enabled
+            or own["_merged"] is not merged
+            or own["_weight"] is not weight
+        ):
+            lone = self._lone_weight()
+            scale, bias = (
+                (self.scale, None if self.use_dora else self._bias) if lone is None else (0.0, self._bias)
+            )
+            made = _core.InferenceLayer((lone or self._weight).packed, own["A"], own["B"], scale, bias)
+            self._inference = made, self._weight, self._merged, self.adapter_enabled, self._alpha, own["A"]
+        return made  # type: ignore[no-any-return]
 
     def finish_inference(self, y: Array) -> Array:
         """The output, when the core has filled y."""

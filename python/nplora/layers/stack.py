@@ -59,9 +59,8 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear, computing alike.
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
-    parts = [layer.inference_part(len(x)) for layer in layers]
-    _core.lora_forward(x, parts)
-    return [layer.finish_inference(part[7]) for layer, part in zip(layers, parts, strict=True)]
+    ys = _core.infer(x, [layer.inference_layer() for layer in layers])
+    return [layer.finish_inference(y) for layer, y in zip(layers, ys, strict=True)]
 
 
 def stack_backward(

@@ -255,6 +255,14 @@ inline size_t fetch_ahead(size_t row_bytes) {
   return few == 0 ? 0 : (kFetchAhead + few - 1) / few * few;
 }
 
+// What comes beside, into L2: the share of kFewRows rows of those left.
+inline void fetch_share(Fetch& next, size_t rows) {
+  const size_t n = rows <= kFewRows ? next.lines : (next.lines * kFewRows + rows - 1) / rows;
+  next.lines -= n;
+  for (const char* end = next.at + n * kCacheLine; next.at < end; next.at += kCacheLine)
+    __builtin_prefetch(next.at, 0, 2);
+}
+
 template <class Block>
 struct BlockRows {
   static constexpr size_t kElements = Block::kElements;
@@ -313,16 +321,18 @@ inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const 
 
 template <class Rows>
 inline void dot_rows(const Rows& w, size_t m, size_t rows, size_t cols, const float* x, size_t x_stride,
-                     float* part) {
-  for (size_t i = 0; i < rows; i += kFewRows)
+                     float* part, Fetch next) {
+  for (size_t i = 0; i < rows; i += kFewRows) {
+    fetch_share(next, rows - i);
     dot_tiles<4>(w, {i, smaller(kFewRows, rows - i)}, m, cols, x, x_stride, part, rows);
+  }
 }
 
 template <class Block>
 void dot_blocks(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const float* x,
-                size_t x_stride, float* part) {
-  dot_rows(BlockRows<Block>{static_cast<const uint8_t*>(blocks), row_bytes}, m, rows, cols, x, x_stride,
-           part);
+                size_t x_stride, float* part, const Fetch& next) {
+  dot_rows(BlockRows<Block>{static_cast<const uint8_t*>(blocks), row_bytes}, m, rows, cols, x, x_stride, part,
+           next);
 }
 
 // ---- NF4 ----
@@ -402,9 +412,9 @@ struct Nf4Rows {
 };
 
 inline void dot_nf4(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
-                    size_t x_stride, float* part) {
+                    size_t x_stride, float* part, const Fetch& next) {
   const Levels levels(kLevels.v);
-  dot_rows(Nf4Rows{w, first, row_step, levels}, m, rows, cols, x, x_stride, part);
+  dot_rows(Nf4Rows{w, first, row_step, levels}, m, rows, cols, x, x_stride, part, next);
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -265,9 +265,11 @@ inline void int8_tiles(const Rows& w, size_t m, size_t strips, Int8Rows x, float
 
 template <class Block>
 void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes, const Int8Rows& x,
-               float* y) {
+               float* y, const Fetch& following) {
+  Fetch next = following;
   const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes)};
   for (size_t i = 0; i < rows; i += kFewRows) {
+    fetch_share(next, rows - i);
     Rows few = w.behind(i);
     few.count = smaller(kFewRows, few.count);
     int8_tiles<Block, 4>(few, m, cols / kStrip, x, y + i, rows);

@@ -64,8 +64,8 @@ inline constexpr size_t kSteps<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines, so many (up to 3) at each step of its work. None
-// by default.
+// Memory that a kernel brings into the cache while it works: whole cache lines. outer_tile takes so many (up to 3) at each step of
+// its work, the products with blocks spread them over their rows. None by default.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
@@ -241,11 +241,11 @@ struct BlockDots {
   // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted.
   void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
                                                        size_t row_bytes, const float* x, size_t x_stride,
-                                                       float* part);
+                                                       float* part, const Fetch& next);
 
   // The same where row i begins with number first + i * row_step of the flat tensor: those, and cols, are multiples of 64.
   void (*dots_nf4)(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
-                   size_t x_stride, float* part);
+                   size_t x_stride, float* part, const Fetch& next);
 };
 
 // Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each strip and sums = scale * Σ codes. The arrays
@@ -264,7 +264,8 @@ struct Int8Products {
   // y (m, rows) = x (m, cols) times rows of blocks.   cols is a multiple of the block's elements. In the order of BlockFormat, kNf4
   // excepted.
   void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
-                                                       size_t row_bytes, const Int8Rows& x, float* y);
+                                                       size_t row_bytes, const Int8Rows& x, float* y,
+                                                       const Fetch& next);
 };
 
 // What a language model computes beside its products. Where an output may be an input, element i of one is written after element i

@@ -11,6 +11,7 @@ namespace nplora {
 
 using kernels::Bf16;
 using kernels::Bf16Pair;
+using kernels::Fetch;
 using kernels::kPanelColumns;
 using kernels::kSteps;
 using kernels::Operand;
@@ -57,8 +58,43 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums};
 }
 
-// Of a factor, so much is asked for at once: it stays in L2.
-constexpr size_t kFetchedBytes = 256 << 10;
+// What an update reads of the factors, to be fetched beside the rows of W: B, of which those rows have their share, and their A.
+class Factors {
+ public:
+  template <class T>
+  Factors(const LowRank<T>& low, Range rows) {
+    if (low.rank() == 0 || rows.count == 0) return;
+    const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
+    left_[0] = lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first);
+    left_[1] = lines(low.a.row(rows.first), rows.count * low.a.stride);
+  }
+
+  // A share, of so many that are left.
+  Fetch share(size_t shares) {
+    Fetch& from = left_[left_[0].lines == 0];
+    const size_t n = std::min(from.lines, ceil_div(left_[0].lines + left_[1].lines, shares));
+    const Fetch taken{from.at, n};
+    from.at += n * kCacheLine;
+    from.lines -= n;
+    return taken;
+  }
+
+  // All of it, now.
+  void fetch() const {
+    for (const Fetch& some : left_)
+      for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
+  }
+
+ private:
+  static constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
+
+  template <class T>
+  static Fetch lines(const T* from, size_t n) {
+    return {reinterpret_cast<const char*>(from), ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine)};
+  }
+
+  Fetch left_[2];
+};
 
 // A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update
 // comes behind, when its factors have arrived; it is computed in the type of the sums.
@@ -86,13 +122,12 @@ class SmallForward {
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
-        for_blocks(rows, kRowBlock, [&](Range some) {
-          fetch_factors(some);
-          multiply_blocks(some);
-        });
+        Factors factors(part_.low, rows);
+        size_t blocks = ceil_div(rows.count, kRowBlock);
+        for_blocks(rows, kRowBlock, [&](Range some) { multiply_blocks(some, factors.share(blocks--)); });
         return;
       }
-    fetch_factors(rows);
+    Factors(part_.low, rows).fetch();
     T* sums = scratch<T>(Scratch::kSums, rows.count * lanes_);
     frozen(rows, sums);
     k_.sum_parts(x_.rows, phases_, rows.count, sums, bias_at(part_, rows.first), part_.y.data + rows.first,
@@ -126,21 +161,6 @@ class SmallForward {
   }
 
  private:
-  // Asks for these rows of A, and for as large a share of B.
-  void fetch_factors(Range rows) const {
-    if (rank_ == 0 || rows.count == 0) return;
-    const Matrix<const T>&a = part_.low.a, &b = part_.low.b;
-    const size_t size = rank_ * b.stride, first = size * rows.first / a.rows;
-    fetch(a.row(rows.first), rows.count * a.stride);
-    fetch(b.data + first, size * (rows.first + rows.count) / a.rows - first);
-  }
-
-  static void fetch(const T* from, size_t n) {
-    const auto* at = reinterpret_cast<const char*>(from);
-    for (size_t line = 0; line < std::min(n * sizeof(T), kFetchedBytes); line += kCacheLine)
-      __builtin_prefetch(at + line, 0, 2);
-  }
-
   // Calls body(some) for the rows, at most so many at a time.
   template <class Body>
   static void for_blocks(Range rows, size_t most, const Body& body) {
@@ -148,15 +168,15 @@ class SmallForward {
   }
 
   // The same where W lies in blocks, which are decoded in registers or met in int8.
-  void multiply_blocks(Range rows) const {
+  void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
     T* sums = scratch<T>(Scratch::kWeight, n * rows.count);
     const T* bias = bias_at(part_, rows.first);
     if (dots_int8(part_.w)) {
-      int8_dots_of_blocks(part_.w, rows, n, codes_, sums);
+      int8_dots_of_blocks(part_.w, rows, n, codes_, sums, next);
     } else {
-      dots_of_blocks(part_.w, rows, x_, part);
+      dots_of_blocks(part_.w, rows, x_, part, next);
       k_.sum_parts(1, lanes_, n * rows.count, part, nullptr, sums, 0);
     }
     for (size_t t = 0; t < n; ++t, sums += rows.count) {

@@ -270,19 +270,22 @@ bool dots_blocks(const WeightView& w) {
   return is_blocks(w.storage) && (w.storage != Storage::kNf4 || w.d_in % BlockNf4::kElements == 0);
 }
 
-void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part) {
+void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
+                    const kernels::Fetch& next) {
   const kernels::BlockDots& k = kernels::table().block_dots;
   if (w.storage == Storage::kNf4)
-    return k.dots_nf4(x.rows, rows.count, w.d_in, w.nf4, rows.first * w.d_in, w.d_in, x.data, x.stride, part);
+    return k.dots_nf4(x.rows, rows.count, w.d_in, w.nf4, rows.first * w.d_in, w.d_in, x.data, x.stride, part,
+                      next);
   k.dots[static_cast<size_t>(format_of(w.storage))](
       x.rows, rows.count, w.d_in, static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride,
-      x.data, x.stride, part);
+      x.data, x.stride, part, next);
 }
 
-void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y) {
+void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y,
+                         const kernels::Fetch& next) {
   kernels::table().int8.dots[static_cast<size_t>(format_of(w.storage))](
-      m, rows.count, w.d_in, static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride, x,
-      y);
+      m, rows.count, w.d_in, static_cast<const char*>(w.data) + rows.first * w.row_stride, w.row_stride, x, y,
+      next);
 }
 
 template <class T>

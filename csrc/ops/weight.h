@@ -87,10 +87,12 @@ inline bool dots_int8(const WeightView& w) {
 }
 
 // part (m, rows, lanes / 2) = x W[rows] by phase, as BlockDots computes it.
-void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part);
+void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
+                    const kernels::Fetch& next);
 
 // y (m, rows) = x W[rows] for x in int8.
-void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y);
+void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y,
+                         const kernels::Fetch& next);
 
 class PackedWeight {
  public:

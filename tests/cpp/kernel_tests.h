@@ -22,6 +22,11 @@ inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
   return Pairs::kAsFloats;
 }
 
+// Lines to fetch, which need not be there.
+inline nplora::kernels::Fetch lines_at(const void* from, size_t lines) {
+  return {static_cast<const char*>(from), lines};
+}
+
 void test_products(const nplora::kernels::KernelTable& table);
 void test_dots(const nplora::kernels::KernelTable& table);
 void test_lanes(const nplora::kernels::KernelTable& table);

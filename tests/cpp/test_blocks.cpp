@@ -178,7 +178,8 @@ void run_dots(const KernelTable& table, BlockFormat format, const DotShape& s, R
   Placed<float> x(s.m, cols, {cols + s.gap}, place, x_values);
   Row<float> part(place, s.m * s.rows * table.f32.lanes / 2);
   table.block_dots.dots[static_cast<size_t>(format)](s.m, s.rows, cols, from.data(), row_bytes + s.gap,
-                                                     x.data(), cols + s.gap, part.data());
+                                                     x.data(), cols + s.gap, part.data(),
+                                                     lines_at(from.data(), s.m + s.row_blocks));
   expect_sums(table, s, w, cols, x, part, 0);
   check::expect(part.gaps_intact() && from.untouched(bytes) && x.untouched(x_values),
                 "wrote outside its output");
@@ -214,7 +215,7 @@ void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Rand
       s.m, s.rows, cols,
       nested ? Nf4{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), 0.5f}
              : Nf4{codes.data(), absmax.data(), nullptr, nullptr, nullptr, 0},
-      first, step, x.data(), cols + s.gap, part.data());
+      first, step, x.data(), cols + s.gap, part.data(), lines_at(codes.data(), s.m + s.row_blocks));
   expect_sums(table, s, w, cols, x, part, gamma<float>(2 * cols));
   check::expect(part.gaps_intact() && codes.untouched(code_bytes) && x.untouched(x_values),
                 "wrote outside its output");

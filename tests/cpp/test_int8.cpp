@@ -104,7 +104,8 @@ void run_dots(const KernelTable& table, BlockFormat format, const Shape& s, Rand
   Row<int8_t> codes(place, code_values);
   Row<float> scales(place, scale_values), sums(place, sum_values), y(place, s.m * s.rows);
   table.int8.dots[static_cast<size_t>(format)](s.m, s.rows, cols, from.data(), row_bytes + s.gap,
-                                               {codes.data(), scales.data(), sums.data()}, y.data());
+                                               {codes.data(), scales.data(), sums.data()}, y.data(),
+                                               lines_at(from.data(), s.m + s.row_blocks));
   for (size_t t = 0; t < s.m; ++t)
     for (size_t row = 0; row < s.rows; ++row) {
       double sum = 0, magnitude = 0;

@@ -138,10 +138,6 @@ class Linear(Module):
             self._inference = made, self.weight, self.bias
         return made  # type: ignore[no-any-return]
 
-    def finish_inference(self, y: Array) -> Array:
-        """The output, when the core has filled y."""
-        return y
-
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
         d_out = self.shape[0]

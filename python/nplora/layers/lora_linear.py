@@ -101,6 +101,7 @@ class LoRALinear(LoRALayer):
         self._frozen_squares = np.empty(d_out if use_dora else 0, np.float64)  # ‖W_o‖², which never changes
         if use_dora:
             weight.packed.row_sums_of_squares(self._frozen_squares)
+        self.finishes_inference = bool(use_dora)
         super().__init__(weight, rank, alpha, init, use_rslora, rng, bool(use_dora), bool(freeze_B))
 
     inits = (*LoRALayer.inits, *PRINCIPAL_INITS)
@@ -190,8 +191,8 @@ class LoRALinear(LoRALayer):
         return made  # type: ignore[no-any-return]
 
     def finish_inference(self, y: Array) -> Array:
-        """The output, when the core has filled y."""
-        if vars(self)["m"] is not None and self._lone_weight() is None:
+        """The output, when the core has filled y; to be called where `finishes_inference`."""
+        if self._lone_weight() is None:
             y, _ = self._rescale(y, LoRALinearSaved(y.shape[:1]), training=False)
         return y
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class LiveArray(Generic[T]):
         try:
             return vars(layer)[self._name]  # type: ignore[no-any-return]
         except KeyError:
-            raise AttributeError(self._name) from None  # LoRALayer.__getattr__ finds the words
+            raise AttributeError(self._name) from None  # of an unloaded layer, whose class finds the words
 
     def __set__(self, layer: object, value: npt.ArrayLike) -> None:
         live = vars(layer)[self._name]
@@ -335,14 +335,7 @@ class LoRALayer(AdapterLayer):
 
     def discard(self) -> None:
         vars(self).clear()
-
-    if not TYPE_CHECKING:  # a type checker should still miss attributes that no layer has
-
-        def __getattr__(self, name: str) -> NoReturn:
-            reason = "no such attribute"
-            if not vars(self):
-                reason = "this layer was unloaded; use the plain layer in its place"
-            raise AttributeError(f"{type(self).__name__}.{name}: {reason}")
+        object.__setattr__(self, "__class__", _unloaded(type(self)))
 
     def _lone_weight(self) -> FrozenWeight | None:
         """The weight that answers alone: the merged one, or W while the adapter is disabled; else None."""
@@ -360,6 +353,21 @@ class LoRALayer(AdapterLayer):
         return f"({d_out}, {d_in}), {settings}{dropout}{options}"
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self._describe()})" if vars(self) else f"{type(self).__name__}(unloaded)"
+        return f"{type(self).__name__}({self._describe()})"
+
+
+def _unloaded(layer: type[LoRALayer]) -> type[LoRALayer]:
+    """The class of what is left of a layer that was unloaded.
+
+    LoRALayer itself has no `__getattr__`: with one, each attribute of a layer in use would take longer.
+    """
+
+    def missing(_: LoRALayer, name: str) -> NoReturn:
+        raise AttributeError(
+            f"{layer.__name__}.{name}: this layer was unloaded; use the plain layer in its place"
         )
+
+    def name(_: LoRALayer) -> str:
+        return f"{layer.__name__}(unloaded)"
+
+    return type(layer.__name__, (layer,), {"__getattr__": missing, "__repr__": name})

@@ -60,7 +60,10 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
     ys = _core.infer(x, [layer.inference_layer() for layer in layers])
-    return [layer.finish_inference(y) for layer, y in zip(layers, ys, strict=True)]
+    for i, layer in enumerate(layers):
+        if isinstance(layer, LoRALinear) and layer.finishes_inference:
+            ys[i] = layer.finish_inference(ys[i])
+    return ys
 
 
 def stack_backward(

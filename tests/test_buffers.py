@@ -173,3 +173,22 @@ def test_a_step_allocates_nothing_after_warm_up(tokens):
     assert _core.allocations() == allocated
     new_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     assert new_faults < 64  # pages; a fresh y of 1000 tokens alone has 500
+
+
+def test_factors_made_side_by_side_share_two_buffers_of_zeros():
+    shapes = [(3, 5), (1, 1), (100, 8)]
+    with buffers.side_by_side(*(4 * m * n for m, n in shapes)):
+        pairs = [buffers.value_and_gradient(shape, np.dtype(np.float32)) for shape in shapes]
+        beyond, _ = buffers.value_and_gradient((1, 1), np.dtype(np.float32))
+    for arrays in zip(*pairs, strict=True):
+        assert len({id(array.base) for array in arrays}) == 1
+        addresses = [address(array) for array in arrays]
+        assert addresses == [addresses[0] + offset for offset in (0, 64, 128)]
+        assert all(array.flags.c_contiguous and address(array) % 64 == 0 for array in arrays)
+        for index, array in enumerate(arrays, 1):
+            assert (array == 0).all()
+            array += index
+        assert [array.ravel().tolist() for array in arrays] == [[i] * a.size for i, a in enumerate(arrays, 1)]
+    assert beyond.base is None
+    alone, _ = buffers.value_and_gradient((3, 5), np.dtype(np.float32))
+    assert alone.base is None

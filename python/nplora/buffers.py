@@ -1,6 +1,9 @@
-"""Large arrays in memory that is used again: a training step runs in the memory of the one before."""
+"""Where arrays lie: large ones in memory that is used again, a model's factors side by side."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -31,3 +34,50 @@ def empty_like(array: Array) -> Array:
 def release() -> None:
     """Return the memory that earlier arrays have left to the system."""
     _core.release_buffers()
+
+
+_LINE = 64  # bytes of a cache line
+
+
+class _Shelf:
+    """Zeros, of which arrays are cut one behind the other."""
+
+    def __init__(self, nbytes: int) -> None:
+        whole = np.zeros(nbytes + _LINE, np.uint8)
+        self._left = whole[-whole.ctypes.data % _LINE :][:nbytes]
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._left):
+            return None
+        array = self._left[:size].view(dtype).reshape(shape)
+        self._left = self._left[_whole_lines(size) :]
+        return array
+
+
+_shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves", default=None)
+
+
+@contextlib.contextmanager
+def side_by_side(*sizes: int) -> Iterator[None]:
+    """Inside, values of these bytes lie in one buffer, and their gradients in another.
+
+    A system that has large pages finds hundreds of small arrays in a few of them.
+    """
+    total = sum(map(_whole_lines, sizes))
+    token = _shelves.set((_Shelf(total), _Shelf(total)))
+    try:
+        yield
+    finally:
+        _shelves.reset(token)
+
+
+def value_and_gradient(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Two arrays of zeros."""
+    found = [shelf.take(shape, dtype) for shelf in _shelves.get() or ()] or [None, None]
+    value, gradient = (np.zeros(shape, dtype) if array is None else array for array in found)
+    return value, gradient
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE

@@ -10,7 +10,7 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, _core
+from nplora import _check, _core, buffers
 from nplora.layers.principal import PRINCIPAL_INITS, principal_factors
 from nplora.merging import MergeReport, Update, merge_weight
 from nplora.module import AdapterLayer, Commit, Parameter
@@ -112,9 +112,9 @@ class LoRALayer(AdapterLayer):
                 stacklevel=3,
             )
         dtype = weight.compute_dtype
-        a, b = np.zeros((d_out, rank), dtype), np.zeros((rank, d_in), dtype)
-        db = None if freeze_B else np.zeros_like(b)
-        vars(self).update(A=a, B=b, m=None, dA=np.zeros_like(a), dB=db, dm=None)
+        a, da = buffers.value_and_gradient((d_out, rank), dtype)
+        b, db = buffers.value_and_gradient((rank, d_in), dtype)
+        vars(self).update(A=a, B=b, m=None, dA=da, dB=None if freeze_B else db, dm=None)
         if use_dora:
             vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
         self._start(_check.generator(op, rng))

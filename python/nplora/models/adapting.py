@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, storages
+from nplora import _check, buffers, storages
 from nplora.formats import gguf_names
 from nplora.formats.errors import nearest_names
 from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
@@ -82,6 +83,13 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
+
+
+def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
+    """Inside, `adapted` makes the factors of these layers in one buffer."""
+    rank = _check.integer("add_lora", "rank", rank, least=1)
+    sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
+    return buffers.side_by_side(*sizes)
 
 
 def adapted(

@@ -122,10 +122,11 @@ class LanguageModel(Module):
             "init": init,
         }  # fmt: skip
         modules: dict[str, Any] = dict(self.named_modules())
-        made = {
-            name: adapting.adapted(name, modules[name], adapting.row_order(self.config, name), options)
-            for name in names
-        }
+        with adapting.factors_side_by_side([modules[name] for name in names], rank):
+            made = {
+                name: adapting.adapted(name, modules[name], adapting.row_order(self.config, name), options)
+                for name in names
+            }
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))

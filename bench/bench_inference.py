@@ -121,8 +121,8 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     peer = find_spec("llama_cpp_py_sync") is not None
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
-    with Runtimes(threads) as runtimes:
-        result = runtimes.race(contestants, rounds=1 if quick else 3)
+    runtimes = Runtimes(threads)
+    result = runtimes.race(contestants, rounds=1 if quick else 3)
     found = []
     for contestant in contestants:
         prompt, decode = (result.median(contestant.name, cell) for cell in ("prompt", "decode"))

@@ -198,13 +198,13 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     print(f"\nLoRALinear forward + backward, {on_threads(threads)}: its time over that of W alone")
     print(f"  {'rows':>5} {'W':>10} {'r':>3} {'dtype':9}{'ms':>8} {'over W':>7} {'floor':>6}  × as fast as")
     rows = []
-    with Runtimes(threads) as runtimes:
-        for case in cases(quick):
-            row = race(runtimes, case, 3 if quick else 9)
-            over = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["over"].items())
-            print(
-                f"  {case.n:5} {f'{case.d_out}x{case.d_in}':>10} {case.rank:3} {case.dtype:9}"
-                f"{row['seconds'] * 1e3:8.2f} {row['over_bare']:7.3f} {case.floor:6.3f}  {over}"
-            )
-            rows.append(row)
+    runtimes = Runtimes(threads)
+    for case in cases(quick):
+        row = race(runtimes, case, 3 if quick else 9)
+        over = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["over"].items())
+        print(
+            f"  {case.n:5} {f'{case.d_out}x{case.d_in}':>10} {case.rank:3} {case.dtype:9}"
+            f"{row['seconds'] * 1e3:8.2f} {row['over_bare']:7.3f} {case.floor:6.3f}  {over}"
+        )
+        rows.append(row)
     return rows

@@ -118,19 +118,19 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the rates on `threads` threads; return them."""
     found: list[dict[str, Any]] = []
     storages = ("q4_1",) if quick else STORAGES
-    with Runtimes(threads) as runtimes:
-        for compute in ("float32", "bfloat16"):
-            case = Case(storages, compute)
-            contestant = Contestant("nplora", batch_products, (case, threads))
-            result = runtimes.race([contestant], rounds=2 if quick else 7)
-            figures = batch_figures(case, threads, result)
-            print(f"\nW {WIDTH}x{WIDTH}, {BATCH} rows, {on_threads(threads)}: speed over {compute} storage")
-            print(f"  {'':6}{'forward':>10}{'backward':>10}")
-            for row in figures:
-                print(f"  {row['storage']:6}{row['forward']:10.2f}{row['backward']:10.2f}")
-            found += figures
-        found += run_rows(runtimes, storages, "float32", quick)
-        found += run_rows(runtimes, tuple(s for s in storages if s != "nf4"), "int8", quick)
+    runtimes = Runtimes(threads)
+    for compute in ("float32", "bfloat16"):
+        case = Case(storages, compute)
+        contestant = Contestant("nplora", batch_products, (case, threads))
+        result = runtimes.race([contestant], rounds=2 if quick else 7)
+        figures = batch_figures(case, threads, result)
+        print(f"\nW {WIDTH}x{WIDTH}, {BATCH} rows, {on_threads(threads)}: speed over {compute} storage")
+        print(f"  {'':6}{'forward':>10}{'backward':>10}")
+        for row in figures:
+            print(f"  {row['storage']:6}{row['forward']:10.2f}{row['backward']:10.2f}")
+        found += figures
+    found += run_rows(runtimes, storages, "float32", quick)
+    found += run_rows(runtimes, tuple(s for s in storages if s != "nf4"), "int8", quick)
     return found
 
 

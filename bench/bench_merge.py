@@ -138,8 +138,8 @@ def _peak() -> int:
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the races on `threads` threads; return their figures."""
-    with Runtimes(threads) as runtimes:
-        return [race(runtimes, rank, 3 if quick else 9) for rank in (RANKS[:1] if quick else RANKS)]
+    runtimes = Runtimes(threads)
+    return [race(runtimes, rank, 3 if quick else 9) for rank in (RANKS[:1] if quick else RANKS)]
 
 
 def race(runtimes: Runtimes, rank: int, rounds: int) -> dict[str, Any]:

@@ -231,26 +231,26 @@ def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, A
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the races on `threads` threads; return their figures."""
     rows: list[dict[str, Any]] = []
-    with Runtimes(threads) as runtimes:
-        for dtype in ("float32", "bfloat16"):
-            for shape in [SHAPES[-2]] if quick else SHAPES:
-                case = Case(*shape, (8, 128) if quick else BATCHES, dtype)
-                bound = "multiply_add" if dtype == "float32" else "bf16_dots"
-                result = race(runtimes, case, bound, 2 if quick else 7)
-                found = figures(case, threads, result, case.flops)
-                show(case, threads, "GFLOP/s", "of peak", found)
-                rows += found
+    runtimes = Runtimes(threads)
+    for dtype in ("float32", "bfloat16"):
+        for shape in [SHAPES[-2]] if quick else SHAPES:
+            case = Case(*shape, (8, 128) if quick else BATCHES, dtype)
+            bound = "multiply_add" if dtype == "float32" else "bf16_dots"
+            result = race(runtimes, case, bound, 2 if quick else 7)
+            found = figures(case, threads, result, case.flops)
+            show(case, threads, "GFLOP/s", "of peak", found)
+            rows += found
     return rows
 
 
 def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
     """The same for a handful of rows of a large W, against the rate at which memory is read."""
     rows: list[dict[str, Any]] = []
-    with Runtimes(threads) as runtimes:
-        for dtype in ("float32", "bfloat16"):
-            case = Case(*ROW_SHAPE, (1,) if quick else ROW_BATCHES, dtype)
-            result = race(runtimes, case, "read", 2 if quick else 7)
-            found = figures(case, threads, result, case.bytes_read)
-            show(case, threads, "GB/s of W", "of read", found)
-            rows += found
+    runtimes = Runtimes(threads)
+    for dtype in ("float32", "bfloat16"):
+        case = Case(*ROW_SHAPE, (1,) if quick else ROW_BATCHES, dtype)
+        result = race(runtimes, case, "read", 2 if quick else 7)
+        found = figures(case, threads, result, case.bytes_read)
+        show(case, threads, "GB/s of W", "of read", found)
+        rows += found
     return rows

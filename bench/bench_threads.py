@@ -48,26 +48,26 @@ def run_scaling(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     print(f"\n{on_threads(threads)} over one, forward + backward of the frozen product")
     rows = []
-    with Runtimes(threads) as runtimes:
-        for dtype in ("float32", "bfloat16"):
-            for shape in SHAPES[:1] if quick else SHAPES:
-                for n in BATCHES[:1] if quick else BATCHES:
-                    contestant = Contestant(
-                        "nplora",
-                        products,
-                        (shape, n, dtype, threads, path),
-                        ceilings=("FMA 1", "FMA all"),
-                    )
-                    result = runtimes.race([contestant], rounds=3 if quick else 9, seconds=0.05)
-                    speedup = result.ratio(("nplora", "1"), ("nplora", "all"))
-                    possible = result.ratio(("nplora", "FMA all"), ("nplora", "FMA 1"))
-                    print(
-                        f"  {n:5} rows, W {shape[0]}x{shape[1]} {dtype:9}{speedup:6.2f} of the FMA "
-                        f"loop's {possible:.2f} = {speedup / possible:.1%}"
-                    )
-                    rows.append(
-                        {"shape": shape, "n": n, "dtype": dtype, "speedup": speedup, "possible": possible}
-                    )
+    runtimes = Runtimes(threads)
+    for dtype in ("float32", "bfloat16"):
+        for shape in SHAPES[:1] if quick else SHAPES:
+            for n in BATCHES[:1] if quick else BATCHES:
+                contestant = Contestant(
+                    "nplora",
+                    products,
+                    (shape, n, dtype, threads, path),
+                    ceilings=("FMA 1", "FMA all"),
+                )
+                result = runtimes.race([contestant], rounds=3 if quick else 9, seconds=0.05)
+                speedup = result.ratio(("nplora", "1"), ("nplora", "all"))
+                possible = result.ratio(("nplora", "FMA all"), ("nplora", "FMA 1"))
+                print(
+                    f"  {n:5} rows, W {shape[0]}x{shape[1]} {dtype:9}{speedup:6.2f} of the FMA "
+                    f"loop's {possible:.2f} = {speedup / possible:.1%}"
+                )
+                rows.append(
+                    {"shape": shape, "n": n, "dtype": dtype, "speedup": speedup, "possible": possible}
+                )
     return rows
 
 
@@ -104,11 +104,11 @@ def step_after_numpy(threads: int, steps: int) -> Calls:
 def run_after_numpy(quick: bool, threads: int) -> dict[str, Any]:
     """Print what a NumPy product right before costs a step; return the figures."""
     steps = STEPS // 10 if quick else STEPS
-    with Runtimes(threads) as runtimes:
-        contestant = Contestant(
-            "nplora", step_after_numpy, (threads, steps), "numpy", ceilings=("median", "worst")
-        )
-        result = runtimes.race([contestant], rounds=1 if quick else 5)
+    runtimes = Runtimes(threads)
+    contestant = Contestant(
+        "nplora", step_after_numpy, (threads, steps), "numpy", ceilings=("median", "worst")
+    )
+    result = runtimes.race([contestant], rounds=1 if quick else 5)
     figures = {cell: result.median("nplora", cell) for cell in ("median", "worst")}
     print(f"\na LoRA step right after a NumPy product, {on_threads(threads)}, over its time alone")
     print(f"  median {figures['median']:.2f}, worst of {steps} {figures['worst']:.2f}")

@@ -203,8 +203,8 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if not quick:
         settings = [full_text(4, n, dtype) for n in (256, 1024) for dtype in DTYPES]
         settings += [short_examples(dtype) for dtype in DTYPES]
-    with Runtimes(threads) as runtimes:
-        rows = [race(runtimes, setting, 1 if quick else 3) for setting in settings]
+    runtimes = Runtimes(threads)
+    rows = [race(runtimes, setting, 1 if quick else 3) for setting in settings]
     for setting, row in zip(settings, rows, strict=True):
         row["parts"] = train_parts.measure(nplora_step, setting, threads)
     return rows
@@ -218,7 +218,7 @@ def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
     ]
     if has_peft():
         contestants.append(Contestant("torch", torch_cells, (setting, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=2.0)
+    result = runtimes.race(contestants, rounds=rounds, seconds=0.5)
     mine = "nplora", "step"
     seconds = result.median(*mine)
     row: dict[str, Any] = {
@@ -267,14 +267,14 @@ def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds of a step")
     rows = []
-    with Runtimes(threads) as runtimes:
-        for dtype in DTYPES:
-            setting = full_text(1 if quick else 4, 64 if quick else 256, dtype)
-            contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
-            result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=2.0)
-            again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
-            print(f"  {dtype:9} blocks below run again {again:.3f}, kept {kept:.3f}: {again / kept:.2f} x")
-            rows.append({"dtype": dtype, "again": again, "kept": kept})
+    runtimes = Runtimes(threads)
+    for dtype in DTYPES:
+        setting = full_text(1 if quick else 4, 64 if quick else 256, dtype)
+        contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
+        result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=0.5)
+        again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
+        print(f"  {dtype:9} blocks below run again {again:.3f}, kept {kept:.3f}: {again / kept:.2f} x")
+        rows.append({"dtype": dtype, "again": again, "kept": kept})
     return rows
 
 

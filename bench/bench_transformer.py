@@ -391,17 +391,13 @@ def race_rows(runtimes: Runtimes, rounds: int) -> list[dict[str, Any]]:
 def run(quick: bool, threads: int) -> dict[str, list[dict[str, Any]]]:
     """Print the races on `threads` threads; return their figures."""
     rounds = 3 if quick else 9
-    with Runtimes(threads) as runtimes:
-        print(f"\ncausal attention, forward + backward, {on_threads(threads)}")
-        print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of FMA':>9}   × as fast as torch")
-        attention = [
-            race_attention(runtimes, case, rounds) for case in (SMOLLM2 if quick else SMOLLM2 + WIDER)
-        ]
-        print(f"\nattention of one new token, {on_threads(threads)}")
-        print(
-            f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of read':>9}   × as fast as torch"
-        )
-        decoding = [race_cache(runtimes, case, rounds) for case in (CACHES[1:2] if quick else CACHES)]
-        print(f"\n{N} tokens of SmolLM2-135M, {on_threads(threads)}")
-        print(f"  {'':28}{'ms':>9}{'of memory':>10}  × as fast as torch")
-        return {"attention": attention, "decoding": decoding, "rows": race_rows(runtimes, rounds)}
+    runtimes = Runtimes(threads)
+    print(f"\ncausal attention, forward + backward, {on_threads(threads)}")
+    print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of FMA':>9}   × as fast as torch")
+    attention = [race_attention(runtimes, case, rounds) for case in (SMOLLM2 if quick else SMOLLM2 + WIDER)]
+    print(f"\nattention of one new token, {on_threads(threads)}")
+    print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of read':>9}   × as fast as torch")
+    decoding = [race_cache(runtimes, case, rounds) for case in (CACHES[1:2] if quick else CACHES)]
+    print(f"\n{N} tokens of SmolLM2-135M, {on_threads(threads)}")
+    print(f"  {'':28}{'ms':>9}{'of memory':>10}  × as fast as torch")
+    return {"attention": attention, "decoding": decoding, "rows": race_rows(runtimes, rounds)}

@@ -15,8 +15,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -68,22 +67,16 @@ class Result:
         return median(operations / seconds / rate for seconds, rate in pairs)
 
 
+_lanes: dict[
+    tuple[str, int], tuple[Any, Connection]
+] = {}  # the processes, by runtime and threads of its BLAS
+
+
 class Runtimes:
-    """The processes that contestants run in, started when first asked for: runtimes on so many threads."""
+    """The processes that contestants run in: started when asked for, they serve every race."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._lanes: dict[str, tuple[Any, Connection]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process, connection in self._lanes.values():
-            connection.close()
-            process.join()
 
     def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
         """`rounds` turns each, in which every call is timed for about so many seconds, three times at least.
@@ -114,9 +107,10 @@ class Runtimes:
         return result
 
     def _ask(self, runtime: str, question: tuple[Any, ...]) -> Any:
-        if runtime not in self._lanes:
-            self._lanes[runtime] = _start(self.threads if runtime != "nplora" else 1)
-        connection = self._lanes[runtime][1]
+        lane = runtime, self.threads if runtime != "nplora" else 1
+        if lane not in _lanes:
+            _lanes[lane] = _start(lane[1])
+        connection = _lanes[lane][1]
         connection.send(question)
         answer = connection.recv()
         if isinstance(answer, str):

@@ -461,9 +461,13 @@ def test_unloading_leaves_a_plain_linear_and_an_empty_layer(
     np.testing.assert_allclose(linear(x), before, rtol=1e-12)
     with pytest.raises(AttributeError, match=r"LoRALinear\.A: this layer was unloaded"):
         _ = layer.A
-    with pytest.raises(AttributeError, match=r"LoRALinear\.weight: this layer was unloaded"):
+    with pytest.raises(AttributeError, match=r"LoRALinear\.__call__: this layer was unloaded"):
         layer(x)
-    assert repr(layer) == "LoRALinear(unloaded)"
+    with pytest.raises(AttributeError, match=r"LoRALinear\.scale: this layer was unloaded"):
+        _ = layer.scale
+    with pytest.raises(AttributeError, match=r"LoRALinear\.A: this layer was unloaded"):
+        layer.A = 1
+    assert repr(layer) == repr(pickle.loads(pickle.dumps(layer))) == "LoRALinear(unloaded)"
 
 
 def test_a_disabled_adapter_leaves_the_frozen_weight_alone(rng: np.random.Generator) -> None:

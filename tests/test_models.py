@@ -105,11 +105,31 @@ def test_the_head_reads_only_tokens_with_a_target_a_chunk_at_a_time(
     )
     lm.zero_grad()
     assert lm.forward_backward(batch, 0.1) == pytest.approx(expected, rel=1e-6)
-    assert rows == [4, 4, 4, 1]
+    assert rows == [4, 3, 3, 3]
     for p in lm.parameters():
         np.testing.assert_allclose(
             p.grad, found[p.name], rtol=0, atol=1e-5 * np.abs(p.grad).max(), err_msg=p.name
         )
+
+
+@pytest.mark.parametrize("vocab", [32, 49152, 151936])
+def test_the_chunks_of_the_head_are_even_and_no_larger_than_planned(vocab: int) -> None:
+    from nplora.models import head
+
+    for n in range(0, 700, 13):
+        pieces = head.chunks(np.arange(n), vocab)
+        assert [int(i) for piece in pieces for i in piece] == list(range(n))
+        sizes = [len(piece) for piece in pieces]
+        assert max(sizes, default=0) <= head.most_rows(vocab)
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+        assert len(sizes) == -(-n // head.most_rows(vocab))
+
+
+def test_the_factors_of_a_model_lie_side_by_side(lm: LanguageModel) -> None:
+    lm.add_lora(rank=3, targets=["all-linear", "embed_tokens", "lm_head"])
+    layers = lm.adapter_layers().values()
+    assert len({id(array.base) for layer in layers for array in (layer.A, layer.B)}) == 1
+    assert len({id(array.base) for layer in layers for array in (layer.dA, layer.dB)}) == 1
 
 
 def test_a_loss_of_your_own_goes_through_forward_and_backward(lm: LanguageModel) -> None:

@@ -1,10 +1,15 @@
 """Layers that read one input: stack_forward and stack_backward."""
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
 import nplora
-from nplora import Linear, LoRALinear, stack_backward, stack_forward
+from nplora import Linear, LoRALinear, _core, stack_backward, stack_forward
 from nplora.layers.stack import stack_infer
 from nplora.module import inference
 from reference import gamma
@@ -102,6 +107,96 @@ def test_inference_alone_gives_the_bits_of_the_forward_pass(state: str) -> None:
         wanted, got = stack_forward(layers, x)[0], stack_infer(layers, x)
     for y, expected in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(y, expected)
+
+
+def adopted(rank: int, rslora: bool) -> Callable[[LoRALinear], None]:
+    def change(layer: LoRALinear) -> None:
+        rng = np.random.default_rng(rank)
+        factors = {"A": rng.standard_normal((len(layer.A), rank)), "B": rng.standard_normal((rank, D_IN))}
+        layer.prepare_adopt({k: v.astype(np.float32) for k, v in factors.items()}, layer.alpha, rslora)()
+
+    return change
+
+
+CHANGES: dict[str, Callable[[LoRALinear], Any]] = {
+    "factors": lambda layer: layer.A.__imul__(2),
+    "alpha": lambda layer: setattr(layer, "alpha", 5.0),
+    "merged": LoRALinear.merge,
+    "unmerged": LoRALinear.unmerge,
+    "disabled": lambda layer: setattr(layer, "adapter_enabled", False),
+    "enabled": lambda layer: setattr(layer, "adapter_enabled", True),
+    "rsLoRA": adopted(RANK, True),
+    "another rank": adopted(RANK + 3, False),
+    "drawn again": lambda layer: layer.seed(9),
+}
+
+
+def test_inference_follows_whatever_changes_a_layer() -> None:
+    layers, x = layers_of(), passes(2)[0]
+    before = stack_infer(layers, x)
+    for name, change in CHANGES.items():
+        for layer in layers:
+            change(layer)
+        for copies in (layers, copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
+            with inference():
+                wanted = stack_forward(copies, x)[0]
+            for y, expected in zip(stack_infer(copies, x), wanted, strict=True):
+                np.testing.assert_array_equal(y, expected, err_msg=name)
+        after = stack_infer(layers, x)
+        assert not np.array_equal(after[0], before[0]), name
+        before = after
+
+
+def test_inference_follows_a_linear_layer_whose_arrays_are_exchanged() -> None:
+    rng = np.random.default_rng(0)
+    layer, x = Linear(rng.standard_normal((4, D_IN)), np.ones(4)), passes(2)[0]
+    for _ in range(2):
+        np.testing.assert_array_equal(stack_infer([layer], x)[0], layer(x))
+        layer.weight, layer.bias = (
+            nplora.FrozenWeight(rng.standard_normal((4, D_IN))),
+            np.zeros(4, np.float32),
+        )
+
+
+def test_what_inference_keeps_of_a_merged_layer_goes_with_the_merged_weight() -> None:
+    layer, x = layers_of()[0], passes(1)[0]
+    layer.merge()
+    stack_infer([layer], x)
+    assert "_prepared" in vars(layer)
+    layer.unmerge()
+    assert "_prepared" not in vars(layer)
+    stack_infer([layer], x)
+    assert "_prepared" not in layer.__getstate__()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_core_keeps_what_an_inference_layer_reads(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    w, a, b, bias = (rng.standard_normal(shape).astype(dtype) for shape in ((5, 7), (5, 2), (2, 7), (5,)))
+    x = rng.standard_normal((3, 7)).astype(dtype)
+    wanted = x @ (w + 0.5 * a @ b).T + bias
+    layer = _core.InferenceLayer(w.copy(), a.copy(), b.copy(), 0.5, bias.copy())
+    rubbish = [np.full(n, np.nan, dtype) for n in (35, 10, 14, 5) for _ in range(20)]
+    np.testing.assert_allclose(_core.infer(x, [layer])[0], wanted, rtol=1e-5)
+    assert len(rubbish) == 80
+
+
+def test_the_core_refuses_what_does_not_fit() -> None:
+    w, a, b = np.ones((5, 7), np.float32), np.ones((5, 2), np.float32), np.ones((2, 7), np.float32)
+    layer = _core.InferenceLayer(w, a, b, 1.0, None)
+    for x in (np.ones((1, 6), np.float32), np.ones((1, 7))):
+        with pytest.raises(ValueError, match=r"x must have shape|another dtype"):
+            _core.infer(x, [layer])
+    for arguments in (
+        (w, b, a, 1.0, None),
+        (None, a, b, 1.0, None),
+        (w, a, b, 1.0, a[0]),
+        (w.T, a, b, 1.0, None),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            _core.InferenceLayer(*arguments)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError)):
+        _core.infer(np.ones((1, 7), np.float32), [layer, None])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])

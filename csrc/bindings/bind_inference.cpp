@@ -68,9 +68,6 @@ void register_inference(py::module_& m) {
   py::class_<InferenceLayer> layer(m, "InferenceLayer");
   register_products<float>(m, layer);
   register_products<double>(m, layer);
-  // A copy would read the arrays of the original: it is None.
-  layer.def("__reduce__",
-            [](const InferenceLayer&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
 }
 
 }  // namespace nplora::bindings

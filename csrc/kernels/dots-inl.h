@@ -265,7 +265,7 @@ void sum_parts(size_t m, size_t phases, size_t rows, const T* part, const T* bia
   });
 }
 
-// ---- y += z Aᵀ for rows of A as long as a rank ----
+// ---- y (m, rows) += z (m, depth) Aᵀ for rows of A (rows, depth) as long as a rank ----
 
 // The sums of kCount neighbours in turn, of kCount vectors.
 template <size_t kCount, class T>
@@ -278,66 +278,105 @@ inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 }
 
 template <class T>
-inline void add_partial(Vec<T> sums, T* y, size_t n) {
-  (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
+inline void add_first(Vec<T> sums, size_t n, T* y) {
+  if (n == Vec<T>::kLanes)
+    (Vec<T>::load(y) + sums).store(y);
+  else
+    (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
 }
 
-// Depths that vectors hold several times: vectors of A hold whole rows.
-template <class T, size_t kDepth>
-inline void add_dots_packed(size_t rows, const T* a, const T* z, T* y) {
+// y (rows) += a (rows, kDepth) z for at most kLanes rows, of which a vector holds several.
+template <size_t kDepth, class T>
+inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
-  T again[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) again[i] = z[i % kDepth];
-  const Vec<T> zs = Vec<T>::load(again);
   Vec<T> products[kDepth];
-  for (; rows >= kLanes; rows -= kLanes, a += kDepth * kLanes, y += kLanes) {
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kDepth; ++i) products[i] = fma(Vec<T>::load(a + i * kLanes), zs, Vec<T>::zero());
-    (Vec<T>::load(y) + sums_of_neighbours(products)).store(y);
-  }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (size_t i = 0; i < kDepth; ++i) {
-    const size_t first = smaller(i * kLanes, rows * kDepth);
-    products[i] =
-        fma(Vec<T>::load_partial(a + first, smaller(rows * kDepth - first, kLanes)), zs, Vec<T>::zero());
+    const size_t first = i * kLanes, n = rows * kDepth;
+    const Vec<T> some = rows == kLanes ? Vec<T>::load(a + first)
+                        : first < n    ? Vec<T>::load_partial(a + first, smaller(n - first, kLanes))
+                                       : Vec<T>::zero();
+    products[i] = fma(some, z, Vec<T>::zero());
   }
-  add_partial(sums_of_neighbours(products), y, rows);
+  add_first(sums_of_neighbours(products), rows, y);
 }
 
-// Other depths: a row at a time.
-template <class T>
-inline void add_dots_rows(size_t rows, size_t depth, const T* a, const T* z, T* y) {
+// y (m, rows) += z (m, kDepth) aᵀ, a block of a's rows after the other for all tokens.
+template <size_t kDepth, class T>
+inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_t z_stride, T* y,
+                            size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
-  for (size_t r = 0; r < rows; r += kLanes) {
-    const size_t count = smaller(rows - r, kLanes);
-    Vec<T> products[kLanes];
+  Vec<T> zs[kMostSmallBatch];
+  for (size_t t = 0; t < m; ++t) zs[t] = Vec<T>::template load_group<kDepth>(z + t * z_stride);
+  for (size_t r = 0; r < rows; r += kLanes)
+    for (size_t t = 0; t < m; ++t)
+      add_packed_rows<kDepth>(smaller(rows - r, kLanes), a + r * kDepth, zs[t], y + t * y_stride + r);
+}
+
+// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Behind the last row it is taken again.
+template <size_t kTokens, class T>
+inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+                         size_t y_stride) {
+  constexpr size_t kLanes = Vec<T>::kLanes, kRows = kLanes / kTokens;
+  Vec<T> sums[kLanes];
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kLanes; ++i) products[i] = Vec<T>::zero();
-    for (size_t k = 0; k < depth; k += kLanes) {
-      const size_t width = smaller(depth - k, kLanes);
-      const Vec<T> zs = Vec<T>::load_partial(z + k, width);
+  for (size_t i = 0; i < kLanes; ++i) sums[i] = Vec<T>::zero();
+  const T* at[kRows];
 #pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i)
-        if (i < count)
-          products[i] = fma(Vec<T>::load_partial(a + (r + i) * depth + k, width), zs, products[i]);
+  for (size_t r = 0; r < kRows; ++r) at[r] = a + smaller(r, rows - 1) * depth;
+  const auto step = [&](size_t k, const auto& load) {
+    Vec<T> zs[kTokens];
+#pragma GCC unroll 4
+    for (size_t t = 0; t < kTokens; ++t) zs[t] = load(z + t * z_stride + k);
+#pragma GCC unroll 16
+    for (size_t r = 0; r < kRows; ++r) {
+      const Vec<T> some = load(at[r] + k);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t) sums[t * kRows + r] = fma(some, zs[t], sums[t * kRows + r]);
     }
-    add_partial(sums_of_neighbours(products), y + r, count);
+  };
+  size_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) step(k, [](const T* p) { return Vec<T>::load(p); });
+  if (k < depth) step(k, [n = depth - k](const T* p) { return Vec<T>::load_partial(p, n); });
+  const Vec<T> total = sums_of_neighbours(sums);
+  if constexpr (kTokens == 1) {
+    add_first(total, rows, y);
+  } else {
+    T values[kLanes];
+    total.store(values);
+    for (size_t t = 0; t < kTokens; ++t)
+      for (size_t r = 0; r < rows; ++r) y[t * y_stride + r] += values[t * kRows + r];
   }
 }
 
-template <class T, size_t kDepth = 1>
-inline void add_dots_one(size_t rows, size_t depth, const T* a, const T* z, T* y) {
-  if constexpr (kDepth < Vec<T>::kLanes) {
-    if (depth == kDepth) return add_dots_packed<T, kDepth>(rows, a, z, y);
-    return add_dots_one<T, 2 * kDepth>(rows, depth, a, z, y);
+// m tokens in groups of 4, 2 and 1, which find a block of a's rows in L1.
+template <size_t kTokens, class T>
+inline void add_block_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
+                           size_t y_stride) {
+  constexpr size_t kRows = Vec<T>::kLanes / kTokens;
+  for (; m >= kTokens; m -= kTokens, z += kTokens * z_stride, y += kTokens * y_stride)
+    for (size_t r = 0; r < rows; r += kRows)
+      add_few_dots<kTokens>(smaller(rows - r, kRows), depth, a + r * depth, z, z_stride, y + r, y_stride);
+  if constexpr (kTokens > 1) add_block_dots<kTokens / 2>(m, rows, depth, a, z, z_stride, y, y_stride);
+}
+
+template <size_t kDepth, class T>
+inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride,
+                              T* y, size_t y_stride) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  if constexpr (kDepth < kLanes) {
+    if (depth == kDepth) return add_packed_dots<kDepth>(m, rows, a, z, z_stride, y, y_stride);
+    return add_dots_of_depth<2 * kDepth>(m, rows, depth, a, z, z_stride, y, y_stride);
   }
-  add_dots_rows(rows, depth, a, z, y);
+  for (size_t r = 0; r < rows; r += kLanes)
+    add_block_dots<smaller(4, kLanes)>(m, smaller(rows - r, kLanes), depth, a + r * depth, z, z_stride, y + r,
+                                       y_stride);
 }
 
 template <class T>
 void add_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
               size_t y_stride) {
-  for (size_t t = 0; t < m; ++t) add_dots_one(rows, depth, a, z + t * z_stride, y + t * y_stride);
+  add_dots_of_depth<2>(m, rows, depth, a, z, z_stride, y, y_stride);
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -172,7 +172,7 @@ struct Products : Tiles<T> {
   void (*sum_parts)(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
-  // y (m, rows) += z (m, depth) times the rows of a (rows, depth), which lie close: W's update, whose depth is a rank.
+  // y (m, rows) += z (m, depth) aᵀ with a (rows, depth) dense: the update of a small batch, m <= kMostSmallBatch, depth a rank.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                    size_t y_stride);
 

@@ -5,6 +5,7 @@
 
 #include "base/parallel.h"
 #include "ops/elements.h"
+#include "ops/fetch_list.h"
 #include "ops/forward.h"
 
 namespace nplora {
@@ -58,43 +59,24 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums};
 }
 
-// What an update reads of the factors, to be fetched beside the rows of W: B, of which those rows have their share, and their A.
-class Factors {
- public:
-  template <class T>
-  Factors(const LowRank<T>& low, Range rows) {
-    if (low.rank() == 0 || rows.count == 0) return;
-    const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
-    left_[0] = lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first);
-    left_[1] = lines(low.a.row(rows.first), rows.count * low.a.stride);
-  }
+// What the update of rows of W reads of the factors: B, of which those rows have their share, and their A.
+template <class T>
+FetchList factors(const LowRank<T>& low, Range rows) {
+  if (low.rank() == 0 || rows.count == 0) return {{}, {}};
+  constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
+  const auto lines = [&](const T* from, size_t n) {
+    return Fetch{reinterpret_cast<const char*>(from),
+                 ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine)};
+  };
+  const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
+  return {lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first),
+          lines(low.a.row(rows.first), rows.count * low.rank())};
+}
 
-  // A share, of so many that are left.
-  Fetch share(size_t shares) {
-    Fetch& from = left_[left_[0].lines == 0];
-    const size_t n = std::min(from.lines, ceil_div(left_[0].lines + left_[1].lines, shares));
-    const Fetch taken{from.at, n};
-    from.at += n * kCacheLine;
-    from.lines -= n;
-    return taken;
-  }
-
-  // All of it, now.
-  void fetch() const {
-    for (const Fetch& some : left_)
-      for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
-  }
-
- private:
-  static constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
-
-  template <class T>
-  static Fetch lines(const T* from, size_t n) {
-    return {reinterpret_cast<const char*>(from), ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine)};
-  }
-
-  Fetch left_[2];
-};
+// At once, into L2.
+void fetch(const Fetch& some) {
+  for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
+}
 
 // A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update
 // comes behind, when its factors have arrived; it is computed in the type of the sums.
@@ -122,12 +104,16 @@ class SmallForward {
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
-        Factors factors(part_.low, rows);
+        FetchList next = factors(part_.low, rows);
         size_t blocks = ceil_div(rows.count, kRowBlock);
-        for_blocks(rows, kRowBlock, [&](Range some) { multiply_blocks(some, factors.share(blocks--)); });
+        for_blocks(rows, kRowBlock, [&](Range some) {
+          const auto [beside, before] = next.share(blocks--);
+          fetch(before);
+          multiply_blocks(some, beside);
+        });
         return;
       }
-    Factors(part_.low, rows).fetch();
+    for (const Fetch& some : factors(part_.low, rows).share(1)) fetch(some);
     T* sums = scratch<T>(Scratch::kSums, rows.count * lanes_);
     frozen(rows, sums);
     k_.sum_parts(x_.rows, phases_, rows.count, sums, bias_at(part_, rows.first), part_.y.data + rows.first,

@@ -82,10 +82,7 @@ def lora_forward(
     """
 
 class InferenceLayer:
-    """A layer for `infer`: it keeps the weight and the arrays, and reads them as they are then.
-
-    What `copy` and `pickle` make of it is None.
-    """
+    """A layer for `infer`: it keeps the weight and the arrays, and reads them as they are then."""
 
     def __init__(self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None) -> None: ...
 
@@ -196,7 +193,7 @@ def dequantize_nested_nf4(
 ) -> None:
     """The same with a quantised absmax."""
 
-least_buffer_bytes: int
+_least_buffer_bytes: int
 
 def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ...
 def release_buffers() -> None: ...

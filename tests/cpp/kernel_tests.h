@@ -39,5 +39,6 @@ void test_transformer(const nplora::kernels::KernelTable& table);
 // The choice of the table itself, and NPLORA_ISA.
 void test_dispatch();
 
-// The quantisers of ops, which belong to no table.
+// The quantisers of ops, which belong to no table, and what is fetched beside a loop.
 void test_quantize();
+void test_fetch_list();

@@ -11,7 +11,10 @@ int main(int count, char** words) {
   const size_t parts = count == 3 ? strtoul(words[2], nullptr, 10) : 1;
   check::catch_crashes();
   test_dispatch();
-  if (part == 0) test_quantize();
+  if (part == 0) {
+    test_quantize();
+    test_fetch_list();
+  }
   const nplora::kernels::KernelTable* tables[16];
   const size_t available = nplora::kernels::available_tables(tables, 16);
   for (size_t i = part; i < available; i += parts) {

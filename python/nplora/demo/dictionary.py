@@ -79,9 +79,10 @@ def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed:
         rank=rank,
         alpha=2 * rank,
         lr=2e-3,
+        schedule="linear",
         warmup=5,
         epochs=1,
-        batch_examples=4,  # many small steps: there is one pass only
+        batch_tokens=150,  # many small steps, for there is one pass only; all tokens count alike
         seed=seed,
         overwrite=True,
         sample=tuple(f"Q: Define {word}.\nA:" for word in WORDS),

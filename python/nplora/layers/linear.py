@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core, buffers
+from nplora.layers.prepared import Prepared
 from nplora.module import Gradient, Module, Parameter, Saved, inferring, quiet
 from nplora.weights import FrozenWeight, freeze
 
@@ -30,7 +32,7 @@ class LinearSaved(Saved):
     x: Array | None = None
 
 
-class Linear(Module):
+class Linear(Prepared, Module):
     """y = x Wᵀ [+ bias].
 
     Args:
@@ -48,8 +50,6 @@ class Linear(Module):
             them does not fit a trainable or a shared weight.
         TypeError: W does not hold floats.
     """
-
-    _inference: tuple[Any, ...] = (None,) * 3  # an InferenceLayer, and what it was made from
 
     def __init__(
         self,
@@ -130,13 +130,11 @@ class Linear(Module):
         """What `forward` returns, when the core has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
 
-    def inference_layer(self) -> _core.InferenceLayer:
-        """This layer as `_core.infer` takes it: made once, and again where something was exchanged."""
-        made, weight, bias = self._inference
-        if made is None or weight is not self.weight or bias is not self.bias:
-            made = _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
-            self._inference = made, self.weight, self.bias
-        return made  # type: ignore[no-any-return]
+    def _inference_state(self) -> tuple[Hashable, ...]:
+        return id(self.weight), id(self.bias)
+
+    def _inference_layer(self) -> _core.InferenceLayer:
+        return _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""

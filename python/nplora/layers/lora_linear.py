@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,9 @@ class LoRALinear(LoRALayer):
         self._frozen_squares = np.empty(d_out if use_dora else 0, np.float64)  # ‖W_o‖², which never changes
         if use_dora:
             weight.packed.row_sums_of_squares(self._frozen_squares)
-        self.finishes_inference = bool(use_dora)
         super().__init__(weight, rank, alpha, init, use_rslora, rng, bool(use_dora), bool(freeze_B))
 
     inits = (*LoRALayer.inits, *PRINCIPAL_INITS)
-
-    _inference: tuple[Any, ...] = (None,) * 6  # an InferenceLayer, and what it was made from
 
     @property
     def bias(self) -> Array | None:
@@ -170,28 +168,20 @@ class LoRALinear(LoRALayer):
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
 
-    def inference_layer(self) -> _core.InferenceLayer:
-        """This layer as `_core.infer` takes it: made once, and again where something was exchanged."""
+    def _inference_state(self) -> tuple[Hashable, ...]:
         own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
-        made, weight, merged, enabled, alpha, a = self._inference
-        if (
-            made is None
-            or own["A"] is not a
-            or own["_alpha"] is not alpha
-            or own["adapter_enabled"] is not enabled
-            or own["_merged"] is not merged
-            or own["_weight"] is not weight
-        ):
-            lone = self._lone_weight()
-            scale, bias = (
-                (self.scale, None if self.use_dora else self._bias) if lone is None else (0.0, self._bias)
-            )
-            made = _core.InferenceLayer((lone or self._weight).packed, own["A"], own["B"], scale, bias)
-            self._inference = made, self._weight, self._merged, self.adapter_enabled, self._alpha, own["A"]
-        return made  # type: ignore[no-any-return]
+        strength = own["_alpha"], own["_use_rslora"], own["adapter_enabled"]
+        return own["_weight"], own["_merged"], strength, id(own["A"])
+
+    def _inference_layer(self) -> _core.InferenceLayer:
+        lone = self._lone_weight()
+        if lone is not None:
+            return _core.InferenceLayer(lone.packed, self.A, self.B, 0.0, self._bias)  # scale 0: W alone
+        bias = None if self.use_dora else self._bias
+        return _core.InferenceLayer(self._weight.packed, self.A, self.B, self.scale, bias)
 
     def finish_inference(self, y: Array) -> Array:
-        """The output, when the core has filled y; to be called where `finishes_inference`."""
+        """The output, when the core has filled y: DoRA has more to do."""
         if self._lone_weight() is None:
             y, _ = self._rescale(y, LoRALinearSaved(y.shape[:1]), training=False)
         return y

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core, buffers
+from nplora.layers.prepared import Prepared
 from nplora.layers.principal import PRINCIPAL_INITS, principal_factors
 from nplora.merging import MergeReport, Update, merge_weight
 from nplora.module import AdapterLayer, Commit, Parameter
@@ -37,10 +38,7 @@ class LiveArray(Generic[T]):
     def __get__(self, layer: object | None, owner: type) -> Self | T:
         if layer is None:
             return self
-        try:
-            return vars(layer)[self._name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(self._name) from None  # of an unloaded layer, whose class finds the words
+        return vars(layer)[self._name]  # type: ignore[no-any-return]
 
     def __set__(self, layer: object, value: npt.ArrayLike) -> None:
         live = vars(layer)[self._name]
@@ -52,7 +50,7 @@ class LiveArray(Generic[T]):
         live[...] = _check.shaped(op, self._name, value, live.shape, live.dtype)
 
 
-class LoRALayer(AdapterLayer):
+class LoRALayer(Prepared, AdapterLayer):
     """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
 
     Attributes:
@@ -96,6 +94,7 @@ class LoRALayer(AdapterLayer):
         self._weight = weight
         rank = _check.integer(op, "rank", rank, least=1)
         self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
+        self._use_dora = use_dora
         self.init = _check.choice(op, "init", init, self.inits)
         self._taken: tuple[Array, Array] | None = None  # "pissa", "olora": A and B at the start
         self.adapter_enabled = True
@@ -143,12 +142,11 @@ class LoRALayer(AdapterLayer):
 
     @property
     def scale(self) -> float:
-        rank = len(vars(self)["B"])
-        return self._alpha / (math.sqrt(rank) if self._use_rslora else rank)
+        return self._alpha / (math.sqrt(self.rank) if self._use_rslora else self.rank)
 
     @property
     def use_dora(self) -> bool:
-        return self.m is not None
+        return self._use_dora
 
     @property
     def freeze_B(self) -> bool:  # noqa: N802
@@ -193,6 +191,7 @@ class LoRALayer(AdapterLayer):
             for name, value in factors.items():
                 np.copyto(vars(self)[name], value)
             self._alpha, self._use_rslora = alpha, use_rslora
+            self.forget_prepared()
 
         return commit
 
@@ -309,6 +308,7 @@ class LoRALayer(AdapterLayer):
 
         def commit() -> None:
             self._merged = weight
+            self.forget_prepared()
             self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
 
         return commit, report
@@ -319,6 +319,7 @@ class LoRALayer(AdapterLayer):
 
         def commit() -> None:
             self._merged = None
+            self.forget_prepared()
             self._allow_writes(True)
 
         return commit
@@ -335,7 +336,8 @@ class LoRALayer(AdapterLayer):
 
     def discard(self) -> None:
         vars(self).clear()
-        object.__setattr__(self, "__class__", _unloaded(type(self)))
+        vars(self)["_was"] = type(self).__name__
+        object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> FrozenWeight | None:
         """The weight that answers alone: the merged one, or W while the adapter is disabled; else None."""
@@ -356,18 +358,22 @@ class LoRALayer(AdapterLayer):
         return f"{type(self).__name__}({self._describe()})"
 
 
-def _unloaded(layer: type[LoRALayer]) -> type[LoRALayer]:
-    """The class of what is left of a layer that was unloaded.
+class UnloadedLayer:
+    """What a layer becomes when it is unloaded: words for whoever still asks it something.
 
     LoRALayer itself has no `__getattr__`: with one, each attribute of a layer in use would take longer.
     """
 
-    def missing(_: LoRALayer, name: str) -> NoReturn:
-        raise AttributeError(
-            f"{layer.__name__}.{name}: this layer was unloaded; use the plain layer in its place"
-        )
+    _was = LoRALayer.__name__
 
-    def name(_: LoRALayer) -> str:
-        return f"{layer.__name__}(unloaded)"
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{self._was}.{name}: this layer was unloaded; use the plain layer in its place")
 
-    return type(layer.__name__, (layer,), {"__getattr__": missing, "__repr__": name})
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        self.__getattr__(name)
+
+    def __call__(self, x: object) -> NoReturn:
+        self.__getattr__("__call__")
+
+    def __repr__(self) -> str:
+        return f"{self._was}(unloaded)"

@@ -61,7 +61,7 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
     """
     ys = _core.infer(x, [layer.inference_layer() for layer in layers])
     for i, layer in enumerate(layers):
-        if isinstance(layer, LoRALinear) and layer.finishes_inference:
+        if isinstance(layer, LoRALinear) and layer.use_dora:
             ys[i] = layer.finish_inference(ys[i])
     return ys
 

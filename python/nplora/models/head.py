@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def loss_and_gradient(
     """
     learned = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
-    for rows in _chunks(learned, head.weight.shape[0]):
+    for rows in chunks(learned, head.weight.shape[0]):
         chunk_loss, dx[rows] = _chunk_gradient(norm, head, x[rows], targets[rows], factor)
         total += chunk_loss
     return total, dx
@@ -53,7 +53,7 @@ def _chunk_gradient(
 def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
     """The sum of the losses alone."""
     total = 0.0
-    for rows in _chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
+    for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         logits = head.forward(norm_forward(norm, x[rows]))[0]
         losses = np.empty(len(rows))
         _core.cross_entropy(logits, targets[rows], 1.0, losses, False)
@@ -61,12 +61,11 @@ def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
     return total
 
 
-def chunk_rows(vocab: int, targets: int) -> int:
-    """The rows whose logits are there at once."""
-    return min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS, targets)
+def most_rows(vocab: int) -> int:
+    """The most rows whose logits are there at once."""
+    return min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
 
 
-def _chunks(rows: Array, vocab: int) -> Iterator[Array]:
-    size = max(1, chunk_rows(vocab, len(rows)))
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def chunks(rows: Array, vocab: int) -> list[Array]:
+    """The rows in even pieces: a short last one would read the whole head for a few rows."""
+    return np.array_split(rows, math.ceil(len(rows) / most_rows(vocab))) if len(rows) else []

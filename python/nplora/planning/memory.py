@@ -14,7 +14,7 @@ from typing import Any, Self
 from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.models import LanguageModel, adapting
 from nplora.models.config import ModelConfig
-from nplora.models.head import chunk_rows
+from nplora.models.head import most_rows
 
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
@@ -167,7 +167,7 @@ def predicted(
     kept_nothing = _Block(config, adapters, {}, max(step.tokens if first else 0, evaluated), False)
     inference = max(kept_nothing.forward, _head(config, evaluated))  # which comes before anything is kept
     work = max(head, *works, inference - kept)
-    rows = chunk_rows(config.vocab_size, step.targets)
+    rows = min(most_rows(config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
         if narrow
@@ -187,7 +187,7 @@ def predicted(
 
 def _head(config: ModelConfig, targets: int) -> int:
     """Logits of a chunk; its rows of the stream, normed, and their gradients."""
-    rows = chunk_rows(config.vocab_size, targets)
+    rows = min(most_rows(config.vocab_size), targets)
     return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nplora import buffers
 from nplora.models import LanguageModel
-from nplora.models.head import chunk_rows
+from nplora.models.head import most_rows
 from nplora.models.places import packed_places
 from nplora.models.rope import Rope
 from nplora.module import Module
@@ -97,7 +97,7 @@ def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> S
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
     head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
-    rows = chunk_rows(lm.config.vocab_size, _HEAD_ROWS)
+    rows = min(most_rows(lm.config.vocab_size), _HEAD_ROWS)
     head_rows = (rows // 4, rows)
     to = _cost(head, FrozenWeight.matmul, 1, head_rows)
     back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)

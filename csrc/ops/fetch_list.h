@@ -1,0 +1,37 @@
+// Memory to be fetched beside a loop, a share at each turn.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "base/cache_line.h"
+#include "base/range.h"
+#include "kernels/kernel_table.h"
+
+namespace nplora {
+
+class FetchList {
+ public:
+  FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
+
+  // The next of so many shares that are left: most of it in one piece, and the rest, where the first memory ends within it.
+  std::array<kernels::Fetch, 2> share(size_t shares) {
+    const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
+    std::array<kernels::Fetch, 2> taken{take(left_[0], n), {}};
+    taken[1] = take(left_[1], n - taken[0].lines);
+    if (taken[0].lines < taken[1].lines) std::swap(taken[0], taken[1]);
+    return taken;
+  }
+
+ private:
+  static kernels::Fetch take(kernels::Fetch& from, size_t lines) {
+    const kernels::Fetch taken{from.at, std::min(lines, from.lines)};
+    from.at += taken.lines * kCacheLine;
+    from.lines -= taken.lines;
+    return taken;
+  }
+
+  kernels::Fetch left_[2];
+};
+
+}  // namespace nplora

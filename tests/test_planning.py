@@ -47,7 +47,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("smollm2")
-@pytest.mark.parametrize("setting", bench_plan.QUICK, ids=str)
+@pytest.mark.parametrize("setting", bench_plan.TESTED, ids=str)
 def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
     found = setting.measure(2, resumes="memory" in setting.options)
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)

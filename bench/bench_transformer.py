@@ -390,7 +390,7 @@ def race_rows(runtimes: Runtimes, rounds: int) -> list[dict[str, Any]]:
 
 def run(quick: bool, threads: int) -> dict[str, list[dict[str, Any]]]:
     """Print the races on `threads` threads; return their figures."""
-    rounds = 3 if quick else 9
+    rounds = 1 if quick else 9
     runtimes = Runtimes(threads)
     print(f"\ncausal attention, forward + backward, {on_threads(threads)}")
     print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of FMA':>9}   × as fast as torch")

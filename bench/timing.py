@@ -5,6 +5,7 @@ next in the same process. Turn by turn, because a shared machine drifts and the 
 pause before each turn on several threads, so that the spinning of the contestant before has ended.
 """
 
+import atexit
 import os
 import time
 import traceback
@@ -70,6 +71,13 @@ class Result:
 _lanes: dict[
     tuple[str, int], tuple[Any, Connection]
 ] = {}  # the processes, by runtime and threads of its BLAS
+
+
+@atexit.register
+def _end_lanes() -> None:
+    for process, connection in _lanes.values():
+        connection.close()
+        process.join()
 
 
 class Runtimes:

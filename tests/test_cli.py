@@ -109,7 +109,7 @@ def test_info_and_convert_hand_their_arguments_on(
         ([], 2, "the following arguments are required: COMMAND (try nplora --help)"),
         (["plto"], 2, "invalid choice: 'plto'"),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
-        (["info", "--fast"], 2, "unrecognized arguments: --fast"),
+        (["info", "M", "--fast"], 2, "unrecognized arguments: --fast (try nplora info --help)"),
         (["info", "no/such/file"], 2, "no such file: no/such/file"),
         (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
         (["plot", "no/such/run"], 2, "error: no/such/run: no run directory, it has no log.jsonl\n"),
@@ -127,6 +127,7 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
     ("error", "status", "message"),
     [
         (ValueError("a\n  b"), 2, "a b"),
+        (ValueError("it fits not:\n  a b\n  c"), 2, "it fits not: a b; c"),
         (FileNotFoundError(2, os.strerror(2), "x"), 2, "no such file: x"),
         (FileNotFoundError(2, "gone", b"x\n y"), 2, "x y: gone"),
         (PermissionError(13, os.strerror(13), Path("x")), 2, "permission denied: x"),

@@ -315,7 +315,10 @@ def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path
 def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     before = files_of(tmp_path / "out")
-    with pytest.raises(FileExistsError, match="holds a run: resume goes on with it, overwrite drops it"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"holds a run: --resume \(resume=True\) goes on with it, --overwrite drops it",
+    ):
         finetune(model, data, tmp_path / "out", **QUICK)
     assert files_of(tmp_path / "out") == before
     finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)

@@ -1,5 +1,6 @@
 """Adapters merged into files: NumPy's sum of the gguf package's weights, all else byte for byte."""
 
+import dataclasses
 import json
 import re
 import tracemalloc
@@ -143,6 +144,10 @@ def test_what_would_keep_more_is_something_that_the_file_can_hold(
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": weight})
     done = nplora.merge_adapter(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
     assert done.delta_kept == pytest.approx(0, abs=1e-12)
+    kinds = {"q4_1": "q8_0, or float16, keeps it", "q8_0": "--dtype float16 keeps it"}
+    for kind, words in kinds.items():
+        report = dataclasses.replace(done.reports[0], storage=kind)
+        assert str(dataclasses.replace(done, reports=(report,))).endswith(words)
     assert (
         str(done).splitlines()[-1] == "much of what was learned is lost by rounding: --dtype float16 keeps it"
     )

@@ -16,6 +16,7 @@ from nplora.finetuning import attach_adapter, load_with_adapter
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError
 from nplora.models import LanguageModel
+from nplora.updates import Adapter, read_adapter
 
 
 def changed(arrays: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
@@ -164,6 +165,22 @@ def test_shapes_that_differ_are_told_with_the_digests(adapter: Path, model: Path
         assert "(64, 64)" in text
         assert f"sha256 {digest(model)[:12]}" in text
         assert digest(path)[:12] in text
+
+
+def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
+    model: Path, other: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file, back = tmp_path / "a.gguf", tmp_path / "back"
+    nplora.convert.adapter_to_gguf(adapter, file, model)
+    nplora.convert.adapter_from_gguf(file, back, model)
+    nplora.combine([(file, 1), (Adapter("b", dict(read_adapter(adapter))), 1)], base=model).save(
+        tmp_path / "sum"
+    )
+    for again in (file, back, tmp_path / "sum"):
+        assert read_adapter(again, model).base_digest == digest(model)
+        nplora.merge_adapter(model, again, tmp_path / "out.gguf")
+        with pytest.raises(FormatError, match="another model"):
+            nplora.merge_adapter(other, again, tmp_path / "out.gguf")
 
 
 def test_adapters_of_different_models_are_not_added_up_but_on_request(

@@ -206,6 +206,7 @@ def test_targets_and_layers_choose_what_is_adapted(tmp_path: Path) -> None:
     for options, message in (
         ({"targets": "q_prj"}, "no layer 'q_prj'.*q_proj"),
         ({"layers": "last"}, "layers='last', expected 'last:N'"),
+        ({"layers": "last:4"}, "layers='last:4', the model has 3 blocks"),
         ({"layers": [3]}, "layers holds 3"),
         ({"rank": 0}, "rank is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),

@@ -207,6 +207,14 @@ def test_nothing_that_fits_is_refused_with_what_would(
     assert capsys.readouterr().err.count("1 MB are allowed") == 2
 
 
+def test_a_peak_of_the_past_is_told_from_a_need(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nplora.planning.choice.peak_memory", lambda: 9 * 10**9)
+    with pytest.raises(BudgetError, match="has had 9000 MB at its peak already, 8000 MB are allowed"):
+        plan(model, data, memory="8G")
+
+
 def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)
 

@@ -377,7 +377,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser(given[0] if given else "").parse_args(given)
+    parser = _parser(given[0] if given else "")
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        parser.exit(
+            2, f"nplora: error: unrecognized arguments: {' '.join(unknown)} (try nplora {given[0]} --help)\n"
+        )
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -392,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
-        print(f"nplora: error: {' '.join(_told(error).split())}", file=sys.stderr)
+        print(f"nplora: error: {_one_line(_told(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
 
@@ -412,4 +417,10 @@ def _told(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    print(f"nplora: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"nplora: warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """A list of lines behind a colon becomes one behind the same colon."""
+    head, colon, items = text.partition(":\n  ")
+    return " ".join((head + colon + items.replace("\n  ", "; ")).split())

@@ -130,7 +130,7 @@ def combine(
     about = (
         _agreed(adapter.base_model_name_or_path for adapter, _ in weighted),
         _agreed(adapter.task_type for adapter, _ in weighted),
-        _agreed(adapter.base_digest for adapter, _ in weighted),
+        _agreed({adapter.base_digest for adapter, _ in weighted} - {None}),
     )
     return CombinedAdapter(updates, errors, norms, *about)
 

@@ -88,7 +88,7 @@ def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = Non
         if Path(target).suffix != ".gguf":
             raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(target)!r}")
         return adapter_to_gguf(source, target, base)
-    if Path(target).suffix == ".gguf":
+    if Path(target).suffix == ".gguf" and Path(source).exists():
         raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
     return adapter_from_gguf(source, target, base)
 
@@ -132,7 +132,7 @@ def adapter_to_gguf(
     for name in folded:
         pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
     stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
-    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored))
+    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=adapter.base_digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
 
 
@@ -211,7 +211,7 @@ def adapter_from_gguf(
     tensors = {
         PREFIX + layer.name + suffix: a for layer in layers.values() for suffix, a in layer.factors.items()
     }
-    peft_adapter.save(directory, config, tensors)
+    peft_adapter.save(directory, config, tensors, adapter.base_digest)
     return AdapterConversion(
         files.name(directory),
         adapter.architecture,

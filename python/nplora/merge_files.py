@@ -24,6 +24,7 @@ Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
 _TOLD = 3  # tensors in a summary
+_COARSE = storages.BLOCKS.keys() - {"q8_0"}
 _LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
@@ -72,7 +73,7 @@ class ModelMerge:
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
         if worst[0].kept < _LITTLE:
-            finer = "float16 keeps" if kinds.keys() <= set(storages.FLOATS) else "q8_0, or float16, keeps"
+            finer = "q8_0, or float16, keeps" if kinds.keys() <= _COARSE else "float16 keeps"
             lines.append(f"much of what was learned is lost by rounding: --dtype {finer} it")
         return "\n".join(lines)
 

@@ -181,7 +181,7 @@ def _from_gguf(path: StrPath, base: StrPath | None) -> Adapter:
         layer.name: _update(layer.name, layer.factors, adapter.scale(stored))
         for stored, layer in layers.items()
     }
-    return Adapter(files.name(path), updates, task_type="CAUSAL_LM")
+    return Adapter(files.name(path), updates, task_type="CAUSAL_LM", base_digest=adapter.base_digest)
 
 
 def _update(name: str, factors: Mapping[str, Array], scale: float, m: Array | None = None) -> Update:

@@ -6,6 +6,7 @@ The model knows no trainer and the trainer no model; they meet here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,9 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
     with RunDirectory(output) as directory:
         if directory.occupied and not (options.resume or options.overwrite):
             raise FileExistsError(
-                17, "the directory holds a run: resume goes on with it, overwrite drops it", os.fspath(output)
+                errno.EEXIST,
+                "the directory holds a run: --resume (resume=True) goes on with it, --overwrite drops it",
+                os.fspath(output),
             )
 
 

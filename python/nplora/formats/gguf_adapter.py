@@ -29,6 +29,7 @@ EMBEDDING = f"{TOKEN_EMBEDDING}.weight"
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
+_BASE_DIGEST = "nplora.base_norms.sha256"  # ours; llama.cpp passes over it
 _SUFFIXES = (".lora_a", ".lora_b")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -54,12 +55,14 @@ class GgufAdapter:
     Attributes:
         pairs: by the name of the base model's tensor.
         passed_over: tensors of norms, which llama.cpp passes over too.
+        base_digest: `model_digest.of` the base model, if it is known.
     """
 
     architecture: str
     alpha: float
     pairs: Mapping[str, Pair]
     passed_over: tuple[str, ...] = ()
+    base_digest: str | None = None
 
     def scale(self, name: str) -> float:
         """What llama.cpp multiplies the product of a pair with, before the user's scale."""
@@ -95,7 +98,8 @@ def from_file(file: GgufFile) -> GgufAdapter:
         raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
     adapted, passed_over = _adapted(file)
     pairs = {name: _pair(file, name) for name in adapted}
-    return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over)
+    digest = file.metadata.string(_BASE_DIGEST) if _BASE_DIGEST in file.metadata else None
+    return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over, digest)
 
 
 def save(path: StrPath, adapter: GgufAdapter) -> None:
@@ -105,6 +109,7 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
         "general.type": "adapter",
         "adapter.type": "lora",
         _ALPHA: np.float32(adapter.alpha),
+        **({} if adapter.base_digest is None else {_BASE_DIGEST: adapter.base_digest}),
     }
     tensors = {}
     for name, pair in adapter.pairs.items():

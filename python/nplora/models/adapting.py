@@ -79,7 +79,9 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
             raise ValueError(
                 f"{op}: layers={layers!r}, expected 'last:N', 'first:N' (N above 0), a range or None"
             )
-        n = min(int(number), count)
+        n = int(number)
+        if n > count:
+            raise ValueError(f"{op}: layers={layers!r}, the model has {count} blocks")
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]

@@ -157,8 +157,8 @@ def choose(
     fitting = [way for way in ways if budget is None or sizes[way] <= budget]
     if budget is not None and resident[0] <= budget < reached:
         raise BudgetError(
-            f"this process has had {reached / 1e6:.0f} MB at its peak already, {budget / 1e6:.0f} MB are allowed: "
-            "plan and train in a fresh one"
+            f"this process has had {reached / 1e6:.0f} MB at its peak already, {budget / 1e6:.0f} MB are "
+            "allowed: plan and train in a fresh one"
         )
     if budget is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])

@@ -218,3 +218,17 @@ def test_the_command_combines_and_reports(
     ]
     assert cli.main(["combine", *arguments, "--rank", "2", "--verbose"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"q  rank   2  relative error {error}", *lines]
+
+
+@pytest.mark.parametrize("command", ["combine", "convert"])
+def test_the_commands_leave_a_run_s_adapter_alone(
+    command: str, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_adapter(rng, {"q": (12, 8)}, rank=3).save(tmp_path / "one")
+    random_adapter(rng, {"q": (12, 8)}, rank=2).save(tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").touch()
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    output = ["--output", str(tmp_path / "run")] if command == "combine" else [str(tmp_path / "run")]
+    assert cli.main([command, str(tmp_path / "one"), *output]) == 2
+    assert "run: the directory holds a run of finetune; name another one" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before

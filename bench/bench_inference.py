@@ -123,12 +123,16 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
     runtimes = Runtimes(threads)
-    result = runtimes.race(contestants, rounds=1 if quick else 3)
-    found = []
+    result = runtimes.race(contestants, rounds=3 if quick else 7)
+    found: list[dict[str, Any]] = []
     for contestant in contestants:
         prompt, decode = (result.median(contestant.name, cell) for cell in ("prompt", "decode"))
         rates = {"prompt": PROMPT / prompt, "decode": DECODED / decode}
         found.append({"name": contestant.name, "threads": threads, **rates})
+    for row, case in zip(found, cases, strict=False):
+        if case.adapter:
+            pair = case.name, case._replace(adapter=False).name
+            row["adapter_costs"] = result.ratio(*((name, "decode") for name in pair)) - 1
     if not peer:
         prompt, decode = LLAMA_ELSEWHERE[threads]
         found.append(
@@ -147,6 +151,7 @@ def report(found: list[dict[str, Any]], threads: int) -> None:
             f"{row[kind]:{width}.0f}{row[kind] / peer[kind]:8.2f}"
             for kind, width in (("prompt", 14), ("decode", 12))
         )
-        print(f"  {row['name']:22}{cells}")
+        costs = f"  it costs {row['adapter_costs']:.1%}" if "adapter_costs" in row else ""
+        print(f"  {row['name']:22}{cells}{costs}")
     if peer["name"] != "llama.cpp":
         print("  llama_cpp_py_sync is not installed: its figures are those of a 2-core Zen 4 machine")

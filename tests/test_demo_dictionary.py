@@ -30,7 +30,9 @@ def test_the_demo_learns_shows_and_saves(
     assert report.run.train.examples == 540
     assert report.run.valid is not None
     assert report.run.valid.examples == 60
-    assert len(report.run.history.steps) == 135  # one pass, four entries a step
+    steps = report.run.history.steps
+    assert (steps[0].epoch, steps[-1].epoch) == (1, 1)
+    assert len(steps) > 135  # small ones
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]

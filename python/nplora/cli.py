@@ -29,7 +29,7 @@ _COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few 
 
 
 class _UsageError(ValueError):
-    """An option whose value is out of its range."""
+    """An option that is not known, or whose value is out of its range."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -387,13 +387,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(given[0] if given else "")
-    parsed, unknown = parser.parse_known_args(given)
-    if unknown:
-        parser.exit(
-            2, f"nplora: error: unrecognized arguments: {' '.join(unknown)} (try nplora {given[0]} --help)\n"
-        )
+    parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
     try:
+        if unknown:
+            raise _UsageError(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parsed.run_command(parsed)

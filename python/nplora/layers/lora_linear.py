@@ -150,17 +150,22 @@ class LoRALinear(LoRALayer):
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
-        lone = self._lone_weight()
-        if lone is not None:
-            part = lone.packed, self.A, self.B, 0.0, 0.0, 0, self._bias, y, None  # scale 0: W alone
-            return part, y, LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
-        bias = None if self.use_dora else self._bias
+        weight, scale, bias = self._answering()
         z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead)
-        if not inferring():
+        if self._lone_weight() is not None:
+            saved = LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
+        elif not inferring():
             z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
             key = self._next_key() if dropout else 0
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
-        return (self._weight.packed, self.A, self.B, self.scale, dropout, key, bias, y, z), y, saved
+        return (weight, self.A, self.B, scale, dropout, key, bias, y, z), y, saved
+
+    def _answering(self) -> tuple[_core.PackedWeight, float, Array | None]:
+        """What the core computes with: weight, scale of the update, and bias, which DoRA adds later."""
+        lone = self._lone_weight()
+        if lone is not None:
+            return lone.packed, 0.0, self._bias  # scale 0: W alone
+        return self._weight.packed, self.scale, None if self.use_dora else self._bias
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
         """What `forward` returns, when the core has filled y."""
@@ -174,11 +179,8 @@ class LoRALinear(LoRALayer):
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
     def _inference_layer(self) -> _core.InferenceLayer:
-        lone = self._lone_weight()
-        if lone is not None:
-            return _core.InferenceLayer(lone.packed, self.A, self.B, 0.0, self._bias)  # scale 0: W alone
-        bias = None if self.use_dora else self._bias
-        return _core.InferenceLayer(self._weight.packed, self.A, self.B, self.scale, bias)
+        weight, scale, bias = self._answering()
+        return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
 
     def finish_inference(self, y: Array) -> Array:
         """The output, when the core has filled y: DoRA has more to do."""

@@ -7,7 +7,11 @@
 #include <chrono>
 #include <thread>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__AVX512BF16__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
@@ -79,6 +83,46 @@ void fma_loop(long iterations) {
   for (long j = 0; j < kLanes; ++j) sink = total[j];
 }
 
+#if defined(__AMX_BF16__)
+
+constexpr long kBf16Operations = 2 * 16 * 16 * 32 / 2;  // of an instruction; half of kAccumulators are there
+
+void bf16_loop(long iterations) {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+  struct alignas(64) {
+    unsigned char palette = 1, zeros[15] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  float sums[16][16] = {};
+  unsigned ones[16][16];
+  for (auto& row : ones)
+    for (unsigned& pair : row) pair = 0x3f803f80;
+  _tile_loadconfig(&shapes);
+  _tile_loadd(6, ones, 64);
+  _tile_loadd(7, ones, 64);
+#define EACH_SUM(call) \
+  call(0);             \
+  call(1);             \
+  call(2);             \
+  call(3);             \
+  call(4);             \
+  call(5)
+#define MULTIPLY(sum) _tile_dpbf16ps(sum, 6, 7)
+  EACH_SUM(_tile_zero);
+  for (long k = 0; k < iterations; ++k) {
+    EACH_SUM(MULTIPLY);
+  }
+#undef EACH_SUM
+#undef MULTIPLY
+  _tile_stored(0, sums, 64);
+  _tile_release();
+  sink = sums[0][0];
+}
+
+#elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
 #if defined(__AVX512BF16__)
 constexpr long kBf16Operations = 4 * 16;  // of one instruction
 typedef __m512 Bf16Sum;
@@ -89,7 +133,7 @@ __m512i bf16_ones() {
   volatile int pair = 0x3f803f80;
   return _mm512_set1_epi32(pair);
 }
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#else
 constexpr long kBf16Operations = 4 * 4;
 typedef float32x4_t Bf16Sum;
 Bf16Sum bf16_dot(Bf16Sum sum, bfloat16x8_t x) {
@@ -99,12 +143,9 @@ bfloat16x8_t bf16_ones() {
   volatile unsigned pair = 0x3f803f80;
   return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
 }
-#else
-constexpr long kBf16Operations = 0;
 #endif
 
-void bf16_loop([[maybe_unused]] long iterations) {
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+void bf16_loop(long iterations) {
   const auto ones = bf16_ones();
   Bf16Sum sums[kAccumulators] = {};
   for (long k = 0; k < iterations; ++k) {
@@ -112,8 +153,12 @@ void bf16_loop([[maybe_unused]] long iterations) {
     for (int i = 0; i < kAccumulators; ++i) sums[i] = bf16_dot(sums[i], ones);
   }
   for (const Bf16Sum& sum : sums) sink = sum[0];
-#endif
 }
+
+#else
+constexpr long kBf16Operations = 0;
+void bf16_loop(long) {}
+#endif
 
 constexpr long kReadLines = 8;
 

@@ -16,7 +16,12 @@ FMA_ITERATIONS = 300_000  # a few milliseconds
 STREAMED = 64 * 2**20  # float32 values: 256 MiB, beyond every cache
 
 # Where NPLORA_ISA asks for less than the machine has, so do the ceilings.
-MARCH = {"generic": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+MARCH = {
+    "generic": "x86-64",
+    "avx2": "x86-64-v3",
+    "avx512": "x86-64-v4",
+    "avx512bf16": "cooperlake",
+}
 
 Ceiling = Callable[[], float]
 """Measures now; returns floating-point operations or bytes a second."""

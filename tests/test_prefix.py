@@ -93,6 +93,8 @@ def test_rows_of_larger_batches_do_not_depend_on_what_stands_beside_them() -> No
         (130, 577, "float32", "bfloat16"),
         (576, 1536, "q4_1", "float32"),
         (576, 1536, "q4_1", "bfloat16"),
+        (130, 625, "bfloat16", "bfloat16"),
+        (577, 1531, "bfloat16", "bfloat16"),
     ):
         weight = nplora.FrozenWeight(rng.standard_normal((d_out, d_in), dtype=np.float32), dtype, compute)
         x = rng.standard_normal((700, d_in), dtype=np.float32)

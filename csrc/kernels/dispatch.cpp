@@ -13,11 +13,25 @@ namespace nplora::kernels {
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
+extern const PairProducts k_amx_products;
 #elif defined(NPLORA_AARCH64)
 extern const KernelTable k_neon_table, k_neonbf16_table;
 #endif
 
 namespace {
+
+#if defined(NPLORA_X86_64)
+const KernelTable& amx_table() {
+  static const KernelTable table = [] {
+    KernelTable made = k_avx512bf16_table;
+    made.isa = "amx";
+    made.bf16 = k_amx_products.tiles;
+    made.small_pairs.outer_tile = k_amx_products.small_outer_tile;
+    return made;
+  }();
+  return table;
+}
+#endif
 
 struct Choice {
   const KernelTable* table;
@@ -34,6 +48,7 @@ const Choice* choices(size_t* count) {
       {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
       {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
       {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
+      {&amx_table(), cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16"},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
       {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},

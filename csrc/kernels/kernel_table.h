@@ -78,13 +78,15 @@ inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 inline constexpr size_t kFetchAhead = 12288;
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
-// multiply-adds where the instruction set has them): a result does not depend on tile sizes, on blocking or on threads.
+// multiply-adds where the instruction set has them), or each depth_unit elements by themselves first: where the depth is cut at
+// multiples of that, a result does not depend on tile sizes, on blocking or on threads, and is the same from either product.
 template <class E>
 struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;   // the number of rows of a that outer_tile likes best (it takes any number)
   size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
+  size_t depth_unit;    // of elements; divides kPanelColumns
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
   // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.
@@ -142,6 +144,12 @@ struct SmallProducts {
   void (*outer_tile)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                      const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c, size_t c_stride,
                      bool accumulate, const Fetch& next);
+};
+
+// What AMX adds to another table: the products of pairs.
+struct PairProducts {
+  Tiles<Bf16Pair> tiles;
+  decltype(SmallProducts<Bf16Pair>::outer_tile) small_outer_tile;
 };
 
 struct AdamWCoefficients {

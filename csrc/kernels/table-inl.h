@@ -4,7 +4,7 @@ namespace nplora::kernels::NPLORA_ISA {
 
 template <class E>
 constexpr Tiles<E> make_tiles() {
-  return {2 * Vec<E>::kLanes, kTileRows,       kTileTokens, kOuterVectors * Vec<E>::kLanes,
+  return {2 * Vec<E>::kLanes, kTileRows,       kTileTokens, kOuterVectors * Vec<E>::kLanes, 1,
           lane_tile<E>,       outer_tile<E, E>};
 }
 

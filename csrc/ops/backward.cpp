@@ -90,9 +90,10 @@ class Backward {
     E* dy = nullptr;  // of a pass, where E is not the type of the arrays
     T* dz = nullptr;  // of a pass, (n, r)
     E* dz_elements = nullptr;
-    const E* a = nullptr;            // scale * Aᵀ (r, d_out); Aᵀ in pairs (r, d_out / 2)
-    const E* b = nullptr;            // B (r, d_in), or in pairs
-    T *da = nullptr, *db = nullptr;  // sums, (r, d_out) and (r, d_in)
+    E *z_rows = nullptr, *dz_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
+    const E* a = nullptr;                     // scale * Aᵀ (r, d_out); Aᵀ in pairs (r, d_out / 2)
+    const E* b = nullptr;                     // B (r, d_in), or in pairs
+    T *da = nullptr, *db = nullptr;           // sums, (r, d_out) and (r, d_in)
 
     size_t rank() const { return arrays.low.rank(); }
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
@@ -125,6 +126,8 @@ class Backward {
         if (p.projects && kSteps<E> == 1) p.a = take(e, e_used, rank * d_out);
         if constexpr (kSteps<E> > 1) {
           if (p.projects || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
+          if (p.wants_da) p.z_rows = take(e, e_used, rank * depth_of<E>(pass_));
+          if (p.wants_db) p.dz_rows = take(e, e_used, rank * depth_of<E>(pass_));
           if (p.projects) {
             p.dz_elements = take(e, e_used, pass_ * depth_of<E>(rank));
             p.a = take(e, e_used, p.dy_depth() * rank);
@@ -152,13 +155,15 @@ class Backward {
     }
   }
 
-  // dz, and dy in elements E, of some tokens of a pass.
+  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass.
   void prepare(Range pass, Range some) const {
     const Range tokens{pass.first + some.first, some.count};
     for (const Part& p : parts_) {
       const Matrix<const T> dy = at(p.arrays.dy, tokens, {0, p.arrays.dy.cols});
-      if constexpr (kSteps<E> > 1)
+      if constexpr (kSteps<E> > 1) {
         if (p.dy) elements_of<E>(dy, p.dy + some.first * p.dy_depth(), p.dy_depth());
+        if (p.z_rows) transpose_pairs(at(p.arrays.z, tokens, {0, p.rank()}), p.z_rows, some);
+      }
       if (!p.projects) continue;
       const size_t rank = p.rank();
       T* dz = p.dz + some.first * rank;
@@ -167,7 +172,19 @@ class Backward {
         for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
         elements_of<E>({dz, some.count, rank, rank}, p.dz_elements + some.first * depth_of<E>(rank),
                        depth_of<E>(rank));
+        if (p.dz_rows) transpose_pairs({dz, some.count, rank, rank}, p.dz_rows, some);
       }
+    }
+  }
+
+  // Columns `some` of out (r, n), in pairs, = the rows of z or dz.
+  void transpose_pairs(Matrix<const T> z, E* out, Range some) const {
+    for (size_t first = 0; first < some.count; first += kPassUnit) {
+      const size_t count = std::min(kPassUnit, some.count - first);
+      T* rows = scratch<T>(Scratch::kFactor, z.cols * count);
+      for_transposed(count, z.cols, [&](size_t i, size_t j) { rows[j * count + i] = z.row(first + i)[j]; });
+      elements_of<E>({rows, z.cols, count, count}, out + (some.first + first) / kSteps<E>,
+                     depth_of<E>(pass_));
     }
   }
 
@@ -299,8 +316,6 @@ class Backward {
     T* sum = (task.is_da ? p.da : p.db) + task.cols.first;
     for (size_t i = 0; i < pass.count; i += kSumDepth) {
       const Range some{i, std::min(kSumDepth, pass.count - i)}, tokens{pass.first + i, some.count};
-      const Matrix<const T> left = task.is_da ? at(p.arrays.z, tokens, {0, rank})
-                                              : Matrix<const T>{p.dz + i * rank, some.count, rank, rank};
       Matrix<const T> right = at(task.is_da ? p.arrays.dy : x_, tokens, task.cols);
       const LowRank<T>& low = p.arrays.low;
       if (!task.is_da && low.dropout > 0) {
@@ -311,16 +326,23 @@ class Backward {
       }
       const bool accumulate = tokens.first > 0;
       if constexpr (kSteps<E> == 1) {
+        const Matrix<const T> left = task.is_da ? at(p.arrays.z, tokens, {0, rank})
+                                                : Matrix<const T>{p.dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
                        sum, stride, accumulate);
       } else {
+        const kernels::Conversions& convert = kernels::table().convert;
         const size_t depth = depth_of<E>(some.count);
-        E* a = scratch<E>(Scratch::kFactor, depth * rank);
         E* w = scratch<E>(Scratch::kWeight, depth * right.cols);
-        const auto& pair_rows = kernels::table().convert.pair_rows;
-        pair_rows(some.count, rank, left.data, left.stride, a);
-        pair_rows(some.count, right.cols, right.data, right.stride, w);
-        add_product<E>(rank, right.cols, depth, {a, 1, rank}, w, right.cols, sum, stride, accumulate);
+        if (task.is_da && p.dy)  // is narrowed already
+          convert.pair_bits(some.count, right.cols,
+                            reinterpret_cast<const uint16_t*>(p.dy + i * p.dy_depth()) + task.cols.first,
+                            kSteps<E> * p.dy_depth(), w);
+        else
+          convert.pair_rows(some.count, right.cols, right.data, right.stride, w);
+        const E* rows = (task.is_da ? p.z_rows : p.dz_rows) + i / kSteps<E>;
+        add_product<E>(rank, right.cols, depth, {rows, depth_of<E>(pass_), 1}, w, right.cols, sum, stride,
+                       accumulate);
       }
     }
   }

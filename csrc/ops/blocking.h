@@ -15,8 +15,11 @@ inline constexpr size_t kRowBlock = 48;
 // Steps of the depth for which a panel of W (or of blocks of its transpose), or the lanes of x, are kept in L2, in blocks of about
 // one size: at most 1056 x 48 floats = 198 KB. Longer ones leave less time for the sums, which are loaded and stored for each.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
+// Where the depth is cut: at whole panels of elements, of which one may hold two steps.
+inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
+static_assert(kDepthBlock % kDepthCut == 0);
 inline size_t depth_block(size_t depth) {
-  return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kernels::kPanelColumns);
+  return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
 // Tokens that one task keeps in L2 or L3, of all those whose lanes are kept at a time: as many as take kLanesBytes.
 inline constexpr size_t kTokenBlock = 256, kLanesBytes = size_t{8} << 20;

@@ -134,7 +134,8 @@ class LanesForward {
   template <class After>
   void frozen(const ForwardPart<T>& part, Range rows, Range blocks, T* yt, const After& after) const {
     const WeightView& w = part.w;
-    const size_t full = full_columns(w.d_in), most = depth_block(w.d_in);
+    const size_t most = depth_block(w.d_in);
+    const size_t full = kSteps<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
     do {  // once without columns, too: yt is set to zero

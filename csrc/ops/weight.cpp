@@ -178,8 +178,8 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, Bf16*) {
   return stored_rows<Bf16>(w, rows, cols);
 }
 
-// A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, like other
-// storage, row by row with a zero behind an odd end.
+// A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, with one before it
+// where both are wanted, like other storage, row by row with a zero behind an odd end.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -201,9 +201,10 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
     return {scratch + strips.before / 2, pairs, kPanelPairs};
   }
   Bf16Pair* out = scratch;
+  const size_t row_stride = ceil_div(std::min(kPanelColumns, cols.count), 2);
   for_panels(cols.count, [&](size_t c, size_t width) {
     const size_t pairs = ceil_div(width, 2);
-    for (size_t i = 0; i < rows.count; ++i, out += pairs) {
+    for (size_t i = 0; i < rows.count; ++i, out += row_stride) {
       const char* from = locate(w, rows.first + i, cols.first + c).at;
       if (w.storage == Storage::kBfloat16) {
         out[pairs - 1] = Bf16Pair(0);
@@ -216,7 +217,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
       convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(out));
     }
   });
-  return {scratch, ceil_div(std::min(kPanelColumns, cols.count), 2), rows.count * kPanelPairs};
+  return {scratch, row_stride, rows.count * kPanelPairs};
 }
 
 template <class T>

@@ -35,7 +35,7 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in where there is none. A row_block must not straddle it.
+// The first column of the last, narrower panel, or d_in where there is none. A row_block must not straddle it, but for one of Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }

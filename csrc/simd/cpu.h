@@ -7,6 +7,7 @@ struct Cpu {
   bool avx2 = false;        // with FMA3 and F16C
   bool avx512 = false;      // F, BW, DQ, VL
   bool avx512bf16 = false;  // with VNNI
+  bool amx = false;         // with BF16, and with what avx512bf16 has
   bool neon = false;
   bool neonbf16 = false;
 };

@@ -94,6 +94,7 @@ struct Vec<Bf16Pair> {
     if constexpr (kCount == 8) return {_mm512_broadcast_i64x4(bits_at<__m256i>(p))};
   }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
+  void store(Bf16Pair* p) const { _mm512_storeu_si512(p, v); }
 };
 
 template <>

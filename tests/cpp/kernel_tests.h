@@ -14,10 +14,12 @@ inline bool fuses(const nplora::kernels::KernelTable& table) {
 enum class Pairs {
   kAsFloats,   // one number after the other
   kVdpbf16ps,  // in one instruction, with two roundings in an order of its own; subnormals are zeros
-  kBfdot,      // in one instruction, as bfdot.h says; subnormals are zeros
+  kTiles,  // up to sixteen in one instruction: the sums of their halves, which are added up; subnormals are zeros
+  kBfdot,  // in one instruction, as bfdot.h says; subnormals are zeros
 };
 inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
   if (std::strcmp(table.isa, "avx512bf16") == 0) return Pairs::kVdpbf16ps;
+  if (std::strcmp(table.isa, "amx") == 0) return Pairs::kTiles;
   if (std::strcmp(table.isa, "neonbf16") == 0) return Pairs::kBfdot;
   return Pairs::kAsFloats;
 }

@@ -120,11 +120,15 @@ struct Product {
   // got (m, n) is what the kernel wrote.
   void judge(const std::vector<T>& got, Data data, const KernelTable& table) const {
     const Pairs how = pairs<E>(table);
-    const bool flushed = how != Pairs::kAsFloats, ordered = fuses(table) && how != Pairs::kVdpbf16ps;
+    const bool flushed = how != Pairs::kAsFloats,
+               ordered = fuses(table) && how != Pairs::kVdpbf16ps && how != Pairs::kTiles;
     // A term of BFDOT is rounded with the sum of its pair and with every accumulation from then on, but not by itself: a product
     // has 16 bits. Rounding to odd errs by less than a unit in the last place, twice as much as rounding to nearest.
-    const size_t roundings =
-        how == Pairs::kBfdot ? 2 * (depth + 1) : (fuses(table) ? 1 : 2) * kPerElement * depth;
+    // A tile adds its two sums, and those to the others.
+    const size_t in_turn = (fuses(table) ? 1 : 2) * kPerElement * depth;
+    const size_t roundings = how == Pairs::kBfdot   ? 2 * (depth + 1)
+                             : how == Pairs::kTiles ? in_turn + 2
+                                                    : in_turn;
     // Below the smallest normal number a rounding loses at most half of the smallest subnormal, or all where it flushes. BFDOT
     // flushes two products and two sums for each element, and a subnormal that it is to add to.
     using Limits = std::numeric_limits<T>;
@@ -334,10 +338,10 @@ void test_pairing_outer_tile(const KernelTable& table) {
 
 // ---- the same element has the same bits, whatever the tiles around it ----
 
-// Cuts n into one to four pieces.
-std::vector<size_t> cuts(Random& random, size_t n) {
+// Cuts n into one to four pieces, at multiples of unit.
+std::vector<size_t> cuts(Random& random, size_t n, size_t unit = 1) {
   std::vector<size_t> at = {0, n};
-  for (size_t i = random.below(4); i > 0; --i) at.push_back(random.below(n + 1));
+  for (size_t i = random.below(4); i > 0; --i) at.push_back(random.below(n / unit + 1) * unit);
   std::sort(at.begin(), at.end());
   return at;
 }
@@ -362,7 +366,8 @@ void test_blocking(const KernelTable& table) {
     std::vector<Sum<E>> whole(m * n), outer(m * n), lane(m * n);
     k.lane_tile(n, m, depth, {p.a.data(), depth, kPanel}, p.b.data(), whole.data(), false);
 
-    const std::vector<size_t> rows = cuts(random, m), columns = cuts(random, n), steps = cuts(random, depth);
+    const std::vector<size_t> rows = cuts(random, m), columns = cuts(random, n),
+                              steps = cuts(random, depth, k.depth_unit);
     for (size_t s = 0; s + 1 < steps.size(); ++s)
       for (size_t i = 0; i + 1 < rows.size(); ++i) {
         const E* tile = p.a.data() + rows[i] * depth + steps[s];
@@ -376,6 +381,13 @@ void test_blocking(const KernelTable& table) {
       }
     check::expect(same_bits(lane, whole), "lane_tile in tiles differs from lane_tile whole");
     check::expect(same_bits(outer, whole), "outer_tile in tiles differs from lane_tile whole");
+
+    std::vector<E> panels((depth + kPanel - 1) / kPanel * m * kPanel);
+    for (size_t i = 0; i < m; ++i)
+      for (size_t s = 0; s < depth; ++s)
+        panels[(s / kPanel * m + i) * kPanel + s % kPanel] = p.a[i * depth + s];
+    k.lane_tile(n, m, depth, {panels.data(), kPanel, m * kPanel}, p.b.data(), lane.data(), false);
+    check::expect(same_bits(lane, whole), "lane_tile over panels differs from lane_tile over rows");
 
     const size_t half = n / 2;  // one vector of tokens at a time
     std::vector<E> part(depth * half);

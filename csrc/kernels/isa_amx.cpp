@@ -1,0 +1,19 @@
+// AMX with bfloat16 (Sapphire Rapids): the products of pairs, in tile registers. dispatch.cpp puts them into the table of
+// AVX512-BF16.
+#define NPLORA_ISA amx
+#define NPLORA_SIMD_AVX512
+#define NPLORA_SIMD_BF16
+
+#include "kernels/kernel_table.h"
+#include "simd/tile_registers.h"
+#include "simd/vec.h"
+
+#include "kernels/tile_products-inl.h"
+
+namespace nplora::kernels {
+extern const PairProducts k_amx_products;
+constinit const PairProducts k_amx_products = {
+    {2 * amx::kTileSide, 3 * amx::kTileSide, 2 * amx::kTileSide, kPanelColumns, amx::kTileSide,
+     amx::lane_tile, amx::outer_tile},
+    amx::paired_outer_tile};
+}  // namespace nplora::kernels

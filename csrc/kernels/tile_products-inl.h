@@ -1,0 +1,232 @@
+// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the contract.
+//
+// Six registers hold sums: two rows of three tiles for outer_tile, three of two for lane_tile. Each step of up to kTileSide pairs
+// brings the tiles of a and b through the other two. A tile takes 8 cycles to be loaded and 16 to be multiplied; six products need
+// seven loads. The pairs of a step are summed by themselves before they are added; subnormals count as zero.
+
+namespace nplora::kernels::NPLORA_ISA {
+
+inline constexpr int kA = 6, kB = 7;
+
+// Rows of sums and of a in a tile; columns of sums and of b; pairs in a step.
+inline void set_shapes(size_t rows, size_t columns, size_t steps) {
+  TileShapes shapes;
+  for (int tile = 0; tile < kA; ++tile) shapes.set(tile, rows, columns);
+  shapes.set(kA, rows, steps);
+  shapes.set(kB, steps, columns);
+  set_tile_shapes(shapes);
+}
+
+// Calls body<row, column>() for each tile of sums, row by row.
+template <int kRows, int kColumns, int kNth = 0, class Body>
+inline void for_sums(const Body& body) {
+  if constexpr (kNth < kRows * kColumns) {
+    body.template operator()<kNth / kColumns, kNth % kColumns>();
+    for_sums<kRows, kColumns, kNth + 1>(body);
+  }
+}
+
+template <int kRows, int kColumns>
+inline void load_sums(const float* c, size_t c_stride, bool accumulate) {
+  for_sums<kRows, kColumns>([&]<int kRow, int kColumn>() __attribute__((always_inline)) {
+    constexpr int kSum = kRow * kColumns + kColumn;
+    if (accumulate)
+      load_tile<kSum>(c + kRow * kTileSide * c_stride + kColumn * kTileSide, c_stride);
+    else
+      zero_tile<kSum>();
+  });
+}
+template <int kRows, int kColumns>
+inline void store_sums(float* c, size_t c_stride) {
+  for_sums<kRows, kColumns>([&]<int kRow, int kColumn>() __attribute__((always_inline)) {
+    store_tile<kRow * kColumns + kColumn>(c + kRow * kTileSide * c_stride + kColumn * kTileSide, c_stride);
+  });
+}
+
+// All sums += a b. Every other row of tiles goes backwards: it begins with the b that is there.
+template <int kRows, int kColumns>
+inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
+  for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
+    constexpr int kColumn = kRow % 2 ? kColumns - 1 - kNth : kNth;
+    if (kNth == 0) load_tile<kA>(a + kRow * kTileSide * a_stride, a_stride);
+    if (kRow == 0 || kNth > 0) load_tile<kB>(b + kColumn * kTileSide, b_stride);
+    multiply_tiles<kRow * kColumns + kColumn, kA, kB>();
+  });
+}
+
+// A step whose operands do not lie as tiles are read, or end early: copied, with zeros behind the end.
+struct CopiedStep {
+  alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
+  alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
+
+  // Columns [first, end) of a.
+  void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
+    for (size_t i = 0; i < rows; ++i)
+      for (size_t k = first; k < end; ++k)
+        a[i * kTileSide + k] = from.data[i * from.row_stride + (k - first) * from.step_stride];
+  }
+  void clear_a(size_t rows, size_t first) {
+    for (size_t i = 0; i < rows; ++i)
+      for (size_t k = first; k < kTileSide; ++k) a[i * kTileSide + k] = Bf16Pair(0);
+  }
+  void copy_b(size_t depth, size_t columns, const Bf16Pair* from, size_t stride) {
+    for (size_t k = 0; k < kTileSide; ++k)
+      for (size_t j = 0; j < columns; ++j)
+        b[k * kPanelColumns + j] = k < depth ? from[k * stride + j] : Bf16Pair(0);
+  }
+};
+
+// ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
+
+struct OuterPass {
+  size_t depth;
+  Strided<Bf16Pair> a;
+  const Bf16Pair* w;
+  size_t w_stride;
+  float* c;
+  size_t c_stride;
+  bool accumulate;
+
+  // A depth of less than a step, such as a rank, is a step of its own length.
+  size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
+};
+
+// So many tiles, the last of rows x columns: set_shapes has been told.
+template <int kRows, int kColumns>
+inline void outer_pass(size_t rows, size_t columns, OuterPass p) {
+  const auto go_on = [&p](size_t steps) {
+    p.depth -= steps;
+    p.a.data += steps * p.a.step_stride;
+    p.w += steps * p.w_stride;
+  };
+  load_sums<kRows, kColumns>(p.c, p.c_stride, p.accumulate);
+  if (p.a.step_stride == 1)
+    for (const size_t steps = p.steps(); p.depth >= steps; go_on(steps))
+      tile_step<kRows, kColumns>(p.a.data, p.a.row_stride, p.w, p.w_stride);
+  while (p.depth > 0) {
+    const size_t all_rows = (kRows - 1) * kTileSide + rows,
+                 all_columns = (kColumns - 1) * kTileSide + columns;
+    const size_t steps = smaller(p.depth, kTileSide);
+    CopiedStep step;
+    step.copy_a(all_rows, 0, steps, p.a);
+    step.clear_a(all_rows, steps);
+    step.copy_b(steps, all_columns, p.w, p.w_stride);
+    tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
+    go_on(steps);
+  }
+  store_sums<kRows, kColumns>(p.c, p.c_stride);
+}
+
+// All rows of a, with so many tiles of columns.
+template <int kColumns>
+inline void outer_rows(size_t m, size_t columns, OuterPass p) {
+  const auto go_on = [&](size_t rows) {
+    m -= rows;
+    p.a.data += rows * p.a.row_stride;
+    p.c += rows * p.c_stride;
+  };
+  if (m >= kTileSide) set_shapes(kTileSide, columns, p.steps());
+  for (; m >= 2 * kTileSide; go_on(2 * kTileSide)) outer_pass<2, kColumns>(kTileSide, columns, p);
+  for (; m >= kTileSide; go_on(kTileSide)) outer_pass<1, kColumns>(kTileSide, columns, p);
+  if (m == 0) return;
+  set_shapes(m, columns, p.steps());
+  outer_pass<1, kColumns>(m, columns, p);
+}
+
+inline void outer_tile(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a, const Bf16Pair* w,
+                       size_t w_stride, float* c, size_t c_stride, bool accumulate, const Fetch&) {
+  OuterPass p{depth, a, w, w_stride, c, c_stride, accumulate};
+  const size_t full = n / kTileSide, rest = n % kTileSide;
+  if (full == 3) outer_rows<3>(m, kTileSide, p);
+  if (full == 2) outer_rows<2>(m, kTileSide, p);
+  if (full == 1) outer_rows<1>(m, kTileSide, p);
+  p.w += full * kTileSide;
+  p.c += full * kTileSide;
+  if (rest > 0) outer_rows<1>(m, rest, p);
+  release_tiles();
+}
+
+// The same where w holds single values: so many of its rows at a time are paired in a copy, which stays in L1.
+inline constexpr size_t kPairedRows = 256;
+
+inline void paired_outer_tile(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a, const Bf16* w,
+                              size_t w_stride, float* c, size_t c_stride, bool accumulate, const Fetch&) {
+  constexpr size_t kLanes = Vec<Bf16>::kLanes;
+  alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
+  size_t k = 0;
+  do {  // once without rows, too: c is set to zero
+    const size_t rows = smaller(depth - k, kPairedRows);
+    for (size_t i = 0; i < rows; i += 2)
+      for (size_t j = 0; j < n; j += kLanes) {
+        const Bf16* at = w + (k + i) * w_stride + j;
+        const size_t count = smaller(n - j, kLanes);
+        const auto second = i + 1 < rows ? Vec<Bf16>::load_partial(at + w_stride, count) : Vec<Bf16>::zero();
+        Vec<Bf16Pair>::pair_rows(Vec<Bf16>::load_partial(at, count), second)
+            .store(pairs + i / 2 * kPanelColumns + j);
+      }
+    outer_tile(m, n, (rows + 1) / 2, {a.data + k / 2 * a.step_stride, a.row_stride, a.step_stride}, pairs,
+               kPanelColumns, c, c_stride, accumulate || k > 0, {});
+    k += rows;
+  } while (k < depth);
+}
+
+// ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
+
+// Of a panelled w every third step lies in two panels, half in each: it is copied.
+template <int kRows, int kColumns>
+inline void lane_pass(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
+                      bool accumulate) {
+  constexpr size_t kLanes = kColumns * kTileSide, kPanel = kPanelDepth<Bf16Pair>, kHalf = kTileSide / 2;
+  static_assert(kPanel == kTileSide + kHalf);
+  const size_t all_rows = (kRows - 1) * kTileSide + rows;
+  const auto at = [&w](size_t k) {
+    return Strided<Bf16Pair>{w.data + k / kPanel * w.panel_stride + k % kPanel, w.row_stride, 1};
+  };
+  CopiedStep step;
+  load_sums<kRows, kColumns>(yt, kLanes, accumulate);
+  size_t k = 0;
+  for (; k + kTileSide <= depth; k += kTileSide) {
+    Strided<Bf16Pair> a = at(k);
+    if (w.panel_stride != kPanel && k % kPanel == kTileSide) {
+      step.copy_a(all_rows, 0, kHalf, a);
+      step.copy_a(all_rows, kHalf, kTileSide, at(k + kHalf));
+      a = {step.a, kTileSide, 1};
+    }
+    tile_step<kRows, kColumns>(a.data, a.row_stride, xt + k * kLanes, kLanes);
+  }
+  if (const size_t steps = depth - k) {
+    const size_t first = smaller(steps, kHalf);
+    step.copy_a(all_rows, 0, first, at(k));
+    if (first < steps) step.copy_a(all_rows, first, steps, at(k + first));
+    step.clear_a(all_rows, steps);
+    step.copy_b(steps, kLanes, xt + k * kLanes, kLanes);
+    tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
+  }
+  store_sums<kRows, kColumns>(yt, kLanes);
+}
+
+template <int kColumns>
+inline void lane_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16Pair* xt, float* yt,
+                      bool accumulate) {
+  const auto go_on = [&](size_t done) {
+    rows -= done;
+    w.data += done * w.row_stride;
+    yt += done * kColumns * kTileSide;
+  };
+  if (rows >= kTileSide) set_shapes(kTileSide, kTileSide, kTileSide);
+  for (; rows >= 3 * kTileSide; go_on(3 * kTileSide))
+    lane_pass<3, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
+  for (; rows >= kTileSide; go_on(kTileSide)) lane_pass<1, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
+  if (rows == 0) return;
+  set_shapes(rows, kTileSide, kTileSide);
+  lane_pass<1, kColumns>(rows, depth, w, xt, yt, accumulate);
+}
+
+inline void lane_tile(size_t n_lanes, size_t rows, size_t depth, const Panels<Bf16Pair>& w,
+                      const Bf16Pair* xt, float* yt, bool accumulate) {
+  n_lanes == kTileSide ? lane_rows<1>(rows, depth, w, xt, yt, accumulate)
+                       : lane_rows<2>(rows, depth, w, xt, yt, accumulate);
+  release_tiles();
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -1,0 +1,57 @@
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes a configuration sets. Each is one row of pairs
+// of bfloat16 times another, 16 x 16 x 32 multiply-adds in one instruction. The compiler knows nothing of them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace nplora::kernels::NPLORA_ISA {
+
+inline constexpr size_t kTileSide = 16;
+inline constexpr int kTileRegisters = 8;
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, size_t tile_rows, size_t columns) {
+    rows[tile] = static_cast<uint8_t>(tile_rows);
+    row_bytes[tile] = static_cast<uint16_t>(columns * sizeof(float));
+  }
+};
+
+// Forgets what the registers held.
+inline void set_tile_shapes(const TileShapes& shapes) {
+  __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
+}
+inline void release_tiles() {
+  __asm__ volatile("tilerelease" : : : "memory");
+}
+
+template <int kTile>
+inline void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "n"(kTile));
+}
+// Strides count elements.
+template <int kTile, class T>
+inline void load_tile(const T* from, size_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                   :
+                   : "r"(from), "r"(stride * sizeof(T)), "n"(kTile)
+                   : "memory");
+}
+template <int kTile>
+inline void store_tile(float* to, size_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                   :
+                   : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
+                   : "memory");
+}
+// sums += a b: the rows of a hold pairs, those of b the pairs that they meet, of a column each.
+template <int kSums, int kA, int kB>
+inline void multiply_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));
+}
+
+}  // namespace nplora::kernels::NPLORA_ISA

@@ -189,14 +189,47 @@ inline uint32_t bfloat16_bits(float x) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
 }
 
+#if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
+// Two vectors, the first in the low half. The instruction does what bfloat16_bits does, but to subnormals.
+inline bool can_narrow(__m512 a, __m512 b) {
+  constexpr int kSubnormal = 0x20;
+  return (_mm512_fpclass_ps_mask(a, kSubnormal) | _mm512_fpclass_ps_mask(b, kSubnormal)) == 0;
+}
+inline __m512i narrowed(__m512 a, __m512 b) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+}
+#endif
+
 inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
+#if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
+  for (; n >= 32; n -= 32, from += 32, to += 32) {
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    if (can_narrow(a, b))
+      _mm512_storeu_si512(to, narrowed(a, b));
+    else
+      for (size_t i = 0; i < 32; ++i) to[i] = uint16_t(bfloat16_bits(from[i]));
+  }
+#endif
   for (size_t i = 0; i < n; ++i) to[i] = uint16_t(bfloat16_bits(from[i]));
 }
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
-  for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols)
-    for (size_t c = 0; c < cols; ++c)
-      out[c] = Bf16Pair(bfloat16_bits(x[c]) | bfloat16_bits(x[x_stride + c]) << 16);
+  for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
+    size_t c = 0;
+#if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (; c + 16 <= cols; c += 16) {
+      const __m512 a = _mm512_loadu_ps(x + c), b = _mm512_loadu_ps(x + x_stride + c);
+      if (can_narrow(a, b))
+        _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(order, narrowed(a, b)));
+      else
+        for (size_t i = c; i < c + 16; ++i)
+          out[i] = Bf16Pair(bfloat16_bits(x[i]) | bfloat16_bits(x[x_stride + i]) << 16);
+    }
+#endif
+    for (; c < cols; ++c) out[c] = Bf16Pair(bfloat16_bits(x[c]) | bfloat16_bits(x[x_stride + c]) << 16);
+  }
   for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(bfloat16_bits(x[c]));
 }
 

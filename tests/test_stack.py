@@ -158,6 +158,16 @@ def test_inference_follows_a_linear_layer_whose_arrays_are_exchanged() -> None:
         )
 
 
+def test_inference_does_not_take_a_new_weight_for_one_that_is_gone() -> None:
+    """An object may lie where another one lay, and then has its id."""
+    layer, x = Linear(np.ones((4, D_IN))), passes(2)[0]
+    for scale in range(2, 22):
+        stack_infer([layer], x)
+        layer.weight = nplora.FrozenWeight(np.zeros((4, D_IN)))  # lets go of the one before
+        layer.weight = nplora.FrozenWeight(np.full((4, D_IN), float(scale)))
+        np.testing.assert_array_equal(stack_infer([layer], x)[0], layer(x))
+
+
 def test_what_inference_keeps_of_a_merged_layer_goes_with_the_merged_weight() -> None:
     layer, x = layers_of()[0], passes(1)[0]
     layer.merge()

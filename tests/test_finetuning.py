@@ -325,6 +325,21 @@ def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path)
     assert files_of(tmp_path / "out") != before
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_bytes(b"of another run")
+    with pytest.raises(FileExistsError, match=r"holds an adapter and no run: --overwrite \(overwrite=True\)"):
+        finetune(model, data, out, **QUICK)
+    assert [path.name for path in out.iterdir()] == [file]
+    assert (out / file).read_bytes() == b"of another run"
+    finetune(model, data, out, **QUICK, overwrite=True)
+    for checkpoint in out.glob("checkpoint-*"):
+        checkpoint.unlink()
+    finetune(model, data, out, **QUICK, resume=True)
+
+
 def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:

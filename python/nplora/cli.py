@@ -148,27 +148,19 @@ def _convert(arguments: argparse.Namespace) -> None:
     else:
         if arguments.dtype is not None:
             raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
-        _require_no_run(arguments.target)
         print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
 
 
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
+    from nplora.checkpoint import require_no_run
 
-    _require_no_run(arguments.output)
+    require_no_run(arguments.output)  # before anything that takes time
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output)
     if arguments.verbose:
         print(combined.table())
     print(f"{arguments.output}: {combined}")
-
-
-def _require_no_run(directory: str) -> None:
-    """Refuse to put an adapter in the place of one that was trained, and that its checkpoints belong to."""
-    from nplora.checkpoint import LOG
-
-    if os.path.exists(os.path.join(directory, LOG)):
-        raise ValueError(f"{directory}: the directory holds a run of finetune; name another one")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

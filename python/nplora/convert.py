@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora.checkpoint import require_no_run
 from nplora.formats import (
     base_model,
     files,
@@ -193,18 +194,23 @@ def adapter_from_gguf(
     directory: StrPath,
     base: StrPath | None = None,
     base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
 ) -> AdapterConversion:
     """Write llama.cpp's LoRA adapter file as a PEFT adapter directory. ΔW stays the same.
 
     Args:
         base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
         base_model_name_or_path: what the adapter says about the model that it belongs to.
+        overwrite: also in the place of the adapter of a run.
     Raises:
         ValueError: base is needed.
+        FileExistsError: the directory holds a run, and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
         FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
         OSError: a file cannot be read, or the disk refuses.
     """
+    if not overwrite:
+        require_no_run(directory)
     adapter, layers = read_gguf_adapter(path, base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)

@@ -91,7 +91,7 @@ class FinetuneOptions:
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _beside(100, "steps between checkpoints")
     resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
-    overwrite: bool = _beside(False, "drop the run in the output directory")
+    overwrite: bool = _beside(False, "drop the run or the adapter in the output directory")
     sample: tuple[str, ...] = _beside(
         (), "a prompt, as it is and not as a chat, answered before and after (may be given several times)"
     )

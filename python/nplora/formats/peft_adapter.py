@@ -145,6 +145,11 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         yield PeftAdapter(files.name(directory), config, tensors, paired)
 
 
+def lies_in(directory: StrPath) -> bool:
+    """Whether a directory has a file that `save` would replace."""
+    return any(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
+
+
 def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: str | None = None) -> None:
     """Write both files, into a directory that is made if needed.
 

@@ -41,6 +41,25 @@ def test_the_demo_learns_shows_and_saves(
     dictionary.run(tmp_path / "demo", rank=2)  # an earlier demo is replaced
 
 
+def test_what_is_not_the_demo_s_is_not_replaced(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "mine"
+    finetuning.finetune(model, dictionary.DATA, output, rank=2, steps=1)
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(FileExistsError, match="holds a run that is not the demo's: name another one"):
+        dictionary.run(output, rank=2)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == files
+    for checkpoint in output.glob("checkpoint-*"):
+        checkpoint.unlink()
+    with pytest.raises(FileExistsError, match="holds an adapter that is not the demo's"):
+        dictionary.run(output, rank=2)
+    assert (output / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
+    output.rename(tmp_path / dictionary.OUTPUT)
+    monkeypatch.chdir(tmp_path)
+    dictionary.run(dictionary.OUTPUT, rank=2)
+
+
 def test_a_promise_that_does_not_hold_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,12 +94,13 @@ def test_info_and_convert_hand_their_arguments_on(
 ) -> None:
     monkeypatch.setattr(info, "describe", lambda *arguments: f"described {arguments}")
     monkeypatch.setattr(convert, "convert_adapter", lambda *arguments: f"converted {arguments}")
-    for line in ("info f", "convert a b", "convert a b --base m"):
+    for line in ("info f", "convert a b", "convert a b --base m", "convert a b --base m --any-base"):
         assert cli.main(line.split()) == 0
     assert capsys.readouterr().out.splitlines() == [
         "described ('f',)",
-        "converted ('a', 'b', None)",
-        "converted ('a', 'b', 'm')",
+        "converted ('a', 'b', None, False)",
+        "converted ('a', 'b', 'm', False)",
+        "converted ('a', 'b', 'm', True)",
     ]
 
 
@@ -182,6 +183,7 @@ def test_an_option_that_would_do_nothing_is_refused(
     (tmp_path / "config.json").write_text("{}")
     for line, message in (
         (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
+        (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
         ("convert adapter x.gguf --dtype q8_0", "--dtype is of a model's matrices, SOURCE is no model"),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):

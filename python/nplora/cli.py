@@ -143,12 +143,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     if model_conversion.is_model(arguments.source):
         if arguments.base is not None:
             raise _UsageError("--base is the model of an adapter, SOURCE is a model")
+        if arguments.any_base:
+            raise _UsageError("--any-base is of an adapter, SOURCE is a model")
         dtype = arguments.dtype or "same"
         print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype))
     else:
         if arguments.dtype is not None:
             raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
-        print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
+        print(convert.convert_adapter(arguments.source, arguments.target, arguments.base, arguments.any_base))
 
 
 def _combine(arguments: argparse.Namespace) -> None:
@@ -338,6 +340,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the adapter's model: a GGUF file, config.json, or its directory",
     )
+    convert.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     text = "Add up LoRA adapters with weights, exactly, as one adapter."
     combine = command("combine", text, _combine)
     combine.add_argument(

@@ -109,7 +109,9 @@ class Adapter(Mapping[str, Update]):
 Source: TypeAlias = "StrPath | Module | Adapter"
 
 
-def read_adapter(source: Source, base: StrPath | None = None, edited_config: bool = False) -> Adapter:
+def read_adapter(
+    source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+) -> Adapter:
     """The updates of an adapter, whatever keeps it.
 
     Args:
@@ -118,8 +120,10 @@ def read_adapter(source: Source, base: StrPath | None = None, edited_config: boo
         base: the base model, which llama.cpp's file needs where its rows are permuted (see
             `adapter_from_gguf`).
         edited_config: as in `load_adapter`.
+        any_base: as in `adapter_from_gguf`.
     Raises:
-        FormatError: a file breaks its format; UnsupportedError: it holds layers trained whole.
+        FormatError: a file breaks its format, or llama.cpp's is of another model than base.
+        UnsupportedError: it holds layers trained whole.
         CorruptError: the directory's two files are not of one save.
         ValueError: the model has no LoRA layer, or base is needed. OSError: a file cannot be read.
     """
@@ -127,7 +131,9 @@ def read_adapter(source: Source, base: StrPath | None = None, edited_config: boo
         return source
     if isinstance(source, Module):
         return _from_model(source)
-    return _from_directory(source, edited_config) if Path(source).is_dir() else _from_gguf(source, base)
+    if Path(source).is_dir():
+        return _from_directory(source, edited_config)
+    return _from_gguf(source, base, any_base)
 
 
 def _from_model(model: Module) -> Adapter:
@@ -181,8 +187,8 @@ def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> Up
     return _update(name, factors, adapter.config.scale(name), m)
 
 
-def _from_gguf(path: StrPath, base: StrPath | None) -> Adapter:
-    adapter, layers = convert.read_gguf_adapter(path, base)
+def _from_gguf(path: StrPath, base: StrPath | None, any_base: bool) -> Adapter:
+    adapter, layers = convert.read_gguf_adapter(path, base, any_base)
     updates = {
         layer.name: _update(layer.name, layer.factors, adapter.scale(stored))
         for stored, layer in layers.items()

@@ -380,6 +380,18 @@ def test_a_hostile_configuration_gives_its_error_and_changes_nothing(
     assert state(model) == before
 
 
+@pytest.mark.parametrize("text", ["", "\x1b[31m\nall is well", "a" * 63, "a" * 64 + "\n", "A" * 64, "g" * 64])
+def test_a_digest_of_the_base_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    file = safetensors.open(path, mmap=False)
+    safetensors.save(path, dict(file), file.metadata | {"base_norms.sha256": text})
+    words = f"base_norms.sha256 is {text!r}, expected 64 hexadecimal digits"
+    for read in (lambda: load_adapter(Net(), tmp_path), lambda: nplora.read_adapter(tmp_path)):
+        with refused(FormatError, words, path):
+            read()
+
+
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     save_adapter(Net(), tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")

@@ -94,12 +94,13 @@ def test_info_and_convert_hand_their_arguments_on(
 ) -> None:
     monkeypatch.setattr(info, "describe", lambda *arguments: f"described {arguments}")
     monkeypatch.setattr(convert, "convert_adapter", lambda *arguments: f"converted {arguments}")
-    for line in ("info f", "convert a b", "convert a b --base m"):
+    for line in ("info f", "convert a b", "convert a b --base m", "convert a b --base m --any-base"):
         assert cli.main(line.split()) == 0
     assert capsys.readouterr().out.splitlines() == [
         "described ('f',)",
-        "converted ('a', 'b', None)",
-        "converted ('a', 'b', 'm')",
+        "converted ('a', 'b', None, False)",
+        "converted ('a', 'b', 'm', False)",
+        "converted ('a', 'b', 'm', True)",
     ]
 
 
@@ -110,6 +111,9 @@ def test_info_and_convert_hand_their_arguments_on(
         (["plto"], 2, "invalid choice: 'plto'"),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
         (["info", "M", "--fast"], 2, "unrecognized arguments: --fast (try nplora info --help)"),
+        (["--fast", "info"], 2, "unrecognized arguments: --fast (try nplora info --help)"),
+        (["info", "M", "--a\nb"], 2, "unrecognized arguments: --a b (try nplora info --help)"),
+        (["plan", "m", "--data", "d", "--s=a\nb"], 2, "ambiguous option: --s=a b could match"),
         (["info", "no/such/file"], 2, "no such file: no/such/file"),
         (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
         (["plot", "no/such/run"], 2, "error: no/such/run: no run directory, it has no log.jsonl\n"),
@@ -182,6 +186,7 @@ def test_an_option_that_would_do_nothing_is_refused(
     (tmp_path / "config.json").write_text("{}")
     for line, message in (
         (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
+        (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
         ("convert adapter x.gguf --dtype q8_0", "--dtype is of a model's matrices, SOURCE is no model"),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):

@@ -143,6 +143,12 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
     one = random_adapter(rng, {"q": (12, 8), "v": (5, 8)})
     with pytest.raises(ValueError, match=r"^combine: no adapters$"):
         nplora.combine([])
+    for wrong in (["a"], "a", [("a", 1, 2)], [one], [3], 3):
+        words = r"combine: adapters is .*, expected a list of pairs \(adapter, weight\)$"
+        with pytest.raises(TypeError, match=words):
+            nplora.combine(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"read_adapter: got 3, expected a PEFT directory, llama\.cpp's file"):
+        nplora.combine([(3, 1)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="weight is nan"):
         nplora.combine([(one, float("nan"))])
     with pytest.raises(ValueError, match="rank is 0, expected at least 1"):
@@ -221,14 +227,32 @@ def test_the_command_combines_and_reports(
 
 
 @pytest.mark.parametrize("command", ["combine", "convert"])
-def test_the_commands_leave_a_run_s_adapter_alone(
-    command: str, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_s_adapter_is_left_alone(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    random_adapter(rng, {"q": (12, 8)}, rank=3).save(tmp_path / "one")
-    random_adapter(rng, {"q": (12, 8)}, rank=2).save(tmp_path / "run")
-    (tmp_path / "run" / "log.jsonl").touch()
-    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
-    output = ["--output", str(tmp_path / "run")] if command == "combine" else [str(tmp_path / "run")]
-    assert cli.main([command, str(tmp_path / "one"), *output]) == 2
-    assert "run: the directory holds a run of finetune; name another one" in capsys.readouterr().err
-    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+    base, run = base_gguf(tmp_path / "base.gguf"), tmp_path / "run"
+    for directory, seed in ((tmp_path / "one", 0), (run, 1)):
+        write_peft(directory, alike(), factors(alike(), seed))
+    nplora.adapter_to_gguf(tmp_path / "one", tmp_path / "one.gguf", base)
+    (run / "checkpoint-1.safetensors").touch()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    output = ["--output", str(run)] if command == "combine" else [str(run)]
+    arguments = [command, str(tmp_path / "one.gguf"), *output, "--base", str(base)]
+    words = "run: the directory holds a run, to which its adapter belongs: name another one"
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+    def write(**options: Any) -> None:
+        if command == "combine":
+            nplora.combine([(tmp_path / "one", 1)]).save(run, **options)
+        else:
+            nplora.adapter_from_gguf(tmp_path / "one.gguf", run, base, **options)
+
+    with pytest.raises(FileExistsError, match="holds a run, to which its adapter belongs"):
+        write()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    write(overwrite=True)
+    assert {path.name for path in run.iterdir()} == before.keys()
+    assert (run / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    (run / "checkpoint-1.safetensors").rename(run / "log.jsonl")  # which others write too
+    assert cli.main(arguments) == 0

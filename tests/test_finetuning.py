@@ -19,7 +19,15 @@ from nplora import cli
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
-from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter, run
+from nplora.finetuning import (
+    FinetuneOptions,
+    attach_adapter,
+    evaluate,
+    finetune,
+    load_with_adapter,
+    plan,
+    run,
+)
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
@@ -301,6 +309,21 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^finetune: no option 'rnk'; the nearest: rank$"):
+        finetune("m", "d", tmp_path, rnk=3)
+    with pytest.raises(TypeError, match=r"^plan: no option 'zzzzzz'$"):
+        plan("m", "d", zzzzzz=3)
+
+
+def test_a_run_goes_on_with_its_own_rank(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    with pytest.raises(
+        ValueError, match=r"other data or settings: .*q_proj\.rank was 2, is 3, .* and \d+ more$"
+    ):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "rank": 3}, resume=True)
+
+
 def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path) -> None:
     (data / "valid.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
     with pytest.raises(DataError, match=r"valid\.jsonl, line 1: completion is empty"):
@@ -323,6 +346,21 @@ def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path)
     assert files_of(tmp_path / "out") == before
     finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)
     assert files_of(tmp_path / "out") != before
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_bytes(b"of another run")
+    with pytest.raises(FileExistsError, match=r"holds an adapter and no run: --overwrite \(overwrite=True\)"):
+        finetune(model, data, out, **QUICK)
+    assert [path.name for path in out.iterdir()] == [file]
+    assert (out / file).read_bytes() == b"of another run"
+    finetune(model, data, out, **QUICK, overwrite=True)
+    for checkpoint in out.glob("checkpoint-*"):
+        checkpoint.unlink()
+    finetune(model, data, out, **QUICK, resume=True)
 
 
 def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:

@@ -156,6 +156,26 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         UnsupportedError,
         f"tensor '{A}' is I8, expected one of F32, F16, BF16, F64",
     ),
+    "a digest that is none": (
+        lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "\x1b[31m\nall is well"}),
+        FormatError,
+        "nplora.base_norms.sha256 is '\\x1b[31m\\nall is well', expected 64 hexadecimal digits",
+    ),
+    "a digest of a line more": (
+        lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "a" * 64 + "\n"}),
+        FormatError,
+        "expected 64 hexadecimal digits",
+    ),
+    "a digest that is too long": (
+        lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "0" * 100_000}),
+        FormatError,
+        "0000…, expected 64 hexadecimal digits",
+    ),
+    "a digest in capitals": (
+        lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "A" * 64}),
+        FormatError,
+        "expected 64 hexadecimal digits",
+    ),
     "quantised factors": (
         lambda tensors, _: tensors.update({B: BLOCKS}),
         UnsupportedError,

@@ -37,10 +37,10 @@ def gguf_model(path: Path, dtype: str = "float32", seed: int = 0, **changes: Any
     return small_models.write(path, small_models.metadata(**changes), weights)
 
 
-def hf_model(directory: Path, dtype: type = np.float32) -> Path:
+def hf_model(directory: Path, dtype: type = np.float32, weights: dict[str, Any] | None = None) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(small_models.config()))
-    tensors = {name: array.astype(dtype) for name, array in small_models.hf_tensors().items()}
+    tensors = {name: array.astype(dtype) for name, array in (weights or small_models.hf_tensors()).items()}
     safetensors.save(directory / "model.safetensors", tensors)
     return directory
 
@@ -181,6 +181,79 @@ def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
         nplora.merge_adapter(model, again, tmp_path / "out.gguf")
         with pytest.raises(FormatError, match="another model"):
             nplora.merge_adapter(other, again, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf"])
+def test_an_adapter_of_another_model_is_not_converted_but_on_request(
+    kind: str, model: Path, other: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "hf":
+        other = hf_model(tmp_path / "hf", weights=changed(small_models.hf_tensors(), seed=1))
+    file, back = tmp_path / "a.gguf", tmp_path / "back"
+    nplora.adapter_to_gguf(adapter, file, model)
+    again = tmp_path / "again.gguf"
+    for source, target in ((adapter, again), (file, back)):
+        with pytest.raises(FormatError) as caught:
+            nplora.convert.convert_adapter(source, target, other)
+        assert str(caught.value).startswith(f"{source}: the adapter is of another model (")
+        assert f"sha256 {digest(model)[:12]} of its norms; this one has {digest(other)[:12]})" in str(
+            caught.value
+        )
+        arguments = ["convert", str(source), str(target), "--base", str(other)]
+        assert cli.main(arguments) == 2
+        assert "--any-base, in Python any_base=True, takes it all the same" in capsys.readouterr().err
+        assert not target.exists()
+        assert cli.main([*arguments, "--any-base"]) == 0
+        assert read_adapter(target, other).base_digest == digest(other)  # whose heads its rows are by
+
+
+def test_an_adapter_of_another_model_s_shapes_is_not_converted(
+    adapter: Path, model: Path, tmp_path: Path
+) -> None:
+    file, wide = tmp_path / "a.gguf", changed(small_models.tensors(), seed=1)
+    nplora.adapter_to_gguf(adapter, file, model)
+    wide |= {f"blk.{i}.attn_q.weight": np.zeros((64, 32), np.float32) for i in range(small_models.LAYERS)}
+    base = small_models.write(tmp_path / "wide.gguf", weights=wide)
+    for source, target in ((adapter, tmp_path / "b.gguf"), (file, tmp_path / "back")):
+        with pytest.raises(FormatError, match=r"the adapter is of another model \(.*\), and does not fit"):
+            nplora.convert.convert_adapter(source, target, base, any_base=True)
+
+
+def test_an_adapter_without_a_digest_gets_that_of_the_base_it_is_converted_with(
+    model: Path, other: Path, adapter: Path, tmp_path: Path
+) -> None:
+    tensors = safetensors.open(adapter / "adapter_model.safetensors", mmap=False)
+    safetensors.save(adapter / "adapter_model.safetensors", dict(tensors), {"format": "pt"})
+    nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
+    assert read_adapter(tmp_path / "a.gguf", model).base_digest == digest(model)
+    file = gguf.open(tmp_path / "a.gguf")
+    metadata = {k: v for k, v in file.metadata.typed().items() if not k.startswith("nplora.")}
+    gguf.save(tmp_path / "b.gguf", dict(file), metadata)
+    nplora.adapter_from_gguf(tmp_path / "b.gguf", tmp_path / "back", model)
+    assert read_adapter(tmp_path / "back").base_digest == digest(model)
+    with pytest.raises(FormatError, match="another model"):
+        attach_adapter(nplora.load_model(other), tmp_path / "back")
+
+
+def test_adapters_are_not_added_up_for_another_base(
+    model: Path, other: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.gguf"
+    nplora.adapter_to_gguf(adapter, file, model)
+    for source in (file, adapter):
+        with pytest.raises(ValueError, match=r"models? .*--any-base") as caught:
+            nplora.combine([(source, 1)], base=other)
+        assert digest(model)[:12] in str(caught.value)
+        assert digest(other)[:12] in str(caught.value)
+        nplora.combine([(source, 1)], base=model)
+        nplora.combine([(source, 1)], base=other, any_base=True)
+
+
+def test_a_sum_of_any_bases_has_the_digest_that_all_have(adapter: Path, model: Path) -> None:
+    unknown = Adapter("unknown", dict(read_adapter(adapter)))
+    assert nplora.combine([(adapter, 1), (unknown, 1)]).base_digest == digest(model)
+    assert nplora.combine([(adapter, 1), (unknown, 1)], any_base=True).base_digest is None
+    assert nplora.combine([(adapter, 1), (adapter, 1)], any_base=True).base_digest == digest(model)
 
 
 def test_adapters_of_different_models_are_not_added_up_but_on_request(

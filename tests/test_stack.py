@@ -158,6 +158,57 @@ def test_inference_follows_a_linear_layer_whose_arrays_are_exchanged() -> None:
         )
 
 
+def test_inference_does_not_take_a_new_weight_for_one_that_is_gone() -> None:
+    """An object may lie where another one lay, and then has its id."""
+    layer, x = Linear(np.ones((4, D_IN))), passes(2)[0]
+    for scale in range(2, 22):
+        stack_infer([layer], x)
+        layer.weight = nplora.FrozenWeight(np.zeros((4, D_IN)))  # lets go of the one before
+        layer.weight = nplora.FrozenWeight(np.full((4, D_IN), float(scale)))
+        np.testing.assert_array_equal(stack_infer([layer], x)[0], layer(x))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("merged_first", [False, True])
+def test_a_layer_that_another_thread_changes_is_asked_once(
+    merged_first: bool, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be merged or unmerged between any two lines: y and what is saved are of one state."""
+    layer, x = layers_of(use_dora=use_dora)[0], passes(3)[0]
+    if merged_first:
+        layer.merge()
+    wanted = layer(x)
+    asked = LoRALinear._lone_weight
+
+    def changing(self: LoRALinear) -> tuple[nplora.FrozenWeight | None, bool]:
+        found = asked(self)
+        self.unmerge() if self.merged else self.merge()
+        return found
+
+    monkeypatch.setattr(LoRALinear, "_lone_weight", changing)
+    (y,), saved = stack_forward([layer], x)
+    np.testing.assert_array_equal(y, wanted)
+    assert saved.items[0].alone == saved.items[0].merged == merged_first
+
+
+@pytest.mark.parametrize("merged_first", [False, True])
+def test_dora_is_finished_as_it_was_begun(merged_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layers_of(use_dora=True)[0], passes(1)[0]
+    if merged_first:
+        layer.merge()
+    wanted = layer(x)
+    for name in ("infer", "lora_forward"):
+        call = getattr(_core, name)
+
+        def changing(*arguments: Any, call: Callable[..., Any] = call) -> Any:
+            found = call(*arguments)
+            layer.unmerge() if layer.merged else layer.merge()
+            return found
+
+        monkeypatch.setattr(_core, name, changing)
+    np.testing.assert_array_equal(stack_infer([layer], x)[0], wanted)
+
+
 def test_what_inference_keeps_of_a_merged_layer_goes_with_the_merged_weight() -> None:
     layer, x = layers_of()[0], passes(1)[0]
     layer.merge()

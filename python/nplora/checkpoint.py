@@ -259,6 +259,26 @@ def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list
 # ---- the directory ----
 
 
+def holds_run(directory: StrPath) -> bool:
+    """Whether checkpoints lie in a directory, whole or not. Nothing is made, locked or read."""
+    return any(os.path.lexists(Path(directory, name)) for name in _SLOTS)
+
+
+def require_no_run(directory: StrPath) -> None:
+    """Refuse to put an adapter in the place of one that was trained, and that checkpoints belong to.
+
+    Raises:
+        FileExistsError: the directory holds a run.
+    """
+    if holds_run(directory):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the directory holds a run, to which its adapter belongs: name another one (in Python, "
+            "overwrite=True replaces the adapter)",
+            os.fspath(directory),
+        )
+
+
 class RunDirectory:
     """A directory that one run writes: made if needed, locked until `close`.
 
@@ -295,8 +315,8 @@ class RunDirectory:
                 raise OSError(
                     error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
                 ) from error
+            self.occupied = holds_run(self.path)
             self._scan()
-            self.occupied = bool(self.newest or self.damaged)
         except BaseException:
             self.close()
             raise

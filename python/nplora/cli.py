@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nplora: error: {message} (try {self.prog} --help)\n")
+        self.exit(2, f"nplora: error: {_one_line(message)} (try {self.prog} --help)\n")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -143,32 +143,26 @@ def _convert(arguments: argparse.Namespace) -> None:
     if model_conversion.is_model(arguments.source):
         if arguments.base is not None:
             raise _UsageError("--base is the model of an adapter, SOURCE is a model")
+        if arguments.any_base:
+            raise _UsageError("--any-base is of an adapter, SOURCE is a model")
         dtype = arguments.dtype or "same"
         print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype))
     else:
         if arguments.dtype is not None:
             raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
-        _require_no_run(arguments.target)
-        print(convert.convert_adapter(arguments.source, arguments.target, arguments.base))
+        print(convert.convert_adapter(arguments.source, arguments.target, arguments.base, arguments.any_base))
 
 
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
+    from nplora.checkpoint import require_no_run
 
-    _require_no_run(arguments.output)
+    require_no_run(arguments.output)  # before anything that takes time
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output)
     if arguments.verbose:
         print(combined.table())
     print(f"{arguments.output}: {combined}")
-
-
-def _require_no_run(directory: str) -> None:
-    """Refuse to put an adapter in the place of one that was trained, and that its checkpoints belong to."""
-    from nplora.checkpoint import LOG
-
-    if os.path.exists(os.path.join(directory, LOG)):
-        raise ValueError(f"{directory}: the directory holds a run of finetune; name another one")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -244,7 +238,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 
     def command(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run_command=run)
+        added.set_defaults(run_command=run, prog=added.prog)
         return added
 
     text = "Fine-tune a language model on a file of text; the adapter is PEFT's."
@@ -346,6 +340,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the adapter's model: a GGUF file, config.json, or its directory",
     )
+    convert.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     text = "Add up LoRA adapters with weights, exactly, as one adapter."
     combine = command("combine", text, _combine)
     combine.add_argument(
@@ -401,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _UsageError as error:
-        print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
+        print(f"nplora: error: {_one_line(str(error))} (try {parsed.prog} --help)", file=sys.stderr)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         print(f"nplora: error: {_one_line(_told(error))}", file=sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
-from nplora.formats import model_digest
+from nplora.formats import base_model, files, model_digest
 from nplora.formats.errors import UnsupportedError, in_places
 from nplora.formats.files import StrPath
 from nplora.merging import Update, joint
@@ -103,11 +103,12 @@ def combine(
         ValueError: there are no adapters, a weight is not finite, rank is below 1, or adapters are of
             different models or do not fit each other; all that does not fit is listed. The rest as in
             `read_adapter`.
+        TypeError: adapters are no pairs.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
     weighted = [
-        (read_adapter(source, base), _check.number("combine", "weight", weight))
-        for source, weight in adapters
+        (read_adapter(source, base, any_base=any_base), _check.number("combine", "weight", weight))
+        for source, weight in _pairs(adapters)
     ]
     if not weighted:
         raise ValueError("combine: no adapters")
@@ -118,7 +119,7 @@ def combine(
                 "updates do not add up; merge it into the model instead"
             )
     if not any_base:
-        _require_one_base([adapter for adapter, _ in weighted])
+        _require_one_base([adapter for adapter, _ in weighted], base)
     _require_alike([adapter for adapter, _ in weighted])
     names = dict.fromkeys(name for adapter, _ in weighted for name in adapter)
     updates, errors, norms = {}, {}, {}
@@ -127,24 +128,31 @@ def combine(
         if not all(np.isfinite(factor).all() for update, _ in terms for factor in (update.A, update.B)):
             raise ValueError(f"combine: a factor of {name} holds NaN or an infinity")
         updates[name], errors[name], norms[name] = _sum(terms, limit)
+    digests = {adapter.base_digest for adapter, _ in weighted}
     about = (
         _agreed(adapter.base_model_name_or_path for adapter, _ in weighted),
         _agreed(adapter.task_type for adapter, _ in weighted),
-        _agreed({adapter.base_digest for adapter, _ in weighted} - {None}),
+        _agreed(digests if any_base else digests - {None}),
     )
     return CombinedAdapter(updates, errors, norms, *about)
 
 
-def _require_one_base(adapters: list[Adapter]) -> None:
-    digests = {adapter.base_digest for adapter in adapters}
-    names = (
-        {_last_part(adapter.base_model_name_or_path) for adapter in adapters} if None in digests else set()
-    )
-    if max(len(known - {None}) for known in (digests, names)) > 1:
-        bases = "".join(
-            f"\n  {a.source}: {model_digest.described(a.base_model_name_or_path, a.base_digest)}"
-            for a in adapters
-        )
+def _pairs(adapters: Iterable[tuple[Source, float]]) -> list[tuple[Source, float]]:
+    listed = list(adapters) if isinstance(adapters, Iterable) else [adapters]
+    if isinstance(adapters, str | Adapter) or not all(
+        isinstance(p, tuple | list) and len(p) == 2 for p in listed
+    ):
+        raise TypeError(f"combine: adapters is {adapters!r}, expected a list of pairs (adapter, weight)")
+    return [(source, weight) for source, weight in listed]
+
+
+def _require_one_base(adapters: list[Adapter], base: StrPath | None) -> None:
+    told = [(a.source, a.base_model_name_or_path, a.base_digest) for a in adapters]
+    names = {_last_part(name) for _, name, _ in told} if None in {digest for *_, digest in told} else set()
+    if base is not None:
+        told.append((files.name(base), None, base_model.read(base).digest))
+    if max(len(known - {None}) for known in ({digest for *_, digest in told}, names)) > 1:
+        bases = "".join(f"\n  {source}: {model_digest.described(*about)}" for source, *about in told)
         raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{bases}")
 
 

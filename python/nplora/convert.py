@@ -10,6 +10,7 @@ Both call the factors lora_a, which is this project's B, and lora_b, its A. Thre
 """
 
 import contextlib
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora.checkpoint import require_no_run
 from nplora.formats import (
     base_model,
     files,
     gguf_adapter,
     gguf_names,
+    model_digest,
     model_directory,
     peft_adapter,
     peft_config,
@@ -70,7 +73,9 @@ class AdapterConversion:
         return "\n".join(lines)
 
 
-def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = None) -> AdapterConversion:
+def convert_adapter(
+    source: StrPath, target: StrPath, base: StrPath | None = None, any_base: bool = False
+) -> AdapterConversion:
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
     Raises:
@@ -87,17 +92,17 @@ def convert_adapter(source: StrPath, target: StrPath, base: StrPath | None = Non
             )
         if Path(target).suffix != ".gguf":
             raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(target)!r}")
-        return adapter_to_gguf(source, target, base)
+        return adapter_to_gguf(source, target, base, any_base=any_base)
     if Path(target).suffix == ".gguf" and Path(source).exists():
         raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
-    return adapter_from_gguf(source, target, base)
+    return adapter_from_gguf(source, target, base, any_base=any_base)
 
 
 # ---- PEFT to llama.cpp ----
 
 
 def adapter_to_gguf(
-    directory: StrPath, path: StrPath, base: StrPath, edited_config: bool = False
+    directory: StrPath, path: StrPath, base: StrPath, edited_config: bool = False, any_base: bool = False
 ) -> AdapterConversion:
     """Write a PEFT adapter directory as a LoRA adapter file for llama.cpp, with factors in float32.
 
@@ -106,12 +111,15 @@ def adapter_to_gguf(
 
     Args:
         base: the model that the adapter is for: its config.json, the directory with that, or its GGUF file,
-            against which names and shapes are checked too.
+            against which names and shapes are checked too. The file keeps the digest of its norms, if it has
+            any.
         edited_config: as in `load_adapter`.
+        any_base: as in `load_adapter`; the new adapter is then one of base.
     Raises:
         UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
             the base model is not of a known family.
-        FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
+        FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
+            model.
         CorruptError: the directory's two files are not of one save.
         OSError: a file cannot be read, or the disk refuses.
     """
@@ -125,14 +133,16 @@ def adapter_to_gguf(
         for name, halves in adapter.factors(problems).items():
             with _collecting(problems):
                 pairs[name] = _pair_for_gguf(adapter, name, halves, model)
-    _require_fit(adapter.directory, model.source, problems, pairs)
+    told = adapter.config.base_model_name_or_path, adapter.base_digest, model.digest
+    _require_fit(adapter.directory, model.source, problems, pairs, told, any_base)
     wanted = {name: adapter.config.scale(name) * pair.rank for name, pair in pairs.items()}
     alpha = _common_alpha(wanted.values())
     folded = tuple(name for name in pairs if wanted[name] != alpha)
     for name in folded:
         pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
     stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
-    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=adapter.base_digest))
+    digest = model.digest or adapter.base_digest
+    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
 
 
@@ -193,19 +203,27 @@ def adapter_from_gguf(
     directory: StrPath,
     base: StrPath | None = None,
     base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+    any_base: bool = False,
 ) -> AdapterConversion:
     """Write llama.cpp's LoRA adapter file as a PEFT adapter directory. ΔW stays the same.
 
     Args:
         base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
         base_model_name_or_path: what the adapter says about the model that it belongs to.
+        overwrite: also in the place of the adapter of a run.
+        any_base: as in `adapter_to_gguf`.
     Raises:
         ValueError: base is needed.
+        FileExistsError: the directory holds a run, and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
-        FormatError: a file breaks its format, or does not fit; all that does not fit is listed.
+        FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
+            model.
         OSError: a file cannot be read, or the disk refuses.
     """
-    adapter, layers = read_gguf_adapter(path, base)
+    if not overwrite:
+        require_no_run(directory)
+    adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)
     tensors = {
@@ -229,8 +247,10 @@ class PeftLayer:
     factors: dict[str, Array]
 
 
-def read_gguf_adapter(path: StrPath, base: StrPath | None) -> tuple[GgufAdapter, dict[str, PeftLayer]]:
-    """llama.cpp's adapter file, and its layers as PEFT has them by the names of the tensors adapted.
+def read_gguf_adapter(
+    path: StrPath, base: StrPath | None, any_base: bool = False
+) -> tuple[GgufAdapter, dict[str, PeftLayer]]:
+    """llama.cpp's adapter file, as one of base, and its layers as PEFT has them by the names of the tensors.
 
     Arguments and errors are those of `adapter_from_gguf`.
     """
@@ -245,8 +265,9 @@ def read_gguf_adapter(path: StrPath, base: StrPath | None) -> tuple[GgufAdapter,
     for stored in adapter.pairs:
         with _collecting(problems):
             layers[stored] = _layer_for_peft(source, adapter, stored, model)
-    _require_fit(source, "its architecture" if model is None else model.source, problems, layers)
-    return adapter, layers
+    target, digest = ("its architecture", None) if model is None else (model.source, model.digest)
+    _require_fit(source, target, problems, layers, (None, adapter.base_digest, digest), any_base)
+    return dataclasses.replace(adapter, base_digest=digest or adapter.base_digest), layers
 
 
 def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None) -> PeftLayer:
@@ -297,9 +318,20 @@ def _collecting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _require_fit(source: str, target: str, problems: list[str], layers: Sized) -> None:
+def _require_fit(
+    source: str,
+    target: str,
+    problems: list[str],
+    layers: Sized,
+    bases: tuple[str | None, str | None, str | None],
+    any_base: bool,
+) -> None:
+    """Args: bases: as `model_digest.refusal` takes them."""
     if problems:
-        raise FormatError(f"{source}: the adapter does not fit {target} {in_places(problems)}")
+        subject = model_digest.subject(*bases)
+        raise FormatError(f"{source}: {subject} does not fit {target} {in_places(problems)}")
+    if not any_base and (refusal := model_digest.refusal(*bases)):
+        raise FormatError(f"{source}: {refusal}")
     if not layers:
         raise FormatError(f"{source}: the adapter holds no factors")
 

@@ -24,7 +24,9 @@ Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
 _TOLD = 3  # tensors in a summary
-_COARSE = storages.BLOCKS.keys() - {"q8_0"}
+_FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
+    "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
+}  # fmt: skip
 _LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
@@ -72,9 +74,15 @@ class ModelMerge:
             f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
+        if self.error > 1:
+            lines.append(
+                "a relative error above 1: rounding moves the weights further than ΔW does, which is noise "
+                "where most of ΔW is kept"
+            )
         if worst[0].kept < _LITTLE:
-            finer = "q8_0, or float16, keeps" if kinds.keys() <= _COARSE else "float16 keeps"
-            lines.append(f"much of what was learned is lost by rounding: --dtype {finer} it")
+            finer = _FINER[worst[0].storage]
+            remedy = f": --dtype {finer} keeps more" if finer else ""
+            lines.append(f"much of what was learned is lost by rounding{remedy}")
         return "\n".join(lines)
 
 
@@ -111,7 +119,7 @@ def merge_adapter(
     model = _open(base)
     _require_output(model, base, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, read_adapter(adapter, facts), dtype, any_base)
+    updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {
         name: _merge(model.tensors[name], name, update, dtype)
         for name, update in updates.items()
@@ -279,7 +287,7 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
         else:
             m = None if update.m is None else update.m[order]
             updates[name] = Update(update.A[order], update.B, update.scale, m)
-    told = adapter.base_model_name_or_path, adapter.base_digest, _digest(model)
+    told = adapter.base_model_name_or_path, adapter.base_digest, model_digest.of_tensors(model.tensors)
     if problems:
         subject = model_digest.subject(*told)
         raise FormatError(f"{adapter.source}: {subject} does not fit {model.source} {in_places(problems)}")
@@ -288,17 +296,6 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
     if not updates:
         raise FormatError(f"{adapter.source}: the adapter holds no factors")
     return {name: updates[name] for name in model.tensors if name in updates}
-
-
-def _digest(model: _Model) -> str | None:
-    """`model_digest.of` the model's norms."""
-    norms = {}
-    for name, tensor in model.tensors.items():
-        stored = name if model.suffix == ".gguf" else gguf_names.tensor_to_gguf(name)
-        storage = _storage(tensor)
-        if stored and model_digest.is_norm(stored) and len(tensor.shape) == 1 and storage in storages.FLOATS:
-            norms[stored] = storages.decode(_bytes(tensor)[None], storage, tensor.shape[0])[0]
-    return model_digest.of(norms)
 
 
 def _bytes(tensor: Tensor) -> Array:

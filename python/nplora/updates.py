@@ -4,6 +4,7 @@ Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from nplora import convert
 from nplora.adapters import EMBEDDING_KEYS, LINEAR_KEYS
+from nplora.checkpoint import require_no_run
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
@@ -64,13 +66,18 @@ class Adapter(Mapping[str, Update]):
     def use_dora(self) -> bool:
         return any(update.m is not None for update in self.values())
 
-    def save(self, directory: StrPath) -> None:
+    def save(self, directory: StrPath, overwrite: bool = False) -> None:
         """Write a PEFT adapter directory, as `save_adapter` does.
 
+        Args:
+            overwrite: also in the place of the adapter of a run.
         Raises:
+            FileExistsError: the directory holds a run, and `overwrite` is not set.
             ValueError: there is no layer, some layers alone have DoRA's magnitudes, or a value is not finite.
             OSError: the disk refuses; how many bytes were needed is in the message.
         """
+        if not overwrite:
+            require_no_run(directory)
         if not self or len({update.m is None for update in self.values()}) > 1:
             raise ValueError(f"{self.source}: expected layers, all with DoRA's magnitudes or none")
         tensors = {}
@@ -103,7 +110,9 @@ class Adapter(Mapping[str, Update]):
 Source: TypeAlias = "StrPath | Module | Adapter"
 
 
-def read_adapter(source: Source, base: StrPath | None = None, edited_config: bool = False) -> Adapter:
+def read_adapter(
+    source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+) -> Adapter:
     """The updates of an adapter, whatever keeps it.
 
     Args:
@@ -112,8 +121,10 @@ def read_adapter(source: Source, base: StrPath | None = None, edited_config: boo
         base: the base model, which llama.cpp's file needs where its rows are permuted (see
             `adapter_from_gguf`).
         edited_config: as in `load_adapter`.
+        any_base: as in `adapter_from_gguf`.
     Raises:
-        FormatError: a file breaks its format; UnsupportedError: it holds layers trained whole.
+        FormatError: a file breaks its format, or llama.cpp's is of another model than base.
+        UnsupportedError: it holds layers trained whole.
         CorruptError: the directory's two files are not of one save.
         ValueError: the model has no LoRA layer, or base is needed. OSError: a file cannot be read.
     """
@@ -121,7 +132,13 @@ def read_adapter(source: Source, base: StrPath | None = None, edited_config: boo
         return source
     if isinstance(source, Module):
         return _from_model(source)
-    return _from_directory(source, edited_config) if Path(source).is_dir() else _from_gguf(source, base)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
+        )
+    if Path(source).is_dir():
+        return _from_directory(source, edited_config)
+    return _from_gguf(source, base, any_base)
 
 
 def _from_model(model: Module) -> Adapter:
@@ -175,8 +192,8 @@ def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> Up
     return _update(name, factors, adapter.config.scale(name), m)
 
 
-def _from_gguf(path: StrPath, base: StrPath | None) -> Adapter:
-    adapter, layers = convert.read_gguf_adapter(path, base)
+def _from_gguf(path: StrPath, base: StrPath | None, any_base: bool) -> Adapter:
+    adapter, layers = convert.read_gguf_adapter(path, base, any_base)
     updates = {
         layer.name: _update(layer.name, layer.factors, adapter.scale(stored))
         for stored, layer in layers.items()

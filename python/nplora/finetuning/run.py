@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nplora import _check
 from nplora.adapters import save_adapter
-from nplora.checkpoint import RunDirectory
+from nplora.checkpoint import RunDirectory, holds_run
 from nplora.data import Dataset
 from nplora.finetuning.attaching import as_it_was
 from nplora.finetuning.evaluation import evaluate_batches
@@ -24,6 +25,7 @@ from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resum
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
+from nplora.formats import peft_adapter
 from nplora.formats.files import StrPath
 from nplora.generate import Sampling, generate
 from nplora.models import KeptPrefix, LanguageModel, load_model
@@ -59,10 +61,13 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: the output directory holds a run or an adapter, and neither `resume` nor `overwrite`
+            is set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
-    chosen, pieces = resumed(FinetuneOptions(**options), output, isinstance(model, LanguageModel))
+    chosen, pieces = resumed(
+        _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
+    )
     say = speaker(progress)
     lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
@@ -133,7 +138,13 @@ def finetune(
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
-    """Refuse a directory with a run, or one in use, before anything that takes time."""
+    """Refuse a directory with a run or an adapter, or one in use, before anything that takes time."""
+    if peft_adapter.lies_in(output) and not (holds_run(output) or options.resume or options.overwrite):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the directory holds an adapter and no run: --overwrite (overwrite=True) replaces it",
+            os.fspath(output),
+        )
     with RunDirectory(output) as directory:
         if directory.occupied and not (options.resume or options.overwrite):
             raise FileExistsError(

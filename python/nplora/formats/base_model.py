@@ -1,15 +1,16 @@
 """What the conversion of an adapter needs to know of its base model: family, heads and, at best, shapes."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.formats import gguf
+from nplora.formats import gguf, model_digest, model_directory
 from nplora.formats.config_json import attention_heads, read_fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_names import ARCHITECTURES, is_permuted
-from nplora.formats.model_directory import CONFIG
+from nplora.formats.model_directory import CONFIG, INDEX, WEIGHTS
 
 MAX_HEADS = 1 << 16
 
@@ -23,6 +24,7 @@ class BaseModel:
         architecture: GGUF's name for the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
         shapes: of its tensors, by GGUF's names; None where the file does not tell.
+        digest: `model_digest.of` its norms; None where the file, or the directory, has none.
     """
 
     source: str
@@ -30,6 +32,7 @@ class BaseModel:
     heads: int
     kv_heads: int
     shapes: Mapping[str, tuple[int, ...]] | None
+    digest: str | None = None
 
     def permuted_heads(self, name: str) -> int | None:
         """The heads by which GGUF permutes the rows of a layer of this name in GGUF; None if it does not."""
@@ -46,7 +49,10 @@ def read(path: StrPath) -> BaseModel:
         OSError: it cannot be read.
     """
     if Path(path).is_dir():
-        path = Path(path, CONFIG)
+        model = _from_config(Path(path, CONFIG))
+        has_weights = any(Path(path, name).exists() for name in (WEIGHTS, INDEX))
+        digest = model_digest.of_tensors(model_directory.open_tensors(path)) if has_weights else None
+        return dataclasses.replace(model, digest=digest)
     return _from_config(path) if Path(path).suffix == ".json" else _from_gguf(path)
 
 
@@ -61,7 +67,8 @@ def _from_gguf(path: StrPath) -> BaseModel:
     heads = file.metadata.integer(f"{architecture}.attention.head_count")
     kv_heads = file.metadata.integer(f"{architecture}.attention.head_count_kv", heads)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes))
+    digest = model_digest.of_tensors(file)
+    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, digest))
 
 
 def _from_config(path: StrPath) -> BaseModel:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, gguf
+from nplora.formats import bfloat16, gguf, model_digest
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
@@ -98,7 +98,9 @@ def from_file(file: GgufFile) -> GgufAdapter:
         raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
     adapted, passed_over = _adapted(file)
     pairs = {name: _pair(file, name) for name in adapted}
-    digest = file.metadata.string(_BASE_DIGEST) if _BASE_DIGEST in file.metadata else None
+    digest = None
+    if _BASE_DIGEST in file.metadata:
+        digest = model_digest.parsed(file.metadata.string(_BASE_DIGEST), f"{file.source}: {_BASE_DIGEST}")
     return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over, digest)
 
 

@@ -5,16 +5,18 @@ in, and are trained with them. Rounded to bfloat16 they are the same in all copi
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16
-from nplora.formats.errors import brief
+from nplora.formats import bfloat16, gguf, safetensors
+from nplora.formats.errors import FormatError, brief
 from nplora.formats.gguf_names import tensor_to_gguf
 
+_FLOATS = ("F64", "F32", "F16", "float64", "float32", "float16", "BF16", "bfloat16")
 _SHOWN = 12  # hexadecimal digits
 TAKEN = "--any-base, in Python any_base=True, takes it all the same"
 
@@ -28,9 +30,35 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
     """SHA-256 over the norms' names in GGUF and values (d,); None where there are none."""
     digest = hashlib.sha256()
     for name in sorted(norms):
-        rounded = bfloat16.narrow(np.ascontiguousarray(norms[name], np.float32))
+        with np.errstate(over="ignore"):
+            rounded = bfloat16.narrow(np.ascontiguousarray(norms[name], np.float32))
         digest.update(f"\n{name} {len(rounded)} ".encode() + rounded.astype("<u2").tobytes())
     return digest.hexdigest() if norms else None
+
+
+def of_tensors(tensors: Mapping[str, "gguf.Tensor | safetensors.Tensor"]) -> str | None:
+    """`of` the norms among a model's tensors, as they lie in its file."""
+    norms = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, gguf.Tensor):
+            stored, kind = name, tensor.type
+        else:
+            stored, kind = tensor_to_gguf(name) or "", tensor.dtype
+        if is_norm(stored) and len(tensor.shape) == 1 and kind in _FLOATS:
+            values = tensor.numpy()
+            norms[stored] = bfloat16.widen(values) if kind in ("BF16", "bfloat16") else values
+    return of(norms)
+
+
+def parsed(text: str, where: str) -> str:
+    """A digest as a file has it, which nobody vouches for.
+
+    Raises:
+        FormatError: it is none.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise FormatError(f"{where} is {brief(text)}, expected 64 hexadecimal digits")
+    return text
 
 
 def stored_name(layer: str) -> str:

@@ -42,17 +42,14 @@ class PeftAdapter:
         directory: as messages name it.
         tensors: read when asked for, while the directory is open.
         paired: False where the configuration is not the one that was written with the tensors.
+        base_digest: `model_digest.of` the base model, if it is known.
     """
 
     directory: str
     config: PeftConfig
     tensors: SafetensorsFile
     paired: bool
-
-    @property
-    def base_digest(self) -> str | None:
-        """`model_digest.of` the base model, if it is known."""
-        return self.tensors.metadata.get(BASE_DIGEST)
+    base_digest: str | None
 
     def require_base(self, digest: str | None) -> None:
         """Raise FormatError where a model's digest is known, and not that of the adapter's base."""
@@ -142,7 +139,15 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
     config = peft_config.loads(text, str(config_path))
     with safetensors.reading(tensors_path) as tensors:
         paired = tensors.metadata.get(CONFIG_DIGEST, _digest(text)) == _digest(text)
-        yield PeftAdapter(files.name(directory), config, tensors, paired)
+        digest = tensors.metadata.get(BASE_DIGEST)
+        if digest is not None:
+            digest = model_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
+        yield PeftAdapter(files.name(directory), config, tensors, paired, digest)
+
+
+def lies_in(directory: StrPath) -> bool:
+    """Whether a directory has a file that `save` would replace."""
+    return any(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
 
 
 def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: str | None = None) -> None:

@@ -137,11 +137,9 @@ class LoRAEmbedding(LoRALayer):
         """
         vocab, dim = self.weight.shape
         flat, lead = _ids("LoRAEmbedding.forward", ids, vocab)
-        lone = self._lone_weight()
+        lone, merged = self._lone_weight()
         y = (lone or self.weight).take(flat)
-        saved = LoRAEmbeddingSaved(
-            lead, alone=lone is not None, merged=lone is not None and self.adapter_enabled
-        )
+        saved = LoRAEmbeddingSaved(lead, alone=lone is not None, merged=merged)
         if lone is None:
             rows = self.A[flat]
             if self.scale != 0:

@@ -131,7 +131,8 @@ class Linear(Prepared, Module):
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        return id(self.weight), id(self.bias)
+        weight = self.weight
+        return weight if isinstance(weight, FrozenWeight) else id(weight), id(self.bias)
 
     def _inference_layer(self) -> _core.InferenceLayer:
         return _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)

@@ -150,19 +150,19 @@ class LoRALinear(LoRALayer):
     def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
-        weight, scale, bias = self._answering()
+        lone, merged = self._lone_weight()
+        weight, scale, bias = self._core_terms(lone)
         z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead)
-        if self._lone_weight() is not None:
-            saved = LoRALinearSaved(lead, alone=True, merged=self.adapter_enabled)
+        if lone is not None:
+            saved = LoRALinearSaved(lead, alone=True, merged=merged)
         elif not inferring():
             z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
             key = self._next_key() if dropout else 0
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
         return (weight, self.A, self.B, scale, dropout, key, bias, y, z), y, saved
 
-    def _answering(self) -> tuple[_core.PackedWeight, float, Array | None]:
+    def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
         """What the core computes with: weight, scale of the update, and bias, which DoRA adds later."""
-        lone = self._lone_weight()
         if lone is not None:
             return lone.packed, 0.0, self._bias  # scale 0: W alone
         return self._weight.packed, self.scale, None if self.use_dora else self._bias
@@ -179,14 +179,8 @@ class LoRALinear(LoRALayer):
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
     def _inference_layer(self) -> _core.InferenceLayer:
-        weight, scale, bias = self._answering()
+        weight, scale, bias = self._core_terms(self._lone_weight()[0])
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
-
-    def finish_inference(self, y: Array) -> Array:
-        """The output, when the core has filled y: DoRA has more to do."""
-        if self._lone_weight() is None:
-            y, _ = self._rescale(y, LoRALinearSaved(y.shape[:1]), training=False)
-        return y
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
         """DoRA: y = m / ‖row‖ ∘ u + bias."""

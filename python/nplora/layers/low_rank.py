@@ -339,11 +339,13 @@ class LoRALayer(Prepared, AdapterLayer):
         vars(self)["_was"] = type(self).__name__
         object.__setattr__(self, "__class__", UnloadedLayer)
 
-    def _lone_weight(self) -> FrozenWeight | None:
-        """The weight that answers alone: the merged one, or W while the adapter is disabled; else None."""
-        if not self.adapter_enabled:
-            return self.weight
-        return self._merged
+    def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
+        """The weight that answers alone: the merged one, or W while the adapter is disabled; else None.
+
+        And whether it is the merged one. A pass asks once, for another thread may change the layer meanwhile.
+        """
+        enabled, merged = self.adapter_enabled, self._merged
+        return (merged, merged is not None) if enabled else (self.weight, False)
 
     def _describe(self) -> str:
         d_out, d_in = self.weight.shape

@@ -28,7 +28,11 @@ class Prepared:
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """What `_inference_layer` reads; arrays by their id, which is theirs as long as they are kept."""
+        """What `_inference_layer` reads.
+
+        Arrays, which compare by element, by their id: the core's layer keeps them, so it stays theirs. Of a
+        FrozenWeight that layer keeps the packed part alone, so the object itself is here.
+        """
         raise NotImplementedError
 
     def _inference_layer(self) -> _core.InferenceLayer:

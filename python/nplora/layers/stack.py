@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core, buffers
 from nplora.layers.linear import Linear
 from nplora.layers.lora_linear import LoRALinear
-from nplora.module import Gradient, Saved
+from nplora.module import Gradient, Saved, inference
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -59,11 +59,10 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear, computing alike.
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
-    ys = _core.infer(x, [layer.inference_layer() for layer in layers])
-    for i, layer in enumerate(layers):
-        if isinstance(layer, LoRALinear) and layer.use_dora:
-            ys[i] = layer.finish_inference(ys[i])
-    return ys
+    if any(isinstance(layer, LoRALinear) and layer.use_dora for layer in layers):
+        with inference():  # DoRA has more to do than the core, each time anew
+            return stack_forward(layers, x)[0]
+    return _core.infer(x, [layer.inference_layer() for layer in layers])
 
 
 def stack_backward(

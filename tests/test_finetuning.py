@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nplora
 from hostile import refused
 from nplora import cli
 from nplora.adapters import save_adapter
@@ -338,6 +339,27 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     for checkpoint in out.glob("checkpoint-*"):
         checkpoint.unlink()
     finetune(model, data, out, **QUICK, resume=True)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_with_a_model_gets_no_adapter(
+    file: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(model, data, tmp_path / "adapter", **QUICK)
+    nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", model)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).touch()
+    for line in (
+        ["finetune", str(model), "--data", str(data), "--output", str(out), "--overwrite"],
+        ["combine", str(tmp_path / "adapter"), "--output", str(out)],
+        ["convert", str(tmp_path / "adapter.gguf"), str(out), "--base", str(model)],
+    ):
+        assert cli.main(line) == 2
+        assert f"{out}: the directory holds a model ({file}): name another one" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="holds a model"):
+        nplora.read_adapter(tmp_path / "adapter").save(out)
+    assert [path.name for path in out.iterdir()] == [file]
 
 
 def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:

@@ -292,6 +292,26 @@ def test_an_index_of_other_weights_is_not_left_beside_new_ones(
     assert not (other / "model.safetensors").exists()
 
 
+def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path: Path) -> None:
+    base, adapter = hf_directory(tmp_path / "base", rng, np.float32), random_adapter(rng)
+    for name, found in (
+        ("adapter_config.json", "an adapter"),
+        ("adapter_model.safetensors", "an adapter"),
+        ("checkpoint-0.safetensors", "a run"),
+    ):
+        output = tmp_path / name.partition(".")[0]
+        output.mkdir()
+        (output / name).touch()
+        with pytest.raises(FileExistsError, match=f"the directory holds {found}: name another one"):
+            nplora.merge_adapter(base, adapter, output)
+        assert [path.name for path in output.iterdir()] == [name]
+    file = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    random_adapter(rng).save(tmp_path / "adapter")
+    nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", file)
+    with pytest.raises(ValueError, match=r"adapter\.gguf is the adapter itself, which is left as it is"):
+        nplora.merge_adapter(file, tmp_path / "adapter.gguf", tmp_path / "adapter.gguf")
+
+
 def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:
     base = hf_directory(tmp_path / "base", rng, np.float16)
     (tmp_path / "old").mkdir()

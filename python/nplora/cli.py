@@ -156,8 +156,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
     from nplora.checkpoint import require_no_run
+    from nplora.formats.model_directory import require_no_model
 
     require_no_run(arguments.output)  # before anything that takes time
+    require_no_model(arguments.output)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output)
     if arguments.verbose:

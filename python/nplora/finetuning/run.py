@@ -24,7 +24,7 @@ from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resum
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
-from nplora.formats import peft_adapter
+from nplora.formats import model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.generate import Sampling, generate
 from nplora.models import KeptPrefix, LanguageModel, load_model
@@ -135,7 +135,8 @@ def finetune(
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
-    """Refuse a directory with a run or an adapter, or one in use, before anything that takes time."""
+    """Refuse a directory with a model, a run or an adapter, or one in use, before what takes time."""
+    model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or options.resume or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,

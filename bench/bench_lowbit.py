@@ -117,7 +117,7 @@ def batch_figures(case: Case, threads: int, result: Result) -> list[dict[str, An
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the rates on `threads` threads; return them."""
     found: list[dict[str, Any]] = []
-    storages = ("q8_0",) if quick else STORAGES  # the one that is quantised at once
+    storages = ("q8_0",) if quick else STORAGES  # the weights of others take long to make
     runtimes = Runtimes(threads)
     for compute in ("float32", "bfloat16"):
         case = Case(storages, compute)

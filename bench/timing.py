@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 PAUSE = 0.2  # seconds before each turn on several threads: longer than OpenBLAS's workers spin
+END = 2.0  # seconds that a process has to leave by itself
 BUSY = 0.05  # share of the CPUs taken by other programs above which the figures are not to be quoted
 BF16_UNIT = 2.0**-8  # the unit roundoff of bfloat16
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold the peer below what it can do
@@ -75,9 +76,11 @@ _lanes: dict[
 
 @atexit.register
 def _end_lanes() -> None:
+    """End each process by the end of its pipe, or by force where Ctrl-C left it in a long call."""
     for process, connection in _lanes.values():
         connection.close()
-        process.join()
+        process.join(timeout=END)
+        process.terminate()
 
 
 class Runtimes:

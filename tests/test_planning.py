@@ -215,6 +215,28 @@ def test_a_peak_of_the_past_is_told_from_a_need(
         plan(model, data, memory="8G")
 
 
+def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget lies above what is in memory now, below what is needed, and that below an earlier peak."""
+    choice = "nplora.planning.choice"
+    monkeypatch.setattr(f"{choice}.current_memory", lambda: 10 * MEGABYTE)
+    monkeypatch.setattr(f"{choice}.unread", lambda source: 0)
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "x" * 100}) + "\n")
+    least = {}
+    for length in (32, 1024):
+        found = plan(model, data, max_length=length, memory="9G")
+        least[length] = min(found.memory.total, *(other.size for other in found.others))
+    monkeypatch.setattr(f"{choice}.peak_memory", lambda: 9000 * MEGABYTE)
+    words = r"needs \d+ MB, \d+ MB are allowed; --max-length 32 would need \d+ MB"
+    with pytest.raises(BudgetError, match=words) as caught:
+        plan(model, data, memory=sum(least.values()) // 2)
+    assert "peak" not in str(caught.value)
+    with pytest.raises(BudgetError, match="has had 9000 MB at its peak already"):
+        plan(model, data, memory=least[1024])
+
+
 def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)
 

@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nplora: error: {message} (try {self.prog} --help)\n")
+        self.exit(2, f"nplora: error: {_one_line(message)} (try {self.prog} --help)\n")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -240,7 +240,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 
     def command(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run_command=run)
+        added.set_defaults(run_command=run, prog=added.prog)
         return added
 
     text = "Fine-tune a language model on a file of text; the adapter is PEFT's."
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _UsageError as error:
-        print(f"nplora: error: {error} (try nplora {given[0]} --help)", file=sys.stderr)
+        print(f"nplora: error: {_one_line(str(error))} (try {parsed.prog} --help)", file=sys.stderr)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         print(f"nplora: error: {_one_line(_told(error))}", file=sys.stderr)

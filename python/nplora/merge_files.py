@@ -35,7 +35,9 @@ Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"
 
 _TOLD = 3  # tensors in a summary
-_COARSE = storages.BLOCKS.keys() - {"q8_0"}
+_FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
+    "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
+}  # fmt: skip
 _LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
@@ -84,8 +86,9 @@ class ModelMerge:
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
         if worst[0].kept < _LITTLE:
-            finer = "q8_0, or float16, keeps" if kinds.keys() <= _COARSE else "float16 keeps"
-            lines.append(f"much of what was learned is lost by rounding: --dtype {finer} it")
+            finer = _FINER[worst[0].storage]
+            remedy = f": --dtype {finer} keeps more" if finer else ""
+            lines.append(f"much of what was learned is lost by rounding{remedy}")
         return "\n".join(lines)
 
 

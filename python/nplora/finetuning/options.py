@@ -10,7 +10,7 @@ from nplora import _check
 from nplora.data import LEARN
 from nplora.formats.peft_config import MAX_RANK
 from nplora.layers import LoRALinear
-from nplora.models.adapting import chosen_blocks
+from nplora.models.adapting import parse_blocks
 from nplora.optim import SCHEDULES
 from nplora.planning import parse_bytes
 from nplora.weights import COMPUTES
@@ -125,4 +125,4 @@ class FinetuneOptions:
         _check.probability(_OP, "dropout", self.dropout)
         _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
         if isinstance(self.layers, str):
-            chosen_blocks(self.layers, 10**9)  # whatever the model has
+            parse_blocks(self.layers)

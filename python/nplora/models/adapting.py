@@ -74,17 +74,26 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
     if layers is None:
         return range(count)
     if isinstance(layers, str):
-        side, _, number = layers.partition(":")
-        if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
-            raise ValueError(
-                f"{op}: layers={layers!r}, expected 'last:N', 'first:N' (N above 0), a range or None"
-            )
-        n = int(number)
+        side, n = parse_blocks(layers)
         if n > count:
             raise ValueError(f"{op}: layers={layers!r}, the model has {count} blocks")
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
+
+
+def parse_blocks(text: str) -> tuple[str, int]:
+    """The side, "first" or "last", and the number of blocks, at least 1, that "last:4" means.
+
+    Raises:
+        ValueError: it means none.
+    """
+    side, _, number = text.partition(":")
+    if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+        raise ValueError(
+            f"add_lora: layers={text!r}, expected 'last:N', 'first:N' (N above 0), a range or None"
+        )
+    return side, int(number)
 
 
 def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:

@@ -153,16 +153,16 @@ def choose(
         )
 
     ways = list(_ways(lm, work, wishes, budget is not None))
-    sizes = {way: max(memory(way).total, reached) for way in ways}
+    sizes = {way: memory(way).total for way in ways}
     fitting = [way for way in ways if budget is None or sizes[way] <= budget]
-    if budget is not None and resident[0] <= budget < reached:
+    if budget is not None and fitting and budget < reached:
         raise BudgetError(
             f"this process has had {reached / 1e6:.0f} MB at its peak already, {budget / 1e6:.0f} MB are "
             "allowed: plan and train in a fresh one"
         )
     if budget is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])
-        shorter = _shorter(work, smallest, budget, lambda *cut_off: max(memory(*cut_off).total, reached))
+        shorter = _shorter(work, smallest, budget, lambda *cut_off: memory(*cut_off).total)
         raise BudgetError(
             f"{smallest} needs {sizes[smallest] / 1e6:.0f} MB, {budget / 1e6:.0f} MB are allowed{shorter}"
         )

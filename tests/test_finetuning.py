@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import nplora
+import small_models
 from hostile import refused
 from nplora import cli
 from nplora.adapters import save_adapter
@@ -450,7 +451,11 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
             "layer 'q_proj' is not in the model",
         ),
         ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
-        ({f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)}, {}, "has no place for it"),
+        (
+            {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
+            {},
+            "is of an embedding, the layer is linear",
+        ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
         ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
     ],
@@ -501,10 +506,58 @@ def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
         assert cli.main([*line, "--any-base"]) == 0
 
 
-def test_an_adapter_of_llama_cpp_is_named_with_what_makes_it_one_of_peft(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
-    with pytest.raises(FormatError, match=r"adapter\.gguf: expected the directory of a PEFT adapter; nplora"):
-        load_with_adapter(model, tmp_path / "adapter.gguf")
+def test_an_adapter_of_llama_cpp_is_put_on_as_well(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "peft", **QUICK, targets=("all-linear", "embed_tokens", "lm_head"))
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", model)
+    losses = [evaluate(model, data, adapter=tmp_path / name)["loss"] for name in ("peft", "adapter.gguf")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    answers = [
+        load_with_adapter(model, tmp_path / name).generate("1+1=", 8) for name in ("peft", "adapter.gguf")
+    ]
+    assert answers[0] == answers[1]
+    lm = load_model(model)
+    for content, message in ((b"GGUF", "adapter.gguf"), (model.read_bytes(), "'general.type' is missing")):
+        (tmp_path / "adapter.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match=message):
+            attach_adapter(lm, tmp_path / "adapter.gguf")
+    assert not lm.adapter_layers()
+
+
+def test_an_adapter_of_llama_cpp_is_put_on_a_hugging_face_model(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    safetensors.save(tmp_path / "model.safetensors", small_models.hf_tensors())
+    lm, fresh = load_model(tmp_path), load_model(tmp_path)
+    lm.add_lora(rank=2)
+    for parameter in lm.parameters():
+        parameter.value[...] = rng.standard_normal(parameter.value.shape)
+    save_adapter(lm, tmp_path / "peft")
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", tmp_path)
+    attach_adapter(fresh, tmp_path / "adapter.gguf")
+    np.testing.assert_allclose(fresh.logits([1, 2, 3]), lm.logits([1, 2, 3]), rtol=1e-5, atol=1e-4)
+
+
+def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> None:
+    adapters = [tmp_path / "a", tmp_path / "b.gguf"]
+    finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
+    finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
+    nplora.adapter_to_gguf(tmp_path / "b", adapters[1], model)
+    nplora.combine([(adapter, 1) for adapter in adapters], base=model).save(tmp_path / "both")
+    both = evaluate(model, data, adapter=tmp_path / "both")["loss"]
+    assert evaluate(model, data, adapter=adapters)["loss"] == pytest.approx(both, rel=1e-6)
+    assert both != pytest.approx(evaluate(model, data, adapter=adapters[1])["loss"], rel=1e-3)
+    options = [word for adapter in adapters for word in ("--adapter", adapter)]
+    told = json.loads(command("eval", model, "--data", data, "--json", *options).stdout)
+    assert told["loss"] == pytest.approx(both, rel=1e-6)
+    answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
+    assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
+    finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
+    lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
+    words = r"the combined adapter does not fit the model in 1 places:\n  layer 'lm_head': the adapter is of"
+    with pytest.raises(FormatError, match=words):
+        attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
+    assert not lm.adapter_layers()
 
 
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:

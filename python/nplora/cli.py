@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
-_ADAPTER = "the adapter: a directory in PEFT's format"
+_ADAPTER = "PEFT's directory or llama.cpp's file (may be given several times: they add up)"
 _ANY_BASE = "take an adapter that was trained on another model of these shapes"
 _COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -261,7 +261,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
-    evaluate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    evaluate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
     evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
     evaluate.add_argument(
@@ -274,7 +274,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate = command("generate", text, _generate)
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
-    generate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    generate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
     generate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")

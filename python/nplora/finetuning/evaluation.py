@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nplora.data import TokenBatches, find_splits, read_dataset
-from nplora.finetuning.attaching import attach_adapter
+from nplora.finetuning.attaching import Adapters, attach_adapter
 from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
@@ -15,7 +15,7 @@ def evaluate(
     model: StrPath | LanguageModel,
     data: StrPath,
     *,
-    adapter: StrPath | None = None,
+    adapter: Adapters | None = None,
     compute: str | None = None,
     max_length: int | None = None,
     learn: str = "completion",
@@ -26,7 +26,7 @@ def evaluate(
 
     Args:
         data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
-        adapter: a PEFT adapter directory that is put on the model.
+        adapter: what is put on the model, as in `attach_adapter`.
         max_length: longer examples are cut; None: to the model's context.
         compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
         learn, skip_bad: as in `FinetuneOptions`.

@@ -74,8 +74,12 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
     assert report.samples[0].before != report.samples[0].after
     assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
     base, adapted = evaluate(model, data), evaluate(model, data, adapter=tmp_path / "out")
-    assert base == {"loss": report.loss_before, "tokens": report.valid.learned if report.valid else 0}
-    assert adapted == {"loss": report.loss_after, "tokens": base["tokens"]}
+    assert report.valid is not None
+    assert base == {
+        "loss": report.loss_before, "tokens": report.valid.learned, "source": str(data / "valid.jsonl"),
+        "examples": 4, "truncated": 0, "emptied": 0, "skipped": 0,
+    }  # fmt: skip
+    assert adapted == base | {"loss": report.loss_after}
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert config["task_type"] == "CAUSAL_LM"
@@ -591,6 +595,23 @@ def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(line, capture_output=True, text=True, **more)
 
 
+def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> None:
+    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
+    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["eval", model, "--data", data, "--max-length", 5]
+    done = command(*line, "--skip-bad", "--json")
+    told = json.loads(done.stdout)
+    assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
+    assert told["source"] == str(data / "valid.jsonl")
+    counted = (
+        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad rows skipped"
+    )
+    assert counted in done.stderr
+    done = command(*line, "--skip-bad", "--strict")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "valid.jsonl, line 1: 10 tokens, at most 5 are allowed" in done.stderr
+
+
 def test_a_line_that_is_redrawn_stays_within_the_terminal(
     model: Path,
     data: Path,
@@ -629,9 +650,9 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
     assert adapted["loss"] < base["loss"]
     assert f"-> {adapted['loss']:.4f}" in done.stdout
-    assert base.keys() == {"loss", "tokens"}
-    plain = command("eval", model, "--data", data).stdout
-    assert plain == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    plain = command("eval", model, "--data", data)
+    assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
     answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
     lm = load_with_adapter(model, output)
     assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"

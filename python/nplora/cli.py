@@ -93,6 +93,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         learn=arguments.learn,
         skip_bad=arguments.skip_bad,
         any_base=arguments.any_base,
+        strict=arguments.strict,
+        progress=True,
     )
     if arguments.json:
         print(json.dumps(result))
@@ -260,7 +262,12 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     plan.epilog = "The other options of finetune are taken too, and change nothing."
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
-    evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
+    evaluate.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help=f"{_DATA}, of which the latter is read where it is there",
+    )
     evaluate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
     evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
@@ -268,8 +275,13 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "--learn", choices=("completion", "all"), default="completion", help="the tokens that count"
     )
     evaluate.add_argument("--skip-bad", action="store_true", help="pass over bad lines")
+    evaluate.add_argument(
+        "--strict", action="store_true", help="take an example that is too long for an error"
+    )
     evaluate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
-    evaluate.add_argument("--json", action="store_true", help='print {"loss": ..., "tokens": ...}')
+    evaluate.add_argument(
+        "--json", action="store_true", help='print {"loss": ..., "tokens": ..., "examples": ..., ...}'
+    )
     text = "Print what a language model says after a prompt."
     generate = command("generate", text, _generate)
     generate.add_argument("model", metavar="MODEL", help=_MODEL)

@@ -198,6 +198,23 @@ def test_an_option_that_would_do_nothing_is_refused(
         assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("name", ["NPLORA_ISA", "NPLORA_PARALLEL"])
+def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "nplora"  # as pip makes it of the entry point
+    script.write_text("import sys\nfrom nplora.cli import main\nsys.exit(main())\n")
+    environment = os.environ | {name: "foo", "PYTHONPATH": str(Path(nplora.__file__).parents[1])}
+    for line in (["-m", "nplora", "info"], [str(script), "info"]):
+        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"nplora: error: {name}=foo: ")
+        assert done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", "import nplora"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert f"ImportError: {name}=foo: " in done.stderr
+
+
 def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
     for what in (dictionary, digits):

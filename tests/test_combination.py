@@ -143,6 +143,12 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
     one = random_adapter(rng, {"q": (12, 8), "v": (5, 8)})
     with pytest.raises(ValueError, match=r"^combine: no adapters$"):
         nplora.combine([])
+    for wrong in (["a"], "a", [("a", 1, 2)], [one], [3], 3):
+        words = r"combine: adapters is .*, expected a list of pairs \(adapter, weight\)$"
+        with pytest.raises(TypeError, match=words):
+            nplora.combine(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"read_adapter: got 3, expected a PEFT directory, llama\.cpp's file"):
+        nplora.combine([(3, 1)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="weight is nan"):
         nplora.combine([(one, float("nan"))])
     with pytest.raises(ValueError, match="rank is 0, expected at least 1"):

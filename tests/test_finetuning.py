@@ -21,7 +21,15 @@ from nplora import cli
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
-from nplora.finetuning import FinetuneOptions, attach_adapter, evaluate, finetune, load_with_adapter, run
+from nplora.finetuning import (
+    FinetuneOptions,
+    attach_adapter,
+    evaluate,
+    finetune,
+    load_with_adapter,
+    plan,
+    run,
+)
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
@@ -305,6 +313,21 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     with pytest.raises(ValueError, match=message):
         finetune(model, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^finetune: no option 'rnk'; the nearest: rank$"):
+        finetune("m", "d", tmp_path, rnk=3)
+    with pytest.raises(TypeError, match=r"^plan: no option 'zzzzzz'$"):
+        plan("m", "d", zzzzzz=3)
+
+
+def test_a_run_goes_on_with_its_own_rank(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    with pytest.raises(
+        ValueError, match=r"other data or settings: .*q_proj\.rank was 2, is 3, .* and \d+ more$"
+    ):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "rank": 3}, resume=True)
 
 
 def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path) -> None:

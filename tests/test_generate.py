@@ -2,11 +2,13 @@
 
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import small_models
 from nplora.generate import (
     Sampling,
     StopText,
@@ -117,6 +119,21 @@ def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
         generate(lm, ["abcdefghij"])
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(lm, ["abc", ""])
+
+
+@pytest.mark.parametrize("prompt", [3, None, b"bytes", [3]])
+def test_what_is_no_prompt_is_named(prompt: Any, lm: Echo, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^generate: prompt is .*, expected a text or a chat"):
+        generate(lm, [prompt])
+    model = small_models.load(tmp_path)
+    model._tokenizer = lm.tokenizer
+    with pytest.raises(TypeError, match=r"^generate: prompt is .*, expected a text or a chat"):
+        model.generate(prompt)
+
+
+def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^generate: no option 'max_tokens'; the nearest: max_new_tokens$"):
+        small_models.load(tmp_path).generate("a", max_tokens=3)
 
 
 def test_nothing_is_asked_of_the_model_where_nothing_is_wanted(lm: Echo) -> None:

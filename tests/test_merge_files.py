@@ -134,6 +134,15 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     assert lines[-1].endswith("--dtype q8_0 keeps more") == lost
 
 
+@pytest.mark.parametrize("size", [0.002, 0.2])
+def test_a_relative_error_above_1_is_explained(size: float, rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "float16")
+    done = nplora.merge_adapter(base, random_adapter(rng, size), tmp_path / "out.gguf", "q4_0")
+    assert (done.error > 1) == (size == 0.002)
+    explained = "rounding moves the weights further than ΔW does, which is noise where most of ΔW is kept"
+    assert (f"a relative error above 1: {explained}" in str(done).splitlines()) == (done.error > 1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "worst", "words"),
     [

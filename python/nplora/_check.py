@@ -2,10 +2,12 @@
 
 from __future__ import annotations  # np.random, which takes a while to import, is only named here
 
+import difflib
+import inspect
 import math
 import numbers
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from nplora import buffers
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arrays count as overlapping
 
@@ -26,6 +29,20 @@ def is_bfloat16(array: Array) -> bool:
 
 
 # ---- numbers and words ----
+
+
+def options(op: str, kind: Callable[..., T], given: dict[str, Any]) -> T:
+    """An object of a dataclass, made of keywords.
+
+    Raises:
+        TypeError: it has no field of a keyword's name; the nearest one is told. Others as the class.
+    """
+    known = inspect.signature(kind).parameters
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise TypeError(f"{op}: no option {name!r}{f'; the nearest: {near[0]}' if near else ''}")
+    return kind(**given)
 
 
 def number(op: str, name: str, value: object) -> float:

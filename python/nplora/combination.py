@@ -103,11 +103,12 @@ def combine(
         ValueError: there are no adapters, a weight is not finite, rank is below 1, or adapters are of
             different models or do not fit each other; all that does not fit is listed. The rest as in
             `read_adapter`.
+        TypeError: adapters are no pairs.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
     weighted = [
         (read_adapter(source, base, any_base=any_base), _check.number("combine", "weight", weight))
-        for source, weight in adapters
+        for source, weight in _pairs(adapters)
     ]
     if not weighted:
         raise ValueError("combine: no adapters")
@@ -134,6 +135,15 @@ def combine(
         _agreed(digests if any_base else digests - {None}),
     )
     return CombinedAdapter(updates, errors, norms, *about)
+
+
+def _pairs(adapters: Iterable[tuple[Source, float]]) -> list[tuple[Source, float]]:
+    listed = list(adapters) if isinstance(adapters, Iterable) else [adapters]
+    if isinstance(adapters, str | Adapter) or not all(
+        isinstance(p, tuple | list) and len(p) == 2 for p in listed
+    ):
+        raise TypeError(f"combine: adapters is {adapters!r}, expected a list of pairs (adapter, weight)")
+    return [(source, weight) for source, weight in listed]
 
 
 def _require_one_base(adapters: list[Adapter], base: StrPath | None) -> None:

@@ -124,6 +124,8 @@ def stream_all(
 
 def _encoded(tokenizer: Tokenizer, prompt: Prompt, context: int) -> list[int]:
     chat = not isinstance(prompt, str)
+    if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
+        raise TypeError(f"{_OP}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
     ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
     if not ids:
         raise ValueError(f"{_OP}: the prompt is empty")

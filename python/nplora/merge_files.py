@@ -85,6 +85,11 @@ class ModelMerge:
             f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
+        if self.error > 1:
+            lines.append(
+                "a relative error above 1: rounding moves the weights further than ΔW does, which is noise "
+                "where most of ΔW is kept"
+            )
         if worst[0].kept < _LITTLE:
             finer = _FINER[worst[0].storage]
             remedy = f": --dtype {finer} keeps more" if finer else ""

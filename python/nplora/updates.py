@@ -4,6 +4,7 @@ Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -131,6 +132,10 @@ def read_adapter(
         return source
     if isinstance(source, Module):
         return _from_model(source)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
+        )
     if Path(source).is_dir():
         return _from_directory(source, edited_config)
     return _from_gguf(source, base, any_base)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nplora import _check
 from nplora.checkpoint import Checkpoint, RunDirectory
 from nplora.data import Dataset
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
@@ -31,7 +32,7 @@ def plan(
         BudgetError: nothing fits into `memory`; the message says what is needed, and what would fit.
         Others as `finetune`.
     """
-    chosen = FinetuneOptions(**options)
+    chosen = _check.options("plan", FinetuneOptions, options)
     lm, train, held_out = opened_all("plan", model, data, valid, chosen)
     wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks)
     return planned(lm, adapters_of("plan", lm, chosen), train, held_out, chosen, wishes)

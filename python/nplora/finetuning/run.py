@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nplora import _check
 from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory, holds_run
 from nplora.data import Dataset
@@ -64,7 +65,9 @@ def finetune(
             is set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
-    chosen, pieces = resumed(FinetuneOptions(**options), output, isinstance(model, LanguageModel))
+    chosen, pieces = resumed(
+        _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
+    )
     say = speaker(progress)
     lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])

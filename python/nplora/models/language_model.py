@@ -272,11 +272,13 @@ class LanguageModel(Module):
                 `nplora.generate.Sampling` has them.
         Raises:
             ValueError: an option is out of range, or a prompt is empty or fills the context.
+            TypeError: an option is not known, or a prompt is neither a text nor a chat.
         """
         if isinstance(options.get("stop"), list):
             options["stop"] = tuple(options["stop"])
-        sampling = Sampling(max_new_tokens=max_new_tokens, **options)
-        single = isinstance(prompt, str) or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
+        sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
+        single = not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes)
+        single = single or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
         answers = generate(self, [prompt] if single else prompt, sampling)  # type: ignore[arg-type, list-item]
         return answers[0] if single else answers
 

@@ -89,8 +89,10 @@ def restored_history(
         )
     if batches is not None and checkpoint.batch > batches:
         raise CorruptError(f"{path}: the checkpoint is of batch {checkpoint.batch} of an epoch of {batches}")
-    _check_arrays(path, checkpoint, model, optimizer)
-    changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
+    then, now = checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"]
+    changed = _layer_changes(then, now)
+    if not changed or not isinstance(then, dict) or then.keys() != now.keys():
+        _check_arrays(path, checkpoint, model, optimizer)  # which tell more of other layers
     if changed:
         raise ValueError(f"{refusal}: {changed}")
     history = History()

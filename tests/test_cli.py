@@ -140,6 +140,7 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
         (OSError(28, os.strerror(28)), 2, "no space left on device"),
         (OSError("odd"), 2, "odd"),
         (ImportError("no x"), 1, "no x"),
+        (ModuleNotFoundError('no x: pip install "nplora[x]"', name="x"), 2, 'no x: pip install "nplora[x]"'),
         (OverflowError("z"), 1, "z"),
         (MemoryError(), 1, "out of memory"),
     ],

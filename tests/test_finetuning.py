@@ -24,6 +24,7 @@ from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import (
     FinetuneOptions,
     attach_adapter,
+    before,
     evaluate,
     finetune,
     load_with_adapter,
@@ -124,7 +125,7 @@ def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_p
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]
 ) -> None:
-    options = {**QUICK, **size, "save_every": 2}
+    options = {**QUICK, **size, "save_every": 2, "sample": ("1+1=",)}
     whole = finetune(model, data, tmp_path / "whole", **options)
     count = len(whole.history.steps)
     for stop in (1, count // 2, count - 1):
@@ -149,7 +150,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
         resumed = finetune(model, data, output, **options, resume=True)
         assert files_of(output) == files_of(tmp_path / "whole")
         assert resumed.history.loss == whole.history.loss
-        assert resumed.loss_after == whole.loss_after
+        assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+        assert resumed.samples == whole.samples
 
 
 def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_path: Path) -> None:
@@ -343,15 +345,15 @@ def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path
 
 def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
-    before = files_of(tmp_path / "out")
+    was = files_of(tmp_path / "out")
     with pytest.raises(
         FileExistsError,
         match=r"holds a run: --resume \(resume=True\) goes on with it, --overwrite drops it",
     ):
         finetune(model, data, tmp_path / "out", **QUICK)
-    assert files_of(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == was
     finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)
-    assert files_of(tmp_path / "out") != before
+    assert files_of(tmp_path / "out") != was
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -396,6 +398,54 @@ def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path:
         file.write('{"text": "more"}\n')
     with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+
+
+def test_what_was_before_is_not_computed_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        **QUICK,
+        "epochs": None,
+        "schedule": "constant",
+        "sample": ("1+1=",),
+        "output": tmp_path / "out",
+    }
+    first = finetune(model, data, **options, steps=4)
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("evaluated before training")
+
+    monkeypatch.setattr(before, "evaluate_batches", fail)
+    with monkeypatch.context() as within:
+        within.setattr(before, "generate", fail)
+        with pytest.raises(ValueError, match="rank was 2, is 3"):
+            finetune(model, data, **{**options, "rank": 3}, steps=8, resume=True)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        more = finetune(model, data, **options, steps=8, resume=True)
+    assert more.loss_before == first.loss_before
+    assert more.samples[0].before == first.samples[0].before
+    (data / "valid.jsonl").write_text('{"text": "other"}\n')
+    with pytest.warns(UserWarning, match="total_steps was 8, is 9"):
+        other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
+    assert (other.loss_before, other.samples[0].before) == (None, "")
+    assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+
+
+def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Callback):
+        def on_fit_start(self, run: Any) -> None:
+            raise KeyboardInterrupt
+
+    options = {**QUICK, "sample": ("1+1=",)}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    with monkeypatch.context() as within:
+        within.setattr(run, "speaks", lambda progress: True)
+        within.setattr(run, "TokenProgress", Stop)
+        assert not finetune(model, data, tmp_path / "cut", **options).history.steps
+    again = finetune(model, data, tmp_path / "cut", **options, resume=True)
+    assert (again.loss_before, again.samples) == (whole.loss_before, whole.samples)
 
 
 @pytest.mark.parametrize(
@@ -491,13 +541,13 @@ def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
     model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
 ) -> None:
     lm = load_model(model)
-    before = dict(lm.named_modules())
+    was = dict(lm.named_modules())
     bad = save_factors(tmp_path / "bad", factors, **config)
     with refused(FormatError, words, bad):
         attach_adapter(lm, bad)
     after = dict(lm.named_modules())
-    assert after.keys() == before.keys()
-    assert all(after[name] is module for name, module in before.items())
+    assert after.keys() == was.keys()
+    assert all(after[name] is module for name, module in was.items())
     attach_adapter(lm, save_factors(tmp_path / "good", LINEAR))
     assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
 

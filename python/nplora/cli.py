@@ -392,8 +392,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0: done. 2: an argument is wrong, a file or the disk, a package is missing, or nothing fits into --memory.
-    1: it failed else. 130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
+    0: done. 2: an argument is wrong, a file or the disk, a package is not there, or nothing fits into
+    --memory. 1: it failed else. 130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are
+    a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)

@@ -67,7 +67,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
     options = _finetune_options(arguments)
-    print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
+    found = finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options)
+    print(found.table() if arguments.verbose else found)
 
 
 def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -259,6 +260,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
     plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
     plan.add_argument("--output", help=argparse.SUPPRESS)
+    plan.add_argument("--verbose", action="store_true", help="with --memory: tell every way of computing")
     plan.epilog = "The other options of finetune are taken too, and change nothing."
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)

@@ -178,7 +178,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
     if arguments.verbose:
         print(merged.table())
-    print(merged)
+    print(merged, flush=True)
+    if merged.warning:
+        _show_warning(merged.warning)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -377,6 +379,10 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
     )
     merge = command("merge", text, _merge)
+    merge.epilog = (
+        "ΔW kept: how much of the update is in the weights as they are stored, 100 % but for rounding. "
+        "Relative error: what rounding changed, over the update, in norms; where ΔW is kept, it is noise."
+    )
     merge.add_argument("base", metavar="BASE", help="a GGUF or safetensors file, or a Hugging Face directory")
     merge.add_argument("adapter", metavar="ADAPTER", help="PEFT's directory or llama.cpp's file")
     merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")

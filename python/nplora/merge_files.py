@@ -90,11 +90,18 @@ class ModelMerge:
                 "a relative error above 1: rounding moves the weights further than ΔW does, which is noise "
                 "where most of ΔW is kept"
             )
-        if worst[0].kept < _LITTLE:
-            finer = _FINER[worst[0].storage]
-            remedy = f": --dtype {finer} keeps more" if finer else ""
-            lines.append(f"much of what was learned is lost by rounding{remedy}")
         return "\n".join(lines)
+
+    @property
+    def warning(self) -> str:
+        """Where rounding took much of what was learned: that, and what would keep more; else empty."""
+        worst = min(self.reports, key=lambda report: report.kept)
+        if worst.kept >= _LITTLE:
+            return ""
+        finer = _FINER[worst.storage]
+        return "much of what was learned is lost by rounding" + (
+            f": --dtype {finer} keeps more" if finer else ""
+        )
 
 
 def merge_adapter(

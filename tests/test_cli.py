@@ -132,6 +132,8 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
     [
         (ValueError("a\n  b"), 2, "a b"),
         (ValueError("it fits not:\n  a b\n  c"), 2, "it fits not: a b; c"),
+        (ValueError("in 180 places:" + "\n  a b" * 20 + "\n  …"), 2, "in 180 places: " + "a b; " * 20 + "…"),
+        (ValueError("in 180 places:" + f"\n  {'a' * 90}" * 20), 2, f"in 180 places: {'a' * 90}; …"),
         (FileNotFoundError(2, os.strerror(2), "x"), 2, "no such file: x"),
         (FileNotFoundError(2, "gone", b"x\n y"), 2, "x y: gone"),
         (PermissionError(13, os.strerror(13), Path("x")), 2, "permission denied: x"),

@@ -732,6 +732,11 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
     assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
     assert asked.stderr == ""
+    for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
+        line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
+        odd = subprocess.run(line, input=given, capture_output=True)
+        assert odd.returncode == 2
+        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
     full = command("generate", model, "1" * 58)
     assert full.stderr == (
         "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
@@ -754,7 +759,12 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
         ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
         ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
-        ("finetune M --data D --output O --layers foo", 2, "layers='foo', expected 'last:N'"),
+        (
+            "finetune M --data D --output O --layers 4",
+            2,
+            "finetune: layers='4', expected 'last:N' or 'first:N'",
+        ),
+        ("finetune . --data D --output O", 2, ".: the directory holds no config.json"),
         ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
         ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
         ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),

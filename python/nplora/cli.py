@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from nplora import _core
 
+_LONG_LIST = 300  # characters that a line may list: of more, the first example tells enough
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     lm = finetuning.load_with_adapter(
         arguments.model, arguments.adapter, arguments.compute, arguments.any_base
     )
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt: Any = _prompt(arguments.prompt)
     if arguments.chat:
         said = [("system", arguments.system), ("user", prompt)]
         prompt = [{"role": role, "content": text} for role, text in said if text is not None]
@@ -123,6 +124,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(flush=True)
     for warning in found:
         _show_warning(warning.message)
+
+
+def _prompt(given: str) -> str:
+    """The prompt of the command line, or for "-" that of standard input."""
+    text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return text.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8, at byte {error.start}") from error
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -446,6 +456,8 @@ def _show_warning(message: Warning | str, *where: object, **more: object) -> Non
 
 
 def _one_line(text: str) -> str:
-    """A list of lines behind a colon becomes one behind the same colon."""
+    """A list of lines behind a colon becomes one behind the same colon; of a long one, the first."""
     head, colon, items = text.partition(":\n  ")
+    if len(items) > _LONG_LIST and "\n  " in items:
+        items = f"{items.partition(chr(10))[0]}\n  …"
     return " ".join((head + colon + items.replace("\n  ", "; ")).split())

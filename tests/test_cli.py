@@ -132,6 +132,8 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
     [
         (ValueError("a\n  b"), 2, "a b"),
         (ValueError("it fits not:\n  a b\n  c"), 2, "it fits not: a b; c"),
+        (ValueError("in 180 places:" + "\n  a b" * 20 + "\n  …"), 2, "in 180 places: " + "a b; " * 20 + "…"),
+        (ValueError("in 180 places:" + f"\n  {'a' * 90}" * 20), 2, f"in 180 places: {'a' * 90}; …"),
         (FileNotFoundError(2, os.strerror(2), "x"), 2, "no such file: x"),
         (FileNotFoundError(2, "gone", b"x\n y"), 2, "x y: gone"),
         (PermissionError(13, os.strerror(13), Path("x")), 2, "permission denied: x"),
@@ -140,6 +142,7 @@ def test_an_expected_error_is_one_line(arguments: list[str], status: int, messag
         (OSError(28, os.strerror(28)), 2, "no space left on device"),
         (OSError("odd"), 2, "odd"),
         (ImportError("no x"), 1, "no x"),
+        (ModuleNotFoundError('no x: pip install "nplora[x]"', name="x"), 2, 'no x: pip install "nplora[x]"'),
         (OverflowError("z"), 1, "z"),
         (MemoryError(), 1, "out of memory"),
     ],
@@ -196,6 +199,23 @@ def test_an_option_that_would_do_nothing_is_refused(
         with pytest.raises(SystemExit) as caught:
             cli.main(line.split())
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["NPLORA_ISA", "NPLORA_PARALLEL"])
+def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "nplora"  # as pip makes it of the entry point
+    script.write_text("import sys\nfrom nplora.cli import main\nsys.exit(main())\n")
+    environment = os.environ | {name: "foo", "PYTHONPATH": str(Path(nplora.__file__).parents[1])}
+    for line in (["-m", "nplora", "info"], [str(script), "info"]):
+        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"nplora: error: {name}=foo: ")
+        assert done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", "import nplora"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert f"ImportError: {name}=foo: " in done.stderr
 
 
 def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import convert, info
+from nplora import cli, convert, info
 from nplora.formats import gguf, gguf_names, peft_adapter, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
@@ -571,6 +571,26 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         convert.convert_adapter(directory, back, base)
     with pytest.raises(ValueError, match=r"a GGUF adapter becomes a directory, got '.*/b\.gguf'"):
         convert.convert_adapter(file, tmp_path / "b.gguf", base)
+
+
+def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
+    base, other = base_gguf(tmp_path / "base.gguf"), base_gguf(tmp_path / "other.gguf")
+    (tmp_path / "link.gguf").symlink_to(base)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(base.read_bytes()[:100])
+    for target in (base, tmp_path / "link.gguf", other, cut):
+        before = target.read_bytes()
+        with pytest.raises(FileExistsError, match="the file is no adapter, and is left as it is"):
+            nplora.adapter_to_gguf(directory, target, base)
+        assert cli.main(["convert", str(directory), str(target), "--base", str(base)]) == 2
+        assert f"{target}: the file is no adapter" in capsys.readouterr().err
+        assert target.read_bytes() == before
+    with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*config\.json'"):
+        nplora.adapter_to_gguf(directory, base_config(tmp_path / "hf") / "config.json", tmp_path / "hf")
+    (tmp_path / "new.gguf").touch()
+    for _ in range(2):  # an adapter's own file is replaced
+        nplora.adapter_to_gguf(directory, tmp_path / "new.gguf", base)
 
 
 # ---- names, rows and base models ----

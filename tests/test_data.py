@@ -53,7 +53,6 @@ def test_a_completion_follows_its_prompt_as_it_is_and_is_learned_with_its_end(tm
     row = {"prompt": "Q: hello?\nA:", "completion": " hello 12", "id": 7}
     assert read(tmp_path, row) == [("Q: hello?\nA: hello 12<|end|>", " hello 12<|end|>")]
     assert read(tmp_path, row, learn="all") == [("Q: hello?\nA: hello 12<|end|>",) * 2]
-    assert read(tmp_path, {"prompt": "", "completion": "abc"}) == [("abc<|end|>", "abc<|end|>")]
 
 
 def test_a_prompts_tokens_are_those_that_the_model_sees_when_it_is_asked(tmp_path: Path) -> None:
@@ -63,6 +62,13 @@ def test_a_prompts_tokens_are_those_that_the_model_sees_when_it_is_asked(tmp_pat
     before = words.encode(prompt)
     assert ids.tolist() == [*before, *words.encode(completion), words.eos_id]
     assert labels.tolist() == [IGNORED] * len(before) + ids.tolist()[len(before) :]
+
+
+def test_an_empty_prompt_is_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": "", "completion": "ab"}), words)
+    assert ids[0] == words.bos_id
+    assert labels.tolist() == [IGNORED, *ids.tolist()[1:]]
 
 
 def test_no_space_comes_between_prompt_and_completion(tmp_path: Path) -> None:
@@ -132,9 +138,9 @@ def test_lines_longer_than_a_piece_of_the_file_are_whole(tmp_path: Path) -> None
 def test_csv_has_its_columns_by_name(tmp_path: Path) -> None:
     words = tokenizer()
     path = tmp_path / "data.csv"
-    path.write_bytes('\ufeffcompletion,n,prompt\r\n"a ""b"",\nc",1,q\r\nd,2,\r\n'.encode())
+    path.write_bytes('\ufeffcompletion,n,prompt\r\n"a ""b"",\nc",1,q\r\nd,2,p\r\n'.encode())
     found = read_dataset(path, words)
-    assert [words.decode(ids) for ids, _ in found] == ['qa "b",\nc<|end|>', "d<|end|>"]
+    assert [words.decode(ids) for ids, _ in found] == ['qa "b",\nc<|end|>', "pd<|end|>"]
     path.write_text("text\nhello\n")
     assert [words.decode(ids) for ids, _ in read_dataset(path, words)] == ["hello<|end|>"]
 
@@ -214,6 +220,18 @@ BAD = [
     (b'{"prompt": "a"}', DataError, "completion is missing"),
     (b'{"completion": "a"}', DataError, "prompt is missing"),
     (b'{"prompt": ["a"], "completion": "a"}', DataError, "prompt is"),
+    (
+        b'{"prompt": "", "completion": "a"}',
+        DataError,
+        "prompt is empty, and the model has no token that begins",
+    ),
+    (b'{"prompt": "a", "completion": "b", "text": "c"}', DataError, "has both text and prompt"),
+    (b'{"text": "c", "completion": "b"}', DataError, "has both text and completion"),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
+        DataError,
+        "role is 'asistant', expected system, user, assistant, tool, ",
+    ),
     (b'{"messages": []}', DataError, r"messages is \[\]"),
     (b'{"messages": "a"}', DataError, "messages is 'a'"),
     (b'{"messages": ["a"]}', DataError, "a message is 'a'"),

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nplora
+import small_models
 from hostile import refused
 from nplora import cli
 from nplora.adapters import save_adapter
@@ -22,6 +24,7 @@ from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import (
     FinetuneOptions,
     attach_adapter,
+    before,
     evaluate,
     finetune,
     load_with_adapter,
@@ -80,8 +83,12 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
     assert report.samples[0].before != report.samples[0].after
     assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
     base, adapted = evaluate(model, data), evaluate(model, data, adapter=tmp_path / "out")
-    assert base == {"loss": report.loss_before, "tokens": report.valid.learned if report.valid else 0}
-    assert adapted == {"loss": report.loss_after, "tokens": base["tokens"]}
+    assert report.valid is not None
+    assert base == {
+        "loss": report.loss_before, "tokens": report.valid.learned, "source": str(data / "valid.jsonl"),
+        "examples": 4, "truncated": 0, "emptied": 0, "skipped": 0,
+    }  # fmt: skip
+    assert adapted == base | {"loss": report.loss_after}
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert config["task_type"] == "CAUSAL_LM"
@@ -118,7 +125,7 @@ def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_p
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]
 ) -> None:
-    options = {**QUICK, **size, "save_every": 2}
+    options = {**QUICK, **size, "save_every": 2, "sample": ("1+1=",)}
     whole = finetune(model, data, tmp_path / "whole", **options)
     count = len(whole.history.steps)
     for stop in (1, count // 2, count - 1):
@@ -143,7 +150,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
         resumed = finetune(model, data, output, **options, resume=True)
         assert files_of(output) == files_of(tmp_path / "whole")
         assert resumed.history.loss == whole.history.loss
-        assert resumed.loss_after == whole.loss_after
+        assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+        assert resumed.samples == whole.samples
 
 
 def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_path: Path) -> None:
@@ -337,15 +345,15 @@ def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path
 
 def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
-    before = files_of(tmp_path / "out")
+    was = files_of(tmp_path / "out")
     with pytest.raises(
         FileExistsError,
         match=r"holds a run: --resume \(resume=True\) goes on with it, --overwrite drops it",
     ):
         finetune(model, data, tmp_path / "out", **QUICK)
-    assert files_of(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == was
     finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)
-    assert files_of(tmp_path / "out") != before
+    assert files_of(tmp_path / "out") != was
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -363,12 +371,81 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     finetune(model, data, out, **QUICK, resume=True)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_with_a_model_gets_no_adapter(
+    file: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(model, data, tmp_path / "adapter", **QUICK)
+    nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", model)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).touch()
+    for line in (
+        ["finetune", str(model), "--data", str(data), "--output", str(out), "--overwrite"],
+        ["combine", str(tmp_path / "adapter"), "--output", str(out)],
+        ["convert", str(tmp_path / "adapter.gguf"), str(out), "--base", str(model)],
+    ):
+        assert cli.main(line) == 2
+        assert f"{out}: the directory holds a model ({file}): name another one" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="holds a model"):
+        nplora.read_adapter(tmp_path / "adapter").save(out)
+    assert [path.name for path in out.iterdir()] == [file]
+
+
 def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+
+
+def test_what_was_before_is_not_computed_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        **QUICK,
+        "epochs": None,
+        "schedule": "constant",
+        "sample": ("1+1=",),
+        "output": tmp_path / "out",
+    }
+    first = finetune(model, data, **options, steps=4)
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("evaluated before training")
+
+    monkeypatch.setattr(before, "evaluate_batches", fail)
+    with monkeypatch.context() as within:
+        within.setattr(before, "generate", fail)
+        with pytest.raises(ValueError, match="rank was 2, is 3"):
+            finetune(model, data, **{**options, "rank": 3}, steps=8, resume=True)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        more = finetune(model, data, **options, steps=8, resume=True)
+    assert more.loss_before == first.loss_before
+    assert more.samples[0].before == first.samples[0].before
+    (data / "valid.jsonl").write_text('{"text": "other"}\n')
+    with pytest.warns(UserWarning, match="total_steps was 8, is 9"):
+        other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
+    assert (other.loss_before, other.samples[0].before) == (None, "")
+    assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+
+
+def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Callback):
+        def on_fit_start(self, run: Any) -> None:
+            raise KeyboardInterrupt
+
+    options = {**QUICK, "sample": ("1+1=",)}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    with monkeypatch.context() as within:
+        within.setattr(run, "speaks", lambda progress: True)
+        within.setattr(run, "TokenProgress", Stop)
+        assert not finetune(model, data, tmp_path / "cut", **options).history.steps
+    again = finetune(model, data, tmp_path / "cut", **options, resume=True)
+    assert (again.loss_before, again.samples) == (whole.loss_before, whole.samples)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +528,11 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
             "layer 'q_proj' is not in the model",
         ),
         ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
-        ({f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)}, {}, "has no place for it"),
+        (
+            {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
+            {},
+            "is of an embedding, the layer is linear",
+        ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
         ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
     ],
@@ -460,13 +541,13 @@ def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
     model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
 ) -> None:
     lm = load_model(model)
-    before = dict(lm.named_modules())
+    was = dict(lm.named_modules())
     bad = save_factors(tmp_path / "bad", factors, **config)
     with refused(FormatError, words, bad):
         attach_adapter(lm, bad)
     after = dict(lm.named_modules())
-    assert after.keys() == before.keys()
-    assert all(after[name] is module for name, module in before.items())
+    assert after.keys() == was.keys()
+    assert all(after[name] is module for name, module in was.items())
     attach_adapter(lm, save_factors(tmp_path / "good", LINEAR))
     assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
 
@@ -502,10 +583,58 @@ def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
         assert cli.main([*line, "--any-base"]) == 0
 
 
-def test_an_adapter_of_llama_cpp_is_named_with_what_makes_it_one_of_peft(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
-    with pytest.raises(FormatError, match=r"adapter\.gguf: expected the directory of a PEFT adapter; nplora"):
-        load_with_adapter(model, tmp_path / "adapter.gguf")
+def test_an_adapter_of_llama_cpp_is_put_on_as_well(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "peft", **QUICK, targets=("all-linear", "embed_tokens", "lm_head"))
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", model)
+    losses = [evaluate(model, data, adapter=tmp_path / name)["loss"] for name in ("peft", "adapter.gguf")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    answers = [
+        load_with_adapter(model, tmp_path / name).generate("1+1=", 8) for name in ("peft", "adapter.gguf")
+    ]
+    assert answers[0] == answers[1]
+    lm = load_model(model)
+    for content, message in ((b"GGUF", "adapter.gguf"), (model.read_bytes(), "'general.type' is missing")):
+        (tmp_path / "adapter.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match=message):
+            attach_adapter(lm, tmp_path / "adapter.gguf")
+    assert not lm.adapter_layers()
+
+
+def test_an_adapter_of_llama_cpp_is_put_on_a_hugging_face_model(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    safetensors.save(tmp_path / "model.safetensors", small_models.hf_tensors())
+    lm, fresh = load_model(tmp_path), load_model(tmp_path)
+    lm.add_lora(rank=2)
+    for parameter in lm.parameters():
+        parameter.value[...] = rng.standard_normal(parameter.value.shape)
+    save_adapter(lm, tmp_path / "peft")
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", tmp_path)
+    attach_adapter(fresh, tmp_path / "adapter.gguf")
+    np.testing.assert_allclose(fresh.logits([1, 2, 3]), lm.logits([1, 2, 3]), rtol=1e-5, atol=1e-4)
+
+
+def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> None:
+    adapters = [tmp_path / "a", tmp_path / "b.gguf"]
+    finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
+    finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
+    nplora.adapter_to_gguf(tmp_path / "b", adapters[1], model)
+    nplora.combine([(adapter, 1) for adapter in adapters], base=model).save(tmp_path / "both")
+    both = evaluate(model, data, adapter=tmp_path / "both")["loss"]
+    assert evaluate(model, data, adapter=adapters)["loss"] == pytest.approx(both, rel=1e-6)
+    assert both != pytest.approx(evaluate(model, data, adapter=adapters[1])["loss"], rel=1e-3)
+    options = [word for adapter in adapters for word in ("--adapter", adapter)]
+    told = json.loads(command("eval", model, "--data", data, "--json", *options).stdout)
+    assert told["loss"] == pytest.approx(both, rel=1e-6)
+    answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
+    assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
+    finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
+    lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
+    words = r"the combined adapter does not fit the model in 1 places:\n  layer 'lm_head': the adapter is of"
+    with pytest.raises(FormatError, match=words):
+        attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
+    assert not lm.adapter_layers()
 
 
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
@@ -537,6 +666,23 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
 def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "nplora", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, **more)
+
+
+def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> None:
+    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
+    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["eval", model, "--data", data, "--max-length", 5]
+    done = command(*line, "--skip-bad", "--json")
+    told = json.loads(done.stdout)
+    assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
+    assert told["source"] == str(data / "valid.jsonl")
+    counted = (
+        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad rows skipped"
+    )
+    assert counted in done.stderr
+    done = command(*line, "--skip-bad", "--strict")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "valid.jsonl, line 1: 10 tokens, at most 5 are allowed" in done.stderr
 
 
 def test_a_line_that_is_redrawn_stays_within_the_terminal(
@@ -577,15 +723,20 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
     assert adapted["loss"] < base["loss"]
     assert f"-> {adapted['loss']:.4f}" in done.stdout
-    assert base.keys() == {"loss", "tokens"}
-    plain = command("eval", model, "--data", data).stdout
-    assert plain == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    plain = command("eval", model, "--data", data)
+    assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
     answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
     lm = load_with_adapter(model, output)
     assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
     asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
     assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
     assert asked.stderr == ""
+    for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
+        line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
+        odd = subprocess.run(line, input=given, capture_output=True)
+        assert odd.returncode == 2
+        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
     full = command("generate", model, "1" * 58)
     assert full.stderr == (
         "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
@@ -608,7 +759,12 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
         ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
         ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
-        ("finetune M --data D --output O --layers foo", 2, "layers='foo', expected 'last:N'"),
+        (
+            "finetune M --data D --output O --layers 4",
+            2,
+            "finetune: layers='4', expected 'last:N' or 'first:N'",
+        ),
+        ("finetune . --data D --output O", 2, ".: the directory holds no config.json"),
         ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
         ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
         ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),

@@ -131,7 +131,7 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     lines, lost = str(done).splitlines(), min(report.kept for report in done.reports) < 0.5
     assert lost == (storage == "q4_1")
     assert lines[0].endswith(f" bytes, 5 tensors merged ({storage}), 2 copied")
-    assert lines[-1].endswith("--dtype q8_0 keeps more") == lost
+    assert done.warning.endswith("--dtype q8_0 keeps more") == lost
 
 
 @pytest.mark.parametrize("size", [0.002, 0.2])
@@ -169,8 +169,8 @@ def test_what_would_keep_more_is_told_by_the_worst_weight(
     done = nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf", dtype)
     assert [report.kept < 0.5 for report in done.reports] == [True, False]
     assert done.reports[0].storage == worst
-    expected = f"much of what was learned is lost by rounding: --dtype {words}"
-    assert str(done).splitlines()[-1] == expected
+    assert done.warning == f"much of what was learned is lost by rounding: --dtype {words}"
+    assert "lost" not in str(done)
 
 
 def test_what_float32_loses_is_told_without_a_remedy(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_what_float32_loses_is_told_without_a_remedy(tmp_path: Path) -> None:
         tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
     )
     assert done.delta_kept == pytest.approx(0, abs=1e-6)
-    assert str(done).splitlines()[-1] == "much of what was learned is lost by rounding"
+    assert done.warning == "much of what was learned is lost by rounding"
 
 
 def test_what_would_keep_more_is_something_that_the_file_can_hold(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_what_would_keep_more_is_something_that_the_file_can_hold(tmp_path: Path
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": weight})
     done = nplora.merge_adapter(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
     assert done.delta_kept == pytest.approx(0, abs=1e-12)
-    assert str(done).endswith("is lost by rounding: --dtype float16 keeps more")
+    assert done.warning.endswith("is lost by rounding: --dtype float16 keeps more")
 
 
 def test_another_storage_is_that_of_the_merged_weights_alone(
@@ -330,6 +330,26 @@ def test_an_index_of_other_weights_is_not_left_beside_new_ones(
         with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json tells of other weights"):
             nplora.merge_adapter(base, random_adapter(rng), output)
     assert not (other / "model.safetensors").exists()
+
+
+def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path: Path) -> None:
+    base, adapter = hf_directory(tmp_path / "base", rng, np.float32), random_adapter(rng)
+    for name, found in (
+        ("adapter_config.json", "an adapter"),
+        ("adapter_model.safetensors", "an adapter"),
+        ("checkpoint-0.safetensors", "a run"),
+    ):
+        output = tmp_path / name.partition(".")[0]
+        output.mkdir()
+        (output / name).touch()
+        with pytest.raises(FileExistsError, match=f"the directory holds {found}: name another one"):
+            nplora.merge_adapter(base, adapter, output)
+        assert [path.name for path in output.iterdir()] == [name]
+    file = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    random_adapter(rng).save(tmp_path / "adapter")
+    nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", file)
+    with pytest.raises(ValueError, match=r"adapter\.gguf is the adapter itself, which is left as it is"):
+        nplora.merge_adapter(file, tmp_path / "adapter.gguf", tmp_path / "adapter.gguf")
 
 
 def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -524,7 +544,9 @@ def test_the_command_merges_and_reports(
     random_adapter(rng).save(tmp_path / "adapter")
     arguments = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "out.gguf")]
     assert cli.main([*arguments, "--dtype", "q8_0"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == ""
     size = (tmp_path / "out.gguf").stat().st_size
     assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
     assert re.fullmatch(r"\d+\.\d% of ΔW kept in all, relative error 0\.\d+; the least:", lines[1])
@@ -541,3 +563,16 @@ def test_the_command_merges_and_reports(
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="dtype='int4' is not available"):
         nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "out.gguf", "int4")
+
+
+def test_a_command_that_loses_much_warns(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
+    random_adapter(rng, 1e-5).save(tmp_path / "adapter")
+    assert (
+        cli.main(["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "o.gguf")]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert "lost" not in out
+    assert err == ("nplora: warning: much of what was learned is lost by rounding: --dtype q8_0 keeps more\n")

@@ -21,7 +21,8 @@ from nplora.formats.gguf import Typed
 from nplora.models import load_model
 from nplora.packing import pack
 from nplora.planning import Adapters, BudgetError, Candidate, Pass, current_memory, parse_bytes, peak_memory
-from nplora.planning.memory import predicted
+from nplora.planning.choice import Other
+from nplora.planning.memory import Memory, predicted
 from nplora.planning.resident import unread
 from small_llama import save_small_llama
 
@@ -123,6 +124,43 @@ def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path
         assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
 
 
+def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
+    model: Path, data: Path
+) -> None:
+    """Ways of 10, 20, ... MB, each of which takes as much longer as it is smaller."""
+    sizes = (50, 40, 30, 20, 10)
+    ways = {mb: Candidate("float32", mb < 40, mb) for mb in sizes}
+    found = dataclasses.replace(
+        plan(model, data),
+        chosen=ways[30],
+        seconds=70,
+        memory=Memory(30 * MEGABYTE, 0, 0, 0, 0, 0, 0),
+        others=tuple(Other(ways[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
+        budget=32 * MEGABYTE,
+    )
+    assert str(found).splitlines()[-3:] == [
+        f"too large: {found.others[1]}",
+        f"or: {found.others[2]}",
+        "and 2 other ways: nplora plan --verbose tells all",
+    ]
+    assert found.table().splitlines()[-4:] == [
+        f"{word}: {other}"
+        for word, other in zip(("too large", "too large", "or", "or"), found.others, strict=True)
+    ]
+
+
+def test_the_command_tells_all_ways_on_request(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(model), "--data", str(data), "--memory", "9G", "--batch-examples", "20"]
+    counts = []
+    for more in ([], ["--verbose"]):
+        assert cli.main([*arguments, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        counts.append(sum(line.startswith(("or: ", "too large: ")) for line in lines))
+    assert counts[0] <= 2 < counts[1]
+
+
 def test_what_is_fixed_stays(model: Path, data: Path) -> None:
     found = sized(model, data, 10_000, compute="bfloat16", checkpoint_blocks=True)
     assert found.chosen == Candidate("bfloat16", True, None)
@@ -196,8 +234,15 @@ def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, dat
 def test_nothing_that_fits_is_refused_with_what_would(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BudgetError, match=r"needs \d+ MB, 1 MB are allowed; no --max-length makes it fit"):
+    with pytest.raises(
+        BudgetError, match=r"needs \d+ MB, 1 MB are allowed; no --max-length makes it fit; --memory \d+M is"
+    ):
         plan(model, data, memory="1M")
+    fresh = [sys.executable, "-m", "nplora", "plan", str(model), "--data", str(data), "--memory"]
+    refused = subprocess.run([*fresh, "1M"], capture_output=True, text=True)
+    enough = re.search(r"; --memory (\d+M) is enough$", refused.stderr, re.MULTILINE)
+    assert enough, refused.stderr
+    assert subprocess.run([*fresh, enough[1]], capture_output=True).returncode == 0
     with pytest.raises(BudgetError, match="1 MB are allowed"):
         finetune(model, data, tmp_path / "out", memory="1M")
     assert not (tmp_path / "out").exists()

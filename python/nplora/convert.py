@@ -11,6 +11,7 @@ Both call the factors lora_a, which is this project's B, and lora_b, its A. Thre
 
 import contextlib
 import dataclasses
+import errno
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
@@ -25,6 +26,7 @@ from nplora.checkpoint import require_no_run
 from nplora.formats import (
     base_model,
     files,
+    gguf,
     gguf_adapter,
     gguf_names,
     model_digest,
@@ -90,8 +92,6 @@ def convert_adapter(
             raise ValueError(
                 f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
             )
-        if Path(target).suffix != ".gguf":
-            raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(target)!r}")
         return adapter_to_gguf(source, target, base, any_base=any_base)
     if Path(target).suffix == ".gguf" and Path(source).exists():
         raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
@@ -116,6 +116,7 @@ def adapter_to_gguf(
         edited_config: as in `load_adapter`.
         any_base: as in `load_adapter`; the new adapter is then one of base.
     Raises:
+        ValueError: path is no .gguf file. FileExistsError: it is that of a model.
         UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
             the base model is not of a known family.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
@@ -123,6 +124,7 @@ def adapter_to_gguf(
         CorruptError: the directory's two files are not of one save.
         OSError: a file cannot be read, or the disk refuses.
     """
+    _require_no_model(path)
     model = base_model.read(base)
     with peft_adapter.reading(directory) as adapter:
         if not edited_config:
@@ -144,6 +146,21 @@ def adapter_to_gguf(
     digest = model.digest or adapter.base_digest
     gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
+
+
+def _require_no_model(path: StrPath) -> None:
+    """Refuse a name that is no GGUF file's, or a file there that is no adapter."""
+    if Path(path).suffix != ".gguf":
+        raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(path)!r}")
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return
+    try:
+        is_adapter = gguf_adapter.is_adapter(gguf.open(path))
+    except FormatError:
+        is_adapter = False
+    if not is_adapter:
+        reason = "the file is no adapter, and is left as it is: name another one"
+        raise FileExistsError(errno.EEXIST, reason, files.name(path))
 
 
 def _require_plain_lora(adapter: PeftAdapter) -> None:

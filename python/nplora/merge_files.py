@@ -1,6 +1,7 @@
 """An adapter merged into a model's file: a block of rows at a time, while the new file is written."""
 
 import contextlib
+import errno
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import storages
-from nplora.formats import base_model, files, gguf, gguf_names, model_digest, model_directory, safetensors
+from nplora.checkpoint import holds_run
+from nplora.formats import (
+    base_model,
+    files,
+    gguf,
+    gguf_names,
+    model_digest,
+    model_directory,
+    peft_adapter,
+    safetensors,
+)
 from nplora.formats.config_json import read_fields
 from nplora.formats.errors import FormatError, brief, in_places
 from nplora.formats.files import NewFile, StrPath
@@ -79,11 +90,18 @@ class ModelMerge:
                 "a relative error above 1: rounding moves the weights further than ΔW does, which is noise "
                 "where most of ΔW is kept"
             )
-        if worst[0].kept < _LITTLE:
-            finer = _FINER[worst[0].storage]
-            remedy = f": --dtype {finer} keeps more" if finer else ""
-            lines.append(f"much of what was learned is lost by rounding{remedy}")
         return "\n".join(lines)
+
+    @property
+    def warning(self) -> str:
+        """Where rounding took much of what was learned: that, and what would keep more; else empty."""
+        worst = min(self.reports, key=lambda report: report.kept)
+        if worst.kept >= _LITTLE:
+            return ""
+        finer = _FINER[worst.storage]
+        return "much of what was learned is lost by rounding" + (
+            f": --dtype {finer} keeps more" if finer else ""
+        )
 
 
 def merge_adapter(
@@ -112,12 +130,13 @@ def merge_adapter(
             listed, or is of another one. UnsupportedError: among that, weights in blocks that are not
             decoded here.
         UnsafeError: a file beside the base's weights is a link out of the model.
-        ValueError: output or dtype is not of the base's kind, output is the base or has an index of other
-            weights, or a sum is too large for the storage.
+        ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
+            index of other weights, or a sum is too large for the storage.
+        FileExistsError: output is a directory with an adapter or a run.
         OSError: a file cannot be read, or the disk refuses.
     """
     model = _open(base)
-    _require_output(model, base, output)
+    _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {
@@ -239,16 +258,23 @@ def _weights(output: StrPath) -> Path:
     return Path(output, model_directory.WEIGHTS) if _is_directory(output) else Path(output)
 
 
-def _require_output(model: _Model, base: StrPath, output: StrPath) -> None:
+def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
     if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
         raise ValueError(
             f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}; "
             "nplora convert makes GGUF of safetensors"
         )
     weights = _weights(output)
-    for new, old in ((output, base), (weights, model.source)):
-        if Path(new).exists() and Path(new).samefile(old):
-            raise ValueError(f"merge: {files.name(output)} is the base itself, which is left as it is")
+    kept = [(output, base, "base"), (weights, model.source, "base")]
+    if not isinstance(adapter, Adapter):
+        kept.append((output, adapter, "adapter"))
+    for new, old, what in kept:
+        if Path(new).exists() and Path(old).exists() and Path(new).samefile(old):
+            raise ValueError(f"merge: {files.name(output)} is the {what} itself, which is left as it is")
+    if _is_directory(output) and (holds_run(output) or peft_adapter.lies_in(output)):
+        found = "a run" if holds_run(output) else "an adapter"
+        reason = f"the directory holds {found}: name another one"
+        raise FileExistsError(errno.EEXIST, reason, files.name(output))
     index = weights.with_name(model_directory.INDEX)
     if weights.name == model_directory.WEIGHTS and index.exists():
         raise ValueError(f"merge: {index} tells of other weights than those to be written beside it")

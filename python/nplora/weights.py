@@ -419,7 +419,13 @@ def freeze(
 ) -> FrozenWeight:
     """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
     if not isinstance(W, FrozenWeight):
-        return FrozenWeight(W, dtype, compute)
+        storage = dtype_name(op, dtype)
+        if compute == "int8" and (storage in storages.FLOATS or storage == "nf4"):
+            raise ValueError(
+                f"{op}: compute='int8' is for GGUF's blocks, W would be stored as {storage}; "
+                "dtype='q8_0' makes some"
+            )
+        return FrozenWeight(W, storage, compute)
     if dtype is not None and dtype_name(op, dtype) != W.dtype:
         raise ValueError(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"

@@ -27,7 +27,8 @@ Array = npt.NDArray[Any]
 LEARN = ("completion", "all")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
 _TOLD = 3  # bad lines that a report quotes
-_ROLES = "expected a list of objects with a role and a content"
+_MESSAGES = "expected a list of objects with a role and a content"
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")  # of known templates
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are learned
 
@@ -167,8 +168,9 @@ def read_dataset(
         skip_bad: pass over rows that are wrong, and count them.
         strict: an example of more than max_length tokens is an error.
     Raises:
-        DataError: a row is not one of those above, its completion or text is empty, or it has nothing to
-            learn; the file has no rows. The message names the file and the line.
+        DataError: a row is not one of those above or two of them, its completion or text is empty, or its
+            prompt where the model has no BOS, a role is not known, or it has nothing to learn; the file has
+            no rows. The message names the file and the line.
         LimitError: a line is over a limit.
         ValueError: an argument is none of those above, or the model has no EOS or no chat template.
         OSError: the file cannot be read.
@@ -219,11 +221,14 @@ class _Encoder:
 
     def encode(self, row: Row) -> Tokens:
         values, where = row.values, row.where
+        halves = [key for key in ("prompt", "completion") if key in values]
         if "messages" in values:
             ids, learned = self._messages(values["messages"], where)
-        elif "completion" in values or "prompt" in values:
+        elif halves and "text" in values:
+            raise DataError(f"{where}: has both text and {halves[0]}, which are two kinds of examples")
+        elif halves:
             ids, learned = self._completion(
-                _text(values, "prompt", where, True), _text(values, "completion", where)
+                _text(values, "prompt", where, True), _text(values, "completion", where), where
             )
         elif "text" in values:
             ids = [*self._tokenizer.encode_prompt(_text(values, "text", where)), self._eos]
@@ -243,12 +248,14 @@ class _Encoder:
             yield encode(text)
         yield [self._eos]
 
-    def _completion(self, prompt: str, completion: str) -> Tokens:
+    def _completion(self, prompt: str, completion: str, where: str) -> Tokens:
         """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
         before, ids = (
             self._tokenizer.encode_prompt(prompt),
             self._tokenizer.encode_prompt(prompt + completion),
         )
+        if not before:
+            raise DataError(f"{where}: prompt is empty, and the model has no token that begins a text")
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode_continuation(completion)
         ids.append(self._eos)
@@ -256,10 +263,13 @@ class _Encoder:
 
     def _messages(self, messages: object, where: str) -> Tokens:
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"{where}: messages is {brief(messages)}, {_ROLES}")
+            raise DataError(f"{where}: messages is {brief(messages)}, {_MESSAGES}")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise DataError(f"{where}: a message is {brief(message)}, {_ROLES}")
+                raise DataError(f"{where}: a message is {brief(message)}, {_MESSAGES}")
+            if message["role"] not in _ROLES:
+                role = brief(message["role"])
+                raise DataError(f"{where}: a message's role is {role}, expected {', '.join(_ROLES)}")
             if message["role"] == "assistant" and not _says_something(message):
                 raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
         try:

@@ -96,7 +96,9 @@ def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -
     )
     if done.history.interrupted:
         raise KeyboardInterrupt
-    report = DictionaryReport(done, evaluate(model, DATA, adapter=output)["loss"], get_num_threads())
+    report = DictionaryReport(
+        done, evaluate(model, DATA, adapter=output, progress=False)["loss"], get_num_threads()
+    )
     directory = f"{Path(output)}{os.sep}"
     print(report)
     print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")

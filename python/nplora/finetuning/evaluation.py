@@ -5,32 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from nplora.data import TokenBatches, find_splits, read_dataset
-from nplora.finetuning.attaching import attach_adapter
+from nplora.finetuning.attaching import Adapters, attach_adapter
 from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
+from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
+
+_TOLD = ("source", "examples", "truncated", "emptied", "skipped")
 
 
 def evaluate(
     model: StrPath | LanguageModel,
     data: StrPath,
     *,
-    adapter: StrPath | None = None,
+    adapter: Adapters | None = None,
     compute: str | None = None,
     max_length: int | None = None,
     learn: str = "completion",
     skip_bad: bool = False,
     any_base: bool = False,
+    strict: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
-    """The mean loss of a model over a file, per learned token: {"loss": ..., "tokens": ...}.
+    """The mean loss of a model over a file, per learned token: {"loss": ..., "tokens": ..., ...}.
+
+    Beside these two: "source", the file, and its "examples", "truncated", "emptied" and "skipped", as
+    `DataReport` has them.
 
     Args:
         data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl where there is none.
-        adapter: a PEFT adapter directory that is put on the model.
+        adapter: what is put on the model, as in `attach_adapter`.
         max_length: longer examples are cut; None: to the model's context.
         compute: as in `FinetuneOptions`, of a model that is loaded here; None: "float32".
-        learn, skip_bad: as in `FinetuneOptions`.
+        learn, skip_bad, strict: as in `FinetuneOptions`.
         any_base: as in `load_adapter`.
+        progress: tell on stderr what was read; None: if that is a terminal.
     Raises: as `finetune` and `load_adapter`.
     """
     train_path, valid_path = find_splits(data)
@@ -43,9 +52,12 @@ def evaluate(
         max_length=lm.config.max_position_embeddings if max_length is None else max_length,
         learn=learn,
         skip_bad=skip_bad,
+        strict=strict,
     )
     require_vocabulary(lm, dataset)
-    return evaluate_batches(lm, checks_of(dataset))
+    speaker(progress)(str(dataset.report))
+    told = {name: getattr(dataset.report, name) for name in _TOLD}
+    return evaluate_batches(lm, checks_of(dataset)) | told
 
 
 def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]:

@@ -125,4 +125,4 @@ class FinetuneOptions:
         _check.probability(_OP, "dropout", self.dropout)
         _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
         if isinstance(self.layers, str):
-            parse_blocks(self.layers)
+            parse_blocks(self.layers, _OP)

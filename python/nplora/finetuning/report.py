@@ -21,7 +21,7 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the answers before and after."""
+    """A prompt, and the answers before and after; "" where they are not known."""
 
     prompt: str
     before: str
@@ -34,7 +34,8 @@ class FinetuneReport:
 
     Attributes:
         output: the directory with the adapter.
-        loss_before, loss_after: of the validation data, None without it (and after an interruption).
+        loss_before, loss_after: of the validation data, None without it (and after an interruption); before
+            also where a run that goes on finds it not, or of other data, in its log.
         history: the trainer's records.
         trained: numbers in the factors, `parameters`: of the whole model.
         tokens: that were learned from, those before a resumed run went on included.
@@ -60,8 +61,9 @@ class FinetuneReport:
             f"  {sample.prompt!r}\n    before  {sample.before!r}\n    after   {sample.after!r}"
             for sample in self.samples
         ]
-        if self.loss_before is not None and self.loss_after is not None:
-            lines.append(f"validation loss {self.loss_before:.4f} -> {self.loss_after:.4f}")
+        if self.loss_after is not None:
+            before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
+            lines.append(f"validation loss {before}{self.loss_after:.4f}")
         last = history.steps[-RECENT:]
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         if len(last) > 1:

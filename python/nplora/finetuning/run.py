@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,19 @@ from nplora.adapters import save_adapter
 from nplora.checkpoint import RunDirectory, holds_run
 from nplora.data import Dataset
 from nplora.finetuning.attaching import as_it_was
-from nplora.finetuning.evaluation import evaluate_batches
+from nplora.finetuning.before import Before, answers_of
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
-from nplora.formats import peft_adapter
+from nplora.formats import model_directory, peft_adapter
 from nplora.formats.files import StrPath
-from nplora.generate import Sampling, generate
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
 from nplora.planning import Candidate, Wishes
 from nplora.trainer import Trainer
-
-_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models fall into loops
 
 
 def finetune(
@@ -95,10 +91,9 @@ def finetune(
         prefix = _new_prefix(lm, [d for d in (train, held_out) if d is not None], output, chosen.keep_prefix)
     lm.model.checkpoint_blocks = way.checkpoint_blocks
     with _keeping(lm, prefix):
-        before = None if checks is None else evaluate_batches(lm, checks)["loss"]
-        if before is not None:
-            say(f"validation loss {before:.4f} before training")
-        answers = _answers(lm, chosen.sample)
+        before = Before(lm, checks, chosen.sample, say)
+        if not (chosen.resume and holds_run(output)):  # else when it is known to go on
+            before.look()
         trainer = Trainer(
             lm,
             TokenLoss(way.micro_tokens),
@@ -108,7 +103,7 @@ def finetune(
             accumulate=chosen.accumulate,
             clip_norm=chosen.max_grad_norm,
             seed=chosen.seed,
-            callbacks=[TokenProgress()] if speaks(progress) else [],
+            callbacks=[before, *([TokenProgress()] if speaks(progress) else [])],
             progress=False,
         )
         history = trainer.fit(
@@ -123,14 +118,14 @@ def finetune(
         )
     save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
-    after = [""] * len(answers) if history.interrupted else _answers(lm, chosen.sample)
+    after = [""] * len(chosen.sample) if history.interrupted else answers_of(lm, chosen.sample)
     return FinetuneReport(
         output=Path(output),
         train=train.report,
         valid=None if held_out is None else held_out.report,
-        loss_before=before,
+        loss_before=before.loss,
         loss_after=last,
-        samples=tuple(map(Sample, chosen.sample, answers, after)),
+        samples=tuple(map(Sample, chosen.sample, before.answers, after)),
         history=history,
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
@@ -138,7 +133,8 @@ def finetune(
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
-    """Refuse a directory with a run or an adapter, or one in use, before anything that takes time."""
+    """Refuse a directory with a model, a run or an adapter, or one in use, before what takes time."""
+    model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or options.resume or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,
@@ -172,9 +168,3 @@ def _keeping(lm: LanguageModel, prefix: KeptPrefix | None) -> Iterator[None]:
         lm.model.prefix = None
         if prefix is not None:
             prefix.close()
-
-
-def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nobody asked for so many tokens as a context may be too short for
-        return generate(lm, prompts, _SAMPLING)

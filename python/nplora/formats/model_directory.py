@@ -1,5 +1,6 @@
 """A model's files by Hugging Face's names: config.json, and safetensors in one file or in shards."""
 
+import errno
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +27,18 @@ def is_index(path: StrPath) -> bool:
 def of(path: StrPath) -> Path:
     """The directory that is a model, or that a model's file or index is in."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def require_no_model(directory: StrPath) -> None:
+    """Refuse a directory that an adapter would make a model's and an adapter's at once.
+
+    Raises:
+        FileExistsError: it holds a configuration or weights of a model.
+    """
+    found = [path.name for name in (CONFIG, "model*.safetensors") for path in Path(directory).glob(name)]
+    if found:
+        reason = f"the directory holds a model ({found[0]}): name another one"
+        raise FileExistsError(errno.EEXIST, reason, files.name(directory))
 
 
 def open_tensors(path: StrPath, mmap: bool = True) -> Tensors:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, files, model_digest, peft_config, safetensors
+from nplora.formats import bfloat16, files, model_digest, model_directory, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
@@ -154,7 +154,11 @@ def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: 
     """Write both files, into a directory that is made if needed.
 
     Both are complete on the disk before either takes its name, the configuration last.
+
+    Raises:
+        FileExistsError: the directory holds a model.
     """
+    model_directory.require_no_model(directory)
     text = peft_config.dumps(config)
     metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}
     if base_digest is not None:

@@ -66,7 +66,8 @@ class LoRALinear(LoRALayer):
     Raises:
         ValueError: W has not two axes; rank is below 1; alpha is not finite; dropout is not in [0, 1); bias
             has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a rank above
-            min(d_out, d_in), or an alpha that is not positive.
+            min(d_out, d_in), or an alpha that is not positive; "int8" for an array that is not stored in
+            GGUF's blocks.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).

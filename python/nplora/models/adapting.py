@@ -82,7 +82,7 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | lis
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
 
 
-def parse_blocks(text: str) -> tuple[str, int]:
+def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
     """The side, "first" or "last", and the number of blocks, at least 1, that "last:4" means.
 
     Raises:
@@ -90,9 +90,7 @@ def parse_blocks(text: str) -> tuple[str, int]:
     """
     side, _, number = text.partition(":")
     if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
-        raise ValueError(
-            f"add_lora: layers={text!r}, expected 'last:N', 'first:N' (N above 0), a range or None"
-        )
+        raise ValueError(f"{op}: layers={text!r}, expected 'last:N' or 'first:N', N above 0")
     return side, int(number)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,9 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
 
 
 def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
+    if not Path(path, model_directory.CONFIG).exists():
+        reason = f"the directory holds no {model_directory.CONFIG}"
+        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute)
     return _build(config, weights, lambda: tokenizer.from_directory(path))

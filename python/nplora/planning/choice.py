@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from nplora.runtime import get_num_threads
 Array = npt.NDArray[Any]
 
 _LEAST_PIECE = 32  # tokens: smaller pieces gain little and lose speed
+_SPARE = 1.02  # what the process has before the run differs a little from one to the next
 
 
 class BudgetError(ValueError):
@@ -115,16 +117,35 @@ class Plan:
     budget: int | None = None
 
     def __str__(self) -> str:
-        lines = [
+        nearest = self._nearest()
+        lines, rest = self._lines(nearest), len(self.others) - len(nearest)
+        if rest:
+            lines.append(f"and {rest} other way{'s'[: rest > 1]}: nplora plan --verbose tells all")
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The same with a line for every other way."""
+        return "\n".join(self._lines(self.others))
+
+    def _lines(self, others: Iterable[Other]) -> list[str]:
+        return [
             f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
             f"{self.steps} steps in {_time(self.steps * self.seconds)}",
             str(self.memory),
+            *(
+                f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
+                for other in others
+            ),
         ]
-        lines += [
-            f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
-            for other in self.others
+
+    def _nearest(self) -> list[Other]:
+        """The smallest of those that are faster, and the fastest of those that are smaller."""
+        faster = [other for other in self.others if other.seconds < self.seconds]
+        smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
+        return [
+            *([min(faster, key=lambda other: other.size)] if faster else []),
+            *([min(smaller, key=lambda other: other.seconds)] if smaller else []),
         ]
-        return "\n".join(lines)
 
 
 def _time(seconds: float) -> str:
@@ -164,7 +185,8 @@ def choose(
         smallest = min(ways, key=lambda way: sizes[way])
         shorter = _shorter(work, smallest, budget, lambda *cut_off: memory(*cut_off).total)
         raise BudgetError(
-            f"{smallest} needs {sizes[smallest] / 1e6:.0f} MB, {budget / 1e6:.0f} MB are allowed{shorter}"
+            f"{smallest} needs {sizes[smallest] / 1e6:.0f} MB, {budget / 1e6:.0f} MB are allowed{shorter}; "
+            f"--memory {math.ceil(_SPARE * sizes[smallest] / 1e6)}M is enough"
         )
     speeds = measured(lm, tuple(dict.fromkeys(way.compute for way in ways)))
     seconds = {way: _seconds(lm, adapters, work, way, speeds[way.compute]) for way in ways}

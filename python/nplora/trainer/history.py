@@ -160,6 +160,18 @@ class History:
         self.epochs[:] = [epochs[number] for number in sorted(epochs) if 0 < number <= epoch]
 
 
+def last_logged(log: bytes, event: str) -> dict[str, Any]:
+    """What the last line of this event in a log holds; empty where there is none."""
+    for line in reversed(log.splitlines()):
+        try:
+            row = json.loads(line)
+            if row["event"] == event:
+                return dict(row)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return {}
+
+
 def _logged(line: bytes) -> StepRecord | EpochRecord | None:
     """The record in a line of the log, None where there is none."""
     try:

@@ -16,7 +16,7 @@ from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fused import FusedLoss
-from nplora.trainer.history import History, StepRecord
+from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.nonfinite import first_nonfinite, nonfinite_parameters
 from nplora.trainer.resuming import restored_history, settings_of
@@ -96,6 +96,17 @@ class Run:
     def stop(self) -> None:
         """End the run after the present step."""
         self._ended = "callback"
+
+    def log(self, event: str, record: Mapping[str, Any]) -> None:
+        """Append a line of JSON to the run's log, if it has one; NaN and infinities as null."""
+        if self._directory is not None:
+            self._directory.log({"event": event, **record})
+
+    def logged(self, event: str) -> dict[str, Any]:
+        """The last line of this event in the run's log, as it is found; empty where there is none."""
+        if self._directory is None:
+            return {}
+        return last_logged(self._directory.read_log(self._directory.log_bytes), event)
 
     def execute(self, directory: RunDirectory | None, resume: bool) -> History:
         """Run to the end, to Ctrl-C or to an error."""
@@ -259,7 +270,7 @@ class Run:
                 seconds=time.perf_counter() - gathered.started,
             )
             self.history.steps.append(record)
-            self._log("step", dataclasses.asdict(record))
+            self.log("step", dataclasses.asdict(record))
         self._call("on_step_end", record)
         every = self._plan.checkpoint_every
         if every is not None and self.step % every == 0:
@@ -285,7 +296,7 @@ class Run:
         with self._interrupts.hold():
             record = self.history.epoch_record(self.epoch + 1, metrics)
             self.history.epochs.append(record)
-            self._log("epoch", dataclasses.asdict(record))
+            self.log("epoch", dataclasses.asdict(record))
             self._best_before = self._best, self._best_factors
             if self._plan.patience is not None:
                 self._judge(metrics["loss"])
@@ -319,7 +330,7 @@ class Run:
             self._put(self._best_factors)
             self.history.best_epoch = self._best["epoch"]
         self.history.ended = self._ended or "complete"
-        self._log("end", {"ended": self.history.ended, "step": self.step})
+        self.log("end", {"ended": self.history.ended, "step": self.step})
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self._callbacks:
@@ -327,10 +338,6 @@ class Run:
 
     def _where(self) -> str:
         return f"step {self.step + 1} (epoch {self.epoch + 1})"
-
-    def _log(self, event: str, record: dict[str, Any]) -> None:
-        if self._directory is not None:
-            self._directory.log({"event": event, **record})
 
     # ---- the state between two steps ----
 
@@ -368,7 +375,7 @@ class Run:
             self._directory.newest = None  # its arrays are taken over
             return
         self._directory.cut_log(0)
-        self._log("start", {"total_steps": self.total_steps, "settings": self._settings})
+        self.log("start", {"total_steps": self.total_steps, "settings": self._settings})
         self._save()
         if self._directory.occupied:  # by another run, which must not be left as the older generation
             self._saved = None
@@ -409,7 +416,7 @@ class Run:
             self._lose_patience()
         self._saved = self._position()
         directory.cut_log(checkpoint.log_bytes)
-        self._log("resume", {"step": self.step})
+        self.log("resume", {"step": self.step})
 
     def _position(self) -> tuple[int, ...]:
         return self.step, self.epoch, self.batch, len(self.history.epochs)

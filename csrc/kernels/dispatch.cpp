@@ -35,23 +35,32 @@ const KernelTable& amx_table() {
 
 struct Choice {
   const KernelTable* table;
-  bool runnable;
-  const char* needs;
+  std::string (*obstacle)();  // why this process cannot run it; empty if it can
 };
+
+std::string unless(bool has, const char* parts) {
+  return has ? "" : std::string("this machine, or its operating system, lacks ") + parts;
+}
 
 // Best last.
 const Choice* choices(size_t* count) {
   using simd::cpu;
   static const Choice all[] = {
-      {&k_generic_table, true, ""},
+      {&k_generic_table, [] { return std::string(); }},
 #if defined(NPLORA_X86_64)
-      {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
-      {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
-      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
-      {&amx_table(), cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16"},
+      {&k_avx2_table, [] { return unless(cpu().avx2, "AVX2, FMA3 and F16C"); }},
+      {&k_avx512_table, [] { return unless(cpu().avx512, "AVX-512 F, BW, DQ and VL"); }},
+      {&k_avx512bf16_table, [] { return unless(cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"); }},
+      {&amx_table(),
+       [] {
+         if (!cpu().amx) return unless(false, "AMX with BF16, beside the AVX-512 of avx512bf16");
+         if (simd::ask_for_tiles()) return std::string();
+         return std::string(
+             "Linux refuses the registers of AMX; perhaps a thread's signal stack is too small");
+       }},
 #elif defined(NPLORA_AARCH64)
-      {&k_neon_table, cpu().neon, "NEON"},
-      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},
+      {&k_neon_table, [] { return unless(cpu().neon, "NEON"); }},
+      {&k_neonbf16_table, [] { return unless(cpu().neonbf16, "NEON with BF16"); }},
 #endif
   };
   *count = sizeof all / sizeof *all;
@@ -63,15 +72,15 @@ const KernelTable& choose() {
   const Choice* all = choices(&count);
   const char* name = std::getenv("NPLORA_ISA");
   if (name == nullptr || *name == '\0') {
-    while (!all[count - 1].runnable) --count;
+    while (!all[count - 1].obstacle().empty()) --count;
     return *all[count - 1].table;
   }
   std::string known;
   for (size_t i = 0; i < count; ++i) {
     if (std::string_view(name) == all[i].table->isa) {
-      if (all[i].runnable) return *all[i].table;
-      throw std::invalid_argument(std::string("NPLORA_ISA=") + name +
-                                  ": this machine, or its operating system, lacks " + all[i].needs);
+      const std::string obstacle = all[i].obstacle();
+      if (obstacle.empty()) return *all[i].table;
+      throw std::invalid_argument(std::string("NPLORA_ISA=") + name + ": " + obstacle);
     }
     known += (i ? ", " : "") + std::string(all[i].table->isa);
   }
@@ -89,7 +98,7 @@ size_t available_tables(const KernelTable** out, size_t capacity) {
   size_t count, found = 0;
   const Choice* all = choices(&count);
   for (size_t i = 0; i < count && found < capacity; ++i)
-    if (all[i].runnable) out[found++] = all[i].table;
+    if (all[i].obstacle().empty()) out[found++] = all[i].table;
   return found;
 }
 

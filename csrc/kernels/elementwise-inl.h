@@ -190,10 +190,15 @@ inline uint32_t bfloat16_bits(float x) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// Two vectors, the first in the low half. The instruction does what bfloat16_bits does, but to subnormals.
+// Of two vectors, the first in the low half. The instruction does what bfloat16_bits does, but to subnormals, which are told by
+// their bits, for a program may have asked its processor to take them for 0.
+inline __mmask16 subnormals(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
+         _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7F800000));
+}
 inline bool can_narrow(__m512 a, __m512 b) {
-  constexpr int kSubnormal = 0x20;
-  return (_mm512_fpclass_ps_mask(a, kSubnormal) | _mm512_fpclass_ps_mask(b, kSubnormal)) == 0;
+  return (subnormals(a) | subnormals(b)) == 0;
 }
 inline __m512i narrowed(__m512 a, __m512 b) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));

@@ -11,6 +11,8 @@
 #include "kernels/tile_products-inl.h"
 
 namespace nplora::kernels {
+static_assert(kDepthUnit % amx::kTileSide == 0);
+
 extern const PairProducts k_amx_products;
 constinit const PairProducts k_amx_products = {
     {2 * amx::kTileSide, 3 * amx::kTileSide, 2 * amx::kTileSide, kPanelColumns, amx::kTileSide,

@@ -77,6 +77,10 @@ inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 // and twice that where they share the way.
 inline constexpr size_t kFetchAhead = 12288;
 
+// At multiples of so many elements the depth may be cut on every instruction set: see Tiles.
+inline constexpr size_t kDepthUnit = 16;
+static_assert(kPanelColumns % kDepthUnit == 0);
+
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
 // multiply-adds where the instruction set has them), or each depth_unit elements by themselves first: where the depth is cut at
 // multiples of that, a result does not depend on tile sizes, on blocking or on threads, and is the same from either product.
@@ -86,7 +90,7 @@ struct Tiles {
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;   // the number of rows of a that outer_tile likes best (it takes any number)
   size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
-  size_t depth_unit;    // of elements; divides kPanelColumns
+  size_t depth_unit;    // of elements; divides kDepthUnit
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
   // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.

@@ -1,5 +1,5 @@
 // How the products cut their work. None of the block sizes changes a result, for every sum runs over its whole depth in
-// order; the bounds of small batches do, for those are summed in another order.
+// order, and is cut at multiples of kStepUnit; the bounds of small batches do, for those are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,15 @@
 
 namespace nplora {
 
+// Steps of kDepthUnit elements, of which one may hold two.
+inline constexpr size_t kStepUnit = 2 * kernels::kDepthUnit;
 // Rows of W that pass by the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
 // Steps of the depth for which a panel of W (or of blocks of its transpose), or the lanes of x, are kept in L2, in blocks of about
 // one size: at most 1056 x 48 floats = 198 KB. Longer ones leave less time for the sums, which are loaded and stored for each.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// Where the depth is cut: at whole panels of elements, of which one may hold two steps.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
-static_assert(kDepthBlock % kDepthCut == 0);
+static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kStepUnit == 0);
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
@@ -39,7 +40,8 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.
 inline constexpr size_t kFewTokens = 64;
 // Columns of a gradient of A or B that one task owns, and tokens that it sums in one pass over them.
-inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;  // even
+inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
+static_assert(kSumDepth % kStepUnit == 0 && kTokenBlock % kStepUnit == 0);
 // Floating-point operations of one task: 0.1 s on the slowest instruction set, so that Ctrl-C is heard between tasks.
 inline constexpr double kTaskFlops = 2e9;
 
@@ -49,6 +51,7 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
 
 // The tokens of one pass, in passes of about one size: as many as have `width` elements each in `bytes`.
 inline constexpr size_t kPassUnit = 32;
+static_assert(kPassUnit % kStepUnit == 0);
 inline size_t tokens_of_pass(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
   const size_t most = bytes / element_bytes / std::max<size_t>(1, width) / kPassUnit * kPassUnit;
   const size_t passes = ceil_div(tokens, std::max(2 * kPassUnit, most));

@@ -41,16 +41,6 @@ unsigned saved_state() {
   return eax;
 }
 
-// Linux keeps the tile registers of a process that has asked for them.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
@@ -64,7 +54,7 @@ Cpu detect() {
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
   found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5) && bit(leaf7.ecx, 11);                 // BF16, VNNI
   const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);  // TILE, BF16
-  found.amx = found.avx512bf16 && tiles && may_use_tiles();
+  found.amx = found.avx512bf16 && tiles;
   return found;
 }
 
@@ -92,6 +82,15 @@ Cpu detect() {
 const Cpu& cpu() {
   static const Cpu found = detect();
   return found;
+}
+
+bool ask_for_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace nplora::simd

@@ -133,6 +133,30 @@ float of_bits(uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
 
+// Those of bfloat16 are subnormal floats, and stay what they are.
+void test_flushed_subnormals(const KernelTable& table) {
+  std::vector<float> numbers;
+  std::vector<uint16_t> patterns;
+  for (uint16_t bits = 1; bits < 128; ++bits)
+    for (uint16_t sign : {0, 0x8000}) {
+      patterns.push_back(bits | sign);
+      numbers.push_back(of_bits(uint32_t(patterns.back()) << 16));
+    }
+  const size_t n = patterns.size();
+  std::vector<uint16_t> narrowed(n);
+  std::vector<Bf16Pair> paired(n / 2);
+  {
+    const FlushedSubnormals flushed;
+    table.convert.narrow_bfloat16(n, numbers.data(), narrowed.data());
+    table.convert.pair_rows(2, n / 2, numbers.data(), n / 2, paired.data());
+  }
+  check::Case one("%s bfloat16 where subnormal floats are 0", table.isa);
+  check::expect(narrowed == patterns, "narrow_bfloat16 lost some");
+  for (size_t i = 0; i < n / 2; ++i)
+    check::expect(uint32_t(paired[i]) == (patterns[i] | uint32_t(patterns[n / 2 + i]) << 16),
+                  "pair_rows made %#x", uint32_t(paired[i]));
+}
+
 // Where rounding turns: each number of the format, the middle between it and the next one, and the floats
 // beside all of them; every kind of NaN; numbers far outside the range; random patterns.
 std::vector<float> turning_points(const Format& format) {
@@ -296,6 +320,7 @@ void test_conversions(const KernelTable& table) {
   test_format(table.isa, kBfloat16, convert.widen_bfloat16, convert.narrow_bfloat16);
   test_format(table.isa, kFloat16, convert.widen_float16, convert.narrow_float16);
   test_flushed_subnormals(table.isa, convert.widen_float16);
+  test_flushed_subnormals(table);
   test_dither(table.isa, kBfloat16, convert.dither_bfloat16);
   test_dither(table.isa, kFloat16, convert.dither_float16);
   test_pairs(table);

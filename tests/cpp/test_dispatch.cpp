@@ -97,9 +97,10 @@ void test_dispatch() {
     const auto sound = [](const auto& k) {
       return k.lanes >= 2 && k.lanes % 2 == 0 && k.tile_rows > 0 && k.tile_tokens > 0 && k.tile_columns > 0 &&
              nplora::kernels::kPanelColumns % (k.lanes / 2) == 0 &&
-             nplora::kernels::kPanelColumns % k.depth_unit == 0;
+             nplora::kernels::kDepthUnit % k.depth_unit == 0;
     };
-    check::expect(sound(tables[i]->f32) && sound(tables[i]->f64) && sound(tables[i]->bf16),
-                  "lanes must be pairs of vectors that divide a panel, and depth_unit divide it too");
+    check::expect(
+        sound(tables[i]->f32) && sound(tables[i]->f64) && sound(tables[i]->bf16),
+        "lanes must be pairs of vectors that divide a panel, and depth_unit must divide kDepthUnit");
   }
 }

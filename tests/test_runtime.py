@@ -250,7 +250,7 @@ def test_a_fork_inside_a_signal_handler_neither_hangs_nor_lies() -> None:
     assert done.returncode == 7, done.stderr
 
 
-@pytest.mark.parametrize("isa", _core.config()["available_isas"])
+@pytest.mark.parametrize("isa", _core.available_isas())
 def test_every_instruction_set_can_be_chosen(isa: str) -> None:
     done = run_python("from nplora import _core; print(_core.config()['isa'])", NPLORA_ISA=isa)
     assert done.stdout.strip() == isa
@@ -326,3 +326,33 @@ def test_a_signal_handler_may_call_the_core_in_the_middle_of_a_call() -> None:
     for threads in ("1", "2"):
         done = run_python(code, OMP_NUM_THREADS=threads, PYTHONPATH=SEARCH_PATH)
         assert done.returncode == 0, done.stderr
+
+
+SYSTEM = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+
+class Stack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+room = ctypes.create_string_buffer(8192)
+def small_signal_stack():
+    return libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, len(room))), None)
+"""
+
+
+@pytest.mark.skipif("amx" not in _core.available_isas(), reason="needs a processor with AMX")
+class TestTileRegisters:
+    def test_they_are_asked_for_where_they_are_used_only(self) -> None:
+        code = SYSTEM + "from nplora import _core\nprint(small_signal_stack())"
+        assert run_python(code, NPLORA_ISA="avx512bf16").stdout.strip() == "0"
+        assert run_python(code, NPLORA_ISA="amx").stdout.strip() == "-1"
+
+    def test_where_linux_refuses_them_the_next_best_serves(self) -> None:
+        code = (
+            SYSTEM
+            + "assert small_signal_stack() == 0\nfrom nplora import _core\nprint(_core.config()['isa'])"
+        )
+        assert run_python(code, NPLORA_ISA="").stdout.strip() == "avx512bf16"
+        done = run_python(code, NPLORA_ISA="amx")
+        assert "NPLORA_ISA=amx: Linux refuses the registers of AMX" in done.stderr

@@ -26,15 +26,18 @@ bool signal_pending() {
   return PyErr_CheckSignals() != 0;
 }
 
-py::dict config() {
+py::list available_isas() {
   const kernels::KernelTable* tables[16];
   const size_t count = kernels::available_tables(tables, 16);
   py::list isas;
   for (size_t i = 0; i < count; ++i) isas.append(tables[i]->isa);
+  return isas;
+}
+
+py::dict config() {
   py::dict all;
   all["version"] = NPLORA_VERSION;
   all["isa"] = kernels::table().isa;
-  all["available_isas"] = isas;
   all["num_threads"] = num_threads();
   all["parallel"] = parallel_backend();
   all["openmp"] = openmp_version();
@@ -69,6 +72,7 @@ void register_runtime(py::module_& m) {
       py::arg("n"), "Use at most n threads");
   m.def("get_num_threads", &num_threads, "The number of threads in use");
   m.def("config", &config, "Version, instruction set, threads and compiler");
+  m.def("available_isas", &available_isas, "What NPLORA_ISA may name in such a process, best last");
 }
 
 }  // namespace nplora::bindings

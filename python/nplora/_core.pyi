@@ -281,4 +281,7 @@ def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, g
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:
-    """version, isa, available_isas, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
+    """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
+
+def available_isas() -> list[str]:
+    """What NPLORA_ISA may name in such a process, best last. Asks Linux for the registers of AMX."""

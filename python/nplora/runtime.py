@@ -40,7 +40,7 @@ def show_config() -> None:
     config = _core.config()
     lines = {
         "nplora": config["version"],
-        "instruction set": f"{config['isa']} (available: {', '.join(config['available_isas'])})",
+        "instruction set": f"{config['isa']} (available: {', '.join(_core.available_isas())})",
         "threads": f"{config['num_threads']} ({config['parallel']})",
         "OpenMP": config["openmp"],
         "compiler": config["compiler"],

@@ -361,14 +361,18 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     out = tmp_path / "out"
     out.mkdir()
     (out / file).write_bytes(b"of another run")
-    with pytest.raises(FileExistsError, match=r"holds an adapter and no run: --overwrite \(overwrite=True\)"):
-        finetune(model, data, out, **QUICK)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"an adapter and no run: --overwrite \(overwrite=True\)"):
+            finetune(model, data, out, **QUICK, resume=resume)
     assert [path.name for path in out.iterdir()] == [file]
     assert (out / file).read_bytes() == b"of another run"
     finetune(model, data, out, **QUICK, overwrite=True)
     for checkpoint in out.glob("checkpoint-*"):
         checkpoint.unlink()
-    finetune(model, data, out, **QUICK, resume=True)
+    was = files_of(out)
+    with pytest.raises(FileExistsError, match="an adapter and no run"):
+        finetune(model, data, out, **QUICK, resume=True)
+    assert files_of(out) == was
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])

@@ -117,8 +117,8 @@ def adapter_to_gguf(
 
     Args:
         base: the model that the adapter is for: its config.json, the directory with that, or its GGUF file,
-            against which names and shapes are checked too. The file keeps the digest of its norms, if it has
-            any.
+            against which names and shapes are checked too. The file keeps the digest of its norms, if they
+            are there.
         edited_config: as in `load_adapter`.
         any_base: as in `load_adapter`; the new adapter is then one of base.
     Raises:
@@ -149,7 +149,7 @@ def adapter_to_gguf(
     for name in folded:
         pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
     stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
-    digest = model.digest or adapter.base_digest
+    digest = model.digest or (None if any_base else adapter.base_digest)
     gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
 
@@ -290,7 +290,8 @@ def read_gguf_adapter(
             layers[stored] = _layer_for_peft(source, adapter, stored, model)
     target, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     _require_fit(source, target, problems, layers, (None, adapter.base_digest, digest), any_base)
-    return dataclasses.replace(adapter, base_digest=digest or adapter.base_digest), layers
+    known = None if any_base and model is not None else adapter.base_digest
+    return dataclasses.replace(adapter, base_digest=digest or known), layers
 
 
 def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None) -> PeftLayer:

@@ -803,6 +803,12 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
     assert lm.generate("1+1=", 8, stop=[one[2:4]]) == one[: one.index(one[2:4])]
     assert lm.generate("1+1=", 8, temperature=5.0, seed=1) != one
     assert lm.generate([], 8) == []
+    both = lm.generate(["1+1=", "x"], 8)
+    several = {"a": "1+1=", "b": "x"}
+    for prompts in (several.values(), (prompt for prompt in several.values()), np.array(["1+1=", "x"])):
+        assert lm.generate(prompts, 8) == both
+    assert lm.generate(iter([chat, tuple(chat)]), 8) == [one, one]
+    assert lm.generate(tuple(chat), 8) == one
     with pytest.raises(ValueError, match="top_k is 0"):
         lm.generate("x", top_k=0)
 

@@ -94,13 +94,15 @@ def test_info_and_convert_hand_their_arguments_on(
 ) -> None:
     monkeypatch.setattr(info, "describe", lambda *arguments: f"described {arguments}")
     monkeypatch.setattr(convert, "convert_adapter", lambda *arguments: f"converted {arguments}")
-    for line in ("info f", "convert a b", "convert a b --base m", "convert a b --base m --any-base"):
+    base = "convert a b --base m"
+    for line in ("info f", "convert a b", base, f"{base} --any-base", "convert a b --overwrite"):
         assert cli.main(line.split()) == 0
     assert capsys.readouterr().out.splitlines() == [
         "described ('f',)",
-        "converted ('a', 'b', None, False)",
-        "converted ('a', 'b', 'm', False)",
-        "converted ('a', 'b', 'm', True)",
+        "converted ('a', 'b', None, False, False)",
+        "converted ('a', 'b', 'm', False, False)",
+        "converted ('a', 'b', 'm', True, False)",
+        "converted ('a', 'b', None, False, True)",
     ]
 
 

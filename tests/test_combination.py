@@ -214,7 +214,8 @@ def test_the_command_combines_and_reports(
         f"{tmp_path / 'both'}: 1 layers of rank 5, 100 numbers, nothing is cut off\n"
     )
     assert_weighted_sum(nplora.read_adapter(tmp_path / "both"), [(one, 1), (two, -0.5)])
-    assert cli.main(["combine", *arguments, "--rank", "2"]) == 0
+    arguments += ["--rank", "2", "--overwrite"]
+    assert cli.main(["combine", *arguments]) == 0
     combined = nplora.combine([(one, 1), (two, -0.5)], 2)
     lines = capsys.readouterr().out.splitlines()
     error = f"{combined.errors['q']:.3g}"
@@ -222,25 +223,33 @@ def test_the_command_combines_and_reports(
         f"{tmp_path / 'both'}: 1 layers of rank 2, 40 numbers, relative error {error} in all; the largest:",
         f"  q  rank   2  relative error {error}",
     ]
-    assert cli.main(["combine", *arguments, "--rank", "2", "--verbose"]) == 0
+    assert cli.main(["combine", *arguments, "--verbose"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"q  rank   2  relative error {error}", *lines]
 
 
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ("checkpoint-1.safetensors", "holds a run"),
+        ("log.jsonl", "holds an adapter"),  # a run whose checkpoints were deleted
+        (None, "holds an adapter"),
+    ],
+)
 @pytest.mark.parametrize("command", ["combine", "convert"])
-def test_a_run_s_adapter_is_left_alone(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_was_trained_is_left_alone(
+    command: str, beside: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, run = base_gguf(tmp_path / "base.gguf"), tmp_path / "run"
     for directory, seed in ((tmp_path / "one", 0), (run, 1)):
         write_peft(directory, alike(), factors(alike(), seed))
     nplora.adapter_to_gguf(tmp_path / "one", tmp_path / "one.gguf", base)
-    (run / "checkpoint-1.safetensors").touch()
+    if beside is not None:
+        (run / beside).touch()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     output = ["--output", str(run)] if command == "combine" else [str(run)]
     arguments = [command, str(tmp_path / "one.gguf"), *output, "--base", str(base)]
-    words = "run: the directory holds a run, to which its adapter belongs: name another one"
     assert cli.main(arguments) == 2
-    assert words in capsys.readouterr().err
+    assert f"run: the directory {words}: name another one, or --overwrite (ov" in capsys.readouterr().err
 
     def write(**options: Any) -> None:
         if command == "combine":
@@ -248,11 +257,26 @@ def test_a_run_s_adapter_is_left_alone(
         else:
             nplora.adapter_from_gguf(tmp_path / "one.gguf", run, base, **options)
 
-    with pytest.raises(FileExistsError, match="holds a run, to which its adapter belongs"):
+    with pytest.raises(FileExistsError, match=words):
         write()
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     write(overwrite=True)
     assert {path.name for path in run.iterdir()} == before.keys()
     assert (run / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
-    (run / "checkpoint-1.safetensors").rename(run / "log.jsonl")  # which others write too
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_log_alone_is_no_obstacle(tmp_path: Path) -> None:
+    write_peft(tmp_path / "one", alike(), factors(alike()))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").touch()  # which others write too
+    assert cli.main(["combine", str(tmp_path / "one"), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_overwrite_is_of_an_adapter_s_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_peft(tmp_path / "one", alike(), factors(alike()))
+    base = base_gguf(tmp_path / "base.gguf")
+    arguments = [str(tmp_path / "one"), str(tmp_path / "one.gguf"), "--base", str(base), "--overwrite"]
+    assert cli.main(["convert", *arguments]) == 2
+    assert "--overwrite is of an adapter's directory" in capsys.readouterr().err

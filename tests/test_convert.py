@@ -324,7 +324,7 @@ def test_an_adapter_of_another_float_type_is_converted(tmp_path: Path) -> None:
             )
         again = {key: tensor.numpy().astype(dtype) for key, tensor in stored.items()}
         gguf.save(tmp_path / "b.gguf", again, stored.metadata.typed())
-        nplora.adapter_from_gguf(tmp_path / "b.gguf", tmp_path / "back")
+        nplora.adapter_from_gguf(tmp_path / "b.gguf", tmp_path / "back", overwrite=True)
         back = safetensors.open(tmp_path / "back" / "adapter_model.safetensors")
         np.testing.assert_array_equal(
             back[f"{PREFIX}{name}.lora_B.weight"].numpy(), given[name][1].astype(np.float32)

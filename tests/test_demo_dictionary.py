@@ -57,7 +57,11 @@ def test_what_is_not_the_demo_s_is_not_replaced(
     assert (output / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
     output.rename(tmp_path / dictionary.OUTPUT)
     monkeypatch.chdir(tmp_path)
-    dictionary.run(dictionary.OUTPUT, rank=2)
+    with pytest.raises(FileExistsError, match="holds an adapter that is not the demo's"):
+        dictionary.run(rank=2)
+    Path(dictionary.OUTPUT).rename("elsewhere")
+    dictionary.run(rank=2)
+    dictionary.run(rank=2)
 
 
 def test_a_promise_that_does_not_hold_is_an_error(

@@ -152,7 +152,7 @@ def test_a_training_run_of_another_model_is_not_replaced(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("[cl]*.*")} == before
 
 
-def test_an_adapter_that_is_not_the_demo_s_is_not_replaced(tmp_path):
+def test_an_adapter_that_is_not_the_demo_s_is_not_replaced(tmp_path, monkeypatch):
     layer = nplora.LoRALinear(np.eye(3, dtype=np.float32), rank=1)
     nplora.save_adapter(nplora.Sequential(layer), tmp_path / "adapter")
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
@@ -160,6 +160,10 @@ def test_an_adapter_that_is_not_the_demo_s_is_not_replaced(tmp_path):
         demo.run(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    tmp_path.rename(tmp_path.with_name(demo.OUTPUT))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(FileExistsError, match="holds an adapter that is not the demo's"):
+        demo.run()
 
 
 def test_missing_scikit_learn_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):

@@ -361,14 +361,18 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     out = tmp_path / "out"
     out.mkdir()
     (out / file).write_bytes(b"of another run")
-    with pytest.raises(FileExistsError, match=r"holds an adapter and no run: --overwrite \(overwrite=True\)"):
-        finetune(model, data, out, **QUICK)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"an adapter and no run: --overwrite \(overwrite=True\)"):
+            finetune(model, data, out, **QUICK, resume=resume)
     assert [path.name for path in out.iterdir()] == [file]
     assert (out / file).read_bytes() == b"of another run"
     finetune(model, data, out, **QUICK, overwrite=True)
     for checkpoint in out.glob("checkpoint-*"):
         checkpoint.unlink()
-    finetune(model, data, out, **QUICK, resume=True)
+    was = files_of(out)
+    with pytest.raises(FileExistsError, match="an adapter and no run"):
+        finetune(model, data, out, **QUICK, resume=True)
+    assert files_of(out) == was
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
@@ -799,6 +803,12 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
     assert lm.generate("1+1=", 8, stop=[one[2:4]]) == one[: one.index(one[2:4])]
     assert lm.generate("1+1=", 8, temperature=5.0, seed=1) != one
     assert lm.generate([], 8) == []
+    both = lm.generate(["1+1=", "x"], 8)
+    several = {"a": "1+1=", "b": "x"}
+    for prompts in (several.values(), (prompt for prompt in several.values()), np.array(["1+1=", "x"])):
+        assert lm.generate(prompts, 8) == both
+    assert lm.generate(iter([chat, tuple(chat)]), 8) == [one, one]
+    assert lm.generate(tuple(chat), 8) == one
     with pytest.raises(ValueError, match="top_k is 0"):
         lm.generate("x", top_k=0)
 

@@ -121,7 +121,7 @@ def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
         generate(lm, ["abc", ""])
 
 
-@pytest.mark.parametrize("prompt", [3, None, b"bytes", [3]])
+@pytest.mark.parametrize("prompt", [3, None, b"bytes", [3], {"role": "user"}])
 def test_what_is_no_prompt_is_named(prompt: Any, lm: Echo, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^generate: prompt is .*, expected a text or a chat"):
         generate(lm, [prompt])

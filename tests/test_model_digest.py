@@ -235,6 +235,44 @@ def test_an_adapter_without_a_digest_gets_that_of_the_base_it_is_converted_with(
         attach_adapter(nplora.load_model(other), tmp_path / "back")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
+
+
+@pytest.mark.parametrize("weights", ["none", "pointer", "pickle", "shard missing"])
+def test_a_base_without_its_weights_is_one_that_is_not_known(
+    weights: str, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = hf_model(tmp_path / "hf")
+    tensors = base / "model.safetensors"
+    if weights == "pointer":
+        tensors.write_bytes(LFS)
+    else:
+        tensors.unlink()
+    if weights == "pickle":
+        (base / "pytorch_model.bin").touch()
+    if weights == "shard missing":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    for any_base in (False, True):
+        file = tmp_path / f"{any_base}.gguf"
+        nplora.adapter_to_gguf(adapter, file, base, any_base=any_base)
+        assert read_adapter(file, base).base_digest == (None if any_base else digest(model))
+        nplora.adapter_from_gguf(file, tmp_path / f"{any_base}", base, any_base=any_base)
+        nplora.combine([(adapter, 1), (file, 1)], base=base)
+
+
+def test_a_base_of_a_family_that_is_not_known_is_no_obstacle_to_a_sum(adapter: Path, tmp_path: Path) -> None:
+    base = hf_model(tmp_path / "hf", weights=changed(small_models.hf_tensors(), seed=1))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    with pytest.raises(ValueError, match=r"the adapters are of different models"):  # the names of norms alike
+        nplora.combine([(adapter, 1)], base=base)
+    unknown = Adapter("unknown", dict(read_adapter(adapter)))
+    nplora.combine([(unknown, 1), (unknown, 1)], base=base)
+    (base / "model.safetensors").write_bytes(LFS)
+    nplora.combine([(adapter, 1), (unknown, 1)], base=base)
+
+
 def test_adapters_are_not_added_up_for_another_base(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,23 @@ def test_inference_alone_gives_the_bits_of_the_forward_pass(state: str) -> None:
         np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("state", ["merged", "disabled", "adapted"])
+def test_a_dora_layer_that_answers_alone_is_one_call_of_the_core(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x = layers_of(use_dora=True), passes(3)[0]
+    for layer in layers:
+        layer.adapter_enabled = state != "disabled"
+        if state == "merged":
+            layer.merge()
+    with inference():
+        wanted = stack_forward(layers, x)[0]
+    if state != "adapted":
+        monkeypatch.setattr(_core, "lora_forward", None)
+    for y, expected in zip(stack_infer(layers, x), wanted, strict=True):
+        np.testing.assert_array_equal(y, expected)
+
+
 def adopted(rank: int, rslora: bool) -> Callable[[LoRALinear], None]:
     def change(layer: LoRALinear) -> None:
         rng = np.random.default_rng(rank)

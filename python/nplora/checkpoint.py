@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.formats import files, safetensors, strict_json
+from nplora.formats import files, peft_adapter, safetensors, strict_json
 from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.layers import LoRALayer
@@ -264,17 +264,25 @@ def holds_run(directory: StrPath) -> bool:
     return any(os.path.lexists(Path(directory, name)) for name in _SLOTS)
 
 
-def require_no_run(directory: StrPath) -> None:
-    """Refuse to put an adapter in the place of one that was trained, and that checkpoints belong to.
+def trained(directory: StrPath) -> str | None:
+    """Words for what training left in a directory: checkpoints, or an adapter alone; None: neither."""
+    if holds_run(directory):
+        return "a run"
+    return "an adapter" if peft_adapter.lies_in(directory) else None
+
+
+def require_nothing_trained(directory: StrPath) -> None:
+    """Refuse to put an adapter in the place of one that was trained, or beside another one's checkpoints.
 
     Raises:
-        FileExistsError: the directory holds a run.
+        FileExistsError: the directory holds a run or an adapter.
     """
-    if holds_run(directory):
+    found = trained(directory)
+    if found is not None:
         raise FileExistsError(
             errno.EEXIST,
-            "the directory holds a run, to which its adapter belongs: name another one (in Python, "
-            "overwrite=True replaces the adapter)",
+            f"the directory holds {found}: name another one, or --overwrite (overwrite=True) replaces its "
+            "adapter",
             os.fspath(directory),
         )
 

@@ -150,7 +150,7 @@ def _require_one_base(adapters: list[Adapter], base: StrPath | None) -> None:
     told = [(a.source, a.base_model_name_or_path, a.base_digest) for a in adapters]
     names = {_last_part(name) for _, name, _ in told} if None in {digest for *_, digest in told} else set()
     if base is not None:
-        told.append((files.name(base), None, base_model.read(base).digest))
+        told.append((files.name(base), None, base_model.digest(base)))
     if max(len(known - {None}) for known in ({digest for *_, digest in told}, names)) > 1:
         bases = "".join(f"\n  {source}: {model_digest.described(*about)}" for source, *about in told)
         raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{bases}")

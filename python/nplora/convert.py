@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.checkpoint import require_no_run
+from nplora.checkpoint import require_nothing_trained
 from nplora.formats import (
     base_model,
     files,
@@ -76,10 +76,16 @@ class AdapterConversion:
 
 
 def convert_adapter(
-    source: StrPath, target: StrPath, base: StrPath | None = None, any_base: bool = False
+    source: StrPath,
+    target: StrPath,
+    base: StrPath | None = None,
+    any_base: bool = False,
+    overwrite: bool = False,
 ) -> AdapterConversion:
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
+    Args:
+        overwrite: as in `adapter_from_gguf`; llama.cpp's file is replaced without.
     Raises:
         ValueError: base is needed, or the target is not named as what it will be.
         FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
@@ -95,7 +101,7 @@ def convert_adapter(
         return adapter_to_gguf(source, target, base, any_base=any_base)
     if Path(target).suffix == ".gguf" and Path(source).exists():
         raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
-    return adapter_from_gguf(source, target, base, any_base=any_base)
+    return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
 
 
 # ---- PEFT to llama.cpp ----
@@ -111,8 +117,8 @@ def adapter_to_gguf(
 
     Args:
         base: the model that the adapter is for: its config.json, the directory with that, or its GGUF file,
-            against which names and shapes are checked too. The file keeps the digest of its norms, if it has
-            any.
+            against which names and shapes are checked too. The file keeps the digest of its norms, if they
+            are there.
         edited_config: as in `load_adapter`.
         any_base: as in `load_adapter`; the new adapter is then one of base.
     Raises:
@@ -143,7 +149,7 @@ def adapter_to_gguf(
     for name in folded:
         pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
     stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
-    digest = model.digest or adapter.base_digest
+    digest = model.digest or (None if any_base else adapter.base_digest)
     gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
 
@@ -228,18 +234,18 @@ def adapter_from_gguf(
     Args:
         base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
         base_model_name_or_path: what the adapter says about the model that it belongs to.
-        overwrite: also in the place of the adapter of a run.
+        overwrite: also in the place of another adapter, or of a run's.
         any_base: as in `adapter_to_gguf`.
     Raises:
         ValueError: base is needed.
-        FileExistsError: the directory holds a run, and `overwrite` is not set.
+        FileExistsError: the directory holds a model, or a run or an adapter and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
         OSError: a file cannot be read, or the disk refuses.
     """
     if not overwrite:
-        require_no_run(directory)
+        require_nothing_trained(directory)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)
@@ -284,7 +290,8 @@ def read_gguf_adapter(
             layers[stored] = _layer_for_peft(source, adapter, stored, model)
     target, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     _require_fit(source, target, problems, layers, (None, adapter.base_digest, digest), any_base)
-    return dataclasses.replace(adapter, base_digest=digest or adapter.base_digest), layers
+    known = None if any_base and model is not None else adapter.base_digest
+    return dataclasses.replace(adapter, base_digest=digest or known), layers
 
 
 def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None) -> PeftLayer:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import storages
-from nplora.checkpoint import holds_run
+from nplora.checkpoint import trained
 from nplora.formats import (
     base_model,
     files,
@@ -20,7 +20,6 @@ from nplora.formats import (
     gguf_names,
     model_digest,
     model_directory,
-    peft_adapter,
     safetensors,
 )
 from nplora.formats.config_json import read_fields
@@ -271,8 +270,8 @@ def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", 
     for new, old, what in kept:
         if Path(new).exists() and Path(old).exists() and Path(new).samefile(old):
             raise ValueError(f"merge: {files.name(output)} is the {what} itself, which is left as it is")
-    if _is_directory(output) and (holds_run(output) or peft_adapter.lies_in(output)):
-        found = "a run" if holds_run(output) else "an adapter"
+    found = trained(output) if _is_directory(output) else None
+    if found is not None:
         reason = f"the directory holds {found}: name another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(output))
     index = weights.with_name(model_directory.INDEX)

@@ -71,12 +71,12 @@ def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the entries.
     Raises:
-        FileExistsError: output is not the default, and holds another run or adapter.
+        FileExistsError: output holds another run or adapter.
         ModuleNotFoundError: the model, or a package that reads its text, is not installed.
         RuntimeError: a promise of the demo does not hold.
     """
     model = find_model()
-    require_own(output, OUTPUT, output, lambda earlier: _learned_here(earlier, model))
+    require_own(output, output, lambda earlier: _learned_here(earlier, model))
     print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
     done = finetune(
         model,

@@ -170,7 +170,7 @@ def run(
         all that was printed.
     Raises:
         ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
-        FileExistsError: output is not the default, and holds another run or adapter.
+        FileExistsError: output holds another run or adapter.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
@@ -235,7 +235,7 @@ def digits(numbers: Array) -> Digits:
 def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs: int, lr: float) -> float:
     """Train the factors on the new world, log into the directory, and return the seconds that it took."""
     base = base_fingerprint(model)
-    require_own(directory, OUTPUT, directory / "adapter", lambda earlier: earlier.base == base)
+    require_own(directory, directory / "adapter", lambda earlier: earlier.base == base)
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(

@@ -3,17 +3,14 @@
 import errno
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from nplora.checkpoint import Checkpoint, RunDirectory, holds_run
 from nplora.formats import peft_adapter
 from nplora.formats.files import StrPath
 
 
-def require_own(
-    output: StrPath, default: str, adapter: StrPath, is_own: Callable[[Checkpoint], bool]
-) -> None:
-    """Refuse a directory in which others left a run or an adapter; the default one is the demo's own.
+def require_own(output: StrPath, adapter: StrPath, is_own: Callable[[Checkpoint], bool]) -> None:
+    """Refuse a directory in which others left a run or an adapter.
 
     Args:
         adapter: the directory that the demo saves its adapter in.
@@ -21,8 +18,6 @@ def require_own(
     Raises:
         FileExistsError: what is there is not the demo's.
     """
-    if Path(output) == Path(default):
-        return
     if holds_run(output):
         with RunDirectory(output) as earlier:
             newest = earlier.newest

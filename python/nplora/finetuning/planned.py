@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from nplora import _check
-from nplora.checkpoint import Checkpoint, RunDirectory
+from nplora.checkpoint import Checkpoint, RunDirectory, holds_run
 from nplora.data import Dataset
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
@@ -98,7 +97,7 @@ def resumed(
     Args:
         loaded: the model is given, and its arithmetic with it.
     """
-    if not options.resume or not Path(output).is_dir():
+    if not (options.resume and holds_run(output)):
         return options, None
     with RunDirectory(output) as directory:
         checkpoint = directory.newest

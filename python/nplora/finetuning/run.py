@@ -57,8 +57,8 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
-        FileExistsError: the output directory holds a run or an adapter, and neither `resume` nor `overwrite`
-            is set.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
+            adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
     chosen, pieces = resumed(
@@ -135,7 +135,7 @@ def finetune(
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
     """Refuse a directory with a model, a run or an adapter, or one in use, before what takes time."""
     model_directory.require_no_model(output)
-    if peft_adapter.lies_in(output) and not (holds_run(output) or options.resume or options.overwrite):
+    if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,
             "the directory holds an adapter and no run: --overwrite (overwrite=True) replaces it",

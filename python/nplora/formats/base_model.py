@@ -10,7 +10,7 @@ from nplora.formats.config_json import attention_heads, read_fields
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_names import ARCHITECTURES, is_permuted
-from nplora.formats.model_directory import CONFIG, INDEX, WEIGHTS
+from nplora.formats.model_directory import CONFIG
 
 MAX_HEADS = 1 << 16
 
@@ -24,7 +24,7 @@ class BaseModel:
         architecture: GGUF's name for the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
         shapes: of its tensors, by GGUF's names; None where the file does not tell.
-        digest: `model_digest.of` its norms; None where the file, or the directory, has none.
+        digest: `model_digest.of` its norms; None where the file has none, or it is not known.
     """
 
     source: str
@@ -49,11 +49,24 @@ def read(path: StrPath) -> BaseModel:
         OSError: it cannot be read.
     """
     if Path(path).is_dir():
-        model = _from_config(Path(path, CONFIG))
-        has_weights = any(Path(path, name).exists() for name in (WEIGHTS, INDEX))
-        digest = model_digest.of_tensors(model_directory.open_tensors(path)) if has_weights else None
-        return dataclasses.replace(model, digest=digest)
+        return dataclasses.replace(_from_config(Path(path, CONFIG)), digest=digest(path))
     return _from_config(path) if Path(path).suffix == ".json" else _from_gguf(path)
+
+
+def digest(path: StrPath) -> str | None:
+    """`BaseModel.digest` alone, of a model of any family.
+
+    A directory needs no weights, and they may be a pickle, or Git LFS's text in their place: not known, then.
+
+    Raises:
+        FormatError: a GGUF file breaks its format. OSError: it cannot be read.
+    """
+    if Path(path).is_dir():
+        try:
+            return model_digest.of_tensors(model_directory.open_tensors(path))
+        except (FormatError, FileNotFoundError):
+            return None
+    return None if Path(path).suffix == ".json" else model_digest.of_tensors(gguf.open(path))
 
 
 def _from_gguf(path: StrPath) -> BaseModel:
@@ -67,8 +80,8 @@ def _from_gguf(path: StrPath) -> BaseModel:
     heads = file.metadata.integer(f"{architecture}.attention.head_count")
     kv_heads = file.metadata.integer(f"{architecture}.attention.head_count_kv", heads)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    digest = model_digest.of_tensors(file)
-    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, digest))
+    told = model_digest.of_tensors(file)
+    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, told))
 
 
 def _from_config(path: StrPath) -> BaseModel:

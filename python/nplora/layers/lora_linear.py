@@ -179,8 +179,11 @@ class LoRALinear(LoRALayer):
         strength = own["_alpha"], own["_use_rslora"], own["adapter_enabled"]
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
-    def _inference_layer(self) -> _core.InferenceLayer:
-        weight, scale, bias = self._core_terms(self._lone_weight()[0])
+    def _inference_layer(self) -> _core.InferenceLayer | None:
+        lone = self._lone_weight()[0]
+        if self.use_dora and lone is None:
+            return None  # DoRA has more to do than the core, each time anew
+        weight, scale, bias = self._core_terms(lone)
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:

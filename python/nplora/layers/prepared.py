@@ -11,10 +11,10 @@ from nplora import _core
 class Prepared:
     """Keeps what `_core.infer` was last given, as long as it was made from what the layer is now."""
 
-    _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer] | None = None
+    _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
-    def inference_layer(self) -> _core.InferenceLayer:
-        """This layer for `_core.infer`, which reads its arrays as they are then."""
+    def inference_layer(self) -> _core.InferenceLayer | None:
+        """This layer for `_core.infer`, which reads its arrays as they are then; None: it computes more."""
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
             return kept[1]
@@ -35,7 +35,7 @@ class Prepared:
         """
         raise NotImplementedError
 
-    def _inference_layer(self) -> _core.InferenceLayer:
+    def _inference_layer(self) -> _core.InferenceLayer | None:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:

@@ -59,10 +59,11 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear, computing alike.
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
-    if any(isinstance(layer, LoRALinear) and layer.use_dora for layer in layers):
-        with inference():  # DoRA has more to do than the core, each time anew
-            return stack_forward(layers, x)[0]
-    return _core.infer(x, [layer.inference_layer() for layer in layers])
+    parts = [layer.inference_layer() for layer in layers]
+    if None not in parts:
+        return _core.infer(x, parts)  # type: ignore[arg-type]
+    with inference():
+        return stack_forward(layers, x)[0]
 
 
 def stack_backward(

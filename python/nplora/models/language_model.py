@@ -260,13 +260,13 @@ class LanguageModel(Module):
         return logits
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+        self, prompt: Prompt | Iterable[Prompt], max_new_tokens: int = 128, **options: Any
     ) -> str | list[str]:
         """What the model says after a prompt, or after each of several; the likeliest tokens by default.
 
         Args:
-            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or a list of
-                either.
+            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or several of
+                either, in any iterable.
             max_new_tokens: the most tokens of an answer.
             options: temperature, top_k, top_p, repetition_penalty, stop (a list of texts) and seed, as
                 `nplora.generate.Sampling` has them.
@@ -277,10 +277,12 @@ class LanguageModel(Module):
         if isinstance(options.get("stop"), list):
             options["stop"] = tuple(options["stop"])
         sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
-        single = not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes)
-        single = single or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
-        answers = generate(self, [prompt] if single else prompt, sampling)  # type: ignore[arg-type, list-item]
-        return answers[0] if single else answers
+        if not isinstance(prompt, Iterable) or isinstance(prompt, str | bytes | Mapping):
+            return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
+        given: list[Any] = list(prompt)
+        if given and all(isinstance(message, Mapping) for message in given):
+            return generate(self, [given], sampling)[0]
+        return generate(self, given, sampling)
 
     # ---- what comes in ----
 

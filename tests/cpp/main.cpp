@@ -19,6 +19,11 @@ int main(int count, char** words) {
   const size_t available = nplora::kernels::available_tables(tables, 16);
   for (size_t i = part; i < available; i += parts) {
     test_products(*tables[i]);
+    // AMX's table is that of AVX512-BF16 with other products.
+    if (i > 0 && tables[i]->transformer.dot == tables[i - 1]->transformer.dot) {
+      check::close_isa(tables[i]->isa);
+      continue;
+    }
     test_dots(*tables[i]);
     test_lanes(*tables[i]);
     test_elementwise(*tables[i]);

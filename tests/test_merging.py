@@ -9,6 +9,7 @@ from gguf.quants import dequantize
 
 import nplora
 from nplora import storages
+from nplora.merging import MergeReport
 
 Array = np.ndarray[Any, Any]
 
@@ -35,17 +36,11 @@ def update(layer: nplora.LoRALinear) -> Array:
     return layer.scale * layer.A.astype(np.float64) @ layer.B.astype(np.float64)
 
 
-@pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k", "float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["same", *BLOCKS, *FLOATS])
-def test_the_report_tells_how_much_of_the_update_the_storage_kept(
-    base: str, dtype: str, rng: np.random.Generator
-) -> None:
-    layer = layer_of(rng, base)
-    (report,) = layer.merge(dtype)
+def check_report(layer: nplora.LoRALinear, report: MergeReport, storage: str) -> None:
     merged, asked = layer._merged, update(layer)
     assert merged is not None
     assert (merged.dtype, merged.nbytes) == (report.storage, report.nbytes)
-    assert report.storage == (base if dtype == "same" else dtype)
+    assert report.storage == storage
     lost = decoded(merged) - decoded(layer.weight) - asked
     expected = np.linalg.norm(lost) / np.linalg.norm(asked)
     np.testing.assert_allclose(report.error, expected, rtol=1e-6)
@@ -56,6 +51,33 @@ def test_the_report_tells_how_much_of_the_update_the_storage_kept(
     np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
     assert errors[report.worst_block[0], report.worst_block[1] // blocks[2]] == errors.max()
     assert report.name == "LoRALinear"
+
+
+@pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["same", *BLOCKS, *FLOATS])
+def test_the_report_tells_how_much_of_the_update_the_storage_kept(
+    base: str, dtype: str, rng: np.random.Generator
+) -> None:
+    layer = layer_of(rng, base)
+    (report,) = layer.merge(dtype)
+    check_report(layer, report, base if dtype == "same" else dtype)
+
+
+@pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k"])
+def test_a_trained_adapter_is_reported_alike(base: str, rng: np.random.Generator) -> None:
+    layer = nplora.LoRALinear(nplora.FrozenWeight(rng.standard_normal((D_OUT, D_IN)), base), 4, rng=0)
+    x = rng.standard_normal((64, D_IN), np.float32)
+    wanted = layer.forward(x)[0] + x @ rng.standard_normal((D_IN, D_OUT), np.float32) / 8
+    optimizer, losses = nplora.AdamW(lr=1e-2), []
+    for _ in range(50):
+        y, saved = layer.forward(x)
+        losses.append(float(np.mean((y - wanted) ** 2)))
+        layer.zero_grad()
+        layer.backward(2 / y.size * (y - wanted), saved)
+        optimizer.step(layer.parameters())
+    assert losses[-1] < 0.9 * losses[0]
+    (report,) = layer.merge("same")
+    check_report(layer, report, base)
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q8_0", "q4_k", "nf4"])

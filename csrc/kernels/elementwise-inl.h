@@ -189,6 +189,10 @@ inline uint32_t bfloat16_bits(float x) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
 }
 
+inline Bf16Pair bfloat16_pair(float first, float second) {
+  return Bf16Pair(bfloat16_bits(first) | bfloat16_bits(second) << 16);
+}
+
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // Of two vectors, the first in the low half. The instruction does what bfloat16_bits does, but to subnormals, which are told by
 // their bits, for a program may have asked its processor to take them for 0.
@@ -229,11 +233,10 @@ inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride,
       if (can_narrow(a, b))
         _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(order, narrowed(a, b)));
       else
-        for (size_t i = c; i < c + 16; ++i)
-          out[i] = Bf16Pair(bfloat16_bits(x[i]) | bfloat16_bits(x[x_stride + i]) << 16);
+        for (size_t i = c; i < c + 16; ++i) out[i] = bfloat16_pair(x[i], x[x_stride + i]);
     }
 #endif
-    for (; c < cols; ++c) out[c] = Bf16Pair(bfloat16_bits(x[c]) | bfloat16_bits(x[x_stride + c]) << 16);
+    for (; c < cols; ++c) out[c] = bfloat16_pair(x[c], x[x_stride + c]);
   }
   for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(bfloat16_bits(x[c]));
 }

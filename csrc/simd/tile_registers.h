@@ -1,5 +1,6 @@
-// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes a configuration sets. Each is one row of pairs
-// of bfloat16 times another, 16 x 16 x 32 multiply-adds in one instruction. The compiler knows nothing of them.
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes a configuration sets. One instruction
+// multiplies two of them, of pairs of bfloat16, and adds the product to a third: 16 x 16 x 32 multiply-adds. The compiler knows
+// nothing of them.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +9,6 @@
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr size_t kTileSide = 16;
-inline constexpr int kTileRegisters = 8;
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -2,7 +2,7 @@
 
     apt-get install dict-devil && python scripts/make_devils_dictionary.py
 
-Ambrose Bierce's book of 1911 is in the public domain. Of each entry the definition is kept, of at most 50
+Ambrose Bierce's book of 1911 is in the public domain. Of each entry the definition is kept, of at most 25
 words, without verses, anecdotes and the part of speech; what speaks of peoples as one did in 1911 is left
 out. 600 entries are drawn, 60 of them to be held out, by the hashes of their words: the same ones every time.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCE = Path("/usr/share/dictd")
 TARGET = Path(__file__).parents[1] / "python" / "nplora" / "data"
 ENTRIES, HELD_OUT = 600, 60
-MAX_WORDS, MIN_WORDS = 50, 3
+MAX_WORDS, MIN_WORDS = 25, 3
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 
 HEAD = re.compile(r"(?P<word>[A-Z][A-Z' -]+), (?:[a-z]{1,4}\.\s*)+(?P<definition>\S.*)")

@@ -72,17 +72,17 @@ def test_demo_and_plot_hand_their_arguments_on(
         "demo",
         "demo digits",
         f"demo {given}",
-        f"demo digits {given}",
+        f"demo digits {given} --overwrite",
         "plot r",
         "plot r --output f.png",
     )
     for line in lines:
         assert cli.main(line.split()) == 0
     assert calls == [
-        ("dictionary", "demo-dictionary", 8, 0),
-        ("digits", "demo-digits", 4, 0),
-        ("dictionary", "d", 2, 1),
-        ("digits", "d", 2, 1),
+        ("dictionary", "demo-dictionary", 8, 0, False),
+        ("digits", "demo-digits", 4, 0, False),
+        ("dictionary", "d", 2, 1, False),
+        ("digits", "d", 2, 1, True),
         ("r", None),
         ("r", "f.png"),
     ]
@@ -223,7 +223,7 @@ def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> 
 def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
     for what in (dictionary, digits):
-        monkeypatch.setattr(what, "run", lambda output, rank, seed: ranks.append(rank))
+        monkeypatch.setattr(what, "run", lambda output, rank, *_: ranks.append(rank))
     assert cli.main(["demo", "--rank", "0"]) == cli.main(["demo", "digits", "--rank", "0"]) == 0
     assert ranks == [0, 0]
 

@@ -32,36 +32,27 @@ def test_the_demo_learns_shows_and_saves(
     assert report.run.valid.examples == 60
     steps = report.run.history.steps
     assert (steps[0].epoch, steps[-1].epoch) == (1, 1)
-    assert len(steps) == 270  # of at most 150 tokens each, but for longer entries
+    assert len(steps) == 270  # of at most 150 tokens each; an entry has up to 64 in this model
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]
     assert adapted == report.run.loss_after == report.reloaded_loss
     assert f"loss {report.run.loss_before:.2f} before, {adapted:.2f} after" in printed
-    dictionary.run(tmp_path / "demo", rank=2)  # an earlier demo is replaced
 
 
-def test_what_is_not_the_demo_s_is_not_replaced(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "mine"
-    finetuning.finetune(model, dictionary.DATA, output, rank=2, steps=1)
-    files = {path.name: path.read_bytes() for path in output.iterdir()}
-    with pytest.raises(FileExistsError, match="holds a run that is not the demo's: name another one"):
-        dictionary.run(output, rank=2)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == files
-    for checkpoint in output.glob("checkpoint-*"):
+def test_nothing_is_replaced_unasked(model: Path, tmp_path: Path) -> None:
+    finetuning.finetune(model, dictionary.DATA, tmp_path, rank=2, steps=1)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("[acl]*")}
+    with pytest.raises(FileExistsError, match="holds a run"):
+        dictionary.run(tmp_path, rank=2)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
         checkpoint.unlink()
-    with pytest.raises(FileExistsError, match="holds an adapter that is not the demo's"):
-        dictionary.run(output, rank=2)
-    assert (output / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
-    output.rename(tmp_path / dictionary.OUTPUT)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError, match="holds an adapter that is not the demo's"):
-        dictionary.run(rank=2)
-    Path(dictionary.OUTPUT).rename("elsewhere")
-    dictionary.run(rank=2)
-    dictionary.run(rank=2)
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        dictionary.run(tmp_path, rank=2)
+    for name in files.keys() - {path for path in files if path.startswith("checkpoint-")}:
+        assert (tmp_path / name).read_bytes() == files[name]
+    dictionary.run(tmp_path, rank=2, overwrite=True)
+    dictionary.run(tmp_path, rank=2, overwrite=True)
 
 
 def test_a_promise_that_does_not_hold_is_an_error(

@@ -26,7 +26,7 @@ def test_the_entries_are_short_and_none_is_in_both_files() -> None:
         assert row["prompt"].endswith(".\nA:")
         assert row["completion"].startswith(" ")
         assert "  " not in row["completion"]
-        assert 3 <= len(row["completion"].split()) <= 50
+        assert 3 <= len(row["completion"].split()) <= 25
 
 
 def test_the_script_makes_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

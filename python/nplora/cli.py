@@ -46,11 +46,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.what == "digits":
         from nplora.demo import digits
 
-        digits.run(output, 4 if arguments.rank is None else arguments.rank, arguments.seed)
+        rank = 4 if arguments.rank is None else arguments.rank
+        digits.run(output, rank, arguments.seed, arguments.overwrite)
     else:
         from nplora.demo import dictionary
 
-        dictionary.run(output, 8 if arguments.rank is None else arguments.rank, arguments.seed)
+        rank = 8 if arguments.rank is None else arguments.rank
+        dictionary.run(output, rank, arguments.seed, arguments.overwrite)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -345,6 +347,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
     )
+    demo.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")
     plot.add_argument("--output", metavar="FILE", help="the PNG (default: RUN_DIR/plot.png)")

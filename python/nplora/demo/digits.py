@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
-from nplora.checkpoint import base_fingerprint
-from nplora.demo.replacing import require_own
+from nplora.checkpoint import require_nothing_trained
 from nplora.formats import safetensors
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
@@ -155,25 +154,29 @@ def run(
     output: str | os.PathLike[str] = OUTPUT,
     rank: int = 4,
     seed: int = 0,
+    overwrite: bool = False,
     epochs: int = 80,
     lr: float = 4e-3,
 ) -> DemoReport:
     """Adapt the pretrained network to digits turned by a quarter and inverted; print what came of it.
 
     Args:
-        output: directory for adapter/, log.jsonl and, with matplotlib, the plot; made if needed. An earlier
-            demo in it is replaced.
+        output: directory for adapter/, log.jsonl and, with matplotlib, the plot; made if needed.
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the examples.
+        overwrite: drop the run and the adapter in output, such as an earlier demo's.
         epochs, lr: passes over the 600 examples, and AdamW's rate at its highest.
     Returns:
         all that was printed.
     Raises:
         ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
-        FileExistsError: output holds another run or adapter.
+        FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
+    if not overwrite:
+        for path in (directory, directory / "adapter"):
+            require_nothing_trained(path)
     pretrained = pretrained_weights()
     examples = digits(pretrained["split.adaptation"].numpy())
     held_out = digits(pretrained["split.held_out"].numpy())
@@ -234,8 +237,6 @@ def digits(numbers: Array) -> Digits:
 
 def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs: int, lr: float) -> float:
     """Train the factors on the new world, log into the directory, and return the seconds that it took."""
-    base = base_fingerprint(model)
-    require_own(directory, directory / "adapter", lambda earlier: earlier.base == base)
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(

@@ -243,9 +243,10 @@ def adapter_from_gguf(
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
         OSError: a file cannot be read, or the disk refuses.
+    Warns:
+        UserWarning: checkpoints of a run stay beside it.
     """
-    if not overwrite:
-        require_nothing_trained(directory)
+    require_nothing_trained(directory, overwrite)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)

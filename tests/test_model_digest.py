@@ -181,9 +181,9 @@ def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
     )
     for again in (file, back, tmp_path / "sum"):
         assert read_adapter(again, model).base_digest == digest(model)
-        nplora.merge_adapter(model, again, tmp_path / "out.gguf")
+        nplora.merge_adapter(model, again, tmp_path / "out.gguf", overwrite=True)
         with pytest.raises(FormatError, match="another model"):
-            nplora.merge_adapter(other, again, tmp_path / "out.gguf")
+            nplora.merge_adapter(other, again, tmp_path / "out.gguf", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "hf"])

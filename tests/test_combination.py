@@ -1,6 +1,8 @@
 """Weighted sums of adapters: the dense sum in float64, from factors of any rank, scale and kind of file."""
 
 import tracemalloc
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +251,10 @@ def test_what_was_trained_is_left_alone(
     output = ["--output", str(run)] if command == "combine" else [str(run)]
     arguments = [command, str(tmp_path / "one.gguf"), *output, "--base", str(base)]
     assert cli.main(arguments) == 2
-    assert f"run: the directory {words}: name another one, or --overwrite (ov" in capsys.readouterr().err
+    assert (
+        f"run: the directory {words}; name another one, or pass --overwrite (overwrite=True) to replace the "
+        "adapter\n"
+    ) in capsys.readouterr().err
 
     def write(**options: Any) -> None:
         if command == "combine":
@@ -260,11 +265,16 @@ def test_what_was_trained_is_left_alone(
     with pytest.raises(FileExistsError, match=words):
         write()
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    write(overwrite=True)
+    told = "run: the run's checkpoints stay, and finetune --resume goes on from them and replaces the adapter"
+    with pytest.warns(UserWarning, match=told) if words == "holds a run" else nullcontext():
+        write(overwrite=True)
     assert {path.name for path in run.iterdir()} == before.keys()
     assert (run / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
     assert cli.main(arguments) == 2
-    assert cli.main([*arguments, "--overwrite"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main([*arguments, "--overwrite"]) == 0
+    assert (told in capsys.readouterr().err) == (words == "holds a run")
 
 
 def test_a_log_alone_is_no_obstacle(tmp_path: Path) -> None:
@@ -272,11 +282,3 @@ def test_a_log_alone_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").touch()  # which others write too
     assert cli.main(["combine", str(tmp_path / "one"), "--output", str(tmp_path / "out")]) == 0
-
-
-def test_overwrite_is_of_an_adapter_s_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_peft(tmp_path / "one", alike(), factors(alike()))
-    base = base_gguf(tmp_path / "base.gguf")
-    arguments = [str(tmp_path / "one"), str(tmp_path / "one.gguf"), "--base", str(base), "--overwrite"]
-    assert cli.main(["convert", *arguments]) == 2
-    assert "--overwrite is of an adapter's directory" in capsys.readouterr().err

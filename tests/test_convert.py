@@ -238,7 +238,7 @@ def test_one_scale_for_all_layers_is_not_folded(tmp_path: Path) -> None:
     base = base_config(tmp_path / "base")
     for case, alpha, folded in (("plain", 6, 0), ("rsLoRA", 12, 0), ("alpha 0", 1, 10), ("patterns", 6, 3)):
         write_peft(tmp_path / "peft", CASES[case], factors(CASES[case]))
-        report = nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base)
+        report = nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base, overwrite=True)
         assert (report.alpha, len(report.folded)) == (alpha, folded), case
 
 
@@ -246,9 +246,8 @@ def test_only_architecture_llama_permutes_rows(tmp_path: Path) -> None:
     pairs = factors(alike())
     write_peft(tmp_path / "peft", alike(), pairs)
     for family, architecture in (("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")):
-        report = nplora.adapter_to_gguf(
-            tmp_path / "peft", tmp_path / "a.gguf", base_config(tmp_path / "base", family)
-        )
+        base = base_config(tmp_path / "base", family)
+        report = nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base, overwrite=True)
         assert report.architecture == architecture
         name = "model.layers.0.self_attn.q_proj"
         delta = peft_delta(alike(), pairs, name)
@@ -315,7 +314,7 @@ def test_an_adapter_of_another_float_type_is_converted(tmp_path: Path) -> None:
     for dtype in (np.float16, np.float64, ml_dtypes.bfloat16):
         given = {name: (a.astype(dtype), b.astype(dtype)) for name, (a, b) in pairs.items()}
         write_peft(tmp_path / "peft", alike(), given)
-        nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base)
+        nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base, overwrite=True)
         name = "model.layers.0.mlp.down_proj"
         stored = gguf.open(tmp_path / "a.gguf")
         for half, factor in zip(("a", "b"), given[name], strict=True):
@@ -448,7 +447,7 @@ def test_heads_of_a_single_pair_of_rows_are_allowed(tmp_path: Path) -> None:
     for heads, kv_heads in ((12, 6), (1, 1)):
         fields = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
         (base / "config.json").write_text(json.dumps(fields))
-        nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
+        nplora.adapter_to_gguf(directory, tmp_path / f"{heads}.gguf", base)
 
 
 def test_an_alpha_beyond_float32_is_folded(tmp_path: Path) -> None:
@@ -582,15 +581,38 @@ def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.Ca
     for target in (base, tmp_path / "link.gguf", other, cut):
         before = target.read_bytes()
         with pytest.raises(FileExistsError, match="the file is no adapter, and is left as it is"):
-            nplora.adapter_to_gguf(directory, target, base)
-        assert cli.main(["convert", str(directory), str(target), "--base", str(base)]) == 2
+            nplora.adapter_to_gguf(directory, target, base, overwrite=True)
+        assert cli.main(["convert", str(directory), str(target), "--base", str(base), "--overwrite"]) == 2
         assert f"{target}: the file is no adapter" in capsys.readouterr().err
         assert target.read_bytes() == before
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*config\.json'"):
         nplora.adapter_to_gguf(directory, base_config(tmp_path / "hf") / "config.json", tmp_path / "hf")
-    (tmp_path / "new.gguf").touch()
-    for _ in range(2):  # an adapter's own file is replaced
-        nplora.adapter_to_gguf(directory, tmp_path / "new.gguf", base)
+
+
+def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, target = base_gguf(tmp_path / "base.gguf"), tmp_path / "a.gguf"
+    for name, seed in (("one", 0), ("two", 1)):
+        write_peft(tmp_path / name, alike(), factors(alike(), seed))
+    nplora.adapter_to_gguf(tmp_path / "one", target, base)
+    one = target.read_bytes()
+    for write in (nplora.adapter_to_gguf, convert.convert_adapter):
+        with pytest.raises(FileExistsError, match="the file is there; name another one"):
+            write(tmp_path / "two", target, base)
+    line = ["convert", str(tmp_path / "two"), str(target), "--base", str(base)]
+    assert cli.main(line) == 2
+    assert capsys.readouterr().err == (
+        f"nplora: error: {target}: the file is there; name another one, or pass --overwrite (overwrite=True) "
+        "to replace it\n"
+    )
+    assert target.read_bytes() == one
+    assert cli.main([*line, "--overwrite"]) == 0
+    two = target.read_bytes()
+    assert two != one
+    nplora.adapter_to_gguf(tmp_path / "one", target, base, overwrite=True)
+    assert target.read_bytes() == one
+    target.write_bytes(b"")  # which may be replaced, as it is no model
+    convert.convert_adapter(tmp_path / "two", target, base, overwrite=True)
+    assert target.read_bytes() == two
 
 
 # ---- names, rows and base models ----

@@ -1,5 +1,6 @@
 """Generation: the choice of tokens against plain oracles and transformers, and how answers end."""
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,13 +122,18 @@ def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
         generate(lm, ["abc", ""])
 
 
-@pytest.mark.parametrize("prompt", [3, None, b"bytes", [3], {"role": "user"}])
+@pytest.mark.parametrize(
+    "prompt", [3, None, b"bytes", bytearray(b"bytes"), np.array("1+1="), {"role": "user"}, [3]]
+)
 def test_what_is_no_prompt_is_named(prompt: Any, lm: Echo, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"^generate: prompt is .*, expected a text or a chat"):
+    def words(named: Any) -> str:
+        return f"^generate: prompt is {re.escape(repr(named))}, expected a text or a chat"
+
+    with pytest.raises(TypeError, match=words(prompt)):
         generate(lm, [prompt])
     model = small_models.load(tmp_path)
     model._tokenizer = lm.tokenizer
-    with pytest.raises(TypeError, match=r"^generate: prompt is .*, expected a text or a chat"):
+    with pytest.raises(TypeError, match=words(prompt[0] if isinstance(prompt, list) else prompt)):
         model.generate(prompt)
 
 

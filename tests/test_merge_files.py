@@ -200,7 +200,7 @@ def test_another_storage_is_that_of_the_merged_weights_alone(
     adapter = random_adapter(rng)
     errors = {}
     for dtype in ("float32", "float16", "q8_0", "q4_k"):
-        done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", dtype)
+        done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", dtype, overwrite=True)
         after, before = weights(tmp_path / "out.gguf"), weights(base)
         file = gguf.open(tmp_path / "out.gguf")
         for layer, (stored, _) in LAYERS.items():
@@ -352,6 +352,27 @@ def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path
         nplora.merge_adapter(file, tmp_path / "adapter.gguf", tmp_path / "adapter.gguf")
 
 
+def test_weights_are_replaced_on_request_alone(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_adapter(rng).save(tmp_path / "adapter")
+    file = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    directory, out = hf_directory(tmp_path / "hf", rng, np.float32), tmp_path / "out"
+    out.mkdir()
+    for base, output, weights_file in (
+        (file, tmp_path / "out.gguf", tmp_path / "out.gguf"),
+        (directory, tmp_path / "out.safetensors", tmp_path / "out.safetensors"),
+        (directory, out, out / "model.safetensors"),
+    ):
+        weights_file.write_bytes(b"of another model")
+        line = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(output)]
+        assert cli.main(line) == 2
+        assert f"{weights_file}: the file is there; name another one" in capsys.readouterr().err
+        assert weights_file.read_bytes() == b"of another model"
+        assert cli.main([*line, "--overwrite"]) == 0
+        assert weights_file.read_bytes() != b"of another model"
+
+
 def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:
     base = hf_directory(tmp_path / "base", rng, np.float16)
     (tmp_path / "old").mkdir()
@@ -407,8 +428,9 @@ def test_what_a_file_says_of_its_types_follows_them(rng: np.random.Generator, tm
     metadata = old.metadata.typed() | {"general.file_type": Typed(1, "UINT32")}
     gguf.save(tmp_path / "base.gguf", dict(old), metadata)
     for dtype, number, version in (("same", 1, None), ("q4_0", 2, 2), ("q5_k", 16, 2), ("float32", 0, None)):
-        nplora.merge_adapter(tmp_path / "base.gguf", random_adapter(rng), tmp_path / "out.gguf", dtype)
-        fields = oracle.GGUFReader(tmp_path / "out.gguf").fields
+        out = tmp_path / f"{dtype}.gguf"
+        nplora.merge_adapter(tmp_path / "base.gguf", random_adapter(rng), out, dtype)
+        fields = oracle.GGUFReader(out).fields
         found = oracle.LlamaFileType(fields["general.file_type"].contents())
         assert found == number, found.name
         version_field = fields.get("general.quantization_version")
@@ -436,7 +458,8 @@ def test_a_network_of_your_own_is_merged_by_its_own_names(rng: np.random.Generat
         safetensors.save(tmp_path / "net.safetensors", names)
         gguf.save(tmp_path / "net.gguf", names)
         for kind in ("gguf", "safetensors"):
-            nplora.merge_adapter(tmp_path / f"net.{kind}", tmp_path / "adapter", tmp_path / f"out.{kind}")
+            net, out = tmp_path / f"net.{kind}", tmp_path / f"out.{kind}"
+            nplora.merge_adapter(net, tmp_path / "adapter", out, overwrite=True)
         expected = model[0].merged_weight()
         (name,) = names
         np.testing.assert_array_equal(safetensors.open(tmp_path / "out.safetensors")[name].numpy(), expected)
@@ -553,7 +576,7 @@ def test_the_command_merges_and_reports(
     assert len(lines) == 5
     kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[2:]]
     assert kept == sorted(kept)
-    assert cli.main([*arguments, "--dtype", "q8_0", "--verbose"]) == 0
+    assert cli.main([*arguments, "--dtype", "q8_0", "--verbose", "--overwrite"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[5:] == lines
     assert table[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
@@ -562,7 +585,7 @@ def test_the_command_merges_and_reports(
         cli.main([*arguments, "--dtype", "int4"])
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="dtype='int4' is not available"):
-        nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "out.gguf", "int4")
+        nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "o.gguf", "int4")
 
 
 def test_a_command_that_loses_much_warns(

@@ -218,10 +218,12 @@ def test_the_command_tells_models_from_adapters(
 ) -> None:
     directory = hf_directory(tmp_path / "hf", rng, dtype=np.float16)
     target = str(tmp_path / "model.gguf")
-    for source in (directory, directory / "model.safetensors"):
-        assert cli.main(["convert", str(source), target, "--dtype", "q8_0"]) == 0
+    for source, more in ((directory, []), (directory / "model.safetensors", ["--overwrite"])):
+        assert cli.main(["convert", str(source), target, "--dtype", "q8_0", *more]) == 0
         out = capsys.readouterr().out
         assert out.startswith(f"{target}: llama, 21 tensors: 16 Q8_0, 5 F32\nwithout a tokenizer")
+    assert cli.main(["convert", str(directory), target]) == 2
+    assert f"{target}: the file is there; name another one" in capsys.readouterr().err
     assert not model_conversion.is_model(tmp_path / "a.gguf")
     (directory / "adapter_config.json").write_text("{}")
     assert not model_conversion.is_model(directory)

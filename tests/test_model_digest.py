@@ -1,8 +1,10 @@
 """What tells models apart: the same whatever the storage of a model's matrices, and asked for of adapters."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 
 import nplora
 import small_models
+from hostile import refused
 from nplora import cli, storages
 from nplora.finetuning import attach_adapter, load_with_adapter
 from nplora.formats import gguf, safetensors
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
 from nplora.models import LanguageModel
 from nplora.updates import Adapter, read_adapter
 
@@ -178,9 +181,9 @@ def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
     )
     for again in (file, back, tmp_path / "sum"):
         assert read_adapter(again, model).base_digest == digest(model)
-        nplora.merge_adapter(model, again, tmp_path / "out.gguf")
+        nplora.merge_adapter(model, again, tmp_path / "out.gguf", overwrite=True)
         with pytest.raises(FormatError, match="another model"):
-            nplora.merge_adapter(other, again, tmp_path / "out.gguf")
+            nplora.merge_adapter(other, again, tmp_path / "out.gguf", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "hf"])
@@ -255,10 +258,112 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
     for any_base in (False, True):
         file = tmp_path / f"{any_base}.gguf"
-        nplora.adapter_to_gguf(adapter, file, base, any_base=any_base)
-        assert read_adapter(file, base).base_digest == (None if any_base else digest(model))
-        nplora.adapter_from_gguf(file, tmp_path / f"{any_base}", base, any_base=any_base)
-        nplora.combine([(adapter, 1), (file, 1)], base=base)
+        with told_of_missing_weights(weights in ("pointer", "shard missing")):
+            nplora.adapter_to_gguf(adapter, file, base, any_base=any_base)
+            assert read_adapter(file, base).base_digest == (None if any_base else digest(model))
+            nplora.adapter_from_gguf(file, tmp_path / f"{any_base}", base, any_base=any_base)
+            nplora.combine([(adapter, 1), (file, 1)], base=base)
+
+
+def told_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
+    words = "hf: weights are missing, so whether the adapter is of this model is not known"
+    return pytest.warns(UserWarning, match=words) if expected else nullcontext()
+
+
+def sharded_model(directory: Path, weights: dict[str, Any], matrices: str = "matrices.safetensors") -> Path:
+    """The norms in a shard of their own."""
+    hf_model(directory, weights=weights)
+    (directory / "model.safetensors").unlink()
+    norms = {name: array for name, array in weights.items() if array.ndim == 1}
+    safetensors.save(directory / "norms.safetensors", norms)
+    shards = {name: "norms.safetensors" if name in norms else matrices for name in weights}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return directory
+
+
+def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path, tmp_path: Path) -> None:
+    weights = small_models.hf_tensors()
+    base = sharded_model(tmp_path / "hf", weights)
+    other = sharded_model(tmp_path / "other", changed(weights, seed=1))
+    nplora.combine([(adapter, 1)], base=base)
+    nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
+    with pytest.raises(ValueError, match=r"the adapters are of different models"):
+        nplora.combine([(adapter, 1)], base=other)
+    with pytest.raises(FormatError, match=r"the adapter is of another model"):
+        nplora.adapter_to_gguf(adapter, tmp_path / "b.gguf", other)
+    (base / "norms.safetensors").write_bytes(LFS)
+    with told_of_missing_weights():
+        nplora.combine([(adapter, 1)], base=base)
+
+
+@pytest.mark.parametrize(
+    ("put", "error", "words"),
+    [
+        (lambda path, data: path.write_bytes(data[:-1]), TruncatedError, "the tensors end at byte"),
+        (lambda path, data: path.touch(), TruncatedError, "0 bytes, expected the header's length"),
+        (
+            lambda path, data: path.write_bytes((1 << 40).to_bytes(8, "little") + data[8:]),
+            LimitError,
+            "a header of 1,099,511,627,776 bytes",
+        ),
+        (lambda path, data: path.mkdir(), FormatError, "a directory, expected a regular file"),
+        (lambda path, data: os.mkfifo(path), FormatError, "a FIFO, expected a regular file"),
+        (lambda path, data: path.symlink_to("/dev/zero"), FormatError, "a character device, expected a"),
+    ],
+    ids=["cut", "empty", "header", "directory", "fifo", "device"],
+)
+def test_a_base_with_damaged_weights_is_refused(
+    put: Callable[[Path, bytes], object], error: type[FormatError], words: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = hf_model(tmp_path / "hf")
+    weights = base / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    put(weights, data)
+    assert_refused(base, adapter, tmp_path, error, words, weights)
+
+
+def test_a_base_whose_index_leaves_its_directory_is_refused(adapter: Path, tmp_path: Path) -> None:
+    base = sharded_model(tmp_path / "hf", small_models.hf_tensors(), "../../etc/passwd")
+    index = base / "model.safetensors.index.json"
+    assert_refused(base, adapter, tmp_path, UnsafeError, "'../../etc/passwd', expected a name", index)
+
+
+def assert_refused(
+    base: Path, adapter: Path, tmp_path: Path, error: type[FormatError], words: str, source: Path
+) -> None:
+    for use in (
+        lambda: nplora.combine([(adapter, 1)], base=base),
+        lambda: nplora.combine([(adapter, 1)], base=base, any_base=True),
+        lambda: nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base),
+    ):
+        with refused(error, words, source):
+            use()
+    assert cli.main(["combine", str(adapter), "--output", str(tmp_path / "sum"), "--base", str(base)]) == 2
+    assert not (tmp_path / "a.gguf").exists()
+    assert not (tmp_path / "sum").exists()
+
+
+def test_a_base_that_is_no_model_is_refused(
+    adapter: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
+    gguf.save(tmp_path / "data.gguf", {"x": np.zeros(1, np.float32)})
+    (tmp_path / "empty").mkdir()
+    base = sharded_model(tmp_path / "hf", small_models.hf_tensors())
+    for path, message in (
+        (tmp_path / "nowhere" / "config.json", "no such file: {}"),
+        (tmp_path / "nowhere.gguf", "no such file: {}"),
+        (tmp_path / "empty", "no such file: {}/config.json"),
+        (base / "model.safetensors.index.json", "{}: model_type is missing, expected text"),
+        (tmp_path / "data.gguf", "{}: metadata 'general.architecture' is missing"),
+        (tmp_path / "a.gguf", "{}: an adapter, expected a model"),
+    ):
+        line = ["combine", str(adapter), "--output", str(tmp_path / "sum"), "--base", str(path)]
+        for more in ([], ["--any-base"]):
+            assert cli.main([*line, *more]) == 2
+            assert message.format(path) in capsys.readouterr().err
+    assert not (tmp_path / "sum").exists()
 
 
 def test_a_base_of_a_family_that_is_not_known_is_no_obstacle_to_a_sum(adapter: Path, tmp_path: Path) -> None:
@@ -270,7 +375,8 @@ def test_a_base_of_a_family_that_is_not_known_is_no_obstacle_to_a_sum(adapter: P
     unknown = Adapter("unknown", dict(read_adapter(adapter)))
     nplora.combine([(unknown, 1), (unknown, 1)], base=base)
     (base / "model.safetensors").write_bytes(LFS)
-    nplora.combine([(adapter, 1), (unknown, 1)], base=base)
+    with told_of_missing_weights():
+        nplora.combine([(adapter, 1), (unknown, 1)], base=base)
 
 
 def test_adapters_are_not_added_up_for_another_base(

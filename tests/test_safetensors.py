@@ -19,7 +19,7 @@ import safetensors.numpy as oracle_numpy
 
 from hostile import accepted, refused
 from nplora.formats import files, safetensors
-from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError
+from nplora.formats.errors import FormatError, LimitError, NotFetchedError, TruncatedError, UnsupportedError
 
 
 def container(header: str | bytes, data: bytes = b"") -> bytes:
@@ -60,6 +60,11 @@ def test_a_file_of_literal_bytes_is_written() -> None:
 HOSTILE = {
     "no bytes": (b"", TruncatedError, "0 bytes"),
     "less than 8 bytes": (b"\x01\x00\x00", TruncatedError, "3 bytes"),
+    "Git LFS's pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        NotFetchedError,
+        "Git LFS's pointer to the file, which git lfs pull fetches",
+    ),
     "header longer than the file": (b"\x40" + bytes(7) + b"{}", TruncatedError, "64 bytes"),
     "header over 100 MB": ((100_000_001).to_bytes(8, "little"), LimitError, "100,000,000"),
     "header length 2^64 - 1": (b"\xff" * 8 + b"{}", LimitError, "18,446,744,073,709,551,615"),

@@ -37,6 +37,11 @@ def test_the_tensors_of_all_shards_are_one_mapping(directory: Path, mmap: bool) 
         tensors["b"]
 
 
+def test_shards_without_a_wanted_tensor_are_not_opened(directory: Path) -> None:
+    path = index(directory, {"a": "one.safetensors", "b": "one.safetensors", "c": "nowhere.safetensors"})
+    assert list(sharded.open(path, wanted=lambda name: name == "b")) == ["b"]
+
+
 @pytest.mark.parametrize(
     "shard", ["../../etc/passwd", "/etc/passwd", "sub/one.safetensors", "..", "", "a\\b", "a\0"]
 )

@@ -271,20 +271,31 @@ def trained(directory: StrPath) -> str | None:
     return "an adapter" if peft_adapter.lies_in(directory) else None
 
 
-def require_nothing_trained(directory: StrPath) -> None:
+def require_nothing_trained(directory: StrPath, overwrite: bool = False) -> None:
     """Refuse to put an adapter in the place of one that was trained, or beside another one's checkpoints.
 
     Raises:
-        FileExistsError: the directory holds a run or an adapter.
+        FileExistsError: the directory holds a run or an adapter, and `overwrite` is not set.
+    Warns:
+        UserWarning: it is set, and the checkpoints stay.
     """
     found = trained(directory)
-    if found is not None:
-        raise FileExistsError(
-            errno.EEXIST,
-            f"the directory holds {found}: name another one, or --overwrite (overwrite=True) replaces its "
-            "adapter",
-            os.fspath(directory),
-        )
+    if found is not None and not overwrite:
+        raise _occupied(directory, found)
+    if holds_run(directory):
+        told = "the run's checkpoints stay, and finetune --resume goes on from them and replaces the adapter"
+        warnings.warn(f"{files.name(directory)}: {told}", stacklevel=1)
+
+
+def require_no_run(directory: StrPath) -> None:
+    """Raise FileExistsError where a directory holds a run: its adapter is to be replaced on request alone."""
+    if holds_run(directory):
+        raise _occupied(directory, "a run")
+
+
+def _occupied(directory: StrPath, found: str) -> FileExistsError:
+    way_out = "name another one, or pass --overwrite (overwrite=True) to replace the adapter"
+    return FileExistsError(errno.EEXIST, f"the directory holds {found}; {way_out}", files.name(directory))
 
 
 class RunDirectory:

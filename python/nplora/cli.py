@@ -22,7 +22,6 @@ _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokeni
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
 _ADAPTER = "PEFT's directory or llama.cpp's file (may be given several times: they add up)"
 _ANY_BASE = "take an adapter that was trained on another model of these shapes"
-_OVERWRITE = "replace the adapter in the output directory"
 _COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 _MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
@@ -161,15 +160,11 @@ def _convert(arguments: argparse.Namespace) -> None:
             raise _UsageError("--base is the model of an adapter, SOURCE is a model")
         if arguments.any_base:
             raise _UsageError("--any-base is of an adapter, SOURCE is a model")
-        if arguments.overwrite:
-            raise _UsageError("--overwrite is of an adapter's directory, SOURCE is a model")
         dtype = arguments.dtype or "same"
-        print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype))
+        print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
     else:
         if arguments.dtype is not None:
             raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
-        if arguments.overwrite and arguments.target.endswith(".gguf"):
-            raise _UsageError("--overwrite is of an adapter's directory, TARGET is a file")
         print(
             convert.convert_adapter(
                 arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite
@@ -196,7 +191,12 @@ def _merge(arguments: argparse.Namespace) -> None:
     from nplora import merge_files
 
     merged = merge_files.merge_adapter(
-        arguments.base, arguments.adapter, arguments.output, arguments.dtype, arguments.any_base
+        arguments.base,
+        arguments.adapter,
+        arguments.output,
+        arguments.dtype,
+        arguments.any_base,
+        arguments.overwrite,
     )
     if arguments.verbose:
         print(merged.table())
@@ -382,7 +382,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         help="the adapter's model: a GGUF file, config.json, or its directory",
     )
     convert.add_argument("--any-base", action="store_true", help=_ANY_BASE)
-    convert.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace TARGET, or the adapter in that directory"
+    )
     text = "Add up LoRA adapters with weights, exactly, as one adapter."
     combine = command("combine", text, _combine)
     combine.add_argument(
@@ -398,7 +400,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
     )
     combine.add_argument("--any-base", action="store_true", help="also of adapters of different models")
-    combine.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    combine.add_argument(
+        "--overwrite", action="store_true", help="replace the adapter in the output directory"
+    )
     combine.add_argument("--verbose", action="store_true", help="tell the rank and the error of every layer")
     text = (
         "Write a model with a LoRA adapter merged into it, and tell how much of the adapter each weight kept."
@@ -418,6 +422,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         help="the merged weights' storage, of which safetensors has the floats (default: same)",
     )
     merge.add_argument("--any-base", action="store_true", help=_ANY_BASE)
+    merge.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     merge.add_argument("--verbose", action="store_true", help="tell what every tensor kept of the adapter")
     return parser
 

@@ -106,6 +106,7 @@ def combine(
         TypeError: adapters are no pairs.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
+    base_digest = None if base is None else base_model.digest_of(base)
     weighted = [
         (read_adapter(source, base, any_base=any_base), _check.number("combine", "weight", weight))
         for source, weight in _pairs(adapters)
@@ -119,7 +120,7 @@ def combine(
                 "updates do not add up; merge it into the model instead"
             )
     if not any_base:
-        _require_one_base([adapter for adapter, _ in weighted], base)
+        _require_one_base([adapter for adapter, _ in weighted], base, base_digest)
     _require_alike([adapter for adapter, _ in weighted])
     names = dict.fromkeys(name for adapter, _ in weighted for name in adapter)
     updates, errors, norms = {}, {}, {}
@@ -146,11 +147,11 @@ def _pairs(adapters: Iterable[tuple[Source, float]]) -> list[tuple[Source, float
     return [(source, weight) for source, weight in listed]
 
 
-def _require_one_base(adapters: list[Adapter], base: StrPath | None) -> None:
+def _require_one_base(adapters: list[Adapter], base: StrPath | None, base_digest: str | None) -> None:
     told = [(a.source, a.base_model_name_or_path, a.base_digest) for a in adapters]
     names = {_last_part(name) for _, name, _ in told} if None in {digest for *_, digest in told} else set()
     if base is not None:
-        told.append((files.name(base), None, base_model.digest(base)))
+        told.append((files.name(base), None, base_digest))
     if max(len(known - {None}) for known in ({digest for *_, digest in told}, names)) > 1:
         bases = "".join(f"\n  {source}: {model_digest.described(*about)}" for source, *about in told)
         raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{bases}")

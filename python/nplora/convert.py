@@ -85,7 +85,7 @@ def convert_adapter(
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
     Args:
-        overwrite: as in `adapter_from_gguf`; llama.cpp's file is replaced without.
+        overwrite: also in the place of another adapter, or of a run's.
     Raises:
         ValueError: base is needed, or the target is not named as what it will be.
         FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
@@ -98,7 +98,7 @@ def convert_adapter(
             raise ValueError(
                 f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
             )
-        return adapter_to_gguf(source, target, base, any_base=any_base)
+        return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
     if Path(target).suffix == ".gguf" and Path(source).exists():
         raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
     return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
@@ -108,7 +108,12 @@ def convert_adapter(
 
 
 def adapter_to_gguf(
-    directory: StrPath, path: StrPath, base: StrPath, edited_config: bool = False, any_base: bool = False
+    directory: StrPath,
+    path: StrPath,
+    base: StrPath,
+    edited_config: bool = False,
+    any_base: bool = False,
+    overwrite: bool = False,
 ) -> AdapterConversion:
     """Write a PEFT adapter directory as a LoRA adapter file for llama.cpp, with factors in float32.
 
@@ -121,8 +126,10 @@ def adapter_to_gguf(
             are there.
         edited_config: as in `load_adapter`.
         any_base: as in `load_adapter`; the new adapter is then one of base.
+        overwrite: also in the place of another adapter.
     Raises:
-        ValueError: path is no .gguf file. FileExistsError: it is that of a model.
+        ValueError: path is no .gguf file.
+        FileExistsError: it is that of a model, or there is a file and `overwrite` is not set.
         UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
             the base model is not of a known family.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
@@ -131,6 +138,7 @@ def adapter_to_gguf(
         OSError: a file cannot be read, or the disk refuses.
     """
     _require_no_model(path)
+    files.require_new(path, overwrite)
     model = base_model.read(base)
     with peft_adapter.reading(directory) as adapter:
         if not edited_config:
@@ -243,9 +251,10 @@ def adapter_from_gguf(
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
         OSError: a file cannot be read, or the disk refuses.
+    Warns:
+        UserWarning: checkpoints of a run stay beside it.
     """
-    if not overwrite:
-        require_nothing_trained(directory)
+    require_nothing_trained(directory, overwrite)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)

@@ -109,6 +109,7 @@ def merge_adapter(
     output: StrPath,
     dtype: str = "same",
     any_base: bool = False,
+    overwrite: bool = False,
 ) -> ModelMerge:
     """Write a model with an adapter merged into it: W + ΔW from float32 sums, every other byte as it was.
 
@@ -122,6 +123,7 @@ def merge_adapter(
             configuration and tokenizer too. Never the base itself.
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
         any_base: as in `load_adapter`.
+        overwrite: also in the place of other weights.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
@@ -131,11 +133,13 @@ def merge_adapter(
         UnsafeError: a file beside the base's weights is a link out of the model.
         ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
             index of other weights, or a sum is too large for the storage.
-        FileExistsError: output is a directory with an adapter or a run.
+        FileExistsError: output is a directory with an adapter or a run, or the file is there and `overwrite`
+            is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
     model = _open(base)
     _require_output(model, base, adapter, output)
+    files.require_new(_weights(output), overwrite)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {

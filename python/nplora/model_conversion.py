@@ -67,7 +67,9 @@ def is_model(source: StrPath) -> bool:
     return path.suffix == ".safetensors" or model_directory.is_index(path)
 
 
-def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelConversion:
+def model_to_gguf(
+    source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
+) -> ModelConversion:
     """Write a model of the families Llama, Mistral, Qwen2 and Qwen3 as a GGUF file.
 
     Matrices get the type asked for, or where their rows are no whole blocks of it the next that fits, as in
@@ -78,16 +80,19 @@ def model_to_gguf(source: StrPath, path: StrPath, dtype: str = "same") -> ModelC
             index in such a directory.
         dtype: "same", "float32", "float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k",
             "q5_k" or "q6_k".
+        overwrite: also in the place of another file.
     Raises:
         UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF.
         FormatError: a file breaks its format or is not the model that config.json tells of.
         ValueError: path is no .gguf file, dtype is not available, or a value does not fit in it.
+        FileExistsError: the file is there, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)
     if Path(path).suffix != ".gguf":
         raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+    files.require_new(path, overwrite)
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)

@@ -75,9 +75,10 @@ class Adapter(Mapping[str, Update]):
             FileExistsError: the directory holds a model, or a run or an adapter and `overwrite` is not set.
             ValueError: there is no layer, some layers alone have DoRA's magnitudes, or a value is not finite.
             OSError: the disk refuses; how many bytes were needed is in the message.
+        Warns:
+            UserWarning: checkpoints of a run stay beside it.
         """
-        if not overwrite:
-            require_nothing_trained(directory)
+        require_nothing_trained(directory, overwrite)
         if not self or len({update.m is None for update in self.values()}) > 1:
             raise ValueError(f"{self.source}: expected layers, all with DoRA's magnitudes or none")
         tensors = {}

@@ -1,15 +1,17 @@
 """What the conversion of an adapter needs to know of its base model: family, heads and, at best, shapes."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.formats import gguf, model_digest, model_directory
+from nplora.formats import files, gguf, gguf_adapter, model_digest, model_directory, safetensors, sharded
 from nplora.formats.config_json import attention_heads, read_fields
-from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, NotFetchedError, UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.formats.gguf_names import ARCHITECTURES, is_permuted
+from nplora.formats.gguf import GgufFile
+from nplora.formats.gguf_names import ARCHITECTURES, is_permuted, tensor_to_gguf
 from nplora.formats.model_directory import CONFIG
 
 MAX_HEADS = 1 << 16
@@ -45,33 +47,67 @@ def read(path: StrPath) -> BaseModel:
     """The facts from a model's GGUF file, its config.json, or the directory with that.
 
     Raises:
-        UnsupportedError: a family whose layers are not known here. FormatError: the file breaks its format.
-        OSError: it cannot be read.
+        UnsupportedError: a family whose layers are not known here. The rest as `digest_of`.
     """
-    if Path(path).is_dir():
-        return dataclasses.replace(_from_config(Path(path, CONFIG)), digest=digest(path))
-    return _from_config(path) if Path(path).suffix == ".json" else _from_gguf(path)
+    config = _config_of(path)
+    if config is None:
+        return _from_gguf(path)
+    return dataclasses.replace(_from_config(config), digest=_digest_in(path))
 
 
-def digest(path: StrPath) -> str | None:
+def digest_of(path: StrPath) -> str | None:
     """`BaseModel.digest` alone, of a model of any family.
 
-    A directory needs no weights, and they may be a pickle, or Git LFS's text in their place: not known, then.
+    A directory needs no weights, and they may be a pickle: not known, then.
 
     Raises:
-        FormatError: a GGUF file breaks its format. OSError: it cannot be read.
+        FormatError: it is no model, or a file breaks its format. OSError: a file cannot be read.
+    Warns:
+        UserWarning: Git LFS's pointer lies in the place of the directory's weights, or a shard is missing.
     """
+    config = _config_of(path)
+    if config is None:
+        return model_digest.of_tensors(_open_gguf(path)[0])
+    read_fields(config).string("model_type")
+    return _digest_in(path)
+
+
+def _config_of(path: StrPath) -> Path | None:
+    """The configuration that a path means; None where it means a GGUF file."""
     if Path(path).is_dir():
-        try:
-            return model_digest.of_tensors(model_directory.open_tensors(path))
-        except (FormatError, FileNotFoundError):
-            return None
-    return None if Path(path).suffix == ".json" else model_digest.of_tensors(gguf.open(path))
+        return Path(path, CONFIG)
+    return Path(path) if Path(path).suffix == ".json" else None
+
+
+def _digest_in(path: StrPath) -> str | None:
+    """The digest by the weights of a directory; there are none in a configuration alone."""
+    weights = model_directory.weights_of(Path(path))
+    if weights is None:
+        return None
+    try:
+        if model_directory.is_index(weights):
+            return model_digest.of_tensors(sharded.open(weights, wanted=_is_norm))
+        return model_digest.of_tensors(safetensors.open(weights))
+    except (NotFetchedError, FileNotFoundError):
+        told = "weights are missing, so whether the adapter is of this model is not known"
+        warnings.warn(f"{files.name(path)}: {told}", stacklevel=1)
+        return None
+
+
+def _is_norm(name: str) -> bool:
+    return model_digest.is_norm(tensor_to_gguf(name) or "")
+
+
+def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
+    """A model's file and its architecture."""
+    file = gguf.open(path)
+    if gguf_adapter.is_adapter(file):
+        raise FormatError(f"{file.source}: an adapter, expected a model")
+    return file, file.metadata.string("general.architecture")
 
 
 def _from_gguf(path: StrPath) -> BaseModel:
-    file = gguf.open(path)
-    architecture = file.metadata.string("general.architecture")
+    file, architecture = _open_gguf(path)
     if architecture not in ARCHITECTURES.values():
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UnsupportedError(
@@ -80,11 +116,11 @@ def _from_gguf(path: StrPath) -> BaseModel:
     heads = file.metadata.integer(f"{architecture}.attention.head_count")
     kv_heads = file.metadata.integer(f"{architecture}.attention.head_count_kv", heads)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    told = model_digest.of_tensors(file)
-    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, told))
+    digest = model_digest.of_tensors(file)
+    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, digest))
 
 
-def _from_config(path: StrPath) -> BaseModel:
+def _from_config(path: Path) -> BaseModel:
     fields = read_fields(path)
     family = fields.string("model_type")
     if family not in ARCHITECTURES:

@@ -24,6 +24,10 @@ class UnsupportedError(FormatError):
     """The file is well formed, but needs something that nplora does not have."""
 
 
+class NotFetchedError(FormatError):
+    """Git LFS's pointer lies in the place of the file."""
+
+
 class UnsafeError(FormatError):
     """Reading on could run code, leave the directory or hang."""
 

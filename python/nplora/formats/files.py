@@ -197,6 +197,13 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error}: {note}", name(path)) from error
 
 
+def require_new(path: StrPath, overwrite: bool) -> None:
+    """Raise FileExistsError where a file lies that is not to be replaced."""
+    if Path(path).is_file() and not overwrite:
+        reason = "the file is there; name another one, or pass --overwrite (overwrite=True) to replace it"
+        raise FileExistsError(errno.EEXIST, reason, name(path))
+
+
 def replace(files: Sequence[NewFile]) -> None:
     """Write each file beside its target, then rename them over their targets in the order given.
 

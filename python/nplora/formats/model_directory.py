@@ -49,14 +49,19 @@ def open_tensors(path: StrPath, mmap: bool = True) -> Tensors:
         FormatError: the directory has no weights, or a file breaks its format.
         OSError: a file cannot be read.
     """
-    path = _weights_of(Path(path)) if Path(path).is_dir() else Path(path)
+    path = _required_weights(Path(path)) if Path(path).is_dir() else Path(path)
     return sharded.open(path, mmap) if is_index(path) else safetensors.open(path, mmap)
 
 
-def _weights_of(directory: Path) -> Path:
-    for name in (WEIGHTS, INDEX):
-        if (directory / name).exists():
-            return directory / name
+def weights_of(directory: Path) -> Path | None:
+    """A directory's one file of weights or else its index; None: it has neither."""
+    return next((directory / name for name in (WEIGHTS, INDEX) if (directory / name).exists()), None)
+
+
+def _required_weights(directory: Path) -> Path:
+    weights = weights_of(directory)
+    if weights is not None:
+        return weights
     pickles = [name for name in _PICKLES if (directory / name).exists()]
     if pickles:
         raise UnsafeError(f"{directory / pickles[0]}: a pickle can run any code; expected {WEIGHTS}")

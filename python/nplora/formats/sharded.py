@@ -1,6 +1,6 @@
 """A model in several safetensors files: `model.safetensors.index.json` tells which holds which tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ class ShardedFile(Mapping[str, Tensor]):
         return name in self._shards
 
 
-def open(path: StrPath, mmap: bool = True) -> ShardedFile:
+def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:
     """Open the index and every shard that it names.
 
     Args:
         path: the `*.safetensors.index.json`; its shards lie beside it.
         mmap: as in `safetensors.open`.
+        wanted: whether a tensor of this name is; shards without any are not opened.
     Raises:
         UnsafeError: a shard's name leaves the directory, or the shard is a link, but in Hugging Face's cache.
         FormatError: the index or a shard breaks its format, or a shard lacks a tensor.
@@ -49,7 +50,7 @@ def open(path: StrPath, mmap: bool = True) -> ShardedFile:
     """
     source = files.name(path)
     index = strict_json.loads(bytes(files.read(path, MAX_INDEX)), source)
-    names = _weight_map(index, source)
+    names = {name: shard for name, shard in _weight_map(index, source).items() if wanted(name)}
     metadata = index.get("metadata", {})
     if not isinstance(metadata, dict):
         raise FormatError(f"{source}: metadata is {brief(metadata)}, expected an object")

@@ -59,9 +59,9 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
         layers: one or more LoRALinear or Linear, computing alike.
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
-    parts = [layer.inference_layer() for layer in layers]
-    if None not in parts:
-        return _core.infer(x, parts)  # type: ignore[arg-type]
+    parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
+    if len(parts) == len(layers):
+        return _core.infer(x, parts)
     with inference():
         return stack_forward(layers, x)[0]
 

@@ -277,7 +277,7 @@ class LanguageModel(Module):
         if isinstance(options.get("stop"), list):
             options["stop"] = tuple(options["stop"])
         sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
-        if not isinstance(prompt, Iterable) or isinstance(prompt, str | bytes | Mapping):
+        if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)
         if given and all(isinstance(message, Mapping) for message in given):

@@ -315,6 +315,9 @@ def test_the_base_is_never_written_to(shards: int, rng: np.random.Generator, tmp
             nplora.merge_adapter(base, adapter, output)
     with pytest.raises(ValueError, match="is the base itself" if shards == 1 else "tells of other weights"):
         nplora.merge_adapter(base, adapter, base / "model.safetensors")
+    for shard in base.glob("model-*.safetensors"):
+        with pytest.raises(ValueError, match="is the base itself"):
+            nplora.merge_adapter(base, adapter, shard, overwrite=True)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     file = base_gguf(tmp_path / "base.gguf", rng, "float32")
     with pytest.raises(ValueError, match="is the base itself"):

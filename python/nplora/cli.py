@@ -347,7 +347,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
     )
-    demo.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    demo.add_argument(
+        "--overwrite", action="store_true", help="drop the run or the adapter in the output directory"
+    )
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")
     plot.add_argument("--output", metavar="FILE", help="the PNG (default: RUN_DIR/plot.png)")

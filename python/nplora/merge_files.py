@@ -27,6 +27,7 @@ from nplora.formats.errors import FormatError, brief, in_places
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
+from nplora.formats.sharded import ShardedFile
 from nplora.merging import Merge, MergeReport, Update, joint
 from nplora.updates import Adapter, read_adapter
 
@@ -168,6 +169,7 @@ class _Model:
     Attributes:
         place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
         new_files: what is to be written for these tensors, of which some are merges.
+        sources: the files that the tensors are in.
     """
 
     source: str
@@ -177,6 +179,7 @@ class _Model:
     new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
     storages: tuple[str, ...]
     tied: bool
+    sources: set[str]
 
 
 def _open(base: StrPath) -> _Model:
@@ -209,7 +212,8 @@ def _open_gguf(path: StrPath) -> _Model:
         return [gguf.new_file(output, content, file_type.redescribe(file.metadata.typed(), file, content))]
 
     tied = facts is not None and "output.weight" not in file
-    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied)
+    sources = {file.source}
+    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied, sources)
 
 
 def _open_safetensors(base: StrPath) -> _Model:
@@ -231,7 +235,8 @@ def _open_safetensors(base: StrPath) -> _Model:
         return [weights, *model_directory.companions(Path(base), Path(output))]
 
     tied = _is_tied(model_directory.of(base), file)
-    return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied)
+    sources = file.sources() if isinstance(file, ShardedFile) else {file.source}
+    return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied, sources)
 
 
 def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
@@ -268,7 +273,7 @@ def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", 
             "nplora convert makes GGUF of safetensors"
         )
     weights = _weights(output)
-    kept = [(output, base, "base"), (weights, model.source, "base")]
+    kept = [(output, base, "base"), *((weights, source, "base") for source in model.sources)]
     if not isinstance(adapter, Adapter):
         kept.append((output, adapter, "adapter"))
     for new, old, what in kept:

@@ -35,6 +35,10 @@ class ShardedFile(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._shards
 
+    def sources(self) -> set[str]:
+        """The files: the index and the shards."""
+        return {self.source, *(shard.source for shard in self._shards.values())}
+
 
 def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:
     """Open the index and every shard that it names.

@@ -400,12 +400,13 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
   return small_pairs;
 }
 
-// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.
+// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names. The first call chooses it. Linux is asked
+// for the registers of AMX only where they would be used; where it refuses them, the next best table serves, unless amx was named.
 // Throws std::invalid_argument, with the reason, if NPLORA_ISA names one that is unknown, not built in or not
 // runnable.
 const KernelTable& table();
 
-// Every table that this build holds and this machine runs, best last. For tests and show_config.
+// Every table that this build holds and this machine runs, best last; asks Linux for nothing. For tests and show_config.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

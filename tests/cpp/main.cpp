@@ -15,9 +15,8 @@ int main(int count, char** words) {
     test_quantize();
     test_fetch_list();
   }
-  const nplora::kernels::KernelTable* tables[16];
-  const size_t available = nplora::kernels::available_tables(tables, 16);
-  for (size_t i = part; i < available; i += parts) {
+  const auto tables = usable_tables();
+  for (size_t i = part; i < tables.size(); i += parts) {
     test_products(*tables[i]);
     // AMX's table is that of AVX512-BF16 with other products.
     if (i > 0 && tables[i]->transformer.dot == tables[i - 1]->transformer.dot) {

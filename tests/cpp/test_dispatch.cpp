@@ -94,6 +94,14 @@ void test_dispatch() {
     check::expect(has(answer, isa) && has(answer, refused ? "Linux refuses" : "lacks"), "said: %s",
                   answer.c_str());
   }
+  for (size_t i = 1; i < count; ++i) {
+    const KernelTable &table = *tables[i], &lesser = *tables[i - 1];
+    check::Case one("dispatch: the products of pairs of %s", table.isa);
+    check::expect(table.bf16.lane_tile != lesser.bf16.lane_tile, "lane_tile is that of %s", lesser.isa);
+    check::expect(table.bf16.outer_tile != lesser.bf16.outer_tile, "outer_tile is that of %s", lesser.isa);
+    check::expect(table.small_pairs.outer_tile != lesser.small_pairs.outer_tile,
+                  "outer_tile of single values is that of %s", lesser.isa);
+  }
   for (size_t i = 0; i < count; ++i) {
     check::Case one("dispatch: the tile sizes of %s", tables[i]->isa);
     const auto sound = [](const auto& k) {

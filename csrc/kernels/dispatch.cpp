@@ -27,6 +27,7 @@ const KernelTable& amx_table() {
     made.isa = "amx";
     made.bf16 = k_amx_products.tiles;
     made.small_pairs.outer_tile = k_amx_products.small_outer_tile;
+    made.pairs_in_registers = false;
     return made;
   }();
   return table;

@@ -118,7 +118,7 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// What lies in memory where the rows of W are met by pairs: single values, which are paired in registers.
+// What lies in memory where the rows of W are met by pairs: single values, which outer_tile pairs.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -354,6 +354,9 @@ struct KernelTable {
   BlockDots block_dots;
   Int8Products int8;
   Transformer transformer;
+
+  // Whether small_pairs.outer_tile pairs the rows of w in registers, rather than in a copy that each call makes anew.
+  bool pairs_in_registers = true;
 
   template <class T>
   const Products<T>& products() const;

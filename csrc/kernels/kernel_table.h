@@ -77,9 +77,10 @@ inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 // and twice that where they share the way.
 inline constexpr size_t kFetchAhead = 12288;
 
-// At multiples of so many elements the depth may be cut on every instruction set: see Tiles.
+// Each depth_unit (see Tiles) divides this: a depth that is cut at multiples of so many elements is summed as if it were whole, on
+// every instruction set. A panel of floats ends at such a multiple; one of pairs, 24 elements, does not (see kDepthCut).
 inline constexpr size_t kDepthUnit = 16;
-static_assert(kPanelColumns % kDepthUnit == 0);
+static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
 // multiply-adds where the instruction set has them), or each depth_unit elements by themselves first: where the depth is cut at

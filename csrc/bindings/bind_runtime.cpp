@@ -72,7 +72,7 @@ void register_runtime(py::module_& m) {
       py::arg("n"), "Use at most n threads");
   m.def("get_num_threads", &num_threads, "The number of threads in use");
   m.def("config", &config, "Version, instruction set, threads and compiler");
-  m.def("available_isas", &available_isas, "What NPLORA_ISA may name in such a process, best last");
+  m.def("available_isas", &available_isas, "What NPLORA_ISA may name on this machine, best last");
 }
 
 }  // namespace nplora::bindings

@@ -27,6 +27,7 @@ const KernelTable& amx_table() {
     made.isa = "amx";
     made.bf16 = k_amx_products.tiles;
     made.small_pairs.outer_tile = k_amx_products.small_outer_tile;
+    made.pairs_in_registers = false;
     return made;
   }();
   return table;
@@ -35,36 +36,36 @@ const KernelTable& amx_table() {
 
 struct Choice {
   const KernelTable* table;
-  std::string (*obstacle)();  // why this process cannot run it; empty if it can
+  bool available;            // on this machine
+  const char* parts;         // of the processor, that it takes
+  bool takes_tiles = false;  // which Linux may refuse to a process
 };
-
-std::string unless(bool has, const char* parts) {
-  return has ? "" : std::string("this machine, or its operating system, lacks ") + parts;
-}
 
 // Best last.
 const Choice* choices(size_t* count) {
   using simd::cpu;
   static const Choice all[] = {
-      {&k_generic_table, [] { return std::string(); }},
+      {&k_generic_table, true, ""},
 #if defined(NPLORA_X86_64)
-      {&k_avx2_table, [] { return unless(cpu().avx2, "AVX2, FMA3 and F16C"); }},
-      {&k_avx512_table, [] { return unless(cpu().avx512, "AVX-512 F, BW, DQ and VL"); }},
-      {&k_avx512bf16_table, [] { return unless(cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"); }},
-      {&amx_table(),
-       [] {
-         if (!cpu().amx) return unless(false, "AMX with BF16, beside the AVX-512 of avx512bf16");
-         if (simd::ask_for_tiles()) return std::string();
-         return std::string(
-             "Linux refuses the registers of AMX; perhaps a thread's signal stack is too small");
-       }},
+      {&k_avx2_table, cpu().avx2, "AVX2, FMA3 and F16C"},
+      {&k_avx512_table, cpu().avx512, "AVX-512 F, BW, DQ and VL"},
+      {&k_avx512bf16_table, cpu().avx512bf16, "AVX-512 F, BW, DQ, VL, BF16 and VNNI"},
+      {&amx_table(), cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16", true},
 #elif defined(NPLORA_AARCH64)
-      {&k_neon_table, [] { return unless(cpu().neon, "NEON"); }},
-      {&k_neonbf16_table, [] { return unless(cpu().neonbf16, "NEON with BF16"); }},
+      {&k_neon_table, cpu().neon, "NEON"},
+      {&k_neonbf16_table, cpu().neonbf16, "NEON with BF16"},
 #endif
   };
   *count = sizeof all / sizeof *all;
   return all;
+}
+
+// Prepares this process for a table. Empty, or the reason that it cannot use it.
+std::string try_to_enable(const Choice& choice) {
+  if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
+  if (choice.takes_tiles && !simd::ask_for_tiles())
+    return "Linux refuses the registers of AMX; perhaps a thread's signal stack is too small";
+  return "";
 }
 
 const KernelTable& choose() {
@@ -72,13 +73,13 @@ const KernelTable& choose() {
   const Choice* all = choices(&count);
   const char* name = std::getenv("NPLORA_ISA");
   if (name == nullptr || *name == '\0') {
-    while (!all[count - 1].obstacle().empty()) --count;
+    while (!try_to_enable(all[count - 1]).empty()) --count;
     return *all[count - 1].table;
   }
   std::string known;
   for (size_t i = 0; i < count; ++i) {
     if (std::string_view(name) == all[i].table->isa) {
-      const std::string obstacle = all[i].obstacle();
+      const std::string obstacle = try_to_enable(all[i]);
       if (obstacle.empty()) return *all[i].table;
       throw std::invalid_argument(std::string("NPLORA_ISA=") + name + ": " + obstacle);
     }
@@ -98,7 +99,7 @@ size_t available_tables(const KernelTable** out, size_t capacity) {
   size_t count, found = 0;
   const Choice* all = choices(&count);
   for (size_t i = 0; i < count && found < capacity; ++i)
-    if (all[i].obstacle().empty()) out[found++] = all[i].table;
+    if (all[i].available) out[found++] = all[i].table;
   return found;
 }
 

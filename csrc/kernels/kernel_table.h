@@ -77,9 +77,10 @@ inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 // and twice that where they share the way.
 inline constexpr size_t kFetchAhead = 12288;
 
-// At multiples of so many elements the depth may be cut on every instruction set: see Tiles.
+// Each depth_unit (see Tiles) divides this: a depth that is cut at multiples of so many elements is summed as if it were whole, on
+// every instruction set. A panel of floats ends at such a multiple; one of pairs, 24 elements, does not (see kDepthCut).
 inline constexpr size_t kDepthUnit = 16;
-static_assert(kPanelColumns % kDepthUnit == 0);
+static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
 // multiply-adds where the instruction set has them), or each depth_unit elements by themselves first: where the depth is cut at
@@ -118,7 +119,7 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// What lies in memory where the rows of W are met by pairs: single values, which are paired in registers.
+// What lies in memory where the rows of W are met by pairs: single values, which outer_tile pairs.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -355,6 +356,9 @@ struct KernelTable {
   Int8Products int8;
   Transformer transformer;
 
+  // Whether small_pairs.outer_tile pairs the rows of w in registers, rather than in a copy that each call makes anew.
+  bool pairs_in_registers = true;
+
   template <class T>
   const Products<T>& products() const;
   template <class E>
@@ -400,12 +404,13 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
   return small_pairs;
 }
 
-// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names.
+// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names. The first call chooses it. Linux is asked
+// for the registers of AMX only where they would be used; where it refuses them, the next best table serves, unless amx was named.
 // Throws std::invalid_argument, with the reason, if NPLORA_ISA names one that is unknown, not built in or not
 // runnable.
 const KernelTable& table();
 
-// Every table that this build holds and this machine runs, best last. For tests and show_config.
+// Every table that this build holds and this machine runs, best last; asks Linux for nothing. For tests and show_config.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

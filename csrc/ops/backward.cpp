@@ -379,8 +379,9 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t tokens = parts[0].dy.rows;
     const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
-    // In registers; or, for tiles, in a copy: that is made anew for each kFewTokens.
-    const size_t most_paired = kernels::table().bf16.depth_unit == 1 ? kPairedBatch : kFewTokens;
+    // So many tokens leave it to outer_tile to pair the rows of W. Where it does so in a copy, each kFewTokens would need their own:
+    // more tokens share one that is made before.
+    const size_t most_paired = kernels::table().pairs_in_registers ? kPairedBatch : kFewTokens;
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? Backward<Bf16Pair, Bf16>(parts, x, dx).run()
                                                : Backward<Bf16Pair, Bf16Pair>(parts, x, dx).run();

@@ -10,13 +10,15 @@
 
 namespace nplora {
 
-// Steps of kDepthUnit elements, of which one may hold two.
-inline constexpr size_t kStepUnit = 2 * kernels::kDepthUnit;
+// Cuts of the depth at multiples of so many steps (columns of W, or tokens) are cuts at multiples of kDepthUnit elements, even where
+// an element is a pair of steps.
+inline constexpr size_t kStepUnit = kernels::kSteps<kernels::Bf16Pair> * kernels::kDepthUnit;
 // Rows of W that pass by the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
 // Steps of the depth for which a panel of W (or of blocks of its transpose), or the lanes of x, are kept in L2, in blocks of about
 // one size: at most 1056 x 48 floats = 198 KB. Longer ones leave less time for the sums, which are loaded and stored for each.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
+// Two panels: one, of 48 steps, is no multiple of kStepUnit.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kStepUnit == 0);
 inline size_t depth_block(size_t depth) {

@@ -135,7 +135,7 @@ class LanesForward {
   void frozen(const ForwardPart<T>& part, Range rows, Range blocks, T* yt, const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // Pairs are cut at whole steps only: an odd panel goes with the narrower one behind it.
+    // Pairs are cut at multiples of kDepthCut only: a full panel that is left goes with the narrower one behind it, if there is one.
     const size_t full = kSteps<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;

@@ -5,6 +5,8 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <cstdint>
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -41,6 +43,19 @@ unsigned saved_state() {
   return eax;
 }
 
+constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
+
+// Whether a process may ask for the tile registers of AMX.
+bool linux_offers_tiles() {
+#if defined(__linux__)
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
+#else
+  return false;
+#endif
+}
+
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
@@ -54,7 +69,7 @@ Cpu detect() {
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl;
   found.avx512bf16 = found.avx512 && bit(leaf7_1.eax, 5) && bit(leaf7.ecx, 11);                 // BF16, VNNI
   const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);  // TILE, BF16
-  found.amx = found.avx512bf16 && tiles;
+  found.amx = found.avx512bf16 && tiles && linux_offers_tiles();
   return found;
 }
 
@@ -86,7 +101,7 @@ const Cpu& cpu() {
 
 bool ask_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

@@ -284,4 +284,4 @@ def config() -> dict[str, Any]:
     """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
 
 def available_isas() -> list[str]:
-    """What NPLORA_ISA may name in such a process, best last. Asks Linux for the registers of AMX."""
+    """What NPLORA_ISA may name on this machine, best last; Linux may still refuse the registers of amx."""

@@ -2,8 +2,18 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "kernels/kernel_table.h"
+#include "simd/cpu.h"
+
+// Those that this process may use, best last: where Linux refuses the registers of AMX, not its table.
+inline std::vector<const nplora::kernels::KernelTable*> usable_tables() {
+  std::vector<const nplora::kernels::KernelTable*> tables(16);
+  tables.resize(nplora::kernels::available_tables(tables.data(), tables.size()));
+  if (nplora::simd::cpu().amx && !nplora::simd::ask_for_tiles()) tables.pop_back();
+  return tables;
+}
 
 // Every instruction set but the generic one rounds once a step.
 inline bool fuses(const nplora::kernels::KernelTable& table) {

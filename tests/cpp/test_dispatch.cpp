@@ -61,14 +61,14 @@ bool has(const std::string& text, std::string_view part) {
 }  // namespace
 
 void test_dispatch() {
-  const KernelTable* tables[16];
-  const size_t count = nplora::kernels::available_tables(tables, 16);
+  const std::vector<const KernelTable*> tables = usable_tables();
+  const size_t count = tables.size();
   {
     check::Case one("dispatch: the list of tables");
     check::expect(count >= 1 && std::strcmp(tables[0]->isa, "generic") == 0,
                   "generic is not the first of %zu", count);
-    check::expect(nplora::kernels::available_tables(tables, 1) == 1, "the capacity was not respected");
-    nplora::kernels::available_tables(tables, 16);
+    const KernelTable* one_table;
+    check::expect(nplora::kernels::available_tables(&one_table, 1) == 1, "the capacity was not respected");
   }
   for (const char* unset : {static_cast<const char*>(nullptr), ""}) {
     check::Case one("dispatch: NPLORA_ISA %s", unset ? "empty" : "unset");
@@ -88,9 +88,19 @@ void test_dispatch() {
     bool runs = false;
     for (size_t i = 0; i < count; ++i) runs |= std::strcmp(tables[i]->isa, isa) == 0;
     if (runs) continue;
-    check::Case one("dispatch: %s, which this machine lacks", isa);
+    check::Case one("dispatch: %s, which this process may not use", isa);
     const std::string answer = choice(isa);
-    check::expect(has(answer, isa) && has(answer, "lacks"), "said: %s", answer.c_str());
+    const bool refused = std::strcmp(isa, "amx") == 0 && nplora::simd::cpu().amx;
+    check::expect(has(answer, isa) && has(answer, refused ? "Linux refuses" : "lacks"), "said: %s",
+                  answer.c_str());
+  }
+  for (size_t i = 1; i < count; ++i) {
+    const KernelTable &table = *tables[i], &lesser = *tables[i - 1];
+    check::Case one("dispatch: the products of pairs of %s", table.isa);
+    check::expect(table.bf16.lane_tile != lesser.bf16.lane_tile, "lane_tile is that of %s", lesser.isa);
+    check::expect(table.bf16.outer_tile != lesser.bf16.outer_tile, "outer_tile is that of %s", lesser.isa);
+    check::expect(table.small_pairs.outer_tile != lesser.small_pairs.outer_tile,
+                  "outer_tile of single values is that of %s", lesser.isa);
   }
   for (size_t i = 0; i < count; ++i) {
     check::Case one("dispatch: the tile sizes of %s", tables[i]->isa);

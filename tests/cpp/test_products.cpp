@@ -301,7 +301,7 @@ void test_widening_outer_tile(const KernelTable& table) {
       }
 }
 
-// Rows of bfloat16 that are paired in registers give the bits that pairs in memory give.
+// Rows of bfloat16 that outer_tile pairs give the bits that pairs in memory give.
 void test_pairing_outer_tile(const KernelTable& table) {
   Random random(8);
   size_t kind = 0;

@@ -262,13 +262,13 @@ class Backward {
       outer_tile<E, W>()(few.count, panel.count, depth,
                          {dy.data + i * dy.row_stride + rows.first / kSteps<E>, dy.row_stride, 1}, block.data,
                          block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
-                         i == 0 ? following(p.arrays.w, rows, panel, few.count) : Fetch{});
+                         i == 0 ? following(p.arrays.w, rows, panel, few.count) : kernels::kFetchRowsAhead);
       if (last) after(panel, few);
     }
   }
 
-  // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. So many tokens fetch it in
-  // tiles; a single tile streams through its own block.
+  // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. The first tokens fetch it in
+  // tiles (a single tile streams through its own block); those behind fetch rows of the block, which is in L2, into L1.
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
     const kernels::Tiles<E>& k = kernels::table().tiles<E>();
     const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);

@@ -171,7 +171,7 @@ class RowsForward {
     T* y = u.part.y.row(pass.first + few.first) + rows.first;
     outer_tile<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
                        {x.data + cols.first / kSteps<E>, x.row_stride, 1}, block, kPanelColumns, y,
-                       u.part.y.stride, cols.first > 0, {});
+                       u.part.y.stride, cols.first > 0, kernels::kFetchRowsAhead);
     if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
   }
 

@@ -14,7 +14,7 @@ namespace {
 constexpr size_t kElementsPerTask = 16384;
 
 // What one element costs, in the operations that useful_threads counts.
-constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 2;
+constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>
 void for_pieces(size_t n, double operations_per_element, const Body& body) {

@@ -17,7 +17,7 @@ const kernels::Transformer& kernel() {
 constexpr size_t kElementsPerTask = 16384;
 
 // What one element costs, in the operations that useful_threads counts.
-constexpr double kNormOperations = 6, kRotationOperations = 4, kSigmoidOperations = 20;
+constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
 
 // body(row) for n rows of `cols` elements each.
 template <class Body>

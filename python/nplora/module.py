@@ -172,7 +172,8 @@ class Module:
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """The modules in this one's attributes, by name, in the order of their definition."""
         for name, value in vars(self).items():
-            yield from _modules_in(value, name)
+            if isinstance(value, _HOLDERS):
+                yield from _modules_in(value, name)
 
     # ---- the tree ----
 
@@ -397,6 +398,9 @@ class AdapterLayer(Module):
 def layer_stream(seed: int, name: str) -> np.random.SeedSequence:
     """What the layer of a dotted name draws from."""
     return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
+
+
+_HOLDERS = (Module, dict, list, tuple)  # of modules; most attributes are none
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:

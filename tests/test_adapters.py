@@ -689,20 +689,6 @@ def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> No
     assert os.listdir(tmp_path / "taken") == ["adapter_config.json"]
 
 
-def test_the_adapter_of_a_run_is_replaced_on_request_alone(tmp_path: Path) -> None:
-    model = Net()
-    for _ in range(2):  # what was saved alone, without
-        save_adapter(model, tmp_path)
-    (tmp_path / "checkpoint-0.safetensors").touch()
-    before = (tmp_path / peft_adapter.TENSORS).read_bytes()
-    model.blocks[1].A[0, 0] += 1
-    with pytest.raises(FileExistsError, match="the directory holds a run; name another one"):
-        save_adapter(model, tmp_path)
-    assert (tmp_path / peft_adapter.TENSORS).read_bytes() == before
-    save_adapter(model, tmp_path, overwrite=True)
-    assert (tmp_path / peft_adapter.TENSORS).read_bytes() != before
-
-
 def test_nan_and_infinity_are_not_saved(tmp_path: Path) -> None:
     model = Net()
     save_adapter(model, tmp_path)

@@ -71,7 +71,7 @@ def test_demo_and_plot_hand_their_arguments_on(
     lines = (
         "demo",
         "demo digits",
-        f"demo {given}",
+        f"demo {given} --overwrite",
         f"demo digits {given} --overwrite",
         "plot r",
         "plot r --output f.png",
@@ -81,7 +81,7 @@ def test_demo_and_plot_hand_their_arguments_on(
     assert calls == [
         ("dictionary", "demo-dictionary", 8, 0, False),
         ("digits", "demo-digits", 4, 0, False),
-        ("dictionary", "d", 2, 1, False),
+        ("dictionary", "d", 2, 1, True),
         ("digits", "d", 2, 1, True),
         ("r", None),
         ("r", "f.png"),

@@ -162,6 +162,11 @@ def test_no_adapter_is_replaced_unasked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_run_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "require_untouched", lambda path: None)
+    test_no_run_is_replaced_unasked(tmp_path)
+
+
 def test_missing_scikit_learn_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'scikit-learn.*pip install "nplora\[demo\]"$') as caught:

@@ -345,8 +345,11 @@ def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path
         output = tmp_path / name.partition(".")[0]
         output.mkdir()
         (output / name).touch()
-        with pytest.raises(FileExistsError, match=f"the directory holds {found}: name another one"):
+        with pytest.raises(FileExistsError, match=f"the directory holds {found}; name another one"):
             nplora.merge_adapter(base, adapter, output)
+        for file in ("model.safetensors", name if name.endswith(".safetensors") else "any.safetensors"):
+            with pytest.raises(FileExistsError, match=f"the directory holds {found}; name another one"):
+                nplora.merge_adapter(base, adapter, output / file, overwrite=True)
         assert [path.name for path in output.iterdir()] == [name]
     file = base_gguf(tmp_path / "base.gguf", rng, "float32")
     random_adapter(rng).save(tmp_path / "adapter")
@@ -366,7 +369,9 @@ def test_weights_are_replaced_on_request_alone(
         (file, tmp_path / "out.gguf", tmp_path / "out.gguf"),
         (directory, tmp_path / "out.safetensors", tmp_path / "out.safetensors"),
         (directory, out, out / "model.safetensors"),
+        (directory, tmp_path / "mine", tmp_path / "mine" / "config.json"),
     ):
+        weights_file.parent.mkdir(exist_ok=True)
         weights_file.write_bytes(b"of another model")
         line = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(output)]
         assert cli.main(line) == 2

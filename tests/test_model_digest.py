@@ -241,7 +241,7 @@ def test_an_adapter_without_a_digest_gets_that_of_the_base_it_is_converted_with(
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
 
 
-@pytest.mark.parametrize("weights", ["none", "pointer", "pickle", "shard missing"])
+@pytest.mark.parametrize("weights", ["none", "pointer", "pickle", "shard missing", "link to nothing"])
 def test_a_base_without_its_weights_is_one_that_is_not_known(
     weights: str, model: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +251,8 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
         tensors.write_bytes(LFS)
     else:
         tensors.unlink()
+    if weights == "link to nothing":  # in a cache that is fetched by half
+        tensors.symlink_to("nowhere")
     if weights == "pickle":
         (base / "pytorch_model.bin").touch()
     if weights == "shard missing":
@@ -258,11 +260,16 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
     for any_base in (False, True):
         file = tmp_path / f"{any_base}.gguf"
-        with told_of_missing_weights(weights in ("pointer", "shard missing")):
+        with told_of_missing_weights(not any_base and weights in MISSING):
             nplora.adapter_to_gguf(adapter, file, base, any_base=any_base)
+            nplora.combine([(adapter, 1), (adapter, 1)], base=base, any_base=any_base)
+        with told_of_missing_weights(weights in MISSING):
             assert read_adapter(file, base).base_digest == (None if any_base else digest(model))
             nplora.adapter_from_gguf(file, tmp_path / f"{any_base}", base, any_base=any_base)
             nplora.combine([(adapter, 1), (file, 1)], base=base)
+
+
+MISSING = ("pointer", "shard missing", "link to nothing")
 
 
 def told_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
@@ -289,11 +296,20 @@ def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(ValueError, match=r"the adapters are of different models"):
         nplora.combine([(adapter, 1)], base=other)
-    with pytest.raises(FormatError, match=r"the adapter is of another model"):
-        nplora.adapter_to_gguf(adapter, tmp_path / "b.gguf", other)
+    for named in (other, other / "config.json"):
+        with pytest.raises(FormatError, match=r"the adapter is of another model"):
+            nplora.adapter_to_gguf(adapter, tmp_path / "b.gguf", named)
     (base / "norms.safetensors").write_bytes(LFS)
     with told_of_missing_weights():
         nplora.combine([(adapter, 1)], base=base)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "config.json", "tokenizer.json"])
+def test_git_lfs_s_pointer_is_named_in_the_place_of_any_file(name: str, tmp_path: Path) -> None:
+    base = hf_model(tmp_path / "hf")
+    (base / name).write_bytes(LFS)
+    with pytest.raises(FormatError, match=rf"{name}: Git LFS's pointer to the file"):
+        print(nplora.load_model(base / name if name.endswith("gguf") else base).tokenizer)
 
 
 @pytest.mark.parametrize(

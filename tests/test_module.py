@@ -48,6 +48,14 @@ def test_parts_are_found_by_name_in_the_order_of_their_definition() -> None:
     assert [p.name for p in net.parameters()] == [f"{name}.{part}" for name in NAMES for part in "AB"]
 
 
+def test_an_attribute_may_be_a_tuple_of_parts() -> None:
+    class Pair(Module):
+        def __init__(self) -> None:
+            self.parts = (lora(), ReLU())
+
+    assert [name for name, _ in Pair().named_modules()] == ["", "parts.0", "parts.1"]
+
+
 def test_parameters_are_live() -> None:
     net = Net()
     parameter = net.parameters()[2]

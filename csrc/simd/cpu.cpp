@@ -43,7 +43,7 @@ unsigned saved_state() {
   return eax;
 }
 
-constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
+constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
 
 // Whether a process may ask for the tile registers of AMX.
 bool linux_offers_tiles() {

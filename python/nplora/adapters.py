@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.checkpoint import require_no_run
 from nplora.formats import bfloat16, files, peft_adapter
 from nplora.formats.errors import FormatError, brief, in_places, nearest_names
 from nplora.formats.files import StrPath
@@ -108,12 +107,7 @@ class AdapterReport:
         return "\n".join([f"{self.directory}: {len(self.layers)} layers loaded", *self.changes])
 
 
-def save_adapter(
-    model: Module,
-    directory: StrPath,
-    base_model_name_or_path: str | None = None,
-    overwrite: bool = False,
-) -> None:
+def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str | None = None) -> None:
     """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
 
     The directory is made if needed. Both files are complete on the disk before either takes its name, the
@@ -126,15 +120,11 @@ def save_adapter(
 
     Args:
         base_model_name_or_path: what the adapter says about the model that it belongs to.
-        overwrite: also in the place of a run's adapter; one that was saved alone is replaced without.
     Raises:
-        FileExistsError: the directory holds a model, or a run and `overwrite` is not set.
         ValueError: there is no LoRA layer, a value is NaN or infinite, or PEFT's format cannot say it: layers
             that differ in rsLoRA or DoRA, or a name that PEFT would take for another one too.
         OSError: the disk refuses; how many bytes were needed is in the message.
     """
-    if not overwrite:
-        require_no_run(directory)
     layers, whole = _adapted("save_adapter", model)
     plain = {name: layer.plain_update() for name, layer in layers.items()}
     config = _config(model, layers, whole, plain, base_model_name_or_path)

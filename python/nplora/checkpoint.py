@@ -271,31 +271,30 @@ def trained(directory: StrPath) -> str | None:
     return "an adapter" if peft_adapter.lies_in(directory) else None
 
 
-def require_nothing_trained(directory: StrPath, overwrite: bool = False) -> None:
-    """Refuse to put an adapter in the place of one that was trained, or beside another one's checkpoints.
+_OTHER_OR = "name another one, or --overwrite (overwrite=True)"
+
+
+def require_untouched(directory: StrPath) -> None:
+    """Raise FileExistsError where training left something in a directory."""
+    found = trained(directory)
+    if found is not None:
+        raise _occupied(directory, f"{found}; {_OTHER_OR} drops it")
+
+
+def require_no_other(directory: StrPath, overwrite: bool) -> None:
+    """Refuse to put an adapter beside the checkpoints of a run, or unasked in the place of another one.
 
     Raises:
-        FileExistsError: the directory holds a run or an adapter, and `overwrite` is not set.
-    Warns:
-        UserWarning: it is set, and the checkpoints stay.
+        FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
     """
-    found = trained(directory)
-    if found is not None and not overwrite:
-        raise _occupied(directory, found)
     if holds_run(directory):
-        told = "the run's checkpoints stay, and finetune --resume goes on from them and replaces the adapter"
-        warnings.warn(f"{files.name(directory)}: {told}", stacklevel=1)
-
-
-def require_no_run(directory: StrPath) -> None:
-    """Raise FileExistsError where a directory holds a run: its adapter is to be replaced on request alone."""
-    if holds_run(directory):
-        raise _occupied(directory, "a run")
+        raise _occupied(directory, "a run, whose adapter it would replace; name another one")
+    if peft_adapter.lies_in(directory) and not overwrite:
+        raise _occupied(directory, f"an adapter; {_OTHER_OR} replaces it")
 
 
 def _occupied(directory: StrPath, found: str) -> FileExistsError:
-    way_out = "name another one, or pass --overwrite (overwrite=True) to replace the adapter"
-    return FileExistsError(errno.EEXIST, f"the directory holds {found}; {way_out}", files.name(directory))
+    return FileExistsError(errno.EEXIST, f"the directory holds {found}", files.name(directory))
 
 
 class RunDirectory:

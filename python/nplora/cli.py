@@ -174,11 +174,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
-    from nplora.checkpoint import require_nothing_trained
+    from nplora.checkpoint import require_no_other
     from nplora.formats.model_directory import require_no_model
 
-    if not arguments.overwrite:
-        require_nothing_trained(arguments.output)  # before anything that takes time
+    require_no_other(arguments.output, arguments.overwrite)  # before anything that takes time
     require_no_model(arguments.output)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output, arguments.overwrite)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.checkpoint import require_nothing_trained
+from nplora.checkpoint import require_no_other
 from nplora.formats import (
     base_model,
     files,
@@ -85,7 +85,7 @@ def convert_adapter(
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
     Args:
-        overwrite: also in the place of another adapter, or of a run's.
+        overwrite: also in the place of another adapter.
     Raises:
         ValueError: base is needed, or the target is not named as what it will be.
         FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
@@ -139,7 +139,7 @@ def adapter_to_gguf(
     """
     _require_no_model(path)
     files.require_new(path, overwrite)
-    model = base_model.read(base)
+    model = base_model.read(base, any_base)
     with peft_adapter.reading(directory) as adapter:
         if not edited_config:
             adapter.require_pair()
@@ -242,19 +242,17 @@ def adapter_from_gguf(
     Args:
         base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
         base_model_name_or_path: what the adapter says about the model that it belongs to.
-        overwrite: also in the place of another adapter, or of a run's.
+        overwrite: also in the place of another adapter.
         any_base: as in `adapter_to_gguf`.
     Raises:
         ValueError: base is needed.
-        FileExistsError: the directory holds a model, or a run or an adapter and `overwrite` is not set.
+        FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
         OSError: a file cannot be read, or the disk refuses.
-    Warns:
-        UserWarning: checkpoints of a run stay beside it.
     """
-    require_nothing_trained(directory, overwrite)
+    require_no_other(directory, overwrite)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)
@@ -289,7 +287,7 @@ def read_gguf_adapter(
     adapter, source = gguf_adapter.load(path), files.name(path)
     if adapter.architecture not in gguf_names.ARCHITECTURES.values():
         raise UnsupportedError(f"{source}: the layers of {brief(adapter.architecture)} are not known")
-    model = None if base is None else base_model.read(base)
+    model = None if base is None else base_model.read(base, any_base)
     if model is not None and model.architecture != adapter.architecture:
         raise FormatError(f"{source}: is for {adapter.architecture}, {model.source} is {model.architecture}")
     problems: list[str] = []

@@ -124,7 +124,7 @@ def merge_adapter(
             configuration and tokenizer too. Never the base itself.
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
         any_base: as in `load_adapter`.
-        overwrite: also in the place of other weights.
+        overwrite: also in the place of other files.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
@@ -134,13 +134,12 @@ def merge_adapter(
         UnsafeError: a file beside the base's weights is a link out of the model.
         ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
             index of other weights, or a sum is too large for the storage.
-        FileExistsError: output is a directory with an adapter or a run, or the file is there and `overwrite`
-            is not set.
+        FileExistsError: output is, or lies in, a directory with an adapter or a run (a .gguf file may lie
+            there); or a file is there and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
     model = _open(base)
     _require_output(model, base, adapter, output)
-    files.require_new(_weights(output), overwrite)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {
@@ -151,6 +150,8 @@ def merge_adapter(
     tensors: dict[str, Any] = {name: merges.get(name, tensor) for name, tensor in model.tensors.items()}
     with _new_directory(Path(output)) if _is_directory(output) else contextlib.nullcontext():
         new = model.new_files(output, tensors)
+        for file in new:
+            files.require_new(file.path, overwrite)
         files.replace(new)
     reports = tuple(
         merges[name].report if name in merges else _unchanged(model.tensors[name], name) for name in updates
@@ -169,7 +170,7 @@ class _Model:
     Attributes:
         place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
         new_files: what is to be written for these tensors, of which some are merges.
-        sources: the files that the tensors are in.
+        shards: the files that the tensors are in, where the model is an index.
     """
 
     source: str
@@ -179,7 +180,7 @@ class _Model:
     new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
     storages: tuple[str, ...]
     tied: bool
-    sources: set[str]
+    shards: frozenset[str] = frozenset()
 
 
 def _open(base: StrPath) -> _Model:
@@ -212,8 +213,7 @@ def _open_gguf(path: StrPath) -> _Model:
         return [gguf.new_file(output, content, file_type.redescribe(file.metadata.typed(), file, content))]
 
     tied = facts is not None and "output.weight" not in file
-    sources = {file.source}
-    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied, sources)
+    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied)
 
 
 def _open_safetensors(base: StrPath) -> _Model:
@@ -235,8 +235,8 @@ def _open_safetensors(base: StrPath) -> _Model:
         return [weights, *model_directory.companions(Path(base), Path(output))]
 
     tied = _is_tied(model_directory.of(base), file)
-    sources = file.sources() if isinstance(file, ShardedFile) else {file.source}
-    return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied, sources)
+    shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
+    return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied, shards)
 
 
 def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
@@ -273,16 +273,16 @@ def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", 
             "nplora convert makes GGUF of safetensors"
         )
     weights = _weights(output)
-    kept = [(output, base, "base"), *((weights, source, "base") for source in model.sources)]
+    kept = [(output, base, "base"), *((weights, file, "base") for file in (model.source, *model.shards))]
     if not isinstance(adapter, Adapter):
         kept.append((output, adapter, "adapter"))
     for new, old, what in kept:
         if Path(new).exists() and Path(old).exists() and Path(new).samefile(old):
             raise ValueError(f"merge: {files.name(output)} is the {what} itself, which is left as it is")
-    found = trained(output) if _is_directory(output) else None
-    if found is not None:
-        reason = f"the directory holds {found}: name another one"
-        raise FileExistsError(errno.EEXIST, reason, files.name(output))
+    found = trained(weights.parent)
+    if found is not None and model.suffix != ".gguf":  # a file of whatever name would be taken for theirs
+        reason = f"the directory holds {found}; name another one"
+        raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))
     index = weights.with_name(model_directory.INDEX)
     if weights.name == model_directory.WEIGHTS and index.exists():
         raise ValueError(f"merge: {index} tells of other weights than those to be written beside it")

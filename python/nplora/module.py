@@ -400,14 +400,15 @@ def layer_stream(seed: int, name: str) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
 
 
-_HOLDERS = (Module, dict, list, tuple)  # of modules; most attributes are none
+_CONTAINERS = (dict, list, tuple)
+_HOLDERS = (Module, *_CONTAINERS)  # of modules; most attributes are none
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
     """The modules in a nest of containers; `around` holds the ids of those that hold this one."""
     if isinstance(value, Module):
         yield name, value
-    elif isinstance(value, dict | list | tuple) and id(value) not in around:
+    elif isinstance(value, _CONTAINERS) and id(value) not in around:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _modules_in(item, f"{name}.{key}", (*around, id(value)))
 

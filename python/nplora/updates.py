@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nplora import convert
 from nplora.adapters import EMBEDDING_KEYS, LINEAR_KEYS
-from nplora.checkpoint import require_nothing_trained
+from nplora.checkpoint import require_no_other
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
@@ -70,15 +70,13 @@ class Adapter(Mapping[str, Update]):
         """Write a PEFT adapter directory, as `save_adapter` does.
 
         Args:
-            overwrite: also in the place of another adapter, or of a run's.
+            overwrite: also in the place of another adapter.
         Raises:
-            FileExistsError: the directory holds a model, or a run or an adapter and `overwrite` is not set.
+            FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
             ValueError: there is no layer, some layers alone have DoRA's magnitudes, or a value is not finite.
             OSError: the disk refuses; how many bytes were needed is in the message.
-        Warns:
-            UserWarning: checkpoints of a run stay beside it.
         """
-        require_nothing_trained(directory, overwrite)
+        require_no_other(directory, overwrite)
         if not self or len({update.m is None for update in self.values()}) > 1:
             raise ValueError(f"{self.source}: expected layers, all with DoRA's magnitudes or none")
         tensors = {}

@@ -101,6 +101,8 @@ void test_dispatch() {
     check::expect(table.bf16.outer_tile != lesser.bf16.outer_tile, "outer_tile is that of %s", lesser.isa);
     check::expect(table.small_pairs.outer_tile != lesser.small_pairs.outer_tile,
                   "outer_tile of single values is that of %s", lesser.isa);
+    check::expect(table.pairs_in_registers == (std::strcmp(table.isa, "amx") != 0), "pairs in registers: %d",
+                  table.pairs_in_registers);
   }
   for (size_t i = 0; i < count; ++i) {
     check::Case one("dispatch: the tile sizes of %s", tables[i]->isa);

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.checkpoint import require_nothing_trained
+from nplora.checkpoint import require_untouched
 from nplora.finetuning import FinetuneReport, evaluate, finetune
 from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
@@ -77,7 +77,7 @@ def run(
     """
     model = find_model()
     if not overwrite:
-        require_nothing_trained(output)
+        require_untouched(output)
     print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
     done = finetune(
         model,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
-from nplora.checkpoint import require_nothing_trained
+from nplora.checkpoint import require_untouched
 from nplora.formats import safetensors
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
@@ -176,14 +176,14 @@ def run(
     directory = Path(output)
     if not overwrite:
         for path in (directory, directory / "adapter"):
-            require_nothing_trained(path)
+            require_untouched(path)
     pretrained = pretrained_weights()
     examples = digits(pretrained["split.adaptation"].numpy())
     held_out = digits(pretrained["split.held_out"].numpy())
     model = DigitsNet(pretrained, rank)
     model.seed(seed)
     digest, before = frozen_digest(model), accuracy(model, held_out)
-    seconds = adapt(model, examples, directory, seed, epochs, lr)
+    seconds = adapt(model, examples, directory, seed, overwrite, epochs, lr)
     after = accuracy(model, held_out)
     with model.disable_adapter():
         off = accuracy(model, held_out)
@@ -235,7 +235,9 @@ def digits(numbers: Array) -> Digits:
     return Digits(_flat(old), _flat(16 - np.rot90(old, axes=(1, 2))), labels[numbers])
 
 
-def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs: int, lr: float) -> float:
+def adapt(
+    model: DigitsNet, examples: Digits, directory: Path, seed: int, overwrite: bool, epochs: int, lr: float
+) -> float:
     """Train the factors on the new world, log into the directory, and return the seconds that it took."""
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
@@ -246,7 +248,7 @@ def adapt(model: DigitsNet, examples: Digits, directory: Path, seed: int, epochs
         batch_size=BATCH,
         checkpoint_dir=directory,
         checkpoint_every=epochs * len(examples.labels),  # never but at the beginning and at the end
-        overwrite=True,
+        overwrite=overwrite,
     )
     if history.interrupted:
         raise KeyboardInterrupt

@@ -116,7 +116,7 @@ def finetune(
             resume=chosen.resume,
             overwrite=chosen.overwrite,
         )
-    save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model), overwrite=True)
+    save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
     after = [""] * len(chosen.sample) if history.interrupted else answers_of(lm, chosen.sample)
     return FinetuneReport(

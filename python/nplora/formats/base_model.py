@@ -43,33 +43,38 @@ class BaseModel:
         return self.heads if name.endswith("attn_q") else self.kv_heads
 
 
-def read(path: StrPath) -> BaseModel:
+def read(path: StrPath, any_base: bool = False) -> BaseModel:
     """The facts from a model's GGUF file, its config.json, or the directory with that.
 
+    Args:
+        any_base: as in `digest_of`.
     Raises:
         UnsupportedError: a family whose layers are not known here. The rest as `digest_of`.
     """
     config = _config_of(path)
     if config is None:
         return _from_gguf(path)
-    return dataclasses.replace(_from_config(config), digest=_digest_in(path))
+    return dataclasses.replace(_from_config(config), digest=_digest_beside(config, any_base))
 
 
-def digest_of(path: StrPath) -> str | None:
+def digest_of(path: StrPath, any_base: bool = False) -> str | None:
     """`BaseModel.digest` alone, of a model of any family.
 
     A directory needs no weights, and they may be a pickle: not known, then.
 
+    Args:
+        any_base: nobody asks whether an adapter is of this model.
     Raises:
         FormatError: it is no model, or a file breaks its format. OSError: a file cannot be read.
     Warns:
-        UserWarning: Git LFS's pointer lies in the place of the directory's weights, or a shard is missing.
+        UserWarning: Git LFS's pointer lies in the place of the directory's weights, or a file of them is
+            missing; not with any_base.
     """
     config = _config_of(path)
     if config is None:
         return model_digest.of_tensors(_open_gguf(path)[0])
     read_fields(config).string("model_type")
-    return _digest_in(path)
+    return _digest_beside(config, any_base)
 
 
 def _config_of(path: StrPath) -> Path | None:
@@ -79,9 +84,9 @@ def _config_of(path: StrPath) -> Path | None:
     return Path(path) if Path(path).suffix == ".json" else None
 
 
-def _digest_in(path: StrPath) -> str | None:
-    """The digest by the weights of a directory; there are none in a configuration alone."""
-    weights = model_directory.weights_of(Path(path))
+def _digest_beside(config: Path, any_base: bool) -> str | None:
+    """The digest by the weights that lie beside a configuration, if there are any."""
+    weights = model_directory.weights_of(config.parent)
     if weights is None:
         return None
     try:
@@ -90,7 +95,8 @@ def _digest_in(path: StrPath) -> str | None:
         return model_digest.of_tensors(safetensors.open(weights))
     except (NotFetchedError, FileNotFoundError):
         told = "weights are missing, so whether the adapter is of this model is not known"
-        warnings.warn(f"{files.name(path)}: {told}", stacklevel=1)
+        if not any_base:
+            warnings.warn(f"{files.name(config.parent)}: {told}", stacklevel=4)
         return None
 
 

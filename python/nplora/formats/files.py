@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
+from nplora.formats.errors import FormatError, LimitError, NotFetchedError, TruncatedError, UnsafeError
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Chunk: TypeAlias = bytes | memoryview
 
+_LFS = b"version https://git-lfs"
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -125,13 +126,16 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
     """Hold a regular file open, to be read piece by piece.
 
     Raises:
-        FormatError: a directory, FIFO or device.
+        FormatError: a directory, FIFO or device. NotFetchedError: Git LFS's pointer to the file.
         UnsafeError: a symbolic link, if they are not followed.
         TruncatedError: it shrank meanwhile. MemoryError: a piece that does not fit in memory.
         OSError: it cannot be opened or read.
     """
     with _open_regular(path, follow_links) as fd:
-        yield Reader(fd, path)
+        reader = Reader(fd, path)
+        if reader[: len(_LFS)] == _LFS:
+            raise NotFetchedError(f"{name(path)}: Git LFS's pointer to the file, which git lfs pull fetches")
+        yield reader
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:

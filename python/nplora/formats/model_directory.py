@@ -1,6 +1,7 @@
 """A model's files by Hugging Face's names: config.json, and safetensors in one file or in shards."""
 
 import errno
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -55,7 +56,7 @@ def open_tensors(path: StrPath, mmap: bool = True) -> Tensors:
 
 def weights_of(directory: Path) -> Path | None:
     """A directory's one file of weights or else its index; None: it has neither."""
-    return next((directory / name for name in (WEIGHTS, INDEX) if (directory / name).exists()), None)
+    return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 
 def _required_weights(directory: Path) -> Path:

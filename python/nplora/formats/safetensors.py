@@ -23,7 +23,6 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import (
     FormatError,
     LimitError,
-    NotFetchedError,
     TruncatedError,
     UnsupportedError,
     brief,
@@ -55,7 +54,6 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
 _TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
 _ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
 _METADATA = "__metadata__"
-_LFS = b"version https://git-lfs"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 Array: TypeAlias = NDArray[Any]
@@ -299,8 +297,6 @@ def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]
 
 def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     """The JSON object and the offset at which the data begin."""
-    if data[: len(_LFS)] == _LFS:
-        raise NotFetchedError(f"{source}: Git LFS's pointer to the file, which git lfs pull fetches")
     if len(data) < 8:
         raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
     size = int.from_bytes(data[:8], "little")

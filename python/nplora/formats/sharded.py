@@ -35,9 +35,10 @@ class ShardedFile(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._shards
 
-    def sources(self) -> set[str]:
-        """The files: the index and the shards."""
-        return {self.source, *(shard.source for shard in self._shards.values())}
+    @property
+    def shards(self) -> frozenset[str]:
+        """The files that the tensors are in."""
+        return frozenset(shard.source for shard in self._shards.values())
 
 
 def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,22 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     square = np.ones((1024, 1024), np.float32)  # decoded pieces are cheaper to transpose than x and y
     assert "tokens in the lanes" in LoRALinear(square, 8).explain(128)
     assert "outputs in the lanes" in LoRALinear(square, 8, dtype="q4_0").explain(128)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (0, ValueError, "is 0, expected at least 1"),
+        (-1, ValueError, "is -1, expected at least 1"),
+        (1 << 70, ValueError, f"is {1 << 70}, expected at most {sys.maxsize}"),
+        (2.5, TypeError, "is 2.5, expected an integer"),
+    ],
+)
+def test_explain_refuses_a_number_of_rows_that_is_none(
+    rows: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^explain: rows {message}$"):
+        LoRALinear(np.ones((32, 64), np.float32), 2).explain(rows)
 
 
 @pytest.mark.parametrize("n", [1, 9, 60])

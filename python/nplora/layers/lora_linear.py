@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -248,7 +249,11 @@ class LoRALinear(LoRALayer):
 
         Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
         instruction set.
+
+        Raises:
+            ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.
         """
+        rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
         dropout = bool(self.dropout) and training
         plan = _core.explain(self.weight.packed, rows, self.rank, dropout, training)
         return "\n".join(f"{name}: {text}" for name, text in plan.items())

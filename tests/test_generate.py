@@ -96,6 +96,14 @@ def test_answers_end_at_every_end_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_ids == {0}
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 3, "seed": 2}])
+def test_rows_that_fill_up_an_embedding_are_never_chosen(options: dict[str, Any], tokenizer: Tokenizer) -> None:
+    whole, padded = Echo(tokenizer), Echo(tokenizer)
+    padded.scores = lambda ids: np.append(whole.scores(ids), [50.0, np.nan])  # type: ignore[method-assign]
+    sampling = Sampling(max_new_tokens=30, **options)
+    assert generate(padded, ["hello", "x"], sampling) == generate(whole, ["hello", "x"], sampling)
+
+
 def test_a_batch_is_one_call_for_each_token(lm: Echo) -> None:
     lm.never = [0]
     generate(lm, ["a", "bc", "def"], Sampling(max_new_tokens=5))

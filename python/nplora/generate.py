@@ -148,6 +148,7 @@ class _Answer:
         self.slot, self.ids, self.ended, self.cut_off = slot, ids, False, False
         self._prompt = len(ids)
         self._left, self._sampling, self._ends = sampling.max_new_tokens, sampling, tokenizer.eos_ids
+        self._vocab = tokenizer.vocab_size  # the scores may go on: rows that fill up the model's embedding
         self._text = tokenizer.stream(context=ids[-_CONTEXT:])
         self._stop = StopText(sampling.stop)
         seed = np.random.SeedSequence(sampling.seed, spawn_key=(slot,))
@@ -160,7 +161,7 @@ class _Answer:
 
     def advance(self, scores: Array, capacity: int) -> Iterator[tuple[int, str]]:
         """Choose the next token; the text that it completes."""
-        token = choose(scores, self.ids, self._sampling, self._rng)
+        token = choose(scores[: self._vocab], self.ids, self._sampling, self._rng)
         self._left -= 1
         piece = ""
         if token in self._ends:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora import cli, convert, info, model_conversion, plot, storages
+from nplora import cli, convert, finetuning, info, model_conversion, plot, storages
 from nplora.demo import dictionary, digits
 
 
@@ -254,3 +254,28 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_a_terminal_cannot_show_are_replaced(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nplora", "merge", "--help"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "ΔW kept".encode(encoding, "replace") in done.stdout
+
+
+def test_streams_that_are_closed_leave_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finetuning, "load_with_adapter", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["generate", "m", "-"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "nplora: error: the prompt is to come from standard input, which is closed\n"
+    )
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == 0

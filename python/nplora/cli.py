@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -130,6 +131,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _prompt(given: str) -> str:
     """The prompt of the command line, or for "-" that of standard input."""
+    if given == "-" and sys.stdin is None:
+        raise ValueError("the prompt is to come from standard input, which is closed")
     text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
     try:
         return text.decode().replace("\r\n", "\n")
@@ -435,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     --memory. 1: it failed else. 130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are
     a line each.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # stderr never fails at a letter that it cannot show
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
     try:
@@ -443,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parsed.run_command(parsed)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone

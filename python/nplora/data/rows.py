@@ -102,24 +102,30 @@ def _csv(path: StrPath) -> Iterator[Row]:
                 raise line
             yield _decoded(line, f"{name}, line {number}") + "\n"
 
-    reader = csv.DictReader(decoded(), strict=True)
+    reader, begin = csv.reader(decoded(), strict=True), 1
     try:
-        columns = reader.fieldnames or ()
+        columns = _next(reader) or []
         if not any(wanted <= set(columns) for wanted in _CSV_COLUMNS):
             raise DataError(
-                f"{name}: the columns are {brief(list(columns))}, expected prompt and completion, or text"
+                f"{name}: the columns are {brief(columns)}, expected prompt and completion, or text"
             )
-        while (row := _next(reader)) is not None:
+        while True:
+            begin = reader.line_num + 1
+            fields = _next(reader)
+            if fields is None:
+                return
             where = f"{name}, line {reader.line_num}"
-            if None in row or None in row.values():
+            if len(fields) == len(columns):
+                yield Row(where, dict(zip(columns, fields, strict=True)))
+            elif fields:  # none: an empty line
                 yield Row(where, {}, DataError(f"{where}: expected {len(columns)} fields"))
-            else:
-                yield Row(where, dict(row))
     except csv.Error as error:
+        if str(error) == "unexpected end of data":
+            raise DataError(f"{name}, line {begin}: a quote is not closed") from error
         raise DataError(f"{name}, line {reader.line_num}: {error}") from error
 
 
-def _next(reader: "csv.DictReader[str]") -> dict[str | Any, str | Any] | None:
+def _next(reader: Any) -> list[str] | None:
     """The next record, whose fields may be as long as lines may be; the module's own limit is for all."""
     before = csv.field_size_limit(MAX_LINE)
     try:

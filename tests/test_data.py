@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nplora.data import TokenBatches, find_splits, read_dataset
+from nplora.data import TokenBatches, find_evaluated, find_splits, read_dataset
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
 from nplora.packing import IGNORED
 from nplora.tokenizer import Tokenizer, from_gguf
@@ -177,6 +177,15 @@ def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
     valid = write(tmp_path, {"text": "a"}, name="valid.jsonl")
     assert find_splits(tmp_path) == (train, valid)
     assert find_splits(train) == (train, None)
+    assert find_evaluated(tmp_path) == valid
+    assert find_evaluated(train) == train
+    train.unlink()
+    assert find_evaluated(tmp_path) == valid
+    train = valid.rename(train)
+    assert find_evaluated(tmp_path) == train
+    train.unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of train\.jsonl"):
+        find_evaluated(tmp_path)
 
 
 # ---- lengths ----

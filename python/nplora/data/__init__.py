@@ -1,7 +1,7 @@
 """Training text: from the files that people have to tokens, labels and batches of packed sequences."""
 
 from nplora.data.batches import EVALUATION_TOKENS, TokenBatches
-from nplora.data.dataset import LEARN, DataReport, Dataset, find_splits, read_dataset
+from nplora.data.dataset import LEARN, DataReport, Dataset, find_evaluated, find_splits, read_dataset
 
 __all__ = [
     "EVALUATION_TOKENS",
@@ -9,6 +9,7 @@ __all__ = [
     "DataReport",
     "Dataset",
     "TokenBatches",
+    "find_evaluated",
     "find_splits",
     "read_dataset",
 ]

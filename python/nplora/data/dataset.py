@@ -134,14 +134,24 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     if not given.is_dir():
         given.stat()
         return given, None
-    found = {
-        split: next((file for s in _SUFFIXES if (file := given / f"{split}{s}").exists()), None)
-        for split in ("train", "valid")
-    }
-    if found["train"] is None:
+    train = _split(given, "train")
+    if train is None:
         wanted = ", ".join(f"train{suffix}" for suffix in _SUFFIXES)
         raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(path))
-    return found["train"], found["valid"]
+    return train, _split(given, "valid")
+
+
+def find_evaluated(path: StrPath) -> Path:
+    """The file that a model is evaluated on: of a directory, its valid.*, or its train.* where there is none.
+
+    Raises:
+        FileNotFoundError: as `find_splits`, where neither is there.
+    """
+    return _split(Path(path), "valid") or find_splits(path)[0]
+
+
+def _split(directory: Path, name: str) -> Path | None:
+    return next((file for s in _SUFFIXES if (file := directory / f"{name}{s}").exists()), None)
 
 
 def read_dataset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nplora.data import TokenBatches, find_splits, read_dataset
+from nplora.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.attaching import Adapters, attach_adapter
 from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
 from nplora.finetuning.token_progress import speaker
@@ -42,12 +42,12 @@ def evaluate(
         progress: tell on stderr what was read; None: if that is a terminal.
     Raises: as `finetune` and `load_adapter`.
     """
-    train_path, valid_path = find_splits(data)
+    path = find_evaluated(data)
     lm = opened("evaluate", model, compute)
     if adapter is not None:
         attach_adapter(lm, adapter, any_base)
     dataset = read_dataset(
-        valid_path or train_path,
+        path,
         lm.tokenizer,
         max_length=lm.config.max_position_embeddings if max_length is None else max_length,
         learn=learn,

@@ -307,6 +307,8 @@ def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data
         ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
+        ({"sample": ("1+1=", "")}, r"finetune: sample is \('1\+1=', ''\), expected a list of texts"),
+        ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
     ],
 )
 def test_nothing_is_written_for_options_that_do_not_fit(

@@ -298,3 +298,16 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
         info.describe(tmp_path / "cut")
     with pytest.raises(FileNotFoundError, match=r"neither adapter_config\.json nor config\.json"):
         info.describe(tmp_path)
+
+
+def test_nothing_is_to_be_adapted_in_what_was_trained(tmp_path: Path) -> None:
+    model = nplora.Sequential(nplora.LoRALinear(np.ones((4, 5), np.float32), rank=2))
+    nplora.save_adapter(model, tmp_path)
+    trainer = nplora.Trainer(model, loss="mse", optimizer=nplora.AdamW(lr=0.1))
+    trainer.fit(np.ones((3, 5)), np.ones((3, 4)), epochs=1, checkpoint_dir=tmp_path / "run")
+    checkpoints = list((tmp_path / "run").glob("checkpoint-*.safetensors"))
+    assert checkpoints
+    for path in (tmp_path / peft_adapter.TENSORS, *checkpoints):
+        told = info.describe(path)
+        assert "types" in told.splitlines()
+        assert "LoRA of rank" not in told

@@ -108,11 +108,17 @@ def _is_read(name: str) -> bool:
 
 def _safetensors(path: StrPath, size: int) -> str:
     with safetensors.reading(path) as file:
+        tensors = _tensors(file)
         return _text(
             f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
             metadata=[(key, _value(value)) for key, value in file.metadata.items()],
-            **_matrices(_tensors(file)),
+            **(_listed(tensors) if _is_trained(file) else _matrices(tensors)),
         )
+
+
+def _is_trained(file: SafetensorsFile) -> bool:
+    """Whether these are an adapter's factors or the checkpoint of a run: nothing in them is to be adapted."""
+    return {"schema", "state", "sha256"} <= file.metadata.keys() or any(".lora_" in name for name in file)
 
 
 def _index(path: StrPath) -> str:

@@ -97,7 +97,9 @@ def test_answers_end_at_every_end_token(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 3, "seed": 2}])
-def test_rows_that_fill_up_an_embedding_are_never_chosen(options: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_rows_that_fill_up_an_embedding_are_never_chosen(
+    options: dict[str, Any], tokenizer: Tokenizer
+) -> None:
     whole, padded = Echo(tokenizer), Echo(tokenizer)
     padded.scores = lambda ids: np.append(whole.scores(ids), [50.0, np.nan])  # type: ignore[method-assign]
     sampling = Sampling(max_new_tokens=30, **options)
@@ -331,4 +333,12 @@ def test_ties_and_zeros_are_kept_and_one_token_always_is() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError), match="generate: "):
+        Sampling(**options)
+
+
+def test_narrowing_greedy_choices_is_told_to_have_no_effect() -> None:
+    for options, names in (({"top_p": 0.95}, "top_p"), ({"top_k": 5, "top_p": 0.5}, "top_k and top_p")):
+        with pytest.warns(UserWarning, match=f"^generate: {names} without effect, as temperature is 0: "):
+            Sampling(**options)
+    for options in ({"top_k": 1, "top_p": 1.0}, {"top_p": 0.9, "temperature": 0.1}):  # no warning
         Sampling(**options)

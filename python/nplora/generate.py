@@ -44,6 +44,8 @@ class Sampling:
 
     Raises:
         ValueError, TypeError: a value is out of its range.
+    Warns:
+        UserWarning: top_k or top_p is given, and temperature is 0.
     """
 
     max_new_tokens: int = _option(128, "most tokens of an answer")
@@ -61,6 +63,10 @@ class Sampling:
             _check.integer(_OP, "top_k", self.top_k, least=1)
         if self.top_p is not None and not 0 < _check.number(_OP, "top_p", self.top_p) <= 1:
             raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
+        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
+        if narrowed and self.temperature == 0:
+            without = f"{' and '.join(narrowed)} without effect, as temperature is 0"
+            warnings.warn(f"{_OP}: {without}: the most likely token is taken", stacklevel=3)
         if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
             raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):

@@ -97,6 +97,10 @@ def test_a_template_may_refuse_the_messages() -> None:
         render("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="fails with these messages: UndefinedError: 'nothing' is undefined"):
         render("{{ nothing.at_all }}")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    with pytest.raises(ValueError, match="the chat template fails: content is a list, expected a string"):
+        render("{{ 'user: ' + messages[0].content }}", parts)
+    assert render("{{ messages[0].content[0].text }}", parts) == "a"
     with pytest.raises(TypeError, match="a message of a chat holds a set"):
         render("", [{"role": "user", "content": {1}}])
 

@@ -54,9 +54,10 @@ class ChatTemplate:
             UnsafeError: it reaches for Python's internals. ExhaustedError: it takes more than its allowance.
             FormatError, LimitError, ModuleNotFoundError: as for the template.
         """
-        variables |= {"messages": plain(list(messages)), "add_generation_prompt": bool(add_generation_prompt)}
+        told_messages = plain(list(messages))
+        variables |= {"messages": told_messages, "add_generation_prompt": bool(add_generation_prompt)}
         told = {"strftime_now": strftime_now(now)}
-        with self._lock, self._failures():
+        with self._lock, _Failures(self.source, told_messages):
             if self._program is None:
                 self._program = compile_template(self.text, self.source)
             meter, template = self._program
@@ -66,15 +67,12 @@ class ChatTemplate:
             with Traced(meter):
                 return str(template.environment.concat(template.root_render_func(context)))
 
-    def _failures(self) -> _Failures:
-        return _Failures(self.source)
-
 
 class _Failures:
     """Tells what goes wrong in a template in the terms of this package."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, messages: Sequence[Any]) -> None:
+        self.source, self.messages = source, messages
 
     def __enter__(self) -> None:
         pass
@@ -95,6 +93,8 @@ class _Failures:
             raise FormatError(f"{what} is not Jinja, in line {error.lineno}: {error}") from error
         if isinstance(error, RefusalError):
             raise ValueError(f"{what} refuses the messages: {error}") from error
+        if any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in self.messages):
+            raise ValueError(f"{what} fails: content is a list, expected a string") from error
         raise ValueError(f"{what} fails with these messages: {type(error).__name__}: {error}") from error
 
 

@@ -257,7 +257,7 @@ def test_what_peft_has_once_for_all_layers_must_not_differ(setting: str, tmp_pat
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nplora.Sequential(nplora.ReLU()), "has no LoRA layer"),
+        (nplora.Sequential(nplora.ReLU()), "has no LoRA layer$"),
         (nplora.LoRALinear(np.ones((4, 4)), rank=1), "is itself a LoRALinear"),
     ],
 )

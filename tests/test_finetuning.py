@@ -866,3 +866,25 @@ def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path:
     done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_in_the_wrong_place_is_told_where_it_goes(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetune(model, data, out, **QUICK)
+    with pytest.raises(
+        ValueError, match=r"^load_adapter: the model has no LoRA layer: add_lora\(\) first, or"
+    ):
+        nplora.load_adapter(load_model(model), out)
+    tensors = out / "adapter_model.safetensors"
+    with pytest.raises(FormatError, match=f"^{tensors}: PEFT's adapter is given as its directory, {out}$"):
+        load_with_adapter(model, tensors)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: give its model, and"
+    ):
+        load_model(out)
+
+
+def test_a_file_to_evaluate_on_is_enough_for_eval(model: Path, data: Path) -> None:
+    expected = evaluate(model, data)
+    (data / "train.jsonl").unlink()
+    assert evaluate(model, data) == expected

@@ -212,7 +212,8 @@ def _adapted(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, Mo
         elif module.local_parameters():
             whole[name] = module
     if not layers:
-        raise ValueError(f"{op}: the model has no LoRA layer")
+        way = ": add_lora() first, or load both with finetuning.load_with_adapter"
+        raise ValueError(f"{op}: the model has no LoRA layer{way if hasattr(model, 'add_lora') else ''}")
     if "" in layers or "" in whole:
         kind = type(model).__name__
         raise ValueError(

@@ -14,12 +14,13 @@ where s is alpha / r, or 1 where alpha is 0 or missing. For token_embd.weight, l
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, gguf, model_digest
+from nplora.formats import bfloat16, files, gguf, model_digest
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
@@ -80,6 +81,10 @@ def load(path: StrPath) -> GgufAdapter:
         FormatError: it is no adapter, a pair is not whole, does not fit together or is not finite.
         UnsupportedError: another kind of adapter, or factors that are quantised. OSError: it cannot be read.
     """
+    if Path(path).suffix == ".safetensors":
+        raise FormatError(
+            f"{files.name(path)}: PEFT's adapter is given as its directory, {Path(path).parent}"
+        )
     return from_file(gguf.open(path))
 
 

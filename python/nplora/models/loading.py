@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nplora import _check, tokenizer
-from nplora.formats import gguf, model_directory
+from nplora.formats import gguf, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.layers import Embedding, Linear, RMSNorm
 from nplora.models import gguf_config, hf_config
@@ -52,6 +52,8 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
 def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
     if not Path(path, model_directory.CONFIG).exists():
         reason = f"the directory holds no {model_directory.CONFIG}"
+        if Path(path, peft_adapter.CONFIG).exists():
+            reason += ", but an adapter: give its model, and this as the adapter (--adapter)"
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute)

@@ -667,6 +667,17 @@ def test_another_run_is_not_written_over_by_accident(
         fit(trainer_of(net()), checkpoint_dir=directory, overwrite=True, resume=True)
 
 
+def test_a_run_that_is_dropped_is_not_read(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    before = newest(directory).serial
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_read", lambda path: pytest.fail(f"{path} is read"))
+        fit(trainer_of(net()), checkpoint_dir=directory, overwrite=True)
+    assert newest(directory).serial > before + 1  # neither generation is the old run's
+
+
 def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
     with (
         RunDirectory(tmp_path),

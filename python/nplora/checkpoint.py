@@ -156,7 +156,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _serial(path: Path) -> int:
-    """A generation's number by its header alone; 0 where there is none. Raises UnsupportedError as `_read`."""
+    """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
     try:
         with safetensors.reading(path) as content:
             serial: int = _fields(_state(content.metadata, path), path)["serial"]
@@ -293,7 +293,8 @@ _OTHER_OR = "name another one, or --overwrite (overwrite=True)"
 
 
 def require_untouched(directory: StrPath) -> None:
-    """Raise FileExistsError where training left something in a directory."""
+    """Raise FileExistsError where training left something in a directory, or a file is in its place."""
+    files.require_directory(directory)
     found = trained(directory)
     if found is not None:
         raise _occupied(directory, f"{found}; {_OTHER_OR} drops it")
@@ -303,8 +304,11 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     """Refuse to put an adapter beside the checkpoints of a run, or unasked in the place of another one.
 
     Raises:
+        ValueError: the directory's name is empty. NotADirectoryError: it is a file.
         FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
     """
+    files.require_named("adapter", output=directory)
+    files.require_directory(directory)
     if holds_run(directory):
         raise _occupied(directory, "a run, whose adapter it would replace; name another one")
     if peft_adapter.lies_in(directory) and not overwrite:
@@ -320,7 +324,7 @@ class RunDirectory:
 
     Attributes:
         path: where it is.
-        newest: the newest whole checkpoint, or None; read when it is asked for, let go of by the first `save`.
+        newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
         damaged: one sentence for every checkpoint that was not whole when `newest` was read.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:

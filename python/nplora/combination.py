@@ -106,6 +106,7 @@ def combine(
         TypeError: adapters are no pairs.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
+    files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)
     weighted = [
         (read_adapter(source, base, any_base=any_base), _check.number("combine", "weight", weight))

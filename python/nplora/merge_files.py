@@ -138,6 +138,7 @@ def merge_adapter(
             there); or a file is there and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
+    files.require_named("merge", base=base, output=output)
     model = _open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
@@ -267,6 +268,8 @@ def _weights(output: StrPath) -> Path:
 
 
 def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
+    if _is_directory(output):
+        files.require_directory(output)
     if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
         raise ValueError(
             f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}; "

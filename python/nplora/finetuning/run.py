@@ -24,7 +24,7 @@ from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resum
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
-from nplora.formats import model_directory, peft_adapter
+from nplora.formats import files, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
@@ -57,10 +57,13 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
+        NotADirectoryError: the output is a file.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
             adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     """
+    files.require_named("finetune", output=output)
+    files.require_directory(output)
     chosen, pieces = resumed(
         _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
     )

@@ -75,12 +75,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given of `FinetuneOptions`, checked, with lists of targets as one."""
+    """What was given of `FinetuneOptions`, checked."""
     from nplora.finetuning import FinetuneOptions
 
     options = _chosen(arguments, FinetuneOptions)
-    if "targets" in options:
-        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
     _checked(FinetuneOptions, options)
     return options
 

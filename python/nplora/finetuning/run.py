@@ -132,6 +132,7 @@ def finetune(
         history=history,
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
+        was_finished=before.was_finished,
     )
 
 

@@ -396,16 +396,19 @@ class Run:
 
     def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer
-        history = restored_history(
-            directory,
-            checkpoint,
-            self.model,
-            optimizer,
-            self._settings,
-            self._base,
-            self.total_steps,
-            self._plan.batches.length,
-        )
+        try:
+            history = restored_history(
+                directory,
+                checkpoint,
+                self.model,
+                optimizer,
+                self._settings,
+                self._base,
+                self.total_steps,
+                self._plan.batches.length,
+            )
+        except ValueError as error:
+            raise type(error)(f"{error}; --overwrite (overwrite=True) begins anew") from error
         self.model.set_random_state(checkpoint.random_state)
         self._streams = [layer.dropout_stream for layer in self._adapters]
         self._put(checkpoint.parameters)

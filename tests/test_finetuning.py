@@ -36,6 +36,7 @@ from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.optim import global_norm
+from nplora.planning import choice
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -413,6 +414,18 @@ def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
             finetune(
                 model, data, tmp_path / "out", **{**QUICK, "targets": "q_proj,v_proj", **changes}, resume=True
             )
+
+
+def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "available_memory", lambda: 5_000_000)
+    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
+    with pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
+    assert re.search(told, str(plan(model, data, **QUICK)))
+    monkeypatch.setattr(choice, "available_memory", lambda: None)
+    assert "available" not in str(plan(model, data, **QUICK))
 
 
 def test_targets_may_be_one_text_as_on_the_command_line() -> None:

@@ -560,7 +560,9 @@ def test_a_checkpoint_of_other_shapes_lists_them_all(stopped: Path, tmp_path: Pa
     other = net()
     w = other.modules[0].weight  # type: ignore[attr-defined]
     other.modules[0] = nplora.LoRALinear(w, rank=3, dropout=0.3, use_dora=True)
-    unchanged_by_failing_resume(copy_of(stopped, tmp_path), other, ValueError, r"0\.rank was 2, is 3$")
+    unchanged_by_failing_resume(
+        copy_of(stopped, tmp_path), other, ValueError, r"0\.rank was 2, is 3; --overwrite"
+    )
 
 
 def test_arrays_of_another_rank_are_told_in_five_differences(stopped: Path, tmp_path: Path) -> None:
@@ -571,7 +573,7 @@ def test_arrays_of_another_rank_are_told_in_five_differences(stopped: Path, tmp_
     for n in (0, 2):
         w, dora = other.modules[n].weight, n == 0  # type: ignore[attr-defined]
         other.modules[n] = nplora.LoRALinear(w, rank=3, dropout=0.1, use_dora=dora, freeze_B=not dora)
-    message = r"the checkpoint is of another model: 0\.A is (?:[^;]*; ){4}[^;]*; and \d+ more$"
+    message = r"the checkpoint is of another model: 0\.A is (?:[^;]*; ){4}[^;]*; and \d+ more; --overwrite"
     unchanged_by_failing_resume(directory, other, CorruptError, message)
 
 
@@ -585,14 +587,14 @@ def test_a_moment_of_the_wrong_shape_is_corrupt(stopped: Path, tmp_path: Path) -
 def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     x, y = data()
-    with pytest.raises(ValueError, match=r"batch_size was 4, is 5$"):
+    with pytest.raises(ValueError, match=r"batch_size was 4, is 5; --overwrite"):
         fit(trainer_of(net()), batch_size=5, checkpoint_dir=directory, resume=True)
     with pytest.raises(
-        ValueError, match=r"shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2$"
+        ValueError, match=r"shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2; --overwrite"
     ):
         fit(trainer_of(net(), seed=8, accumulate=2), shuffle=False, checkpoint_dir=directory, resume=True)
     x[51, 5] += 1
-    with pytest.raises(ValueError, match=r"x is another array$"):
+    with pytest.raises(ValueError, match=r"x is another array; --overwrite"):
         trainer_of(net()).fit(x, y, epochs=EPOCHS, batch_size=BATCH, checkpoint_dir=directory, resume=True)
     with pytest.raises(ValueError, match="optimizer was AdamW, is SGD"):
         fit(trainer_of(net(), optimizer=nplora.SGD(lr=0.1)), checkpoint_dir=directory, resume=True)
@@ -601,10 +603,10 @@ def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"alpha": 64}, r"0\.alpha was 16\.0, is 64\.0$"),
-        ({"use_rslora": True}, r"0\.use_rslora was False, is True$"),
-        ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5$"),
-        ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16$"),
+        ({"alpha": 64}, r"0\.alpha was 16\.0, is 64\.0; --overwrite"),
+        ({"use_rslora": True}, r"0\.use_rslora was False, is True; --overwrite"),
+        ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5; --overwrite"),
+        ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16; --overwrite"),
     ],
 )
 def test_other_settings_of_a_layer_cannot_go_on(
@@ -665,6 +667,17 @@ def test_another_run_is_not_written_over_by_accident(
     assert outcome(trainer, fit(trainer, checkpoint_dir=directory, overwrite=True)) == uninterrupted
     with pytest.raises(ValueError, match="exclude each other"):
         fit(trainer_of(net()), checkpoint_dir=directory, overwrite=True, resume=True)
+
+
+def test_a_run_that_is_dropped_is_not_read(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    before = newest(directory).serial
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_read", lambda path: pytest.fail(f"{path} is read"))
+        fit(trainer_of(net()), checkpoint_dir=directory, overwrite=True)
+    assert newest(directory).serial > before + 1  # neither generation is the old run's
 
 
 def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nplora
-from nplora import cli, convert, finetuning, info, model_conversion, plot, storages
+from nplora import cli, combination, convert, finetuning, info, merge_files, model_conversion, plot, storages
 from nplora.demo import dictionary, digits
+from nplora.trainer import Trainer
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +56,63 @@ def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixt
         cli.main([*arguments, "--help"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: {' '.join(['nplora', *arguments])}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "finetune @ --data d --output o", "finetune m --data @ --output o", "finetune m --data d --output @",
+        "finetune m --data d --valid @ --output o", "plan @ --data d", "plan m --data @", "eval m --data @",
+        "eval m --data d --adapter @", "generate @ p", "info @", "convert @ t", "convert s @",
+        "convert s t --base @", "combine @ --output o", "combine @:0.5 --output o", "combine a --output @",
+        "merge @ a --output o", "merge b @ --output o", "merge b a --output @", "demo --output @", "plot @",
+    ],
+)  # fmt: skip
+def test_an_empty_path_is_refused_at_once(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([word.replace("@", "") for word in line.split()])
+    assert exit_.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nplora.finetune("m", "d", ""),
+        lambda: nplora.finetune("m", "", "o"),
+        lambda: nplora.load_model(""),
+        lambda: finetuning.evaluate("m", ""),
+        lambda: convert.convert_adapter("a.gguf", ""),
+        lambda: merge_files.merge_adapter("b", "a", ""),
+        lambda: combination.combine([("", 1.0)]),
+        lambda: Trainer(nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1))).fit(
+            np.eye(2), np.eye(2), checkpoint_dir=""
+        ),
+    ],
+)
+def test_an_empty_path_is_refused_in_python(
+    call: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is an empty path"):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line", ["finetune m --data d --output f", "convert a.gguf f", "combine a --output f"]
+)
+def test_a_file_in_the_place_of_a_directory_is_told_first(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f").write_text("")
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err == "nplora: error: f: is a file, expected a directory: name another one\n"
 
 
 def test_demo_and_plot_hand_their_arguments_on(

@@ -36,6 +36,7 @@ from nplora.formats.errors import CorruptError, DataError, FormatError
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.optim import global_norm
+from nplora.planning import choice
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -326,14 +327,6 @@ def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) ->
         plan("m", "d", zzzzzz=3)
 
 
-def test_a_run_goes_on_with_its_own_rank(model: Path, data: Path, tmp_path: Path) -> None:
-    finetune(model, data, tmp_path / "out", **QUICK)
-    with pytest.raises(
-        ValueError, match=r"other data or settings: .*q_proj\.rank was 2, is 3, .* and \d+ more$"
-    ):
-        finetune(model, data, tmp_path / "out", **{**QUICK, "rank": 3}, resume=True)
-
-
 def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path) -> None:
     (data / "valid.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
     with pytest.raises(DataError, match=r"valid\.jsonl, line 1: completion is empty"):
@@ -406,6 +399,53 @@ def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path:
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
+def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK, targets="q_proj,v_proj")
+    way_out = r"; --overwrite \(overwrite=True\) begins anew$"
+    for changes, message in (
+        ({"rank": 3}, r"settings: rank was 2, is 3 in \d layers"),
+        (
+            {"targets": "q_proj"},
+            r"settings: \d layers had adapters, \d have \(no longer: .*v_proj; new: none\)",
+        ),
+        ({"epochs": 1}, "of step 20, this run ends at step 5"),
+    ):
+        with pytest.raises(ValueError, match=message + way_out):
+            finetune(
+                model, data, tmp_path / "out", **{**QUICK, "targets": "q_proj,v_proj", **changes}, resume=True
+            )
+
+
+def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "available_memory", lambda: 5_000_000)
+    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
+    with pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
+    assert re.search(told, str(plan(model, data, **QUICK)))
+    monkeypatch.setattr(choice, "available_memory", lambda: None)
+    assert "available" not in str(plan(model, data, **QUICK))
+
+
+def test_targets_may_be_one_text_as_on_the_command_line() -> None:
+    for given in ("q_proj,v_proj", ("q_proj,v_proj",), ["q_proj", "v_proj"]):
+        assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
+
+
+def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    told = "the run is finished: nothing was trained"
+    first = finetune(model, data, tmp_path / "out", **QUICK)
+    again = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+    assert told not in str(first)
+    assert str(again).splitlines()[0] == told
+    assert again.loss_after == first.loss_after
+
+
 def test_what_was_before_is_not_computed_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,7 +501,7 @@ def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
         ({"micro_tokens": -1}, "micro_tokens was -1, is None"),
         ({"layers": [1]}, "does not know those of its layers"),
         ({"layers": {"a": 1}}, "does not know those of its layers"),
-        ({"layers": {"a": {"compute": ["float32"]}}}, "a.compute was"),
+        ({"layers": {"a": {"compute": ["float32"]}}}, "1 layers had adapters"),
         (None, "does not know its own"),
     ],
 )

@@ -501,8 +501,9 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
         ("out", "same", "becomes a .gguf file"),
         ("out.gguf", "q3", "dtype='q3' is not available in .gguf; possible: 'same', 'float32'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             nplora.merge_adapter(base, good, tmp_path / output, dtype)
+        assert "nplora convert" not in str(refused.value)
     net = tmp_path / "net.safetensors"
     safetensors.save(net, {"lm_head": np.zeros((50, WIDTH), np.float32)})
     with pytest.raises(ValueError, match=r"'q8_0' is not available in \.safetensors"):
@@ -511,6 +512,20 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
     with pytest.raises(ValueError, match="lm_head"):
         nplora.merge_adapter(net, huge, tmp_path / "out.safetensors", "float16")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_do(tmp_path: Path) -> None:
+    base = tmp_path / "base.gguf"
+    names = ["blk.0.attn_q", "blk.1.attn_q"]
+    gguf.save(base, {f"{name}.weight": np.zeros((4, 64), np.float32) for name in names})
+    update = Update(np.ones((4, 1), np.float32), np.ones((1, 64), np.float32), 1.0)
+    adapter = Adapter("ref", dict.fromkeys(names, update))
+    with pytest.raises(ValueError, match="dtype q4_k") as error:
+        nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", "q4_k")
+    assert str(error.value) == (
+        "merge: dtype q4_k needs rows of whole blocks of 256, and blk.1.attn_q.weight has rows of 64; "
+        "possible: same, float32, float64, float16, bfloat16, q4_0, q4_1, q5_0, q5_1, q8_0"
+    )
 
 
 def test_a_head_that_nobody_reads_is_not_merged(rng: np.random.Generator, tmp_path: Path) -> None:

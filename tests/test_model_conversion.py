@@ -132,6 +132,8 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     found = read(tmp_path / "model.gguf")
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
+    told = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} and not {dtype}: they have rows that are no whole"
+    assert (told.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == dtype.endswith("_k")
     short_rows = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}.get(wanted, wanted)
     layer, stored = "model.layers.1", "blk.1"
     for name, gguf_name, storage, heads in (

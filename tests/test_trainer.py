@@ -443,8 +443,8 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
 
         model.modules[2].forward = forward  # type: ignore[method-assign]
     message, trainer, before, moments = failing_run(model, x, target, tmp_path, loss="mse", accumulate=2)
-    value = "nan" if poison == "x" else "inf"
-    assert message == f"step 2 (epoch 1): the loss of batch 4 is {value}: {where}"
+    value, hint = ("nan", "") if poison == "x" else ("inf", "; a lower lr may help")
+    assert message == f"step 2 (epoch 1): the loss of batch 4 is {value}: {where}{hint}"
     assert values(model) == before
     assert state(trainer.optimizer) == moments
     assert all(not p.grad.any() for p in model.parameters())
@@ -464,7 +464,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_as_a_loss_does(tmp_path: Pa
 
     y[16:] = -1
     message, trainer, before, moments = failing_run(model, x, y, tmp_path, loss=loss)
-    assert message == "step 3 (epoch 1): the loss is finite, the gradient of 0.A, 0.B, 2.A, 2.B is not"
+    hint = "; a lower lr may help"
+    assert message == f"step 3 (epoch 1): the loss is finite, the gradient of 0.A, 0.B, 2.A, 2.B is not{hint}"
     assert values(model) == before
     assert state(trainer.optimizer) == moments
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -139,16 +140,11 @@ def _read(path: Path) -> Checkpoint:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
     """
     content = safetensors.open(path, mmap=False)
-    schema = content.metadata.get("schema")
-    if schema is None:
-        raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
-    if schema != str(SCHEMA):
-        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
-    state = content.metadata.get("state", "")
+    state = _state(content.metadata, path)
     arrays = {name: tensor.array for name, tensor in content.items()}
     if content.metadata.get("sha256") != _digest(state, arrays):
         raise CorruptError(f"{path}: the content does not match its SHA-256")
-    fields: dict[str, Any] = _fields(strict_json.loads(state.encode(), f"{path}: state"), path)
+    fields = _fields(state, path)
     groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
     for name, array in arrays.items():
         group, _, rest = name.partition(".")
@@ -159,8 +155,30 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(**fields)
 
 
-def _fields(state: object, path: Path) -> dict[str, Any]:
+def _serial(path: Path) -> int:
+    """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
+    try:
+        with safetensors.reading(path) as content:
+            serial: int = _fields(_state(content.metadata, path), path)["serial"]
+            return serial
+    except UnsupportedError:
+        raise
+    except (FormatError, OSError):
+        return 0
+
+
+def _state(metadata: Mapping[str, str], path: Path) -> str:
+    schema = metadata.get("schema")
+    if schema is None:
+        raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
+    if schema != str(SCHEMA):
+        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
+    return metadata.get("state", "")
+
+
+def _fields(text: str, path: Path) -> dict[str, Any]:
     """The fields of the JSON object, each of its kind, counts not negative."""
+    state = strict_json.loads(text.encode(), f"{path}: state")
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
@@ -275,7 +293,8 @@ _OTHER_OR = "name another one, or --overwrite (overwrite=True)"
 
 
 def require_untouched(directory: StrPath) -> None:
-    """Raise FileExistsError where training left something in a directory."""
+    """Raise FileExistsError where training left something in a directory, or a file is in its place."""
+    files.require_directory(directory)
     found = trained(directory)
     if found is not None:
         raise _occupied(directory, f"{found}; {_OTHER_OR} drops it")
@@ -285,8 +304,11 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     """Refuse to put an adapter beside the checkpoints of a run, or unasked in the place of another one.
 
     Raises:
+        ValueError: the directory's name is empty. NotADirectoryError: it is a file.
         FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
     """
+    files.require_named("adapter", output=directory)
+    files.require_directory(directory)
     if holds_run(directory):
         raise _occupied(directory, "a run, whose adapter it would replace; name another one")
     if peft_adapter.lies_in(directory) and not overwrite:
@@ -302,8 +324,8 @@ class RunDirectory:
 
     Attributes:
         path: where it is.
-        newest: the newest whole checkpoint found when it was opened, or None; let go of by the first `save`.
-        damaged: one sentence for every checkpoint that was not whole.
+        newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
+        damaged: one sentence for every checkpoint that was not whole when `newest` was read.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.
@@ -315,7 +337,6 @@ class RunDirectory:
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
-        self.newest: Checkpoint | None = None
         self.damaged: list[str] = []
         self._slot, self._serial = 0, 0  # the generation to be replaced next, the last checkpoint's number
         self._descriptors: list[int] = []
@@ -334,7 +355,10 @@ class RunDirectory:
                     error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
                 ) from error
             self.occupied = holds_run(self.path)
-            self._scan()
+            for slot, name in enumerate(_SLOTS):
+                serial = _serial(self.path / name)
+                if serial > self._serial:
+                    self._serial, self._slot = serial, 1 - slot
         except BaseException:
             self.close()
             raise
@@ -378,7 +402,9 @@ class RunDirectory:
             os.unlink(file)
             warnings.warn(f"{file}: left unfinished by a run that was killed, removed", stacklevel=4)
 
-    def _scan(self) -> None:
+    @functools.cached_property
+    def newest(self) -> Checkpoint | None:
+        newest: Checkpoint | None = None
         for slot, name in enumerate(_SLOTS):
             path = self.path / name
             if not os.path.lexists(path):
@@ -390,8 +416,9 @@ class RunDirectory:
             except (FormatError, OSError) as error:
                 self.damaged.append(str(error))
                 continue
-            if self.newest is None or checkpoint.serial > self.newest.serial:
-                self.newest, self._serial, self._slot = checkpoint, checkpoint.serial, 1 - slot
+            if newest is None or checkpoint.serial > newest.serial:
+                newest, self._serial, self._slot = checkpoint, checkpoint.serial, 1 - slot
+        return newest
 
     def latest(self) -> Checkpoint | None:
         """The checkpoint to go on from; None: there is none.

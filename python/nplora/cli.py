@@ -76,12 +76,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given of `FinetuneOptions`, checked, with lists of targets as one."""
+    """What was given of `FinetuneOptions`, checked."""
     from nplora.finetuning import FinetuneOptions
 
     options = _chosen(arguments, FinetuneOptions)
-    if "targets" in options:
-        options["targets"] = tuple(name for text in options["targets"] for name in text.split(","))
     _checked(FinetuneOptions, options)
     return options
 
@@ -207,11 +205,18 @@ def _merge(arguments: argparse.Namespace) -> None:
         _show_warning(merged.warning)
 
 
+def _path(text: str) -> str:
+    """A path, which an unset variable of the shell is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def _weighted(text: str) -> tuple[str, float]:
     """ADAPTER:WEIGHT, or ADAPTER alone."""
     path, colon, weight = text.rpartition(":")
     try:
-        return (path, float(weight)) if colon else (text, 1.0)
+        return (_path(path), float(weight)) if colon else (_path(text), 1.0)
     except ValueError:
         return text, 1.0
 
@@ -274,29 +279,36 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
 
     text = "Fine-tune a language model on a file of text; the adapter is PEFT's."
     finetune = command("finetune", text, _finetune)
-    finetune.add_argument("model", metavar="MODEL", help=_MODEL)
-    finetune.add_argument("--data", metavar="FILE", required=True, help=_DATA)
-    finetune.add_argument("--valid", metavar="FILE", help="evaluated before and after every epoch")
+    finetune.add_argument("model", metavar="MODEL", type=_path, help=_MODEL)
+    finetune.add_argument("--data", metavar="FILE", type=_path, required=True, help=_DATA)
     finetune.add_argument(
-        "--output", metavar="DIR", required=True, help="gets the adapter, the checkpoints and log.jsonl"
+        "--valid", metavar="FILE", type=_path, help="evaluated before and after every epoch"
+    )
+    finetune.add_argument(
+        "--output",
+        metavar="DIR",
+        type=_path,
+        required=True,
+        help="gets the adapter, the checkpoints and log.jsonl",
     )
     text = "Predict the memory and the time of finetune; with --memory, find how it fits. Nothing is trained."
     plan = command("plan", text, _plan)
-    plan.add_argument("model", metavar="MODEL", help=_MODEL)
-    plan.add_argument("--data", metavar="FILE", required=True, help=_DATA)
-    plan.add_argument("--valid", metavar="FILE", help="as finetune evaluates on")
+    plan.add_argument("model", metavar="MODEL", type=_path, help=_MODEL)
+    plan.add_argument("--data", metavar="FILE", type=_path, required=True, help=_DATA)
+    plan.add_argument("--valid", metavar="FILE", type=_path, help="as finetune evaluates on")
     plan.add_argument("--output", help=argparse.SUPPRESS)
     plan.add_argument("--verbose", action="store_true", help="with --memory: tell every way of computing")
     plan.epilog = "The other options of finetune are taken too, and change nothing."
     evaluate = command("eval", "Print the mean loss of a language model over a file.", _eval)
-    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
+    evaluate.add_argument("model", metavar="MODEL", type=_path, help=_MODEL)
     evaluate.add_argument(
         "--data",
         metavar="FILE",
+        type=_path,
         required=True,
         help=f"{_DATA}, of which the latter is read where it is there",
     )
-    evaluate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
+    evaluate.add_argument("--adapter", metavar="PATH", type=_path, action="append", help=_ADAPTER)
     evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
     evaluate.add_argument(
@@ -312,9 +324,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     )
     text = "Print what a language model says after a prompt."
     generate = command("generate", text, _generate)
-    generate.add_argument("model", metavar="MODEL", help=_MODEL)
+    generate.add_argument("model", metavar="MODEL", type=_path, help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
-    generate.add_argument("--adapter", metavar="PATH", action="append", help=_ADAPTER)
+    generate.add_argument("--adapter", metavar="PATH", type=_path, action="append", help=_ADAPTER)
     generate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
@@ -344,7 +356,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         default="dictionary",
         help="dictionary (default) or digits",
     )
-    demo.add_argument("--output", metavar="DIR", help="where adapter and log are left (default: demo-WHAT)")
+    demo.add_argument(
+        "--output", metavar="DIR", type=_path, help="where adapter and log are left (default: demo-WHAT)"
+    )
     demo.add_argument("--rank", type=int, help="of the factors (default: 8, of digits 4)")
     demo.add_argument(
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
@@ -353,13 +367,14 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="drop the run or the adapter in the output directory"
     )
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
-    plot.add_argument("run", metavar="RUN_DIR", help="the directory with the run's log.jsonl")
-    plot.add_argument("--output", metavar="FILE", help="the PNG (default: RUN_DIR/plot.png)")
+    plot.add_argument("run", metavar="RUN_DIR", type=_path, help="the directory with the run's log.jsonl")
+    plot.add_argument("--output", metavar="FILE", type=_path, help="the PNG (default: RUN_DIR/plot.png)")
     text = "Print what a file holds; without one: versions, instruction set and threads, for a bug report."
     info = command("info", text, _info)
     info.add_argument(
         "file",
         metavar="FILE",
+        type=_path,
         nargs="?",
         help="GGUF, safetensors, *.safetensors.index.json, or the directory of a model or an adapter",
     )
@@ -372,9 +387,12 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     convert.add_argument(
         "source",
         metavar="SOURCE",
+        type=_path,
         help="the adapter: a directory, or a .gguf file; or the model: a directory, or its model.safetensors",
     )
-    convert.add_argument("target", metavar="TARGET", help="what is written: a .gguf file, or a directory")
+    convert.add_argument(
+        "target", metavar="TARGET", type=_path, help="what is written: a .gguf file, or a directory"
+    )
     convert.add_argument(
         "--dtype",
         choices=_CONVERTED,
@@ -383,6 +401,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     convert.add_argument(
         "--base",
         metavar="MODEL",
+        type=_path,
         help="the adapter's model: a GGUF file, config.json, or its directory",
     )
     convert.add_argument("--any-base", action="store_true", help=_ANY_BASE)
@@ -398,10 +417,15 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         type=_weighted,
         help="PEFT's directory or llama.cpp's file, and what it is multiplied with (default: 1)",
     )
-    combine.add_argument("--output", metavar="DIR", required=True, help="the new adapter's directory")
+    combine.add_argument(
+        "--output", metavar="DIR", type=_path, required=True, help="the new adapter's directory"
+    )
     combine.add_argument("--rank", type=int, help="cut the ranks to at most this (default: exact)")
     combine.add_argument(
-        "--base", metavar="MODEL", help="the adapters' model, as for convert; needed for some .gguf files"
+        "--base",
+        metavar="MODEL",
+        type=_path,
+        help="the adapters' model, as for convert; needed for some .gguf files",
     )
     combine.add_argument("--any-base", action="store_true", help="also of adapters of different models")
     combine.add_argument(
@@ -416,9 +440,13 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "ΔW kept: how much of the update is in the weights as they are stored, 100 % but for rounding. "
         "Relative error: what rounding changed, over the update, in norms; where ΔW is kept, it is noise."
     )
-    merge.add_argument("base", metavar="BASE", help="a GGUF or safetensors file, or a Hugging Face directory")
-    merge.add_argument("adapter", metavar="ADAPTER", help="PEFT's directory or llama.cpp's file")
-    merge.add_argument("--output", metavar="FILE", required=True, help="of the base's kind; or a directory")
+    merge.add_argument(
+        "base", metavar="BASE", type=_path, help="a GGUF or safetensors file, or a Hugging Face directory"
+    )
+    merge.add_argument("adapter", metavar="ADAPTER", type=_path, help="PEFT's directory or llama.cpp's file")
+    merge.add_argument(
+        "--output", metavar="FILE", type=_path, required=True, help="of the base's kind; or a directory"
+    )
     merge.add_argument(
         "--dtype",
         choices=_MERGED,

@@ -106,6 +106,7 @@ def combine(
         TypeError: adapters are no pairs.
     """
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
+    files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)
     weighted = [
         (read_adapter(source, base, any_base=any_base), _check.number("combine", "weight", weight))
@@ -149,10 +150,17 @@ def _pairs(adapters: Iterable[tuple[Source, float]]) -> list[tuple[Source, float
 
 def _require_one_base(adapters: list[Adapter], base: StrPath | None, base_digest: str | None) -> None:
     told = [(a.source, a.base_model_name_or_path, a.base_digest) for a in adapters]
-    names = {_last_part(name) for _, name, _ in told} if None in {digest for *_, digest in told} else set()
+    known = {digest for *_, digest in told}
+    names = {_last_part(name) for _, name, _ in told} if None in known else set()
+    if base is not None and base_digest is not None and len(known - {None}) == 1 and base_digest not in known:
+        theirs = next(model_digest.described(name, digest) for _, name, digest in told if digest is not None)
+        raise ValueError(
+            f"combine: the base {model_digest.described(files.name(base), base_digest)} is another model "
+            f"than the adapters' ({theirs}): give that one; {model_digest.TAKEN}"
+        )
     if base is not None:
         told.append((files.name(base), None, base_digest))
-    if max(len(known - {None}) for known in ({digest for *_, digest in told}, names)) > 1:
+    if max(len(found - {None}) for found in ({digest for *_, digest in told}, names)) > 1:
         bases = "".join(f"\n  {source}: {model_digest.described(*about)}" for source, *about in told)
         raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{bases}")
 

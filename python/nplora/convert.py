@@ -90,6 +90,7 @@ def convert_adapter(
         ValueError: base is needed, or the target is not named as what it will be.
         FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
     """
+    files.require_named("convert", source=source, target=target, base=base)
     if Path(source).is_dir():
         configs = (model_directory.CONFIG, peft_adapter.CONFIG)
         if not any(Path(source, name).exists() for name in configs):

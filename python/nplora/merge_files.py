@@ -138,6 +138,7 @@ def merge_adapter(
             there); or a file is there and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
+    files.require_named("merge", base=base, output=output)
     model = _open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
@@ -267,10 +268,12 @@ def _weights(output: StrPath) -> Path:
 
 
 def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
+    if _is_directory(output):
+        files.require_directory(output)
     if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
+        hint = "" if model.suffix == ".gguf" else "; nplora convert makes GGUF of safetensors"
         raise ValueError(
-            f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}; "
-            "nplora convert makes GGUF of safetensors"
+            f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}{hint}"
         )
     weights = _weights(output)
     kept = [(output, base, "base"), *((weights, file, "base") for file in (model.source, *model.shards))]
@@ -307,13 +310,13 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, Update]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
-    problems, updates = [], {}
+    problems, updates = list[str](), dict[str, Update]()
     if dtype != "same" and dtype not in model.storages:
         words = ", ".join(map(repr, ("same", *model.storages)))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
     for layer, update in adapter.items():
         name, order = model.place(layer, update.shape[0])
-        problem = _misfit(model, layer, name, update, dtype)
+        problem = _misfit(model, layer, name, update)
         if problem or name is None:
             problems.append(problem)
         elif order is None:
@@ -329,14 +332,27 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
         raise FormatError(f"{adapter.source}: {refusal}")
     if not updates:
         raise FormatError(f"{adapter.source}: the adapter holds no factors")
+    _require_blocks(model, updates, dtype)
     return {name: updates[name] for name in model.tensors if name in updates}
+
+
+def _require_blocks(model: _Model, updates: Mapping[str, Update], dtype: str) -> None:
+    """Refuse a dtype whose blocks do not fill the rows, and name those that do."""
+    rows = {update.shape[1]: name for name, update in updates.items()}
+    short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
+    if short:
+        fitting = [name for name in model.storages if all(storages.fits(name, d_in) for d_in in rows)]
+        raise ValueError(
+            f"merge: dtype {dtype} needs rows of whole blocks of {storages.block_elements(dtype)}, "
+            f"and {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"
+        )
 
 
 def _bytes(tensor: Tensor) -> Array:
     return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
 
 
-def _misfit(model: _Model, layer: str, name: str | None, update: Update, dtype: str) -> str:
+def _misfit(model: _Model, layer: str, name: str | None, update: Update) -> str:
     at_an_end = layer.rpartition(".")[2] in ("embed_tokens", "lm_head")
     layer = brief(layer)
     if model.tied and (at_an_end or update.embedding):
@@ -346,13 +362,8 @@ def _misfit(model: _Model, layer: str, name: str | None, update: Update, dtype: 
     tensor = model.tensors[name]
     if tensor.shape != update.shape:
         return f"{layer}: for a weight {update.shape}, and {name} is {tensor.shape}"
-    storage = _storage(tensor)
-    if storage is None:
+    if _storage(tensor) is None:
         return f"{layer}: {name} is {_kind(tensor)}, which is not decoded here"
-    target = storage if dtype == "same" else dtype
-    if not storages.fits(target, tensor.shape[1]):
-        elements = storages.block_elements(target)
-        return f"{layer}: rows of {tensor.shape[1]} are no whole blocks of {elements}, which {target} needs"
     return ""
 
 

@@ -41,12 +41,14 @@ class ModelConversion:
         architecture: GGUF's name for the model's family.
         types: how many tensors there are of each of ggml's types.
         why_no_tokenizer: why the tokenizer is not in the file; empty where it is.
+        short: words where rows of matrices are no whole blocks of the type asked for; else empty.
     """
 
     target: str
     architecture: str
     types: dict[str, int]
     why_no_tokenizer: str = ""
+    short: str = ""
 
     @property
     def tokenizer(self) -> bool:
@@ -55,8 +57,12 @@ class ModelConversion:
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
-        text = f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"
-        return text if self.tokenizer else f"{text}\nwithout a tokenizer: {self.why_no_tokenizer}"
+        lines = [f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"]
+        if self.short:
+            lines.append(self.short)
+        if not self.tokenizer:
+            lines.append(f"without a tokenizer: {self.why_no_tokenizer}")
+        return "\n".join(lines)
 
 
 def is_model(source: StrPath) -> bool:
@@ -103,7 +109,9 @@ def model_to_gguf(
     words, why_not = _tokenizer(directory, config.vocab_size)
     metadata = _metadata(directory.resolve().name, config, architecture) | file_type.describe(tensors)
     files.replace([gguf.new_file(path, tensors, metadata | words)])
-    return ModelConversion(files.name(path), architecture, dict(types.most_common()), why_not)
+    return ModelConversion(
+        files.name(path), architecture, dict(types.most_common()), why_not, _short(tensors, dtype)
+    )
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
@@ -147,6 +155,17 @@ def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
         if storages.fits(storage, shape[-1]):
             return "float32" if storage == "float64" else storage
     return "float16"
+
+
+def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
+    """Words for the matrices that did not get the type asked for."""
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
+    others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
+    if not others:
+        return ""
+    kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
+    rows = f"rows that are no whole blocks of {storages.block_elements(dtype)}"
+    return f"{len(others)} of {len(matrices)} matrices are {kinds} and not {dtype}: they have {rows}"
 
 
 def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Array | None:

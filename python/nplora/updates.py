@@ -135,6 +135,7 @@ def read_adapter(
         raise TypeError(
             f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
         )
+    files.require_named("read_adapter", source=source)
     if Path(source).is_dir():
         return _from_directory(source, edited_config)
     return _from_gguf(source, base, any_base)

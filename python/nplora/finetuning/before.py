@@ -26,6 +26,7 @@ class Before(Callback):
 
     Attributes:
         loss: of the batches to check; None without any, or where the log tells it of others or not at all.
+        was_finished: the run had made all of its steps when it was to go on.
         answers: to each of the prompts, "" where the log does not tell.
     """
 
@@ -41,6 +42,7 @@ class Before(Callback):
         self.loss: float | None = None
         self.answers = [""] * len(prompts)
         self._looked = False
+        self.was_finished = False
 
     def look(self) -> None:
         if self._checks is not None:
@@ -50,6 +52,7 @@ class Before(Callback):
         self._looked = True
 
     def on_fit_start(self, run: Run) -> None:
+        self.was_finished = run.step > 0 and run.step == run.total_steps
         if run.step:
             self._recall(run)
             return

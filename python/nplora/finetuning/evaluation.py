@@ -8,6 +8,7 @@ from nplora.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.attaching import Adapters, attach_adapter
 from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
 from nplora.finetuning.token_progress import speaker
+from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
 
@@ -42,6 +43,7 @@ def evaluate(
         progress: tell on stderr what was read; None: if that is a terminal.
     Raises: as `finetune` and `load_adapter`.
     """
+    files.require_named("evaluate", data=data)
     path = find_evaluated(data)
     lm = opened("evaluate", model, compute)
     if adapter is not None:

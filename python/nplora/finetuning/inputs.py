@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
+from nplora.formats import files
 from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel, load_model
@@ -16,6 +17,7 @@ def opened_all(
     op: str, model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
 ) -> tuple[LanguageModel, Dataset, Dataset | None]:
     """The model, what it learns from and what it is evaluated on."""
+    files.require_named(op, data=data, valid=valid)
     train_path, found = find_splits(data)
     valid_path = found if valid is None else Path(valid)
     lm = opened(op, model, options.compute)

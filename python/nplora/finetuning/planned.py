@@ -65,22 +65,22 @@ def planned(
     wishes: Wishes,
 ) -> Plan:
     """How steps are computed with these options."""
+    budget = None if options.memory is None else parse_bytes(options.memory)
+    return choose(lm, adapters, work_of(train, held_out, options), wishes, budget)
+
+
+def work_of(train: Dataset, held_out: Dataset | None, options: FinetuneOptions) -> Work:
+    """What a run of these options reads."""
     batches = batches_of(train, options)
     steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
     epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
     lengths, targets = train.lengths, train.targets
-    return choose(
-        lm,
-        adapters,
-        Work(
-            [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
-            steps,
-            options.accumulate,
-            0 if held_out is None else _most_tokens(held_out),
-            sum(d.report.tokens for d in (train, held_out) if d and options.keep_prefix == "memory"),
-        ),
-        wishes,
-        None if options.memory is None else parse_bytes(options.memory),
+    return Work(
+        [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
+        steps,
+        options.accumulate,
+        0 if held_out is None else _most_tokens(held_out),
+        sum(d.report.tokens for d in (train, held_out) if d and options.keep_prefix == "memory"),
     )
 
 

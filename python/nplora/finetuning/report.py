@@ -38,6 +38,7 @@ class FinetuneReport:
             also where a run that goes on finds it not, or of other data, in its log.
         history: the trainer's records.
         trained: numbers in the factors, `parameters`: of the whole model.
+        was_finished: the run was at its end already when it was to go on.
         tokens: that were learned from, those before a resumed run went on included.
     """
 
@@ -50,6 +51,7 @@ class FinetuneReport:
     history: History
     trained: int
     parameters: int
+    was_finished: bool = False
 
     @property
     def tokens(self) -> int:
@@ -61,6 +63,8 @@ class FinetuneReport:
             f"  {sample.prompt!r}\n    before  {sample.before!r}\n    after   {sample.after!r}"
             for sample in self.samples
         ]
+        if self.was_finished:
+            lines.insert(0, "the run is finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
             lines.append(f"validation loss {before}{self.loss_after:.4f}")

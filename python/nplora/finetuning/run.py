@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from nplora.finetuning.attaching import as_it_was
 from nplora.finetuning.before import Before, answers_of
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
-from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed
+from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, work_of
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
-from nplora.formats import model_directory, peft_adapter
+from nplora.formats import files, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
-from nplora.planning import Candidate, Wishes
+from nplora.planning import Candidate, Wishes, needed, shortage
 from nplora.trainer import Trainer
 
 
@@ -57,10 +58,15 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
+        NotADirectoryError: the output is a file.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
             adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
+    Warns:
+        UserWarning: without `memory`, more is needed than is available. Others as `Trainer.fit`.
     """
+    files.require_named("finetune", output=output)
+    files.require_directory(output)
     chosen, pieces = resumed(
         _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
     )
@@ -73,6 +79,8 @@ def finetune(
         fitting = planned(lm, adapters, train, held_out, chosen, wishes)
         say(str(fitting))
         way = fitting.chosen
+    elif short := shortage(needed(lm, adapters, work_of(train, held_out, chosen), way)):
+        warnings.warn(short, stacklevel=2)
     if way.compute != lm.compute:
         assert not isinstance(model, LanguageModel)
         del lm  # before the file is mapped again
@@ -129,6 +137,7 @@ def finetune(
         history=history,
         trained=lm.num_trainable,
         parameters=lm.num_parameters,
+        was_finished=before.was_finished,
     )
 
 

@@ -46,6 +46,13 @@ def name(path: StrPath) -> str:
     return os.fsdecode(path)
 
 
+def require_named(op: str, **paths: StrPath | None) -> None:
+    """Refuse an empty path, as an unset variable gives: it would be the working directory."""
+    for what, path in paths.items():
+        if path is not None and not os.fspath(path):
+            raise ValueError(f"{op}: {what} is an empty path")
+
+
 @contextlib.contextmanager
 def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
     # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise wait for ever.
@@ -199,6 +206,13 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}: {note}", name(path)) from error
+
+
+def require_directory(path: StrPath) -> None:
+    """Raise NotADirectoryError where something else lies in the place of a directory to be written."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        reason = "is a file, expected a directory: name another one"
+        raise NotADirectoryError(errno.ENOTDIR, reason, name(path))
 
 
 def require_new(path: StrPath, overwrite: bool) -> None:

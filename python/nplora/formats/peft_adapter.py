@@ -132,6 +132,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         FormatError: a file breaks its format. OSError: it cannot be read.
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
     """
+    files.require_named("adapter", directory=directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")
@@ -156,8 +157,11 @@ def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: 
     Both are complete on the disk before either takes its name, the configuration last.
 
     Raises:
-        FileExistsError: the directory holds a model.
+        ValueError: the directory's name is empty. NotADirectoryError: it is a file.
+        FileExistsError: it holds a model.
     """
+    files.require_named("adapter", output=directory)
+    files.require_directory(directory)
     model_directory.require_no_model(directory)
     text = peft_config.dumps(config)
     metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nplora import _check, tokenizer
-from nplora.formats import gguf, model_directory, peft_adapter
+from nplora.formats import files, gguf, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.layers import Embedding, Linear, RMSNorm
 from nplora.models import gguf_config, hf_config
@@ -40,6 +40,7 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """
+    files.require_named("load_model", path=path)
     _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
     return _from_directory(path, compute, mmap) if Path(path).is_dir() else _from_gguf(path, compute, mmap)
 

@@ -1,6 +1,6 @@
 """What training will take in bytes and seconds, before it runs, and the way of computing that fits."""
 
-from nplora.planning.choice import BudgetError, Plan, Wishes, Work, choose
+from nplora.planning.choice import BudgetError, Plan, Wishes, Work, choose, needed, shortage
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
 from nplora.planning.resident import current_memory, parse_bytes, peak_memory
 
@@ -15,7 +15,9 @@ __all__ = [
     "Work",
     "choose",
     "current_memory",
+    "needed",
     "parse_bytes",
     "peak_memory",
     "predicted",
+    "shortage",
 ]

@@ -16,7 +16,7 @@ from nplora.data import EVALUATION_TOKENS
 from nplora.models import LanguageModel
 from nplora.packing import cut
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
-from nplora.planning.resident import current_memory, peak_memory, unread
+from nplora.planning.resident import available_memory, current_memory, peak_memory, unread
 from nplora.planning.speed import Speed, measured
 from nplora.runtime import get_num_threads
 
@@ -132,6 +132,7 @@ class Plan:
             f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
             f"{self.steps} steps in {_time(self.steps * self.seconds)}",
             str(self.memory),
+            *filter(None, [shortage(self.memory)]),
             *(
                 f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
                 for other in others
@@ -154,6 +155,29 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
+def needed(lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate) -> Memory:
+    """What the process will have at its peak if it computes so."""
+    return _needed(lm, adapters, work, way, (current_memory(), unread(lm.config.source)))
+
+
+def _needed(
+    lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate, resident: tuple[int, int]
+) -> Memory:
+    largest, threads = work.largest(way.micro_tokens), get_num_threads()
+    return predicted(lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens)
+
+
+def shortage(memory: Memory) -> str:
+    """Words where more is needed than the machine has left; else empty."""
+    available = available_memory()
+    if available is None or memory.total <= available:
+        return ""
+    return (
+        f"{memory.total / 1e6:.0f} MB are needed, {available / 1e6:.0f} MB are available: "
+        f"--memory {available // 1_000_000}M looks for a way of computing that fits"
+    )
+
+
 def choose(
     lm: LanguageModel, adapters: Adapters, work: Work, wishes: Wishes, budget: int | None = None
 ) -> Plan:
@@ -164,14 +188,10 @@ def choose(
     Raises:
         BudgetError: no way fits.
     """
-    threads, reached = get_num_threads(), peak_memory()
-    resident = current_memory(), unread(lm.config.source)
+    reached, resident = peak_memory(), (current_memory(), unread(lm.config.source))
 
     def memory(way: Candidate, work: Work = work) -> Memory:
-        largest = work.largest(way.micro_tokens)
-        return predicted(
-            lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens
-        )
+        return _needed(lm, adapters, work, way, resident)
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: memory(way).total for way in ways}

@@ -33,6 +33,13 @@ def current_memory() -> int:
     return _status("VmRSS") or _largest()
 
 
+def available_memory() -> int | None:
+    """Bytes that this process may come to have, with those it has; None where the system does not tell."""
+    lines = (line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:"))
+    free = next((int(line.split()[1]) * _KIBIBYTE for line in lines), None)
+    return None if free is None else free + current_memory()
+
+
 def peak_memory() -> int:
     """The most bytes that the process had in memory at a time, mapped files included.
 

@@ -10,6 +10,8 @@ from nplora.module import Module, Parameter
 
 Array = npt.NDArray[Any]
 
+INPUT = "its input x is not finite"
+
 
 def first_nonfinite(model: Module, x: Any) -> str:
     """Run the forward pass again and say where the first value that is not finite appears.
@@ -17,7 +19,7 @@ def first_nonfinite(model: Module, x: Any) -> str:
     A module counts once its forward has returned, so that the innermost one is named, not those around it.
     """
     if _not_finite(x):
-        return "its input x is not finite"
+        return INPUT
     found: list[str] = []
     with np.errstate(all="ignore"):
         watched = [_watch(name, module, found) for name, module in model.named_modules()]

@@ -91,8 +91,8 @@ def restored_history(
         raise CorruptError(f"{path}: the checkpoint is of batch {checkpoint.batch} of an epoch of {batches}")
     then, now = checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"]
     changed = _layer_changes(then, now)
-    if not changed or not isinstance(then, dict) or then.keys() != now.keys():
-        _check_arrays(path, checkpoint, model, optimizer)  # which tell more of other layers
+    if not changed:
+        _check_arrays(path, checkpoint, model, optimizer)
     if changed:
         raise ValueError(f"{refusal}: {changed}")
     history = History()
@@ -166,25 +166,28 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
 
 
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
-    """The settings of layers that differ: "0.alpha was 16.0, is 64.0"; an older checkpoint knows none."""
+    """The settings of layers that differ: "0.alpha was 16.0, is 64.0", or "rank was 8, is 4 in 205 layers".
+
+    An older checkpoint knows none.
+    """
     if then is None:
         return ""
     if not isinstance(then, dict) or not all(isinstance(settings, dict) for settings in then.values()):
         return "the checkpoint does not know those of its layers"
-    flat_then, flat_now = _flat(then), _flat(now)
-    return _first(
-        [
-            f"{name} was {flat_then.get(name)}, is {flat_now.get(name)}"
-            for name in {**flat_then, **flat_now}
-            if flat_then.get(name) != flat_now.get(name)
-        ],
-        ", ",
-    )
+    if then.keys() != now.keys():
+        lost, new = (
+            _first(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))
+        )
+        return f"{len(then)} layers had adapters, {len(now)} have (no longer: {lost}; new: {new})"
+    changed: dict[str, list[str]] = {}
+    for layer, settings in now.items():
+        for name in {**then[layer], **settings}:
+            was, is_now = then[layer].get(name), settings.get(name)
+            if was != is_now:
+                changed.setdefault(f"{name} was {was}, is {is_now}", []).append(layer)
+    return _first([_of(layers, change) for change, layers in changed.items()], ", ")
 
 
-def _flat(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        f"{layer}.{name}" if layer else name: value
-        for layer, settings in layers.items()
-        for name, value in settings.items()
-    }
+def _of(layers: list[str], change: str) -> str:
+    """A change that all layers share is told once."""
+    return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")

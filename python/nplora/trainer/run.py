@@ -18,7 +18,7 @@ from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
-from nplora.trainer.nonfinite import first_nonfinite, nonfinite_parameters
+from nplora.trainer.nonfinite import INPUT, first_nonfinite, nonfinite_parameters
 from nplora.trainer.resuming import restored_history, settings_of
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Run:
         if not math.isfinite(value):
             self._set_streams(streams)
             where = first_nonfinite(self.model, x)
-            raise NonFiniteLossError(f"{self._where()}: the loss of batch {number} is {value}: {where}")
+            raise self._nonfinite(f"the loss of batch {number} is {value}: {where}")
         count = loss.count(prediction, y)
         gathered.batches += 1
         if count == 0:  # no row is labelled
@@ -216,7 +216,7 @@ class Run:
         if not math.isfinite(value):
             self._set_streams(streams)
             number, where = self.batch + gathered.batches, loss.blame(self.model, x)
-            raise NonFiniteLossError(f"{self._where()}: the loss of batch {number} is {value}: {where}")
+            raise self._nonfinite(f"the loss of batch {number} is {value}: {where}")
         gathered.count += count
         gathered.loss += value
         if not self._checked:
@@ -286,7 +286,7 @@ class Run:
         assert norm is not None, "an optimizer's step returns the norm where it is given a max_norm"
         if not math.isfinite(norm):
             names = ", ".join(nonfinite_parameters(self._parameters, gradients=True))
-            raise NonFiniteLossError(f"{self._where()}: the loss is finite, the gradient of {names} is not")
+            raise self._nonfinite(f"the loss is finite, the gradient of {names} is not")
         return norm
 
     def _close_epoch(self, complete: bool) -> None:
@@ -336,8 +336,10 @@ class Run:
         for callback in self._callbacks:
             getattr(callback, hook)(self, *arguments)
 
-    def _where(self) -> str:
-        return f"step {self.step + 1} (epoch {self.epoch + 1})"
+    def _nonfinite(self, what: str) -> NonFiniteLossError:
+        blamed = self.step and not what.endswith(INPUT)
+        hint = "; a lower lr may help" if blamed else ""
+        return NonFiniteLossError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{hint}")
 
     # ---- the state between two steps ----
 
@@ -394,16 +396,19 @@ class Run:
 
     def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer
-        history = restored_history(
-            directory,
-            checkpoint,
-            self.model,
-            optimizer,
-            self._settings,
-            self._base,
-            self.total_steps,
-            self._plan.batches.length,
-        )
+        try:
+            history = restored_history(
+                directory,
+                checkpoint,
+                self.model,
+                optimizer,
+                self._settings,
+                self._base,
+                self.total_steps,
+                self._plan.batches.length,
+            )
+        except ValueError as error:
+            raise type(error)(f"{error}; --overwrite (overwrite=True) begins anew") from error
         self.model.set_random_state(checkpoint.random_state)
         self._streams = [layer.dropout_stream for layer in self._adapters]
         self._put(checkpoint.parameters)
@@ -431,7 +436,9 @@ class Run:
             return False
         bad = nonfinite_parameters(self._parameters, gradients=False)
         if bad:
-            raise NonFiniteLossError(f"step {self.step} made {', '.join(bad)} not finite; it is not saved")
+            raise NonFiniteLossError(
+                f"step {self.step} made {', '.join(bad)} not finite; it is not saved: a lower lr may help"
+            )
         with self._interrupts.hold():
             self._directory.save(self._checkpoint())
             self._saved, self._saved_at = self._position(), time.monotonic()

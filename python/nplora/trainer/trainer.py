@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from nplora import _check, losses
 from nplora.checkpoint import RunDirectory
+from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.losses import CrossEntropy, LossFunction
 from nplora.module import Module
@@ -144,6 +145,9 @@ class Trainer:
             UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
                 or version are others than the checkpoint's; `log.jsonl` has lost records of the history.
         """
+        if checkpoint_dir is not None:
+            files.require_named(_OP, checkpoint_dir=checkpoint_dir)
+            files.require_directory(checkpoint_dir)
         plan = self._plan(x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every)
         self._check_model()
         for batches in (plan.batches, plan.validation):

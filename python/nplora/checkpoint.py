@@ -144,7 +144,7 @@ def _read(path: Path) -> Checkpoint:
     arrays = {name: tensor.array for name, tensor in content.items()}
     if content.metadata.get("sha256") != _digest(state, arrays):
         raise CorruptError(f"{path}: the content does not match its SHA-256")
-    fields = _fields(state, path)
+    fields = _parsed(state, path)
     groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
     for name, array in arrays.items():
         group, _, rest = name.partition(".")
@@ -159,7 +159,7 @@ def _serial(path: Path) -> int:
     """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
     try:
         with safetensors.reading(path) as content:
-            serial: int = _fields(_state(content.metadata, path), path)["serial"]
+            serial: int = _parsed(_state(content.metadata, path), path)["serial"]
             return serial
     except UnsupportedError:
         raise
@@ -176,9 +176,12 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
     return metadata.get("state", "")
 
 
-def _fields(text: str, path: Path) -> dict[str, Any]:
+def _parsed(state: str, path: Path) -> dict[str, Any]:
+    return _fields(strict_json.loads(state.encode(), f"{path}: state"), path)
+
+
+def _fields(state: object, path: Path) -> dict[str, Any]:
     """The fields of the JSON object, each of its kind, counts not negative."""
-    state = strict_json.loads(text.encode(), f"{path}: state")
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")

@@ -85,8 +85,8 @@ def _config_of(path: StrPath) -> Path | None:
 
 
 def _digest_beside(config: Path, any_base: bool) -> str | None:
-    """The digest by the weights that lie beside a configuration, if there are any."""
-    weights = model_directory.weights_of(config.parent)
+    """The digest by the weights that lie beside a config.json, if there are any."""
+    weights = model_directory.weights_of(config.parent) if config.name == CONFIG else None
     if weights is None:
         return None
     try:

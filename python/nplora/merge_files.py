@@ -268,7 +268,7 @@ def _weights(output: StrPath) -> Path:
 
 
 def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
-    if _is_directory(output):
+    if Path(base).is_dir() and _is_directory(output):
         files.require_directory(output)
     if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
         hint = "" if model.suffix == ".gguf" else "; nplora convert makes GGUF of safetensors"

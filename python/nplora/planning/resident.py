@@ -37,7 +37,7 @@ def available_memory() -> int | None:
     """Bytes that this process may come to have, with those it has; None where the system does not tell."""
     lines = (line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:"))
     free = next((int(line.split()[1]) * _KIBIBYTE for line in lines), None)
-    return None if free is None else free + current_memory()
+    return None if free is None else free + _status("RssAnon")  # pages of files are free already
 
 
 def peak_memory() -> int:

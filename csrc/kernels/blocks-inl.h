@@ -274,7 +274,7 @@ struct BlockRows {
   template <class To>
   void add(size_t row, size_t i, const To& to) const {
     const uint8_t* at = blocks + row * row_bytes + i / kElements * sizeof(Block);
-    for (size_t line = 0; line < sizeof(Block); line += kCacheLine) __builtin_prefetch(at + ahead + line);
+    for (size_t line = 0; line < sizeof(Block); line += kCacheLine) __builtin_prefetch(at + ahead + line, 0, 2);
     const Decoder<Block> block{*reinterpret_cast<const Block*>(at)};
 #pragma GCC unroll 8
     for (size_t j = 0; j < kElements / kStrip; ++j) block.strip(j, to + j * kStrip);
@@ -399,7 +399,7 @@ struct Nf4Rows {
   void add(size_t row, size_t i, const To& to) const {
     const size_t element = first + row * row_step + i;
     const uint8_t* codes = w.codes + element / 2;
-    __builtin_prefetch(codes + ahead);
+    __builtin_prefetch(codes + ahead, 0, 2);
     const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
 #pragma GCC unroll 2
     for (size_t j = 0; j < kElements; j += kStrip) {

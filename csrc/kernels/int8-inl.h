@@ -231,7 +231,7 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, at[r - 1] += sizeof(Block)) {
       for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
-        __builtin_prefetch(at[r] + w.ahead + line);
+        __builtin_prefetch(at[r] + w.ahead + line, 0, 2);
       const Codes<Block> codes{{}, *reinterpret_cast<const Block*>(at[r])};
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {

@@ -29,6 +29,7 @@ from nplora.finetuning import (
     finetune,
     load_with_adapter,
     plan,
+    planned,
     run,
 )
 from nplora.formats import gguf, safetensors
@@ -421,13 +422,38 @@ def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
 def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "available_memory", lambda: 5_000_000)
+    for module in (choice, planned):
+        monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
     told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
     with pytest.warns(UserWarning, match=told):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
-    assert re.search(told, str(plan(model, data, **QUICK)))
+    small = plan(model, data, **QUICK)
     monkeypatch.setattr(choice, "available_memory", lambda: None)
     assert "available" not in str(plan(model, data, **QUICK))
+    assert re.search(told, str(small))  # which does not ask again
+    finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, resume=True)  # nothing is left to do
+    with pytest.warns(UserWarning, match="total_steps"), pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 2}, resume=True)
+
+
+def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs, members = list[int](), TokenBatches.members
+
+    def counted(self: TokenBatches, epoch: int, skip: int = 0) -> Any:
+        epochs.append(epoch)
+        return members(self, epoch, skip)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenBatches, "members", counted)
+    monkeypatch.setattr(run, "batches_of", stop)
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, tmp_path / "out", steps=1000)
+    assert epochs == [0]
 
 
 def test_targets_may_be_one_text_as_on_the_command_line() -> None:

@@ -104,15 +104,22 @@ def test_an_empty_path_is_refused_in_python(
 
 
 @pytest.mark.parametrize(
-    "line", ["finetune m --data d --output f", "convert a.gguf f", "combine a --output f"]
+    "line", ["finetune m --data d --output {}", "convert a.gguf {}", "combine a --output {}"]
 )
+@pytest.mark.parametrize(("file", "kind"), [("f", "a file"), ("/dev/null", "a character device")])
 def test_a_file_in_the_place_of_a_directory_is_told_first(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str,
+    file: str,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("f").write_text("")
-    assert cli.main(line.split()) == 2
-    assert capsys.readouterr().err == "nplora: error: f: is a file, expected a directory: name another one\n"
+    assert cli.main(line.format(file).split()) == 2
+    told = f"nplora: error: {file}: is {kind}, expected a directory: name another one\n"
+    assert capsys.readouterr().err == told
 
 
 def test_demo_and_plot_hand_their_arguments_on(

@@ -87,6 +87,13 @@ def test_an_empty_path_is_refused_at_once(
         lambda: nplora.load_model(""),
         lambda: finetuning.evaluate("m", ""),
         lambda: convert.convert_adapter("a.gguf", ""),
+        lambda: convert.adapter_to_gguf("", "a.gguf", "b"),
+        lambda: convert.adapter_to_gguf("a", "a.gguf", ""),
+        lambda: convert.adapter_from_gguf("", "a", "b"),
+        lambda: convert.adapter_from_gguf("a.gguf", "a", ""),
+        lambda: info.describe(""),
+        lambda: plot.plot_run(""),
+        lambda: plot.plot_run("run", ""),
         lambda: merge_files.merge_adapter("b", "a", ""),
         lambda: combination.combine([("", 1.0)]),
         lambda: Trainer(nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1))).fit(

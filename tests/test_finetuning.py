@@ -457,7 +457,7 @@ def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
 
 
 def test_targets_may_be_one_text_as_on_the_command_line() -> None:
-    for given in ("q_proj,v_proj", ("q_proj,v_proj",), ["q_proj", "v_proj"]):
+    for given in ("q_proj,v_proj", ("q_proj, v_proj",), ["q_proj", " v_proj"]):
         assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
 
 

@@ -99,7 +99,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         given = (self.targets,) if isinstance(self.targets, str) else self.targets
         if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
-            object.__setattr__(self, "targets", tuple(name for text in given for name in text.split(",")))
+            names = tuple(name.strip() for text in given for name in text.split(","))
+            object.__setattr__(self, "targets", names)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         if self.batch_tokens is not None and self.batch_examples is not None:

@@ -34,6 +34,7 @@ from nplora.finetuning import (
 )
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
+from nplora.formats.gguf import Typed
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.optim import global_norm
@@ -309,16 +310,32 @@ def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data
         ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
-        ({"sample": ("1+1=", "")}, r"finetune: sample is \('1\+1=', ''\), expected a list of texts"),
+        ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
+        (
+            {"sample": ["x" * 64]},
+            "^finetune: sample 'x*': the prompt has 64 tokens, the model's context is 64$",
+        ),
         ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
+        ({"sample": None}, "finetune: sample is None, expected a list of texts"),
+        ({"sample": {"1+1="}}, "finetune: sample is {'1\\+1='}, expected a list of texts"),
+        ({"sample": (text for text in "1")}, "finetune: sample is <generator .*, expected a list of texts"),
+        ({"sample": [1]}, r"finetune: sample is \[1\], expected a list of texts"),
     ],
 )
 def test_nothing_is_written_for_options_that_do_not_fit(
     model: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         finetune(model, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_may_be_empty_where_the_model_begins_every_text(data: Path, tmp_path: Path) -> None:
+    begins = {"tokenizer.ggml.bos_token_id": Typed(1, "UINT32"), "tokenizer.ggml.add_bos_token": True}
+    model = save_small_llama(tmp_path / "bos.gguf", changes=begins)
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, sample=[""])
+    assert FinetuneOptions(sample=[""]).sample == ("",)  # type: ignore[arg-type]
+    assert [sample.prompt for sample in report.samples] == [""]
 
 
 def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:

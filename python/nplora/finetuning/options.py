@@ -128,7 +128,6 @@ class FinetuneOptions:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
         _check.probability(_OP, "dropout", self.dropout)
         _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
-        if isinstance(self.sample, str) or not all(isinstance(text, str) and text for text in self.sample):
-            raise ValueError(f"{_OP}: sample is {self.sample!r}, expected a list of texts that are not empty")
+        object.__setattr__(self, "sample", _check.texts(_OP, "sample", self.sample))
         if isinstance(self.layers, str):
             parse_blocks(self.layers, _OP)

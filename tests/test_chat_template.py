@@ -98,8 +98,13 @@ def test_a_template_may_refuse_the_messages() -> None:
     with pytest.raises(ValueError, match="fails with these messages: UndefinedError: 'nothing' is undefined"):
         render("{{ nothing.at_all }}")
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    with pytest.raises(ValueError, match="the chat template fails: content is a list, expected a string"):
+    hint = r" \(content is a list: the template may expect a string\)$"
+    with pytest.raises(
+        ValueError, match=f"with these messages: TypeError: can only concatenate str .*{hint}"
+    ):
         render("{{ 'user: ' + messages[0].content }}", parts)
+    with pytest.raises(ValueError, match=f"with these messages: UndefinedError: 'tools' is undefined{hint}"):
+        render("{{ tools[0] }}", parts)
     assert render("{{ messages[0].content[0].text }}", parts) == "a"
     with pytest.raises(TypeError, match="a message of a chat holds a set"):
         render("", [{"role": "user", "content": {1}}])

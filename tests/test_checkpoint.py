@@ -467,6 +467,18 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
     assert newest(directory).step == STEPS
 
 
+def test_a_damaged_checkpoint_is_the_next_to_be_replaced(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    path = newest_file(directory)
+    raw = bytearray(path.read_bytes())
+    damage_tensor(raw)
+    path.write_bytes(raw)
+    with RunDirectory(directory) as opened:
+        assert opened.newest is not None
+        opened.save(opened.newest)
+    assert [checkpoint._read(directory / name).step for name in NAMES] == [9, 9]
+
+
 def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     for name in NAMES:

@@ -87,6 +87,13 @@ def test_an_empty_path_is_refused_at_once(
         lambda: nplora.load_model(""),
         lambda: finetuning.evaluate("m", ""),
         lambda: convert.convert_adapter("a.gguf", ""),
+        lambda: convert.adapter_to_gguf("", "a.gguf", "b"),
+        lambda: convert.adapter_to_gguf("a", "a.gguf", ""),
+        lambda: convert.adapter_from_gguf("", "a", "b"),
+        lambda: convert.adapter_from_gguf("a.gguf", "a", ""),
+        lambda: info.describe(""),
+        lambda: plot.plot_run(""),
+        lambda: plot.plot_run("run", ""),
         lambda: merge_files.merge_adapter("b", "a", ""),
         lambda: combination.combine([("", 1.0)]),
         lambda: Trainer(nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1))).fit(
@@ -104,15 +111,22 @@ def test_an_empty_path_is_refused_in_python(
 
 
 @pytest.mark.parametrize(
-    "line", ["finetune m --data d --output f", "convert a.gguf f", "combine a --output f"]
+    "line", ["finetune m --data d --output {}", "convert a.gguf {}", "combine a --output {}"]
 )
+@pytest.mark.parametrize(("file", "kind"), [("f", "a file"), ("/dev/null", "a character device")])
 def test_a_file_in_the_place_of_a_directory_is_told_first(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str,
+    file: str,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("f").write_text("")
-    assert cli.main(line.split()) == 2
-    assert capsys.readouterr().err == "nplora: error: f: is a file, expected a directory: name another one\n"
+    assert cli.main(line.format(file).split()) == 2
+    told = f"nplora: error: {file}: is {kind}, expected a directory: name another one\n"
+    assert capsys.readouterr().err == told
 
 
 def test_demo_and_plot_hand_their_arguments_on(

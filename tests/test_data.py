@@ -184,8 +184,10 @@ def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
     train = valid.rename(train)
     assert find_evaluated(tmp_path) == train
     train.unlink()
-    with pytest.raises(FileNotFoundError, match=r"none of train\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"none of valid\.jsonl, .*, train\.jsonl, "):
         find_evaluated(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        find_evaluated(tmp_path / "nothing.jsonl")
 
 
 # ---- lengths ----

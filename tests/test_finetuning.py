@@ -29,10 +29,12 @@ from nplora.finetuning import (
     finetune,
     load_with_adapter,
     plan,
+    planned,
     run,
 )
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, DataError, FormatError
+from nplora.formats.gguf import Typed
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.optim import global_norm
@@ -308,16 +310,32 @@ def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data
         ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
-        ({"sample": ("1+1=", "")}, r"finetune: sample is \('1\+1=', ''\), expected a list of texts"),
+        ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
+        (
+            {"sample": ["x" * 64]},
+            "^finetune: sample 'x*': the prompt has 64 tokens, the model's context is 64$",
+        ),
         ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
+        ({"sample": None}, "finetune: sample is None, expected a list of texts"),
+        ({"sample": {"1+1="}}, "finetune: sample is {'1\\+1='}, expected a list of texts"),
+        ({"sample": (text for text in "1")}, "finetune: sample is <generator .*, expected a list of texts"),
+        ({"sample": [1]}, r"finetune: sample is \[1\], expected a list of texts"),
     ],
 )
 def test_nothing_is_written_for_options_that_do_not_fit(
     model: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         finetune(model, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_may_be_empty_where_the_model_begins_every_text(data: Path, tmp_path: Path) -> None:
+    begins = {"tokenizer.ggml.bos_token_id": Typed(1, "UINT32"), "tokenizer.ggml.add_bos_token": True}
+    model = save_small_llama(tmp_path / "bos.gguf", changes=begins)
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, sample=[""])
+    assert FinetuneOptions(sample=[""]).sample == ("",)  # type: ignore[arg-type]
+    assert [sample.prompt for sample in report.samples] == [""]
 
 
 def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
@@ -421,17 +439,42 @@ def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
 def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "available_memory", lambda: 5_000_000)
+    for module in (choice, planned):
+        monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
     told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
     with pytest.warns(UserWarning, match=told):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
-    assert re.search(told, str(plan(model, data, **QUICK)))
+    small = plan(model, data, **QUICK)
     monkeypatch.setattr(choice, "available_memory", lambda: None)
     assert "available" not in str(plan(model, data, **QUICK))
+    assert re.search(told, str(small))  # which does not ask again
+    finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, resume=True)  # nothing is left to do
+    with pytest.warns(UserWarning, match="total_steps"), pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 2}, resume=True)
+
+
+def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs, members = list[int](), TokenBatches.members
+
+    def counted(self: TokenBatches, epoch: int, skip: int = 0) -> Any:
+        epochs.append(epoch)
+        return members(self, epoch, skip)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenBatches, "members", counted)
+    monkeypatch.setattr(run, "batches_of", stop)
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, tmp_path / "out", steps=1000)
+    assert epochs == [0]
 
 
 def test_targets_may_be_one_text_as_on_the_command_line() -> None:
-    for given in ("q_proj,v_proj", ("q_proj,v_proj",), ["q_proj", "v_proj"]):
+    for given in ("q_proj,v_proj", ("q_proj, v_proj",), ["q_proj", " v_proj"]):
         assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
 
 

@@ -327,6 +327,8 @@ def test_ties_and_zeros_are_kept_and_one_token_always_is() -> None:
         {"repetition_penalty": 0},
         {"stop": "END"},
         {"stop": ("",)},
+        {"stop": None},
+        {"stop": iter(["END"])},
         {"seed": -1},
         {"seed": True},
     ],

@@ -20,7 +20,17 @@ from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planne
 from nplora.formats.gguf import Typed
 from nplora.models import load_model
 from nplora.packing import pack
-from nplora.planning import Adapters, BudgetError, Candidate, Pass, current_memory, parse_bytes, peak_memory
+from nplora.planning import (
+    Adapters,
+    BudgetError,
+    Candidate,
+    Pass,
+    available_memory,
+    current_memory,
+    parse_bytes,
+    peak_memory,
+    resident,
+)
 from nplora.planning.choice import Other
 from nplora.planning.memory import Memory, predicted
 from nplora.planning.resident import unread
@@ -231,6 +241,20 @@ def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, dat
     assert "at most" in str(found)
 
 
+def test_the_list_of_a_runs_batches_is_not_counted_as_memory_of_the_run(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_of, listed = planned._work_of, []
+
+    def long(*arguments: Any) -> Any:
+        listed.append(np.ones(50 * MEGABYTE, np.uint8))
+        return work_of(*arguments)
+
+    before = plan(model, data).memory.process
+    monkeypatch.setattr(planned, "_work_of", long)
+    assert plan(model, data).memory.process - before < 25 * MEGABYTE
+
+
 def test_nothing_that_fits_is_refused_with_what_would(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,6 +454,55 @@ def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: P
     assert unread(str(snapshot / list(files)[-1])) == 0
 
 
+GROUPS = {  # files below the root, of a process that has 300 kB of its own and 40,000 kB of the machine left
+    "version 2": {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/memory.max": "{limit}\n",
+        "sys/fs/cgroup/user/job/memory.current": "5000000\n",
+        "sys/fs/cgroup/user/job/memory.stat": "anon 2\nactive_file 1000000\ninactive_file 500000\n",
+    },
+    "version 2, a group above": {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/memory.max": "max\n",
+        "sys/fs/cgroup/user/job/memory.current": "1000000\n",
+        "sys/fs/cgroup/user/memory.max": "{limit}\n",
+        "sys/fs/cgroup/user/memory.current": "3500000\n",
+    },
+    "version 1": {
+        "proc/self/cgroup": "7:cpu:/else\n4:memory:/job\n0::/\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "5000000\n",
+        "sys/fs/cgroup/memory/job/memory.stat": "active_file 7\ntotal_active_file 1000000\n"
+        "total_inactive_file 500000\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "6000000\n",
+    },
+    "version 1, a container whose group is not to be seen from inside": {
+        "proc/self/cgroup": "4:memory:/docker/0123\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "3500000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_what_is_available_is_what_the_machine_and_every_group_leave(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    assert available_memory() is None
+    machine = {
+        "proc/meminfo": "MemTotal: 90000 kB\nMemAvailable: 40000 kB\n",
+        "proc/self/status": "VmRSS:\t900 kB\nRssAnon:\t200 kB\nRssFile:\t600 kB\nRssShmem:\t100 kB\n",
+    }
+    for limit, left in ((10_000_000, 6_500_000), (90_000_000, 40_000 * 1024)):
+        for file, text in (machine | GROUPS[name]).items():
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("{limit}", str(limit)))
+        assert available_memory() == left + 300 * 1024
+
+
 # ---- runs obey, and go on to the bit ----
 
 
@@ -444,10 +517,10 @@ def test_a_run_with_a_plan_goes_on_to_the_bit(
     def scripted(way: Candidate) -> None:
         real = planned.choose
 
-        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, budget: Any) -> Any:
+        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, *rest: Any) -> Any:
+            found = real(lm, adapters, work, wishes, *rest)
             if wishes.pieces is not None:  # goes on
-                return real(lm, adapters, work, wishes, budget)
-            found = real(lm, adapters, work, wishes, budget)
+                return found
             return type(found)(way, found.memory, found.seconds, found.steps)
 
         monkeypatch.setattr(planned, "choose", choose)

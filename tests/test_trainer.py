@@ -420,6 +420,7 @@ def failing_run(
     ("poison", "where"),
     [
         ("x", "its input x is not finite"),
+        ("y", "its targets y are not finite"),
         ("layer", "the first layer whose output is not finite is '2' (LoRALinear)"),
         ("loss", "the output of every layer is finite, the loss of it is not"),
     ],
@@ -431,8 +432,10 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
     model, target = net(dropout=0.2), np.zeros((40, CLASSES), np.float32)
     if poison == "x":
         x[26, 0] = np.nan
+    elif poison == "y":
+        target[26, 1] = np.nan
     elif poison == "loss":
-        target[26, 1] = np.inf
+        target[26, 1] = 3e38
     else:
         original, calls = model.modules[2].forward, [0]
 
@@ -443,7 +446,7 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
 
         model.modules[2].forward = forward  # type: ignore[method-assign]
     message, trainer, before, moments = failing_run(model, x, target, tmp_path, loss="mse", accumulate=2)
-    value, hint = ("nan", "") if poison == "x" else ("inf", "; a lower lr may help")
+    value, hint = ("nan", "") if poison in ("x", "y") else ("inf", "; a lower lr may help")
     assert message == f"step 2 (epoch 1): the loss of batch 4 is {value}: {where}{hint}"
     assert values(model) == before
     assert state(trainer.optimizer) == moments
@@ -453,6 +456,17 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
         assert directory.newest.step == 1
         assert model.random_state() == directory.newest.random_state
     assert poison == "layer" or "forward" not in vars(model.modules[2])
+
+
+def test_targets_that_are_no_array_are_searched_too() -> None:
+    x, _ = data(8)
+    for y, where in (
+        ((np.ones(3), [1.0, np.nan]), "its targets y are not finite"),
+        ((np.ones(3), [1.0, 2.0], "name"), "the output of every layer is finite, the loss of it is not"),
+    ):
+        trainer = trainer_of(net(), loss=lambda prediction, target: (np.inf, np.zeros_like(prediction)))
+        with pytest.raises(nplora.NonFiniteLossError, match=f"the loss of batch 1 is inf: {where}$"):
+            trainer.fit([(x, y)], epochs=1)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_as_a_loss_does(tmp_path: Path) -> None:
@@ -481,7 +495,7 @@ def test_the_search_for_the_layer_sees_the_dropout_of_the_failing_pass() -> None
 
     model.modules[0].forward = forward  # type: ignore[method-assign]
     target = np.zeros((40, CLASSES), np.float32)
-    target[39] = np.nan
+    target[39] = 3e38
     with pytest.raises(nplora.NonFiniteLossError, match="batch 5"):
         trainer_of(model, loss="mse").fit(x, target, batch_size=8, shuffle=False)
     assert [calls for _, calls in keys] == [0, 1, 2, 3, 4, 4]

@@ -155,6 +155,11 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(**fields)
 
 
+def is_checkpoint(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with these metadata is one."""
+    return metadata.keys() >= {"schema", "state", "sha256"}
+
+
 def _serial(path: Path) -> int:
     """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
     try:
@@ -292,15 +297,12 @@ def trained(directory: StrPath) -> str | None:
     return "an adapter" if peft_adapter.lies_in(directory) else None
 
 
-_OTHER_OR = "name another one, or --overwrite (overwrite=True)"
-
-
 def require_untouched(directory: StrPath) -> None:
     """Raise FileExistsError where training left something in a directory, or a file is in its place."""
     files.require_directory(directory)
     found = trained(directory)
     if found is not None:
-        raise _occupied(directory, f"{found}; {_OTHER_OR} drops it")
+        raise _occupied(directory, f"{found}; {files.OTHER_OR} drops it")
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
@@ -315,7 +317,7 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     if holds_run(directory):
         raise _occupied(directory, "a run, whose adapter it would replace; name another one")
     if peft_adapter.lies_in(directory) and not overwrite:
-        raise _occupied(directory, f"an adapter; {_OTHER_OR} replaces it")
+        raise _occupied(directory, f"an adapter; {files.OTHER_OR} replaces it")
 
 
 def _occupied(directory: StrPath, found: str) -> FileExistsError:
@@ -418,9 +420,10 @@ class RunDirectory:
                 raise
             except (FormatError, OSError) as error:
                 self.damaged.append(str(error))
+                self._slot = slot
                 continue
             if newest is None or checkpoint.serial > newest.serial:
-                newest, self._serial, self._slot = checkpoint, checkpoint.serial, 1 - slot
+                newest = checkpoint
         return newest
 
     def latest(self) -> Checkpoint | None:

@@ -129,7 +129,7 @@ def adapter_to_gguf(
         any_base: as in `load_adapter`; the new adapter is then one of base.
         overwrite: also in the place of another adapter.
     Raises:
-        ValueError: path is no .gguf file.
+        ValueError: a path is empty, or path is no .gguf file.
         FileExistsError: it is that of a model, or there is a file and `overwrite` is not set.
         UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
             the base model is not of a known family.
@@ -138,6 +138,7 @@ def adapter_to_gguf(
         CorruptError: the directory's two files are not of one save.
         OSError: a file cannot be read, or the disk refuses.
     """
+    files.require_named("convert", directory=directory, path=path, base=base)
     _require_no_model(path)
     files.require_new(path, overwrite)
     model = base_model.read(base, any_base)
@@ -246,13 +247,14 @@ def adapter_from_gguf(
         overwrite: also in the place of another adapter.
         any_base: as in `adapter_to_gguf`.
     Raises:
-        ValueError: base is needed.
+        ValueError: a path is empty, or base is needed.
         FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
         OSError: a file cannot be read, or the disk refuses.
     """
+    files.require_named("convert", path=path, directory=directory, base=base)
     require_no_other(directory, overwrite)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}

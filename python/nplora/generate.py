@@ -69,7 +69,8 @@ class Sampling:
             warnings.warn(f"{_OP}: {without}: the most likely token is taken", stacklevel=3)
         if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
             raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
+        if "" in self.stop:
             raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of texts that are not empty")
         _check.integer(_OP, "seed", self.seed, least=0)
 
@@ -107,7 +108,7 @@ def stream_all(
     sampling = sampling or Sampling()
     context = int(lm.config.max_position_embeddings)
     answers = [
-        _Answer(lm.tokenizer, index, _encoded(lm.tokenizer, prompt, context), sampling)
+        _Answer(lm.tokenizer, index, prompt_ids(_OP, lm.tokenizer, prompt, context), sampling)
         for index, prompt in enumerate(prompts)
     ]
     if not answers or not sampling.max_new_tokens:
@@ -128,15 +129,16 @@ def stream_all(
         )
 
 
-def _encoded(tokenizer: Tokenizer, prompt: Prompt, context: int) -> list[int]:
+def prompt_ids(op: str, tokenizer: Tokenizer, prompt: Prompt, context: int) -> list[int]:
+    """The tokens of a prompt, at least one and fewer than the context has."""
     chat = not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
-        raise TypeError(f"{_OP}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
+        raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
     ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
     if not ids:
-        raise ValueError(f"{_OP}: the prompt is empty")
+        raise ValueError(f"{op}: the prompt is empty")
     if len(ids) >= context:
-        raise ValueError(f"{_OP}: the prompt has {len(ids):,} tokens, the model's context is {context:,}")
+        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, the model's context is {context:,}")
     return ids
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora.checkpoint import is_checkpoint
 from nplora.formats import (
     bitsandbytes,
     files,
@@ -50,8 +51,10 @@ def describe(path: StrPath) -> str:
     Returns:
         lines of text. Names and values from the file are shown with control characters escaped.
     Raises:
+        ValueError: the path is empty.
         FormatError: it is none of these, or breaks its format. OSError: it cannot be read.
     """
+    files.require_named("info", path=path)
     if Path(path).is_dir():
         return _directory(path)
     if model_directory.is_index(path):
@@ -118,7 +121,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 def _is_trained(file: SafetensorsFile) -> bool:
     """Whether these are an adapter's factors or the checkpoint of a run: nothing in them is to be adapted."""
-    return {"schema", "state", "sha256"} <= file.metadata.keys() or any(".lora_" in name for name in file)
+    return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
 def _index(path: StrPath) -> str:

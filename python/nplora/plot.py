@@ -25,11 +25,12 @@ def plot_run(directory: StrPath, output: StrPath | None = None) -> Path:
         the path of the PNG.
     Raises:
         ModuleNotFoundError: matplotlib, the extra [plot], is not installed.
-        ValueError: the name of the output does not end in .png.
+        ValueError: a path is empty, or the name of the output does not end in .png.
         FileNotFoundError: the directory is not that of a run: it has no log.jsonl.
         DataError: the log is not one of nplora's, or it has no step yet.
         OSError: the PNG cannot be written.
     """
+    files.require_named("plot", directory=directory, output=output)
     path = Path(directory, "plot.png") if output is None else Path(output)
     if path.suffix.lower() != ".png":
         raise ValueError(f"plot: the output is {files.name(path)}, expected a name that ends in .png")

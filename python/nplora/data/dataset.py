@@ -134,20 +134,29 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     if not given.is_dir():
         given.stat()
         return given, None
-    train = _split(given, "train")
-    if train is None:
-        wanted = ", ".join(f"train{suffix}" for suffix in _SUFFIXES)
-        raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(path))
-    return train, _split(given, "valid")
+    return _required(given, "train"), _split(given, "valid")
 
 
 def find_evaluated(path: StrPath) -> Path:
     """The file that a model is evaluated on: of a directory, its valid.*, or its train.* where there is none.
 
     Raises:
-        FileNotFoundError: as `find_splits`, where neither is there.
+        FileNotFoundError: there is no such file, or neither is there.
     """
-    return _split(Path(path), "valid") or find_splits(path)[0]
+    given = Path(path)
+    if given.is_dir():
+        return _required(given, "valid", "train")
+    given.stat()
+    return given
+
+
+def _required(directory: Path, *names: str) -> Path:
+    """The first that is there of these splits."""
+    found = next(filter(None, (_split(directory, name) for name in names)), None)
+    if found is None:
+        wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
+        raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(directory))
+    return found
 
 
 def _split(directory: Path, name: str) -> Path | None:

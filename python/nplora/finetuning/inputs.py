@@ -7,8 +7,9 @@ from pathlib import Path
 from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
+from nplora.generate import prompt_ids
 from nplora.models import LanguageModel, load_model
 from nplora.weights import COMPUTES
 
@@ -16,7 +17,7 @@ from nplora.weights import COMPUTES
 def opened_all(
     op: str, model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
 ) -> tuple[LanguageModel, Dataset, Dataset | None]:
-    """The model, what it learns from and what it is evaluated on."""
+    """The model, what it learns from and what it is evaluated on. The samples fit the model."""
     files.require_named(op, data=data, valid=valid)
     train_path, found = find_splits(data)
     valid_path = found if valid is None else Path(valid)
@@ -27,6 +28,8 @@ def opened_all(
         )
     if lm.adapter_layers():
         raise ValueError(f"{op}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
+    for prompt in options.sample:
+        prompt_ids(f"{op}: sample {brief(prompt)}", lm.tokenizer, prompt, lm.config.max_position_embeddings)
     train = read(lm, train_path, options)
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
 

@@ -99,7 +99,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         given = (self.targets,) if isinstance(self.targets, str) else self.targets
         if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
-            object.__setattr__(self, "targets", tuple(name for text in given for name in text.split(",")))
+            names = tuple(name.strip() for text in given for name in text.split(","))
+            object.__setattr__(self, "targets", names)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         if self.batch_tokens is not None and self.batch_examples is not None:
@@ -127,7 +128,6 @@ class FinetuneOptions:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
         _check.probability(_OP, "dropout", self.dropout)
         _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
-        if isinstance(self.sample, str) or not all(isinstance(text, str) and text for text in self.sample):
-            raise ValueError(f"{_OP}: sample is {self.sample!r}, expected a list of texts that are not empty")
+        object.__setattr__(self, "sample", _check.texts(_OP, "sample", self.sample))
         if isinstance(self.layers, str):
             parse_blocks(self.layers, _OP)

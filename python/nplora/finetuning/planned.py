@@ -12,7 +12,19 @@ from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
-from nplora.planning import Adapters, Plan, Wishes, Work, choose, parse_bytes
+from nplora.planning import (
+    Adapters,
+    Candidate,
+    Plan,
+    Wishes,
+    Work,
+    available_memory,
+    choose,
+    needed,
+    parse_bytes,
+    resident_memory,
+    shortage,
+)
 from nplora.weights import COMPUTES
 
 _LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch
@@ -66,14 +78,42 @@ def planned(
 ) -> Plan:
     """How steps are computed with these options."""
     budget = None if options.memory is None else parse_bytes(options.memory)
-    return choose(lm, adapters, work_of(train, held_out, options), wishes, budget)
+    resident = resident_memory(lm)
+    return choose(lm, adapters, _work_of(train, held_out, options), wishes, resident, budget)
 
 
-def work_of(train: Dataset, held_out: Dataset | None, options: FinetuneOptions) -> Work:
-    """What a run of these options reads."""
+def warning_of(
+    lm: LanguageModel,
+    adapters: Adapters,
+    train: Dataset,
+    held_out: Dataset | None,
+    options: FinetuneOptions,
+    way: Candidate,
+    done: int,
+) -> str:
+    """Words where the rest of a run needs more memory than the machine has left, by its first epoch.
+
+    Args:
+        done: the steps that the run has made.
+    """
+    resident, work = resident_memory(lm), _work_of(train, held_out, options, most_epochs=1)
+    if done >= work.steps:
+        return ""
+    return shortage(needed(lm, adapters, work, way, resident), available_memory())
+
+
+def _work_of(
+    train: Dataset, held_out: Dataset | None, options: FinetuneOptions, most_epochs: int | None = None
+) -> Work:
+    """What a run of these options reads.
+
+    Args:
+        most_epochs: of which the batches are looked at; None: of nearly all, a million examples in sum.
+    """
     batches = batches_of(train, options)
     steps = options.steps or (options.epochs or 1) * -(-batches.length // options.accumulate)
-    epochs = min(-(-steps * options.accumulate // batches.length), 1 + _LOOKED_AT // len(train))
+    most = 1 + _LOOKED_AT // len(train) if most_epochs is None else most_epochs
+    epochs = min(-(-steps * options.accumulate // batches.length), most)
     lengths, targets = train.lengths, train.targets
     return Work(
         [(lengths[batch], targets[batch]) for epoch in range(epochs) for batch in batches.members(epoch)],
@@ -91,22 +131,24 @@ def _most_tokens(held_out: Dataset) -> int:
 
 def resumed(
     options: FinetuneOptions, output: StrPath, loaded: bool
-) -> tuple[FinetuneOptions, tuple[int | None, ...] | None]:
+) -> tuple[FinetuneOptions, tuple[int | None, ...] | None, int]:
     """The options of a run that goes on, and its pieces: as an earlier plan had them, whatever fits now.
+
+    And the steps that it has made.
 
     Args:
         loaded: the model is given, and its arithmetic with it.
     """
     if not (options.resume and holds_run(output)):
-        return options, None
+        return options, None, 0
     with RunDirectory(output) as directory:
         checkpoint = directory.newest
     if checkpoint is None:
-        return options, None
+        return options, None, 0
     computes, pieces = _started_with(checkpoint)
     if options.compute is None and not loaded and len(computes) == 1:
         options = dataclasses.replace(options, compute=computes.pop())
-    return options, (pieces,)
+    return options, (pieces,), checkpoint.step
 
 
 def _started_with(checkpoint: Checkpoint) -> tuple[set[str], int | None]:

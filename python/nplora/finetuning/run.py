@@ -21,7 +21,7 @@ from nplora.finetuning.attaching import as_it_was
 from nplora.finetuning.before import Before, answers_of
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
-from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, work_of
+from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, warning_of
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
@@ -29,7 +29,7 @@ from nplora.formats import files, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
-from nplora.planning import Candidate, Wishes, needed, shortage
+from nplora.planning import Candidate, Wishes
 from nplora.trainer import Trainer
 
 
@@ -63,11 +63,12 @@ def finetune(
             adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     Warns:
-        UserWarning: without `memory`, more is needed than is available. Others as `Trainer.fit`.
+        UserWarning: without `memory`, more is needed than is available, and steps are left to be made.
+            Others as `Trainer.fit`.
     """
     files.require_named("finetune", output=output)
     files.require_directory(output)
-    chosen, pieces = resumed(
+    chosen, pieces, done = resumed(
         _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
     )
     say = speaker(progress)
@@ -79,7 +80,7 @@ def finetune(
         fitting = planned(lm, adapters, train, held_out, chosen, wishes)
         say(str(fitting))
         way = fitting.chosen
-    elif short := shortage(needed(lm, adapters, work_of(train, held_out, chosen), way)):
+    elif short := warning_of(lm, adapters, train, held_out, chosen, way, done):
         warnings.warn(short, stacklevel=2)
     if way.compute != lm.compute:
         assert not isinstance(model, LanguageModel)

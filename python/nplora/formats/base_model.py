@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.formats import files, gguf, gguf_adapter, model_digest, model_directory, safetensors, sharded
+from nplora.formats import files, gguf, gguf_adapter, model_digest, model_directory
 from nplora.formats.config_json import attention_heads, read_fields
 from nplora.formats.errors import FormatError, NotFetchedError, UnsupportedError, brief
 from nplora.formats.files import StrPath
@@ -86,13 +86,10 @@ def _config_of(path: StrPath) -> Path | None:
 
 def _digest_beside(config: Path, any_base: bool) -> str | None:
     """The digest by the weights that lie beside a config.json, if there are any."""
-    weights = model_directory.weights_of(config.parent) if config.name == CONFIG else None
-    if weights is None:
+    if config.name != CONFIG or model_directory.weights_of(config.parent) is None:
         return None
     try:
-        if model_directory.is_index(weights):
-            return model_digest.of_tensors(sharded.open(weights, wanted=_is_norm))
-        return model_digest.of_tensors(safetensors.open(weights))
+        return model_digest.of_tensors(model_directory.open_tensors(config.parent, wanted=_is_norm))
     except (NotFetchedError, FileNotFoundError):
         told = "weights are missing, so whether the adapter is of this model is not known"
         if not any_base:

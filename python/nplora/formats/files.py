@@ -24,6 +24,7 @@ Chunk: TypeAlias = bytes | memoryview
 
 _LFS = b"version https://git-lfs"
 _KINDS = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
@@ -31,13 +32,14 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link to nothing",
 }
+OTHER_OR = "name another one, or --overwrite (overwrite=True)"  # a way out of what would be replaced
 _LEAST_MAPPED = 1 << 20
 _COARSEST_TICK_NS = 2_000_000_000  # FAT counts in 2 seconds, Linux's own in at most 10 ms
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def kind_name(kind: int) -> str:
-    """What stat.S_IFMT tells of something that is no regular file, in words."""
+    """What stat.S_IFMT tells, in words."""
     return _KINDS.get(kind, "something else")
 
 
@@ -211,15 +213,15 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 def require_directory(path: StrPath) -> None:
     """Raise NotADirectoryError where something else lies in the place of a directory to be written."""
     if os.path.exists(path) and not os.path.isdir(path):
-        reason = "is a file, expected a directory: name another one"
+        kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
+        reason = f"is {kind}, expected a directory: name another one"
         raise NotADirectoryError(errno.ENOTDIR, reason, name(path))
 
 
 def require_new(path: StrPath, overwrite: bool) -> None:
     """Raise FileExistsError where a file lies that is not to be replaced."""
     if Path(path).is_file() and not overwrite:
-        reason = "the file is there; name another one, or pass --overwrite (overwrite=True) to replace it"
-        raise FileExistsError(errno.EEXIST, reason, name(path))
+        raise FileExistsError(errno.EEXIST, f"the file is there; {OTHER_OR} replaces it", name(path))
 
 
 def replace(files: Sequence[NewFile]) -> None:

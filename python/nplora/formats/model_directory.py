@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,16 +43,20 @@ def require_no_model(directory: StrPath) -> None:
         raise FileExistsError(errno.EEXIST, reason, files.name(directory))
 
 
-def open_tensors(path: StrPath, mmap: bool = True) -> Tensors:
+def open_tensors(
+    path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True
+) -> Tensors:
     """The tensors of a file, of an index or, as in transformers, of a directory's one file or else its index.
 
+    Args:
+        mmap, wanted: as in `sharded.open`.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
         OSError: a file cannot be read.
     """
     path = _required_weights(Path(path)) if Path(path).is_dir() else Path(path)
-    return sharded.open(path, mmap) if is_index(path) else safetensors.open(path, mmap)
+    return sharded.open(path, mmap, wanted) if is_index(path) else safetensors.open(path, mmap)
 
 
 def weights_of(directory: Path) -> Path | None:

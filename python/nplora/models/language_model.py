@@ -274,8 +274,6 @@ class LanguageModel(Module):
             ValueError: an option is out of range, or a prompt is empty or fills the context.
             TypeError: an option is not known, or a prompt is neither a text nor a chat.
         """
-        if isinstance(options.get("stop"), list):
-            options["stop"] = tuple(options["stop"])
         sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]

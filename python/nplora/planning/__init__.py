@@ -1,8 +1,8 @@
 """What training will take in bytes and seconds, before it runs, and the way of computing that fits."""
 
-from nplora.planning.choice import BudgetError, Plan, Wishes, Work, choose, needed, shortage
+from nplora.planning.choice import BudgetError, Plan, Wishes, Work, choose, needed, resident_memory, shortage
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
-from nplora.planning.resident import current_memory, parse_bytes, peak_memory
+from nplora.planning.resident import available_memory, current_memory, parse_bytes, peak_memory
 
 __all__ = [
     "Adapters",
@@ -13,11 +13,13 @@ __all__ = [
     "Plan",
     "Wishes",
     "Work",
+    "available_memory",
     "choose",
     "current_memory",
     "needed",
     "parse_bytes",
     "peak_memory",
     "predicted",
+    "resident_memory",
     "shortage",
 ]

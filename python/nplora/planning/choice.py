@@ -107,6 +107,7 @@ class Plan:
         steps: of the run.
         others: ways that do not fit, are slower or less exact.
         budget: the most bytes, None without a limit.
+        available: the bytes that the machine had left for the process, None where it did not tell.
     """
 
     chosen: Candidate
@@ -115,6 +116,7 @@ class Plan:
     steps: int
     others: tuple[Other, ...] = ()
     budget: int | None = None
+    available: int | None = None
 
     def __str__(self) -> str:
         nearest = self._nearest()
@@ -132,7 +134,7 @@ class Plan:
             f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
             f"{self.steps} steps in {_time(self.steps * self.seconds)}",
             str(self.memory),
-            *filter(None, [shortage(self.memory)]),
+            *filter(None, [shortage(self.memory, self.available)]),
             *(
                 f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
                 for other in others
@@ -155,21 +157,25 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
-def needed(lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate) -> Memory:
-    """What the process will have at its peak if it computes so."""
-    return _needed(lm, adapters, work, way, (current_memory(), unread(lm.config.source)))
+def resident_memory(lm: LanguageModel) -> tuple[int, int]:
+    """Bytes in memory now, and those of the model's weights that are not read yet."""
+    return current_memory(), unread(lm.config.source)
 
 
-def _needed(
+def needed(
     lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate, resident: tuple[int, int]
 ) -> Memory:
+    """What the process will have at its peak if it computes so.
+
+    Args:
+        resident: `resident_memory`, before the work was listed.
+    """
     largest, threads = work.largest(way.micro_tokens), get_num_threads()
     return predicted(lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens)
 
 
-def shortage(memory: Memory) -> str:
+def shortage(memory: Memory, available: int | None) -> str:
     """Words where more is needed than the machine has left; else empty."""
-    available = available_memory()
     if available is None or memory.total <= available:
         return ""
     return (
@@ -179,19 +185,25 @@ def shortage(memory: Memory) -> str:
 
 
 def choose(
-    lm: LanguageModel, adapters: Adapters, work: Work, wishes: Wishes, budget: int | None = None
+    lm: LanguageModel,
+    adapters: Adapters,
+    work: Work,
+    wishes: Wishes,
+    resident: tuple[int, int],
+    budget: int | None = None,
 ) -> Plan:
     """The fastest way that fits, in float32 if any does and the arithmetic is not fixed.
 
     Args:
+        resident: as in `needed`.
         budget: the most bytes of the process; None: the way is as wished, and only predicted.
     Raises:
         BudgetError: no way fits.
     """
-    reached, resident = peak_memory(), (current_memory(), unread(lm.config.source))
+    reached = peak_memory()
 
     def memory(way: Candidate, work: Work = work) -> Memory:
-        return _needed(lm, adapters, work, way, resident)
+        return needed(lm, adapters, work, way, resident)
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: memory(way).total for way in ways}
@@ -212,7 +224,7 @@ def choose(
     seconds = {way: _seconds(lm, adapters, work, way, speeds[way.compute]) for way in ways}
     chosen = min((way for way in fitting if way.compute == fitting[0].compute), key=lambda way: seconds[way])
     others = tuple(Other(way, sizes[way], seconds[way]) for way in ways if way != chosen)
-    return Plan(chosen, memory(chosen), seconds[chosen], work.steps, others, budget)
+    return Plan(chosen, memory(chosen), seconds[chosen], work.steps, others, budget, available_memory())
 
 
 def _ways(lm: LanguageModel, work: Work, wishes: Wishes, free: bool) -> Iterator[Candidate]:

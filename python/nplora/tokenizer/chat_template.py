@@ -93,9 +93,10 @@ class _Failures:
             raise FormatError(f"{what} is not Jinja, in line {error.lineno}: {error}") from error
         if isinstance(error, RefusalError):
             raise ValueError(f"{what} refuses the messages: {error}") from error
+        told = f"{what} fails with these messages: {type(error).__name__}: {error}"
         if any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in self.messages):
-            raise ValueError(f"{what} fails: content is a list, expected a string") from error
-        raise ValueError(f"{what} fails with these messages: {type(error).__name__}: {error}") from error
+            told += " (content is a list: the template may expect a string)"
+        raise ValueError(told) from error
 
 
 def plain(value: Any, change: Callable[[str], str] = str) -> Any:

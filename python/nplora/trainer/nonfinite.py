@@ -11,15 +11,18 @@ from nplora.module import Module, Parameter
 Array = npt.NDArray[Any]
 
 INPUT = "its input x is not finite"
+TARGETS = "its targets y are not finite"
 
 
-def first_nonfinite(model: Module, x: Any) -> str:
-    """Run the forward pass again and say where the first value that is not finite appears.
+def first_nonfinite(model: Module, x: Any, y: Any) -> str:
+    """Where the first value that is not finite appears: in a batch, or in a forward pass that is run again.
 
     A module counts once its forward has returned, so that the innermost one is named, not those around it.
     """
     if _not_finite(x):
         return INPUT
+    if _not_finite(y):
+        return TARGETS
     found: list[str] = []
     with np.errstate(all="ignore"):
         watched = [_watch(name, module, found) for name, module in model.named_modules()]
@@ -59,5 +62,7 @@ def nonfinite_parameters(parameters: Iterable[Parameter], gradients: bool) -> li
 
 
 def _not_finite(x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return any(map(_not_finite, x))
     array = np.asarray(x)
     return array.dtype.kind in "fc" and not bool(np.isfinite(array).all())

@@ -18,7 +18,7 @@ from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
-from nplora.trainer.nonfinite import INPUT, first_nonfinite, nonfinite_parameters
+from nplora.trainer.nonfinite import INPUT, TARGETS, first_nonfinite, nonfinite_parameters
 from nplora.trainer.resuming import restored_history, settings_of
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Run:
             value, gradient = losses.call(loss, prediction, y)
         if not math.isfinite(value):
             self._set_streams(streams)
-            where = first_nonfinite(self.model, x)
+            where = first_nonfinite(self.model, x, y)
             raise self._nonfinite(f"the loss of batch {number} is {value}: {where}")
         count = loss.count(prediction, y)
         gathered.batches += 1
@@ -337,7 +337,7 @@ class Run:
             getattr(callback, hook)(self, *arguments)
 
     def _nonfinite(self, what: str) -> NonFiniteLossError:
-        blamed = self.step and not what.endswith(INPUT)
+        blamed = self.step and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""
         return NonFiniteLossError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{hint}")
 

@@ -52,7 +52,7 @@ inline void dots_rows(Dots<W>& p) {
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride)
 #pragma GCC unroll 8
       for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line);
+        __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line, 0, 2);
     const W* w[kRows];
     Vec<T> sums[kRows][kSums];
 #pragma GCC unroll 4
@@ -99,7 +99,7 @@ inline void dots_zipped(Dots<W>& p) {
   for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes, p.next += p.row_stride) {
 #pragma GCC unroll 8
     for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line);
+      __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line, 0, 2);
     Vec<T> sums[kSums][2];
 #pragma GCC unroll 4
     for (size_t j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = Vec<T>::zero();

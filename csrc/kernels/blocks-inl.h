@@ -19,8 +19,32 @@ inline float to_float(Half half) {
 #endif
 }
 
-inline Vec<float> broadcast(Half half) {
+// From memory into every lane before the conversion: a permute less than behind it.
+inline Vec<float> broadcast(const Half& half) {
+#if defined(NPLORA_SIMD_AVX512)
+  return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};
+#elif defined(NPLORA_SIMD_AVX2)
+  return {_mm256_cvtph_ps(_mm_set1_epi16(__builtin_bit_cast(int16_t, half)))};
+#else
   return Vec<float>::broadcast(to_float(half));
+#endif
+}
+// to (4) = four float16 numbers, the lowest first.
+inline void to_four_floats(uint64_t halves, float* to) {
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+  _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<long long>(halves))));
+#else
+  for (size_t i = 0; i < 4; ++i, halves >>= 16)
+    to[i] = to_float(__builtin_bit_cast(Half, static_cast<uint16_t>(halves)));
+#endif
+}
+inline Half negative(Half half) {
+  return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
+}
+// Values whose lanes are broadcast from memory one after the other: GCC would permute the register that they were stored from.
+template <size_t kCount>
+inline void keep_in_memory(float (&values)[kCount]) {
+  asm("" : "+m"(values));
 }
 
 inline void put(const Floats& values, float* to) {
@@ -33,6 +57,10 @@ inline void put(const Floats& q, Vec<float> d, float* to) {
 inline void put(const Floats& q, Vec<float> d, Vec<float> m, float* to) {
   for (size_t i = 0; i < kVectors; ++i) fma(q.v[i], d, m).store(to + i * Vec<float>::kLanes);
 }
+inline void put(const Floats& low, const Floats& high, Vec<float> d, float* to) {
+  put(low, d, to);
+  put(high, d, to + kBytes);
+}
 
 // Instead of memory, products with some tokens of x: the sums of token t by phase, in chains that alternate from one run of kBytes
 // elements to the next, so that a fused multiply-add does not wait for the one before.
@@ -44,11 +72,13 @@ struct Dot {
   size_t at = 0;                // the element of x that a run begins with
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
+  Vec<float> x_of(size_t t, size_t i) const {
+    return Vec<float>::load(x + t * x_stride + at + i * Vec<float>::kLanes);
+  }
   void add(size_t i, Vec<float> w) const {
     Vec<float>(&chain)[kTokens] = sums[at / kBytes % kChains];
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTokens; ++t)
-      chain[t] = fma(w, Vec<float>::load(x + t * x_stride + at + i * Vec<float>::kLanes), chain[t]);
+    for (size_t t = 0; t < kTokens; ++t) chain[t] = fma(w, x_of(t, i), chain[t]);
   }
 };
 template <size_t kTokens, size_t kChains>
@@ -67,6 +97,21 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
+// A strip of one scale, which its sum is multiplied by.
+template <size_t kTokens, size_t kChains>
+inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
+  Vec<float>(&chain)[kTokens] = to.sums[to.at / kStrip % kChains];
+#pragma GCC unroll 4
+  for (size_t t = 0; t < kTokens; ++t) {
+    Vec<float> sum = low.v[0] * to.x_of(t, 0);
+#pragma GCC unroll 8
+    for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(t, i), sum);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(t, kVectors + i), sum);
+    chain[t] = fma(sum, d, chain[t]);
+  }
+}
+
 // ---- one block: what its strips share, and strip j ----
 
 template <class Block>
@@ -75,10 +120,11 @@ struct Decoder;
 template <>
 struct Decoder<BlockQ4_0> {
   const BlockQ4_0& b;
-  Nibbles values{8, broadcast(b.d)};
+  Vec<float> d = broadcast(b.d);
 
   template <class To>
   void strip(size_t, To to) const {
+    const Nibbles values(8, d);
     const Bytes q = load_bytes(b.q);
     put(low(values, q), to);
     put(high(values, q), to + kBytes);
@@ -88,10 +134,11 @@ struct Decoder<BlockQ4_0> {
 template <>
 struct Decoder<BlockQ4_1> {
   const BlockQ4_1& b;
-  Nibbles values{broadcast(b.d), broadcast(b.m)};
+  Vec<float> d = broadcast(b.d), m = broadcast(b.m);
 
   template <class To>
   void strip(size_t, To to) const {
+    const Nibbles values(d, m);
     const Bytes q = load_bytes(b.q);
     put(low(values, q), to);
     put(high(values, q), to + kBytes);
@@ -109,21 +156,20 @@ struct HighBits {
 template <>
 struct Decoder<BlockQ5_0> {
   const BlockQ5_0& b;
-  Vec<float> d = Vec<float>::broadcast(to_float(b.d));
+  Vec<float> d = broadcast(b.d);
 
   template <class To>
   void strip(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     const HighBits bits(b.high);
-    put(widen((low_nibbles(q) | bits.low) - 16), d, to);
-    put(widen((high_nibbles(q) | bits.high) - 16), d, to + kBytes);
+    put(widen((low_nibbles(q) | bits.low) - 16), widen((high_nibbles(q) | bits.high) - 16), d, to);
   }
 };
 
 template <>
 struct Decoder<BlockQ5_1> {
   const BlockQ5_1& b;
-  Vec<float> d = Vec<float>::broadcast(to_float(b.d)), m = Vec<float>::broadcast(to_float(b.m));
+  Vec<float> d = broadcast(b.d), m = broadcast(b.m);
 
   template <class To>
   void strip(size_t, To to) const {
@@ -137,12 +183,11 @@ struct Decoder<BlockQ5_1> {
 template <>
 struct Decoder<BlockQ8_0> {
   const BlockQ8_0& b;
-  Vec<float> d = Vec<float>::broadcast(to_float(b.d));
+  Vec<float> d = broadcast(b.d);
 
   template <class To>
   void strip(size_t, To to) const {
-    put(widen(load_bytes(b.q)), d, to);
-    put(widen(load_bytes(b.q + kBytes)), d, to + kBytes);
+    put(widen(load_bytes(b.q)), widen(load_bytes(b.q + kBytes)), d, to);
   }
 };
 
@@ -159,8 +204,10 @@ struct SubScales {
     const uint64_t d_codes = (low & kSix) | uint64_t((high & kFour) | ((low >> 2) & kTwo)) << 32;
     const uint64_t m_codes = (middle & kSix) | uint64_t(((high >> 4) & kFour) | ((middle >> 2) & kTwo)) << 32;
     const Floats codes = widen(pair(d_codes, m_codes));
-    put(codes, Vec<float>::broadcast(to_float(d_half)), d);
-    put(codes, Vec<float>::broadcast(-to_float(m_half)), m_behind_8);
+    put(codes, broadcast(d_half), d);
+    put(codes, broadcast(negative(m_half)), m_behind_8);
+    keep_in_memory(d);
+    keep_in_memory(m_behind_8);
   }
   Vec<float> scale(size_t j) const { return Vec<float>::broadcast(d[j]); }
   Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_behind_8[8 + j]); }
@@ -202,7 +249,8 @@ struct Decoder<BlockQ6_K> {
   float scales[16];
 
   explicit Decoder(const BlockQ6_K& block) : b(block) {
-    put(widen(load_bytes(b.scales)), Vec<float>::broadcast(to_float(b.d)), scales);
+    put(widen(load_bytes(b.scales)), broadcast(b.d), scales);
+    keep_in_memory(scales);
   }
 
   template <class To>
@@ -263,6 +311,45 @@ inline void fetch_share(Fetch& next, size_t rows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
+// Decoders of at most kTogether blocks of each row of a tile, which begin at at[r].
+inline constexpr size_t kTogether = 16;
+template <class Block, size_t kRows>
+struct Decoders {
+  const Block* const (&at)[kRows];
+  Decoders(const Block* const (&at)[kRows], size_t) : at(at) {}
+  Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
+};
+
+// Of blocks of one strip: their factors become floats together, before they are waited for, and are broadcast from memory.
+template <class Block, size_t kRows>
+  requires(Block::kElements == kStrip)
+struct Decoders<Block, kRows> {
+  static constexpr size_t kFactors = requires(Block b) { b.m; } ? 2 : 1, kBits = kFactors * 8 * sizeof(Half);
+  const Block* const (&at)[kRows];
+  float factors[kTogether][kFactors * 4];
+
+  Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose factors fill 64 bits
+    for (size_t i = 0; i < n; ++i)
+      for (size_t r = 0; r < kRows; r += kAtOnce) {
+        uint64_t halves = 0;
+        for (size_t k = kAtOnce; k-- > 0;) {
+          uint64_t some = 0;
+          __builtin_memcpy(&some, &at[r + k][i].d, kFactors * sizeof(Half));
+          halves = halves << kBits | some;
+        }
+        to_four_floats(halves, factors[i] + r * kFactors);
+      }
+  }
+  Decoder<Block> get(size_t r, size_t i) const {
+    const auto d = Vec<float>::broadcast(factors[i][r * kFactors]);
+    if constexpr (kFactors == 1)
+      return {at[r][i], d};
+    else
+      return {at[r][i], d, Vec<float>::broadcast(factors[i][r * kFactors + 1])};
+  }
+};
+
 template <class Block>
 struct BlockRows {
   static constexpr size_t kElements = Block::kElements;
@@ -270,14 +357,28 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Adds elements i ... i + kElements - 1 of a row.
-  template <class To>
-  void add(size_t row, size_t i, const To& to) const {
-    const uint8_t* at = blocks + row * row_bytes + i / kElements * sizeof(Block);
-    for (size_t line = 0; line < sizeof(Block); line += kCacheLine) __builtin_prefetch(at + ahead + line, 0, 2);
-    const Decoder<Block> block{*reinterpret_cast<const Block*>(at)};
+  // Adds the elements of row rows[r] to to(r, i), kElements from i on at a time.
+  template <size_t kRows, class To>
+  void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
+    const Block* at[kRows];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) at[r] = reinterpret_cast<const Block*>(blocks + rows[r] * row_bytes);
+    for (size_t first = 0; first < cols / kElements; first += kTogether) {
+      const size_t n = smaller(kTogether, cols / kElements - first);
+      const Decoders<Block, kRows> decoders(at, n);
+      for (size_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r) {
+          for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(at[r] + i) + ahead + line, 0, 2);
+          const Decoder<Block> block = decoders.get(r, i);
 #pragma GCC unroll 8
-    for (size_t j = 0; j < kElements / kStrip; ++j) block.strip(j, to + j * kStrip);
+          for (size_t j = 0; j < kElements / kStrip; ++j)
+            block.strip(j, to(r, (first + i) * kElements) + j * kStrip);
+        }
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) at[r] += n;
+    }
   }
 };
 
@@ -291,10 +392,9 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (size_t i = 0; i < kChains * kTokens; ++i) sums[r][i / kTokens][i % kTokens] = Vec<float>::zero();
-  for (size_t i = 0; i < cols; i += Rows::kElements)
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r)
-      w.add(first + smaller(r, rows - 1), i, Dot<kTokens, kChains>{x + i, x_stride, sums[r]});
+  size_t all_rows[kRows];
+  for (size_t r = 0; r < kRows; ++r) all_rows[r] = first + smaller(r, rows - 1);
+  w.add(all_rows, cols, [&](size_t r, size_t i) { return Dot<kTokens, kChains>{x + i, x_stride, sums[r]}; });
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -395,19 +495,22 @@ struct Nf4Rows {
   const Levels& levels;
   size_t ahead = fetch_ahead(row_step / 2);
 
-  template <class To>
-  void add(size_t row, size_t i, const To& to) const {
-    const size_t element = first + row * row_step + i;
-    const uint8_t* codes = w.codes + element / 2;
-    __builtin_prefetch(codes + ahead, 0, 2);
-    const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
+  template <size_t kRows, class To>
+  void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
+    for (size_t i = 0; i < cols; i += kElements)
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) {
+        const size_t element = first + rows[r] * row_step + i;
+        const uint8_t* codes = w.codes + element / 2;
+        __builtin_prefetch(codes + ahead, 0, 2);
+        const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
 #pragma GCC unroll 2
-    for (size_t j = 0; j < kElements; j += kStrip) {
-      const Bytes q = load_bytes(codes + j / 2);
-      const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
-      put(lookup(levels, in_order.low), d, to + j);
-      put(lookup(levels, in_order.high), d, to + (j + kBytes));
-    }
+        for (size_t j = 0; j < kElements; j += kStrip) {
+          const Bytes q = load_bytes(codes + j / 2);
+          const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
+          put(lookup(levels, in_order.low), lookup(levels, in_order.high), d, to(r, i) + j);
+        }
+      }
   }
 };
 

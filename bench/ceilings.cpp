@@ -148,8 +148,9 @@ bfloat16x8_t bf16_ones() {
 void bf16_loop(long iterations) {
   const auto ones = bf16_ones();
   Bf16Sum sums[kAccumulators];
+  // Equal ones would be merged into one.
 #pragma GCC unroll 16
-  for (int i = 0; i < kAccumulators; ++i) sums[i] = Bf16Sum{} + static_cast<float>(i + 1);  // equal ones would be merged
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = Bf16Sum{} + static_cast<float>(i + 1);
   for (long k = 0; k < iterations; ++k) {
 #pragma GCC unroll 16
     for (int i = 0; i < kAccumulators; ++i) sums[i] = bf16_dot(sums[i], ones);

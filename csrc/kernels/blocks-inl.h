@@ -97,10 +97,9 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// A strip of one scale, which its sum is multiplied by.
+// A strip of one scale, which its sum is multiplied by. One chain will do: the sum is a chain of its own.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
-  Vec<float>(&chain)[kTokens] = to.sums[to.at / kStrip % kChains];
 #pragma GCC unroll 4
   for (size_t t = 0; t < kTokens; ++t) {
     Vec<float> sum = low.v[0] * to.x_of(t, 0);
@@ -108,7 +107,7 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
     for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(t, i), sum);
 #pragma GCC unroll 8
     for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(t, kVectors + i), sum);
-    chain[t] = fma(sum, d, chain[t]);
+    to.sums[0][t] = fma(sum, d, to.sums[0][t]);
   }
 }
 
@@ -206,6 +205,8 @@ struct SubScales {
     const Floats codes = widen(pair(d_codes, m_codes));
     put(codes, broadcast(d_half), d);
     put(codes, broadcast(negative(m_half)), m_behind_8);
+  }
+  void keep() {
     keep_in_memory(d);
     keep_in_memory(m_behind_8);
   }
@@ -216,7 +217,9 @@ struct SubScales {
 template <>
 struct Decoder<BlockQ4_K> {
   const BlockQ4_K& b;
-  SubScales scales{b.d, b.dmin, b.scales};
+  SubScales scales;
+
+  explicit Decoder(const BlockQ4_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
 
   template <class To>
   void strip(size_t j, To to) const {
@@ -231,7 +234,9 @@ struct Decoder<BlockQ4_K> {
 template <>
 struct Decoder<BlockQ5_K> {
   const BlockQ5_K& b;
-  SubScales scales{b.d, b.dmin, b.scales};
+  SubScales scales;
+
+  explicit Decoder(const BlockQ5_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
 
   template <class To>
   void strip(size_t j, To to) const {
@@ -329,13 +334,15 @@ struct Decoders<Block, kRows> {
   float factors[kTogether][kFactors * 4];
 
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
+    static_assert(offsetof(Block, d) == 0);
+    if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
     constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose factors fill 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          __builtin_memcpy(&some, &at[r + k][i].d, kFactors * sizeof(Half));
+          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));  // d, and m behind it
           halves = halves << kBits | some;
         }
         to_four_floats(halves, factors[i] + r * kFactors);

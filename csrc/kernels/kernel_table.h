@@ -251,7 +251,8 @@ struct BlockDecoders {
 // The products of small batches with low-bit blocks, decoded in registers: W is read once, as it lies.
 struct BlockDots {
   // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks, by phase: lane i sums the elements k with k % (lanes / 2) == i.
-  // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted.
+  // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted. A scale may multiply the sum of its strip:
+  // x beyond 1e34 can overflow there.
   void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
                                                        size_t row_bytes, const float* x, size_t x_stride,
                                                        float* part, const Fetch& next);

@@ -221,10 +221,13 @@ void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Rand
                 "wrote outside its output");
 }
 
-void for_dot_shapes(const std::string& kernel, size_t most_blocks, const auto& run) {
+// Of blocks of one strip, 16 are taken at a time.
+const std::vector<size_t> kFewBlocks{0, 1, 2, 3, 5, 7}, kManyBlocks{0, 1, 2, 3, 5, 16, 17, 33};
+
+void for_dot_shapes(const std::string& kernel, const std::vector<size_t>& counts, const auto& run) {
   for (size_t m = 1; m <= nplora::kernels::kMostSmallBatch; ++m)
     for (size_t rows : {0u, 1u, 2u, 3u, 4u, 5u, 7u, 8u, 9u, 13u, 17u})
-      for (size_t row_blocks = 0; row_blocks <= most_blocks; row_blocks += 1 + row_blocks / 3) {
+      for (size_t row_blocks : counts) {
         check::count_shape(kernel);
         for (Place place : kPlaces) run(DotShape{m, rows, row_blocks, (m + rows) % 3}, place);
       }
@@ -233,15 +236,15 @@ void for_dot_shapes(const std::string& kernel, size_t most_blocks, const auto& r
 template <class Block>
 void test_dots_of(const KernelTable& table, BlockFormat format) {
   Random random(300 + static_cast<uint64_t>(format));
-  for_dot_shapes(std::string("dots ") + kBlockFormats[static_cast<size_t>(format)].name,
-                 Block::kElements == kStrip ? 9 : 7, [&](const DotShape& shape, Place place) {
-                   run_dots<Block>(table, format, shape, random, place);
-                 });
+  for_dot_shapes(
+      std::string("dots ") + kBlockFormats[static_cast<size_t>(format)].name,
+      Block::kElements == kStrip ? kManyBlocks : kFewBlocks,
+      [&](const DotShape& shape, Place place) { run_dots<Block>(table, format, shape, random, place); });
 }
 
 void test_nf4_dots(const KernelTable& table) {
   Random random(400);
-  for_dot_shapes("dots_nf4", 9, [&](const DotShape& shape, Place place) {
+  for_dot_shapes("dots_nf4", kFewBlocks, [&](const DotShape& shape, Place place) {
     for (bool nested : {false, true}) run_nf4_dots(table, shape, nested, random, place);
   });
 }

@@ -37,6 +37,13 @@ def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
         _check.floats("op", "x", value, np.float32)
 
 
+@pytest.mark.parametrize("value", ["text", b"text", None, {"text"}, ["text", 1], iter(["text"])])
+def test_texts_are_in_a_list(value: Any) -> None:
+    assert _check.texts("op", "t", ["a", "b"]) == ("a", "b")
+    with pytest.raises(TypeError, match=r"^op: t is .*, expected a list of texts$"):
+        _check.texts("op", "t", value)
+
+
 def test_an_array_that_fits_is_not_copied() -> None:
     x = np.ones((3, 4), np.float32)
     assert _check.floats("op", "x", x, np.float32) is x

@@ -90,6 +90,7 @@ def test_an_empty_path_is_refused_at_once(
         lambda: convert.adapter_to_gguf("", "a.gguf", "b"),
         lambda: convert.adapter_to_gguf("a", "a.gguf", ""),
         lambda: convert.adapter_from_gguf("", "a", "b"),
+        lambda: convert.adapter_from_gguf("a.gguf", "", "b"),
         lambda: convert.adapter_from_gguf("a.gguf", "a", ""),
         lambda: info.describe(""),
         lambda: plot.plot_run(""),

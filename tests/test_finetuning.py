@@ -747,6 +747,13 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
     (data / "valid.jsonl").unlink()
     with pytest.raises(FormatError, match=words):
         evaluate(lm, data)
+    (data / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    words = (
+        "^finetune: sample '<tool>': the prompt has token 265 of .*, the model's vocabulary ends with 199$"
+    )
+    with pytest.raises(ValueError, match=words):
+        finetune(lm, data, tmp_path / "out", sample=["<tool>"])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the commands ----

@@ -35,7 +35,7 @@ class Echo:
 
     def __init__(self, tokenizer: Tokenizer, context: int = 10_000, never: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.config = types.SimpleNamespace(max_position_embeddings=context)
+        self.config = types.SimpleNamespace(max_position_embeddings=context, vocab_size=tokenizer.vocab_size)
         self.never = list(never)
         self.calls: list[tuple[int, int]] = []
 
@@ -130,6 +130,11 @@ def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
         generate(lm, ["abcdefghij"])
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(lm, ["abc", ""])
+    lm.config.vocab_size = 265
+    with pytest.raises(
+        ValueError, match=r"^generate: the prompt has token 265 of .* vocabulary ends with 264$"
+    ):
+        generate(lm, ["abc", "<tool>"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import mmap
+import os
 import re
 import subprocess
 import sys
@@ -454,12 +455,54 @@ def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: P
     assert unread(str(snapshot / list(files)[-1])) == 0
 
 
+def test_mappings_of_files_of_any_name_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a line's end ends a line: a name may hold what `str.splitlines` cuts at, and no text at all."""
+    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    sizes = b"Size: 8 kB\nRss: 3 kB\n"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    for name in (b"other\x1cSize: many", b"other\xe2\x80\xa8Size: many", b"other\xff"):
+        lines = [
+            b"00-ff r--p 0 08:01 7 " + os.fsencode(path) + b"\n" + sizes for path in (tmp_path / "w", name)
+        ]
+        (tmp_path / "proc/self/smaps").write_bytes(b"".join(lines))
+        assert unread(str(tmp_path / "w")) == 5 * 1024
+
+
 GROUPS = {  # files below the root, of a process that has 300 kB of its own and 40,000 kB of the machine left
     "version 2": {
         "proc/self/cgroup": "0::/user/job\n",
         "sys/fs/cgroup/user/job/memory.max": "{limit}\n",
         "sys/fs/cgroup/user/job/memory.current": "5000000\n",
-        "sys/fs/cgroup/user/job/memory.stat": "anon 2\nactive_file 1000000\ninactive_file 500000\n",
+        "sys/fs/cgroup/user/job/memory.stat": "anon 2\nactive_file 1000000\ninactive_file 400000\n"
+        "slab_reclaimable 100000\n",
+    },
+    "version 2, where reclaim begins below the limit": {
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/job/memory.max": "95000000\n",
+        "sys/fs/cgroup/job/memory.high": "{limit}\n",
+        "sys/fs/cgroup/job/memory.current": "3500000\n",
+    },
+    "version 2, of any name": {
+        "proc/self/cgroup": "0::/a\x1cb:\u2028\r\udcff\n",
+        "sys/fs/cgroup/a\x1cb:\u2028\r\udcff/memory.max": "{limit}\n",
+        "sys/fs/cgroup/a\x1cb:\u2028\r\udcff/memory.current": "3500000\n",
+    },
+    "version 2, and files above where the groups are": {
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/memory.max": "{limit}\n",
+        "sys/fs/cgroup/memory.current": "3500000\n",
+        "sys/fs/memory.max": "1\n",
+        "sys/fs/memory.current": "1\n",
+    },
+    "version 2, and lines that are none": {
+        "proc/self/cgroup": "\nno colons\n0:\n0::\n0::job\n0::/\0\n0::/job\n",
+        "sys/fs/cgroup/memory.max": "1" * 5000 + "\n",
+        "sys/fs/cgroup/memory.current": "\n",
+        "sys/fs/cgroup/job/memory.max": "{limit}\n",
+        "sys/fs/cgroup/job/memory.current": "3500000\n",
+        "sys/fs/cgroup/job/memory.stat": "\nactive_file\ninactive_file many\nslab_reclaimable 1 2\n",
     },
     "version 2, a group above": {
         "proc/self/cgroup": "0::/user/job\n",
@@ -476,6 +519,11 @@ GROUPS = {  # files below the root, of a process that has 300 kB of its own and 
         "total_inactive_file 500000\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
         "sys/fs/cgroup/memory/memory.usage_in_bytes": "6000000\n",
+    },
+    "version 1, mounted with another controller": {
+        "proc/self/cgroup": "4:hugetlb,memory:/job\n",
+        "sys/fs/cgroup/hugetlb,memory/job/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/hugetlb,memory/job/memory.usage_in_bytes": "3500000\n",
     },
     "version 1, a container whose group is not to be seen from inside": {
         "proc/self/cgroup": "4:memory:/docker/0123\n",
@@ -499,7 +547,7 @@ def test_what_is_available_is_what_the_machine_and_every_group_leave(
         for file, text in (machine | GROUPS[name]).items():
             path = tmp_path / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text.replace("{limit}", str(limit)))
+            path.write_bytes(os.fsencode(text.replace("{limit}", str(limit))))
         assert available_memory() == left + 300 * 1024
 
 

@@ -96,8 +96,7 @@ def probability(op: str, name: str, value: object) -> float:
 def texts(op: str, name: str, value: object) -> tuple[str, ...]:
     """A list or tuple of str, as a tuple."""
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        kind = ValueError if isinstance(value, str | list | tuple) else TypeError
-        raise kind(f"{op}: {name} is {value!r}, expected a list of texts")
+        raise TypeError(f"{op}: {name} is {value!r}, expected a list of texts")
     return tuple(value)
 
 

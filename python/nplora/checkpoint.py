@@ -298,7 +298,11 @@ def trained(directory: StrPath) -> str | None:
 
 
 def require_untouched(directory: StrPath) -> None:
-    """Raise FileExistsError where training left something in a directory, or a file is in its place."""
+    """Refuse a directory in which training left something.
+
+    Raises:
+        NotADirectoryError: it is something else. FileExistsError: training left something in it.
+    """
     files.require_directory(directory)
     found = trained(directory)
     if found is not None:
@@ -309,7 +313,7 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     """Refuse to put an adapter beside the checkpoints of a run, or unasked in the place of another one.
 
     Raises:
-        ValueError: the directory's name is empty. NotADirectoryError: it is a file.
+        ValueError: the directory's name is empty. NotADirectoryError: it is something else.
         FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
     """
     files.require_named("adapter", output=directory)

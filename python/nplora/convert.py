@@ -254,7 +254,7 @@ def adapter_from_gguf(
             model.
         OSError: a file cannot be read, or the disk refuses.
     """
-    files.require_named("convert", path=path, directory=directory, base=base)
+    files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}

@@ -85,7 +85,7 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
         prompts: texts, or chats as lists of messages, which go through the model's chat template.
         sampling: None: the most likely tokens.
     Raises:
-        ValueError: a prompt is empty, or fills the model's context.
+        ValueError: a prompt is empty, has tokens that the model has not, or fills its context.
         FloatingPointError: the model's scores are NaN.
     Warns:
         UserWarning: the model's context ended an answer before it was as long as it might have been.
@@ -108,7 +108,7 @@ def stream_all(
     sampling = sampling or Sampling()
     context = int(lm.config.max_position_embeddings)
     answers = [
-        _Answer(lm.tokenizer, index, prompt_ids(_OP, lm.tokenizer, prompt, context), sampling)
+        _Answer(lm.tokenizer, index, prompt_ids(_OP, lm, prompt), sampling)
         for index, prompt in enumerate(prompts)
     ]
     if not answers or not sampling.max_new_tokens:
@@ -129,14 +129,20 @@ def stream_all(
         )
 
 
-def prompt_ids(op: str, tokenizer: Tokenizer, prompt: Prompt, context: int) -> list[int]:
-    """The tokens of a prompt, at least one and fewer than the context has."""
+def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt, which the model has: at least one, and fewer than its context takes."""
+    tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
     chat = not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
         raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
     ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
     if not ids:
         raise ValueError(f"{op}: the prompt is empty")
+    if max(ids) >= vocab:
+        raise ValueError(
+            f"{op}: the prompt has token {max(ids)} of {tokenizer}, "
+            f"the model's vocabulary ends with {vocab - 1}"
+        )
     if len(ids) >= context:
         raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, the model's context is {context:,}")
     return ids

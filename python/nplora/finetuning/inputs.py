@@ -29,7 +29,7 @@ def opened_all(
     if lm.adapter_layers():
         raise ValueError(f"{op}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
     for prompt in options.sample:
-        prompt_ids(f"{op}: sample {brief(prompt)}", lm.tokenizer, prompt, lm.config.max_position_embeddings)
+        prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = read(lm, train_path, options)
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
 

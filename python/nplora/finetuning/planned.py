@@ -91,7 +91,7 @@ def warning_of(
     way: Candidate,
     done: int,
 ) -> str:
-    """Words where the rest of a run needs more memory than the machine has left, by its first epoch.
+    """Words where the rest of a run needs more memory than is available, by its first epoch.
 
     Args:
         done: the steps that the run has made.

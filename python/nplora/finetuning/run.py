@@ -58,7 +58,7 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model.
-        NotADirectoryError: the output is a file.
+        NotADirectoryError: the output is something else.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
             adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.

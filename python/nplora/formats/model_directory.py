@@ -49,7 +49,8 @@ def open_tensors(
     """The tensors of a file, of an index or, as in transformers, of a directory's one file or else its index.
 
     Args:
-        mmap, wanted: as in `sharded.open`.
+        mmap: as in `sharded.open`.
+        wanted: of an index, as there; one file has all of its tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.

@@ -157,7 +157,7 @@ def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: 
     Both are complete on the disk before either takes its name, the configuration last.
 
     Raises:
-        ValueError: the directory's name is empty. NotADirectoryError: it is a file.
+        ValueError: the directory's name is empty. NotADirectoryError: it is something else.
         FileExistsError: it holds a model.
     """
     files.require_named("adapter", output=directory)

@@ -107,7 +107,7 @@ class Plan:
         steps: of the run.
         others: ways that do not fit, are slower or less exact.
         budget: the most bytes, None without a limit.
-        available: the bytes that the machine had left for the process, None where it did not tell.
+        available: the bytes that machine and container left to the process, None where they did not tell.
     """
 
     chosen: Candidate
@@ -175,7 +175,7 @@ def needed(
 
 
 def shortage(memory: Memory, available: int | None) -> str:
-    """Words where more is needed than the machine has left; else empty."""
+    """Words where more is needed than is available; else empty."""
     if available is None or memory.total <= available:
         return ""
     return (

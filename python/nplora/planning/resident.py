@@ -15,10 +15,9 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _KIBIBYTE = 1024
 _LEAST_PLAIN = 1 << 20  # of a number without a unit: what is less was meant in another one
 _ROOT = Path("/")
-_GROUPS = {  # by the controllers in /proc/self/cgroup (none in version 2): place, and files of limit and use
-    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
+_NUMBER = r"(\d{1,19})"
+_GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # controllers, none in version 2, and the path
+_CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -64,7 +63,7 @@ def unread(source: str) -> int:
     beside = Path(source).parent.glob("*.safetensors")
     weights = {os.path.realpath(path) for path in (Path(source), *beside)}
     found, reading = 0, False
-    for line in _lines("proc/self/smaps"):
+    for line in _text("proc/self/smaps").split("\n"):
         if _MAPPING.match(line):
             reading = "/" + line.partition("/")[2] in weights
         elif reading and line.startswith(("Size:", "Rss:")):
@@ -74,20 +73,25 @@ def unread(source: str) -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What the limit of each of the process's groups leaves, pages of files counted as free."""
-    for line in _lines("proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers not in _GROUPS:
+    """What each limit of the process's groups leaves, caches counted as free."""
+    for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
+        if not controllers:
+            limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
+        elif "memory" in controllers.split(","):  # total: with the groups below, as version 2 has it always
+            limits, use, total = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
+        else:
             continue
-        place, limit, use = _GROUPS[controllers]
-        group = Path(f"{place}{path}")
+        mount = Path("sys/fs/cgroup", controllers)
+        group = Path(f"{mount}{path}")
         for directory in (group, *group.parents):
-            most, used = ("".join(_lines(directory / name)) for name in (limit, use))
-            if most.isdecimal() and used.isdecimal():  # the limit may be "max"
-                stat = dict(text.split() for text in _lines(directory / "memory.stat"))
-                total = "total_" if controllers else ""  # with the groups below, as version 2 has it always
-                files = (stat.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
-                yield int(most) - int(used) + sum(map(int, files))
+            if not directory.is_relative_to(mount):
+                break
+            stat = dict(re.findall(rf"(?m)^(\w+) {_NUMBER}$", _text(directory / "memory.stat")))
+            free = sum(int(stat.get(f"{total}{kind}", 0)) for kind in _CACHES)
+            for limit in limits:
+                most, used = (re.match(f"{_NUMBER}$", _text(directory / name)) for name in (limit, use))
+                if most and used:  # the limit may be "max"
+                    yield int(most[1]) - int(used[1]) + free
 
 
 def _status(name: str) -> int:
@@ -95,15 +99,16 @@ def _status(name: str) -> int:
 
 
 def _sizes(path: str, name: str) -> Iterator[int]:
-    lines = (line for line in _lines(path) if line.startswith(f"{name}:"))
-    return (int(line.split()[1]) * _KIBIBYTE for line in lines)
+    found = re.findall(rf"(?m)^{name}:\s*{_NUMBER} kB$", _text(path))
+    return (int(size) * _KIBIBYTE for size in found)
 
 
-def _lines(path: StrPath) -> list[str]:
+def _text(path: StrPath) -> str:
+    """As the kernel wrote it: a file's name may hold any byte but a line's end."""
     try:
-        return (_ROOT / path).read_text().splitlines()
-    except OSError:  # not Linux, or no such group
-        return []
+        return os.fsdecode((_ROOT / path).read_bytes())
+    except (OSError, ValueError):  # not Linux, or no such group; ValueError: no name of a file
+        return ""
 
 
 def _largest() -> int:

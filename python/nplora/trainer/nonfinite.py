@@ -18,11 +18,10 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
     """Where the first value that is not finite appears: in a batch, or in a forward pass that is run again.
 
     A module counts once its forward has returned, so that the innermost one is named, not those around it.
+    Targets come last: to a loss of one's own, NaN may mark rows without a label.
     """
     if _not_finite(x):
         return INPUT
-    if _not_finite(y):
-        return TARGETS
     found: list[str] = []
     with np.errstate(all="ignore"):
         watched = [_watch(name, module, found) for name, module in model.named_modules()]
@@ -31,7 +30,9 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
         finally:
             for unwatch in watched:
                 unwatch()
-    return found[0] if found else "the output of every layer is finite, the loss of it is not"
+    if found:
+        return found[0]
+    return TARGETS if _not_finite(y) else "the output of every layer is finite, the loss of it is not"
 
 
 def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:

@@ -97,17 +97,19 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// A strip of one scale, which its sum is multiplied by. One chain will do: the sum is a chain of its own.
+// A strip of one scale. One token's sum is multiplied by it: fewer products than codes have. One chain will do then.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
-#pragma GCC unroll 4
-  for (size_t t = 0; t < kTokens; ++t) {
-    Vec<float> sum = low.v[0] * to.x_of(t, 0);
+  if constexpr (kTokens > 1) {
+    put(low, d, to);
+    put(high, d, to + kBytes);
+  } else {
+    Vec<float> sum = low.v[0] * to.x_of(0, 0);
 #pragma GCC unroll 8
-    for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(t, i), sum);
+    for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(0, i), sum);
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(t, kVectors + i), sum);
-    to.sums[0][t] = fma(sum, d, to.sums[0][t]);
+    for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(0, kVectors + i), sum);
+    to.sums[0][0] = fma(sum, d, to.sums[0][0]);
   }
 }
 
@@ -325,9 +327,10 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// Of blocks of one strip: their factors become floats together, before they are waited for, and are broadcast from memory.
+// Of blocks of one strip: their factors become floats together, before they are waited for, and are broadcast from memory. Two rows,
+// which meet more tokens, gain nothing by it.
 template <class Block, size_t kRows>
-  requires(Block::kElements == kStrip)
+  requires(Block::kElements == kStrip && kRows > 2)
 struct Decoders<Block, kRows> {
   static constexpr size_t kFactors = requires(Block b) { b.m; } ? 2 : 1, kBits = kFactors * 8 * sizeof(Half);
   const Block* const (&at)[kRows];

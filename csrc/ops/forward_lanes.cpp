@@ -30,7 +30,7 @@ class LanesForward {
         x_(x),
         k_(kernels::table().products<T>()),
         tiles_(kernels::table().tiles<E>()),
-        lanes_(x.rows <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes),
+        lanes_(width(x.rows)),
         depth_(depth_of<E>(x.cols)) {
     for (const auto& part : parts) updates_.push_back({part, {}, nullptr});
   }
@@ -79,6 +79,9 @@ class LanesForward {
     }
   }
 
+  // The lanes of so many tokens: half of them where that is enough, as for the last block of most batches.
+  size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
+
   Range lane_block(Range pass, size_t b) const {
     const Range block = nth_block(pass.count, lanes_, b);
     return {pass.first + block.first, block.count};
@@ -88,7 +91,7 @@ class LanesForward {
   void prepare(Range pass, size_t b) const {
     const Range tokens = lane_block(pass, b);
     E* lanes = xt_ + b * depth_ * lanes_;
-    lanes_of<E>(lanes_, rows_of(x_, tokens), lanes);
+    lanes_of<E>(width(tokens.count), rows_of(x_, tokens), lanes);
     for (const Update& update : updates_)
       if (update.part.low.rank()) project(update, tokens, b, lanes);
   }
@@ -96,18 +99,18 @@ class LanesForward {
   // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens; z (tokens, r) without the scale.
   void project(const Update& update, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = update.part;
-    const size_t rank = part.low.rank();
+    const size_t rank = part.low.rank(), lanes = width(tokens.count);
     if (part.low.dropout > 0) {
-      E* lanes = scratch<E>(Scratch::kDroppedLanes, depth_ * lanes_);
-      lanes_of<E>(lanes_, dropped(part.low, x_, tokens), lanes);
-      xt = lanes;
+      E* dropped_xt = scratch<E>(Scratch::kDroppedLanes, depth_ * lanes);
+      lanes_of<E>(lanes, dropped(part.low, x_, tokens), dropped_xt);
+      xt = dropped_xt;
     }
     T* zt = update.zt + b * rank * lanes_;
-    tiles_.lane_tile(lanes_, rank, depth_, {update.b.data, update.b.row_stride, kPanelColumns / kSteps<E>},
-                     xt, zt, false);
+    tiles_.lane_tile(lanes, rank, depth_, {update.b.data, update.b.row_stride, kPanelColumns / kSteps<E>}, xt,
+                     zt, false);
     if (part.z.data)
-      k_.from_lanes(lanes_, tokens.count, rank, zt, nullptr, part.z.row(tokens.first), part.z.stride);
-    for (size_t i = 0; i < rank * lanes_; ++i) zt[i] *= T(part.low.scale);
+      k_.from_lanes(lanes, tokens.count, rank, zt, nullptr, part.z.row(tokens.first), part.z.stride);
+    for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
   // y of some rows of a part, for a range of the lane blocks of a pass.
@@ -118,13 +121,14 @@ class LanesForward {
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
       const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};
-      frozen(part, rows, blocks, yt, [&](size_t b, T* out) {
+      frozen(part, pass, rows, blocks, yt, [&](size_t b, T* out) {
         const Range tokens = lane_block(pass, b);
+        const size_t lanes = width(tokens.count);
         if (rank)
-          k_.lane_tile(lanes_, rows.count, rank,
+          k_.lane_tile(lanes, rows.count, rank,
                        {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
                        update.zt + b * rank * lanes_, out, true);
-        k_.from_lanes(lanes_, tokens.count, rows.count, out, bias_at(part, rows.first),
+        k_.from_lanes(lanes, tokens.count, rows.count, out, bias_at(part, rows.first),
                       part.y.row(tokens.first) + rows.first, part.y.stride);
       });
     }
@@ -132,7 +136,8 @@ class LanesForward {
 
   // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when that is done but still in L1.
   template <class After>
-  void frozen(const ForwardPart<T>& part, Range rows, Range blocks, T* yt, const After& after) const {
+  void frozen(const ForwardPart<T>& part, Range pass, Range rows, Range blocks, T* yt,
+              const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
     // Pairs are cut at multiples of kDepthCut only: a full panel that is left goes with the narrower one behind it, if there is one.
@@ -143,9 +148,10 @@ class LanesForward {
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {
-        const E* xt = xt_ + ((blocks.first + b) * depth_ + col / kSteps<E>)*lanes_;
         T* out = yt + b * kRowBlock * lanes_;
-        tiles_.lane_tile(lanes_, rows.count, depth_of<E>(cols), panels, xt, out, col > 0);
+        const size_t lanes = width(lane_block(pass, blocks.first + b).count);
+        const E* xt = xt_ + (blocks.first + b) * depth_ * lanes_ + col / kSteps<E> * lanes;
+        tiles_.lane_tile(lanes, rows.count, depth_of<E>(cols), panels, xt, out, col > 0);
         if (col + cols == w.d_in) after(blocks.first + b, out);
       }
       col += cols;

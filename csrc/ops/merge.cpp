@@ -14,9 +14,9 @@ using kernels::Products;
 
 namespace {
 
-constexpr size_t kRowsPerTask = 32, kRowsPerTile = 8;
-// Elements ahead, along its rows, that W is fetched.
-constexpr size_t kPrefetch = 8 * kPanelColumns;
+constexpr size_t kRowsPerTask = 32, kRowsPerTile = 4;
+// Elements ahead, along its rows, that W is fetched, into L2: rows a multiple of 4 KB apart share their places in L1.
+constexpr size_t kPrefetch = 16 * kPanelColumns;
 constexpr size_t kColumnsBytes = size_t{128} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
@@ -54,7 +54,7 @@ void add_product(const Products<T>& k, size_t rows, size_t rank, const T* scaled
       const size_t width = std::min(kPanelColumns, cols - j);
       for (size_t row = i; row < i + height; ++row)
         for (size_t line = 0; line < kPanelColumns; line += kCacheLine / sizeof(T))
-          __builtin_prefetch(c + row * c_stride + j + kPrefetch + line, 1);
+          __builtin_prefetch(c + row * c_stride + j + kPrefetch + line, 0, 2);
       k.outer_tile(height, width, rank, {scaled + i * rank, rank, 1}, panels + (first_col + j) * rank, width,
                    c + i * c_stride + j, c_stride, true, {});
     }

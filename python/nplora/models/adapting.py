@@ -23,6 +23,12 @@ Array = npt.NDArray[Any]
 ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
 
 
+def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """Those in "q_proj,v_proj", or in several such texts."""
+    given = [targets] if isinstance(targets, str) else targets
+    return tuple(name.strip() for text in given for name in str(text).split(","))
+
+
 def targeted(model: Module, layer_count: int, targets: str | Iterable[str], layers: Any) -> list[str]:
     """The dotted names of the layers meant, in the model's order.
 
@@ -34,7 +40,7 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count)
     there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = target_names(targets)
     found: set[str] = set()
     for target in wanted:
         hits = {name for name in plain if _hits(name, target)}
@@ -42,7 +48,7 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
             raise ValueError(f"{op}: the model has an adapter already on the layers that {target!r} names")
         if not hits:
             known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
-            near = nearest_names(str(target), [*known, *plain])
+            near = nearest_names(target, [*known, *plain])
             hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
             raise ValueError(f"{op}: the model has no layer {target!r} without an adapter; {hint}")
         found |= hits

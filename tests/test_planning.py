@@ -203,8 +203,15 @@ def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
     ("options", "message"),
     [
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
-        ({"init": "pissa"}, "init='pissa' takes a part of model.layers.0.*, and q8_0 cannot"),
-        ({"targets": ("q_prj",)}, "no layer 'q_prj'"),
+        (
+            {"init": "pissa"},
+            "^(plan|finetune): init='pissa' takes a part of model.layers.0.*, and q8_0 cannot",
+        ),
+        (
+            {"targets": ("q_prj",)},
+            "^(plan|finetune): the model has no layer 'q_prj' for an adapter; the nearest",
+        ),
+        ({"layers": "last:99"}, r"^(plan|finetune): layers='last:99', the model has \d blocks"),
     ],
 )
 def test_what_finetune_refuses_is_not_planned(

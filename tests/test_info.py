@@ -15,6 +15,7 @@ from nplora.formats.errors import FormatError, TruncatedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_config import Patterns, PeftConfig
+from small_llama import save_small_llama
 from test_bitsandbytes import stored
 
 Array = np.ndarray[Any, Any]
@@ -62,9 +63,9 @@ def test_a_gguf_file_is_listed(tmp_path: Path) -> None:
         "  IQ2_XS  1  148 bytes  not decoded here",
         "",
         "LoRA of rank 8",
-        "  token_embd  1 layers  4 x 32   288 parameters",
-        "  ffn_up      1 layers  2 x 256  2,064 parameters",
-        "  all-linear  1 layers  2 x 256  2,064 parameters",
+        "  embed_tokens  1 layers  4 x 32   288 parameters",
+        "  up_proj       1 layers  2 x 256  2,064 parameters",
+        "  all-linear    1 layers  2 x 256  2,064 parameters",
     ]
 
 
@@ -114,6 +115,17 @@ def test_what_lora_can_adapt_is_counted_as_all_linear_trains_it(tmp_path: Path) 
         "  all-linear    10 layers          1,656 parameters",
     ]
     assert sum(layer.num_trainable for layer in layers) == 1656
+
+
+def test_the_layers_of_gguf_are_named_as_they_are_targeted(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "model.gguf")
+    rows = squeezed(info.describe(model).partition("LoRA of rank 8\n")[2])
+    for target, count, layers, *_, parameters, _ in (row.split() for row in rows):
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=8, targets=target)
+        told = f"{len(lm.adapter_layers())} layers {lm.num_trainable:,}"
+        assert f"{count} {layers} {parameters}" == told
+    assert {"q_proj", "down_proj", "embed_tokens", "all-linear"} <= {row.split()[0] for row in rows}
 
 
 def test_an_index_lists_the_tensors_of_all_its_files(tmp_path: Path) -> None:
@@ -270,8 +282,8 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
         f"alpha {alpha:g}, scale = {'alpha / rank' if alpha else '1'}",
         "",
         "targets",
-        "attn_q 2 layers",
-        "token_embd 1 layers",
+        "q_proj 2 layers",
+        "embed_tokens 1 layers",
         "",
         "layers",
         *(row(name, lora_a, lora_b, scale) for name in pairs),

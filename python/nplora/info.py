@@ -7,7 +7,7 @@ import errno
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +20,7 @@ from nplora.formats import (
     files,
     gguf,
     gguf_adapter,
+    gguf_names,
     model_directory,
     peft_adapter,
     safetensors,
@@ -96,8 +97,14 @@ def _gguf(file: GgufFile, size: int) -> str:
         f"{file.source}: GGUF version {file.version}, {len(file):,} tensors, {size:,} bytes",
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         **_listed(tensors, _is_read),
-        **_trainable({t.name: t.shape for t in tensors if _is_float(t.type)}),
+        **_trainable({_target(t.name): t.shape for t in tensors if _is_float(t.type)}),
     )
+
+
+def _target(stored: str) -> str:
+    """A tensor's layer as --targets names it, where that knows it."""
+    layer = stored.removesuffix(".weight")
+    return gguf_names.from_gguf(layer) or layer
 
 
 def _is_float(name: str) -> bool:
@@ -243,7 +250,7 @@ def _peft(adapter: PeftAdapter) -> str:
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
         "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
-        targets=_targets(layers),
+        targets=_targets(layer[0] for layer in layers),
         layers=layers,
         others=[(other,) for other in others],
     )
@@ -258,7 +265,7 @@ def _llama_cpp(file: GgufFile) -> str:
     return _text(
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
-        targets=_targets(layers),
+        targets=_targets(map(_target, adapter.pairs)),
         layers=layers,
         others=[(name,) for name in adapter.passed_over],
     )
@@ -272,9 +279,9 @@ def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
     return name, f"rank {len(a)}", f"scale {scale:g}", *(f"‖{key}‖ {norm:.4g}" for key, norm in norms.items())
 
 
-def _targets(layers: list[Row]) -> list[Row]:
+def _targets(layers: Iterable[str]) -> list[Row]:
     """How many layers there are of each kind."""
-    kinds = Counter(layer[0].removesuffix(".weight").rpartition(".")[2] for layer in layers)
+    kinds = Counter(layer.rpartition(".")[2] for layer in layers)
     return [(kind, f"{count:,} layers") for kind, count in kinds.items()]
 
 

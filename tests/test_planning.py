@@ -27,6 +27,7 @@ from nplora.planning import (
     Candidate,
     Pass,
     available_memory,
+    choice,
     current_memory,
     parse_bytes,
     peak_memory,
@@ -282,6 +283,19 @@ def test_nothing_that_fits_is_refused_with_what_would(
     assert cli.main(["plan", *arguments]) == 2
     assert cli.main(["finetune", *arguments, "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("1 MB are allowed") == 2
+
+
+def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = Memory(226_400_000, 0, 0, 0, 0, 0, 0)
+    assert choice.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
+    assert "226 MB at most" in str(
+        dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
+    )
+    monkeypatch.setattr(choice, "needed", lambda *arguments: need)
+    with pytest.raises(BudgetError, match="needs 227 MB, 226 MB are allowed"):
+        plan(model, data, memory=226_399_999)
 
 
 def test_a_peak_of_the_past_is_told_from_a_need(

@@ -267,7 +267,10 @@ def test_an_option_that_would_do_nothing_is_refused(
     for line, message in (
         (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
         (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
-        ("convert adapter x.gguf --dtype q8_0", "--dtype is of a model's matrices, SOURCE is no model"),
+        (
+            "convert adapter x.gguf --dtype q8_0",
+            "--dtype is of a model of Hugging Face's, which SOURCE is not",
+        ),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):
         assert cli.main(line.split()) == 2

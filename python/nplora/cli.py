@@ -165,7 +165,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
     else:
         if arguments.dtype is not None:
-            raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
+            raise _UsageError("--dtype is of a model of Hugging Face's, which SOURCE is not")
         print(
             convert.convert_adapter(
                 arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite

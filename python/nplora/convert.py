@@ -101,7 +101,9 @@ def convert_adapter(
             )
         return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
     if Path(target).suffix == ".gguf" and Path(source).exists():
-        raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
+        raise ValueError(
+            f"convert: of GGUF files adapters alone are converted, to a directory, got {files.name(target)!r}"
+        )
     return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
 
 

@@ -298,6 +298,21 @@ def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> 
     assert f"ImportError: {name}=foo: " in done.stderr
 
 
+def test_what_is_neither_an_adapter_nor_one_with_a_weight_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word, weight in (("full:x", "x"), ("full:0,5", "0,5"), ("full:", "")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["combine", word, "--output", "o"])
+        assert exit_.value.code == 2
+        told = f"'{word}' is not there, and for ADAPTER:WEIGHT '{weight}' is no number"
+        assert told in capsys.readouterr().err
+    (tmp_path / "full:x").mkdir()
+    assert cli.main(["combine", "full:x", "--output", "o"]) == 2
+    assert "no such file: full:x/adapter_config.json" in capsys.readouterr().err
+
+
 def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
     for what in (dictionary, digits):

@@ -213,12 +213,15 @@ def _path(text: str) -> str:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """ADAPTER:WEIGHT, or ADAPTER alone."""
+    """ADAPTER:WEIGHT, or ADAPTER alone, whose path may have a colon."""
     path, colon, weight = text.rpartition(":")
     try:
         return (_path(path), float(weight)) if colon else (_path(text), 1.0)
     except ValueError:
-        return text, 1.0
+        if os.path.exists(text):
+            return text, 1.0
+        told = f"{text!r} is not there, and for ADAPTER:WEIGHT {weight!r} is no number"
+        raise argparse.ArgumentTypeError(told) from None
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:

@@ -359,6 +359,8 @@ def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) 
     [
         ("600M", 600e6),
         ("600 MB", 600e6),
+        ("3T", 3e12),
+        ("1TiB", 2**40),
         ("1.5G", 1.5e9),
         ("512MiB", 2**29),
         ("7k", 7e3),
@@ -372,7 +374,7 @@ def test_sizes_are_read(text: str | int, size: float) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3T", "1e9", "12 apples"])
+@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3P", "1e9", "12 apples"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size like 600M"):
         FinetuneOptions(memory=text)

@@ -192,6 +192,12 @@ def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Pa
     np.testing.assert_array_equal(other(IDS), model(IDS))
 
 
+def test_a_directory_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        load_adapter(Net(), tmp_path / "nope")
+    assert str(caught.value.filename) == str(tmp_path / "nope")
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}])
 def test_a_layer_with_a_new_rank_trains_on(options: dict[str, Any], tmp_path: Path) -> None:
     model, other = Net(rank=2, embedding=False, **options), Net(rank=3, embedding=False, **options)

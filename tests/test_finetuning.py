@@ -866,7 +866,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
         ("eval M --data D --max-length 1", 2, "max_length is 1"),
         ("eval M --data D --max-length 0", 2, "max_length is 0"),
-        ("eval M --data D --adapter no", 2, "no such file: no/adapter_config.json"),
+        ("eval M --data D --adapter no", 2, "no such file: no"),
         ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
         ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
         ("generate M x --temperature -1", 2, "temperature is -1.0"),

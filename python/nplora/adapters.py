@@ -92,7 +92,7 @@ class AdapterReport:
     Attributes:
         directory: where it was read.
         layers: the names of the layers that received values.
-        changes: where the file's rank, alpha or rsLoRA replaced the layer's, one sentence a layer.
+        changes: where the file's rank, alpha or rsLoRA replaced the layers', one sentence for all alike.
         dropped: keys of adapter_config.json that nobody knows, ignored with a warning.
         base_model_name_or_path: what the file says about its base model.
     """
@@ -190,7 +190,7 @@ def load_adapter(
     if not edited_config:
         adapter.require_pair()
 
-    changes = [change for name in layers if (change := _change(name, layers[name], settings[name], config))]
+    changes = _changes(layers, settings, config)
     commits = _prepare(layers, config, settings, places, values)
     if config.unknown:
         keys = ", ".join(map(brief, config.unknown))
@@ -199,7 +199,7 @@ def load_adapter(
         commit()
     loaded = tuple(dict.fromkeys(place.module for place in places.values()))
     return AdapterReport(
-        files.name(directory), loaded, tuple(changes), config.unknown, config.base_model_name_or_path
+        files.name(directory), loaded, changes, config.unknown, config.base_model_name_or_path
     )
 
 
@@ -379,14 +379,23 @@ def _file_shape(place: _Place) -> tuple[int, ...]:
     return place.shape[::-1] if place.key.transposed else place.shape
 
 
-def _change(name: str, layer: LoRALayer, settings: _Settings, config: PeftConfig) -> str:
-    pairs = (
-        ("rank", layer.rank, settings.rank),
-        ("alpha", short_number(layer.alpha), short_number(settings.alpha)),
-        ("use_rslora", layer.use_rslora, config.use_rslora),
+def _changes(
+    layers: dict[str, LoRALayer], settings: dict[str, _Settings], config: PeftConfig
+) -> tuple[str, ...]:
+    changed: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        pairs = (
+            ("rank", layer.rank, settings[name].rank),
+            ("alpha", short_number(layer.alpha), short_number(settings[name].alpha)),
+            ("use_rslora", layer.use_rslora, config.use_rslora),
+        )
+        change = ", ".join(f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new)
+        changed.setdefault(change, []).append(name)
+    changed.pop("", None)
+    return tuple(
+        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {change}"
+        for change, names in changed.items()
     )
-    changed = [f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new]
-    return f"{name}: {', '.join(changed)}" if changed else ""
 
 
 # ---- putting in place ----

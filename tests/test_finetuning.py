@@ -489,6 +489,17 @@ def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
     assert again.loss_after == first.loss_after
 
 
+def test_a_run_that_was_to_go_on_and_starts_says_so(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
+    told = f"{tmp_path / 'out'}: no run to go on with, a new one starts\n"
+    assert cli.main(line) == 0
+    assert told in capsys.readouterr().err
+    assert cli.main(line) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_what_was_before_is_not_computed_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,10 +525,21 @@ def test_what_was_before_is_not_computed_again(
     assert more.loss_before == first.loss_before
     assert more.samples[0].before == first.samples[0].before
     (data / "valid.jsonl").write_text('{"text": "other"}\n')
-    with pytest.warns(UserWarning, match="total_steps was 8, is 9"):
+    with (
+        pytest.warns(UserWarning, match="total_steps was 8, is 9"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with others$") as told,
+    ):
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
+    assert __file__ in {warning.filename for warning in told}
     assert (other.loss_before, other.samples[0].before) == (None, "")
     assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+    (data / "valid.jsonl").unlink()
+    with (
+        pytest.warns(UserWarning, match="total_steps was 9, is 10"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with none$"),
+    ):
+        finetune(model, data, **options, steps=10, resume=True)
+    finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
 
 
 def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(

@@ -740,6 +740,10 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert told["loss"] == pytest.approx(both, rel=1e-6)
     answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
     assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
+    with pytest.warns(UserWarning, match=r"a is given 2 times, and counts so often$"):
+        double = evaluate(model, data, adapter=[tmp_path / "a", tmp_path / "." / "data" / ".." / "a"])["loss"]
+    nplora.combine([(tmp_path / "a", 2)]).save(tmp_path / "double")
+    assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
     finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
     words = r"the combined adapter does not fit the model in 1 places:\n  layer 'lm_head': the adapter is of"

@@ -497,7 +497,9 @@ def test_a_run_that_was_to_go_on_and_starts_says_so(
     assert cli.main(line) == 0
     assert told in capsys.readouterr().err
     assert cli.main(line) == 0
-    assert told not in capsys.readouterr().err
+    done = capsys.readouterr()
+    assert told not in done.err
+    assert "\n1 step in " in done.out
 
 
 def test_what_was_before_is_not_computed_again(
@@ -746,7 +748,7 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
     finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
-    words = r"the combined adapter does not fit the model in 1 places:\n  layer 'lm_head': the adapter is of"
+    words = r"the combined adapter does not fit the model in 1 place:\n  layer 'lm_head': the adapter is of"
     with pytest.raises(FormatError, match=words):
         attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
     assert not lm.adapter_layers()
@@ -799,7 +801,7 @@ def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> No
     assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
     assert told["source"] == str(data / "valid.jsonl")
     counted = (
-        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad rows skipped"
+        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad row skipped"
     )
     assert counted in done.stderr
     done = command(*line, "--skip-bad", "--strict")

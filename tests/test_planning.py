@@ -128,10 +128,10 @@ def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path
     found = plan(model, data)
     for steps, seconds, words in (
         (6, 0.43, "6 steps in 3 s"),
-        (1, 0.2, "1 steps in 0 s"),
+        (1, 0.2, "1 step in 0 s"),
         (100, 0.9, "100 steps in 90 s"),
         (100, 3.0, "100 steps in 5.0 minutes"),
-        (10_000, 3.0, "10000 steps in 8.3 hours"),
+        (10_000, 3.0, "10,000 steps in 8.3 hours"),
     ):
         assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats import bfloat16, files, peft_adapter
-from nplora.formats.errors import FormatError, brief, in_places, nearest_names
+from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import CONFIG, PREFIX
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
@@ -104,7 +104,7 @@ class AdapterReport:
     base_model_name_or_path: str | None
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.directory}: {len(self.layers)} layers loaded", *self.changes])
+        return "\n".join([f"{self.directory}: {counted(len(self.layers), 'layer')} loaded", *self.changes])
 
 
 def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str | None = None) -> None:

@@ -86,6 +86,7 @@ def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
+    from nplora.formats.errors import counted
 
     result = finetuning.evaluate(
         arguments.model,
@@ -102,7 +103,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"loss {result['loss']:.4f} over {result['tokens']:,} tokens")
+        print(f"loss {result['loss']:.4f} over {counted(result['tokens'], 'token')}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

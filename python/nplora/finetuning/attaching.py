@@ -13,7 +13,7 @@ from typing import TypeAlias
 from nplora.adapters import load_adapter
 from nplora.combination import combine
 from nplora.formats import model_digest, peft_adapter
-from nplora.formats.errors import FormatError, brief, in_places, nearest_names
+from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.formats.peft_adapter import EMBEDDING, PeftAdapter
@@ -50,9 +50,8 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
         UserWarning: an adapter is given more than once. Others as `load_adapter`.
     """
     if lm.adapter_layers():
-        raise ValueError(
-            f"attach_adapter: the model has an adapter already, on {len(lm.adapter_layers())} layers"
-        )
+        on = counted(len(lm.adapter_layers()), "layer")
+        raise ValueError(f"attach_adapter: the model has an adapter already, on {on}")
     paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if len(paths) == 1 and not os.path.isfile(paths[0]):
         with peft_adapter.reading(paths[0]) as opened:

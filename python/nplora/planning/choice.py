@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.data import EVALUATION_TOKENS
+from nplora.formats.errors import counted
 from nplora.models import LanguageModel
 from nplora.packing import cut
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
@@ -122,7 +123,7 @@ class Plan:
         nearest = self._nearest()
         lines, rest = self._lines(nearest), len(self.others) - len(nearest)
         if rest:
-            lines.append(f"and {rest} other way{'s'[: rest > 1]}: nplora plan --verbose tells all")
+            lines.append(f"and {counted(rest, 'other way')}: nplora plan --verbose tells all")
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -132,7 +133,7 @@ class Plan:
     def _lines(self, others: Iterable[Other]) -> list[str]:
         return [
             f"{self.chosen}: {_need(self.memory.total)} at most, {self.seconds:.2f} s a step, "
-            f"{self.steps} steps in {_time(self.steps * self.seconds)}",
+            f"{counted(self.steps, 'step')} in {_time(self.steps * self.seconds)}",
             str(self.memory),
             *filter(None, [shortage(self.memory, self.available)]),
             *(

@@ -339,6 +339,14 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
+def test_ctrl_c_while_the_options_are_looked_up_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert cli.main(["finetune"]) == 130
+
+
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     reading, writing = os.pipe()
     os.close(reading)

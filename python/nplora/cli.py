@@ -473,8 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails at a letter that it cannot show
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
     try:
+        parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
         if unknown:
             raise _UsageError(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():

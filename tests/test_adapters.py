@@ -175,6 +175,8 @@ def test_layers_that_differ_are_written_as_patterns(tmp_path: Path) -> None:
     loaded = model()
     load_adapter(loaded, tmp_path)
     assert state(loaded) == state(saved)
+    save_adapter(nplora.Sequential(*(nplora.LoRALinear(np.ones((8, 8)), 2, 4) for _ in range(4))), tmp_path)
+    assert load_adapter(loaded, tmp_path).changes == ("1: alpha 4.5 -> 4", "2: rank 3 -> 2")
 
 
 def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Path) -> None:
@@ -184,12 +186,15 @@ def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Pa
     report = load_adapter(other, tmp_path)
     assert state(other) == state(model)
     assert report.base_model_name_or_path == "digits"
-    assert report.changes == tuple(
-        f"{name}: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True"
-        for name in ("emb", "blocks.0", "blocks.1")
-    )
-    assert str(report).startswith(f"{tmp_path}: 3 layers loaded\nemb: rank 3 -> 2")
+    assert report.changes == ("3 layers: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True",)
+    assert str(report).startswith(f"{tmp_path}: 3 layers loaded\n3 layers: rank 3 -> 2")
     np.testing.assert_array_equal(other(IDS), model(IDS))
+
+
+def test_a_directory_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        load_adapter(Net(), tmp_path / "nope")
+    assert str(caught.value.filename) == str(tmp_path / "nope")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}])

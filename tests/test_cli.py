@@ -267,7 +267,10 @@ def test_an_option_that_would_do_nothing_is_refused(
     for line, message in (
         (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
         (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
-        ("convert adapter x.gguf --dtype q8_0", "--dtype is of a model's matrices, SOURCE is no model"),
+        (
+            "convert adapter x.gguf --dtype q8_0",
+            "--dtype is of a model of Hugging Face's, which SOURCE is not",
+        ),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):
         assert cli.main(line.split()) == 2
@@ -295,6 +298,21 @@ def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> 
     assert f"ImportError: {name}=foo: " in done.stderr
 
 
+def test_what_is_neither_an_adapter_nor_one_with_a_weight_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word, weight in (("full:x", "x"), ("full:0,5", "0,5"), ("full:", "")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["combine", word, "--output", "o"])
+        assert exit_.value.code == 2
+        told = f"'{word}' is not there, and for ADAPTER:WEIGHT '{weight}' is no number"
+        assert told in capsys.readouterr().err
+    (tmp_path / "full:x").mkdir()
+    assert cli.main(["combine", "full:x", "--output", "o"]) == 2
+    assert "no such file: full:x/adapter_config.json" in capsys.readouterr().err
+
+
 def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
     for what in (dictionary, digits):
@@ -319,6 +337,14 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(dictionary, "run", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_the_options_are_looked_up_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert cli.main(["finetune"]) == 130
 
 
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:

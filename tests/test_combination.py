@@ -155,7 +155,7 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
         nplora.combine([(one, 1)], rank=0)
     other = Adapter("other", {"q": Update(one["q"].A, one["v"].B[:, :4], 1.0), "v": one["v"]})
     with pytest.raises(
-        ValueError, match=r"in 1 places:\n  q: a linear layer \(12, 8\) in random, .* \(12, 4\) in other"
+        ValueError, match=r"in 1 place:\n  q: a linear layer \(12, 8\) in random, .* \(12, 4\) in other"
     ):
         nplora.combine([(one, 1), (other, 1)])
     table = Adapter("table", {"q": Update(one["q"].A, one["q"].B, 1.0, embedding=True)})
@@ -194,7 +194,7 @@ def test_a_directory_that_is_no_whole_adapter_is_refused(tmp_path: Path) -> None
     pairs = factors(alike())
     wrong = Settings(alike().rank | {"lm_head": 3}, alike().alpha)
     write_peft(tmp_path / "a", wrong, pairs)
-    with pytest.raises(FormatError, match=r"cannot be used, for 1 reasons:\n"):
+    with pytest.raises(FormatError, match=r"cannot be used, for 1 reason:\n"):
         nplora.read_adapter(tmp_path / "a")
     write_peft(tmp_path / "b", alike(), pairs, use_dora=True)
     with pytest.raises(FormatError, match="lora_magnitude_vector' is missing, which DoRA needs"):
@@ -211,7 +211,7 @@ def test_the_command_combines_and_reports(
     arguments = [str(tmp_path / "one:1x"), f"{tmp_path / 'two'}:-0.5", "--output", str(tmp_path / "both")]
     assert cli.main(["combine", *arguments]) == 0
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'both'}: 1 layers of rank 5, 100 numbers, nothing is cut off\n"
+        f"{tmp_path / 'both'}: 1 layer of rank 5, 100 numbers, nothing is cut off\n"
     )
     assert_weighted_sum(nplora.read_adapter(tmp_path / "both"), [(one, 1), (two, -0.5)])
     arguments += ["--rank", "2", "--overwrite"]
@@ -220,7 +220,7 @@ def test_the_command_combines_and_reports(
     lines = capsys.readouterr().out.splitlines()
     error = f"{combined.errors['q']:.3g}"
     assert lines == [
-        f"{tmp_path / 'both'}: 1 layers of rank 2, 40 numbers, relative error {error} in all; the largest:",
+        f"{tmp_path / 'both'}: 1 layer of rank 2, 40 numbers, relative error {error} in all; the largest:",
         f"  q  rank   2  relative error {error}",
     ]
     assert cli.main(["combine", *arguments, "--verbose"]) == 0

@@ -568,7 +568,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         convert.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
         convert.convert_adapter(directory, back, base)
-    with pytest.raises(ValueError, match=r"a GGUF adapter becomes a directory, got '.*/b\.gguf'"):
+    with pytest.raises(ValueError, match=r"of GGUF files adapters alone .* a directory, got '.*/b\.gguf'"):
         convert.convert_adapter(file, tmp_path / "b.gguf", base)
 
 

@@ -272,7 +272,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(
     assert caught.type is error
     report = read_dataset(path, tokenizer(), skip_bad=True).report
     assert (report.examples, report.skipped, report.problems) == (2, 1, (str(caught.value),))
-    assert "1 bad rows skipped, such as: " in str(report)
+    assert "1 bad row skipped, such as: " in str(report)
     with pytest.raises(DataError, match=r"no examples: 1 bad ones skipped"):
         read_dataset(write(tmp_path, line), tokenizer(), skip_bad=True)
 

@@ -489,6 +489,19 @@ def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
     assert again.loss_after == first.loss_after
 
 
+def test_a_run_that_was_to_go_on_and_starts_says_so(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
+    told = f"{tmp_path / 'out'}: no run to go on with, a new one starts\n"
+    assert cli.main(line) == 0
+    assert told in capsys.readouterr().err
+    assert cli.main(line) == 0
+    done = capsys.readouterr()
+    assert told not in done.err
+    assert "\n1 step in " in done.out
+
+
 def test_what_was_before_is_not_computed_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,10 +527,21 @@ def test_what_was_before_is_not_computed_again(
     assert more.loss_before == first.loss_before
     assert more.samples[0].before == first.samples[0].before
     (data / "valid.jsonl").write_text('{"text": "other"}\n')
-    with pytest.warns(UserWarning, match="total_steps was 8, is 9"):
+    with (
+        pytest.warns(UserWarning, match="total_steps was 8, is 9"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with others$") as told,
+    ):
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
+    assert __file__ in {warning.filename for warning in told}
     assert (other.loss_before, other.samples[0].before) == (None, "")
     assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+    (data / "valid.jsonl").unlink()
+    with (
+        pytest.warns(UserWarning, match="total_steps was 9, is 10"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with none$"),
+    ):
+        finetune(model, data, **options, steps=10, resume=True)
+    finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
 
 
 def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
@@ -718,9 +742,13 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert told["loss"] == pytest.approx(both, rel=1e-6)
     answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
     assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
+    with pytest.warns(UserWarning, match=r"a is given 2 times, and counts so often$"):
+        double = evaluate(model, data, adapter=[tmp_path / "a", tmp_path / "." / "data" / ".." / "a"])["loss"]
+    nplora.combine([(tmp_path / "a", 2)]).save(tmp_path / "double")
+    assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
     finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
-    words = r"the combined adapter does not fit the model in 1 places:\n  layer 'lm_head': the adapter is of"
+    words = r"the combined adapter does not fit the model in 1 place:\n  layer 'lm_head': the adapter is of"
     with pytest.raises(FormatError, match=words):
         attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
     assert not lm.adapter_layers()
@@ -773,7 +801,7 @@ def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> No
     assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
     assert told["source"] == str(data / "valid.jsonl")
     counted = (
-        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad rows skipped"
+        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad row skipped"
     )
     assert counted in done.stderr
     done = command(*line, "--skip-bad", "--strict")
@@ -866,7 +894,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
         ("eval M --data D --max-length 1", 2, "max_length is 1"),
         ("eval M --data D --max-length 0", 2, "max_length is 0"),
-        ("eval M --data D --adapter no", 2, "no such file: no/adapter_config.json"),
+        ("eval M --data D --adapter no", 2, "no such file: no"),
         ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
         ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
         ("generate M x --temperature -1", 2, "temperature is -1.0"),

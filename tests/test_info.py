@@ -15,6 +15,7 @@ from nplora.formats.errors import FormatError, TruncatedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_config import Patterns, PeftConfig
+from small_llama import save_small_llama
 from test_bitsandbytes import stored
 
 Array = np.ndarray[Any, Any]
@@ -62,9 +63,9 @@ def test_a_gguf_file_is_listed(tmp_path: Path) -> None:
         "  IQ2_XS  1  148 bytes  not decoded here",
         "",
         "LoRA of rank 8",
-        "  token_embd  1 layers  4 x 32   288 parameters",
-        "  ffn_up      1 layers  2 x 256  2,064 parameters",
-        "  all-linear  1 layers  2 x 256  2,064 parameters",
+        "  embed_tokens  1 layer  4 x 32   288 parameters",
+        "  up_proj       1 layer  2 x 256  2,064 parameters",
+        "  all-linear    1 layer  2 x 256  2,064 parameters",
     ]
 
 
@@ -84,15 +85,15 @@ def test_a_safetensors_file_is_listed(tmp_path: Path) -> None:
         "",
         "tensors",
         "  w  float32  2 x 3  24 bytes",
-        "  n  int8     1      1 bytes",
+        "  n  int8     1      1 byte",
         "",
         "types",
         "  float32  1  24 bytes",
-        "  int8     1  1 bytes",
+        "  int8     1  1 byte",
         "",
         "LoRA of rank 8",
-        "  w           1 layers  2 x 3  40 parameters",
-        "  all-linear  1 layers  2 x 3  40 parameters",
+        "  w           1 layer  2 x 3  40 parameters",
+        "  all-linear  1 layer  2 x 3  40 parameters",
     ]
 
 
@@ -106,14 +107,24 @@ def test_what_lora_can_adapt_is_counted_as_all_linear_trains_it(tmp_path: Path) 
     tensors |= {"model.norm.weight": np.ones(9), "ids": np.ones((2, 2), np.int64)}
     safetensors.save(path, tensors)
     assert info.describe(path).partition("LoRA of rank 8\n")[2].splitlines() == [
-        "  lm_head       1 layers   20 x 9  232 parameters",
-        "  embed_tokens  1 layers   20 x 9  232 parameters",
+        "  lm_head       1 layer    20 x 9  232 parameters",
+        "  embed_tokens  1 layer    20 x 9  232 parameters",
         "  k_proj        3 layers   8 x 9   408 parameters",
         "  q_proj        3 layers   12 x 9  504 parameters",
         "  up_proj       4 layers           744 parameters",
         "  all-linear    10 layers          1,656 parameters",
     ]
     assert sum(layer.num_trainable for layer in layers) == 1656
+
+
+def test_the_layers_of_gguf_are_named_as_they_are_targeted(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "model.gguf")
+    rows = squeezed(info.describe(model).partition("LoRA of rank 8\n")[2])
+    for target, count, *_, parameters, _ in (row.split() for row in rows):
+        lm = nplora.load_model(model)
+        lm.add_lora(rank=8, targets=target)
+        assert (count, parameters) == (str(len(lm.adapter_layers())), f"{lm.num_trainable:,}")
+    assert {"q_proj", "down_proj", "embed_tokens", "all-linear"} <= {row.split()[0] for row in rows}
 
 
 def test_an_index_lists_the_tensors_of_all_its_files(tmp_path: Path) -> None:
@@ -170,8 +181,8 @@ def test_matrices_in_nf4_are_described_as_what_they_stand_for(tmp_path: Path) ->
         "", "config", "model_type x\\x1b",
         "", "tensors", "norm float16 64 128 bytes", f"up.weight nf4 5 x 64 {nbytes:,} bytes",
         "", "types", "float16 1 128 bytes", f"nf4 1 {nbytes:,} bytes",
-        "", "LoRA of rank 8", "up 1 layers 5 x 64 552 parameters",
-        "all-linear 1 layers 5 x 64 552 parameters",
+        "", "LoRA of rank 8", "up 1 layer 5 x 64 552 parameters",
+        "all-linear 1 layer 5 x 64 552 parameters",
     ]  # fmt: skip
 
 
@@ -270,8 +281,8 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
         f"alpha {alpha:g}, scale = {'alpha / rank' if alpha else '1'}",
         "",
         "targets",
-        "attn_q 2 layers",
-        "token_embd 1 layers",
+        "q_proj 2 layers",
+        "embed_tokens 1 layer",
         "",
         "layers",
         *(row(name, lora_a, lora_b, scale) for name in pairs),

@@ -203,6 +203,7 @@ def test_targets_and_layers_choose_what_is_adapted(tmp_path: Path) -> None:
         "embed_tokens",
         "layers.0.self_attn.v_proj",
     ]
+    assert names(targets="up_proj, lm_head", layers=range(1)) == ["layers.0.mlp.up_proj", "lm_head"]
     for options, message in (
         ({"targets": "q_prj"}, "no layer 'q_prj'.*q_proj"),
         ({"layers": "last"}, "layers='last', expected 'last:N'"),

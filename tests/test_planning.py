@@ -27,6 +27,7 @@ from nplora.planning import (
     Candidate,
     Pass,
     available_memory,
+    choice,
     current_memory,
     parse_bytes,
     peak_memory,
@@ -127,10 +128,10 @@ def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path
     found = plan(model, data)
     for steps, seconds, words in (
         (6, 0.43, "6 steps in 3 s"),
-        (1, 0.2, "1 steps in 0 s"),
+        (1, 0.2, "1 step in 0 s"),
         (100, 0.9, "100 steps in 90 s"),
         (100, 3.0, "100 steps in 5.0 minutes"),
-        (10_000, 3.0, "10000 steps in 8.3 hours"),
+        (10_000, 3.0, "10,000 steps in 8.3 hours"),
     ):
         assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
 
@@ -203,8 +204,15 @@ def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
     ("options", "message"),
     [
         ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
-        ({"init": "pissa"}, "init='pissa' takes a part of model.layers.0.*, and q8_0 cannot"),
-        ({"targets": ("q_prj",)}, "no layer 'q_prj'"),
+        (
+            {"init": "pissa"},
+            "^(plan|finetune): init='pissa' takes a part of model.layers.0.*, and q8_0 cannot",
+        ),
+        (
+            {"targets": ("q_prj",)},
+            "^(plan|finetune): the model has no layer 'q_prj' for an adapter; the nearest",
+        ),
+        ({"layers": "last:99"}, r"^(plan|finetune): layers='last:99', the model has \d blocks"),
     ],
 )
 def test_what_finetune_refuses_is_not_planned(
@@ -277,6 +285,19 @@ def test_nothing_that_fits_is_refused_with_what_would(
     assert capsys.readouterr().err.count("1 MB are allowed") == 2
 
 
+def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = Memory(226_400_000, 0, 0, 0, 0, 0, 0)
+    assert choice.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
+    assert "226 MB at most" in str(
+        dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
+    )
+    monkeypatch.setattr(choice, "needed", lambda *arguments: need)
+    with pytest.raises(BudgetError, match="needs 227 MB, 226 MB are allowed"):
+        plan(model, data, memory=226_399_999)
+
+
 def test_a_peak_of_the_past_is_told_from_a_need(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +359,8 @@ def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) 
     [
         ("600M", 600e6),
         ("600 MB", 600e6),
+        ("3T", 3e12),
+        ("1TiB", 2**40),
         ("1.5G", 1.5e9),
         ("512MiB", 2**29),
         ("7k", 7e3),
@@ -351,7 +374,7 @@ def test_sizes_are_read(text: str | int, size: float) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3T", "1e9", "12 apples"])
+@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3P", "1e9", "12 apples"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size like 600M"):
         FinetuneOptions(memory=text)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats import bfloat16, files, peft_adapter
-from nplora.formats.errors import FormatError, brief, in_places, nearest_names
+from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import CONFIG, PREFIX
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
@@ -92,7 +92,7 @@ class AdapterReport:
     Attributes:
         directory: where it was read.
         layers: the names of the layers that received values.
-        changes: where the file's rank, alpha or rsLoRA replaced the layer's, one sentence a layer.
+        changes: where the file's rank, alpha or rsLoRA replaced the layers', one sentence for all alike.
         dropped: keys of adapter_config.json that nobody knows, ignored with a warning.
         base_model_name_or_path: what the file says about its base model.
     """
@@ -104,7 +104,7 @@ class AdapterReport:
     base_model_name_or_path: str | None
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.directory}: {len(self.layers)} layers loaded", *self.changes])
+        return "\n".join([f"{self.directory}: {counted(len(self.layers), 'layer')} loaded", *self.changes])
 
 
 def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str | None = None) -> None:
@@ -190,7 +190,7 @@ def load_adapter(
     if not edited_config:
         adapter.require_pair()
 
-    changes = [change for name in layers if (change := _change(name, layers[name], settings[name], config))]
+    changes = _changes(layers, settings, config)
     commits = _prepare(layers, config, settings, places, values)
     if config.unknown:
         keys = ", ".join(map(brief, config.unknown))
@@ -199,7 +199,7 @@ def load_adapter(
         commit()
     loaded = tuple(dict.fromkeys(place.module for place in places.values()))
     return AdapterReport(
-        files.name(directory), loaded, tuple(changes), config.unknown, config.base_model_name_or_path
+        files.name(directory), loaded, changes, config.unknown, config.base_model_name_or_path
     )
 
 
@@ -379,14 +379,23 @@ def _file_shape(place: _Place) -> tuple[int, ...]:
     return place.shape[::-1] if place.key.transposed else place.shape
 
 
-def _change(name: str, layer: LoRALayer, settings: _Settings, config: PeftConfig) -> str:
-    pairs = (
-        ("rank", layer.rank, settings.rank),
-        ("alpha", short_number(layer.alpha), short_number(settings.alpha)),
-        ("use_rslora", layer.use_rslora, config.use_rslora),
+def _changes(
+    layers: dict[str, LoRALayer], settings: dict[str, _Settings], config: PeftConfig
+) -> tuple[str, ...]:
+    changed: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        pairs = (
+            ("rank", layer.rank, settings[name].rank),
+            ("alpha", short_number(layer.alpha), short_number(settings[name].alpha)),
+            ("use_rslora", layer.use_rslora, config.use_rslora),
+        )
+        change = ", ".join(f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new)
+        changed.setdefault(change, []).append(name)
+    changed.pop("", None)
+    return tuple(
+        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {change}"
+        for change, names in changed.items()
     )
-    changed = [f"{setting} {old} -> {new}" for setting, old, new in pairs if old != new]
-    return f"{name}: {', '.join(changed)}" if changed else ""
 
 
 # ---- putting in place ----

@@ -86,6 +86,7 @@ def _finetune_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
+    from nplora.formats.errors import counted
 
     result = finetuning.evaluate(
         arguments.model,
@@ -102,7 +103,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"loss {result['loss']:.4f} over {result['tokens']:,} tokens")
+        print(f"loss {result['loss']:.4f} over {counted(result['tokens'], 'token')}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -165,7 +166,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
     else:
         if arguments.dtype is not None:
-            raise _UsageError("--dtype is of a model's matrices, SOURCE is no model")
+            raise _UsageError("--dtype is of a model of Hugging Face's, which SOURCE is not")
         print(
             convert.convert_adapter(
                 arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite
@@ -213,12 +214,15 @@ def _path(text: str) -> str:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """ADAPTER:WEIGHT, or ADAPTER alone."""
+    """ADAPTER:WEIGHT, or ADAPTER alone, whose path may have a colon."""
     path, colon, weight = text.rpartition(":")
     try:
         return (_path(path), float(weight)) if colon else (_path(text), 1.0)
     except ValueError:
-        return text, 1.0
+        if os.path.exists(text):
+            return text, 1.0
+        told = f"{text!r} is not there, and for ADAPTER:WEIGHT {weight!r} is no number"
+        raise argparse.ArgumentTypeError(told) from None
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
@@ -469,8 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails at a letter that it cannot show
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
     try:
+        parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
         if unknown:
             raise _UsageError(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nplora import _check
 from nplora.formats import base_model, files, model_digest
-from nplora.formats.errors import UnsupportedError, in_places
+from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
 from nplora.merging import Update, joint
 from nplora.updates import Adapter, Source, read_adapter
@@ -67,7 +67,7 @@ class CombinedAdapter(Adapter):
         ranks = [update.rank for update in self.values()]
         rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
         numbers = sum(update.A.size + update.B.size for update in self.values())
-        size = f"{len(self)} layers of rank {rank}, {numbers:,} numbers"
+        size = f"{counted(len(self), 'layer')} of rank {rank}, {numbers:,} numbers"
         if not self.error:
             return f"{size}, nothing is cut off"
         worst = sorted(self, key=lambda name: self.errors[name], reverse=True)[:_TOLD]

@@ -35,7 +35,7 @@ from nplora.formats import (
     peft_config,
 )
 from nplora.formats.base_model import BaseModel
-from nplora.formats.errors import FormatError, UnsupportedError, brief, in_places
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, in_places
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
@@ -67,9 +67,10 @@ class AdapterConversion:
     passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.target}: {len(self.layers)} layers of {self.architecture}, alpha {self.alpha:g}"]
+        layers = counted(len(self.layers), "layer")
+        lines = [f"{self.target}: {layers} of {self.architecture}, alpha {self.alpha:g}"]
         if self.folded:
-            lines.append(f"the scale of {len(self.folded)} layers is folded into lora_b")
+            lines.append(f"the scale of {counted(len(self.folded), 'layer')} is folded into lora_b")
         if self.passed_over:
             lines.append(f"passed over: {', '.join(map(brief, self.passed_over))}")
         return "\n".join(lines)
@@ -101,7 +102,9 @@ def convert_adapter(
             )
         return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
     if Path(target).suffix == ".gguf" and Path(source).exists():
-        raise ValueError(f"convert: a GGUF adapter becomes a directory, got {files.name(target)!r}")
+        raise ValueError(
+            f"convert: of GGUF files adapters alone are converted, to a directory, got {files.name(target)!r}"
+        )
     return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
 
 

@@ -7,7 +7,7 @@ import errno
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,13 +20,14 @@ from nplora.formats import (
     files,
     gguf,
     gguf_adapter,
+    gguf_names,
     model_directory,
     peft_adapter,
     safetensors,
     sharded,
 )
 from nplora.formats.config_json import read_fields
-from nplora.formats.errors import FormatError, brief
+from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
 from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES
@@ -93,11 +94,17 @@ class _Tensor(NamedTuple):
 def _gguf(file: GgufFile, size: int) -> str:
     tensors = [_Tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()]
     return _text(
-        f"{file.source}: GGUF version {file.version}, {len(file):,} tensors, {size:,} bytes",
+        f"{file.source}: GGUF version {file.version}, {counted(len(file), 'tensor')}, {size:,} bytes",
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         **_listed(tensors, _is_read),
-        **_trainable({t.name: t.shape for t in tensors if _is_float(t.type)}),
+        **_trainable({_target(t.name): t.shape for t in tensors if _is_float(t.type)}),
     )
+
+
+def _target(stored: str) -> str:
+    """A tensor's layer as --targets names it, where that knows it."""
+    layer = stored.removesuffix(".weight")
+    return gguf_names.from_gguf(layer) or layer
 
 
 def _is_float(name: str) -> bool:
@@ -113,7 +120,7 @@ def _safetensors(path: StrPath, size: int) -> str:
     with safetensors.reading(path) as file:
         tensors = _tensors(file)
         return _text(
-            f"{file.source}: safetensors, {len(file):,} tensors, {size:,} bytes",
+            f"{file.source}: safetensors, {counted(len(file), 'tensor')}, {size:,} bytes",
             metadata=[(key, _value(value)) for key, value in file.metadata.items()],
             **(_listed(tensors) if _is_trained(file) else _matrices(tensors)),
         )
@@ -126,7 +133,7 @@ def _is_trained(file: SafetensorsFile) -> bool:
 
 def _index(path: StrPath) -> str:
     file = sharded.open(path)
-    head = f"{file.source}: safetensors in several files, {len(file):,} tensors"
+    head = f"{file.source}: safetensors in several files, {counted(len(file), 'tensor')}"
     return _text(head, **_matrices(_tensors(file)))
 
 
@@ -137,7 +144,7 @@ def _model(directory: StrPath) -> str:
     said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
-        f"{len(tensors):,} tensors, {nbytes:,} bytes",
+        f"{counted(len(tensors), 'tensor')}, {nbytes:,} bytes",
         config=[(key, _value(value)) for key, value in said.items()],
         **_matrices(tensors),
     )
@@ -176,11 +183,11 @@ def _listed(
         nbytes[tensor.type] += tensor.nbytes
     return {
         "tensors": [
-            (t.name, t.type, " x ".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,} bytes")
+            (t.name, t.type, " x ".join(map(str, t.shape)) or "scalar", counted(t.nbytes, "byte"))
             for t in tensors
         ],
         "types": [
-            (name, f"{count:,}", f"{nbytes[name]:,} bytes", "" if is_read(name) else "not decoded here")
+            (name, f"{count:,}", counted(nbytes[name], "byte"), "" if is_read(name) else "not decoded here")
             for name, count in counts.most_common()
         ],
     }
@@ -201,7 +208,7 @@ def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
         parameters = sum(_RANK * sum(matrices[name]) for name in names)
         return (
             title,
-            f"{len(names):,} layers",
+            counted(len(names), "layer"),
             each.pop() if len(each) == 1 else "",
             f"{parameters:,} parameters",
         )
@@ -216,7 +223,7 @@ def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
 def _value(value: object) -> str:
     """A metadata value, or how many there are of what."""
     if isinstance(value, StringArray):
-        return f"{len(value):,} strings"
+        return counted(len(value), "string")
     if isinstance(value, np.ndarray):
         return f"{len(value):,} x {value.dtype}"
     return value if isinstance(value, str) and len(value) <= _LONGEST_VALUE else brief(value, _LONGEST_VALUE)
@@ -243,7 +250,7 @@ def _peft(adapter: PeftAdapter) -> str:
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
         "" if adapter.paired else "the configuration is not the one that was saved with the tensors",
-        targets=_targets(layers),
+        targets=_targets(layer[0] for layer in layers),
         layers=layers,
         others=[(other,) for other in others],
     )
@@ -258,7 +265,7 @@ def _llama_cpp(file: GgufFile) -> str:
     return _text(
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
-        targets=_targets(layers),
+        targets=_targets(map(_target, adapter.pairs)),
         layers=layers,
         others=[(name,) for name in adapter.passed_over],
     )
@@ -272,10 +279,10 @@ def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
     return name, f"rank {len(a)}", f"scale {scale:g}", *(f"‖{key}‖ {norm:.4g}" for key, norm in norms.items())
 
 
-def _targets(layers: list[Row]) -> list[Row]:
+def _targets(layers: Iterable[str]) -> list[Row]:
     """How many layers there are of each kind."""
-    kinds = Counter(layer[0].removesuffix(".weight").rpartition(".")[2] for layer in layers)
-    return [(kind, f"{count:,} layers") for kind, count in kinds.items()]
+    kinds = Counter(layer.rpartition(".")[2] for layer in layers)
+    return [(kind, counted(count, "layer")) for kind, count in kinds.items()]
 
 
 # ---- text ----

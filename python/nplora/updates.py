@@ -17,7 +17,7 @@ from nplora import convert
 from nplora.adapters import EMBEDDING_KEYS, LINEAR_KEYS
 from nplora.checkpoint import require_no_other
 from nplora.formats import files, peft_adapter
-from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
@@ -217,6 +217,7 @@ def _update(name: str, factors: Mapping[str, Array], scale: float, m: Array | No
 def _require_readable(source: str, problems: list[str], updates: Mapping[str, Update]) -> None:
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise FormatError(f"{source}: the adapter cannot be used, for {len(problems)} reasons:{lines}")
+        reasons = counted(len(problems), "reason")
+        raise FormatError(f"{source}: the adapter cannot be used, for {reasons}:{lines}")
     if not updates:
         raise FormatError(f"{source}: the adapter holds no factors")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.data.rows import Row, read_rows
 from nplora.formats import files
-from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.packing import IGNORED
 from nplora.tokenizer import ExhaustedError, Tokenizer
@@ -60,15 +60,15 @@ class DataReport:
 
     def __str__(self) -> str:
         text = (
-            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, {self.learned:,} of them "
-            f"learned; {self.shortest} to {self.longest} tokens long, median {self.median}"
+            f"{self.source}: {counted(self.examples, 'example')}, {self.tokens:,} tokens, {self.learned:,} "
+            f"of them learned; {self.shortest} to {self.longest} tokens long, median {self.median}"
         )
         if self.truncated:
             text += f"; {self.truncated} cut to the largest length"
         if self.emptied:
             text += f"; {self.emptied} left out, which had nothing to learn within it"
         if self.skipped:
-            text += f"; {self.skipped} bad rows skipped, such as: {'; '.join(self.problems)}"
+            text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
         return text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nplora.checkpoint import require_untouched
 from nplora.finetuning import FinetuneReport, evaluate, finetune
+from nplora.formats.errors import counted
 from nplora.planning import peak_memory
 from nplora.runtime import get_num_threads
 
@@ -55,7 +56,7 @@ class DictionaryReport:
   held out   {run.valid.examples if run.valid else 0} entries: loss {losses}
   reloaded   onto a fresh model: loss {self.reloaded_loss:.2f}, {same}
   trained    {run.trained:,} factors, {run.trained / run.parameters:.1%} of the model
-  time       {run.history.seconds:.0f} s of training on {self.threads} thread{"s"[: self.threads > 1]}
+  time       {run.history.seconds:.0f} s of training on {counted(self.threads, "thread")}
   memory     {peak_memory() / 1e6:.0f} MB at most, the model's file included
 """
 

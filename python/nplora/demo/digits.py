@@ -15,6 +15,7 @@ from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import require_untouched
 from nplora.formats import safetensors
+from nplora.formats.errors import counted
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
 from nplora.module import Module, saved_nbytes
@@ -141,7 +142,7 @@ every image turned by a quarter and inverted. LoRA adapts it from {self.examples
 {row("old world", self.before.old, self.after.old, self.off.old)}
 
   trained    {self.factors:,} factors of rank {self.rank}, {self.factors / self.parameters:.1%} of the network
-  time       {self.seconds:.1f} s of training on {self.threads} thread{"s"[: self.threads > 1]}
+  time       {self.seconds:.1f} s of training on {counted(self.threads, "thread")}
   memory     {self.saved_bytes / 1000:.0f} kB kept for backward of a batch of {BATCH}
   frozen     sha256 before and after {self.digests[1][:16]}{untouched}
   merged     moves a layer's output by {self.merge.difference:.1e}, rounding allows {self.merge.bound:.1e},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +13,7 @@ from typing import TypeAlias
 from nplora.adapters import load_adapter
 from nplora.combination import combine
 from nplora.formats import model_digest, peft_adapter
-from nplora.formats.errors import FormatError, brief, in_places, nearest_names
+from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.formats.peft_adapter import EMBEDDING, PeftAdapter
@@ -44,11 +46,12 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
         FormatError: it does not fit the model, which stays as it was, or is of another one. Others as
             `load_adapter`, or as `combine` where there are several.
         ValueError: the model has an adapter.
+    Warns:
+        UserWarning: an adapter is given more than once. Others as `load_adapter`.
     """
     if lm.adapter_layers():
-        raise ValueError(
-            f"attach_adapter: the model has an adapter already, on {len(lm.adapter_layers())} layers"
-        )
+        on = counted(len(lm.adapter_layers()), "layer")
+        raise ValueError(f"attach_adapter: the model has an adapter already, on {on}")
     paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if len(paths) == 1 and not os.path.isfile(paths[0]):
         with peft_adapter.reading(paths[0]) as opened:
@@ -59,6 +62,9 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     elif len(paths) == 1:
         _attach_updates(lm, read_adapter(paths[0], _base(lm), any_base=any_base))
     else:
+        for path, times in Counter(map(os.path.realpath, paths)).items():
+            if times > 1:
+                warnings.warn(f"{path} is given {times} times, and counts so often", stacklevel=2)
         _attach_updates(lm, combine([(path, 1.0) for path in paths], base=_base(lm), any_base=any_base))
 
 

@@ -63,6 +63,12 @@ class Before(Callback):
 
     def _recall(self, run: Run) -> None:
         told = run.logged(_EVENT)
+        if told.get("data") not in (None, self._checked) and not self.was_finished:
+            now = "none" if self._checked is None else "others"
+            warnings.warn(
+                f"the run was evaluated on validation data, and goes on with {now}",
+                stacklevel=8,  # the line that calls `finetune`
+            )
         if (
             self._checked is not None
             and told.get("data") == self._checked

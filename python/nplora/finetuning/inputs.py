@@ -7,7 +7,7 @@ from pathlib import Path
 from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
-from nplora.formats.errors import FormatError, brief
+from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.generate import prompt_ids
 from nplora.models import LanguageModel, load_model
@@ -27,7 +27,8 @@ def opened_all(
             f"{op}: compute={lm.compute!r} is for inference; load the model with {' or '.join(COMPUTES)}"
         )
     if lm.adapter_layers():
-        raise ValueError(f"{op}: the model has an adapter already, on {len(lm.adapter_layers())} layers")
+        on = counted(len(lm.adapter_layers()), "layer")
+        raise ValueError(f"{op}: the model has an adapter already, on {on}")
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = read(lm, train_path, options)

@@ -10,7 +10,7 @@ from nplora import _check
 from nplora.data import LEARN
 from nplora.formats.peft_config import MAX_RANK
 from nplora.layers import LoRALinear
-from nplora.models.adapting import parse_blocks
+from nplora.models.adapting import parse_blocks, target_names
 from nplora.optim import SCHEDULES
 from nplora.planning import parse_bytes
 from nplora.weights import COMPUTES
@@ -97,10 +97,7 @@ class FinetuneOptions:
     )
 
     def __post_init__(self) -> None:
-        given = (self.targets,) if isinstance(self.targets, str) else self.targets
-        if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
-            names = tuple(name.strip() for text in given for name in text.split(","))
-            object.__setattr__(self, "targets", names)
+        object.__setattr__(self, "targets", target_names(self.targets))
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         if self.batch_tokens is not None and self.batch_examples is not None:

@@ -60,7 +60,9 @@ def adapters_of(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter
     Raises:
         ValueError: they do not fit it, or leave no block whose output could be kept.
     """
-    adapters = Adapters.of(lm, options.rank, options.targets, options.layers, options.use_dora, options.init)
+    adapters = Adapters.of(
+        lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op
+    )
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nplora.data import DataReport
+from nplora.formats.errors import counted
 from nplora.planning import peak_memory
 from nplora.trainer import History, StepRecord
 
@@ -74,7 +75,7 @@ class FinetuneReport:
             losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
         rate = self.tokens / max(1e-9, history.seconds)
         lines.append(
-            f"{len(history.steps)} steps in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "
+            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} numbers")

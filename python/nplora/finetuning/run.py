@@ -63,7 +63,8 @@ def finetune(
             adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     Warns:
-        UserWarning: without `memory`, more is needed than is available, and steps are left to be made.
+        UserWarning: without `memory`, more is needed than is available, and steps are left to be made; or a
+            run was evaluated on other data before it goes on.
             Others as `Trainer.fit`.
     """
     files.require_named("finetune", output=output)
@@ -102,6 +103,8 @@ def finetune(
     with _keeping(lm, prefix):
         before = Before(lm, checks, chosen.sample, say)
         if not (chosen.resume and holds_run(output)):  # else when it is known to go on
+            if chosen.resume:
+                say(f"{files.name(output)}: no run to go on with, a new one starts")
             before.look()
         trainer = Trainer(
             lm,

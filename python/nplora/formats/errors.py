@@ -50,7 +50,12 @@ _MOST_PROBLEMS = 20  # told in a message; the others are counted
 def in_places(problems: Sequence[str]) -> str:
     """The end of a message about all that does not fit: "in 2 places:" and a line for each."""
     told = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]
-    return f"in {len(problems)} places:" + "".join(f"\n  {problem}" for problem in told)
+    return f"in {counted(len(problems), 'place')}:" + "".join(f"\n  {problem}" for problem in told)
+
+
+def counted(count: int, noun: str) -> str:
+    """1 step, 2 steps, 1,000 steps."""
+    return f"{count:,} {noun}{'s'[: count != 1]}"
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -133,6 +133,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
     """
     files.require_named("adapter", directory=directory)
+    os.stat(directory)  # where nothing is there, the error is to name it, and not a file in it
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")

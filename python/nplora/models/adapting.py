@@ -23,18 +23,25 @@ Array = npt.NDArray[Any]
 ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
 
 
-def targeted(model: Module, layer_count: int, targets: str | Iterable[str], layers: Any) -> list[str]:
+def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """Those in "q_proj,v_proj", or in several such texts."""
+    given = [targets] if isinstance(targets, str) else targets
+    return tuple(name.strip() for text in given for name in str(text).split(","))
+
+
+def targeted(
+    model: Module, layer_count: int, targets: str | Iterable[str], layers: Any, op: str = "add_lora"
+) -> list[str]:
     """The dotted names of the layers meant, in the model's order.
 
     Raises:
         ValueError: a target names no layer (the nearest names are told) or one that has an adapter; `layers`
             names none of the blocks; or nothing is named.
     """
-    op = "add_lora"
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
-    blocks = chosen_blocks(layers, layer_count)
+    blocks = chosen_blocks(layers, layer_count, op)
     there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = target_names(targets)
     found: set[str] = set()
     for target in wanted:
         hits = {name for name in plain if _hits(name, target)}
@@ -42,9 +49,9 @@ def targeted(model: Module, layer_count: int, targets: str | Iterable[str], laye
             raise ValueError(f"{op}: the model has an adapter already on the layers that {target!r} names")
         if not hits:
             known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
-            near = nearest_names(str(target), [*known, *plain])
+            near = nearest_names(target, [*known, *plain])
             hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{op}: the model has no layer {target!r} without an adapter; {hint}")
+            raise ValueError(f"{op}: the model has no layer {target!r} for an adapter; {hint}")
         found |= hits
     chosen = [name for name in plain if name in found and block_of(name) in {*blocks, None}]
     if not chosen:
@@ -64,17 +71,16 @@ def block_of(name: str) -> int | None:
     return int(parts[2]) if parts[:2] == ["model", "layers"] else None
 
 
-def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> range | list[int]:
+def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add_lora") -> range | list[int]:
     """The blocks meant by None (all), "last:4", "first:4", a range or a list of numbers.
 
     Raises:
         ValueError: it is none of these, or a number is not that of a block.
     """
-    op = "add_lora"
     if layers is None:
         return range(count)
     if isinstance(layers, str):
-        side, n = parse_blocks(layers)
+        side, n = parse_blocks(layers, op)
         if n > count:
             raise ValueError(f"{op}: layers={layers!r}, the model has {count} blocks")
         return range(count - n, count) if side == "last" else range(n)
@@ -118,12 +124,12 @@ def adapted(
     return lora
 
 
-def require_init(name: str, layer: Linear | Embedding, init: str) -> None:
+def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add_lora") -> None:
     """Refuse a start that takes a part of a weight whose storage cannot hold what remains."""
     storage = getattr(layer.weight, "dtype", None)
     if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
         raise ValueError(
-            f"add_lora: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
+            f"{op}: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
             "model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
         )
 

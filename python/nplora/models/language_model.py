@@ -108,7 +108,8 @@ class LanguageModel(Module):
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in LoRALinear.
             targets: "all-linear" (every linear layer of the blocks), "q_proj" (in every block), a whole
-                dotted name, or a list of these. "embed_tokens" and "lm_head" have to be named.
+                dotted name, several as "q_proj,v_proj" or as a list. "embed_tokens" and "lm_head" have to be
+                named.
             layers: the blocks: None (all), "last:4", "first:4", a range or numbers.
             seed: every layer draws its start from (seed, its name).
             init: how the factors start, as in LoRALinear. "gaussian" changes the answers at once. "pissa" and

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.data import EVALUATION_TOKENS
+from nplora.formats.errors import counted
 from nplora.models import LanguageModel
 from nplora.packing import cut
 from nplora.planning.memory import Adapters, Candidate, Memory, Pass, predicted
@@ -93,7 +94,7 @@ class Other:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.way}: {self.size / 1e6:.0f} MB, {self.seconds:.2f} s a step"
+        return f"{self.way}: {_need(self.size)}, {self.seconds:.2f} s a step"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Plan:
         nearest = self._nearest()
         lines, rest = self._lines(nearest), len(self.others) - len(nearest)
         if rest:
-            lines.append(f"and {rest} other way{'s'[: rest > 1]}: nplora plan --verbose tells all")
+            lines.append(f"and {counted(rest, 'other way')}: nplora plan --verbose tells all")
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -131,8 +132,8 @@ class Plan:
 
     def _lines(self, others: Iterable[Other]) -> list[str]:
         return [
-            f"{self.chosen}: {self.memory.total / 1e6:.0f} MB at most, {self.seconds:.2f} s a step, "
-            f"{self.steps} steps in {_time(self.steps * self.seconds)}",
+            f"{self.chosen}: {_need(self.memory.total)} at most, {self.seconds:.2f} s a step, "
+            f"{counted(self.steps, 'step')} in {_time(self.steps * self.seconds)}",
             str(self.memory),
             *filter(None, [shortage(self.memory, self.available)]),
             *(
@@ -149,6 +150,15 @@ class Plan:
             *([min(faster, key=lambda other: other.size)] if faster else []),
             *([min(smaller, key=lambda other: other.seconds)] if smaller else []),
         ]
+
+
+def _need(size: int) -> str:
+    """Rounded up, and room down: they differ in words wherever one is too large for the other."""
+    return f"{math.ceil(size / 1e6)} MB"
+
+
+def _room(size: int) -> str:
+    return f"{size // 10**6} MB"
 
 
 def _time(seconds: float) -> str:
@@ -179,7 +189,7 @@ def shortage(memory: Memory, available: int | None) -> str:
     if available is None or memory.total <= available:
         return ""
     return (
-        f"{memory.total / 1e6:.0f} MB are needed, {available / 1e6:.0f} MB are available: "
+        f"{_need(memory.total)} are needed, {_room(available)} are available: "
         f"--memory {available // 1_000_000}M looks for a way of computing that fits"
     )
 
@@ -210,14 +220,14 @@ def choose(
     fitting = [way for way in ways if budget is None or sizes[way] <= budget]
     if budget is not None and fitting and budget < reached:
         raise BudgetError(
-            f"this process has had {reached / 1e6:.0f} MB at its peak already, {budget / 1e6:.0f} MB are "
-            "allowed: plan and train in a fresh one"
+            f"this process has had {_need(reached)} at its peak already, {_room(budget)} are allowed: plan "
+            "and train in a fresh one"
         )
     if budget is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])
         shorter = _shorter(work, smallest, budget, lambda *cut_off: memory(*cut_off).total)
         raise BudgetError(
-            f"{smallest} needs {sizes[smallest] / 1e6:.0f} MB, {budget / 1e6:.0f} MB are allowed{shorter}; "
+            f"{smallest} needs {_need(sizes[smallest])}, {_room(budget)} are allowed{shorter}; "
             f"--memory {math.ceil(_SPARE * sizes[smallest] / 1e6)}M is enough"
         )
     speeds = measured(lm, tuple(dict.fromkeys(way.compute for way in ways)))
@@ -260,5 +270,5 @@ def _shorter(work: Work, way: Candidate, budget: int, size: Callable[[Candidate,
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
         needed = size(dataclasses.replace(way, micro_tokens=length), work.shortened(length))
         if needed <= budget:
-            return f"; --max-length {length} would need {needed / 1e6:.0f} MB"
+            return f"; --max-length {length} would need {_need(needed)}"
     return "; no --max-length makes it fit"

@@ -71,12 +71,13 @@ class Adapters:
         layers: str | Sequence[int] | None,
         use_dora: bool = False,
         init: str = "zero",
+        op: str = "add_lora",
     ) -> Self:
-        """Those that `lm.add_lora` would make. Raises as it does where layers or init do not fit."""
+        """Those that `lm.add_lora` would make. Raises as it does, in op's name, where it would not."""
         modules: dict[str, Any] = dict(lm.named_modules())
-        names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers)
+        names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
-            adapting.require_init(name, modules[name], init)
+            adapting.require_init(name, modules[name], init, op)
         made = cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
         if init not in PRINCIPAL_INITS:
             return made

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from nplora.formats.files import StrPath
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _KIBIBYTE = 1024
 _LEAST_PLAIN = 1 << 20  # of a number without a unit: what is less was meant in another one
@@ -26,7 +36,7 @@ def parse_bytes(memory: int | str) -> int:
     Raises:
         ValueError: it is none of these, not above 0, or a small number whose unit was forgotten.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?)B?", str(memory).strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?", str(memory).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ValueError(f"memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
     size = int(float(found[1]) * _UNITS[found[2]])

@@ -479,6 +479,39 @@ def test_a_damaged_checkpoint_is_the_next_to_be_replaced(stopped: Path, tmp_path
     assert [checkpoint._read(directory / name).step for name in NAMES] == [9, 9]
 
 
+def test_the_older_checkpoint_is_not_read_where_the_newer_is_whole(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    (older,) = {directory / name for name in NAMES} - {newest_file(directory)}
+    raw = bytearray(older.read_bytes())
+    damage_tensor(raw)
+    older.write_bytes(raw)
+    with RunDirectory(directory) as opened:
+        assert opened.latest() is not None
+        assert not opened.damaged
+
+
+PEAK = """
+import resource, sys
+import numpy as np, nplora
+model = nplora.Sequential(nplora.LoRALinear(np.ones((2048, 2048), np.float32), rank=512, rng=0))
+trainer = nplora.Trainer(model, "mse", nplora.AdamW(), seed=0)
+x = np.ones((2, 2048), np.float32)
+trainer.fit(x, x, steps=int(sys.argv[2]), batch_size=2, checkpoint_dir=sys.argv[1], resume=True)
+values = sum(parameter.value.size for parameter in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, values)
+"""
+
+
+def test_going_on_holds_nothing_twice_but_the_mapped_checkpoint(tmp_path: Path) -> None:
+    def peak(steps: int) -> tuple[int, int]:
+        command = [sys.executable, "-c", PEAK, str(tmp_path), str(steps)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return int(result[0]), int(result[1])
+
+    (first, values), (resumed, _) = peak(1), peak(2)
+    assert resumed - first <= 16 * values  # 12 bytes of each are mapped
+
+
 def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     for name in NAMES:

@@ -290,6 +290,18 @@ def test_the_state_is_a_copy_both_ways(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(state["exp_avg.fc.A"], before)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_state_is_loaded_into_the_arrays_that_are_there(make: Any, rng: np.random.Generator) -> None:
+    params, optimizer = parameters(rng), make()
+    optimizer.step(params)
+    live, state = optimizer.state_dict(copy=False), optimizer.state_dict()
+    optimizer.step(params)
+    optimizer.load_state_dict(state)
+    for name in state.keys() - {"steps"}:
+        assert optimizer.state_dict(copy=False)[name] is live[name]
+        np.testing.assert_array_equal(live[name], state[name])
+
+
 def test_init_starts_afresh(rng: np.random.Generator) -> None:
     params, optimizer = parameters(rng), AdamW()
     optimizer.step(params)
@@ -317,7 +329,12 @@ def test_a_state_that_does_not_fit_is_refused_with_all_reasons(rng: np.random.Ge
     assert {k: v.tobytes() for k, v in optimizer.state_dict().items()} == {
         k: v.tobytes() for k, v in state.items()
     }
-    for wrong, message in (({}, "the state has no 'steps'"), ({"steps": np.array(-1)}, "steps is -1")):
+    for wrong, message in (
+        ({}, "the state has no 'steps'"),
+        ({"steps": np.array(-1)}, "steps is -1"),
+        ({"steps": np.array(2.5)}, "steps is 2.5, expected a count"),
+        ({"steps": np.ones(2, np.int64)}, r"steps is \[1 1\], expected a count"),
+    ):
         with pytest.raises(ValueError, match=message):
             AdamW().load_state_dict(wrong)
     with pytest.raises(ValueError, match=r"exp_avg_sq\.a is missing"):

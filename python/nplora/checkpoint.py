@@ -129,28 +129,28 @@ def _new_file(path: Path, checkpoint: Checkpoint) -> files.NewFile:
         for name, array in getattr(checkpoint, field).items()
     }
     state = json.dumps({name: getattr(checkpoint, name) for name in _KINDS}, allow_nan=False)
-    metadata = {"schema": str(SCHEMA), "state": state, "sha256": _digest(state, arrays)}
+    metadata = {"schema": str(SCHEMA), "state": state, "sha256": _digest(state, sorted(arrays.items()))}
     return safetensors.new_file(path, arrays, metadata)
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read and check a generation.
+    """Check a generation array by array, and map its arrays: a run that goes on has no memory for all.
 
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
     """
-    content = safetensors.open(path, mmap=False)
-    state = _state(content.metadata, path)
-    arrays = {name: tensor.array for name, tensor in content.items()}
-    if content.metadata.get("sha256") != _digest(state, arrays):
-        raise CorruptError(f"{path}: the content does not match its SHA-256")
+    with safetensors.reading(path) as content:
+        state = _state(content.metadata, path)
+        arrays = ((name, content[name].array) for name in sorted(content))
+        if content.metadata.get("sha256") != _digest(state, arrays):
+            raise CorruptError(f"{path}: the content does not match its SHA-256")
     fields = _parsed(state, path)
     groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
-    for name, array in arrays.items():
+    for name, tensor in safetensors.open(path).items():
         group, _, rest = name.partition(".")
         if group not in groups:
             raise CorruptError(f"{path}: tensor {brief(name)} belongs to none of {', '.join(_GROUPS)}")
-        groups[group][rest] = array
+        groups[group][rest] = tensor.array
     fields |= {field: groups[group] for field, group in _ARRAYS.items()}
     return Checkpoint(**fields)
 
@@ -222,13 +222,12 @@ def _is_best(best: dict[str, Any]) -> bool:
     return (loss is None or isinstance(loss, float)) and _count(best["epoch"]) and _count(best["since"])
 
 
-def _digest(state: str, arrays: Mapping[str, Array]) -> str:
-    """SHA-256 over the state and, in the order of their names, every array's name, dtype, shape and bytes."""
+def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:
+    """SHA-256 over the state and every array's name, dtype, shape and bytes; in the order of their names."""
     digest = hashlib.sha256(state.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"\n{name} {array.dtype.str} {arrays[name].shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+    for name, array in arrays:
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -334,7 +333,7 @@ class RunDirectory:
     Attributes:
         path: where it is.
         newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
-        damaged: one sentence for every checkpoint that was not whole when `newest` was read.
+        damaged: one sentence for every checkpoint that `newest` would have been, were it whole.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.
@@ -347,7 +346,8 @@ class RunDirectory:
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         self.damaged: list[str] = []
-        self._slot, self._serial = 0, 0  # the generation to be replaced next, the last checkpoint's number
+        self._serials = [0, 0]  # the generations' numbers
+        self._slot = 0  # the generation to be replaced next
         self._descriptors: list[int] = []
         self._locked_by = 0  # a process, whose forked children do not unlock
         try:
@@ -364,10 +364,8 @@ class RunDirectory:
                     error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
                 ) from error
             self.occupied = holds_run(self.path)
-            for slot, name in enumerate(_SLOTS):
-                serial = _serial(self.path / name)
-                if serial > self._serial:
-                    self._serial, self._slot = serial, 1 - slot
+            self._serials = [_serial(self.path / name) for name in _SLOTS]
+            self._slot = self._serials.index(min(self._serials))
         except BaseException:
             self.close()
             raise
@@ -414,20 +412,19 @@ class RunDirectory:
     @functools.cached_property
     def newest(self) -> Checkpoint | None:
         newest: Checkpoint | None = None
-        for slot, name in enumerate(_SLOTS):
-            path = self.path / name
-            if not os.path.lexists(path):
+        for serial, slot in sorted(zip(self._serials, (0, 1), strict=True), reverse=True):
+            path = self.path / _SLOTS[slot]
+            if (newest is not None and serial) or not os.path.lexists(path):
                 continue
             try:
-                checkpoint = _read(path)
+                found = _read(path)
             except UnsupportedError:
                 raise
             except (FormatError, OSError) as error:
                 self.damaged.append(str(error))
                 self._slot = slot
                 continue
-            if newest is None or checkpoint.serial > newest.serial:
-                newest = checkpoint
+            newest = newest or found
         return newest
 
     def latest(self) -> Checkpoint | None:
@@ -471,11 +468,11 @@ class RunDirectory:
             OSError: the disk refuses; both generations are as they were, and the message says how many bytes
                 were needed.
         """
-        numbered = dataclasses.replace(checkpoint, serial=self._serial + 1, log_bytes=self.log_bytes)
+        numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)
         with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
             os.fsync(self._log)  # the checkpoint relies on it for the history
         files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
-        self.newest, self._serial, self._slot = None, numbered.serial, 1 - self._slot
+        self.newest, self._serials[self._slot], self._slot = None, numbered.serial, 1 - self._slot
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log, NaN and infinities as null."""

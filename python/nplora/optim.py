@@ -53,6 +53,7 @@ class Optimizer:
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}
+        self._state = None  # its memory is taken again
         self._keep(_zeros(dict.fromkeys(self._moments, values)), tuple(values))
         self.steps = 0
 
@@ -126,36 +127,43 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from what `state_dict` returned.
 
-        Where `init` was called before, the state must fit its parameters; else the first step checks it.
+        Where `init` was called before, the state must fit its parameters, and is written into the arrays that
+        are there; else the first step checks it.
 
         Raises:
             ValueError: an array is missing, unknown or of another shape or dtype; all of them are listed.
         """
         op = f"{type(self).__name__}.load_state_dict"
-        if "steps" not in state:
-            raise ValueError(f"{op}: the state has no 'steps'")
-        steps = _check.integer(op, "steps", np.asarray(state["steps"])[()], least=0)
-        problems = self.differences(state)
+        loaded, _ = self._by_moment(state)
+        first = next(iter(loaded.values()), {})
+        wanted = dict.fromkeys(self._moments, first) if self._state is None else self._by_name()
+        problems = self._misfits(state, wanted)
         if problems:
             raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
-        loaded, _ = self._by_moment(state)
-        if self._state is not None or steps > 0 or any(loaded.values()):
-            copied = _zeros(loaded)
-            for moment, held in loaded.items():
-                for name, array in held.items():
-                    np.copyto(copied[moment][name], array)
-            self._keep(copied, tuple(next(iter(copied.values()), ())))
-        self.steps = steps
+        self.steps = int(state["steps"])
+        if self._state is None and (self.steps or first):
+            self._keep(_zeros(loaded), tuple(first))
+        for moment, held in self._by_name().items():
+            for name, array in held.items():
+                np.copyto(array, loaded[moment][name])
 
-    def differences(self, state: Mapping[str, Array]) -> list[str]:
-        """One sentence for all that keeps `load_state_dict` from taking the arrays of a state."""
+    def differences(self, state: Mapping[str, Array], parameters: Sequence[Parameter]) -> list[str]:
+        """One sentence for all that keeps `load_state_dict` from taking a state after `init(parameters)`."""
+        values = {p.name: p.value for p in parameters}
+        return self._misfits(state, dict.fromkeys(self._moments, values))
+
+    def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
+        """One sentence for all in a state that is not as wanted: {moment: {parameter: an array like it}}."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:
             problems.append("the state has no 'steps'")
-        for moment in self._moments:
-            wanted = loaded[self._moments[0]] if self._state is None else self._by_name()[moment]
-            problems += _differences(moment, loaded[moment], wanted)
+        else:
+            steps = np.asarray(state["steps"])
+            if steps.shape or steps.dtype.kind not in "iu" or steps < 0:
+                problems.append(f"steps is {np.array2string(steps, threshold=5)}, expected a count")
+        for moment, held in wanted.items():
+            problems += _differences(moment, loaded[moment], held)
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:

@@ -417,7 +417,8 @@ class Run:
         self.history.steps, self.history.epochs = history.steps, history.epochs
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         if self._plan.patience is not None:
-            self._best, self._best_factors = checkpoint.best, dict(checkpoint.best_parameters)
+            self._best = checkpoint.best
+            self._best_factors = {name: array.copy() for name, array in checkpoint.best_parameters.items()}
             self._lose_patience()
         self._saved = self._position()
         directory.cut_log(checkpoint.log_bytes)

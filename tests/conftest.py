@@ -1,6 +1,6 @@
 """Fixtures that many tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,33 @@ import pytest
 import nplora
 from nplora.demo import dictionary
 
+_FIGURES = pytest.StashKey[dict[str, float]]()
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator that starts the same way in every test."""
     return np.random.default_rng(20260101)
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """figure(what, value) has the largest value of all tests of a file told at the end of the run."""
+    told, file = request.config.stash.setdefault(_FIGURES, {}), request.path.name
+
+    def tell(what: str, value: float) -> None:
+        key = f"{file}: {what}"
+        told[key] = max(float(value), told.get(key, float(value)))
+
+    return tell
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    told = terminalreporter.config.stash.get(_FIGURES, {})
+    if told:
+        terminalreporter.section("the largest figures that tests measured")
+    for what, value in sorted(told.items()):
+        terminalreporter.write_line(f"{what}: {value:.6g}")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Weighted sums of adapters: the dense sum in float64, from factors of any rank, scale and kind of file."""
 
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def assert_weighted_sum(combined: Adapter, parts: list[tuple[Adapter, float]]) -
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -1.0), (-2.5, 0.0)])
 def test_the_sum_is_the_dense_one_for_any_rank_scale_and_weight(
-    weights: tuple[float, float], tmp_path: Path
+    weights: tuple[float, float], tmp_path: Path, figure: Callable[[str, float], None]
 ) -> None:
     first, second = alike(), patterned(use_rslora=True)
     pairs = factors(first), factors(second, seed=1)
@@ -65,6 +66,7 @@ def test_the_sum_is_the_dense_one_for_any_rank_scale_and_weight(
             for weight, settings, pair in zip(weights, (first, second), pairs, strict=True)
         )
         assert relative(dense(update), expected) < 1e-6, name
+        figure("error of a weighted sum, relative", relative(dense(update), expected))
         assert update.rank == (4 if weights[1] == 0 else first.rank[name] + second.rank[name])
         assert combined.errors[name] == 0
 
@@ -126,7 +128,9 @@ def test_files_of_llama_cpp_and_models_join_in(rng: np.random.Generator, tmp_pat
         assert update.embedding == (name == "model.embed_tokens")
 
 
-def test_no_matrix_of_the_weights_shape_is_made(rng: np.random.Generator) -> None:
+def test_no_matrix_of_the_weights_shape_is_made(
+    rng: np.random.Generator, figure: Callable[[str, float], None]
+) -> None:
     d_out, d_in, rank = 4000, 3000, 4
     adapters = [(random_adapter(rng, {"q": (d_out, d_in)}, rank), weight) for weight in (0.5, 0.5)]
     tracemalloc.start()
@@ -137,6 +141,7 @@ def test_no_matrix_of_the_weights_shape_is_made(rng: np.random.Generator) -> Non
         tracemalloc.stop()
     factors_of_all = 2 * rank * (d_out + d_in) * 8
     assert peak < 8 * factors_of_all < d_out * d_in * 4 / 5
+    figure("memory of a weighted sum over that of its matrix", peak / (d_out * d_in * 4))
 
 
 def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ FORMATS = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "nf4"
 OF_32 = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 GGUF_FORMATS = [name for name in FORMATS if name != "nf4"]
 SCALE = 0.7
+
+Figure = Callable[[str, float], None]
 
 
 def random(rng: np.random.Generator, *shape: int) -> Any:
@@ -133,7 +136,7 @@ def test_non_finite_scales_propagate() -> None:
 @pytest.mark.parametrize("n", [1, 3, 8, 40, 300])
 @pytest.mark.parametrize("name", FORMATS)
 def test_lora_gradients_equal_those_of_the_decoded_matrix(
-    name: str, n: int, rng: np.random.Generator
+    name: str, n: int, rng: np.random.Generator, figure: Figure
 ) -> None:
     d_out, d_in, r = 101, 512, 5
     fw = FrozenWeight(random(rng, d_out, d_in), name)
@@ -148,7 +151,9 @@ def test_lora_gradients_equal_those_of_the_decoded_matrix(
     magnitudes = reference.lora_backward(*map(np.abs, (dy, x, W, A, B)), SCALE)
     depths = (d_out + r, n + d_in, n + d_out)
     for got, want, size, depth in zip(gradients, wanted, magnitudes, depths, strict=True):
-        assert np.all(np.abs(got - want) <= reference.gamma(4 * (depth + 4)) * size)
+        share = np.abs(got - want) / (reference.gamma(4 * (depth + 4)) * size)
+        assert np.all(share <= 1)
+        figure("error of a gradient over its bound", share.max())
 
 
 @pytest.mark.parametrize("n", [2, 700])
@@ -417,10 +422,11 @@ print(len(weights), private() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
-def test_the_weights_of_a_model_take_next_to_no_memory_of_their_own(smollm2: Path) -> None:
+def test_the_weights_of_a_model_take_next_to_no_memory_of_their_own(smollm2: Path, figure: Figure) -> None:
     count, grown = map(int, run(MAPPED, smollm2))
     assert count == 211
     assert grown <= 0.01 * smollm2.stat().st_size
+    figure("private memory of SmolLM2's 211 weights over its file", grown / smollm2.stat().st_size)
 
 
 SHARED = """
@@ -438,7 +444,7 @@ print(sizes["Rss"], sizes["Pss"], sizes["Private_Dirty"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
-def test_two_processes_share_the_pages_of_a_model(smollm2: Path) -> None:
+def test_two_processes_share_the_pages_of_a_model(smollm2: Path, figure: Figure) -> None:
     command = [sys.executable, "-c", "import sys\n" + SHARED, str(smollm2)]
     two = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -458,6 +464,7 @@ def test_two_processes_share_the_pages_of_a_model(smollm2: Path) -> None:
     assert resident * 1024 >= 49152 * 576 // 32 * 34, "the whole table was read"
     assert proportional <= 0.55 * resident, "each page counts half"
     assert dirty == 0
+    figure("proportional over resident pages of two processes", proportional / resident)
 
 
 # ---- real models ----

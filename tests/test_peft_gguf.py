@@ -1,5 +1,6 @@
 """The real PEFT as oracle: its ΔW reaches the file of llama.cpp, and its models take what comes back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def in_peft_s_order(delta: Array, stored: str) -> Array:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_update_of_peft_reaches_llama_cpp_and_comes_back(case: str, family: str, tmp_path: Path) -> None:
+def test_the_update_of_peft_reaches_llama_cpp_and_comes_back(
+    case: str, family: str, tmp_path: Path, figure: Callable[[str, float], None]
+) -> None:
     model = adapted(family, case)
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     model.config.save_pretrained(tmp_path / "base")
@@ -91,6 +94,7 @@ def test_the_update_of_peft_reaches_llama_cpp_and_comes_back(case: str, family: 
             got = scale * pair.lora_b @ pair.lora_a
         got = in_peft_s_order(got, stored) if family == "llama" else got
         np.testing.assert_allclose(got, delta, rtol=0, atol=1e-6 * np.abs(delta).max())  # float32 sums of 3
+        figure("error of ΔW by llama.cpp's rule, relative", np.abs(got - delta).max() / np.abs(delta).max())
 
     nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back", tmp_path / "base")
     back = deltas(peft.PeftModel.from_pretrained(base_model(family), tmp_path / "back"))

@@ -274,19 +274,25 @@ struct Decoder<BlockQ6_K> {
 
 // ---- rows of blocks ----
 
+// Asks for a piece of a row that is decoded kRowsAhead later: too short for the machine to see a stream.
+constexpr size_t kRowsAhead = 8;
+inline void fetch_piece(const void* at, size_t bytes) {
+  constexpr size_t kMost = 4 * kCacheLine;
+  bytes = smaller(bytes + kCacheLine, kMost);
+  for (size_t line = 0; line < bytes; line += kCacheLine)
+    __builtin_prefetch(static_cast<const char*>(at) + line);
+}
+
 template <class Block>
 void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes, float* to,
             size_t to_stride) {
-  constexpr size_t kStrips = Block::kElements / kStrip, kRowsAhead = 8, kMostAhead = 4 * kCacheLine;
-  const size_t piece = smaller(cols / kStrip * sizeof(Block) / kStrips + kCacheLine, kMostAhead);
+  constexpr size_t kStrips = Block::kElements / kStrip;
   for (size_t row = 0; row < rows; ++row) {
     const Block* in_row =
         reinterpret_cast<const Block*>(static_cast<const uint8_t*>(blocks) + row * row_bytes);
     float* out = to + row * to_stride;
-    // A piece of each row: too short for the machine to see a stream.
-    const uint8_t* ahead =
-        reinterpret_cast<const uint8_t*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes;
-    for (size_t line = 0; line < piece; line += kCacheLine) __builtin_prefetch(ahead + line);
+    fetch_piece(reinterpret_cast<const char*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes,
+                cols / kStrip * sizeof(Block) / kStrips);
     for (size_t strip = first / kStrip, end = (first + cols) / kStrip; strip < end;) {
       const Decoder<Block> block{in_row[strip / kStrips]};
       const size_t j = strip % kStrips, n = smaller(kStrips - j, end - strip);
@@ -489,12 +495,14 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
                        size_t to_stride) {
   constexpr size_t kElements = BlockNf4::kElements;
   const Levels levels(kLevels.v);
-  for (size_t row = 0; row < rows; ++row)
+  for (size_t row = 0; row < rows; ++row) {
+    fetch_piece(w.codes + (first + (row + kRowsAhead) * row_step) / 2, cols / 2);
     for (size_t c = 0; c < cols;) {
       const size_t i = first + row * row_step + c, n = smaller(cols - c, kElements - i % kElements);
       decode_nf4_run(w.codes, i, n, absmax_of(w, i / kElements), levels, to + row * to_stride + c);
       c += n;
     }
+  }
 }
 
 // Rows that begin with a block and are whole blocks.

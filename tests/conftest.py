@@ -1,12 +1,13 @@
 """Fixtures that many tests share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import nplora
+from figures import Figure
 from nplora.demo import dictionary
 
 _FIGURES = pytest.StashKey[dict[str, float]]()
@@ -19,7 +20,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+def figure(request: pytest.FixtureRequest) -> Figure:
     """figure(what, value) has the largest value of all tests of a file told at the end of the run."""
     told, file = request.config.stash.setdefault(_FIGURES, {}), request.path.name
 

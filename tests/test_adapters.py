@@ -186,8 +186,8 @@ def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Pa
     report = load_adapter(other, tmp_path)
     assert state(other) == state(model)
     assert report.base_model_name_or_path == "digits"
-    assert report.changes == ("3 layers: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True",)
-    assert str(report).startswith(f"{tmp_path}: 3 layers loaded\n3 layers: rank 3 -> 2")
+    assert report.changes == ("emb and 2 more: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True",)
+    assert str(report).startswith(f"{tmp_path}: 3 layers loaded\nemb and 2 more: rank 3 -> 2")
     np.testing.assert_array_equal(other(IDS), model(IDS))
 
 

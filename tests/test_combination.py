@@ -1,7 +1,6 @@
 """Weighted sums of adapters: the dense sum in float64, from factors of any rank, scale and kind of file."""
 
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 import nplora
+from figures import Figure
 from nplora import cli
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.merging import Update
@@ -50,7 +50,7 @@ def assert_weighted_sum(combined: Adapter, parts: list[tuple[Adapter, float]]) -
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -1.0), (-2.5, 0.0)])
 def test_the_sum_is_the_dense_one_for_any_rank_scale_and_weight(
-    weights: tuple[float, float], tmp_path: Path, figure: Callable[[str, float], None]
+    weights: tuple[float, float], tmp_path: Path, figure: Figure
 ) -> None:
     first, second = alike(), patterned(use_rslora=True)
     pairs = factors(first), factors(second, seed=1)
@@ -128,9 +128,7 @@ def test_files_of_llama_cpp_and_models_join_in(rng: np.random.Generator, tmp_pat
         assert update.embedding == (name == "model.embed_tokens")
 
 
-def test_no_matrix_of_the_weights_shape_is_made(
-    rng: np.random.Generator, figure: Callable[[str, float], None]
-) -> None:
+def test_no_matrix_of_the_weights_shape_is_made(rng: np.random.Generator, figure: Figure) -> None:
     d_out, d_in, rank = 4000, 3000, 4
     adapters = [(random_adapter(rng, {"q": (d_out, d_in)}, rank), weight) for weight in (0.5, 0.5)]
     tracemalloc.start()

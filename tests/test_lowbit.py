@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 import nplora
 import reference
+from figures import Figure
 from nplora import FrozenWeight, storages
 from nplora.formats import UnsupportedError, gguf, safetensors
 
@@ -21,8 +21,6 @@ FORMATS = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "nf4"
 OF_32 = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 GGUF_FORMATS = [name for name in FORMATS if name != "nf4"]
 SCALE = 0.7
-
-Figure = Callable[[str, float], None]
 
 
 def random(rng: np.random.Generator, *shape: int) -> Any:

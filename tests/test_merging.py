@@ -1,6 +1,5 @@
 """Layers merged into a storage of choice: the report against NumPy and the gguf package, and the way back."""
 
-from collections.abc import Callable
 from typing import Any
 
 import gguf as oracle
@@ -9,11 +8,11 @@ import pytest
 from gguf.quants import dequantize
 
 import nplora
+from figures import Figure
 from nplora import storages
 from nplora.merging import MergeReport
 
 Array = np.ndarray[Any, Any]
-Figure = Callable[[str, float], None]
 
 D_OUT, D_IN = 40, 512
 BLOCKS = [name for name in storages.BLOCKS if name != "nf4"]

@@ -229,6 +229,12 @@ def test_an_adapter_on_no_layer_is_refused(lm: LanguageModel, options: dict[str,
     assert not lm.adapter_layers()
 
 
+@pytest.mark.parametrize("targets", [5, None, [1], b"q_proj", ["q_proj", None]])
+def test_targets_that_are_no_texts_are_refused(lm: LanguageModel, targets: Any) -> None:
+    with pytest.raises(TypeError, match=r"targets is .*, expected a name of layers, or several"):
+        lm.add_lora(targets=targets)
+
+
 def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> None:
     (ids,) = ids_of(20)
     before = lm.logits(ids)

@@ -1,6 +1,5 @@
 """SmolLM2-135M from its package, a Q4_1 file, against transformers with the dequantised weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 
 import nplora
+from figures import Figure
 from nplora.models import stepwise
 from nplora.module import inference
 from nplora.packing import pack
 
 Array = np.ndarray[Any, Any]
-Figure = Callable[[str, float], None]
 SENTENCE = (
     "The quick brown fox jumps over the lazy dog. "
     "It is a well known English sentence that contains every letter of the alphabet."

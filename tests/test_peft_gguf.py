@@ -1,6 +1,5 @@
 """The real PEFT as oracle: its ΔW reaches the file of llama.cpp, and its models take what comes back."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 import nplora
+from figures import Figure
 from nplora.formats import gguf_adapter, gguf_names
 
 torch = pytest.importorskip("torch")
@@ -76,7 +76,7 @@ def in_peft_s_order(delta: Array, stored: str) -> Array:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_update_of_peft_reaches_llama_cpp_and_comes_back(
-    case: str, family: str, tmp_path: Path, figure: Callable[[str, float], None]
+    case: str, family: str, tmp_path: Path, figure: Figure
 ) -> None:
     model = adapted(family, case)
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)

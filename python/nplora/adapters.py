@@ -393,7 +393,7 @@ def _changes(
         changed.setdefault(change, []).append(name)
     changed.pop("", None)
     return tuple(
-        f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {change}"
+        f"{names[0]}{f' and {len(names) - 1:,} more' * (len(names) > 1)}: {change}"
         for change, names in changed.items()
     )
 

@@ -33,6 +33,7 @@ from nplora import _core
 from nplora.formats import files, peft_adapter, safetensors, strict_json
 from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
+from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALayer
 from nplora.module import Module
 from nplora.weights import FrozenWeight
@@ -134,19 +135,23 @@ def _new_file(path: Path, checkpoint: Checkpoint) -> files.NewFile:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Check a generation array by array, and map its arrays: a run that goes on has no memory for all.
+    """Check a generation, read array by array, so that the disk's errors are OSErrors; then map it.
+
+    A run that goes on has no memory for all arrays.
 
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
     """
-    with safetensors.reading(path) as content:
+    with files.reading(path) as reader:
+        content = SafetensorsFile(reader, str(path))
         state = _state(content.metadata, path)
         arrays = ((name, content[name].array) for name in sorted(content))
         if content.metadata.get("sha256") != _digest(state, arrays):
             raise CorruptError(f"{path}: the content does not match its SHA-256")
+        mapped = SafetensorsFile(memoryview(reader.map()), str(path))
     fields = _parsed(state, path)
     groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
-    for name, tensor in safetensors.open(path).items():
+    for name, tensor in mapped.items():
         group, _, rest = name.partition(".")
         if group not in groups:
             raise CorruptError(f"{path}: tensor {brief(name)} belongs to none of {', '.join(_GROUPS)}")
@@ -333,7 +338,8 @@ class RunDirectory:
     Attributes:
         path: where it is.
         newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
-        damaged: one sentence for every checkpoint that `newest` would have been, were it whole.
+        damaged: one sentence for every checkpoint that is not whole, but for one that is older by its header,
+            of which no more is read.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.

@@ -23,7 +23,7 @@ from nplora.formats import (
     safetensors,
 )
 from nplora.formats.config_json import read_fields
-from nplora.formats.errors import FormatError, brief, in_places
+from nplora.formats.errors import FormatError, brief, counted, in_places
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
@@ -80,8 +80,8 @@ class ModelMerge:
         worst = sorted(self.reports, key=lambda report: report.kept)
         kinds = dict.fromkeys(report.storage for report in self.reports)
         lines = [
-            f"{self.target}: {self.nbytes:,} bytes, {len(self.reports)} tensors merged ({', '.join(kinds)}), "
-            f"{self.kept} copied",
+            f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
+            f"({', '.join(kinds)}), {self.kept} copied",
             f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
             *(f"  {report}" for report in worst[:_TOLD]),
         ]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nplora import _check, storages
 from nplora.formats import files, gguf, gguf_names, model_directory
-from nplora.formats.errors import UnsupportedError
+from nplora.formats.errors import UnsupportedError, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed, file_type
 from nplora.formats.model_directory import CONFIG, Tensors
@@ -57,7 +57,9 @@ class ModelConversion:
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
-        lines = [f"{self.target}: {self.architecture}, {sum(self.types.values())} tensors: {types}"]
+        lines = [
+            f"{self.target}: {self.architecture}, {counted(sum(self.types.values()), 'tensor')}: {types}"
+        ]
         if self.short:
             lines.append(self.short)
         if not self.tokenizer:

@@ -53,7 +53,7 @@ class Optimizer:
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}
-        self._state = None  # its memory is taken again
+        self._state = None  # lets go of its memory, which _zeros takes again
         self._keep(_zeros(dict.fromkeys(self._moments, values)), tuple(values))
         self.steps = 0
 
@@ -128,7 +128,8 @@ class Optimizer:
         """Go on from what `state_dict` returned.
 
         Where `init` was called before, the state must fit its parameters, and is written into the arrays that
-        are there; else the first step checks it.
+        are there; else the first step checks it. Live arrays, of `state_dict(copy=False)`, must not come
+        under other names than their own.
 
         Raises:
             ValueError: an array is missing, unknown or of another shape or dtype; all of them are listed.
@@ -140,12 +141,13 @@ class Optimizer:
         problems = self._misfits(state, wanted)
         if problems:
             raise ValueError(f"{op}: the state does not fit: {'; '.join(problems)}")
-        self.steps = int(state["steps"])
-        if self._state is None and (self.steps or first):
+        steps = int(state["steps"])
+        if self._state is None and (steps or first):
             self._keep(_zeros(loaded), tuple(first))
         for moment, held in self._by_name().items():
             for name, array in held.items():
                 np.copyto(array, loaded[moment][name])
+        self.steps = steps
 
     def differences(self, state: Mapping[str, Array], parameters: Sequence[Parameter]) -> list[str]:
         """One sentence for all that keeps `load_state_dict` from taking a state after `init(parameters)`."""

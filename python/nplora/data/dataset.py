@@ -60,8 +60,9 @@ class DataReport:
 
     def __str__(self) -> str:
         text = (
-            f"{self.source}: {counted(self.examples, 'example')}, {self.tokens:,} tokens, {self.learned:,} "
-            f"of them learned; {self.shortest} to {self.longest} tokens long, median {self.median}"
+            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
+            f"{self.learned:,} of them learned; {self.shortest} to {self.longest} tokens long, "
+            f"median {self.median}"
         )
         if self.truncated:
             text += f"; {self.truncated} cut to the largest length"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from nplora.adapters import load_adapter
 from nplora.combination import combine
-from nplora.formats import model_digest, peft_adapter
+from nplora.formats import files, model_digest, peft_adapter
 from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.model_directory import CONFIG
@@ -62,9 +61,12 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     elif len(paths) == 1:
         _attach_updates(lm, read_adapter(paths[0], _base(lm), any_base=any_base))
     else:
-        for path, times in Counter(map(os.path.realpath, paths)).items():
-            if times > 1:
-                warnings.warn(f"{path} is given {times} times, and counts so often", stacklevel=2)
+        alike: dict[str, list[StrPath]] = {}
+        for path in paths:
+            alike.setdefault(os.path.realpath(path), []).append(path)
+        for same in alike.values():
+            if (n := len(same)) > 1:
+                warnings.warn(f"{files.name(same[0])} is given {n} times, and added {n} times", stacklevel=3)
         _attach_updates(lm, combine([(path, 1.0) for path in paths], base=_base(lm), any_base=any_base))
 
 

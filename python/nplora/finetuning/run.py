@@ -64,7 +64,7 @@ def finetune(
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     Warns:
         UserWarning: without `memory`, more is needed than is available, and steps are left to be made; or a
-            run was evaluated on other data before it goes on.
+            run that was evaluated goes on with other validation data, or with none.
             Others as `Trainer.fit`.
     """
     files.require_named("finetune", output=output)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nplora import _check, buffers, storages
 from nplora.formats import gguf_names
-from nplora.formats.errors import nearest_names
+from nplora.formats.errors import counted, nearest_names
 from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
 from nplora.layers.principal import PRINCIPAL_INITS
 from nplora.models.config import ModelConfig
@@ -24,9 +24,17 @@ ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not 
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Those in "q_proj,v_proj", or in several such texts."""
-    given = [targets] if isinstance(targets, str) else targets
-    return tuple(name.strip() for text in given for name in str(text).split(","))
+    """Those in "q_proj,v_proj", or in several such texts.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    given: list[Any] = [targets]
+    if isinstance(targets, Iterable) and not isinstance(targets, str):
+        given = list(targets)
+    if not all(isinstance(text, str) for text in given):
+        raise TypeError(f"targets is {targets!r}, expected a name of layers, or several")
+    return tuple(name.strip() for text in given for name in text.split(","))
 
 
 def targeted(
@@ -82,7 +90,7 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add
     if isinstance(layers, str):
         side, n = parse_blocks(layers, op)
         if n > count:
-            raise ValueError(f"{op}: layers={layers!r}, the model has {count} blocks")
+            raise ValueError(f"{op}: layers={layers!r}, the model has {counted(count, 'block')}")
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.formats.errors import brief
+from nplora.formats.errors import brief, counted
 
 Array = npt.NDArray[Any]
 
@@ -112,7 +112,8 @@ class History:
 
     def __repr__(self) -> str:
         last = f", last loss {self.steps[-1].loss:.4g}" if self.steps else ""
-        return f"History({len(self.steps)} steps, {len(self.epochs)} epochs, ended={self.ended!r}{last})"
+        steps, epochs = counted(len(self.steps), "step"), counted(len(self.epochs), "epoch")
+        return f"History({steps}, {epochs}, ended={self.ended!r}{last})"
 
     # ---- as a checkpoint and the log keep it ----
 

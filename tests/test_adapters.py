@@ -195,6 +195,9 @@ def test_a_directory_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         load_adapter(Net(), tmp_path / "nope")
     assert str(caught.value.filename) == str(tmp_path / "nope")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(NotADirectoryError, match=r"is a file, expected a directory.*'.*a\.gguf'"):
+        load_adapter(Net(), tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}])

@@ -176,6 +176,12 @@ def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> Non
     ids = np.arange(12) % 60
     losses = [lm.train_step(ids, ids, nplora.AdamW(lr=1e-2)) for _ in range(3)]
     assert losses[-1] < losses[0]
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which are not {}; take the model of floats"
+    with pytest.raises(UnsupportedError, match=found.format("merged into")):
+        nplora.merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(UnsupportedError, match=found.format("converted")):
+        nplora.model_to_gguf(tmp_path / "nf4", tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -268,8 +268,13 @@ def test_an_option_that_would_do_nothing_is_refused(
         (f"convert {tmp_path} x.gguf --base m", "--base is the model of an adapter, SOURCE is a model"),
         (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
         (
-            "convert adapter x.gguf --dtype q8_0",
+            "convert . x.gguf --dtype q8_0",
             "--dtype is of a model of Hugging Face's, which SOURCE is not",
+        ),
+        ("convert nowhere x.gguf --dtype q8_0", "no such file: nowhere"),
+        (
+            "combine a b --output c.gguf",
+            "--output is a directory, of which nplora convert makes a .gguf",
         ),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):

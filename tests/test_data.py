@@ -319,6 +319,7 @@ def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
+    (tmp_path / "data.parquet").touch()
     for name, message in (
         ("pipe.jsonl", "a FIFO, expected a regular file"),
         ("folder.jsonl", "a directory, expected a regular file"),
@@ -327,6 +328,8 @@ def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError, match=message):
             read_dataset(tmp_path / name, tokenizer(), max_length=8)
+    with pytest.raises(FileNotFoundError):
+        read_dataset(tmp_path / "nowhere", tokenizer(), max_length=8)
     with pytest.raises(FileNotFoundError):
         read_dataset(tmp_path / "missing.jsonl", tokenizer())
     with pytest.raises(ValueError, match="is a plain text, which needs a max_length"):

@@ -166,6 +166,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(model_conversion.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
     else:
         if arguments.dtype is not None:
+            os.stat(arguments.source)
             raise _UsageError("--dtype is of a model of Hugging Face's, which SOURCE is not")
         print(
             convert.convert_adapter(
@@ -179,6 +180,8 @@ def _combine(arguments: argparse.Namespace) -> None:
     from nplora.checkpoint import require_no_other
     from nplora.formats.model_directory import require_no_model
 
+    if arguments.output.endswith(".gguf"):
+        raise _UsageError("--output is a directory, of which nplora convert makes a .gguf")
     require_no_other(arguments.output, arguments.overwrite)  # before anything that takes time
     require_no_model(arguments.output)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)

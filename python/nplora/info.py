@@ -66,7 +66,8 @@ def describe(path: StrPath) -> str:
         file = gguf.open(path)
         return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
     if start[8:] != b"{":
-        raise FormatError(f"{files.name(path)}: begins with {start!r}, expected GGUF or safetensors")
+        found = f"begins with {start!r}" if start else "is empty"
+        raise FormatError(f"{files.name(path)}: {found}, expected GGUF or safetensors")
     return _safetensors(path, size)
 
 

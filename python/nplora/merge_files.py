@@ -15,6 +15,7 @@ from nplora import storages
 from nplora.checkpoint import trained
 from nplora.formats import (
     base_model,
+    bitsandbytes,
     files,
     gguf,
     gguf_names,
@@ -140,6 +141,7 @@ def merge_adapter(
     """
     files.require_named("merge", base=base, output=output)
     model = _open(base)
+    bitsandbytes.refuse(model.tensors, model.source, "merged into")
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)

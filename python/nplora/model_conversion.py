@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check, storages
-from nplora.formats import files, gguf, gguf_names, model_directory
+from nplora.formats import bitsandbytes, files, gguf, gguf_names, model_directory
 from nplora.formats.errors import UnsupportedError, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed, file_type
@@ -104,6 +104,7 @@ def model_to_gguf(
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)
+    bitsandbytes.refuse(file, file.source, "converted")
     require_tensors(SafetensorsWeights(file, "float32"), config)
     architecture = gguf_names.ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(file, config, architecture, dtype))

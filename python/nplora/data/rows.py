@@ -5,6 +5,7 @@ is over a limit; both name the file and the line.
 """
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
     suffix = Path(path).suffix.lower()
     if suffix not in readers:
+        os.stat(path)
         raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(readers)}")
     return readers[suffix](path)
 

@@ -11,7 +11,7 @@ Source: bitsandbytes.functional.QuantState.as_dict(packed=True).
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ File = SafetensorsFile | ShardedFile
 
 BLOCK, GROUP, LEVELS, NESTED_LEVELS = 64, 256, 16, 256
 _STATE = ".quant_state.bitsandbytes__"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_MAP = ".quant_map"
+_PARTS = (".absmax", _MAP, ".nested_absmax", ".nested_quant_map")
 _MAX_STATE = 1 << 16
 _MAX_SIZE = 1 << 48
 _MAX_OFFSET = float(np.finfo(np.float32).max)
@@ -67,7 +68,18 @@ class Nf4:
 
 def holds(file: File, name: str) -> bool:
     """Whether a tensor is stored so, in whatever 4-bit type."""
-    return f"{name}.quant_map" in file
+    return f"{name}{_MAP}" in file
+
+
+def refuse(names: Iterable[str], source: str, use: str) -> None:
+    """Raise UnsupportedError where a file has a matrix that is stored so: it is not to be used thus."""
+    for name in names:
+        if name.endswith(_MAP):
+            matrix = brief(name.removesuffix(_MAP))
+            raise UnsupportedError(
+                f"{source}: {matrix} is in bitsandbytes' 4 bits, which are not {use}; "
+                "take the model of floats that it was made from"
+            )
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
@@ -108,7 +120,7 @@ def read(file: File, name: str) -> Nf4:
         _shape(where, state),
         _part(file, name, "uint8", -(-size // 2)),
         _part(file, f"{name}.absmax", "float32" if nested is None else "uint8", blocks),
-        _part(file, f"{name}.quant_map", "float32", LEVELS),
+        _part(file, f"{name}{_MAP}", "float32", LEVELS),
         nested,
     )
 

@@ -120,7 +120,7 @@ class PeftAdapter:
             raise CorruptError(
                 f"{Path(self.directory, CONFIG)}: not the one that was saved with {TENSORS} "
                 "(its SHA-256 differs): a save was cut short, or the file was edited; "
-                "if you edited it, pass edited_config=True"
+                "if you edited it, pass edited_config=True in Python"
             )
 
 
@@ -133,7 +133,8 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
     """
     files.require_named("adapter", directory=directory)
-    os.stat(directory)  # where nothing is there, the error is to name it, and not a file in it
+    os.stat(directory)  # the error is to name what is not there, or is a file, and not one in it
+    files.require_directory(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")

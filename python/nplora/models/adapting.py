@@ -138,7 +138,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
     if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
         raise ValueError(
             f"{op}: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
-            "model would not start as it was; choose 'zero' or 'gaussian', or a model of floats"
+            "model would not start as it was; choose 'zero', or a model of floats"
         )
 
 

@@ -177,11 +177,18 @@ def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> Non
     losses = [lm.train_step(ids, ids, nplora.AdamW(lr=1e-2)) for _ in range(3)]
     assert losses[-1] < losses[0]
     nplora.save_adapter(lm, tmp_path / "adapter")
-    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which are not {}; take the model of floats"
-    with pytest.raises(UnsupportedError, match=found.format("merged into")):
+    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; take the model of floats"
+    with pytest.raises(UnsupportedError, match=found.format("merge into")):
         nplora.merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged")
-    with pytest.raises(UnsupportedError, match=found.format("converted")):
+    with pytest.raises(UnsupportedError, match=found.format("convert")):
         nplora.model_to_gguf(tmp_path / "nf4", tmp_path / "model.gguf")
+
+    embedded = nplora.load_model(tmp_path / "nf4")
+    embedded.add_lora(rank=2, targets="embed_tokens", init="gaussian")
+    nplora.save_adapter(embedded, tmp_path / "embedded")
+    nplora.merge_adapter(tmp_path / "nf4", tmp_path / "embedded", tmp_path / "merged")
+    merged = nplora.load_model(tmp_path / "merged")
+    np.testing.assert_allclose(merged.logits(ids), embedded.logits(ids), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -274,7 +274,7 @@ def test_an_option_that_would_do_nothing_is_refused(
         ("convert nowhere x.gguf --dtype q8_0", "no such file: nowhere"),
         (
             "combine a b --output c.gguf",
-            "--output is a directory, of which nplora convert makes a .gguf",
+            "--output names a directory, got 'c.gguf'; nplora convert makes",
         ),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):

@@ -274,7 +274,7 @@ struct Decoder<BlockQ6_K> {
 
 // ---- rows of blocks ----
 
-// Asks for a piece of a row that is decoded kRowsAhead later: too short for the machine to see a stream.
+// Asks for the piece of a row that is decoded kRowsAhead later: pieces are too short for the machine to see a stream.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_piece(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;

@@ -338,8 +338,8 @@ class RunDirectory:
     Attributes:
         path: where it is.
         newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
-        damaged: one sentence for every checkpoint that is not whole, but for one that is older by its header,
-            of which no more is read.
+        damaged: one sentence for every checkpoint that is not whole, but for one that is older by its header
+            than a whole one: no more of it is read.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.

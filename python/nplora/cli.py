@@ -180,8 +180,10 @@ def _combine(arguments: argparse.Namespace) -> None:
     from nplora.checkpoint import require_no_other
     from nplora.formats.model_directory import require_no_model
 
-    if arguments.output.endswith(".gguf"):
-        raise _UsageError("--output is a directory, of which nplora convert makes a .gguf")
+    if arguments.output.lower().endswith(".gguf"):
+        raise _UsageError(
+            f"--output names a directory, got {arguments.output!r}; nplora convert makes a .gguf of it"
+        )
     require_no_other(arguments.output, arguments.overwrite)  # before anything that takes time
     require_no_model(arguments.output)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)

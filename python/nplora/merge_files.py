@@ -141,7 +141,6 @@ def merge_adapter(
     """
     files.require_named("merge", base=base, output=output)
     model = _open(base)
-    bitsandbytes.refuse(model.tensors, model.source, "merged into")
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
     updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
@@ -318,6 +317,8 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
     for layer, update in adapter.items():
         name, order = model.place(layer, update.shape[0])
+        if name is not None:
+            bitsandbytes.refuse(model.tensors, name, model.source, "merge into")
         problem = _misfit(model, layer, name, update)
         if problem or name is None:
             problems.append(problem)

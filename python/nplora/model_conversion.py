@@ -104,7 +104,6 @@ def model_to_gguf(
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)
-    bitsandbytes.refuse(file, file.source, "converted")
     require_tensors(SafetensorsWeights(file, "float32"), config)
     architecture = gguf_names.ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(file, config, architecture, dtype))
@@ -141,6 +140,7 @@ def _tensors(
         stored = gguf_names.tensor_to_gguf(name)
         assert stored is not None
         source = file[name]
+        bitsandbytes.refuse(file, name, file.source, "convert")
         if source.dtype not in storages.FLOATS:
             raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
         storage = _storage(source.dtype, shape, dtype)

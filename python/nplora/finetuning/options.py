@@ -49,8 +49,8 @@ class FinetuneOptions:
     use_dora: bool = _option(False, "train the magnitudes of the weights' rows too (DoRA)")
     init: str = _option(
         "zero",
-        "how the factors start: zero (as the model), gaussian (both random: it answers otherwise at "
-        "once), or pissa, olora: from the principal part of each weight, which must be of floats",
+        "how the factors start: zero (as the model), gaussian (both random, which changes the "
+        "model at once), or pissa, olora: from the principal part of each weight, which must be of floats",
         choices=LoRALinear.inits,
     )
     lr: float = _beside(2e-4, "learning rate at its highest")

@@ -11,7 +11,7 @@ Source: bitsandbytes.functional.QuantState.as_dict(packed=True).
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +71,13 @@ def holds(file: File, name: str) -> bool:
     return f"{name}{_MAP}" in file
 
 
-def refuse(names: Iterable[str], source: str, use: str) -> None:
-    """Raise UnsupportedError where a file has a matrix that is stored so: it is not to be used thus."""
-    for name in names:
-        if name.endswith(_MAP):
-            matrix = brief(name.removesuffix(_MAP))
-            raise UnsupportedError(
-                f"{source}: {matrix} is in bitsandbytes' 4 bits, which are not {use}; "
-                "take the model of floats that it was made from"
-            )
+def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
+    """Raise UnsupportedError where a tensor of a file is stored so, with which this is not done."""
+    if f"{name}{_MAP}" in file:
+        raise UnsupportedError(
+            f"{source}: {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
+            "take the model of floats that it was made from"
+        )
 
 
 def parts(names: Collection[str]) -> dict[str, str]:

@@ -59,7 +59,7 @@ class LoRALinear(LoRALayer):
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
             1/r), which changes the answers at once; "pissa" and "olora": A and B take over a part of W,
             `weight` is what remains, stored as W is, and their sum starts as W (layers/principal.py), but for
-            the rounding of what remains, which is coarse in low-bit blocks. Not together with DoRA.
+            the rounding of what remains, which is coarse in low-bit blocks. These two go without DoRA.
         dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
         use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
         use_dora: train the magnitudes m of the rows too.

@@ -66,14 +66,14 @@ class Nf4:
     nested: Nested | None
 
 
-def holds(file: File, name: str) -> bool:
+def holds(file: Container[str], name: str) -> bool:
     """Whether a tensor is stored so, in whatever 4-bit type."""
     return f"{name}{_MAP}" in file
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
     """Raise UnsupportedError where a tensor of a file is stored so, with which this is not done."""
-    if f"{name}{_MAP}" in file:
+    if holds(file, name):
         raise UnsupportedError(
             f"{source}: {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
             "take the model of floats that it was made from"

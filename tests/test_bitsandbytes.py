@@ -146,8 +146,11 @@ def test_a_second_quantisation_without_an_offset_is_refused(offset: object) -> N
         bitsandbytes.read(file, NAME)
 
 
-def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> None:
-    """A checkpoint as QLoRA has it: the blocks' matrices in NF4, the rest in floats."""
+IDS = np.arange(12) % small_models.VOCAB
+
+
+def write_models(directory: Path) -> None:
+    """A model as QLoRA has it, matrices in NF4 and the rest in floats; the same called FP4; and "plain"."""
     plain, packed = dict(small_models.hf_tensors()), dict[str, Array]()
     for seed, (name, value) in enumerate(list(plain.items())):
         packed[name] = value
@@ -162,33 +165,57 @@ def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> Non
                 state = json.loads(packed[key].tobytes())
                 packed[key] = as_bytes(state | {"nested_offset": state["nested_offset"] * 0.2})
     config = small_models.config()
-    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    answers = []
-    for directory, tensors, extra in (("plain", plain, {}), ("nf4", packed, {"quantization_config": told})):
-        (tmp_path / directory).mkdir()
-        (tmp_path / directory / "config.json").write_text(json.dumps(config | extra))
-        small_models.write_tensors(tmp_path / directory / "model.safetensors", tensors)
-        lm = nplora.load_model(tmp_path / directory)
-        answers.append(lm.logits(np.arange(12) % 60))
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    fp4 = {name.replace("__nf4", "__fp4"): tensor for name, tensor in packed.items()}
+    for kind, tensors, extra in (
+        ("plain", plain, {}),
+        ("nf4", packed, {"quantization_config": told | {"bnb_4bit_quant_type": "nf4"}}),
+        ("fp4", fp4, {"quantization_config": told | {"bnb_4bit_quant_type": "fp4"}}),
+    ):
+        (directory / kind).mkdir()
+        (directory / kind / "config.json").write_text(json.dumps(config | extra))
+        small_models.write_tensors(directory / kind / "model.safetensors", tensors)
+
+
+def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    plain, lm = (nplora.load_model(tmp_path / kind) for kind in ("plain", "nf4"))
     assert lm.model.layers[1].mlp.up_proj.weight.dtype == "nf4"
-    np.testing.assert_allclose(*answers, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(plain.logits(IDS), lm.logits(IDS), rtol=1e-3, atol=1e-3)
     lm.add_lora(rank=2)
-    ids = np.arange(12) % 60
-    losses = [lm.train_step(ids, ids, nplora.AdamW(lr=1e-2)) for _ in range(3)]
+    losses = [lm.train_step(IDS, IDS, nplora.AdamW(lr=1e-2)) for _ in range(3)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp_path: Path) -> None:
+    write_models(tmp_path)
+    lm = nplora.load_model(tmp_path / "nf4")
+    lm.add_lora(rank=2)
     nplora.save_adapter(lm, tmp_path / "adapter")
     found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; take the model of floats"
     with pytest.raises(UnsupportedError, match=found.format("merge into")):
-        nplora.merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged")
+        nplora.merge_adapter(tmp_path / kind, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(UnsupportedError, match=found.format("convert")):
-        nplora.model_to_gguf(tmp_path / "nf4", tmp_path / "model.gguf")
+        nplora.model_to_gguf(tmp_path / kind, tmp_path / "model.gguf")
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "model.gguf").exists()
 
-    embedded = nplora.load_model(tmp_path / "nf4")
-    embedded.add_lora(rank=2, targets="embed_tokens", init="gaussian")
-    nplora.save_adapter(embedded, tmp_path / "embedded")
-    nplora.merge_adapter(tmp_path / "nf4", tmp_path / "embedded", tmp_path / "merged")
-    merged = nplora.load_model(tmp_path / "merged")
-    np.testing.assert_allclose(merged.logits(ids), embedded.logits(ids), rtol=1e-3, atol=1e-3)
+
+def test_an_adapter_of_the_embedding_alone_merges_beside_matrices_in_nf4(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    lm = nplora.load_model(tmp_path / "nf4")
+    before = lm.logits(IDS)
+    lm.add_lora(rank=2, targets="embed_tokens", init="gaussian")
+    nplora.save_adapter(lm, tmp_path / "adapter")
+    nplora.merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged")
+    merged = nplora.load_model(tmp_path / "merged").logits(IDS)
+    np.testing.assert_allclose(merged, lm.logits(IDS), rtol=1e-3, atol=1e-3)
+    assert np.abs(merged - before).max() > 0.1
+    old, new = (safetensors.open(tmp_path / kind / "model.safetensors") for kind in ("nf4", "merged"))
+    assert new.keys() == old.keys()
+    for name in old.keys() - {"model.embed_tokens.weight"}:
+        np.testing.assert_array_equal(new[name].array, old[name].array)
 
 
 @pytest.mark.parametrize("nested", [False, True])

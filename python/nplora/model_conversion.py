@@ -90,7 +90,8 @@ def model_to_gguf(
             "q5_k" or "q6_k".
         overwrite: also in the place of another file.
     Raises:
-        UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF.
+        UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF; or
+            matrices in bitsandbytes' 4 bits.
         FormatError: a file breaks its format or is not the model that config.json tells of.
         ValueError: path is no .gguf file, dtype is not available, or a value does not fit in it.
         FileExistsError: the file is there, and `overwrite` is not set.
@@ -104,6 +105,8 @@ def model_to_gguf(
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)
+    for name, _ in config.shapes():
+        bitsandbytes.refuse(file, name, file.source, "convert")
     require_tensors(SafetensorsWeights(file, "float32"), config)
     architecture = gguf_names.ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(file, config, architecture, dtype))
@@ -140,7 +143,6 @@ def _tensors(
         stored = gguf_names.tensor_to_gguf(name)
         assert stored is not None
         source = file[name]
-        bitsandbytes.refuse(file, name, file.source, "convert")
         if source.dtype not in storages.FLOATS:
             raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
         storage = _storage(source.dtype, shape, dtype)

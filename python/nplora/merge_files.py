@@ -129,9 +129,9 @@ def merge_adapter(
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
-        FormatError: a file breaks its format, or the adapter does not fit the model, all that does not fit is
-            listed, or is of another one. UnsupportedError: among that, weights in blocks that are not
-            decoded here.
+        FormatError: a file breaks its format, or the adapter is of another model or does not fit this one;
+            all that does not fit is listed, weights in blocks that are not decoded here too.
+        UnsupportedError: a weight to be merged into is in bitsandbytes' 4 bits.
         UnsafeError: a file beside the base's weights is a link out of the model.
         ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
             index of other weights, or a sum is too large for the storage.

@@ -276,6 +276,7 @@ def test_an_option_that_would_do_nothing_is_refused(
             "combine a b --output c.gguf",
             "--output names a directory, got 'c.gguf'; nplora convert makes",
         ),
+        ("combine a b --output c.GGUF", "--output names a directory, got 'c.GGUF'"),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):
         assert cli.main(line.split()) == 2

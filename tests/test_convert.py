@@ -568,8 +568,9 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         convert.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
         convert.convert_adapter(directory, back, base)
-    with pytest.raises(ValueError, match=r"of GGUF files adapters alone .* a directory, got '.*/b\.gguf'"):
-        convert.convert_adapter(file, tmp_path / "b.gguf", base)
+    for name in ("b.gguf", "b.GGUF"):
+        with pytest.raises(ValueError, match=rf"GGUF files adapters alone .* a directory, got '.*/{name}'"):
+            convert.convert_adapter(file, tmp_path / name, base)
 
 
 def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

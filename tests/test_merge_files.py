@@ -528,6 +528,16 @@ def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_d
     )
 
 
+@pytest.mark.parametrize("name", ["out.gguf", "out.GGUF", "out.SafeTensors"])
+def test_a_file_of_another_kind_is_not_taken_for_a_directory(
+    name: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = hf_directory(tmp_path / "base", rng, np.float32)
+    with pytest.raises(ValueError, match=rf"base.* becomes a \.safetensors file, got '.*/{name}'"):
+        nplora.merge_adapter(base, random_adapter(rng), tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_a_head_that_nobody_reads_is_not_merged(rng: np.random.Generator, tmp_path: Path) -> None:
     """config.json ties it to the embedding, and its own tensor is in the file all the same."""
     base = hf_directory(tmp_path / "base", rng, np.float32)

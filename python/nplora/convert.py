@@ -101,7 +101,7 @@ def convert_adapter(
                 f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
             )
         return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
-    if Path(target).suffix == ".gguf" and Path(source).exists():
+    if Path(target).suffix.lower() == ".gguf" and Path(source).exists():
         raise ValueError(
             f"convert: of GGUF files adapters alone are converted, to a directory, got {files.name(target)!r}"
         )

@@ -261,7 +261,7 @@ def _chunks(merge: Merge) -> Callable[[], Iterator[memoryview]]:
 
 
 def _is_directory(output: StrPath) -> bool:
-    return Path(output).suffix not in (".gguf", ".safetensors")
+    return Path(output).suffix.lower() not in (".gguf", ".safetensors")
 
 
 def _weights(output: StrPath) -> Path:

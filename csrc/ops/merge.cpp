@@ -44,8 +44,8 @@ void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& bo
   });
 }
 
-// c (rows, cols) += scaled (rows, r) B[:, first_col : first_col + cols], a few rows at a time. Along the rows of c, what comes so many
-// elements ahead is fetched; 0 where c is a tile in cache.
+// c (rows, cols) += scaled (rows, r) B[:, first_col : first_col + cols], a few rows at a time. What comes `ahead` elements later along
+// the rows of c is fetched meanwhile; ahead is 0 where c is a tile in cache.
 template <class T>
 void add_product(const Products<T>& k, size_t rows, size_t rank, const T* scaled, const T* panels,
                  size_t first_col, size_t cols, T* c, size_t c_stride, size_t ahead) {

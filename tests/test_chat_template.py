@@ -1,5 +1,6 @@
 """Chat templates: what transformers renders, and what templates that nobody vouches for may not do."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -125,7 +126,7 @@ def test_what_is_not_a_template_is_refused(template: str, message: str) -> None:
 
 
 def test_a_huge_template_is_refused() -> None:
-    with pytest.raises(LimitError, match="300,000 characters, at most 262,144"):
+    with pytest.raises(LimitError, match="300,000 characters, at most 65,536"):
         render("x" * 300_000)
 
 
@@ -203,6 +204,16 @@ def test_a_template_without_end_is_stopped(name: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MOST_BYTES
+
+
+@pytest.mark.parametrize(
+    "deep", ["+" * 190 + "messages", "messages" + "|e" * 80, "true" + ".a" * 80, "1+" * 90 + "1"]
+)
+def test_deep_expressions_are_compiled_in_time(deep: str) -> None:
+    start = time.process_time()
+    with contextlib.suppress(ValueError):
+        render(f"{{{{ {deep} }}}}" * 40)
+    assert time.process_time() - start < MOST_SECONDS  # up to 0.3 s
 
 
 def test_the_end_does_not_depend_on_the_clock() -> None:

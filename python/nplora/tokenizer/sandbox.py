@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from nplora.formats.errors import LimitError, brief
 from nplora.tokenizer.allowance import ALLOWANCE, CALL, FILE, NODE, ExcessError, Meter, amplified, nbytes
 
-MAX_TEMPLATE = 1 << 18  # characters; the longest in use have 20,000
+MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
 
 _STRING_METHODS = frozenset(
     ["capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii",
@@ -107,6 +107,7 @@ def _environment(meter: Meter) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
+        optimized=False,  # folding constants takes the cube of the depth of an expression
         finalize=meter.written,
     )
 

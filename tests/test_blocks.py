@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import nplora
 from figures import Figure
 from nplora import _core
+from nplora.formats import gguf as gguf_files
 
 gguf = pytest.importorskip("gguf")
 quants = importlib.import_module("gguf.quants")
@@ -80,13 +81,36 @@ def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_block_decodes_to_the_bits_of_gguf(name: str, rng: np.random.Generator) -> None:
-    for _ in range(100):
+def test_any_block_decodes_to_the_bits_of_gguf(name: str, rng: np.random.Generator, figure: Figure) -> None:
+    for count in range(100):
         rows, row_blocks = rng.integers(1, 20), rng.integers(1, 12)
         blocks = random_blocks(rng, name, rows, row_blocks)
         with np.errstate(all="ignore"):
             expected = quants.dequantize(blocks, gguf_type(name))
         assert_same_bits(dequantize(blocks, name), expected)
+        figure(f"random tensors of {name} with the bits of gguf", count + 1)
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16"])
+def test_floats_of_a_file_have_the_bits_of_gguf(
+    name: str, rng: np.random.Generator, tmp_path: Path, figure: Figure
+) -> None:
+    size = 4 if name == "f32" else 2
+    writer = gguf.GGUFWriter(tmp_path / "floats.gguf", "llama")
+    for i in range(100):
+        rows, cols = rng.integers(1, 20), rng.integers(1, 400)
+        bits = rng.integers(0, 256, (rows, cols * size), np.uint8)
+        writer.add_tensor(str(i), bits, raw_dtype=gguf_type(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = gguf_files.open(tmp_path / "floats.gguf")
+    for count, tensor in enumerate(gguf.GGUFReader(tmp_path / "floats.gguf").tensors):
+        with np.errstate(all="ignore"):
+            expected = quants.dequantize(tensor.data, tensor.tensor_type)
+        assert_same_bits(nplora.FrozenWeight.from_gguf(file, tensor.name).to_numpy(), expected)
+        figure(f"random tensors of {name} with the bits of gguf", count + 1)
 
 
 def test_every_tensor_of_a_real_model_decodes_to_the_bits_of_gguf(smollm2: Path, figure: Figure) -> None:

@@ -72,10 +72,10 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError where a tensor of a file is stored so, with which this is not done."""
+    """Raise UnsupportedError where a tensor is in bitsandbytes' 4 bits, telling what is not done with it."""
     if holds(file, name):
         raise UnsupportedError(
-            f"{source}: {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
+            f"{source}: tensor {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
             "take the model of floats that it was made from"
         )
 

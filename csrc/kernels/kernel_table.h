@@ -203,6 +203,9 @@ struct Products : Tiles<T> {
   // out = keep(seed, first + i) ? x * factor : 0 with Philox4x32-10: element i is dropped where its 32 bits <
   // threshold.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
+
+  // c (m, n) += a (m, depth) w (depth, n), where c streams by.   a is dense, w lies in panels of kPanelColumns columns, each dense.
+  void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride);
 };
 
 // To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and

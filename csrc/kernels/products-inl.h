@@ -128,12 +128,15 @@ struct OuterTile {
   Sum<E>* c;
   size_t c_stride;
   bool accumulate;
-  FetchSteps next;
+  struct {
+    size_t a, w, c;
+  } next;            // how far from a tile's operands those of the next one lie
+  size_t ahead = 0;  // where c streams by: so far ahead it is fetched, into L2
 };
 
-// n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
+// Tiles of kRows rows. n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(const OuterTile<E, W>& tile) {
+inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
   OuterTile<E, W> p = tile;  // its own: the caller's copy would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -142,106 +145,146 @@ inline void outer_tile_fixed(const OuterTile<E, W>& tile) {
     const auto* at = from + v * kLanes;
     return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
   };
-  // Calls body(c, i, v) for each vector of c, whose rows are walked: GCC would keep an address for each vector.
-  const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
-    T* c = p.c;
+  for (; tiles > 0; --tiles) {
+    // Calls body(c, i, v) for each vector of c, whose rows are walked: GCC would keep an address for each vector.
+    const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
+      T* c = p.c;
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kRows; ++i, c += p.c_stride) {
-      keep(c);
+      for (size_t i = 0; i < kRows; ++i, c += p.c_stride) {
+        keep(c);
 #pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) body(c, i, v);
-    }
-  };
-  Vec<T> acc[kRows][kVectors];
-  if (p.accumulate)
-    for_vectors([&](T* c, size_t i, size_t v)
-                    __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
-  else
-    for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-      __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
-      acc[i][v] = Vec<T>::zero();
-    });
-
-  const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
-    __builtin_prefetch(p.next.at);
-    __builtin_prefetch(p.next.at + p.next.line);
-    __builtin_prefetch(p.next.at + 2 * p.next.line);
-    p.next.at += p.next.step;
-    Vec<E> b[kVectors];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kRows; ++i) {
-      const auto x = Vec<E>::broadcast(p.a.data[i * p.a.row_stride]);
-#pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
-    }
-    p.a.data += p.a.step_stride;
-    p.w += kRowsOf<E, W> * p.w_stride;
-  };
-  for (; p.depth >= kRowsOf<E, W>; p.depth -= kRowsOf<E, W>)
-    step([&](size_t v) __attribute__((always_inline)) {
-      if constexpr (kRowsOf<E, W> == 1)
-        return load(Vec<E>{}, p.w, v);
-      else
-        return Vec<E>::pair_rows(load(Vec<W>{}, p.w, v), load(Vec<W>{}, p.w + p.w_stride, v));
-    });
-  if constexpr (kRowsOf<E, W> == 2)
-    if (p.depth > 0)
-      step([&](size_t v) __attribute__((always_inline)) {
-        return Vec<E>::pair_rows(load(Vec<W>{}, p.w, v), Vec<W>::zero());
+        for (size_t v = 0; v < kVectors; ++v) body(c, i, v);
+      }
+    };
+    if (p.ahead > 0)
+      for_vectors([&](T* c, size_t, size_t v)
+                      __attribute__((always_inline)) { __builtin_prefetch(c + p.ahead + v * kLanes, 0, 2); });
+    Vec<T> acc[kRows][kVectors];
+    if (p.accumulate)
+      for_vectors([&](T* c, size_t i, size_t v)
+                      __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
+    else
+      for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
+        __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
+        acc[i][v] = Vec<T>::zero();
       });
 
-  for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-    if (kPartial && v == kVectors - 1)
-      acc[i][v].store_partial(c + v * kLanes, last);
-    else
-      acc[i][v].store(c + v * kLanes);
-  });
+    FetchSteps lines = take<E>(fetch, p.depth / kRowsOf<E, W>, p.w, p.w_stride);
+    const E* a = p.a.data;
+    const W* w = p.w;
+    const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
+      __builtin_prefetch(lines.at);
+      __builtin_prefetch(lines.at + lines.line);
+      __builtin_prefetch(lines.at + 2 * lines.line);
+      lines.at += lines.step;
+      Vec<E> b[kVectors];
+#pragma GCC unroll 4
+      for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kRows; ++i) {
+        const auto x = Vec<E>::broadcast(a[i * p.a.row_stride]);
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+      }
+      a += p.a.step_stride;
+      w += kRowsOf<E, W> * p.w_stride;
+    };
+    size_t left = p.depth;
+    for (; left >= kRowsOf<E, W>; left -= kRowsOf<E, W>)
+      step([&](size_t v) __attribute__((always_inline)) {
+        if constexpr (kRowsOf<E, W> == 1)
+          return load(Vec<E>{}, w, v);
+        else
+          return Vec<E>::pair_rows(load(Vec<W>{}, w, v), load(Vec<W>{}, w + p.w_stride, v));
+      });
+    if constexpr (kRowsOf<E, W> == 2)
+      if (left > 0)
+        step([&](size_t v) __attribute__((always_inline)) {
+          return Vec<E>::pair_rows(load(Vec<W>{}, w, v), Vec<W>::zero());
+        });
+
+    for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
+      if (kPartial && v == kVectors - 1)
+        acc[i][v].store_partial(c + v * kLanes, last);
+      else
+        acc[i][v].store(c + v * kLanes);
+    });
+    p.a.data += p.next.a;
+    p.w += p.next.w;
+    p.c += p.next.c;
+  }
 }
 
-// Picks the instance for m <= kRows.
+// Picks the instance for tiles of rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t m, const OuterTile<E, W>& p) {
-  if (m == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(p);
-  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(m, p);
+inline void outer_tile_upto(size_t rows, size_t tiles, const OuterTile<E, W>& p, Fetch& fetch) {
+  if (rows == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(tiles, p, fetch);
+  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(rows, tiles, p, fetch);
+}
+
+// All m rows, in full tiles and one of what is left.
+template <class E, class W, size_t kVectors, bool kPartial>
+inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
+  p.next = {kTileTokens * p.a.row_stride, 0, kTileTokens * p.c_stride};
+  const size_t tiles = m / kTileTokens;
+  if (tiles > 0) outer_tile_fixed<E, W, kTileTokens, kVectors, kPartial>(tiles, p, fetch);
+  p.a.data += tiles * p.next.a;
+  p.c += tiles * p.next.c;
+  if constexpr (kTileTokens > 1)
+    outer_tile_upto<E, W, kTileTokens - 1, kVectors, kPartial>(m % kTileTokens, 1, p, fetch);
 }
 
 // Picks the instance for n <= kVectors full vectors.
 template <class E, class W, size_t kVectors>
-inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p) {
+inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   if (p.n == kVectors * kLanes)
-    outer_tile_upto<E, W, kTileTokens, kVectors, false>(m, p);
+    outer_tile_rows<E, W, kVectors, false>(m, p, fetch);
   else if (p.n > (kVectors - 1) * kLanes)
-    outer_tile_upto<E, W, kTileTokens, kVectors, true>(m, p);
+    outer_tile_rows<E, W, kVectors, true>(m, p, fetch);
   else if constexpr (kVectors > 1)
-    outer_tile_columns<E, W, kVectors - 1>(m, p);
+    outer_tile_columns<E, W, kVectors - 1>(m, p, fetch);
 }
 
 template <class E, class W>
 void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* w, size_t w_stride, Sum<E>* c,
                 size_t c_stride, bool accumulate, const Fetch& following) {
   constexpr size_t kGroup = kOuterVectors * Vec<E>::kLanes;
-  Fetch next = following;
-  const E* rows_of_a = a.data;
-  const size_t row_stride = a.row_stride, step_stride = a.step_stride;
-  while (m > 0) {
-    const size_t rows = smaller(m, kTileTokens);
-    for (size_t j = 0; j < n; j += kGroup) {
-      outer_tile_columns<E, W, kOuterVectors>(rows, {smaller(n - j, kGroup),
-                                                     depth,
-                                                     {rows_of_a, row_stride, step_stride},
-                                                     w + j,
-                                                     w_stride,
-                                                     c + j,
-                                                     c_stride,
-                                                     accumulate,
-                                                     take<E>(next, depth / kRowsOf<E, W>, w + j, w_stride)});
-    }
-    m -= rows;
-    rows_of_a += rows * row_stride;
-    c += rows * c_stride;
+  Fetch fetch = following;
+  for (size_t j = 0; j < n; j += kGroup)
+    outer_tile_columns<E, W, kOuterVectors>(
+        m, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate, {}}, fetch);
+}
+
+// ---- merge: c (m, n) += a (m, depth) w (depth, n), where c streams by ----
+
+template <class T>
+void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride) {
+  constexpr size_t kGroup = kOuterVectors * Vec<T>::kLanes, kAhead = 4 * kPanelColumns;
+  const size_t full = n / kPanelColumns, rest = n % kPanelColumns, panel = depth * kPanelColumns;
+  const size_t tiles = kGroup == kPanelColumns ? full : 1;  // narrower ones finish a panel at a time
+  Fetch nothing;
+  for (size_t first = 0; first < m; first += kTileTokens) {
+    const size_t rows = smaller(m - first, kTileTokens);
+    const Strided<T> a_rows{a + first * depth, depth, 1};
+    T* c_rows = c + first * c_stride;
+    for (size_t i = 0; i < full; i += tiles)
+      for (size_t j = 0; j < kPanelColumns; j += kGroup) {
+        const OuterTile<T, T> p{kGroup,
+                                depth,
+                                a_rows,
+                                panels + i * panel + j,
+                                kPanelColumns,
+                                c_rows + i * kPanelColumns + j,
+                                c_stride,
+                                true,
+                                {0, panel, kPanelColumns},
+                                kAhead};
+        outer_tile_upto<T, T, kTileTokens, kOuterVectors, false>(rows, tiles, p, nothing);
+      }
+    if (rest > 0)
+      outer_tile<T, T>(rows, rest, depth, a_rows, panels + full * panel, rest, c_rows + full * kPanelColumns,
+                       c_stride, true, nothing);
   }
 }
 

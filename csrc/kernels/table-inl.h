@@ -10,8 +10,8 @@ constexpr Tiles<E> make_tiles() {
 
 template <class T>
 constexpr Products<T> make_products() {
-  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>, interleave<T>,     sum_parts<T>,
-          add_dots<T>,     adamw<T>,    sgd<T>,        sum_of_squares<T>, dropout<T>};
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     interleave<T>, sum_parts<T>, add_dots<T>,
+          adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>,    merge<T>};
 }
 
 template <class W>

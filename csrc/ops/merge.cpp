@@ -14,9 +14,7 @@ using kernels::Products;
 
 namespace {
 
-constexpr size_t kRowsPerTask = 32, kRowsPerTile = 4;
-// Elements ahead that W is fetched, into L2: rows a multiple of 4 KB apart share their places in L1.
-constexpr size_t kAhead = 16 * kPanelColumns;
+constexpr size_t kRowsPerTask = 32;
 constexpr size_t kColumnsBytes = size_t{128} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
@@ -44,24 +42,6 @@ void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& bo
   });
 }
 
-// c (rows, cols) += scaled (rows, r) B[:, first_col : first_col + cols], a few rows at a time. What comes `ahead` elements later along
-// the rows of c is fetched meanwhile; ahead is 0 where c is a tile in cache.
-template <class T>
-void add_product(const Products<T>& k, size_t rows, size_t rank, const T* scaled, const T* panels,
-                 size_t first_col, size_t cols, T* c, size_t c_stride, size_t ahead) {
-  for (size_t i = 0; i < rows; i += kRowsPerTile) {
-    const size_t height = std::min(kRowsPerTile, rows - i);
-    for (size_t j = 0; j < cols; j += kPanelColumns) {
-      const size_t width = std::min(kPanelColumns, cols - j);
-      for (size_t row = i; ahead > 0 && row < i + height; ++row)
-        for (size_t line = 0; line < kPanelColumns; line += kCacheLine / sizeof(T))
-          __builtin_prefetch(c + row * c_stride + j + ahead + line, 0, 2);
-      k.outer_tile(height, width, rank, {scaled + i * rank, rank, 1}, panels + (first_col + j) * rank, width,
-                   c + i * c_stride + j, c_stride, true, {});
-    }
-  }
-}
-
 }  // namespace
 
 template <class T>
@@ -75,8 +55,8 @@ void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale)
       kPanelColumns;
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
     for (size_t c = 0; c < w.cols; c += most)
-      add_product(k, rows, b.rows, scaled, panels, c, std::min(most, w.cols - c), w.row(first) + c, w.stride,
-                  kAhead);
+      k.merge(rows, std::min(most, w.cols - c), b.rows, scaled, panels + c * b.rows, w.row(first) + c,
+              w.stride);
   });
 }
 
@@ -97,7 +77,7 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
         const size_t height = std::min(k.tile_tokens, rows - i), width = std::min(kTileColumns, w.cols - c);
         for (size_t j = 0; j < height; ++j)
           widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
-        add_product(k, height, b.rows, scaled + i * b.rows, panels, c, width, tile, kTileColumns, 0);
+        k.merge(height, width, b.rows, scaled + i * b.rows, panels + c * b.rows, tile, kTileColumns);
         for (size_t j = 0; j < height; ++j) {
           float* row = tile + j * kTileColumns;
           if (key) dither(width, *key, uint64_t{first + i + j} * w.cols + c, row);

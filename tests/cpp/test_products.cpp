@@ -1,5 +1,5 @@
-// lane_tile and outer_tile: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and, where
-// the instruction set leaves one, against the one order of rounding that the contract allows.
+// lane_tile, outer_tile and merge: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and,
+// where the instruction set leaves one, against the one order of rounding that the contract allows.
 #include <cstring>
 #include <string>
 
@@ -266,6 +266,47 @@ void test_outer_tile(const KernelTable& table) {
       }
 }
 
+// w (depth, n) in panels of kPanelColumns columns, each dense.
+template <class T>
+std::vector<T> in_dense_panels(const std::vector<T>& w, size_t depth, size_t n) {
+  std::vector<T> panels;
+  for (size_t j = 0; j < n; j += kPanelColumns)
+    for (size_t s = 0; s < depth; ++s)
+      for (size_t k = j; k < std::min(j + kPanelColumns, n); ++k) panels.push_back(w[s * n + k]);
+  return panels;
+}
+
+template <class T>
+void test_merge(const KernelTable& table) {
+  const auto& k = table.products<T>();
+  const std::string kernel = std::string("merge of ") + type_name<T>();
+  const std::vector<size_t> all_depths = depths();
+  Random random(6);
+  size_t kind = 0;
+  for (size_t n = 0; n <= 3 * kPanelColumns + 1; n += n < kPanelColumns ? 1 : 7)
+    for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
+                     k.tile_tokens + 1, 2 * k.tile_tokens + 1}) {
+      check::count_shape(kernel);
+      const size_t depth = all_depths[++kind * 31 % all_depths.size()], c_stride = n + kind % 5;
+      for (Data data : kAllData) {
+        const Product<T> p(random, m, n, depth, true, data, table);
+        const std::vector<T> panels = in_dense_panels(p.b, depth, n);
+        for (Place place : kPlaces) {
+          check::Case one("%s merge<%s> m %zu n %zu depth %zu c_stride %zu, %s, %s", table.isa,
+                          type_name<T>(), m, n, depth, c_stride, name_of(data), name_of(place));
+          Placed<T> a(m, depth, {depth}, place, p.a), w(1, panels.size(), {panels.size()}, place, panels);
+          Placed<T> c(m, n, {c_stride}, place);
+          for (size_t i = 0; i < m; ++i)
+            for (size_t j = 0; j < n; ++j) c.data()[i * c_stride + j] = p.c[i * n + j];
+          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride);
+          p.judge(c.values(), data, table);
+          check::expect(c.gaps_intact(), "wrote outside c");
+          check::expect(a.untouched(p.a) && w.untouched(panels), "wrote to an input");
+        }
+      }
+    }
+}
+
 // bfloat16 that is widened in registers gives the bits that the same values give as floats.
 void test_widening_outer_tile(const KernelTable& table) {
   Random random(4);
@@ -416,6 +457,8 @@ void test_products(const KernelTable& table) {
   test_tiles<float>(table);
   test_tiles<double>(table);
   test_tiles<Bf16Pair>(table);
+  test_merge<float>(table);
+  test_merge<double>(table);
   test_widening_outer_tile(table);
   test_pairing_outer_tile(table);
 }

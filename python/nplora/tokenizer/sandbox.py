@@ -42,6 +42,8 @@ _CONSTANT_TESTS = frozenset(
 _SHALLOW = frozenset(
     ["_made", "_slice", "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"]
 )  # fmt: skip
+# Bytes: what the compiler takes in time for a node at each level of statements around it, and to copy a name.
+_LEVEL, _NAME = 4 * NODE, 8
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' mark of what is learned
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
@@ -57,10 +59,12 @@ def compile_template(text: str, source: str) -> tuple[Meter, Any]:
             f"{source}: the chat template has {len(text):,} characters, at most {MAX_TEMPLATE:,} are read"
         )
     meter = Meter(source)
-    meter.allow(ALLOWANCE)  # constants are computed while compiling
+    meter.allow(ALLOWANCE)  # for compiling, which computes constants too
     environment = _environment(meter)
     text = _END_GENERATION.sub(r"{%\1 endif \2%}", _GENERATION.sub(r"{%\1 if true \2%}", text))
-    tree = _guard(environment.parse(text))
+    tree = environment.parse(text)
+    _pay_for_compiling(tree, meter)
+    tree = _guard(tree)
     code = environment.compile(tree, name="chat template", filename=FILE)
     return meter, environment.template_class.from_code(environment, code, environment.globals)
 
@@ -107,7 +111,7 @@ def _environment(meter: Meter) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
-        optimized=False,  # folding constants takes the cube of the depth of an expression
+        optimized=False,  # it would fold the same again at each level: the cube of an expression's depth
         finalize=meter.written,
     )
 
@@ -186,6 +190,24 @@ def strftime_now(now: datetime.datetime | None) -> Callable[[str], str]:
     return told
 
 
+def _pay_for_compiling(tree: Any, meter: Meter) -> None:
+    """Statements look through their bodies, and copy the names known, at each level that they nest to."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
+
+    names = len({name.name for name in tree.find_all(nodes.Name)})
+    waiting = [(tree, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if isinstance(node, nodes.Include | nodes.Import | nodes.FromImport | nodes.Extends):
+            raise SecurityError("it reaches for another template")
+        if isinstance(node, nodes.Block) and node.scoped:
+            raise SecurityError("it has a scoped block")  # which would be given a copy of every name
+        nests = hasattr(node, "body")
+        meter.charge(_LEVEL * depth + _NAME * names * nests)
+        waiting += [(child, depth + nests) for child in node.iter_child_nodes()]
+
+
 # ---- what jinja2 compiles to Python's own operations, as filters, which are paid for ----
 
 _OWN_FILTERS: dict[str, Callable[..., Any]] = {
@@ -216,10 +238,18 @@ def _guard(node: Any) -> Any:
     if isinstance(node, nodes.Tuple) and node.ctx == "load":
         return _filter("_made", node)
     if isinstance(node, nodes.Compare):
-        node.expr = _filter("_compared", node.expr)
-        for operand in node.ops:
-            operand.expr = _filter("_compared", operand.expr)
+        parts: list[Any] = [node, *node.ops]
+        for part in parts:
+            if not _is_short(part.expr):
+                part.expr = _filter("_compared", part.expr)
     return node
+
+
+def _is_short(node: Any) -> bool:
+    """Whether it is a constant that is compared at no cost."""
+    from jinja2 import nodes
+
+    return isinstance(node, nodes.Const) and len(str(node.value)) <= NODE
 
 
 def _filter(name: str, node: Any, arguments: Sequence[Any] = ()) -> Any:

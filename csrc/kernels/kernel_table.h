@@ -204,8 +204,10 @@ struct Products : Tiles<T> {
   // threshold.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
-  // c (m, n) += a (m, depth) w (depth, n), where c streams by.   a is dense, w lies in panels of kPanelColumns columns, each dense.
-  void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride);
+  // c (m, n) += a (m, depth) w (depth, n), summed as outer_tile does.   a is dense; panels holds w, kPanelColumns columns each and the
+  // last what is left, each dense. Along the rows of c, what comes so many elements ahead is fetched into L2; none where 0.
+  void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
+                size_t ahead);
 };
 
 // To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and

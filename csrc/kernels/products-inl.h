@@ -131,7 +131,7 @@ struct OuterTile {
   struct {
     size_t a, w, c;
   } next;            // how far from a tile's operands those of the next one lie
-  size_t ahead = 0;  // where c streams by: so far ahead it is fetched, into L2
+  size_t ahead = 0;  // where c streams by: so many elements ahead it is fetched, into L2
 };
 
 // Tiles of kRows rows. n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
@@ -157,8 +157,9 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
       }
     };
     if (p.ahead > 0)
-      for_vectors([&](T* c, size_t, size_t v)
-                      __attribute__((always_inline)) { __builtin_prefetch(c + p.ahead + v * kLanes, 0, 2); });
+      for_vectors([&](T* c, size_t, size_t v) __attribute__((always_inline)) {
+        if (v * sizeof(Vec<T>) % kCacheLine == 0) __builtin_prefetch(c + p.ahead + v * kLanes, 0, 2);
+      });
     Vec<T> acc[kRows][kVectors];
     if (p.accumulate)
       for_vectors([&](T* c, size_t i, size_t v)
@@ -256,11 +257,12 @@ void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* 
         m, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate, {}}, fetch);
 }
 
-// ---- merge: c (m, n) += a (m, depth) w (depth, n), where c streams by ----
+// ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
 template <class T>
-void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride) {
-  constexpr size_t kGroup = kOuterVectors * Vec<T>::kLanes, kAhead = 4 * kPanelColumns;
+void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
+           size_t ahead) {
+  constexpr size_t kGroup = kOuterVectors * Vec<T>::kLanes;
   const size_t full = n / kPanelColumns, rest = n % kPanelColumns, panel = depth * kPanelColumns;
   const size_t tiles = kGroup == kPanelColumns ? full : 1;  // narrower ones finish a panel at a time
   Fetch nothing;
@@ -279,7 +281,7 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
                                 c_stride,
                                 true,
                                 {0, panel, kPanelColumns},
-                                kAhead};
+                                ahead};
         outer_tile_upto<T, T, kTileTokens, kOuterVectors, false>(rows, tiles, p, nothing);
       }
     if (rest > 0)

@@ -239,7 +239,7 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
   table.tiles<E>().outer_tile(
       p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step}, w.data(), w_stride,
       c.data(), c_stride, p.accumulate,
-      kind % 2 ? Fetch{} : Fetch{reinterpret_cast<const char*>(w.data()), kind % 9 * 20});
+      kind % 2 ? Fetch{} : Fetch{reinterpret_cast<const char*>(w.data()), kind % 9 * 20, 1 + kind % 3});
   p.judge(c.values(), data, table);
   check::expect(c.gaps_intact(), "wrote outside c");
   check::expect(a.untouched(p.a) && w.untouched(p.b), "wrote to an input");
@@ -283,7 +283,8 @@ void test_merge(const KernelTable& table) {
   const std::vector<size_t> all_depths = depths();
   Random random(6);
   size_t kind = 0;
-  for (size_t n = 0; n <= 3 * kPanelColumns + 1; n += n < kPanelColumns ? 1 : 7)
+  // Each remainder of a panel, and up to five full ones, with a column behind them and without.
+  for (size_t n = 0; n <= 5 * kPanelColumns + 1; n += n < kPanelColumns || n % 2 == 0 ? 1 : kPanelColumns - 1)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
                      k.tile_tokens + 1, 2 * k.tile_tokens + 1}) {
       check::count_shape(kernel);
@@ -298,7 +299,7 @@ void test_merge(const KernelTable& table) {
           Placed<T> c(m, n, {c_stride}, place);
           for (size_t i = 0; i < m; ++i)
             for (size_t j = 0; j < n; ++j) c.data()[i * c_stride + j] = p.c[i * n + j];
-          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride);
+          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride, kind % 2 * kPanelColumns);
           p.judge(c.values(), data, table);
           check::expect(c.gaps_intact(), "wrote outside c");
           check::expect(a.untouched(p.a) && w.untouched(panels), "wrote to an input");

@@ -9,8 +9,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from nplora.formats.errors import LimitError, brief
-from nplora.tokenizer.allowance import ALLOWANCE, CALL, FILE, NODE, ExcessError, Meter, amplified, nbytes
+from nplora.formats.errors import LimitError, UnsafeError, brief
+from nplora.tokenizer.allowance import (
+    ALLOWANCE,
+    CALL,
+    FILE,
+    NODE,
+    ExcessError,
+    ExhaustedError,
+    Meter,
+    amplified,
+    nbytes,
+)
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
 
@@ -43,7 +53,7 @@ _SHALLOW = frozenset(
     ["_made", "_slice", "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"]
 )  # fmt: skip
 # Bytes: what the compiler takes in time for a node at each level of statements around it, and to copy a name.
-_LEVEL, _NAME = 4 * NODE, 8
+_LEVEL, _NAME = 4 * NODE, 16
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' mark of what is learned
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
@@ -63,9 +73,11 @@ def compile_template(text: str, source: str) -> tuple[Meter, Any]:
     environment = _environment(meter)
     text = _END_GENERATION.sub(r"{%\1 endif \2%}", _GENERATION.sub(r"{%\1 if true \2%}", text))
     tree = environment.parse(text)
-    _pay_for_compiling(tree, meter)
-    tree = _guard(tree)
-    code = environment.compile(tree, name="chat template", filename=FILE)
+    try:
+        _pay_for_compiling(tree, meter)
+        code = environment.compile(_guard(tree), name="chat template", filename=FILE)
+    except ExhaustedError as error:
+        raise UnsafeError(str(error)) from None  # whatever the chat
     return meter, environment.template_class.from_code(environment, code, environment.globals)
 
 
@@ -191,11 +203,11 @@ def strftime_now(now: datetime.datetime | None) -> Callable[[str], str]:
 
 
 def _pay_for_compiling(tree: Any, meter: Meter) -> None:
-    """Statements look through their bodies, and copy the names known, at each level that they nest to."""
+    """Statements look through their bodies at each level that they nest to; branches copy all names."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError
 
-    names = len({name.name for name in tree.find_all(nodes.Name)})
+    names = len({named.name for named in tree.find_all((nodes.Name, nodes.NSRef, nodes.Macro))})
     waiting = [(tree, 1)]
     while waiting:
         node, depth = waiting.pop()
@@ -204,7 +216,8 @@ def _pay_for_compiling(tree: Any, meter: Meter) -> None:
         if isinstance(node, nodes.Block) and node.scoped:
             raise SecurityError("it has a scoped block")  # which would be given a copy of every name
         nests = hasattr(node, "body")
-        meter.charge(_LEVEL * depth + _NAME * names * nests)
+        branches = nests or isinstance(node, nodes.CondExpr)
+        meter.charge(_LEVEL * depth + _NAME * names * branches)
         waiting += [(child, depth + nests) for child in node.iter_child_nodes()]
 
 
@@ -239,14 +252,14 @@ def _guard(node: Any) -> Any:
         return _filter("_made", node)
     if isinstance(node, nodes.Compare):
         parts: list[Any] = [node, *node.ops]
-        for part in parts:
-            if not _is_short(part.expr):
-                part.expr = _filter("_compared", part.expr)
+        long = [part for part in parts if not _is_short(part.expr)]
+        for part in long if len(parts) == 2 and long else parts:
+            part.expr = _filter("_compared", part.expr)
     return node
 
 
 def _is_short(node: Any) -> bool:
-    """Whether it is a constant that is compared at no cost."""
+    """Whether it is a constant that costs nothing beside what it is compared with."""
     from jinja2 import nodes
 
     return isinstance(node, nodes.Const) and len(str(node.value)) <= NODE

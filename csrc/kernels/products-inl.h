@@ -134,7 +134,8 @@ struct OuterTile {
   size_t ahead = 0;  // where c streams by: so many elements ahead it is fetched, into L2
 };
 
-// Tiles of kRows rows. n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
+// Tiles of kRows rows, one after the other; one alone where rows of w are paired, which leaves no register for a loop.
+// n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
@@ -145,6 +146,7 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
     const auto* at = from + v * kLanes;
     return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
   };
+  if constexpr (kRowsOf<E, W> > 1) tiles = 1;
   for (; tiles > 0; --tiles) {
     // Calls body(c, i, v) for each vector of c, whose rows are walked: GCC would keep an address for each vector.
     const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
@@ -227,10 +229,12 @@ inline void outer_tile_upto(size_t rows, size_t tiles, const OuterTile<E, W>& p,
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
   p.next = {kTileTokens * p.a.row_stride, 0, kTileTokens * p.c_stride};
-  const size_t tiles = m / kTileTokens;
-  if (tiles > 0) outer_tile_fixed<E, W, kTileTokens, kVectors, kPartial>(tiles, p, fetch);
-  p.a.data += tiles * p.next.a;
-  p.c += tiles * p.next.c;
+  const size_t step = kRowsOf<E, W> > 1 ? 1 : m / kTileTokens;
+  for (size_t left = m / kTileTokens; left > 0; left -= step) {
+    outer_tile_fixed<E, W, kTileTokens, kVectors, kPartial>(step, p, fetch);
+    p.a.data += step * p.next.a;
+    p.c += step * p.next.c;
+  }
   if constexpr (kTileTokens > 1)
     outer_tile_upto<E, W, kTileTokens - 1, kVectors, kPartial>(m % kTileTokens, 1, p, fetch);
 }

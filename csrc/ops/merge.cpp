@@ -52,9 +52,7 @@ void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale)
   const Products<T>& k = kernels::table().products<T>();
   const T* panels = panels_of(b);
   // So many columns of B stay in L2 while the rows of a task pass by.
-  const size_t most =
-      std::max(size_t{1}, kColumnsBytes / sizeof(T) / std::max<size_t>(1, b.rows) / kPanelColumns) *
-      kPanelColumns;
+  const size_t most = std::max(size_t{1}, kColumnsBytes / sizeof(T) / b.rows / kPanelColumns) * kPanelColumns;
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
     for (size_t c = 0; c < w.cols; c += most)
       k.merge(rows, std::min(most, w.cols - c), b.rows, scaled, panels + c * b.rows, w.row(first) + c,

@@ -92,27 +92,21 @@ class Runtimes:
     def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
         """`rounds` turns each, in which every call is timed for about so many seconds, three times at least.
 
-        Says so where other programs kept the machine busy, as seen in the second half of the pauses.
+        Says so where other programs kept the machine busy.
         """
         for contestant in contestants:
             self._ask(contestant.runtime, ("prepare", contestant))
         result = Result()
-        busy, total = 0, 0
+        before = _ticks_of_others()
         for _ in range(rounds):
             for contestant in contestants:
-                pause = PAUSE if self.threads > 1 else PAUSE / 20
-                time.sleep(pause / 2)
-                before = _cpu_ticks()
-                time.sleep(pause / 2)
-                busy, total = (
-                    sum_ + now - then
-                    for sum_, now, then in zip((busy, total), _cpu_ticks(), before, strict=True)
-                )
+                time.sleep(PAUSE if self.threads > 1 else PAUSE / 20)
                 turn = self._ask(contestant.runtime, ("turn", contestant.name, seconds))
                 for cell, value in turn.items():
                     result.turns.setdefault((contestant.name, cell), []).append(value)
         for contestant in contestants:
             self._ask(contestant.runtime, ("drop", contestant.name))
+        busy, total = (now - then for now, then in zip(_ticks_of_others(), before, strict=True))
         if busy > BUSY * total:
             print(f"\nother programs took {busy / total:.0%} of the CPUs meanwhile: not to be quoted", end="")
         return result
@@ -198,13 +192,20 @@ def _rate(ceiling: Callable[[], Any]) -> float:
     return median(float(ceiling()) for _ in range(3))
 
 
-def _cpu_ticks() -> tuple[int, int]:
-    """Ticks that all CPUs were busy, and all ticks, since the machine started (Linux)."""
+def _ticks_of_others() -> tuple[int, int]:
+    """Ticks that the CPUs spent on other processes than a race's, and all ticks, since the start (Linux)."""
     user, nice, system, idle, iowait, *rest = map(
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     )
     busy = user + nice + system + sum(rest)
-    return busy, busy + idle + iowait
+    ours = [os.getpid(), *(process.pid for process, _ in _lanes.values())]
+    return busy - sum(map(_ticks_of, ours)), busy + idle + iowait
+
+
+def _ticks_of(pid: int) -> int:
+    """Ticks that a process has run, in user mode and in the kernel."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[11]) + int(after_name[12])
 
 
 @contextmanager

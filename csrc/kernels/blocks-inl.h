@@ -57,10 +57,21 @@ inline void put(const Floats& q, Vec<float> d, float* to) {
 inline void put(const Floats& q, Vec<float> d, Vec<float> m, float* to) {
   for (size_t i = 0; i < kVectors; ++i) fma(q.v[i], d, m).store(to + i * Vec<float>::kLanes);
 }
-inline void put(const Floats& low, const Floats& high, Vec<float> d, float* to) {
+template <class To>
+inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(low, d, to);
   put(high, d, to + kBytes);
 }
+
+// A place in a row of DecodedRows, at a multiple of kBytes where panels lie apart: kBytes elements are in one panel.
+static_assert(kPanelColumns % kBytes == 0);
+struct DecodedRow {
+  float* row;
+  size_t apart, at = 0;
+
+  DecodedRow operator+(size_t elements) const { return {row, apart, at + elements}; }
+  operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
+};
 
 // Instead of memory, products with some tokens of x: the sums of token t by phase, in chains that alternate from one run of kBytes
 // elements to the next, so that a fused multiply-add does not wait for the one before.
@@ -284,13 +295,13 @@ inline void fetch_piece(const void* at, size_t bytes) {
 }
 
 template <class Block>
-void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes, float* to,
-            size_t to_stride) {
+void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+            const DecodedRows& to) {
   constexpr size_t kStrips = Block::kElements / kStrip;
   for (size_t row = 0; row < rows; ++row) {
     const Block* in_row =
         reinterpret_cast<const Block*>(static_cast<const uint8_t*>(blocks) + row * row_bytes);
-    float* out = to + row * to_stride;
+    DecodedRow out{to.data + row * to.stride, to.apart};
     fetch_piece(reinterpret_cast<const char*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes,
                 cols / kStrip * sizeof(Block) / kStrips);
     for (size_t strip = first / kStrip, end = (first + cols) / kStrip; strip < end;) {
@@ -301,7 +312,7 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
       for (size_t i = 0; i < kStrips; ++i)
         if (i - j < n) block.strip(i, out + (i - j) * kStrip);
       strip += n;
-      out += n * kStrip;
+      out = out + n * kStrip;
     }
   }
 }
@@ -476,30 +487,33 @@ inline float nf4_value(const uint8_t* codes, size_t i, float absmax) {
 
 // to (n) = elements [i, i + n) of the flat tensor, all in one block.
 inline void decode_nf4_run(const uint8_t* codes, size_t i, size_t n, float absmax, const Levels& levels,
-                           float* to) {
+                           DecodedRow to) {
   const Vec<float> d = Vec<float>::broadcast(absmax);
-  if (i % 2 != 0 && n > 0) {
-    *to++ = nf4_value(codes, i++, absmax);
+  const auto one = [&] {
+    *to = nf4_value(codes, i++, absmax);
+    to = to + 1;
     --n;
-  }
-  for (; n >= kStrip; n -= kStrip, i += kStrip, to += kStrip) {
+  };
+  if (i % 2 != 0 && n > 0) one();
+  for (; n >= kStrip; n -= kStrip, i += kStrip, to = to + kStrip) {
     const Bytes q = load_bytes(codes + i / 2);
     const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
     put(lookup(levels, in_order.low), d, to);
     put(lookup(levels, in_order.high), d, to + kBytes);
   }
-  for (; n > 0; --n) *to++ = nf4_value(codes, i++, absmax);
+  while (n > 0) one();
 }
 
-inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, float* to,
-                       size_t to_stride) {
+inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step,
+                       const DecodedRows& to) {
   constexpr size_t kElements = BlockNf4::kElements;
   const Levels levels(kLevels.v);
   for (size_t row = 0; row < rows; ++row) {
     fetch_piece(w.codes + (first + (row + kRowsAhead) * row_step) / 2, cols / 2);
+    DecodedRow out{to.data + row * to.stride, to.apart};
     for (size_t c = 0; c < cols;) {
       const size_t i = first + row * row_step + c, n = smaller(cols - c, kElements - i % kElements);
-      decode_nf4_run(w.codes, i, n, absmax_of(w, i / kElements), levels, to + row * to_stride + c);
+      decode_nf4_run(w.codes, i, n, absmax_of(w, i / kElements), levels, out + c);
       c += n;
     }
   }

@@ -239,18 +239,25 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
+// Rows of decoded floats; the columns from kPanelColumns on lie `apart` elements further than behind the others, so that two panels
+// can each have rows without gaps.
+struct DecodedRows {
+  float* data;
+  size_t stride, apart = 0;
+};
+
 // Low-bit blocks (base/block_formats.h) to float. Every value is that of float32 arithmetic without fused multiply-adds: the same
 // bits on every instruction set.
 struct BlockDecoders {
   // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.   first and cols are multiples
   // of kStrip. One kernel for each format before kNf4, in the order of BlockFormat.
   void (*decode[static_cast<size_t>(BlockFormat::kNf4)])(size_t rows, size_t first, size_t cols,
-                                                         const void* blocks, size_t row_bytes, float* to,
-                                                         size_t to_stride);
+                                                         const void* blocks, size_t row_bytes,
+                                                         const DecodedRows& to);
 
   // to (rows, cols): element (i, j) is number first + i * row_step + j of the flat tensor.   Any number; even ones are fast.
-  void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, float* to,
-                     size_t to_stride);
+  // Where panels lie apart, first and row_step are multiples of 16.
+  void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
 // The products of small batches with low-bit blocks, decoded in registers: W is read once, as it lies.

@@ -239,7 +239,8 @@ class Backward {
         const ColumnBlock<W> block = column_block(w, rows, cols, decoded);
         for (size_t c = 0; c < cols.count; c += kPanelColumns) {
           const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
-          multiply(p, dy, rows, panel, {block.data + c, block.row_stride}, dx, accumulate || o > 0, after);
+          const ColumnBlock<W> its{block.data + c / kPanelColumns * block.panel_stride, block.row_stride};
+          multiply(p, dy, rows, panel, its, dx, accumulate || o > 0, after);
         }
         o += rows.count;
       } while (o < w.d_out);

@@ -108,7 +108,7 @@ void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> 
   if (out.cols == 0) return;
   const auto decode = kernels::table().blocks.decode[static_cast<size_t>(format)];
   for_pieces(out.rows, out.cols, kDecodeOperations, [&](Range rows) {
-    decode(rows.count, 0, out.cols, blocks.row(rows.first), blocks.stride, out.row(rows.first), out.stride);
+    decode(rows.count, 0, out.cols, blocks.row(rows.first), blocks.stride, {out.row(rows.first), out.stride});
   });
 }
 
@@ -162,7 +162,7 @@ void dequantize_nf4(size_t n, const kernels::Nf4& w, float* out) {
   const auto decode = kernels::table().blocks.decode_nf4;
   for_pieces(ceil_div(n, kElementsPerTask), kElementsPerTask, kDecodeOperations, [&](Range pieces) {
     const Range piece = nth_block(n, kElementsPerTask, pieces.first);
-    decode(1, piece.count, w, piece.first, 0, out + piece.first, 0);
+    decode(1, piece.count, w, piece.first, 0, {out + piece.first, 0});
   });
 }
 

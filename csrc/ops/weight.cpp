@@ -12,6 +12,7 @@ namespace nplora {
 
 using kernels::Bf16;
 using kernels::Bf16Pair;
+using kernels::DecodedRows;
 using kernels::kPanelColumns;
 using kernels::Panels;
 
@@ -55,14 +56,13 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
 }
 
 // out (rows, cols) = a piece of blocks, whose columns begin and end with a strip (but in NF4).
-void decode(const WeightView& w, Range rows, Range cols, float* out, size_t out_stride) {
+void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out) {
   const kernels::BlockDecoders& blocks = kernels::table().blocks;
   if (w.storage == Storage::kNf4)
-    return blocks.decode_nf4(rows.count, cols.count, w.nf4, rows.first * w.d_in + cols.first, w.d_in, out,
-                             out_stride);
+    return blocks.decode_nf4(rows.count, cols.count, w.nf4, rows.first * w.d_in + cols.first, w.d_in, out);
   blocks.decode[static_cast<size_t>(format_of(w.storage))](
       rows.count, cols.first, cols.count, static_cast<const char*>(w.data) + rows.first * w.row_stride,
-      w.row_stride, out, out_stride);
+      w.row_stride, out);
 }
 
 // Asks for the columns behind a piece of a few rows of blocks: they are next, and too short for the machine to see a stream.
@@ -105,7 +105,7 @@ void for_few_rows(Range rows, size_t cols, const Body& body) {
 template <class T>
 void copy_row(const WeightView& w, size_t row, T* out) {
   if constexpr (std::is_same_v<T, float>)
-    if (is_blocks(w.storage)) return decode(w, {row, 1}, {0, w.d_in}, out, 0);
+    if (is_blocks(w.storage)) return decode(w, {row, 1}, {0, w.d_in}, {out, 0});
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
@@ -166,7 +166,7 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
       const Strips strips = strips_of(w, cols);
       fetch_behind(w, rows, strips.cols);
       const size_t stride = decoded_stride(strips.cols.count, sizeof(T));
-      decode(w, rows, strips.cols, scratch, stride);
+      decode(w, rows, strips.cols, {scratch, stride});
       return {scratch + strips.before, stride, kPanelColumns};
     }
   widen_block(w, rows, cols, scratch);
@@ -194,7 +194,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
     const size_t pairs = ceil_div(strips.cols.count, 2);
     for_few_rows(rows, 2 * pairs, [&](size_t i, Range few, float* values) {
       if (strips.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
-      decode(w, few, strips.cols, values, 2 * pairs);
+      decode(w, few, strips.cols, {values, 2 * pairs});
       convert.narrow_bfloat16(2 * few.count * pairs, values,
                               reinterpret_cast<uint16_t*>(scratch + i * pairs));
     });
@@ -220,8 +220,25 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
   return {scratch, row_stride, rows.count * kPanelPairs};
 }
 
+namespace {
+
+// Whether a piece of blocks is two whole panels, and each run of 16 of its elements in one of them.
+bool two_panels(const WeightView& w, Range cols) {
+  const bool in_runs = w.storage == Storage::kNf4 ? w.d_in % 16 == 0 : cols.first % kStrip == 0;
+  return cols.count == 2 * kPanelColumns && in_runs;
+}
+
+}  // namespace
+
 template <class T>
 ColumnBlock<T> column_block(const WeightView& w, Range rows, Range cols, T* scratch) {
+  if constexpr (std::is_same_v<T, float>)
+    if (is_blocks(w.storage) && two_panels(w, cols)) {
+      const size_t panel = rows.count * kPanelColumns;
+      fetch_behind(w, rows, cols);
+      decode(w, rows, cols, {scratch, kPanelColumns, panel - kPanelColumns});
+      return {scratch, kPanelColumns, panel};
+    }
   const Panels<T> panels = row_block(w, rows, cols, scratch);
   return {panels.data, panels.row_stride};
 }
@@ -231,12 +248,15 @@ ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, 
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
     const Strips strips = strips_of(w, cols);
-    const size_t width = strips.cols.count;
+    const size_t width = strips.cols.count, panels = two_panels(w, cols) ? 2 : 1;
+    const size_t row_stride = width / panels, panel_stride = ceil_div(rows.count, 2) * row_stride;
     for_few_rows(rows, width, [&](size_t i, Range few, float* values) {
-      decode(w, few, strips.cols, values, width);
-      convert.pair_rows(few.count, width, values, width, scratch + i / 2 * width);
+      decode(w, few, strips.cols, {values, width});
+      for (size_t p = 0; p < panels; ++p)
+        convert.pair_rows(few.count, row_stride, values + p * row_stride, width,
+                          scratch + p * panel_stride + i / 2 * row_stride);
     });
-    return {scratch + strips.before, width};
+    return {scratch + strips.before, row_stride, panels == 2 ? panel_stride : kPanelColumns};
   }
   const Place from = locate(w, rows.first, cols.first);
   if (w.storage == Storage::kBfloat16) {

@@ -59,12 +59,12 @@ template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, E* scratch);
 
 // The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. At most kDecodedColumns wide;
-// of W that is packed, one panel.
+// of W that is packed, one panel. Blocks become panels one behind the other: of rows with gaps the machine would fetch the gaps, too.
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole strips
 template <class E>
 struct ColumnBlock {
   const E* data;
-  size_t row_stride;
+  size_t row_stride, panel_stride = kernels::kPanelColumns;
 };
 template <class E>
 ColumnBlock<E> column_block(const WeightView& w, Range rows, Range cols, E* scratch);

@@ -8,7 +8,9 @@
 #include "numbers.h"
 
 using namespace nplora;
+using nplora::kernels::DecodedRows;
 using nplora::kernels::KernelTable;
+using nplora::kernels::kPanelColumns;
 using nplora::kernels::Nf4;
 
 namespace {
@@ -28,11 +30,28 @@ struct Shape {
   size_t rows, row_blocks, first, strips, gap;
 };
 
+// Where decoded rows go: one behind the other, or those of two panels apart.
+struct Output {
+  Layout layout;
+  size_t apart;
+
+  Output(size_t rows, size_t cols, size_t gap, bool two_panels)
+      : layout{two_panels ? kPanelColumns + gap : cols + gap}, apart(0) {
+    if (!two_panels) return;
+    layout.panel = kPanelColumns;
+    layout.panel_stride = rows * layout.row_stride + 5;
+    apart = layout.panel_stride - kPanelColumns;
+  }
+  DecodedRows of(const Placed<float>& to) const { return {to.data(), layout.row_stride, apart}; }
+};
+
 template <class Block>
-void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, Random& random, Place place) {
+void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, bool two_panels, Random& random,
+                Place place) {
   const char* name = kBlockFormats[static_cast<size_t>(format)].name;
-  check::Case one("%s decode %s rows %zu of %zu blocks, strips %zu from %zu, gap %zu, %s", table.isa, name,
-                  s.rows, s.row_blocks, s.strips, s.first, s.gap, name_of(place));
+  check::Case one("%s decode %s rows %zu of %zu blocks, strips %zu from %zu, gap %zu, %s, %s", table.isa,
+                  name, s.rows, s.row_blocks, s.strips, s.first, s.gap, two_panels ? "two panels" : "rows",
+                  name_of(place));
   const size_t row_bytes = s.row_blocks * sizeof(Block), cols = s.strips * kStrip;
   std::vector<Block> blocks(s.rows * s.row_blocks);
   std::vector<uint8_t> bytes(s.rows * row_bytes);
@@ -44,9 +63,10 @@ void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, Ra
   if (!bytes.empty()) std::memcpy(bytes.data(), blocks.data(), bytes.size());
 
   Placed<uint8_t> from(s.rows, row_bytes, {row_bytes + s.gap}, place, bytes);
-  Placed<float> to(s.rows, cols, {cols + s.gap}, place);
+  const Output output(s.rows, cols, s.gap, two_panels);
+  Placed<float> to(s.rows, cols, output.layout, place);
   table.blocks.decode[static_cast<size_t>(format)](s.rows, s.first * kStrip, cols, from.data(),
-                                                   row_bytes + s.gap, to.data(), cols + s.gap);
+                                                   row_bytes + s.gap, output.of(to));
   for (size_t row = 0; row < s.rows; ++row)
     for (size_t c = 0; c < cols; ++c) {
       const size_t col = s.first * kStrip + c;
@@ -64,7 +84,11 @@ void test_decode(const KernelTable& table, BlockFormat format) {
   Random random(100 + static_cast<uint64_t>(format));
   const auto run = [&](const Shape& shape) {
     check::count_shape(std::string("decode ") + kBlockFormats[static_cast<size_t>(format)].name);
-    for (Place place : kPlaces) run_decode<Block>(table, format, shape, random, place);
+    for (Place place : kPlaces) {
+      run_decode<Block>(table, format, shape, false, random, place);
+      if (shape.strips * kStrip <= 2 * kPanelColumns)
+        run_decode<Block>(table, format, shape, true, random, place);
+    }
   };
   for (size_t rows = 0; rows <= 5; ++rows)
     for (size_t row_blocks = 1; row_blocks <= (kStrips == 1 ? 13 : 3); ++row_blocks)
@@ -77,11 +101,13 @@ void test_decode(const KernelTable& table, BlockFormat format) {
 
 struct Nf4Shape {
   size_t rows, cols, first, row_step;
+  bool two_panels = false;
 };
 
 void run_nf4(const KernelTable& table, const Nf4Shape& s, bool nested, Random& random, Place place) {
-  check::Case one("%s decode_nf4 rows %zu cols %zu from %zu step %zu, %s, %s", table.isa, s.rows, s.cols,
-                  s.first, s.row_step, nested ? "absmax quantised" : "absmax float", name_of(place));
+  check::Case one("%s decode_nf4 rows %zu cols %zu from %zu step %zu, %s, %s, %s", table.isa, s.rows, s.cols,
+                  s.first, s.row_step, s.two_panels ? "two panels" : "rows",
+                  nested ? "absmax quantised" : "absmax float", name_of(place));
   const size_t n = s.rows == 0 ? 0 : s.first + (s.rows - 1) * s.row_step + s.cols;
   const size_t blocks = (n + 63) / 64, groups = (blocks + kNf4Group - 1) / kNf4Group;
   std::vector<uint8_t> code_bytes((n + 1) / 2), absmax_bytes(blocks);
@@ -94,12 +120,13 @@ void run_nf4(const KernelTable& table, const Nf4Shape& s, bool nested, Random& r
 
   Row<uint8_t> codes(place, code_bytes), absmax_codes(place, absmax_bytes);
   Row<float> absmax(place, absmax_values), book(place, book_values), scales(place, scale_values);
-  Placed<float> to(s.rows, s.cols, {s.cols + 3}, place);
+  const Output output(s.rows, s.cols, 3, s.two_panels);
+  Placed<float> to(s.rows, s.cols, output.layout, place);
   table.blocks.decode_nf4(
       s.rows, s.cols,
       nested ? Nf4{codes.data(), nullptr, absmax_codes.data(), book.data(), scales.data(), offset}
              : Nf4{codes.data(), absmax.data(), nullptr, nullptr, nullptr, 0},
-      s.first, s.row_step, to.data(), s.cols + 3);
+      s.first, s.row_step, output.of(to));
   for (size_t row = 0; row < s.rows; ++row)
     for (size_t c = 0; c < s.cols; ++c) {
       const size_t i = s.first + row * s.row_step + c, block = i / 64;
@@ -126,6 +153,8 @@ void test_nf4(const KernelTable& table) {
   };
   for (size_t cols = 0; cols <= 200; ++cols)
     for (size_t rows : {1u, 2u, 5u}) run({rows, cols, random.below(140), cols + random.below(3)});
+  for (size_t cols = 0; cols <= 2 * kPanelColumns; ++cols)
+    for (size_t rows : {1u, 2u, 5u}) run({rows, cols, 16 * random.below(9), 16 * random.below(9), true});
   for (size_t first : {0u, 1u, 63u, 64u, 65u}) run({3, 1024, first, 1024});
   run({0, 64, 0, 64});
   run({2, 300 * 64, 5, 301 * 64});  // several groups of absmax

@@ -51,7 +51,7 @@ void test_format(BlockFormat format, double largest, double step) {
     Placed<Block> out(1, blocks, {blocks}, place);
     quantize_blocks(blocks, x.data(), out.data());
     std::vector<float> decoded(n);
-    decode(1, 0, n, out.data(), 0, decoded.data(), n);
+    decode(1, 0, n, out.data(), 0, {decoded.data(), n});
     for (size_t b = 0; b < blocks; ++b) {
       const auto first = values.begin() + static_cast<ptrdiff_t>(b * Block::kElements);
       double absmax = 0;

@@ -48,7 +48,7 @@ class Backward {
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
       folds_ |= dx.data && update == Update::kFolded;
-      if (is_blocks(p.w.storage)) group_ = kDecodedColumns;
+      if (makes_two_panels(p.w)) group_ = kDecodedColumns;
     }
   }
 
@@ -229,14 +229,14 @@ class Backward {
   void frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
               const After& after) const {
     const WeightView& w = p.arrays.w;
-    const size_t width = is_blocks(w.storage) ? kDecodedColumns : kPanelColumns;
-    W* decoded = scratch<W>(Scratch::kWeight, kDepthBlock * scratch_columns(width));
+    const size_t width = makes_two_panels(w) ? kDecodedColumns : kPanelColumns;
+    W* made = scratch<W>(Scratch::kWeight, kDepthBlock * width);
     for (size_t g = 0; g < group.count; g += width) {
       const Range cols{group.first + g, std::min(width, group.count - g)};
       size_t o = 0;
       do {  // once without rows, too: dx is set to zero
         const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
-        const ColumnBlock<W> block = column_block(w, rows, cols, decoded);
+        const ColumnBlock<W> block = column_block(w, rows, cols, is_shared(), made);
         for (size_t c = 0; c < cols.count; c += kPanelColumns) {
           const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
           const ColumnBlock<W> its{block.data + c / kPanelColumns * block.panel_stride, block.row_stride};
@@ -245,6 +245,11 @@ class Backward {
         o += rows.count;
       } while (o < w.d_out);
     }
+  }
+
+  bool is_shared() const { return tokens_ > kInPlaceBatch; }
+  bool makes_two_panels(const WeightView& w) const {
+    return is_blocks(w.storage) || (!w.packed && is_shared());
   }
 
   // dx[:, panel] = [dx +] dy[:, rows] block.
@@ -379,10 +384,14 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
   if constexpr (std::is_same_v<T, float>) {
     const size_t tokens = parts[0].dy.rows;
     const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
+    const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
+    const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
     // So many tokens leave it to outer_tile to pair the rows of W. Where it does so in a copy, each kFewTokens would need their own:
     // more tokens share one that is made before.
-    const size_t most_paired = kernels::table().pairs_in_registers ? kPairedBatch : kFewTokens;
+    const size_t most_paired = !all_packed                           ? kInPlaceBatch
+                               : kernels::table().pairs_in_registers ? kPairedBatch
+                                                                     : kFewTokens;
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? Backward<Bf16Pair, Bf16>(parts, x, dx).run()
                                                : Backward<Bf16Pair, Bf16Pair>(parts, x, dx).run();

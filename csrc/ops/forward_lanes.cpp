@@ -146,7 +146,7 @@ class LanesForward {
     size_t col = 0;
     do {  // once without columns, too: yt is set to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
-      const Panels<E> panels = row_block(w, rows, {col, cols}, decoded);
+      const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {
         T* out = yt + b * kRowBlock * lanes_;
         const size_t lanes = width(lane_block(pass, blocks.first + b).count);

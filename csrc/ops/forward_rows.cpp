@@ -191,11 +191,15 @@ class RowsForward {
   // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
   void transpose(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
-    const size_t most = is_blocks(u.part.w.storage) ? kDecodedColumns : kPanelColumns;
-    E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * scratch_columns(most));
+    const WeightView& w = u.part.w;
+    // What is read as it lies need not be cut.
+    const size_t most = is_blocks(w.storage)          ? kDecodedColumns
+                        : !w.packed && in_place<E>(w) ? std::max<size_t>(1, cols.count)
+                                                      : kPanelColumns;
+    E* decoded = scratch<E>(Scratch::kDecoded, kPanelColumns * scratch_columns(kDecodedColumns));
     for (size_t c = 0; c < cols.count; c += most) {
       const size_t width = std::min(most, cols.count - c);
-      const Panels<E> panel = row_block(u.part.w, rows, {cols.first + c, width}, decoded);
+      const Panels<E> panel = row_block(w, rows, {cols.first + c, width}, false, decoded);
       E* out = block + c / kSteps<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
                  panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats are

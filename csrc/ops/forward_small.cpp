@@ -198,7 +198,7 @@ class SmallForward {
     do {  // once without columns, too: part is set to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(phases_, rows.count, depth_of<X>(cols),
-                                       row_block(w, rows, {c, cols}, decoded),
+                                       row_block(w, rows, {c, cols}, false, decoded),
                                        xs_ + c / kSteps<X> / phases_ * lanes_, part, c > 0);
       c += cols;
     } while (c < w.d_in);

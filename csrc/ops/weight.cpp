@@ -65,17 +65,6 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// Asks for the columns behind a piece of a few rows of blocks: they are next, and too short for the machine to see a stream.
-void fetch_behind(const WeightView& w, Range rows, Range cols) {
-  if (w.storage == Storage::kNf4) return;
-  const BlockFormatInfo& of = info(format_of(w.storage));
-  const size_t first = (cols.first + cols.count) / of.elements * of.bytes;
-  const size_t bytes = std::min(ceil_div(cols.count, of.elements) * of.bytes, w.row_stride - first);
-  const char* row = static_cast<const char*>(w.data) + rows.first * w.row_stride + first;
-  for (size_t i = 0; i < rows.count; ++i, row += w.row_stride)
-    for (size_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(row + line);
-}
-
 // The columns that are decoded for those that are wanted, and how many come before these.
 struct Strips {
   Range cols;
@@ -109,19 +98,39 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous.
+// Asks for a piece of a few rows of W as it lies: it is too short for the machine to see a stream.
+void fetch(const WeightView& w, Range rows, Range cols) {
+  if (w.packed || w.storage == Storage::kNf4) return;
+  const bool blocks = is_blocks(w.storage);
+  const size_t elements = blocks ? info(format_of(w.storage)).elements : 1;
+  const size_t bytes = blocks ? info(format_of(w.storage)).bytes : bytes_per_element(w.storage);
+  const size_t pitch = blocks ? w.row_stride : w.row_stride * bytes;
+  const size_t first = cols.first / elements * bytes, count = ceil_div(cols.count, elements) * bytes;
+  const char* row = static_cast<const char*>(w.data) + rows.first * pitch + first;
+  for (size_t i = 0; i < rows.count; ++i, row += pitch)
+    for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
+}
+
+// The same for the columns behind a piece, which are next.
+void fetch_behind(const WeightView& w, Range rows, Range cols) {
+  const size_t end = cols.first + cols.count;
+  fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
+}
+
+// The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous. What is not packed
+// is read row by row, a stream that the machine sees.
 template <class T>
 void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
-  for_panels(cols.count, [&](size_t c, size_t width) {
-    const Place from = locate(w, rows.first, cols.first + c);
-    const size_t pitch = from.row_stride * bytes_per_element(w.storage);
-    if (from.row_stride == width) {
-      widen(w.storage, rows.count * width, from.at, out);
-    } else {
-      for (size_t i = 0; i < rows.count; ++i) widen(w.storage, width, from.at + i * pitch, out + i * width);
-    }
-    out += rows.count * width;
-  });
+  if (w.packed)
+    return for_panels(cols.count, [&](size_t c, size_t width) {
+      widen(w.storage, rows.count * width, stored_at(w, rows.first, cols.first + c), out + rows.count * c);
+    });
+  for (size_t i = 0; i < rows.count; ++i) {
+    if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
+    for_panels(cols.count, [&](size_t c, size_t width) {
+      widen(w.storage, width, stored_at(w, rows.first + i, cols.first + c), out + rows.count * c + i * width);
+    });
+  }
 }
 
 }  // namespace
@@ -156,11 +165,22 @@ Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
   return {reinterpret_cast<const E*>(first.at), first.row_stride, panel_stride};
 }
 
+template <class E>
+ColumnBlock<E> stored_columns(const WeightView& w, Range rows, Range cols) {
+  const Place first = locate(w, rows.first, cols.first);
+  return {reinterpret_cast<const E*>(first.at), first.row_stride};
+}
+
+template <class E>
+bool stays(const WeightView& w, bool shared) {
+  return in_place<E>(w) && (w.packed || !shared);
+}
+
 }  // namespace
 
 template <class T>
-Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
-  if (in_place<T>(w)) return stored_rows<T>(w, rows, cols);
+Panels<T> row_block(const WeightView& w, Range rows, Range cols, bool shared, T* scratch) {
+  if (stays<T>(w, shared)) return stored_rows<T>(w, rows, cols);
   if constexpr (std::is_same_v<T, float>)
     if (is_blocks(w.storage)) {
       const Strips strips = strips_of(w, cols);
@@ -174,14 +194,14 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, T* scratch) {
 }
 
 template <>
-Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, Bf16*) {
+Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*) {
   return stored_rows<Bf16>(w, rows, cols);
 }
 
 // A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, with one before it
 // where both are wanted, like other storage, row by row with a zero behind an odd end.
 template <>
-Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
+Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
   if (in_place<Bf16Pair>(w) && cols.count % kPanelColumns == 0) {
     const auto* first = reinterpret_cast<const Bf16Pair*>(locate(w, rows.first, cols.first).at);
@@ -200,92 +220,128 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, Bf16Pair
     });
     return {scratch + strips.before / 2, pairs, kPanelPairs};
   }
-  Bf16Pair* out = scratch;
   const size_t row_stride = ceil_div(std::min(kPanelColumns, cols.count), 2);
-  for_panels(cols.count, [&](size_t c, size_t width) {
-    const size_t pairs = ceil_div(width, 2);
-    for (size_t i = 0; i < rows.count; ++i, out += row_stride) {
-      const char* from = locate(w, rows.first + i, cols.first + c).at;
+  for (size_t i = 0; i < rows.count; ++i) {
+    if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
+    for_panels(cols.count, [&](size_t c, size_t width) {
+      const char* from = stored_at(w, rows.first + i, cols.first + c);
+      const size_t pairs = ceil_div(width, 2);
+      Bf16Pair* out = scratch + rows.count * c / 2 + i * row_stride;
       if (w.storage == Storage::kBfloat16) {
         out[pairs - 1] = Bf16Pair(0);
         std::memcpy(out, from, width * bytes_per_element(w.storage));
-        continue;
+        return;
       }
       float values[kPanelColumns + 1];
       widen(w.storage, width, from, values);
       values[width] = 0;
       convert.narrow_bfloat16(2 * pairs, values, reinterpret_cast<uint16_t*>(out));
-    }
-  });
+    });
+  }
   return {scratch, row_stride, rows.count * kPanelPairs};
 }
 
 namespace {
 
-// Whether a piece of blocks is two whole panels, and each run of 16 of its elements in one of them.
-bool two_panels(const WeightView& w, Range cols) {
-  const bool in_runs = w.storage == Storage::kNf4 ? w.d_in % 16 == 0 : cols.first % kStrip == 0;
-  return cols.count == 2 * kPanelColumns && in_runs;
+// How a piece lies in scratch: two whole panels one behind the other, or rows of all its columns.
+struct Panelling {
+  size_t panels, width;
+
+  Panelling(const WeightView& w, Range cols) {
+    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // 16 elements, each in one panel
+    panels = in_runs && cols.count == 2 * kPanelColumns ? 2 : 1;
+    width = cols.count / panels;
+  }
+  size_t panel_stride(size_t rows) const { return panels == 2 ? rows * width : kPanelColumns; }
+  Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
+};
+
+// Calls body(first, rows) for a few rows of a piece at a time, an even number of them, while those behind them are fetched.
+template <class Body>
+void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
+  constexpr size_t kRows = 16;
+  for (size_t i = 0; i < rows.count; i += kRows) {
+    const size_t behind = std::min(i + kRows, rows.count);
+    fetch(w, {rows.first + behind, std::min(kRows, rows.count - behind)}, cols);
+    body(i, Range{rows.first + i, behind - i});
+  }
+}
+
+// out (rows, cols) = columns that lie side by side: of what is packed, in one panel.
+template <class T>
+void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
+  const Place from = locate(w, rows.first, cols.first);
+  const size_t pitch = from.row_stride * bytes_per_element(w.storage);
+  for (size_t i = 0; i < rows.count; ++i)
+    widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
+}
+
+// out (ceil(rows / 2), cols) = the same, its rows in pairs.
+void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
+  const kernels::Conversions& convert = kernels::table().convert;
+  const Place from = locate(w, rows.first, cols.first);
+  if (w.storage == Storage::kBfloat16)
+    return convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at),
+                             from.row_stride, out);
+  if (w.storage == Storage::kFloat32)
+    return convert.pair_rows(rows.count, cols.count, reinterpret_cast<const float*>(from.at), from.row_stride,
+                             out);
+  for_few_rows(rows, cols.count, [&](size_t i, Range few, float* values) {
+    widen_rows(w, few, cols, values);
+    convert.pair_rows(few.count, cols.count, values, cols.count, out + i / 2 * cols.count);
+  });
 }
 
 }  // namespace
 
 template <class T>
-ColumnBlock<T> column_block(const WeightView& w, Range rows, Range cols, T* scratch) {
-  if constexpr (std::is_same_v<T, float>)
-    if (is_blocks(w.storage) && two_panels(w, cols)) {
-      const size_t panel = rows.count * kPanelColumns;
-      fetch_behind(w, rows, cols);
-      decode(w, rows, cols, {scratch, kPanelColumns, panel - kPanelColumns});
-      return {scratch, kPanelColumns, panel};
-    }
-  const Panels<T> panels = row_block(w, rows, cols, scratch);
-  return {panels.data, panels.row_stride};
-}
-
-template <>
-ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, Bf16Pair* scratch) {
-  const kernels::Conversions& convert = kernels::table().convert;
+ColumnBlock<T> column_block(const WeightView& w, Range rows, Range cols, bool shared, T* scratch) {
+  if (stays<T>(w, shared)) return stored_columns<T>(w, rows, cols);
+  const Panelling to(w, cols);
+  const size_t panel_stride = to.panel_stride(rows.count);
   if (is_blocks(w.storage)) {
-    const Strips strips = strips_of(w, cols);
-    const size_t width = strips.cols.count, panels = two_panels(w, cols) ? 2 : 1;
-    const size_t row_stride = width / panels, panel_stride = ceil_div(rows.count, 2) * row_stride;
-    for_few_rows(rows, width, [&](size_t i, Range few, float* values) {
-      decode(w, few, strips.cols, {values, width});
-      for (size_t p = 0; p < panels; ++p)
-        convert.pair_rows(few.count, row_stride, values + p * row_stride, width,
-                          scratch + p * panel_stride + i / 2 * row_stride);
-    });
-    return {scratch + strips.before, row_stride, panels == 2 ? panel_stride : kPanelColumns};
-  }
-  const Place from = locate(w, rows.first, cols.first);
-  if (w.storage == Storage::kBfloat16) {
-    convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at), from.row_stride,
-                      scratch);
-  } else if (w.storage == Storage::kFloat32) {
-    convert.pair_rows(rows.count, cols.count, reinterpret_cast<const float*>(from.at), from.row_stride,
-                      scratch);
+    if constexpr (std::is_same_v<T, float>)
+      decode(w, rows, cols, {scratch, to.width, to.panels == 2 ? panel_stride - to.width : 0});
+  } else if (w.packed) {
+    widen_block(w, rows, cols, scratch);
   } else {
-    float values[2 * kPanelColumns];
-    for (size_t i = 0; i < rows.count; i += 2) {
-      const Range two{rows.first + i, std::min<size_t>(2, rows.count - i)};
-      widen_block(w, two, cols, values);
-      convert.pair_rows(two.count, cols.count, values, cols.count, scratch + i / 2 * cols.count);
-    }
+    for_fetched_rows(w, rows, cols, [&](size_t i, Range few) {
+      for (size_t p = 0; p < to.panels; ++p)
+        widen_rows(w, few, to.panel(cols, p), scratch + p * panel_stride + i * to.width);
+    });
   }
-  return {scratch, cols.count};
+  return {scratch, to.width, panel_stride};
 }
 
 template <>
-ColumnBlock<Bf16> column_block(const WeightView& w, Range rows, Range cols, Bf16* scratch) {
-  const Panels<Bf16> panels = row_block(w, rows, cols, scratch);
-  return {panels.data, panels.row_stride};
+ColumnBlock<Bf16Pair> column_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
+  const Panelling to(w, cols);
+  const size_t panel_stride = to.panel_stride(ceil_div(rows.count, 2));
+  if (is_blocks(w.storage)) {
+    for_few_rows(rows, cols.count, [&](size_t i, Range few, float* values) {
+      decode(w, few, cols, {values, cols.count});
+      for (size_t p = 0; p < to.panels; ++p)
+        kernels::table().convert.pair_rows(few.count, to.width, values + p * to.width, cols.count,
+                                           scratch + p * panel_stride + i / 2 * to.width);
+    });
+  } else {
+    for_fetched_rows(w, rows, cols, [&](size_t i, Range few) {
+      for (size_t p = 0; p < to.panels; ++p)
+        pair(w, few, to.panel(cols, p), scratch + p * panel_stride + i / 2 * to.width);
+    });
+  }
+  return {scratch, to.width, panel_stride};
 }
 
-template Panels<float> row_block(const WeightView&, Range, Range, float*);
-template Panels<double> row_block(const WeightView&, Range, Range, double*);
-template ColumnBlock<float> column_block(const WeightView&, Range, Range, float*);
-template ColumnBlock<double> column_block(const WeightView&, Range, Range, double*);
+template <>
+ColumnBlock<Bf16> column_block(const WeightView& w, Range rows, Range cols, bool, Bf16*) {
+  return stored_columns<Bf16>(w, rows, cols);
+}
+
+template Panels<float> row_block(const WeightView&, Range, Range, bool, float*);
+template Panels<double> row_block(const WeightView&, Range, Range, bool, double*);
+template ColumnBlock<float> column_block(const WeightView&, Range, Range, bool, float*);
+template ColumnBlock<double> column_block(const WeightView&, Range, Range, bool, double*);
 
 bool dots_blocks(const WeightView& w) {
   return is_blocks(w.storage) && (w.storage != Storage::kNf4 || w.d_in % BlockNf4::kElements == 0);

@@ -54,12 +54,15 @@ inline constexpr size_t scratch_columns(size_t cols) {
 }
 
 // A piece of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
-// scratch (rows * scratch_columns(cols) elements). Bf16 is for that storage only. Bf16Pair pairs neighbours along a row: lane_tile runs along the rows of W.
+// scratch (rows * scratch_columns(cols) elements). Where many tokens share it, what is not packed is copied, too: its rows may lie a
+// power of two apart, and would have to share a few places in the cache. Bf16 is for that storage only, in place. Bf16Pair pairs
+// neighbours along a row: lane_tile runs along the rows of W.
 template <class E>
-kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, E* scratch);
+kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. At most kDecodedColumns wide;
-// of W that is packed, one panel. Blocks become panels one behind the other: of rows with gaps the machine would fetch the gaps, too.
+// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. cols is one panel; or, of what is
+// not packed and shared, or of blocks, up to kDecodedColumns from a multiple of it on: two panels are made one behind the other, for of
+// rows with gaps the machine would fetch the gaps, too.
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole strips
 template <class E>
 struct ColumnBlock {
@@ -67,16 +70,16 @@ struct ColumnBlock {
   size_t row_stride, panel_stride = kernels::kPanelColumns;
 };
 template <class E>
-ColumnBlock<E> column_block(const WeightView& w, Range rows, Range cols, E* scratch);
+ColumnBlock<E> column_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
 template <>
-kernels::Panels<kernels::Bf16> row_block(const WeightView&, Range, Range, kernels::Bf16*);
+kernels::Panels<kernels::Bf16> row_block(const WeightView&, Range, Range, bool, kernels::Bf16*);
 template <>
-kernels::Panels<kernels::Bf16Pair> row_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
+kernels::Panels<kernels::Bf16Pair> row_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 template <>
-ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, kernels::Bf16*);
+ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, kernels::Bf16*);
 template <>
-ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, kernels::Bf16Pair*);
+ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
 // Whether dots_of_blocks takes W: blocks of which each row is a whole number.
 bool dots_blocks(const WeightView& w);

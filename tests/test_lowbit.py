@@ -345,10 +345,11 @@ def test_a_matrix_without_elements_is_one(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(77, 101), (1100, 250)])  # the second is cut along both sides
 def test_matrices_of_a_safetensors_file_are_used_in_place(
-    tmp_path: Path, compute: str, rng: np.random.Generator
+    tmp_path: Path, shape: tuple[int, int], compute: str, rng: np.random.Generator
 ) -> None:
-    W = random(rng, 77, 101)
+    W = random(rng, *shape)
     bits = (W.view(np.uint32) >> 16).astype(np.uint16)
     tensors: dict[str, Any] = {
         "float32": W,
@@ -363,8 +364,8 @@ def test_matrices_of_a_safetensors_file_are_used_in_place(
         if name == "float32":  # of rows of odd length, some of the narrower types are not aligned
             assert np.shares_memory(fw._arrays[0], file[name].array), "no copy"
         packed = FrozenWeight(fw.to_numpy(), name, compute)
-        for n in (1, 7, 60, 400):
-            x, dy = random(rng, n, 101), random(rng, n, 77)
+        for n in (1, 7, 17, 60, 400):
+            x, dy = random(rng, n, shape[1]), random(rng, n, shape[0])
             np.testing.assert_array_equal(fw.matmul(x), packed.matmul(x))
             np.testing.assert_array_equal(fw.matmul_t(dy), packed.matmul_t(dy))
         by_path = FrozenWeight.from_safetensors(tmp_path / "m.safetensors", name)

@@ -1,18 +1,27 @@
 """Chat templates: what transformers renders, and what templates that nobody vouches for may not do."""
 
+import contextlib
+import datetime
+import os
+import pickle
+import resource
+import signal
+import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hostile import MOST_BYTES, MOST_SECONDS, refused
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
-from nplora.tokenizer import ExhaustedError
-from nplora.tokenizer.chat_template import ChatTemplate
-from nplora.tokenizer.sandbox import MAX_TEMPLATE
+from nplora.tokenizer import chat_template
+from nplora.tokenizer.chat_template import MAX_TEMPLATE, ChatTemplate
 
 pytest.importorskip("jinja2")
 
@@ -89,6 +98,8 @@ def render(template: str, messages: Any = (), **variables: Any) -> str:
 
 def test_the_time_is_told() -> None:
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
+    then = datetime.datetime(2024, 7, 26, 3, 4, 5)
+    assert render("{{ strftime_now('%d %b %Y %X') }}", now=then) == "26 Jul 2024 03:04:05"
 
 
 def test_a_template_may_refuse_the_messages() -> None:
@@ -116,7 +127,7 @@ def test_a_template_may_refuse_the_messages() -> None:
     [
         ("{% for %}", "is not Jinja, in line 1"),
         ("\n{{ x", "is not Jinja, in line 2"),
-        ("{{ 1 | center(3) }}", "No filter named 'center'"),
+        ("{{ [1] | random }}", "No filter named 'random'"),
         ("{% if 1 %}" * 150 + "{% endif %}" * 150, "is not Jinja"),
     ],
 )
@@ -134,9 +145,12 @@ DOUBLING = (
     "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(99) %}{% set n.x = OF %}{% endfor %}{{ n.x }}"
 )
 NESTING = "{% set n = namespace(x=[0]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+SHARED = (
+    "{% set n = namespace(x=[1], y=[1], t=(1,)) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% set n.t = (n.t, n.t) %}{% endfor %}"
+)
 
 ENDLESS = {
-    "a loop": "{% for i in range(1000000000) %}x{% endfor %}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops over one list": "{% set x = range(999) %}{% for i in x %}{% for j in x %}{% for k in x %}"
     "{% endfor %}{% endfor %}{% endfor %}",
@@ -176,35 +190,59 @@ ENDLESS = {
     "shared lists as text": NESTING + "{{ n.x }}",
     "shared lists in a text": NESTING + "{{ 'x' ~ n.x }}",
     "shared lists as JSON": NESTING + "{{ n.x | tojson }}",
-    "shared lists compared": NESTING + "{% if n.x == [n.x] %}{% endif %}",
-    "shared lists sought": NESTING + "{% if 1 in n.x %}{% endif %}",
     "shared lists refused": NESTING + "{{ raise_exception(n.x) }}",
-    "shared lists counted": NESTING + "{{ [n.x, 1].count([n.x]) }}",
-    "a namespace in itself": "{% set n = namespace() %}{% set n.n = [n, n] %}{{ n }}",
     "slices": "{% set x = range(5000) | list %}{% set n = namespace(y=[]) %}"
     "{% for i in range(19999) %}{% set n.y = [x[0:], n.y] %}{% endfor %}",
     "literals": "{% set n = namespace(y=[]) %}{% for i in range(99999) %}"
     "{% set n.y = [n.y, " + "[]," * 500 + "] %}{% endfor %}",
     "comparisons": "{% for i in range(99999) %}{% set x = 0" + "==0" * 900 + " %}{% endfor %}",
     "a deep expression": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-    "the time": "{{ strftime_now('%999999999d') }}",
+    "shared lists that change": SHARED + "{% for x in [n.x, n.y] %}{{ loop.changed(x) }}{% endfor %}",
+    "shared lists in a message": SHARED + "{{ {}[n.x].a }}",
+    "shared tuples as keys": SHARED + "{{ {n.t: 1} }}",
+    "shared tuples sought": SHARED + "{{ {}[n.t] }}",
+    "shared tuples as a filter": SHARED + "{{ [1] | map(n.t) | list }}",
+    "a deep tuple": "{% set n = namespace(t=()) %}{% for i in range(30000) %}"
+    "{% set n.t = ((((((((((n.t,),),),),),),),),),) %}{% endfor %}{{ {n.t: 1} }}",
+    "attributes": "{% set n = namespace() %}{% set n.n = n %}{% for i in range(20000) %}"
+    "{% set y = n" + ".n" * 80 + " %}{% endfor %}",
+    "a filter's attribute": "{{ ('a' * 20000) | map(attribute='0.' * 20000 ~ '0') | list }}",
+    "named operands of join": "{{ (('b' * 9999) | list) | join(d='a' * 99999) }}",
+    "named operands of replace": "{{ ('a' * 9999) | replace(old='a', new='b' * 99999) }}",
+    "indent by a text": "{{ ('\\n' * 9999) | indent('b' * 99999, blank=true) }}",
+    "json by a text": "{{ ([1] * 9999) | tojson(indent='b' * 99999) }}",
+    "join of a generator": "{{ ('a' * 99999).join(('b' * 9999) | select) }}",
+    "strip": "{{ ('a' * 1000000).strip('b' * 500000 ~ 'a') }}",
+    "title": "{{ ('ab ' * 900000) | title }}",
+    "sort": "{{ (range(99999) | list * 9) | sort(attribute='real') | list }}",
 }
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """The body takes no more CPU time, in the process of templates and here, and little memory here."""
+
+    def used() -> float:
+        chat_template._PROCESS.stop()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime + time.process_time()
+
+    start = used()
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used() - start < seconds
+    assert peak < MOST_BYTES
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_stopped(name: str) -> None:
     long = name in ("split", "a format of a large text")
     chat = [{"role": "user", "content": "ab " * 100_000 if long else "Hi"}]
-    start = time.process_time()
-    with pytest.raises(UnsafeError, match="model: the chat template"):
+    told = r"(takes more than [03]\.5 s of CPU time|takes too much memory|writes too much|nests too deep)$"
+    with bounded(MOST_SECONDS), pytest.raises(UnsafeError, match=f"model: the chat template {told}"):
         render(ENDLESS[name], chat)
-    assert time.process_time() - start < MOST_SECONDS  # up to 0.2 s
-    tracemalloc.start()
-    with pytest.raises(UnsafeError):
-        render(ENDLESS[name], chat)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < MOST_BYTES
 
 
 def filled(unit: str) -> str:
@@ -217,62 +255,29 @@ def names(count: int) -> str:
 
 
 SLOW_TO_COMPILE = {
-    "signs": (filled("{{ " + "+" * 190 + "messages }}"), "takes more than"),
-    "filters": (filled("{{ messages" + "|e" * 80 + " }}"), "takes more than"),
-    "attributes": (("{{ true" + ".a" * 80 + " }}") * 45, "has no attribute 'a'"),
-    "loops": ("{% for a in b %}" * 150 + "{{ a.b.c }}" * 4000 + "{% endfor %}" * 150, "takes more than"),
-    "names in branches": (
-        f"{{% set {names(1400)} = 0 %}}{{% if a %}}" + "{% elif a %}" * 900 + "{% endif %}",
-        "takes more than",
+    "signs": filled("{{ " + "+" * 190 + "messages }}"),
+    "filters": filled("{{ messages" + "|e" * 80 + " }}"),
+    "unknown filters": filled(
+        "{% if 0 %}" * 8 + "{{ x|" + "|".join(f"aa{i}" for i in range(170)) + " }}" + "{% endif %}" * 8
     ),
-    "names of attributes": (
-        "{% if 0 %}{% set "
-        + ",".join(f"a{i}.b" for i in range(3000))
-        + " = 0 %}{% endif %}{% if a %}"
-        + "{% elif a %}" * 1000
-        + "{% endif %}",
-        "takes more than",
-    ),
-    "names in choices": (
-        f"{{% set {names(3000)} = 0 %}}{{{{ [" + "0 if 0," * 3600 + "] }}",
-        "takes more than",
-    ),
-    "names in templates": (
-        f"{{% set {names(900)} = 0 %}}" + "{% include 'x' %}" * 900,
-        "reaches for another template",
-    ),
-    "names in blocks": (
-        f"{{% for {names(900)} in b %}}{{% block b scoped %}}{{% endblock %}}{{% endfor %}}",
-        "has a scoped block",
-    ),
+    "loops": "{% for a in b %}" * 150 + "{{ a.b.c }}" * 4000 + "{% endfor %}" * 150,
+    "names in branches": f"{{% set {names(1400)} = 0 %}}{{% if a %}}" + "{% elif a %}" * 900 + "{% endif %}",
+    "names in choices": f"{{% set {names(3000)} = 0 %}}{{{{ [" + "0 if 0," * 3600 + "] }}",
+    "names in templates": f"{{% set {names(900)} = 0 %}}" + "{% include 'x' %}" * 900,
+    "an expression": "{{ " + "1 + " * 16_000 + "1 }}",
 }
 
 
 @pytest.mark.parametrize("name", SLOW_TO_COMPILE)
-def test_what_takes_long_to_compile_is_stopped(name: str) -> None:
-    template, outcome = SLOW_TO_COMPILE[name]
-    assert len(template) <= MAX_TEMPLATE
-    start = time.process_time()
-    with pytest.raises(ValueError, match=outcome) as told:
-        render(template)
-    assert time.process_time() - start < MOST_SECONDS  # up to 0.3 s
-    assert not isinstance(told.value, ExhaustedError), "as if another chat could help"
+def test_compiling_has_its_end(name: str) -> None:
+    assert len(SLOW_TO_COMPILE[name]) <= MAX_TEMPLATE
+    with bounded(2.7), contextlib.suppress(ValueError):
+        render(SLOW_TO_COMPILE[name])
 
 
-def test_the_end_does_not_depend_on_the_clock() -> None:
-    lengths = [0, 0]
-    for run in range(2):
-        low, high = 0, 99999
-        while high - low > 1:
-            middle = (low + high) // 2
-            loop = f"{{% for i in range({middle}) %}}{{% set x = i %}}{{% endfor %}}"
-            try:
-                render(loop)
-                low = middle
-            except UnsafeError:
-                high = middle
-        lengths[run] = low
-    assert lengths[0] == lengths[1] > 10_000
+def test_what_takes_long_to_compile_is_stopped() -> None:
+    with pytest.raises(UnsafeError, match=r"model: the chat template takes more than 2\.0 s .* to compile"):
+        render(SLOW_TO_COMPILE["loops"])
 
 
 def test_a_long_chat_is_not_taken_for_an_endless_one() -> None:
@@ -287,14 +292,6 @@ def test_a_chat_of_many_short_messages_is_not_taken_for_an_endless_one() -> None
     every = "{% for m in messages %}{{ messages|length }}{{ messages|count }}{{ (messages|first).role }}"
     every += "{{ (messages|last).role }}{% if messages is iterable %},{% endif %}{% endfor %}"
     assert render(every, chat) == "20002000userassistant," * 2000
-
-
-def test_an_exhausted_allowance_tells_that_another_chat_may_do() -> None:
-    with pytest.raises(ExhaustedError):
-        render(ENDLESS["loops"])
-    with pytest.raises(UnsafeError) as caught:
-        render("{{ ''.__class__ }}")
-    assert caught.type is UnsafeError
 
 
 @pytest.mark.parametrize(
@@ -312,7 +309,9 @@ def test_an_exhausted_allowance_tells_that_another_chat_may_do() -> None:
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
         "{{ messages[0].pop('role') }}",
-        "{{ ''.format_map({}) }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ dict.update(messages[0], {'role': 'x'}) }}",
+        "{{ dict.fromkeys([1]) }}",
         "{{ joiner.__call__ }}",
     ],
 )
@@ -325,28 +324,6 @@ def test_what_lies_outside_the_sandbox_is_out_of_reach(template: str) -> None:
 def test_a_template_reads_no_other(template: str) -> None:
     with refused(UnsafeError, "the chat template is not safe: it reaches for another template", "model: "):
         render(template)
-
-
-def test_messages_stay_as_they_are() -> None:
-    chat = [{"role": "user", "content": ["a"]}]
-    with pytest.raises(UnsafeError):
-        render("{{ messages[0].content.append('b') }}", chat)
-    assert chat == [{"role": "user", "content": ["a"]}]
-
-
-def test_a_debugger_is_left_in_place() -> None:
-    def trace(*arguments: Any) -> None:
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        render("{{ 1 }}")
-        with pytest.raises(UnsafeError):
-            render(ENDLESS["loops"])
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
 
 
 def test_threads_render_one_template_at_the_same_time() -> None:
@@ -362,3 +339,145 @@ def test_threads_render_one_template_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert results == [expected] * 200
+
+
+# ---- the process ----
+
+
+def process() -> subprocess.Popen[bytes]:
+    child = chat_template._PROCESS._child
+    assert child is not None
+    return child.process
+
+
+def test_one_process_renders_all_templates() -> None:
+    assert render("{{ 1 }}") == "1"
+    first = process()
+    assert render("{{ 2 }}") == "2"
+    with pytest.raises(UnsafeError):
+        render("{{ ''.__class__ }}")
+    assert process() is first
+
+
+def test_after_the_end_of_its_process_a_template_renders() -> None:
+    assert render("{{ 1 }}") == "1"
+    first = process()
+    first.kill()
+    first.wait()
+    assert render("{{ 2 }}") == "2"
+    with pytest.raises(UnsafeError):
+        render(ENDLESS["a tree of calls"])
+    assert render("{{ 3 }}") == "3"
+
+
+def test_a_failing_process_is_not_the_templates_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chat_template._PROCESS.stop()
+    (tmp_path / "program.py").write_text("import nothing_of_this_name")
+    monkeypatch.setattr("nplora.tokenizer.render_process._PROGRAM", tmp_path / "program.py")
+    with pytest.raises(RuntimeError, match="model: the process that renders templates ended with 1"):
+        render("{{ 1 }}")
+
+
+@pytest.mark.parametrize("executable", ["", "/no/python"])
+def test_a_python_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
+    chat_template._PROCESS.stop()
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(OSError, match=executable or "sys.executable names none"):
+        render("{{ 1 }}")
+
+
+def test_a_missing_jinja2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_template._PROCESS.stop()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ModuleNotFoundError, match=r'package jinja2: pip install "nplora\[llm\]"'):
+        render("{{ 1 }}")
+
+
+def test_an_interrupted_rendering_gives_no_answer_to_the_next() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert render("{{ 1 }}") == "1"
+    first = process()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            render(ENDLESS["a tree of calls"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert first.returncode == -signal.SIGKILL
+    assert render("{{ 2 }}") == "2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGVTALRM])
+def test_signals_that_are_held_off_here_still_end_the_process(number: signal.Signals) -> None:
+    chat_template._PROCESS.stop()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        template = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+        with pytest.raises(UnsafeError, match="takes more than"):
+            render(template if number == signal.SIGPROF else SLOW_TO_COMPILE["loops"])
+    finally:
+        signal.signal(number, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_a_forked_process_has_a_process_of_its_own() -> None:
+    assert render("{{ 1 }}") == "1"
+    first = process()
+
+    def render_for_long() -> None:
+        with pytest.raises(UnsafeError):
+            render(ENDLESS["a tree of calls"])
+
+    busy = threading.Thread(target=render_for_long)
+    busy.start()
+    time.sleep(0.1)
+    assert chat_template._PROCESS._lock.locked()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(render("{{ 2 }}") != "2" or process().pid == first.pid)
+    assert os.waitpid(child, 0)[1] == 0
+    busy.join()
+    assert first.returncode == -signal.SIGPROF
+    assert render("{{ 3 }}") == "3"
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_the_process_ends_with_its_parent(end: str) -> None:
+    script = (
+        "import os, signal\nfrom nplora.tokenizer.chat_template import _PROCESS, ChatTemplate\n"
+        f"ChatTemplate('', '').render([])\nprint(_PROCESS._child.process.pid, flush=True)\n{end}"
+    )
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True)
+    assert done.returncode == (-signal.SIGKILL if end else 0)
+    assert done.stderr == b""
+    last = time.monotonic() + 5
+    while Path(f"/proc/{int(done.stdout)}/cmdline").is_file() and time.monotonic() < last:
+        if not Path(f"/proc/{int(done.stdout)}/cmdline").read_bytes():  # nobody reaps it
+            break
+        time.sleep(0.01)
+    assert time.monotonic() < last
+
+
+def test_limits_grow_with_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_RENDERING", 0.001)
+    chat = [{"role": "user", "content": "ab " * 33_000}]
+    with pytest.raises(UnsafeError, match=r"takes more than 1\.0 s"):
+        render(ENDLESS["a tree of calls"], chat)
+    monkeypatch.setattr(chat_template, "_MEMORY", 8 << 20)
+    copies = "{{ [messages[0].content * 200] | length }}"
+    assert render(copies, chat * 4) == "1"
+    with pytest.raises(UnsafeError, match="takes too much memory"):
+        render(copies, chat)
+
+
+def test_a_template_can_be_pickled() -> None:
+    template = ChatTemplate("{{ messages[0] }}", "model")
+    template.render(["a"])
+    assert pickle.loads(pickle.dumps(template)).render(["a"]) == "a"

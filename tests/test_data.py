@@ -343,23 +343,13 @@ def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
-def test_a_chat_that_exhausts_the_templates_allowance_is_a_bad_row(tmp_path: Path) -> None:
-    template = (
-        "{% if messages|length > 2 %}{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}"
-    )
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path = write(tmp_path, {"messages": chat}, {"messages": chat * 2})
-    words = tokenizer(template + "{% endfor %}{% endif %}" + CHATML)
-    with pytest.raises(DataError, match=r"line 2: .*takes more than the .* bytes of work"):
-        read_dataset(path, words)
-    assert read_dataset(path, words, skip_bad=True).report.skipped == 1
-
-
 def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     path = write(tmp_path, chat)
     with pytest.raises(UnsafeError):
         read_dataset(path, tokenizer("{{ ''.__class__ }}"), skip_bad=True)
+    with pytest.raises(UnsafeError, match="takes too much memory"):
+        read_dataset(path, tokenizer("{{ 'a' * 1000000000 }}"), skip_bad=True)
     with pytest.raises(DataError, match=r"line 1: .*has no chat template"):
         read_dataset(path, tokenizer(""))
     with pytest.raises(DataError, match=r"line 1: .*the chat template writes the messages before message 2"):

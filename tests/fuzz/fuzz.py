@@ -11,7 +11,7 @@ from typing import Any
 
 import atheris
 
-with atheris.instrument_imports(include=["nplora"]):
+with atheris.instrument_imports(include=["nplora", "jinja2.parser"]):
     import readers
     from nplora import checkpoint
     from nplora.data import rows
@@ -21,6 +21,8 @@ with atheris.instrument_imports(include=["nplora"]):
     from nplora.formats.peft_adapter import PeftAdapter
     from nplora.models import ModelConfig
     from nplora.tokenizer import chat_template, directory, gguf_vocabulary, split_pattern
+
+    readers.jinja()  # which imports it
 
 
 def passed_over(*_: object) -> None:
@@ -49,7 +51,7 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     ),
     "tokenizer_json": (directory, "_checked", lambda _, id_, source: id_),
     "split_pattern": (split_pattern, "is_safe", lambda _: True),
-    "chat_template": (chat_template._Failures, "__exit__", passed_over),
+    "chat_template": (chat_template, "_ERRORS", {"format": FormatError, "value": ValueError}),
     "checkpoint": (checkpoint, "_fields", lambda state, _: state),
     "rows": (rows, "_decoded", lambda line, _: line.decode()),
 }

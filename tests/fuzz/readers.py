@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,8 +169,21 @@ def read_split_pattern(data: bytes) -> None:
 
 
 def read_chat_template(data: bytes) -> None:
+    """It is parsed here too, for the fuzzer to see how: it does not see into the process that renders."""
+    from jinja2.parser import Parser
+
+    text = data.decode(errors="replace")
+    with contextlib.suppress(Exception):
+        Parser(jinja(), text).parse()
     with contextlib.suppress(ValueError):  # it may refuse the chat
-        ChatTemplate(data.decode(errors="replace"), "the model").render(CHAT, bos_token="<s>")
+        ChatTemplate(text, "the model").render(CHAT, bos_token="<s>")
+
+
+@functools.cache
+def jinja() -> Any:
+    from jinja2 import Environment
+
+    return Environment(extensions=["jinja2.ext.loopcontrols"])
 
 
 # ---- runs ----

@@ -20,7 +20,7 @@ from nplora.formats import files
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.packing import IGNORED
-from nplora.tokenizer import ExhaustedError, Tokenizer
+from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -295,7 +295,7 @@ class _Encoder:
         try:
             chat = self._tokenizer.encode_conversation(messages)
         except ValueError as error:
-            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError | ExhaustedError):
+            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError):
                 raise  # the template is at fault, not the row
             raise DataError(f"{where}: {error}") from error
         return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply

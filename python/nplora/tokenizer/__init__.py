@@ -1,9 +1,8 @@
 """Text to tokens and back, and chats to text, as the model at hand has them. Needs the extra "llm"."""
 
-from nplora.tokenizer.allowance import ExhaustedError
 from nplora.tokenizer.directory import from_directory
 from nplora.tokenizer.gguf_vocabulary import from_gguf
 from nplora.tokenizer.streaming import StreamDecoder
 from nplora.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["ExhaustedError", "StreamDecoder", "Tokenizer", "from_directory", "from_gguf"]
+__all__ = ["StreamDecoder", "Tokenizer", "from_directory", "from_gguf"]

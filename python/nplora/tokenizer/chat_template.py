@@ -1,40 +1,48 @@
 """Chat templates: Jinja out of a model's file, which nobody vouches for, rendered within bounds.
 
-jinja2's sandbox keeps a template away from Python's internals, and what it may call is listed. Neither keeps
-it from running for ever or from filling the memory, so each rendering has an allowance, of bytes that it may
-handle, and everything that it does is paid from it before it is done. So the end of a rendering depends on
-the template and the messages alone, not on the machine's clock.
+jinja2's sandbox keeps a template away from Python's internals. It does not keep it from running for ever,
+from filling the memory or from nesting until Python breaks, so templates are rendered in a process of their
+own, whose time and memory the operating system limits.
 """
 
 from __future__ import annotations
 
 import datetime
-import threading
+import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nplora.formats.errors import FormatError, UnsafeError
-from nplora.tokenizer.allowance import ALLOWANCE, ALLOWANCE_PER_BYTE, ExcessError, Meter, Traced
-from nplora.tokenizer.sandbox import RefusalError, compile_template, strftime_now
+from nplora.formats.errors import FormatError, LimitError, UnsafeError
+from nplora.tokenizer.render_process import RenderProcess
 
-_MAX_INPUT = 1 << 32
+MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
+# Seconds of CPU time: several times what the longest templates in use and many short messages take.
+_COMPILING, _RENDERING, _RENDERING_A_BYTE = 2.0, 0.5, 1e-5
+_MEMORY, _MEMORY_A_BYTE = 64 << 20, 64  # a template of MAX_TEMPLATE takes 33 MB to compile, then 14
+_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16
+# What the signal that ended the process tells.
+_ENDS: dict[int, str] = {
+    signal.SIGVTALRM: "takes more than {compiling} s of CPU time to compile",
+    signal.SIGPROF: "takes more than {rendering:.1f} s of CPU time",
+    signal.SIGKILL: "takes too much memory",
+    signal.SIGSEGV: "nests too deep",
+}
+_ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": ValueError}
+
+_PROCESS = RenderProcess()
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A template.
 
     Args:
         text: the template.
         source: whose it is, for messages.
-    Raises:
-        FormatError: it is not Jinja. LimitError: it is too long.
-        ModuleNotFoundError: the package `jinja2` is not installed.
     """
 
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
-        self._lock = threading.Lock()
-        self._program: tuple[Meter, Any] | None = None  # compiled when it is first needed: that takes jinja2
 
     def render(
         self,
@@ -46,57 +54,41 @@ class ChatTemplate:
         """The text of a chat.
 
         Args:
-            messages: of strings, numbers, lists and dictionaries. They are not changed.
+            messages: of strings, numbers, lists and dictionaries.
             now: the time that the template is told; None: the clock's.
             variables: whatever else the template may ask for, such as bos_token.
         Raises:
-            ValueError: the template refuses the messages, or does not find in them what it needs.
-            UnsafeError: it reaches for Python's internals. ExhaustedError: it takes more than its allowance.
-            FormatError, LimitError, ModuleNotFoundError: as for the template.
+            FormatError: it is not Jinja. LimitError: it is too long.
+            UnsafeError: it reaches for Python's internals, or takes too much time or memory.
+            ValueError: it refuses the messages, or does not find in them what it needs.
+            ModuleNotFoundError: the package `jinja2` is not installed. OSError: no process can be started.
         """
-        told_messages = plain(list(messages))
-        variables |= {"messages": told_messages, "add_generation_prompt": bool(add_generation_prompt)}
-        told = {"strftime_now": strftime_now(now)}
-        with self._lock, _Failures(self.source, told_messages):
-            if self._program is None:
-                self._program = compile_template(self.text, self.source)
-            meter, template = self._program
-            meter.allow(_MAX_INPUT)
-            meter.allow(ALLOWANCE + ALLOWANCE_PER_BYTE * meter.weigh(variables))
-            context = template.new_context(variables | told)
-            with Traced(meter):
-                return str(template.environment.concat(template.root_render_func(context)))
-
-
-class _Failures:
-    """Tells what goes wrong in a template in the terms of this package."""
-
-    def __init__(self, source: str, messages: Sequence[Any]) -> None:
-        self.source, self.messages = source, messages
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, FormatError | ImportError) or not isinstance(error, Exception):
-            return
-        from jinja2 import exceptions
-
-        what = f"{self.source}: the chat template"
-        if isinstance(error, exceptions.SecurityError):
-            raise UnsafeError(f"{what} is not safe: {error}") from error
-        if isinstance(error, ExcessError | OverflowError):
-            raise UnsafeError(f"{what} asks for too much: {error}") from error
-        if isinstance(error, RecursionError | MemoryError):
-            raise UnsafeError(f"{what} nests too deep") from error
-        if isinstance(error, exceptions.TemplateSyntaxError | SyntaxError):
-            raise FormatError(f"{what} is not Jinja, in line {error.lineno}: {error}") from error
-        if isinstance(error, RefusalError):
-            raise ValueError(f"{what} refuses the messages: {error}") from error
-        told = f"{what} fails with these messages: {type(error).__name__}: {error}"
-        if any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in self.messages):
-            told += " (content is a list: the template may expect a string)"
-        raise ValueError(told) from error
+        if len(self.text) > MAX_TEMPLATE:
+            words = f"has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are read"
+            raise LimitError(f"{self.source}: the chat template {words}")
+        variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
+        told = json.dumps(plain(variables)).encode()
+        length = _LENGTH + _LENGTH_A_BYTE * len(told)
+        limits = {
+            "compiling": _COMPILING,
+            "rendering": _RENDERING + _RENDERING_A_BYTE * len(told),
+            "memory": _MEMORY + _MEMORY_A_BYTE * len(told),
+            "length": length,
+        }
+        now = now or datetime.datetime.now()
+        request = json.dumps({"template": self.text, "now": now.isoformat(), **limits}).encode()
+        answer = _PROCESS.ask(request + b"\n" + told + b"\n", length)
+        if not isinstance(answer, int):
+            kind, words = answer
+        elif answer > 0:
+            raise RuntimeError(f"{self.source}: the process that renders templates ended with {answer}")
+        else:
+            kind, words = "unsafe", _ENDS.get(-answer, "ends its process").format(**limits)
+        if kind == "text":
+            return words
+        if kind == "value" and any(isinstance(dict(message).get("content"), list) for message in messages):
+            words += " (content is a list: the template may expect a string)"
+        raise _ERRORS[kind](f"{self.source}: the chat template {words}")
 
 
 def plain(value: Any, change: Callable[[str], str] = str) -> Any:

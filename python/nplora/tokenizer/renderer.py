@@ -1,0 +1,156 @@
+"""The program that renders chat templates, in a process of its own that may be killed.
+
+    a line of standard input    {"template", "now", and limits: "compiling" and "rendering" in seconds of CPU
+                                time, "memory" and "length", of the answer, in bytes}
+    the next one                {...}: the template's variables
+    a line of standard output   ["text", what was rendered] or [a kind of refusal, its words]
+
+It is run by its path and knows nothing of the package, so that it starts in a tenth of a second.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import sys
+from typing import Any, NoReturn
+
+if __name__ == "__main__":
+    sys.path[:] = sys.argv[1:]
+
+import jinja2
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.ext import LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_LONGEST_REFUSAL = 1000  # characters
+_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' mark of what is learned
+_END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+
+
+class RefusalError(Exception):
+    """What raise_exception raises."""
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox. It raises where jinja2 would go on with an undefined value."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+
+
+def answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
+    """What the template renders, as "text"; or how it is refused: "unsafe", "format" or "value", and why."""
+    try:
+        kind, words = _answer(request, variables)
+    except RecursionError:
+        kind, words = "unsafe", "nests too deep"
+    return kind, words if kind == "text" else words[:_LONGEST_REFUSAL]
+
+
+def _answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, request["compiling"])
+        template = _compiled(request["template"])
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, request["rendering"])
+        now = datetime.datetime.fromisoformat(request["now"])
+        context = template.new_context({**variables, "strftime_now": now.strftime})
+        return "text", "".join(template.root_render_func(context))
+    except (MemoryError, RecursionError):
+        raise
+    except SecurityError as error:
+        return "unsafe", f"is not safe: {error}"
+    except (TemplateSyntaxError, SyntaxError) as error:
+        return "format", f"is not Jinja, in line {error.lineno}: {error}"
+    except RefusalError as error:
+        return "value", f"refuses the messages: {error}"
+    except Exception as error:
+        return "value", f"fails with these messages: {type(error).__name__}: {error}"
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(text: str) -> Any:
+    """The template in a sandbox of its own."""
+    text = _END_GENERATION.sub(r"{%\1 endif \2%}", _GENERATION.sub(r"{%\1 if true \2%}", text))
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[LoopControlExtension],
+        loader=jinja2.FunctionLoader(_other),
+        optimized=False,
+        finalize=_unchanged,
+    )
+    del environment.filters["random"], environment.globals["lipsum"]
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    return environment.from_string(text)
+
+
+@jinja2.pass_context
+def _unchanged(context: Any, value: Any) -> Any:
+    """Since it takes the context, and nothing is optimized, compiling computes no constants."""
+    return value
+
+
+def _other(name: str) -> NoReturn:
+    raise SecurityError("it reaches for another template")
+
+
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers has it: without HTML's escapes."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise RefusalError(str(message))
+
+
+def main() -> None:
+    """Answer until standard input ends.
+
+    The timers' signals end the process, even in the middle of a long operation of Python's. Memory is limited
+    where the system tells, as Linux does, how much the process had at first.
+    """
+    first = None
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/statm") as file:
+        first = int(file.read().split()[0]) * resource.getpagesize()
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (0, 0))
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGPROF, signal.SIGVTALRM):
+        signal.signal(number, signal.SIG_DFL)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    for line in sys.stdin.buffer:
+        request, variables = json.loads(line), json.loads(sys.stdin.buffer.readline())
+        try:
+            if first is not None:
+                with contextlib.suppress(ValueError):  # the hard limit is lower
+                    resource.setrlimit(resource.RLIMIT_AS, (first + request["memory"], hard))
+            told = json.dumps(answer(request, variables)).encode()
+        except MemoryError:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does where it has none
+        for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            signal.setitimer(timer, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        if len(told) > request["length"]:
+            told = json.dumps(("unsafe", "writes too much")).encode()
+        sys.stdout.buffer.write(told + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

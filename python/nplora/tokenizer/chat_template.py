@@ -20,7 +20,7 @@ MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
 # Seconds of CPU time: several times what the longest templates in use and many short messages take.
 _COMPILING, _RENDERING, _RENDERING_A_BYTE = 2.0, 0.5, 1e-5
 _MEMORY, _MEMORY_A_BYTE = 64 << 20, 64  # a template of MAX_TEMPLATE takes 33 MB to compile, then 14
-_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16
+_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # of the text: what writes more is stopped as what takes memory
 # What the signal that ended the process tells.
 _ENDS: dict[int, str] = {
     signal.SIGVTALRM: "takes more than {compiling} s of CPU time to compile",
@@ -68,16 +68,14 @@ class ChatTemplate:
             raise LimitError(f"{self.source}: the chat template {words}")
         variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
         told = json.dumps(plain(variables)).encode()
-        length = _LENGTH + _LENGTH_A_BYTE * len(told)
         limits = {
             "compiling": _COMPILING,
             "rendering": _RENDERING + _RENDERING_A_BYTE * len(told),
             "memory": _MEMORY + _MEMORY_A_BYTE * len(told),
-            "length": length,
         }
         now = now or datetime.datetime.now()
         request = json.dumps({"template": self.text, "now": now.isoformat(), **limits}).encode()
-        answer = _PROCESS.ask(request + b"\n" + told + b"\n", length)
+        answer = _PROCESS.ask(request + b"\n" + told + b"\n", _LENGTH + _LENGTH_A_BYTE * len(told))
         if not isinstance(answer, int):
             kind, words = answer
         elif answer > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import json
 import os
@@ -22,13 +21,15 @@ class _Child(NamedTuple):
 
 
 class RenderProcess:
-    """Started when it is first asked, and again after its end. Threads ask it one after the other."""
+    """Started when it is first asked, and again after its end; it ends with its parent.
+
+    Threads ask it one after the other.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: _Child | None = None
         os.register_at_fork(after_in_child=self._leave)
-        atexit.register(self.stop)
 
     def ask(self, question: bytes, length: int) -> tuple[str, str] | int:
         """The answer, of `length` bytes at most, or the status that the process ended with in its place.

@@ -481,6 +481,6 @@ def test_limits_grow_with_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_template_can_be_pickled() -> None:
-    template = ChatTemplate("{{ messages[0] }}", "model")
-    template.render(["a"])
-    assert pickle.loads(pickle.dumps(template)).render(["a"]) == "a"
+    template = ChatTemplate("{{ messages[0].a }}", "model")
+    assert template.render([{"a": 1}]) == "1"
+    assert pickle.loads(pickle.dumps(template)).render([{"a": 2}]) == "2"

@@ -67,7 +67,8 @@ class ChatTemplate:
             words = f"has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are read"
             raise LimitError(f"{self.source}: the chat template {words}")
         variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
-        told = json.dumps(plain(variables)).encode()
+        variables = plain(variables)
+        told = json.dumps(variables).encode()
         limits = {
             "compiling": _COMPILING,
             "rendering": _RENDERING + _RENDERING_A_BYTE * len(told),
@@ -84,7 +85,8 @@ class ChatTemplate:
             kind, words = "unsafe", _ENDS.get(-answer, "ends its process").format(**limits)
         if kind == "text":
             return words
-        if kind == "value" and any(isinstance(dict(message).get("content"), list) for message in messages):
+        contents = [message.get("content") for message in variables["messages"] if isinstance(message, dict)]
+        if kind == "value" and any(isinstance(content, list) for content in contents):
             words += " (content is a list: the template may expect a string)"
         raise _ERRORS[kind](f"{self.source}: the chat template {words}")
 

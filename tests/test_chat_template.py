@@ -196,7 +196,7 @@ ENDLESS = {
     "{% for i in range(19999) %}{% set n.y = [x[0:], n.y] %}{% endfor %}",
     "literals": "{% set n = namespace(y=[]) %}{% for i in range(99999) %}"
     "{% set n.y = [n.y, " + "[]," * 500 + "] %}{% endfor %}",
-    "comparisons": "{% for i in range(99999) %}{% set x = 0" + "==0" * 900 + " %}{% endfor %}",
+    "comparisons": "{% for i in range(99999) %}{% set x = 0" + "==0" * 2700 + " %}{% endfor %}",
     "a deep expression": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "shared lists that change": SHARED + "{% for x in [n.x, n.y] %}{{ loop.changed(x) }}{% endfor %}",
     "shared lists in a message": SHARED + "{{ {}[n.x].a }}",

@@ -205,7 +205,7 @@ struct Products : Tiles<T> {
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
   // c (m, n) += a (m, depth) w (depth, n), summed as outer_tile does.   a is dense; panels holds w, kPanelColumns columns each and the
-  // last what is left, each dense. Along the rows of c, what comes so many elements ahead is fetched into L2; none where 0.
+  // last what is left, each dense. Of c, what lies `ahead` elements further along each row is fetched into L2; nothing where 0.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 size_t ahead);
 };

@@ -101,7 +101,7 @@ def convert_adapter(
                 f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
             )
         return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
-    if Path(target).suffix.lower() == ".gguf" and Path(source).exists():
+    if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
         raise ValueError(
             f"convert: of GGUF files adapters alone are converted, to a directory, got {files.name(target)!r}"
         )
@@ -169,7 +169,7 @@ def adapter_to_gguf(
 
 def _require_no_model(path: StrPath) -> None:
     """Refuse a name that is no GGUF file's, or a file there that is no adapter."""
-    if Path(path).suffix != ".gguf":
+    if files.suffix(path) != ".gguf":
         raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(path)!r}")
     if not Path(path).is_file() or not Path(path).stat().st_size:
         return

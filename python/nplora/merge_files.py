@@ -261,7 +261,7 @@ def _chunks(merge: Merge) -> Callable[[], Iterator[memoryview]]:
 
 
 def _is_directory(output: StrPath) -> bool:
-    return Path(output).suffix.lower() not in (".gguf", ".safetensors")
+    return files.suffix(output) not in (".gguf", ".safetensors")
 
 
 def _weights(output: StrPath) -> Path:
@@ -271,7 +271,7 @@ def _weights(output: StrPath) -> Path:
 def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
     if Path(base).is_dir() and _is_directory(output):
         files.require_directory(output)
-    if Path(output).suffix != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
+    if files.suffix(output) != model.suffix and not (Path(base).is_dir() and _is_directory(output)):
         hint = "" if model.suffix == ".gguf" else "; nplora convert makes GGUF of safetensors"
         raise ValueError(
             f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}{hint}"

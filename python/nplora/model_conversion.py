@@ -72,7 +72,7 @@ def is_model(source: StrPath) -> bool:
     path = Path(source)
     if path.is_dir():
         return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
-    return path.suffix == ".safetensors" or model_directory.is_index(path)
+    return files.suffix(path) == ".safetensors" or model_directory.is_index(path)
 
 
 def model_to_gguf(
@@ -99,7 +99,7 @@ def model_to_gguf(
     """
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)
-    if Path(path).suffix != ".gguf":
+    if files.suffix(path) != ".gguf":
         raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
     files.require_new(path, overwrite)
     directory = model_directory.of(source)

@@ -30,7 +30,7 @@ def passed_over(*_: object) -> None:
 
 
 def require_at_most(config: ModelConfig, name: str, value: int, most: int) -> None:
-    """In the place of ModelConfig._require: zero passes, but nothing that memory would be short for."""
+    """In the place of ModelConfig._require: sizes below 1 pass; of larger ones memory would be short."""
     if value > most:
         raise FormatError(f"{config.source}: {name} is {value:,}")
 

@@ -43,6 +43,11 @@ def kind_name(kind: int) -> str:
     return _KINDS.get(kind, "something else")
 
 
+def suffix(path: StrPath) -> str:
+    """The last suffix of a path, in lower case: ".gguf" also of MODEL.GGUF."""
+    return Path(path).suffix.lower()
+
+
 def name(path: StrPath) -> str:
     """The path as messages show it."""
     return os.fsdecode(path)

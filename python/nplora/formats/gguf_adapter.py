@@ -81,7 +81,7 @@ def load(path: StrPath) -> GgufAdapter:
         FormatError: it is no adapter, a pair is not whole, does not fit together or is not finite.
         UnsupportedError: another kind of adapter, or factors that are quantised. OSError: it cannot be read.
     """
-    if Path(path).suffix == ".safetensors":
+    if files.suffix(path) == ".safetensors":
         raise FormatError(
             f"{files.name(path)}: PEFT's adapter is given as its directory, {Path(path).parent}"
         )

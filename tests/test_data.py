@@ -348,7 +348,7 @@ def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
     path = write(tmp_path, chat)
     with pytest.raises(UnsafeError):
         read_dataset(path, tokenizer("{{ ''.__class__ }}"), skip_bad=True)
-    with pytest.raises(UnsafeError, match="takes too much memory"):
+    with pytest.raises(UnsafeError, match=r"line 1: .*takes too much memory"):
         read_dataset(path, tokenizer("{{ 'a' * 1000000000 }}"), skip_bad=True)
     with pytest.raises(DataError, match=r"line 1: .*has no chat template"):
         read_dataset(path, tokenizer(""))

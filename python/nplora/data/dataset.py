@@ -199,7 +199,7 @@ def read_dataset(
     if max_length is not None:
         _check.integer(op, "max_length", max_length, least=2)
     _check.choice(op, "learn", learn, LEARN)
-    plain = Path(path).suffix.lower() == ".txt"
+    plain = files.suffix(path) == ".txt"
     if plain and max_length is None:
         raise ValueError(f"{op}: {files.name(path)} is a plain text, which needs a max_length")
     encoder = _Encoder(tokenizer, learn == "all")
@@ -296,7 +296,7 @@ class _Encoder:
             chat = self._tokenizer.encode_conversation(messages)
         except ValueError as error:
             if isinstance(error, FormatError) and not isinstance(error, UnsupportedError):
-                raise  # the template is at fault, not the row
+                raise type(error)(f"{where}: {error}") from error  # the template is at fault, not the row
             raise DataError(f"{where}: {error}") from error
         return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply
 

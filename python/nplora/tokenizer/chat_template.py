@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nplora.formats.errors import FormatError, LimitError, UnsafeError
-from nplora.tokenizer.render_process import RenderProcess
+from nplora.tokenizer.render_process import End, RenderProcess
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
 # Seconds of CPU time: several times what the longest templates in use and many short messages take.
@@ -62,13 +62,17 @@ class ChatTemplate:
             UnsafeError: it reaches for Python's internals, or takes too much time or memory.
             ValueError: it refuses the messages, or does not find in them what it needs.
             ModuleNotFoundError: the package `jinja2` is not installed. OSError: no process can be started.
+            RuntimeError: the one that was started cannot render.
         """
         if len(self.text) > MAX_TEMPLATE:
             words = f"has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are read"
             raise LimitError(f"{self.source}: the chat template {words}")
         variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
-        variables = plain(variables)
-        told = json.dumps(variables).encode()
+        try:
+            variables = plain(variables)
+            told = json.dumps(variables).encode()
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{self.source}: the messages cannot be given to a template: {error}") from error
         limits = {
             "compiling": _COMPILING,
             "rendering": _RENDERING + _RENDERING_A_BYTE * len(told),
@@ -77,12 +81,13 @@ class ChatTemplate:
         now = now or datetime.datetime.now()
         request = json.dumps({"template": self.text, "now": now.isoformat(), **limits}).encode()
         answer = _PROCESS.ask(request + b"\n" + told + b"\n", _LENGTH + _LENGTH_A_BYTE * len(told))
-        if not isinstance(answer, int):
+        if not isinstance(answer, End):
             kind, words = answer
-        elif answer > 0:
-            raise RuntimeError(f"{self.source}: the process that renders templates ended with {answer}")
+        elif answer.status < 0:
+            kind, words = "unsafe", _ENDS.get(-answer.status, "ends its process").format(**limits)
         else:
-            kind, words = "unsafe", _ENDS.get(-answer, "ends its process").format(**limits)
+            end = f"{answer.status}: {answer.words}" if answer.words else f"{answer.status}"
+            raise RuntimeError(f"{self.source}: the process that renders templates ended with {end}")
         if kind == "text":
             return words
         contents = [message.get("content") for message in variables["messages"] if isinstance(message, dict)]

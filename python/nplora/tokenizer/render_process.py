@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import socket
@@ -15,9 +16,17 @@ from typing import NamedTuple
 _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
+class End(NamedTuple):
+    """Of the process: its status, below 0 the signal, and the last line of what Python said of an error."""
+
+    status: int
+    words: str
+
+
 class _Child(NamedTuple):
     process: subprocess.Popen[bytes]
     line: socket.socket
+    errors: io.FileIO
 
 
 class RenderProcess:
@@ -29,10 +38,11 @@ class RenderProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._pair: tuple[socket.socket, ...] = ()  # of a process that is being started
         os.register_at_fork(after_in_child=self._leave)
 
-    def ask(self, question: bytes, length: int) -> tuple[str, str] | int:
-        """The answer, of `length` bytes at most, or the status that the process ended with in its place.
+    def ask(self, question: bytes, length: int) -> tuple[str, str] | End:
+        """The answer, of `length` bytes at most, or how the process ended in its place.
 
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
@@ -44,65 +54,84 @@ class RenderProcess:
                 child.line.sendall(question)
                 told = _received(child.line, length + 1)
             except (BrokenPipeError, ConnectionResetError):
-                return self.stop()
+                return self._stop()
             except BaseException:  # Ctrl-C: what comes next would be the answer to this question
-                self.stop()
+                self._stop()
                 raise
             if not told.endswith(b"\n"):
-                return self.stop()
+                return self._stop()
         kind, words = json.loads(told)
         return kind, words
 
-    def stop(self) -> int:
-        """End the process, where it has not ended, and tell its status."""
+    def stop(self) -> None:
+        """End the process, where it has not ended."""
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> End:
         if self._child is None:
-            return 0
+            return End(0, "")
         child, self._child = self._child, None
         child.process.kill()
         child.line.close()
-        return child.process.wait()
+        status = child.process.wait()
+        with child.errors:
+            words = (child.errors.read(1 << 16) or b"").decode(errors="replace").strip()
+        return End(status, words.rpartition("\n")[2])
 
     def _running(self) -> _Child:
         if self._child is not None and self._child.process.poll() is not None:
-            self.stop()
+            self._stop()
         if self._child is None:
-            self._child = _start()
+            self._child = self._start()
         return self._child
+
+    def _start(self) -> _Child:
+        if importlib.util.find_spec("jinja2") is None:
+            message = 'chat templates need the package jinja2: pip install "nplora[llm]"'
+            raise ModuleNotFoundError(message, name="jinja2")
+        if not sys.executable or getattr(sys, "frozen", False) or not _PROGRAM.is_file():
+            raise OSError(
+                f"chat templates are rendered by a process of Python: sys.executable {sys.executable!r} "
+                f"would have to run {_PROGRAM}"
+            )
+        self._pair = ours, theirs = socket.socketpair()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_PROGRAM), *_searched()],
+                bufsize=0,  # no buffer, whose lock a fork could leave held for ever
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # which Ctrl-C does not reach
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            self._pair = ()
+        assert isinstance(process.stderr, io.FileIO)
+        return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
         """After a fork: the process is another one's child, and the lock may be held there for ever."""
         self._lock = threading.Lock()
+        for end in self._pair:
+            end.close()
         if self._child is not None:
             self._child.line.close()
+            self._child.errors.close()
             self._child.process.returncode = 0  # there is none to wait for
-            self._child = None
+        self._child, self._pair = None, ()
 
 
-def _start() -> _Child:
-    if importlib.util.find_spec("jinja2") is None:
-        message = 'chat templates need the package jinja2: pip install "nplora[llm]"'
-        raise ModuleNotFoundError(message, name="jinja2")
-    if not sys.executable:
-        raise OSError("chat templates are rendered by a process of Python, and sys.executable names none")
-    ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM), *sys.path],
-            stdin=theirs.fileno(),
-            stdout=theirs.fileno(),
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # which Ctrl-C does not reach
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return _Child(process, ours)
+def _searched() -> list[str]:
+    """sys.path, as far as it can be handed on."""
+    return [path for path in sys.path if isinstance(path, str) and "\0" not in path]
 
 
 def _received(line: socket.socket, most: int) -> bytes:
-    """A line, without a buffer, whose lock a fork could leave held for ever."""
     told = bytearray()
     while not told.endswith(b"\n") and len(told) < most:
         piece = line.recv(1 << 16)

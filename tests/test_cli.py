@@ -277,6 +277,7 @@ def test_an_option_that_would_do_nothing_is_refused(
             "--output names a directory, got 'c.gguf'; nplora convert makes",
         ),
         ("combine a b --output c.GGUF", "--output names a directory, got 'c.GGUF'"),
+        ("combine a b --output c.safetensors", "--output names a directory, got 'c.safetensors'"),
         ("generate m x --system y", "--system is a message of a chat, which needs --chat"),
     ):
         assert cli.main(line.split()) == 2

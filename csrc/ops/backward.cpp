@@ -48,7 +48,7 @@ class Backward {
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
       folds_ |= dx.data && update == Update::kFolded;
-      if (makes_two_panels(p.w)) group_ = kDecodedColumns;
+      if (makes_two_panels(p.w, is_shared())) group_ = kDecodedColumns;
     }
   }
 
@@ -229,7 +229,7 @@ class Backward {
   void frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
               const After& after) const {
     const WeightView& w = p.arrays.w;
-    const size_t width = makes_two_panels(w) ? kDecodedColumns : kPanelColumns;
+    const size_t width = makes_two_panels(w, is_shared()) ? kDecodedColumns : kPanelColumns;
     W* made = scratch<W>(Scratch::kWeight, kDepthBlock * width);
     for (size_t g = 0; g < group.count; g += width) {
       const Range cols{group.first + g, std::min(width, group.count - g)};
@@ -247,10 +247,8 @@ class Backward {
     }
   }
 
-  bool is_shared() const { return tokens_ > kInPlaceBatch; }
-  bool makes_two_panels(const WeightView& w) const {
-    return is_blocks(w.storage) || (!w.packed && is_shared());
-  }
+  // double's two panels would not stay in L2.
+  bool is_shared() const { return sizeof(W) <= sizeof(float) && tokens_ > kInPlaceBatch; }
 
   // dx[:, panel] = [dx +] dy[:, rows] block.
   template <class After>

@@ -98,7 +98,7 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Asks for a piece of a few rows of W as it lies: it is too short for the machine to see a stream.
+// Asks for a piece of a few rows of W as it lies, where it is too short for the machine to see a stream, or before one begins.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -117,8 +117,13 @@ void fetch_behind(const WeightView& w, Range rows, Range cols) {
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
+// The same for the row that comes two behind row i of a block: a row has up to 4 KB, so that three fit into L1.
+void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
+  if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
+}
+
 // The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous. What is not packed
-// is read row by row, a stream that the machine sees.
+// is read row by row.
 template <class T>
 void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
   if (w.packed)
@@ -126,7 +131,7 @@ void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
       widen(w.storage, rows.count * width, stored_at(w, rows.first, cols.first + c), out + rows.count * c);
     });
   for (size_t i = 0; i < rows.count; ++i) {
-    if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
+    fetch_next(w, rows, i, cols);
     for_panels(cols.count, [&](size_t c, size_t width) {
       widen(w.storage, width, stored_at(w, rows.first + i, cols.first + c), out + rows.count * c + i * width);
     });
@@ -222,7 +227,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
   }
   const size_t row_stride = ceil_div(std::min(kPanelColumns, cols.count), 2);
   for (size_t i = 0; i < rows.count; ++i) {
-    if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
+    fetch_next(w, rows, i, cols);
     for_panels(cols.count, [&](size_t c, size_t width) {
       const char* from = stored_at(w, rows.first + i, cols.first + c);
       const size_t pairs = ceil_div(width, 2);
@@ -248,8 +253,8 @@ struct Panelling {
   size_t panels, width;
 
   Panelling(const WeightView& w, Range cols) {
-    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // 16 elements, each in one panel
-    panels = in_runs && cols.count == 2 * kPanelColumns ? 2 : 1;
+    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // as decode_nf4 wants it
+    panels = in_runs && cols.count == kDecodedColumns ? 2 : 1;
     width = cols.count / panels;
   }
   size_t panel_stride(size_t rows) const { return panels == 2 ? rows * width : kPanelColumns; }
@@ -259,7 +264,7 @@ struct Panelling {
 // Calls body(first, rows) for a few rows of a piece at a time, an even number of them, while those behind them are fetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
-  constexpr size_t kRows = 16;
+  constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1 with those behind them
   for (size_t i = 0; i < rows.count; i += kRows) {
     const size_t behind = std::min(i + kRows, rows.count);
     fetch(w, {rows.first + behind, std::min(kRows, rows.count - behind)}, cols);

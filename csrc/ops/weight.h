@@ -60,10 +60,13 @@ inline constexpr size_t scratch_columns(size_t cols) {
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. cols is one panel; or, of what is
-// not packed and shared, or of blocks, up to kDecodedColumns from a multiple of it on: two panels are made one behind the other, for of
-// rows with gaps the machine would fetch the gaps, too.
+// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. cols is one panel; or, where
+// makes_two_panels says so, up to kDecodedColumns from a multiple of it on: two panels are made one behind the other, for of rows with
+// gaps the machine would fetch the gaps, too (NF4 keeps them where d_in is no multiple of 16).
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole strips
+inline bool makes_two_panels(const WeightView& w, bool shared) {
+  return is_blocks(w.storage) || (!w.packed && shared);
+}
 template <class E>
 struct ColumnBlock {
   const E* data;

@@ -178,9 +178,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _combine(arguments: argparse.Namespace) -> None:
     from nplora import combination
     from nplora.checkpoint import require_no_other
+    from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
 
-    if arguments.output.lower().endswith(".gguf"):
+    if files.suffix(arguments.output) in (".gguf", ".safetensors"):
         raise _UsageError(
             f"--output names a directory, got {arguments.output!r}; nplora convert makes a .gguf of it"
         )

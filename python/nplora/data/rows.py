@@ -8,7 +8,6 @@ import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nplora.formats import files, strict_json
@@ -43,7 +42,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
         FormatError: a directory, FIFO or device. OSError: it cannot be read.
     """
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
-    suffix = Path(path).suffix.lower()
+    suffix = files.suffix(path)
     if suffix not in readers:
         os.stat(path)
         raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(readers)}")

@@ -81,7 +81,7 @@ def _config_of(path: StrPath) -> Path | None:
     """The configuration that a path means; None where it means a GGUF file."""
     if Path(path).is_dir():
         return Path(path, CONFIG)
-    return Path(path) if Path(path).suffix == ".json" else None
+    return Path(path) if files.suffix(path) == ".json" else None
 
 
 def _digest_beside(config: Path, any_base: bool) -> str | None:

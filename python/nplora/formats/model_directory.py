@@ -23,7 +23,7 @@ Tensors: TypeAlias = SafetensorsFile | ShardedFile
 
 
 def is_index(path: StrPath) -> bool:
-    return files.name(path).endswith(".safetensors.index.json")
+    return files.name(path).lower().endswith(".safetensors.index.json")
 
 
 def of(path: StrPath) -> Path:

@@ -28,7 +28,6 @@ from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _LONGEST_REFUSAL = 1000  # characters
-_MOST_GROWTH = 64 << 20  # bytes that this process may keep
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' mark of what is learned
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
@@ -134,12 +133,11 @@ def size() -> int | None:
 
 
 def main() -> None:
-    """Answer until standard input ends, and start anew where this process has grown.
+    """Answer until standard input ends.
 
     The timers' signals end the process, even in the middle of a long operation of Python's. Memory is limited
     where the system tells how much the process has.
     """
-    first = size()
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -161,8 +159,6 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         sys.stdout.buffer.write(told + b"\n")
         sys.stdout.buffer.flush()
-        if first is not None and (size() or 0) > first + _MOST_GROWTH:
-            os.execv(sys.executable, sys.orig_argv)
 
 
 if __name__ == "__main__":

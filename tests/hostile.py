@@ -13,7 +13,7 @@ from nplora.formats.errors import FormatError
 
 T = TypeVar("T")
 
-MOST_SECONDS = 1.0
+MOST_SECONDS = 1.0  # of CPU time: other programs may keep this one waiting
 MOST_BYTES = 64 << 20
 
 
@@ -22,10 +22,10 @@ def refused(error: type[Exception], words: str, source: object = "") -> Iterator
     """The body must raise exactly this error, whose text holds `words` and begins with `source`, at once."""
     tracemalloc.start()
     try:
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(FormatError) as caught:
             yield
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -49,12 +49,12 @@ def accepted(data: bytes, read: Callable[[bytes], T]) -> Iterator[tuple[bytes, T
     """The damaged versions that are read, and what they give. Others are refused, and all at once."""
     refusals = 0
     for version in damaged(data):
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             found = [read(version)]
         except FormatError:
             found = []
             refusals += 1
-        assert time.perf_counter() - begin < MOST_SECONDS
+        assert time.process_time() - begin < MOST_SECONDS
         yield from ((version, content) for content in found)
     assert refusals

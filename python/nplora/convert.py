@@ -322,7 +322,8 @@ def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseM
             lora_b = gguf_names.deinterleave(lora_b, heads)
     elif gguf_names.is_permuted(adapter.architecture, layer):
         raise ValueError(
-            f"{source}: the rows of {stored} are permuted by heads: base, which tells their number, is needed"
+            f"{source}: the rows of {stored} are permuted by heads: base (--base MODEL), which "
+            "tells their number, is needed"
         )
     suffixes = EMBEDDING if is_embedding else LINEAR
     return PeftLayer(name, dict(zip(suffixes, (lora_a, lora_b), strict=True)))

@@ -350,7 +350,10 @@ class _Builder:
         if not len(lengths):
             skipped = f"{self._skipped} bad ones skipped ({'; '.join(self._problems)})"
             reasons = [skipped] * bool(self._skipped)
-            reasons += [f"{self._emptied} with nothing to learn in their first tokens"] * bool(self._emptied)
+            emptied = (
+                f"{self._emptied} with nothing to learn in their first tokens; a larger max_length keeps more"
+            )
+            reasons += [emptied] * bool(self._emptied)
             raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")
         first = learned[starts[:-1]].sum()  # nothing predicts the first token
         report = DataReport(

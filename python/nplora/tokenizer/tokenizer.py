@@ -176,7 +176,9 @@ class Tokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime.datetime | None
     ) -> str:
         if self.chat_template is None:
-            raise ValueError(f"{self.source}: the model has no chat template")
+            raise ValueError(
+                f"{self.source}: the model has no chat template; a prompt and its completion need none"
+            )
         return self.chat_template.render(
             messages,
             add_generation_prompt,

@@ -145,7 +145,8 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 def report(found: list[dict[str, Any]], threads: int) -> None:
     peer = found[-1]
-    print(f"\nSmolLM2-135M, Q4_1, {on_threads(threads)}: tokens/s, and over {peer['name']}'s")
+    heading = f"SmolLM2-135M, Q4_1, adapters of r = {RANK}, {on_threads(threads)}"
+    print(f"\n{heading}: tokens/s, and over {peer['name']}'s")
     print(f"  {'':26}{f'{PROMPT}-token prompt':>22}{'decoding':>20}")
     for row in found:
         cells = "".join(

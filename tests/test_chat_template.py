@@ -325,6 +325,13 @@ def test_what_lies_outside_the_sandbox_is_out_of_reach(template: str) -> None:
         render(template, CHAT)
 
 
+def test_texts_have_no_format_by_whatever_way() -> None:
+    from nplora.tokenizer import renderer
+
+    for name in ("format", "format_map"):
+        assert not renderer.Environment().is_safe_attribute("", name, getattr("", name))
+
+
 @pytest.mark.parametrize("template", ["{% include 'x' %}", "{% import 'x' as x %}", "{% extends 'x' %}"])
 def test_a_template_reads_no_other(template: str) -> None:
     with refused(UnsafeError, "the chat template is not safe: it reaches for another template", "model: "):
@@ -396,6 +403,18 @@ def test_a_broken_program_is_not_the_templates_fault(monkeypatch: pytest.MonkeyP
         render("{{ 1 }}")
 
 
+def test_what_a_template_leaves_behind_does_not_add_up() -> None:
+    ring = "{% set n = namespace() %}{% set n.n = n %}{% set n.x = 'a' * 20000000 %}x"
+    for _ in range(12):
+        assert render(ring) == "x"
+    pages = int(Path(f"/proc/{process().pid}/statm").read_text().split()[0])
+    assert pages * resource.getpagesize() < 100 << 20
+
+
+def test_warnings_of_python_do_not_hold_up_a_template() -> None:
+    assert render("{% if 0 %}" + "{{1[:]}}" * 2000 + "{% endif %}ok") == "ok"
+
+
 def test_a_large_answer_takes_nothing_from_the_next_template(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_MEMORY", 10 << 20)
     chat = [{"role": "user", "content": "a" * 3_000_000}]
@@ -409,6 +428,8 @@ def test_messages_that_cannot_be_given_to_a_template_are_refused() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
+    with pytest.raises(ValueError, match="nests too deep"):
+        chat_template.plain(deep)
     for value in (deep, 10**5000):
         with pytest.raises(ValueError, match="model: the messages cannot be given to a template"):
             render("{{ 1 }}", [{"role": "user", "content": value}])

@@ -350,6 +350,8 @@ def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
         read_dataset(path, tokenizer("{{ ''.__class__ }}"), skip_bad=True)
     with pytest.raises(UnsafeError, match=r"line 1: .*takes too much memory"):
         read_dataset(path, tokenizer("{{ 'a' * 1000000000 }}"), skip_bad=True)
+    with pytest.raises(UnsafeError, match=r"line 1: .*has 70,000 characters"):
+        read_dataset(path, tokenizer("x" * 70_000), skip_bad=True)
     with pytest.raises(DataError, match=r"line 1: .*has no chat template"):
         read_dataset(path, tokenizer(""))
     with pytest.raises(DataError, match=r"line 1: .*the chat template writes the messages before message 2"):

@@ -33,7 +33,7 @@ size_t small_batch() {
 }
 // Batches up to this size compute in the weight's own float type: for so few rows, bfloat16 products gain no time.
 inline constexpr size_t kFloatBatch = 4;
-// Backward, batches above this size, of more than two tiles, share a copy of what is not packed.
+// Backward, batches above this size share a copy of what is not packed (but of double).
 inline constexpr size_t kInPlaceBatch = 16;
 // Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;

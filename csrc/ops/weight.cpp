@@ -117,7 +117,7 @@ void fetch_behind(const WeightView& w, Range rows, Range cols) {
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// The same for the row that comes two behind row i of a block: a row has up to 4 KB, so that three fit into L1.
+// The same for the row that comes two behind row i of a block: a row has up to 8 KB, so that three fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }

@@ -32,7 +32,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None) -> Path:
     """
     files.require_named("plot", directory=directory, output=output)
     path = Path(directory, "plot.png") if output is None else Path(output)
-    if path.suffix.lower() != ".png":
+    if files.suffix(path) != ".png":
         raise ValueError(f"plot: the output is {files.name(path)}, expected a name that ends in .png")
     try:
         steps, epochs = read_log(Path(directory, LOG))

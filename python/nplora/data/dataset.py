@@ -17,7 +17,15 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.data.rows import Row, read_rows
 from nplora.formats import files
-from nplora.formats.errors import DataError, FormatError, LimitError, UnsupportedError, brief, counted
+from nplora.formats.errors import (
+    DataError,
+    FormatError,
+    LimitError,
+    UnsafeError,
+    UnsupportedError,
+    brief,
+    counted,
+)
 from nplora.formats.files import StrPath
 from nplora.packing import IGNORED
 from nplora.tokenizer import Tokenizer
@@ -191,7 +199,7 @@ def read_dataset(
         DataError: a row is not one of those above or two of them, its completion or text is empty, or its
             prompt where the model has no BOS, a role is not known, or it has nothing to learn; the file has
             no rows. The message names the file and the line.
-        LimitError: a line is over a limit.
+        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is at fault.
         ValueError: an argument is none of those above, or the model has no EOS or no chat template.
         OSError: the file cannot be read.
     """
@@ -295,8 +303,11 @@ class _Encoder:
         try:
             chat = self._tokenizer.encode_conversation(messages)
         except ValueError as error:
-            if isinstance(error, FormatError) and not isinstance(error, UnsupportedError):
-                raise type(error)(f"{where}: {error}") from error  # the template is at fault, not the row
+            if isinstance(error, FormatError) and not isinstance(
+                error, UnsupportedError
+            ):  # the template's fault
+                kind = UnsafeError if isinstance(error, LimitError) else type(error)
+                raise kind(f"{where}: {error}") from error
             raise DataError(f"{where}: {error}") from error
         return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply
 

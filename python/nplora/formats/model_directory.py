@@ -83,7 +83,7 @@ def companions(source: Path, target: Path) -> list[NewFile]:
     """
     found = []
     for path in sorted(source.iterdir()):
-        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json") and path.is_file():
+        if files.suffix(path) in _COMPANIONS and not is_index(path) and path.is_file():
             text = files.read(files.cached(path), _MAX_COMPANION, follow_links=False)
             found.append(NewFile(target / path.name, len(text), [text]))
     return found

@@ -100,14 +100,21 @@ def plain(value: Any, change: Callable[[str], str] = str) -> Any:
     """The value, which JSON could hold, as plain Python objects, every text in it changed.
 
     Raises:
-        TypeError: it is another kind of object.
+        TypeError: it is another kind of object. ValueError: it nests too deep.
     """
+    try:
+        return _plain(value, change)
+    except RecursionError:
+        raise ValueError("a message of a chat nests too deep") from None
+
+
+def _plain(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(part, change) for key, part in value.items()}
+        return {str(key): _plain(part, change) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part, change) for part in value]
+        return [_plain(part, change) for part in value]
     if not isinstance(value, bool | int | float | None):
         raise TypeError(f"a message of a chat holds a {type(value).__name__}, expected what JSON can hold")
     return value

@@ -98,7 +98,8 @@ class RenderProcess:
         self._pair = ours, theirs = socket.socketpair()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_PROGRAM), *_searched()],
+                [sys.executable, "-I", "-S", "-W", "ignore", str(_PROGRAM), *_searched()],
+                env={**os.environ, "NO_COLOR": "1"},
                 bufsize=0,  # no buffer, whose lock a fork could leave held for ever
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
@@ -112,6 +113,7 @@ class RenderProcess:
             theirs.close()
             self._pair = ()
         assert isinstance(process.stderr, io.FileIO)
+        os.set_blocking(process.stderr.fileno(), False)  # a fork may hold its other end
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:

@@ -59,16 +59,9 @@ def batch_products(case: Case, threads: int) -> Calls:
             ("backward", weight.matmul_t, plain.matmul_t, decoded),
         ):
             check(product(x), x, right, case.compute)
-            calls[f"{direction} plain {storage}"] = into(out, plain_product, x)
-            calls[f"{direction} {storage}"] = into(out, product, x)
+            calls[f"{direction} plain {storage}"] = all_of([plain_product], x, out)
+            calls[f"{direction} {storage}"] = all_of([product], x, out)
     return calls
-
-
-def into(out: np.ndarray, product: Callable[..., np.ndarray], x: np.ndarray) -> Callable[[], None]:
-    def call() -> None:
-        product(x, out=out)
-
-    return call
 
 
 def row_products(case: Case, threads: int, path: str | None) -> Calls:
@@ -89,14 +82,14 @@ def row_products(case: Case, threads: int, path: str | None) -> Calls:
             check_rows(first.matmul(x[:rows]), x[:rows], right, case.compute)
             if path is not None:
                 calls[f"bound {storage} {rows}"] = ceilings.read(path, threads)
-            calls[f"{storage} {rows}"] = all_of(weights, x[:rows], out[:rows])
+            calls[f"{storage} {rows}"] = all_of([w.matmul for w in weights], x[:rows], out[:rows])
     return calls
 
 
-def all_of(weights: list[Any], x: np.ndarray, out: np.ndarray) -> Callable[[], None]:
+def all_of(products: list[Callable[..., np.ndarray]], x: np.ndarray, out: np.ndarray) -> Callable[[], None]:
     def call() -> None:
-        for weight in weights:
-            weight.matmul(x, out=out)
+        for product in products:
+            product(x, out=out)
 
     return call
 

@@ -172,8 +172,8 @@ Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
 
 template <class E>
 ColumnBlock<E> stored_columns(const WeightView& w, Range rows, Range cols) {
-  const Place first = locate(w, rows.first, cols.first);
-  return {reinterpret_cast<const E*>(first.at), first.row_stride};
+  const Panels<E> panels = stored_rows<E>(w, rows, cols);
+  return {panels.data, panels.row_stride};
 }
 
 template <class E>

@@ -205,9 +205,9 @@ struct Products : Tiles<T> {
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
   // c (m, n) += a (m, depth) w (depth, n), summed as outer_tile does.   a is dense; panels holds w, kPanelColumns columns each and the
-  // last what is left, each dense. Of c, what lies `ahead` elements further along each row is fetched into L2; nothing where 0.
+  // last what is left, each dense. Where c streams by, it is fetched ahead.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
-                size_t ahead);
+                bool streams);
 };
 
 // To and from 16-bit storage. Narrowing rounds to nearest even, keeps NaN a NaN, keeps subnormals and

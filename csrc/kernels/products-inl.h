@@ -128,10 +128,6 @@ struct OuterTile {
   Sum<E>* c;
   size_t c_stride;
   bool accumulate;
-  struct {
-    size_t a, w, c;
-  } next;            // how far from a tile's operands those of the next one lie
-  size_t ahead = 0;  // where c streams by: so many elements ahead it is fetched, into L2
 };
 
 // Tiles of kRows rows, one after the other; one alone where rows of w are paired, which leaves no register for a loop.
@@ -158,10 +154,6 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
         for (size_t v = 0; v < kVectors; ++v) body(c, i, v);
       }
     };
-    if (p.ahead > 0)
-      for_vectors([&](T* c, size_t, size_t v) __attribute__((always_inline)) {
-        if (v * sizeof(Vec<T>) % kCacheLine == 0) __builtin_prefetch(c + p.ahead + v * kLanes, 0, 2);
-      });
     Vec<T> acc[kRows][kVectors];
     if (p.accumulate)
       for_vectors([&](T* c, size_t i, size_t v)
@@ -212,9 +204,8 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
       else
         acc[i][v].store(c + v * kLanes);
     });
-    p.a.data += p.next.a;
-    p.w += p.next.w;
-    p.c += p.next.c;
+    p.a.data += kRows * p.a.row_stride;
+    p.c += kRows * p.c_stride;
   }
 }
 
@@ -228,12 +219,11 @@ inline void outer_tile_upto(size_t rows, size_t tiles, const OuterTile<E, W>& p,
 // All m rows, in full tiles and one of what is left.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
-  p.next = {kTileTokens * p.a.row_stride, 0, kTileTokens * p.c_stride};
   const size_t step = kRowsOf<E, W> > 1 ? 1 : m / kTileTokens;
   for (size_t left = m / kTileTokens; left > 0; left -= step) {
     outer_tile_fixed<E, W, kTileTokens, kVectors, kPartial>(step, p, fetch);
-    p.a.data += step * p.next.a;
-    p.c += step * p.next.c;
+    p.a.data += step * kTileTokens * p.a.row_stride;
+    p.c += step * kTileTokens * p.c_stride;
   }
   if constexpr (kTileTokens > 1)
     outer_tile_upto<E, W, kTileTokens - 1, kVectors, kPartial>(m % kTileTokens, 1, p, fetch);
@@ -258,39 +248,72 @@ void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* 
   Fetch fetch = following;
   for (size_t j = 0; j < n; j += kGroup)
     outer_tile_columns<E, W, kOuterVectors>(
-        m, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate, {}}, fetch);
+        m, {smaller(n - j, kGroup), depth, a, w + j, w_stride, c + j, c_stride, accumulate}, fetch);
 }
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
+// So many panels ahead c is fetched where it streams by. Into L2: rows a multiple of 4 KB apart share their places in L1.
+inline constexpr size_t kPanelsAhead = 8;
+
+// A row of full tiles, along so many panels. outer_tile would do, but would fetch all of a tile at its beginning: the few steps of a
+// small rank take no longer than that.
+template <class T>
+inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
+                        bool streams) {
+  constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kOuterVectors * kLanes;
+  static_assert(kPanelColumns % kGroup == 0);
+  const size_t next_rows = kTileTokens * c_stride - count * kPanelColumns;  // behind the last panel
+  for (; count > 0; --count, panels += depth * kPanelColumns)
+    for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
+      Vec<T> acc[kTileTokens][kOuterVectors];
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kTileTokens; ++i)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v] = Vec<T>::load(c + i * c_stride + v * kLanes);
+      const T* next = c + kPanelsAhead * kPanelColumns + (count > kPanelsAhead ? 0 : next_rows);
+      size_t to_fetch = streams ? kTileTokens : 0;
+      const auto fetch_row = [&]() __attribute__((always_inline)) {
+        if (to_fetch == 0) return;
+        --to_fetch;
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kOuterVectors; ++v)
+          if (v * sizeof(Vec<T>) % kCacheLine == 0) __builtin_prefetch(next + v * kLanes, 0, 2);
+        next += c_stride;
+      };
+      const T* b = panels + j;
+      for (size_t k = 0; k < depth; ++k, b += kPanelColumns) {
+        fetch_row();
+        Vec<T> w[kOuterVectors];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kOuterVectors; ++v) w[v] = Vec<T>::load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < kTileTokens; ++i) {
+          const auto x = Vec<T>::broadcast(a[i * depth + k]);
+#pragma GCC unroll 4
+          for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v] = fma(x, w[v], acc[i][v]);
+        }
+      }
+      while (to_fetch > 0) fetch_row();
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kTileTokens; ++i)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v].store(c + i * c_stride + v * kLanes);
+    }
+}
+
 template <class T>
 void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
-           size_t ahead) {
-  constexpr size_t kGroup = kOuterVectors * Vec<T>::kLanes;
-  const size_t full = n / kPanelColumns, rest = n % kPanelColumns, panel = depth * kPanelColumns;
-  const size_t tiles = kGroup == kPanelColumns ? full : 1;  // narrower ones finish a panel at a time
-  Fetch nothing;
-  for (size_t first = 0; first < m; first += kTileTokens) {
-    const size_t rows = smaller(m - first, kTileTokens);
-    const Strided<T> a_rows{a + first * depth, depth, 1};
-    T* c_rows = c + first * c_stride;
-    for (size_t i = 0; i < full; i += tiles)
-      for (size_t j = 0; j < kPanelColumns; j += kGroup) {
-        const OuterTile<T, T> p{kGroup,
-                                depth,
-                                a_rows,
-                                panels + i * panel + j,
-                                kPanelColumns,
-                                c_rows + i * kPanelColumns + j,
-                                c_stride,
-                                true,
-                                {0, panel, kPanelColumns},
-                                ahead};
-        outer_tile_upto<T, T, kTileTokens, kOuterVectors, false>(rows, tiles, p, nothing);
-      }
-    if (rest > 0)
-      outer_tile<T, T>(rows, rest, depth, a_rows, panels + full * panel, rest, c_rows + full * kPanelColumns,
-                       c_stride, true, nothing);
+           bool streams) {
+  for (size_t rows; m > 0; m -= rows, a += rows * depth, c += rows * c_stride) {
+    rows = smaller(m, kTileTokens);
+    const size_t full = rows == kTileTokens ? n / kPanelColumns : 0;
+    merge_tiles(full, depth, a, panels, c, c_stride, streams);
+    for (size_t j = full * kPanelColumns; j < n; j += kPanelColumns) {
+      const size_t width = smaller(n - j, kPanelColumns);
+      outer_tile<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j, c_stride, true,
+                       {});
+    }
   }
 }
 

@@ -15,9 +15,6 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 32;
-// Elements ahead that W is fetched: 768 bytes of each of a tile's rows, some hundred cycles of its arithmetic. Into L2: rows a
-// multiple of 4 KB apart share their places in L1.
-constexpr size_t kAhead = 4 * kPanelColumns;
 constexpr size_t kColumnsBytes = size_t{128} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
@@ -57,7 +54,7 @@ void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale)
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
     for (size_t c = 0; c < w.cols; c += most)
       k.merge(rows, std::min(most, w.cols - c), b.rows, scaled, panels + c * b.rows, w.row(first) + c,
-              w.stride, kAhead);
+              w.stride, true);
   });
 }
 
@@ -78,7 +75,7 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
         const size_t height = std::min(k.tile_tokens, rows - i), width = std::min(kTileColumns, w.cols - c);
         for (size_t j = 0; j < height; ++j)
           widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
-        k.merge(height, width, b.rows, scaled + i * b.rows, panels + c * b.rows, tile, kTileColumns, 0);
+        k.merge(height, width, b.rows, scaled + i * b.rows, panels + c * b.rows, tile, kTileColumns, false);
         for (size_t j = 0; j < height; ++j) {
           float* row = tile + j * kTileColumns;
           if (key) dither(width, *key, uint64_t{first + i + j} * w.cols + c, row);

@@ -299,7 +299,7 @@ void test_merge(const KernelTable& table) {
           Placed<T> c(m, n, {c_stride}, place);
           for (size_t i = 0; i < m; ++i)
             for (size_t j = 0; j < n; ++j) c.data()[i * c_stride + j] = p.c[i * n + j];
-          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride, kind % 2 * kPanelColumns);
+          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride, kind % 2 != 0);
           p.judge(c.values(), data, table);
           check::expect(c.gaps_intact(), "wrote outside c");
           check::expect(a.untouched(p.a) && w.untouched(panels), "wrote to an input");

@@ -48,6 +48,8 @@ NAMES = (
 def main() -> None:
     options = parse_arguments()
     threads = [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
+    if options.quick:
+        threads = threads[-1:]
     names = NAMES if options.only is None else options.only
     results: dict[str, Any] = {"machine": machine(), "ceilings": [ceilings_of(n) for n in threads]}
     for name in names:
@@ -101,7 +103,7 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="few rounds: shows that all runs, not to be quoted"
+        "--quick", action="store_true", help="few rounds, not on one thread: shows that all runs, not to be quoted"
     )
     parser.add_argument("--only", choices=NAMES, nargs="+", help="these benchmarks alone")
     parser.add_argument("--wheel", type=Path, help="print the size of this wheel too")

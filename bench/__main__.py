@@ -103,7 +103,9 @@ def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="few rounds, not on one thread: shows that all runs, not to be quoted"
+        "--quick",
+        action="store_true",
+        help="few rounds, on the most threads alone: shows that all runs, not to be quoted",
     )
     parser.add_argument("--only", choices=NAMES, nargs="+", help="these benchmarks alone")
     parser.add_argument("--wheel", type=Path, help="print the size of this wheel too")

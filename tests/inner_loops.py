@@ -31,6 +31,7 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
         ("Bf16Pair", "Bf16Pair"),
         ("Bf16Pair", "Bf16"),
     ],
+    "merge_tiles": [("float",), ("double",)],
     "dots_rows": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
 }
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
@@ -41,7 +42,8 @@ class Loop:
     """An innermost loop that multiplies, in one instance of a kernel.
 
     The arguments of its template: lane_tile_fixed<float, vectors, rows, stride>,
-    outer_tile_fixed<float, float, rows, vectors, partial>, dots_rows<float, phases, rows>.
+    outer_tile_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
+    dots_rows<float, phases, rows>.
     """
 
     isa: str
@@ -123,6 +125,15 @@ def outer_tile_step(loop: Loop) -> Need:
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 
+def merge_tiles_step(loop: Loop) -> Need:
+    """Rows of a times vectors of w, and a row of the tile that comes later, as long as there is one."""
+    rows, vectors = loop.sizes
+    loads, fetches = rows + vectors, vectors
+    fetching = 4  # compared, a branch, counted, a pointer goes on
+    control = 8  # as in outer_tile_step
+    return Need(rows * vectors, loads + fetches + fetching + control)
+
+
 def dots_rows_turn(loop: Loop) -> Need:
     """Rows of w, a panel wide, in groups of as many elements as there are phases, each with a vector of x."""
     phases, rows = loop.sizes
@@ -143,6 +154,7 @@ def dots_rows_turn(loop: Loop) -> Need:
 NEEDS = {
     "lane_tile_fixed": lane_tile_step,
     "outer_tile_fixed": outer_tile_step,
+    "merge_tiles": merge_tiles_step,
     "dots_rows": dots_rows_turn,
 }
 

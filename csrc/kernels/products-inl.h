@@ -2,7 +2,7 @@
 //
 // The unit gives its tile sizes:
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
-//   kTileTokens  rows of a in outer_tile: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
+//   kTileTokens  rows of a in outer_tile and merge: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -209,11 +209,11 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
   }
 }
 
-// Picks the instance for tiles of rows <= kRows.
+// Picks the instance for a tile of rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t rows, size_t tiles, const OuterTile<E, W>& p, Fetch& fetch) {
-  if (rows == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(tiles, p, fetch);
-  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(rows, tiles, p, fetch);
+inline void outer_tile_upto(size_t rows, const OuterTile<E, W>& p, Fetch& fetch) {
+  if (rows == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
+  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
 // All m rows, in full tiles and one of what is left.
@@ -226,7 +226,7 @@ inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
     p.c += step * kTileTokens * p.c_stride;
   }
   if constexpr (kTileTokens > 1)
-    outer_tile_upto<E, W, kTileTokens - 1, kVectors, kPartial>(m % kTileTokens, 1, p, fetch);
+    outer_tile_upto<E, W, kTileTokens - 1, kVectors, kPartial>(m % kTileTokens, p, fetch);
 }
 
 // Picks the instance for n <= kVectors full vectors.
@@ -253,52 +253,53 @@ void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* 
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
-// So many panels ahead c is fetched where it streams by. Into L2: rows a multiple of 4 KB apart share their places in L1.
+// At most so many panels ahead c is fetched where it streams by. Into L2: rows a multiple of 4 KB apart share their places in L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// A row of full tiles, along so many panels. outer_tile would do, but would fetch all of a tile at its beginning: the few steps of a
-// small rank take no longer than that.
-template <class T>
+// A row of full tiles along count panels. It is outer_tile, but for fetching c: a row of a tile at each step. All at once would wait
+// for each other, and a small rank has few steps to hide them.
+template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
-  constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kOuterVectors * kLanes;
+  constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
-  const size_t next_rows = kTileTokens * c_stride - count * kPanelColumns;  // behind the last panel
+  const size_t ahead = smaller(count, kPanelsAhead);
+  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of these
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
-      Vec<T> acc[kTileTokens][kOuterVectors];
+      Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16
-      for (size_t i = 0; i < kTileTokens; ++i)
+      for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v] = Vec<T>::load(c + i * c_stride + v * kLanes);
-      const T* next = c + kPanelsAhead * kPanelColumns + (count > kPanelsAhead ? 0 : next_rows);
-      size_t to_fetch = streams ? kTileTokens : 0;
+        for (size_t v = 0; v < kVectors; ++v) acc[i][v] = Vec<T>::load(c + i * c_stride + v * kLanes);
+      const T* next = c + ahead * kPanelColumns + (count > ahead ? 0 : to_next_rows);
+      size_t to_fetch = streams ? kRows : 0;
       const auto fetch_row = [&]() __attribute__((always_inline)) {
         if (to_fetch == 0) return;
         --to_fetch;
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kOuterVectors; ++v)
+        for (size_t v = 0; v < kVectors; ++v)
           if (v * sizeof(Vec<T>) % kCacheLine == 0) __builtin_prefetch(next + v * kLanes, 0, 2);
         next += c_stride;
       };
       const T* b = panels + j;
       for (size_t k = 0; k < depth; ++k, b += kPanelColumns) {
         fetch_row();
-        Vec<T> w[kOuterVectors];
+        Vec<T> w[kVectors];
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kOuterVectors; ++v) w[v] = Vec<T>::load(b + v * kLanes);
+        for (size_t v = 0; v < kVectors; ++v) w[v] = Vec<T>::load(b + v * kLanes);
 #pragma GCC unroll 16
-        for (size_t i = 0; i < kTileTokens; ++i) {
+        for (size_t i = 0; i < kRows; ++i) {
           const auto x = Vec<T>::broadcast(a[i * depth + k]);
 #pragma GCC unroll 4
-          for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v] = fma(x, w[v], acc[i][v]);
+          for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, w[v], acc[i][v]);
         }
       }
       while (to_fetch > 0) fetch_row();
 #pragma GCC unroll 16
-      for (size_t i = 0; i < kTileTokens; ++i)
+      for (size_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kOuterVectors; ++v) acc[i][v].store(c + i * c_stride + v * kLanes);
+        for (size_t v = 0; v < kVectors; ++v) acc[i][v].store(c + i * c_stride + v * kLanes);
     }
 }
 
@@ -308,7 +309,7 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
   for (size_t rows; m > 0; m -= rows, a += rows * depth, c += rows * c_stride) {
     rows = smaller(m, kTileTokens);
     const size_t full = rows == kTileTokens ? n / kPanelColumns : 0;
-    merge_tiles(full, depth, a, panels, c, c_stride, streams);
+    merge_tiles<T, kTileTokens, kOuterVectors>(full, depth, a, panels, c, c_stride, streams);
     for (size_t j = full * kPanelColumns; j < n; j += kPanelColumns) {
       const size_t width = smaller(n - j, kPanelColumns);
       outer_tile<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j, c_stride, true,

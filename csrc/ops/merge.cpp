@@ -54,7 +54,7 @@ void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale)
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
     for (size_t c = 0; c < w.cols; c += most)
       k.merge(rows, std::min(most, w.cols - c), b.rows, scaled, panels + c * b.rows, w.row(first) + c,
-              w.stride, true);
+              w.stride, /*streams=*/true);
   });
 }
 
@@ -75,7 +75,8 @@ void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matr
         const size_t height = std::min(k.tile_tokens, rows - i), width = std::min(kTileColumns, w.cols - c);
         for (size_t j = 0; j < height; ++j)
           widen(storage, width, w.row(first + i + j) + c, tile + j * kTileColumns);
-        k.merge(height, width, b.rows, scaled + i * b.rows, panels + c * b.rows, tile, kTileColumns, false);
+        k.merge(height, width, b.rows, scaled + i * b.rows, panels + c * b.rows, tile, kTileColumns,
+                /*streams=*/false);
         for (size_t j = 0; j < height; ++j) {
           float* row = tile + j * kTileColumns;
           if (key) dither(width, *key, uint64_t{first + i + j} * w.cols + c, row);

@@ -283,23 +283,25 @@ void test_merge(const KernelTable& table) {
   const std::vector<size_t> all_depths = depths();
   Random random(6);
   size_t kind = 0;
-  // Each remainder of a panel, and up to five full ones, with a column behind them and without.
-  for (size_t n = 0; n <= 5 * kPanelColumns + 1; n += n < kPanelColumns || n % 2 == 0 ? 1 : kPanelColumns - 1)
+  // Each remainder of a panel, and up to ten full ones, with a column behind them and without.
+  for (size_t n = 0; n <= 10 * kPanelColumns + 1;
+       n += n < kPanelColumns || n % 2 == 0 ? 1 : kPanelColumns - 1)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
                      k.tile_tokens + 1, 2 * k.tile_tokens + 1}) {
       check::count_shape(kernel);
       const size_t depth = all_depths[++kind * 31 % all_depths.size()], c_stride = n + kind % 5;
+      const bool streams = kind % 2 != 0;
       for (Data data : kAllData) {
         const Product<T> p(random, m, n, depth, true, data, table);
         const std::vector<T> panels = in_dense_panels(p.b, depth, n);
         for (Place place : kPlaces) {
-          check::Case one("%s merge<%s> m %zu n %zu depth %zu c_stride %zu, %s, %s", table.isa,
-                          type_name<T>(), m, n, depth, c_stride, name_of(data), name_of(place));
+          check::Case one("%s merge<%s> m %zu n %zu depth %zu c_stride %zu streams %d, %s, %s", table.isa,
+                          type_name<T>(), m, n, depth, c_stride, streams, name_of(data), name_of(place));
           Placed<T> a(m, depth, {depth}, place, p.a), w(1, panels.size(), {panels.size()}, place, panels);
           Placed<T> c(m, n, {c_stride}, place);
           for (size_t i = 0; i < m; ++i)
             for (size_t j = 0; j < n; ++j) c.data()[i * c_stride + j] = p.c[i * n + j];
-          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride, kind % 2 != 0);
+          k.merge(m, n, depth, a.data(), w.data(), c.data(), c_stride, streams);
           p.judge(c.values(), data, table);
           check::expect(c.gaps_intact(), "wrote outside c");
           check::expect(a.untouched(p.a) && w.untouched(panels), "wrote to an input");

@@ -291,6 +291,11 @@ def test_what_can_not_be_merged_in_place_is_refused_with_the_reason(
         np.testing.assert_array_equal(W, before)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_a_weight_without_elements_has_nothing_to_merge(shape: tuple[int, int]) -> None:
+    nplora.merge_lora(np.zeros(shape), np.ones((shape[0], 2)), np.ones((2, shape[1])))
+
+
 def test_overlapping_factors_are_refused(rng: np.random.Generator) -> None:
     W = rng.standard_normal((8, 8)).astype(np.float32)
     before, other = W.copy(), np.ones((8, 8), np.float32)

@@ -262,12 +262,12 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
     storage = _storage_in_place(op, array, dtype)
     matrix(op, "W", array)
     inner, row = array.strides[1], array.strides[0]
-    if array.shape[1] > 1 and inner != array.itemsize:
+    if array.size > 0 and array.shape[1] > 1 and inner != array.itemsize:
         raise ValueError(
             f"{op}: the rows of W are not contiguous ({inner} bytes from one element to the next, "
             f"expected {array.itemsize}): is W transposed?"
         )
-    if array.shape[0] > 1 and row < array.shape[1] * array.itemsize:
+    if array.size > 0 and array.shape[0] > 1 and row < array.shape[1] * array.itemsize:
         raise ValueError(f"{op}: the rows of W run backwards or overlap ({row} bytes from one to the next)")
     return (array.view(np.uint16) if array.itemsize == 2 else array), storage
 

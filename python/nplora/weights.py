@@ -431,7 +431,10 @@ def freeze(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
         )
     if _check.choice(op, "compute", compute, INFERENCE_COMPUTES) not in ("float32", W.compute):
-        raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}")
+        raise ValueError(
+            f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}; "
+            f"W.with_compute({compute!r}) is one that does"
+        )
     return W
 
 

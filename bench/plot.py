@@ -9,11 +9,14 @@ SHAPE = (1536, 576)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the products on the fewest threads with W of SHAPE (or the first shape there is) to `path`."""
+    """Draw the products on the fewest threads with W of SHAPE (or the smallest shape there is) to `path`."""
     from matplotlib.figure import Figure
 
     threads = min(row["threads"] for row in results["product"])
     rows = [row for row in results["product"] if row["threads"] == threads and row["of_bound"] is not None]
+    if not rows:
+        print(f"{path} is not drawn: without ceilings there is no share of them")
+        return
     shapes = {(row["d_out"], row["d_in"]) for row in rows}
     shape = SHAPE if SHAPE in shapes else min(shapes)
     figure = Figure((10, 6), layout="constrained")

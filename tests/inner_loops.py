@@ -88,7 +88,8 @@ class Need:
 
     Multiply-adds set the pace of a loop that holds no more than one other instruction for each: cores start
     at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
-    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay below: lane_tile has 20 others, outer_tile 22.
+    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay at it: lane_tile has 20 others, outer_tile 22,
+    merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch).
     """
 
     multiply_adds: int
@@ -128,7 +129,8 @@ def outer_tile_step(loop: Loop) -> Need:
 def merge_tiles_step(loop: Loop) -> Need:
     """Rows of a times vectors of w, and a row of the tile that comes later, as long as there is one."""
     rows, vectors = loop.sizes
-    loads, fetches = rows + vectors, vectors
+    size = 16 if loop.isa.startswith("neon") else 32 if loop.isa == "avx2" else 64
+    loads, fetches = rows + vectors, -(-vectors * size // 64)
     fetching = 4  # compared, a branch, counted, a pointer goes on
     control = 8  # as in outer_tile_step
     return Need(rows * vectors, loads + fetches + fetching + control)

@@ -291,9 +291,15 @@ def test_what_can_not_be_merged_in_place_is_refused_with_the_reason(
         np.testing.assert_array_equal(W, before)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
-def test_a_weight_without_elements_has_nothing_to_merge(shape: tuple[int, int]) -> None:
-    nplora.merge_lora(np.zeros(shape), np.ones((shape[0], 2)), np.ones((2, shape[1])))
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("cut", [lambda W: W[:0], lambda W: W[:, :0].T, lambda W: W[::-1, :0]])
+def test_a_weight_without_elements_has_nothing_to_merge(
+    cut: Callable[[Array], Array], dtype: type[np.floating[Any]]
+) -> None:
+    W = cut(np.zeros((4, 5), dtype))
+    A, B = np.ones((len(W), 2)), np.ones((2, W.shape[1]))
+    nplora.merge_lora(W, A, B)
+    nplora.unmerge_lora(W, A, B)
 
 
 def test_overlapping_factors_are_refused(rng: np.random.Generator) -> None:

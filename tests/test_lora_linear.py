@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -544,8 +545,24 @@ def test_a_frozen_weight_keeps_its_own_storage() -> None:
     assert LoRALinear(fw).weight is LoRALinear(fw, dtype=np.float16).weight is fw
     with pytest.raises(ValueError, match="dtype='float32', but W is a FrozenWeight stored as float16"):
         LoRALinear(fw, dtype="float32")
-    with pytest.raises(ValueError, match=r"computes in float32; W.with_compute\('bfloat16'\) is"):
-        LoRALinear(fw, compute="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute", "message"),
+    [
+        ("float32", "bfloat16", "computes in float32; W.with_compute('bfloat16') is one that does"),
+        ("q8_0", "int8", "computes in float32; W.with_compute('int8') is one that does"),
+        ("float64", "bfloat16", "computes in float64"),
+        ("float32", "int8", "compute='int8' is for GGUF's blocks, W is stored as float32"),
+        ("nf4", "int8", "compute='int8' is for GGUF's blocks, W is stored as nf4"),
+    ],
+)
+def test_a_frozen_weight_keeps_its_own_arithmetic(dtype: str, compute: str, message: str) -> None:
+    fw = nplora.FrozenWeight(np.ones((9, 64)), dtype=dtype)
+    with pytest.raises(ValueError, match=f"LoRALinear: .*{re.escape(message)}$"):
+        LoRALinear(fw, compute=compute)
+    if "with_compute" in message:
+        assert LoRALinear(fw.with_compute(compute), compute=compute).weight.compute == compute
 
 
 def test_a_layer_that_computes_in_bfloat16_stays_near_and_keeps_its_compute_when_merged(

@@ -256,15 +256,16 @@ void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* 
 // At most so many panels ahead c is fetched where it streams by. Into L2: rows a multiple of 4 KB apart share their places in L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// A row of full tiles along count panels. It is outer_tile, but for fetching c: a row of a tile at each step. All at once would wait
-// for each other, and a small rank has few steps to hide them.
+// A row of full tiles along count panels. It is outer_tile, but for fetching c, at each step a row of a tile: all of its rows at once
+// would wait for each other, and a small rank has few steps to hide that. Behind the last panel the rows below follow. The sizes are
+// parameters for tests/inner_loops.py, which reads them in the name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of these
+  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of a row's panels
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
       Vec<T> acc[kRows][kVectors];

@@ -261,15 +261,21 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)
     matrix(op, "W", array)
-    inner, row = array.strides[1], array.strides[0]
-    if array.size > 0 and array.shape[1] > 1 and inner != array.itemsize:
+    if array.size:
+        _require_rows(op, array)
+    return (array.view(np.uint16) if array.itemsize == 2 else array), storage
+
+
+def _require_rows(op: str, W: Array) -> None:
+    """Each row in one piece, and behind the one before."""
+    row, inner = W.strides
+    if W.shape[1] > 1 and inner != W.itemsize:
         raise ValueError(
             f"{op}: the rows of W are not contiguous ({inner} bytes from one element to the next, "
-            f"expected {array.itemsize}): is W transposed?"
+            f"expected {W.itemsize}): is W transposed?"
         )
-    if array.size > 0 and array.shape[0] > 1 and row < array.shape[1] * array.itemsize:
+    if W.shape[0] > 1 and row < W.shape[1] * W.itemsize:
         raise ValueError(f"{op}: the rows of W run backwards or overlap ({row} bytes from one to the next)")
-    return (array.view(np.uint16) if array.itemsize == 2 else array), storage
 
 
 def _storage_in_place(op: str, array: Array, dtype: str | None) -> str:

@@ -283,7 +283,7 @@ void test_merge(const KernelTable& table) {
   const std::vector<size_t> all_depths = depths();
   Random random(6);
   size_t kind = 0;
-  // Each remainder of a panel, and up to ten full ones, with a column behind them and without.
+  // Each remainder of a panel, and up to ten full ones, more than are fetched ahead, with a column behind them and without.
   for (size_t n = 0; n <= 10 * kPanelColumns + 1;
        n += n < kPanelColumns || n % 2 == 0 ? 1 : kPanelColumns - 1)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,

@@ -418,24 +418,26 @@ def freeze(
     op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
 ) -> FrozenWeight:
     """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
-    frozen = W if isinstance(W, FrozenWeight) else None
-    storage = dtype_name(op, dtype) if frozen is None or dtype is not None else frozen.dtype
-    if frozen is not None and storage != frozen.dtype:
-        raise ValueError(f"{op}: dtype={storage!r}, but W is a FrozenWeight stored as {frozen.dtype}")
-    if frozen is not None and _check.choice(op, "compute", compute, INFERENCE_COMPUTES) in (
-        "float32",
-        frozen.compute,
-    ):
-        return frozen
-    if compute == "int8" and (storage in storages.FLOATS or storage == "nf4"):
-        words = "would be stored as {}; dtype='q8_0' makes some" if frozen is None else "is stored as {}"
-        raise ValueError(f"{op}: compute='int8' is for GGUF's blocks, W {words.format(storage)}")
-    if frozen is None:
+    if not isinstance(W, FrozenWeight):
+        storage = dtype_name(op, dtype)
+        if compute == "int8":
+            _require_blocks(op, storage, f"would be stored as {storage}; dtype='q8_0' makes some")
         return FrozenWeight(W, storage, compute)
-    way = "" if storage == "float64" else f"; W.with_compute({compute!r}) is one that does"
-    raise ValueError(
-        f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {frozen.compute}{way}"
-    )
+    if dtype is not None and dtype_name(op, dtype) != W.dtype:
+        raise ValueError(
+            f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
+        )
+    if _check.choice(op, "compute", compute, INFERENCE_COMPUTES) in ("float32", W.compute):
+        return W
+    if compute == "int8":
+        _require_blocks(op, W.dtype, f"is stored as {W.dtype}")
+    way = "" if W.dtype == "float64" else f"; W.with_compute({compute!r}) is one that does"
+    raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}{way}")
+
+
+def _require_blocks(op: str, storage: str, words: str) -> None:
+    if storage in storages.FLOATS or storage == "nf4":
+        raise ValueError(f"{op}: compute='int8' is for GGUF's blocks, W {words}")
 
 
 def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:

@@ -26,7 +26,7 @@ int main(int count, char** words) {
   const size_t parts = count == 3 ? strtoul(words[2], nullptr, 10) : 1;
   check::catch_crashes();
   test_dispatch();
-  if (part == parts - 1) {  // the last: under emulation CI leaves the first out, the generic kernels
+  if (part == parts - 1) {  // the last: CI leaves the first out on aarch64, the generic kernels
     test_quantize();
     test_fetch_list();
   }

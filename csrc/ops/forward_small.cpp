@@ -1,5 +1,6 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
 #include <atomic>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -87,7 +88,7 @@ class SmallForward {
   using X = Operand<W>;
 
   SmallForward(const ForwardPart<T>& part, const SmallBatch<T>& batch, const X* xs,
-               const kernels::Int8Rows& codes)
+               const kernels::Int8Rows& codes, T* z)
       : part_(part),
         batch_(batch),
         x_(batch.x),
@@ -96,7 +97,8 @@ class SmallForward {
         phases_(batch.phases),
         rank_(part.low.rank()),
         xs_(xs),
-        codes_(codes) {}
+        codes_(codes),
+        z_(z) {}
 
   size_t rank() const { return rank_; }
 
@@ -120,29 +122,30 @@ class SmallForward {
                  part_.y.stride);
   }
 
-  // scale * drop(x) Bᵀ (n, r); z without the scale, where it is `wanted`.
-  const T* project(bool wanted) const {
+  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ; without the scale where the caller wants it.
+  void project(Range ranks) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
     if (part_.low.dropout > 0)
       xs =
           batch_.template interleave<X>(dropped(part_.low, x_, {0, n}),
                                         scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
+    const Matrix<const T> rows{part_.low.b.row(ranks.first), ranks.count, x_.cols, part_.low.b.stride};
     const Strided<X> b = elements_or_self<X>(
-        part_.low.b, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, rank_ * depth_of<X>(x_.cols)));
-    T* z = scratch<T>(Scratch::kLowGradients, n * rank_);
-    T* sums = scratch<T>(Scratch::kSums, rank_ * lanes_);
-    dots<X>(b, {0, rank_}, depth_of<X>(x_.cols), xs, sums);
-    k_.sum_parts(n, phases_, rank_, sums, nullptr, z, rank_);
-    if (wanted && part_.z.data)
-      for (size_t t = 0; t < n; ++t) std::copy_n(z + t * rank_, rank_, part_.z.row(t));
-    for (size_t i = 0; i < n * rank_; ++i) z[i] *= T(part_.low.scale);
-    return z;
+        rows, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
+    T* sums = scratch<T>(Scratch::kSums, ranks.count * lanes_);
+    dots<X>(b, {0, ranks.count}, depth_of<X>(x_.cols), xs, sums);
+    k_.sum_parts(n, phases_, ranks.count, sums, nullptr, z_ + ranks.first, rank_);
+    for (size_t t = 0; t < n; ++t) {
+      T* row = z_ + t * rank_ + ranks.first;
+      if (part_.z.data) std::copy_n(row, ranks.count, part_.z.row(t) + ranks.first);
+      for (size_t i = 0; i < ranks.count; ++i) row[i] *= T(part_.low.scale);
+    }
   }
 
   // y[:, rows] += z Aᵀ.
-  void update(const T* z, Range rows) const {
-    k_.add_dots(x_.rows, rows.count, rank_, part_.low.a.row(rows.first), z, rank_, part_.y.data + rows.first,
+  void update(Range rows) const {
+    k_.add_dots(x_.rows, rows.count, rank_, part_.low.a.row(rows.first), z_, rank_, part_.y.data + rows.first,
                 part_.y.stride);
   }
 
@@ -211,12 +214,28 @@ class SmallForward {
   const size_t lanes_, phases_, rank_;
   const X* const xs_;               // x, by token and phase
   const kernels::Int8Rows& codes_;  // x in int8, where W meets it so
+  T* const z_;                      // (n, r), times the scale
 };
 
-// Rows of a part.
+// Rows of a part's W, or of its B.
 struct RowTask {
   size_t part;
   Range rows;
+};
+
+// Rows of B that one of several workers takes at a time: so many are summed side by side.
+constexpr size_t kRanksPerTask = 4;
+
+// Counts what has ended, if by an exception: others wait for it.
+class Counted {
+ public:
+  explicit Counted(std::atomic<size_t>& count) : count_(count) {}
+  ~Counted() { ++count_; }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+ private:
+  std::atomic<size_t>& count_;
 };
 
 // Reading W, and decoding it, takes the time of so many of its operations.
@@ -230,31 +249,38 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   using X = Operand<W>;
   const SmallBatch<T> batch{x};
   kernels::Int8Rows codes{};
-  bool every_int8 = true, updates = false;
+  bool every_int8 = true;
+  size_t ranks = 0;
   for (const ForwardPart<T>& part : parts) {
     every_int8 &= dots_int8(part.w);
-    updates |= part.low.rank() > 0;
+    ranks += part.low.rank();
     if constexpr (std::is_same_v<W, float>)
       if (dots_int8(part.w) && !codes.codes) codes = quantized(x);
   }
-  const X* xs = every_int8 && !updates ? nullptr
-                                       : batch.template interleave<X>(
-                                             x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
+  const X* xs =
+      every_int8 && ranks == 0
+          ? nullptr
+          : batch.template interleave<X>(x, scratch<X>(Scratch::kLanes, batch.template size<X>(x.cols)));
+  T* z = scratch<T>(Scratch::kLowGradients, x.rows * ranks);
   const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
   std::vector<SmallForward<W>> products;
-  std::vector<RowTask> tasks;
+  std::vector<RowTask> tasks, projections;
   products.reserve(parts.size());
   for (const ForwardPart<T>& part : parts) {
-    products.emplace_back(part, batch, xs, codes);
+    const size_t product = products.size(), rank = part.low.rank();
+    products.emplace_back(part, batch, xs, codes, z);
+    z += x.rows * rank;
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
-    for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({products.size() - 1, grid.side(i)});
+    for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
+    const size_t step = threads > 1 && part.low.dropout == 0 ? kRanksPerTask : rank;  // x is dropped for each
+    for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
-  // Each worker takes rows of W, one task after the other; then it computes z for itself and adds the update to what it took.
-  // Large weights take more workers, so that Ctrl-C is heard between them.
+  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to what
+  // it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is heard between them.
   const size_t workers = std::max(threads, static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops));
   const size_t most = workers > threads ? ceil_div(tasks.size(), workers) : tasks.size();
-  std::atomic<size_t> next = 0;
+  std::atomic<size_t> next = 0, next_projection = 0, projected = 0;
   parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
     std::vector<RowTask> taken;
     for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); ++n) {
@@ -262,14 +288,12 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
       product.multiply(tasks[i].rows);
       if (product.rank() > 0) taken.push_back(tasks[i]);
     }
-    const T* z = nullptr;
-    size_t part = parts.size();
-    for (const RowTask& task : taken) {
-      const SmallForward<W>& product = products[task.part];
-      if (task.part != part) z = product.project(task.rows.first == 0);  // written by one
-      part = task.part;
-      product.update(z, task.rows);
+    for (size_t i = 0; (i = next_projection++) < projections.size();) {
+      const Counted counted(projected);
+      products[projections[i].part].project(projections[i].rows);
     }
+    while (projected < projections.size()) std::this_thread::yield();
+    for (const RowTask& task : taken) products[task.part].update(task.rows);
   });
 }
 

@@ -172,17 +172,24 @@ def test_nan_and_infinity_propagate(name: str, value: float, rng: np.random.Gene
 
 
 @pytest.mark.usefixtures("thread_limit")
-def test_results_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.random.Generator) -> None:
-    x, dy = rng.standard_normal((200, 301)), rng.standard_normal((200, 257))
-    W, A, B = (rng.standard_normal(s).astype(np.float32) for s in ((257, 301), (257, 8), (8, 301)))
-    results = set()
-    for threads in (1, 2, 3):
-        nplora.set_num_threads(threads)
-        y, z = nplora.lora_forward(x, W, A, B)
-        gradients = nplora.lora_backward(dy, x, z, W, A, B)
-        merged = nplora.merge_lora(W.copy(), A, B)
-        results.add(tuple(v.tobytes() for v in (y, z, *gradients, merged)))
-    assert len(results) == 1
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [("float32", "float32"), ("float32", "bfloat16"), ("float64", "float32")]
+)
+def test_results_are_the_same_to_the_bit_on_any_number_of_threads(
+    dtype: str, compute: str, rng: np.random.Generator
+) -> None:
+    W, A, B = (rng.standard_normal(s).astype(dtype) for s in ((1021, 515), (1021, 11), (11, 515)))
+    fw = nplora.FrozenWeight(W, compute=compute)
+    for n in (1, 8, 200):
+        x, dy = rng.standard_normal((n, 515)), rng.standard_normal((n, 1021))
+        results = set()
+        for threads in (1, 2, 3, 7):
+            nplora.set_num_threads(threads)
+            y, z = nplora.lora_forward(x, fw, A, B)
+            gradients = nplora.lora_backward(dy, x, z, fw, A, B)
+            merged = nplora.merge_lora(W.copy(), A, B)
+            results.add(tuple(v.tobytes() for v in (y, z, *gradients, merged)))
+        assert len(results) == 1, n
 
 
 # ---- merge ----

@@ -101,7 +101,7 @@ def test_results_are_the_same_to_the_bit_on_any_number_of_threads(
     name: str, compute: str, rng: np.random.Generator
 ) -> None:
     fw = FrozenWeight(random(rng, 1021, 1024), name, compute)
-    A, B = random(rng, 1021, 3), random(rng, 3, 1024)
+    A, B = random(rng, 1021, 11), random(rng, 11, 1024)
     for n in (*range(1, 10), 33, 300):
         x, dy, results = random(rng, n, 1024), random(rng, n, 1021), set()
         for threads in (1, 2, 3):

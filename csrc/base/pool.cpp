@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/pause.h"
+
 namespace nplora {
 
 namespace {
@@ -25,14 +27,6 @@ std::atomic<bool> in_child{false};
 // woken onto the caller's own core (in a virtual machine the other one, being halted, does not count as idle) and then waits
 // for a time slice while the caller does all the work: with 20 µs here, a step took 8.0 ms on two cores instead of 4.3.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 // Looks until done() or for kSpinTime; returns done().
 template <class Done>

@@ -154,7 +154,7 @@ inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand
     const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
     Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
     if (width == kPanelDepth<W>) {
-      dots_panel<W, kPhases>(p);
+      if (p.rows > 0) dots_panel<W, kPhases>(p);
       p.rows += last;
       p.next = w.data + w.panel_stride;
       dots_panel<W, kPhases>(p);

@@ -1,10 +1,10 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a handful of rows.
 #include <atomic>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "base/parallel.h"
+#include "base/pause.h"
 #include "ops/elements.h"
 #include "ops/fetch_list.h"
 #include "ops/forward.h"
@@ -60,7 +60,7 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums};
 }
 
-// What the update of rows of W reads of the factors: B, of which those rows have their share, and their A.
+// What the update of rows of W reads of the factors: their A, and a share of B, which may be another worker's to read.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
   if (low.rank() == 0 || rows.count == 0) return {{}, {}};
@@ -122,7 +122,7 @@ class SmallForward {
                  part_.y.stride);
   }
 
-  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ; without the scale where the caller wants it.
+  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ; the caller's z, where it is wanted, is without the scale.
   void project(Range ranks) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
@@ -130,9 +130,9 @@ class SmallForward {
       xs =
           batch_.template interleave<X>(dropped(part_.low, x_, {0, n}),
                                         scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
-    const Matrix<const T> rows{part_.low.b.row(ranks.first), ranks.count, x_.cols, part_.low.b.stride};
     const Strided<X> b = elements_or_self<X>(
-        rows, kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
+        rows_of(part_.low.b, ranks),
+        kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
     T* sums = scratch<T>(Scratch::kSums, ranks.count * lanes_);
     dots<X>(b, {0, ranks.count}, depth_of<X>(x_.cols), xs, sums);
     k_.sum_parts(n, phases_, ranks.count, sums, nullptr, z_ + ranks.first, rank_);
@@ -217,16 +217,10 @@ class SmallForward {
   T* const z_;                      // (n, r), times the scale
 };
 
-// Rows of a part's W, or of its B.
-struct RowTask {
-  size_t part;
-  Range rows;
-};
+// The fewest rows of B that one of several workers takes: kernels sum up to four side by side.
+constexpr size_t kLeastRanks = 4;
 
-// Rows of B that one of several workers takes at a time: so many are summed side by side.
-constexpr size_t kRanksPerTask = 4;
-
-// Counts what has ended, if by an exception: others wait for it.
+// Counts what has ended, even by an exception: others wait for it.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -264,7 +258,7 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   T* z = scratch<T>(Scratch::kLowGradients, x.rows * ranks);
   const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
   std::vector<SmallForward<W>> products;
-  std::vector<RowTask> tasks, projections;
+  std::vector<PartRows> tasks, projections;
   products.reserve(parts.size());
   for (const ForwardPart<T>& part : parts) {
     const size_t product = products.size(), rank = part.low.rank();
@@ -273,7 +267,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
-    const size_t step = threads > 1 && part.low.dropout == 0 ? kRanksPerTask : rank;  // x is dropped for each
+    // Each task would drop x again.
+    const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
   // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to what
@@ -282,7 +277,7 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   const size_t most = workers > threads ? ceil_div(tasks.size(), workers) : tasks.size();
   std::atomic<size_t> next = 0, next_projection = 0, projected = 0;
   parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
-    std::vector<RowTask> taken;
+    std::vector<PartRows> taken;
     for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); ++n) {
       const SmallForward<W>& product = products[tasks[i].part];
       product.multiply(tasks[i].rows);
@@ -292,8 +287,9 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
       const Counted counted(projected);
       products[projections[i].part].project(projections[i].rows);
     }
-    while (projected < projections.size()) std::this_thread::yield();
-    for (const RowTask& task : taken) products[task.part].update(task.rows);
+    if (taken.empty()) return;
+    wait_until([&] { return projected == projections.size(); });
+    for (const PartRows& task : taken) products[task.part].update(task.rows);
   });
 }
 

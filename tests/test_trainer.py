@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,17 @@ def test_the_learning_rate_follows_the_schedule(schedule: str) -> None:
         x, y, epochs=2, batch_size=10
     )
     assert [r.lr for r in history.steps] == [0.5 * optim.schedule(schedule, s, 8, 2) for s in range(8)]
+
+
+def test_a_run_that_ends_before_the_learning_rate_has_risen_is_told() -> None:
+    x, y = data(40)
+    said = "Trainer.fit: the learning rate rises for 4 steps, and the run ends after 4"
+    for steps in (0, 4, 5):  # at its fifth step the rate has risen
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer_of(net(), warmup_steps=4).fit(x, y, steps=steps)
+        assert [str(w.message) for w in told] == ([said] if steps == 4 else [])
+        assert all(w.filename == __file__ for w in told)
 
 
 # ---- data ----

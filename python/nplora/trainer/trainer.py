@@ -1,6 +1,7 @@
 """Trainer: fit a model's trainable arrays to data, with everything that a long run needs."""
 
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -143,12 +144,19 @@ class Trainer:
                 still there, and the message says how many bytes were needed.
         Warns:
             UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
-                or version are others than the checkpoint's; `log.jsonl` has lost records of the history.
+                or version are others than the checkpoint's; `log.jsonl` has lost records of the history; the
+                run ends before the learning rate has risen.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
         plan = self._plan(x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every)
+        if plan.total_steps is not None and 0 < plan.total_steps <= self.warmup_steps:
+            warnings.warn(
+                f"{_OP}: the learning rate rises for {self.warmup_steps} steps, and the run ends after "
+                f"{plan.total_steps}",
+                stacklevel=2,
+            )
         self._check_model()
         for batches in (plan.batches, plan.validation):
             if isinstance(batches, ArrayBatches):

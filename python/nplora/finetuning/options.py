@@ -60,7 +60,9 @@ class FinetuneOptions:
     max_grad_norm: float = _beside(1.0, "gradients that are larger together are scaled down to this")
     epochs: int | None = _option(None, "passes over the data (1 if no steps are given)")
     steps: int | None = _option(None, "updates, instead of epochs")
-    batch_tokens: int | None = _option(None, "most tokens of a batch, which has as many examples as fit")
+    batch_tokens: int | None = _option(
+        None, "most tokens of a batch, which has as many examples as fit, one at least"
+    )
     batch_examples: int | None = _option(None, f"examples of a batch ({DEFAULT_EXAMPLES} without both)")
     accumulate: int = _option(1, "batches that make one step")
     max_length: int = _option(1024, "longer examples are cut to this many tokens")

@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import nplora
 from nplora.formats import files, gguf
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf.ggml_types import GGML_TYPES
+from nplora.storages import GGML_NAMES, STORAGES
 
 Array = np.ndarray[Any, Any]
 
@@ -122,6 +124,25 @@ def test_any_strides_and_byte_order_are_written_row_major_and_little_endian() ->
     np.testing.assert_array_equal(file["bfloat16"].numpy(), bits.T.view(np.uint16))
 
 
+@pytest.mark.parametrize("storage", [name for name in STORAGES if name != "nf4"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_frozen_weight_is_written_in_its_storage(
+    storage: str, mapped: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "w.gguf"
+    fw = nplora.FrozenWeight(rng.standard_normal((5, 512)), storage)
+    gguf.save(path, {"w": fw})
+    if mapped:
+        fw = nplora.FrozenWeight.from_gguf(path, "w")
+        gguf.save(path := tmp_path / "again.gguf", {"w": fw})
+    (tensor,) = oracle.GGUFReader(path).tensors
+    kind, values = tensor.tensor_type, tensor.data
+    assert kind.name == GGML_NAMES[storage]
+    if storage != "float64":  # which gguf leaves as it is
+        values = oracle.quants.dequantize(values, kind)
+    np.testing.assert_array_equal(values.reshape(5, 512), fw.to_numpy())
+
+
 TOO_LONG = "n" * 64
 
 
@@ -145,8 +166,10 @@ TOO_LONG = "n" * 64
         (
             {"w": Tensor("w", "F32", (4,), np.zeros(4, "f4"))},
             TypeError,
-            "has data of float32, expected bytes",
+            "has data of float32, expected an array of bytes, uint8",
         ),
+        ({"w": Tensor("w", "Q4_0", (8, 64), bytes(288))}, TypeError, "has data of bytes, expected an array"),
+        ({"w": nplora.FrozenWeight(np.ones((2, 64)), "nf4")}, ValueError, "GGUF has no type for 'nf4'"),
         ({"w": Tensor("w", "F32", (4.0,), BLOCKS)}, TypeError, "float"),
     ],
 )

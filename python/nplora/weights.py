@@ -264,6 +264,21 @@ class FrozenWeight:
         self._packed.unpack(out)
         return out
 
+    def to_gguf(self, name: str = "") -> gguf.Tensor:
+        """The matrix as `gguf.save` writes it: blocks, or floats, as they are stored.
+
+        Raises:
+            ValueError: GGUF has no type for this storage ("nf4").
+        """
+        from nplora.formats import gguf
+
+        if self.dtype not in storages.GGML_NAMES:
+            known = ", ".join(storages.GGML_NAMES)
+            raise ValueError(f"FrozenWeight.to_gguf: GGUF has no type for {self.dtype!r}; it has: {known}")
+        blocks = self.dtype in storages.BLOCKS
+        raw = self._arrays[0] if blocks else storages.encode(self.to_numpy(), self.dtype)
+        return gguf.Tensor(name, storages.GGML_NAMES[self.dtype], self.shape, raw.reshape(-1))
+
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError("FrozenWeight: the matrix is packed, an array of it is always a copy")

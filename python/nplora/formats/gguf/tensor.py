@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -71,3 +71,10 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.type}, {self.shape})"
+
+
+@runtime_checkable
+class HasTensor(Protocol):
+    """What can be saved as the tensor that it gives, as a `FrozenWeight`."""
+
+    def to_gguf(self, name: str) -> Tensor: ...

@@ -27,7 +27,7 @@ from nplora.formats.gguf.header import (
     VERSIONS,
 )
 from nplora.formats.gguf.metadata import LENGTH, Typed
-from nplora.formats.gguf.tensor import Stream, Tensor
+from nplora.formats.gguf.tensor import HasTensor, Stream, Tensor
 
 MAX_NAME = 63  # bytes of a tensor's name; ggml refuses longer ones
 _UINT32 = struct.Struct("<I")
@@ -43,7 +43,7 @@ _TYPE_OF = {
 }
 
 Array: TypeAlias = NDArray[Any]
-Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream]"
+Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream | HasTensor]"
 
 
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
@@ -52,7 +52,8 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
     Args:
         tensors: name -> float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64 array of any strides
             and byte order and at most four axes, or a `Tensor` of raw blocks: `Tensor("w", "Q4_0", (8,
-            64), blocks)`, or a `Stream` of them. The key is the name, whatever a `Tensor` calls itself.
+            64), blocks)`, or a `Stream` of them, or a `FrozenWeight`, in the storage that it has. The key is
+            the name, whatever a `Tensor` calls itself.
         metadata: key -> str, bool, list of them, NumPy scalar or array, or `Typed`, which names one of the
             format's types for a Python int or float. "general.alignment" says where tensors may begin.
     Raises:
@@ -214,8 +215,10 @@ class _Stored:
     chunks: Callable[[], Iterable[Chunk]]
 
 
-def _stored(name: str, tensor: ArrayLike | Tensor | Stream) -> _Stored:
+def _stored(name: str, tensor: ArrayLike | Tensor | Stream | HasTensor) -> _Stored:
     where = f"gguf.save: tensor {brief(name)}"
+    if isinstance(tensor, HasTensor):
+        tensor = tensor.to_gguf(name)
     if isinstance(tensor, Stream):
         kind, shape = _blocks(where, tensor.type, tensor.shape)
         nbytes = kind.nbytes(shape)
@@ -259,8 +262,9 @@ def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
     """Type, shape and bytes, which are those that the shape takes."""
     kind, shape = _blocks(where, tensor.type, tensor.shape)
     nbytes = kind.nbytes(shape)
-    if tensor.data.dtype != np.uint8:
-        raise TypeError(f"{where} has data of {tensor.data.dtype}, expected bytes as uint8")
+    held = getattr(tensor.data, "dtype", type(tensor.data).__name__)
+    if held != np.uint8:
+        raise TypeError(f"{where} has data of {held}, expected an array of bytes, uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
             f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"

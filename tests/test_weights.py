@@ -11,6 +11,7 @@ import pytest
 import nplora
 import reference
 from nplora import FrozenWeight, _core
+from nplora.formats import safetensors
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -176,6 +177,12 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
         ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axis, expected 2 \(d_out, d_in\)"),
         ((np.ones((1, 2, 3)),), ValueError, "W has 3 axes"),
         ((np.float32(1),), ValueError, "W has 0 axes"),
+        (("q4_0",), TypeError, r"W is a str, expected an array \(d_out, d_in\)$"),
+        (
+            (safetensors.Tensor("w", "float32", np.ones((2, 2), "f4")),),
+            TypeError,
+            "W is a Tensor, expected an array",
+        ),
         ((np.ones((2, 2), int),), TypeError, "W has dtype int64, expected floats$"),
         ((np.ones((2, 2), bool),), TypeError, "W has dtype bool"),
         ((np.ones((2, 2), complex),), TypeError, "W has dtype complex128"),

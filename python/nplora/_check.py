@@ -133,6 +133,10 @@ def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
 def matrix(op: str, name: str, array: Array) -> Array:
     """An array with the two axes of a weight."""
     if array.ndim != 2:
+        if array.ndim == 0 and array.dtype.kind not in "fiub":
+            raise TypeError(
+                f"{op}: {name} is a {type(array.item()).__name__}, expected an array (d_out, d_in)"
+            )
         raise ValueError(f"{op}: {name} has {_axes(array)}, expected 2 (d_out, d_in)")
     return array
 

@@ -688,7 +688,7 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
         (byte_level(tokens=5), FormatError, "expected an array of STRING"),
         (byte_level(model=7), FormatError, "expected a STRING"),
         (byte_level(model="t5"), UnsupportedError, "a tokenizer 't5', read are 'gpt2' and 'llama'"),
-        (byte_level(model=None), FormatError, "model' is missing"),
+        (byte_level(model=None), FormatError, "no tokenizer: no metadata 'tokenizer.ggml.model'"),
         (byte_level(pre="new"), UnsupportedError, "pre is 'new', read are 'default', 'gpt-2'"),
     ],
 )

@@ -55,6 +55,8 @@ class _Vocabulary:
 
     def __init__(self, metadata: Metadata, source: str) -> None:
         self.metadata, self.source = metadata, source
+        if f"{KEY}model" not in metadata:
+            raise FormatError(f"{source}: the file has no tokenizer: no metadata '{KEY}model'")
         self.model = metadata.string(f"{KEY}model")
         if self.model not in ("gpt2", "llama"):
             raise UnsupportedError(f"{source}: a tokenizer {brief(self.model)}, read are 'gpt2' and 'llama'")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 import nplora
 from figures import Figure
@@ -41,9 +42,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def thread_limit() -> Iterator[None]:
-    """Restores the number of threads that the test changes."""
+    """Lets the test set the number of threads, up to eight on any machine, and restores it."""
     before = nplora.get_num_threads()
-    yield
+    with threadpoolctl.threadpool_limits(8, user_api="openmp"):
+        yield
     nplora.set_num_threads(before)
 
 

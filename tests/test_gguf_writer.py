@@ -143,6 +143,15 @@ def test_a_frozen_weight_is_written_in_its_storage(
     np.testing.assert_array_equal(values.reshape(5, 512), fw.to_numpy())
 
 
+def test_a_mapped_matrix_is_written_with_the_bits_that_it_has(tmp_path: Path) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)  # signalling NaNs among them
+    for kind in ("BF16", "F16"):
+        path = tmp_path / f"{kind}.gguf"
+        gguf.save(path, {"w": Tensor("w", kind, bits.shape, bits.view(np.uint8))})
+        again = gguf.dumps({"w": nplora.FrozenWeight.from_gguf(path, "w")})
+        assert again == path.read_bytes()
+
+
 TOO_LONG = "n" * 64
 
 
@@ -169,7 +178,12 @@ TOO_LONG = "n" * 64
             "has data of float32, expected an array of bytes, uint8",
         ),
         ({"w": Tensor("w", "Q4_0", (8, 64), bytes(288))}, TypeError, "has data of bytes, expected an array"),
-        ({"w": nplora.FrozenWeight(np.ones((2, 64)), "nf4")}, ValueError, "GGUF has no type for 'nf4'"),
+        (
+            {"w": nplora.FrozenWeight(np.ones((2, 64)), "nf4")},
+            TypeError,
+            "'w' is nf4; what GGUF has: float32",
+        ),
+        ({"w": nplora.FrozenWeight}, TypeError, "'w' is object"),
         ({"w": Tensor("w", "F32", (4.0,), BLOCKS)}, TypeError, "float"),
     ],
 )

@@ -28,17 +28,6 @@ std::atomic<bool> in_child{false};
 // for a time slice while the caller does all the work: with 20 µs here, a step took 8.0 ms on two cores instead of 4.3.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
-// Looks until done() or for kSpinTime; returns done().
-template <class Done>
-bool spin(const Done& done) {
-  const auto end = std::chrono::steady_clock::now() + kSpinTime;
-  do {
-    for (int i = 0; i < 32; ++i, pause())
-      if (done()) return true;
-  } while (std::chrono::steady_clock::now() < end);
-  return done();
-}
-
 struct Job {
   void (*work)(void*, bool);
   void* context;
@@ -74,7 +63,7 @@ class Pool {
       open_places_.fetch_sub(job->places, std::memory_order_relaxed);
     }
     const auto all_returned = [job] { return job->working.load(std::memory_order_acquire) == 0; };
-    if (spin(all_returned)) return;
+    if (spin(all_returned, kSpinTime)) return;
     std::unique_lock lock(mutex_);
     done_.wait(lock, all_returned);
   }
@@ -116,7 +105,7 @@ class Pool {
 
   [[noreturn]] void serve() {
     for (;;) {
-      const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; });
+      const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; }, kSpinTime);
       std::unique_lock lock(mutex_);
       Job* job = next_job();
       if (!job && seen) continue;  // it was over before this thread came: another one is near

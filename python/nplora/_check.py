@@ -133,7 +133,7 @@ def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
 def matrix(op: str, name: str, array: Array) -> Array:
     """An array with the two axes of a weight."""
     if array.ndim != 2:
-        if array.ndim == 0 and array.dtype.kind not in "fiub":
+        if array.ndim == 0 and array.dtype.kind not in "fiub" and not is_bfloat16(array):
             raise TypeError(
                 f"{op}: {name} is a {type(array.item()).__name__}, expected an array (d_out, d_in)"
             )

@@ -206,8 +206,8 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
     given = _check.as_array(op, "fw", fw)
     if given.dtype == np.uint16:
         raise TypeError(f'{op}: fw holds uint16; for bit patterns pass FrozenWeight(fw, dtype="bfloat16")')
+    _check.matrix(op, "fw", given)
     array = _check.floats(op, "fw", given, np.float64 if given.dtype == np.float64 else np.float32)
-    _check.matrix(op, "fw", array)
     return array, array.shape[0], array.shape[1], array.dtype
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 COMPUTES = ("float32", "bfloat16")
 INFERENCE_COMPUTES = (*COMPUTES, "int8")
 _UNROUNDED_ROWS = 4
+_ELEMENTS_AT_A_TIME = 1 << 20
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -264,20 +265,28 @@ class FrozenWeight:
         self._packed.unpack(out)
         return out
 
-    def to_gguf(self, name: str = "") -> gguf.Tensor:
-        """The matrix as `gguf.save` writes it: blocks, or floats, as they are stored.
+    def to_gguf(self, name: str) -> gguf.Tensor | gguf.Stream:
+        """The matrix as `gguf.save` writes it, in its storage: without a copy where it is used as it lies.
 
         Raises:
-            ValueError: GGUF has no type for this storage ("nf4").
+            TypeError: GGUF has no such type ("nf4").
         """
         from nplora.formats import gguf
 
         if self.dtype not in storages.GGML_NAMES:
             known = ", ".join(storages.GGML_NAMES)
-            raise ValueError(f"FrozenWeight.to_gguf: GGUF has no type for {self.dtype!r}; it has: {known}")
-        blocks = self.dtype in storages.BLOCKS
-        raw = self._arrays[0] if blocks else storages.encode(self.to_numpy(), self.dtype)
-        return gguf.Tensor(name, storages.GGML_NAMES[self.dtype], self.shape, raw.reshape(-1))
+            raise TypeError(f"FrozenWeight.to_gguf: {name!r} is {self.dtype}; what GGUF has: {known}")
+        kind, (d_out, d_in) = storages.GGML_NAMES[self.dtype], self.shape
+        if self._arrays:
+            return gguf.Tensor(name, kind, self.shape, self._arrays[0].reshape(-1).view(np.uint8))
+
+        def rows() -> Iterator[memoryview]:
+            step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
+            for first in range(0, d_out, step):
+                some = self.take(np.arange(first, min(d_out, first + step)))
+                yield storages.encode(some, self.dtype).reshape(-1).data
+
+        return gguf.Stream(kind, self.shape, rows)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:

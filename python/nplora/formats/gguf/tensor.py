@@ -75,6 +75,6 @@ class Tensor:
 
 @runtime_checkable
 class HasTensor(Protocol):
-    """What can be saved as the tensor that it gives, as a `FrozenWeight`."""
+    """What is saved as the tensor that it gives, as a `FrozenWeight` is."""
 
-    def to_gguf(self, name: str) -> Tensor: ...
+    def to_gguf(self, name: str) -> Tensor | Stream: ...

@@ -52,8 +52,8 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
     Args:
         tensors: name -> float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64 array of any strides
             and byte order and at most four axes, or a `Tensor` of raw blocks: `Tensor("w", "Q4_0", (8,
-            64), blocks)`, or a `Stream` of them, or a `FrozenWeight`, in the storage that it has. The key is
-            the name, whatever a `Tensor` calls itself.
+            64), blocks)`, or a `Stream` of them, or a `FrozenWeight`, in the storage that it has (but
+            "nf4"). The key is the name, whatever a `Tensor` calls itself.
         metadata: key -> str, bool, list of them, NumPy scalar or array, or `Typed`, which names one of the
             format's types for a Python int or float. "general.alignment" says where tensors may begin.
     Raises:
@@ -217,7 +217,7 @@ class _Stored:
 
 def _stored(name: str, tensor: ArrayLike | Tensor | Stream | HasTensor) -> _Stored:
     where = f"gguf.save: tensor {brief(name)}"
-    if isinstance(tensor, HasTensor):
+    if isinstance(tensor, HasTensor) and not isinstance(tensor, type):
         tensor = tensor.to_gguf(name)
     if isinstance(tensor, Stream):
         kind, shape = _blocks(where, tensor.type, tensor.shape)

@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def thread_limit() -> Iterator[None]:
-    """Lets the test set the number of threads, up to eight on any machine, and restores it."""
+    """Lets the test set the number of threads, up to eight where there is OpenMP, and restores it."""
     before = nplora.get_num_threads()
     with threadpoolctl.threadpool_limits(8, user_api="openmp"):
         yield

@@ -97,17 +97,14 @@ def test_a_float64_weight_is_refused() -> None:
         FrozenWeight(normal(4, 32).astype(np.float64), "float64", "int8")
 
 
+@pytest.mark.usefixtures("thread_limit")
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     fw, x = FrozenWeight(normal(3000, 512), "q4_k", "int8"), normal(2, 512, seed=1)
-    before = nplora.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            nplora.set_num_threads(threads)
-            results.append(fw.matmul(x))
-    finally:
-        nplora.set_num_threads(before)
-    assert np.array_equal(*results)
+    results = set()
+    for threads in (1, 2, 3, 7):
+        nplora.set_num_threads(threads)
+        results.add(fw.matmul(x).tobytes())
+    assert len(results) == 1
 
 
 def test_copies_compute_alike() -> None:

@@ -268,6 +268,7 @@ def test_the_core_refuses_what_does_not_fit() -> None:
         _core.infer(np.ones((1, 7), np.float32), [layer, None])  # type: ignore[list-item]
 
 
+@pytest.mark.usefixtures("thread_limit")
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_a_stack_of_few_rows_has_the_same_bits_on_any_number_of_threads(rows: int) -> None:
     rng = np.random.default_rng(2)
@@ -281,14 +282,10 @@ def test_a_stack_of_few_rows_has_the_same_bits_on_any_number_of_threads(rows: in
     plain = Linear(weights[0], dtype="q4_1", compute="int8")
     x = rng.standard_normal((rows, 608), np.float32)
     results = []
-    before = nplora.get_num_threads()
-    try:
-        for threads in (1, 2):
-            nplora.set_num_threads(threads)
-            with inference():
-                results.append(stack_infer([*layers, plain], x))
-    finally:
-        nplora.set_num_threads(before)
+    for threads in (1, 2):
+        nplora.set_num_threads(threads)
+        with inference():
+            results.append(stack_infer([*layers, plain], x))
     for y, expected in zip(*results, strict=True):
         np.testing.assert_array_equal(y, expected)
 

@@ -272,13 +272,16 @@ class FrozenWeight:
             TypeError: GGUF has no such type ("nf4").
         """
         from nplora.formats import gguf
+        from nplora.formats.errors import brief
 
         if self.dtype not in storages.GGML_NAMES:
             known = ", ".join(storages.GGML_NAMES)
-            raise TypeError(f"FrozenWeight.to_gguf: {name!r} is {self.dtype}; what GGUF has: {known}")
+            raise TypeError(f"FrozenWeight.to_gguf: {brief(name)} is {self.dtype}; what GGUF has: {known}")
         kind, (d_out, d_in) = storages.GGML_NAMES[self.dtype], self.shape
         if self._arrays:
-            return gguf.Tensor(name, kind, self.shape, self._arrays[0].reshape(-1).view(np.uint8))
+            raw = self._arrays[0].reshape(-1).view(np.uint8)
+            raw.flags.writeable = False
+            return gguf.Tensor(name, kind, self.shape, raw)
 
         def rows() -> Iterator[memoryview]:
             step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))

@@ -21,6 +21,27 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kPhases>(group);
 }
 
+// The sums of a row that run side by side: in a panel of few groups there is one, in the order of the groups.
+template <class W, size_t kPhases>
+inline constexpr size_t kSideSums = kGroups<W, kPhases> >= 2 * kDotSums ? kDotSums : 1;
+
+// Two phases, where the instruction set can zip them.
+template <class W, size_t kPhases>
+inline constexpr bool kZipped =
+#if defined(NPLORA_SIMD_AVX512)
+    kPhases == 2 && sizeof(Operand<W>) == 4;
+#else
+    false;
+#endif
+
+template <size_t kSums, class T>
+inline void add_side_sums(Vec<T> (&sums)[kSums]) {
+#pragma GCC unroll 4
+  for (size_t half = kSums / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (size_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+}
+
 template <class W>
 struct Dots {
   size_t rows;
@@ -39,7 +60,7 @@ inline void dots_rows(Dots<W>& p) {
   using X = Operand<W>;
   constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
   constexpr bool kResident = kSteps <= kDotResident;
-  constexpr size_t kSums = kSteps >= 2 * kDotSums ? kDotSums : 1;
+  constexpr size_t kSums = kSideSums<W, kPhases>;
   Vec<X> x[kSteps];
   if (kResident)
 #pragma GCC unroll 48
@@ -73,16 +94,13 @@ inline void dots_rows(Dots<W>& p) {
     }
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (size_t half = kSums / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-        for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
+      add_side_sums(sums[r]);
       sums[r][0].store(p.part + r * kLanes);
     }
   }
 }
 
-// The same for two phases, where the instruction set can zip: two vectors of x become one for either half of the tokens, with
+// The same for two phases that are zipped: two vectors of x become one for either half of the tokens, with
 // the phases of both, so that one load from W serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
@@ -119,9 +137,7 @@ inline void dots_zipped(Dots<W>& p) {
 
 template <class W, size_t kPhases>
 inline void dots_panel(Dots<W>& p) {
-#if defined(NPLORA_SIMD_AVX512)
-  if constexpr (kPhases == 2 && sizeof(Operand<W>) == 4) return dots_zipped<W>(p);
-#endif
+  if constexpr (kZipped<W, kPhases>) return dots_zipped<W>(p);
   if constexpr (kGroups<W, kPhases> > kDotResident) dots_rows<W, kPhases, kDotRows>(p);
   dots_rows<W, kPhases, 1>(p);
 }
@@ -144,10 +160,62 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
+// So many full panels of a row-major matrix, kRows rows at a time as they lie, while there are so many. Each panel is summed as
+// dots_rows does.
+template <class W, size_t kPhases, size_t kRows>
+inline void dots_along_rows(size_t panels, Dots<W>& p) {
+  using T = Sum<W>;
+  using X = Operand<W>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>, kSums = kSideSums<W, kPhases>;
+  const size_t step = kRows * p.row_stride;
+  const size_t ahead = (kFetchAhead / sizeof(W) + step - 1) / step * step;  // whole steps
+  for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * kLanes) {
+    Vec<T> sums[kRows][kSums];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r)
+      sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
+    const W* w = p.w;
+    const X* xs = p.xs;
+    for (size_t panel = 0; panel < panels; ++panel, w += kPanelDepth<W>, xs += kSteps * kLanes) {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
+          __builtin_prefetch(reinterpret_cast<const char*>(w + r * p.row_stride + ahead) + line, 0, 2);
+#pragma GCC unroll 4
+        for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
+      }
+#pragma GCC unroll 48
+      for (size_t s = 0; s < kSteps; ++s) {
+        const auto x = Vec<X>::load(xs + s * kLanes);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r)
+          sums[r][s % kSums] = fma(Vec<X>::template load_group<kPhases>(w + r * p.row_stride + s * kPhases),
+                                   x, sums[r][s % kSums]);
+      }
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) add_side_sums(sums[r]);
+    }
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
+  }
+}
+
 template <class W, size_t kPhases>
 inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                            bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
+  if (const size_t panels = depth / kPanelDepth<W>;
+      panels > 0 && w.panel_stride == kPanelDepth<W> && !kZipped<W, kPhases>) {
+    Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
+    dots_along_rows<W, kPhases, kDotRows>(panels, p);
+    dots_along_rows<W, kPhases, 1>(panels, p);
+    depth -= panels * kPanelDepth<W>;
+    if (depth == 0) return;
+    w.data += panels * kPanelDepth<W>;
+    xs += panels * kGroups<W, kPhases> * kLanes;
+    accumulate = true;
+  }
   do {  // once without columns, too: part is set to zero
     const size_t width = smaller(depth, kPanelDepth<W>);
     // The last rows fetch the first ones of the next panel.

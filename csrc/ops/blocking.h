@@ -39,6 +39,8 @@ inline constexpr size_t kInPlaceBatch = 16;
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // Rows of W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
 inline constexpr size_t kStreamedRows = 4096;
+// Where one token meets bfloat16, which is read faster than their sums come from L2: they stay in L1 (8 KB).
+inline constexpr size_t kStreamedBf16Rows = 128;
 // Transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.

@@ -185,7 +185,8 @@ class SmallForward {
   // part (rows, lanes) = W[rows] xs. What is decoded, for a few rows at a time, stays in L2.
   void frozen(Range rows, T* part) const {
     const bool decodes = !in_place<W>(part_.w);
-    const size_t step = decodes ? kRowBlock : rows.count;
+    const bool few_sums = std::is_same_v<W, Bf16> && x_.rows == 1;
+    const size_t step = decodes ? kRowBlock : few_sums ? kStreamedBf16Rows : rows.count;
     const size_t most = decodes ? depth_block(part_.w.d_in) : full_columns(part_.w.d_in);
     W* decoded = scratch<W>(Scratch::kWeight, step * (decodes ? scratch_columns(most) : kPanelColumns));
     for_blocks(rows, step,

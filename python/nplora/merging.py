@@ -17,8 +17,6 @@ from nplora.weights import FrozenWeight
 
 Array = NDArray[Any]
 
-_ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of W in float32; the comparison in float64 takes some 10 MiB beside it
-
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -164,9 +162,9 @@ class Merge:
             ValueError: a sum is not finite where W is, or too large for the storage.
         """
         d_out, d_in = self.shape
-        step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
-        for first in range(0, d_out, step):
-            before = self._read(first, min(d_out, first + step))
+        for block in storages.row_blocks(d_out, d_in):
+            first = block.start
+            before = self._read(first, block.stop)
             merged = self._update.apply(before, first)
             try:
                 raw = storages.encode(merged, self.storage)

@@ -26,7 +26,6 @@ from nplora.tokenizer import gguf_metadata
 
 Array = NDArray[Any]
 
-_ELEMENTS_AT_A_TIME = 1 << 20
 # What takes the place of a type whose blocks are longer than a matrix's rows, as in llama.cpp.
 _FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 DTYPES = ("same", *(name for name in storages.GGML_NAMES if name != "float64"))
@@ -185,12 +184,9 @@ def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Ar
 def _chunks(
     name: str, rows: Array, given: str, storage: str, order: Array | None
 ) -> Callable[[], Iterator[memoryview]]:
-    step = max(1, _ELEMENTS_AT_A_TIME // max(1, rows.shape[1]))
-
     def chunks() -> Iterator[memoryview]:
-        for first in range(0, len(rows), step):
-            part = slice(first, first + step)
-            piece = np.ascontiguousarray(rows[part] if order is None else rows[order[part]])
+        for block in storages.row_blocks(*rows.shape):
+            piece = np.ascontiguousarray(rows[block] if order is None else rows[order[block]])
             raw = piece.reshape(len(piece), -1).view(np.uint8)
             if storage != given:
                 raw = _stored(name, storages.decode(raw, given, piece.shape[1]), storage)

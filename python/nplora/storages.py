@@ -4,6 +4,7 @@ A storage is named as `FrozenWeight.dtype` is: "float32", "bfloat16", "q8_0", "q
 here its codes and then its float32 absmax, so that rows can be made one by one; no file has them so.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": 
 }
 GGML_FLOATS = {GGML_NAMES[name]: name for name in FLOATS}
 
+_ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32; comparing a merge in float64 takes some 10 MiB beside it
+
 
 def block_elements(storage: str) -> int:
     """Elements that share their scales; 1 where each stands alone."""
@@ -41,6 +44,12 @@ def row_nbytes(storage: str, d_in: int) -> int:
         elements, nbytes = BLOCKS[storage]
         return d_in // elements * nbytes
     return d_in * np.dtype(FLOATS[storage]).itemsize
+
+
+def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
+    """The rows in order, so many at a time as a conversion or a merge holds decoded."""
+    step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
+    return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 
 
 def compute_dtype(storage: str) -> np.dtype[Any]:

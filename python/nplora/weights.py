@@ -21,7 +21,6 @@ Array = npt.NDArray[Any]
 COMPUTES = ("float32", "bfloat16")
 INFERENCE_COMPUTES = (*COMPUTES, "int8")
 _UNROUNDED_ROWS = 4
-_ELEMENTS_AT_A_TIME = 1 << 20
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -277,16 +276,15 @@ class FrozenWeight:
         if self.dtype not in storages.GGML_NAMES:
             known = ", ".join(storages.GGML_NAMES)
             raise TypeError(f"FrozenWeight.to_gguf: {brief(name)} is {self.dtype}; what GGUF has: {known}")
-        kind, (d_out, d_in) = storages.GGML_NAMES[self.dtype], self.shape
+        kind = storages.GGML_NAMES[self.dtype]
         if self._arrays:
             raw = self._arrays[0].reshape(-1).view(np.uint8)
             raw.flags.writeable = False
             return gguf.Tensor(name, kind, self.shape, raw)
 
         def rows() -> Iterator[memoryview]:
-            step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
-            for first in range(0, d_out, step):
-                some = self.take(np.arange(first, min(d_out, first + step)))
+            for block in storages.row_blocks(*self.shape):
+                some = self.take(np.arange(block.start, block.stop))
                 yield storages.encode(some, self.dtype).reshape(-1).data
 
         return gguf.Stream(kind, self.shape, rows)

@@ -116,13 +116,14 @@ def test_the_head_reads_only_tokens_with_a_target_a_chunk_at_a_time(
 def test_the_chunks_of_the_head_are_even_and_no_larger_than_planned(vocab: int) -> None:
     from nplora.models import head
 
-    for n in range(0, 700, 13):
+    for n in range(0, 1100, 13):
         pieces = head.chunks(np.arange(n), vocab)
         assert [int(i) for piece in pieces for i in piece] == list(range(n))
         sizes = [len(piece) for piece in pieces]
-        assert max(sizes, default=0) <= head.most_rows(vocab)
+        assert max(sizes, default=0) <= head.most_rows(n, vocab)
         assert max(sizes, default=0) - min(sizes, default=0) <= 1
-        assert len(sizes) == -(-n // head.most_rows(vocab))
+        assert len(sizes) == -(-n // head.most_rows(n, vocab))
+        assert 4 * vocab * max(sizes, default=0) <= max(48 << 20, 4 * vocab * 64)
 
 
 def test_the_factors_of_a_model_lie_side_by_side(lm: LanguageModel) -> None:

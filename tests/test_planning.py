@@ -294,8 +294,24 @@ def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
         dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
     )
     monkeypatch.setattr(choice, "needed", lambda *arguments: need)
+    monkeypatch.setattr(choice, "_SPARE", 1.0)
     with pytest.raises(BudgetError, match="needs 227 MB, 226 MB are allowed"):
         plan(model, data, memory=226_399_999)
+
+
+def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    size = 100 * MEGABYTE
+    monkeypatch.setattr(choice, "needed", lambda *arguments: Memory(size, 0, 0, 0, 0, 0, 0))
+    given = {"data": data, "output": tmp_path / "out", "memory": f"{103 * MEGABYTE}B", "schedule": "constant"}
+    finetune(model, **given, steps=1)
+    size = 102 * MEGABYTE  # of another process
+    with pytest.warns(UserWarning, match="total_steps was 1, is 2"):
+        assert len(finetune(model, **given, steps=2, resume=True).history.steps) == 2
+    with pytest.raises(BudgetError, match=r"needs 105 MB, 103 MB are allowed; .*; --memory 107M is enough"):
+        plan(model, data, memory=given["memory"])
 
 
 def test_a_peak_of_the_past_is_told_from_a_need(
@@ -311,6 +327,7 @@ def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
 ) -> None:
     """The budget lies above what is in memory now, below what is needed, and that below an earlier peak."""
     choice = "nplora.planning.choice"
+    monkeypatch.setattr(f"{choice}._SPARE", 1.0)
     monkeypatch.setattr(f"{choice}.current_memory", lambda: 10 * MEGABYTE)
     monkeypatch.setattr(f"{choice}.unread", lambda source: 0)
     data = tmp_path / "long.jsonl"
@@ -325,7 +342,7 @@ def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
         plan(model, data, memory=sum(least.values()) // 2)
     assert "peak" not in str(caught.value)
     with pytest.raises(BudgetError, match="has had 9000 MB at its peak already"):
-        plan(model, data, memory=least[1024])
+        plan(model, data, memory=2 * least[1024])
 
 
 def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:

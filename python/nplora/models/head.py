@@ -17,8 +17,11 @@ Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
 
 # Logits of a chunk: small enough to stay near the core between head, loss and the head's gradient, and rows
-# enough that reading the head's weight costs little beside the products.
+# enough that reading the head's weight costs little beside the products. Where there would be more than
+# _MANY_CHUNKS, each is half as large again: so many rows take far more memory elsewhere, and the weight is
+# decoded less often.
 _CHUNK_BYTES = 32 << 20
+_MANY_CHUNKS = 4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
 
 
@@ -61,11 +64,14 @@ def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
     return total
 
 
-def most_rows(vocab: int) -> int:
-    """The most rows whose logits are there at once."""
-    return min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
+def most_rows(rows: int, vocab: int) -> int:
+    """The most of so many rows whose logits are there at once."""
+    most = _CHUNK_BYTES // (4 * vocab)
+    if rows > _MANY_CHUNKS * most:
+        most += most // 2
+    return min(max(most, _LEAST_ROWS), _MOST_ROWS)
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
     """The rows in even pieces: a short last one would read the whole head for a few rows."""
-    return np.array_split(rows, math.ceil(len(rows) / most_rows(vocab))) if len(rows) else []
+    return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

@@ -24,7 +24,9 @@ from nplora.runtime import get_num_threads
 Array = npt.NDArray[Any]
 
 _LEAST_PIECE = 32  # tokens: smaller pieces gain little and lose speed
-_SPARE = 1.02  # what the process has before the run differs a little from one to the next
+# What a process has before the run differs a little from one to the next: a plan leaves so much, which the
+# run may take up when it goes on in another process.
+_SPARE = 1.02
 
 
 class BudgetError(ValueError):
@@ -152,7 +154,7 @@ class Plan:
         ]
 
 
-def _need(size: int) -> str:
+def _need(size: float) -> str:
     """Rounded up, and room down: they differ in words wherever one is too large for the other."""
     return f"{math.ceil(size / 1e6)} MB"
 
@@ -211,13 +213,14 @@ def choose(
         BudgetError: no way fits.
     """
     reached = peak_memory()
+    spare = _SPARE if wishes.pieces is None else 1.0
 
     def memory(way: Candidate, work: Work = work) -> Memory:
         return needed(lm, adapters, work, way, resident)
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: memory(way).total for way in ways}
-    fitting = [way for way in ways if budget is None or sizes[way] <= budget]
+    fitting = [way for way in ways if budget is None or spare * sizes[way] <= budget]
     if budget is not None and fitting and budget < reached:
         raise BudgetError(
             f"this process has had {_need(reached)} at its peak already, {_room(budget)} are allowed: plan "
@@ -225,10 +228,11 @@ def choose(
         )
     if budget is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])
-        shorter = _shorter(work, smallest, budget, lambda *cut_off: memory(*cut_off).total)
+        shorter = _shorter(work, smallest, budget, lambda *cut_off: spare * memory(*cut_off).total)
+        least = spare * sizes[smallest]
         raise BudgetError(
-            f"{smallest} needs {_need(sizes[smallest])}, {_room(budget)} are allowed{shorter}; "
-            f"--memory {math.ceil(_SPARE * sizes[smallest] / 1e6)}M is enough"
+            f"{smallest} needs {_need(least)}, {_room(budget)} are allowed{shorter}; "
+            f"--memory {math.ceil(_SPARE * least / 1e6)}M is enough"
         )
     speeds = measured(lm, tuple(dict.fromkeys(way.compute for way in ways)))
     seconds = {way: _seconds(lm, adapters, work, way, speeds[way.compute]) for way in ways}
@@ -263,7 +267,7 @@ def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate, 
     return sum(passes) / len(work.batches) * work.accumulate
 
 
-def _shorter(work: Work, way: Candidate, budget: int, size: Callable[[Candidate, Work], int]) -> str:
+def _shorter(work: Work, way: Candidate, budget: int, size: Callable[[Candidate, Work], float]) -> str:
     """The largest power of two for --max-length that fits, or else the smallest that is of use."""
     length = work.longest
     while length > _LEAST_PIECE:

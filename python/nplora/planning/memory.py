@@ -168,7 +168,7 @@ def predicted(
     kept_nothing = _Block(config, adapters, {}, max(step.tokens if first else 0, evaluated), False)
     inference = max(kept_nothing.forward, _head(config, evaluated))  # which comes before anything is kept
     work = max(head, *works, inference - kept)
-    rows = min(most_rows(config.vocab_size), step.targets)
+    rows = min(most_rows(step.targets, config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
         if narrow
@@ -188,7 +188,7 @@ def predicted(
 
 def _head(config: ModelConfig, targets: int) -> int:
     """Logits of a chunk; its rows of the stream, normed, and their gradients."""
-    rows = min(most_rows(config.vocab_size), targets)
+    rows = min(most_rows(targets, config.vocab_size), targets)
     return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
 
 

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from nplora import buffers
 from nplora.models import LanguageModel
-from nplora.models.head import most_rows
 from nplora.models.places import packed_places
 from nplora.models.rope import Rope
 from nplora.module import Module
@@ -97,8 +96,7 @@ def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> S
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
     head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
-    rows = min(most_rows(lm.config.vocab_size), _HEAD_ROWS)
-    head_rows = (rows // 4, rows)
+    head_rows = (_HEAD_ROWS // 4, _HEAD_ROWS)
     to = _cost(head, FrozenWeight.matmul, 1, head_rows)
     back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token

@@ -100,12 +100,33 @@ def calls_of(case: Case, product: Callable[[Cell, int], Product]) -> Calls:
     return {cell.name: call(cell) for cell in case.cells()}
 
 
-def nplora_products(case: Case, threads: int, path: str | None, bound: str) -> Calls:
+def packed_weights(case: Case) -> list[Any]:
+    import nplora
+
+    W = arrays(case)[0]
+    return [nplora.FrozenWeight(W, case.dtype, case.dtype) for _ in range(case.copies)]
+
+
+def weights_of_a_file(case: Case) -> list[Any]:
+    """The same matrix used as it lies, row after row, where a safetensors file has it."""
+    import nplora
+    from nplora import storages
+    from nplora.formats import safetensors
+
+    elements = storages.encode(arrays(case)[0], case.dtype).view(storages.FLOATS[case.dtype])
+    data = safetensors.dumps({"W": safetensors.Tensor("W", case.dtype, elements)})
+    return [
+        nplora.FrozenWeight.from_safetensors(safetensors.loads(bytearray(data)), "W", case.dtype)
+        for _ in range(case.copies)
+    ]
+
+
+def nplora_products(case: Case, threads: int, path: str | None, bound: str, from_file: bool = False) -> Calls:
     import nplora
 
     nplora.set_num_threads(threads)
-    W, x, dy = arrays(case)
-    weights = [nplora.FrozenWeight(W, case.dtype, case.dtype) for _ in range(case.copies)]
+    _, x, dy = arrays(case)
+    weights = weights_of_a_file(case) if from_file else packed_weights(case)
     y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
 
     def product(cell: Cell, copy: int) -> Product:
@@ -190,6 +211,9 @@ def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
         contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
     if has_torch():
         contestants.append(Contestant("torch", torch_products, (case, runtimes.threads), "torch"))
+    if bound == "read":
+        arguments = case, runtimes.threads, None, bound, True
+        contestants.append(Contestant("a file", nplora_products, arguments))
     return runtimes.race(contestants, rounds=rounds)
 
 
@@ -201,7 +225,7 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
     rows = []
     for cell in case.cells():
         mine, bound = ("nplora", cell.name), ("nplora", f"bound {cell.name}")
-        peers = [peer for peer in ("NumPy", "torch") if (peer, cell.name) in result]
+        peers = [peer for peer in ("NumPy", "torch", "a file") if (peer, cell.name) in result]
         rows.append(
             {
                 "d_out": case.d_out,
@@ -244,7 +268,10 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 
 def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """The same for a handful of rows of a large W, against the rate at which memory is read."""
+    """The same for a handful of rows of a large W, against the rate at which memory is read.
+
+    "a file": the same weight as it lies, row after row, in a safetensors file.
+    """
     rows: list[dict[str, Any]] = []
     runtimes = Runtimes(threads)
     for dtype in ("float32", "bfloat16"):

@@ -33,7 +33,9 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
     ],
     "merge_tiles": [("float",), ("double",)],
     "dots_rows": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
+    "dots_row_major": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
 }
+DOTS = "dots_rows", "dots_row_major"
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
 
@@ -43,7 +45,7 @@ class Loop:
 
     The arguments of its template: lane_tile_fixed<float, vectors, rows, stride>,
     outer_tile_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
-    dots_rows<float, phases, rows>.
+    dots_rows<float, phases, rows> and dots_row_major.
     """
 
     isa: str
@@ -158,6 +160,7 @@ NEEDS = {
     "outer_tile_fixed": outer_tile_step,
     "merge_tiles": merge_tiles_step,
     "dots_rows": dots_rows_turn,
+    "dots_row_major": dots_rows_turn,
 }
 
 
@@ -229,12 +232,12 @@ def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
     that are split are spilled: tiles small enough for all the halves are hardly faster."""
     if isa.startswith("neon"):
         return KERNELS[kernel]
-    return [e for e in KERNELS[kernel] if kernel != "dots_rows" and not is_split(isa, e[0])]
+    return [e for e in KERNELS[kernel] if kernel not in DOTS and not is_split(isa, e[0])]
 
 
 def full_tiles(loops: list[Loop]) -> list[Loop]:
     """Of the loops of a kernel those over the steps of its largest tile; all of dots."""
-    if loops and loops[0].kernel == "dots_rows":
+    if loops and loops[0].kernel in DOTS:
         return loops
     largest = max((prod(loop.sizes) for loop in loops if loop.is_regular), default=0)
     return [
@@ -244,7 +247,7 @@ def full_tiles(loops: list[Loop]) -> list[Loop]:
 
 def complaint(loop: Loop) -> str | None:
     # GCC splits the x of dots before the loop and keeps the halves where it finds place: those it only reads.
-    spills = [line for line in loop.on_stack if loop.kernel != "dots_rows" or VECTOR_STORE.match(line)]
+    spills = [line for line in loop.on_stack if loop.kernel not in DOTS or VECTOR_STORE.match(line)]
     if spills:
         return f"{len(spills)} spilled vectors, such as {spills[0]}"
     needed, count = NEEDS[loop.kernel](loop), len(loop.instructions)

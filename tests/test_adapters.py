@@ -449,7 +449,7 @@ def memory_limit(more: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (None, "a header of 7,310,308,045,020,494,458 bytes"),
+        (None, r"the first 8 bytes \(b'zz nonse'\) tell of a header of 7,310,308,045,020,494,458 bytes"),
         ([f"{PREFIX}blocks.0.lora_A.weight"], r"has shape \(4294967296,\), expected \(3, 6\)"),
         (["stray"], "tensor 'stray': expected a name that begins with"),
     ],

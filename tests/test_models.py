@@ -123,7 +123,16 @@ def test_the_chunks_of_the_head_are_even_and_no_larger_than_planned(vocab: int) 
         assert max(sizes, default=0) <= head.most_rows(n, vocab)
         assert max(sizes, default=0) - min(sizes, default=0) <= 1
         assert len(sizes) == -(-n // head.most_rows(n, vocab))
-        assert 4 * vocab * max(sizes, default=0) <= max(48 << 20, 4 * vocab * 64)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "most"),
+    [(680, 49152, 170), (681, 49152, 255), (9999, 32, 256), (256, 151936, 64), (257, 151936, 96)],
+)
+def test_many_rows_go_through_the_head_more_at_a_time(rows: int, vocab: int, most: int) -> None:
+    from nplora.models import head
+
+    assert head.most_rows(rows, vocab) == most
 
 
 def test_the_factors_of_a_model_lie_side_by_side(lm: LanguageModel) -> None:

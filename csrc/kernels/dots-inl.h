@@ -1,5 +1,5 @@
-// The products of small batches, for which W is read once, row after row as it lies in its panels. See kernel_table.h for the
-// contract.
+// The products of small batches, for which W is read once as it lies: panel after panel, or, row-major, along its rows. See
+// kernel_table.h for the contract.
 //
 // The unit gives:
 //   kDotResident  the most vectors of x (those of one panel) that stay in registers while the rows of W pass by, or else
@@ -34,12 +34,42 @@ inline constexpr bool kZipped =
     false;
 #endif
 
-template <size_t kSums, class T>
-inline void add_side_sums(Vec<T> (&sums)[kSums]) {
+// The sums of kRows rows that run side by side.
+template <class W, size_t kPhases, size_t kRows>
+using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kPhases>];
+
+// sums[r][0] += a full panel of the row at w[r] times x: in this order wherever W lies. x_at(s) is the x of group s.
+template <class W, size_t kPhases, size_t kRows, class XAt>
+[[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
+                                             RowSums<W, kPhases, kRows>& sums) {
+  using T = Sum<W>;
+  constexpr size_t kSums = kSideSums<W, kPhases>;
 #pragma GCC unroll 4
-  for (size_t half = kSums / 2; half > 0; half /= 2)
+  for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (size_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+    for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
+#pragma GCC unroll 48
+  for (size_t s = 0; s < kGroups<W, kPhases>; ++s) {
+    const auto x = x_at(s);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r)
+      sums[r][s % kSums] =
+          fma(Vec<Operand<W>>::template load_group<kPhases>(w[r] + s * kPhases), x, sums[r][s % kSums]);
+  }
+#pragma GCC unroll 4
+  for (size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (size_t half = kSums / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
+}
+
+// A panel's width of memory, into L2.
+template <class W>
+inline void fetch_panel(const W* at) {
+#pragma GCC unroll 8
+  for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
 template <class W>
@@ -50,7 +80,7 @@ struct Dots {
   const Operand<W>* xs;
   Sum<W>* part;
   bool accumulate;
-  const W* next;  // rows that are fetched meanwhile
+  const W* next;  // rows that are fetched meanwhile, in panels
 };
 
 // A full panel, kRows rows at a time, while there are so many.
@@ -60,43 +90,32 @@ inline void dots_rows(Dots<W>& p) {
   using X = Operand<W>;
   constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
   constexpr bool kResident = kSteps <= kDotResident;
-  constexpr size_t kSums = kSideSums<W, kPhases>;
-  Vec<X> x[kSteps];
-  if (kResident)
+  Vec<X> x[kResident ? kSteps : 1];
+  if constexpr (kResident)
 #pragma GCC unroll 48
     for (size_t s = 0; s < kSteps; ++s) {
       x[s] = Vec<X>::load(p.xs + s * kLanes);
       keep(x[s]);
     }
+  const auto x_at = [&](size_t s) __attribute__((always_inline)) {
+    if constexpr (kResident)
+      return x[s];
+    else
+      return Vec<X>::load(p.xs + s * kLanes);
+  };
   for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride)
-#pragma GCC unroll 8
-      for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line, 0, 2);
     const W* w[kRows];
-    Vec<T> sums[kRows][kSums];
+    RowSums<W, kPhases, kRows> sums;
 #pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r) {
+    for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
+      fetch_panel(p.next);
       w[r] = p.w + r * p.row_stride;
       keep(w[r]);  // else GCC loads an offset for each element from the stack
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
-#pragma GCC unroll 4
-      for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
     }
-#pragma GCC unroll 48
-    for (size_t s = 0; s < kSteps; ++s) {
-      if (!kResident) x[s] = Vec<X>::load(p.xs + s * kLanes);
+    add_panel<W, kPhases, kRows>(w, x_at, sums);
 #pragma GCC unroll 4
-      for (size_t r = 0; r < kRows; ++r)
-        sums[r][s % kSums] =
-            fma(Vec<X>::template load_group<kPhases>(w[r] + s * kPhases), x[s], sums[r][s % kSums]);
-    }
-#pragma GCC unroll 4
-    for (size_t r = 0; r < kRows; ++r) {
-      add_side_sums(sums[r]);
-      sums[r][0].store(p.part + r * kLanes);
-    }
+    for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
   }
 }
 
@@ -115,9 +134,7 @@ inline void dots_zipped(Dots<W>& p) {
     for (size_t i = 0; i < 2; ++i) keep(x[s][i]);
   }
   for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes, p.next += p.row_stride) {
-#pragma GCC unroll 8
-    for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(p.next) + line, 0, 2);
+    fetch_panel(p.next);
     Vec<T> sums[kSums][2];
 #pragma GCC unroll 4
     for (size_t j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = Vec<T>::zero();
@@ -160,41 +177,33 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
-// So many full panels of a row-major matrix, kRows rows at a time as they lie, while there are so many. Each panel is summed as
-// dots_rows does.
+// The full panels of a row-major W: kRows rows at a time, while there are so many, run through all of them with their sums in
+// registers. As they go, they fetch the same columns of rows that lie kFetchAhead or more behind, or kRows if those are longer.
 template <class W, size_t kPhases, size_t kRows>
-inline void dots_along_rows(size_t panels, Dots<W>& p) {
+inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
   using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>, kSums = kSideSums<W, kPhases>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
   const size_t step = kRows * p.row_stride;
-  const size_t ahead = (kFetchAhead / sizeof(W) + step - 1) / step * step;  // whole steps
+  const size_t rows_ahead = (kFetchAhead / sizeof(W) + step - 1) / step * kRows;
   for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * kLanes) {
-    Vec<T> sums[kRows][kSums];
+    const size_t ahead = p.rows > rows_ahead ? rows_ahead * p.row_stride : 0;
+    RowSums<W, kPhases, kRows> sums;
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r)
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
-    const W* w = p.w;
+    const W* first = p.w;
     const X* xs = p.xs;
-    for (size_t panel = 0; panel < panels; ++panel, w += kPanelDepth<W>, xs += kSteps * kLanes) {
+    for (size_t panel = 0; panel < panels; ++panel, first += kPanelDepth<W>, xs += kSteps * kLanes) {
+      const W* w[kRows];
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (size_t line = 0; line < kPanelDepth<W> * sizeof(W); line += kCacheLine)
-          __builtin_prefetch(reinterpret_cast<const char*>(w + r * p.row_stride + ahead) + line, 0, 2);
-#pragma GCC unroll 4
-        for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
+        w[r] = first + r * p.row_stride;
+        keep(w[r]);
+        fetch_panel(w[r] + ahead);
       }
-#pragma GCC unroll 48
-      for (size_t s = 0; s < kSteps; ++s) {
-        const auto x = Vec<X>::load(xs + s * kLanes);
-#pragma GCC unroll 4
-        for (size_t r = 0; r < kRows; ++r)
-          sums[r][s % kSums] = fma(Vec<X>::template load_group<kPhases>(w + r * p.row_stride + s * kPhases),
-                                   x, sums[r][s % kSums]);
-      }
-#pragma GCC unroll 4
-      for (size_t r = 0; r < kRows; ++r) add_side_sums(sums[r]);
+      add_panel<W, kPhases, kRows>(
+          w, [&](size_t s) __attribute__((always_inline)) { return Vec<X>::load(xs + s * kLanes); }, sums);
     }
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
@@ -205,17 +214,18 @@ template <class W, size_t kPhases>
 inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                            bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  if (const size_t panels = depth / kPanelDepth<W>;
-      panels > 0 && w.panel_stride == kPanelDepth<W> && !kZipped<W, kPhases>) {
-    Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
-    dots_along_rows<W, kPhases, kDotRows>(panels, p);
-    dots_along_rows<W, kPhases, 1>(panels, p);
-    depth -= panels * kPanelDepth<W>;
-    if (depth == 0) return;
-    w.data += panels * kPanelDepth<W>;
-    xs += panels * kGroups<W, kPhases> * kLanes;
-    accumulate = true;
-  }
+  // Row-major, or a single row. What is zipped keeps x in registers, and takes panels.
+  if constexpr (!kZipped<W, kPhases>)
+    if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
+      Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
+      dots_row_major<W, kPhases, kDotRows>(p, panels);
+      dots_row_major<W, kPhases, 1>(p, panels);
+      depth -= panels * kPanelDepth<W>;
+      if (depth == 0) return;
+      w.data += panels * kPanelDepth<W>;
+      xs += panels * kGroups<W, kPhases> * kLanes;
+      accumulate = true;
+    }
   do {  // once without columns, too: part is set to zero
     const size_t width = smaller(depth, kPanelDepth<W>);
     // The last rows fetch the first ones of the next panel.

@@ -37,9 +37,9 @@ inline constexpr size_t kFloatBatch = 4;
 inline constexpr size_t kInPlaceBatch = 16;
 // Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// Rows of W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
+// Rows of a packed W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
 inline constexpr size_t kStreamedRows = 4096;
-// Where one token meets bfloat16, which is read faster than their sums come from L2: they stay in L1 (8 KB).
+// Of bfloat16 for a single token, which would wait for sums in L2: they stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // Transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;

@@ -79,7 +79,7 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// A part. W is read once, as elements W, panel after panel; the partial sums of its rows stay in cache meanwhile. The update
+// A part. W is read once, as elements W: panel after panel, while the partial sums of its rows stay in cache, or as it lies. The update
 // comes behind, when its factors have arrived; it is computed in the type of the sums.
 template <class W>
 class SmallForward {
@@ -185,8 +185,8 @@ class SmallForward {
   // part (rows, lanes) = W[rows] xs. What is decoded, for a few rows at a time, stays in L2.
   void frozen(Range rows, T* part) const {
     const bool decodes = !in_place<W>(part_.w);
-    const bool few_sums = std::is_same_v<W, Bf16> && x_.rows == 1;
-    const size_t step = decodes ? kRowBlock : few_sums ? kStreamedBf16Rows : rows.count;
+    const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed && x_.rows == 1;
+    const size_t step = decodes ? kRowBlock : sums_in_l1 ? kStreamedBf16Rows : rows.count;
     const size_t most = decodes ? depth_block(part_.w.d_in) : full_columns(part_.w.d_in);
     W* decoded = scratch<W>(Scratch::kWeight, step * (decodes ? scratch_columns(most) : kPanelColumns));
     for_blocks(rows, step,

@@ -25,7 +25,7 @@ GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": 
 }
 GGML_FLOATS = {GGML_NAMES[name]: name for name in FLOATS}
 
-_ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32; comparing a merge in float64 takes some 10 MiB beside it
+_ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32
 
 
 def block_elements(storage: str) -> int:
@@ -47,7 +47,7 @@ def row_nbytes(storage: str, d_in: int) -> int:
 
 
 def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
-    """The rows in order, so many at a time as a conversion or a merge holds decoded."""
+    """Slices of the rows, in order: as many as are decoded at a time."""
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
     return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 

@@ -77,7 +77,8 @@ def finetune(
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
     adapters = adapters_of("finetune", lm, chosen)
     if chosen.memory is not None:
-        wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks, pieces)
+        compute, again = fixed_compute(model, chosen), chosen.checkpoint_blocks
+        wishes = Wishes(compute, again, pieces, goes_on=pieces is not None)
         fitting = planned(lm, adapters, train, held_out, chosen, wishes)
         say(str(fitting))
         way = fitting.chosen

@@ -300,11 +300,11 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     if len(data) < 8:
         raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
     size = int.from_bytes(data[:8], "little")
-    told = f"{source}: a header of {size:,} bytes by the first 8 ({brief(bytes(data[:8]))})"
-    if size > MAX_HEADER:
-        raise LimitError(f"{told}, at most {MAX_HEADER:,} are read")
-    if size > len(data) - 8:
-        raise TruncatedError(f"{told}, the file has {len(data) - 8:,} after byte 8")
+    if size > min(MAX_HEADER, len(data) - 8):
+        told = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) tell of a header of {size:,} bytes"
+        if size > MAX_HEADER:
+            raise LimitError(f"{told}, at most {MAX_HEADER:,} are read")
+        raise TruncatedError(f"{told}, the file has {len(data) - 8:,} behind them")
     raw = bytes(data[8 : 8 + size])
     if not raw.startswith(b"{"):
         raise FormatError(f"{source}: the header begins with {brief(raw[:8])}, expected '{{'")

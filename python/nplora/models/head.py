@@ -17,9 +17,9 @@ Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
 
 # Logits of a chunk: small enough to stay near the core between head, loss and the head's gradient, and rows
-# enough that reading the head's weight costs little beside the products. Where there would be more than
-# _MANY_CHUNKS, each is half as large again: so many rows take far more memory elsewhere, and the weight is
-# decoded less often.
+# enough that reading the head's weight costs little beside the products. Where more than _MANY_CHUNKS are
+# needed, each is half as large again, and the weight is decoded less often: training that many tokens takes
+# far more memory elsewhere.
 _CHUNK_BYTES = 32 << 20
 _MANY_CHUNKS = 4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
@@ -65,11 +65,9 @@ def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
 
 
 def most_rows(rows: int, vocab: int) -> int:
-    """The most of so many rows whose logits are there at once."""
-    most = _CHUNK_BYTES // (4 * vocab)
-    if rows > _MANY_CHUNKS * most:
-        most += most // 2
-    return min(max(most, _LEAST_ROWS), _MOST_ROWS)
+    """How many of the rows have their logits in memory at once, at most."""
+    most = min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
+    return most if rows <= _MANY_CHUNKS * most else min(most + most // 2, _MOST_ROWS)
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:

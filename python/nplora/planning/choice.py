@@ -24,8 +24,8 @@ from nplora.runtime import get_num_threads
 Array = npt.NDArray[Any]
 
 _LEAST_PIECE = 32  # tokens: smaller pieces gain little and lose speed
-# What a process has before the run differs a little from one to the next: a plan leaves so much, which the
-# run may take up when it goes on in another process.
+# What a process has before a run differs a little from one to the next. A plan leaves so much of its budget,
+# which the run may take up when it goes on in another process; so does the budget that an error suggests.
 _SPARE = 1.02
 
 
@@ -35,11 +35,15 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is fixed: the arithmetic; that activations are computed again; what batches may be cut into."""
+    """What is fixed: the arithmetic; that activations are computed again; what batches may be cut into.
+
+    `goes_on`: the run has begun, and may take up what its plan has spared.
+    """
 
     compute: str | None = None
     checkpoint_blocks: bool = False
     pieces: tuple[int | None, ...] | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Plan:
         seconds: of an average step.
         steps: of the run.
         others: ways that do not fit, are slower or less exact.
-        budget: the most bytes, None without a limit.
+        limit: the most bytes that were planned with, a little below the budget; None without one.
         available: the bytes that machine and container left to the process, None where they did not tell.
     """
 
@@ -118,7 +122,7 @@ class Plan:
     seconds: float
     steps: int
     others: tuple[Other, ...] = ()
-    budget: int | None = None
+    limit: float | None = None
     available: int | None = None
 
     def __str__(self) -> str:
@@ -139,7 +143,7 @@ class Plan:
             str(self.memory),
             *filter(None, [shortage(self.memory, self.available)]),
             *(
-                f"{'too large' if self.budget and other.size > self.budget else 'or'}: {other}"
+                f"{'too large' if self.limit and other.size > self.limit else 'or'}: {other}"
                 for other in others
             ),
         ]
@@ -154,7 +158,7 @@ class Plan:
         ]
 
 
-def _need(size: float) -> str:
+def _need(size: int) -> str:
     """Rounded up, and room down: they differ in words wherever one is too large for the other."""
     return f"{math.ceil(size / 1e6)} MB"
 
@@ -213,32 +217,33 @@ def choose(
         BudgetError: no way fits.
     """
     reached = peak_memory()
-    spare = _SPARE if wishes.pieces is None else 1.0
+    limit = budget if budget is None or wishes.goes_on else budget / _SPARE
 
     def memory(way: Candidate, work: Work = work) -> Memory:
         return needed(lm, adapters, work, way, resident)
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: memory(way).total for way in ways}
-    fitting = [way for way in ways if budget is None or spare * sizes[way] <= budget]
+    fitting = [way for way in ways if limit is None or sizes[way] <= limit]
     if budget is not None and fitting and budget < reached:
         raise BudgetError(
             f"this process has had {_need(reached)} at its peak already, {_room(budget)} are allowed: plan "
             "and train in a fresh one"
         )
-    if budget is not None and not fitting:
+    if budget is not None and limit is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])
-        shorter = _shorter(work, smallest, budget, lambda *cut_off: spare * memory(*cut_off).total)
-        least = spare * sizes[smallest]
+        shorter = _shorter(work, smallest, limit, lambda *cut_off: memory(*cut_off).total)
+        spared = "" if wishes.goes_on else f" and {_SPARE - 1:.0%} to spare"
+        enough = _SPARE * sizes[smallest] * budget / limit
         raise BudgetError(
-            f"{smallest} needs {_need(least)}, {_room(budget)} are allowed{shorter}; "
-            f"--memory {math.ceil(_SPARE * least / 1e6)}M is enough"
+            f"{smallest} needs {_need(sizes[smallest])}{spared}, {_room(budget)} are allowed{shorter}; "
+            f"--memory {math.ceil(enough / 1e6)}M is enough"
         )
     speeds = measured(lm, tuple(dict.fromkeys(way.compute for way in ways)))
     seconds = {way: _seconds(lm, adapters, work, way, speeds[way.compute]) for way in ways}
     chosen = min((way for way in fitting if way.compute == fitting[0].compute), key=lambda way: seconds[way])
     others = tuple(Other(way, sizes[way], seconds[way]) for way in ways if way != chosen)
-    return Plan(chosen, memory(chosen), seconds[chosen], work.steps, others, budget, available_memory())
+    return Plan(chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory())
 
 
 def _ways(lm: LanguageModel, work: Work, wishes: Wishes, free: bool) -> Iterator[Candidate]:
@@ -267,12 +272,12 @@ def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, way: Candidate, 
     return sum(passes) / len(work.batches) * work.accumulate
 
 
-def _shorter(work: Work, way: Candidate, budget: int, size: Callable[[Candidate, Work], float]) -> str:
+def _shorter(work: Work, way: Candidate, limit: float, size: Callable[[Candidate, Work], int]) -> str:
     """The largest power of two for --max-length that fits, or else the smallest that is of use."""
     length = work.longest
     while length > _LEAST_PIECE:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
         needed = size(dataclasses.replace(way, micro_tokens=length), work.shortened(length))
-        if needed <= budget:
+        if needed <= limit:
             return f"; --max-length {length} would need {_need(needed)}"
     return "; no --max-length makes it fit"

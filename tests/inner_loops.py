@@ -33,7 +33,7 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
     ],
     "merge_tiles": [("float",), ("double",)],
     "dots_rows": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
-    "dots_row_major": [("float",), ("double",), ("Bf16",), ("Bf16Pair",)],
+    "dots_row_major": [("float",), ("double",), ("Bf16",)],
 }
 DOTS = "dots_rows", "dots_row_major"
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")

@@ -315,6 +315,7 @@ def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
         BudgetError, match=r"needs 102 MB and 2% to spare, 103 MB are allowed; .*; --memory 107M is enough"
     ):
         plan(model, data, memory=given["memory"])
+    assert plan(model, data, memory="1G").limit == pytest.approx(1e9 / 1.02)
 
 
 def test_a_peak_of_the_past_is_told_from_a_need(

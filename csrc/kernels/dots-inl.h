@@ -214,8 +214,8 @@ template <class W, size_t kPhases>
 inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                            bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // Row-major, or a single row. What is zipped keeps x in registers, and takes panels.
-  if constexpr (!kZipped<W, kPhases>)
+  // Row-major, or a single row. What is zipped keeps x in registers and takes panels, and so do pairs, which more tokens meet.
+  if constexpr (kSteps<W> == 1 && !kZipped<W, kPhases>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
       dots_row_major<W, kPhases, kDotRows>(p, panels);

@@ -113,7 +113,7 @@ class Plan:
         seconds: of an average step.
         steps: of the run.
         others: ways that do not fit, are slower or less exact.
-        limit: the most bytes that were planned with, a little below the budget; None without one.
+        limit: the most bytes that were planned with, a little below the budget; infinite without one.
         available: the bytes that machine and container left to the process, None where they did not tell.
     """
 
@@ -122,7 +122,7 @@ class Plan:
     seconds: float
     steps: int
     others: tuple[Other, ...] = ()
-    limit: float | None = None
+    limit: float = math.inf
     available: int | None = None
 
     def __str__(self) -> str:
@@ -142,10 +142,7 @@ class Plan:
             f"{counted(self.steps, 'step')} in {_time(self.steps * self.seconds)}",
             str(self.memory),
             *filter(None, [shortage(self.memory, self.available)]),
-            *(
-                f"{'too large' if self.limit and other.size > self.limit else 'or'}: {other}"
-                for other in others
-            ),
+            *(f"{'too large' if other.size > self.limit else 'or'}: {other}" for other in others),
         ]
 
     def _nearest(self) -> list[Other]:
@@ -217,20 +214,20 @@ def choose(
         BudgetError: no way fits.
     """
     reached = peak_memory()
-    limit = budget if budget is None or wishes.goes_on else budget / _SPARE
+    limit = math.inf if budget is None else budget if wishes.goes_on else budget / _SPARE
 
     def memory(way: Candidate, work: Work = work) -> Memory:
         return needed(lm, adapters, work, way, resident)
 
     ways = list(_ways(lm, work, wishes, budget is not None))
     sizes = {way: memory(way).total for way in ways}
-    fitting = [way for way in ways if limit is None or sizes[way] <= limit]
+    fitting = [way for way in ways if sizes[way] <= limit]
     if budget is not None and fitting and budget < reached:
         raise BudgetError(
             f"this process has had {_need(reached)} at its peak already, {_room(budget)} are allowed: plan "
             "and train in a fresh one"
         )
-    if budget is not None and limit is not None and not fitting:
+    if budget is not None and not fitting:
         smallest = min(ways, key=lambda way: sizes[way])
         shorter = _shorter(work, smallest, limit, lambda *cut_off: memory(*cut_off).total)
         spared = "" if wishes.goes_on else f" and {_SPARE - 1:.0%} to spare"

@@ -1,6 +1,7 @@
 """Language models without torch: packing, decoding, what training costs and keeps, what is refused."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,36 @@ def test_the_head_reads_only_tokens_with_a_target_a_chunk_at_a_time(
         np.testing.assert_allclose(
             p.grad, found[p.name], rtol=0, atol=1e-5 * np.abs(p.grad).max(), err_msg=p.name
         )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_logits_of_a_chunk_are_gone_before_the_next_ones(
+    lm: LanguageModel, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nplora.models import head
+
+    with_factors(lm)
+    monkeypatch.setattr(head, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(head, "_MOST_ROWS", 4)
+    seen: list[weakref.ref[Any]] = []
+    cross_entropy, norm_forward = nplora._core.cross_entropy, head.norm_forward
+
+    def remember(logits: Any, *rest: Any) -> None:
+        seen.append(weakref.ref(logits))
+        cross_entropy(logits, *rest)
+
+    def begin_chunk(*arguments: Any) -> Any:
+        assert not any(reference() is not None for reference in seen)
+        return norm_forward(*arguments)
+
+    monkeypatch.setattr(nplora._core, "cross_entropy", remember)
+    monkeypatch.setattr(head, "norm_forward", begin_chunk)
+    batch = pack([(ids_of(20)[0],) * 2])
+    if training:
+        lm.forward_backward(batch, 0.1)
+    else:
+        lm.loss_packed(batch)
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("vocab", [32, 49152, 151936])

@@ -55,13 +55,16 @@ def _chunk_gradient(
 
 def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
     """The sum of the losses alone."""
-    total = 0.0
-    for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
-        logits = head.forward(norm_forward(norm, x[rows]))[0]
-        losses = np.empty(len(rows))
-        _core.cross_entropy(logits, targets[rows], 1.0, losses, False)
-        total += float(losses.sum())
-    return total
+    pieces = chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
+    return sum((_chunk_loss(norm, head, x[rows], targets[rows]) for rows in pieces), 0.0)
+
+
+def _chunk_loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
+    """The same for a few rows, as `_chunk_gradient`."""
+    logits = head.forward(norm_forward(norm, x))[0]
+    losses = np.empty(len(x))
+    _core.cross_entropy(logits, targets, 1.0, losses, False)
+    return float(losses.sum())
 
 
 def most_rows(rows: int, vocab: int) -> int:

@@ -108,7 +108,7 @@ def packed_weights(case: Case) -> list[Any]:
 
 
 def weights_of_a_file(case: Case) -> list[Any]:
-    """The same matrix used as it lies, row after row, where a safetensors file has it."""
+    """The same matrix as it lies, row after row, in the bytes of a safetensors file, which are in memory."""
     import nplora
     from nplora import storages
     from nplora.formats import safetensors
@@ -270,7 +270,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
     """The same for a handful of rows of a large W, against the rate at which memory is read.
 
-    "a file": the same weight as it lies, row after row, in a safetensors file.
+    "a file": the same weight as it lies, row after row, in the bytes of a safetensors file.
     """
     rows: list[dict[str, Any]] = []
     runtimes = Runtimes(threads)

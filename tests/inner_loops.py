@@ -151,6 +151,7 @@ def dots_rows_turn(loop: Loop) -> Need:
     widened = groups * ((element == "Bf16") + 2 * split)
     fetches = rows * -(-width * size // 64)
     sums = rows * 8  # four each: one is loaded and stored, three are set to zero and added up
+    # Row-major, sums are loaded and stored outside the loop: their room is that of a pointer to each row.
     control = 6  # four pointers go on (w, the rows ahead, the fetches, the sums), a count, a branch
     return Need(groups * (1 + split), loads + copied + widened + fetches + sums + control)
 

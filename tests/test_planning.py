@@ -316,6 +316,9 @@ def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
     ):
         plan(model, data, memory=given["memory"])
     assert plan(model, data, memory="1G").limit == pytest.approx(1e9 / 1.02)
+    size = 104 * MEGABYTE
+    with pytest.raises(BudgetError, match=r"needs 104 MB, 103 MB are allowed; .*; --memory 107M is enough"):
+        finetune(model, **given, steps=2, resume=True)
 
 
 def test_a_peak_of_the_past_is_told_from_a_need(

@@ -141,7 +141,7 @@ inline size_t small_phases(size_t m, size_t lanes) {
 template <class W>
 struct SmallProducts {
   // part (rows, lanes / 2) = [part +] w (rows, depth) xs, by token and phase.   xs is x as interleave leaves it.
-  // Rows of w lie apart (row_stride > 0). Whether in panels or row-major, a row is summed in the same order.
+  // Where w has columns its rows lie apart (row_stride > 0). Whether in panels or row-major, a row is summed in the same order.
   // Pairs of bfloat16 take at most 8 phases.
   void (*dots)(size_t phases, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
                Sum<W>* part, bool accumulate);

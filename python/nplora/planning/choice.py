@@ -37,7 +37,7 @@ class BudgetError(ValueError):
 class Wishes:
     """What is fixed: the arithmetic; that activations are computed again; what batches may be cut into.
 
-    `goes_on`: the run has begun, and may take up what its plan has spared.
+    `goes_on`: the run has begun, and may take up what its plan, if it had one, has spared.
     """
 
     compute: str | None = None
@@ -113,7 +113,7 @@ class Plan:
         seconds: of an average step.
         steps: of the run.
         others: ways that do not fit, are slower or less exact.
-        limit: the most bytes that were planned with, a little below the budget; infinite without one.
+        limit: the most bytes that were planned with: the budget, less what it spares; infinite without one.
         available: the bytes that machine and container left to the process, None where they did not tell.
     """
 

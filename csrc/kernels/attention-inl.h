@@ -3,32 +3,6 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-inline void transpose(size_t rows, size_t cols, const float* x, size_t x_stride, float* xt,
-                      size_t xt_stride) {
-  constexpr size_t kLanes = Vec<float>::kLanes;
-  for (size_t r = 0; r < rows; r += kLanes)
-    for (size_t c = 0; c < cols; c += kLanes) {
-      const size_t height = smaller(rows - r, kLanes), width = smaller(cols - c, kLanes);
-      const float* from = x + r * x_stride + c;
-      float* to = xt + c * xt_stride + r;
-      Vec<float> block[kLanes];
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i)
-        block[i] = i >= height       ? Vec<float>::zero()
-                   : width == kLanes ? Vec<float>::load(from + i * x_stride)
-                                     : Vec<float>::load_partial(from + i * x_stride, width);
-      transpose(block);
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i) {
-        if (i >= width) break;
-        if (height == kLanes)
-          block[i].store(to + i * xt_stride);
-        else
-          block[i].store_partial(to + i * xt_stride, height);
-      }
-    }
-}
-
 // How far ahead the keys or values are fetched of which so many rows are read at once: beyond these rows, a whole number of them.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);

@@ -223,12 +223,16 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 }
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
+  // Few columns of many long rows are more than the hardware follows.
+  const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
     size_t c = 0;
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
                                            7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (; c + 16 <= cols; c += 16) {
+      __builtin_prefetch(x + ahead + c);
+      __builtin_prefetch(x + ahead + x_stride + c);
       const __m512 a = _mm512_loadu_ps(x + c), b = _mm512_loadu_ps(x + x_stride + c);
       if (can_narrow(a, b))
         _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(order, narrowed(a, b)));

@@ -178,6 +178,9 @@ struct Products : Tiles<T> {
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
+  // xt (cols, rows) = x (rows, cols) transposed.
+  void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
+
   // xs (ceil(cols / phases), lanes / 2) = x (m, cols) by token and phase, with zeros where x has no element. Pairs of bfloat16
   // are moved as floats are.
   void (*interleave)(size_t m, size_t phases, size_t cols, const T* x, size_t x_stride, T* xs);
@@ -327,9 +330,6 @@ struct Transformer {
 
   // The sum of a * b, in as many partial sums as there are lanes.
   float (*dot)(size_t n, const float* a, const float* b);
-
-  // xt (cols, rows) = x (rows, cols) transposed.
-  void (*transpose)(size_t rows, size_t cols, const float* x, size_t x_stride, float* xt, size_t xt_stride);
 
   // The dot products of a query's heads with the keys that lie row after row: scores (heads, rows) = q (heads, dim) times, for head
   // h, columns h / group * dim ... of k (rows, heads / group * dim).

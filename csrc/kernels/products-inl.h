@@ -376,4 +376,31 @@ void from_lanes(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* 
   }
 }
 
+// xt (cols, rows) = x (rows, cols) transposed.
+template <class T>
+void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride) {
+  constexpr size_t kLanes = Vec<T>::kLanes;
+  for (size_t r = 0; r < rows; r += kLanes)
+    for (size_t c = 0; c < cols; c += kLanes) {
+      const size_t height = smaller(rows - r, kLanes), width = smaller(cols - c, kLanes);
+      const T* from = x + r * x_stride + c;
+      T* to = xt + c * xt_stride + r;
+      Vec<T> block[kLanes];
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kLanes; ++i)
+        block[i] = i >= height       ? Vec<T>::zero()
+                   : width == kLanes ? Vec<T>::load(from + i * x_stride)
+                                     : Vec<T>::load_partial(from + i * x_stride, width);
+      transpose(block);
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kLanes; ++i) {
+        if (i >= width) break;
+        if (height == kLanes)
+          block[i].store(to + i * xt_stride);
+        else
+          block[i].store_partial(to + i * xt_stride, height);
+      }
+    }
+}
+
 }  // namespace nplora::kernels::NPLORA_ISA

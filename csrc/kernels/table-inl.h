@@ -10,8 +10,8 @@ constexpr Tiles<E> make_tiles() {
 
 template <class T>
 constexpr Products<T> make_products() {
-  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>,     interleave<T>, sum_parts<T>, add_dots<T>,
-          adamw<T>,        sgd<T>,      sum_of_squares<T>, dropout<T>,    merge<T>};
+  return {make_tiles<T>(), to_lanes<T>, from_lanes<T>, transpose<T>,      interleave<T>, sum_parts<T>,
+          add_dots<T>,     adamw<T>,    sgd<T>,        sum_of_squares<T>, dropout<T>,    merge<T>};
 }
 
 template <class W>
@@ -38,9 +38,20 @@ constexpr Int8Products make_int8() {
 }
 
 constexpr Transformer make_transformer() {
-  return {rms_norm, rms_norm_backward, rotate,        swiglu,       swiglu_backward,
-          largest,  exp_sum,           scaled,        dot,          transpose,
-          key_dots, add_values,        scale_columns, softmax_step, softmax_backward};
+  return {rms_norm,
+          rms_norm_backward,
+          rotate,
+          swiglu,
+          swiglu_backward,
+          largest,
+          exp_sum,
+          scaled,
+          dot,
+          key_dots,
+          add_values,
+          scale_columns,
+          softmax_step,
+          softmax_backward};
 }
 
 constexpr KernelTable make_table(const char* isa) {

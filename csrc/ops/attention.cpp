@@ -55,7 +55,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
   tile.gather(q, tile.shape.scale, b.rows);
-  kernel().transpose(lanes, dim, b.rows, dim, b.queries, kTileLanes);
+  kernels::table().f32.transpose(lanes, dim, b.rows, dim, b.queries, kTileLanes);
   std::fill_n(b.largest, lanes, kLowest);
   std::fill_n(b.sum, lanes, 0.0f);
 
@@ -72,7 +72,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
 
   for (size_t i = 0; i < lanes; ++i) b.factor[i] = 1 / b.sum[i];
   kernel().scale_columns(dim, lanes, b.factor, b.sums, kTileLanes);
-  kernel().transpose(dim, lanes, b.sums, kTileLanes, b.rows, dim);
+  kernels::table().f32.transpose(dim, lanes, b.sums, kTileLanes, b.rows, dim);
   tile.scatter(b.rows, 1, to.out, false);
   if (to.lse.data)
     tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {

@@ -78,8 +78,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
     std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
   });
-  kernel().transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
-  kernel().transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
+  kernels::table().f32.transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
+  kernels::table().f32.transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
   bool add = false;
   for_key_tiles(keys_of_tile, [&](Span keys) {
@@ -95,7 +95,7 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
     add_weighted(lanes, k, b.dp, b.dq, add);
     add = true;
   });
-  kernel().transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
+  kernels::table().f32.transpose(dim, lanes, b.dq, kTileLanes, b.q_rows, dim);
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 

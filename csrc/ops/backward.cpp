@@ -46,6 +46,7 @@ class Backward {
                                              p.low.dropout > 0, is_blocks(p.w.storage)});
       const bool projects = rank && (p.db.data || (dx.data && update == Update::kSteps));
       parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
+      projects_ |= projects;
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
       folds_ |= dx.data && update == Update::kFolded;
       if (makes_two_panels(p.w, is_shared())) group_ = kDecodedColumns;
@@ -91,8 +92,7 @@ class Backward {
     T* dz = nullptr;  // of a pass, (n, r)
     E* dz_elements = nullptr;
     E *z_rows = nullptr, *dz_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
-    const E* a = nullptr;                     // scale * Aᵀ (r, d_out); Aᵀ in pairs (r, d_out / 2)
-    const E* b = nullptr;                     // B (r, d_in), or in pairs
+    Matrix<const E> a{}, b{};                 // A (d_out, r) and B (r, d_in), or their rows in pairs
     T *da = nullptr, *db = nullptr;           // sums, (r, d_out) and (r, d_in)
 
     size_t rank() const { return arrays.low.rank(); }
@@ -119,73 +119,61 @@ class Backward {
         return taken;
       };
       for (Part& p : parts_) {
+        const LowRank<T>& low = p.arrays.low;
         const size_t rank = p.rank(), d_out = p.arrays.w.d_out, d_in = p.arrays.w.d_in;
         if (p.projects) p.dz = take(t, t_used, pass_ * rank);
         if (p.wants_da) p.da = take(t, t_used, rank * d_out);
         if (p.wants_db) p.db = take(t, t_used, rank * d_in);
-        if (p.projects && kSteps<E> == 1) p.a = take(e, e_used, rank * d_out);
         if constexpr (kSteps<E> > 1) {
           if (p.projects || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
           if (p.wants_da) p.z_rows = take(e, e_used, rank * depth_of<E>(pass_));
           if (p.wants_db) p.dz_rows = take(e, e_used, rank * depth_of<E>(pass_));
           if (p.projects) {
             p.dz_elements = take(e, e_used, pass_ * depth_of<E>(rank));
-            p.a = take(e, e_used, p.dy_depth() * rank);
-            p.b = take(e, e_used, depth_of<E>(rank) * d_in);
           }
         }
+        if (!p.projects) continue;
+        E* a = take(e, e_used, kSteps<E> > 1 ? p.dy_depth() * rank : 0);
+        E* b = take(e, e_used, kSteps<E> > 1 ? depth_of<E>(rank) * d_in : 0);
+        if (!fill) continue;
+        p.a = steps_of<E>(low.a, a);
+        p.b = steps_of<E>(low.b, b);
       }
       ts = t_used;
       es = e_used;
     }
-    for (Part& p : parts_) {
-      projects_ |= p.projects;
-      if (!p.projects) continue;
-      const LowRank<T>& low = p.arrays.low;
-      if constexpr (kSteps<E> > 1) {
-        T* transposed = scratch<T>(Scratch::kFactor, low.a.cols * low.a.rows);
-        transpose_scaled(low.a, 1, transposed);
-        elements_of<E>({transposed, low.a.cols, low.a.rows, low.a.rows}, const_cast<E*>(p.a), p.dy_depth());
-        const auto& pair_rows = kernels::table().convert.pair_rows;
-        pair_rows(low.b.rows, low.b.cols, low.b.data, low.b.stride, const_cast<E*>(p.b));
-      } else {
-        transpose_scaled(low.a, low.scale, const_cast<E*>(p.a));
-        p.b = low.b.data;
-      }
-    }
   }
 
-  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass.
+  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, so that each finds them in L2.
   void prepare(Range pass, Range some) const {
-    const Range tokens{pass.first + some.first, some.count};
-    for (const Part& p : parts_) {
-      const Matrix<const T> dy = at(p.arrays.dy, tokens, {0, p.arrays.dy.cols});
-      if constexpr (kSteps<E> > 1) {
-        if (p.dy) elements_of<E>(dy, p.dy + some.first * p.dy_depth(), p.dy_depth());
-        if (p.z_rows) transpose_pairs(at(p.arrays.z, tokens, {0, p.rank()}), p.z_rows, some);
-      }
-      if (!p.projects) continue;
-      const size_t rank = p.rank();
-      T* dz = p.dz + some.first * rank;
-      dot_product<E>(some.count, rank, p.dy_depth(), dy_of(p, pass, some), {p.a, p.dy_depth(), 1}, dz);
-      if constexpr (kSteps<E> > 1) {
-        for (size_t i = 0; i < some.count * rank; ++i) dz[i] *= T(p.arrays.low.scale);
-        elements_of<E>({dz, some.count, rank, rank}, p.dz_elements + some.first * depth_of<E>(rank),
-                       depth_of<E>(rank));
-        if (p.dz_rows) transpose_pairs({dz, some.count, rank, rank}, p.dz_rows, some);
-      }
+    for (size_t i = 0; i < some.count; i += kPassUnit)
+      for (const Part& p : parts_) prepare(p, pass, {some.first + i, std::min(kPassUnit, some.count - i)});
+  }
+  void prepare(const Part& p, Range pass, Range few) const {
+    const Range tokens{pass.first + few.first, few.count};
+    const size_t rank = p.rank();
+    if constexpr (kSteps<E> > 1) {
+      if (p.dy)
+        elements_of<E>(at(p.arrays.dy, tokens, {0, p.arrays.dy.cols}), p.dy + few.first * p.dy_depth(),
+                       p.dy_depth());
+      if (p.z_rows) transpose_pairs(at(p.arrays.z, tokens, {0, rank}), p.z_rows, few);
+    }
+    if (!p.projects) return;
+    const Matrix<T> dz{p.dz + few.first * rank, few.count, rank, rank};
+    add_product<E>(few.count, rank, p.dy_depth(), dy_of(p, pass, few), p.a.data, p.a.stride, dz.data, rank,
+                   false, rows_behind(p.arrays.dy, tokens));
+    for (size_t i = 0; i < few.count * rank; ++i) dz.data[i] *= T(p.arrays.low.scale);
+    if constexpr (kSteps<E> > 1) {
+      elements_of<E>(dz, p.dz_elements + few.first * depth_of<E>(rank), depth_of<E>(rank));
+      if (p.dz_rows) transpose_pairs(dz, p.dz_rows, few);
     }
   }
 
-  // Columns `some` of out (r, n), in pairs, = the rows of z or dz.
-  void transpose_pairs(Matrix<const T> z, E* out, Range some) const {
-    for (size_t first = 0; first < some.count; first += kPassUnit) {
-      const size_t count = std::min(kPassUnit, some.count - first);
-      T* rows = scratch<T>(Scratch::kFactor, z.cols * count);
-      for_transposed(count, z.cols, [&](size_t i, size_t j) { rows[j * count + i] = z.row(first + i)[j]; });
-      elements_of<E>({rows, z.cols, count, count}, out + (some.first + first) / kSteps<E>,
-                     depth_of<E>(pass_));
-    }
+  // Columns `few` of out (r, n), in pairs, = the rows of z or dz.
+  void transpose_pairs(Matrix<const T> z, E* out, Range few) const {
+    T* rows = scratch<T>(Scratch::kFactor, z.cols * few.count);
+    transpose(z, rows);
+    elements_of<E>({rows, z.cols, few.count, few.count}, out + few.first / kSteps<E>, depth_of<E>(pass_));
   }
 
   // dy, and dz, of some tokens of a pass, in elements E.
@@ -286,16 +274,16 @@ class Backward {
   // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the pass.
   void low_rank(const Part& p, Range pass, Range some, Range panel, Matrix<T> dx, Range few) const {
     const LowRank<T>& low = p.arrays.low;
-    const size_t depth = depth_of<E>(p.rank()), d_in = dx_.cols;
+    const size_t depth = depth_of<E>(p.rank());
     T* out = dx.row(few.first) + panel.first;
     if (low.dropout == 0)
-      return add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in, out,
-                            dx.stride, true);
+      return add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b.data + panel.first,
+                            p.b.stride, out, dx.stride, true);
     const Matrix<T> update{scratch<T>(Scratch::kDropped, few.count * panel.count), few.count, panel.count,
                            panel.count};
-    add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b + panel.first, d_in, update.data,
-                   panel.count, false);
-    drop_rows<T>(low.dropout, low.key, pass.first + some.first, panel.first, d_in, update, update);
+    add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b.data + panel.first, p.b.stride,
+                   update.data, panel.count, false);
+    drop_rows<T>(low.dropout, low.key, pass.first + some.first, panel.first, dx_.cols, update, update);
     for (size_t j = 0; j < few.count; ++j)
       for (size_t c = 0; c < panel.count; ++c) out[j * dx.stride + c] += update.row(j)[c];
   }
@@ -333,7 +321,7 @@ class Backward {
         const Matrix<const T> left = task.is_da ? at(p.arrays.z, tokens, {0, rank})
                                                 : Matrix<const T>{p.dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
-                       sum, stride, accumulate);
+                       sum, stride, accumulate, kernels::kFetchRowsAhead);
       } else {
         const kernels::Conversions& convert = kernels::table().convert;
         const size_t depth = depth_of<E>(some.count);

@@ -1,4 +1,5 @@
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes: the backward product on blocks of Wᵀ.
+#include <utility>
 #include <vector>
 
 #include "base/parallel.h"
@@ -64,63 +65,79 @@ class RowsForward {
     const ForwardPart<T>& part;
     Update update;
     bool projects;
-    Strided<E> b{};  // (r, depth)
-    T* a = nullptr;  // scale * Aᵀ (r, d_out)
-    T* z = nullptr;  // of a pass, (n, r)
+    T* a = nullptr;             // scale * Aᵀ (r, d_out)
+    Matrix<const E> a_steps{};  // the same in elements E
+    E* b = nullptr;             // Bᵀ (depth, r)
+    T* z = nullptr;             // of a pass, (n, r)
+    E* z_elements = nullptr;    // the same, where E is not its type
+
+    size_t rank() const { return part.low.rank(); }
   };
 
-  // Divides scratch among the parts, transposes their factors; says whether there is a z to be computed.
+  // Divides scratch among the parts, brings their factors into elements E; says whether there is a z to be computed.
   bool reserve() {
-    size_t a_size = 0, b_size = 0, z_size = 0;
+    constexpr bool kPairs = kSteps<E> > 1;
+    size_t t_size = 0, e_size = 0;
+    bool projects = false;
     for (const PartUpdate& u : updates_) {
-      const size_t rank = u.part.low.rank();
-      a_size += rank * u.part.w.d_out;
-      b_size += u.projects && kSteps<E> > 1 ? rank * depth_ : 0;
-      z_size += u.projects ? rank * pass_ : 0;
+      const size_t rank = u.rank();
+      t_size += rank * u.part.w.d_out;
+      if (!u.projects) continue;
+      projects = true;
+      t_size += rank * pass_;
+      e_size += rank * depth_ + (kPairs ? depth_of<E>(rank) * (u.part.w.d_out + pass_) : 0);
     }
-    x_elements_ = kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kLanes, pass_ * depth_);
-    T* a = scratch<T>(Scratch::kLowGradients, a_size + z_size);
-    T* z = a + a_size;
-    E* b = scratch<E>(Scratch::kLowLanes, b_size);
+    x_elements_ = kPairs ? scratch<E>(Scratch::kLanes, pass_ * depth_) : nullptr;
+    T* t = scratch<T>(Scratch::kLowGradients, t_size);
+    E* e = scratch<E>(Scratch::kLowLanes, e_size);
     for (PartUpdate& u : updates_) {
       const LowRank<T>& low = u.part.low;
-      const size_t rank = low.rank();
+      const size_t rank = u.rank(), d_out = u.part.w.d_out;
       if (rank == 0) continue;
-      u.a = a;
-      transpose_scaled(low.a, low.scale, u.a);
-      a += rank * u.part.w.d_out;
+      u.a = std::exchange(t, t + rank * d_out);
+      transpose(low.a, u.a);
+      for (size_t i = 0; i < rank * d_out; ++i) u.a[i] *= T(low.scale);
       if (!u.projects) continue;
-      u.b = elements_or_self<E>(low.b, b);
-      b += kSteps<E> > 1 ? rank * depth_ : 0;
-      u.z = z;
-      z += rank * pass_;
+      u.z = std::exchange(t, t + rank * pass_);
+      u.b = std::exchange(e, e + rank * depth_);
+      // Pairs are moved as floats are.
+      const Strided<E> b =
+          elements_or_self<E>(low.b, kPairs ? scratch<E>(Scratch::kFactor, rank * depth_) : nullptr);
+      transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
+                   reinterpret_cast<T*>(u.b));
+      if (kPairs) u.z_elements = std::exchange(e, e + depth_of<E>(rank) * pass_);
+      u.a_steps = steps_of<E>({u.a, rank, d_out, d_out}, e);
+      if (kPairs) e += depth_of<E>(rank) * d_out;
     }
-    return z_size > 0;
+    return projects;
   }
 
-  // z, and x in elements E, of some tokens of a pass.
+  // z, and x in elements E, of some tokens of a pass: a few at a time, so that each part finds them in L2.
   void prepare(Range pass, Range some) const {
-    const Range tokens{pass.first + some.first, some.count};
-    if constexpr (kSteps<E> > 1)
-      elements_of<E>(rows_of(x_, tokens), x_elements_ + some.first * depth_, depth_);
-    for (const PartUpdate& u : updates_) {
-      if (!u.projects) continue;
-      const LowRank<T>& low = u.part.low;
-      const size_t rank = low.rank();
-      T* z = u.z + some.first * rank;
-      for (size_t i = 0; i < some.count; i += kPassUnit) {
-        const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
-        Strided<E> x = elements(pass, few.first);
-        if (low.dropout > 0)
-          x = elements_or_self<E>(
-              dropped(low, x_, {pass.first + few.first, few.count}),
-              kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
-        dot_product<E>(few.count, rank, depth_, x, u.b, z + i * rank);
-      }
-      if (u.part.z.data)
-        for (size_t i = 0; i < some.count; ++i)
-          std::copy_n(z + i * rank, rank, u.part.z.row(tokens.first + i));
+    for (size_t i = 0; i < some.count; i += kPassUnit) {
+      const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
+      const Range tokens{pass.first + few.first, few.count};
+      if constexpr (kSteps<E> > 1)
+        elements_of<E>(rows_of(x_, tokens), x_elements_ + few.first * depth_, depth_);
+      for (const PartUpdate& u : updates_)
+        if (u.projects) project(u, elements(pass, few.first), tokens, few);
     }
+  }
+
+  // z of a few tokens, which are `few` in the pass.
+  void project(const PartUpdate& u, Strided<E> x, Range tokens, Range few) const {
+    const LowRank<T>& low = u.part.low;
+    const size_t rank = low.rank();
+    if (low.dropout > 0)
+      x = elements_or_self<E>(
+          dropped(low, x_, tokens),
+          kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
+    const Matrix<T> z{u.z + few.first * rank, few.count, rank, rank};
+    add_product<E>(few.count, rank, depth_, x, u.b, rank, z.data, rank, false, rows_behind(x_, tokens));
+    if constexpr (kSteps<E> > 1)
+      elements_of<E>(z, u.z_elements + few.first * depth_of<E>(rank), depth_of<E>(rank));
+    if (u.part.z.data)
+      for (size_t i = 0; i < few.count; ++i) std::copy_n(z.row(i), rank, u.part.z.row(tokens.first + i));
   }
 
   Strided<E> elements(Range pass, size_t first) const {
@@ -128,6 +145,15 @@ class RowsForward {
       return {x_.row(pass.first + first), x_.stride, 1};
     else
       return {x_elements_ + first * depth_, depth_, 1};
+  }
+
+  // z of the tokens from `first` on, in elements E.
+  Strided<E> z_of(const PartUpdate& u, size_t first) const {
+    const size_t depth = depth_of<E>(u.rank());
+    if constexpr (kSteps<E> == 1)
+      return {u.z + first * depth, depth, 1};
+    else
+      return {u.z_elements + first * depth, depth, 1};
   }
 
   // y of some rows of a part, for some tokens of a pass. The blocks of a few panels are made at a time, so that x is brought into L2
@@ -144,7 +170,7 @@ class RowsForward {
       do {  // once without columns, too: y is set to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_panels_of(rows,
-                      [&](size_t i, Range panel) { transpose(u, panel, cols, blocks + i * block_size); });
+                      [&](size_t i, Range panel) { make_block(u, panel, cols, blocks + i * block_size); });
         for (size_t i = 0; i < some.count; i += kFewTokens) {
           const Range few{some.first + i, std::min(kFewTokens, some.count - i)};
           for_panels_of(rows, [&](size_t p, Range panel) {
@@ -180,8 +206,8 @@ class RowsForward {
     const ForwardPart<T>& part = u.part;
     const size_t rank = part.low.rank();
     if (u.update == Update::kSteps)
-      add_product<T>(few.count, rows.count, rank, {u.z + few.first * rank, rank, 1}, u.a + rows.first,
-                     part.w.d_out, y, part.y.stride, true);
+      add_product<E>(few.count, rows.count, depth_of<E>(rank), z_of(u, few.first),
+                     u.a_steps.data + rows.first, u.a_steps.stride, y, part.y.stride, true);
     static constexpr T kOne = 1;
     if (part.bias)
       add_product<T>(few.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
@@ -189,7 +215,7 @@ class RowsForward {
   }
 
   // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
-  void transpose(const PartUpdate& u, Range rows, Range cols, E* block) const {
+  void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
     // What is read as it lies need not be cut.

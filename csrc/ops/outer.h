@@ -22,34 +22,24 @@ const auto& outer_tile() {
     return kernels::table().small<W>().outer_tile;
 }
 
-// c (m, cols) = [c +] a (m, depth) w (depth, cols).
+// c (m, cols) = [c +] a (m, depth) w (depth, cols).   next is fetched with the first panel of columns, or rows ahead with each.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
-                 kernels::Sum<E>* c, size_t c_stride, bool accumulate) {
+                 kernels::Sum<E>* c, size_t c_stride, bool accumulate, kernels::Fetch next = {}) {
   using kernels::kPanelColumns;
-  for (size_t j = 0; j < cols; j += kPanelColumns)
+  for (size_t j = 0; j < cols; j += kPanelColumns) {
     outer_tile<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j, c_stride,
-                       accumulate, {});
+                       accumulate, next);
+    if (next.lines > 0) next = {};
+  }
 }
 
-// out (n, rows) = x (n, depth) wᵀ for a thin w (rows, depth), a small batch of x at a time, so that no lane is idle where w has
-// fewer rows than a vector has lanes. depth counts elements; the steps of x and w are 1.
-template <class E>
-void dot_product(size_t n, size_t rows, size_t depth, kernels::Strided<E> x, kernels::Strided<E> w,
-                 kernels::Sum<E>* out) {
-  using T = kernels::Sum<E>;
-  const auto& k = kernels::table().products<T>();
-  const size_t lanes = k.lanes / 2, most = small_batch<T>(), phases = kernels::small_phases(most, lanes);
-  E* xs = scratch<E>(Scratch::kDotInputs, lanes * ceil_div(depth, phases));
-  T* part = scratch<T>(Scratch::kDotSums, rows * lanes);
-  for (size_t i = 0; i < n; i += most) {
-    const size_t count = std::min(most, n - i);
-    k.interleave(count, phases, depth, reinterpret_cast<const T*>(x.data + i * x.row_stride), x.row_stride,
-                 reinterpret_cast<T*>(xs));  // pairs are moved as floats are
-    kernels::table().small<E>().dots(phases, rows, depth, {w.data, w.row_stride, kernels::kPanelDepth<E>}, xs,
-                                     part, false);
-    k.sum_parts(count, phases, rows, part, nullptr, out + i * rows, rows);
-  }
+// The rows of m behind `some`, up to as many: fetched while those are worked on. None, if they do not lie without gaps.
+template <class T>
+kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
+  const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
+  if (m.stride != m.cols || count == 0) return {};
+  return {reinterpret_cast<const char*>(m.row(end)), count * m.cols * sizeof(T) / kCacheLine, 1};
 }
 
 // body(i, j) for the elements of a tall matrix (rows, cols), in the order that suits its transpose too: the rows of that lie far
@@ -62,10 +52,10 @@ void for_transposed(size_t rows, size_t cols, const Body& body) {
       for (size_t i = first, end = std::min(first + kLine, rows); i < end; ++i) body(i, j);
 }
 
-// out (cols, rows) = scale * m (rows, cols) transposed.
+// out (cols, rows) = m (rows, cols) transposed.
 template <class T>
-void transpose_scaled(Matrix<const T> m, double scale, T* out) {
-  for_transposed(m.rows, m.cols, [&](size_t i, size_t j) { out[j * m.rows + i] = T(scale) * m.row(i)[j]; });
+void transpose(Matrix<const T> m, T* out) {
+  kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, m.rows);
 }
 
 }  // namespace nplora

@@ -12,14 +12,12 @@ namespace nplora {
 // takes, in elements, with L lanes (at most 32) and r the sum of a stack's ranks:
 enum class Scratch {
   kLanes,  // x of a pass in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy of a pass in pairs, and factors
-  kLowLanes,      // z of a pass in lanes: r for each token; or a factor in pairs or panels: r d_in
+  kLowLanes,      // z of a pass in lanes or pairs: r for each token; and a stack's factors: r (d_in + d_out)
   kLowGradients,  // z or dz of a pass: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
   kSums,          // outputs before they are written: L / 2 for each of kStreamedRows, or of r
   kWeight,        // decoded or transposed pieces of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
   kFewRows,       // a few of its rows before they are in pairs: 18 KB
-  kDotInputs,     // a small batch of x, or dy, by token and phase: 8 d_in, or 8 d_out
-  kDotSums,       // and its partial sums: r L / 2
   kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: kDepthBlock r
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // and those in lanes or pairs: 32 d_in

@@ -1,4 +1,4 @@
-// to_lanes and from_lanes: transposes into and out of the SIMD lanes, exact to the bit.
+// to_lanes, from_lanes and transpose: into and out of the SIMD lanes, exact to the bit.
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
@@ -54,6 +54,21 @@ void run_from_lanes(const KernelTable& table, Random& random, size_t lanes, size
 }
 
 template <class T>
+void run_transpose(const KernelTable& table, Random& random, size_t rows, size_t cols, size_t gap,
+                   Place place) {
+  check::Case one("%s transpose<%s> rows %zu cols %zu gap %zu, %s", table.isa, type_name<T>(), rows, cols,
+                  gap, name_of(place));
+  const std::vector<T> values = draw<T>(random, rows * cols, Data::kSpecial);
+  Placed<T> x(rows, cols, {cols + gap}, place, values), xt(cols, rows, {rows + 2 * gap}, place);
+  table.products<T>().transpose(rows, cols, x.data(), cols + gap, xt.data(), rows + 2 * gap);
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < cols; ++j)
+      check::expect(same(xt(j, i), values[i * cols + j]), "element (%zu, %zu) is wrong", j, i);
+  check::expect(xt.gaps_intact(), "wrote outside xt");
+  check::expect(x.untouched(values), "wrote to x");
+}
+
+template <class T>
 void test_transposes(const KernelTable& table) {
   const size_t most = table.products<T>().lanes;
   Random random(4);
@@ -68,6 +83,11 @@ void test_transposes(const KernelTable& table) {
             run_from_lanes<T>(table, random, lanes, rows, cols, (rows + cols) % 3, with_bias, place);
         }
       }
+  for (size_t rows : {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 64})
+    for (size_t cols = 0; cols <= 48; ++cols) {
+      check::count_shape(is_float<T> ? "transpose<float>" : "transpose<double>");
+      for (Place place : kPlaces) run_transpose<T>(table, random, rows, cols, (rows + cols) % 3, place);
+    }
 }
 
 }  // namespace

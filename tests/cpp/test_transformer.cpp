@@ -303,21 +303,6 @@ void for_matrices(const std::string& kernel, const Body& body) {
     }
 }
 
-void test_transpose(const KernelTable& table) {
-  Random random(40);
-  for_matrices("transpose", [&](size_t rows, size_t cols, size_t gap, Place place) {
-    check::Case one("%s transpose rows %zu cols %zu gap %zu, %s", table.isa, rows, cols, gap, name_of(place));
-    const Values values = draw<float>(random, rows * cols, Data::kSpecial);
-    Placed<float> x(rows, cols, {cols + gap}, place, values), xt(cols, rows, {rows + 2 * gap}, place);
-    table.transformer.transpose(rows, cols, x.data(), cols + gap, xt.data(), rows + 2 * gap);
-    for (size_t i = 0; i < rows; ++i)
-      for (size_t j = 0; j < cols; ++j)
-        check::expect(same(xt(j, i), values[i * cols + j]), "element (%zu, %zu) is wrong", j, i);
-    check::expect(xt.gaps_intact(), "wrote outside xt");
-    check::expect(x.untouched(values), "wrote to x");
-  });
-}
-
 void test_scale_columns(const KernelTable& table) {
   Random random(41);
   for_matrices("scale_columns", [&](size_t rows, size_t cols, size_t gap, Place place) {
@@ -504,7 +489,6 @@ void test_transformer(const KernelTable& table) {
   test_rotate(table);
   test_swiglu(table);
   test_swiglu_backward(table);
-  test_transpose(table);
   test_scale_columns(table);
   test_softmax_step(table);
   test_softmax_backward(table);

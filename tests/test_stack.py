@@ -67,6 +67,46 @@ def test_stack_agrees_with_each_layer_alone(n: int, options: dict[str, object]) 
     np.testing.assert_allclose(dx, want_dx, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("n", [7, 40, 300])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_stack_of_unlike_layers_agrees_with_each_alone(n: int, compute: str) -> None:
+    """Odd ranks, whose pairs of bfloat16 lie across layers; layers that share no product with others."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"freeze_B": True},
+        {"rank": 3},
+        {"dropout": 0.3},
+        {"rank": 60},
+        {"dropout": 0.5},
+    ]
+    x = np.random.default_rng(1).standard_normal((n, D_IN), np.float32)
+    together, alone = (
+        [
+            LoRALinear(
+                rng.standard_normal((61, D_IN)),
+                **{"rank": 5, "init": "gaussian", "compute": compute, **kind},
+                rng=i,
+            )
+            for i, kind in enumerate(kinds)
+        ]
+        for rng in (np.random.default_rng(2), np.random.default_rng(2))
+    )
+    dys = list(np.random.default_rng(3).standard_normal((len(kinds), n, 61), np.float32))
+    ys, saved = stack_forward(together, x)
+    dx = stack_backward(together, dys, saved)
+    want_dx = np.zeros_like(x)
+    close = {"rtol": 1e-4} if compute == "float32" else {"rtol": 2.0**-6}
+    for one, other, y, dy in zip(alone, together, ys, dys, strict=True):
+        want, kept = one.forward(x)
+        want_dx += one.backward(dy, kept)
+        np.testing.assert_allclose(y, want, **close, atol=close["rtol"] * np.abs(want).max())
+        for parameter, twin in zip(one.local_parameters(), other.local_parameters(), strict=True):
+            np.testing.assert_allclose(
+                twin.grad, parameter.grad, **close, atol=close["rtol"] * np.abs(twin.grad).max()
+            )
+    np.testing.assert_allclose(dx, want_dx, **close, atol=close["rtol"] * np.abs(want_dx).max())
+
+
 def test_stack_keeps_leading_axes_and_skips_dx() -> None:
     layers, x = layers_of(), np.ones((2, 3, D_IN), np.float32)
     ys, saved = stack_forward(layers, x)

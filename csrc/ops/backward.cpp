@@ -1,6 +1,7 @@
 // dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "base/parallel.h"
@@ -39,14 +40,15 @@ class Backward {
   using T = Sum<E>;
 
   Backward(std::span<const BackwardPart<T>> stack, Matrix<const T> x, Matrix<T> dx)
-      : x_(x), dx_(dx), tokens_(stack[0].dy.rows) {
+      : x_(x), dx_(dx), tokens_(stack[0].dy.rows), d_in_(stack[0].w.d_in) {
+    joined_.reserve(stack.size());  // they stay where they are
     for (const BackwardPart<T>& p : stack) {
       const size_t rank = p.low.rank();
       const Update update = backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>,
                                              p.low.dropout > 0, is_blocks(p.w.storage)});
-      const bool projects = rank && (p.db.data || (dx.data && update == Update::kSteps));
-      parts_.push_back({p, update, projects, rank && p.da.data, rank && p.db.data});
-      projects_ |= projects;
+      const bool adds = rank && dx.data && update == Update::kSteps, wants_db = rank && p.db.data;
+      parts_.push_back(
+          {p, update, adds || wants_db ? join(p.low, adds, wants_db) : nullptr, rank && p.da.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
       folds_ |= dx.data && update == Update::kFolded;
       if (makes_two_panels(p.w, is_shared())) group_ = kDecodedColumns;
@@ -66,7 +68,7 @@ class Backward {
       const Range pass{first, std::min(pass_, tokens_ - first)};
       const size_t units = ceil_div(pass.count, kPassUnit),
                    share = ceil_div(units, threads > 1 ? 4 * threads : 1);
-      if (projects_ || kSteps<E> > 1)
+      if (!joined_.empty() || kSteps<E> > 1)
         parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
                      [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
       const Grid grid(
@@ -84,30 +86,51 @@ class Backward {
   }
 
  private:
+  // Parts whose dz lie side by side: dz B and dB are one product for all, which reads x once. All that want the same, without
+  // dropout, which each draws for itself.
+  struct Joined {
+    bool adds, wants_db;                  // dz B to dx, dB
+    const LowRank<T>* dropped = nullptr;  // the part's that drops elements of x
+    size_t rank = 0;                      // of all parts
+    Matrix<const E> b{};                  // their B one below the other, (rank, d_in), or its rows in pairs
+    T* dz = nullptr;                      // of a pass, (n, rank)
+    E *elements = nullptr, *rows = nullptr;  // dz, and dz transposed, (rank, n / 2), where E is pairs
+    T* db = nullptr;                         // sums, (rank, d_in)
+  };
+
   struct Part {
     BackwardPart<T> arrays;
     Update update;
-    bool projects, wants_da, wants_db;
-    E* dy = nullptr;  // of a pass, where E is not the type of the arrays
-    T* dz = nullptr;  // of a pass, (n, r)
-    E* dz_elements = nullptr;
-    E *z_rows = nullptr, *dz_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
-    Matrix<const E> a{}, b{};                 // A (d_out, r) and B (r, d_in), or their rows in pairs
-    T *da = nullptr, *db = nullptr;           // sums, (r, d_out) and (r, d_in)
+    Joined* joined;  // null where nobody wants dz
+    bool wants_da;
+    size_t first = 0;     // of the ranks of all
+    E* dy = nullptr;      // of a pass, where E is not the type of the arrays
+    E* z_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
+    Matrix<const E> a{};  // A (d_out, r), or its rows in pairs
+    T* da = nullptr;      // sums, (r, d_out)
 
     size_t rank() const { return arrays.low.rank(); }
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  // Some columns of the gradient of A (transposed) or of B of one part.
+  // Some columns of the gradient of A (transposed) of a part, or of B of the joined ones.
   struct FactorTask {
-    const Part* part;
-    bool is_da;
+    const Part* a;
+    const Joined* b;
     Range cols;
   };
 
+  Joined* join(const LowRank<T>& low, bool adds, bool wants_db) {
+    const bool drops = low.dropout > 0;
+    for (Joined& each : joined_)
+      if (!drops && !each.dropped && each.adds == adds && each.wants_db == wants_db) return &each;
+    return &joined_.emplace_back(Joined{adds, wants_db, drops ? &low : nullptr});
+  }
+
   // Divides scratch among the parts, and brings their factors into elements E.
   void reserve() {
+    for (Part& p : parts_)
+      if (p.joined) p.first = std::exchange(p.joined->rank, p.joined->rank + p.rank());
     size_t ts = 0, es = 0;
     for (int fill = 0; fill < 2; ++fill) {
       T* t = fill ? scratch<T>(Scratch::kLowGradients, ts) : nullptr;
@@ -118,61 +141,80 @@ class Backward {
         used += count;
         return taken;
       };
-      for (Part& p : parts_) {
-        const LowRank<T>& low = p.arrays.low;
-        const size_t rank = p.rank(), d_out = p.arrays.w.d_out, d_in = p.arrays.w.d_in;
-        if (p.projects) p.dz = take(t, t_used, pass_ * rank);
-        if (p.wants_da) p.da = take(t, t_used, rank * d_out);
-        if (p.wants_db) p.db = take(t, t_used, rank * d_in);
+      for (Joined& each : joined_) {
+        each.dz = take(t, t_used, pass_ * each.rank);
+        if (each.wants_db) each.db = take(t, t_used, each.rank * d_in_);
         if constexpr (kSteps<E> > 1) {
-          if (p.projects || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
-          if (p.wants_da) p.z_rows = take(e, e_used, rank * depth_of<E>(pass_));
-          if (p.wants_db) p.dz_rows = take(e, e_used, rank * depth_of<E>(pass_));
-          if (p.projects) {
-            p.dz_elements = take(e, e_used, pass_ * depth_of<E>(rank));
-          }
+          if (each.wants_db) each.rows = take(e, e_used, each.rank * depth_of<E>(pass_));
+          each.elements = take(e, e_used, pass_ * depth_of<E>(each.rank));
         }
-        if (!p.projects) continue;
-        E* a = take(e, e_used, kSteps<E> > 1 ? p.dy_depth() * rank : 0);
-        E* b = take(e, e_used, kSteps<E> > 1 ? depth_of<E>(rank) * d_in : 0);
-        if (!fill) continue;
-        p.a = steps_of<E>(low.a, a);
-        p.b = steps_of<E>(low.b, b);
+        if (!each.adds) continue;
+        E* b = take(e, e_used, depth_of<E>(each.rank) * d_in_);
+        if (fill) each.b = steps_of<E>(stacked(each), b);
+      }
+      for (Part& p : parts_) {
+        if (p.wants_da) p.da = take(t, t_used, p.rank() * p.arrays.w.d_out);
+        if constexpr (kSteps<E> > 1) {
+          if (p.joined || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
+          if (p.wants_da) p.z_rows = take(e, e_used, p.rank() * depth_of<E>(pass_));
+        }
+        if (!p.joined) continue;
+        E* a = take(e, e_used, kSteps<E> > 1 ? p.dy_depth() * p.rank() : 0);
+        if (fill) p.a = steps_of<E>(p.arrays.low.a, a);
       }
       ts = t_used;
       es = e_used;
     }
   }
 
+  // B of all joined parts, one below the other.
+  Matrix<const T> stacked(const Joined& all) const {
+    T* b = nullptr;
+    for (const Part& p : parts_) {
+      if (p.joined != &all) continue;
+      const Matrix<const T>& its = p.arrays.low.b;
+      if (p.rank() == all.rank) return its;
+      if (!b) b = scratch<T>(Scratch::kFactor, all.rank * d_in_);
+      for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), its.cols, b + (p.first + i) * its.cols);
+    }
+    return {b, all.rank, d_in_, d_in_};
+  }
+
   // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, so that each finds them in L2.
   void prepare(Range pass, Range some) const {
-    for (size_t i = 0; i < some.count; i += kPassUnit)
-      for (const Part& p : parts_) prepare(p, pass, {some.first + i, std::min(kPassUnit, some.count - i)});
+    for (size_t i = 0; i < some.count; i += kPassUnit) {
+      const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
+      for (const Part& p : parts_) prepare(p, pass, few);
+      if constexpr (kSteps<E> > 1)
+        for (const Joined& each : joined_) {
+          const size_t rank = each.rank, depth = depth_of<E>(rank);
+          const Matrix<T> dz{each.dz + few.first * rank, few.count, rank, rank};
+          elements_of<E>(dz, each.elements + few.first * depth, depth);
+          if (each.rows) transpose_pairs(dz, each.rows, few);
+        }
+    }
   }
   void prepare(const Part& p, Range pass, Range few) const {
     const Range tokens{pass.first + few.first, few.count};
-    const size_t rank = p.rank();
     if constexpr (kSteps<E> > 1) {
       if (p.dy)
         elements_of<E>(at(p.arrays.dy, tokens, {0, p.arrays.dy.cols}), p.dy + few.first * p.dy_depth(),
                        p.dy_depth());
-      if (p.z_rows) transpose_pairs(at(p.arrays.z, tokens, {0, rank}), p.z_rows, few);
+      if (p.z_rows) transpose_pairs(at(p.arrays.z, tokens, {0, p.rank()}), p.z_rows, few);
     }
-    if (!p.projects) return;
-    const Matrix<T> dz{p.dz + few.first * rank, few.count, rank, rank};
-    add_product<E>(few.count, rank, p.dy_depth(), dy_of(p, pass, few), p.a.data, p.a.stride, dz.data, rank,
-                   false, rows_behind(p.arrays.dy, tokens));
-    for (size_t i = 0; i < few.count * rank; ++i) dz.data[i] *= T(p.arrays.low.scale);
-    if constexpr (kSteps<E> > 1) {
-      elements_of<E>(dz, p.dz_elements + few.first * depth_of<E>(rank), depth_of<E>(rank));
-      if (p.dz_rows) transpose_pairs(dz, p.dz_rows, few);
-    }
+    if (!p.joined) return;
+    const size_t stride = p.joined->rank;
+    const Matrix<T> dz{p.joined->dz + few.first * stride + p.first, few.count, p.rank(), stride};
+    add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, pass, few), p.a.data, p.a.stride, dz.data,
+                   stride, false, rows_behind(p.arrays.dy, tokens));
+    for (size_t i = 0; i < dz.rows; ++i)
+      for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
   }
 
   // Columns `few` of out (r, n), in pairs, = the rows of z or dz.
   void transpose_pairs(Matrix<const T> z, E* out, Range few) const {
     T* rows = scratch<T>(Scratch::kFactor, z.cols * few.count);
-    transpose(z, rows);
+    transpose(z, rows, few.count);
     elements_of<E>({rows, z.cols, few.count, few.count}, out + few.first / kSteps<E>, depth_of<E>(pass_));
   }
 
@@ -183,12 +225,12 @@ class Backward {
     else
       return {p.arrays.dy.row(pass.first + some.first), p.arrays.dy.stride, 1};
   }
-  Strided<E> dz_of(const Part& p, size_t first) const {
-    const size_t depth = depth_of<E>(p.rank());
+  Strided<E> dz_of(const Joined& all, size_t first) const {
+    const size_t depth = depth_of<E>(all.rank);
     if constexpr (kSteps<E> > 1)
-      return {p.dz_elements + first * depth, depth, 1};
+      return {all.elements + first * depth, depth, 1};
     else
-      return {p.dz + first * depth, depth, 1};
+      return {all.dz + first * depth, depth, 1};
   }
 
   // dx[tokens, cols], a group of panels at a time.
@@ -197,9 +239,8 @@ class Backward {
     for (size_t c = 0; c < cols.count; c += group_) {
       const Range group{cols.first + c, std::min(group_, cols.count - c)};
       const auto add_low_rank = [&](Range panel, Range few) {
-        for (const Part& p : parts_)
-          if (p.update == Update::kSteps)
-            low_rank(p, pass, {some.first + few.first, few.count}, panel, dx, few);
+        for (const Joined& each : joined_)
+          if (each.adds) low_rank(each, pass, {some.first + few.first, few.count}, panel, dx, few);
       };
       bool accumulate = false;
       for (const Part& p : parts_) {
@@ -272,67 +313,68 @@ class Backward {
   }
 
   // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the pass.
-  void low_rank(const Part& p, Range pass, Range some, Range panel, Matrix<T> dx, Range few) const {
-    const LowRank<T>& low = p.arrays.low;
-    const size_t depth = depth_of<E>(p.rank());
+  void low_rank(const Joined& all, Range pass, Range some, Range panel, Matrix<T> dx, Range few) const {
+    const size_t depth = depth_of<E>(all.rank);
     T* out = dx.row(few.first) + panel.first;
-    if (low.dropout == 0)
-      return add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b.data + panel.first,
-                            p.b.stride, out, dx.stride, true);
+    if (!all.dropped)
+      return add_product<E>(few.count, panel.count, depth, dz_of(all, some.first), all.b.data + panel.first,
+                            all.b.stride, out, dx.stride, true);
     const Matrix<T> update{scratch<T>(Scratch::kDropped, few.count * panel.count), few.count, panel.count,
                            panel.count};
-    add_product<E>(few.count, panel.count, depth, dz_of(p, some.first), p.b.data + panel.first, p.b.stride,
-                   update.data, panel.count, false);
-    drop_rows<T>(low.dropout, low.key, pass.first + some.first, panel.first, dx_.cols, update, update);
+    add_product<E>(few.count, panel.count, depth, dz_of(all, some.first), all.b.data + panel.first,
+                   all.b.stride, update.data, panel.count, false);
+    drop_rows<T>(all.dropped->dropout, all.dropped->key, pass.first + some.first, panel.first, dx_.cols,
+                 update, update);
     for (size_t j = 0; j < few.count; ++j)
       for (size_t c = 0; c < panel.count; ++c) out[j * dx.stride + c] += update.row(j)[c];
   }
 
   std::vector<FactorTask> cut_factors() const {
     std::vector<FactorTask> tasks;
+    const auto cut = [&tasks](const Part* a, const Joined* b, size_t count) {
+      for (size_t c = 0; c < count; c += kColumnBlock)
+        tasks.push_back({a, b, {c, std::min(kColumnBlock, count - c)}});
+    };
     for (const Part& p : parts_)
-      for (const bool is_da : {true, false}) {
-        const size_t count = is_da ? p.arrays.w.d_out : p.arrays.w.d_in;
-        if (is_da ? !p.wants_da : !p.wants_db) continue;
-        for (size_t c = 0; c < count; c += kColumnBlock)
-          tasks.push_back({&p, is_da, {c, std::min(kColumnBlock, count - c)}});
-      }
+      if (p.wants_da) cut(&p, nullptr, p.arrays.w.d_out);
+    for (const Joined& each : joined_)
+      if (each.wants_db) cut(nullptr, &each, d_in_);
     return tasks;
   }
 
   // The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols], over a pass, in steps
   // that keep the rows of dy or x in cache.
   void add_factor(Range pass, const FactorTask& task) const {
-    const Part& p = *task.part;
-    const size_t rank = p.rank(), stride = task.is_da ? p.arrays.w.d_out : p.arrays.w.d_in;
-    T* sum = (task.is_da ? p.da : p.db) + task.cols.first;
+    const Part* a = task.a;
+    const Joined* b = task.b;
+    const size_t rank = a ? a->rank() : b->rank, stride = a ? a->arrays.w.d_out : d_in_;
+    T* sum = (a ? a->da : b->db) + task.cols.first;
     for (size_t i = 0; i < pass.count; i += kSumDepth) {
       const Range some{i, std::min(kSumDepth, pass.count - i)}, tokens{pass.first + i, some.count};
-      Matrix<const T> right = at(task.is_da ? p.arrays.dy : x_, tokens, task.cols);
-      const LowRank<T>& low = p.arrays.low;
-      if (!task.is_da && low.dropout > 0) {
+      Matrix<const T> right = at(a ? a->arrays.dy : x_, tokens, task.cols);
+      if (b && b->dropped) {
         const Matrix<T> dropped{scratch<T>(Scratch::kDropped, some.count * right.cols), some.count,
                                 right.cols, right.cols};
-        drop_rows(low.dropout, low.key, tokens.first, task.cols.first, x_.cols, right, dropped);
+        drop_rows(b->dropped->dropout, b->dropped->key, tokens.first, task.cols.first, d_in_, right, dropped);
         right = dropped;
       }
       const bool accumulate = tokens.first > 0;
       if constexpr (kSteps<E> == 1) {
-        const Matrix<const T> left = task.is_da ? at(p.arrays.z, tokens, {0, rank})
-                                                : Matrix<const T>{p.dz + i * rank, some.count, rank, rank};
+        const Matrix<const T> left = a ? at(a->arrays.z, tokens, {0, rank})
+                                       : Matrix<const T>{b->dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
                        sum, stride, accumulate, kernels::kFetchRowsAhead);
       } else {
         const kernels::Conversions& convert = kernels::table().convert;
         const size_t depth = depth_of<E>(some.count);
         E* w = scratch<E>(Scratch::kWeight, depth * right.cols);
-        if (task.is_da && p.dy)  // is narrowed already
+        if (a && a->dy)  // is narrowed already
           convert.pair_bits(some.count, right.cols,
-                            reinterpret_cast<const uint16_t*>(p.dy + i * p.dy_depth()) + task.cols.first,
-                            kSteps<E> * p.dy_depth(), w);
+                            reinterpret_cast<const uint16_t*>(a->dy + i * a->dy_depth()) + task.cols.first,
+                            kSteps<E> * a->dy_depth(), w);
         else
           convert.pair_rows(some.count, right.cols, right.data, right.stride, w);
-        const E* rows = (task.is_da ? p.z_rows : p.dz_rows) + i / kSteps<E>;
+        const E* rows = (a ? a->z_rows : b->rows) + i / kSteps<E>;
         add_product<E>(rank, right.cols, depth, {rows, depth_of<E>(pass_), 1}, w, right.cols, sum, stride,
                        accumulate);
       }
@@ -346,19 +388,20 @@ class Backward {
       if (const Matrix<T> da = p.arrays.da; p.wants_da)
         for_transposed(da.rows, p.rank(),
                        [&](size_t o, size_t j) { da.row(o)[j] += scale * p.da[j * da.rows + o]; });
-      if (p.wants_db)
-        for (size_t j = 0; j < p.rank(); ++j)
-          for (size_t c = 0; c < p.arrays.db.cols; ++c)
-            p.arrays.db.row(j)[c] += p.db[j * p.arrays.db.cols + c];
+      if (!p.joined || !p.joined->wants_db) continue;
+      const T* sums = p.joined->db + p.first * d_in_;
+      for (size_t j = 0; j < p.rank(); ++j)
+        for (size_t c = 0; c < d_in_; ++c) p.arrays.db.row(j)[c] += sums[j * d_in_ + c];
     }
   }
 
   const Matrix<const T> x_;
   const Matrix<T> dx_;
-  const size_t tokens_;
+  const size_t tokens_, d_in_;
   size_t pass_ = 0, group_ = kPanelColumns;  // tokens and columns at a time
   double work_ = 0;
-  bool folds_ = false, projects_ = false;
+  bool folds_ = false;
+  std::vector<Joined> joined_;
   std::vector<Part> parts_;
 };
 

@@ -54,8 +54,8 @@ void for_transposed(size_t rows, size_t cols, const Body& body) {
 
 // out (cols, rows) = m (rows, cols) transposed.
 template <class T>
-void transpose(Matrix<const T> m, T* out) {
-  kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, m.rows);
+void transpose(Matrix<const T> m, T* out, size_t stride) {
+  kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, stride);
 }
 
 }  // namespace nplora

@@ -84,6 +84,11 @@ HOSTILE = {
     "empty file": (b"", TruncatedError, "0 bytes"),
     "only the magic": (b"GGUF", TruncatedError, "4 bytes"),
     "bad magic": (b"GGML" + bytes(99), FormatError, "begins with b'GGML', expected b'GGUF'"),
+    "a safetensors file": (
+        b"\x02" + bytes(7) + b'{"w":{}}' + bytes(99),
+        FormatError,
+        "expected b'GGUF' (is it a safetensors file?)",
+    ),
     "version 0": (container(version=0), UnsupportedError, "version 0, little-endian versions 2 and 3"),
     "version 1": (container(version=1), UnsupportedError, "version 1"),
     "version 4": (container(version=4), UnsupportedError, "version 4"),

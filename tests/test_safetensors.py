@@ -65,6 +65,7 @@ HOSTILE = {
         NotFetchedError,
         "Git LFS's pointer to the file, which git lfs pull fetches",
     ),
+    "a GGUF file": (b"GGUF" + bytes(99), FormatError, "is a GGUF file, expected safetensors"),
     "header longer than the file": (b"\x40" + bytes(7) + b"{}", TruncatedError, "64 bytes"),
     "header over 100 MB": ((100_000_001).to_bytes(8, "little"), LimitError, "100,000,000"),
     "header length 2^64 - 1": (b"\xff" * 8 + b"{}", LimitError, "18,446,744,073,709,551,615"),

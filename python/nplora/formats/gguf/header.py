@@ -86,7 +86,8 @@ def parse(data: memoryview, source: str) -> Header:
 def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, int]:
     """The version, and the numbers of tensors and of metadata entries."""
     if not MAGIC.startswith(bytes(start[:4])):
-        raise FormatError(f"{source}: begins with {bytes(start[:4])!r}, expected {MAGIC!r}")
+        like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
+        raise FormatError(f"{source}: begins with {bytes(start[:4])!r}, expected {MAGIC!r}{like}")
     if len(start) < START.size:
         raise TruncatedError(f"{source}: {size} bytes, a header has at least {START.size}")
     _, version, n_tensors, n_metadata = START.unpack(start)

@@ -14,6 +14,34 @@ from nplora.demo import dictionary
 _FIGURES = pytest.StashKey[dict[str, float]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--skipped", type=Path, help="write what was skipped to this file, for pytest @FILE")
+
+
+class _Skipped:
+    """Writes the ids of skipped tests, and of files that were skipped as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_text("")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.keep(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.keep(report)
+
+    def keep(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped:
+            with self.path.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.skipped:
+        config.pluginmanager.register(_Skipped(config.option.skipped))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator that starts the same way in every test."""

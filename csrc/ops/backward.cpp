@@ -86,11 +86,11 @@ class Backward {
   }
 
  private:
-  // Parts whose dz lie side by side: dz B and dB are one product for all, which reads x once. All that want the same, without
-  // dropout, which each draws for itself.
+  // Parts whose dz lie side by side, so that dz B, and dB, are one product for all, which reads x once. They want the same of these;
+  // those with dropout stand alone: each drops other elements of x.
   struct Joined {
-    bool adds, wants_db;                  // dz B to dx, dB
-    const LowRank<T>* dropped = nullptr;  // the part's that drops elements of x
+    bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
+    const LowRank<T>* dropped = nullptr;  // the part that drops elements
     size_t rank = 0;                      // of all parts
     Matrix<const E> b{};                  // their B one below the other, (rank, d_in), or its rows in pairs
     T* dz = nullptr;                      // of a pass, (n, rank)
@@ -103,7 +103,7 @@ class Backward {
     Update update;
     Joined* joined;  // null where nobody wants dz
     bool wants_da;
-    size_t first = 0;     // of the ranks of all
+    size_t column = 0;    // of the joined dz, the part's first
     E* dy = nullptr;      // of a pass, where E is not the type of the arrays
     E* z_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
     Matrix<const E> a{};  // A (d_out, r), or its rows in pairs
@@ -113,10 +113,10 @@ class Backward {
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  // Some columns of the gradient of A (transposed) of a part, or of B of the joined ones.
+  // Some columns of the gradient of A of a part (transposed), or of B of joined ones; the other is null.
   struct FactorTask {
-    const Part* a;
-    const Joined* b;
+    const Part* part;
+    const Joined* joined;
     Range cols;
   };
 
@@ -130,57 +130,57 @@ class Backward {
   // Divides scratch among the parts, and brings their factors into elements E.
   void reserve() {
     for (Part& p : parts_)
-      if (p.joined) p.first = std::exchange(p.joined->rank, p.joined->rank + p.rank());
-    size_t ts = 0, es = 0;
-    for (int fill = 0; fill < 2; ++fill) {
-      T* t = fill ? scratch<T>(Scratch::kLowGradients, ts) : nullptr;
-      E* e = fill ? scratch<E>(Scratch::kLanes, es) : nullptr;
-      size_t t_used = 0, e_used = 0;
-      const auto take = [fill](auto* from, size_t& used, size_t count) {
-        auto* taken = fill ? from + used : nullptr;
-        used += count;
-        return taken;
-      };
-      for (Joined& each : joined_) {
-        each.dz = take(t, t_used, pass_ * each.rank);
-        if (each.wants_db) each.db = take(t, t_used, each.rank * d_in_);
-        if constexpr (kSteps<E> > 1) {
-          if (each.wants_db) each.rows = take(e, e_used, each.rank * depth_of<E>(pass_));
-          each.elements = take(e, e_used, pass_ * depth_of<E>(each.rank));
-        }
-        if (!each.adds) continue;
-        E* b = take(e, e_used, depth_of<E>(each.rank) * d_in_);
-        if (fill) each.b = steps_of<E>(stacked(each), b);
-      }
-      for (Part& p : parts_) {
-        if (p.wants_da) p.da = take(t, t_used, p.rank() * p.arrays.w.d_out);
-        if constexpr (kSteps<E> > 1) {
-          if (p.joined || dx_.data) p.dy = take(e, e_used, pass_ * p.dy_depth());
-          if (p.wants_da) p.z_rows = take(e, e_used, p.rank() * depth_of<E>(pass_));
-        }
-        if (!p.joined) continue;
-        E* a = take(e, e_used, kSteps<E> > 1 ? p.dy_depth() * p.rank() : 0);
-        if (fill) p.a = steps_of<E>(p.arrays.low.a, a);
-      }
-      ts = t_used;
-      es = e_used;
+      if (p.joined) p.column = std::exchange(p.joined->rank, p.joined->rank + p.rank());
+    Pieces<T> t;
+    Pieces<E> e;
+    divide(t, e);
+    t = {scratch<T>(Scratch::kLowGradients, t.used)};
+    e = {scratch<E>(Scratch::kLanes, e.used)};
+    divide(t, e);
+    for (Part& p : parts_)
+      if (p.joined) p.a = steps_of<E>(p.arrays.low.a, const_cast<E*>(p.a.data));
+    for (Joined& each : joined_)
+      if (each.adds) bring_b(each);
+  }
+  void divide(Pieces<T>& t, Pieces<E>& e) {
+    constexpr bool kPairs = kSteps<E> > 1;
+    for (Joined& each : joined_) {
+      each.dz = t.take(pass_ * each.rank);
+      if (each.wants_db) each.db = t.take(each.rank * d_in_);
+      if (each.adds) each.b.data = e.take(depth_of<E>(each.rank) * d_in_);
+      if (kPairs && each.adds) each.elements = e.take(pass_ * depth_of<E>(each.rank));
+      if (kPairs && each.wants_db) each.rows = e.take(each.rank * depth_of<E>(pass_));
+    }
+    for (Part& p : parts_) {
+      if (p.wants_da) p.da = t.take(p.rank() * p.arrays.w.d_out);
+      if (!kPairs) continue;
+      if (p.joined) p.a.data = e.take(p.dy_depth() * p.rank());
+      if (p.joined || dx_.data) p.dy = e.take(pass_ * p.dy_depth());
+      if (p.wants_da) p.z_rows = e.take(p.rank() * depth_of<E>(pass_));
     }
   }
 
-  // B of all joined parts, one below the other.
-  Matrix<const T> stacked(const Joined& all) const {
-    T* b = nullptr;
+  // B of all joined parts, one below the other. That of a single one is used as it lies.
+  void bring_b(Joined& all) const {
+    E* out = const_cast<E*>(all.b.data);
+    T* stack = nullptr;
+    if constexpr (kSteps<E> == 1)
+      stack = out;
+    else
+      stack = scratch<T>(Scratch::kFactor, all.rank * d_in_);
+    Matrix<const T> b{stack, all.rank, d_in_, d_in_};
     for (const Part& p : parts_) {
       if (p.joined != &all) continue;
       const Matrix<const T>& its = p.arrays.low.b;
-      if (p.rank() == all.rank) return its;
-      if (!b) b = scratch<T>(Scratch::kFactor, all.rank * d_in_);
-      for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), its.cols, b + (p.first + i) * its.cols);
+      if (its.rows == all.rank)
+        b = its;
+      else
+        for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), d_in_, stack + (p.column + i) * d_in_);
     }
-    return {b, all.rank, d_in_, d_in_};
+    all.b = steps_of<E>(b, out);
   }
 
-  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, so that each finds them in L2.
+  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, which are in L2 when they are projected.
   void prepare(Range pass, Range some) const {
     for (size_t i = 0; i < some.count; i += kPassUnit) {
       const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
@@ -189,7 +189,7 @@ class Backward {
         for (const Joined& each : joined_) {
           const size_t rank = each.rank, depth = depth_of<E>(rank);
           const Matrix<T> dz{each.dz + few.first * rank, few.count, rank, rank};
-          elements_of<E>(dz, each.elements + few.first * depth, depth);
+          if (each.elements) elements_of<E>(dz, each.elements + few.first * depth, depth);
           if (each.rows) transpose_pairs(dz, each.rows, few);
         }
     }
@@ -204,7 +204,7 @@ class Backward {
     }
     if (!p.joined) return;
     const size_t stride = p.joined->rank;
-    const Matrix<T> dz{p.joined->dz + few.first * stride + p.first, few.count, p.rank(), stride};
+    const Matrix<T> dz{p.joined->dz + few.first * stride + p.column, few.count, p.rank(), stride};
     add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, pass, few), p.a.data, p.a.stride, dz.data,
                    stride, false, rows_behind(p.arrays.dy, tokens));
     for (size_t i = 0; i < dz.rows; ++i)
@@ -331,9 +331,9 @@ class Backward {
 
   std::vector<FactorTask> cut_factors() const {
     std::vector<FactorTask> tasks;
-    const auto cut = [&tasks](const Part* a, const Joined* b, size_t count) {
+    const auto cut = [&tasks](const Part* part, const Joined* joined, size_t count) {
       for (size_t c = 0; c < count; c += kColumnBlock)
-        tasks.push_back({a, b, {c, std::min(kColumnBlock, count - c)}});
+        tasks.push_back({part, joined, {c, std::min(kColumnBlock, count - c)}});
     };
     for (const Part& p : parts_)
       if (p.wants_da) cut(&p, nullptr, p.arrays.w.d_out);
@@ -345,36 +345,38 @@ class Backward {
   // The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols], over a pass, in steps
   // that keep the rows of dy or x in cache.
   void add_factor(Range pass, const FactorTask& task) const {
-    const Part* a = task.a;
-    const Joined* b = task.b;
-    const size_t rank = a ? a->rank() : b->rank, stride = a ? a->arrays.w.d_out : d_in_;
-    T* sum = (a ? a->da : b->db) + task.cols.first;
+    const Part* part = task.part;
+    const Joined* joined = task.joined;
+    const size_t rank = part ? part->rank() : joined->rank, stride = part ? part->arrays.w.d_out : d_in_;
+    T* sum = (part ? part->da : joined->db) + task.cols.first;
     for (size_t i = 0; i < pass.count; i += kSumDepth) {
       const Range some{i, std::min(kSumDepth, pass.count - i)}, tokens{pass.first + i, some.count};
-      Matrix<const T> right = at(a ? a->arrays.dy : x_, tokens, task.cols);
-      if (b && b->dropped) {
+      Matrix<const T> right = at(part ? part->arrays.dy : x_, tokens, task.cols);
+      if (joined && joined->dropped) {
         const Matrix<T> dropped{scratch<T>(Scratch::kDropped, some.count * right.cols), some.count,
                                 right.cols, right.cols};
-        drop_rows(b->dropped->dropout, b->dropped->key, tokens.first, task.cols.first, d_in_, right, dropped);
+        drop_rows(joined->dropped->dropout, joined->dropped->key, tokens.first, task.cols.first, d_in_, right,
+                  dropped);
         right = dropped;
       }
       const bool accumulate = tokens.first > 0;
       if constexpr (kSteps<E> == 1) {
-        const Matrix<const T> left = a ? at(a->arrays.z, tokens, {0, rank})
-                                       : Matrix<const T>{b->dz + i * rank, some.count, rank, rank};
+        const Matrix<const T> left = part ? at(part->arrays.z, tokens, {0, rank})
+                                          : Matrix<const T>{joined->dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
                        sum, stride, accumulate, kernels::kFetchRowsAhead);
       } else {
         const kernels::Conversions& convert = kernels::table().convert;
         const size_t depth = depth_of<E>(some.count);
         E* w = scratch<E>(Scratch::kWeight, depth * right.cols);
-        if (a && a->dy)  // is narrowed already
-          convert.pair_bits(some.count, right.cols,
-                            reinterpret_cast<const uint16_t*>(a->dy + i * a->dy_depth()) + task.cols.first,
-                            kSteps<E> * a->dy_depth(), w);
+        if (part && part->dy)  // is narrowed already
+          convert.pair_bits(
+              some.count, right.cols,
+              reinterpret_cast<const uint16_t*>(part->dy + i * part->dy_depth()) + task.cols.first,
+              kSteps<E> * part->dy_depth(), w);
         else
           convert.pair_rows(some.count, right.cols, right.data, right.stride, w);
-        const E* rows = (a ? a->z_rows : b->rows) + i / kSteps<E>;
+        const E* rows = (part ? part->z_rows : joined->rows) + i / kSteps<E>;
         add_product<E>(rank, right.cols, depth, {rows, depth_of<E>(pass_), 1}, w, right.cols, sum, stride,
                        accumulate);
       }
@@ -389,7 +391,7 @@ class Backward {
         for_transposed(da.rows, p.rank(),
                        [&](size_t o, size_t j) { da.row(o)[j] += scale * p.da[j * da.rows + o]; });
       if (!p.joined || !p.joined->wants_db) continue;
-      const T* sums = p.joined->db + p.first * d_in_;
+      const T* sums = p.joined->db + p.column * d_in_;
       for (size_t j = 0; j < p.rank(); ++j)
         for (size_t c = 0; c < d_in_; ++c) p.arrays.db.row(j)[c] += sums[j * d_in_ + c];
     }

@@ -43,17 +43,6 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// Row-major m (rows, cols) in elements E whose pairs run down the columns: (depth_of(rows), cols), in `out`. Floats are m as it is.
-template <class E>
-Matrix<const E> steps_of(Matrix<const kernels::Sum<E>> m, E* out) {
-  if constexpr (kernels::kSteps<E> == 1) {
-    return m;
-  } else {
-    kernels::table().convert.pair_rows(m.rows, m.cols, m.data, m.stride, out);
-    return {out, depth_of<E>(m.rows), m.cols, m.cols};
-  }
-}
-
 // The same where floats need no conversion: m as it is, or in `out`.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
@@ -62,6 +51,17 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   } else {
     elements_of<E>(m, out, depth_of<E>(m.cols));
     return {out, depth_of<E>(m.cols), 1};
+  }
+}
+
+// Row-major m (rows, cols) in elements E whose pairs run down the columns: (depth_of(rows), cols), in `out`. Floats are m as it is.
+template <class E>
+Matrix<const E> steps_of(Matrix<const kernels::Sum<E>> m, E* out) {
+  if constexpr (kernels::kSteps<E> == 1) {
+    return m;
+  } else {
+    kernels::table().convert.pair_rows(m.rows, m.cols, m.data, m.stride, out);
+    return {out, depth_of<E>(m.rows), m.cols, m.cols};
   }
 }
 

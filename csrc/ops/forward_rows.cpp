@@ -27,7 +27,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    projections_.reserve(parts.size());  // they stay where they are
+    joined_.reserve(parts.size());  // they stay where they are
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{x.rows,
@@ -51,7 +51,7 @@ class RowsForward {
       const Range pass{first, std::min(pass_, x_.rows - first)};
       const size_t units = ceil_div(pass.count, kPassUnit),
                    share = ceil_div(units, threads > 1 ? 4 * threads : 8);
-      if (!projections_.empty() || kSteps<E> > 1)
+      if (!joined_.empty() || kSteps<E> > 1)
         parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
                      [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
       const Grid grid({pass.count, kPassUnit, pass.count}, {rows.blocks(), 1, rows.blocks()},
@@ -63,9 +63,9 @@ class RowsForward {
   }
 
  private:
-  // Parts whose z are columns of one product, which reads x once: all without dropout, which each draws for itself.
-  struct Projection {
-    const LowRank<T>* dropped = nullptr;  // the part's that drops elements of x
+  // Parts whose z are columns of one product, which reads x once. Those with dropout stand alone: each drops other elements of x.
+  struct Joined {
+    const LowRank<T>* dropped = nullptr;  // the part that drops elements
     size_t rank = 0;                      // of all parts
     E* b = nullptr;                       // their Bᵀ side by side, (depth, rank)
     T* z = nullptr;                       // of a pass, (n, rank)
@@ -74,8 +74,8 @@ class RowsForward {
   struct PartUpdate {
     const ForwardPart<T>& part;
     Update update;
-    Projection* projection;     // null where nobody wants z
-    size_t column = 0;          // of z, the part's first
+    Joined* joined;             // null where nobody wants z
+    size_t column = 0;          // of the joined z, the part's first
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_steps{};  // the same in elements E
     E* z_elements = nullptr;    // the part's z of a pass, where E is not its type
@@ -83,84 +83,87 @@ class RowsForward {
     size_t rank() const { return part.low.rank(); }
   };
 
-  Projection* join(const LowRank<T>& low) {
+  Joined* join(const LowRank<T>& low) {
     const bool drops = low.dropout > 0;
-    for (Projection& each : projections_)
+    for (Joined& each : joined_)
       if (!drops && !each.dropped) return &each;
-    return &projections_.emplace_back(Projection{drops ? &low : nullptr});
+    return &joined_.emplace_back(Joined{drops ? &low : nullptr});
   }
 
   // Divides scratch among the parts, and brings their factors into elements E.
   void reserve() {
-    constexpr bool kPairs = kSteps<E> > 1;
-    size_t t_size = 0, e_size = 0;
-    for (PartUpdate& u : updates_) {
-      t_size += u.rank() * u.part.w.d_out;
-      if (!u.projection) continue;
-      u.column = std::exchange(u.projection->rank, u.projection->rank + u.rank());
-      e_size += kPairs ? depth_of<E>(u.rank()) * (u.part.w.d_out + pass_) : 0;
-    }
-    for (const Projection& each : projections_) {
-      t_size += each.rank * pass_;
-      e_size += each.rank * depth_;
-    }
-    x_elements_ = kPairs ? scratch<E>(Scratch::kLanes, pass_ * depth_) : nullptr;
-    T* t = scratch<T>(Scratch::kLowGradients, t_size);
-    E* e = scratch<E>(Scratch::kLowLanes, e_size);
-    for (Projection& each : projections_) {
-      each.z = std::exchange(t, t + each.rank * pass_);
-      each.b = std::exchange(e, e + each.rank * depth_);
+    for (PartUpdate& u : updates_)
+      if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
+    Pieces<T> t;
+    Pieces<E> e;
+    divide(t, e);
+    t = {scratch<T>(Scratch::kLowGradients, t.used)};
+    e = {scratch<E>(Scratch::kLowLanes, e.used)};
+    divide(t, e);
+    if constexpr (kSteps<E> > 1) x_elements_ = scratch<E>(Scratch::kLanes, pass_ * depth_);
+    for (PartUpdate& u : updates_)
+      if (u.rank()) bring(u);
+  }
+  void divide(Pieces<T>& t, Pieces<E>& e) {
+    for (Joined& each : joined_) {
+      each.z = t.take(pass_ * each.rank);
+      each.b = e.take(depth_ * each.rank);
     }
     for (PartUpdate& u : updates_) {
-      const LowRank<T>& low = u.part.low;
-      const size_t rank = u.rank(), d_out = u.part.w.d_out;
-      if (rank == 0) continue;
-      u.a = std::exchange(t, t + rank * d_out);
-      transpose(low.a, u.a, d_out);
-      for (size_t i = 0; i < rank * d_out; ++i) u.a[i] *= T(low.scale);
-      if (!u.projection) continue;
-      const Strided<E> b =
-          elements_or_self<E>(low.b, kPairs ? scratch<E>(Scratch::kFactor, rank * depth_) : nullptr);
-      // Pairs are moved as floats are.
-      transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
-                   reinterpret_cast<T*>(u.projection->b + u.column), u.projection->rank);
-      if (kPairs) u.z_elements = std::exchange(e, e + depth_of<E>(rank) * pass_);
-      u.a_steps = steps_of<E>({u.a, rank, d_out, d_out}, e);
-      if (kPairs) e += depth_of<E>(rank) * d_out;
+      u.a = t.take(u.rank() * u.part.w.d_out);
+      if (kSteps<E> == 1 || !u.joined) continue;
+      u.z_elements = e.take(pass_ * depth_of<E>(u.rank()));
+      u.a_steps.data = e.take(depth_of<E>(u.rank()) * u.part.w.d_out);
     }
   }
+  void bring(PartUpdate& u) const {
+    const LowRank<T>& low = u.part.low;
+    const size_t rank = u.rank(), d_out = u.part.w.d_out;
+    transpose(low.a, u.a, d_out);
+    for (size_t i = 0; i < rank * d_out; ++i) u.a[i] *= T(low.scale);
+    if (!u.joined) return;
+    u.a_steps = steps_of<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_steps.data));
+    const Strided<E> b =
+        elements_or_self<E>(low.b, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
+    // Pairs are moved as floats are.
+    transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
+                 reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
+  }
 
-  // z, and x in elements E, of some tokens of a pass: a few at a time, so that each part finds them in L2.
+  // z, and x in elements E, of some tokens of a pass: a few at a time, which are in L2 when they are projected.
   void prepare(Range pass, Range some) const {
     for (size_t i = 0; i < some.count; i += kPassUnit) {
       const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
-      const Range tokens{pass.first + few.first, few.count};
       if constexpr (kSteps<E> > 1)
-        elements_of<E>(rows_of(x_, tokens), x_elements_ + few.first * depth_, depth_);
-      for (const Projection& each : projections_) project(each, elements(pass, few.first), tokens, few);
+        elements_of<E>(rows_of(x_, {pass.first + few.first, few.count}), x_elements_ + few.first * depth_,
+                       depth_);
+      for (const Joined& each : joined_) project(each, pass, few);
       for (const PartUpdate& u : updates_)
-        if (u.projection) keep(u, tokens, few);
+        if (u.joined) keep(u, pass, few);
     }
   }
 
-  // z of a few tokens, which are `few` in the pass.
-  void project(const Projection& p, Strided<E> x, Range tokens, Range few) const {
-    if (p.dropped)
-      x = elements_or_self<E>(
-          dropped(*p.dropped, x_, tokens),
-          kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_));
-    add_product<E>(few.count, p.rank, depth_, x, p.b, p.rank, p.z + few.first * p.rank, p.rank, false,
-                   rows_behind(x_, tokens));
+  // z of a few tokens of a pass.
+  void project(const Joined& all, Range pass, Range few) const {
+    const Range tokens{pass.first + few.first, few.count};
+    const Strided<E> x =
+        all.dropped ? elements_or_self<E>(
+                          dropped(*all.dropped, x_, tokens),
+                          kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
+                    : elements(pass, few.first);
+    add_product<E>(few.count, all.rank, depth_, x, all.b, all.rank, all.z + few.first * all.rank, all.rank,
+                   false, rows_behind(x_, tokens));
   }
 
-  // A part's z, for whoever wants it.
-  void keep(const PartUpdate& u, Range tokens, Range few) const {
-    const size_t stride = u.projection->rank;
-    const Matrix<const T> z{u.projection->z + few.first * stride + u.column, few.count, u.rank(), stride};
+  // Copies a part's z of a few tokens of a pass to the caller, and into elements E for the update.
+  void keep(const PartUpdate& u, Range pass, Range few) const {
+    const size_t stride = u.joined->rank;
+    const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
     if constexpr (kSteps<E> > 1)
       elements_of<E>(z, u.z_elements + few.first * depth_of<E>(z.cols), depth_of<E>(z.cols));
     if (u.part.z.data)
-      for (size_t i = 0; i < few.count; ++i) std::copy_n(z.row(i), z.cols, u.part.z.row(tokens.first + i));
+      for (size_t i = 0; i < few.count; ++i)
+        std::copy_n(z.row(i), z.cols, u.part.z.row(pass.first + few.first + i));
   }
 
   Strided<E> elements(Range pass, size_t first) const {
@@ -172,9 +175,9 @@ class RowsForward {
 
   // z of the tokens from `first` on, in elements E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
-    const size_t depth = depth_of<E>(u.rank()), stride = u.projection->rank;
+    const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
     if constexpr (kSteps<E> == 1)
-      return {u.projection->z + first * stride + u.column, stride, 1};
+      return {u.joined->z + first * stride + u.column, stride, 1};
     else
       return {u.z_elements + first * depth, depth, 1};
   }
@@ -265,7 +268,7 @@ class RowsForward {
   const Matrix<const T> x_;
   const size_t depth_;
   size_t pass_ = 0;
-  std::vector<Projection> projections_;
+  std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
   E* x_elements_ = nullptr;
 };

@@ -7,8 +7,6 @@
 #include "base/matrix.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
-#include "ops/blocking.h"
-#include "ops/scratch.h"
 
 namespace nplora {
 
@@ -34,7 +32,7 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The rows of m behind `some`, up to as many: fetched while those are worked on. None, if they do not lie without gaps.
+// The rows of m behind `some`, up to as many: fetched while those are worked on. None where rows lie apart.
 template <class T>
 kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
@@ -52,7 +50,7 @@ void for_transposed(size_t rows, size_t cols, const Body& body) {
       for (size_t i = first, end = std::min(first + kLine, rows); i < end; ++i) body(i, j);
 }
 
-// out (cols, rows) = m (rows, cols) transposed.
+// out (cols, rows) = m (rows, cols) transposed; the rows of out lie `stride` apart.
 template <class T>
 void transpose(Matrix<const T> m, T* out, size_t stride) {
   kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, stride);

@@ -11,14 +11,14 @@ namespace nplora {
 // What a buffer is for. Buffers of different uses are live at the same time; none outlives its call. The most that each
 // takes, in elements, with L lanes (at most 32) and r the sum of a stack's ranks:
 enum class Scratch {
-  kLanes,  // x of a pass in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy of a pass in pairs, and factors
-  kLowLanes,      // z of a pass in lanes or pairs: r for each token; and a stack's factors: r (d_in + d_out)
+  kLanes,  // x of a pass in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy, z and dz of a pass in pairs, and factors
+  kLowLanes,  // z of a pass in lanes or pairs: r for each token; and a stack's factors: r (d_in + d_out); B in panels
   kLowGradients,  // z or dz of a pass: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
   kSums,          // outputs before they are written: L / 2 for each of kStreamedRows, or of r
   kWeight,        // decoded or transposed pieces of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
   kFewRows,       // a few of its rows before they are in pairs: 18 KB
-  kFactor,        // a factor in pairs or transposed: r d_in or r d_out; or scaled rows of A: kDepthBlock r
+  kFactor,  // B in pairs, or before it is: r d_in; z or dz of a few tokens transposed: 32 r; scaled rows of A: kDepthBlock r
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // and those in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are in lanes: 48 L, or 8 d_in
@@ -50,5 +50,18 @@ template <class T>
 T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
+
+// A buffer that is given out piece by piece; without one, the pieces are null, and only counted.
+template <class T>
+struct Pieces {
+  T* data = nullptr;
+  size_t used = 0;
+
+  T* take(size_t count) {
+    T* taken = data ? data + used : nullptr;
+    used += count;
+    return taken;
+  }
+};
 
 }  // namespace nplora

@@ -54,8 +54,7 @@ class LoRALinear(LoRALayer):
         dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
             "float16", or low-bit blocks ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
             otherwise x is converted to float32.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
-            alone.
+        compute: "float32", or "bfloat16" for the products, as in FrozenWeight; or "int8", to infer alone.
         init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
             1/r), which changes the answers at once; "pissa" and "olora": A and B take over a part of W,
             `weight` is what remains, stored as W is, and their sum starts as W (layers/principal.py), but for

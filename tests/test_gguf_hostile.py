@@ -85,7 +85,7 @@ HOSTILE = {
     "only the magic": (b"GGUF", TruncatedError, "4 bytes"),
     "bad magic": (b"GGML" + bytes(99), FormatError, "begins with b'GGML', expected b'GGUF'"),
     "a safetensors file": (
-        b"\x02" + bytes(7) + b'{"w":{}}' + bytes(99),
+        b"\x08" + bytes(7) + b'{"w":{}}' + bytes(99),
         FormatError,
         "expected b'GGUF' (is it a safetensors file?)",
     ),

@@ -609,6 +609,28 @@ def test_operands_of_another_shape_are_refused(
     assert not layer.dA.any()
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LoRALinear(np.ones((3, 4)), 2),
+        nplora.LoRAEmbedding(np.ones((3, 4)), 2),
+        nplora.Linear(np.ones((3, 4))),
+        nplora.Embedding(np.ones((3, 4))),
+        nplora.LayerNorm(np.ones(4)),
+        nplora.ReLU(),
+        nplora.Sequential(nplora.ReLU()),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_no_forward_pass_kept_is_refused(layer: nplora.Module) -> None:
+    name = type(layer).__name__
+    for saved in (None, (np.ones((1, 3)), None), np.ones(3)):
+        with pytest.raises(
+            TypeError, match=f"^{name}.backward: saved is of type .*, expected what this layer"
+        ):
+            layer.backward(np.ones((1, 3)), saved)
+
+
 def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
     class Peek(nplora.Module):
         def __init__(self) -> None:

@@ -224,8 +224,8 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // Short pieces of rows far apart are more than the hardware follows: fetched where kFetchAhead bytes of them end, and at least the
-  // next pair. One column more, for there may be none.
+  // Short pieces of rows far apart are more than the hardware follows. A pair is fetched so many rows ahead that kFetchAhead bytes
+  // lie between, at least the next pair; cols + 1, for cols may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {

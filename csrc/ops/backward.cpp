@@ -162,22 +162,22 @@ class Backward {
 
   // B of all joined parts, one below the other. That of a single one is used as it lies.
   void bring_b(Joined& all) const {
-    E* out = const_cast<E*>(all.b.data);
+    E* piece = const_cast<E*>(all.b.data);  // its own: there is no B yet
     T* stack = nullptr;
-    if constexpr (kSteps<E> == 1)
-      stack = out;
-    else
-      stack = scratch<T>(Scratch::kFactor, all.rank * d_in_);
-    Matrix<const T> b{stack, all.rank, d_in_, d_in_};
     for (const Part& p : parts_) {
       if (p.joined != &all) continue;
       const Matrix<const T>& its = p.arrays.low.b;
-      if (its.rows == all.rank)
-        b = its;
+      if (its.rows == all.rank) {
+        all.b = steps_of<E>(its, piece);
+        return;
+      }
+      if constexpr (kSteps<E> == 1)
+        stack = piece;
       else
-        for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), d_in_, stack + (p.column + i) * d_in_);
+        stack = scratch<T>(Scratch::kFactor, all.rank * d_in_);
+      for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), d_in_, stack + (p.column + i) * d_in_);
     }
-    all.b = steps_of<E>(b, out);
+    all.b = steps_of<E>({stack, all.rank, d_in_, d_in_}, piece);
   }
 
   // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, which are in L2 when they are projected.

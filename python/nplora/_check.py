@@ -163,6 +163,19 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
     return array
 
 
+def saved(op: str, value: object, kind: type) -> None:
+    """Refuse what is not the second of the two that this kind of forward pass returns.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{op}: saved is of type {type(value).__name__}, "
+            "expected what this layer's forward pass returned beside its output"
+        )
+
+
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:

@@ -140,7 +140,8 @@ def merge_lora(
         A, B: arrays (d_out, r) and (r, d_in), not overlapping W.
         scale: 0 leaves A and B unread.
         dtype: the name of W's format; needed only for bit patterns.
-        rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even.
+        rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even; those
+            beyond 65504 are infinite in float16, and no longer told from another by `unmerge_lora`.
             "stochastic", for float16 and bfloat16: up or down by chance, so that the mean of W is the sum:
             many merges of updates that are small against the steps of W do not get lost. What is beyond the
             largest finite number is rounded to nearest.

@@ -299,7 +299,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     """The JSON object and the offset at which the data begin."""
     if len(data) < 8:
         raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
-    if bytes(data[:4]) == b"GGUF":
+    if bytes(data[:4]) == b"GGUF":  # a length of more than a gigabyte, which is never read
         raise FormatError(f"{source}: is a GGUF file, expected safetensors")
     size = int.from_bytes(data[:8], "little")
     if size > min(MAX_HEADER, len(data) - 8):

@@ -43,9 +43,11 @@ class Activation(Module):
         Raises:
             ValueError: dy has not the shape of y.
         """
+        op = f"{type(self).__name__}.backward"
+        _check.saved(op, saved, ActivationSaved)
         if not need_dx:
             return None
-        op, kept = f"{type(self).__name__}.backward", saved.array
+        kept = saved.array
         if kept is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         return self._differentiate(kept, _check.shaped(op, "dy", dy, kept.shape, kept.dtype))

@@ -76,6 +76,7 @@ class Embedding(Module):
         Raises:
             ValueError: dy has not the shape of y.
         """
+        _check.saved("Embedding.backward", saved, EmbeddingSaved)
         dtype = self.weight.compute_dtype if isinstance(self.weight, FrozenWeight) else self.weight.dtype
         rows = _check.shaped("Embedding.backward", "dy", dy, (*saved.lead, self.shape[1]), dtype)
         if self.dweight is not None:
@@ -161,6 +162,7 @@ class LoRAEmbedding(LoRALayer):
         """
         op = "LoRAEmbedding.backward"
         self.require_unmerged("backward")
+        _check.saved(op, saved, LoRAEmbeddingSaved)
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         dim, dtype = self.weight.shape[1], self.weight.compute_dtype

@@ -98,6 +98,7 @@ class Linear(Prepared, Module):
 
         Raises:
             ValueError: dy has not the shape of y.
+            TypeError: saved is of another kind of layer.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)
@@ -139,6 +140,7 @@ class Linear(Prepared, Module):
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        _check.saved(op, saved, LinearSaved)
         d_out = self.shape[0]
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
         if self.dweight is not None and saved.x is None:

@@ -208,7 +208,8 @@ class LoRALinear(LoRALayer):
         of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
 
         Raises:
-            ValueError: dy has not the shape of y.
+            ValueError: dy has not the shape of y, or saved is of a layer of another rank or kind.
+            TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
                 weight computes in int8.
         """
@@ -222,12 +223,28 @@ class LoRALinear(LoRALayer):
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
         """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
         self.require_trainable("backward")
+        _check.saved(op, saved, LoRALinearSaved)
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        self._require_own(op, saved)
         d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
+
+    def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
+        """Refuse what cannot be of this layer. One of the same shape and kind would go unnoticed."""
+        if saved.z is None:
+            return
+        d_in = self.weight.shape[1] if saved.x is None else saved.x.shape[1]
+        theirs = d_in, saved.z.shape[1], saved.u is not None
+        own = self.weight.shape[1], self.rank, self.use_dora
+        if theirs != own:
+            words = [
+                f"d_in={d_in}, rank={rank}, {'with' if dora else 'without'} DoRA"
+                for d_in, rank, dora in (theirs, own)
+            ]
+            raise ValueError(f"{op}: saved is of another layer ({words[0]}), this one has {words[1]}")
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
         """This layer's part of a call of the core; adds to dm."""
@@ -254,8 +271,12 @@ class LoRALinear(LoRALayer):
             ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.
         """
         rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
+        lone, merged = self._lone_weight()
+        weight, scale, _ = self._core_terms(lone)
         dropout = bool(self.dropout) and training
-        plan = _core.explain(self.weight.packed, rows, self.rank, dropout, training)
+        plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
+        if not training or merged or self.weight.compute == "int8":
+            del plan["backward"]  # is refused
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
     # ---- DoRA's norms ----

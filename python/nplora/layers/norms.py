@@ -75,6 +75,7 @@ class _Norm(Module):
             ValueError: dy has not the shape of y.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
+        _check.saved(op, saved, NormSaved)
         if saved.normalised is None or saved.factor is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(

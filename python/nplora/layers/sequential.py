@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _check
 from nplora.module import Gradient, Module, Saved, name_error, pair
 
 Array = npt.NDArray[Any]
@@ -63,6 +64,7 @@ class Sequential(Module):
             ValueError: as in `forward`.
             RuntimeError: a module above the first gave no gradient of its input.
         """
+        _check.saved("Sequential.backward", saved, SequentialSaved)
         gradient: Array | None = dy
         for i, module in reversed(list(enumerate(self.modules))):
             if gradient is None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nplora import _check, _core, buffers
 from nplora.layers.linear import Linear
 from nplora.layers.lora_linear import LoRALinear
-from nplora.module import Gradient, Saved, inference
+from nplora.module import Gradient, Module, Saved, inference
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -42,6 +42,7 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
         the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
     Raises:
         ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
+        TypeError: something else is among the layers.
     """
     op = "stack_forward"
     d_in, dtype = _common(op, layers)
@@ -76,14 +77,18 @@ def stack_backward(
         dys: the gradients (..., d_out) in their order.
     Raises:
         ValueError: a dy has not the shape of its y, or there are not as many as layers.
-        RuntimeError: as `LoRALinear.backward`.
+        TypeError, RuntimeError: as `LoRALinear.backward`.
     """
     op = "stack_backward"
     d_in, dtype = _common(op, layers)
+    _check.saved(op, saved, StackSaved)
     if not len(layers) == len(dys) == len(saved.items):
         raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
     items = saved.items
-    rows = [layer.backward_rows(op, dy, item) for layer, dy, item in zip(layers, dys, items, strict=True)]
+    rows = [
+        layer.backward_rows(f"{op}: layer {i}", dy, item)
+        for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
+    ]
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)
@@ -93,8 +98,13 @@ def stack_backward(
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     """d_in and the dtype of x that all layers share."""
+    if isinstance(layers, Module):
+        raise TypeError(f"{op}: layers is a {type(layers).__name__}, expected a list of them")
     if not layers:
         raise ValueError(f"{op}: no layers")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, LoRALinear | Linear):
+            raise TypeError(f"{op}: layer {i} is a {type(layer).__name__}, expected LoRALinear or Linear")
     first = _kind(layers[0].weight)
     for layer in layers[1:]:
         if _kind(layer.weight) != first:

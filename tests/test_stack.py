@@ -123,8 +123,8 @@ def test_a_stack_of_unlike_layers_agrees_with_each_alone(
     ys, saved = stack_forward(together, x)
     dx = stack_backward(together, dys, saved, need_dx=need_dx)
     want_dx, dx_size = np.zeros_like(x), np.zeros_like(x)
-    # Both round the same numbers to bfloat16 and differ in the order of sums: of 61 terms of W and at most 60 of
-    # the update from each layer, scaled and dropped. But forward, a layer alone may round z and A too.
+    # Both round the same numbers to bfloat16 and differ in the order of sums: of 61 terms of W and at most 60
+    # of the update from each layer, scaled and dropped. But forward, a layer alone may round z and A too.
     bound = 2 * gamma(len(UNLIKE) * (61 + 60) + 4, float_type)
     y_bound = 2 * 4.1 * 2.0**-8 if compute == "bfloat16" else bound
     for one, other, y, dy in zip(alone, together, ys, dys, strict=True):

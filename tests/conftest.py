@@ -15,7 +15,7 @@ _FIGURES = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--skipped", type=Path, help="--skipped=FILE writes what was skipped, for pytest @FILE")
+    parser.addoption("--skipped", type=Path, metavar="FILE", help="write what was skipped, for pytest @FILE")
 
 
 class _Skipped:

@@ -103,6 +103,10 @@ def is_split(isa: str, element: str) -> bool:
     return element == "Bf16Pair" and not isa.endswith("bf16")
 
 
+def register_bytes(isa: str) -> int:
+    return 16 if isa.startswith("neon") else 32 if isa == "avx2" else 64
+
+
 def lane_tile_step(loop: Loop) -> Need:
     """Rows of w times vectors of x. NEON splits a single pair by a shift, a vector by a shift and a mask."""
     vectors, rows = loop.sizes
@@ -118,23 +122,23 @@ def outer_tile_step(loop: Loop) -> Need:
     element, stored = loop.elements
     split = is_split(loop.isa, element)
     paired = (element, stored) == ("Bf16Pair", "Bf16")
-    loads, splits, fetches = rows + vectors * (1 + paired), split * (rows + 2 * vectors), 3
+    loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
+    fetches = -(-vectors * register_bytes(loop.isa) * (1 + paired) // (128 if stored == "Bf16" else 64))
     # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
     widened = vectors * (2 if paired and loop.isa == "avx512bf16" else 1) if stored == "Bf16" else 0
     # Three pointers go on (a, w, the fetches), the depth is counted, a branch. The rows of a lie at multiples
-    # of a stride that only the caller knows: of all these numbers up to three are added up in each step, or
+    # of a stride that only the caller knows: of all these numbers up to four are added up in each step, or
     # read from the stack.
-    control = 8
+    control = 9
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 
 def merge_tiles_step(loop: Loop) -> Need:
     """Rows of a times vectors of w, and a row of the tile that comes later, as long as there is one."""
     rows, vectors = loop.sizes
-    size = 16 if loop.isa.startswith("neon") else 32 if loop.isa == "avx2" else 64
-    loads, fetches = rows + vectors, -(-vectors * size // 64)
+    loads, fetches = rows + vectors, -(-vectors * register_bytes(loop.isa) // 64)
     fetching = 4  # compared, a branch, counted, a pointer goes on
-    control = 8  # as in outer_tile_step
+    control = 9  # as in outer_tile_step
     return Need(rows * vectors, loads + fetches + fetching + control)
 
 

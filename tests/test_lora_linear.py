@@ -626,7 +626,7 @@ def test_what_no_forward_pass_kept_is_refused(layer: nplora.Module) -> None:
     name = type(layer).__name__
     for saved in (None, (np.ones((1, 3)), None), np.ones(3)):
         with pytest.raises(
-            TypeError, match=f"^{name}.backward: saved is of type .*, expected what this layer"
+            TypeError, match=f"^{name}.backward: saved is of type .*, expected .*Saved, which the"
         ):
             layer.backward(np.ones((1, 3)), saved)
 

@@ -1,6 +1,7 @@
 """Layers that read one input: stack_forward and stack_backward."""
 
 import copy
+import dataclasses
 import pickle
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 import nplora
 from nplora import Linear, LoRALinear, _core, stack_backward, stack_forward
-from nplora.layers.stack import stack_infer
+from nplora.layers.stack import StackSaved, stack_infer
 from nplora.module import inference
 from reference import gamma
 
@@ -443,37 +444,82 @@ def test_explain_tells_of_no_pass_that_is_refused_and_no_update_that_is_not_comp
     layer.merge()
     assert layer.explain(40).endswith("; no update")
     assert "backward: " not in layer.explain(40)
+    layer.adapter_enabled = False
+    assert "backward: " not in layer.explain(40)
     assert "backward: " not in LoRALinear(np.ones((8, 32)), 2, dtype="q8_0", compute="int8").explain(40)
 
 
 def test_what_is_no_layer_of_a_stack_is_named() -> None:
     layers, (x, dys) = layers_of(), passes(9)
     _, saved = stack_forward(layers, x)
-    with pytest.raises(TypeError, match=r"^stack_forward: layers is a LoRALinear, expected a list"):
+    with pytest.raises(
+        TypeError,
+        match=r"^stack_forward: layers is of type LoRALinear, expected a list of LoRALinear or Linear$",
+    ):
         stack_forward(layers[0], x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^stack_forward: layer 1 is a ReLU, expected LoRALinear or Linear$"):
+    with pytest.raises(
+        TypeError, match=r"^stack_forward: layer 1 is of type ReLU, expected LoRALinear or Linear$"
+    ):
         stack_forward([layers[0], nplora.ReLU()], x)  # type: ignore[list-item]
     with pytest.raises(
         ValueError, match=r"^stack_backward: layer 0: dy has shape \(9, 61\), expected \(9, 130\)"
     ):
         stack_backward(layers, dys[::-1], saved)
-    with pytest.raises(TypeError, match=r"^stack_backward: saved is of type tuple, expected what"):
+    with pytest.raises(
+        TypeError, match=r"^stack_backward: saved is of type tuple, expected StackSaved, which"
+    ):
         stack_backward(layers, dys, saved.items)  # type: ignore[arg-type]
 
 
-def test_the_pass_of_another_stack_adds_nothing_to_any_layer() -> None:
+OWN = "d_in=97, d_out=130, rank=5, float32"
+
+
+@pytest.mark.parametrize(
+    ("other", "change", "message"),
+    [
+        (
+            {"rank": 6},
+            None,
+            f"layer 1: saved is of a pass with {OWN}, this layer has {OWN.replace('5', '6')}",
+        ),
+        ({"use_dora": True}, None, f"layer 1: saved is of a pass with {OWN}, this layer has {OWN}, DoRA"),
+        (
+            {"W": np.ones((130, 97))},
+            {"x": None},
+            "layer 1: this pass kept no x, from which the gradient of B",
+        ),
+        ({"W": np.ones((130, 97))}, {"lead": (3, 3)}, "the passes are of batches of different shapes"),
+        (
+            {"W": np.ones((130, 97))},
+            {"z": np.ones((9, 5))},
+            f"layer 1: .*{OWN.replace('32', '64')}, this layer",
+        ),
+        (
+            {"W": np.ones((130, 97))},
+            {"u": np.ones((9, 7))},
+            "layer 1: .* d_out=7, rank=5, float32, DoRA, this",
+        ),
+    ],
+)
+def test_the_pass_of_another_stack_adds_nothing_to_any_layer(
+    other: dict[str, Any], change: dict[str, Any] | None, message: str
+) -> None:
     first, second = layers_of(use_dora=True)[0], layers_of()[0]
-    other = LoRALinear(np.ones((OUTPUTS[0], D_IN)), RANK + 1)
-    x = passes(9)[0]
-    ys, saved = stack_forward([first, second], x)
-    for layers in ([first, other], [second, first]):
-        with pytest.raises(
-            ValueError, match=r"^stack_backward: layer \d: saved is of another layer \(d_in=97, rank=5, with"
-        ):
-            stack_backward(layers, ys, saved)
-    assert not any(
-        parameter.grad.any() for layer in (first, second, other) for parameter in layer.local_parameters()
-    )
+    third = LoRALinear(**{"W": np.ones((130, 97)), "rank": RANK, **other})
+    ys, saved = stack_forward([first, second], passes(9)[0])
+    if change is not None:
+        saved = StackSaved((saved.items[0], dataclasses.replace(saved.items[1], **change)))
+    with pytest.raises(ValueError, match=f"^stack_backward: {message}"):
+        stack_backward([first, third], ys, saved)
+    gradients = [parameter.grad for layer in (first, third) for parameter in layer.local_parameters()]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_an_unloaded_layer_of_a_stack_says_so() -> None:
+    layers = layers_of()
+    layers[1].merge_and_unload()
+    with pytest.raises(AttributeError, match="this layer was unloaded; use the plain layer in its place"):
+        stack_forward(layers, passes(9)[0])
 
 
 @pytest.mark.parametrize(
@@ -524,7 +570,7 @@ def test_x_may_be_forgotten_and_given_again() -> None:
     wanted = [layer.dB.copy() for layer in layers if layer.dB is not None]
     for layer in layers:
         layer.zero_grad()
-    with pytest.raises(ValueError, match="x is needed"):
+    with pytest.raises(ValueError, match="this pass kept no x"):
         stack_backward(layers, dys, forgotten)
     for layer in layers:
         layer.zero_grad()

@@ -1,4 +1,5 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 and 4 x 3 accumulators.
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, twice 6 x 2 accumulators: 4 x 3 would read W, from L2, half as fast
+// again.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 
@@ -9,7 +10,7 @@
 
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
-inline constexpr size_t kTileTokens = 4;
+inline constexpr size_t kTileTokens = 6, kOuterVectors = 2;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::avx2
 

@@ -7,8 +7,6 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-inline constexpr size_t kOuterVectors = 3;
-
 // ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
 template <class E>
@@ -99,11 +97,16 @@ inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// What a tile fetches at each step: lines of a Fetch; or, where too few are left, the rows of w that lie kFetchAhead behind.
+// What a tile fetches at each step: lines of a Fetch; or, where too few are left, of the rows of w that lie kFetchAhead behind the
+// columns that it multiplies, for the others would take the way from L2 in vain.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
+// The lines that it fetches at each step at most: as many as it reads.
+template <class E, class W>
+inline constexpr size_t kFetched =
+    (kRowsOf<E, W> * kOuterVectors * Vec<E>::kLanes * sizeof(W) + kCacheLine - 1) / kCacheLine;
 template <class E, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
@@ -111,7 +114,7 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   if (next.lines < steps)
     return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),
             kCacheLine};
-  const size_t each = next.lines < steps * next.each ? 1 : next.each;
+  const size_t each = next.lines < steps * next.each ? 1 : smaller(next.each, kFetched<E, W>);
   const FetchSteps taken{next.at, each * kCacheLine, each > 1 ? kCacheLine : 0};
   next.at += steps * each * kCacheLine;
   next.lines -= steps * each;
@@ -168,9 +171,10 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
     const E* a = p.a.data;
     const W* w = p.w;
     const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
+      static_assert(kFetched<E, W> <= 3);
       __builtin_prefetch(lines.at);
-      __builtin_prefetch(lines.at + lines.line);
-      __builtin_prefetch(lines.at + 2 * lines.line);
+      if constexpr (kFetched<E, W> > 1) __builtin_prefetch(lines.at + lines.line);
+      if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line);
       lines.at += lines.step;
       Vec<E> b[kVectors];
 #pragma GCC unroll 4

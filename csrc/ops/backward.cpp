@@ -162,7 +162,7 @@ class Backward {
 
   // B of all joined parts, one below the other. That of a single one is used as it lies.
   void bring_b(Joined& all) const {
-    E* piece = const_cast<E*>(all.b.data);  // its own: there is no B yet
+    E* piece = const_cast<E*>(all.b.data);  // divide took it, for this to write
     T* stack = nullptr;
     for (const Part& p : parts_) {
       if (p.joined != &all) continue;
@@ -173,7 +173,7 @@ class Backward {
       }
       if constexpr (kSteps<E> == 1)
         stack = piece;
-      else
+      else if (!stack)
         stack = scratch<T>(Scratch::kFactor, all.rank * d_in_);
       for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), d_in_, stack + (p.column + i) * d_in_);
     }

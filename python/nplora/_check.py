@@ -164,7 +164,7 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
 
 
 def saved(op: str, value: object, kind: type) -> None:
-    """Refuse what is not the second of the two that this kind of forward pass returns.
+    """Refuse what is not the second of the two that a forward pass of this kind returns.
 
     Raises:
         TypeError: it is something else.
@@ -172,7 +172,7 @@ def saved(op: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(
             f"{op}: saved is of type {type(value).__name__}, "
-            "expected what this layer's forward pass returned beside its output"
+            f"expected {kind.__name__}, which the forward pass returns beside its output"
         )
 
 

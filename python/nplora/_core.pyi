@@ -20,9 +20,9 @@ class PackedWeight:
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
 
-        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, W and B (on many rows, all
-        of an update) are rounded, sums are float32; or "int8": up to a small batch of x meets GGUF's blocks
-        in int8, all else is "bfloat16".
+        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, W and B (backward or on
+        many rows, all of an update) are rounded, sums are float32; or "int8": up to a small batch of x meets
+        GGUF's blocks in int8, all else is "bfloat16".
         """
     @staticmethod
     def of_array(w: Array, storage: str, compute: str) -> PackedWeight:

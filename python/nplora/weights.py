@@ -45,8 +45,8 @@ class FrozenWeight:
         dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
             nearest even. "q8_0", "q4_0", "q4_1", "q5_0", "q5_1": GGUF's blocks of 32 values along a row;
             "q4_k", "q5_k", "q6_k": of 256. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
-        compute: "float32", or "bfloat16": x, dy and W (of an update B, and on many rows all) are rounded
-            to bfloat16 for the products, sums stay float32; twice as fast where the machine
+        compute: "float32", or "bfloat16": x, dy and W (of an update B, and backward or on many rows all) are
+            rounded to bfloat16 for the products, sums stay float32; twice as fast where the machine
             multiplies bfloat16. Up to 4 rows are computed in float32 either way. A float64 weight computes
             in float64.
             "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with a scale for

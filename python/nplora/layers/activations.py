@@ -42,6 +42,7 @@ class Activation(Module):
 
         Raises:
             ValueError: dy has not the shape of y.
+            TypeError: saved is of another kind of layer.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)

@@ -143,8 +143,14 @@ class Linear(Prepared, Module):
         _check.saved(op, saved, LinearSaved)
         d_out = self.shape[0]
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
-        if self.dweight is not None and saved.x is None:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        if self.dweight is not None:
+            if saved.x is None:
+                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            if (saved.x.shape[-1], saved.x.dtype) != (self.shape[1], self._dtype):
+                raise ValueError(
+                    f"{op}: saved is of a pass with d_in={saved.x.shape[-1]}, {saved.x.dtype}, "
+                    f"this layer has d_in={self.shape[1]}, {self._dtype}"
+                )
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> BackwardPart:

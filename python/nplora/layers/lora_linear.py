@@ -208,7 +208,7 @@ class LoRALinear(LoRALayer):
         of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a layer of another rank or kind.
+            ValueError: dy has not the shape of y, or saved is of a pass of another shape, rank or dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
                 weight computes in int8.
@@ -233,18 +233,25 @@ class LoRALinear(LoRALayer):
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
 
     def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
-        """Refuse what cannot be of this layer. One of the same shape and kind would go unnoticed."""
+        """Refuse a pass that cannot be this layer's. One of the same shapes and kind would go unnoticed."""
         if saved.z is None:
             return
-        d_in = self.weight.shape[1] if saved.x is None else saved.x.shape[1]
-        theirs = d_in, saved.z.shape[1], saved.u is not None
-        own = self.weight.shape[1], self.rank, self.use_dora
+        if saved.x is None and not self.freeze_B:
+            raise ValueError(f"{op}: this pass kept no x, from which the gradient of B is computed")
+        d_out, d_in = self.weight.shape
+        own = d_in, d_out, self.rank, self.weight.compute_dtype, self.use_dora
+        theirs = (
+            d_in if saved.x is None else saved.x.shape[-1],
+            d_out if saved.u is None else saved.u.shape[1],
+            saved.z.shape[1],
+            saved.z.dtype,
+            saved.u is not None,
+        )
         if theirs != own:
-            words = [
-                f"d_in={d_in}, rank={rank}, {'with' if dora else 'without'} DoRA"
-                for d_in, rank, dora in (theirs, own)
-            ]
-            raise ValueError(f"{op}: saved is of another layer ({words[0]}), this one has {words[1]}")
+            raise ValueError(
+                f"{op}: saved is of a pass with {_pass_in_words(*theirs)}, "
+                f"this layer has {_pass_in_words(*own)}"
+            )
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
         """This layer's part of a call of the core; adds to dm."""
@@ -265,17 +272,17 @@ class LoRALinear(LoRALayer):
         """How the passes on so many rows are computed, and what the ways cost in floating-point operations.
 
         Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
-        instruction set.
+        instruction set. It tells of the layer as it is now: of no update where it is merged or switched off,
+        of no backward pass where that is refused. What DoRA and the gradients add is the same in each way.
 
         Raises:
             ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.
         """
         rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
-        lone, merged = self._lone_weight()
-        weight, scale, _ = self._core_terms(lone)
+        weight, scale, _ = self._core_terms(self._lone_weight()[0])
         dropout = bool(self.dropout) and training
         plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
-        if not training or merged or self.weight.compute == "int8":
+        if not training or self.merged or self.weight.compute == "int8":
             del plan["backward"]  # is refused
         return "\n".join(f"{name}: {text}" for name, text in plan.items())
 
@@ -318,3 +325,7 @@ class LoRALinear(LoRALayer):
 
     def unloaded(self) -> Linear:
         return Linear(self._merged_frozen(), self.bias)
+
+
+def _pass_in_words(d_in: int, d_out: int, rank: int, dtype: np.dtype[Any], use_dora: bool) -> str:
+    return f"d_in={d_in}, d_out={d_out}, rank={rank}, {dtype.name}{', DoRA' if use_dora else ''}"

@@ -61,7 +61,7 @@ class Sequential(Module):
         """dx, or None where need_dx is False or the first module's input has no gradient.
 
         Raises:
-            ValueError: as in `forward`.
+            ValueError: as in `forward`. TypeError: saved is of another kind of layer.
             RuntimeError: a module above the first gave no gradient of its input.
         """
         _check.saved("Sequential.backward", saved, SequentialSaved)

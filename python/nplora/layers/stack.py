@@ -12,7 +12,8 @@ import numpy.typing as npt
 from nplora import _check, _core, buffers
 from nplora.layers.linear import Linear
 from nplora.layers.lora_linear import LoRALinear
-from nplora.module import Gradient, Module, Saved, inference
+from nplora.layers.low_rank import UnloadedLayer
+from nplora.module import Gradient, Saved, inference
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -76,7 +77,8 @@ def stack_backward(
         layers: those of the forward pass.
         dys: the gradients (..., d_out) in their order.
     Raises:
-        ValueError: a dy has not the shape of its y, or there are not as many as layers.
+        ValueError: a dy has not the shape of its y, there are not as many as layers, or saved is of a pass of
+            other layers.
         TypeError, RuntimeError: as `LoRALinear.backward`.
     """
     op = "stack_backward"
@@ -85,6 +87,8 @@ def stack_backward(
     if not len(layers) == len(dys) == len(saved.items):
         raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
     items = saved.items
+    if any(item.lead != items[0].lead for item in items):
+        raise ValueError(f"{op}: the passes are of batches of different shapes")
     rows = [
         layer.backward_rows(f"{op}: layer {i}", dy, item)
         for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
@@ -98,13 +102,17 @@ def stack_backward(
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     """d_in and the dtype of x that all layers share."""
-    if isinstance(layers, Module):
-        raise TypeError(f"{op}: layers is a {type(layers).__name__}, expected a list of them")
+    if not isinstance(layers, Sequence):
+        raise TypeError(
+            f"{op}: layers is of type {type(layers).__name__}, expected a list of LoRALinear or Linear"
+        )
     if not layers:
         raise ValueError(f"{op}: no layers")
     for i, layer in enumerate(layers):
-        if not isinstance(layer, LoRALinear | Linear):
-            raise TypeError(f"{op}: layer {i} is a {type(layer).__name__}, expected LoRALinear or Linear")
+        if not isinstance(layer, LoRALinear | Linear | UnloadedLayer):
+            raise TypeError(
+                f"{op}: layer {i} is of type {type(layer).__name__}, expected LoRALinear or Linear"
+            )
     first = _kind(layers[0].weight)
     for layer in layers[1:]:
         if _kind(layer.weight) != first:

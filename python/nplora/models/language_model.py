@@ -221,6 +221,7 @@ class LanguageModel(Module):
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Add to the gradients of the adapters, for dy of the shape of the logits; uses up `saved`."""
+        _check.saved("LanguageModel.backward", saved, LanguageModelSaved)
         dnormed = stack_backward((self.lm_head,), [dy.reshape(-1, dy.shape[-1])], saved.head)
         dx = buffers.empty_like(saved.x)
         norm_backward(self.model.norm, dnormed, saved.x, dx)

@@ -64,8 +64,8 @@ inline constexpr size_t kSteps<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines. outer_tile takes `each` (at most as many as it reads) at each step of
-// its work, the products with blocks spread them over their rows. None by default.
+// Memory that a kernel brings into the cache while it works: whole cache lines. outer_tile takes `each` of them, at most as many as it
+// reads, at each step of its work, the products with blocks spread them over their rows. None by default.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;

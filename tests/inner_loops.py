@@ -91,7 +91,8 @@ class Need:
     Multiply-adds set the pace of a loop that holds no more than one other instruction for each: cores start
     at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
     Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay at it: lane_tile has 20 others, outer_tile 22,
-    merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch).
+    merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch). AVX2's tiles of 12 need up to
+    18 and 20 of the 24 that Zen starts meanwhile.
     """
 
     multiply_adds: int
@@ -123,13 +124,14 @@ def outer_tile_step(loop: Loop) -> Need:
     split = is_split(loop.isa, element)
     paired = (element, stored) == ("Bf16Pair", "Bf16")
     loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
-    fetches = -(-vectors * register_bytes(loop.isa) * (1 + paired) // (128 if stored == "Bf16" else 64))
+    row = vectors * register_bytes(loop.isa) // (2 if stored == "Bf16" else 1)  # bytes of w
+    fetches = -(-(1 + paired) * row // 64) if row > 64 else 1 + paired
     # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
     widened = vectors * (2 if paired and loop.isa == "avx512bf16" else 1) if stored == "Bf16" else 0
     # Three pointers go on (a, w, the fetches), the depth is counted, a branch. The rows of a lie at multiples
-    # of a stride that only the caller knows: of all these numbers up to four are added up in each step, or
-    # read from the stack.
-    control = 9
+    # of a stride that only the caller knows: of all these numbers up to three are added up in each step, or
+    # read from the stack. AVX2's machines have half as many registers for them.
+    control = 9 if loop.isa == "avx2" else 8
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 
@@ -138,7 +140,7 @@ def merge_tiles_step(loop: Loop) -> Need:
     rows, vectors = loop.sizes
     loads, fetches = rows + vectors, -(-vectors * register_bytes(loop.isa) // 64)
     fetching = 4  # compared, a branch, counted, a pointer goes on
-    control = 9  # as in outer_tile_step
+    control = 9 if loop.isa == "avx2" else 8  # as in outer_tile_step
     return Need(rows * vectors, loads + fetches + fetching + control)
 
 

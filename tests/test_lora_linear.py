@@ -631,6 +631,35 @@ def test_what_no_forward_pass_kept_is_refused(layer: nplora.Module) -> None:
             layer.backward(np.ones((1, 3)), saved)
 
 
+@pytest.mark.parametrize(
+    ("layer", "other", "x", "dim"),
+    [
+        (
+            nplora.Linear(np.ones((3, 4)), trainable=True),
+            nplora.Linear(np.ones((3, 5)), trainable=True),
+            np.ones((2, 5)),
+            3,
+        ),
+        (nplora.LayerNorm(np.ones(4)), nplora.LayerNorm(np.ones(1)), np.ones((2, 1)), 4),
+        (
+            nplora.LoRAEmbedding(np.ones((3, 4)), 2),
+            nplora.LoRAEmbedding(np.ones((3, 4)), 3),
+            np.zeros(2, int),
+            4,
+        ),
+    ],
+    ids=["Linear", "LayerNorm", "LoRAEmbedding"],
+)
+def test_the_pass_of_another_layer_is_refused(
+    layer: nplora.Module, other: nplora.Module, x: Array, dim: int
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{type(layer).__name__}.backward: saved is not of this layer: its "
+    ):
+        layer.backward(np.ones((2, dim)), other.forward(x)[1])
+    assert not any(parameter.grad.any() for parameter in layer.local_parameters())
+
+
 def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
     class Peek(nplora.Module):
         def __init__(self) -> None:

@@ -1,5 +1,5 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, twice 6 x 2 accumulators: 4 x 3 would read W, from L2, half as fast
-// again.
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in lane_tile and in outer_tile, where 4 x 3 would
+// read W, from L2, half as often again.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

@@ -2,7 +2,8 @@
 //
 // The unit gives its tile sizes:
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
-//   kTileTokens  rows of a in outer_tile and merge: kTileTokens * 3 accumulators, 3 vectors of w and 1 broadcast do the same;
+//   kTileTokens, kOuterVectors  rows of a and vectors of w in outer_tile and merge: kTileTokens * kOuterVectors accumulators,
+//     kOuterVectors of w and 1 broadcast do the same;
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -103,17 +104,19 @@ struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The lines that it fetches at each step at most: as many as it reads.
+// The lines that it fetches at each step at most: as many as it reads. Two rows of w of which it reads a line each at most lie apart.
+template <class W>
+inline constexpr size_t kRowBytes = kOuterVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
 inline constexpr size_t kFetched =
-    (kRowsOf<E, W> * kOuterVectors * Vec<E>::kLanes * sizeof(W) + kCacheLine - 1) / kCacheLine;
+    kRowBytes<W> > kCacheLine ? (kRowsOf<E, W> * kRowBytes<W> + kCacheLine - 1) / kCacheLine : kRowsOf<E, W>;
 template <class E, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
-  if (next.each == 0) return {reinterpret_cast<const char*>(w), 0, 0};
+  if (next.each == 0 || steps == 0) return {reinterpret_cast<const char*>(w), 0, 0};
   if (next.lines < steps)
     return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),
-            kCacheLine};
+            kRowBytes<W> > kCacheLine ? kCacheLine : w_stride * sizeof(W)};
   const size_t each = next.lines < steps * next.each ? 1 : smaller(next.each, kFetched<E, W>);
   const FetchSteps taken{next.at, each * kCacheLine, each > 1 ? kCacheLine : 0};
   next.at += steps * each * kCacheLine;

@@ -176,6 +176,19 @@ def saved(op: str, value: object, kind: type) -> None:
         )
 
 
+def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an array of a forward pass that is not of the layer whose backward pass it is given to.
+
+    Raises:
+        ValueError: its shape or dtype is another.
+    """
+    if array is not None and (array.shape != shape or array.dtype != dtype):
+        raise ValueError(
+            f"{op}: saved is not of this layer: its {name} is {array.dtype} of shape {array.shape}, "
+            f"expected {dtype} of shape {shape}"
+        )
+
+
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:

@@ -158,7 +158,7 @@ class LoRAEmbedding(LoRALayer):
         """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another rank.
+            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
@@ -173,10 +173,7 @@ class LoRAEmbedding(LoRALayer):
             return
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        if saved.rows.shape[1] != self.rank:
-            raise ValueError(
-                f"{op}: saved is of a pass of rank {saved.rows.shape[1]}, this layer has {self.rank}"
-            )
+        _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():

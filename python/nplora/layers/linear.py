@@ -97,7 +97,7 @@ class Linear(Prepared, Module):
         """dx = dy W, or None where need_dx is False; where trainable, dweight += dyᵀ x and dbias += Σ dy.
 
         Raises:
-            ValueError: dy has not the shape of y.
+            ValueError: dy has not the shape of y, or saved is of a pass of another shape or dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
@@ -146,11 +146,7 @@ class Linear(Prepared, Module):
         if self.dweight is not None:
             if saved.x is None:
                 raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-            if (saved.x.shape[-1], saved.x.dtype) != (self.shape[1], self._dtype):
-                raise ValueError(
-                    f"{op}: saved is of a pass with d_in={saved.x.shape[-1]}, {saved.x.dtype}, "
-                    f"this layer has d_in={self.shape[1]}, {self._dtype}"
-                )
+            _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> BackwardPart:

@@ -238,20 +238,11 @@ class LoRALinear(LoRALayer):
             return
         if saved.x is None and not self.freeze_B:
             raise ValueError(f"{op}: this pass kept no x, from which the gradient of B is computed")
-        d_out, d_in = self.weight.shape
-        own = d_in, d_out, self.rank, self.weight.compute_dtype, self.use_dora
-        theirs = (
-            d_in if saved.x is None else saved.x.shape[-1],
-            d_out if saved.u is None else saved.u.shape[1],
-            saved.z.shape[1],
-            saved.z.dtype,
-            saved.u is not None,
-        )
-        if theirs != own:
-            raise ValueError(
-                f"{op}: saved is of a pass with {_pass_in_words(*theirs)}, "
-                f"this layer has {_pass_in_words(*own)}"
-            )
+        if (saved.u is not None) != self.use_dora:
+            raise ValueError(f"{op}: saved is of a layer {'without' if self.use_dora else 'with'} DoRA")
+        n, (d_out, d_in) = math.prod(saved.lead), self.weight.shape
+        for name, array, width in (("x", saved.x, d_in), ("z", saved.z, self.rank), ("u", saved.u, d_out)):
+            _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
         """This layer's part of a call of the core; adds to dm."""
@@ -325,7 +316,3 @@ class LoRALinear(LoRALayer):
 
     def unloaded(self) -> Linear:
         return Linear(self._merged_frozen(), self.bias)
-
-
-def _pass_in_words(d_in: int, d_out: int, rank: int, dtype: np.dtype[Any], use_dora: bool) -> str:
-    return f"d_in={d_in}, d_out={d_out}, rank={rank}, {dtype.name}{', DoRA' if use_dora else ''}"

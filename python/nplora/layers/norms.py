@@ -72,17 +72,15 @@ class _Norm(Module):
         """dx of the shape of x, or None where need_dx is False; where trainable, adds to dweight and dbias.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another width.
+            ValueError: dy has not the shape of y, or saved is of a pass of another width or dtype.
             TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)
         if saved.normalised is None or saved.factor is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        if saved.normalised.shape[1] != d:
-            raise ValueError(
-                f"{op}: saved is of a pass of width {saved.normalised.shape[1]}, this norm has {d}"
-            )
+        n = math.prod(saved.lead)
+        _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(
             math.prod(saved.lead), d
         )

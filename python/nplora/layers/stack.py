@@ -87,12 +87,12 @@ def stack_backward(
     if not len(layers) == len(dys) == len(saved.items):
         raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
     items = saved.items
-    if any(item.lead != items[0].lead for item in items):
-        raise ValueError(f"{op}: the passes are of batches of different shapes")
     rows = [
         layer.backward_rows(f"{op}: layer {i}", dy, item)
         for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
     ]
+    if any(item.lead != items[0].lead for item in items):
+        raise ValueError(f"{op}: the passes are of batches of different shapes")
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)

@@ -81,9 +81,7 @@ class _Norm(Module):
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         n = math.prod(saved.lead)
         _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
-        rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(
-            math.prod(saved.lead), d
-        )
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)
         with quiet():
             if self.dweight is not None:
                 self.dweight += (rows * saved.normalised).sum(axis=0)

@@ -131,12 +131,8 @@ class Backward {
   void reserve() {
     for (Part& p : parts_)
       if (p.joined) p.column = std::exchange(p.joined->rank, p.joined->rank + p.rank());
-    Pieces<T> t;
-    Pieces<E> e;
-    divide(t, e);
-    t = {scratch<T>(Scratch::kLowGradients, t.used)};
-    e = {scratch<E>(Scratch::kLanes, e.used)};
-    divide(t, e);
+    divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLanes,
+                         [this](Pieces<T>& t, Pieces<E>& e) { divide(t, e); });
     for (Part& p : parts_)
       if (p.joined) p.a = steps_of<E>(p.arrays.low.a, const_cast<E*>(p.a.data));
     for (Joined& each : joined_)

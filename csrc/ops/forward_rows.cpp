@@ -94,12 +94,8 @@ class RowsForward {
   void reserve() {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
-    Pieces<T> t;
-    Pieces<E> e;
-    divide(t, e);
-    t = {scratch<T>(Scratch::kLowGradients, t.used)};
-    e = {scratch<E>(Scratch::kLowLanes, e.used)};
-    divide(t, e);
+    divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLowLanes,
+                         [this](Pieces<T>& t, Pieces<E>& e) { divide(t, e); });
     if constexpr (kSteps<E> > 1) x_elements_ = scratch<E>(Scratch::kLanes, pass_ * depth_);
     for (PartUpdate& u : updates_)
       if (u.rank()) bring(u);

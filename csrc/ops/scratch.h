@@ -64,4 +64,15 @@ struct Pieces {
   }
 };
 
+// divide(pieces of T, pieces of E) runs twice: it counts, and then takes them from two buffers of that size.
+template <class T, class E, class Divide>
+void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
+  Pieces<T> t;
+  Pieces<E> e;
+  divide(t, e);
+  t = {scratch<T>(use_t, t.used)};
+  e = {scratch<E>(use_e, e.used)};
+  divide(t, e);
+}
+
 }  // namespace nplora

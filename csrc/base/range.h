@@ -23,4 +23,10 @@ constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
+// Piece i of n items in `pieces` of about one size, which begin at multiples of `unit`.
+constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
+  const size_t units = ceil_div(n, unit), first = units * i / pieces * unit;
+  return {first, std::min(n, units * (i + 1) / pieces * unit) - first};
+}
+
 }  // namespace nplora

@@ -66,14 +66,13 @@ class Backward {
     std::vector<FactorTask> factor_tasks = cut_factors();
     for (size_t first = 0; first < tokens_; first += pass_) {
       const Range pass{first, std::min(pass_, tokens_ - first)};
-      const size_t units = ceil_div(pass.count, kPassUnit),
-                   share = ceil_div(units, threads > 1 ? 4 * threads : 1);
+      const size_t pieces = std::min(ceil_div(pass.count, kPassUnit), pieces_for(threads));
       if (!joined_.empty() || kSteps<E> > 1)
-        parallel_for(ceil_div(units, share), threads, Interruptible::kYes,
-                     [&](size_t i) { prepare(pass, nth_block(pass.count, share * kPassUnit, i)); });
+        parallel_for(pieces, threads, Interruptible::kYes,
+                     [&](size_t i) { prepare(pass, nth_piece(pass.count, kPassUnit, pieces, i)); });
       const Grid grid(
           {dx_.data ? pass.count : 0, kPassUnit, folds_ || group_ > kPanelColumns ? pass.count : kTokenBlock},
-          {dx_.cols, group_, std::max(dx_.cols, group_)}, work_, threads);
+          {dx_.cols, group_, round_up(dx_.cols, group_)}, work_, threads);
       const size_t products = dx_.data ? grid.tasks() : 0;
       parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
         if (i < products)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "base/range.h"
 #include "kernels/kernel_table.h"
@@ -68,39 +69,48 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes)
   return tokens_of_pass(tokens, width, element_bytes, size_t{4} << 20);
 }
 
-// A grid of tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that
-// leaves threads without work or makes tasks too long.
+// Pieces of what is shared out evenly: a thread that starts late, or is slower, takes fewer.
+inline size_t pieces_for(size_t threads) {
+  return threads > 1 ? 4 * threads : 1;
+}
+
+// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that leaves threads
+// without work or makes tasks too long. Each task takes half of a thread's share of what is left (guided self-scheduling,
+// Polychronopoulos & Kuck 1987): long ones first, whose W streams by, and at the end short ones, so that all threads end together.
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // into blocks that are multiples of unit, up to most
+    size_t count, unit, most;  // into pieces that are multiples of unit, up to most
   };
 
-  Grid(Cut tokens, Cut side, double operations, size_t threads)
-      : tokens_(tokens.count), side_(side.count), token_block_(even_block(tokens, 1)) {
-    const size_t token_blocks = std::max<size_t>(1, ceil_div(tokens_, token_block_));
-    const size_t wanted = threads > 1 ? 4 * threads : 1;  // a thread that starts late takes fewer
-    const size_t for_length = static_cast<size_t>(operations / kTaskFlops) + 1;
-    side_block_ = even_block(side, ceil_div(std::max(wanted, for_length), token_blocks));
-    side_blocks_ = std::max<size_t>(1, ceil_div(side_, side_block_));
+  Grid(Cut tokens, Cut side, double operations, size_t threads) {
+    const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));  // a task without columns, too
+    size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
     // Too few columns for so many threads; where they share these evenly, W is not read, and decoded, again for more tasks.
-    if (token_blocks * side_blocks_ < wanted && side_blocks_ % threads != 0)
-      token_block_ = even_block(tokens, ceil_div(wanted, side_blocks_));
-    tasks_ = ceil_div(tokens_, token_block_) * side_blocks_;
+    if (pieces * units < pieces_for(threads) && units % threads != 0)
+      pieces = ceil_div(pieces_for(threads), units);
+    pieces = std::min(pieces, ceil_div(tokens.count, tokens.unit));
+    const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);
+    const size_t most = std::max<size_t>(1, std::min(side.most / side.unit, in_time));
+    size_t left = pieces * units;
+    for (size_t piece = 0; piece < pieces; ++piece)
+      for (size_t first = 0, count = 0; first < units; first += count, left -= count) {
+        const size_t share = threads > 1 ? ceil_div(left, 2 * threads) : left;
+        count = std::min({share, most, units - first});
+        const size_t start = first * side.unit, end = std::min(side.count, (first + count) * side.unit);
+        tasks_.push_back({nth_piece(tokens.count, tokens.unit, pieces, piece), {start, end - start}});
+      }
   }
 
-  size_t tasks() const { return tasks_; }
-  Range tokens(size_t task) const { return nth_block(tokens_, token_block_, task / side_blocks_); }
-  Range side(size_t task) const { return nth_block(side_, side_block_, task % side_blocks_); }
+  size_t tasks() const { return tasks_.size(); }
+  Range tokens(size_t task) const { return tasks_[task].tokens; }
+  Range side(size_t task) const { return tasks_[task].side; }
 
  private:
-  // Blocks of about one size, at least `blocks` of them where units allow.
-  static size_t even_block(Cut cut, size_t blocks) {
-    blocks = std::max({blocks, ceil_div(cut.count, std::max<size_t>(1, cut.most)), size_t{1}});
-    return std::max(cut.unit, round_up(ceil_div(cut.count, blocks), cut.unit));
-  }
-
-  size_t tokens_, side_, token_block_, side_block_, side_blocks_, tasks_;
+  struct Task {
+    Range tokens, side;
+  };
+  std::vector<Task> tasks_;
 };
 
 }  // namespace nplora

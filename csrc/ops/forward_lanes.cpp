@@ -42,10 +42,9 @@ class LanesForward {
     const StackRows<T> rows(parts_);
     for (size_t first = 0; first < x_.rows; first += pass_) {
       const Range pass{first, std::min(pass_, x_.rows - first)};
-      const size_t blocks = ceil_div(pass.count, lanes_),
-                   share = ceil_div(blocks, threads > 1 ? 4 * threads : 1);
-      parallel_for(ceil_div(blocks, share), threads, Interruptible::kYes, [&](size_t i) {
-        const Range mine = nth_block(blocks, share, i);
+      const size_t blocks = ceil_div(pass.count, lanes_), pieces = std::min(blocks, pieces_for(threads));
+      parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) {
+        const Range mine = nth_piece(blocks, 1, pieces, i);
         for (size_t b = 0; b < mine.count; ++b) prepare(pass, mine.first + b);
       });
       const Grid grid({blocks, 1, kTokenBlock / lanes_}, {rows.blocks(), 1, rows.blocks()},

@@ -54,3 +54,4 @@ void test_dispatch();
 // The quantisers of ops, which belong to no table, and what is fetched beside a loop.
 void test_quantize();
 void test_fetch_list();
+void test_grid();

@@ -29,6 +29,7 @@ int main(int count, char** words) {
   if (part == parts - 1) {  // the last: CI leaves the first out on aarch64, the generic kernels
     test_quantize();
     test_fetch_list();
+    test_grid();
   }
   const auto tables = usable_tables();
   for (size_t i = part; i < tables.size(); i += parts) {

@@ -647,15 +647,26 @@ def test_what_no_forward_pass_kept_is_refused(layer: nplora.Module) -> None:
             np.zeros(2, int),
             4,
         ),
+        (
+            nplora.LoRAEmbedding(np.ones((3, 4)), 2),
+            nplora.LoRAEmbedding(np.ones((9, 4)), 2),
+            np.array([0, 8]),
+            4,
+        ),
+        (
+            nplora.Embedding(np.ones((3, 4)), trainable=True),
+            nplora.Embedding(np.ones((9, 4)), trainable=True),
+            np.array([0, 8]),
+            4,
+        ),
     ],
-    ids=["Linear", "LayerNorm", "LoRAEmbedding"],
+    ids=["Linear", "LayerNorm", "LoRAEmbedding of another rank", "LoRAEmbedding", "Embedding"],
 )
 def test_the_pass_of_another_layer_is_refused(
     layer: nplora.Module, other: nplora.Module, x: Array, dim: int
 ) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^{type(layer).__name__}.backward: saved is not of this layer: its "
-    ):
+    refusal = r"saved is not of this layer: its |saved\.ids holds 8, expected integers from 0 to 2"
+    with pytest.raises(ValueError, match=rf"^{type(layer).__name__}\.backward: ({refusal})"):
         layer.backward(np.ones((2, dim)), other.forward(x)[1])
     assert not any(parameter.grad.any() for parameter in layer.local_parameters())
 

@@ -131,13 +131,13 @@ def test_a_slice_is_a_sequence_of_the_same_modules(rng: np.random.Generator) -> 
 def test_an_error_names_the_module_that_raised_it(rng: np.random.Generator) -> None:
     inner = network(rng)
     model = Sequential(ReLU(), Sequential(ReLU(), inner))
-    message = r"^1\.1\.0: LoRALinear\.forward: x has last axis 6, expected d_in=5$"
+    message = r"^layer '1\.1\.0': LoRALinear\.forward: x has last axis 6, expected d_in=5$"
     for call in (model, model.forward):
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 call(np.ones((9, 6)))
     y, saved = model.forward(np.ones((9, 5)))
-    with pytest.raises(ValueError, match=r"^1\.1\.6: Linear\.backward: dy has shape \(8, 3\)"):
+    with pytest.raises(ValueError, match=r"^layer '1\.1\.6': Linear\.backward: dy has shape \(8, 3\)"):
         model.backward(y[:8], saved)
 
 
@@ -150,7 +150,7 @@ def test_an_error_inside_a_users_module_has_the_dotted_name_of_its_layer(rng: np
             return self.stack.forward(x)
 
     for model, name in ((Sequential(ReLU(), Block()), r"1\.stack\.1\.0"), (Block(), r"stack\.1\.0")):
-        with pytest.raises(ValueError, match=rf"^{name}: LoRALinear\.forward: x has last axis 6"):
+        with pytest.raises(ValueError, match=rf"^layer '{name}': LoRALinear\.forward: x has last axis 6"):
             model(np.ones((9, 6)))
 
 

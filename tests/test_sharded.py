@@ -33,7 +33,7 @@ def test_the_tensors_of_all_shards_are_one_mapping(directory: Path, mmap: bool) 
     assert len(tensors) == 2
     assert tensors.metadata == {"total_size": 16}
     np.testing.assert_array_equal(tensors["c"].numpy(), np.arange(4))
-    with pytest.raises(KeyError, match="no tensor 'b', the nearest names"):
+    with pytest.raises(KeyError, match=r"no tensor 'b'\W?$"):
         tensors["b"]
 
 

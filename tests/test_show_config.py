@@ -14,6 +14,7 @@ def test_the_report_names_what_a_maintainer_asks_for(capsys: pytest.CaptureFixtu
     assert lines["nplora"].strip() == nplora.__version__
     assert lines["NumPy"].strip() == np.__version__
     assert lines["threads"].strip().startswith(str(nplora.get_num_threads()))
+    assert not any("None" in value for name, value in lines.items() if name.startswith("runtime"))
     assert {"instruction set", "OpenMP", "compiler", "Python", "platform"} <= set(lines)
 
 

@@ -63,7 +63,7 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
     module, message = vars(error).setdefault("nplora_origin", (culprit, error.args[0]))
     for name, candidate in container._walk("", set()):
         if candidate is module:
-            error.args = (f"{name}: {message}",)
+            error.args = (f"layer {name!r}: {message}",)
             return
 
 

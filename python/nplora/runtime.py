@@ -60,7 +60,8 @@ def _thread_pools() -> list[str]:
         from threadpoolctl import threadpool_info
     except ImportError:
         return []
+    words = ("user_api", "internal_api", "version")  # a version may be None
     return [
-        f"{p['user_api']} {p['internal_api']} {p['version']}, {p['num_threads']} threads"
-        for p in threadpool_info()
+        f"{' '.join(pool[word] for word in words if pool[word])}, {pool['num_threads']} threads"
+        for pool in threadpool_info()
     ]

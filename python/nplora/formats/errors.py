@@ -65,9 +65,9 @@ def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def missing_name(source: str, name: object, names: Iterable[str], kind: str = "tensor") -> KeyError:
-    """The error for a name that a mapping does not hold: it tells the nearest names."""
-    near = ", ".join(map(repr, nearest_names(str(name), names))) or "none"
-    return KeyError(f"{source}: no {kind} {brief(name)}, the nearest names: {near}")
+    """The error for a name that a mapping does not hold: it tells the nearest names, if any are like it."""
+    near = ", ".join(map(repr, nearest_names(str(name), names)))
+    return KeyError(f"{source}: no {kind} {brief(name)}{near and f', the nearest names: {near}'}")
 
 
 def brief(value: object, length: int = 80) -> str:

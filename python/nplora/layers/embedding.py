@@ -74,16 +74,18 @@ class Embedding(Module):
         """dweight[ids] += dy where trainable. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y.
+            ValueError: dy has not the shape of y, or saved is of a pass of a larger table.
             TypeError: saved is of another kind of layer.
         """
-        _check.saved("Embedding.backward", saved, EmbeddingSaved)
+        op = "Embedding.backward"
+        _check.saved(op, saved, EmbeddingSaved)
         dtype = self.weight.compute_dtype if isinstance(self.weight, FrozenWeight) else self.weight.dtype
-        rows = _check.shaped("Embedding.backward", "dy", dy, (*saved.lead, self.shape[1]), dtype)
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, self.shape[1]), dtype)
         if self.dweight is not None:
             if saved.ids is None:
-                raise RuntimeError("Embedding.backward: this forward pass was inference and kept nothing")
-            _add_rows(self.dweight, saved.ids, rows.reshape(-1, self.shape[1]))
+                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            ids = _check.in_range(op, "saved.ids", saved.ids, self.shape[0])
+            _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
 
     def __repr__(self) -> str:
         return f"Embedding({self.shape}, trainable={self.trainable})"
@@ -158,7 +160,8 @@ class LoRAEmbedding(LoRALayer):
         """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype.
+            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype, or of a
+                larger table.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
@@ -174,11 +177,12 @@ class LoRAEmbedding(LoRALayer):
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
+        ids = _check.in_range(op, "saved.ids", saved.ids, len(self.A))
         d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():
             d_rows *= self.scale
-        _add_rows(self.dA, saved.ids, d_rows)
+        _add_rows(self.dA, ids, d_rows)
         assert self.dB is not None
         _core.add_outer(saved.rows, du, self.scale, self.dB)
 

@@ -15,7 +15,7 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of every tile_tokens of floats
-constexpr size_t kColumnsBytes = size_t{128} << 10;
+constexpr size_t kColumnsBytes = size_t{320} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 

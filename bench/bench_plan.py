@@ -110,6 +110,7 @@ SETTINGS = (
     Setting(2, 256, options={"targets": ["all-linear", "lm_head"]}),
     Setting(2, 256, options={"targets": ["q_proj", "v_proj"]}),
     Setting(2, 256, options={"use_dora": True}),
+    Setting(2, 256, options={"rank": 256}),
     Setting(4, 256, options={"layers": "last:4", "keep_prefix": "memory"}),
     Setting(8, 512, options={"memory": "350M"}),
     Setting(4, 256, options={"memory": "600M"}),

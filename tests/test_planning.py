@@ -458,6 +458,19 @@ def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -
         assert first == last == every
 
 
+def test_scratch_holds_the_factors_of_the_layers_of_one_call_twice(model: Path) -> None:
+    lm, way = load_model(model), Candidate("float32", False)
+    sizes = {
+        name: sum(layer.weight.shape)
+        for name, layer in lm.named_modules()
+        if isinstance(layer, nplora.Linear)
+    }
+    for targets in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["down_proj"], ["o_proj"]):
+        small, large = (memory_of(lm, Pass(1, 1, 1), way, rank=r, targets=targets).scratch for r in (8, 20))
+        one_block = sum(sizes[name] for name in sizes if ".0." in name and name.endswith(tuple(targets)))
+        assert large - small == 2 * 4 * 12 * one_block
+
+
 def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
     for options in ({}, {"targets": ["lm_head", "embed_tokens", "q_proj"]}, {"use_dora": True}):
         lm = load_model(model)

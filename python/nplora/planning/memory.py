@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,6 +20,7 @@ from nplora.models.head import most_rows
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
 _THREAD = 3 << 19  # the rest of a thread's scratch
+_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # as they read the same
 _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
 
 
@@ -91,6 +93,15 @@ class Adapters:
         """Trained numbers."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
+
+    @property
+    def met_at_once(self) -> int:
+        """Numbers of the factors of layers that are computed in one call, at most."""
+        calls: Counter[str] = Counter()
+        for name, shape in self.shapes.items():
+            path, _, layer = name.rpartition(".")
+            calls[f"{path}.{_SAME_CALL.get(layer, layer)}"] += self.rank * sum(shape)
+        return max(calls.values(), default=0)
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
@@ -182,7 +193,8 @@ def predicted(
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
-        threads * (min(_LANES, lanes) + _THREAD) + _HEAP,
+        # of the factors: as the kernels read them, and the sums of their gradients
+        threads * (min(_LANES, lanes) + _THREAD) + 2 * _FLOAT * adapters.met_at_once + _HEAP,
     )
 
 

@@ -567,7 +567,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
         convert.convert_adapter(directory, back, base)
     for name in ("b.gguf", "b.GGUF", "b.safetensors"):
-        with pytest.raises(ValueError, match=rf"a GGUF adapter is converted .* name, '.*/{name}'"):
+        with pytest.raises(ValueError, match=rf"only GGUF adapters are converted, .* name '.*/{name}'"):
             convert.convert_adapter(file, tmp_path / name, base)
 
 

@@ -14,8 +14,21 @@ def test_the_report_names_what_a_maintainer_asks_for(capsys: pytest.CaptureFixtu
     assert lines["nplora"].strip() == nplora.__version__
     assert lines["NumPy"].strip() == np.__version__
     assert lines["threads"].strip().startswith(str(nplora.get_num_threads()))
-    assert not any("None" in value for name, value in lines.items() if name.startswith("runtime"))
     assert {"instruction set", "OpenMP", "compiler", "Python", "platform"} <= set(lines)
+
+
+def test_a_runtime_may_have_no_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    pool = {"user_api": "openmp", "internal_api": "openmp", "version": None, "num_threads": 2}
+    monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: [pool, {**pool, "version": "5.1"}])
+    nplora.show_config()
+    shown = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(":", 1)[1].strip() for line in shown] == [
+        "openmp openmp, 2 threads",
+        "openmp openmp 5.1, 2 threads",
+    ]
 
 
 @pytest.mark.usefixtures("thread_limit")

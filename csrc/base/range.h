@@ -1,4 +1,4 @@
-// Cutting n items into blocks.
+// Cutting n items into blocks of one size, or into so many pieces.
 #pragma once
 
 #include <algorithm>
@@ -23,10 +23,11 @@ constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
-// Piece i of n items in `pieces` of about one size, which begin at multiples of `unit`.
+// Piece i of n items in `pieces` of about one size, which begin at multiples of `unit`: from 1 to as many as there are units. The
+// last is none of the longer ones.
 constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
-  const size_t units = ceil_div(n, unit), first = units * i / pieces * unit;
-  return {first, std::min(n, units * (i + 1) / pieces * unit) - first};
+  const size_t units = ceil_div(n, unit), first = ceil_div(units * i, pieces) * unit;
+  return {first, std::min(n, ceil_div(units * (i + 1), pieces) * unit) - first};
 }
 
 }  // namespace nplora

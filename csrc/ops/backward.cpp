@@ -70,9 +70,10 @@ class Backward {
       if (!joined_.empty() || kSteps<E> > 1)
         parallel_for(pieces, threads, Interruptible::kYes,
                      [&](size_t i) { prepare(pass, nth_piece(pass.count, kPassUnit, pieces, i)); });
+      const double work = work_ * double(pass.count) / double(tokens_);
       const Grid grid(
           {dx_.data ? pass.count : 0, kPassUnit, folds_ || group_ > kPanelColumns ? pass.count : kTokenBlock},
-          {dx_.cols, group_, round_up(dx_.cols, group_)}, work_, threads);
+          {dx_.cols, group_, round_up(dx_.cols, group_)}, work, threads);
       const size_t products = dx_.data ? grid.tasks() : 0;
       parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
         if (i < products)

@@ -38,8 +38,9 @@ inline constexpr size_t kFloatBatch = 4;
 inline constexpr size_t kInPlaceBatch = 16;
 // Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// Rows of a packed W whose partial sums are kept in L2 (4096 x 16 lanes of floats = 256 KB) while its panels stream by.
-inline constexpr size_t kStreamedRows = 4096;
+// Rows of a packed W whose partial sums are kept in L2 (4128 x 16 lanes of floats = 258 KB) while its panels stream by: 4096 rows
+// need not be cut.
+inline constexpr size_t kStreamedRows = 86 * kRowBlock;
 // Of bfloat16 for a single token, which would wait for sums in L2: they stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // Transposed blocks of W that are kept in L2 at a time.
@@ -69,14 +70,14 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes)
   return tokens_of_pass(tokens, width, element_bytes, size_t{4} << 20);
 }
 
-// Pieces of what is shared out evenly: a thread that starts late, or is slower, takes fewer.
+// Pieces of what is shared out evenly: a thread that starts late, or is slower, takes fewer, and Ctrl-C is heard between them.
 inline size_t pieces_for(size_t threads) {
-  return threads > 1 ? 4 * threads : 1;
+  return 4 * std::max<size_t>(2, threads);
 }
 
-// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows; W is cut where that leaves threads
-// without work or makes tasks too long. Each task takes half of a thread's share of what is left (guided self-scheduling,
-// Polychronopoulos & Kuck 1987): long ones first, whose W streams by, and at the end short ones, so that all threads end together.
+// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut where a task would be
+// too long, and for several threads into shorter and shorter pieces: each takes half of a thread's share of what is left (factoring,
+// Hummel, Schonberg & Flynn 1992). Long ones come first, for W streams by; short ones last, so that no thread waits for long.
 class Grid {
  public:
   struct Cut {
@@ -84,12 +85,15 @@ class Grid {
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
+    if (tokens.count == 0) return;
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));  // a task without columns, too
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
     // Too few columns for so many threads; where they share these evenly, W is not read, and decoded, again for more tasks.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    pieces = std::min(pieces, ceil_div(tokens.count, tokens.unit));
+    // As few as keep the longest one as short: W is read for each.
+    const size_t token_units = ceil_div(tokens.count, tokens.unit);
+    pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);
     const size_t most = std::max<size_t>(1, std::min(side.most / side.unit, in_time));
     size_t left = pieces * units;

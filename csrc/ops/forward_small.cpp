@@ -260,11 +260,13 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   const size_t threads = useful_threads(kReadingCost * flops_of(parts, x.rows));
   std::vector<SmallForward<W>> products;
   std::vector<PartRows> tasks, projections;
+  size_t rows = 0;
   products.reserve(parts.size());
   for (const ForwardPart<T>& part : parts) {
     const size_t product = products.size(), rank = part.low.rank();
     products.emplace_back(part, batch, xs, codes, z);
     z += x.rows * rank;
+    rows += part.w.d_out;
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
@@ -275,11 +277,11 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to what
   // it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is heard between them.
   const size_t workers = std::max(threads, static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops));
-  const size_t most = workers > threads ? ceil_div(tasks.size(), workers) : tasks.size();
+  const size_t most = workers > threads ? ceil_div(rows, workers) : rows;
   std::atomic<size_t> next = 0, next_projection = 0, projected = 0;
   parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
     std::vector<PartRows> taken;
-    for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); ++n) {
+    for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); n += tasks[i].rows.count) {
       const SmallForward<W>& product = products[tasks[i].part];
       product.multiply(tasks[i].rows);
       if (product.rank() > 0) taken.push_back(tasks[i]);

@@ -15,6 +15,7 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of every tile_tokens of floats
+// Of the columns of B that the rows of a task meet at a time. With 128 KB a Zen 4, whose L2 holds 1 MB, took 2-3 % longer.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
@@ -49,7 +50,6 @@ void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale)
   if (scale == 0 || b.rows == 0) return;
   const Products<T>& k = kernels::table().products<T>();
   const T* panels = panels_of(b);
-  // So many columns of B stay in L2 while the rows of a task pass by.
   const size_t most = std::max(size_t{1}, kColumnsBytes / sizeof(T) / b.rows / kPanelColumns) * kPanelColumns;
   for_row_blocks(a, w.cols, scale, [&](size_t first, size_t rows, const T* scaled) {
     for (size_t c = 0; c < w.cols; c += most)

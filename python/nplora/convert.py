@@ -103,8 +103,8 @@ def convert_adapter(
         return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
     if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
         raise ValueError(
-            f"convert: {files.name(source)} is a file: that of a GGUF adapter is converted to a directory, "
-            f"no other is converted; got a file's name, {files.name(target)!r}"
+            f"convert: {files.name(source)} is a file, and of files only GGUF adapters are converted, "
+            f"to a directory; got the file name {files.name(target)!r}"
         )
     return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
 

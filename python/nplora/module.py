@@ -54,7 +54,7 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 
 
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
-    """Put the dotted name, in `container`, of the module that raised in front of the message.
+    """Put "layer " and the dotted name, in `container`, of the module that raised in front of the message.
 
     The innermost container knows the culprit; those around it go on from there.
     """

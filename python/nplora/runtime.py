@@ -60,8 +60,8 @@ def _thread_pools() -> list[str]:
         from threadpoolctl import threadpool_info
     except ImportError:
         return []
-    words = ("user_api", "internal_api", "version")  # a version may be None
+    keys = ("user_api", "internal_api", "version")  # a version may be None
     return [
-        f"{' '.join(pool[word] for word in words if pool[word])}, {pool['num_threads']} threads"
+        f"{' '.join(pool[key] for key in keys if pool[key])}, {pool['num_threads']} threads"
         for pool in threadpool_info()
     ]

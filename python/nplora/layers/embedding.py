@@ -17,6 +17,8 @@ from nplora.weights import FrozenWeight, freeze
 
 Array = npt.NDArray[Any]
 
+_IDS_OF_PASS = "saved is not of this layer: its array of ids"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingSaved(Saved):
@@ -74,7 +76,7 @@ class Embedding(Module):
         """dweight[ids] += dy where trainable. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of a larger table.
+            ValueError: dy has not the shape of y, or saved holds an id that this table lacks.
             TypeError: saved is of another kind of layer.
         """
         op = "Embedding.backward"
@@ -84,7 +86,7 @@ class Embedding(Module):
         if self.dweight is not None:
             if saved.ids is None:
                 raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-            ids = _check.in_range(op, "saved.ids", saved.ids, self.shape[0])
+            ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, self.shape[0])
             _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
 
     def __repr__(self) -> str:
@@ -160,8 +162,8 @@ class LoRAEmbedding(LoRALayer):
         """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype, or of a
-                larger table.
+            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype, or
+                holds an id that this table lacks.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
@@ -177,7 +179,7 @@ class LoRAEmbedding(LoRALayer):
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
-        ids = _check.in_range(op, "saved.ids", saved.ids, len(self.A))
+        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, len(self.A))
         d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():

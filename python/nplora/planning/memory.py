@@ -20,7 +20,7 @@ from nplora.models.head import most_rows
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
 _THREAD = 3 << 19  # the rest of a thread's scratch
-_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # as they read the same
+_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read one input
 _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
 
 
@@ -94,14 +94,19 @@ class Adapters:
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
-    @property
-    def met_at_once(self) -> int:
-        """Numbers of the factors of layers that are computed in one call, at most."""
-        calls: Counter[str] = Counter()
-        for name, shape in self.shapes.items():
+    def scratch(self, narrow: bool) -> int:
+        """Bytes of the factors of the layers of one call, as the kernels bring them in, and of their gradients."""
+        inputs: Counter[tuple[str, str]] = Counter()
+        outputs: Counter[tuple[str, str]] = Counter()
+        for name, (d_out, d_in) in self.shapes.items():
             path, _, layer = name.rpartition(".")
-            calls[f"{path}.{_SAME_CALL.get(layer, layer)}"] += self.rank * sum(shape)
-        return max(calls.values(), default=0)
+            call = path, _SAME_CALL.get(layer, layer)
+            if layer != "embed_tokens":
+                inputs[call] += self.rank * d_in
+                outputs[call] += self.rank * d_out
+        # B in both directions and its gradient; A, or its gradient, and in bfloat16 both directions of it
+        most_inputs, most_outputs = max(inputs.values(), default=0), max(outputs.values(), default=0)
+        return _FLOAT * (3 * most_inputs + (2 if narrow else 1) * most_outputs)
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
@@ -193,8 +198,7 @@ def predicted(
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
-        # of the factors: as the kernels read them, and the sums of their gradients
-        threads * (min(_LANES, lanes) + _THREAD) + 2 * _FLOAT * adapters.met_at_once + _HEAP,
+        threads * (min(_LANES, lanes) + _THREAD) + adapters.scratch(narrow) + _HEAP,
     )
 
 

@@ -95,7 +95,7 @@ class Adapters:
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
     def scratch(self, narrow: bool) -> int:
-        """Bytes of the factors of the layers of one call, as the kernels bring them in, and of their gradients."""
+        """Bytes of the factors of one call's layers, as the kernels bring them in, and of their gradients."""
         inputs: Counter[tuple[str, str]] = Counter()
         outputs: Counter[tuple[str, str]] = Counter()
         for name, (d_out, d_in) in self.shapes.items():

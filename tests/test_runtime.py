@@ -159,17 +159,25 @@ def test_many_python_threads_get_right_answers() -> None:
 
 def seconds_to_interrupt(n: int, d_out: int, d_in: int, **environment: str) -> float:
     """From Ctrl-C in the middle of a product to its end."""
-    code = (
-        "import os, signal, threading, time, numpy as np\n"
+    setting = (
         "from nplora import _core\n"
         f"x, w = (np.zeros((rows, {d_in}), np.float32) for rows in ({n}, {d_out}))\n"
         f"y = np.empty(({n}, {d_out}), np.float32)\n"
+    )
+    return seconds_until_heard(setting, "    _core.matmul(w, x, None, y)\n", **environment)
+
+
+def seconds_until_heard(setting: str, call: str, **environment: str) -> float:
+    """From Ctrl-C in the middle of a call, an indented line of code, to its end."""
+    code = (
+        "import os, signal, threading, time, numpy as np\n"
+        f"{setting}"
         "sent = []\n"
         "def send():\n"
         "    time.sleep(0.3); sent.append(time.perf_counter()); os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=send).start()\n"
         "try:\n"
-        "    _core.matmul(w, x, None, y)\n"
+        f"{call}"
         "    print('not interrupted')\n"
         "except KeyboardInterrupt:\n"
         "    print(time.perf_counter() - sent[0])\n"
@@ -186,6 +194,17 @@ def test_ctrl_c_ends_a_long_product_within_200_ms() -> None:
 def test_ctrl_c_is_heard_within_one_block_of_tokens() -> None:
     # A vocabulary's weight on the slowest instruction set: 0.1 s here, 2 s without the bound on a task.
     assert seconds_to_interrupt(256, 32768, 4096, NPLORA_ISA="generic", OMP_NUM_THREADS="1") < 1
+
+
+def test_ctrl_c_is_heard_in_a_small_batch() -> None:
+    # 600 weights that two rows, the most that are few for these kernels, meet in one call: 3 s.
+    setting = (
+        "import nplora\n"
+        "layer = nplora.LoRALinear(np.zeros((4096, 4096), np.float32), 1)\n"
+        "x = np.zeros((2, 4096), np.float32)\n"
+    )
+    call = "    nplora.stack_forward([layer] * 600, x)\n"
+    assert seconds_until_heard(setting, call, NPLORA_ISA="generic", OMP_NUM_THREADS="1") < 1
 
 
 @pytest.mark.parametrize("kind", ["pool", "openmp"])

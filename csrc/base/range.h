@@ -23,7 +23,7 @@ constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
-// Piece i of n items in `pieces` of about one size, which begin at multiples of `unit`: from 1 to as many as there are units. The
+// Piece i of n items in `pieces` of about one size, which begin at multiples of `unit`. There are no more pieces than units; the
 // last is none of the longer ones.
 constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
   const size_t units = ceil_div(n, unit), first = ceil_div(units * i, pieces) * unit;

@@ -38,9 +38,8 @@ inline constexpr size_t kFloatBatch = 4;
 inline constexpr size_t kInPlaceBatch = 16;
 // Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// Rows of a packed W whose partial sums are kept in L2 (4128 x 16 lanes of floats = 258 KB) while its panels stream by: 4096 rows
-// need not be cut.
-inline constexpr size_t kStreamedRows = 86 * kRowBlock;
+// Rows of a packed W whose partial sums are kept in L2 (4128 x 16 lanes of floats = 258 KB) while its panels stream by.
+inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
 // Of bfloat16 for a single token, which would wait for sums in L2: they stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // Transposed blocks of W that are kept in L2 at a time.
@@ -76,8 +75,8 @@ inline size_t pieces_for(size_t threads) {
 }
 
 // Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut where a task would be
-// too long, and for several threads into shorter and shorter pieces: each takes half of a thread's share of what is left (factoring,
-// Hummel, Schonberg & Flynn 1992). Long ones come first, for W streams by; short ones last, so that no thread waits for long.
+// too long, and for several threads into shorter and shorter pieces: each takes half of a thread's share of what is left (guided
+// self-scheduling, Polychronopoulos & Kuck 1987, with half shares). Long ones come first, for W streams by; short ones last, so that no thread waits for long.
 class Grid {
  public:
   struct Cut {

@@ -276,12 +276,13 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   }
   // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to what
   // it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is heard between them.
-  const size_t workers = std::max(threads, static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops));
-  const size_t most = workers > threads ? ceil_div(rows, workers) : rows;
+  const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
+  const size_t workers = round_up(std::max(threads, in_time), threads);
+  const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;
   std::atomic<size_t> next = 0, next_projection = 0, projected = 0;
   parallel_for(workers, threads, Interruptible::kYes, [&](size_t) {
     std::vector<PartRows> taken;
-    for (size_t i = 0, n = 0; n < most && (i = next++) < tasks.size(); n += tasks[i].rows.count) {
+    for (size_t i = 0, n = 0; n < most_rows && (i = next++) < tasks.size(); n += tasks[i].rows.count) {
       const SmallForward<W>& product = products[tasks[i].part];
       product.multiply(tasks[i].rows);
       if (product.rank() > 0) taken.push_back(tasks[i]);

@@ -71,6 +71,10 @@ void run_grid(Grid::Cut tokens, Grid::Cut side, double operations, size_t thread
   const size_t units = ceil_div(side.count, side.unit), fewest = ceil_div(tokens.count, tokens.most);
   const bool shared = units >= nplora::pieces_for(threads) || (units > 0 && units % threads == 0);
   check::expect(!shared || starts.size() == fewest, "W is read %zu times, not %zu", starts.size(), fewest);
+  const size_t cut =
+      units == 0 ? 1 : ceil_div(nplora::pieces_for(threads), units);  // of tokens, where columns are too few
+  check::expect(shared || units == 0 || longest <= nplora::round_up(ceil_div(tokens.count, cut), tokens.unit),
+                "columns are too few, and a task has %zu tokens", longest);
   check::expect(
       longest == 0 || starts.size() == ceil_div(tokens.count, nplora::round_up(longest, tokens.unit)),
       "W is read %zu times for tasks of %zu tokens", starts.size(), longest);
@@ -87,7 +91,7 @@ void test_grid() {
       for (size_t units = ceil_div(n, unit), pieces = 1; pieces <= units; pieces += 1 + pieces / 4)
         run_pieces(n, unit, pieces);
   for (size_t threads : {1, 2, 3, 7, 16, 64})
-    for (size_t tokens : {0, 1, 64, 256, 512})
+    for (size_t tokens : {0, 1, 64, 256, 500, 512})
       for (size_t columns : {0, 1, 47, 48, 240, 577, 1001, 2048})
         for (double operations : {1e6, 3e10}) {
           run_grid({tokens, 32, 256}, {columns, 48, 4096}, operations, threads);

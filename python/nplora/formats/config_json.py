@@ -80,8 +80,9 @@ class Fields:
 
     def _refuse(self, name: str, expected: str) -> NoReturn:
         if name not in self:
-            near = ", ".join(map(repr, nearest_names(name, self._values))) or "none"
-            raise FormatError(f"{self.source}: {name} is missing, expected {expected}; the nearest: {near}")
+            near = ", ".join(map(repr, nearest_names(name, self._values)))
+            hint = f"; the nearest: {near}" if near else ""
+            raise FormatError(f"{self.source}: {name} is missing, expected {expected}{hint}")
         raise FormatError(f"{self.source}: {name} is {brief(self._values[name])}, expected {expected}")
 
 

@@ -45,7 +45,7 @@ class Sequential(Module):
         """The output of the last module, and what `backward` needs.
 
         Raises:
-            ValueError: from a module, whose dotted name comes first in the message.
+            ValueError: from a module; its message begins with the module's dotted name.
         """
         items: list[Any] = []
         try:

@@ -78,7 +78,7 @@ def stack_backward(
         dys: the gradients (..., d_out) in their order.
     Raises:
         ValueError: a dy has not the shape of its y, there are not as many as layers, or saved is of a pass of
-            other layers.
+            layers of other shapes, ranks or dtypes.
         TypeError, RuntimeError: as `LoRALinear.backward`.
     """
     op = "stack_backward"

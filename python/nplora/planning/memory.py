@@ -19,6 +19,7 @@ from nplora.models.head import most_rows
 
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
+_PASS = 4 << 20  # the same, tokens_of_block
 _THREAD = 3 << 19  # the rest of a thread's scratch
 _SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read one input
 _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
@@ -94,19 +95,30 @@ class Adapters:
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
-    def scratch(self, narrow: bool) -> int:
-        """Bytes of the factors of one call's layers, as the kernels bring them in, and of their gradients."""
+    def scratch(self, narrow: bool, tokens: int) -> int:
+        """Bytes of scratch for the factors of one call's layers, and their z and dz, at most.
+
+        In csrc/ops/scratch.h they are kLowGradients, kLowLanes, kLanes and kFactor: B in two layouts, of
+        which a lone layer's float32 is one itself, and the sums of its gradient; A, or such sums, and in
+        bfloat16 layouts of A.
+        """
+        ranks: Counter[tuple[str, str]] = Counter()
         inputs: Counter[tuple[str, str]] = Counter()
         outputs: Counter[tuple[str, str]] = Counter()
+        narrowest = min((d_in for _, d_in in self.shapes.values()), default=1)
         for name, (d_out, d_in) in self.shapes.items():
             path, _, layer = name.rpartition(".")
             call = path, _SAME_CALL.get(layer, layer)
-            if layer != "embed_tokens":
+            if layer != "embed_tokens":  # which NumPy computes
+                ranks[call] += self.rank
                 inputs[call] += self.rank * d_in
                 outputs[call] += self.rank * d_out
-        # B in both directions and its gradient; A, or its gradient, and in bfloat16 both directions of it
-        most_inputs, most_outputs = max(inputs.values(), default=0), max(outputs.values(), default=0)
-        return _FLOAT * (3 * most_inputs + (2 if narrow else 1) * most_outputs)
+        copies = {call: 3 if narrow or n > self.rank else 2 for call, n in ranks.items()}
+        of_inputs = max((n * copies[call] for call, n in inputs.items()), default=0)
+        of_ranks, of_outputs = (max(n.values(), default=0) for n in (ranks, outputs))
+        tokens = min(tokens, _PASS // ((_BITS if narrow else _FLOAT) * narrowest))
+        times = 2 if narrow else 1
+        return _FLOAT * (of_inputs + times * (of_outputs + of_ranks * tokens))
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
@@ -198,7 +210,7 @@ def predicted(
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
-        threads * (min(_LANES, lanes) + _THREAD) + adapters.scratch(narrow) + _HEAP,
+        threads * (min(_LANES, lanes) + _THREAD) + adapters.scratch(narrow, step.tokens) + _HEAP,
     )
 
 

@@ -495,15 +495,15 @@ def test_scratch_is_what_a_call_takes(
     )
     names = ("q_proj", "k_proj", "v_proj")[:layers]
     adapters = Adapters({f"model.layers.0.self_attn.{name}": (d_out, d_in) for name in names}, rank)
-    scratch = adapters.scratch(compute == "bfloat16", n)
-    assert taken - (4 << 20) < scratch < 2 * taken  # the rest of a thread's scratch is a few MB
+    scratch = adapters.scratch(compute == "bfloat16", n, 1)
+    assert taken - (4 << 20) < scratch < 2.5 * taken  # the rest of a thread's scratch is a few MB
 
 
 def test_scratch_is_that_of_the_largest_call() -> None:
     q, k, out = ((f"model.layers.0.self_attn.{name}_proj", (64, 64)) for name in "qko")
-    sizes = [Adapters(dict(shapes), 8).scratch(False, 1) for shapes in ([q], [q, k], [q, k, out], [out])]
+    sizes = [Adapters(dict(shapes), 8).scratch(False, 1, 1) for shapes in ([q], [q, k], [q, k, out], [out])]
     assert sizes[0] < sizes[1] == sizes[2] > sizes[3]
-    assert Adapters({"model.embed_tokens": (1000, 64)}, 8).scratch(False, 1) == 0
+    assert Adapters({"model.embed_tokens": (1000, 64)}, 8).scratch(False, 1, 1) == 0
 
 
 def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:

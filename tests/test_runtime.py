@@ -197,7 +197,7 @@ def test_ctrl_c_is_heard_within_one_block_of_tokens() -> None:
 
 
 def test_ctrl_c_is_heard_in_a_small_batch() -> None:
-    # 600 weights that two rows, the most that are few for these kernels, meet in one call: 3 s.
+    # 600 weights that two rows meet in one call: 3 s.
     setting = (
         "import nplora\n"
         "layer = nplora.LoRALinear(np.zeros((4096, 4096), np.float32), 1)\n"

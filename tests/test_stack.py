@@ -589,3 +589,17 @@ def test_a_refused_stack_adds_nothing() -> None:
     with pytest.raises(ValueError, match="dy has shape"):
         stack_backward(stacked, [dys[0], dys[2], dys[1][:5]], saved)
     assert not any(parameter.grad.any() for layer in stacked for parameter in layer.local_parameters())
+
+
+def test_a_few_rows_meet_many_large_layers() -> None:
+    # So much work is cut for Ctrl-C, too: into more pieces than there are threads.
+    rng = np.random.default_rng(0)
+    W, x = rng.standard_normal((4096, 4096), np.float32), rng.standard_normal((8, 4096), np.float32)
+    layer = LoRALinear(W, RANK, rng=0)
+    layer.A[...] = rng.standard_normal(layer.A.shape)
+    ys, _ = stack_forward([layer] * 40, x)
+    some = slice(None, None, 97)
+    rows = W[some] + layer.scale * layer.A[some].astype(np.float64) @ layer.B
+    magnitude = np.abs(x) @ (np.abs(W[some]) + layer.scale * np.abs(layer.A[some]) @ np.abs(layer.B)).T
+    assert (np.abs(ys[0][:, some] - x @ rows.T) <= gamma(4096 + RANK) * magnitude).all()
+    assert all(np.array_equal(y, ys[0]) for y in ys)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Adapters:
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
-    def scratch(self, narrow: bool, tokens: int) -> int:
+    def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
         """Bytes of scratch for the factors of one call's layers, and their z and dz, at most.
 
         In csrc/ops/scratch.h they are kLowGradients, kLowLanes, kLanes and kFactor: B in two layouts, of
@@ -105,7 +106,6 @@ class Adapters:
         ranks: Counter[tuple[str, str]] = Counter()
         inputs: Counter[tuple[str, str]] = Counter()
         outputs: Counter[tuple[str, str]] = Counter()
-        narrowest = min((d_in for _, d_in in self.shapes.values()), default=1)
         for name, (d_out, d_in) in self.shapes.items():
             path, _, layer = name.rpartition(".")
             call = path, _SAME_CALL.get(layer, layer)
@@ -116,9 +116,12 @@ class Adapters:
         copies = {call: 3 if narrow or n > self.rank else 2 for call, n in ranks.items()}
         of_inputs = max((n * copies[call] for call, n in inputs.items()), default=0)
         of_ranks, of_outputs = (max(n.values(), default=0) for n in (ranks, outputs))
-        tokens = min(tokens, _PASS // ((_BITS if narrow else _FLOAT) * narrowest))
-        times = 2 if narrow else 1
-        return _FLOAT * (of_inputs + times * (of_outputs + of_ranks * tokens))
+        narrowest = max(1, min(map(min, self.shapes.values()), default=1))
+        most_tokens = max(_PASS // ((_BITS if narrow else _FLOAT) * narrowest), 512 * math.ceil(threads / 2))
+        of_tokens = of_ranks * min(tokens, most_tokens)
+        if narrow:
+            of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z, dz and their pairs
+        return _FLOAT * (of_inputs + of_outputs + of_tokens)
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
@@ -210,7 +213,9 @@ def predicted(
         _FLOAT * config.hidden_size * prefix_tokens,
         kept,
         work,
-        threads * (min(_LANES, lanes) + _THREAD) + adapters.scratch(narrow, step.tokens) + _HEAP,
+        threads * (min(_LANES, lanes) + _THREAD)
+        + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
+        + _HEAP,
     )
 
 

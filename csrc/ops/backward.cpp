@@ -66,10 +66,8 @@ class Backward {
     std::vector<FactorTask> factor_tasks = cut_factors();
     for (size_t first = 0; first < tokens_; first += pass_) {
       const Range pass{first, std::min(pass_, tokens_ - first)};
-      const size_t pieces = std::min(ceil_div(pass.count, kPassUnit), pieces_for(threads));
       if (!joined_.empty() || kSteps<E> > 1)
-        parallel_for(pieces, threads, Interruptible::kYes,
-                     [&](size_t i) { prepare(pass, nth_piece(pass.count, kPassUnit, pieces, i)); });
+        for_pieces(pass.count, kPassUnit, threads, [&](Range some) { prepare(pass, some); });
       const double work = work_ * double(pass.count) / double(tokens_);
       const Grid grid(
           {dx_.data ? pass.count : 0, kPassUnit, folds_ || group_ > kPanelColumns ? pass.count : kTokenBlock},

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "base/parallel.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
 
@@ -74,9 +75,17 @@ inline size_t pieces_for(size_t threads) {
   return 4 * std::max<size_t>(2, threads);
 }
 
+// Calls body(Range) for pieces of n items, which begin at multiples of `unit`.
+template <class Body>
+void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
+  const size_t pieces = std::min(ceil_div(n, unit), pieces_for(threads));
+  parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
+}
+
 // Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut where a task would be
 // too long, and for several threads into shorter and shorter pieces: each takes half of a thread's share of what is left (guided
-// self-scheduling, Polychronopoulos & Kuck 1987, with half shares). Long ones come first, for W streams by; short ones last, so that no thread waits for long.
+// self-scheduling, Polychronopoulos & Kuck 1987, with half shares). Long ones come first, for W streams by; short ones last, so that
+// no thread waits for long.
 class Grid {
  public:
   struct Cut {

@@ -42,9 +42,8 @@ class LanesForward {
     const StackRows<T> rows(parts_);
     for (size_t first = 0; first < x_.rows; first += pass_) {
       const Range pass{first, std::min(pass_, x_.rows - first)};
-      const size_t blocks = ceil_div(pass.count, lanes_), pieces = std::min(blocks, pieces_for(threads));
-      parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) {
-        const Range mine = nth_piece(blocks, 1, pieces, i);
+      const size_t blocks = ceil_div(pass.count, lanes_);
+      for_pieces(blocks, 1, threads, [&](Range mine) {
         for (size_t b = 0; b < mine.count; ++b) prepare(pass, mine.first + b);
       });
       const Grid grid({blocks, 1, kTokenBlock / lanes_}, {rows.blocks(), 1, rows.blocks()},

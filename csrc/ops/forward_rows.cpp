@@ -49,10 +49,8 @@ class RowsForward {
     const StackRows<T> rows(parts_);
     for (size_t first = 0; first < x_.rows; first += pass_) {
       const Range pass{first, std::min(pass_, x_.rows - first)};
-      const size_t pieces = std::min(ceil_div(pass.count, kPassUnit), pieces_for(threads));
       if (!joined_.empty() || kSteps<E> > 1)
-        parallel_for(pieces, threads, Interruptible::kYes,
-                     [&](size_t i) { prepare(pass, nth_piece(pass.count, kPassUnit, pieces, i)); });
+        for_pieces(pass.count, kPassUnit, threads, [&](Range some) { prepare(pass, some); });
       const Grid grid({pass.count, kPassUnit, pass.count}, {rows.blocks(), 1, rows.blocks()},
                       flops_of(parts_, pass.count), threads);
       parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {

@@ -10,7 +10,7 @@
 
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
-inline constexpr size_t kTileTokens = 6, kOuterVectors = 2;
+inline constexpr size_t kTileTokens = 6, kOuterVectors = 2, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::avx2
 

@@ -9,7 +9,7 @@
 
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
-inline constexpr size_t kTileTokens = 4, kOuterVectors = 3;
+inline constexpr size_t kTileTokens = 4, kOuterVectors = 3, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::generic
 

@@ -4,6 +4,8 @@
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
 //   kTileTokens, kOuterVectors  rows of a and vectors of w in outer_tile and merge: kTileTokens * kOuterVectors accumulators,
 //     kOuterVectors of w and 1 broadcast do the same;
+//   kNearRows  rows of a that outer_tile reaches from one address. Each takes a multiple of their stride; what has no register GCC
+//     keeps in a vector register, and the way back takes a multiply-add's place (3-4 % of the time);
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -144,6 +146,7 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
   OuterTile<E, W> p = tile;  // its own: the caller's copy would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
+  static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
     return kPartial && v == kVectors - 1 ? V::load_partial(at, last) : V::load(at);
@@ -172,6 +175,8 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
 
     FetchSteps lines = take<E>(fetch, p.depth / kRowsOf<E, W>, p.w, p.w_stride);
     const E* a = p.a.data;
+    const E* far = a + kNearRows * p.a.row_stride;
+    if constexpr (kRows > kNearRows) keep(far);
     const W* w = p.w;
     const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
       static_assert(kFetched<E, W> <= 3);
@@ -184,11 +189,12 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
       for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
 #pragma GCC unroll 16
       for (size_t i = 0; i < kRows; ++i) {
-        const auto x = Vec<E>::broadcast(a[i * p.a.row_stride]);
+        const auto x = Vec<E>::broadcast((i < kNearRows ? a : far)[i % kNearRows * p.a.row_stride]);
 #pragma GCC unroll 4
         for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
       }
       a += p.a.step_stride;
+      far += p.a.step_stride;
       w += kRowsOf<E, W> * p.w_stride;
     };
     size_t left = p.depth;

@@ -7,11 +7,13 @@
 
 namespace nplora {
 
-// Cache-line aligned; from 2 MiB on aligned to, and offered to the system as, huge pages.
+enum class Life { kShort, kLong };
+
+// Cache-line aligned; from 2 MiB on, and with a long life together with its neighbours, in huge pages where the system grants them.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
-  explicit AlignedBuffer(size_t bytes);  // throws std::bad_alloc
+  explicit AlignedBuffer(size_t bytes, Life life = Life::kShort);  // throws std::bad_alloc
   ~AlignedBuffer();
   AlignedBuffer(AlignedBuffer&& other) noexcept;
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept;
@@ -30,6 +32,7 @@ class AlignedBuffer {
  private:
   void* data_ = nullptr;
   size_t bytes_ = 0;
+  bool in_arena_ = false;
 };
 
 }  // namespace nplora

@@ -372,7 +372,7 @@ void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernel
 
 template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
-    : buffer_(w.rows * w.cols * bytes_per_element(storage)),
+    : buffer_(w.rows * w.cols * bytes_per_element(storage), Life::kLong),
       view_{storage, true, buffer_.as<void>(), w.rows, w.cols, 0, compute} {
   for_rows(w.rows, w.cols, [&](size_t i) {
     for_panels(w.cols, [&](size_t c, size_t width) {

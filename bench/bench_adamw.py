@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import ceilings
 from bench.peft_layer import has_torch
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
@@ -34,7 +35,7 @@ def check(step: Callable[[], object], values: list[np.ndarray], grads: list[np.n
             raise AssertionError("AdamW: a contestant's first step is wrong")
 
 
-def nplora_adamw(threads: int) -> Calls:
+def nplora_adamw(threads: int, path: str | None) -> Calls:
     import nplora
     from nplora.module import Parameter
 
@@ -50,7 +51,7 @@ def nplora_adamw(threads: int) -> Calls:
         optimizer.step(parameters)
 
     check(step, values, grads)
-    return {"step": step}
+    return {"step": step} if path is None else {"bound": ceilings.rewrite(path, threads), "step": step}
 
 
 def torch_fused(threads: int) -> Calls:
@@ -103,8 +104,9 @@ def numpy_adamw() -> Calls:
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
     """Print the race on `threads` threads; return its figures."""
+    path = ceilings.library()
     contestants = [
-        Contestant("nplora.AdamW", nplora_adamw, (threads,)),
+        Contestant("nplora.AdamW", nplora_adamw, (threads, path), ceilings=("bound",)),
         Contestant("NumPy, out=", numpy_adamw, (), "numpy"),
     ]
     if has_torch():
@@ -113,10 +115,15 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
     result = runtimes.race(contestants, rounds=3 if quick else 15)
     count = sum(int(np.prod(shape)) for shape in SHAPES)
     print(f"\nAdamW, {count / 1e6:.2f} million values in {len(SHAPES)} tensors, {on_threads(threads)}")
-    seconds = result.median("nplora.AdamW", "step")
-    rate = 28 * count / seconds / 1e9  # value, gradient and two moments read, all but the gradient written
-    print(f"  nplora.AdamW {seconds * 1e3:7.2f} ms {rate:8.1f} GB/s read and written")
-    over = {c.name: result.ratio((c.name, "step"), ("nplora.AdamW", "step")) for c in contestants[1:]}
+    mine, bound = ("nplora.AdamW", "step"), ("nplora.AdamW", "bound")
+    seconds = result.median(*mine)
+    moved = 28 * count  # bytes: value, gradient and two moments read, all but the gradient written
+    share = result.share(moved, mine, bound) if bound in result else None
+    of_bound = f", {share:.1%} of a stream in place" if share is not None else ""
+    print(
+        f"  nplora.AdamW {seconds * 1e3:7.2f} ms {moved / seconds / 1e9:8.1f} GB/s read and written{of_bound}"
+    )
+    over = {c.name: result.ratio((c.name, "step"), mine) for c in contestants[1:]}
     for name, ratio in over.items():
         print(f"  {ratio:6.2f} times as fast as {name}")
-    return {"threads": threads, "seconds": seconds, "over": over}
+    return {"threads": threads, "seconds": seconds, "of_bound": share, "over": over}

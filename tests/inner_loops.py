@@ -18,7 +18,7 @@ from math import prod
 MULTIPLY_ADD = re.compile(r"(fmla|bfdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps")
 VECTOR = re.compile(r"[\s{][qdsv]\d|%[xyz]mm\d")
 VECTOR_STORE = re.compile(r"st\w+\s+\{?[qdsv]\d|v\w+\s+%[xyz]mm\d+,[^,]*\(")
-MOVED = re.compile(r"vmov[qd]\s+%xmm\d+,%[re]\w+$|fmov\s+[xw]\d+, [sd]\d")
+MOVED = re.compile(r"(vmov[qd]\s+%xmm|kmov[qd]\s+%k)\d+,%[re]\w+$|fmov\s+[xw]\d+, [sd]\d")
 STACK = re.compile(r"\[sp\b|\(%rsp\b|-0x[0-9a-f]+\(%rbp\)")
 BRANCH = re.compile(r"(?:b\.\w+|b|cbn?z|tbn?z|j\w+)\s+(?:.*,\s*)?([0-9a-f]+) <")
 
@@ -79,7 +79,7 @@ class Loop:
 
     @property
     def moved(self) -> list[str]:
-        """What brings a number that was kept in a vector register back: it takes a multiply-add's place."""
+        """What brings back numbers that vector or mask registers keep: it takes a multiply-add's place."""
         return [line for line in self.instructions if MOVED.match(line)]
 
     @property
@@ -264,7 +264,7 @@ def complaint(loop: Loop) -> str | None:
     if spills:
         return f"{len(spills)} spilled vectors, such as {spills[0]}"
     if loop.moved:
-        return f"{len(loop.moved)} numbers from vector registers, such as {loop.moved[0]}"
+        return f"{len(loop.moved)} numbers from other registers, such as {loop.moved[0]}"
     needed, count = NEEDS[loop.kernel](loop), len(loop.instructions)
     turns, rest = divmod(loop.multiply_adds, needed.multiply_adds)
     most = turns * (needed.multiply_adds + needed.others)

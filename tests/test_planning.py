@@ -499,6 +499,13 @@ def test_scratch_is_what_a_call_takes(
     assert taken - (4 << 20) < scratch < 2.5 * taken  # the rest of a thread's scratch is a few MB
 
 
+def test_scratch_of_a_wide_layer_holds_z_of_more_tokens_where_more_threads_take_them() -> None:
+    wide = Adapters({"model.layers.0.self_attn.q_proj": (16384, 16384)}, 8)
+    sizes = [wide.scratch(False, 4096, threads) for threads in (1, 2, 8)]
+    assert sizes[1] == sizes[0]
+    assert sizes[2] - sizes[0] == 4 * 8 * (4 * 512 - 512)
+
+
 def test_scratch_is_that_of_the_largest_call() -> None:
     q, k, out = ((f"model.layers.0.self_attn.{name}_proj", (64, 64)) for name in "qko")
     sizes = [Adapters(dict(shapes), 8).scratch(False, 1, 1) for shapes in ([q], [q, k], [q, k, out], [out])]

@@ -592,7 +592,7 @@ def test_a_refused_stack_adds_nothing() -> None:
 
 
 def test_a_few_rows_meet_many_large_layers() -> None:
-    # So much work is cut for Ctrl-C, too: into more pieces than there are threads.
+    # Several times kTaskFlops: cut for Ctrl-C, into more pieces than there are threads.
     rng = np.random.default_rng(0)
     W, x = rng.standard_normal((4096, 4096), np.float32), rng.standard_normal((8, 4096), np.float32)
     layer = LoRALinear(W, RANK, rng=0)

@@ -9,7 +9,7 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// Cache-line aligned; from 2 MiB on, and with a long life together with its neighbours, in huge pages where the system grants them.
+// Cache-line aligned; from 2 MiB on, and with a long life from 64 KiB on, in huge pages where the system grants them.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -32,7 +32,6 @@ class AlignedBuffer {
  private:
   void* data_ = nullptr;
   size_t bytes_ = 0;
-  bool in_arena_ = false;
 };
 
 }  // namespace nplora

@@ -3,7 +3,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// The steps of optimisers wait for memory, and prefetches would hold up what the hardware fetches ahead by a fifth.
+// The steps of optimisers wait for memory. They fetch nothing ahead: on a Zen 4, which follows four streams by itself, it cost a
+// fifth of the time.
 
 // p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
 // p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
@@ -12,7 +13,7 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
            const AdamWCoefficients& k) {
   const T beta1 = T(k.beta1), beta2 = T(k.beta2), rest1 = T(1 - k.beta1), rest2 = T(1 - k.beta2),
           grad_scale = T(k.grad_scale), decay = T(1 - k.lr * k.weight_decay);
-  // Both sides of the fraction times the root of bias2, which would be a second division.
+  // The fraction is multiplied above and below by the root of bias2: one division instead of two.
   const double root_bias2 = __builtin_sqrt(k.bias2);
   const T step = T(k.lr / k.bias1 * root_bias2), eps = T(k.eps * root_bias2);
   for (size_t i = 0; i < n; ++i) {

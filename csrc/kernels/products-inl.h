@@ -4,8 +4,8 @@
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
 //   kTileTokens, kOuterVectors  rows of a and vectors of w in outer_tile and merge: kTileTokens * kOuterVectors accumulators,
 //     kOuterVectors of w and 1 broadcast do the same;
-//   kNearRows  rows of a that outer_tile reaches from one address. Each takes a multiple of their stride; what has no register GCC
-//     keeps in a vector register, and the way back takes a multiply-add's place (3-4 % of the time);
+//   kNearRows    rows of a that outer_tile reaches from one address, by multiples of their stride. GCC keeps those multiples that
+//     find no general register in vector registers, and bringing one back takes a multiply-add's place (3-4 % of the time);
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
 
 namespace nplora::kernels::NPLORA_ISA {

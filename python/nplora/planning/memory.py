@@ -21,6 +21,7 @@ from nplora.models.head import most_rows
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
 _PASS = 4 << 20  # the same, tokens_of_block
+_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: of blocks for each two threads
 _THREAD = 3 << 19  # the rest of a thread's scratch
 _SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read one input
 _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
@@ -117,8 +118,8 @@ class Adapters:
         of_inputs = max((n * copies[call] for call, n in inputs.items()), default=0)
         of_ranks, of_outputs = (max(n.values(), default=0) for n in (ranks, outputs))
         narrowest = max(1, min(map(min, self.shapes.values()), default=1))
-        most_tokens = max(_PASS // ((_BITS if narrow else _FLOAT) * narrowest), 512 * math.ceil(threads / 2))
-        of_tokens = of_ranks * min(tokens, most_tokens)
+        shared = _PASS // ((_BITS if narrow else _FLOAT) * narrowest)
+        of_tokens = of_ranks * min(tokens, max(shared, _TOKENS * math.ceil(threads / 2)))
         if narrow:
             of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z, dz and their pairs
         return _FLOAT * (of_inputs + of_outputs + of_tokens)

@@ -3,9 +3,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <cstdint>
 #include <fstream>
 #include <mutex>
+#include <optional>
 #include <string>
 
 namespace nplora {
@@ -19,9 +23,10 @@ constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1, of which older headers do not know
 #endif
 
+const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+
 size_t whole_pages(size_t bytes) {
-  static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return (bytes + page - 1) / page * page;
+  return (bytes + page_size - 1) / page_size * page_size;
 }
 
 void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
@@ -50,55 +55,79 @@ std::string setting(const char* name) {
 
 // Whether what lies in small pages can be moved into a huge one. The system would do so where its administrator wants none, too.
 bool can_collapse() {
-  const std::string enabled = setting("enabled");
+  std::string enabled = setting("hugepages-2048kB/enabled");
+  if (enabled.empty() || enabled.find("[inherit]") != std::string::npos) enabled = setting("enabled");
   if (enabled.empty() || enabled.find("[never]") != std::string::npos) return false;
   if (setting("hpage_pmd_size") != std::to_string(kHugePage)) return false;
   char* const trial = map_aligned(kHugePage);
   if (trial == nullptr) return false;
   *trial = 1;
-  const bool done = madvise(trial, kHugePage, kCollapse) == 0;
+  const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;  // it may be short of them
   munmap(trial, kHugePage);
-  return done;
+  return knows;
 }
 
-// Where the last weight ends the next one begins. What a weight leaves is not taken again: it is unmapped, and a huge page with
-// a hole is none, so that it does not come back with a neighbour's either.
+// Where the last weight ends the next one begins. Nobody waits for another thread: the child of a fork would do so in vain.
 class Neighbours {
  public:
-  // nullptr also while another thread is here: a child of a fork would wait for it in vain.
+  // nullptr where nothing is shared, for now or ever.
   char* take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
+    if (!shares_) shares_ = can_collapse();
+    if (!*shares_) return nullptr;
+    if (has_hole_.exchange(false)) go_to(std::min(huge_page_behind(next_), end_.load()));
     if (size > static_cast<size_t>(end_ - next_) && !open()) return nullptr;
     char* const at = next_;
     next_ += size;
-    char* const taken = next_ - reinterpret_cast<uintptr_t>(next_) % kHugePage;
+    char* const taken = huge_page_of(next_);
     if (taken > small_pages_) {
       advise_huge(small_pages_, static_cast<size_t>(taken - small_pages_));
-      if (small_pages_ < at)
-        madvise(small_pages_, kHugePage, kCollapse);  // or, in its own time, the system does so
+      if (small_pages_ < at) madvise(small_pages_, kHugePage, kCollapse);
       small_pages_ = taken;
     }
     return at;
   }
 
+  // What is unmapped of the huge page that is being filled may be a stranger's next: the page is left as it is.
+  void leave(const char* at, size_t size) {
+    if (at < end_ && at + size > small_pages_) has_hole_ = true;
+  }
+
  private:
-  // A new region; what is left of the one before goes back.
+  static char* huge_page_of(char* at) { return at - reinterpret_cast<uintptr_t>(at) % kHugePage; }
+  static char* huge_page_behind(char* at) { return huge_page_of(at + kHugePage - 1); }
+
+  // What is between goes back.
+  void go_to(char* start) {
+    if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
+    next_ = start;
+    small_pages_ = start;
+  }
+
   bool open() {
-    if (next_ != end_) munmap(next_, static_cast<size_t>(end_ - next_));
-    next_ = end_ = nullptr;
+    go_to(end_);
+    next_ = nullptr;
+    end_ = nullptr;
     char* const region = map_aligned(kRegion);
     if (region == nullptr) return false;
     madvise(region, kRegion, MADV_NOHUGEPAGE);  // until they are taken
-    next_ = small_pages_ = region;
+    next_ = region;
+    small_pages_ = region;
     end_ = region + kRegion;
     return true;
   }
 
   std::mutex mutex_;
-  char *next_ = nullptr, *end_ = nullptr;
-  char* small_pages_ = nullptr;  // from this huge page on all is in small pages, or not there yet
+  std::optional<bool> shares_;
+  char* next_ = nullptr;
+  std::atomic<char*> end_ = nullptr;  // of the region
+  // From this huge page on all is in small pages, or not there yet.
+  std::atomic<char*> small_pages_ = nullptr;
+  std::atomic<bool> has_hole_ = false;
 };
+
+constinit Neighbours neighbours;
 
 #endif
 
@@ -119,16 +148,18 @@ char* map_huge(size_t bytes) {
 
 char* map_beside(size_t bytes) {
 #ifdef __linux__
-  static const bool shares = can_collapse();
-  static Neighbours neighbours;
-  if (shares && bytes <= kLargestNeighbour)
+  if (bytes <= kLargestNeighbour && bytes % kHugePage != 0)
     if (char* const at = neighbours.take(whole_pages(bytes))) return at;
 #endif
   return bytes < kHugePage ? map(bytes) : map_huge(bytes);
 }
 
 void unmap(void* at, size_t bytes) {
-  munmap(at, whole_pages(bytes));
+  const size_t size = whole_pages(bytes);
+#ifdef __linux__
+  neighbours.leave(static_cast<const char*>(at), size);
+#endif
+  munmap(at, size);
 }
 
 }  // namespace nplora

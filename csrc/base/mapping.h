@@ -5,7 +5,7 @@
 
 namespace nplora {
 
-// Of x86-64, and of aarch64 with pages of 4 KB. Where huge pages are larger none is asked for.
+// Of x86-64, and of aarch64 with pages of 4 KB. Where huge pages are larger weights share none.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
 // Each returns nullptr where there is no memory, and is undone by unmap.
@@ -16,7 +16,8 @@ char* map_huge(size_t bytes);
 
 // For weights, which are read from memory again and again. A huge page needs one address translation, the same bytes in small pages
 // need 512, more than the processor keeps. So weights lie one behind the other, and a huge page is asked for when weights have taken
-// all of it: nobody's memory is larger for it.
+// all of it: nobody's memory is larger for it. What is unmapped of a huge page comes back when the system is short of memory, or
+// with the rest of the page.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

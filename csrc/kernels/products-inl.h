@@ -189,7 +189,8 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
       for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
 #pragma GCC unroll 16
       for (size_t i = 0; i < kRows; ++i) {
-        const auto x = Vec<E>::broadcast((i < kNearRows ? a : far)[i % kNearRows * p.a.row_stride]);
+        const auto x =
+            Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride] : far[(i - kNearRows) * p.a.row_stride]);
 #pragma GCC unroll 4
         for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
       }

@@ -102,11 +102,17 @@ print(grown()[0], W.nbytes)
 @needs_smaps
 def test_what_takes_the_place_of_a_freed_weight_is_left_alone() -> None:
     code = """
-import mmap
-stays = nplora.FrozenWeight(W)
-nplora.FrozenWeight(W)
+import ctypes, mmap
+def ends():
+    return {int(line.split()[0].split("-")[1], 16) for line in open("/proc/self/maps")}
+anonymous = ctypes.CDLL(None).mmap
+anonymous.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+stays, freed = nplora.FrozenWeight(W), nplora.FrozenWeight(W)
+known = ends()
+del freed
 size = -(-W.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-stranger = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # often in the same place
+for hole in ends() - known:
+    anonymous(hole, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
 before = seen()
 kept = [nplora.FrozenWeight(W) for _ in range(3)]
 print(grown()[0], 3 * size)

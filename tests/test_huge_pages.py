@@ -1,6 +1,7 @@
 """Weights lie side by side in huge pages, take no memory for it, and give back what they took."""
 
 import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -41,7 +42,11 @@ def run(code: str) -> list[int]:
 
 def collapses() -> bool:
     """Whether the system moves small pages into a huge one of 2 MB when asked to."""
-    if not ENABLED.exists() or "[never]" in ENABLED.read_text():
+    if not ENABLED.exists():
+        return False
+    of_size = ENABLED.parent / "hugepages-2048kB/enabled"
+    own = of_size.read_text() if of_size.exists() else "[inherit]"
+    if "[never]" in (ENABLED.read_text() if "[inherit]" in own else own):
         return False
     if ENABLED.with_name("hpage_pmd_size").read_text() != f"{2 * MEBIBYTE}\n":
         return False
@@ -100,38 +105,73 @@ print(grown()[0], W.nbytes)
 
 
 @needs_smaps
+@pytest.mark.skipif(not collapses(), reason="the system makes no huge page when asked to")
 def test_what_takes_the_place_of_a_freed_weight_is_left_alone() -> None:
     code = """
 import ctypes, mmap
 def ends():
     return {int(line.split()[0].split("-")[1], 16) for line in open("/proc/self/maps")}
 anonymous = ctypes.CDLL(None).mmap
+anonymous.restype = ctypes.c_void_p
 anonymous.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 stays, freed = nplora.FrozenWeight(W), nplora.FrozenWeight(W)
 known = ends()
 del freed
 size = -(-W.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-for hole in ends() - known:
-    anonymous(hole, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+filled = sum(anonymous(hole, size, *kind, -1, 0) == hole for hole in ends() - known)
 before = seen()
 kept = [nplora.FrozenWeight(W) for _ in range(3)]
-print(grown()[0], 3 * size)
+print(filled, grown()[0], 3 * size)
 """
-    total, in_pages = run(code)
+    filled, total, in_pages = run(code)
+    assert filled == 1
     assert total <= in_pages + 64 * KIBIBYTE
 
 
-@needs_smaps
+@pytest.mark.parametrize("rows", [1030, 1024])
 @pytest.mark.skipif(not collapses(), reason="the system makes no huge page when asked to")
-def test_a_weight_behind_a_freed_one_begins_a_huge_page() -> None:
-    code = """
+def test_a_weight_behind_a_freed_one_or_of_whole_huge_pages_begins_a_huge_page(rows: int) -> None:
+    code = f"""
+def advised():
+    text = open("/proc/self/smaps").read()
+    mapping = r"^Size: *(\\d+) kB(?:(?!^Size:).)*?^VmFlags:([^\\n]*)"
+    found = re.findall(mapping, text, re.MULTILINE | re.DOTALL)
+    return 1024 * sum(int(size) for size, flags in found if " hg" in flags)
 stays = nplora.FrozenWeight(W)
-nplora.FrozenWeight(W)
-before = seen()
-kept = nplora.FrozenWeight(np.ones((1030, 1024), np.float32))
-print(grown()[1])
+if {rows} != 1024:
+    nplora.FrozenWeight(W)
+large = np.ones(({rows}, 512), np.float32)  # 2 MB and a little, or nothing
+before = advised()
+kept = nplora.FrozenWeight(large)
+print(advised() - before)
 """
-    assert run(code) == [4 * MEBIBYTE]
+    assert run(code) == [2 * MEBIBYTE]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_makes_weights_whatever_its_parents_threads_were_at() -> None:
+    code = """
+import os, signal, threading
+W = W[:, :64]
+def make():
+    while not done.is_set():
+        nplora.FrozenWeight(W)
+done = threading.Event()
+threads = [threading.Thread(target=make) for _ in range(2)]
+for thread in threads: thread.start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kept = [nplora.FrozenWeight(W) for _ in range(3)]
+        os._exit(0 if all((weight.to_numpy() == 1).all() for weight in kept) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+done.set()
+for thread in threads: thread.join()
+print(1)
+"""
+    assert run(code) == [1]
 
 
 def test_weights_of_all_sizes_keep_their_values_while_others_come_and_go() -> None:

@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -23,6 +22,7 @@ constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1, of which older headers do not know
 #endif
 
+// Not in whole_pages: the child of a fork could wait for another thread that asks.
 const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 size_t whole_pages(size_t bytes) {
@@ -53,14 +53,15 @@ std::string setting(const char* name) {
   return line;
 }
 
-// Whether what lies in small pages can be moved into a huge one. The system would do so where its administrator wants none, too.
-bool can_collapse() {
+// Whether what lies in small pages can be moved into a huge one; nothing where there is no memory to try it. The system would do so
+// where its administrator wants none, too.
+std::optional<bool> can_collapse() {
   std::string enabled = setting("hugepages-2048kB/enabled");
   if (enabled.empty() || enabled.find("[inherit]") != std::string::npos) enabled = setting("enabled");
   if (enabled.empty() || enabled.find("[never]") != std::string::npos) return false;
   if (setting("hpage_pmd_size") != std::to_string(kHugePage)) return false;
   char* const trial = map_aligned(kHugePage);
-  if (trial == nullptr) return false;
+  if (trial == nullptr) return std::nullopt;
   *trial = 1;
   const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;  // it may be short of them
   munmap(trial, kHugePage);
@@ -75,8 +76,8 @@ class Neighbours {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     if (!shares_) shares_ = can_collapse();
-    if (!*shares_) return nullptr;
-    if (has_hole_.exchange(false)) go_to(std::min(huge_page_behind(next_), end_.load()));
+    if (!shares_.value_or(false)) return nullptr;
+    if (has_hole_.exchange(false) && next_ != end_) go_to(huge_page_behind(next_));
     if (size > static_cast<size_t>(end_ - next_) && !open()) return nullptr;
     char* const at = next_;
     next_ += size;
@@ -89,7 +90,8 @@ class Neighbours {
     return at;
   }
 
-  // What is unmapped of the huge page that is being filled may be a stranger's next: the page is left as it is.
+  // What is unmapped of the huge page that is being filled may be a stranger's next: the page is left as it is. A thread that is in
+  // `take` at that moment may miss it, which can cost that stranger memory, but never what lies there.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
@@ -147,11 +149,12 @@ char* map_huge(size_t bytes) {
 }
 
 char* map_beside(size_t bytes) {
+  const size_t size = whole_pages(bytes);
 #ifdef __linux__
-  if (bytes <= kLargestNeighbour && bytes % kHugePage != 0)
-    if (char* const at = neighbours.take(whole_pages(bytes))) return at;
+  if (size <= kLargestNeighbour && size % kHugePage != 0)
+    if (char* const at = neighbours.take(size)) return at;
 #endif
-  return bytes < kHugePage ? map(bytes) : map_huge(bytes);
+  return size < kHugePage ? map(size) : map_huge(size);
 }
 
 void unmap(void* at, size_t bytes) {

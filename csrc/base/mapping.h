@@ -16,8 +16,8 @@ char* map_huge(size_t bytes);
 
 // For weights, which are read from memory again and again. A huge page needs one address translation, the same bytes in small pages
 // need 512, more than the processor keeps. So weights lie one behind the other, and a huge page is asked for when weights have taken
-// all of it: nobody's memory is larger for it. What is unmapped of a huge page comes back when the system is short of memory, or
-// with the rest of the page.
+// all of it: nobody's memory is larger for it while they live. What is unmapped of a huge page comes back when the system
+// is short of memory, or with the rest of the page.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

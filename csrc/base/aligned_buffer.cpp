@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/mapping.h"
+#include "base/range.h"
 
 namespace nplora {
 
@@ -27,11 +28,9 @@ AlignedBuffer::AlignedBuffer(size_t bytes, Life life) : bytes_(bytes) {
   if (bytes == 0) return;
   if (bytes > SIZE_MAX - 2 * kHugePage) throw std::bad_alloc();
   if (bytes < kLeastMapped)
-    data_ = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
-  else if (life == Life::kLong)
-    data_ = map_beside(bytes);
+    data_ = std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine));
   else
-    data_ = bytes < kHugePage ? map(bytes) : map_huge(bytes);
+    data_ = life == Life::kLong ? map_beside(bytes) : map(bytes);
   if (data_ == nullptr) throw std::bad_alloc();
   ++allocated;
 }

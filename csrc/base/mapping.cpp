@@ -11,6 +11,8 @@
 #include <optional>
 #include <string>
 
+#include "base/range.h"
+
 namespace nplora {
 
 namespace {
@@ -26,7 +28,20 @@ constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1, of which older heade
 const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 size_t whole_pages(size_t bytes) {
-  return (bytes + page_size - 1) / page_size * page_size;
+  return round_up(bytes, page_size);
+}
+
+char* huge_page_of(char* at) {
+  return at - reinterpret_cast<uintptr_t>(at) % kHugePage;
+}
+
+char* huge_page_behind(char* at) {
+  return huge_page_of(at + kHugePage - 1);
+}
+
+char* map_pages(size_t bytes) {
+  void* const start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return start == MAP_FAILED ? nullptr : static_cast<char*>(start);
 }
 
 void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
@@ -37,12 +52,13 @@ void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
 
 // So many bytes at the start of a huge page.
 char* map_aligned(size_t bytes) {
-  char* const first = map(bytes + kHugePage);
+  char* const first = map_pages(bytes + kHugePage);
   if (first == nullptr) return nullptr;
-  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(first) % kHugePage) % kHugePage;
+  char* const start = huge_page_behind(first);
+  const auto before = static_cast<size_t>(start - first);
   if (before > 0) munmap(first, before);
-  munmap(first + before + bytes, kHugePage - before);
-  return first + before;
+  munmap(start + bytes, kHugePage - before);
+  return start;
 }
 
 #ifdef __linux__
@@ -97,9 +113,6 @@ class Neighbours {
   }
 
  private:
-  static char* huge_page_of(char* at) { return at - reinterpret_cast<uintptr_t>(at) % kHugePage; }
-  static char* huge_page_behind(char* at) { return huge_page_of(at + kHugePage - 1); }
-
   // What is between goes back.
   void go_to(char* start) {
     if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
@@ -136,25 +149,20 @@ constinit Neighbours neighbours;
 }  // namespace
 
 char* map(size_t bytes) {
-  void* const start =
-      mmap(nullptr, whole_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return start == MAP_FAILED ? nullptr : static_cast<char*>(start);
-}
-
-char* map_huge(size_t bytes) {
   const size_t size = whole_pages(bytes);
+  if (size < kHugePage) return map_pages(size);
   char* const start = map_aligned(size);
   if (start != nullptr) advise_huge(start, size);
   return start;
 }
 
 char* map_beside(size_t bytes) {
-  const size_t size = whole_pages(bytes);
 #ifdef __linux__
+  const size_t size = whole_pages(bytes);
   if (size <= kLargestNeighbour && size % kHugePage != 0)
     if (char* const at = neighbours.take(size)) return at;
 #endif
-  return size < kHugePage ? map(size) : map_huge(size);
+  return map(bytes);
 }
 
 void unmap(void* at, size_t bytes) {

@@ -8,11 +8,10 @@ namespace nplora {
 // Of x86-64, and of aarch64 with pages of 4 KB. Where huge pages are larger weights share none.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
-// Each returns nullptr where there is no memory, and is undone by unmap.
-char* map(size_t bytes);
+// Both return nullptr where there is no memory, and are undone by unmap.
 
-// At the start of a huge page, and offered to the system as huge pages: a refusal costs speed, nothing else.
-char* map_huge(size_t bytes);
+// From 2 MiB on at the start of a huge page, and offered to the system as huge pages: a refusal costs speed, nothing else.
+char* map(size_t bytes);
 
 // For weights, which are read from memory again and again. A huge page needs one address translation, the same bytes in small pages
 // need 512, more than the processor keeps. So weights lie one behind the other, and a huge page is asked for when weights have taken

@@ -131,6 +131,8 @@ def outer_tile_step(loop: Loop) -> Need:
     paired = (element, stored) == ("Bf16Pair", "Bf16")
     loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
     row = vectors * register_bytes(loop.isa) // (2 if stored == "Bf16" else 1)  # bytes of w
+    if loop.isa == "avx2":  # tiles that share a piece of w fetch a line each
+        row = min(row, 64)
     fetches = -(-(1 + paired) * row // 64) if row > 64 else 1 + paired
     # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
     widened = vectors * (2 if paired and loop.isa == "avx512bf16" else 1) if stored == "Bf16" else 0
@@ -249,13 +251,15 @@ def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
 
 
 def full_tiles(loops: list[Loop]) -> list[Loop]:
-    """Of the loops of a kernel those over the steps of its largest tile; all of dots."""
+    """Of the loops of a kernel those over the steps of its largest tiles; all of dots."""
     if loops and loops[0].kernel in DOTS:
         return loops
-    largest = max((prod(loop.sizes) for loop in loops if loop.is_regular), default=0)
-    return [
-        loop for loop in loops if loop.is_regular and prod(loop.sizes) == largest and not loop.stores_results
-    ]
+    tiles = [loop for loop in loops if loop.is_regular and not loop.stores_results]
+    largest = max((prod(loop.sizes) for loop in tiles), default=0)
+    tiles = [loop for loop in tiles if prod(loop.sizes) == largest]
+    # Only W is read as single bfloat16 values: its panels take the widest tile, the other ones are for ranks.
+    widest = max((loop.sizes[1] for loop in tiles if loop.elements[-1] == "Bf16"), default=0)
+    return [loop for loop in tiles if loop.sizes[1] >= widest]
 
 
 def complaint(loop: Loop) -> str | None:

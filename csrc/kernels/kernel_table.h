@@ -70,7 +70,7 @@ struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
 };
-// Instead, the rows of w that come kFetchAhead behind.
+// Instead, the rows of w that come kFetchAhead behind, or in the next piece (see piece_bytes).
 inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 
 // How far ahead in memory W is fetched where it streams by: 10 bytes a cycle arrive, over 500 cycles after they are asked for,
@@ -89,9 +89,9 @@ template <class E>
 struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
-  size_t tile_tokens;   // the number of rows of a that outer_tile likes best (it takes any number)
-  size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
-  size_t depth_unit;    // of elements; divides kDepthUnit
+  size_t tile_tokens;  // the most rows of a in a tile of outer_tile, which takes any number, as does merge
+  size_t piece_bytes;  // of w that outer_tile takes at a time where small tiles want it in L1, else 0
+  size_t depth_unit;   // of elements; divides kDepthUnit
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
   // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.

@@ -298,9 +298,9 @@ class Backward {
   // tiles (a single tile streams through its own block); those behind fetch rows of the block, which is in L2, into L1.
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
     const kernels::Tiles<E>& k = kernels::table().tiles<E>();
-    const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
+    const size_t tiles = ceil_div(tokens, k.tile_tokens);
     if (rows.count == 0) return {};
-    if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
+    if (!w.packed || k.piece_bytes > 0 || tiles < 2) return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
     return {stored_at(w, rows.first + rows.count, panel.first), lines,
             std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3)};

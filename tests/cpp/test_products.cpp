@@ -316,7 +316,7 @@ void test_widening_outer_tile(const KernelTable& table) {
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {0, 1, 2, 3, 5, 8, 9})
-      for (size_t depth : {0, 1, 7}) {
+      for (size_t depth : {0, 1, 7, 515}) {  // more than a piece
         check::count_shape("outer_tile of widened bfloat16");
         const size_t w_stride = n + ++kind % 3 * 7;
         check::Case one("%s outer_tile of widened bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,
@@ -351,7 +351,7 @@ void test_pairing_outer_tile(const KernelTable& table) {
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {0, 1, 2, 5, 8, 9})
-      for (size_t depth : {0, 1, 2, 13}) {
+      for (size_t depth : {0, 1, 2, 13, 515}) {
         check::count_shape("outer_tile of paired bfloat16");
         const size_t w_stride = n + ++kind % 3 * 7, pairs = (depth + 1) / 2;
         check::Case one("%s outer_tile of paired bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,

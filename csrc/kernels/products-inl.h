@@ -23,12 +23,15 @@ struct LaneTile {
   bool accumulate;
 };
 
-// Stride is the row stride of w where it is known while compiling (a full panel), else 0. In a panel the rows of the next
-// tile follow in memory, out of the step that the hardware would fetch ahead in: a line of them is fetched each step.
+// Stride is the row stride of w where it is known while compiling (a full panel), else 0. In a panel the rows of the next tile follow
+// in memory, out of the step that the hardware would fetch ahead in. They are fetched evenly, step by step; by tiles of fewer than 24
+// sums, whose steps are short, into L2, which has more requests under way than L1.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void lane_tile_fixed(LaneTile<E> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes, kWidth = kVectors * kLanes;
+  constexpr size_t kFetchStep = smaller(kCacheLine, kRows * kStride * sizeof(E) / kPanelDepth<E>);
+  constexpr int kLocality = kRows * kVectors < 24 ? 2 : 3;
   const size_t stride = kStride ? kStride : p.w.row_stride;
   Vec<T> c[kRows][kVectors];
 #pragma GCC unroll 16
@@ -44,8 +47,8 @@ inline void lane_tile_fixed(LaneTile<E> p) {
     const char* next = reinterpret_cast<const char*>(p.w.data + kRows * stride);
     for (const E* end = p.xt + width * kWidth; p.xt != end; p.xt += kWidth, ++wk) {
       if (kStride) {
-        __builtin_prefetch(next);
-        next += kCacheLine;
+        __builtin_prefetch(next, 0, kLocality);
+        next += kFetchStep;
       }
       Vec<E> x[kVectors];
 #pragma GCC unroll 2

@@ -98,7 +98,7 @@ class Need:
     at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
     Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay at it: lane_tile has 20 others, outer_tile 22,
     merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch). AVX2's tiles of 12 need up to
-    18 and 20 of the 24 that Zen starts meanwhile.
+    18 and 22 of the 24 that Zen starts meanwhile; 23, beside bfloat16 that it widens.
     """
 
     multiply_adds: int
@@ -131,7 +131,7 @@ def outer_tile_step(loop: Loop) -> Need:
     paired = (element, stored) == ("Bf16Pair", "Bf16")
     loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
     row = vectors * register_bytes(loop.isa) // (2 if stored == "Bf16" else 1)  # bytes of w
-    if loop.isa == "avx2":  # tiles that share a piece of w fetch a line each
+    if loop.isa == "avx2":  # one line, of as many as there are: several tiles pass over the same rows
         row = min(row, 64)
     fetches = -(-(1 + paired) * row // 64) if row > 64 else 1 + paired
     # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
@@ -139,7 +139,7 @@ def outer_tile_step(loop: Loop) -> Need:
     # Three pointers go on (a, w, the fetches), the depth is counted, a branch. The rows of a lie at multiples
     # of a stride that only the caller knows: of all these numbers up to three are added up in each step, or
     # read from the stack. AVX2's machines have half as many registers for them.
-    control = 9 if loop.isa == "avx2" else 8
+    control = 9 if loop.isa == "avx2" and rows > 3 else 8
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 

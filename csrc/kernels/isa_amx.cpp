@@ -14,7 +14,8 @@ namespace nplora::kernels {
 static_assert(kDepthUnit % amx::kTileSide == 0);
 
 extern const PairProducts k_amx_products;
-constinit const PairProducts k_amx_products = {{2 * amx::kTileSide, 3 * amx::kTileSide, 2 * amx::kTileSide, 0,
-                                                amx::kTileSide, amx::lane_tile, amx::outer_tile},
-                                               amx::paired_outer_tile};
+constinit const PairProducts k_amx_products = {
+    {2 * amx::kTileSide, 3 * amx::kTileSide, 2 * amx::kTileSide, kPanelColumns, 0, amx::kTileSide,
+     amx::lane_tile, amx::outer_tile},
+    amx::paired_outer_tile};
 }  // namespace nplora::kernels

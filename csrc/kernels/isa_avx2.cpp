@@ -1,5 +1,5 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in lane_tile. In outer_tile 2 x 6, which read whole
-// rows of a panel: of one line in three the hardware fetches nothing ahead.
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in lane_tile and in outer_tile, where 4 x 3 would
+// read W, from L2, half as often again; in a dense panel 2 x 6, for of one line in three the hardware fetches nothing ahead.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 
@@ -10,8 +10,7 @@
 
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
-inline constexpr size_t kTileTokens = 6, kOuterVectors = 6, kPairVectors = 2, kOuterSums = 12;
-inline constexpr size_t kNearRows = kTileTokens;
+inline constexpr size_t kTileTokens = 6, kOuterVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::avx2
 

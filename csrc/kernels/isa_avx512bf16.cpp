@@ -12,8 +12,7 @@
 
 namespace nplora::kernels::avx512bf16 {
 inline constexpr size_t kTileRows = 12;
-inline constexpr size_t kTileTokens = 8, kOuterVectors = 3, kPairVectors = 3, kOuterSums = 24;
-inline constexpr size_t kNearRows = 4;
+inline constexpr size_t kTileTokens = 8, kOuterVectors = 3, kPanelVectors = kOuterVectors, kNearRows = 4;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 }  // namespace nplora::kernels::avx512bf16
 

@@ -9,8 +9,8 @@
 
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
-inline constexpr size_t kTileTokens = 4, kOuterVectors = 3, kPairVectors = 3, kOuterSums = 12;
-inline constexpr size_t kNearRows = kTileTokens;
+inline constexpr size_t kTileTokens = 4, kOuterVectors = 3, kPanelVectors = kOuterVectors,
+                        kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::generic
 

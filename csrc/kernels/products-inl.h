@@ -2,10 +2,10 @@
 //
 // The unit gives its tile sizes:
 //   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
-//   kOuterSums   accumulators in outer_tile and merge: a row of them for each row of a, a column for each vector of w. They, the shorter
-//     of a column of broadcasts and a row of w, and 1 of the other fit the register file;
-//   kTileTokens, kOuterVectors  the most rows of a and vectors of w in outer_tile; kPairVectors of Bf16Pair, which may have to be split
-//     for each row of a;
+//   kTileTokens, kOuterVectors  rows of a and vectors of w in outer_tile and merge: kTileTokens * kOuterVectors accumulators,
+//     kOuterVectors of w and 1 broadcast do the same;
+//   kPanelVectors  vectors of w that a tile of outer_tile takes in a dense panel, beside fewer rows of a: a whole row of floats, or as
+//     many as elsewhere;
 //   kNearRows    rows of a that outer_tile reaches from one address, by multiples of their stride. GCC keeps those multiples that
 //     find no general register in vector registers, and bringing one back takes a multiply-add's place (3-4 % of the time);
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
@@ -105,95 +105,49 @@ inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// The most vectors of w in a tile.
-template <class E>
-inline constexpr size_t kMostVectors = kOuterVectors;
-template <>
-inline constexpr size_t kMostVectors<Bf16Pair> = kPairVectors;
 // The rows of a in a full tile of so many vectors.
+inline constexpr size_t kOuterSums = kTileTokens * kOuterVectors;
 template <size_t kVectors>
 inline constexpr size_t kRowsBeside = smaller(kTileTokens, kOuterSums / kVectors);
 
-// Small tiles pass over w so often that it has to stay in L1 for all of them: it is taken in pieces of its depth.
+// The most of a dense panel that is taken at a time where its tiles are wide. Those have so few rows (AVX2: 2 x 6 sums, 6 cycles for 192
+// bytes of w) that w has to come from L1, 32 KB or more, where a's and c's rows pass by, too. Pairs, which AVX2 splits for each row of
+// a, take no wide tiles.
 template <class E>
-inline constexpr bool kTakesPieces = kSteps<E> * kOuterSums * Vec<Sum<E>>::kLanes < 4 * kPanelColumns;
-template <class E>
-inline constexpr size_t kPieceBytes = kTakesPieces<E> ? 24 << 10 : 0;
-template <class E, class W>
-inline constexpr size_t kPieceRows = kPieceBytes<E> / (kPanelColumns * sizeof(W));
+inline constexpr size_t kPieceBytes = kSteps<E> == 1 && kPanelVectors > kOuterVectors ? size_t{24} << 10 : 0;
 
-// The bytes of a row of w that a tile reads.
-template <class E, class W>
-inline constexpr size_t kRowBytes = kMostVectors<E> * Vec<Sum<W>>::kLanes * sizeof(W);
-// The lines that it fetches at each step at most: as many as it reads, or one where several tiles share a piece. Two rows of w of
-// which it reads a line each at most lie apart.
-template <class E, class W>
-inline constexpr size_t kFetched = kTakesPieces<E> || kRowBytes<E, W> <= kCacheLine
-                                       ? kRowsOf<E, W>
-                                       : (kRowsOf<E, W> * kRowBytes<E, W> + kCacheLine - 1) / kCacheLine;
-// L2 keeps what is fetched for the next piece, while L1 holds this one.
-template <class E>
-inline constexpr int kFetchLocality = kTakesPieces<E> ? 2 : 3;
-
-// What the tiles of a group of columns fetch, one after the other: lines of `next`, and where too few are left, rows of w.
-struct Fetching {
-  Fetch next;
-  size_t line = 0;  // of the rows of the next piece: each tile takes one
-};
+// What a tile fetches at each step: lines of a Fetch; or, where too few are left, of the rows of w that lie kFetchAhead behind the
+// columns that it multiplies, for the others would take the way from L2 in vain. Wide tiles fetch
+// the former only, which follow each other by `each` bytes: by less than a line where there are more steps than lines.
 struct FetchSteps {
   const char* at;
-  size_t step, line;  // bytes from one step to the next, and between the lines of a step
+  size_t step, line;
 };
-
-// What a tile fetches. Rows ahead are those of the next piece, or kFetchAhead behind; only the columns that it multiplies, for the
-// others would take the way from L2 in vain.
+// The lines that it fetches at each step at most: as many as it reads. Two rows of w of which it reads a line each at most lie apart.
+template <class W>
+inline constexpr size_t kRowBytes = kOuterVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
-inline FetchSteps take(Fetching& fetching, size_t steps, const W* w, size_t w_stride) {
-  Fetch& next = fetching.next;
-  const FetchSteps none{reinterpret_cast<const char*>(w), 0, 0};
-  if (next.each == 0 || steps == 0) return none;
-  if (next.lines < steps) {
-    constexpr size_t kRowsAhead =
-        kTakesPieces<E> ? kPieceRows<E, W> : kFetchAhead / (kPanelColumns * sizeof(W));
-    const char* ahead = reinterpret_cast<const char*>(w + kRowsAhead * w_stride);
-    const size_t row = w_stride * sizeof(W), step = kRowsOf<E, W> * row;
-    if constexpr (!kTakesPieces<E>) return {ahead, step, kRowBytes<E, W> > kCacheLine ? kCacheLine : row};
-    const size_t offset = kCacheLine * fetching.line++;
-    return offset < kRowBytes<E, W> ? FetchSteps{ahead + offset, step, row} : none;
+inline constexpr size_t kFetched =
+    kRowBytes<W> > kCacheLine ? (kRowsOf<E, W> * kRowBytes<W> + kCacheLine - 1) / kCacheLine : kRowsOf<E, W>;
+template <class E, bool kWide, class W>
+inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
+  constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
+  if (next.each == 0 || steps == 0 || (kWide && next.lines < steps))
+    return {reinterpret_cast<const char*>(w), 0, 0};
+  if (next.lines < steps)
+    return {reinterpret_cast<const char*>(w + kRowsAhead * w_stride), kRowsOf<E, W> * w_stride * sizeof(W),
+            kRowBytes<W> > kCacheLine ? kCacheLine : w_stride * sizeof(W)};
+  if constexpr (kWide) {
+    const FetchSteps taken{next.at, next.each, 0};
+    next.at += steps * next.each;
+    next.lines -= steps;
+    return taken;
   }
   const size_t each = next.lines < steps * next.each ? 1 : smaller(next.each, kFetched<E, W>);
   const FetchSteps taken{next.at, each * kCacheLine, each > 1 ? kCacheLine : 0};
   next.at += steps * each * kCacheLine;
   next.lines -= steps * each;
   return taken;
-}
-
-// c += a w for a(i), a column of broadcasts, and w(v), a row of vectors, which registers hold; small tiles hold the shorter.
-template <class E, size_t kRows, size_t kVectors>
-inline __attribute__((always_inline)) void multiply_add(Vec<Sum<E>> (&c)[kRows][kVectors], const auto& a,
-                                                        const auto& w) {
-  if constexpr (kTakesPieces<E> && kRows < kVectors) {
-    decltype(a(0)) x[kRows];
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kRows; ++i) x[i] = a(i);
-#pragma GCC unroll 16
-    for (size_t v = 0; v < kVectors; ++v) {
-      auto b = w(v);
-      keep(b);  // else GCC loads it for each row
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kRows; ++i) c[i][v] = fma(x[i], b, c[i][v]);
-    }
-  } else {
-    Vec<E> b[kVectors];
-#pragma GCC unroll 16
-    for (size_t v = 0; v < kVectors; ++v) b[v] = w(v);
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kRows; ++i) {
-      const auto x = a(i);
-#pragma GCC unroll 16
-      for (size_t v = 0; v < kVectors; ++v) c[i][v] = fma(x, b[v], c[i][v]);
-    }
-  }
 }
 
 // w holds elements E, or W, which are widened to E or paired; depth counts its rows.
@@ -211,11 +165,13 @@ struct OuterTile {
 // Tiles of kRows rows, one after the other; one alone where rows of w are paired, which leaves no register for a loop.
 // n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetching& fetch) {
+inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
   OuterTile<E, W> p = tile;  // its own: the caller's copy would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
+  constexpr bool kWide = kVectors > kOuterVectors;
+  constexpr int kLocality = kWide ? 2 : 3;  // L1 has no room for a second piece
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -229,7 +185,7 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetching
 #pragma GCC unroll 16
       for (size_t i = 0; i < kRows; ++i, c += p.c_stride) {
         keep(c);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) body(c, i, v);
       }
     };
@@ -243,24 +199,43 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetching
         acc[i][v] = Vec<T>::zero();
       });
 
-    FetchSteps lines = take<E>(fetch, p.depth / kRowsOf<E, W>, p.w, p.w_stride);
+    FetchSteps lines = take<E, kWide>(fetch, p.depth / kRowsOf<E, W>, p.w, p.w_stride);
     const E* a = p.a.data;
     const E* far = a + kNearRows * p.a.row_stride;
     if constexpr (kRows > kNearRows) keep(far);
     const W* w = p.w;
     const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
       static_assert(kFetched<E, W> <= 3);
-      __builtin_prefetch(lines.at, 0, kFetchLocality<E>);
-      if constexpr (kFetched<E, W> > 1) __builtin_prefetch(lines.at + lines.line, 0, kFetchLocality<E>);
-      if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line, 0, kFetchLocality<E>);
+      __builtin_prefetch(lines.at, 0, kLocality);
+      if constexpr (kFetched<E, W> > 1) __builtin_prefetch(lines.at + lines.line, 0, kLocality);
+      if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line, 0, kLocality);
       lines.at += lines.step;
-      multiply_add<E>(
-          acc,
-          [&](size_t i) __attribute__((always_inline)) {
-            return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
-                                                   : far[(i - kNearRows) * p.a.row_stride]);
-          },
-          load_w);
+      const auto load_a = [&](size_t i) __attribute__((always_inline)) {
+        return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
+                                               : far[(i - kNearRows) * p.a.row_stride]);
+      };
+      if constexpr (kWide && kRows < kVectors) {  // a column of a takes fewer registers than a row of w
+        decltype(load_a(0)) x[kRows];
+#pragma GCC unroll 16
+        for (size_t i = 0; i < kRows; ++i) x[i] = load_a(i);
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          Vec<E> b = load_w(v);
+          keep(b);  // else GCC loads it for each row
+#pragma GCC unroll 16
+          for (size_t i = 0; i < kRows; ++i) acc[i][v] = fma(x[i], b, acc[i][v]);
+        }
+      } else {
+        Vec<E> b[kVectors];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < kRows; ++i) {
+          const auto x = load_a(i);
+#pragma GCC unroll 4
+          for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+        }
+      }
       a += p.a.step_stride;
       far += p.a.step_stride;
       w += kRowsOf<E, W> * p.w_stride;
@@ -292,14 +267,14 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetching
 
 // Picks the instance for a tile of rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t rows, const OuterTile<E, W>& p, Fetching& fetch) {
+inline void outer_tile_upto(size_t rows, const OuterTile<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
   if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
 // All m rows, in full tiles and one of what is left.
 template <class E, class W, size_t kVectors, bool kPartial>
-inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetching& fetch) {
+inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = kRowsBeside<kVectors>;
   const size_t step = kRowsOf<E, W> > 1 ? 1 : m / kRows;
   for (size_t left = m / kRows; left > 0; left -= step) {
@@ -312,7 +287,7 @@ inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetching& fetch) {
 
 // Picks the instance for n <= kVectors full vectors.
 template <class E, class W, size_t kVectors>
-inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p, Fetching& fetch) {
+inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   if (p.n == kVectors * kLanes)
     outer_tile_rows<E, W, kVectors, false>(m, p, fetch);
@@ -322,41 +297,54 @@ inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p, Fetching& fet
     outer_tile_columns<E, W, kVectors - 1>(m, p, fetch);
 }
 
-// All columns, in groups of a tile's.
-template <class E, class W>
-inline void outer_tile_groups(size_t m, OuterTile<E, W> p, Fetch& next) {
-  constexpr size_t kGroup = kMostVectors<E> * Vec<E>::kLanes;
+// All columns, so many vectors at a time.
+template <class E, class W, size_t kVectors>
+inline void outer_tile_groups(size_t m, OuterTile<E, W> p, Fetch& fetch) {
   for (size_t left = p.n; left > 0; left -= p.n, p.w += p.n, p.c += p.n) {
-    p.n = smaller(left, kGroup);
-    Fetching fetching{next};
-    outer_tile_columns<E, W, kMostVectors<E>>(m, p, fetching);
-    next = fetching.next;
+    p.n = smaller(left, kVectors * Vec<E>::kLanes);
+    outer_tile_columns<E, W, kVectors>(m, p, fetch);
   }
+}
+
+// A dense panel, in pieces of about one size. Where it is to fetch rows ahead, each piece fetches the next one.
+template <class E, class W>
+inline void outer_tile_pieces(size_t m, OuterTile<E, W> p, Fetch fetch) {
+  constexpr size_t kGroup = kPanelVectors * Vec<E>::kLanes, kRows = kRowsBeside<kPanelVectors>;
+  constexpr size_t kMost = kPieceBytes<E> / (kPanelColumns * sizeof(W));
+  const size_t row_bytes = p.n * sizeof(W);
+  const size_t passes = (m + kRows - 1) / kRows * ((p.n + kGroup - 1) / kGroup);
+  size_t left = p.depth, pieces = left > kMost ? (left + kMost - 1) / kMost : 1;
+  bool streams = passes > 0 && fetch.each > 0 && fetch.lines == 0;
+  fetch.each *= kCacheLine;
+  // Passes that are too few to fetch all lines leave it to the hardware, which what they fetch would confuse. It follows short pieces
+  // better; a single pass needs none.
+  if (streams && passes * kCacheLine < row_bytes) {
+    streams = false;
+    fetch = {};
+    pieces = passes == 1 ? 1 : 4 * pieces;
+  }
+  const size_t rows = (left + pieces - 1) / pieces;
+  do {  // once without rows of w, too: c is set to zero
+    p.depth = smaller(left, rows);
+    left -= p.depth;
+    const W* next = p.w + p.depth * p.w_stride;
+    if (streams)
+      fetch = {reinterpret_cast<const char*>(next), passes * p.depth, (row_bytes + passes - 1) / passes};
+    outer_tile_groups<E, W, kPanelVectors>(m, p, fetch);
+    p.a.data += p.depth * p.a.step_stride;
+    p.w = next;
+    p.accumulate = true;
+  } while (left > 0);
 }
 
 template <class E, class W>
 void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* w, size_t w_stride, Sum<E>* c,
                 size_t c_stride, bool accumulate, const Fetch& following) {
-  OuterTile<E, W> p{n, depth, a, w, w_stride, c, c_stride, accumulate};
-  Fetch next = following;
-  if constexpr (!kTakesPieces<E>) return outer_tile_groups(m, p, next);
-  size_t piece = kPieceRows<E, W>;
-  // Rows of w one behind the other are followed by the hardware. Tiles too few to fetch all their lines would confuse it.
-  constexpr size_t kRows = kRowsBeside<kMostVectors<E>>;
-  const size_t tiles = (m + kRows - 1) / kRows;
-  const bool rows_ahead = next.each > 0 && next.lines == 0;
-  if (rows_ahead && w_stride == n && tiles * kCacheLine < kRowBytes<E, W>) {
-    next = {};
-    piece = tiles == 1 ? depth : kPieceRows<E, W> / 4;
-  }
-  do {  // once without rows of w, too: c is set to zero
-    p.depth = smaller(depth, piece);
-    outer_tile_groups(m, p, next);
-    p.a.data += p.depth / kRowsOf<E, W> * a.step_stride;
-    p.w += p.depth * w_stride;
-    p.accumulate = true;
-    depth -= p.depth;
-  } while (depth > 0);
+  const OuterTile<E, W> p{n, depth, a, w, w_stride, c, c_stride, accumulate};
+  Fetch fetch = following;
+  if constexpr (kPieceBytes<E> > 0)
+    if (w_stride == n) return outer_tile_pieces(m, p, fetch);
+  outer_tile_groups<E, W, kOuterVectors>(m, p, fetch);
 }
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
@@ -379,14 +367,14 @@ inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels,
       Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16
       for (size_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (size_t v = 0; v < kVectors; ++v) acc[i][v] = Vec<T>::load(c + i * c_stride + v * kLanes);
       const T* next = c + ahead * kPanelColumns + (count > ahead ? 0 : to_next_rows);
       size_t to_fetch = streams ? kRows : 0;
       const auto fetch_row = [&]() __attribute__((always_inline)) {
         if (to_fetch == 0) return;
         --to_fetch;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (size_t v = 0; v < kVectors; ++v)
           if (v * sizeof(Vec<T>) % kCacheLine == 0) __builtin_prefetch(next + v * kLanes, 0, 2);
         next += c_stride;
@@ -394,14 +382,20 @@ inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels,
       const T* b = panels + j;
       for (size_t k = 0; k < depth; ++k, b += kPanelColumns) {
         fetch_row();
-        multiply_add<T>(
-            acc, [&](size_t i) __attribute__((always_inline)) { return Vec<T>::broadcast(a[i * depth + k]); },
-            [&](size_t v) __attribute__((always_inline)) { return Vec<T>::load(b + v * kLanes); });
+        Vec<T> w[kVectors];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kVectors; ++v) w[v] = Vec<T>::load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < kRows; ++i) {
+          const auto x = Vec<T>::broadcast(a[i * depth + k]);
+#pragma GCC unroll 4
+          for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, w[v], acc[i][v]);
+        }
       }
       while (to_fetch > 0) fetch_row();
 #pragma GCC unroll 16
       for (size_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (size_t v = 0; v < kVectors; ++v) acc[i][v].store(c + i * c_stride + v * kLanes);
     }
 }
@@ -412,7 +406,7 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
   for (size_t rows; m > 0; m -= rows, a += rows * depth, c += rows * c_stride) {
     rows = smaller(m, kTileTokens);
     const size_t full = rows == kTileTokens ? n / kPanelColumns : 0;
-    merge_tiles<T, kTileTokens, kOuterSums / kTileTokens>(full, depth, a, panels, c, c_stride, streams);
+    merge_tiles<T, kTileTokens, kOuterVectors>(full, depth, a, panels, c, c_stride, streams);
     for (size_t j = full * kPanelColumns; j < n; j += kPanelColumns) {
       const size_t width = smaller(n - j, kPanelColumns);
       outer_tile<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j, c_stride, true,

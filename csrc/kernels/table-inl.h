@@ -4,7 +4,8 @@ namespace nplora::kernels::NPLORA_ISA {
 
 template <class E>
 constexpr Tiles<E> make_tiles() {
-  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens, kPieceBytes<E>, 1, lane_tile<E>, outer_tile<E, E>};
+  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens,  kOuterVectors * Vec<E>::kLanes,
+          kPieceBytes<E>,     1,         lane_tile<E>, outer_tile<E, E>};
 }
 
 template <class T>

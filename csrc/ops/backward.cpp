@@ -295,10 +295,11 @@ class Backward {
   }
 
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. The first tokens fetch it in
-  // tiles (a single tile streams through its own block); those behind fetch rows of the block, which is in L2, into L1.
+  // tiles (a single tile streams through its own block, and of pieces the next one is fetched); those behind fetch rows of the block,
+  // which is in L2, into L1.
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
     const kernels::Tiles<E>& k = kernels::table().tiles<E>();
-    const size_t tiles = ceil_div(tokens, k.tile_tokens);
+    const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
     if (rows.count == 0) return {};
     if (!w.packed || k.piece_bytes > 0 || tiles < 2) return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;

@@ -107,7 +107,7 @@ void test_dispatch() {
   for (size_t i = 0; i < count; ++i) {
     check::Case one("dispatch: the tile sizes of %s", tables[i]->isa);
     const auto sound = [](const auto& k) {
-      return k.lanes >= 2 && k.lanes % 2 == 0 && k.tile_rows > 0 && k.tile_tokens > 0 &&
+      return k.lanes >= 2 && k.lanes % 2 == 0 && k.tile_rows > 0 && k.tile_tokens > 0 && k.tile_columns > 0 &&
              nplora::kernels::kPanelColumns % (k.lanes / 2) == 0 &&
              nplora::kernels::kDepthUnit % k.depth_unit == 0;
     };

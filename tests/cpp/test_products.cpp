@@ -13,6 +13,7 @@ using nplora::kernels::Bf16;
 using nplora::kernels::Bf16Pair;
 using nplora::kernels::Fetch;
 using nplora::kernels::KernelTable;
+using nplora::kernels::kFetchRowsAhead;
 using nplora::kernels::kPanelColumns;
 using nplora::kernels::kSteps;
 using nplora::kernels::Panels;
@@ -395,6 +396,44 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+// Rows of w one behind the other, which may be taken in pieces, give the bits that they give apart, whatever is fetched meanwhile.
+template <class W>
+void test_dense_panels(const KernelTable& table) {
+  using T = Sum<W>;
+  const std::string kernel =
+      std::string("outer_tile of dense ") + (sizeof(W) == 2 ? "bfloat16" : type_name<T>());
+  Random random(9);
+  size_t kind = 0;
+  for (size_t n : {size_t{8}, size_t{43}, kPanelColumns})
+    for (size_t m : {1, 2, 3, 4, 5, 6, 8, 13})
+      for (size_t depth : {0, 1, 64, 128, 129, 300, 515})
+        for (const Fetch& next : {Fetch{}, kFetchRowsAhead, Fetch{nullptr, 100, 1}}) {
+          const bool accumulate = ++kind % 2;
+          check::count_shape(kernel);
+          check::Case one("%s %s m %zu n %zu depth %zu fetch %zu %zu accumulate %d", table.isa,
+                          kernel.c_str(), m, n, depth, next.lines, next.each, accumulate);
+          const std::vector<T> a = draw<T>(random, m * depth, Data::kUniform),
+                               sums = draw<T>(random, m * n, Data::kUniform);
+          std::vector<W> rows;
+          for (T value : draw<T>(random, depth * n, Data::kUniform)) {
+            if constexpr (sizeof(W) == 2)
+              rows.push_back(W(std::bit_cast<uint32_t>(value) >> 16));
+            else
+              rows.push_back(value);
+          }
+          const auto product = [&](size_t w_stride) {
+            const Place place = kPlaces[kind % std::size(kPlaces)];
+            Placed<W> w(depth, n, {w_stride}, place, rows);
+            Placed<T> c(m, n, {n + 3}, place, sums);
+            table.small<W>().outer_tile(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride, c.data(),
+                                        n + 3, accumulate, next);
+            check::expect(c.gaps_intact() && w.untouched(rows), "wrote outside c");
+            return c.values();
+          };
+          check::expect(same_bits(product(n), product(n + 1)), "differs from rows that lie apart");
+        }
+}
+
 // Both kernels compute c (m, n) = a (m, depth) b (depth, n) whole, then in random tiles; all results agree.
 template <class E>
 void test_blocking(const KernelTable& table) {
@@ -464,4 +503,7 @@ void test_products(const KernelTable& table) {
   test_merge<double>(table);
   test_widening_outer_tile(table);
   test_pairing_outer_tile(table);
+  test_dense_panels<float>(table);
+  test_dense_panels<double>(table);
+  test_dense_panels<Bf16>(table);
 }

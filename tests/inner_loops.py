@@ -131,7 +131,7 @@ def outer_tile_step(loop: Loop) -> Need:
     paired = (element, stored) == ("Bf16Pair", "Bf16")
     loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
     row = vectors * register_bytes(loop.isa) // (2 if stored == "Bf16" else 1)  # bytes of w
-    if loop.isa == "avx2":  # one line, of as many as there are: several tiles pass over the same rows
+    if loop.isa == "avx2":  # the rows of a wide tile span several lines, of which it fetches one
         row = min(row, 64)
     fetches = -(-(1 + paired) * row // 64) if row > 64 else 1 + paired
     # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
@@ -256,10 +256,7 @@ def full_tiles(loops: list[Loop]) -> list[Loop]:
         return loops
     tiles = [loop for loop in loops if loop.is_regular and not loop.stores_results]
     largest = max((prod(loop.sizes) for loop in tiles), default=0)
-    tiles = [loop for loop in tiles if prod(loop.sizes) == largest]
-    # Only W is read as single bfloat16 values: its panels take the widest tile, the other ones are for ranks.
-    widest = max((loop.sizes[1] for loop in tiles if loop.elements[-1] == "Bf16"), default=0)
-    return [loop for loop in tiles if loop.sizes[1] >= widest]
+    return [loop for loop in tiles if prod(loop.sizes) == largest]
 
 
 def complaint(loop: Loop) -> str | None:

@@ -89,9 +89,9 @@ template <class E>
 struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
-  size_t tile_tokens;   // the number of rows of a that outer_tile likes best (it takes any number)
+  size_t tile_tokens;   // the number of rows of a that outer_tile likes best, where rows of w lie apart
   size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
-  size_t piece_bytes;   // the most of a dense panel at a time, so that it stays in L1; 0: all of it
+  size_t piece_bytes;   // the most of a dense panel that several passes share, from L1; 0: all of it
   size_t depth_unit;    // of elements; divides kDepthUnit
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.

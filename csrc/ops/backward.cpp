@@ -286,22 +286,24 @@ class Backward {
     for (size_t i = 0; i < dx.rows; i += chunk) {
       const Range few{i, std::min(chunk, dx.rows - i)};
       const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
-      outer_tile<E, W>()(few.count, panel.count, depth,
-                         {dy.data + i * dy.row_stride + rows.first / kSteps<E>, dy.row_stride, 1}, block.data,
-                         block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
-                         i == 0 ? following(p.arrays.w, rows, panel, few.count) : kernels::kFetchRowsAhead);
+      outer_tile<E, W>()(
+          few.count, panel.count, depth,
+          {dy.data + i * dy.row_stride + rows.first / kSteps<E>, dy.row_stride, 1}, block.data,
+          block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
+          i == 0 ? following(p.arrays.w, rows, panel, few.count, block.data) : kernels::kFetchRowsAhead);
       if (last) after(panel, few);
     }
   }
 
   // The memory of packed W that is read after a block: the same panel's next rows, or the next panel. The first tokens fetch it in
-  // tiles (a single tile streams through its own block, and of pieces the next one is fetched); those behind fetch rows of the block,
-  // which is in L2, into L1.
-  static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens) {
+  // tiles (a single tile streams through its own block, and of pieces in place the next one is fetched); those behind fetch rows of the
+  // block, which is in L2, into L1.
+  static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
     const kernels::Tiles<E>& k = kernels::table().tiles<E>();
     const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
     if (rows.count == 0) return {};
-    if (!w.packed || k.piece_bytes > 0 || tiles < 2) return kernels::kFetchRowsAhead;
+    if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
+    if (k.piece_bytes > 0 && block == stored_at(w, rows.first, panel.first)) return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
     return {stored_at(w, rows.first + rows.count, panel.first), lines,
             std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3)};

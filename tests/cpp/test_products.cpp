@@ -402,12 +402,13 @@ void test_dense_panels(const KernelTable& table) {
   using T = Sum<W>;
   const std::string kernel =
       std::string("outer_tile of dense ") + (sizeof(W) == 2 ? "bfloat16" : type_name<T>());
+  static const char memory[100 * 64] = {};
   Random random(9);
   size_t kind = 0;
-  for (size_t n : {size_t{8}, size_t{43}, kPanelColumns})
+  for (size_t n : {size_t{20}, size_t{32}, size_t{43}, kPanelColumns})
     for (size_t m : {1, 2, 3, 4, 5, 6, 8, 13})
       for (size_t depth : {0, 1, 64, 128, 129, 300, 515})
-        for (const Fetch& next : {Fetch{}, kFetchRowsAhead, Fetch{nullptr, 100, 1}}) {
+        for (const Fetch& next : {Fetch{}, kFetchRowsAhead, Fetch{memory, 100, 2}}) {
           const bool accumulate = ++kind % 2;
           check::count_shape(kernel);
           check::Case one("%s %s m %zu n %zu depth %zu fetch %zu %zu accumulate %d", table.isa,
@@ -422,7 +423,7 @@ void test_dense_panels(const KernelTable& table) {
               rows.push_back(value);
           }
           const auto product = [&](size_t w_stride) {
-            const Place place = kPlaces[kind % std::size(kPlaces)];
+            const Place place = kPlaces[kind / 2 % std::size(kPlaces)];
             Placed<W> w(depth, n, {w_stride}, place, rows);
             Placed<T> c(m, n, {n + 3}, place, sums);
             table.small<W>().outer_tile(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride, c.data(),

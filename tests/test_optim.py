@@ -402,15 +402,6 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("wrong", [lambda layer: layer, lambda layer: [layer.A], lambda layer: iter(())])
-def test_what_is_no_list_of_parameters_is_told_what_to_pass(wrong: Any) -> None:
-    layer = nplora.LoRALinear(np.ones((7, 3), np.float32), rank=2, rng=0)
-    with pytest.raises(
-        TypeError, match=r"AdamW: the parameters are not a list as model\.parameters\(\) returns"
-    ):
-        AdamW().step(wrong(layer))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -50,10 +50,6 @@ class Optimizer:
 
     def init(self, parameters: Sequence[Parameter]) -> None:
         """Start afresh for these parameters: state of zeros, no steps made."""
-        if not isinstance(parameters, Sequence) or not all(isinstance(p, Parameter) for p in parameters):
-            raise TypeError(
-                f"{type(self).__name__}: the parameters are not a list as model.parameters() returns"
-            )
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}

@@ -6,7 +6,7 @@ namespace nplora::kernels::NPLORA_ISA {
 // How far ahead the keys or values are fetched of which so many rows are read at once: beyond these rows, a whole number of them.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
-  return bytes * (rows * bytes > kFetchAhead ? rows : (kFetchAhead + bytes - 1) / bytes);
+  return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
 // sums[j] = the lanes of q (dim) times those of row j of k.

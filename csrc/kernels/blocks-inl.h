@@ -324,12 +324,12 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
-  return few == 0 ? 0 : (kFetchAhead + few - 1) / few * few;
+  return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
 // What comes beside, into L2: the share of kFewRows rows of those left.
 inline void fetch_share(Fetch& next, size_t rows) {
-  const size_t n = rows <= kFewRows ? next.lines : (next.lines * kFewRows + rows - 1) / rows;
+  const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
   for (const char* end = next.at + n * kCacheLine; next.at < end; next.at += kCacheLine)
     __builtin_prefetch(next.at, 0, 2);

@@ -185,7 +185,7 @@ inline void dots_row_major(Dots<W>& p, size_t panels) {
   using X = Operand<W>;
   constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
   const size_t step = kRows * p.row_stride;
-  const size_t rows_ahead = (kFetchAhead / sizeof(W) + step - 1) / step * kRows;
+  const size_t rows_ahead = ceil_div(kFetchAhead / sizeof(W), step) * kRows;
   for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * kLanes) {
     const size_t ahead = p.rows > rows_ahead ? rows_ahead * p.row_stride : 0;
     RowSums<W, kPhases, kRows> sums;

@@ -90,7 +90,7 @@ struct Tiles {
   size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
   size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
   size_t tile_tokens;   // the number of rows of a that outer_tile likes best, where rows of w lie apart
-  size_t tile_columns;  // the columns of w that it takes at a time: each such group is a pass over w
+  size_t tile_columns;  // the columns of w that it takes at a time there: each such group is a pass over w
   size_t piece_bytes;   // the most of a dense panel that several passes share, from L1; 0: all of it
   size_t depth_unit;    // of elements; divides kDepthUnit
 

@@ -30,7 +30,7 @@ template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void lane_tile_fixed(LaneTile<E> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes, kWidth = kVectors * kLanes;
-  constexpr size_t kFetchStep = smaller(kCacheLine, kRows * kStride * sizeof(E) / kPanelDepth<E>);
+  constexpr size_t kFetchStep = smaller(kCacheLine, kRows * sizeof(E));
   constexpr int kLocality = kRows * kVectors < 24 ? 2 : 3;
   const size_t stride = kStride ? kStride : p.w.row_stride;
   Vec<T> c[kRows][kVectors];
@@ -106,9 +106,9 @@ template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
 // The rows of a in a full tile of so many vectors.
-inline constexpr size_t kOuterSums = kTileTokens * kOuterVectors;
-template <size_t kVectors>
-inline constexpr size_t kRowsBeside = smaller(kTileTokens, kOuterSums / kVectors);
+constexpr size_t rows_beside(size_t vectors) {
+  return smaller(kTileTokens, kTileTokens * kOuterVectors / vectors);
+}
 
 // The most of a dense panel that is taken at a time where its tiles are wide. They have so few rows (AVX2: 2 x 6 sums, 6 cycles for 192
 // bytes of w) that w has to come from L1, which has 32 KB or more: room for the rows of a and c, too. Pairs, which AVX2 splits for each
@@ -128,7 +128,7 @@ template <class W>
 inline constexpr size_t kRowBytes = kOuterVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
 inline constexpr size_t kFetched =
-    kRowBytes<W> > kCacheLine ? (kRowsOf<E, W> * kRowBytes<W> + kCacheLine - 1) / kCacheLine : kRowsOf<E, W>;
+    kRowBytes<W> > kCacheLine ? ceil_div(kRowsOf<E, W> * kRowBytes<W>, kCacheLine) : kRowsOf<E, W>;
 template <class E, bool kWide, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
@@ -275,7 +275,7 @@ inline void outer_tile_upto(size_t rows, const OuterTile<E, W>& p, Fetch& fetch)
 // All m rows, in full tiles and one of what is left.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
-  constexpr size_t kRows = kRowsBeside<kVectors>;
+  constexpr size_t kRows = rows_beside(kVectors);
   const size_t step = kRowsOf<E, W> > 1 ? 1 : m / kRows;
   for (size_t left = m / kRows; left > 0; left -= step) {
     outer_tile_fixed<E, W, kRows, kVectors, kPartial>(step, p, fetch);
@@ -310,10 +310,8 @@ inline void outer_tile_groups(size_t m, OuterTile<E, W> p, Fetch& fetch) {
 template <class E, class W>
 inline void outer_tile_pieces(size_t m, OuterTile<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
-  const auto ceil_div = [](size_t a, size_t b) { return (a + b - 1) / b; };
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
-  const size_t rows_of_tile = smaller(kTileTokens, kOuterSums / vectors);
-  const size_t passes = ceil_div(m, rows_of_tile) * ceil_div(p.n, kPanelVectors * kLanes);
+  const size_t passes = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, pieces = left > 0 ? ceil_div(left * row_bytes, kPieceBytes<E>) : 1;
   bool streams = passes > 0 && fetch.each > 0 && fetch.lines == 0;
   if (fetch.each > 0) fetch.each = kCacheLine;

@@ -37,6 +37,10 @@ constexpr size_t smaller(size_t a, size_t b) {
   return a < b ? a : b;
 }
 
+constexpr size_t ceil_div(size_t a, size_t b) {
+  return (a + b - 1) / b;
+}
+
 // A pointer that is to stay in its register: GCC would take what it is computed from apart.
 template <class T>
 inline void keep(T*& p) {

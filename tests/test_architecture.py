@@ -17,6 +17,7 @@ PYTHON_ROOMS = [
     "_core",
     "buffers",
     "_check",
+    "stderr",
     "runtime",
     "formats",
     "storages",

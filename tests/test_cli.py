@@ -364,6 +364,37 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"), [("info", 0), ("info missing", 2), ("combine a --output b --rank x", 2)]
+)
+def test_a_stderr_that_nobody_reads_changes_no_exit_status(
+    arguments: str, status: int, tmp_path: Path
+) -> None:
+    program = "import sys, warnings; from nplora import cli, runtime; show = runtime.show_config\n"
+    program += "runtime.show_config = lambda: (warnings.warn('of something'), show())\n"
+    program += "sys.exit(cli.main(sys.argv[1:]))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=writing, cwd=tmp_path, text=True)
+    os.close(writing)
+    assert done.returncode == status
+    assert ("nplora" in done.stdout) == (status == 0)
+
+
+def test_the_notes_on_an_error_are_in_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        error = ValueError("two problems:\n  one\n  two")
+        error.add_note("a note")
+        raise error
+
+    monkeypatch.setattr(dictionary, "run", fail)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "nplora: error: two problems: one; two; a note\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_letters_that_a_terminal_cannot_show_are_replaced(encoding: str) -> None:
     done = subprocess.run(

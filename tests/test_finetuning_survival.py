@@ -126,6 +126,23 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_and_the_run_goes_on_later(
     assert adapter_of(output) == whole
 
 
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_a_reader_that_goes_away_costs_no_training(
+    model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes], stream: str
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing}
+    done = subprocess.run(line(model, data, tmp_path / "out"), **streams, timeout=120)  # type: ignore[call-overload]
+    os.close(writing)
+    assert adapter_of(tmp_path / "out") == whole
+    if stream == "stderr":
+        assert (done.returncode, b"holds the adapter" in done.stdout) == (0, True)
+    else:
+        assert done.returncode == 1
+        assert b"error" not in done.stderr.lower()
+
+
 # ---- wrong files ----
 
 ROW = '{"prompt": "1+1=", "completion": "2"}\n'

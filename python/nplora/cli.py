@@ -1,6 +1,7 @@
 """The command `nplora`: arguments in, one call, and errors as one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import io
@@ -11,9 +12,10 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from nplora import _core
+from nplora.stderr import stderr
 
 _LONG_LIST = 300  # characters that a line may list: of more, the first example tells enough
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
@@ -473,12 +475,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
     0: done. 2: an argument is wrong, a file or the disk, a package is not there, or nothing fits into
-    --memory. 1: it failed else. 130: Ctrl-C. Where it is 1 or 2, one line on stderr tells why. Warnings are
-    a line each.
+    --memory. 1: anything else failed, or the reader of stdout is gone. 130: Ctrl-C. With 1 or 2, one line on
+    stderr says why, unless stdout's reader is gone. Warnings are a line each. A stderr that cannot be written
+    changes nothing.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails at a letter that it cannot show
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _status(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _discard_unwritable(stream)
+
+
+def _status(given: list[str]) -> int:
+    """Run the command; return the exit status."""
     try:
         parsed, unknown = _parser(given[0] if given else "").parse_known_args(given)
         if unknown:
@@ -490,15 +501,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _UsageError as error:
-        print(f"nplora: error: {_one_line(str(error))} (try {parsed.prog} --help)", file=sys.stderr)
+        print(f"nplora: error: {_one_line(str(error))} (try {parsed.prog} --help)", file=stderr)
         return 2
     except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
-        print(f"nplora: error: {_one_line(_told(error))}", file=sys.stderr)
+        words = [_told(error), *getattr(error, "__notes__", ())]
+        print(f"nplora: error: {'; '.join(map(_one_line, words))}", file=stderr)
         return 2 if isinstance(error, ValueError | OSError | ModuleNotFoundError) else 1
     return 0
+
+
+def _discard_unwritable(stream: TextIO | None) -> None:
+    """Send what a stream still holds and cannot write to /dev/null: else Python fails with it at its exit."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _told(error: Exception) -> str:
@@ -516,7 +538,7 @@ def _told(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    print(f"nplora: warning: {_one_line(str(message))}", file=sys.stderr)
+    print(f"nplora: warning: {_one_line(str(message))}", file=stderr)
 
 
 def _one_line(text: str) -> str:

@@ -11,17 +11,18 @@ import numpy as np
 
 from nplora.finetuning.report import RECENT, mean_loss
 from nplora.planning import peak_memory
+from nplora.stderr import stderr
 from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
-    return sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress)
+    return sys.stderr is not None and (stderr.isatty() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
     if not speaks(progress):
         return lambda text: None
-    return lambda text: print(text, file=sys.stderr, flush=True)
+    return lambda text: print(text, file=stderr, flush=True)
 
 
 class TokenProgress(Callback):
@@ -31,7 +32,7 @@ class TokenProgress(Callback):
     """
 
     def __init__(self, every: float = 10.0) -> None:
-        self._redraws = sys.stderr.isatty()
+        self._redraws = stderr.isatty()
         self._every = 0.1 if self._redraws else every
         self._drawn = -np.inf
         self._width = 0
@@ -70,12 +71,12 @@ class TokenProgress(Callback):
     def _draw(self, text: str) -> None:
         if self._redraws:
             text = text[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+            print(f"\r{text:<{self._width}}", end="", file=stderr, flush=True)
             self._width = len(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=stderr, flush=True)
 
     def _break(self) -> None:
         if self._width:
-            print(file=sys.stderr, flush=True)
+            print(file=stderr, flush=True)
             self._width = 0

@@ -2,8 +2,9 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from nplora.stderr import stderr
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EpochRecord, StepRecord
 
@@ -28,8 +29,7 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
 
     A process that was started with stderr closed has none: nothing is drawn.
     """
-    stderr: TextIO | None = sys.stderr
-    if stderr is None or progress is False or (progress is None and not stderr.isatty()):
+    if sys.stderr is None or progress is False or (progress is None and not stderr.isatty()):
         return None
     try:
         import tqdm
@@ -46,7 +46,9 @@ class TqdmLine(ProgressLine):
         self._bar: Any = None
 
     def on_fit_start(self, run: "Run") -> None:
-        self._bar = self._tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
+        self._bar = self._tqdm(
+            total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True, file=stderr
+        )
 
     def on_step_end(self, run: "Run", record: StepRecord) -> None:
         self._bar.set_postfix_str(f"epoch {record.epoch}, loss {record.loss:.4f}", refresh=False)
@@ -62,7 +64,7 @@ class PlainLine(ProgressLine):
     """One line that is redrawn on a terminal; elsewhere one line for every epoch."""
 
     def __init__(self) -> None:
-        self._redraws = sys.stderr.isatty()
+        self._redraws = stderr.isatty()
         self._width = 0
         self._drawn = -_INTERVAL
 
@@ -78,15 +80,15 @@ class PlainLine(ProgressLine):
         if self._redraws:
             self._draw(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=stderr, flush=True)
 
     def close(self) -> None:
         if self._width:
-            print(file=sys.stderr, flush=True)
+            print(file=stderr, flush=True)
             self._width = 0
 
     def _draw(self, text: str) -> None:
-        print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+        print(f"\r{text:<{self._width}}", end="", file=stderr, flush=True)
         self._width = len(text)
 
 

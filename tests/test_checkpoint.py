@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import mmap
 import os
 import random
@@ -393,8 +394,366 @@ def test_epochs_shorter_than_a_second_share_a_checkpoint(
         fit(trainer_of(net(), callbacks=[count]), epochs=3, checkpoint_dir=directory)
         return count.steps
 
-    assert saved(0, tmp_path / "each") == [0, 5, 10, 15]
-    assert saved(3600, tmp_path / "few") == [0, 15]
+    assert saved(0, tmp_path / "each") == [0, 1, 5, 10, 15]
+    assert saved(3600, tmp_path / "few") == [0, 1, 15]
+
+
+class Clock(Callback):
+    """A clock that moves on at the end of every step and every epoch, by these numbers of seconds."""
+
+    def __init__(self, step: float, epoch: float = 0.0) -> None:
+        self.now, self.step, self.epoch = 0.0, step, epoch
+
+    def __call__(self) -> float:
+        return self.now
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        self.now += self.step
+
+    def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
+        self.now += self.epoch
+
+
+class Saves(Callback):
+    """The steps at which checkpoints were made."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_checkpoint(self, run: Run) -> None:
+        self.steps.append(run.step)
+
+
+@pytest.mark.parametrize(
+    ("often", "clock", "saved"),
+    [
+        ({"checkpoint_every": 40}, Clock(120), [0, 1, 4, 7, 10, 13, 15]),
+        ({"checkpoint_every": 40}, Clock(0, 400), [0, 1, 5, 10, 15]),
+        ({"checkpoint_every": 40, "save_minutes": 2}, Clock(30), [0, 1, 5, 9, 13, 15]),
+        ({"checkpoint_every": 4, "save_minutes": 0}, Clock(1000), [0, 1, 4, 8, 12, 15]),
+        ({"checkpoint_every": 6}, Clock(120), [0, 1, 4, 6, 9, 12, 15, 15]),  # after the step and its epoch
+        ({}, Clock(120), [0, 1, 4, 5, 8, 10, 13, 15]),
+    ],
+    ids=["steps", "validations", "two minutes", "no time", "both", "epochs"],
+)
+def test_a_checkpoint_is_made_after_the_first_step_and_when_the_last_one_is_old(
+    often: dict[str, Any], clock: Clock, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer_of(net(rng=0))
+    expected = outcome(whole, fit(whole, epochs=3))
+    count = Saves()
+    trainer = trainer_of(net(rng=0), callbacks=[clock, count])
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.time, "monotonic", clock)
+        history = fit(trainer, epochs=3, checkpoint_dir=tmp_path, **often)
+    assert count.steps == saved
+    assert outcome(trainer, history) == expected  # whenever checkpoints are made
+
+
+def test_the_time_between_checkpoints_is_not_negative(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_minutes is -1, expected at least 0"):
+        fit(trainer_of(net()), checkpoint_dir=tmp_path / "run", save_minutes=-1)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- errors outside of a step ----
+
+
+class FailAt(Callback):
+    """Fails in one of the hooks, from a step on."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self._fail)
+
+    def _fail(self, run: Run, *record: Any) -> None:
+        if run.step >= self.step:
+            raise ArithmeticError("of a callback")
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [("on_step_end", 8, 8), ("on_epoch_end", 8, 10), ("on_checkpoint", 9, 15), ("on_fit_end", 1, STEPS)],
+)
+def test_an_error_of_a_callback_costs_nothing(
+    hook: str, step: int, saved: int, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    first = trainer_of(net(rng=0), callbacks=[FailAt(hook, step)])
+    with pytest.raises(ArithmeticError, match="of a callback") as raised:
+        fit(first, checkpoint_dir=tmp_path, checkpoint_every=15)
+    assert newest(tmp_path).step == saved
+    if hook != "on_fit_end":
+        assert raised.value.__notes__ == [
+            f"the run is saved at step {saved}: --resume (resume=True) continues it"
+        ]
+    second = trainer_of(net(rng=99))
+    assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
+
+
+def test_an_error_of_the_data_or_the_validation_costs_nothing(tmp_path: Path) -> None:
+    x, y = data()
+    batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
+
+    class Broken:
+        """Batches of which one cannot be read, once."""
+
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self) -> Iterator[tuple[Array, Array]]:
+            yield from batches[: self.at]
+            if self.at < len(batches):
+                raise OSError(errno.EIO, "a tape is torn")
+
+    whole = trainer_of(net(rng=0))
+    expected = outcome(whole, whole.fit(batches, steps=12, validation=batches))
+    for name, train, held_out, saved in (
+        ("data", Broken(7), batches, 2),
+        ("validation", batches, Broken(0), 5),
+    ):
+        with pytest.raises(OSError, match="a tape is torn"):
+            trainer_of(net(rng=0)).fit(
+                train, steps=12, validation=held_out, checkpoint_dir=tmp_path / name, checkpoint_every=50
+            )
+        assert newest(tmp_path / name).step == saved
+        second = trainer_of(net(rng=99))
+        arguments = {"steps": 12, "validation": batches, "checkpoint_dir": tmp_path / name, "resume": True}
+        assert outcome(second, second.fit(batches, **arguments)) == expected
+
+
+@pytest.mark.parametrize("patience", [None, 20])
+@pytest.mark.parametrize("line", ['{"event":"step","step":8,', '{"event":"epoch","epoch":2,'])
+def test_a_log_that_fails_once_costs_nothing(
+    line: str, patience: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, whole, cut = os.write, trainer_of(net(rng=0)), list[int]()
+    expected = outcome(whole, fit(whole, patience=patience))
+
+    def write(descriptor: int, chunk: Any) -> int:
+        if bytes(chunk).startswith(line.encode()):
+            cut.append(descriptor)
+            return real(descriptor, bytes(chunk)[:30])  # a short write first
+        if descriptor in cut:
+            cut.clear()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, chunk)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", write)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            fit(trainer_of(net(rng=0)), checkpoint_dir=tmp_path, checkpoint_every=50, patience=patience)
+    saved = 8 if '"step"' in line else 10
+    assert raised.value.__notes__[0].startswith(f"the run is saved at step {saved}: --resume")
+    second = trainer_of(net(rng=99))
+    found = outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True, patience=patience))
+    assert found == expected
+    records = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
+    assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
+
+
+def test_an_error_after_which_nothing_can_be_saved_is_still_that_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(directory: RunDirectory, point: Checkpoint) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Fail(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            if record.step == 4:
+                monkeypatch.setattr(RunDirectory, "save", full)
+                raise ArithmeticError("first")
+
+    with pytest.raises(ArithmeticError, match="first") as raised:
+        fit(trainer_of(net(), callbacks=[Fail()]), checkpoint_dir=tmp_path, checkpoint_every=3)
+    [note] = raised.value.__notes__
+    assert note.startswith("the run is saved at step 3, step 4 could not be saved ([Errno 28] No space left")
+    assert newest(tmp_path).step == 3
+
+
+def test_an_update_that_failed_halfway_is_not_saved(tmp_path: Path) -> None:
+    class Torn(nplora.AdamW):
+        def step(self, parameters: Any, *arguments: Any, **keywords: Any) -> float | None:
+            if self.steps == 4:
+                parameters[0].value[...] = 7
+                raise ArithmeticError("halfway")
+            return super().step(parameters, *arguments, **keywords)
+
+    with pytest.raises(ArithmeticError, match="halfway") as raised:
+        fit(trainer_of(net(), optimizer=Torn(lr=0.02)), checkpoint_dir=tmp_path, checkpoint_every=3)
+    assert raised.value.__notes__ == ["the run is saved at step 3: --resume (resume=True) continues it"]
+    assert not any((array == 7).all() for array in newest(tmp_path).parameters.values())
+
+
+# ---- losses that are not finite ----
+
+
+class Explodes:
+    """A mean of squares that is NaN for parameters beyond a bound, as a run that diverges has it."""
+
+    def __init__(self, model: nplora.Module, bound: float) -> None:
+        self.parameter, self.bound = model.parameters()[0].value, bound
+
+    def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
+        if np.abs(self.parameter).max() > self.bound:
+            return math.nan, prediction
+        return float((prediction**2).mean()), np.full_like(prediction, 1.0)
+
+    def count(self, prediction: Array, target: Any) -> int:
+        return len(prediction)
+
+
+def exploding(lr: float, directory: Path, every: int, **arguments: Any) -> tuple[Trainer, History]:
+    """SGD on a constant gradient, with factors that grow step by step until the loss is NaN."""
+    model = net(rng=0)
+    trainer = trainer_of(
+        model, loss=Explodes(model, 0.5), optimizer=nplora.AdamW(lr=lr), schedule="constant", warmup_steps=0
+    )
+    x, y = data()
+    return trainer, trainer.fit(
+        x, y, steps=12, batch_size=BATCH, checkpoint_dir=directory, checkpoint_every=every, **arguments
+    )
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 100])
+def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
+    every: int, tmp_path: Path
+) -> None:
+    with pytest.raises(nplora.NonFiniteLossError, match=r"step 8 .* is nan.*a lower lr may help") as raised:
+        exploding(0.09, tmp_path, every)
+    good = {1: 6, 2: 6, 4: 4, 100: 1}[every]  # the parameters of step 7 lead to NaN with any rate
+    assert newest(tmp_path).step == 7
+    assert raised.value.good_step == good
+    assert raised.value.__notes__ == [
+        f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
+    ]
+    disk = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError,
+        match=rf"the run ended with step 8 .*same settings .* lower --lr .* from step {good}; --over",
+    ):
+        exploding(0.09, tmp_path, every, resume=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == disk
+    with pytest.warns(UserWarning, match=r"lr was 0\.09, is 0\.001"):
+        trainer, history = exploding(0.001, tmp_path, every, resume=True)
+    assert [record.step for record in history.steps] == list(range(1, 13))
+    assert [record.lr for record in history.steps] == [0.09] * good + [0.001] * (12 - good)
+    assert newest(tmp_path).step == 12
+    assert outcome(*exploding(0.001, tmp_path, every, resume=True)) == outcome(trainer, history)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "nonfinite" not in {record["event"] for record in log}
+
+
+def test_a_run_that_went_back_and_was_killed_does_not_go_on_from_what_led_to_nan(tmp_path: Path) -> None:
+    with pytest.raises(nplora.NonFiniteLossError):
+        exploding(0.09, tmp_path, 100)
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            raise Killed
+
+    model = net(rng=0)
+    trainer = trainer_of(
+        model, loss=Explodes(model, 0.5), optimizer=nplora.AdamW(lr=0.001), schedule="constant",
+        warmup_steps=0, callbacks=[Kill()],
+    )  # fmt: skip
+    with pytest.raises(Killed), pytest.warns(UserWarning, match=r"lr was 0\.09, is 0\.001"):
+        trainer.fit(*data(), steps=12, batch_size=BATCH, checkpoint_dir=tmp_path, resume=True)
+    assert newest(tmp_path).step == 1
+    with pytest.warns(UserWarning, match=r"lr was 0\.001, is 0\.002"):
+        _, history = exploding(0.002, tmp_path, 100, resume=True)
+    assert [record.lr for record in history.steps] == [0.09] + [0.002] * 11
+
+
+def test_a_diverged_run_without_an_earlier_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(nplora.NonFiniteLossError):
+        exploding(0.09, tmp_path, 100)
+    older = min((tmp_path / name for name in NAMES), key=lambda path: checkpoint._read(path).serial)
+    older.unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint from before is left; --overwrite"):
+        exploding(0.001, tmp_path, 100, resume=True)
+
+
+@pytest.mark.parametrize(("at", "good"), [(1, 0), (5, 3)])
+def test_parameters_that_an_update_made_infinite_leave_the_checkpoint_before(
+    at: int, good: int, tmp_path: Path
+) -> None:
+    class Overflowing(nplora.AdamW):
+        def step(self, parameters: Any, *arguments: Any, **keywords: Any) -> float | None:
+            norm = super().step(parameters, *arguments, **keywords)
+            if self.steps == at and self.lr == 0.02:
+                parameters[0].value[0, 0] = np.inf
+            return norm
+
+    def run(lr: float, **arguments: Any) -> History:
+        trainer = trainer_of(net(rng=0), optimizer=Overflowing(lr=lr))
+        return fit(trainer, checkpoint_dir=tmp_path, checkpoint_every=3, **arguments)
+
+    with pytest.raises(nplora.NonFiniteLossError, match="a lower lr may help") as raised:
+        run(0.02)
+    assert raised.value.good_step == newest(tmp_path).step == good
+    with pytest.raises(ValueError, match=f"lower --lr .*continues from step {good}; --overwrite"):
+        run(0.02, resume=True)
+    with pytest.warns(UserWarning, match=r"lr was 0\.02, is 0\.01"):
+        history = run(0.01, resume=True)
+    assert [record.step for record in history.steps] == list(range(1, STEPS + 1))
+
+
+def test_ctrl_c_while_the_step_before_an_error_is_saved_is_not_lost(tmp_path: Path) -> None:
+    class Fail(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            raise ArithmeticError("first")
+
+    real = RunDirectory.save
+
+    def save(directory: RunDirectory, point: Checkpoint) -> None:
+        real(directory, point)
+        if point.step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RunDirectory, "save", save)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            fit(trainer_of(net(), callbacks=[Fail()]), checkpoint_dir=tmp_path)
+    assert isinstance(raised.value.__context__, ArithmeticError)
+    assert newest(tmp_path).step == 1
+
+
+def test_a_log_that_fails_at_the_end_says_that_the_run_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RunDirectory.log
+
+    def log(directory: RunDirectory, record: dict[str, Any]) -> None:
+        if record["event"] == "end":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(directory, record)
+
+    monkeypatch.setattr(RunDirectory, "log", log)
+    with pytest.raises(OSError, match="No space") as raised:
+        fit(trainer_of(net()), epochs=1, checkpoint_dir=tmp_path)
+    assert raised.value.__notes__ == ["the run is saved at step 5: --resume (resume=True) continues it"]
+
+
+def test_bad_data_are_no_matter_of_the_learning_rate(tmp_path: Path) -> None:
+    x, y = data()
+    batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
+    batches[7] = (np.full_like(x[:4], np.nan), y[:4])
+    trainer = trainer_of(net(rng=0))
+    with pytest.raises(nplora.NonFiniteLossError, match=r"its input x is not finite") as raised:
+        trainer.fit(batches, checkpoint_dir=tmp_path, checkpoint_every=50)
+    assert raised.value.__notes__ == ["the run is saved at step 2"]
+    assert newest(tmp_path).step == 2
+    batches[7] = (x[28:32], y[28:32])
+    whole, second = trainer_of(net(rng=0)), trainer_of(net(rng=99))
+    expected = outcome(whole, whole.fit(batches))
+    assert outcome(second, second.fit(batches, checkpoint_dir=tmp_path, resume=True)) == expected
 
 
 # ---- damaged, foreign and contested checkpoints ----
@@ -402,7 +761,7 @@ def test_epochs_shorter_than_a_second_share_a_checkpoint(
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two generations: steps 9 and 12, the newer one in checkpoint-0."""
+    """A run of two generations: steps 9 and 12, the newer one in checkpoint-1."""
     directory = tmp_path_factory.mktemp("stopped")
     fit(trainer_of(net(rng=0), callbacks=[StopAfter(step=12)]), checkpoint_dir=directory, checkpoint_every=3)
     assert newest(directory).step == 12
@@ -528,7 +887,7 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp
         raw = bytearray((directory / name).read_bytes())
         damage_tensor(raw)
         (directory / name).write_bytes(raw)
-    with pytest.raises(CorruptError, match=r"no whole checkpoint is left: .*checkpoint-0.*checkpoint-1"):
+    with pytest.raises(CorruptError, match=r"no whole checkpoint is left: .*checkpoint-1.*checkpoint-0"):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
     with pytest.raises(FileExistsError):
         fit(trainer_of(net()), checkpoint_dir=directory)

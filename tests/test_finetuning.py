@@ -1,13 +1,16 @@
 """Fine-tuning from files to an adapter: options, runs that resume to the bit, evaluation, the commands."""
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from nplora.checkpoint import RunDirectory
 from nplora.data import TokenBatches, read_dataset
 from nplora.finetuning import (
     FinetuneOptions,
+    FinetuneReport,
+    TokenLoss,
     attach_adapter,
     before,
     evaluate,
@@ -41,6 +46,7 @@ from nplora.optim import global_norm
 from nplora.planning import choice
 from nplora.trainer import Callback
 from small_llama import save_small_llama
+from test_stderr import DEAD
 
 pytest.importorskip("tokenizers")
 
@@ -186,7 +192,7 @@ def test_every_option_reaches_what_it_is_an_option_of(
     [(name, found)] = settings["fixed"]["layers"].items()
     assert name == "model.layers.0.self_attn.v_proj"
     assert found.items() >= {**layer, "compute": "bfloat16"}.items()
-    assert saved == [0, 3, 6, 7]
+    assert saved == [0, 1, 3, 6, 7]
 
 
 def test_every_option_of_the_data_reaches_their_reader(model: Path, tmp_path: Path) -> None:
@@ -595,6 +601,127 @@ def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_pat
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_lower_lr(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss of step 6 is NaN, and the newest checkpoint before step 5 is of step 3."""
+    output, evaluated = tmp_path / "out", tmp_path / "good"
+    options = {**QUICK, "epochs": None, "steps": 9, "schedule": "constant", "save_every": 3}
+    with monkeypatch.context() as stopped:
+        stopped.setattr(run, "speaks", lambda progress: True)
+        stopped.setattr(run, "TokenProgress", lambda: StopAfter(3))
+        finetune(model, data, evaluated, **options)
+    real = TokenLoss.forward_backward
+    bad = {"calls": 5}
+
+    def forward_backward(self: TokenLoss, *arguments: Any) -> float:
+        bad["calls"] -= 1
+        return real(self, *arguments) if bad["calls"] >= 0 else math.nan
+
+    line = f"finetune {model} --data {data} --output {output} --rank 2 --lr 0.01 --batch-examples 4 --steps 9"
+    line += " --schedule constant --save-every 3"
+    with monkeypatch.context() as diverging:
+        diverging.setattr(TokenLoss, "forward_backward", forward_backward)
+        assert cli.main(line.split()) == 1
+    [error] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("nplora: error: ")]
+    assert "step 6 (epoch 2): the loss of batch 1 is nan: " in error
+    assert "; --resume with a lower --lr (resume=True, a lower lr) continues from step 3; " in error
+    assert error.endswith(f"{output} holds the adapter as of step 3")
+    assert files_of(output) == files_of(evaluated)
+    assert cli.main([*line.split(), "--resume"]) == 2
+    assert "lower --lr (the optimizer's lr) continues from step 3; --overwrite" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0
+    told = capsys.readouterr().err
+    assert "nplora: warning: " in told
+    assert "lr was 0.01, is 0.001" in told
+    assert files_of(output) != files_of(evaluated)
+    assert [row["step"] for row in steps_of(output)] == list(range(1, 10))
+    assert [row["lr"] for row in steps_of(output)] == [0.01] * 3 + [0.001] * 6
+
+
+class StopAfter(Callback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+def steps_of(output: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [row for row in rows if row["event"] == "step"]
+
+
+@pytest.mark.parametrize("kind", DEAD)
+def test_progress_that_nobody_reads_ends_no_run(
+    kind: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", DEAD[kind])
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, progress=True)
+    assert (len(report.history.steps), report.history.ended) == (5, "complete")
+
+
+def test_the_adapter_is_saved_before_the_samples_and_the_report(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, output = tmp_path / "plain", tmp_path / "out"
+    options = {**QUICK, "epochs": 1}
+    finetune(model, data, plain, **options)
+    with monkeypatch.context() as within:
+        within.setattr(run, "answers_of", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, data, output, **options, sample=("1+1=",))
+    assert files_of(output) == files_of(plain)
+    with monkeypatch.context() as within:
+        within.setattr(FinetuneReport, "__str__", interrupt)
+        line = f"finetune {model} --data {data} --output {tmp_path / 'cli'} --rank 2 --lr 0.01 --epochs 1"
+        assert cli.main([*line.split(), "--batch-examples", "4"]) == 130
+    assert files_of(tmp_path / "cli") == files_of(plain)
+
+
+def interrupt(*arguments: Any) -> str:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_the_samples_before_training_leaves_room_for_the_next_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "epochs": 1, "sample": ("1+1=",)}
+    with monkeypatch.context() as within:
+        within.setattr(before, "generate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, data, tmp_path / "out", **options)
+    assert len(finetune(model, data, tmp_path / "out", **options).history.steps) == 5
+
+
+def test_an_adapter_that_cannot_be_written_is_written_by_resume(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = {**QUICK, "epochs": 1}
+    with monkeypatch.context() as within:
+        within.setattr(run, "save_adapter", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            finetune(model, data, tmp_path / "out", **options)
+    assert raised.value.__notes__ == [
+        "the run is saved, its adapter is not: --resume (resume=True) writes it"
+    ]
+    assert finetune(model, data, tmp_path / "out", **options, resume=True).was_finished
+    finetune(model, data, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     lm = load_model(model)
     lm.add_lora(rank=3, alpha=5, targets=["q_proj", "down_proj"], layers="last:1", use_rslora=True)
@@ -883,6 +1010,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
         ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
         ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
+        ("finetune M --data D --output O --save-minutes -1", 2, "save_minutes is -1.0"),
         (
             "finetune M --data D --output O --layers 4",
             2,
@@ -940,7 +1068,18 @@ def test_plan_shows_what_changes_a_plan_and_takes_all_of_finetune(
         cli.main(["plan", "--help"])
     shown = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
     assert {"rank", "layers", "batch-tokens", "max-length", "memory", "keep-prefix"} <= shown
-    assert not shown & {"alpha", "lr", "warmup", "save-every", "resume", "overwrite", "sample", "output"}
+    hidden = {
+        "alpha",
+        "lr",
+        "warmup",
+        "resume",
+        "overwrite",
+        "sample",
+        "output",
+        "save-every",
+        "save-minutes",
+    }
+    assert not shown & hidden
     others = "--lr 1e-3 --output out --save-every 5 --overwrite --sample x"
     assert cli.main(f"plan {model} --data {data} --targets q_proj,v_proj {others}".split()) == 0
     assert "MB at most" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from nplora.checkpoint import RunDirectory
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts
 from nplora.trainer.batches import ArrayBatches
 from nplora.trainer.interrupts import Interrupts
+from test_stderr import DEAD
 
 Array = np.ndarray[Any, Any]
 
@@ -404,6 +405,21 @@ def test_a_program_without_stderr_trains_without_a_progress_line(
     monkeypatch.setattr(sys, "stderr", None)
     assert len(Trainer(net(), progress=progress).fit(*data(), batch_size=8).steps) == 5
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", DEAD)
+@pytest.mark.parametrize("installed", [True, False], ids=["tqdm", "plain"])
+def test_a_progress_line_that_nobody_reads_ends_no_run(
+    installed: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    else:
+        pytest.importorskip("tqdm")
+    x, y = data()
+    monkeypatch.setattr(sys, "stderr", DEAD[kind])
+    history = Trainer(net(), progress=True).fit(x, y, epochs=2, batch_size=8, validation=(x, y))
+    assert (len(history.steps), history.ended) == (10, "complete")
 
 
 # ---- losses that are not finite ----
@@ -807,15 +823,30 @@ def test_leaving_the_process_from_a_callback_saves(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 7
 
 
-def test_sigterm_at_the_very_end_exits_like_any_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_the_very_end_exits_like_any_other(tmp_path: Path, signum: signal.Signals) -> None:
     class Late(Callback):
         def on_fit_end(self, run: Run) -> None:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signum)
 
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match=str(128 + signum)):
         interrupted_fit(trainer_of(net(), callbacks=[Late()]), checkpoint_dir=tmp_path)
     assert saved_step(tmp_path) == 20
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signum) is signal.SIG_DFL
+
+
+def test_sighup_stays_ignored_under_nohup(tmp_path: Path) -> None:
+    class HangUp(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        history = interrupted_fit(trainer_of(net(), callbacks=[HangUp()]), checkpoint_dir=tmp_path)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (history.ended, len(history.steps)) == ("complete", 20)
 
 
 def saved_step(directory: Path) -> int:
@@ -866,7 +897,8 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone() -> None:
     assert found[0].ended == "complete"
 
 
-def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: signal.Signals) -> None:
     program = textwrap.dedent(
         f"""
         import sys, time
@@ -889,6 +921,30 @@ def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
     with contextlib.closing(child.stdout) as out:
         while int(out.readline()) < 5:
             pass
-        child.terminate()
-        assert child.wait(timeout=20) == 128 + signal.SIGTERM
+        child.send_signal(signum)
+        assert child.wait(timeout=20) == 128 + signum
     assert saved_step(tmp_path) >= 5
+
+
+def test_ctrl_c_in_a_validation_or_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    class Interrupted(Callback):
+        def on_checkpoint(self, run: Run) -> None:
+            if run.step == 6:
+                raise KeyboardInterrupt
+
+    class Validation:
+        def __iter__(self) -> Iterator[tuple[Array, Array]]:
+            raise KeyboardInterrupt
+            yield X, Y
+
+    for name, callbacks, validation, step in (
+        ("validation", [], Validation(), 5),  # the last step of the first epoch
+        ("checkpoint", [Interrupted()], None, 6),
+    ):
+        directory = tmp_path / name
+        trainer = trainer_of(net(), callbacks=callbacks)
+        history = interrupted_fit(
+            trainer, checkpoint_dir=directory, checkpoint_every=3, validation=validation
+        )
+        assert history.interrupted
+        assert saved_step(directory) == step

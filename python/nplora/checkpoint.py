@@ -450,6 +450,16 @@ class RunDirectory:
                 )
         return self.newest
 
+    def before(self, step: int) -> Checkpoint | None:
+        """The whole checkpoint of the latest step before this one; None if there is none."""
+        found: Checkpoint | None = None
+        for name in _SLOTS:
+            with contextlib.suppress(FormatError, OSError):
+                checkpoint = _read(self.path / name)
+                if checkpoint.step < step and (found is None or found.step < checkpoint.step):
+                    found = checkpoint
+        return found
+
     def read_log(self, size: int) -> bytes:
         """The whole lines among the first `size` bytes of the log, or of what is left of it.
 

@@ -21,7 +21,13 @@ LossFunction = Callable[[Array, Any], tuple[float, Array]]
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss was NaN or infinite; the message names the step and the layer."""
+    """A loss was NaN or infinite; the message names the step and the layer.
+
+    Attributes:
+        good_step: the step of the checkpoint from which a lower learning rate continues; None without one.
+    """
+
+    good_step: int | None = None
 
 
 @runtime_checkable

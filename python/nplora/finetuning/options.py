@@ -92,6 +92,7 @@ class FinetuneOptions:
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _beside(100, "steps between checkpoints")
+    save_minutes: float = _beside(5.0, "a checkpoint is also made when the last is this old; 0: not")
     resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
     overwrite: bool = _beside(False, "drop the run or the adapter in the output directory")
     sample: tuple[str, ...] = _beside(
@@ -126,7 +127,8 @@ class FinetuneOptions:
             if _check.number(_OP, name, getattr(self, name)) <= 0:
                 raise ValueError(f"{_OP}: {name} is {getattr(self, name)}, expected above 0")
         _check.probability(_OP, "dropout", self.dropout)
-        _check.at_least(_OP, "weight_decay", self.weight_decay, 0)
+        for name in ("weight_decay", "save_minutes"):
+            _check.at_least(_OP, name, getattr(self, name), 0)
         object.__setattr__(self, "sample", _check.texts(_OP, "sample", self.sample))
         if isinstance(self.layers, str):
             parse_blocks(self.layers, _OP)

@@ -15,7 +15,7 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import save_adapter
-from nplora.checkpoint import RunDirectory, holds_run
+from nplora.checkpoint import RunDirectory, factors, holds_run
 from nplora.data import Dataset
 from nplora.finetuning.attaching import as_it_was
 from nplora.finetuning.before import Before, answers_of
@@ -26,7 +26,9 @@ from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter
+from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
+from nplora.losses import NonFiniteLossError
 from nplora.models import KeptPrefix, LanguageModel, load_model
 from nplora.optim import AdamW
 from nplora.planning import Candidate, Wishes
@@ -46,7 +48,9 @@ def finetune(
 
     Everything is checked and read before the first file is written. The output directory also holds
     checkpoints and `log.jsonl`, from which an interrupted run goes on (`resume=True`), to the bit as if it
-    had not been stopped. Ctrl-C ends the run after what it has learned: that is saved, and returned.
+    had not been stopped. Ctrl-C ends the run after what it has learned: that is saved, and returned. After an
+    error the run is saved too, and a note on the error says so. After a loss that is not finite, the adapter
+    is saved as of the last checkpoint before the step that led there, if something was learned by then.
 
     Args:
         model: what `load_model` reads, or a model without an adapter.
@@ -119,17 +123,28 @@ def finetune(
             callbacks=[before, *([TokenProgress()] if speaks(progress) else [])],
             progress=False,
         )
-        history = trainer.fit(
-            batches,
-            epochs=chosen.epochs,
-            steps=chosen.steps,
-            validation=checks,
-            checkpoint_dir=output,
-            checkpoint_every=chosen.save_every,
-            resume=chosen.resume,
-            overwrite=chosen.overwrite,
-        )
-    save_adapter(lm, output, None if isinstance(model, LanguageModel) else os.fspath(model))
+        base = None if isinstance(model, LanguageModel) else os.fspath(model)
+        try:
+            history = trainer.fit(
+                batches,
+                epochs=chosen.epochs,
+                steps=chosen.steps,
+                validation=checks,
+                checkpoint_dir=output,
+                checkpoint_every=chosen.save_every,
+                save_minutes=chosen.save_minutes,
+                resume=chosen.resume,
+                overwrite=chosen.overwrite,
+            )
+        except NonFiniteLossError as error:
+            if error.good_step:
+                error.add_note(_saved_as_of(lm, output, base, error.good_step))
+            raise
+    try:
+        save_adapter(lm, output, base)
+    except OSError as error:
+        error.add_note("the run is saved, its adapter is not: --resume (resume=True) writes it")
+        raise
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
     after = [""] * len(chosen.sample) if history.interrupted else answers_of(lm, chosen.sample)
     return FinetuneReport(
@@ -144,6 +159,21 @@ def finetune(
         parameters=lm.num_parameters,
         was_finished=before.was_finished,
     )
+
+
+def _saved_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int) -> str:
+    """Save the adapter of this step, which a checkpoint holds; return words for what was done."""
+    try:
+        with RunDirectory(output) as directory:
+            good = directory.before(step + 1)
+        if good is None:
+            return "the adapter is not saved: its checkpoint is gone"
+        for name, array in factors(lm).items():
+            array[...] = good.parameters[name]
+        save_adapter(lm, output, base)
+    except (OSError, FormatError) as error:
+        return f"the adapter could not be saved: {error}"
+    return f"{files.name(output)} holds the adapter as of step {step}"
 
 
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:

@@ -12,7 +12,7 @@ class Callback:
     """The base of callbacks: override the hooks that you need.
 
     Each gets the run: `run.model`, `run.history`, `run.total_steps`; `run.stop()` ends it after the present
-    step, as if that had been the last one. An exception ends it too, without a checkpoint.
+    step, as if that had been the last one. An exception ends it too, after a checkpoint.
 
         class StopAt(nplora.trainer.Callback):
             def on_step_end(self, run, record):

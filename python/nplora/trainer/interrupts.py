@@ -1,4 +1,4 @@
-"""Signals during a run: Ctrl-C and SIGTERM wait while the parameters or a checkpoint are being written."""
+"""Signals during a run: they wait while the parameters or a checkpoint are being written."""
 
 import math
 import signal
@@ -11,23 +11,34 @@ from typing import Any, Self
 
 REPEAT_SECONDS = 0.5  # two Ctrl-C no further apart are one wish to leave the program
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """A signal arrived that ends the process.
+
+    Attributes:
+        status: what a shell reports for a process that this signal ended.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.status = 128 + signum
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(signum)
 
 
 class Interrupts:
-    """While entered, a handler of SIGINT or SIGTERM runs at once, but within `hold()` at its end.
+    """While entered, a handler of SIGINT, SIGTERM or SIGHUP runs at once, but within `hold()` at its end.
 
     The handlers that were there stay in charge: Python's own raises KeyboardInterrupt; a signal that is
-    ignored stays ignored. SIGTERM, which by default ends the process on the spot, raises Terminated instead
-    if `terminate` is true. Outside the main thread, which alone receives signals, nothing is changed.
+    ignored stays ignored, as SIGHUP is under nohup. SIGTERM and SIGHUP, which by default end the process on
+    the spot, raise Terminated instead if `terminate` is true. Outside the main thread, which alone receives
+    signals, nothing is changed.
 
     Attributes:
         repeated: whether the last Ctrl-C came so soon after another, perhaps in the run before this one, that
@@ -37,7 +48,7 @@ class Interrupts:
     _last = -math.inf  # when any run heard Ctrl-C
 
     def __init__(self, terminate: bool) -> None:
-        self._signals = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
+        self._signals = (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
         self._previous: dict[int, Any] = {}
         self._handlers: dict[int, Handler] = {}
         self._held = 0
@@ -49,7 +60,7 @@ class Interrupts:
             return self
         for signum in self._signals:
             previous = signal.getsignal(signum)
-            if previous is signal.SIG_DFL and signum == signal.SIGTERM:
+            if previous is signal.SIG_DFL and signum in _ENDING:
                 self._handlers[signum] = _terminate
             elif callable(previous):
                 self._handlers[signum] = previous

@@ -10,9 +10,12 @@ from nplora.losses import CustomLoss, Loss
 from nplora.module import Module
 from nplora.optim import Optimizer
 from nplora.trainer.fused import FusedLoss
-from nplora.trainer.history import History
+from nplora.trainer.history import EpochRecord, History, StepRecord, last_logged
+
+NONFINITE = "nonfinite"  # the line of the log for a loss that was not finite
 
 _MOST = 5  # differences that a message lists
+_LONGEST_ERROR = 500  # characters of an error that the log keeps
 
 
 def settings_of(
@@ -50,6 +53,45 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
     return repr(loss) if type(loss).__module__ == "nplora.losses" else type(loss).__qualname__
 
 
+def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the log keeps of a loss that was not finite with the parameters of this step."""
+    return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
+
+
+def _choices(settings: dict[str, Any]) -> str:
+    """The settings that change where a run goes, as one text. A longer run meets the same loss again."""
+    free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
+    return json.dumps(free, sort_keys=True)
+
+
+def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
+    """The checkpoint to resume: the newest, unless its parameters led to a loss that was not finite.
+
+    The next loss depends on these parameters and the data alone: it would be the same with any learning rate.
+
+    Raises:
+        ValueError: the run has the settings that led there, or there is no checkpoint from before.
+    """
+    try:
+        log = directory.read_log(directory.log_bytes)
+    except (FormatError, OSError):  # `restored_history` warns of it
+        return newest
+    failure = last_logged(log[newest.log_bytes :], NONFINITE)
+    if not failure:
+        return newest
+    is_bad = failure.get("after") == newest.step
+    start = directory.before(newest.step) if is_bad else newest
+    reason = f"{directory.path}: the run ended with {failure.get('error')}"
+    if start is None:
+        raise ValueError(f"{reason}; no checkpoint from before is left")
+    if failure.get("settings") == _choices(settings):
+        raise ValueError(
+            f"{reason}; the same settings lead there again. A lower --lr (the optimizer's lr) continues from "
+            f"step {start.step}"
+        )
+    return start
+
+
 def restored_history(
     directory: RunDirectory,
     checkpoint: Checkpoint,
@@ -59,8 +101,10 @@ def restored_history(
     base: str,
     total_steps: int | None,
     batches: int | None,
-) -> History:
+) -> tuple[History, list[tuple[str, StepRecord | EpochRecord]]]:
     """Check all that a checkpoint brings against the run, change nothing, and return the history up to it.
+
+    Also the records that the log lost at its end, with their events: a full disk may have cost them.
 
     Args:
         batches: those of an epoch, None where nobody knows.
@@ -99,13 +143,13 @@ def restored_history(
         history.restore(checkpoint.history, checkpoint.epochs)
     except (ValueError, TypeError) as error:
         raise CorruptError(f"{path}: the checkpoint's history is not one: {error}") from error
-    _add_log(history, checkpoint, directory)
+    unlogged = _add_log(history, checkpoint, directory)
 
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
         warnings.warn(f"{path}: the run goes on with other settings: {changed}", stacklevel=6)
     checkpoint.warn_if_moved()
-    return history
+    return history, unlogged
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> None:
@@ -118,16 +162,19 @@ def _check_arrays(path: object, checkpoint: Checkpoint, model: Module, optimizer
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
     problems += optimizer.differences(checkpoint.optimizer, model.parameters())
     if problems:
-        raise CorruptError(f"{path}: the checkpoint {verdict}: {_first(problems, '; ')}")
+        raise CorruptError(f"{path}: the checkpoint {verdict}: {first_few(problems, '; ')}")
 
 
-def _first(sentences: list[str], separator: str) -> str:
+def first_few(sentences: list[str], separator: str) -> str:
+    """A list as a message has it: the first few, and how many more there are."""
     more = f"{separator}and {len(sentences) - _MOST} more" if len(sentences) > _MOST else ""
     return separator.join(sentences[:_MOST]) + more
 
 
-def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> None:
-    """Complete the history from the log, and warn where records are lost."""
+def _add_log(
+    history: History, checkpoint: Checkpoint, directory: RunDirectory
+) -> list[tuple[str, StepRecord | EpochRecord]]:
+    """Complete the history from the log, warn where records are lost, return those that the log lacks."""
     log, reason = b"", "missing, cut or damaged"
     try:
         log = directory.read_log(checkpoint.log_bytes)
@@ -142,6 +189,13 @@ def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) 
             f"and {len(history.epochs)} of {checkpoint.epoch} epochs",
             stacklevel=7,
         )
+    last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))
+    steps = [("step", record) for record in history.steps if record.step > last_step]
+    return [*steps, *(("epoch", record) for record in history.epochs if record.epoch > last_epoch)]
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:
@@ -168,7 +222,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
         return "the checkpoint does not know those of its layers"
     if then.keys() != now.keys():
         lost, new = (
-            _first(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))
+            first_few(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))
         )
         return f"{len(then)} layers had adapters, {len(now)} have (no longer: {lost}; new: {new})"
     changed: dict[str, list[str]] = {}
@@ -177,7 +231,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
             was, is_now = then[layer].get(name), settings.get(name)
             if was != is_now:
                 changed.setdefault(f"{name} was {was}, is {is_now}", []).append(layer)
-    return _first([_of(layers, change) for change, layers in changed.items()], ", ")
+    return first_few([_of(layers, change) for change, layers in changed.items()], ", ")
 
 
 def _of(layers: list[str], change: str) -> str:

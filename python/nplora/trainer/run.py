@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,19 @@ from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.nonfinite import INPUT, TARGETS, first_nonfinite, nonfinite_parameters
-from nplora.trainer.resuming import restored_history, settings_of
+from nplora.trainer.resuming import (
+    NONFINITE,
+    failure_record,
+    first_few,
+    restored_history,
+    settings_of,
+    starting_point,
+)
 
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer
 
 EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
-
-_SIGTERM_STATUS = 128 + 15  # what a shell reports for a process that SIGTERM ended
 
 
 def _same_buffer(a: Array, b: Array) -> bool:
@@ -50,6 +56,7 @@ class Plan:
     total_steps: int | None
     patience: int | None
     checkpoint_every: int | None
+    save_seconds: float  # the longest time between two checkpoints; infinite: no limit
 
 
 @dataclass
@@ -91,6 +98,8 @@ class Run:
         self._base, self._settings = "", dict[str, Any]()  # what a checkpoint must agree with
         self._saved: tuple[int, ...] | None = None
         self._saved_at = -math.inf
+        self._updating = False  # an update has begun, and the position does not count it yet
+        self._nonfinite_error: NonFiniteLossError | None = None  # what the present parameters led to
         self._checked = False  # whether the model writes to the arrays that are trained
 
     def stop(self) -> None:
@@ -113,7 +122,7 @@ class Run:
         self._directory = directory
         self._interrupts = Interrupts(terminate=directory is not None)
         try:
-            with self._interrupts:
+            with self._interrupts, self._saved_after_an_error():
                 try:
                     with self._interrupts.hold():
                         self._begin(resume)
@@ -131,8 +140,8 @@ class Run:
                 with self._interrupts.hold():
                     self._finish()
                 self._call("on_fit_end")
-        except Terminated:
-            raise SystemExit(_SIGTERM_STATUS) from None
+        except Terminated as signal:
+            raise SystemExit(signal.status) from None
         except BaseException:
             self._roll_back()
             raise
@@ -145,8 +154,8 @@ class Run:
         while not self._is_over():
             if self._pass():
                 self._close_epoch(complete=True)
-                recent = time.monotonic() - self._saved_at < EPOCH_CHECKPOINT_SECONDS
-                if self._plan.checkpoint_every is None and not recent:
+                every, seconds = self._plan.checkpoint_every, time.monotonic() - self._saved_at
+                if seconds >= (EPOCH_CHECKPOINT_SECONDS if every is None else self._plan.save_seconds):
                     self._save()
         self._save()
         if self.batch:  # `steps` or a callback ended the run within an epoch; a resumed run closes it later
@@ -260,6 +269,7 @@ class Run:
             self.step += 1
             self.batch += gathered.batches
             self._streams = [layer.dropout_stream for layer in self._adapters]
+            self._updating = False
             record = StepRecord(
                 step=self.step,
                 epoch=self.epoch + 1,
@@ -273,7 +283,8 @@ class Run:
             self.log("step", dataclasses.asdict(record))
         self._call("on_step_end", record)
         every = self._plan.checkpoint_every
-        if every is not None and self.step % every == 0:
+        is_due = self.step == 1 or (every is not None and self.step % every == 0)
+        if is_due or time.monotonic() - self._saved_at >= self._plan.save_seconds:
             self._save()
 
     def _clip_and_step(self, gathered: _Gathered, lr: float) -> float:
@@ -282,11 +293,13 @@ class Run:
             return 0.0
         clip_norm, scale = self._trainer.clip_norm, gathered.first_count / gathered.count
         max_norm = math.inf if clip_norm is None else clip_norm
+        self._updating = True
         norm = self._trainer.optimizer.step(self._parameters, lr=lr, grad_scale=scale, max_norm=max_norm)
         assert norm is not None, "an optimizer's step returns the norm where it is given a max_norm"
         if not math.isfinite(norm):
-            names = ", ".join(nonfinite_parameters(self._parameters, gradients=True))
-            raise self._nonfinite(f"the loss is finite, the gradient of {names} is not")
+            self._updating = False
+            names = nonfinite_parameters(self._parameters, gradients=True)
+            raise self._nonfinite(f"the loss is finite, the gradient of {first_few(names, ', ')} is not")
         return norm
 
     def _close_epoch(self, complete: bool) -> None:
@@ -295,9 +308,9 @@ class Run:
         metrics = evaluate(self.model, self._trainer.loss, validation) if validation else {}
         with self._interrupts.hold():
             record = self.history.epoch_record(self.epoch + 1, metrics)
+            self._best_before = self._best, self._best_factors
             self.history.epochs.append(record)
             self.log("epoch", dataclasses.asdict(record))
-            self._best_before = self._best, self._best_factors
             if self._plan.patience is not None:
                 self._judge(metrics["loss"])
             if complete:
@@ -339,7 +352,9 @@ class Run:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         blamed = self.step and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""
-        return NonFiniteLossError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{hint}")
+        error = NonFiniteLossError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what}{hint}")
+        self._nonfinite_error = error if blamed else None
+        return error
 
     # ---- the state between two steps ----
 
@@ -371,9 +386,9 @@ class Run:
         if self._directory is None:
             return
         self._base, self._settings = base_fingerprint(self.model), self._describe()
-        checkpoint = self._directory.latest() if resume else None
-        if checkpoint is not None:
-            self._resume(checkpoint, self._directory)
+        newest = self._directory.latest() if resume else None
+        if newest is not None:
+            self._resume(newest, self._directory)
             self._directory.newest = None  # its arrays are taken over
             return
         self._directory.cut_log(0)
@@ -394,10 +409,11 @@ class Run:
         data = self._plan.batches.identity()
         return settings_of(data, self.model, trainer.loss, trainer.optimizer, trainer.accumulate, options)
 
-    def _resume(self, checkpoint: Checkpoint, directory: RunDirectory) -> None:
+    def _resume(self, newest: Checkpoint, directory: RunDirectory) -> None:
         optimizer = self._trainer.optimizer
         try:
-            history = restored_history(
+            checkpoint = starting_point(directory, newest, self._settings)
+            history, unlogged = restored_history(
                 directory,
                 checkpoint,
                 self.model,
@@ -420,9 +436,14 @@ class Run:
             self._best = checkpoint.best
             self._best_factors = {name: array.copy() for name, array in checkpoint.best_parameters.items()}
             self._lose_patience()
-        self._saved = self._position()
+        self._saved, self._saved_at = self._position(), time.monotonic()
         directory.cut_log(checkpoint.log_bytes)
+        for event, record in unlogged:
+            self.log(event, dataclasses.asdict(record))
         self.log("resume", {"step": self.step})
+        if checkpoint is not newest:
+            self._saved = None
+            self._write()  # it becomes the newest
 
     def _position(self) -> tuple[int, ...]:
         return self.step, self.epoch, self.batch, len(self.history.epochs)
@@ -433,17 +454,62 @@ class Run:
             self._call("on_checkpoint")
 
     def _write(self) -> bool:
-        if self._directory is None or self._saved == self._position():
+        if self._directory is None or self._updating or self._saved == self._position():
             return False
         bad = nonfinite_parameters(self._parameters, gradients=False)
         if bad:
-            raise NonFiniteLossError(
-                f"step {self.step} made {', '.join(bad)} not finite; it is not saved: a lower lr may help"
+            names = first_few(bad, ", ")
+            self._nonfinite_error = NonFiniteLossError(
+                f"step {self.step} made {names} not finite; it is not saved: a lower lr may help"
             )
+            raise self._nonfinite_error
         with self._interrupts.hold():
             self._directory.save(self._checkpoint())
             self._saved, self._saved_at = self._position(), time.monotonic()
         return True
+
+    @contextmanager
+    def _saved_after_an_error(self) -> Iterator[None]:
+        """Save the last whole step before an error leaves; a note on the error says what was saved."""
+        try:
+            yield
+        except Exception as error:
+            if self._directory is not None and self._saved is not None:
+                with self._interrupts.hold():
+                    error.add_note(self._save_for(error, self._directory, self._saved[0]))
+            raise
+
+    def _save_for(self, error: Exception, directory: RunDirectory, saved: int) -> str:
+        """Save the last whole step if the disk lets us; return words for what it holds.
+
+        Args:
+            saved: the step of the newest checkpoint.
+        """
+        self._roll_back()
+        self._reopen_epoch()
+        problem = ""
+        try:
+            directory.cut_log(directory.log_bytes)  # a line that was cut short
+            if error is not self._nonfinite_error or not nonfinite_parameters(self._parameters, False):
+                saved = self.step if self._write() else saved
+            if error is self._nonfinite_error:
+                return self._remember(self._nonfinite_error, directory)
+        except Exception as second:
+            problem = f", step {self.step} could not be saved ({second})"
+        hint = "" if isinstance(error, NonFiniteLossError) else ": --resume (resume=True) continues it"
+        return f"the run is saved at step {saved}{problem}{hint}"
+
+    def _remember(self, error: NonFiniteLossError, directory: RunDirectory) -> str:
+        """Note in the log that the present parameters lead to this error, whatever the settings are.
+
+        So a run that is resumed starts from the checkpoint before them, and only with other settings.
+        """
+        good = directory.before(self.step)
+        error.good_step = None if good is None else good.step
+        self.log(NONFINITE, failure_record(self.step, error, self._settings))
+        if good is None:
+            return "no checkpoint from before is left: begin anew with a lower lr (--overwrite)"
+        return f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

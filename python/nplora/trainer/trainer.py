@@ -1,6 +1,7 @@
 """Trainer: fit a model's trainable arrays to data, with everything that a long run needs."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -100,6 +101,7 @@ class Trainer:
         patience: int | None = None,
         checkpoint_dir: StrPath | None = None,
         checkpoint_every: int | None = None,
+        save_minutes: float = 5.0,
         resume: bool = False,
         overwrite: bool = False,
     ) -> History:
@@ -108,8 +110,9 @@ class Trainer:
         Ctrl-C ends the run after what was learned so far: with a `checkpoint_dir` it is saved there, and the
         history is returned with `interrupted` true. A second Ctrl-C while it does that, or within half a
         second of the first (meant for the program, not for its next `fit`), raises KeyboardInterrupt once the
-        checkpoint is written. SIGTERM saves and exits. An error in a step leaves parameters and moments as
-        the last whole step left them.
+        checkpoint is written. SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves
+        parameters and moments as the last whole step left them. After any error that step is saved in the
+        `checkpoint_dir`, and a note on the error says so.
 
         Args:
             x, y: arrays of one length; or x alone, an iterable of batches (x, y) or a `Batches`, of which
@@ -125,15 +128,18 @@ class Trainer:
                 however the run ends.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
             checkpoint_every: steps between checkpoints; None: one at an epoch's end, where the one before is
-                at least a second old. There is always one at the beginning and one at the end, also after
-                Ctrl-C.
+                at least a second old. There is always one at the beginning, one after the first step and one
+                at the end, also after Ctrl-C.
+            save_minutes: a checkpoint is also made when the one before is this old; 0: not.
             resume: go on from the checkpoint in `checkpoint_dir`, to the bit as if the run had not been
-                stopped; if there is none, begin. The history before it is read from `log.jsonl`.
+                stopped; if there is none, begin. The history before it is read from `log.jsonl`. A run that
+                ended with NonFiniteLossError continues with other settings only, a lower learning rate, from
+                the checkpoint before the step that led there.
             overwrite: begin anew where `checkpoint_dir` holds another run.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
-                and the first layer at fault; neither parameters, moments nor checkpoints are touched. Also
-                where an update made a parameter infinite: that is not saved.
+                and the first layer at fault; parameters and moments stay as the last whole step left them,
+                which is saved. Also where an update made a parameter infinite: that is not saved.
             ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
             TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
             RuntimeError: the model replaces its parameters or gradients by other arrays.
@@ -150,7 +156,9 @@ class Trainer:
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
-        plan = self._plan(x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every)
+        plan = self._plan(
+            x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every, save_minutes
+        )
         if plan.total_steps is not None and 0 < plan.total_steps <= self.warmup_steps:
             warnings.warn(
                 f"{_OP}: the learning rate rises for {self.warmup_steps} steps, and the run ends after "
@@ -229,6 +237,7 @@ class Trainer:
         validation: Any,
         patience: int | None,
         checkpoint_every: int | None,
+        save_minutes: float,
     ) -> Plan:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
@@ -236,6 +245,7 @@ class Trainer:
         for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
             if value is not None:
                 _check.integer(_OP, name, value, least=1)
+        minutes = _check.at_least(_OP, "save_minutes", save_minutes, 0)
         if patience is not None and validation is None:
             raise ValueError(f"{_OP}: patience needs validation data")
         batches = batches_of(_OP, x, y, batch_size, shuffle, self.seed)
@@ -258,6 +268,7 @@ class Trainer:
             total_steps=total,
             patience=patience,
             checkpoint_every=checkpoint_every,
+            save_seconds=60 * minutes or math.inf,
         )
 
     def _check_model(self) -> None:

@@ -688,6 +688,24 @@ def test_the_adapter_is_saved_before_the_samples_and_the_report(
     assert files_of(tmp_path / "cli") == files_of(plain)
 
 
+def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdout", DEAD["disk"])
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --rank 2 --steps 2"
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "nplora: error: no space left on device; "
+        f"stdout could not be written; {tmp_path / 'out'} holds the adapter"
+    )
+    assert len(files_of(tmp_path / "out")) == 2
+
+
 def interrupt(*arguments: Any) -> str:
     raise KeyboardInterrupt
 

@@ -64,7 +64,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
     report = finetuning.finetune(
         arguments.model, arguments.data, arguments.output, valid=arguments.valid, progress=True, **options
     )
-    print(report)
+    try:
+        print(report, flush=True)
+    except OSError as error:
+        error.add_note(f"stdout could not be written; {report.output} holds the adapter")
+        raise
     if report.history.interrupted:
         raise KeyboardInterrupt
 
@@ -520,7 +524,8 @@ def _discard_unwritable(stream: TextIO | None) -> None:
         stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            descriptor = stream.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _told(error: Exception) -> str:

@@ -50,7 +50,8 @@ def finetune(
     checkpoints and `log.jsonl`, from which an interrupted run goes on (`resume=True`), to the bit as if it
     had not been stopped. Ctrl-C ends the run after what it has learned: that is saved, and returned. After an
     error the run is saved too, and a note on the error says so. After a loss that is not finite, the adapter
-    is saved as of the last checkpoint before the step that led there, if something was learned by then.
+    is saved as of the last checkpoint before the step that led there, if something was learned by then; the
+    model then holds that adapter too.
 
     Args:
         model: what `load_model` reads, or a model without an adapter.

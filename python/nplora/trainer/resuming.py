@@ -81,7 +81,7 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
         return newest
     is_bad = failure.get("after") == newest.step
     start = directory.before(newest.step) if is_bad else newest
-    reason = f"{directory.path}: the run ended with {failure.get('error')}"
+    reason = f"{directory.path}: the run ended with {str(failure.get('error'))[:_LONGEST_ERROR]}"
     if start is None:
         raise ValueError(f"{reason}; no checkpoint from before is left")
     if failure.get("settings") == _choices(settings):

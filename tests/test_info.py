@@ -10,8 +10,8 @@ import pytest
 import nplora
 import small_models
 from nplora import info
-from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
-from nplora.formats.errors import FormatError, TruncatedError
+from nplora.formats import gguf, gguf_adapter, gguf_names, peft_adapter, safetensors
+from nplora.formats.errors import FormatError, TruncatedError, UnsupportedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.peft_config import Patterns, PeftConfig
@@ -178,6 +178,8 @@ def test_matrices_in_nf4_are_described_as_what_they_stand_for(tmp_path: Path) ->
     nbytes = sum(array.nbytes for array in tensors.values())
     assert squeezed(info.describe(tmp_path)) == [
         f"{tmp_path}: a model of architecture x\\x1b, 2 tensors, {nbytes + 128:,} bytes",
+        "this nplora does not know architecture 'x\\x1b': finetune, eval, generate and convert refuse it; "
+        "known: llama, mistral, qwen2, qwen3",
         "", "config", "model_type x\\x1b",
         "", "tensors", "norm float16 64 128 bytes", f"up.weight nf4 5 x 64 {nbytes:,} bytes",
         "", "types", "float16 1 128 bytes", f"nf4 1 {nbytes:,} bytes",
@@ -287,6 +289,35 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
         "layers",
         *(row(name, lora_a, lora_b, scale) for name in pairs),
     ]
+
+
+def test_what_other_commands_refuse_is_said_of_models_and_adapters(tmp_path: Path) -> None:
+    """And the commands that the line names do refuse them."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(small_models.config(model_type="gemma9")))
+    safetensors.save(tmp_path / "hf" / "model.safetensors", small_models.hf_tensors())
+    model = small_models.write(tmp_path / "m.gguf", small_models.metadata(general__architecture="gemma9"))
+    lora_a, lora_b = pair(2)
+    adapter = tmp_path / "a.gguf"
+    gguf_adapter.save(adapter, GgufAdapter("gemma9", 1.0, {"blk.0.attn_q.weight": Pair(lora_a, lora_b)}))
+    start, known = "this nplora does not know architecture 'gemma9': ", "known: llama, qwen2, qwen3"
+    told = "finetune, eval, generate, merge and convert refuse it"
+    assert info.describe(model).splitlines()[1] == f"{start}{told}; {known}"
+    told, known_there = (
+        "finetune, eval, generate and convert refuse it",
+        known.replace("a, q", "a, mistral, q"),
+    )
+    assert info.describe(tmp_path / "hf").splitlines()[1] == f"{start}{told}; {known_there}"
+    told = "eval, generate, merge, combine and convert refuse it"
+    assert info.describe(adapter).splitlines()[1] == f"{start}{told}; {known}"
+    for path in (model, tmp_path / "hf"):
+        with pytest.raises(UnsupportedError, match="'gemma9', expected one of llama"):
+            nplora.load_model(path)
+    with pytest.raises(UnsupportedError, match="the layers of 'gemma9' are not known"):
+        nplora.read_adapter(adapter)
+    lm = small_models.load(tmp_path)
+    assert "does not know" not in info.describe(tmp_path / "small.gguf")
+    assert lm.config.model_type in gguf_names.ARCHITECTURES
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import errno
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,6 +42,7 @@ _LONGEST_VALUE = 60
 _NF4 = "nf4"
 _RANK = 8  # for which parameters are counted
 _OUTPUTS = ("output", "lm_head")
+_KNOWN_IN_GGUF = frozenset(gguf_names.ARCHITECTURES.values())
 
 
 def describe(path: StrPath) -> str:
@@ -96,10 +97,23 @@ def _gguf(file: GgufFile, size: int) -> str:
     tensors = [_Tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()]
     return _text(
         f"{file.source}: GGUF version {file.version}, {counted(len(file), 'tensor')}, {size:,} bytes",
+        _unknown(
+            file.metadata.get("general.architecture"),
+            _KNOWN_IN_GGUF,
+            "finetune, eval, generate, merge and convert",
+        ),
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         **_listed(tensors, _is_read),
         **_trainable({_target(t.name): t.shape for t in tensors if _is_float(t.type)}),
     )
+
+
+def _unknown(family: object, known: Collection[str], commands: str) -> str:
+    """A line if these commands refuse a model or adapter of this family, else empty."""
+    if family is None or (isinstance(family, str) and family in known):
+        return ""
+    families = ", ".join(sorted(known))
+    return f"this nplora does not know architecture {brief(family)}: {commands} refuse it; known: {families}"
 
 
 def _target(stored: str) -> str:
@@ -146,6 +160,7 @@ def _model(directory: StrPath) -> str:
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
         f"{counted(len(tensors), 'tensor')}, {nbytes:,} bytes",
+        _unknown(said.get("model_type"), gguf_names.ARCHITECTURES, "finetune, eval, generate and convert"),
         config=[(key, _value(value)) for key, value in said.items()],
         **_matrices(tensors),
     )
@@ -265,6 +280,7 @@ def _llama_cpp(file: GgufFile) -> str:
         layers.append(_layer(name, lora_a, pair.lora_b, adapter.scale(name)))
     return _text(
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
+        _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
         targets=_targets(map(_target, adapter.pairs)),
         layers=layers,

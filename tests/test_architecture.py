@@ -19,6 +19,7 @@ PYTHON_ROOMS = [
     "_check",
     "stderr",
     "runtime",
+    "mappings",
     "formats",
     "storages",
     "weights",

@@ -1,5 +1,6 @@
 #include <chrono>
 
+#include "base/mapping_faults.h"
 #include "base/parallel.h"
 #include "bindings/arrays.h"
 #include "kernels/kernel_table.h"
@@ -72,6 +73,15 @@ void register_runtime(py::module_& m) {
       py::arg("n"), "Use at most n threads");
   m.def("get_num_threads", &num_threads, "The number of threads in use");
   m.def("config", &config, "Version, instruction set, threads and compiler");
+  m.def(
+      "watch_mapping",
+      [](const py::buffer& mapping, const py::bytes& message) {
+        const py::buffer_info memory = mapping.request();
+        const std::string_view text = message;
+        return watch_mapping(memory.ptr, size_t(memory.size * memory.itemsize), text.data(), text.size());
+      },
+      py::arg("mapping"), py::arg("message"), "Explain a SIGBUS in this memory");
+  m.def("unwatch_mapping", &unwatch_mapping, py::arg("number"), "The mapping is gone");
   m.def("available_isas", &available_isas, "What NPLORA_ISA may name on this machine, best last");
 }
 

@@ -286,3 +286,12 @@ def config() -> dict[str, Any]:
 
 def available_isas() -> list[str]:
     """What NPLORA_ISA may name on this machine, best last; Linux may still refuse the registers of amx."""
+def watch_mapping(mapping: Any, message: bytes) -> int:
+    """From now on a SIGBUS in this memory writes the message to stderr and ends the process with status 135.
+
+    The handler that was there before is called in between. Returns a number for `unwatch_mapping`.
+    """
+
+def unwatch_mapping(number: int) -> None:
+    """The mapping is gone. Other numbers are ignored."""
+

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from nplora.formats.errors import FormatError, LimitError, NotFetchedError, TruncatedError, UnsafeError
+from nplora import mappings
+from nplora.formats.errors import (
+    CorruptError,
+    FormatError,
+    LimitError,
+    NotFetchedError,
+    TruncatedError,
+    UnsafeError,
+)
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Chunk: TypeAlias = bytes | memoryview
@@ -93,6 +101,23 @@ class Stamp(NamedTuple):
         """Whether another write could not leave the same stamp: clocks of file systems tick coarsely."""
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
+    def require_unchanged(self) -> None:
+        """Raise CorruptError if the file was written to since: what was computed from its mapping is wrong.
+
+        A file that was renamed over it is another file, and the mapping still shows the old one.
+        """
+        try:
+            found = os.stat(self.name)
+        except OSError:
+            return
+        if (found.st_dev, found.st_ino) != (self.device, self.inode):
+            return
+        if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns):
+            sizes = (
+                f"{self.size:,} bytes, now {found.st_size:,}" if found.st_size != self.size else "written to"
+            )
+            raise CorruptError(f"{self.name}: the file changed while it was in use ({sizes}); start again")
+
 
 class Reader:
     """A regular file held open: `reader[begin:end]` is that piece of it, and nothing else is read."""
@@ -121,13 +146,18 @@ class Reader:
         return data.toreadonly()
 
     def map(self) -> mmap.mmap | memoryview:
-        """A read-only mapping of the whole file, which outlives the reader. An empty file has none: b""."""
+        """A read-only mapping of the whole file, which outlives the reader. An empty file has none: b"".
+
+        If the file is cut short later, whoever reads beyond its end is ended by a message: `mappings.watch`.
+        """
         if not self._size:
             return memoryview(b"")
         try:
-            return mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
+            mapping = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise TruncatedError(f"{self._name}: it was cut short, its size was {self._size:,}") from error
+        mappings.watch(mapping, self._name)
+        return mapping
 
 
 def _memory(nbytes: int) -> memoryview:
@@ -168,12 +198,6 @@ def cached(path: Path) -> Path:
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
     return target if is_cached else path
-
-
-def map_readonly(path: StrPath, follow_links: bool = True) -> mmap.mmap | memoryview:
-    """A read-only mapping of a regular file (an empty one cannot be mapped and is read). Raises as `read`."""
-    with reading(path, follow_links) as reader:
-        return reader.map()
 
 
 @dataclass(frozen=True)

@@ -132,11 +132,12 @@ class Entry:
 class SafetensorsFile(Mapping[str, Tensor]):
     """The tensors of an opened file by name, in the header's order, and its `metadata`: text to text.
 
-    `entries` has their shapes and element types, for which no tensor is read.
+    `entries` has their shapes and element types, for which no tensor is read. `mapped` is the stamp of the
+    file if it is mapped.
     """
 
-    def __init__(self, data: Buffer, source: str) -> None:
-        self.source = source
+    def __init__(self, data: Buffer, source: str, mapped: tuple[files.Stamp, ...] = ()) -> None:
+        self.source, self.mapped = source, mapped
         self._data = data
         self.entries, self.metadata = _parse(data, source)
 
@@ -181,8 +182,8 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 
     Args:
         mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
-            short, the system kills whoever reads it; False copies the file into memory instead, once the
-            header has been checked.
+            short, a process that reads it ends with a message and status 135; False copies the file into
+            memory instead, once the header has been checked.
         follow_links: False refuses a path that is a symbolic link, for names that come from a file.
     Returns:
         a mapping name -> `Tensor` with `.metadata`. The arrays are read-only views that keep the mapping
@@ -191,7 +192,8 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
         FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
     """
     if mmap:
-        return SafetensorsFile(memoryview(files.map_readonly(path, follow_links)), files.name(path))
+        with files.reading(path, follow_links) as reader:
+            return SafetensorsFile(memoryview(reader.map()), files.name(path), (reader.stamp,))
     with reading(path, follow_links) as content:
         content.load()
     return content

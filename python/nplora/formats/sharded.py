@@ -6,7 +6,7 @@ from typing import Any
 
 from nplora.formats import files, safetensors, strict_json
 from nplora.formats.errors import FormatError, LimitError, UnsafeError, brief, missing_name
-from nplora.formats.files import StrPath
+from nplora.formats.files import Stamp, StrPath
 from nplora.formats.safetensors import SafetensorsFile, Tensor
 
 MAX_INDEX = 100_000_000
@@ -39,6 +39,11 @@ class ShardedFile(Mapping[str, Tensor]):
     def shards(self) -> frozenset[str]:
         """The files that the tensors are in."""
         return frozenset(shard.source for shard in self._shards.values())
+
+    @property
+    def mapped(self) -> tuple[Stamp, ...]:
+        """The stamps of the shards that are mapped."""
+        return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 
 def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nplora import _check, buffers
 from nplora.formats import model_digest
+from nplora.formats.files import Stamp
 from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
@@ -62,6 +63,7 @@ class LanguageModel(Module):
         lm_head: Linear,
         rope: Rope,
         load_tokenizer: Callable[[], Tokenizer],
+        mapped: Sequence[Stamp] = (),
     ) -> None:
         self.config = config
         self.model = model
@@ -69,6 +71,7 @@ class LanguageModel(Module):
         self._rope = rope
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
+        self._mapped = tuple(mapped)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,6 +84,15 @@ class LanguageModel(Module):
     def compute(self) -> str:
         """The arithmetic of the frozen products: "float32", "bfloat16" or "int8"."""
         return getattr(self.lm_head.weight, "compute", "float32")
+
+    def require_unchanged(self) -> None:
+        """Raise CorruptError if a file that the weights are mapped from was written to since it was opened.
+
+        Losses, gradients and scores are checked so after they were computed. A file that was renamed over the
+        model's is another file, and does no harm.
+        """
+        for stamp in self._mapped:
+            stamp.require_unchanged()
 
     # ---- adapters ----
 
@@ -143,6 +155,7 @@ class LanguageModel(Module):
         Raises:
             TypeError: ids are not integers.
             ValueError: ids have another number of axes, or one is not in the vocabulary.
+            CorruptError: as `require_unchanged`.
         """
         return self(token_ids)
 
@@ -154,20 +167,21 @@ class LanguageModel(Module):
             labels: of the same shape, and unshifted: the label of a token is compared with what the tokens
                 before it predict. -100 is ignored.
         Raises:
-            TypeError, ValueError: as `logits`.
+            TypeError, ValueError, CorruptError: as `logits`.
         """
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
     def loss_packed(self, batch: PackedBatch) -> float:
         """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
         self._check_batch("loss_packed", batch)
-        if self.compute == "int8":
-            with inference():
-                total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
-            return total / max(1, batch.num_targets)
         with inference():
-            x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
-            return head.loss(self.model.norm, self.lm_head, x, batch.targets) / max(1, batch.num_targets)
+            if self.compute == "int8":
+                total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
+            else:
+                x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
+                total = head.loss(self.model.norm, self.lm_head, x, batch.targets)
+        self.require_unchanged()
+        return total / max(1, batch.num_targets)
 
     # ---- training ----
 
@@ -194,6 +208,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: there is no adapter, or an id or target is not in the vocabulary.
             RuntimeError: a layer is merged, or computes in int8.
+            CorruptError: as `require_unchanged`; the gradients are not to be used.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
@@ -204,6 +219,7 @@ class LanguageModel(Module):
         x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
         total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
         self.model.run_backward(dx, saved)
+        self.require_unchanged()
         return total
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
@@ -216,6 +232,7 @@ class LanguageModel(Module):
         else:
             stream, saved = self.model.run(ids.reshape(-1), places)
         (logits,), kept = stack_forward((self.lm_head,), norm_forward(self.model.norm, stream))
+        self.require_unchanged()
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         return shaped, None if saved is None else LanguageModelSaved(stream, saved, kept)
 
@@ -231,7 +248,8 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Room for `slots` sequences of at most `capacity` tokens."""
+        """Room for `slots` sequences of at most `capacity` tokens. Raises as `require_unchanged`."""
+        self.require_unchanged()
         return KVCache(self.config, slots, capacity)
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
@@ -245,6 +263,7 @@ class LanguageModel(Module):
             TypeError: ids or slots are not integers.
             ValueError: shapes do not fit, an id or slot is out of range, or the cache is full; then it is as
                 it was.
+            CorruptError: as `require_unchanged`.
         """
         ids, rows = self._ids("decode", token_ids), _check.integers("decode", "slots", slots)
         ids = ids[:, None] if ids.ndim == 1 else ids
@@ -258,6 +277,7 @@ class LanguageModel(Module):
             places = cache_places(rows, cache.lengths[rows], count, self._rope)
             x = self.model.run_cached(ids.reshape(-1), places, cache)
             logits = self.lm_head.forward(norm_forward(self.model.norm, x[count - 1 :: count].copy()))[0]
+        self.require_unchanged()
         cache.lengths[rows] += count
         return logits
 
@@ -275,6 +295,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: an option is out of range, or a prompt is empty or fills the context.
             TypeError: an option is not known, or a prompt is neither a text nor a chat.
+            CorruptError: as `require_unchanged`.
         """
         sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):

@@ -31,8 +31,10 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
         compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
             with GGUF's low-bit blocks.
-        mmap: map the files, so that weights are read when they are used and are never copied; False copies
-            them into memory, for files that another program may cut short meanwhile.
+        mmap: map the files, so that weights are never copied, and only stay in memory while it has room. If
+            another program cuts a mapped file short, the process ends with a message and status 135; if it
+            writes to one in place, the next call of the model raises CorruptError. A file that is renamed
+            over it does no harm. False copies the files into memory.
     Raises:
         UnsupportedError: an architecture, or a type of tensor, that is not known here; the known are listed.
         FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
@@ -68,7 +70,7 @@ def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], T
     blocks = [_block(config, weights, i, rope) for i in range(config.num_hidden_layers)]
     decoder = Decoder(Embedding(embedding), blocks, _norm(config, weights, "model.norm"))
     head = embedding if config.tie_word_embeddings else weights.matrix("lm_head.weight")
-    return LanguageModel(config, decoder, Linear(head), rope, load_tokenizer)
+    return LanguageModel(config, decoder, Linear(head), rope, load_tokenizer, weights.mapped)
 
 
 def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> DecoderBlock:

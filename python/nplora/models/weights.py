@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nplora import storages
 from nplora.formats import bfloat16, bitsandbytes, gguf_names
 from nplora.formats.errors import FormatError, UnsupportedError, brief, in_places, nearest_names
+from nplora.formats.files import Stamp
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
@@ -24,9 +25,14 @@ _MOST_HINTS = 20  # each is a search
 
 
 class Weights(Protocol):
-    """Where tensors come from. Names are Hugging Face's: "model.layers.0.self_attn.q_proj.weight"."""
+    """Where tensors come from. Names are Hugging Face's: "model.layers.0.self_attn.q_proj.weight".
+
+    Attributes:
+        mapped: the stamps of the files that are mapped.
+    """
 
     source: str
+    mapped: tuple[Stamp, ...]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of all tensors, by the names in the file."""
@@ -72,7 +78,8 @@ class GgufWeights:
     """The tensors of a GGUF file, mapped: matrices stay there in their blocks."""
 
     def __init__(self, file: GgufFile, compute: str) -> None:
-        self.source, self._file, self._compute = file.source, file, compute
+        self.source, self.mapped = file.source, file.mapped
+        self._file, self._compute = file, compute
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._file.entries.items()}
@@ -103,7 +110,8 @@ class SafetensorsWeights:
     """The tensors of a safetensors file or of several, mapped: matrices stay there."""
 
     def __init__(self, file: SafetensorsFile | ShardedFile, compute: str) -> None:
-        self.source, self._file, self._compute = file.source, file, compute
+        self.source, self.mapped = file.source, file.mapped
+        self._file, self._compute = file, compute
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         parts = bitsandbytes.parts(self._file)

@@ -23,11 +23,14 @@ Content: TypeAlias = mmap.mmap | memoryview
 class GgufFile(Mapping[str, Tensor]):
     """The tensors of an opened file by name, in the file's order, and its `metadata`.
 
-    `entries` has their types, shapes and places, for which no tensor is made.
+    `entries` has their types, shapes and places, for which no tensor is made. `mapped` is the stamp of the
+    file if it is mapped.
     """
 
-    def __init__(self, data: memoryview, source: str, header: Header) -> None:
-        self.source, self._data = source, data
+    def __init__(
+        self, data: memoryview, source: str, header: Header, mapped: tuple[files.Stamp, ...] = ()
+    ) -> None:
+        self.source, self._data, self.mapped = source, data, mapped
         self.version, self.alignment = header.version, header.alignment
         self.entries = header.entries
         self.metadata = Metadata(data, source, header.values, header.types)
@@ -60,7 +63,8 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
 
     Args:
         mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
-            short, the system kills whoever reads it; False copies the file into memory instead.
+            short, a process that reads it ends with a message and status 135; False copies the file into
+            memory instead.
     Returns:
         a mapping name -> `Tensor` with `.metadata`. Both keep the file mapped.
     Raises:
@@ -76,7 +80,7 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
     view = memoryview(data)
     header = known.header if known else parse(view, source)
     _remember(reader.stamp, header, data)
-    return GgufFile(view, source, header)
+    return GgufFile(view, source, header, (reader.stamp,) if mmap else ())
 
 
 def loads(data: bytes | bytearray | memoryview) -> GgufFile:

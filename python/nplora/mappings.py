@@ -1,0 +1,24 @@
+"""Mapped files, as the compiled core knows them: it explains the SIGBUS of a file that is cut short."""
+
+import mmap
+import os
+import weakref
+
+from nplora import _core
+
+_WORDS = (
+    b": the file was cut short while it was mapped, or its disk failed; "
+    b"load_model(..., mmap=False) copies it\n"
+)
+_LONGEST_NAME = 800
+
+
+def watch(mapping: mmap.mmap, name: str) -> None:
+    """Have a SIGBUS in this mapping name its file on stderr and end the process with status 135.
+
+    A handler of SIGBUS that was there before the first mapping, such as faulthandler's, is called in between.
+    """
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _WORDS
+    number = _core.watch_mapping(mapping, message)
+    weakref.finalize(mapping, _core.unwatch_mapping, number).atexit = False

@@ -22,6 +22,7 @@ PYTHON_ROOMS = [
     "mappings",
     "formats",
     "storages",
+    "nonfinite",
     "weights",
     "lora",
     "merging",

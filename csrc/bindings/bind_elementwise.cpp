@@ -1,5 +1,6 @@
 #include "bindings/arrays.h"
 #include "ops/activation.h"
+#include "ops/finite.h"
 
 namespace nplora::bindings {
 
@@ -46,12 +47,33 @@ Storage storage_of_bits(const std::string& name) {
   return storage;
 }
 
+template <class T>
+void register_first_nonfinite(py::module_& m) {
+  using py::arg;
+  m.def(
+      "first_nonfinite",
+      [](const Array<T>& values, const std::string& name) {
+        const Storage storage = storage_of(name);
+        require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T),
+                "values is not an array of " + name);
+        require_aligned(values);
+        const size_t n = size_t(values.size());
+        size_t first = n;
+        without_gil([&] { first = first_nonfinite(storage, n, values.data()); });
+        return first == n ? py::ssize_t(-1) : py::ssize_t(first);
+      },
+      arg("values").noconvert(), arg("storage"), "the index of the first NaN or infinity, or -1");
+}
+
 }  // namespace
 
 void register_elementwise(py::module_& m) {
   using py::arg;
   register_functions<float>(m);
   register_functions<double>(m);
+  register_first_nonfinite<float>(m);
+  register_first_nonfinite<double>(m);
+  register_first_nonfinite<uint16_t>(m);
   m.def(
       "widen",
       [](const Array<uint16_t>& bits, const std::string& name, Array<float> out) {

@@ -164,6 +164,9 @@ def widen(bits: Array, storage: str, out: Array) -> None:
 def narrow(values: Array, storage: str, out: Array) -> None:
     """float32 to uint16 bit patterns, round to nearest even."""
 
+def first_nonfinite(values: Array, storage: str) -> int:
+    """The flat index of the first NaN or infinity, or -1; values as in `PackedWeight.of_array`, any shape."""
+
 def block_formats() -> dict[str, tuple[int, int]]:
     """Low-bit formats by name, in lower case as GGUF names them, and "nf4": (values, bytes) of a block."""
 
@@ -284,8 +287,6 @@ def get_num_threads() -> int: ...
 def config() -> dict[str, Any]:
     """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
 
-def available_isas() -> list[str]:
-    """What NPLORA_ISA may name on this machine, best last; Linux may still refuse the registers of amx."""
 def watch_mapping(mapping: Any, message: bytes) -> int:
     """From now on a SIGBUS in this memory writes the message to stderr and ends the process with status 135.
 
@@ -295,3 +296,5 @@ def watch_mapping(mapping: Any, message: bytes) -> int:
 def unwatch_mapping(number: int) -> None:
     """The mapping is gone. Other numbers are ignored."""
 
+def available_isas() -> list[str]:
+    """What NPLORA_ISA may name on this machine, best last; Linux may still refuse the registers of amx."""

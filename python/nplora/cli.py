@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import sys
 import types
@@ -106,10 +107,16 @@ def _eval(arguments: argparse.Namespace) -> None:
         strict=arguments.strict,
         progress=True,
     )
+    tokens, is_finite = counted(result["tokens"], "token"), math.isfinite(result["loss"])
     if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(f"loss {result['loss']:.4f} over {counted(result['tokens'], 'token')}")
+        shown = result if is_finite else result | {"loss": None}
+        print(json.dumps(shown, allow_nan=False), flush=True)
+    elif is_finite:
+        print(f"loss {result['loss']:.4f} over {tokens}")
+    if not is_finite:
+        raise FloatingPointError(
+            f"eval: the loss over {tokens} is {result['loss']}, expected a finite number"
+        )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from nplora.formats.model_directory import CONFIG, Tensors
 from nplora.models import hf_config
 from nplora.models.config import ModelConfig
 from nplora.models.weights import SafetensorsWeights, require_tensors
+from nplora.nonfinite import require_finite
 from nplora.tokenizer import gguf_metadata
 
 Array = NDArray[Any]
@@ -91,7 +92,8 @@ def model_to_gguf(
     Raises:
         UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF; or
             matrices in bitsandbytes' 4 bits.
-        FormatError: a file breaks its format or is not the model that config.json tells of.
+        FormatError: a file breaks its format or is not the model that config.json describes; or a weight is
+            NaN or infinite.
         ValueError: path is no .gguf file, dtype is not available, or a value does not fit in it.
         FileExistsError: the file is there, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
@@ -144,6 +146,7 @@ def _tensors(
         source = file[name]
         if source.dtype not in storages.FLOATS:
             raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
+        require_finite(file.source, source)
         storage = _storage(source.dtype, shape, dtype)
         order = _order(architecture, stored, shape[0], config)
         chunks = _chunks(name, source.array.reshape(shape[0], -1), source.dtype, storage, order)

@@ -38,7 +38,7 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
     Raises:
         UnsupportedError: an architecture, or a type of tensor, that is not known here; the known are listed.
         FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
-            listed, with the nearest names.
+            listed, with the nearest names. Or a weight is NaN or infinite: the first is named.
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """

@@ -16,7 +16,7 @@ from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
 from nplora.models.config import ModelConfig
-from nplora.models.gguf_blocks import require_finite_scales
+from nplora.nonfinite import require_finite
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -44,7 +44,11 @@ class Weights(Protocol):
         """Tensors that may be in the file and that the model does without."""
 
     def matrix(self, name: str) -> FrozenWeight:
-        """A matrix as it lies in the file; a float64 one, of which models have none, as a float32 copy."""
+        """A matrix as it is stored in the file; a float64 one, which models do not have, as a float32 copy.
+
+        Raises:
+            FormatError: a value, or the scale of a block, is NaN or infinite.
+        """
 
     def vector(self, name: str) -> Array:
         """A vector as float32. Raises FormatError where it is not finite."""
@@ -94,7 +98,7 @@ class GgufWeights:
 
     def matrix(self, name: str) -> FrozenWeight:
         tensor = self._file[self.stored(name)]
-        require_finite_scales(tensor)
+        require_finite(self.source, tensor)
         if tensor.type == "F64":
             return FrozenWeight(tensor.numpy(), "float32", self._compute)
         return FrozenWeight.from_gguf(self._file, tensor.name, self._compute)
@@ -132,8 +136,10 @@ class SafetensorsWeights:
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
 
     def matrix(self, name: str) -> FrozenWeight:
-        if self._file[name].dtype == "float64":
-            return FrozenWeight(self._file[name].array, "float32", self._compute)
+        tensor = self._file[name]
+        require_finite(self.source, tensor)
+        if tensor.dtype == "float64":
+            return FrozenWeight(tensor.array, "float32", self._compute)
         return FrozenWeight.from_safetensors(self._file, name, self._compute)
 
     def vector(self, name: str) -> Array:

@@ -1,0 +1,13 @@
+// Whether all elements of an array are finite, at the speed of memory.
+#pragma once
+
+#include <cstddef>
+
+#include "ops/storage.h"
+
+namespace nplora {
+
+// The index of the first of n elements that is NaN or infinite; n where all are finite. Not for blocks.
+size_t first_nonfinite(Storage storage, size_t n, const void* elements);
+
+}  // namespace nplora

@@ -19,7 +19,9 @@ from nplora import _core
 from nplora.checkpoint import RunDirectory
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError
+from nplora.merging import Merge, Update
 from nplora.models import LanguageModel
+from nplora.updates import Adapter
 from small_llama import save_small_llama
 
 IDS = np.arange(40)
@@ -236,6 +238,24 @@ def test_a_copy_in_memory_does_not_care(tmp_path: Path) -> None:
     os.truncate(path, 100)
     np.testing.assert_array_equal(lm.logits(IDS), before)
     assert gguf.open(small_models.write(tmp_path / "b.gguf"), mmap=False).mapped == ()
+
+
+def test_a_merge_of_a_base_that_changes_meanwhile_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_models.write(tmp_path / "base.gguf")
+    update = Update(np.ones((32, 1), np.float32), np.ones((1, 32), np.float32), 1.0)
+    rows = Merge.rows
+
+    def changing(merge: Merge) -> Any:
+        yield from rows(merge)
+        overwrite(path)
+
+    monkeypatch.setattr(Merge, "rows", changing)
+    adapter = Adapter("a", {"model.layers.0.self_attn.o_proj": update})
+    with pytest.raises(CorruptError, match="the file changed while it was in use"):
+        nplora.merge_adapter(path, adapter, tmp_path / "out.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["base.gguf"]
 
 
 def test_a_run_stops_at_the_change_and_leaves_the_checkpoint_before_it(

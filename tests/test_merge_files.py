@@ -13,7 +13,7 @@ import pytest
 from gguf.quants import dequantize
 
 import nplora
-from nplora import cli, storages
+from nplora import cli, merge_files, storages
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
@@ -81,7 +81,7 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
 ) -> None:
     base = base_gguf(tmp_path / "base.gguf", rng, storage)
     adapter = random_adapter(rng)
-    done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+    done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", lossy=True)
     before, after = weights(base), weights(tmp_path / "out.gguf")
     assert [report.name for report in done.reports] == [
         name for name in before if name in dict(LAYERS.values())
@@ -98,6 +98,9 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
         np.testing.assert_allclose(report.kept, along, rtol=1e-6)
         np.testing.assert_allclose(report.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
         np.testing.assert_allclose(report.norm, np.linalg.norm(asked), rtol=1e-6)
+        np.testing.assert_allclose(report.weight_norm, np.linalg.norm(before[stored]), rtol=1e-6)
+        beside = lost + asked - along * asked  # orthogonal to ΔW
+        np.testing.assert_allclose(report.noise, np.linalg.norm(beside) / np.linalg.norm(asked), rtol=1e-6)
         np.testing.assert_allclose(report.worst_error, errors.max(), rtol=1e-6)
         row, column = report.worst_block
         assert errors[row, column // blocks[2]] == errors.max()
@@ -110,12 +113,16 @@ def test_a_gguf_file_gets_the_sum_in_its_own_storage(
     lost = np.concatenate([(after[s] - before[s]).ravel() for s in deltas]) - asked
     np.testing.assert_allclose(done.delta_kept, (lost + asked) @ asked / (asked @ asked), rtol=1e-6)
     np.testing.assert_allclose(done.error, np.linalg.norm(lost) / np.linalg.norm(asked), rtol=1e-6)
+    beside = lost - (lost @ asked) / (asked @ asked) * asked
+    np.testing.assert_allclose(done.noise, np.linalg.norm(beside) / np.linalg.norm(asked), rtol=1e-6)
+    whole = np.concatenate([before[s].ravel() for s in deltas])
+    np.testing.assert_allclose(done.change, np.linalg.norm(asked) / np.linalg.norm(whole), rtol=1e-6)
 
 
 @pytest.mark.parametrize("storage", ["q4_1", "float16"])
 def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, tmp_path: Path) -> None:
     base = base_gguf(tmp_path / "base.gguf", rng, storage)
-    done = nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.gguf")
+    done = nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.gguf", lossy=True)
     old, new = gguf.open(base), gguf.open(tmp_path / "out.gguf")
     assert list(new) == list(old)
     assert new.alignment == 64
@@ -134,13 +141,123 @@ def test_all_else_in_a_gguf_file_stays(storage: str, rng: np.random.Generator, t
     assert done.warning.endswith("--dtype q8_0 keeps more") == lost
 
 
-@pytest.mark.parametrize("size", [0.002, 0.2])
-def test_a_relative_error_above_1_is_explained(size: float, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_noise_larger_than_the_update_is_shown_beside_the_size_of_the_weights(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Rounding an unrounded model to 4 bits moves it further than the adapter does, and still keeps ΔW."""
     base = base_gguf(tmp_path / "base.gguf", rng, "float16")
-    done = nplora.merge_adapter(base, random_adapter(rng, size), tmp_path / "out.gguf", "q4_0")
-    assert (done.error > 1) == (size == 0.002)
-    explained = "rounding moves the weights further than ΔW does, which is noise where most of ΔW is kept"
-    assert (f"a relative error above 1: {explained}" in str(done).splitlines()) == (done.error > 1)
+    done = nplora.merge_adapter(base, random_adapter(rng, 0.006), tmp_path / "out.gguf", "q4_0")
+    assert done.noise > 5
+    assert 0.05 < done.noise * done.change < 0.12
+    lines = str(done).splitlines()
+    assert lines[1] == f"the merged weights keep {done.delta_kept:.1%} of the adapter's change (ΔW)"
+    assert lines[2] == (
+        f"rounding adds noise in all directions, {100 * done.noise * done.change:.3g}% of the weights' size "
+        f"({done.noise:.3g} times ΔW)"
+    )
+
+
+# ---- what keeps too little is refused ----
+
+
+def test_a_merge_that_loses_the_update_is_refused_and_leaves_nothing(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenth of a step of the 4-bit blocks: the smallest storage that is said to keep it does."""
+    base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
+    adapter = random_adapter(rng, 0.002)
+    adapter.save(tmp_path / "adapter")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    output = tmp_path / "out.gguf"
+    arguments = ["merge", str(base), str(tmp_path / "adapter"), "--output", str(output)]
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    said = re.fullmatch(
+        r"nplora: error: merge: q4_1 would keep ([\d.]+)% of the adapter's change \(ΔW\), "
+        r"expected at least 90%; --dtype (\w+) keeps about (\d+)%; "
+        r"--lossy \(lossy=True\) merges nevertheless\n",
+        err,
+    )
+    assert said is not None, err
+    assert out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    done = nplora.merge_adapter(base, adapter, output, said[2])
+    assert done.delta_kept == pytest.approx(float(said[3]) / 100, abs=0.02)
+    kept = {}
+    for dtype in STORAGES:
+        kept[dtype] = nplora.merge_adapter(base, adapter, output, dtype, overwrite=True, lossy=True)
+    assert kept["q4_1"].delta_kept == pytest.approx(float(said[1]) / 100, abs=0.02)
+    smaller = [d for d in kept.values() if kept["q4_1"].nbytes < d.nbytes < kept[said[2]].nbytes]
+    assert all(other.delta_kept < 0.92 for other in smaller)
+    assert cli.main([*arguments, "--lossy", "--overwrite"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == f"the merged weights keep {said[1]}% of the adapter's change (ΔW)"
+    assert gguf.open(output)["blk.0.attn_q.weight"].type == "Q4_1"
+
+
+def test_a_refused_merge_leaves_the_model_and_the_directory_that_were_there(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base = hf_directory(tmp_path / "base", rng, ml_dtypes.bfloat16)
+    adapter = random_adapter(rng, 5e-4)
+    new = tmp_path / "new"
+    with pytest.raises(ValueError, match=r"bfloat16 would keep .* --dtype float16 keeps about \d+%; --lossy"):
+        nplora.merge_adapter(base, adapter, new)
+    assert not new.exists()
+    nplora.merge_adapter(base, adapter, new, "float32")
+    before = {path: path.read_bytes() for path in new.iterdir()}
+    with pytest.raises(ValueError, match="bfloat16 would keep"):
+        nplora.merge_adapter(base, adapter, new, overwrite=True)
+    assert {path: path.read_bytes() for path in new.iterdir()} == before
+
+
+def test_a_matrix_of_large_numbers_does_not_hide_those_that_lost_their_update(tmp_path: Path) -> None:
+    """All of the large one's ΔW is kept, of the others' nothing: 99.99 % in Frobenius' norm."""
+    ones = storages.encode(np.ones((8, 32), np.float32), "bfloat16").view(np.uint16)
+    large = storages.encode(np.full((8, 32), 1024, np.float32), "bfloat16").view(np.uint16)
+    tensors = {f"{n}.weight": safetensors.Tensor("", "bfloat16", large if n == "a" else ones) for n in "abcd"}
+    safetensors.save(tmp_path / "base.safetensors", tensors)
+
+    def update(size: float) -> Update:
+        return Update(np.full((8, 1), size, "f4"), np.ones((1, 32), "f4"), 1.0)
+
+    adapter = Adapter("a", {"a": update(8), **{n: update(0.003) for n in "bcd"}})
+    with pytest.raises(ValueError, match=r"bfloat16 would keep [\d.]+% .*--dtype float16 keeps about \d+%"):
+        nplora.merge_adapter(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    done = nplora.merge_adapter(
+        tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", lossy=True
+    )
+    assert done.delta_kept > 0.999
+
+
+def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
+    """float32 sums lose it, whatever they are stored in."""
+    small = Update(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
+    safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
+    with pytest.raises(
+        ValueError, match=r"float32 would keep -?0\.0% .*; no other storage type keeps that; --lo"
+    ):
+        nplora.merge_adapter(
+            tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_an_estimate_by_a_sample_of_rows_is_near_to_the_whole(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = storages.encode(rng.standard_normal((2048, 256), np.float32), "q4_0")
+    gguf.save(tmp_path / "base.gguf", {"fc": gguf.Tensor("fc", "Q4_0", (2048, 256), weights.reshape(-1))})
+    a, b = rng.standard_normal((2048, 4), np.float32), rng.standard_normal((4, 256), np.float32)
+    adapter, model = Adapter("a", {"fc": Update(a, b, 0.01)}), merge_files._open(tmp_path / "base.gguf")
+    monkeypatch.setattr(merge_files, "_SAMPLED_ELEMENTS", 1 << 17)
+    for dtype in ("q5_0", "q6_k", "q8_0"):
+        done = nplora.merge_adapter(
+            tmp_path / "base.gguf", adapter, tmp_path / "o.gguf", dtype, overwrite=True, lossy=True
+        )
+        estimated = merge_files._estimated_kept(model, {"fc": adapter["fc"]}, dtype)
+        assert estimated == pytest.approx(done.delta_kept, abs=0.02)
+        assert estimated != done.delta_kept
 
 
 @pytest.mark.parametrize(
@@ -169,7 +286,8 @@ def test_what_would_keep_more_is_told_by_the_worst_weight(
     done = nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf", dtype)
     assert [report.kept < 0.5 for report in done.reports] == [True, False]
     assert done.reports[0].storage == worst
-    assert done.warning == f"much of what was learned is lost by rounding: --dtype {words}"
+    kept = f"{done.reports[0].kept:.1%} of its ΔW is kept"
+    assert done.warning == f"rounding lost much of what up learned ({kept}): --dtype {words}"
     assert "lost" not in str(done)
 
 
@@ -177,10 +295,11 @@ def test_what_float32_loses_is_told_without_a_remedy(tmp_path: Path) -> None:
     small = Update(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
     done = nplora.merge_adapter(
-        tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
+        tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors", lossy=True
     )
     assert done.delta_kept == pytest.approx(0, abs=1e-6)
-    assert done.warning == "much of what was learned is lost by rounding"
+    assert done.warning.startswith("rounding lost much of what fc.weight learned (")
+    assert done.warning.endswith("% of its ΔW is kept)")
 
 
 def test_what_would_keep_more_is_something_that_the_file_can_hold(tmp_path: Path) -> None:
@@ -188,9 +307,11 @@ def test_what_would_keep_more_is_something_that_the_file_can_hold(tmp_path: Path
     bits = storages.encode(np.ones((4, 32), np.float32), "bfloat16").view(np.uint16)
     weight = safetensors.Tensor("fc.weight", "bfloat16", bits)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": weight})
-    done = nplora.merge_adapter(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    done = nplora.merge_adapter(
+        tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", lossy=True
+    )
     assert done.delta_kept == pytest.approx(0, abs=1e-12)
-    assert done.warning.endswith("is lost by rounding: --dtype float16 keeps more")
+    assert done.warning.endswith("of its ΔW is kept): --dtype float16 keeps more")
 
 
 def test_another_storage_is_that_of_the_merged_weights_alone(
@@ -200,7 +321,7 @@ def test_another_storage_is_that_of_the_merged_weights_alone(
     adapter = random_adapter(rng)
     errors = {}
     for dtype in ("float32", "float16", "q8_0", "q4_k"):
-        done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", dtype, overwrite=True)
+        done = nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", dtype, overwrite=True, lossy=True)
         after, before = weights(tmp_path / "out.gguf"), weights(base)
         file = gguf.open(tmp_path / "out.gguf")
         for layer, (stored, _) in LAYERS.items():
@@ -607,15 +728,18 @@ def test_the_command_merges_and_reports(
     assert err == ""
     size = (tmp_path / "out.gguf").stat().st_size
     assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
-    assert re.fullmatch(r"\d+\.\d% of ΔW kept in all, relative error 0\.\d+; the least:", lines[1])
-    assert len(lines) == 5
-    kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[2:]]
+    assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[1])
+    noise = r"rounding adds noise in all directions, 0\.\d+% of the weights' size \(0\.\d+ times ΔW\)"
+    assert re.fullmatch(noise, lines[2])
+    assert lines[3] == "the tensors that keep the least:"
+    assert len(lines) == 7
+    kept = [float(re.findall(r"([\d.]+)% of ΔW", line)[0]) for line in lines[4:]]
     assert kept == sorted(kept)
     assert cli.main([*arguments, "--dtype", "q8_0", "--verbose", "--overwrite"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[5:] == lines
     assert table[0].startswith("blk.0.attn_q.weight: q8_0, 17,408 bytes, ")
-    assert set(map(str.strip, lines[2:])) <= set(table[:5])
+    assert set(map(str.strip, lines[4:])) <= set(table[:5])
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--dtype", "int4"])
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err
@@ -628,9 +752,12 @@ def test_a_command_that_loses_much_warns(
 ) -> None:
     base = base_gguf(tmp_path / "base.gguf", rng, "q4_1")
     random_adapter(rng, 1e-5).save(tmp_path / "adapter")
-    assert (
-        cli.main(["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "o.gguf")]) == 0
-    )
+    output = str(tmp_path / "o.gguf")
+    assert cli.main(["merge", str(base), str(tmp_path / "adapter"), "--output", output, "--lossy"]) == 0
     out, err = capsys.readouterr()
     assert "lost" not in out
-    assert err == ("nplora: warning: much of what was learned is lost by rounding: --dtype q8_0 keeps more\n")
+    assert re.fullmatch(
+        r"nplora: warning: rounding lost much of what \S+ learned \(-?[\d.]+% of its ΔW is kept\): "
+        r"--dtype q8_0 keeps more\n",
+        err,
+    )

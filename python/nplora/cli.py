@@ -217,6 +217,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         arguments.dtype,
         arguments.any_base,
         arguments.overwrite,
+        arguments.lossy,
     )
     if arguments.verbose:
         print(merged.table())
@@ -460,8 +461,10 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     )
     merge = command("merge", text, _merge)
     merge.epilog = (
-        "ΔW kept: how much of the update is in the weights as they are stored, 100 % but for rounding. "
-        "Relative error: what rounding changed, over the update, in norms; where ΔW is kept, it is noise."
+        "ΔW kept: how much of the adapter's change is in the weights as they are stored; less than 90 % is "
+        "refused. Noise: what rounding changes beside that. It spreads over all directions and the adapter's "
+        "change acts in a few, so noise may be larger than ΔW and hardly matter. Relative error: both "
+        "together, over ΔW."
     )
     merge.add_argument(
         "base", metavar="BASE", type=_path, help="a GGUF or safetensors file, or a Hugging Face directory"
@@ -477,6 +480,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         help="the merged weights' storage, of which safetensors has the floats (default: same)",
     )
     merge.add_argument("--any-base", action="store_true", help=_ANY_BASE)
+    merge.add_argument(
+        "--lossy", action="store_true", help="merge even if less than 90 %% of the adapter's change is kept"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     merge.add_argument("--verbose", action="store_true", help="tell what every tensor kept of the adapter")
     return parser

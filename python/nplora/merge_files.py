@@ -1,9 +1,10 @@
 """An adapter merged into a model's file: a block of rows at a time, while the new file is written."""
 
 import contextlib
+import dataclasses
 import errno
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,11 +26,12 @@ from nplora.formats import (
 )
 from nplora.formats.config_json import read_fields
 from nplora.formats.errors import FormatError, brief, counted, in_places
-from nplora.formats.files import NewFile, StrPath
+from nplora.formats.files import Chunk, NewFile, Stamp, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.sharded import ShardedFile
 from nplora.merging import Merge, MergeReport, Update, joint
+from nplora.nonfinite import require_finite
 from nplora.updates import Adapter, read_adapter
 
 Array = NDArray[Any]
@@ -39,7 +41,10 @@ _TOLD = 3  # tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
-_LITTLE = 0.5  # of ΔW that rounding kept: less is worth a word
+_LITTLE = 0.5  # of a tensor's ΔW that rounding kept: less is worth a warning
+_ENOUGH = 0.9  # of the adapter's ΔW: less is refused, unless it is asked for
+_SAMPLED_ELEMENTS = 1 << 20  # of all tensors together, to estimate what another storage would keep
+_LEAST_SAMPLED = 1 << 14  # of each tensor
 _STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
 
 
@@ -70,6 +75,17 @@ class ModelMerge:
         return math.sqrt(joint(self._norms, [report.error**2 for report in self.reports], 0.0))
 
     @property
+    def noise(self) -> float:
+        """The part of that error that is orthogonal to ΔW: not what is lost, but what rounding adds."""
+        return math.sqrt(max(0.0, self.error**2 - (1 - self.delta_kept) ** 2))
+
+    @property
+    def change(self) -> float:
+        """‖ΔW‖ / ‖W‖ of all merged weights together."""
+        whole = math.hypot(*(report.weight_norm for report in self.reports))
+        return math.hypot(*self._norms) / whole if whole else 0.0
+
+    @property
     def _norms(self) -> list[float]:
         return [report.norm for report in self.reports]
 
@@ -80,29 +96,40 @@ class ModelMerge:
     def __str__(self) -> str:
         worst = sorted(self.reports, key=lambda report: report.kept)
         kinds = dict.fromkeys(report.storage for report in self.reports)
+        noise = f"{100 * self.noise * self.change:.3g}% of the weights' size ({self.noise:.3g} times ΔW)"
         lines = [
             f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
             f"({', '.join(kinds)}), {self.kept} copied",
-            f"{self.delta_kept:.1%} of ΔW kept in all, relative error {self.error:.3g}; the least:",
+            f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
+            f"rounding adds noise in all directions, {noise}",
+            "the tensors that keep the least:",
             *(f"  {report}" for report in worst[:_TOLD]),
         ]
-        if self.error > 1:
-            lines.append(
-                "a relative error above 1: rounding moves the weights further than ΔW does, which is noise "
-                "where most of ΔW is kept"
-            )
         return "\n".join(lines)
 
     @property
     def warning(self) -> str:
-        """Where rounding took much of what was learned: that, and what would keep more; else empty."""
+        """Which tensor lost much of its ΔW by rounding, and what would keep more; empty if none did."""
         worst = min(self.reports, key=lambda report: report.kept)
         if worst.kept >= _LITTLE:
             return ""
         finer = _FINER[worst.storage]
-        return "much of what was learned is lost by rounding" + (
+        return f"rounding lost much of what {worst.name} learned ({worst.kept:.1%} of its ΔW is kept)" + (
             f": --dtype {finer} keeps more" if finer else ""
         )
+
+
+def _least_kept(reports: Iterable[MergeReport]) -> float:
+    """The share of ΔW that is kept in all: as `ModelMerge.delta_kept`, or less.
+
+    There, a matrix with large numbers hides the others. So the mean is also taken with each tensor weighted
+    by (‖ΔW‖ / ‖W‖)², its change relative to itself, and the smaller of the two counts.
+    """
+    changed = [report for report in reports if report.norm]
+    kept = [report.kept for report in changed]
+    norms = [report.norm for report in changed]
+    relative = [report.norm / (report.weight_norm or report.norm) for report in changed]
+    return min(joint(norms, kept, 1.0), joint(relative, kept, 1.0))
 
 
 def merge_adapter(
@@ -112,6 +139,7 @@ def merge_adapter(
     dtype: str = "same",
     any_base: bool = False,
     overwrite: bool = False,
+    lossy: bool = False,
 ) -> ModelMerge:
     """Write a model with an adapter merged into it: W + ΔW from float32 sums, every other byte as it was.
 
@@ -126,15 +154,20 @@ def merge_adapter(
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
         any_base: as in `load_adapter`.
         overwrite: also in the place of other files.
+        lossy: write the model even if rounding leaves less than 90 % of the adapter's ΔW in it.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
         FormatError: a file breaks its format, or the adapter is of another model or does not fit this one;
-            all that does not fit is listed, weights in blocks that are not decoded here too.
+            all that does not fit is listed, weights in blocks that are not decoded here too. Or a weight to
+            be merged into holds NaN or an infinity.
         UnsupportedError: a weight to be merged into is in bitsandbytes' 4 bits.
         UnsafeError: a file beside the base's weights is a link out of the model.
+        CorruptError: another program wrote to the base meanwhile.
         ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
-            index of other weights, or a sum is too large for the storage.
+            index of other weights, a sum is too large for the storage, or (without `lossy`) the storage would
+            keep less than 90 % of ΔW; the message names the smallest storage that keeps more. Nothing is
+            written.
         FileExistsError: output is, or lies in, a directory with an adapter or a run (a .gguf file may lie
             there); or a file is there and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
@@ -149,11 +182,16 @@ def merge_adapter(
         for name, update in updates.items()
         if dtype != "same" or not update.is_zero
     }
+    for name in merges:
+        require_finite(model.source, model.tensors[name])
     tensors: dict[str, Any] = {name: merges.get(name, tensor) for name, tensor in model.tensors.items()}
     with _new_directory(Path(output)) if _is_directory(output) else contextlib.nullcontext():
         new = model.new_files(output, tensors)
         for file in new:
             files.require_new(file.path, overwrite)
+        last = new[-1]  # when its last byte is made, every merge is done and no file is in place yet
+        checked = _then(last.chunks, lambda: _require_sound(model, updates, merges, lossy))
+        new[-1] = dataclasses.replace(last, chunks=checked)
         files.replace(new)
     reports = tuple(
         merges[name].report if name in merges else _unchanged(model.tensors[name], name) for name in updates
@@ -172,6 +210,7 @@ class _Model:
     Attributes:
         place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
         new_files: what is to be written for these tensors, of which some are merges.
+        mapped: the stamps of the files that the tensors are mapped from.
         shards: the files that the tensors are in, where the model is an index.
     """
 
@@ -182,6 +221,7 @@ class _Model:
     new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
     storages: tuple[str, ...]
     tied: bool
+    mapped: tuple[Stamp, ...]
     shards: frozenset[str] = frozenset()
 
 
@@ -215,7 +255,8 @@ def _open_gguf(path: StrPath) -> _Model:
         return [gguf.new_file(output, content, file_type.redescribe(file.metadata.typed(), file, content))]
 
     tied = facts is not None and "output.weight" not in file
-    return _Model(file.source, ".gguf", file, place, new_files, tuple(storages.GGML_NAMES), tied)
+    kinds = tuple(storages.GGML_NAMES)
+    return _Model(file.source, ".gguf", file, place, new_files, kinds, tied, file.mapped)
 
 
 def _open_safetensors(base: StrPath) -> _Model:
@@ -238,7 +279,8 @@ def _open_safetensors(base: StrPath) -> _Model:
 
     tied = _is_tied(model_directory.of(base), file)
     shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
-    return _Model(file.source, ".safetensors", file, place, new_files, tuple(storages.FLOATS), tied, shards)
+    kinds = tuple(storages.FLOATS)
+    return _Model(file.source, ".safetensors", file, place, new_files, kinds, tied, file.mapped, shards)
 
 
 def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
@@ -255,6 +297,76 @@ def _first_of(names: Mapping[str, Any], *candidates: str) -> str | None:
 
 def _chunks(merge: Merge) -> Callable[[], Iterator[memoryview]]:
     return lambda: (raw.reshape(-1).data for _, raw in merge.rows())
+
+
+# ---- how much is kept ----
+
+
+def _then(chunks: Iterable[Chunk], check: Callable[[], None]) -> Iterator[Chunk]:
+    yield from chunks
+    check()
+
+
+def _require_sound(
+    model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge], lossy: bool
+) -> None:
+    """What can be known only after the last row: the base stayed as it was, and enough of ΔW is kept."""
+    for stamp in model.mapped:
+        stamp.require_unchanged()
+    if not lossy:
+        _require_kept(model, updates, merges)
+
+
+def _require_kept(model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge]) -> None:
+    """Raise ValueError if too little of ΔW is kept; it names the smallest storage that keeps enough."""
+    kept = _least_kept(merge.report for merge in merges.values())
+    if kept >= _ENOUGH:
+        return
+    kinds = ", ".join(dict.fromkeys(merge.storage for merge in merges.values()))
+    enough = _smallest_that_keeps(model, updates, merges)
+    remedy = (
+        f"--dtype {enough[0]} keeps about {enough[1]:.0%}" if enough else "no other storage type keeps that"
+    )
+    raise ValueError(
+        f"merge: {kinds} would keep {kept:.1%} of the adapter's change (ΔW), expected at least "
+        f"{_ENOUGH:.0%}; {remedy}; --lossy (lossy=True) merges nevertheless"
+    )
+
+
+def _smallest_that_keeps(
+    model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge]
+) -> tuple[str, float] | None:
+    """The smallest storage above the present one that keeps enough of ΔW, and about how much it keeps."""
+    shapes = [merge.shape for merge in merges.values()]
+
+    def size(storage: str) -> int:
+        return sum(rows * storages.row_nbytes(storage, d_in) for rows, d_in in shapes)
+
+    fitting = [name for name in model.storages if all(storages.fits(name, d_in) for _, d_in in shapes)]
+    present = sum(merge.nbytes for merge in merges.values())
+    for storage in sorted(fitting, key=size):
+        if size(storage) > present or (size(storage) == present and storage in storages.FLOATS):
+            kept = _estimated_kept(model, {name: updates[name] for name in merges}, storage)
+            if kept >= _ENOUGH:
+                return storage, kept
+    return None
+
+
+def _estimated_kept(model: _Model, updates: Mapping[str, Update], storage: str) -> float:
+    """What `_least_kept` would be, from evenly spaced rows of each tensor; 0 if a sum is too large for it."""
+    elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
+    reports = []
+    for name, update in updates.items():
+        count = max(1, elements // max(1, update.shape[1]))
+        rows = np.arange(0, len(update.A), max(1, -(-len(update.A) // count)))
+        merge = _merge(model.tensors[name], name, update, storage, rows)
+        try:
+            for _ in merge.rows():
+                pass
+        except ValueError:
+            return 0.0
+        reports.append(merge.report)
+    return _least_kept(reports)
 
 
 # ---- where it goes ----
@@ -385,14 +497,18 @@ def _unchanged(tensor: Tensor, name: str) -> MergeReport:
     return MergeReport.unchanged(name, _storage(tensor) or "", tensor.nbytes)
 
 
-def _merge(tensor: Tensor, name: str, update: Update, dtype: str) -> Merge:
+def _merge(tensor: Tensor, name: str, update: Update, dtype: str, sample: Array | None = None) -> Merge:
+    """The merge of a tensor, or of a sample of its rows."""
     storage = _storage(tensor)
     assert storage is not None
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
+    if sample is not None:
+        rows, m = rows[sample], None if update.m is None else update.m[sample]
+        update = Update(update.A[sample], update.B, update.scale, m)
     return Merge(
         name,
-        (d_out, d_in),
+        update.shape,
         lambda first, last: storages.decode(rows[first:last], storage, d_in),
         update,
         storage if dtype == "same" else dtype,

@@ -35,6 +35,7 @@ class MergeReport:
             the storage's own length (a whole row where elements stand alone).
         worst_error: that error.
         norm: ‖ΔW‖.
+        weight_norm: ‖W‖ of the original.
     """
 
     name: str
@@ -45,6 +46,12 @@ class MergeReport:
     worst_block: tuple[int, int]
     worst_error: float
     norm: float = 0.0
+    weight_norm: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖: what rounding adds, not what is lost."""
+        return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
@@ -56,8 +63,9 @@ class MergeReport:
         if math.isinf(self.error):
             return f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, only the rounding is new"
         return (
-            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, relative error "
-            f"{self.error:.3g}, at worst {self.worst_error:.3g} (row {row:,} from column {column:,})"
+            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, noise "
+            f"{self.noise:.3g} times ΔW, relative error {self.error:.3g}, at worst {self.worst_error:.3g} "
+            f"(row {row:,} from column {column:,})"
         )
 
 
@@ -153,6 +161,7 @@ class Merge:
         self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
         self._read, self._update = read, update
         self._asked = self._lost = self._along = 0.0  # ‖ΔW‖², ‖error‖², ⟨error, ΔW⟩
+        self._weight = 0.0  # ‖W‖²
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
@@ -194,6 +203,7 @@ class Merge:
         self._asked += float(asked_squares.sum())
         self._lost += float(lost_squares.sum())
         self._along += float(np.einsum("ni,ni->", lost, delta))
+        self._weight += float(np.einsum("ni,ni->", before, before, dtype=np.float64))
         if lost_squares.size:
             errors = _relative(lost_squares, asked_squares)
             row, block = np.unravel_index(int(np.nanargmax(np.nan_to_num(errors, nan=np.inf))), errors.shape)
@@ -214,6 +224,7 @@ class Merge:
             (row, column),
             max(0.0, worst),
             math.sqrt(self._asked),
+            math.sqrt(self._weight),
         )
 
 

@@ -1,6 +1,8 @@
 """NaN and infinities in a model's file: named before anything is computed, and never printed as JSON."""
 
+import ast
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,39 @@ def test_eval_of_a_loss_that_is_not_finite_fails_and_prints_json_of_null(
         assert out == ""
     assert err.splitlines()[-1].startswith("nplora: error: eval: the loss over ")
     assert err.endswith(", expected a finite number\n")
+
+
+def test_settings_that_are_not_finite_are_logged_as_text(tmp_path: Path) -> None:
+    class Capped(nplora.SGD):
+        def __init__(self) -> None:
+            super().__init__(lr=0.1)
+            self.cap = math.inf
+
+    model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2))
+    x = np.ones((8, 4), np.float32)
+    for _ in range(2):  # the second one compares its settings with those of the checkpoint
+        trainer = nplora.Trainer(model, "mse", Capped())
+        trainer.fit(x, x, epochs=1, checkpoint_dir=tmp_path, resume=True)
+    start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert start["settings"]["free"]["cap"] == "Infinity"
+
+
+# Calls that need no allow_nan=False: what they give is read back at once, or is what a chat template prints.
+NOT_WRITTEN = {
+    "trainer/resuming.py",
+    "formats/strict_json.py",
+    "tokenizer/chat_template.py",
+    "tokenizer/renderer.py",
+}
+
+
+def test_no_json_is_written_that_may_hold_nan() -> None:
+    package, found = Path(nplora.__file__).parent, 0
+    for file in package.rglob("*.py"):
+        if file.relative_to(package).as_posix() in NOT_WRITTEN:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                found += 1
+                assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("allow_nan") == "False", file
+    assert found > 4

@@ -156,7 +156,10 @@ def _model(directory: StrPath) -> str:
     config = read_fields(Path(directory, model_directory.CONFIG))
     tensors = _tensors(model_directory.open_tensors(directory))
     family, nbytes = config.string("model_type", "that is not named"), sum(t.nbytes for t in tensors)
-    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
+    said = {
+        key: value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        for key, value in config.items()
+    }
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
         f"{counted(len(tensors), 'tensor')}, {nbytes:,} bytes",

@@ -246,7 +246,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
     for name, tag, array in tagged:
         begin, end = end, end + array.nbytes
         header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"safetensors.save: a header of {len(text):,} bytes, at most {MAX_HEADER:,}")

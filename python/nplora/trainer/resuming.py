@@ -43,7 +43,10 @@ def settings_of(
         },
         "free": {"loss": _loss_name(loss), **public, **options},
     }
-    result: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
+    result: dict[str, Any] = json.loads(
+        json.dumps(settings, default=repr),
+        parse_constant=str,  # NaN and infinities, which JSON does not have, become text
+    )
     return result
 
 

@@ -106,13 +106,13 @@ def test_a_forked_child_ends_alone(tmp_path: Path) -> None:
 
 def test_other_mappings_and_signals_go_to_the_handler_from_before(tmp_path: Path) -> None:
     path = small_models.write(tmp_path / "small.gguf")
-    (tmp_path / "other").write_bytes(bytes(1 << 16))
+    (tmp_path / "other").write_bytes(bytes(1 << 20))
     foreign = f"""
         import mmap
         with open({str(tmp_path / "other")!r}, "rb") as file:
             other = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         cut({str(tmp_path / "other")!r})
-        other[1 << 15]
+        other[1 << 19]
     """
     sent = "import signal; os.kill(os.getpid(), signal.SIGBUS)"
     for code in (foreign, sent):
@@ -131,6 +131,16 @@ def test_a_handler_from_before_is_called_in_between(handler: str, tmp_path: Path
     assert done.stderr.startswith(message(path))
     assert ("Fatal Python error: Bus error" in done.stderr) == (handler == "faulthandler")
     assert done.returncode == BUS_ERROR
+
+
+def test_faulthandler_that_is_switched_off_takes_the_message_along_until_the_next_mapping(
+    tmp_path: Path,
+) -> None:
+    """It puts back the handler from before its own."""
+    path = small_models.write(tmp_path / "small.gguf")
+    code = f"faulthandler.disable(); lm = nplora.load_model({str(path)!r}); cut(); lm.logits(ids)"
+    done = ended(path, code, "import faulthandler; faulthandler.enable()")
+    assert (done.returncode, done.stderr) == (BUS_ERROR, message(path))
 
 
 def test_a_mapping_that_is_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

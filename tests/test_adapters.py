@@ -1,12 +1,16 @@
 """Adapter directories: what is written, what is read back, and that a failure changes nothing."""
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
 import resource
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,8 +123,12 @@ def test_the_file_has_peft_s_names_with_the_letters_exchanged(tmp_path: Path) ->
     model = Net(embedding=False, use_dora=True)
     save_adapter(model, tmp_path)
     tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
-    digest = hashlib.sha256((tmp_path / "adapter_config.json").read_bytes()).hexdigest()
-    assert tensors.metadata == {"format": "pt", "adapter_config.sha256": digest}
+    config = (tmp_path / "adapter_config.json").read_bytes()
+    assert tensors.metadata == {
+        "format": "pt",
+        "adapter_config.json": config.decode(),
+        "adapter_config.sha256": hashlib.sha256(config).hexdigest(),
+    }
     assert set(tensors) == {
         f"{PREFIX}blocks.{i}.{name}"
         for i in (0, 1)
@@ -635,9 +643,9 @@ def test_the_configuration_is_renamed_last_and_the_directory_is_flushed_after_it
     calls: list[str] = []
     real_replace, real_fsync = os.replace, os.fsync
 
-    def replace(source: Path, target: Path) -> None:
-        calls.append(target.name)
-        real_replace(source, target)
+    def replace(source: str, target: str, **directories: int) -> None:
+        calls.append(target)
+        real_replace(source, target, **directories)
 
     def fsync(fd: int) -> None:
         place = Path(os.readlink(f"/proc/self/fd/{fd}"))
@@ -651,26 +659,140 @@ def test_the_configuration_is_renamed_last_and_the_directory_is_flushed_after_it
         "flush adapter_model",
         "flush adapter_config",
         "adapter_model.safetensors",
+        f"flush {tmp_path}",
         "adapter_config.json",
         f"flush {tmp_path}",
     ]
 
 
-def test_new_tensors_beside_an_old_configuration_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_adapter(Net(alpha=6), tmp_path)
+def cut_short(directory: Path, model: nplora.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save an adapter, and stop between the two renames."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", failing_after(1, os.replace, OSError(errno.EIO, "the power fails")))
         with pytest.raises(OSError, match="the power fails"):
-            save_adapter(Net(alpha=60), tmp_path)
+            save_adapter(model, directory)
+
+
+def test_a_save_that_was_cut_short_between_its_renames_is_the_new_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(Net(alpha=6), tmp_path)
+    old = (tmp_path / peft_adapter.CONFIG).read_bytes()
+    cut_short(tmp_path, Net(alpha=60), monkeypatch)
+    assert (tmp_path / peft_adapter.CONFIG).read_bytes() == old
+    model = Net()
+    load_adapter(model, tmp_path)
+    assert model.blocks[0].alpha == 60
+    assert nplora.read_adapter(tmp_path)["blocks.0"].scale == 60 / model.blocks[0].rank
+    cut_short(tmp_path, Net(alpha=600), monkeypatch)  # once more, beside the same old configuration
+    load_adapter(model, tmp_path)
+    assert model.blocks[0].alpha == 600
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / peft_adapter.CONFIG).read_text())["lora_alpha"] == 600
+    load_adapter(model, tmp_path)
+
+
+def test_new_tensors_beside_a_configuration_that_they_do_not_replace_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(Net(alpha=6), tmp_path)
+    cut_short(tmp_path, Net(alpha=60), monkeypatch)
+    edit(tmp_path, lora_alpha=61)
     model = Net()
     before = state(model)
-    with pytest.raises(CorruptError, match=r"a save was cut short"):
+    with pytest.raises(CorruptError, match=r"not the one that was saved with adapter_model\.safetensors"):
         load_adapter(model, tmp_path)
     assert state(model) == before
-    save_adapter(Net(alpha=60), tmp_path)
-    load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, edited_config=True)
+    assert model.blocks[0].alpha == 61
+
+
+def killed_at(number: int, body: Callable[[], None]) -> bool:
+    """Run a function in a child that ends, as by SIGKILL, before its n-th call to the system that matters."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            for name in ("open", "write", "fchmod", "fsync", "replace", "unlink"):
+                setattr(os, name, ending_after(number, getattr(os, name)))
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED)
+    return status == KILLED
+
+
+KILLED = 9
+calls: list[None] = []
+
+
+def ending_after(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) > number:
+            os._exit(KILLED)
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_a_save_killed_before_any_call_leaves_the_old_adapter_or_the_new(tmp_path: Path) -> None:
+    old, new = perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)
+    found = []
+    for number in itertools.count():
+        directory = tmp_path / str(number)
+        save_adapter(old, directory)
+        if not killed_at(number, lambda directory=directory: save_adapter(new, directory)):  # type: ignore[misc]
+            break
+        loaded = Net(rank=2)
+        load_adapter(loaded, directory)
+        found.append(state(loaded))
+        save_adapter(new, directory)
+        assert sorted(os.listdir(directory)) == [peft_adapter.CONFIG, peft_adapter.TENSORS]
+        load_adapter(loaded, directory)
+        assert state(loaded) == state(new)
+    switch = found.index(state(new))
+    assert found == [state(old)] * switch + [state(new)] * (len(found) - switch)
+    assert switch > 8
+    assert len(found) - switch >= 3  # the flush, the second rename, and its flush
+
+
+def test_a_reader_sees_the_old_adapter_or_the_new_while_one_replaces_the_other(tmp_path: Path) -> None:
+    both = [perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)]
+    wanted, ended = [state(model) for model in both], threading.Event()
+    save_adapter(both[0], tmp_path)
+
+    def read() -> list[int]:
+        seen = []
+        while not ended.is_set():
+            model = Net(rank=2)
+            load_adapter(model, tmp_path)
+            seen.append(wanted.index(state(model)))
+        return seen
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reading = pool.submit(read)
+        try:
+            for number in range(100):
+                save_adapter(both[(number + 1) % 2], tmp_path)
+        finally:
+            ended.set()
+        assert set(reading.result()) == {0, 1}
+
+
+def test_permissions_of_the_files_that_a_save_replaces_are_kept(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+    modes = {peft_adapter.CONFIG: 0o600, peft_adapter.TENSORS: 0o666}
+    for name, mode in modes.items():
+        (tmp_path / name).chmod(mode)
+    before = os.umask(0o027)
+    try:
+        save_adapter(Net(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in modes} == modes
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_an_interrupt_at_any_call_leaves_the_old_file(
     safetensors.save(path, {"w": np.zeros(4)})
     before = path.read_bytes()
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files.os, call, interrupt)

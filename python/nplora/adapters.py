@@ -107,13 +107,15 @@ class AdapterReport:
         return "\n".join([f"{self.directory}: {counted(len(self.layers), 'layer')} loaded", *self.changes])
 
 
-def save_adapter(model: Module, directory: StrPath, base_model_name_or_path: str | None = None) -> None:
+def save_adapter(
+    model: Module, directory: StrPath | files.Directory, base_model_name_or_path: str | None = None
+) -> None:
     """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
 
-    The directory is made if needed. Both files are complete on the disk before either takes its name, the
-    configuration last, so a full or unwritable disk leaves an older adapter as it was. A crash between the
-    two leaves new tensors beside an old configuration, which `load_adapter` refuses. Temporary files that a
-    crash left there are removed.
+    The directory is made if needed. Both files are complete on the disk before either takes its name, so a
+    full or unwritable disk leaves an older adapter as it was. `load_adapter` finds either the old adapter or
+    the new one, also while the files are replaced and after a crash. The files keep the permissions of those
+    that they replace. Temporary files that a crash left there are removed.
 
     Layers of init="pissa" or "olora" are written as plain LoRA of twice the rank for the weight that they
     were given, as PEFT's `path_initial_model_for_weight_conversion` does.
@@ -159,7 +161,7 @@ def load_adapter(
     Raises:
         FormatError: a file breaks its format or does not fit the model, all that does not fit is listed; or
             it is of another model.
-        CorruptError: the two files are not of one `save_adapter`: a crash came between, or an edit.
+        CorruptError: adapter_config.json was edited after `save_adapter` wrote it.
         UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
         RuntimeError: a layer is merged.
         ValueError: the model has no LoRA layer.

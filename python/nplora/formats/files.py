@@ -6,16 +6,17 @@ Every call to the file system that nplora's formats make is in this module.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import mmap
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 from nplora import mappings
 from nplora.formats.errors import (
@@ -42,6 +43,7 @@ _KINDS = {
 }
 OTHER_OR = "name another one, or --overwrite (overwrite=True)"  # a way out of what would be replaced
 _LEAST_MAPPED = 1 << 20
+_HASHED_AT_ONCE = 1 << 20
 _COARSEST_TICK_NS = 2_000_000_000  # FAT counts in 2 seconds, Linux's own in at most 10 ms
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
@@ -145,6 +147,13 @@ class Reader:
             begin += count
         return data.toreadonly()
 
+    def is_at(self, path: StrPath) -> bool:
+        """Whether a path still leads to this file, which another may have replaced."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def map(self) -> mmap.mmap | memoryview:
         """A read-only mapping of the whole file, which outlives the reader. An empty file has none: b"".
 
@@ -188,6 +197,15 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
         return reader[:]
+
+
+def sha256(path: StrPath) -> str:
+    """The SHA-256 of a regular file, in hexadecimal digits. It is read in pieces. Raises as `read`."""
+    digest = hashlib.sha256()
+    with reading(path) as reader:
+        for begin in range(0, len(reader), _HASHED_AT_ONCE):
+            digest.update(reader[begin : begin + _HASHED_AT_ONCE])
+    return digest.hexdigest()
 
 
 def cached(path: Path) -> Path:
@@ -239,8 +257,49 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error}: {note}", name(path)) from error
 
 
+class Directory(os.PathLike[str]):
+    """A directory held open: it stays the same one, whatever it is renamed to and wherever the process moves.
+
+    As a path, it is where the directory is now.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: "StrPath | Directory") -> None:
+        held = path if isinstance(path, Directory) else None
+        self._path: str = os.path.abspath(path) if held is None else held._path
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self.fd: int = os.open(
+            self._path if held is None else ".", flags, dir_fd=None if held is None else held.fd
+        )
+
+    def is_at(self, path: StrPath) -> bool:
+        """Whether this path leads to the directory."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.fd))
+        except OSError:
+            return False
+
+    def __fspath__(self) -> str:
+        if not self.is_at(self._path):
+            with contextlib.suppress(OSError):  # a system without /proc
+                moved = os.readlink(f"/proc/self/fd/{self.fd}")
+                return moved if self.is_at(moved) else self._path
+        return self._path
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 def require_directory(path: StrPath) -> None:
-    """Raise NotADirectoryError where something else lies in the place of a directory to be written."""
+    """Raise NotADirectoryError where something other than a directory has the name of one to be written."""
     if os.path.exists(path) and not os.path.isdir(path):
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
         reason = f"is {kind}, expected a directory: name another one"
@@ -248,54 +307,93 @@ def require_directory(path: StrPath) -> None:
 
 
 def require_new(path: StrPath, overwrite: bool) -> None:
-    """Raise FileExistsError where a file lies that is not to be replaced."""
-    if Path(path).is_file() and not overwrite:
+    """Raise FileExistsError for a path that is taken, unless it is a file and may be replaced.
+
+    Raises:
+        IsADirectoryError: it is a directory, which nothing replaces.
+    """
+    if not os.path.lexists(path):
+        return
+    _require_replaceable(Path(path))
+    if not overwrite:
         raise FileExistsError(errno.EEXIST, f"the file is there; {OTHER_OR} replaces it", name(path))
 
 
-def replace(files: Sequence[NewFile]) -> None:
+def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
+    """Refuse to write over a file that the same call reads, under whatever name, link or hard link.
+
+    Args:
+        inputs: what each is called in the message, and its path. A path that does not exist is passed over.
+    Raises:
+        ValueError: an output is an input.
+    """
+    read = [(what, found) for what, path in inputs if (found := _stat(path)) is not None]
+    for output in outputs:
+        there = _stat(output)
+        for what, found in read:
+            if there is not None and os.path.samestat(there, found):
+                raise ValueError(f"{op}: {name(output)} is the {what} itself, which is left as it is")
+
+
+def _stat(path: StrPath) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def replace(files: Sequence[NewFile], directory: Directory | None = None) -> None:
     """Write each file beside its target, then rename them over their targets in the order given.
 
     Nothing is renamed before every byte of every file is on the disk, so a full disk leaves all the old
-    files. A crash between two renames leaves the later ones old. What a crash left beside a target is removed
-    by the next call, unless another one is at work in that directory.
+    files. A crash between two renames leaves the later files old. A new file has the permissions of the one
+    that it replaces. A link is itself replaced, and the file that it leads to stays as it is. The next call
+    removes what a crash left beside a target, unless another call is at work in that directory.
 
+    Args:
+        directory: the directory of all these files, held open. Their paths are then for messages only, and
+            the last part of each is a name in that directory.
     Raises:
         OSError: a target is there and is not a regular file or a link to one, or the disk refuses; the
             temporary files are gone and the message says how many bytes were needed.
     """
     targets = [Path(file.path) for file in files]
-    for target in targets:
-        _require_replaceable(target)
-    temporaries: list[Path] = []
+    temporaries: list[str] = []
     with contextlib.ExitStack() as opened:
-        directories = {target.parent: opened.enter_context(_directory(target)) for target in targets}
-        for path, fd in directories.items():
-            _clear_and_share(fd, {target.name for target in targets if target.parent == path})
+        parents = {target.parent: target for target in reversed(targets)}
+        descriptors = {
+            parent: opened.enter_context(_parent(target, directory)) for parent, target in parents.items()
+        }
+        places = [descriptors[target.parent] for target in targets]
+        for place, target in zip(places, targets, strict=True):
+            _require_replaceable(target, place)
+        for parent, descriptor in descriptors.items():
+            _clear_and_share(descriptor, {target.name for target in targets if target.parent == parent})
         try:
-            for file, target in zip(files, targets, strict=True):
-                temporaries.append(target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp"))
-                _write_new(temporaries[-1], file)
-            for temporary, target in zip(temporaries, targets, strict=True):
-                os.replace(temporary, target)
+            for file, place, target in zip(files, places, targets, strict=True):
+                temporaries.append(f".{target.name}.{secrets.token_hex(6)}.tmp")
+                _write_new(file, place, temporaries[-1], _permissions(target.name, place))
+            for place, temporary, target in zip(places, temporaries, targets, strict=True):
+                os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
+                with disk_errors(target.parent, "the new files are in place, but a power cut may undo that"):
+                    os.fsync(place)  # renames reach the disk in their order
         except BaseException:
-            for temporary in temporaries:
+            for place, temporary in zip(places, temporaries, strict=False):
                 with contextlib.suppress(OSError):
-                    temporary.unlink()
+                    os.unlink(temporary, dir_fd=place)
             raise
-        for path, fd in directories.items():
-            with disk_errors(path, "the new files are in place, but a power cut may undo that"):
-                os.fsync(fd)
 
 
-def _require_replaceable(target: Path) -> None:
+def _require_replaceable(target: Path, directory: int | None = None) -> None:
     """Refuse what a rename would destroy: a FIFO or a device would become a regular file."""
+    place = target if directory is None else target.name or "."
     try:
-        kind = stat.S_IFMT(os.stat(target).st_mode)
+        kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)
     except FileNotFoundError:
-        if not target.is_symlink():
+        try:
+            kind = stat.S_IFMT(os.stat(place, dir_fd=directory, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
             return
-        kind = stat.S_IFLNK
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file's name", str(target))
     if kind != stat.S_IFREG:
@@ -304,15 +402,30 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _directory(target: Path) -> Iterator[int]:
-    """The directory of a target, open for as long as files are written there."""
-    with disk_errors(target, "its directory cannot be opened"):
-        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _permissions(target: str, directory: int) -> int | None:
+    """Those of the file that is to be replaced, if there is one."""
     try:
-        yield fd
-    finally:
-        os.close(fd)
+        return os.stat(target, dir_fd=directory).st_mode & 0o777
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _parent(target: Path, held: Directory | None) -> Iterator[int]:
+    """The directory of a target, opened for this call alone: a lock belongs to what was opened."""
+    with disk_errors(target, "its directory cannot be opened"):
+        directory = Directory(target.parent if held is None else held)
+    with directory:
+        yield directory.fd
+
+
+def unfinished(directory: int, targets: Container[str]) -> list[str]:
+    """The temporary files that calls of `replace` left for these targets, or that are being written."""
+    return [
+        file
+        for file in sorted(os.listdir(directory))
+        if (match := _TEMPORARY.fullmatch(file)) and match[1] in targets
+    ]
 
 
 def _clear_and_share(directory: int, targets: set[str]) -> None:
@@ -323,19 +436,22 @@ def _clear_and_share(directory: int, targets: set[str]) -> None:
     """
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in os.listdir(directory):
-            if (match := _TEMPORARY.fullmatch(file)) and match[1] in targets:
-                os.unlink(file, dir_fd=directory)
+        for file in unfinished(directory, targets):
+            os.unlink(file, dir_fd=directory)
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def _write_new(path: Path, file: NewFile) -> None:
+def _write_new(file: NewFile, directory: int, temporary: str, permissions: int | None) -> None:
     """Write and fsync a file that does not exist yet."""
     progress = Progress(file.nbytes)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with disk_errors(file.path, progress):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(temporary, flags, 0o666 if permissions is None else permissions, dir_fd=directory)
         try:
+            if permissions is not None:
+                with contextlib.suppress(PermissionError):  # a file system without permissions
+                    os.fchmod(fd, permissions)
             for chunk in file.chunks:
                 write(fd, chunk, progress)
             os.fsync(fd)

@@ -1,11 +1,17 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
-Two files cannot be replaced at one moment, so the tensors' metadata hold, beside PEFT's "format": "pt", the
-SHA-256 of the configuration that belongs to them, and that of their base model (`model_digest`). PEFT passes
-over them and writes none, and without them nothing is compared.
+Two files cannot be replaced at one moment. So the tensors' file carries, in its metadata, the whole
+configuration that belongs to it, the SHA-256 of that, and the SHA-256 of the configuration that it replaces.
+The rename of the tensors' file is the moment at which a new adapter takes the place of an old one: a reader
+that then finds the replaced configuration uses the one in the metadata. A configuration that is neither of
+the two was edited by hand.
+
+The metadata also hold a digest of the base model (`model_digest`). PEFT ignores all of these and writes none
+of them; without them nothing is compared.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,7 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, files, model_digest, model_directory, peft_config, safetensors
+from nplora.formats import (
+    bfloat16,
+    files,
+    model_digest,
+    model_directory,
+    peft_config,
+    run_files,
+    safetensors,
+    strict_json,
+)
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import PeftConfig
@@ -26,12 +41,14 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"
+REPLACED_DIGEST = "replaced_adapter_config.sha256"
 BASE_DIGEST = "base_norms.sha256"
 PREFIX = "base_model.model."  # stands before a layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
 MAX_PATTERN_WORK = 1 << 23  # layers times characters of patterns: seconds
+_MOST_REPLACED = 100  # times that a pair is read again because another process replaced it meanwhile
 
 
 @dataclass(frozen=True)
@@ -135,17 +152,57 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
     files.require_named("adapter", directory=directory)
     os.stat(directory)  # the error is to name what is not there, or is a file, and not one in it
     files.require_directory(directory)
+    _require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
+    os.stat(config_path)  # the error is to name the configuration first
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")
-    text = bytes(files.read(config_path, peft_config.MAX_BYTES))
-    config = peft_config.loads(text, str(config_path))
-    with safetensors.reading(tensors_path) as tensors:
-        paired = tensors.metadata.get(CONFIG_DIGEST, _digest(text)) == _digest(text)
+    with contextlib.ExitStack() as opened:
+        tensors, text, paired = _pair(config_path, tensors_path, opened)
+        config = peft_config.loads(text, str(config_path))
         digest = tensors.metadata.get(BASE_DIGEST)
         if digest is not None:
             digest = model_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
         yield PeftAdapter(files.name(directory), config, tensors, paired, digest)
+
+
+def _require_finished(directory: StrPath) -> None:
+    """Refuse a directory of a run that has not written its adapter, even if an earlier run's is there."""
+    if not run_files.holds_run(directory):
+        return
+    is_whole = all(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
+    if not is_whole or is_dropped(directory):
+        reason = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        raise FileNotFoundError(errno.ENOENT, reason, files.name(directory))
+
+
+def is_dropped(directory: StrPath) -> bool:
+    """Whether the adapter in a directory is one that the run there, which has begun anew, does not keep."""
+    dropped, tensors = run_files.dropped_adapter(directory), Path(directory, TENSORS)
+    return dropped is not None and tensors.exists() and files.sha256(tensors) == dropped
+
+
+def _pair(
+    config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
+) -> tuple[SafetensorsFile, bytes, bool]:
+    """The tensors, held open, a configuration's text, and whether that belongs to them as far as is known.
+
+    The tensors are opened first. Their file is replaced before the configuration is: as long as it is at its
+    path, the configuration is not newer. Otherwise both are read again.
+    """
+    for _ in range(_MOST_REPLACED):
+        with contextlib.ExitStack() as attempt:
+            reader = attempt.enter_context(files.reading(tensors_path))
+            tensors = SafetensorsFile(reader, files.name(tensors_path))
+            text = bytes(files.read(config_path, peft_config.MAX_BYTES))
+            wanted, embedded = tensors.metadata.get(CONFIG_DIGEST), tensors.metadata.get(CONFIG, "").encode()
+            if _digest(text) == tensors.metadata.get(REPLACED_DIGEST) and _digest(embedded) == wanted:
+                text = embedded
+            is_certain = _digest(text) == wanted
+            if is_certain or reader.is_at(tensors_path):
+                opened.push(attempt.pop_all())
+                return tensors, text, is_certain or wanted is None
+    raise CorruptError(f"{tensors_path}: replaced {_MOST_REPLACED} times while it was read")
 
 
 def lies_in(directory: StrPath) -> bool:
@@ -153,10 +210,49 @@ def lies_in(directory: StrPath) -> bool:
     return any(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
 
 
-def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: str | None = None) -> None:
+def require_ours(directory: StrPath, overwrite: bool) -> None:
+    """Refuse files that `save` would replace if they are links, or unasked if they are not an adapter's.
+
+    Raises:
+        UnsafeError: a file is a symbolic link. FormatError: it is a directory, FIFO or device.
+        FileExistsError: a file is not one of an adapter, and `overwrite` is not set.
+    """
+    for name, is_ours in ((CONFIG, _is_config), (TENSORS, _is_tensors)):
+        path = Path(directory, name)
+        if not os.path.lexists(path):
+            continue
+        with files.reading(path, follow_links=False) as reader:
+            if not (overwrite or is_ours(reader)):
+                reason = f"the file is not one of a LoRA adapter; {files.OTHER_OR} replaces it"
+                raise FileExistsError(errno.EEXIST, reason, files.name(path))
+
+
+def _is_config(reader: files.Reader) -> bool:
+    try:
+        fields = strict_json.loads(bytes(reader[: peft_config.MAX_BYTES]), CONFIG)
+    except FormatError:
+        return False
+    return isinstance(fields, dict) and fields.get("peft_type") == "LORA"
+
+
+def _is_tensors(reader: files.Reader) -> bool:
+    try:
+        names = SafetensorsFile(reader, TENSORS).entries
+    except FormatError:
+        return False
+    return all(name.startswith(PREFIX) for name in names)
+
+
+def save(
+    directory: StrPath | files.Directory,
+    config: PeftConfig,
+    tensors: Tensors,
+    base_digest: str | None = None,
+) -> None:
     """Write both files, into a directory that is made if needed.
 
-    Both are complete on the disk before either takes its name, the configuration last.
+    Both are complete on the disk before either takes its name, the configuration last. At every moment a
+    reader of nplora's sees the old adapter or the new one, and so it is after a crash.
 
     Raises:
         ValueError: the directory's name is empty. NotADirectoryError: it is something else.
@@ -166,16 +262,30 @@ def save(directory: StrPath, config: PeftConfig, tensors: Tensors, base_digest: 
     files.require_directory(directory)
     model_directory.require_no_model(directory)
     text = peft_config.dumps(config)
-    metadata = {"format": "pt", CONFIG_DIGEST: _digest(text)}
+    metadata = {"format": "pt", CONFIG: text.decode(), CONFIG_DIGEST: _digest(text)}
     if base_digest is not None:
         metadata[BASE_DIGEST] = base_digest
-    os.makedirs(directory, exist_ok=True)
-    files.replace(
-        [
-            safetensors.new_file(Path(directory, TENSORS), tensors, metadata),
-            files.NewFile(Path(directory, CONFIG), len(text), [text]),
-        ]
-    )
+    if not isinstance(directory, files.Directory):
+        os.makedirs(directory, exist_ok=True)
+    with files.Directory(directory) as held:
+        replaced = _digest_in(held)
+        if replaced not in (None, metadata[CONFIG_DIGEST]):
+            metadata[REPLACED_DIGEST] = str(replaced)
+        files.replace(
+            [
+                safetensors.new_file(Path(directory, TENSORS), tensors, metadata),
+                files.NewFile(Path(directory, CONFIG), len(text), [text]),
+            ],
+            held,
+        )
+
+
+def _digest_in(directory: files.Directory) -> str | None:
+    """The SHA-256 of a directory's configuration, if it has one that can be read."""
+    try:
+        return _digest(bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES)))
+    except (FormatError, OSError):
+        return None
 
 
 def _digest(text: bytes) -> str:

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import nplora
 from nplora import checkpoint
 from nplora.checkpoint import Checkpoint, RunDirectory
 from nplora.formats import files, safetensors
-from nplora.formats.errors import CorruptError, UnsupportedError
+from nplora.formats.errors import CorruptError, UnsafeError, UnsupportedError
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer
 from nplora.trainer import run as run_module
 
@@ -1175,6 +1176,184 @@ def test_what_a_killed_writer_left_is_removed_and_named(stopped: Path, tmp_path:
     with pytest.warns(UserWarning, match=r"0123456789ab\.tmp: left unfinished"):
         assert newest(directory).step == 12
     assert not left.exists()
+
+
+# ---- files that are not the run's ----
+
+FOREIGN = {
+    "log.jsonl": b'{"prompt": "1+1=", "completion": "2"}\n',
+    "lock": b"the lock of another program\n",
+    "checkpoint-0.safetensors": safetensors.dumps({"weight": np.zeros(3)}),
+    "checkpoint-1.safetensors": safetensors.dumps({"weight": np.zeros(3)}, {"format": "pt"}),
+}
+
+
+def content_of(directory: Path) -> dict[str, bytes | None]:
+    return {file.name: file.read_bytes() if file.is_file() else None for file in directory.iterdir()}
+
+
+def is_refused(directory: Path, error: type[Exception], message: str) -> None:
+    before = content_of(directory)
+    for arguments in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(error, match=message):
+            fit(trainer_of(net()), checkpoint_dir=directory, **arguments)
+    assert content_of(directory) == before
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_no_run_made_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FOREIGN[name])
+    is_refused(tmp_path, FileExistsError, rf"cannot be written: no run made the {name} in it: move that file")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_link_in_a_run_directory_is_not_followed(name: str, stopped: Path, tmp_path: Path) -> None:
+    """A downloaded directory may have links to any of the user's files."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    copy_of(stopped, directory)
+    target = tmp_path / "users"
+    target.write_bytes((stopped / name).read_bytes() if (stopped / name).exists() else b"")
+    for path in (target, tmp_path / "nothing"):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to(path)
+        is_refused(directory, UnsafeError, rf"{name}: a symbolic link, expected a regular file")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_with_the_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    is_refused(tmp_path, OSError, rf"cannot be written: .*{name}|cannot be written: Is a directory")
+
+
+def test_an_unfinished_file_of_another_program_is_kept(tmp_path: Path) -> None:
+    other = tmp_path / ".checkpoint-of-mine.tmp"
+    other.write_text("a user's")
+    RunDirectory(tmp_path).close()
+    assert other.read_text() == "a user's"
+
+
+def test_a_first_record_that_a_full_disk_cut_short_is_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"event":"sta')
+    history = fit(trainer_of(net(rng=0)), epochs=1, checkpoint_dir=tmp_path)
+    assert len(history.steps) == 5
+    assert (tmp_path / "log.jsonl").read_text().startswith('{"event":"start",')
+
+
+class Move(Callback):
+    """Renames the run's directory and changes the working directory, then has the run interrupted."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.source, self.target = source, target
+
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
+        if record.step == 4:
+            os.chdir("/")
+            self.source.rename(self.target)
+        if record.step == 11:
+            raise KeyboardInterrupt
+
+
+def test_a_run_stays_in_its_directory_when_that_is_renamed_and_the_process_moves(
+    uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    move = Move(tmp_path / "run", tmp_path / "moved")
+    first = trainer_of(net(rng=0), callbacks=[move])
+    fit(first, checkpoint_dir="run", checkpoint_every=2)
+    assert os.listdir(tmp_path) == ["moved"]
+    assert sorted(os.listdir(tmp_path / "moved")) == [*NAMES, "log.jsonl"]
+    second = trainer_of(net())
+    history = fit(second, checkpoint_dir=tmp_path / "moved", resume=True)
+    assert outcome(second, history) == uninterrupted
+
+
+# ---- a run that overwrites another ----
+
+
+def adapted(seed: int = 0) -> nplora.Module:
+    """A model whose adapter can be saved."""
+    return nplora.Sequential(nplora.LoRALinear(np.ones((CLASSES, D_IN)), rank=2, rng=seed))
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[None]:
+    """From the n-th call that changes what is on the disk for good on, every such call fails.
+
+    Returns the calls, as they come.
+    """
+    calls: list[None] = []
+
+    def crashing(real: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(None)
+            if len(calls) > number:
+                raise error
+            return real(*arguments, **keywords)
+
+        return call
+
+    for name in ("fsync", "replace", "ftruncate"):
+        monkeypatch.setattr(os, name, crashing(getattr(os, name), Crash()))
+    # What closes files would not close them after another error, as the end of a process does.
+    monkeypatch.setattr(os, "unlink", crashing(os.unlink, OSError(errno.EIO, "gone")))
+    return calls
+
+
+def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lasting(directory: Path) -> dict[str, bytes | None]:
+        names = content_of(directory)
+        return {name: names[name] for name in names if name != "lock" and not name.endswith(".tmp")}
+
+    def run(directory: Path, **arguments: Any) -> dict[str, Any]:
+        trainer = trainer_of(net(rng=0), schedule="linear", optimizer=nplora.AdamW(lr=0.01))
+        return outcome(trainer, fit(trainer, epochs=1, checkpoint_dir=directory, **arguments))
+
+    (tmp_path / "old").mkdir()
+    nplora.save_adapter(adapted(), copy_of(stopped, tmp_path / "old"))
+    expected, states = run(tmp_path / "fresh"), list[str]()
+    for number in itertools.count():
+        directory = shutil.copytree(tmp_path / "old", tmp_path / str(number))
+        old = lasting(directory)
+        with monkeypatch.context() as patched:
+            calls = crash_at(patched, number)
+            with contextlib.suppress(Crash, OSError):
+                run(directory, overwrite=True)
+        assert len(calls) > number
+        if lasting(directory) == old:
+            states.append("old")
+            nplora.load_adapter(adapted(), directory)
+            continue
+        if checkpoint._read(newest_file(directory)).step:
+            break  # long after the change
+        states.append("new")
+        with pytest.raises(FileNotFoundError, match="a run that has no adapter yet: finish it with --resume"):
+            nplora.load_adapter(adapted(), directory)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
+            assert run(directory, resume=True) == expected
+        events = [json.loads(line)["event"] for line in (directory / "log.jsonl").read_text().splitlines()]
+        assert events == ["start", "resume", *["step"] * 5, "epoch", "end"]
+        assert not (directory / "adapter_model.safetensors").exists()
+    assert states == sorted(states, reverse=True)
+    assert states.count("old") >= 4  # no call yet, the lock, and the flushes of the new files
+    assert states.count("new") >= 9
+
+
+def test_an_adapter_is_dropped_by_a_run_that_overwrites_and_by_no_other(tmp_path: Path) -> None:
+    nplora.save_adapter(adapted(), tmp_path)
+    fit(trainer_of(net(), callbacks=[StopAfter(step=2)]), epochs=1, checkpoint_dir=tmp_path)
+    nplora.load_adapter(adapted(), tmp_path)
+    fit(trainer_of(net()), epochs=1, checkpoint_dir=tmp_path, resume=True)
+    nplora.load_adapter(adapted(), tmp_path)
+    fit(trainer_of(net()), epochs=1, checkpoint_dir=tmp_path, overwrite=True)
+    assert not list(tmp_path.glob("adapter*"))
 
 
 # ---- the disk ----

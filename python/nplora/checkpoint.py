@@ -8,7 +8,9 @@ A run directory holds
 
 A checkpoint is written beside its target and renamed over the older generation (`formats.files.replace`), so
 at every moment a whole one is there. A SHA-256 over everything in it tells whether it still is whole. All
-that touches the disk here are the calls of `formats.files` and those of the class `RunDirectory`.
+that touches the disk here are the calls of `formats.files` and those of the class `RunDirectory`. That class
+holds the directory open, so a run stays in it when it is renamed. It never follows a link, and writes to no
+file that another program made.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterable, Mapping
@@ -30,8 +33,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.formats import files, peft_adapter, safetensors, strict_json
-from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
+from nplora.formats import files, peft_adapter, run_files, safetensors, strict_json
+from nplora.formats.errors import (
+    CorruptError,
+    FormatError,
+    TruncatedError,
+    UnsafeError,
+    UnsupportedError,
+    brief,
+)
 from nplora.formats.files import StrPath
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALayer
@@ -39,10 +49,13 @@ from nplora.module import Module
 from nplora.weights import FrozenWeight
 
 SCHEMA = 1
-LOG = "log.jsonl"
+LOG = run_files.LOG
+holds_run = run_files.holds_run
 
-_SLOTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
-_LOCK = "lock"
+_SLOTS = run_files.CHECKPOINTS
+_LOCK = run_files.LOCK
+_MARKS = {"schema", "state", "sha256"}  # the metadata of a checkpoint
+_FIRST_RECORD = re.compile(rb'\{"event":"(start","total_steps|resume","step|step","step|epoch","epoch)":')
 _GROUPS = ("parameters", "optimizer", "best", "history")
 _SAMPLE_BYTES = 1 << 16
 _MAX_LOG = 1 << 30
@@ -123,7 +136,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _new_file(path: Path, checkpoint: Checkpoint) -> files.NewFile:
+def _new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None = None) -> files.NewFile:
     arrays = {
         f"{group}.{name}": array
         for field, group in _ARRAYS.items()
@@ -131,7 +144,7 @@ def _new_file(path: Path, checkpoint: Checkpoint) -> files.NewFile:
     }
     state = json.dumps({name: getattr(checkpoint, name) for name in _KINDS}, allow_nan=False)
     metadata = {"schema": str(SCHEMA), "state": state, "sha256": _digest(state, sorted(arrays.items()))}
-    return safetensors.new_file(path, arrays, metadata)
+    return safetensors.new_file(path, arrays, metadata | dict(more or {}))
 
 
 def _read(path: Path) -> Checkpoint:
@@ -142,7 +155,7 @@ def _read(path: Path) -> Checkpoint:
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
     """
-    with files.reading(path) as reader:
+    with files.reading(path, follow_links=False) as reader:
         content = SafetensorsFile(reader, str(path))
         state = _state(content.metadata, path)
         arrays = ((name, content[name].array) for name in sorted(content))
@@ -162,13 +175,13 @@ def _read(path: Path) -> Checkpoint:
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
     """Whether a safetensors file with these metadata is one."""
-    return metadata.keys() >= {"schema", "state", "sha256"}
+    return metadata.keys() >= _MARKS
 
 
 def _serial(path: Path) -> int:
     """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
     try:
-        with safetensors.reading(path) as content:
+        with safetensors.reading(path, follow_links=False) as content:
             serial: int = _parsed(_state(content.metadata, path), path)["serial"]
             return serial
     except UnsupportedError:
@@ -289,11 +302,6 @@ def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list
 # ---- the directory ----
 
 
-def holds_run(directory: StrPath) -> bool:
-    """Whether checkpoints lie in a directory, whole or not. Nothing is made, locked or read."""
-    return any(os.path.lexists(Path(directory, name)) for name in _SLOTS)
-
-
 def trained(directory: StrPath) -> str | None:
     """Words for what training left in a directory: checkpoints, or an adapter alone; None: neither."""
     if holds_run(directory):
@@ -332,11 +340,42 @@ def _occupied(directory: StrPath, found: str) -> FileExistsError:
     return FileExistsError(errno.EEXIST, f"the directory holds {found}", files.name(directory))
 
 
-class RunDirectory:
-    """A directory that one run writes: made if needed, locked until `close`.
+# Whether a file was made by a run, by its name.
 
+
+def _is_log(reader: files.Reader) -> bool:
+    """It begins with a record, or is all that a full disk left of the first one."""
+    head = bytes(reader[:64])
+    is_cut = len(reader) < 64 and b"\n" not in head
+    return bool(_FIRST_RECORD.match(head)) or (is_cut and b'{"event":"'.startswith(head[:10]))
+
+
+def _is_lock(reader: files.Reader) -> bool:
+    """It is empty or holds a PID."""
+    try:
+        text = bytes(reader[:32]).strip()
+    except TruncatedError:  # by the run that locks it now
+        return True
+    return len(reader) <= 32 and (not text or text.isdigit())
+
+
+def _is_generation(reader: files.Reader) -> bool:
+    """A file that is not safetensors may be a damaged checkpoint: `RunDirectory.latest` judges it."""
+    try:
+        return bool(SafetensorsFile(reader, "checkpoint").metadata.keys() & _MARKS)
+    except FormatError:
+        return True
+
+
+_IS_OURS = {LOG: _is_log, _LOCK: _is_lock, **dict.fromkeys(_SLOTS, _is_generation)}
+
+
+class RunDirectory:
+    """A directory that one run writes: made if needed, locked and held open until `close`.
+
+    Args:
+        overwrite: a run that begins here drops an adapter that an earlier one left.
     Attributes:
-        path: where it is.
         newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
         damaged: one sentence for every checkpoint that is not whole, but for one that is older by its header
             than a whole one: no more of it is read.
@@ -344,31 +383,40 @@ class RunDirectory:
     Raises:
         BlockingIOError: another run writes there; the message names its PID.
         UnsupportedError: a later nplora's checkpoint is there.
+        UnsafeError: a symbolic link has the name of a file of the run.
+        FileExistsError: a file that no run made has such a name. It is left as it is.
         OSError: the directory cannot be made or written.
     Warns:
         UserWarning: a crashed run left an unfinished file, which is removed.
     """
 
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
+    def __init__(self, path: StrPath | files.Directory, overwrite: bool = False) -> None:
         self.damaged: list[str] = []
+        self._overwrite = overwrite
         self._serials = [0, 0]  # the generations' numbers
         self._slot = 0  # the generation to be replaced next
+        self._first_log: bytearray | None = None  # of a run that overwrites another, until its checkpoint
         self._descriptors: list[int] = []
         self._locked_by = 0  # a process, whose forked children do not unlock
         try:
+            if not isinstance(path, files.Directory):
+                os.makedirs(path, exist_ok=True)
+            self._directory = files.Directory(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
             try:
-                os.makedirs(self.path, exist_ok=True)
-                self._lock()
+                lock = self._lock()
+                self._require_ours()
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
                 self._log = self._open(LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 self.log_bytes = os.fstat(self._log).st_size
                 self._remove_unfinished()
             except BlockingIOError:
                 raise
             except OSError as error:
-                raise OSError(
-                    error.errno, f"the run directory cannot be written: {error.strerror}", str(self.path)
-                ) from error
+                raise _unwritable(self.path, error) from error
             self.occupied = holds_run(self.path)
             self._serials = [_serial(self.path / name) for name in _SLOTS]
             self._slot = self._serials.index(min(self._serials))
@@ -376,17 +424,37 @@ class RunDirectory:
             self.close()
             raise
 
+    @property
+    def path(self) -> Path:
+        """Where the directory is now."""
+        return Path(self._directory)
+
+    def _require_ours(self) -> None:
+        """Look at every file that the run may write to, before it writes into any."""
+        for name in {LOG, *_SLOTS}.intersection(os.listdir(self._directory.fd)):
+            self._open(name, os.O_RDONLY)
+            os.close(self._descriptors.pop())
+
     def _open(self, name: str, flags: int) -> int:
         # O_NONBLOCK: a FIFO would otherwise be waited for.
-        descriptor = os.open(self.path / name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(name, flags, 0o666, dir_fd=self._directory.fd)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafeError(f"{self.path / name}: a symbolic link, expected a regular file") from error
+            raise
         self._descriptors.append(descriptor)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind != stat.S_IFREG:
             what = files.kind_name(kind)
             raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
+        if not _IS_OURS[name](files.Reader(descriptor, self.path / name)):
+            reason = f"no run made the {name} in it: move that file, or name another directory"
+            raise FileExistsError(errno.EEXIST, reason)
         return descriptor
 
-    def _lock(self) -> None:
+    def _lock(self) -> int:
         """Lock the file; once more where the run before took it away between its opening and its locking."""
         while not self._locked_by:
             descriptor = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
@@ -400,20 +468,22 @@ class RunDirectory:
                 self._locked_by = os.getpid()
             else:
                 os.close(self._descriptors.pop())
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        return descriptor
 
     def _has_lock(self) -> bool:
         """Whether the file that was locked is the one that others find there."""
         try:
-            return os.path.samestat(os.fstat(self._descriptors[0]), os.stat(self.path / _LOCK))
+            found = os.stat(_LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
+        return os.path.samestat(os.fstat(self._descriptors[0]), found)
 
     def _remove_unfinished(self) -> None:
-        for file in sorted(self.path.glob(".checkpoint-*.tmp")):
-            os.unlink(file)
-            warnings.warn(f"{file}: left unfinished by a run that was killed, removed", stacklevel=4)
+        for file in files.unfinished(self._directory.fd, run_files.NAMES):
+            os.unlink(file, dir_fd=self._directory.fd)
+            warnings.warn(
+                f"{self.path / file}: left unfinished by a run that was killed, removed", stacklevel=4
+            )
 
     @functools.cached_property
     def newest(self) -> Checkpoint | None:
@@ -433,8 +503,16 @@ class RunDirectory:
             newest = newest or found
         return newest
 
+    def _newest_metadata(self) -> dict[str, str]:
+        """Those of the checkpoint `newest`."""
+        slot = 1 - self._slot
+        with safetensors.reading(self.path / _SLOTS[slot], follow_links=False) as content:
+            return content.metadata
+
     def latest(self) -> Checkpoint | None:
         """The checkpoint to go on from; None: there is none.
+
+        If that run had begun to drop what an earlier one left, this is finished.
 
         Raises:
             CorruptError: there are checkpoints, but none is whole.
@@ -448,6 +526,7 @@ class RunDirectory:
                 warnings.warn(
                     f"{problem}; the other checkpoint is used, of step {self.newest.step}", stacklevel=5
                 )
+            self._finish_dropping(self.newest)
         return self.newest
 
     def before(self, step: int) -> Checkpoint | None:
@@ -459,6 +538,17 @@ class RunDirectory:
                 if checkpoint.step < step and (found is None or found.step < checkpoint.step):
                     found = checkpoint
         return found
+
+    def _finish_dropping(self, newest: Checkpoint) -> None:
+        """Put the first log of a run that overwrites another in place, and remove the other's adapter."""
+        log = self._newest_metadata().get(run_files.FIRST_LOG)
+        if log is None:
+            return
+        if self.read_log(newest.log_bytes) != log.encode():
+            files.replace([self._new_log(log.encode())], self._directory)
+            self._reopen_log()
+        if peft_adapter.is_dropped(self.path):
+            self._drop_adapter()
 
     def read_log(self, size: int) -> bytes:
         """The whole lines among the first `size` bytes of the log, or of what is left of it.
@@ -477,23 +567,78 @@ class RunDirectory:
             self.log_bytes = start + os.pread(self._log, self.log_bytes - start, start).rfind(b"\n") + 1
             os.ftruncate(self._log, self.log_bytes)
 
+    def begin(self) -> None:
+        """Begin a new run, with an empty log.
+
+        What an earlier run left is dropped with the first checkpoint: its log, both its checkpoints, and the
+        adapter if `overwrite` is set. Until then it stays as it is.
+        """
+        if self.occupied or (self._overwrite and peft_adapter.lies_in(self.path)):
+            self._first_log, self.log_bytes = bytearray(), 0
+        else:
+            self.cut_log(0)
+
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint over the older generation.
+        """Write a checkpoint over the older generation, or the first one of a new run over both.
 
         Raises:
             OSError: the disk refuses; both generations are as they were, and the message says how many bytes
                 were needed.
         """
-        numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)
+        if self._first_log is not None:
+            self._drop_other(checkpoint)
         with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
             os.fsync(self._log)  # the checkpoint relies on it for the history
-        files.replace([_new_file(self.path / _SLOTS[self._slot], numbered)])
+        self._write(checkpoint)
+
+    def _write(self, checkpoint: Checkpoint, *more: files.NewFile, **metadata: str) -> None:
+        numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)
+        new = _new_file(self.path / _SLOTS[self._slot], numbered, metadata)
+        files.replace([new, *more], self._directory)
         self.newest, self._serials[self._slot], self._slot = None, numbered.serial, 1 - self._slot
+
+    def _drop_other(self, checkpoint: Checkpoint) -> None:
+        """Write the first checkpoint of a run that overwrites another, and drop what that left.
+
+        The checkpoint carries what `_finish_dropping` needs, so the rename of its file is the moment at which
+        the new run takes the place of the old one.
+        """
+        log = bytes(self._first_log or b"")
+        metadata = {run_files.FIRST_LOG: log.decode()}
+        digest = peft_adapter.tensors_digest(self.path) if self._overwrite else None
+        if digest is not None:
+            metadata[run_files.DROPPED_ADAPTER] = digest
+        self._write(checkpoint, self._new_log(log), **metadata)
+        self._first_log = None
+        self._reopen_log()
+        if self._overwrite:
+            self._drop_adapter()
+
+    def _new_log(self, log: bytes) -> files.NewFile:
+        return files.NewFile(self.path / LOG, len(log), [log])
+
+    def _reopen_log(self) -> None:
+        """Go on in the log that took the place of the one that is open."""
+        self._descriptors.remove(self._log)
+        os.close(self._log)
+        self._log = self._open(LOG, os.O_RDWR | os.O_APPEND)
+        self.log_bytes = os.fstat(self._log).st_size
+
+    def _drop_adapter(self) -> None:
+        with files.disk_errors(self.path, "the adapter of an earlier run could not be removed"):
+            for name in (peft_adapter.TENSORS, peft_adapter.CONFIG):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._directory.fd)
+            os.fsync(self._directory.fd)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to the log, NaN and infinities as null."""
         line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
         data = f"{line}\n".encode()
+        if self._first_log is not None:
+            self._first_log += data
+            self.log_bytes += len(data)
+            return
         progress = files.Progress(len(data))
         try:
             with files.disk_errors(self.path / LOG, progress):
@@ -506,16 +651,22 @@ class RunDirectory:
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):
                 if self._has_lock():
-                    os.unlink(self.path / _LOCK)
+                    os.unlink(_LOCK, dir_fd=self._directory.fd)
         self._locked_by = 0
         while self._descriptors:
             os.close(self._descriptors.pop())
+        self._directory.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _unwritable(path: StrPath, error: OSError) -> OSError:
+    """The error for a run directory; of the class that fits its number."""
+    return OSError(error.errno, f"the run directory cannot be written: {error.strerror}", files.name(path))
 
 
 def _finite(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:

@@ -289,7 +289,9 @@ class Directory(os.PathLike[str]):
         return self._path
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def __enter__(self) -> Self:
         return self

@@ -178,8 +178,14 @@ def _require_finished(directory: StrPath) -> None:
 
 def is_dropped(directory: StrPath) -> bool:
     """Whether the adapter in a directory is one that the run there, which has begun anew, does not keep."""
-    dropped, tensors = run_files.dropped_adapter(directory), Path(directory, TENSORS)
-    return dropped is not None and tensors.exists() and files.sha256(tensors) == dropped
+    dropped = run_files.dropped_adapter(directory)
+    return dropped is not None and tensors_digest(directory) == dropped
+
+
+def tensors_digest(directory: StrPath) -> str | None:
+    """The SHA-256 of the tensors' file in a directory; None: there is none."""
+    path = Path(directory, TENSORS)
+    return files.sha256(path) if os.path.lexists(path) else None
 
 
 def _pair(

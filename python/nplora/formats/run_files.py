@@ -1,8 +1,8 @@
-"""The files of a training run by their names, and what the newest checkpoint says about an adapter beside it.
+"""The names of a training run's files, and what its newest checkpoint says about the files beside it.
 
-A run that was started with overwrite=True drops what an earlier one left once its first checkpoint is on the
-disk. That checkpoint names the dropped adapter by its SHA-256, so a crash in between leaves no doubt whose
-adapter is there.
+A run that overwrites an earlier one drops what that left as soon as its own first checkpoint is on the disk.
+This checkpoint carries the new log, and the SHA-256 of the adapter that is dropped. So after a crash between
+these steps it is known which of the files are the earlier run's.
 """
 
 import os
@@ -16,8 +16,9 @@ LOG = "log.jsonl"
 LOCK = "lock"
 CHECKPOINTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
 NAMES = (LOG, LOCK, *CHECKPOINTS)
-# Metadata of a checkpoint.
+# Metadata of a checkpoint; the last two only in the first one of a run that overwrites another.
 STATE = "state"  # JSON
+FIRST_LOG = "log"
 DROPPED_ADAPTER = "dropped_adapter.sha256"
 
 

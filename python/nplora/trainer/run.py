@@ -391,12 +391,9 @@ class Run:
             self._resume(newest, self._directory)
             self._directory.newest = None  # its arrays are taken over
             return
-        self._directory.cut_log(0)
+        self._directory.begin()
         self.log("start", {"total_steps": self.total_steps, "settings": self._settings})
         self._save()
-        if self._directory.occupied:  # by another run, which must not be left as the older generation
-            self._saved = None
-            self._save()
 
     def _describe(self) -> dict[str, Any]:
         trainer = self._trainer

@@ -135,7 +135,8 @@ class Trainer:
                 stopped; if there is none, begin. The history before it is read from `log.jsonl`. A run that
                 ended with NonFiniteLossError continues with other settings only, a lower learning rate, from
                 the checkpoint before the step that led there.
-            overwrite: begin anew where `checkpoint_dir` holds another run.
+            overwrite: begin anew where `checkpoint_dir` holds another run. What that left is dropped, an
+                adapter too, when the first checkpoint of the new run is on the disk.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
                 and the first layer at fault; parameters and moments stay as the last whole step left them,
@@ -144,7 +145,8 @@ class Trainer:
             TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
             RuntimeError: the model replaces its parameters or gradients by other arrays.
             CorruptError: no checkpoint in the directory is whole, or it is of another model.
-            FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
+            FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
+                that no run made has the name of one of the run's files. UnsafeError: a link has.
             BlockingIOError: another process writes to the directory.
             OSError: the directory cannot be written, or the disk is full: then the checkpoint before is
                 still there, and the message says how many bytes were needed.
@@ -178,7 +180,7 @@ class Trainer:
                 return run.execute(None, resume=False)
             if resume and overwrite:
                 raise ValueError(f"{_OP}: resume and overwrite exclude each other")
-            with RunDirectory(checkpoint_dir) as directory:
+            with RunDirectory(checkpoint_dir, overwrite) as directory:
                 if directory.occupied and not (resume or overwrite):
                     raise FileExistsError(
                         f"{_OP}: {directory.path} holds a run{_at(directory)}: "

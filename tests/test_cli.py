@@ -149,7 +149,7 @@ def test_demo_and_plot_hand_their_arguments_on(
         f"demo {given} --overwrite",
         f"demo digits {given} --overwrite",
         "plot r",
-        "plot r --output f.png",
+        "plot r --output f.png --overwrite",
     )
     for line in lines:
         assert cli.main(line.split()) == 0
@@ -158,8 +158,8 @@ def test_demo_and_plot_hand_their_arguments_on(
         ("digits", "demo-digits", 4, 0, False),
         ("dictionary", "d", 2, 1, True),
         ("digits", "d", 2, 1, True),
-        ("r", None),
-        ("r", "f.png"),
+        ("r", None, False),
+        ("r", "f.png", True),
     ]
     assert capsys.readouterr().out == "there.png\nthere.png\n"
 

@@ -276,6 +276,20 @@ def test_what_was_trained_is_left_alone(
     assert cli.main([*arguments, "--overwrite"]) == 0
 
 
+def test_an_adapter_that_is_added_is_not_replaced_by_the_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        write_peft(tmp_path / name, alike(), factors(alike(), seed))
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    for output in ("two", "link"):
+        line = ["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--overwrite"]
+        assert cli.main([*line, "--output", str(tmp_path / output)]) == 2
+        assert "adapter_config.json is the adapter itself, which is left as it is" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+
+
 def test_a_log_alone_is_no_obstacle(tmp_path: Path) -> None:
     write_peft(tmp_path / "one", alike(), factors(alike()))
     (tmp_path / "out").mkdir()

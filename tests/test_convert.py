@@ -1,8 +1,10 @@
 """Adapters between PEFT and llama.cpp: the same ΔW by each one's own rule; what cannot be said is refused."""
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from nplora.formats.errors import CorruptError, FormatError, LimitError, Unsuppo
 from nplora.formats.gguf import Typed
 from nplora.formats.name_pattern import NamePattern
 from nplora.formats.peft_config import Patterns, PeftConfig
+from taken import assert_nothing_is_lost
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, int]
@@ -612,6 +615,38 @@ def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.Capt
     target.write_bytes(b"")  # which may be replaced, as it is no model
     convert.convert_adapter(tmp_path / "two", target, base, overwrite=True)
     assert target.read_bytes() == two
+
+
+def test_what_has_the_name_of_the_new_file_is_not_lost(tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf")
+    peft, target = write_peft(tmp_path / "peft", alike(), factors(alike())), tmp_path / "out" / "a.gguf"
+    target.parent.mkdir()
+    assert_nothing_is_lost(
+        target,
+        lambda overwrite: nplora.adapter_to_gguf(peft, target, base, overwrite=overwrite),
+        replaces=False,
+    )
+
+
+def test_no_file_that_a_conversion_reads_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_gguf(tmp_path / "base.gguf")
+    peft = write_peft(tmp_path / "peft", alike(), factors(alike()))
+    nplora.adapter_to_gguf(peft, tmp_path / "a.gguf", base)
+    back = tmp_path / "back"
+    nplora.adapter_from_gguf(tmp_path / "a.gguf", back, base)
+    read = (tmp_path / "a.gguf", base)
+    before = [file.read_bytes() for file in read]
+    for source, make in itertools.product(read, (os.link, os.symlink)):
+        (back / "adapter_config.json").unlink()
+        make(source, back / "adapter_config.json")
+        words = "adapter" if source == read[0] else "base"
+        with pytest.raises(ValueError, match=f"adapter_config.json is the {words} itself, which is left"):
+            nplora.adapter_from_gguf(tmp_path / "a.gguf", back, base, overwrite=True)
+        assert cli.main(["convert", str(read[0]), str(back), "--base", str(base), "--overwrite"]) == 2
+        assert "is left as it is" in capsys.readouterr().err
+    assert [file.read_bytes() for file in read] == before
 
 
 # ---- names, rows and base models ----

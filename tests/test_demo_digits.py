@@ -152,6 +152,14 @@ def test_no_run_is_replaced_unasked(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("[cl]*.*")} == before
 
 
+def test_no_picture_is_replaced_unasked(tmp_path):
+    (tmp_path / "plot.png").write_bytes(b"a user's")
+    with pytest.raises(FileExistsError, match=r"the file is there; .*plot\.png"):
+        demo.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+    assert (tmp_path / "plot.png").read_bytes() == b"a user's"
+
+
 def test_no_adapter_is_replaced_unasked(tmp_path):
     layer = nplora.LoRALinear(np.eye(3, dtype=np.float32), rank=1)
     nplora.save_adapter(nplora.Sequential(layer), tmp_path / "adapter")

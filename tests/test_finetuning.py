@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ from nplora.finetuning import (
     run,
 )
 from nplora.formats import gguf, safetensors
-from nplora.formats.errors import CorruptError, DataError, FormatError
+from nplora.formats.errors import CorruptError, DataError, FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.losses import NonFiniteLossError
 from nplora.models import load_model
 from nplora.optim import global_norm
 from nplora.planning import choice
-from nplora.trainer import Callback
+from nplora.trainer import Callback, Run, StepRecord
 from small_llama import save_small_llama
 from test_stderr import DEAD
 
@@ -392,6 +393,109 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     with pytest.raises(FileExistsError, match="an adapter and no run"):
         finetune(model, data, out, **QUICK, resume=True)
     assert files_of(out) == was
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (os.rename, "log.jsonl"),
+        (os.link, "log.jsonl"),
+        (os.symlink, "lock"),
+        (os.link, "adapter_config.json"),
+        (os.symlink, "checkpoint-1.safetensors"),
+    ],
+)
+def test_no_file_that_a_run_reads_is_replaced(
+    make: Callable[[Path, Path], None], name: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out, train = tmp_path / "out", tmp_path / "train.jsonl"
+    out.mkdir()
+    (data / "train.jsonl").rename(train)
+    rows = train.read_bytes()
+    make(train, out / name)
+    source = train if train.exists() else out / name
+    for more in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises((ValueError, FileExistsError), match=name) as raised:
+            finetune(model, source, out, valid=data / "valid.jsonl", **QUICK, **more)
+        if "resume" not in more:  # else it is no file of a run, in the first place
+            assert f"{name} is the training data itself, which is left as it is" in str(raised.value)
+    assert source.read_bytes() == rows
+    assert os.listdir(out) == [name]
+
+
+def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Path, tmp_path: Path) -> None:
+    out, users = tmp_path / "out", tmp_path / "users"
+    finetune(model, data, out, **QUICK)
+    users.write_bytes(b"{}")
+    for name in files_of(out):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(b"{}")
+        with pytest.raises(FileExistsError, match=rf"the file is not one of a LoRA adapter.*{name}"):
+            finetune(model, data, out, **QUICK, resume=True)
+        assert (out / name).read_bytes() == b"{}"
+        (out / name).unlink()
+        (out / name).symlink_to(users)
+        for more in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UnsafeError, match=rf"{name}: a symbolic link, expected a regular file"):
+                finetune(model, data, out, **QUICK, **more)
+        (out / name).unlink()
+        (out / name).write_bytes(kept)
+    assert users.read_bytes() == b"{}"
+    finetune(model, data, out, **QUICK, resume=True)
+
+
+def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moving(before.Before):
+        def on_fit_start(self, run: Run) -> None:
+            super().on_fit_start(run)
+            os.chdir("/")
+            (tmp_path / "out").rename(tmp_path / "moved")
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Before", Moving)
+        report = finetune(model, data, "out", **QUICK)
+    assert report.output == tmp_path / "moved"
+    assert f"{tmp_path / 'moved'}/ holds the adapter" in str(report)
+    assert not (tmp_path / "out").exists()
+    finetune(model, data, tmp_path / "whole", **QUICK)
+    assert files_of(tmp_path / "moved") == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Failing(before.Before):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            raise ArithmeticError("the machine is gone")
+
+    out = tmp_path / "out"
+    finetune(model, data, out, **QUICK)
+    was = files_of(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Before", Failing)
+        with pytest.raises(ArithmeticError):
+            finetune(model, data, out, **QUICK, seed=5, overwrite=True)
+    for line in (
+        ["eval", str(model), "--data", str(data), "--adapter", str(out)],
+        ["info", str(out)],
+        ["generate", str(model), "1+1=", "--adapter", str(out)],
+        ["merge", str(model), str(out), "--output", str(tmp_path / "merged.gguf")],
+        ["convert", str(out), str(tmp_path / "a.gguf"), "--base", str(model)],
+        ["combine", str(out), "--output", str(tmp_path / "sum")],
+    ):
+        assert cli.main(line) == 2
+        told = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        assert capsys.readouterr().err == f"nplora: error: {out}: {told}\n"
+    finetune(model, data, out, **QUICK, seed=5, resume=True)
+    assert evaluate(model, data, adapter=out)["loss"] > 0
+    assert files_of(out) != was
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])

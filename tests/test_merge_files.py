@@ -1,6 +1,7 @@
 """Adapters merged into files: NumPy's sum of the gguf package's weights, all else byte for byte."""
 
 import json
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -19,6 +20,7 @@ from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.merging import Update
 from nplora.updates import Adapter
+from taken import assert_nothing_is_lost
 from test_convert import HEADS, KV_HEADS, in_llama_order
 
 Array = np.ndarray[Any, Any]
@@ -500,6 +502,37 @@ def test_weights_are_replaced_on_request_alone(
         assert weights_file.read_bytes() == b"of another model"
         assert cli.main([*line, "--overwrite"]) == 0
         assert weights_file.read_bytes() != b"of another model"
+
+
+def test_what_has_the_name_of_the_merged_file_is_not_lost(rng: np.random.Generator, tmp_path: Path) -> None:
+    base, adapter = base_gguf(tmp_path / "base.gguf", rng, "float32"), random_adapter(rng)
+    target = tmp_path / "out" / "out.gguf"
+    target.parent.mkdir()
+    assert_nothing_is_lost(
+        target, lambda overwrite: nplora.merge_adapter(base, adapter, target, overwrite=overwrite)
+    )
+
+
+def test_no_file_that_a_merge_reads_is_replaced_under_another_name(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base, out = hf_directory(tmp_path / "base", rng, np.float32), tmp_path / "out"
+    random_adapter(rng).save(tmp_path / "adapter")
+    tensors = tmp_path / "adapter" / "adapter_model.safetensors"
+    out.mkdir()
+    for source, name, words in (
+        (base / "model.safetensors", "model.safetensors", "base"),
+        (base / "config.json", "config.json", "base"),
+        (tensors, "model.safetensors", "adapter"),
+    ):
+        for make in (os.link, os.symlink):
+            before = source.read_bytes()
+            make(source, out / name)
+            with pytest.raises(ValueError, match=f"{name} is the {words} itself, which is left as it is"):
+                nplora.merge_adapter(base, tmp_path / "adapter", out, overwrite=True)
+            assert source.read_bytes() == before
+            (out / name).unlink()
+    assert os.listdir(out) == []
 
 
 def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models from Hugging Face's files to GGUF: read back by transformers, PyPI's gguf and nplora itself."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nplora import cli, model_conversion, storages
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.tokenizer import gguf_vocabulary
+from taken import assert_nothing_is_lost
 
 Array = np.ndarray[Any, Any]
 
@@ -213,6 +215,21 @@ def test_what_cannot_be_said_in_gguf_is_refused(rng: np.random.Generator, tmp_pa
     with pytest.raises(FormatError, match=r"tensor 'model.norm\.weight' is missing"):
         nplora.model_to_gguf(plain, tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*")) + list(tmp_path.glob(".*"))
+
+
+def test_what_has_the_name_of_the_new_model_is_not_lost(rng: np.random.Generator, tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf", rng, dtype=np.float16)
+    target = tmp_path / "out" / "model.gguf"
+    target.parent.mkdir()
+    assert_nothing_is_lost(
+        target, lambda overwrite: nplora.model_to_gguf(directory, target, overwrite=overwrite)
+    )
+    source = directory / "model.safetensors"
+    before = source.read_bytes()
+    os.link(source, target)
+    with pytest.raises(ValueError, match=r"model\.gguf is the model itself, which is left as it is"):
+        nplora.model_to_gguf(directory, target, overwrite=True)
+    assert source.read_bytes() == before
 
 
 def test_the_command_tells_models_from_adapters(

@@ -1,5 +1,6 @@
 """plot: a run's log to a PNG, and clear words where there is nothing to draw."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import plot
+from nplora import cli, plot
 from nplora.formats.errors import DataError
+from taken import FOREIGN, assert_nothing_is_lost
 
 
 @pytest.fixture
@@ -36,6 +38,32 @@ def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
     assert coloured.sum() > 500  # the curves
     assert plot.plot_run(run, tmp_path / "other.png") == tmp_path / "other.png"
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
+
+
+def test_a_picture_is_replaced_on_request_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "mine.png"
+    assert_nothing_is_lost(target, lambda overwrite: plot.plot_run(run, target, overwrite=overwrite))
+    (run / "plot.png").write_bytes(FOREIGN)
+    assert cli.main(["plot", str(run)]) == 2
+    assert (
+        f"{run / 'plot.png'}: the file is there; name another one, or --overwrite" in capsys.readouterr().err
+    )
+    assert (run / "plot.png").read_bytes() == FOREIGN
+    assert cli.main(["plot", str(run), "--overwrite"]) == 0
+    assert pixels(run / "plot.png").size
+
+
+def test_a_picture_takes_no_place_of_its_log(run: Path) -> None:
+    log = (run / "log.jsonl").read_bytes()
+    for make in (os.link, os.symlink):
+        make(run / "log.jsonl", run / "log.png")
+        with pytest.raises(ValueError, match=r"plot: .*log\.png is the log itself, which is left as it is"):
+            plot.plot_run(run, run / "log.png", overwrite=True)
+        (run / "log.png").unlink()
+    assert (run / "log.jsonl").read_bytes() == log
 
 
 def test_dollars_in_the_name_of_a_directory_are_no_formula(run: Path) -> None:

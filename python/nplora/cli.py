@@ -155,7 +155,7 @@ def _prompt(given: str) -> str:
 def _plot(arguments: argparse.Namespace) -> None:
     from nplora import plot
 
-    print(plot.plot_run(arguments.run, arguments.output))
+    print(plot.plot_run(arguments.run, arguments.output, arguments.overwrite))
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -193,6 +193,7 @@ def _combine(arguments: argparse.Namespace) -> None:
     from nplora.checkpoint import require_no_other
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
+    from nplora.formats.peft_adapter import files_of
 
     if files.suffix(arguments.output) in (".gguf", ".safetensors"):
         raise _UsageError(
@@ -200,6 +201,8 @@ def _combine(arguments: argparse.Namespace) -> None:
         )
     require_no_other(arguments.output, arguments.overwrite)  # before anything that takes time
     require_no_model(arguments.output)
+    inputs = [("adapter", path) for adapter, _ in arguments.adapters for path in files_of(adapter)]
+    files.require_not_read("combine", files_of(arguments.output), inputs)
     combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output, arguments.overwrite)
     if arguments.verbose:
@@ -388,11 +391,14 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the starting factors and the order (default: 0)"
     )
     demo.add_argument(
-        "--overwrite", action="store_true", help="drop the run or the adapter in the output directory"
+        "--overwrite",
+        action="store_true",
+        help="drop the run, the adapter and the plot in the output directory",
     )
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", type=_path, help="the directory with the run's log.jsonl")
     plot.add_argument("--output", metavar="FILE", type=_path, help="the PNG (default: RUN_DIR/plot.png)")
+    plot.add_argument("--overwrite", action="store_true", help="replace the PNG")
     text = "Print what a file holds; without one: versions, instruction set and threads, for a bug report."
     info = command("info", text, _info)
     info.add_argument(

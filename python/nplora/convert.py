@@ -89,12 +89,14 @@ def convert_adapter(
         overwrite: also in the place of another adapter.
     Raises:
         ValueError: base is needed, or the target is not named as what it will be.
-        FormatError: the directory is that of no adapter, and of no model either. The rest as these two.
+        FormatError: the directory is that of no adapter, and of no model either.
+        FileNotFoundError: it is that of a run without an adapter. The rest as these two.
     """
     files.require_named("convert", source=source, target=target, base=base)
     if Path(source).is_dir():
         configs = (model_directory.CONFIG, peft_adapter.CONFIG)
         if not any(Path(source, name).exists() for name in configs):
+            peft_adapter.require_finished(source)
             raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
         if base is None:
             raise ValueError(
@@ -133,7 +135,7 @@ def adapter_to_gguf(
         any_base: as in `load_adapter`; the new adapter is then one of base.
         overwrite: also in the place of another adapter.
     Raises:
-        ValueError: a path is empty, or path is no .gguf file.
+        ValueError: a path is empty, or path is no .gguf file, or it is a file of the adapter or of base.
         FileExistsError: it is that of a model, or there is a file and `overwrite` is not set.
         UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
             the base model is not of a known family.
@@ -144,6 +146,7 @@ def adapter_to_gguf(
     """
     files.require_named("convert", directory=directory, path=path, base=base)
     _require_no_model(path)
+    _require_not_read([path], directory, base)
     files.require_new(path, overwrite)
     model = base_model.read(base, any_base)
     with peft_adapter.reading(directory) as adapter:
@@ -251,7 +254,7 @@ def adapter_from_gguf(
         overwrite: also in the place of another adapter.
         any_base: as in `adapter_to_gguf`.
     Raises:
-        ValueError: a path is empty, or base is needed.
+        ValueError: a path is empty, or base is needed, or a file to be written is the adapter or of base.
         FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
         UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
@@ -260,6 +263,7 @@ def adapter_from_gguf(
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
+    _require_not_read(peft_adapter.files_of(directory), path, base)
     adapter, layers = read_gguf_adapter(path, base, any_base)
     ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
     config = _config(adapter.alpha, ranks, base_model_name_or_path)
@@ -346,6 +350,13 @@ def _config(alpha: float, ranks: dict[str, int], base: str | None) -> PeftConfig
 
 
 # ---- both ways ----
+
+
+def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath, base: StrPath | None) -> None:
+    inputs = [("adapter", path) for path in peft_adapter.files_of(adapter)]
+    if base is not None:
+        inputs += [("base", path) for path in model_directory.files_of(base)]
+    files.require_not_read("convert", outputs, inputs)
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ def describe(path: StrPath) -> str:
 def _directory(path: StrPath) -> str:
     names = [name for name in (peft_adapter.CONFIG, model_directory.CONFIG) if Path(path, name).exists()]
     if not names:
+        peft_adapter.require_finished(path)
         neither = f"the directory has neither {peft_adapter.CONFIG} nor {model_directory.CONFIG}"
         raise FileNotFoundError(errno.ENOENT, neither, files.name(path))
     if names[0] == model_directory.CONFIG:

@@ -22,6 +22,7 @@ from nplora.formats import (
     gguf_names,
     model_digest,
     model_directory,
+    peft_adapter,
     safetensors,
 )
 from nplora.formats.config_json import read_fields
@@ -189,6 +190,7 @@ def merge_adapter(
         new = model.new_files(output, tensors)
         for file in new:
             files.require_new(file.path, overwrite)
+        files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
         last = new[-1]  # when its last byte is made, every merge is done and no file is in place yet
         checked = _then(last.chunks, lambda: _require_sound(model, updates, merges, lossy))
         new[-1] = dataclasses.replace(last, chunks=checked)
@@ -389,12 +391,7 @@ def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", 
             f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}{hint}"
         )
     weights = _weights(output)
-    kept = [(output, base, "base"), *((weights, file, "base") for file in (model.source, *model.shards))]
-    if not isinstance(adapter, Adapter):
-        kept.append((output, adapter, "adapter"))
-    for new, old, what in kept:
-        if Path(new).exists() and Path(old).exists() and Path(new).samefile(old):
-            raise ValueError(f"merge: {files.name(output)} is the {what} itself, which is left as it is")
+    files.require_not_read("merge", [output, weights], _inputs(model, base, adapter))
     found = trained(weights.parent)
     if found is not None and model.suffix != ".gguf":  # a file of whatever name would be taken for theirs
         reason = f"the directory holds {found}; name another one"
@@ -402,6 +399,13 @@ def _require_output(model: _Model, base: StrPath, adapter: "StrPath | Adapter", 
     index = weights.with_name(model_directory.INDEX)
     if weights.name == model_directory.WEIGHTS and index.exists():
         raise ValueError(f"merge: {index} tells of other weights than those to be written beside it")
+
+
+def _inputs(model: _Model, base: StrPath, adapter: "StrPath | Adapter") -> list[tuple[str, StrPath]]:
+    """The files that are read, and the directories that they are in."""
+    of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
+    of_adapter = () if isinstance(adapter, Adapter) else (adapter, *peft_adapter.files_of(adapter))
+    return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ def model_to_gguf(
             matrices in bitsandbytes' 4 bits.
         FormatError: a file breaks its format or is not the model that config.json describes; or a weight is
             NaN or infinite.
-        ValueError: path is no .gguf file, dtype is not available, or a value does not fit in it.
+        ValueError: path is no .gguf file or is one of the model's files, dtype is not available, or a value
+            does not fit in it.
         FileExistsError: the file is there, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk refuses.
     """
@@ -102,6 +103,7 @@ def model_to_gguf(
     _check.choice(op, "dtype", dtype, DTYPES)
     if files.suffix(path) != ".gguf":
         raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+    files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
     files.require_new(path, overwrite)
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)

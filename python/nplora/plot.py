@@ -9,31 +9,37 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import DataError, FormatError, brief
 from nplora.formats.files import StrPath
 
+PICTURE = "plot.png"
+
 _MAX_LOG = 1 << 30
 _STEEP = 30  # losses that span more than this factor are drawn on a logarithmic axis
 
 Records = list[dict[str, Any]]
 
 
-def plot_run(directory: StrPath, output: StrPath | None = None) -> Path:
+def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool = False) -> Path:
     """Draw the losses, the accuracy and the learning rate of a run.
 
     Args:
         directory: the `checkpoint_dir` of a `Trainer.fit`, finished or not.
         output: the PNG; None: plot.png in the directory.
+        overwrite: replace a file that is there.
     Returns:
         the path of the PNG.
     Raises:
         ModuleNotFoundError: matplotlib, the extra [plot], is not installed.
-        ValueError: a path is empty, or the name of the output does not end in .png.
+        ValueError: a path is empty, or the name of the output does not end in .png, or it is the log.
+        FileExistsError: the output is there, and `overwrite` is not set.
         FileNotFoundError: the directory is not that of a run: it has no log.jsonl.
         DataError: the log is not one of nplora's, or it has no step yet.
         OSError: the PNG cannot be written.
     """
     files.require_named("plot", directory=directory, output=output)
-    path = Path(directory, "plot.png") if output is None else Path(output)
+    path = Path(directory, PICTURE) if output is None else Path(output)
     if files.suffix(path) != ".png":
         raise ValueError(f"plot: the output is {files.name(path)}, expected a name that ends in .png")
+    files.require_not_read("plot", [path], [("log", Path(directory, LOG))])
+    files.require_new(path, overwrite)
     try:
         steps, epochs = read_log(Path(directory, LOG))
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -99,9 +99,9 @@ def run(
     if done.history.interrupted:
         raise KeyboardInterrupt
     report = DictionaryReport(
-        done, evaluate(model, DATA, adapter=output, progress=False)["loss"], get_num_threads()
+        done, evaluate(model, DATA, adapter=done.output, progress=False)["loss"], get_num_threads()
     )
-    directory = f"{Path(output)}{os.sep}"
+    directory = f"{done.output}{os.sep}"
     print(report)
     print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")
     ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import require_untouched
-from nplora.formats import safetensors
+from nplora.formats import files, safetensors
 from nplora.formats.errors import counted
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
@@ -165,30 +165,35 @@ def run(
         output: directory for adapter/, log.jsonl and, with matplotlib, the plot; made if needed.
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the examples.
-        overwrite: drop the run and the adapter in output, such as an earlier demo's.
+        overwrite: drop the run, the adapter and the picture in output, such as an earlier demo's.
         epochs, lr: passes over the 600 examples, and AdamW's rate at its highest.
     Returns:
         all that was printed.
     Raises:
         ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
-        FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
+        FileExistsError: output holds a run, an adapter or a picture, and `overwrite` is not set.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
     if not overwrite:
         for path in (directory, directory / "adapter"):
             require_untouched(path)
+    files.require_directory(directory)
+    files.require_new(directory / plot.PICTURE, overwrite)
     pretrained = pretrained_weights()
     examples = digits(pretrained["split.adaptation"].numpy())
     held_out = digits(pretrained["split.held_out"].numpy())
     model = DigitsNet(pretrained, rank)
     model.seed(seed)
     digest, before = frozen_digest(model), accuracy(model, held_out)
-    seconds = adapt(model, examples, directory, seed, overwrite, epochs, lr)
+    os.makedirs(directory, exist_ok=True)
+    with files.Directory(directory) as held:
+        seconds = adapt(model, examples, held, seed, overwrite, epochs, lr)
+        save_adapter(model, Path(held, "adapter"))
+        directory = held.seen_from(directory)
     after = accuracy(model, held_out)
     with model.disable_adapter():
         off = accuracy(model, held_out)
-    save_adapter(model, directory / "adapter")
     fresh = DigitsNet(pretrained, rank)
     load_adapter(fresh, directory / "adapter")
     report = DemoReport(
@@ -208,7 +213,9 @@ def run(
         digests=(digest, frozen_digest(model)),
     )
     print(report)
-    print(f"{directory}{os.sep} holds adapter/ (PEFT's format), log.jsonl and {_plotted(directory)}.")
+    print(
+        f"{directory}{os.sep} holds adapter/ (PEFT's format), log.jsonl and {_plotted(directory, overwrite)}."
+    )
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
     return report
@@ -237,7 +244,13 @@ def digits(numbers: Array) -> Digits:
 
 
 def adapt(
-    model: DigitsNet, examples: Digits, directory: Path, seed: int, overwrite: bool, epochs: int, lr: float
+    model: DigitsNet,
+    examples: Digits,
+    directory: files.Directory,
+    seed: int,
+    overwrite: bool,
+    epochs: int,
+    lr: float,
 ) -> float:
     """Train the factors on the new world, log into the directory, and return the seconds that it took."""
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
@@ -308,8 +321,8 @@ def _flat(images: Array) -> Array:
     return np.ascontiguousarray(images.reshape(-1, 64) / 16, dtype=np.float32)
 
 
-def _plotted(directory: Path) -> str:
+def _plotted(directory: Path, overwrite: bool) -> str:
     try:
-        return plot.plot_run(directory).name
+        return plot.plot_run(directory, overwrite=overwrite).name
     except ModuleNotFoundError:
         return f'no plot: pip install "nplora[plot]", then nplora plot {directory}'

@@ -25,7 +25,7 @@ from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resum
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
-from nplora.formats import files, model_directory, peft_adapter
+from nplora.formats import files, model_directory, peft_adapter, run_files
 from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
 from nplora.losses import NonFiniteLossError
@@ -62,10 +62,12 @@ def finetune(
         options: as `FinetuneOptions` has them; `compute` only for a model that is loaded here.
     Raises:
         DataError: a line of the data is not what it should be.
-        ValueError, TypeError: an option is out of range or does not fit the model.
+        ValueError, TypeError: an option is out of range or does not fit the model; or a file that the run
+            would write to is the model or the data.
         NotADirectoryError: the output is something else.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
-            adapter without a run, and `overwrite` is not set.
+            adapter without a run, and `overwrite` is not set; or a file that is neither a run's nor an
+            adapter's has the name of one. UnsafeError: a link has.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     Warns:
         UserWarning: without `memory`, more is needed than is available, and steps are left to be made; or a
@@ -74,11 +76,13 @@ def finetune(
     """
     files.require_named("finetune", output=output)
     files.require_directory(output)
+    given, output = output, os.path.abspath(output)
     chosen, pieces, done = resumed(
         _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
     )
     say = speaker(progress)
     lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
+    _require_not_read(output, lm, train, held_out)
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
     adapters = adapters_of("finetune", lm, chosen)
     if chosen.memory is not None:
@@ -106,11 +110,11 @@ def finetune(
         _require_free(output, chosen)
         prefix = _new_prefix(lm, [d for d in (train, held_out) if d is not None], output, chosen.keep_prefix)
     lm.model.checkpoint_blocks = way.checkpoint_blocks
-    with _keeping(lm, prefix):
+    with files.Directory(output) as directory, _keeping(lm, prefix):
         before = Before(lm, checks, chosen.sample, say)
-        if not (chosen.resume and holds_run(output)):  # else when it is known to go on
+        if not (chosen.resume and holds_run(directory)):  # else when it is known to go on
             if chosen.resume:
-                say(f"{files.name(output)}: no run to go on with, a new one starts")
+                say(f"{files.name(given)}: no run to go on with, a new one starts")
             before.look()
         trainer = Trainer(
             lm,
@@ -131,7 +135,7 @@ def finetune(
                 epochs=chosen.epochs,
                 steps=chosen.steps,
                 validation=checks,
-                checkpoint_dir=output,
+                checkpoint_dir=directory,
                 checkpoint_every=chosen.save_every,
                 save_minutes=chosen.save_minutes,
                 resume=chosen.resume,
@@ -139,17 +143,18 @@ def finetune(
             )
         except NonFiniteLossError as error:
             if error.good_step:
-                error.add_note(_saved_as_of(lm, output, base, error.good_step))
+                error.add_note(_saved_as_of(lm, directory, base, error.good_step))
             raise
-    try:
-        save_adapter(lm, output, base)
-    except OSError as error:
-        error.add_note("the run is saved, its adapter is not: --resume (resume=True) writes it")
-        raise
+        try:
+            save_adapter(lm, directory, base)
+        except OSError as error:
+            error.add_note("the run is saved, its adapter is not: --resume (resume=True) writes it")
+            raise
+        place = directory.seen_from(given)
     last = history.epochs[-1].val_loss if history.epochs and not history.interrupted else None
     after = [""] * len(chosen.sample) if history.interrupted else answers_of(lm, chosen.sample)
     return FinetuneReport(
-        output=Path(output),
+        output=place,
         train=train.report,
         valid=None if held_out is None else held_out.report,
         loss_before=before.loss,
@@ -177,6 +182,16 @@ def _saved_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int
     return f"{files.name(output)} holds the adapter as of step {step}"
 
 
+def _require_not_read(output: StrPath, lm: LanguageModel, train: Dataset, held_out: Dataset | None) -> None:
+    """Refuse an output directory in which a file to be written is one that the run reads."""
+    names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
+    inputs = [("model", path) for path in model_directory.files_of(lm.config.source)]
+    inputs.append(("training data", Path(train.report.source)))
+    if held_out is not None:
+        inputs.append(("validation data", Path(held_out.report.source)))
+    files.require_not_read("finetune", [Path(output, name) for name in names], inputs)
+
+
 def _require_free(output: StrPath, options: FinetuneOptions) -> None:
     """Refuse a directory with a model, a run or an adapter, or one in use, before what takes time."""
     model_directory.require_no_model(output)
@@ -186,6 +201,7 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
             "the directory holds an adapter and no run: --overwrite (overwrite=True) replaces it",
             os.fspath(output),
         )
+    peft_adapter.require_ours(output, options.overwrite)
     with RunDirectory(output) as directory:
         if directory.occupied and not (options.resume or options.overwrite):
             raise FileExistsError(

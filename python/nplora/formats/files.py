@@ -281,6 +281,10 @@ class Directory(os.PathLike[str]):
         except OSError:
             return False
 
+    def seen_from(self, path: StrPath) -> Path:
+        """The path that was given, as long as it leads to the directory; else where the directory is now."""
+        return Path(path if self.is_at(path) else self)
+
     def __fspath__(self) -> str:
         if not self.is_at(self._path):
             with contextlib.suppress(OSError):  # a system without /proc

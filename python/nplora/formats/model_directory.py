@@ -31,6 +31,15 @@ def of(path: StrPath) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def files_of(path: StrPath) -> list[Path]:
+    """The files that a model is read from: weights (without the shards), configuration and tokenizer."""
+    directory, found = of(path), [Path(path)]
+    if files.suffix(path) != ".gguf" and directory.is_dir():
+        found += [file for file in directory.iterdir() if files.suffix(file) in _COMPANIONS]
+        found += [directory / WEIGHTS] * Path(path).is_dir()
+    return found
+
+
 def require_no_model(directory: StrPath) -> None:
     """Refuse a directory that an adapter would make a model's and an adapter's at once.
 

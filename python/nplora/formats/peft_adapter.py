@@ -152,7 +152,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
     files.require_named("adapter", directory=directory)
     os.stat(directory)  # the error is to name what is not there, or is a file, and not one in it
     files.require_directory(directory)
-    _require_finished(directory)
+    require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
     os.stat(config_path)  # the error is to name the configuration first
     if not tensors_path.exists() and pickle.exists():
@@ -166,11 +166,11 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         yield PeftAdapter(files.name(directory), config, tensors, paired, digest)
 
 
-def _require_finished(directory: StrPath) -> None:
-    """Refuse a directory of a run that has not written its adapter, even if an earlier run's is there."""
+def require_finished(directory: StrPath) -> None:
+    """Raise FileNotFoundError for a run that has not written its adapter, even beside an earlier run's."""
     if not run_files.holds_run(directory):
         return
-    is_whole = all(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
+    is_whole = all(map(os.path.lexists, files_of(directory)))
     if not is_whole or is_dropped(directory):
         reason = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
         raise FileNotFoundError(errno.ENOENT, reason, files.name(directory))
@@ -213,7 +213,12 @@ def _pair(
 
 def lies_in(directory: StrPath) -> bool:
     """Whether a directory has a file that `save` would replace."""
-    return any(os.path.lexists(Path(directory, name)) for name in (CONFIG, TENSORS))
+    return any(map(os.path.lexists, files_of(directory)))
+
+
+def files_of(path: StrPath) -> list[Path]:
+    """The two files of an adapter's directory, or the one file that an adapter may be in."""
+    return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 
 def require_ours(directory: StrPath, overwrite: bool) -> None:

@@ -1,0 +1,50 @@
+"""What every command that writes a file must do where something has the file's name already."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FOREIGN = b"a file that nplora did not make"
+
+
+def assert_nothing_is_lost(target: Path, write: Callable[[bool], object], replaces: bool = True) -> None:
+    """Hold a writer of one file against a foreign file, links, a directory and a FIFO of that name.
+
+    Args:
+        target: the file, which is not there.
+        write: writes it; its argument is `overwrite`.
+        replaces: whether it replaces a foreign file with `overwrite`.
+    """
+    foreign = target.with_name("foreign")
+    foreign.write_bytes(FOREIGN)
+    before = sorted(os.listdir(target.parent))
+
+    def refuses(error: type[OSError], *overwrite: bool) -> None:
+        for chosen in overwrite:
+            with pytest.raises(error, match=str(target)):
+                write(chosen)
+
+    target.mkdir()
+    refuses(OSError, False, True)
+    target.rmdir()
+    os.mkfifo(target)
+    refuses(FileExistsError, False, True)
+    assert target.is_fifo()
+    target.unlink()
+    target.symlink_to("nothing")
+    refuses(FileExistsError, False, True)
+    assert os.readlink(target) == "nothing"
+    target.unlink()
+    for make in (os.link, os.symlink):
+        make(foreign, target)
+        refuses(FileExistsError, False, *[True] * (not replaces))
+        assert target.read_bytes() == FOREIGN
+        if replaces:
+            write(True)
+            assert not target.is_symlink()
+            assert target.read_bytes() != FOREIGN
+        target.unlink()
+        assert foreign.read_bytes() == FOREIGN
+    assert sorted(os.listdir(target.parent)) == before

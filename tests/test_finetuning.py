@@ -945,6 +945,26 @@ def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
         assert cli.main([*line, "--any-base"]) == 0
 
 
+def test_an_adapter_that_is_replaced_while_it_is_put_on_is_the_old_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = load_model(model), load_model(model)
+    old.add_lora(rank=3, targets="q_proj", seed=1)
+    new.add_lora(rank=2, targets="up_proj", seed=2)
+    save_adapter(old, tmp_path / "adapter")
+    lm = load_model(model)
+
+    def replaced_meanwhile(*arguments: Any, **more: Any) -> None:
+        save_adapter(new, tmp_path / "adapter")
+        type(lm).add_lora(lm, *arguments, **more)
+
+    monkeypatch.setattr(lm, "add_lora", replaced_meanwhile)
+    attach_adapter(lm, tmp_path / "adapter")
+    assert lm.adapter_layers().keys() == old.adapter_layers().keys()
+    for name, value, _ in lm.parameters():
+        assert value.tobytes() == next(p.value for p in old.parameters() if p.name == name).tobytes()
+
+
 def test_an_adapter_of_llama_cpp_is_put_on_as_well(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "peft", **QUICK, targets=("all-linear", "embed_tokens", "lm_head"))
     nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", model)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nplora.formats import bfloat16, files, peft_adapter
 from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import CONFIG, PREFIX
+from nplora.formats.peft_adapter import CONFIG, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRAEmbedding, LoRALayer
@@ -169,26 +169,30 @@ def load_adapter(
     Warns:
         UserWarning: adapter_config.json has keys that nobody knows.
     """
-    layers, whole = _adapted("load_adapter", model)
-    for layer in layers.values():
-        layer.require_unmerged("load_adapter")
+    _loadable(model)  # before anything is read
     with peft_adapter.reading(directory) as adapter:
-        config, tensors = adapter.config, adapter.tensors
-        settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
-        live = {name: {"A": layer.A, "B": layer.B, "m": layer.m} for name, layer in layers.items()}
-        places = _places(layers, whole, live, {name: setting.rank for name, setting in settings.items()})
-        values: dict[str, Array] = {}
-        problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
-        for name in places:
-            if name in tensors:
-                values[name], found = _fit(name, tensors, places[name])
-                problems += found
-        if not (problems or any_base):
-            adapter.require_base(model.base_digest())
+        return load_opened(model, adapter, edited_config, any_base)
+
+
+def load_opened(
+    model: Module, adapter: PeftAdapter, edited_config: bool = False, any_base: bool = False
+) -> AdapterReport:
+    """As `load_adapter`, from a directory that is open."""
+    layers, whole = _loadable(model)
+    config, tensors = adapter.config, adapter.tensors
+    settings = {name: _Settings(config.rank(name), float(config.alpha(name))) for name in layers}
+    live = {name: {"A": layer.A, "B": layer.B, "m": layer.m} for name, layer in layers.items()}
+    places = _places(layers, whole, live, {name: setting.rank for name, setting in settings.items()})
+    values: dict[str, Array] = {}
+    problems = _dora_problems(layers, config) + _name_problems(model, places, tensors)
+    for name in places:
+        if name in tensors:
+            values[name], found = _fit(name, tensors, places[name])
+            problems += found
+    if not (problems or any_base):
+        adapter.require_base(model.base_digest())
     if problems:
-        raise FormatError(
-            f"{files.name(directory)}: the adapter does not fit the model {in_places(problems)}"
-        )
+        raise FormatError(f"{adapter.directory}: the adapter does not fit the model {in_places(problems)}")
     if not edited_config:
         adapter.require_pair()
 
@@ -196,13 +200,19 @@ def load_adapter(
     commits = _prepare(layers, config, settings, places, values)
     if config.unknown:
         keys = ", ".join(map(brief, config.unknown))
-        warnings.warn(f"{Path(directory, CONFIG)}: unknown keys are ignored: {keys}", stacklevel=2)
+        warnings.warn(f"{Path(adapter.directory, CONFIG)}: unknown keys are ignored: {keys}", stacklevel=3)
     for commit in commits:
         commit()
     loaded = tuple(dict.fromkeys(place.module for place in places.values()))
-    return AdapterReport(
-        files.name(directory), loaded, changes, config.unknown, config.base_model_name_or_path
-    )
+    return AdapterReport(adapter.directory, loaded, changes, config.unknown, config.base_model_name_or_path)
+
+
+def _loadable(model: Module) -> tuple[dict[str, LoRALayer], dict[str, Module]]:
+    """As `_adapted`, if nothing is merged."""
+    layers, whole = _adapted("load_adapter", model)
+    for layer in layers.values():
+        layer.require_unmerged("load_adapter")
+    return layers, whole
 
 
 def _adapted(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, Module]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from nplora.adapters import load_adapter
+from nplora.adapters import load_opened
 from nplora.combination import combine
 from nplora.formats import files, model_digest, peft_adapter
 from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
@@ -54,10 +54,10 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if len(paths) == 1 and not os.path.isfile(paths[0]):
         with peft_adapter.reading(paths[0]) as opened:
-            names, use_dora = _fitting(lm, opened), opened.config.use_dora
-        with as_it_was(lm):
-            lm.add_lora(1, targets=names, use_dora=use_dora)  # load_adapter brings the file's ranks
-            load_adapter(lm, paths[0], any_base=any_base)
+            names = _fitting(lm, opened)
+            with as_it_was(lm):
+                lm.add_lora(1, targets=names, use_dora=opened.config.use_dora)  # at the file's ranks below
+                load_opened(lm, opened, any_base=any_base)
     elif len(paths) == 1:
         _attach_updates(lm, read_adapter(paths[0], _base(lm), any_base=any_base))
     else:

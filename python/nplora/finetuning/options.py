@@ -94,7 +94,7 @@ class FinetuneOptions:
     save_every: int = _beside(100, "steps between checkpoints")
     save_minutes: float = _beside(5.0, "a checkpoint is also made when the last is this old; 0: not")
     resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
-    overwrite: bool = _beside(False, "drop the run or the adapter in the output directory")
+    overwrite: bool = _beside(False, "drop the run and the adapter in the output directory")
     sample: tuple[str, ...] = _beside(
         (), "a prompt, as it is and not as a chat, answered before and after (may be given several times)"
     )

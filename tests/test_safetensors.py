@@ -412,6 +412,15 @@ def test_a_link_to_a_regular_file_is_replaced_by_the_file(tmp_path: Path) -> Non
     assert safetensors.open(tmp_path / "link", follow_links=False)["w"].numpy()[0] == 1
 
 
+def test_the_parent_of_a_link_is_that_of_its_target(tmp_path: Path) -> None:
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "inner")
+    safetensors.save(tmp_path / "link" / ".." / "a.safetensors", {"w": np.zeros(4)})
+    assert sorted(os.listdir(tmp_path / "there")) == ["a.safetensors", "inner"]
+    with files.Directory(tmp_path / "link" / "..") as directory:
+        assert os.path.samefile(directory, tmp_path / "there")
+
+
 def test_a_directory_that_cannot_be_flushed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 

@@ -141,7 +141,7 @@ def adapter_to_gguf(
             the base model is not of a known family.
         FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
             model.
-        CorruptError: the directory's two files are not of one save.
+        CorruptError: the directory's adapter_config.json was edited.
         OSError: a file cannot be read, or the disk refuses.
     """
     files.require_named("convert", directory=directory, path=path, base=base)

@@ -124,7 +124,7 @@ def read_adapter(
     Raises:
         FormatError: a file breaks its format, or llama.cpp's is of another model than base.
         UnsupportedError: it holds layers trained whole.
-        CorruptError: the directory's two files are not of one save.
+        CorruptError: the directory's adapter_config.json was edited.
         ValueError: the model has no LoRA layer, or base is needed. OSError: a file cannot be read.
     """
     if isinstance(source, Adapter):

@@ -76,7 +76,7 @@ def finetune(
     """
     files.require_named("finetune", output=output)
     files.require_directory(output)
-    given, output = output, os.path.abspath(output)
+    given, output = output, files.absolute(output)
     chosen, pieces, done = resumed(
         _check.options("finetune", FinetuneOptions, options), output, isinstance(model, LanguageModel)
     )

@@ -257,6 +257,11 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error}: {note}", name(path)) from error
 
 
+def absolute(path: StrPath) -> str:
+    """The path from the root. ".." stays in it: behind a link, that is not the name before it."""
+    return str(Path(path).absolute())
+
+
 class Directory(os.PathLike[str]):
     """A directory held open: it stays the same one, whatever it is renamed to and wherever the process moves.
 
@@ -268,7 +273,7 @@ class Directory(os.PathLike[str]):
 
     def __init__(self, path: "StrPath | Directory") -> None:
         held = path if isinstance(path, Directory) else None
-        self._path: str = os.path.abspath(path) if held is None else held._path
+        self._path: str = absolute(path) if held is None else held._path
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         self.fd: int = os.open(
             self._path if held is None else ".", flags, dir_fd=None if held is None else held.fd

@@ -58,7 +58,8 @@ class PeftAdapter:
     Attributes:
         directory: as messages name it.
         tensors: read when asked for, while the directory is open.
-        paired: False where the configuration is not the one that was written with the tensors.
+        config: the one that was saved with the tensors, unless the file was edited.
+        paired: False if the file was edited, as far as is known.
         base_digest: `model_digest.of` the base model, if it is known.
     """
 
@@ -132,11 +133,11 @@ class PeftAdapter:
         return factor
 
     def require_pair(self) -> None:
-        """Raise CorruptError where the two files are not of one save."""
+        """Raise CorruptError if the configuration is not the one that was saved with the tensors."""
         if not self.paired:
             raise CorruptError(
                 f"{Path(self.directory, CONFIG)}: not the one that was saved with {TENSORS} "
-                "(its SHA-256 differs): a save was cut short, or the file was edited; "
+                "(its SHA-256 differs): the file was edited, or a save of an older nplora was cut short; "
                 "if you edited it, pass edited_config=True in Python"
             )
 

@@ -272,6 +272,18 @@ class Epochs:
         return len(self.batches)
 
 
+@pytest.mark.parametrize("stop", [0, 15])
+def test_two_checkpoints_of_one_step_leave_the_one_of_an_earlier_step(stop: int, tmp_path: Path) -> None:
+    """Step 15 ends an epoch, after which a checkpoint follows that of the step: at once, or on resuming."""
+    callbacks = [StopAfter(step=stop)]
+    fit(trainer_of(net(rng=0), callbacks=callbacks), epochs=3, checkpoint_dir=tmp_path, checkpoint_every=3)
+    if stop:
+        fit(trainer_of(net(rng=0)), epochs=3, checkpoint_dir=tmp_path, checkpoint_every=3, resume=True)
+    states = [json.loads(safetensors.open(tmp_path / name).metadata["state"]) for name in NAMES]
+    newest, older = sorted(states, key=lambda state: -state["serial"])
+    assert (newest["step"], newest["epoch"], older["step"]) == (15, 3, 12)
+
+
 def test_checkpoints_do_not_grow_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for epochs in (100, 400):

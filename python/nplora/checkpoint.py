@@ -178,16 +178,20 @@ def is_checkpoint(metadata: Mapping[str, str]) -> bool:
     return metadata.keys() >= _MARKS
 
 
-def _serial(path: Path) -> int:
-    """A generation's number by its header alone, 0 where there is none. UnsupportedError: as `_read`."""
+def _header(path: Path) -> tuple[int, int]:
+    """The number and the step of a generation by its header alone; (0, 0) if there is none.
+
+    Raises:
+        UnsupportedError: as `_read`.
+    """
     try:
         with safetensors.reading(path, follow_links=False) as content:
-            serial: int = _parsed(_state(content.metadata, path), path)["serial"]
-            return serial
+            state = _parsed(_state(content.metadata, path), path)
+            return state["serial"], state["step"]
     except UnsupportedError:
         raise
     except (FormatError, OSError):
-        return 0
+        return 0, 0
 
 
 def _state(metadata: Mapping[str, str], path: Path) -> str:
@@ -395,6 +399,7 @@ class RunDirectory:
         self._overwrite = overwrite
         self._serials = [0, 0]  # the generations' numbers
         self._slot = 0  # the generation to be replaced next
+        self._step = 0  # of the newest generation
         self._first_log: bytearray | None = None  # of a run that overwrites another, until its checkpoint
         self._descriptors: list[int] = []
         self._locked_by = 0  # a process, whose forked children do not unlock
@@ -418,7 +423,8 @@ class RunDirectory:
             except OSError as error:
                 raise _unwritable(self.path, error) from error
             self.occupied = holds_run(self.path)
-            self._serials = [_serial(self.path / name) for name in _SLOTS]
+            headers = [_header(self.path / name) for name in _SLOTS]
+            self._serials, self._step = [serial for serial, _ in headers], max(headers)[1]
             self._slot = self._serials.index(min(self._serials))
         except BaseException:
             self.close()
@@ -581,15 +587,20 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint over the older generation, or the first one of a new run over both.
 
+        One of the same step as the newest replaces that, so the older one is always of an earlier step.
+
         Raises:
             OSError: the disk refuses; both generations are as they were, and the message says how many bytes
                 were needed.
         """
         if self._first_log is not None:
             self._drop_other(checkpoint)
+        elif checkpoint.step == self._step and any(self._serials) and not self.damaged:
+            self._slot = 1 - self._slot
         with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
             os.fsync(self._log)  # the checkpoint relies on it for the history
         self._write(checkpoint)
+        self._step = checkpoint.step
 
     def _write(self, checkpoint: Checkpoint, *more: files.NewFile, **metadata: str) -> None:
         numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)

@@ -1,5 +1,8 @@
 """The core's operations against float64 NumPy: every storage, compute type and path, on awkward shapes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -249,3 +252,62 @@ def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
         with pytest.raises(ValueError, match="overlap"):
             _core.sgd_step(parameters, None, 0.1, 0.1, np.zeros(2, bool), 0.0, 0.0, False, 1.0, None)
     assert (p == 1).all()
+
+
+def test_explain_refuses_rows_that_no_array_has() -> None:
+    weight = _core.PackedWeight(np.ones((3, 4), np.float32), "float32")
+    for rows in (0, 2**63, 2**64 - 1):
+        with pytest.raises(ValueError, match=f"explain: rows is {rows}, expected at least 1"):
+            _core.explain(weight, rows, 1, False, True)
+    assert set(_core.explain(weight, 1, 0, False, True)) == {"computes in", "forward", "backward"}
+
+
+@pytest.mark.parametrize("kind", [_core.PackedWeight, _core.InferenceLayer])
+def test_no_object_is_made_without_its_constructor(kind: type) -> None:
+    with pytest.raises(TypeError, match=r"__init__\(\): incompatible constructor arguments"):
+        kind.__new__(kind)
+    for base in (object, kind.__base__):
+        with pytest.raises(TypeError, match="is not safe"):
+            base.__new__(kind)
+    with pytest.raises(TypeError, match="is not an acceptable base type"):
+        type("Derived", (kind,), {})
+
+
+def test_a_constructor_that_runs_again_changes_nothing() -> None:
+    weight = _core.PackedWeight(np.full((3, 4), 2, np.float32), "float32")
+    weight.__init__(np.ones((9, 9), np.float32), "bfloat16")
+    out = np.empty((3, 4), np.float32)
+    weight.unpack(out)
+    assert weight.storage == "float32"
+    np.testing.assert_array_equal(out, np.full((3, 4), 2))
+
+
+IN_SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+attempt = f'''
+import sys
+sys.path[:] = {sys.path!r}
+try:
+    import nplora
+except ImportError as error:
+    print(error, flush=True)
+'''
+for first in (True, False):
+    interpreters.run_string(interpreters.create(), attempt)
+    import nplora  # the main interpreter may have it, before and after
+print(nplora.__version__)
+"""
+
+
+def test_a_subinterpreter_is_refused_with_the_reason() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", IN_SUBINTERPRETER], capture_output=True, text=True, timeout=30, check=True
+    )
+    *refusals, version = run.stdout.splitlines()
+    assert len(refusals) == 2
+    assert all("subinterpreter" in line for line in refusals)
+    assert version == _core.config()["version"]

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings/low_rank.h"
+#include "bindings/made_whole.h"
 
 namespace nplora::bindings {
 
@@ -65,7 +66,7 @@ void register_products(py::module_& m, py::class_<InferenceLayer>& layer) {
 }  // namespace
 
 void register_inference(py::module_& m) {
-  py::class_<InferenceLayer> layer(m, "InferenceLayer");
+  py::class_<InferenceLayer> layer(m, "InferenceLayer", py::is_final(), made_whole());
   register_products<float>(m, layer);
   register_products<double>(m, layer);
 }

@@ -1,3 +1,4 @@
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <tuple>
@@ -140,6 +141,8 @@ std::string update_in_words(Update update, const UpdateCost& cost) {
 
 // The decisions of ops/plan.h in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
+  require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
+                                                ", expected at least 1 and at most what an array can have");
   const WeightView w = weight.view();
   const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;

@@ -76,7 +76,7 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
     refuse("the tuples must have the same length");
   for (size_t i = 0; i < count; ++i) {
     const py::handle parameter = item_of(parameters, i);
-    if (!py::isinstance<py::tuple>(parameter) || py::len(parameter) != 3)
+    if (!py::isinstance<py::tuple>(parameter) || PyTuple_GET_SIZE(parameter.ptr()) != 3)
       refuse("a parameter must be a tuple (name, value, grad)");
     py::array value = buffer_of(parameter, 1);
     const py::array grad = buffer_of(parameter, 2);

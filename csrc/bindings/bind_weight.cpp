@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "base/range.h"
+#include "bindings/made_whole.h"
 #include "bindings/nf4_arrays.h"
 #include "ops/blocks.h"
 
@@ -139,7 +140,8 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
 void register_weight(py::module_& m) {
   using py::arg;
   py::class_<PackedWeight>(
-      m, "PackedWeight", "A frozen matrix in its storage format: packed in panels, or as it lies in arrays.")
+      m, "PackedWeight", py::is_final(), made_whole(),
+      "A frozen matrix in its storage format: packed in panels, or as it lies in arrays.")
       .def(py::init(&pack<float>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
       .def(py::init(&pack<double>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
       .def(py::init(&pack<uint16_t>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")

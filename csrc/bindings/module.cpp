@@ -1,6 +1,24 @@
 #include "bindings/arrays.h"
 
+namespace {
+
+// pybind11, NumPy and the thread pool belong to the process. In a subinterpreter, pybind11 would wait for the GIL for ever.
+constexpr const char* kOnlyInMain =
+    "nplora cannot be imported in a subinterpreter, only in the main interpreter: use threads or processes "
+    "(with "
+    "mod_wsgi: WSGIApplicationGroup %{GLOBAL})";
+
+bool in_main_interpreter() {
+  return PyInterpreterState_Get() == PyInterpreterState_Main();
+}
+
+}  // namespace
+
+// PYBIND11_MODULE defines PyInit__core under another name, for PyInit__core to ask first. Python 3.13 calls it in the main
+// interpreter whoever imports, so that what runs later asks again.
+#define PyInit__core PyInit__core_of_pybind11
 PYBIND11_MODULE(_core, m) {
+  if (!in_main_interpreter()) throw pybind11::import_error(kOnlyInMain);
   m.doc() =
       "The compiled core of nplora. Strict about shapes, dtypes and order; use the functions of `nplora`.";
   nplora::bindings::register_runtime(m);
@@ -12,4 +30,11 @@ PYBIND11_MODULE(_core, m) {
   nplora::bindings::register_elementwise(m);
   nplora::bindings::register_blocks(m);
   nplora::bindings::register_transformer(m);
+}
+#undef PyInit__core
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (in_main_interpreter()) return PyInit__core_of_pybind11();
+  PyErr_SetString(PyExc_ImportError, kOnlyInMain);
+  return nullptr;
 }

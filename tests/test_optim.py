@@ -29,6 +29,58 @@ def copies(params: list[Parameter]) -> list[Parameter]:
     return [Parameter(p.name, p.value.copy(), p.grad.copy()) for p in params]
 
 
+class Foreign:
+    """As another package's."""
+
+
+Foreign.__module__ = "torch.nn.parameter"
+ROW = Parameter("w", np.ones(3), np.ones(3))
+NO_PARAMETERS: dict[str, tuple[Any, str]] = {
+    "arrays": ([np.ones(3)], r"parameters\[0\] is a numpy.ndarray"),
+    "an array": (np.ones((3, 3)), r"parameters\[0\] is a numpy.ndarray"),
+    "a number in an array": (np.ones(()), "parameters is a numpy.ndarray"),
+    "a layer": (nplora.LoRALinear(np.eye(3), 2), "parameters is a LoRALinear"),
+    "layers": (nplora.Sequential(nplora.ReLU()), r"parameters\[0\] is a ReLU"),
+    "a mapping": ({"w": ROW}, r"parameters\[0\] is 'w'"),
+    "its arrays": ({"w": np.ones(3)}.values(), r"parameters\[0\] is a numpy.ndarray"),
+    "one parameter": (ROW, r"parameters\[0\] is 'w'"),
+    "another's parameters": ([ROW, Foreign()], r"parameters\[1\] is a torch\.nn\.parameter\.Foreign"),
+    "pairs": ([("w", np.ones(3))], r"parameters\[0\] is a tuple"),
+    "a text": ("w", "parameters is 'w'"),
+    "nothing": (None, "parameters is a NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", NO_PARAMETERS)
+@pytest.mark.parametrize("make", [AdamW, lambda: SGD(lr=0.1)])
+def test_what_are_no_parameters_is_refused_at_every_step(make: Any, what: str) -> None:
+    given, got = NO_PARAMETERS[what]
+    wanted = rf"{got}, expected what model\.parameters\(\) returns, a list of Parameter$"
+    optimizer = make()
+    with pytest.raises(TypeError, match=rf"\.init: {wanted}"):
+        optimizer.init(given)
+    with pytest.raises(TypeError, match=f"^global_norm: {wanted}"):
+        global_norm(given)
+    for steps in range(2):
+        with pytest.raises(TypeError, match=rf"\.step: {wanted}"):
+            optimizer.step(given)
+        assert optimizer.steps == steps
+        optimizer.step([Parameter("w", np.ones(3), np.ones(3))])
+
+
+def test_parameters_may_come_in_any_iterable(rng: np.random.Generator) -> None:
+    params = parameters(rng)
+    wanted, others = copies(params), [copies(params) for _ in range(3)]
+    AdamW().step(wanted)
+    ways = ({p.name: p for p in others[0]}.values(), iter(others[1]), [tuple(p) for p in others[2]])
+    for given, params in zip(ways, others, strict=True):
+        optimizer = AdamW()
+        optimizer.step(given)  # type: ignore[arg-type]
+        assert optimizer.steps == 1
+        for p, w in zip(params, wanted, strict=True):
+            np.testing.assert_array_equal(p.value, w.value)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-12), (np.float32, 1e-4)])
 @pytest.mark.parametrize("grad_scale", [1.0, 0.25])
 def test_adamw_matches_the_oracle(

@@ -576,11 +576,36 @@ def test_an_error_in_a_batch_leaves_the_last_whole_step() -> None:
     assert all(not p.grad.any() for p in model.parameters())
 
 
+def foreign_optimizer() -> Any:
+    """An object that looks like torch's."""
+    kind = type("AdamW", (), {"__module__": "torch.optim.adamw", "lr": 0.1, "step": lambda self: None})
+    return kind()
+
+
+def test_an_optimizer_of_another_package_is_refused_when_it_is_put_in_later() -> None:
+    x, y = data(8)
+    trainer = trainer_of(net())
+    trainer.fit(x, y)
+    before = values(trainer.model)
+    trainer.optimizer = foreign_optimizer()
+    with pytest.raises(
+        TypeError, match=r"^Trainer\.fit: optimizer is a torch\.optim\.adamw\.AdamW, expected"
+    ):
+        trainer.fit(x, y)
+    assert values(trainer.model) == before
+
+
 X, Y = data(8)
 BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "no such loss": ({"loss": "l2"}, {}, ValueError, "'l2' is not available"),
     "optimizer by name": ({"optimizer": "adamw"}, {}, TypeError, "optimizer is 'adamw', expected an AdamW"),
     "optimizer class": ({"optimizer": nplora.AdamW}, {}, TypeError, "optimizer is the class AdamW, not one"),
+    "torch's optimizer": (
+        {"optimizer": foreign_optimizer()},
+        {},
+        TypeError,
+        r"^Trainer: optimizer is a torch\.optim\.adamw\.AdamW, expected an AdamW",
+    ),
     "function in callbacks": ({"callbacks": [print]}, {}, TypeError, r"callbacks\[0\] is a builtin_f"),
     "callback class": ({"callbacks": (Callback(), Callback)}, {}, TypeError, r"\[1\] is the class Callback"),
     "callbacks no list": ({"callbacks": print}, {}, TypeError, "callbacks is a builtin_f.* a list of Callb"),

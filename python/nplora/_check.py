@@ -22,10 +22,27 @@ _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arra
 
 _INT64_MAX = 2**63 - 1
 
+MAX_RANK = 1 << 16  # of an adapter, made or read: a larger one is a mistake, and could ask for all memory
+
 
 def is_bfloat16(array: Array) -> bool:
     """Whether the array holds ml_dtypes.bfloat16, known by its name so that ml_dtypes need not be there."""
     return array.dtype.name == "bfloat16"
+
+
+# ---- kinds ----
+
+
+def kind(value: object) -> str:
+    """What was got, in a few words however large it is. Other packages' classes have their module's name."""
+    if isinstance(value, type):
+        return f"the class {_title(value)}, not one of its objects"
+    return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
+
+
+def _title(cls: type) -> str:
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ if package in ("builtins", "nplora") else f"{cls.__module__}.{cls.__qualname__}"
 
 
 # ---- numbers and words ----
@@ -83,6 +100,11 @@ def integer(op: str, name: str, value: object, least: int, most: int | None = No
     if most is not None and int(value) > most:
         raise ValueError(f"{op}: {name} is {value}, expected at most {most}")
     return int(value)
+
+
+def rank(op: str, value: object) -> int:
+    """The rank of an adapter: an integer from 1 to MAX_RANK."""
+    return integer(op, "rank", value, least=1, most=MAX_RANK)
 
 
 def probability(op: str, name: str, value: object) -> float:
@@ -187,6 +209,17 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
             f"{op}: saved is not of this layer: its {name} is {array.dtype} of shape {array.shape}, "
             f"expected {dtype} of shape {shape}"
         )
+
+
+def own(op: str, saved: Any, layer: object) -> None:
+    """Refuse what the forward pass of another layer kept, even where all shapes fit. Called last.
+
+    Raises:
+        ValueError: it is of another layer.
+    """
+    if saved.layer is not None and saved.layer is not layer:
+        kind = type(saved.layer).__name__
+        raise ValueError(f"{op}: saved is not of this layer: it is from a forward pass of another {kind}")
 
 
 def rows(

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,14 @@ class Optimizer:
         self._names: tuple[str, ...] = ()  # of those parameters
         self._is_a = np.zeros(0, bool)  # which of them are named "A"
 
-    def init(self, parameters: Sequence[Parameter]) -> None:
-        """Start afresh for these parameters: state of zeros, no steps made."""
+    def init(self, parameters: Iterable[Parameter]) -> None:
+        """Start afresh for these parameters: state of zeros, no steps made.
+
+        Raises:
+            TypeError: parameters is not what `model.parameters()` returns.
+            ValueError: a parameter is not C-contiguous, or its gradient is of another shape or dtype.
+        """
+        parameters = _checked(f"{type(self).__name__}.init", parameters)
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}
@@ -59,7 +65,7 @@ class Optimizer:
 
     def step(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Iterable[Parameter],
         lr: float | None = None,
         grad_scale: float = 1.0,
         max_norm: float | None = None,
@@ -77,6 +83,7 @@ class Optimizer:
             no step and nothing is changed.
         Raises:
             ValueError: the parameters are not those of the first step.
+            TypeError: parameters is not what `model.parameters()` returns.
             RuntimeError: a parameter is read-only, as those of a merged layer are.
         """
         op = f"{type(self).__name__}.step"
@@ -84,6 +91,7 @@ class Optimizer:
         grad_scale = _check.number(op, "grad_scale", grad_scale)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"{op}: max_norm is {max_norm}, expected above 0 or None")
+        parameters = _checked(op, parameters)
         if self._state is None:
             self.init(parameters)
         names = tuple(map(_name_of, parameters))
@@ -91,7 +99,7 @@ class Optimizer:
             self._check_state(parameters)
             self._keep(self._by_name(), names)
         try:
-            norm = self._update(tuple(parameters), rate, grad_scale, max_norm)
+            norm = self._update(parameters, rate, grad_scale, max_norm)
         except (TypeError, ValueError):
             self._check_state(parameters)  # says what is wrong in the user's words
             raise
@@ -312,9 +320,24 @@ class SGD(Optimizer):
         )
 
 
-def global_norm(parameters: Sequence[Parameter]) -> float:
-    """The Euclidean norm of all gradients together, summed in float64."""
-    return math.sqrt(_core.sum_of_squares(tuple(p.grad for p in parameters)))
+def require(op: str, optimizer: object) -> None:
+    """Refuse what is no optimiser of this package.
+
+    Raises:
+        TypeError: it is something else, an optimiser of torch for example.
+    """
+    if not isinstance(optimizer, Optimizer):
+        got = _check.kind(optimizer)
+        raise TypeError(f"{op}: optimizer is {got}, expected an AdamW(...) or SGD(...) of nplora")
+
+
+def global_norm(parameters: Iterable[Parameter]) -> float:
+    """The Euclidean norm of all gradients together, summed in float64.
+
+    Raises:
+        TypeError: parameters is not what `model.parameters()` returns.
+    """
+    return math.sqrt(_core.sum_of_squares(tuple(p[2] for p in _checked("global_norm", parameters))))
 
 
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
@@ -352,6 +375,20 @@ def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array
         }
         for moment, held in like.items()
     }
+
+
+def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
+    """The parameters as a tuple; a TypeError names what is none."""
+    wanted = "expected what model.parameters() returns, a list of Parameter"
+    if isinstance(parameters, str | bytes) or not np.iterable(parameters):
+        raise TypeError(f"{op}: parameters is {_check.kind(parameters)}, {wanted}")
+    checked = tuple(parameters)
+    if {*map(type, checked)} <= {Parameter}:
+        return checked
+    for index, item in enumerate(checked):
+        if not (isinstance(item, tuple) and len(item) == 3 and isinstance(item[0], str)):
+            raise TypeError(f"{op}: parameters[{index}] is {_check.kind(item)}, {wanted}")
+    return tuple(itertools.starmap(Parameter, checked))
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:

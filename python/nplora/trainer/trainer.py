@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, losses
+from nplora import _check, losses, optim
 from nplora.checkpoint import RunDirectory
 from nplora.formats import files
 from nplora.formats.files import StrPath
@@ -69,11 +69,8 @@ class Trainer:
             raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
         self.model = model
         self.loss = loss if isinstance(loss, FusedLoss) else losses.get(loss)
-        if not isinstance(optimizer, Optimizer | None):
-            raise TypeError(
-                f"Trainer: optimizer is {_kind(optimizer)}, expected an AdamW(...) or SGD(...), or None"
-            )
         self.optimizer = AdamW() if optimizer is None else optimizer
+        optim.require("Trainer", self.optimizer)
         self.schedule = _check.choice("Trainer", "schedule", schedule, SCHEDULES)
         self.warmup_steps = _check.integer("Trainer", "warmup_steps", warmup_steps, least=0)
         self.accumulate = _check.integer("Trainer", "accumulate", accumulate, least=1)
@@ -83,7 +80,7 @@ class Trainer:
         self.seed = _check.integer("Trainer", "seed", seed, least=0)
         self.callbacks = _callbacks(callbacks)
         if not isinstance(progress, bool | None):
-            raise TypeError(f"Trainer: progress is {_kind(progress)}, expected True, False or None")
+            raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
         self.progress = progress
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters
@@ -274,6 +271,7 @@ class Trainer:
         )
 
     def _check_model(self) -> None:
+        optim.require(_OP, self.optimizer)  # which may have been exchanged since
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         for layer in self.model.adapter_layers().values():
@@ -290,19 +288,12 @@ class Trainer:
 
 def _callbacks(callbacks: Any) -> list[Callback]:
     if not isinstance(callbacks, Iterable):
-        raise TypeError(f"Trainer: callbacks is {_kind(callbacks)}, expected a list of Callbacks")
+        raise TypeError(f"Trainer: callbacks is {_check.kind(callbacks)}, expected a list of Callbacks")
     checked = list(callbacks)
     for number, callback in enumerate(checked):
         if not isinstance(callback, Callback):
-            raise TypeError(f"Trainer: callbacks[{number}] is {_kind(callback)}, expected a Callback")
+            raise TypeError(f"Trainer: callbacks[{number}] is {_check.kind(callback)}, expected a Callback")
     return checked
-
-
-def _kind(value: object) -> str:
-    """What was got, in a few words however large it is."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}, not one of its objects"
-    return f"{value[:40]!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _at(directory: RunDirectory) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,43 @@ def test_a_loss_of_your_own_goes_through_forward_and_backward(lm: LanguageModel)
         np.testing.assert_allclose(
             p.grad, wanted[p.name], rtol=0, atol=1e-4 * np.abs(p.grad).max(), err_msg=p.name
         )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "lm_head"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_a_pass_kept_serves_one_backward_of_its_own_model(
+    lm: LanguageModel, targets: str, checkpointed: bool, tmp_path: Path
+) -> None:
+    twin = small_models.load(tmp_path)
+    for model in (lm, twin):
+        with_factors(model, targets=targets)
+        model.model.checkpoint_blocks = checkpointed
+    logits, saved = lm.forward(np.stack(ids_of(7, 7)))
+    dy = np.ones_like(logits)
+    with pytest.raises(ValueError, match=r"^LanguageModel\.backward: dy has shape \(2, 6, 60\), expected"):
+        lm.backward(dy[:, 1:], saved)
+    with pytest.raises(ValueError, match="saved is not of this layer: it is from a forward pass of another"):
+        twin.backward(dy, saved)
+    assert not any(p.grad.any() for model in (lm, twin) for p in model.parameters())
+    lm.backward(dy, saved)
+    once = [p.grad.copy() for p in lm.parameters()]
+    assert all(grad.any() for grad in once)
+    with pytest.raises(RuntimeError, match="saved was used by an earlier backward pass, which freed it"):
+        lm.backward(dy, saved)
+    for parameter, grad in zip(lm.parameters(), once, strict=True):
+        np.testing.assert_array_equal(parameter.grad, grad, parameter.name)
+
+
+def test_a_merged_model_refuses_backward_before_it_adds_anything(lm: LanguageModel) -> None:
+    with_factors(lm)
+    logits, saved = lm.forward(ids_of(7)[0])
+    lowest = next(iter(lm.adapter_layers().values()))  # backward comes there last
+    lowest.merge()
+    with pytest.raises(RuntimeError, match="the layer is merged"):
+        lm.backward(logits, saved)
+    assert not any(p.grad.any() for p in lm.parameters())
+    lowest.unmerge()
+    lm.backward(logits, saved)
 
 
 # ---- decoding with a cache ----
@@ -419,13 +457,76 @@ def test_an_adapter_of_a_permuted_file_is_saved_in_the_order_of_hugging_face(tmp
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
 
+# ---- a batch that has nothing to learn ----
+
+
+@pytest.mark.parametrize("make", [nplora.AdamW, lambda: nplora.SGD(lr=0.1, momentum=0.9, weight_decay=0.1)])
+def test_a_step_without_a_label_changes_nothing(lm: LanguageModel, make: Any) -> None:
+    with_factors(lm, dropout=0.5)
+    optimizer, ids = make(), ids_of(6)[0]
+    for labels in (np.full(6, IGNORED), ids):  # before the first step, and after it
+        state, streams = optimizer.state_dict(), lm.random_state()
+        before = [p.value.copy() for p in lm.parameters()]
+        assert lm.train_step(ids, np.full(6, IGNORED), optimizer) == lm.loss(ids, np.full(6, IGNORED)) == 0
+        assert lm.train_step(ids[:1], ids[:1], optimizer) == 0  # one token predicts no label
+        assert lm.random_state() == streams
+        assert optimizer.steps == state["steps"]
+        assert optimizer.state_dict().keys() == state.keys()
+        for name, array in optimizer.state_dict().items():
+            np.testing.assert_array_equal(array, state[name], name)
+        for parameter, value in zip(lm.parameters(), before, strict=True):
+            np.testing.assert_array_equal(parameter.value, value, parameter.name)
+            assert not parameter.grad.any()
+        lm.train_step(ids, labels, optimizer)
+    assert optimizer.steps == 1
+
+
+def test_micro_batches_without_a_label_add_nothing_to_a_step(lm: LanguageModel) -> None:
+    with_factors(lm, dropout=0.5)
+    ids, streams = ids_of(6)[0], lm.random_state()
+    assert lm.forward_backward(pack([(ids, np.full(6, IGNORED))]), 1.0) == 0
+    assert lm.random_state() == streams
+    assert not any(p.grad.any() for p in lm.parameters())
+
+
+# ---- an adapter switched off in one thread ----
+
+
+def test_generation_in_one_thread_does_not_hear_of_another_that_disables_the_adapter(
+    lm: LanguageModel,
+) -> None:
+    with_factors(lm)
+    ids = np.stack(ids_of(5, 5))
+
+    def scores() -> Array:
+        cache = lm.new_cache(2, 8)
+        return np.stack([lm.decode(ids, [0, 1], cache), lm.decode(ids[:, :1], [0, 1], cache)])
+
+    def disabled() -> Array:
+        with lm.disable_adapter():
+            return scores()
+
+    alone = {scores: scores(), disabled: disabled()}
+    assert not np.array_equal(alone[scores], alone[disabled])
+    with ThreadPoolExecutor(2) as pool:
+        runs = [(call, pool.submit(call)) for _ in range(30) for call in alone]
+    for call, run in runs:
+        np.testing.assert_array_equal(run.result(), alone[call])
+
+
 # ---- what users pass in ----
 
 
 def test_ids_labels_and_states_that_make_no_sense_are_refused(lm: LanguageModel) -> None:
     ids = ids_of(6)[0]
-    with pytest.raises(ValueError, match="the model has no adapter"):
-        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
+    for labels in (ids, np.full(6, IGNORED)):
+        with pytest.raises(ValueError, match="the model has no adapter"):
+            lm.train_step(ids, labels, nplora.SGD(lr=0.1))
+    with pytest.raises(TypeError, match="train_step: optimizer is the class SGD, not one of its objects"):
+        lm.train_step(ids, ids, nplora.SGD)  # type: ignore[arg-type]
+    for rank in (10**9, 2**63):
+        with pytest.raises(ValueError, match=f"^add_lora: rank is {rank}, expected at most 65536$"):
+            lm.add_lora(rank=rank)
     with pytest.raises(ValueError, match=r"token_ids have shape \(6,\), labels \(5,\)"):
         lm.loss(ids, ids[:5])
     with pytest.raises(ValueError, match=f"token_ids holds {VOCAB}, expected integers from 0 to {VOCAB - 1}"):

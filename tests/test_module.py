@@ -1,5 +1,9 @@
 """Module: parts found by name, parameters, merging and randomness of a whole model."""
 
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -34,6 +38,14 @@ class Net(Module):
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Any:
         return self.shared.backward(self.zeta.backward(dy, saved[1]), saved[0], need_dx)
+
+
+def trained_net() -> Net:
+    """A net whose adapters change its results."""
+    net = Net()
+    for p in net.parameters():
+        p.value[...] = 0.5
+    return net
 
 
 NAMES = ["shared", "zeta", "blocks.0", "blocks.1.up", "blocks.1.down.0"]
@@ -209,6 +221,150 @@ def test_disabling_reaches_every_layer_and_ends_with_the_block() -> None:
     with pytest.raises(ZeroDivisionError), net.disable_adapter():
         _ = 1 / 0
     assert net.zeta.adapter_enabled
+
+
+def in_two_threads(first: Callable[[], object], second: Callable[[], object]) -> None:
+    """Both at a time; raises what either raised."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+
+
+def test_disabling_is_for_the_thread_that_does_it_alone() -> None:
+    net, x = trained_net(), np.linspace(0, 1, 6)
+    with_adapter = net(x)
+    with net.disable_adapter():
+        without = net(x)
+    assert not np.array_equal(with_adapter, without)
+    inside, outside = threading.Event(), threading.Event()
+
+    def disabled() -> None:
+        for _ in range(200):
+            with net.disable_adapter():
+                inside.set()
+                np.testing.assert_array_equal(net(x), without)
+                outside.wait(0.001)
+            np.testing.assert_array_equal(net(x), with_adapter)
+
+    def enabled() -> None:
+        inside.wait(5)
+        for _ in range(400):
+            np.testing.assert_array_equal(net(x), with_adapter)
+            assert net.zeta.adapter_enabled
+        outside.set()
+
+    in_two_threads(disabled, enabled)
+
+
+def test_a_block_that_another_context_ends_disables_nothing_there() -> None:
+    net, x = trained_net(), np.linspace(0, 1, 6)
+    with_adapter = net(x)
+
+    def pieces() -> Iterator[Array]:
+        with net.disable_adapter():
+            yield net(x)
+            yield net(x)
+
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    first, second = pieces(), pieces()
+    for context, generator in zip(contexts, (first, second), strict=True):
+        assert not np.array_equal(context.run(next, generator), with_adapter)
+    np.testing.assert_array_equal(net(x), with_adapter)
+    second.close()  # in this context, not in its own
+    np.testing.assert_array_equal(net(x), with_adapter)
+    with net.disable_adapter():
+        first.close()
+        assert not net.zeta.adapter_enabled
+    assert net.zeta.adapter_enabled
+
+
+def test_blocks_that_end_out_of_order_leave_what_the_others_disabled() -> None:
+    net = trained_net()
+    outer, inner = net.disable_adapter(), net.zeta.disable_adapter()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert (net.shared.adapter_enabled, net.zeta.adapter_enabled) == (True, False)
+    inner.__exit__(None, None, None)
+    assert net.zeta.adapter_enabled
+
+
+def test_merging_in_another_thread_changes_a_result_by_rounding_alone() -> None:
+    net, x = trained_net(), np.linspace(0, 1, 6)
+    wanted, done = net(x), threading.Event()
+
+    def merge() -> None:
+        for _ in range(100):
+            net.merge()
+            net.unmerge()
+        done.set()
+
+    def call() -> None:
+        while not done.is_set():
+            np.testing.assert_allclose(net(x), wanted, rtol=1e-5)
+
+    in_two_threads(merge, call)
+    np.testing.assert_array_equal(net(x), wanted)
+
+
+# ---- what a pass keeps ----
+
+X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+IDS = np.array([[1, 3], [0, 1]])
+KINDS: dict[str, tuple[Callable[[], Module], Array]] = {
+    "LoRALinear": (lambda: LoRALinear(np.ones((5, 4)), 2, init="gaussian", rng=0), X),
+    "LoRALinear, dropout": (lambda: LoRALinear(np.ones((5, 4)), 2, dropout=0.5, init="gaussian", rng=0), X),
+    "LoRALinear, DoRA": (lambda: LoRALinear(np.ones((5, 4)), 2, use_dora=True, init="gaussian", rng=0), X),
+    "LoRALinear, B frozen": (lambda: LoRALinear(np.ones((5, 4)), 2, freeze_B=True, rng=0), X),
+    "LoRAEmbedding": (lambda: nplora.LoRAEmbedding(np.ones((5, 4)), 2, init="gaussian", rng=0), IDS),
+    "Linear": (lambda: Linear(np.ones((5, 4))), X),
+    "Linear, trained": (lambda: Linear(np.ones((5, 4)), np.ones(5), trainable=True), X),
+    "Embedding": (lambda: nplora.Embedding(np.ones((5, 4))), IDS),
+    "Embedding, trained": (lambda: nplora.Embedding(np.ones((5, 4)), trainable=True), IDS),
+    "LayerNorm": (lambda: nplora.LayerNorm(np.ones(4), np.ones(4), trainable=True), X),
+    "RMSNorm": (lambda: nplora.RMSNorm(np.ones(4)), X),
+    "ReLU": (ReLU, X),
+    "Tanh": (nplora.Tanh, X),
+    "SiLU": (nplora.SiLU, X),
+    "GELU": (nplora.GELU, X),
+    "Sequential": (lambda: Sequential(LoRALinear(np.ones((5, 4)), 2, init="gaussian", rng=0), ReLU()), X),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_backward_adds_the_same_gradients_again(kind: str) -> None:
+    make, x = KINDS[kind]
+    layer = make()
+    y, saved = layer.forward(x)
+    dy = np.linspace(1, 2, y.size, dtype=np.float32).reshape(y.shape)
+    dx = layer.backward(dy, saved)
+    once = [p.grad.copy() for p in layer.parameters()]
+    again = layer.backward(dy, saved)
+    assert (dx is None) == (again is None)
+    np.testing.assert_array_equal(again, dx)
+    for parameter, grad in zip(layer.parameters(), once, strict=True):
+        assert grad.any(), parameter.name
+        most = 2e-6 * np.abs(grad).max()  # sums of six products, which go on from other beginnings
+        np.testing.assert_allclose(parameter.grad, 2 * grad, rtol=0, atol=most, err_msg=parameter.name)
+
+
+@pytest.mark.parametrize("need_dx", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pass_of_another_layer_alike_is_refused(kind: str, need_dx: bool) -> None:
+    make, x = KINDS[kind]
+    layer = make()
+    y, saved = make().forward(x)
+    with pytest.raises(ValueError, match="saved is not of this layer: it is from a forward pass of another"):
+        layer.backward(np.ones_like(y), saved, need_dx)
+    assert not any(p.grad.any() for p in layer.parameters())
+
+
+def test_a_pass_through_another_number_of_modules_is_refused() -> None:
+    short, long = Sequential(ReLU()), Sequential(ReLU(), ReLU())
+    for model, other in ((short, long), (long, short)):
+        wanted = f"saved is of a pass through {len(other)} modules, expected {len(model)}"
+        with pytest.raises(ValueError, match=wanted):
+            model.backward(X, other.forward(X)[1])
 
 
 # ---- randomness ----

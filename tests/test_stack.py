@@ -516,6 +516,21 @@ def test_the_pass_of_another_stack_adds_nothing_to_any_layer(
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_a_second_backward_of_a_stack_adds_the_same_again_and_another_stack_is_refused() -> None:
+    layers, others = layers_of(), layers_of()
+    ys, saved = stack_forward(layers, passes(9)[0])
+    dx = stack_backward(layers, ys, saved)
+    once = [p.grad.copy() for layer in layers for p in layer.local_parameters()]
+    np.testing.assert_array_equal(stack_backward(layers, ys, saved), dx)
+    twice = [p.grad for layer in layers for p in layer.local_parameters()]
+    for first, both in zip(once, twice, strict=True):
+        assert first.any()
+        np.testing.assert_array_equal(both, 2 * first)
+    with pytest.raises(ValueError, match=r"^stack_backward: layer 0: saved is not of this layer: it is from"):
+        stack_backward(others, ys, saved)
+    assert not any(p.grad.any() for layer in others for p in layer.local_parameters())
+
+
 def test_an_unloaded_layer_of_a_stack_says_so() -> None:
     layers = layers_of()
     layers[1].merge_and_unload()

@@ -40,6 +40,11 @@ def inference() -> Iterator[None]:
         _inferring.reset(token)
 
 
+# The adapters that are switched off here: a dict for each `disable_adapter` block around. It holds the layers
+# too, because the id of one that is gone could become another's.
+_disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_disabled", default=())
+
+
 def quiet() -> np.errstate:
     """Let NaN and Inf propagate without NumPy's warnings: the loss shows them."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -77,7 +82,13 @@ class Parameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Saved:
-    """What a forward pass keeps for its backward pass: references, so leave the arrays unchanged."""
+    """What a forward pass keeps for its backward pass: references, so leave the arrays unchanged.
+
+    Attributes:
+        layer: the module whose pass it was, which `backward` compares; None is not compared.
+    """
+
+    layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +153,12 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the parameters; return dx, or None where need_dx is False."""
+        """Add to the gradients of the parameters; return dx, or None where need_dx is False.
+
+        `saved` comes from a forward pass of this very module: the layers of nplora raise ValueError for that
+        of another one. A second call with the same `saved` adds the same gradients again. A module that frees
+        what it kept while it computes, as `LanguageModel` does, raises RuntimeError instead.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, x: Any) -> Array:
@@ -238,7 +254,9 @@ class Module:
         """Fold every adapter into a copy of its frozen weight, which answers alone until `unmerge`.
 
         Every merged weight is built before the first is put in place: a failure leaves all layers as they
-        were.
+        were. The model is merged for every thread, and so it is with `unmerge`. A pass that another thread is
+        in the middle of takes each layer as it finds it, merged or not: the result is that of either, up to
+        the rounding of the merged weights. If that pass was for training, its backward raises RuntimeError.
 
         Args:
             dtype: the storage of the merged weights: "same" as the frozen one's, or a name of
@@ -287,16 +305,18 @@ class Module:
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """`with model.disable_adapter():` the frozen weights answer alone, merged or not."""
-        layers = list(self.adapter_layers().values())
-        before = [layer.adapter_enabled for layer in layers]
-        for layer in layers:
-            layer.adapter_enabled = False
+        """`with model.disable_adapter():` the frozen weights compute alone, merged or not.
+
+        This holds for the thread (or asyncio task) that enters the block. Calls in other threads keep the
+        adapters, also in threads that are started inside the block. As with every context variable, a
+        generator that yields inside the block hands the effect to its caller until it is resumed.
+        """
+        layers = {id(layer): layer for layer in self.adapter_layers().values()}
+        _disabled.set((*_disabled.get(), layers))
         try:
             yield self
         finally:
-            for layer, enabled in zip(layers, before, strict=True):
-                layer.adapter_enabled = enabled
+            _disabled.set(tuple(held for held in _disabled.get() if held is not layers))
 
     def seed(self, seed: int) -> None:
         """Draw the starting factors of every adapter layer anew, and start its dropout stream.
@@ -345,13 +365,25 @@ class AdapterLayer(Module):
     """What the whole-model methods of `Module` ask of a layer with an adapter.
 
     Attributes:
-        adapter_enabled: False while the frozen weight answers alone (`disable_adapter`).
         dropout_stream: (seed, calls); the mask of a training pass is keyed by the two, and calls then rises
             by one.
     """
 
-    adapter_enabled: bool
     dropout_stream: tuple[int, int]
+
+    _enabled = True
+
+    @property
+    def adapter_enabled(self) -> bool:
+        """False while the frozen weight computes alone: inside `disable_adapter`, or once set to False.
+
+        What is set holds for every thread.
+        """
+        return self._enabled and not any(id(self) in layers for layers in _disabled.get())
+
+    @adapter_enabled.setter
+    def adapter_enabled(self, enabled: bool) -> None:
+        self._enabled = bool(enabled)
 
     @property
     def merged(self) -> bool:

@@ -35,23 +35,27 @@ class Activation(Module):
         given = _check.as_array(op, "x", x)
         array = _check.floats(op, "x", given, np.float64 if given.dtype == np.float64 else np.float32)
         y = self._apply(array)
-        return y, ActivationSaved(None if inferring() else y if self._keeps_output else array)
+        kept = None if inferring() else y if self._keeps_output else array
+        return y, ActivationSaved(kept, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: ActivationSaved, need_dx: bool = True) -> Gradient:
         """dx of the shape of x, or None where need_dx is False.
 
         Raises:
-            ValueError: dy has not the shape of y.
-            TypeError: saved is of another kind of layer.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer.
+            TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)
         if not need_dx:
+            _check.own(op, saved, self)
             return None
         kept = saved.array
         if kept is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        return self._differentiate(kept, _check.shaped(op, "dy", dy, kept.shape, kept.dtype))
+        gradient = _check.shaped(op, "dy", dy, kept.shape, kept.dtype)
+        _check.own(op, saved, self)
+        return self._differentiate(kept, gradient)
 
     def _apply(self, x: Array) -> Array:
         raise NotImplementedError

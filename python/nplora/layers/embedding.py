@@ -70,24 +70,28 @@ class Embedding(Module):
         flat, lead = _ids("Embedding.forward", ids, self.shape[0])
         y = self.weight.take(flat) if isinstance(self.weight, FrozenWeight) else self.weight[flat]
         keep = self.trainable and not inferring()
-        return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None)
+        return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: EmbeddingSaved, need_dx: bool = True) -> None:
         """dweight[ids] += dy where trainable. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved holds an id that this table lacks.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer.
             TypeError: saved is of another kind of layer.
+            RuntimeError: the table is trained, and the forward pass was inference.
         """
         op = "Embedding.backward"
         _check.saved(op, saved, EmbeddingSaved)
         dtype = self.weight.compute_dtype if isinstance(self.weight, FrozenWeight) else self.weight.dtype
         rows = _check.shaped(op, "dy", dy, (*saved.lead, self.shape[1]), dtype)
-        if self.dweight is not None:
-            if saved.ids is None:
-                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-            ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, self.shape[0])
-            _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
+        if self.dweight is None:
+            _check.own(op, saved, self)
+            return
+        if saved.ids is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, self.shape[0])
+        _check.own(op, saved, self)
+        _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
 
     def __repr__(self) -> str:
         return f"Embedding({self.shape}, trainable={self.trainable})"
@@ -145,7 +149,7 @@ class LoRAEmbedding(LoRALayer):
         flat, lead = _ids("LoRAEmbedding.forward", ids, vocab)
         lone, merged = self._lone_weight()
         y = (lone or self.weight).take(flat)
-        saved = LoRAEmbeddingSaved(lead, alone=lone is not None, merged=merged)
+        saved = LoRAEmbeddingSaved(lead, alone=lone is not None, merged=merged, layer=self)
         if lone is None:
             rows = self.A[flat]
             if self.scale != 0:
@@ -155,15 +159,14 @@ class LoRAEmbedding(LoRALayer):
                     update *= self.scale
                     y += update
             if not inferring():
-                saved = LoRAEmbeddingSaved(lead, ids=flat, rows=rows)
+                saved = LoRAEmbeddingSaved(lead, ids=flat, rows=rows, layer=self)
         return y.reshape(*lead, dim), saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
         """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another rank or dtype, or
-                holds an id that this table lacks.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, rank or dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
@@ -175,11 +178,13 @@ class LoRAEmbedding(LoRALayer):
         dim, dtype = self.weight.shape[1], self.weight.compute_dtype
         du = _check.shaped(op, "dy", dy, (*saved.lead, dim), dtype).reshape(math.prod(saved.lead), dim)
         if saved.alone or self.scale == 0:
+            _check.own(op, saved, self)
             return
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, len(self.A))
+        _check.own(op, saved, self)
         d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
         with quiet():

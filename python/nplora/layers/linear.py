@@ -91,17 +91,18 @@ class Linear(Prepared, Module):
         y = buffers.empty((len(rows), d_out), self._dtype)
         _core.matmul(core_weight(self.weight), rows, self.bias, y)
         keep = self.trainable and not inferring()
-        return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None)
+        return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
         """dx = dy W, or None where need_dx is False; where trainable, dweight += dyᵀ x and dbias += Σ dy.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another shape or dtype.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape or dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)
+        _check.own("Linear.backward", saved, self)
         self._add_gradients(rows, saved)
         if not need_dx:
             return None
@@ -125,7 +126,7 @@ class Linear(Prepared, Module):
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         part = core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None
         keep = self.trainable and not inferring()
-        return part, y, LinearSaved(lead, rows if keep else None)
+        return part, y, LinearSaved(lead, rows if keep else None, layer=self)
 
     def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
         """What `forward` returns, when the core has filled y."""

@@ -48,7 +48,7 @@ class LoRALinear(LoRALayer):
 
     Args:
         W: float array (d_out, d_in), copied and packed, or a FrozenWeight, shared.
-        rank: r, at least 1.
+        rank: r, from 1 to 65536.
         alpha: the update's strength: scale = alpha / rank.
         bias: array (d_out,), frozen, or None.
         dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
@@ -65,10 +65,10 @@ class LoRALinear(LoRALayer):
         freeze_B: train A alone (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
         rng: draws the starting factors and the dropout stream.
     Raises:
-        ValueError: W has not two axes; rank is below 1; alpha is not finite; dropout is not in [0, 1); bias
-            has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a rank above
-            min(d_out, d_in), or an alpha that is not positive; "int8" for an array that is not stored in
-            GGUF's blocks.
+        ValueError: W has not two axes; rank is below 1 or above 65536; alpha is not finite; dropout is not in
+            [0, 1); bias has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a
+            rank above min(d_out, d_in), or an alpha that is not positive; "int8" for an array that is not
+            stored in GGUF's blocks.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -154,13 +154,14 @@ class LoRALinear(LoRALayer):
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
         weight, scale, bias = self._core_terms(lone)
-        z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead)
+        z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead, layer=self)
         if lone is not None:
-            saved = LoRALinearSaved(lead, alone=True, merged=merged)
+            saved = LoRALinearSaved(lead, alone=True, merged=merged, layer=self)
         elif not inferring():
             z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
             key = self._next_key() if dropout else 0
-            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=None if self.freeze_B else rows, z=z)
+            x = None if self.freeze_B else rows
+            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=x, z=z, layer=self)
         return (weight, self.A, self.B, scale, dropout, key, bias, y, z), y, saved
 
     def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
@@ -177,7 +178,7 @@ class LoRALinear(LoRALayer):
 
     def _inference_state(self) -> tuple[Hashable, ...]:
         own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
-        strength = own["_alpha"], own["_use_rslora"], own["adapter_enabled"]
+        strength = own["_alpha"], own["_use_rslora"], self.adapter_enabled
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
     def _inference_layer(self) -> _core.InferenceLayer | None:
@@ -208,12 +209,14 @@ class LoRALinear(LoRALayer):
         of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another shape, rank or dtype.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape, rank or
+                dtype.
             TypeError: saved is of another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
                 weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
+        _check.own("LoRALinear.backward", saved, self)
         part = self.backward_part(rows, saved)
         dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
         if dx is not None or not saved.alone:
@@ -233,7 +236,7 @@ class LoRALinear(LoRALayer):
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
 
     def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
-        """Refuse a pass that cannot be this layer's. One of the same shapes and kind would go unnoticed."""
+        """Refuse a pass whose arrays do not fit this layer, and say which."""
         if saved.z is None:
             return
         if saved.x is None and not self.freeze_B:

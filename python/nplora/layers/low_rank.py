@@ -92,12 +92,11 @@ class LoRALayer(Prepared, AdapterLayer):
     ) -> None:
         op = type(self).__name__
         self._weight = weight
-        rank = _check.integer(op, "rank", rank, least=1)
+        rank = _check.rank(op, rank)
         self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
         self._use_dora = use_dora
         self.init = _check.choice(op, "init", init, self.inits)
         self._taken: tuple[Array, Array] | None = None  # "pissa", "olora": A and B at the start
-        self.adapter_enabled = True
         self._merged: FrozenWeight | None = None
         d_out, d_in = weight.shape
         if init in PRINCIPAL_INITS and (rank > min(d_out, d_in) or self._alpha <= 0):

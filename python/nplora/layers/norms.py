@@ -65,14 +65,16 @@ class _Norm(Module):
             y = normalised * self.weight
             if self.bias is not None:
                 y += self.bias
-        saved = NormSaved(lead) if inferring() else NormSaved(lead, normalised, factor)
+        saved = NormSaved(lead, layer=self)
+        if not inferring():
+            saved = NormSaved(lead, normalised, factor, layer=self)
         return y.reshape(*lead, len(self.weight)), saved
 
     def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
         """dx of the shape of x, or None where need_dx is False; where trainable, adds to dweight and dbias.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another width or dtype.
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, width or dtype.
             TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
@@ -82,6 +84,7 @@ class _Norm(Module):
         n = math.prod(saved.lead)
         _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)
+        _check.own(op, saved, self)
         with quiet():
             if self.dweight is not None:
                 self.dweight += (rows * saved.normalised).sum(axis=0)

@@ -61,10 +61,16 @@ class Sequential(Module):
         """dx, or None where need_dx is False or the first module's input has no gradient.
 
         Raises:
-            ValueError: as in `forward`. TypeError: saved is of another kind of layer.
+            ValueError: as in `forward`, or saved is of a pass through another number of modules.
+            TypeError: saved is of another kind of layer.
             RuntimeError: a module above the first gave no gradient of its input.
         """
         _check.saved("Sequential.backward", saved, SequentialSaved)
+        if len(saved.items) != len(self.modules):
+            raise ValueError(
+                f"Sequential.backward: saved is of a pass through {len(saved.items)} modules, "
+                f"expected {len(self.modules)}"
+            )
         gradient: Array | None = dy
         for i, module in reversed(list(enumerate(self.modules))):
             if gradient is None:

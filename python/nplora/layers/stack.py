@@ -78,7 +78,7 @@ def stack_backward(
         dys: the gradients (..., d_out) in their order.
     Raises:
         ValueError: a dy has not the shape of its y, there are not as many as layers, or saved is of a pass of
-            layers of other shapes, ranks or dtypes.
+            other layers.
         TypeError, RuntimeError: as `LoRALinear.backward`.
     """
     op = "stack_backward"
@@ -93,6 +93,8 @@ def stack_backward(
     ]
     if any(item.lead != items[0].lead for item in items):
         raise ValueError(f"{op}: the passes are of batches of different shapes")
+    for i, (layer, item) in enumerate(zip(layers, items, strict=True)):
+        _check.own(f"{op}: layer {i}", item, layer)
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
     dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
     x = next((item.x for item in items if item.x is not None), None)

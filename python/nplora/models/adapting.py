@@ -110,7 +110,7 @@ def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
 
 def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
     """Inside, `adapted` makes the factors of these layers in one buffer."""
-    rank = _check.integer("add_lora", "rank", rank, least=1)
+    rank = _check.rank("add_lora", rank)
     sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
     return buffers.side_by_side(*sizes)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, buffers
+from nplora import _check, buffers, optim
 from nplora.formats import model_digest
 from nplora.formats.files import Stamp
 from nplora.generate import Prompt, Sampling, generate
@@ -35,11 +35,22 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelSaved(Saved):
-    """What `LanguageModel.backward` needs."""
+    """What `LanguageModel.backward` needs, for one call: it frees what a block kept when that is done."""
 
+    lead: tuple[int, ...]  # the shape of the ids
     x: Array
     decoder: DecoderSaved
     head: StackSaved
+    unused: list[None]  # empty once a backward pass has begun
+
+    def use_up(self, op: str) -> None:
+        """Let the caller be the only one that uses it."""
+        try:
+            self.unused.pop()
+        except IndexError:
+            raise RuntimeError(
+                f"{op}: saved was used by an earlier backward pass, which freed it; call forward again"
+            ) from None
 
 
 class LanguageModel(Module):
@@ -188,22 +199,28 @@ class LanguageModel(Module):
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
         """One forward and backward pass and one update of the adapters; returns the loss before it.
 
+        Without a label that counts, the loss is 0 and nothing is updated: no parameter, no moment, no count.
+
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
             ValueError: there is no adapter; and as `loss`.
+            TypeError: optimizer is not nplora's; and as `loss`.
         """
+        optim.require("train_step", optimizer)
         batch = self._packed("train_step", token_ids, labels)
         self.zero_grad()
         loss = self.forward_backward(batch, 1 / max(1, batch.num_targets)) / max(1, batch.num_targets)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"train_step: the loss is {loss} at step {optimizer.steps + 1}")
-        optimizer.step(self.parameters())
+        if batch.num_targets:
+            optimizer.step(self.parameters())
         return loss
 
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
         """The sum of the losses of a batch; adds `factor` times its gradient to those of the adapters.
 
-        For a mean over several batches, factor is 1 / (the targets of all of them).
+        For a mean over several batches, factor is 1 / (the targets of all of them). A batch without targets
+        is not computed: its loss is 0.
 
         Raises:
             ValueError: there is no adapter, or an id or target is not in the vocabulary.
@@ -216,6 +233,8 @@ class LanguageModel(Module):
             raise ValueError(f"{op}: the model has no adapter; add_lora() first")
         for layer in self.adapter_layers().values():
             layer.require_trainable(op)
+        if not batch.num_targets:
+            return 0.0
         x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
         total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
         self.model.run_backward(dx, saved)
@@ -234,12 +253,26 @@ class LanguageModel(Module):
         (logits,), kept = stack_forward((self.lm_head,), norm_forward(self.model.norm, stream))
         self.require_unchanged()
         shaped = logits.reshape(*ids.shape, logits.shape[1])
-        return shaped, None if saved is None else LanguageModelSaved(stream, saved, kept)
+        if saved is None:
+            return shaped, None
+        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the adapters, for dy of the shape of the logits; uses up `saved`."""
-        _check.saved("LanguageModel.backward", saved, LanguageModelSaved)
-        dnormed = stack_backward((self.lm_head,), [dy.reshape(-1, dy.shape[-1])], saved.head)
+        """Add to the gradients of the adapters, for dy of the shape of the logits. Uses `saved` up.
+
+        Raises:
+            ValueError: dy has not the shape of the logits, or saved is of a pass of another model.
+            TypeError: saved is not what `forward` returned.
+            RuntimeError: saved was used before, or a layer is merged or computes in int8.
+        """
+        op, vocab = "LanguageModel.backward", self.lm_head.weight.shape[0]
+        _check.saved(op, saved, LanguageModelSaved)
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, vocab), np.float32).reshape(-1, vocab)
+        _check.own(op, saved, self)
+        for layer in self.adapter_layers().values():
+            layer.require_trainable("backward")
+        saved.use_up(op)
+        dnormed = stack_backward((self.lm_head,), [rows], saved.head)
         dx = buffers.empty_like(saved.x)
         norm_backward(self.model.norm, dnormed, saved.x, dx)
         self.model.run_backward(dx, saved.decoder)

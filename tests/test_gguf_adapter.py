@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hostile import refused
-from nplora.formats import gguf, gguf_adapter
+from nplora.formats import base_model, gguf, gguf_adapter
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
@@ -58,6 +58,14 @@ def test_norms_are_passed_over_and_told(tmp_path: Path) -> None:
     assert gguf_adapter.load(path).passed_over == (name,)
 
 
+def test_a_type_that_is_no_text_is_refused_where_a_model_is_expected(tmp_path: Path) -> None:
+    for kind in (np.uint32([1, 2]), Typed(["adapter", "model"], "STRING")):
+        path = tmp_path / "a.gguf"
+        gguf.save(path, {Q: np.ones((2, 2), np.float32)}, {"general.type": kind})
+        with refused(FormatError, "'general.type'", path):
+            base_model.read(path)
+
+
 A, B = Q + ".lora_a", Q + ".lora_b"
 BLOCKS = Tensor(B, "Q8_0", (6, 32), np.zeros(6 * 34, np.uint8))
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], type[FormatError], str]] = {
@@ -65,6 +73,11 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         lambda _, metadata: metadata.update({"general.type": "model"}),
         FormatError,
         "general.type is 'model', expected 'adapter'",
+    ),
+    "types in an array": (
+        lambda _, metadata: metadata.update({"general.type": np.uint32([1, 2])}),
+        FormatError,
+        "expected a STRING",
     ),
     "no type": (
         lambda _, metadata: metadata.pop("general.type"),

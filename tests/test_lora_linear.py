@@ -691,6 +691,13 @@ def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
         net.layer.backward(y, net.saved)
 
 
+@pytest.mark.parametrize("rank", [2**16 + 1, 10**9, 2**63])
+def test_a_rank_that_would_take_all_memory_is_refused(rank: int) -> None:
+    for make in (LoRALinear, nplora.LoRAEmbedding):
+        with pytest.raises(ValueError, match=f"^{make.__name__}: rank is {rank}, expected at most 65536$"):
+            make(np.ones((3, 4)), rank)
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_scale_follows_alpha(use_rslora: bool) -> None:
     layer = nplora.LoRALinear(np.eye(4), rank=4, alpha=8, use_rslora=use_rslora, init="gaussian", rng=0)

@@ -12,7 +12,7 @@ import nplora
 import small_models
 from hostile import refused
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
-from nplora.formats.gguf import Tensor
+from nplora.formats.gguf import Tensor, Typed
 
 Array = np.ndarray[Any, Any]
 LAYERS = small_models.LAYERS
@@ -32,6 +32,10 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"general.architecture": "mamba"}, UnsupportedError, "'mamba', expected one of llama, qwen2, qwen3",
     ),
     "an adapter": ({"general.type": "adapter"}, FormatError, "general.type is 'adapter', expected 'model'"),
+    "types in an array": (
+        {"general.type": Typed(["model", "model"], "STRING")}, FormatError, "expected a STRING",
+    ),
+    "numbers for a type": ({"general.type": np.uint32([1, 2])}, FormatError, "expected a STRING"),
     "text for a number": ({"llama.block_count": "3"}, FormatError, "expected an integer"),
     "no context": ({"llama.context_length": None}, FormatError, "context_length' is missing"),
     "another vocabulary": ({"llama.vocab_size": 59}, FormatError, "shape (60, 32), expected (59, 32)"),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _check
+
 Array = npt.NDArray[Any]
 
 IGNORED = -100  # the label of a token that is not to be learned, as in torch and transformers
@@ -23,11 +25,29 @@ class PackedBatch:
         ids: int64 (n,), the tokens of all sequences.
         starts: int64 (sequences + 1,), where each sequence begins; the last entry is n.
         targets: int64 (n,), the token that follows each one, IGNORED where nothing is to be learned.
+    Raises:
+        TypeError: an array does not hold integers.
+        ValueError: an array has not one axis, targets are not as many as ids, or starts do not ascend from 0
+            to n.
     """
 
     ids: Array
     starts: Array
     targets: Array
+
+    def __post_init__(self) -> None:
+        op = "PackedBatch"
+        for name in ("ids", "starts", "targets"):
+            array = _check.integers(op, name, getattr(self, name))
+            if array.ndim != 1:
+                raise ValueError(f"{op}: {name} has shape {array.shape}, expected one axis")
+            object.__setattr__(self, name, array)
+        n, starts = len(self.ids), self.starts
+        if len(self.targets) != n:
+            raise ValueError(f"{op}: {len(self.targets)} targets for {n} ids")
+        if not len(starts) or starts[0] != 0 or starts[-1] != n or (starts[1:] < starts[:-1]).any():
+            shown = np.array2string(starts, threshold=8, edgeitems=3)
+            raise ValueError(f"{op}: starts is {shown}, expected to ascend from 0 to {n}, the number of ids")
 
     @property
     def positions(self) -> Array:

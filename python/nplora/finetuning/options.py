@@ -8,7 +8,6 @@ from typing import Any
 
 from nplora import _check
 from nplora.data import LEARN
-from nplora.formats.peft_config import MAX_RANK
 from nplora.layers import LoRALinear
 from nplora.models.adapting import parse_blocks, target_names
 from nplora.optim import SCHEDULES
@@ -110,7 +109,7 @@ class FinetuneOptions:
         for name in ("epochs", "steps", "batch_tokens", "batch_examples"):
             if getattr(self, name) is not None:
                 _check.integer(_OP, name, getattr(self, name), least=1)
-        _check.integer(_OP, "rank", self.rank, least=1, most=MAX_RANK)
+        _check.rank(_OP, self.rank)
         for name, least in (("accumulate", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
             _check.integer(_OP, name, getattr(self, name), least=least)
         _check.integer(_OP, "max_length", self.max_length, least=2)

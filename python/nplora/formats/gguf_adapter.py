@@ -71,7 +71,8 @@ class GgufAdapter:
 
 
 def is_adapter(file: GgufFile) -> bool:
-    return file.metadata.get("general.type") == "adapter"
+    """Whether the file says that it is one. FormatError: what it says is no text."""
+    return "general.type" in file.metadata and file.metadata.string("general.type") == "adapter"
 
 
 def load(path: StrPath) -> GgufAdapter:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from nplora._check import MAX_RANK
 from nplora.formats import strict_json
 from nplora.formats.errors import FormatError, LimitError, UnsafeError, UnsupportedError, brief
 from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
-MAX_RANK = 1 << 16
 MAX_PATTERN_TEXT = 1 << 14  # each layer's name is held against all of it
 MAX_EXACT_TEXT = 1 << 18  # patterns that are one name are looked up
 

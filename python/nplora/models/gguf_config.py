@@ -30,8 +30,9 @@ def read(file: GgufFile) -> ModelConfig:
         FormatError: an entry is missing, of another type, or makes no sense; or the file is no model.
     """
     data, source = file.metadata, file.source
-    if data.get("general.type", "model") != "model":
-        raise FormatError(f"{source}: general.type is {brief(data['general.type'])}, expected 'model'")
+    kind = data.string("general.type", "model")
+    if kind != "model":
+        raise FormatError(f"{source}: general.type is {brief(kind)}, expected 'model'")
     architecture = data.string("general.architecture")
     family = by_architecture(source, architecture)
 

@@ -58,6 +58,17 @@ def test_import_leaves_files_models_and_training_for_later() -> None:
     assert not [m for m in run.stdout.split() if m.split(".")[1] in late]
 
 
+def test_modules_that_import_leaves_for_later_are_there_when_asked_for() -> None:
+    late = "trainer data plot generate finetuning formats adapters models tokenizer"
+    code = (
+        f"import sys, nplora; late = {late!r}.split(); shown = set(dir(nplora)); before = set(sys.modules)\n"
+        "print([n for n in late if n not in shown or 'nplora.' + n in before])\n"
+        "print([n for n in late if getattr(nplora, n).__name__ != 'nplora.' + n], nplora.trainer.Callback)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["[]", "[] <class 'nplora.trainer.callbacks.Callback'>"]
+
+
 def test_import_leaves_the_floating_point_mode_alone() -> None:
     """A subnormal survives: no flush-to-zero, as -ffast-math would set at load."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"
@@ -72,6 +83,24 @@ def test_the_command_is_installed_under_its_name() -> None:
     except importlib.metadata.PackageNotFoundError:  # run from the checkout
         return
     assert [(e.name, e.value) for e in installed.entry_points] == [("nplora", "nplora.cli:main")]
+
+
+def test_the_licences_of_what_a_wheel_contains_come_with_it() -> None:
+    texts = {path.name: path.read_text() for name in PROJECT["license-files"] for path in ROOT.glob(name)}
+    assert "Redistributions in binary form" in texts["LICENSE"]
+    assert "Wenzel Jakob" in texts["pybind11.txt"]
+    assert "Redistributions in binary form" in texts["pybind11.txt"]
+    assert "libgomp" in texts["gcc-runtime.txt"]
+    assert "GCC RUNTIME LIBRARY EXCEPTION" in texts["gcc-runtime.txt"]
+    assert "GNU GENERAL PUBLIC LICENSE" in texts["GPL-3.0.txt"]
+    try:
+        installed = importlib.metadata.distribution("nplora")
+    except importlib.metadata.PackageNotFoundError:  # run from the checkout
+        return
+    if Path(str(installed.locate_file("nplora/__init__.py"))).resolve() != Path(nplora.__file__).resolve():
+        return  # from a checkout beside what is installed
+    shipped = {f.name: f.read_text() for f in installed.files or [] if "licenses" in f.parts}
+    assert shipped == texts
 
 
 def test_dir_shows_what_is_public() -> None:

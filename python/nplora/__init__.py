@@ -40,7 +40,17 @@ from nplora.runtime import get_num_threads, release_memory, set_num_threads, sho
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
-    from nplora import formats
+    from nplora import (
+        adapters,
+        data,
+        finetuning,
+        formats,
+        generate,
+        models,
+        plot,
+        tokenizer,
+        trainer,
+    )
     from nplora.adapters import load_adapter, save_adapter
     from nplora.combination import combine
     from nplora.convert import adapter_from_gguf, adapter_to_gguf
@@ -60,16 +70,24 @@ _LATE = {
     "Trainer": "nplora.trainer",
     "adapter_from_gguf": "nplora.convert",
     "adapter_to_gguf": "nplora.convert",
+    "adapters": "nplora.adapters",
     "combine": "nplora.combination",
+    "data": "nplora.data",
     "finetune": "nplora.finetuning",
+    "finetuning": "nplora.finetuning",
     "formats": "nplora.formats",
+    "generate": "nplora.generate",
     "load_adapter": "nplora.adapters",
     "load_model": "nplora.models",
     "merge_adapter": "nplora.merge_files",
     "model_to_gguf": "nplora.model_conversion",
+    "models": "nplora.models",
     "plan": "nplora.finetuning",
+    "plot": "nplora.plot",
     "read_adapter": "nplora.updates",
     "save_adapter": "nplora.adapters",
+    "tokenizer": "nplora.tokenizer",
+    "trainer": "nplora.trainer",
 }
 
 
@@ -108,9 +126,13 @@ __all__ = [
     "Trainer",
     "adapter_from_gguf",
     "adapter_to_gguf",
+    "adapters",
     "combine",
+    "data",
     "finetune",
+    "finetuning",
     "formats",
+    "generate",
     "get_num_threads",
     "load_adapter",
     "load_model",
@@ -120,8 +142,10 @@ __all__ = [
     "merge_adapter",
     "merge_lora",
     "model_to_gguf",
+    "models",
     "optim",
     "plan",
+    "plot",
     "read_adapter",
     "release_memory",
     "save_adapter",
@@ -130,5 +154,7 @@ __all__ = [
     "show_config",
     "stack_backward",
     "stack_forward",
+    "tokenizer",
+    "trainer",
     "unmerge_lora",
 ]

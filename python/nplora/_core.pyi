@@ -6,13 +6,14 @@ a (d_out, r), b (r, d_in), z (n, r). Outputs are given by the caller and written
 the GIL.
 """
 
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy import ndarray
 
 Array = ndarray[Any, Any]
 
+@final
 class PackedWeight:
     """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels; or, by
     the static methods, as it lies in arrays: they are kept alive, read in place, and must not change."""
@@ -82,6 +83,7 @@ def lora_forward(
     drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0). z None: not wanted.
     """
 
+@final
 class InferenceLayer:
     """A layer for `infer`: it keeps the weight and the arrays, and reads them as they are then."""
 

@@ -379,7 +379,8 @@ class AdapterLayer(Module):
 
         What is set holds for every thread.
         """
-        return self._enabled and not any(id(self) in layers for layers in _disabled.get())
+        blocks = _disabled.get()  # mostly empty, and decoding asks for each layer and token
+        return self._enabled and not (blocks and any(id(self) in layers for layers in blocks))
 
     @adapter_enabled.setter
     def adapter_enabled(self, enabled: bool) -> None:

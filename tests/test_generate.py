@@ -1,5 +1,6 @@
 """Generation: the choice of tokens against plain oracles and transformers, and how answers end."""
 
+import itertools
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -277,6 +278,39 @@ def test_narrow_choices_are_the_most_likely_token(rng: np.random.Generator) -> N
 def test_a_token_without_any_share_never_comes() -> None:
     lowest = types.SimpleNamespace(random=lambda: 0.0)
     assert choose(np.array([-np.inf, 0.0, 1.0]), [], Sampling(temperature=1.0), lowest) == 1  # type: ignore[arg-type]
+
+
+HIGHEST = types.SimpleNamespace(random=lambda: 1 - 2**-53)  # the largest number that a generator draws
+EXTREMES = [5e-324, 1e-308, 1e-300, 1e-30, 1.0, 1e30, 1e308]
+
+
+@pytest.mark.parametrize("narrowed", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"top_p": 1.0}])
+@pytest.mark.parametrize(
+    "scores", [[1.0, 3.0, -np.inf, 2.0, -4.0], [-1e38, -3e38, -np.inf], [1e308, -1e308, -np.inf, 0.0]]
+)
+def test_extreme_options_choose_a_token_that_has_a_share(
+    narrowed: dict[str, Any], scores: list[float]
+) -> None:
+    lowest = types.SimpleNamespace(random=lambda: 0.0)
+    for temperature, penalty in itertools.product(EXTREMES, EXTREMES):
+        sampling = Sampling(temperature=temperature, repetition_penalty=penalty, **narrowed)
+        for before, draw in itertools.product(([], [0, 2], range(len(scores))), (lowest, HIGHEST)):
+            token = choose(np.array(scores), before, sampling, draw)  # type: ignore[arg-type]
+            assert 0 <= token < len(scores)
+            assert scores[token] > -np.inf
+
+
+def test_a_temperature_near_zero_takes_the_most_likely_token_as_zero_does() -> None:
+    scores = np.array([1.0, 3.0, 2.0])
+    for temperature in (5e-324, 1e-308, 1e-3):
+        assert choose(scores, [], Sampling(temperature=temperature), HIGHEST) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scores", [[0.0, np.inf], [-np.inf, -np.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_without_a_finite_largest_one_are_an_error(scores: list[float], temperature: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"the largest score of the token at position 2 is -?inf"):
+        choose(np.array(scores), [0, 1], Sampling(temperature=temperature), HIGHEST)  # type: ignore[arg-type]
 
 
 def test_scores_stay_as_they_are(rng: np.random.Generator) -> None:

@@ -86,7 +86,7 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
         sampling: None: the most likely tokens.
     Raises:
         ValueError: a prompt is empty, has tokens that the model has not, or fills its context.
-        FloatingPointError: the model's scores are NaN.
+        FloatingPointError: the model's scores are NaN, or the largest one is infinite.
     Warns:
         UserWarning: the model's context ended an answer before it was as long as it might have been.
     """
@@ -233,16 +233,21 @@ def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.ran
     """The next token, from its scores (vocab,) and the tokens before it.
 
     Raises:
-        FloatingPointError: a score is NaN.
+        FloatingPointError: a score is NaN, or the largest one is infinite.
     """
     scores = np.array(scores, np.float64)
-    if np.isnan(scores).any():
-        raise FloatingPointError(f"{_OP}: the scores of the token at position {len(before)} are NaN")
+    place, largest = f"the token at position {len(before)}", scores.max()
+    if np.isnan(largest):
+        raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
+    if not np.isfinite(largest):
+        raise FloatingPointError(f"{_OP}: the largest score of {place} is {largest}, expected a finite one")
     if sampling.repetition_penalty != 1:
         penalise_repetition(scores, before, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    scores /= sampling.temperature
+    with np.errstate(over="ignore"):  # only -inf can come out: the largest score becomes 0 first
+        scores -= scores.max()
+        scores /= sampling.temperature
     if sampling.top_k is not None:
         keep_top_k(scores, sampling.top_k)
     if sampling.top_p is not None:
@@ -252,15 +257,19 @@ def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.ran
 
 
 def softmax(scores: Array) -> Array:
-    """exp(scores) over their sum."""
+    """exp(scores) over their sum. The largest score must be finite."""
     powers = np.exp(scores - scores.max())
     return np.asarray(powers / powers.sum())
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of tokens that were there (Keskar et al. 2019, section 4.1), in place."""
+    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place; none becomes infinite."""
     seen = np.unique(np.asarray(before, np.int64))
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    seen = seen[np.isfinite(scores[seen])]
+    with np.errstate(over="ignore"):
+        changed = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    largest = np.finfo(np.float64).max
+    scores[seen] = np.clip(changed, -largest, largest)
 
 
 def keep_top_k(scores: Array, k: int) -> None:

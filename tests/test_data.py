@@ -118,6 +118,151 @@ def test_the_assistants_turns_are_learned(tmp_path: Path) -> None:
     assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text)]
 
 
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "hello", "weight": None},
+        {"role": "assistant", "content": "12", "weight": 0},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "3", "weight": 1},
+        {"role": "assistant", "content": "4", "weight": None},
+    ]
+    text = "user:hello<|end|>assistant:12<|end|>user:x<|end|>assistant:3<|end|>assistant:4<|end|>"
+    assert read(tmp_path, {"messages": chat}) == [(text, "3<|end|>4<|end|>")]
+    assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text.replace("12<|end|>", ""))]
+
+
+def test_a_null_is_no_second_kind_of_example(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": chat, "text": None, "tools": None},
+        {"messages": None, "prompt": "a", "completion": "b"},
+    ]
+    assert [learned for _, learned in read(tmp_path, *rows)] == ["b<|end|>"] * 2
+
+
+# ---- tools ----
+
+# As Qwen's and Hermes' templates do.
+TOOLS_TEMPLATE = """{%- if tools %}{{- 'system:' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+{{- '<tools>' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '</tools><|end|>\n' }}
+{%- elif messages[0].role == 'system' %}{{- 'system:' + messages[0].content + '<|end|>\n' }}{%- endif %}
+{%- for document in documents or [] %}{{- document.title + ': ' + document.text + '\n' }}{%- endfor %}
+{%- for m in messages if m.role != 'system' %}
+{{- m.role + ':' }}{%- if m.content %}{{- m.content }}{%- endif %}
+{%- for call in m.tool_calls or [] %}
+{%- if call.function %}{%- set call = call.function %}{%- endif %}
+{{- '<call>' + call.name + ' ' }}
+{{- call.arguments if call.arguments is string else call.arguments | tojson }}{{- '</call>' }}
+{%- endfor %}{{- '<|end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": 'The <weather> of a "city", in °C',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is it hot in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}},
+            {"id": "2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "31"},
+    {"role": "assistant", "content": "Yes."},
+]
+DOCUMENTS = [{"title": "Rome", "text": "A city."}]
+
+
+def transformers_text(messages: Any, **given: Any) -> str:
+    """What the real `apply_chat_template` writes."""
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("tokenizers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=package.Tokenizer(package.models.BPE()), eos_token="<|end|>"
+    )
+    text = theirs.apply_chat_template(messages, chat_template=TOOLS_TEMPLATE, tokenize=False, **given)
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("tools", [None, [], [WEATHER, WEATHER]])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_tools_and_documents_are_written_as_in_transformers(
+    tmp_path: Path, tools: Any, documents: Any
+) -> None:
+    words = tokenizer(TOOLS_TEMPLATE)
+    path = write(tmp_path, {"messages": CALLS, "tools": tools, "documents": documents})
+    expected = transformers_text(CALLS, tools=tools, documents=documents)
+    assert ("<tools>" in expected) == bool(tools)
+    dataset = read_dataset(path, words)
+    [(ids, labels)] = dataset
+    assert words.decode(ids) == expected
+    call = '<call>weather {"city": "Rome"}</call><call>weather {"city": "Oslo"}</call><|end|>'
+    assert words.decode(labels[labels != IGNORED]) == f"{call}Yes.<|end|>"
+    assert dataset.report.unused == 0
+    given = {"tools": tools, "documents": documents}
+    assert words.apply_chat_template(CALLS, **given) == expected
+    asked = words.encode_chat(CALLS[:2], True, **given)
+    assert words.decode(asked) == transformers_text(CALLS[:2], add_generation_prompt=True, **given)
+
+
+def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_file(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": chat, "tools": [WEATHER]},
+        {"messages": chat, "documents": DOCUMENTS},
+        {"messages": chat, "tools": []},
+        {"text": "a", "tools": [WEATHER]},
+        {"prompt": "a", "completion": "b", "tools": [WEATHER]},
+        {"text": "a", "tools": None},
+    ]
+    path = write(tmp_path, *rows)
+    with pytest.warns(UserWarning, match="tools or documents") as caught:
+        report = read_dataset(path, tokenizer()).report
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}: 4 examples with tools or documents that the chat template does not write: "
+        "the model does not see them"
+    ]
+    assert report.unused == 4
+    with pytest.warns(UserWarning, match="2 examples with tools"):
+        read_dataset(path, tokenizer(TOOLS_TEMPLATE))
+
+
+def test_a_template_that_needs_tools_makes_use_of_them(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    words = tokenizer("{{ tools[0].function.name }}" + CHATML)
+    [(ids, _)] = read_dataset(write(tmp_path, {"messages": chat, "tools": [WEATHER]}), words)
+    assert words.decode(ids).startswith("weatheruser:a")
+    with pytest.raises(DataError, match="the chat template fails with these messages"):
+        read_dataset(write(tmp_path, {"messages": chat}), words)
+
+
+def test_a_special_token_that_a_tool_spells_out_stays_letters() -> None:
+    words = tokenizer(TOOLS_TEMPLATE)
+    chat = [{"role": "user", "content": "a"}]
+    tools = [{"name": "<|end|>", "<|end|>": 1}]
+    assert words.encode_chat(chat, tools=tools).count(words.eos_id) == 2  # after the tools, and the message
+    text = words.apply_chat_template(chat, tools=tools)
+    assert words.decode(words.encode_chat(chat, tools=tools)) == text
+
+
+@pytest.mark.parametrize("given", [{"tools": {"a": 1}}, {"tools": [print]}, {"documents": "a"}])
+def test_what_is_no_list_of_tools_or_documents_is_refused(given: dict[str, Any]) -> None:
+    name = next(iter(given))
+    for write_chat in (tokenizer().apply_chat_template, tokenizer().encode_chat):
+        with pytest.raises(TypeError, match=f"{name} of a chat are .*, expected a list of dictionaries"):
+            write_chat([{"role": "user", "content": "a"}], **given)
+
+
 def test_a_text_is_learned_to_its_end(tmp_path: Path) -> None:
     assert read(tmp_path, {"text": "hello"}) == [("hello<|end|>",) * 2]
 
@@ -213,6 +358,14 @@ def test_learned_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
 
 # ---- mistakes ----
 
+CHAT_LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+
+
+def weighted(weight: bytes, role: bytes = b"assistant") -> bytes:
+    """A chat of two messages, those of one role with a weight."""
+    return CHAT_LINE.replace(b'"' + role + b'"', b'"' + role + b'", "weight": ' + weight) + b"}"
+
+
 BAD = [
     (b'{"text": "\xff"}', DataError, "not UTF-8 at byte 10"),
     (b'{"text": "\\ud800"}', DataError, "a string holds half a surrogate pair"),
@@ -238,6 +391,17 @@ BAD = [
     ),
     (b'{"prompt": "a", "completion": "b", "text": "c"}', DataError, "has both text and prompt"),
     (b'{"text": "c", "completion": "b"}', DataError, "has both text and completion"),
+    (CHAT_LINE + b', "text": "c"}', DataError, "has both messages and text"),
+    (CHAT_LINE + b', "prompt": "c"}', DataError, "has both messages and prompt"),
+    (CHAT_LINE + b', "completion": "c"}', DataError, "has both messages and completion"),
+    (CHAT_LINE + b', "tools": {"a": 1}}', DataError, "tools is {'a': 1}, expected a list of objects"),
+    (CHAT_LINE + b', "documents": ["a"]}', DataError, r"documents is \['a'\], expected a list of objects"),
+    (weighted(b"2"), DataError, "a message's weight is 2, expected 0 or 1"),
+    (weighted(b"0.5"), DataError, "a message's weight is 0.5, expected 0 or 1"),
+    (weighted(b"true"), DataError, "a message's weight is True, expected 0 or 1"),
+    (weighted(b'"0"'), DataError, "a message's weight is '0', expected 0 or 1"),
+    (weighted(b"0"), DataError, "nothing is to be learned"),
+    (weighted(b"1", b"user"), DataError, "a message of the user has a weight, expected the assistant's only"),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
         DataError,
@@ -307,6 +471,8 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
         (b"text\n\xff\n", "line 2: not UTF-8 at byte 0"),
         (b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit"),
         (b"prompt,completion\na,\n", "line 2: completion is empty"),
+        (b"prompt,completion,text\na,b,c\n", "line 2: has both text and prompt"),
+        (b"messages,text\na,b\n", "line 2: has both messages and text"),
     ],
 )
 def test_a_bad_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

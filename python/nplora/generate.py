@@ -263,7 +263,7 @@ def softmax(scores: Array) -> Array:
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place; none becomes infinite."""
+    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place, to finite ones."""
     seen = np.unique(np.asarray(before, np.int64))
     seen = seen[np.isfinite(scores[seen])]
     with np.errstate(over="ignore"):

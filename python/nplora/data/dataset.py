@@ -6,6 +6,7 @@ import array
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,18 @@ LEARN = ("completion", "all")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
 _TOLD = 3  # bad lines that a report quotes
 _MESSAGES = "expected a list of objects with a role and a content"
+_KINDS = ("messages", "text", "prompt", "completion")
+_CONTEXT = ("tools", "documents")  # what a row gives to the chat template beside its messages
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")  # of known templates
 
-Tokens = tuple[list[int], list[bool]]  # ids, and which of them are learned
+
+@dataclass(frozen=True)
+class _Example:
+    """The ids of a row, which of them are learned, and whether tools or documents of it had no use."""
+
+    ids: list[int]
+    learned: list[bool]
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class DataReport:
         truncated: examples cut to the largest length, `emptied`: those of which nothing to learn was left,
             which are not used.
         skipped: bad rows that were passed over, `problems`: the errors of the first few.
+        unused: examples with tools or documents that the model does not see: the chat template does not
+            write them.
     """
 
     source: str
@@ -65,6 +77,7 @@ class DataReport:
     emptied: int
     skipped: int
     problems: tuple[str, ...]
+    unused: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -185,9 +198,12 @@ def read_dataset(
 
         {"prompt": "…", "completion": "…"}     joined as they are, then EOS; completion and EOS are learned
         {"messages": [{"role": …, "content": …}]}    by the chat template; the assistant's turns are learned
+        {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
         {"text": "…"}                          then EOS; all is learned
         prompt,completion or text              the same as the columns of a .csv file
         a plain .txt file                      one text, in windows of max_length tokens
+
+    An assistant's message with "weight": 0 is read, but never learned. A null field counts as missing.
 
     Args:
         path: a .jsonl, .csv or .txt file.
@@ -197,11 +213,14 @@ def read_dataset(
         strict: an example of more than max_length tokens is an error.
     Raises:
         DataError: a row is not one of those above or two of them, its completion or text is empty, or its
-            prompt where the model has no BOS, a role is not known, or it has nothing to learn; the file has
-            no rows. The message names the file and the line.
+            prompt where the model has no BOS, a role is not known, a weight is neither 0 nor 1 or not the
+            assistant's, tools or documents are not a list of objects, or it has nothing to learn; the file
+            has no rows. The message names the file and the line.
         LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is at fault.
         ValueError: an argument is none of those above, or the model has no EOS or no chat template.
         OSError: the file cannot be read.
+    Warns:
+        UserWarning: some rows have tools or documents, and the chat template does not write them.
     """
     op = "read_dataset"
     if max_length is not None:
@@ -215,20 +234,28 @@ def read_dataset(
     if plain:
         tokens = itertools.chain.from_iterable(encoder.pieces(read_rows(path)))
         for window in _windows(tokens, max_length or 0):
-            builder.add(window, [True] * len(window), builder.source)
+            builder.add(_Example(window, [True] * len(window)), builder.source)
         return builder.dataset()
     for row in read_rows(path):
         try:
             if row.error is not None:
                 raise row.error
-            ids, learned = encoder.encode(row)
+            example = encoder.encode(row)
         except (DataError, LimitError) as error:
             if not skip_bad:
                 raise
             builder.skip(error)
         else:
-            builder.add(ids, learned, row.where)
-    return builder.dataset()
+            builder.add(example, row.where)
+    dataset = builder.dataset()
+    if dataset.report.unused:
+        rows = counted(dataset.report.unused, "example")
+        warnings.warn(
+            f"{builder.source}: {rows} with tools or documents that the chat template does not write: "
+            "the model does not see them",
+            stacklevel=2,
+        )
+    return dataset
 
 
 def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
@@ -247,26 +274,25 @@ class _Encoder:
             raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
 
-    def encode(self, row: Row) -> Tokens:
+    def encode(self, row: Row) -> _Example:
         values, where = row.values, row.where
-        halves = [key for key in ("prompt", "completion") if key in values]
-        if "messages" in values:
-            ids, learned = self._messages(values["messages"], where)
-        elif halves and "text" in values:
-            raise DataError(f"{where}: has both text and {halves[0]}, which are two kinds of examples")
-        elif halves:
-            ids, learned = self._completion(
-                _text(values, "prompt", where, True), _text(values, "completion", where), where
-            )
-        elif "text" in values:
-            ids = [*self._tokenizer.encode_prompt(_text(values, "text", where)), self._eos]
-            learned = [True] * len(ids)
+        kinds = [key for key in _KINDS if values.get(key) is not None] or [k for k in _KINDS if k in values]
+        if len(kinds) > 1 and kinds != ["prompt", "completion"]:
+            raise DataError(f"{where}: has both {kinds[0]} and {kinds[1]}, which are two kinds of examples")
+        if "messages" in kinds:
+            example = self._messages(values, where)
+        elif "text" in kinds:
+            example = self._plain(values, where)
+        elif kinds:
+            example = self._completion(values, where)
         else:
             keys = brief(list(values))
             raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
-        if not any(learned[1:]):
-            raise DataError(f"{where}: nothing is to be learned: no assistant's turn, or no token before it")
-        return ids, learned
+        if not any(example.learned[1:]):
+            raise DataError(
+                f"{where}: nothing is to be learned: no assistant's turn of weight 1, or no token before it"
+            )
+        return example
 
     def pieces(self, rows: Iterator[Row]) -> Iterator[list[int]]:
         """The tokens of one text that comes in pieces, then EOS."""
@@ -276,8 +302,13 @@ class _Encoder:
             yield encode(text)
         yield [self._eos]
 
-    def _completion(self, prompt: str, completion: str, where: str) -> Tokens:
+    def _plain(self, values: dict[str, Any], where: str) -> _Example:
+        ids = [*self._tokenizer.encode_prompt(_text(values, "text", where)), self._eos]
+        return _Example(ids, [True] * len(ids), _has_context(values))
+
+    def _completion(self, values: dict[str, Any], where: str) -> _Example:
         """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
+        prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
             self._tokenizer.encode_prompt(prompt),
             self._tokenizer.encode_prompt(prompt + completion),
@@ -287,21 +318,18 @@ class _Encoder:
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode_continuation(completion)
         ids.append(self._eos)
-        return ids, [self._all or place >= len(before) for place in range(len(ids))]
+        learned = [self._all or place >= len(before) for place in range(len(ids))]
+        return _Example(ids, learned, _has_context(values))
 
-    def _messages(self, messages: object, where: str) -> Tokens:
+    def _messages(self, values: dict[str, Any], where: str) -> _Example:
+        messages = values["messages"]
         if not isinstance(messages, list) or not messages:
             raise DataError(f"{where}: messages is {brief(messages)}, {_MESSAGES}")
         for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise DataError(f"{where}: a message is {brief(message)}, {_MESSAGES}")
-            if message["role"] not in _ROLES:
-                role = brief(message["role"])
-                raise DataError(f"{where}: a message's role is {role}, expected {', '.join(_ROLES)}")
-            if message["role"] == "assistant" and not _says_something(message):
-                raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
+            _check_message(message, where)
+        given = {name: _objects(values, name, where) for name in _CONTEXT}
         try:
-            chat = self._tokenizer.encode_conversation(messages)
+            chat = self._tokenizer.encode_conversation(messages, **given)
         except ValueError as error:
             if isinstance(error, FormatError) and not isinstance(
                 error, UnsupportedError
@@ -309,7 +337,42 @@ class _Encoder:
                 kind = UnsafeError if isinstance(error, LimitError) else type(error)
                 raise kind(f"{where}: {error}") from error
             raise DataError(f"{where}: {error}") from error
-        return chat.ids, [True] * len(chat.ids) if self._all else chat.is_reply
+        learned = [True] * len(chat.ids) if self._all else chat.is_reply
+        for index, turn in chat.turns.items():
+            if messages[index].get("weight") == 0:
+                learned[turn.start : turn.stop] = [False] * len(turn)
+        return _Example(chat.ids, learned, bool(chat.unused))
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where}: a message is {brief(message)}, {_MESSAGES}")
+    role, weight = message["role"], message.get("weight")
+    if role not in _ROLES:
+        raise DataError(f"{where}: a message's role is {brief(role)}, expected {', '.join(_ROLES)}")
+    if role == "assistant" and not _says_something(message):
+        raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
+    if weight is None:
+        return
+    if role != "assistant":
+        raise DataError(f"{where}: a message of the {role} has a weight, expected the assistant's only")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{where}: a message's weight is {brief(weight)}, expected 0 or 1")
+
+
+def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
+    """The tools or the documents of a row; None where it has none."""
+    value = values.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{where}: {name} is {brief(value)}, expected a list of objects")
+    return value
+
+
+def _has_context(values: dict[str, Any]) -> bool:
+    """Whether a row that is no chat has tools or documents, which nothing writes."""
+    return any(values.get(name) for name in _CONTEXT)
 
 
 def _says_something(message: dict[str, Any]) -> bool:
@@ -334,10 +397,11 @@ class _Builder:
     def __init__(self, source: str, max_length: int | None, strict: bool) -> None:
         self.source, self._max_length, self._strict = source, max_length, strict
         self._ids, self._learned, self._starts = array.array("i"), bytearray(), array.array("q", [0])
-        self._truncated = self._emptied = self._skipped = 0
+        self._truncated = self._emptied = self._skipped = self._unused = 0
         self._problems: list[str] = []
 
-    def add(self, ids: list[int], learned: list[bool], where: str) -> None:
+    def add(self, example: _Example, where: str) -> None:
+        ids, learned = example.ids, example.learned
         if self._max_length is not None and len(ids) > self._max_length:
             if self._strict:
                 raise DataError(f"{where}: {len(ids):,} tokens, at most {self._max_length:,} are allowed")
@@ -346,6 +410,7 @@ class _Builder:
                 self._emptied += 1
                 return
             self._truncated += 1
+        self._unused += example.unused
         self._ids.extend(ids)
         self._learned.extend(learned)
         self._starts.append(len(self._ids))
@@ -379,5 +444,6 @@ class _Builder:
             emptied=self._emptied,
             skipped=self._skipped,
             problems=tuple(self._problems),
+            unused=self._unused,
         )
         return Dataset(ids, learned, starts, report)

@@ -112,7 +112,7 @@ def _plain(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(part, change) for key, part in value.items()}
+        return {change(str(key)): _plain(part, change) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part, change) for part in value]
     if not isinstance(value, bool | int | float | None):

@@ -17,6 +17,7 @@ from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
 
 Message = Mapping[str, Any]
+Objects = Sequence[Mapping[str, Any]] | None  # tools as JSON schemas, or documents
 
 # Tokens that end a turn or a text in one of the model families, whatever their file calls its "eos".
 END_TOKENS = (
@@ -47,11 +48,19 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        is_reply: for each token whether an assistant's turn has it, its end included: what is learned.
+        turns: the places of the tokens of each assistant's turn, its end included, by the message's index.
+        unused: which of "tools" and "documents" were given and change nothing in what the template writes.
     """
 
     ids: list[int]
-    is_reply: list[bool]
+    turns: dict[int, range]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def is_reply(self) -> list[bool]:
+        """For each token whether it belongs to an assistant's turn."""
+        replies = {place for turn in self.turns.values() for place in turn}
+        return [place in replies for place in range(len(self.ids))]
 
 
 class Tokenizer:
@@ -160,20 +169,34 @@ class Tokenizer:
 
     # ---- chats ----
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Objects = None,
+        documents: Objects = None,
+    ) -> str:
         """A chat as the model writes it: the text of its template.
 
         Args:
             messages: dictionaries with "role" and "content", and whatever else the template knows.
             add_generation_prompt: end with the beginning of the assistant's next turn.
+            tools: the functions that the assistant may call, as JSON schemas.
+            documents: what the assistant may read, dictionaries with "title" and "text".
         Raises:
             ValueError: there is no template, or it refuses the messages; `UnsafeError`, `FormatError`: it is
                 not one to be run.
+            TypeError: a message, a tool or a document is not a dictionary of what JSON can hold.
         """
-        return self._render(messages, add_generation_prompt, None)
+        return self._render(messages, add_generation_prompt, None, _given(tools, documents))
 
     def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime.datetime | None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        now: datetime.datetime | None,
+        given: dict[str, Any],
     ) -> str:
         if self.chat_template is None:
             raise ValueError(
@@ -185,42 +208,72 @@ class Tokenizer:
             now,
             bos_token=self._text(self.bos_id),
             eos_token=self._text(self.eos_id),
+            **given,
         )
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """The tokens of a chat. A special token that a message spells out is encoded as its letters."""
-        return self._encode_messages(messages, add_generation_prompt, None)
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Objects = None,
+        documents: Objects = None,
+    ) -> list[int]:
+        """The tokens of a chat. A special token that a message spells out is encoded as its letters.
 
-    def encode_conversation(self, messages: Sequence[Message]) -> Chat:
+        Arguments and errors are those of `apply_chat_template`.
+        """
+        given = self._quoted_given(tools, documents)
+        return self._encode_rendered(self._write(messages, add_generation_prompt, None, given))
+
+    def encode_conversation(
+        self, messages: Sequence[Message], *, tools: Objects = None, documents: Objects = None
+    ) -> Chat:
         """The tokens of a whole chat, and which of them the assistant said.
 
         The template is rendered up to the beginning and up to the end of each of the assistant's turns; the
         tokens between are the turn. A template that asks for the time is told `TRAINING_TIME`, so that the
         same chat has the same tokens tomorrow.
 
+        Args:
+            messages, tools, documents: as in `apply_chat_template`.
         Raises:
             UnsupportedError: a beginning is not how the whole begins, so that no tokens are the turn's own.
             ValueError: so many turns in so long a chat that this would take minutes; or as
                 `apply_chat_template`.
         """
-        ids = self._encode_messages(messages, False, TRAINING_TIME)
-        is_reply = [False] * len(ids)
-        turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-        if len(turns) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
+        given = self._quoted_given(tools, documents)
+        text = self._write(messages, False, TRAINING_TIME, given)
+        ids = self._encode_rendered(text)
+        indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        if len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
             raise ValueError(
                 f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to tell its "
-                f"{len(turns):,} assistant's turns apart: split it"
+                f"{len(indices):,} assistant's turns apart: split it"
             )
-        for index in turns:
-            before = self._beginning(messages[:index], True, ids, index)
-            upto = self._beginning(messages[: index + 1], False, ids, index)
+        turns = {}
+        for index in indices:
+            before = self._beginning(messages[:index], True, given, ids, index)
+            upto = self._beginning(messages[: index + 1], False, given, ids, index)
             ends = [place for place in range(before, upto) if ids[place] in self.eos_ids]
-            stop = ends[-1] + 1 if ends else upto  # what a template writes after the end is never generated
-            is_reply[before:stop] = [True] * (stop - before)
-        return Chat(ids, is_reply)
+            # what a template writes after the end is never generated
+            turns[index] = range(before, ends[-1] + 1 if ends else upto)
+        unused = tuple(name for name in given if self._is_unused(name, messages, given, text))
+        return Chat(ids, turns, unused)
 
-    def _beginning(self, messages: Sequence[Message], prompt: bool, ids: list[int], turn: int) -> int:
-        part = self._encode_messages(messages, prompt, TRAINING_TIME)
+    def _is_unused(self, name: str, messages: Sequence[Message], given: dict[str, Any], text: str) -> bool:
+        """Whether the template writes the same text without the tools, or the documents, that are given."""
+        if not given[name]:
+            return False
+        try:
+            return self._write(messages, False, TRAINING_TIME, {**given, name: None}) == text
+        except ValueError:  # it needs them
+            return False
+
+    def _beginning(
+        self, messages: Sequence[Message], prompt: bool, given: dict[str, Any], ids: list[int], turn: int
+    ) -> int:
+        part = self._encode_rendered(self._write(messages, prompt, TRAINING_TIME, given))
         if ids[: len(part)] != part:
             where = "before" if prompt else "up to"
             raise UnsupportedError(
@@ -229,11 +282,14 @@ class Tokenizer:
             )
         return len(part)
 
-    def _encode_messages(
-        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime.datetime | None
-    ) -> list[int]:
-        quoted = [self._quote(message) for message in messages]
-        return self._encode_rendered(self._render(quoted, add_generation_prompt, now))
+    def _write(
+        self, messages: Sequence[Message], prompt: bool, now: datetime.datetime | None, given: dict[str, Any]
+    ) -> str:
+        """What the template writes, with a sign for each special token that a message spells out."""
+        return self._render([self._quote(message) for message in messages], prompt, now, given)
+
+    def _quoted_given(self, tools: Objects, documents: Objects) -> dict[str, Any]:
+        return {name: plain(value, self._quote_text) for name, value in _given(tools, documents).items()}
 
     def _text(self, id_: int | None) -> str:
         return "" if id_ is None else str(self._backend.id_to_token(id_) or "")
@@ -259,6 +315,16 @@ class Tokenizer:
             elif piece:
                 ids += self.encode(_QUOTED.sub(lambda found: self._text(int(found[1])), piece))
         return ids
+
+
+def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
+    """The variables of a template beside the messages, checked; as in transformers, None counts as given."""
+    given = {"tools": tools, "documents": documents}
+    for name, value in given.items():
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        if value is not None and not (is_list and all(isinstance(item, Mapping) for item in value)):
+            raise TypeError(f"{name} of a chat are {brief(value)}, expected a list of dictionaries")
+    return given
 
 
 def backend_package() -> Any:

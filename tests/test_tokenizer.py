@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +373,54 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads that take turns often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_children_that_are_forked_while_threads_encode_encode_too() -> None:
+    tokenizer = from_gguf(opened(byte_level()))
+    text = "hello 12 <|end|>" * 50
+    expected = tokenizer.encode(text)
+    ended, stopped = list[int](), threading.Event()
+
+    def encode() -> None:
+        while not stopped.is_set():
+            tokenizer.encode(text)
+
+    def child() -> int:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)  # ends a child that waits for ever
+            try:
+                same = tokenizer.encode(text) == expected
+                os._exit(0 if same and tokenizer.encode("<|end|>", parse_special=True) == [0] else 1)
+            finally:
+                os._exit(2)
+        return os.waitpid(pid, 0)[1]
+
+    def fork() -> None:
+        while len(ended) < 200 and not any(ended):
+            ended.append(child())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        threads = [threading.Thread(target=work) for work in (encode, encode, fork, fork)]
+        for thread in threads:
+            thread.start()
+        for thread in threads[2:]:
+            thread.join()
+        stopped.set()
+        for thread in threads[:2]:
+            thread.join()
+    assert set(ended) == {0}
 
 
 def test_half_a_surrogate_pair_and_ids_out_of_range_are_refused() -> None:

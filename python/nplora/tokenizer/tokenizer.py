@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,17 @@ _TOKENS_PER_MESSAGE = 64
 # While a template is rendered, a special token that a message spells out is its number between these two.
 _QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"
 _QUOTED = re.compile(f"{_QUOTE}([0-9]+){_UNQUOTE}")
+
+_encoding = threading.Lock()  # one for all tokenizers: the backend holds Python's own lock while it encodes
+
+
+def _renew_lock() -> None:
+    """After a fork: the thread that held the lock may be missing in the child."""
+    global _encoding
+    _encoding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Tokenizer:
         end_ids: Iterable[int] = (),
         chat_template: str | None = None,
     ) -> None:
-        self._backend, self._lock = backend, threading.Lock()
+        self._backend = backend
         self.source = source
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: id_ for id_, token in added.items() if token.special}
@@ -123,7 +135,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
             raise ValueError(message) from None
-        with self._lock:  # the option is one of the backend, for all who use it
+        with _encoding:  # the option is one of the backend, for all who use it
             self._backend.encode_special_tokens = not parse_special
             with backend_errors(f"{self.source}: the tokenizer fails with {brief(text)}"):
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -350,6 +350,55 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
 
+LONG_TEXTS = {
+    "words": "hello 12 word " * 5000,
+    "lines": "hello 123\n  and 12\nx" * 3000,
+    "one word": "ahello" * 10_000,
+    "digits": "123" * 20_000,
+    "spaces": "a" + " " * 60_000 + "b",
+    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 3000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+@pytest.mark.parametrize("words", ["gpt-2", "llama-bpe", "qwen2", "sentencepiece"])
+def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    metadata = sentencepiece() if words == "sentencepiece" else byte_level(pre=words)
+    model = from_gguf(opened(metadata | {"tokenizer.chat_template": CHATML}))
+    read_texts = list[int]()
+    encode = model._encode
+    model._encode = lambda text, *options: (read_texts.append(len(text)), encode(text, *options))[1]  # type: ignore
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"text": text},
+        {"prompt": "a", "completion": text},
+        {"prompt": text, "completion": "a"},
+        {"messages": [*chat, {"role": "assistant", "content": text}]},
+        {"messages": [*chat, {"role": "user", "content": text}, *chat]},
+    ]
+    for row in rows:
+        path = write(tmp_path, row)
+        for learn in ("completion", "all"):
+            [(ids, labels)] = read_dataset(path, model, learn=learn)
+            read_texts.clear()
+            if (labels[1:40] == IGNORED).all():
+                with pytest.raises(DataError, match="1 with nothing to learn in their first tokens"):
+                    read_dataset(path, model, learn=learn, max_length=40)
+            else:
+                [(first, learned)] = read_dataset(path, model, learn=learn, max_length=40)
+                assert first.tolist() == ids[:40].tolist()
+                assert learned.tolist() == labels[:40].tolist()
+            assert max(read_texts) < len(text)
+
+
+def test_a_long_example_is_refused_by_the_least_that_it_has(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "hello " * 10_000})
+    with pytest.raises(DataError, match=r"line 1: at least 6 tokens, at most 5 are allowed"):
+        read_dataset(path, tokenizer(), max_length=5, strict=True)
+
+
 def test_learned_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
     dataset = read_dataset(write(tmp_path, {"text": "abc"}, {"prompt": "ab", "completion": "c"}), tokenizer())
     batches = TokenBatches(dataset, batch_tokens=100)

@@ -140,7 +140,12 @@ HOSTILE = {
     "unknown dtype": (one(dtype="F8_E4M3"), UnsupportedError, "dtype 'F8_E4M3', expected one of U64, "),
     "metadata is a list": (container('{"__metadata__":[]}'), FormatError, "__metadata__ is []"),
     "metadata is not text": (container('{"__metadata__":{"a":1}}'), FormatError, "'a' is 1, expected text"),
-    "more than 262,144 tensors": (container('{"w":' + "{" * 262_147), LimitError, "262,144"),
+    "more than 131,072 tensors": (
+        container('{"w":0' + ',"w":0' * 131_073 + "}"),
+        LimitError,
+        "131,074 values at depth 1, at most 131,073",
+    ),
+    "objects within objects": (container('{"w":' + "{" * 262_147), LimitError, "262,148 deep, at most 64"),
 }
 
 

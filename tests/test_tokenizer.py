@@ -577,7 +577,7 @@ def test_a_text_gets_no_token_that_is_none(tmp_path: Path, ends: Any) -> None:
 )
 def test_a_tokenizer_file_that_is_none_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(raw)
-    with pytest.raises(FormatError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json: (not a tokenizer|JSON nested 100,000 deep)"):
         from_directory(tmp_path)
 
 

@@ -37,6 +37,7 @@ LEARN = ("completion", "all")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
 _TOLD = 3  # bad lines that a report quotes
 _MESSAGES = "expected a list of objects with a role and a content"
+_NOTHING = "nothing is to be learned: no assistant's turn of weight 1, or no token before it"
 _KINDS = ("messages", "text", "prompt", "completion")
 _CONTEXT = ("tools", "documents")  # what a row gives to the chat template beside its messages
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")  # of known templates
@@ -229,7 +230,7 @@ def read_dataset(
     plain = files.suffix(path) == ".txt"
     if plain and max_length is None:
         raise ValueError(f"{op}: {files.name(path)} is a plain text, which needs a max_length")
-    encoder = _Encoder(tokenizer, learn == "all")
+    encoder = _Encoder(tokenizer, learn == "all", None if plain else max_length)
     builder = _Builder(files.name(path), None if plain else max_length, strict)
     if plain:
         tokens = itertools.chain.from_iterable(encoder.pieces(read_rows(path)))
@@ -269,10 +270,11 @@ def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
 class _Encoder:
     """Rows to tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, learn_all: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None) -> None:
         if tokenizer.eos_id is None:
             raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
+        self._most = None if max_length is None else max_length + 1  # of a longer row the rest is not read
 
     def encode(self, row: Row) -> _Example:
         values, where = row.values, row.where
@@ -288,10 +290,9 @@ class _Encoder:
         else:
             keys = brief(list(values))
             raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
-        if not any(example.learned[1:]):
-            raise DataError(
-                f"{where}: nothing is to be learned: no assistant's turn of weight 1, or no token before it"
-            )
+        is_cut = self._most is not None and len(example.ids) >= self._most
+        if not is_cut and not any(example.learned[1:]):
+            raise DataError(f"{where}: {_NOTHING}")
         return example
 
     def pieces(self, rows: Iterator[Row]) -> Iterator[list[int]]:
@@ -303,20 +304,20 @@ class _Encoder:
         yield [self._eos]
 
     def _plain(self, values: dict[str, Any], where: str) -> _Example:
-        ids = [*self._tokenizer.encode_prompt(_text(values, "text", where)), self._eos]
+        ids = [*self._tokenizer.encode_prompt(_text(values, "text", where), self._most), self._eos]
         return _Example(ids, [True] * len(ids), _has_context(values))
 
     def _completion(self, values: dict[str, Any], where: str) -> _Example:
         """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
         prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
-            self._tokenizer.encode_prompt(prompt),
-            self._tokenizer.encode_prompt(prompt + completion),
+            self._tokenizer.encode_prompt(prompt, self._most),
+            self._tokenizer.encode_prompt(prompt + completion, self._most),
         )
         if not before:
             raise DataError(f"{where}: prompt is empty, and the model has no token that begins a text")
         if ids[: len(before)] != before:
-            ids = before + self._tokenizer.encode_continuation(completion)
+            ids = before + self._tokenizer.encode_continuation(completion, self._most)
         ids.append(self._eos)
         learned = [self._all or place >= len(before) for place in range(len(ids))]
         return _Example(ids, learned, _has_context(values))
@@ -327,9 +328,11 @@ class _Encoder:
             raise DataError(f"{where}: messages is {brief(messages)}, {_MESSAGES}")
         for message in messages:
             _check_message(message, where)
+        if not self._all and not any(map(_is_learned, messages)):
+            raise DataError(f"{where}: {_NOTHING}")
         given = {name: _objects(values, name, where) for name in _CONTEXT}
         try:
-            chat = self._tokenizer.encode_conversation(messages, **given)
+            chat = self._tokenizer.encode_conversation(messages, **given, most=self._most)
         except ValueError as error:
             if isinstance(error, FormatError) and not isinstance(
                 error, UnsupportedError
@@ -339,7 +342,7 @@ class _Encoder:
             raise DataError(f"{where}: {error}") from error
         learned = [True] * len(chat.ids) if self._all else chat.is_reply
         for index, turn in chat.turns.items():
-            if messages[index].get("weight") == 0:
+            if not _is_learned(messages[index]):
                 learned[turn.start : turn.stop] = [False] * len(turn)
         return _Example(chat.ids, learned, bool(chat.unused))
 
@@ -375,6 +378,10 @@ def _has_context(values: dict[str, Any]) -> bool:
     return any(values.get(name) for name in _CONTEXT)
 
 
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _says_something(message: dict[str, Any]) -> bool:
     content = message.get("content")
     return bool(content.strip()) if isinstance(content, str) else bool(content or message.get("tool_calls"))
@@ -404,7 +411,9 @@ class _Builder:
         ids, learned = example.ids, example.learned
         if self._max_length is not None and len(ids) > self._max_length:
             if self._strict:
-                raise DataError(f"{where}: {len(ids):,} tokens, at most {self._max_length:,} are allowed")
+                least = "at least " * (len(ids) <= self._max_length + 2)  # the rest may not have been read
+                count = f"{least}{len(ids):,} tokens"
+                raise DataError(f"{where}: {count}, at most {self._max_length:,} are allowed")
             ids, learned = ids[: self._max_length], learned[: self._max_length]
             if not any(learned[1:]):
                 self._emptied += 1

@@ -10,6 +10,7 @@ is read, and matching follows all the ways through a pattern at once, in time li
     ^   $                               the ends of the name
 """
 
+import functools
 import re
 import string
 from collections.abc import Iterable
@@ -59,10 +60,13 @@ class _Character:
         allowed = name.where(self.characters)
         if self.negated:
             allowed = name.everywhere & ~allowed
-        reached = (starts & allowed) << 1
-        more = reached if self.repeat in ("*", "+") else 0
-        while more := (more & allowed) << 1 & ~reached:
-            reached |= more
+        reached = starts & allowed
+        if self.repeat in (
+            "*",
+            "+",
+        ):  # the carry of a sum runs from a start to the end of what is allowed there
+            reached = ((allowed + reached ^ allowed) | reached) & allowed
+        reached <<= 1
         return reached | starts if self.repeat in ("*", "?") else reached
 
 
@@ -91,6 +95,12 @@ class _Choice:
 
 
 _Piece = _Character | _End | _Choice
+
+
+@functools.lru_cache(256)
+def _letter(character: str) -> _Character:
+    """A character that stands for itself, once. Patterns share them."""
+    return _Character(frozenset(character), False)
 
 
 class NamePattern:
@@ -180,6 +190,8 @@ class NamePattern:
         repeat = self._next("*+?")
         if repeat:
             self._next("?")  # lazy or greedy, the same names match
+        elif len(characters) == 1 and not negated:
+            return _letter(characters)
         return _Character(frozenset(characters), negated, repeat)
 
     def _escaped(self) -> str:

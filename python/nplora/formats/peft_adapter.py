@@ -47,8 +47,9 @@ PREFIX = "base_model.model."  # stands before a layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
-MAX_PATTERN_WORK = 1 << 23  # layers times characters of patterns: seconds
 _MOST_REPLACED = 100  # times that a pair is read again because another process replaced it meanwhile
+MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
+_LONG_NAME = 256  # characters; a name with more counts as several layers
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class PeftAdapter:
                 problems.append(f"tensor {brief(missing[0], 200)} is missing, its other half is there")
             elif found.setdefault(stem.removeprefix(PREFIX), halves) != halves:
                 problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
-        self._limit_patterns(len(found))
+        self._limit_patterns(sum(1 + len(name) // _LONG_NAME for name in found))
         return found
 
     def _limit_patterns(self, layers: int) -> None:

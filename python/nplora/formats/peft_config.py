@@ -274,11 +274,13 @@ def _patterns(value: object, check: Callable[[object, str], Number], where: str)
     if not isinstance(value, dict):
         raise FormatError(f"{where} is {brief(value)}, expected an object")
     _limit(sum(map(len, value)), MAX_EXACT_TEXT, where)
-    patterns = Patterns(
-        tuple((NamePattern(key, where), check(item, f"{where}: {brief(key)}")) for key, item in value.items())
-    )
-    _limit(sum(len(pattern.text) for _, pattern in patterns.inexact), MAX_PATTERN_TEXT, where)
-    return patterns
+    pairs, inexact = list[tuple[NamePattern, Number]](), 0
+    for key, item in value.items():
+        pattern = NamePattern(key, where)
+        inexact += len(key) * (pattern.only_name is None)
+        _limit(inexact, MAX_PATTERN_TEXT, where)
+        pairs.append((pattern, check(item, f"{where}: {brief(key)}")))
+    return Patterns(tuple(pairs))
 
 
 def _limit(length: int, limit: int, where: str) -> None:

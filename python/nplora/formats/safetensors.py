@@ -31,7 +31,9 @@ from nplora.formats.errors import (
 from nplora.formats.files import StrPath
 
 MAX_HEADER = 100_000_000
-MAX_TENSORS = 1 << 18
+MAX_TENSORS = 1 << 17
+MAX_METADATA = 1 << 14  # entries
+_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII: as Python's text it may take four times as many
 MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
 
 # File tag: (name here, NumPy's type), in the order in which the reference sorts the data: widest first, so
@@ -55,6 +57,8 @@ _TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
 _ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
+# Of a header, by depth: the tensors, their fields, and the numbers of their shapes and offsets.
+_MOST_VALUES = (MAX_TENSORS + 1, len(_FIELDS) * MAX_TENSORS + MAX_METADATA, 8 * MAX_TENSORS, 1000)
 
 Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream]"
@@ -309,20 +313,24 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
         if size > MAX_HEADER:
             raise LimitError(f"{told}, at most {MAX_HEADER:,} are read")
         raise TruncatedError(f"{told}, the file has {len(data) - 8:,} behind them")
-    raw = bytes(data[8 : 8 + size])
-    if not raw.startswith(b"{"):
-        raise FormatError(f"{source}: the header begins with {brief(raw[:8])}, expected '{{'")
-    objects = raw.count(b"{")  # braces inside names count too: rough, but before anything is allocated
-    if objects > MAX_TENSORS + 2:
-        raise LimitError(
-            f"{source}: the header has {objects:,} objects, at most {MAX_TENSORS:,} tensors are read"
-        )
-    return strict_json.loads(raw, f"{source}: header"), 8 + size
+    raw, where = data[8 : 8 + size], f"{source}: header"
+    if bytes(raw[:1]) != b"{":
+        raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
+    if size > _MAX_WIDE and not _is_ascii(raw):
+        raise LimitError(f"{where} of {size:,} bytes that are not ASCII, at most {_MAX_WIDE:,} are read")
+    return strict_json.loads(raw, where, _MOST_VALUES), 8 + size
+
+
+def _is_ascii(raw: Buffer) -> bool:
+    return all(bytes(raw[begin : begin + _MAX_WIDE]).isascii() for begin in range(0, len(raw), _MAX_WIDE))
 
 
 def _parse_metadata(metadata: object, source: str) -> dict[str, str]:
     if not isinstance(metadata, dict):
         raise FormatError(f"{source}: {_METADATA} is {brief(metadata)}, expected an object")
+    if len(metadata) > MAX_METADATA:
+        found = f"{_METADATA} has {len(metadata):,} entries"
+        raise LimitError(f"{source}: {found}, at most {MAX_METADATA:,} are read")
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise FormatError(f"{source}: {_METADATA}: {brief(key)} is {brief(value)}, expected text")

@@ -7,30 +7,39 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from nplora.formats.errors import FormatError, LimitError, brief
 
 MAX_DEPTH = 64
+MAX_VALUES = 1 << 19  # of one text: as Python's objects they take up to 200 MB
 _MAX_DIGITS = 100
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # the "?" keeps an endless string linear
-_STEP = np.zeros(256, np.int8)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_PIECE = 1 << 18  # bytes that are measured together
+_STEP, _IS_MARK = np.zeros(256, np.int8), np.zeros(256, np.uint8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_IS_MARK[list(b"[{]},")] = 1
+
+Bytes = bytes | memoryview
+Array = npt.NDArray[Any]
 
 
-def loads(raw: bytes, source: str) -> Any:
+def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> Any:
     """The value of UTF-8 JSON text. Objects keep their order.
 
     Args:
         source: what the messages call the text, usually the file's path.
+        most: how many values are read. A sequence: how many at each depth, those of the outermost array or
+            object first, and the last number for all that is deeper. They are counted before any is made.
     Raises:
         FormatError: not UTF-8, not JSON, a duplicate key, NaN, 1e999, half a surrogate pair.
-        LimitError: nested deeper than 64, or a number of more than 100 characters.
+        LimitError: nested deeper than 64, more values than are read, or a number of more than 100 characters.
     """
-    _check_depth(raw, source)
+    require_size(raw, source, most)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -58,11 +67,11 @@ def loads(raw: bytes, source: str) -> Any:
             raise LimitError(f"{source}: a number of {len(text):,} characters, at most {_MAX_DIGITS}")
 
     try:
-        text = raw.decode("utf-8")
+        text = str(raw, "utf-8")
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=real
         )
-        if b"\\u" in raw:
+        if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # finds half a surrogate pair
     except UnicodeDecodeError as error:
         raise FormatError(f"{source}: not UTF-8 at byte {error.start:,} of the JSON text") from error
@@ -73,10 +82,43 @@ def loads(raw: bytes, source: str) -> Any:
     return value
 
 
-def _check_depth(raw: bytes, source: str) -> None:
-    """Measure the nesting without recursion: drop the strings, keep the brackets, add them up."""
-    brackets = _STRING.sub(b"", raw).translate(None, _ALL_BUT_BRACKETS)
-    steps = _STEP[np.frombuffer(brackets, np.uint8)]
-    depth = int(np.cumsum(steps, dtype=np.int64).max(initial=0))
-    if depth > MAX_DEPTH:
-        raise LimitError(f"{source}: JSON nested {depth:,} deep, at most {MAX_DEPTH} is read")
+def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
+    """Count the values of a text and measure its nesting, without making any of them. Raises as `loads`."""
+    short = isinstance(raw, bytes) and isinstance(most, int) and len(raw) <= most
+    if short and bytes(raw).count(b"[") + bytes(raw).count(b"{") <= MAX_DEPTH:  # nothing can be over a limit
+        return
+    deepest, counts = _measured(raw)
+    if deepest > MAX_DEPTH:
+        raise LimitError(f"{source}: JSON nested {deepest:,} deep, at most {MAX_DEPTH} is read")
+    if isinstance(most, int):
+        found = [("", int(counts.sum()), most)]
+    else:
+        depths = range(1, len(most) + 1)
+        counts[len(most)] = counts[len(most) :].sum()
+        found = [(f" at depth {depth}", int(counts[depth]), most[depth - 1]) for depth in depths]
+    for where, count, limit in found:
+        if count > limit:
+            raise LimitError(f"{source}: {count:,} values{where}, at most {limit:,} are read")
+
+
+def _measured(raw: Bytes) -> tuple[int, Array]:
+    """How deep the text nests, and how many values it has at each depth: one for each bracket that opens, and
+    one for each comma. An empty array or object counts as one that holds a value.
+    """
+    counts, deepest, depth = np.zeros(MAX_DEPTH + 2, np.int64), 0, 0
+    in_string, rest = False, b""
+    for begin in range(0, len(raw), _PIECE):
+        text = rest + bytes(raw[begin : begin + _PIECE])
+        if b"\\" in text:  # what a backslash escapes ends no string
+            text = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        rest = b"\\" * text.endswith(b"\\")
+        piece = np.frombuffer(text, np.uint8)
+        inside = np.cumsum(piece == ord('"'), dtype=np.uint8) + np.uint8(in_string) & 1
+        in_string = bool(inside[-1])
+        marks = piece[_IS_MARK[piece] > inside]
+        depths = depth + np.cumsum(_STEP[marks], dtype=np.int64)
+        depth = int(depths[-1]) if len(depths) else depth
+        deepest = max(deepest, int(depths.max(initial=0)))
+        begun = depths[_STEP[marks] >= 0].clip(0, MAX_DEPTH + 1)
+        counts += np.bincount(begun, minlength=MAX_DEPTH + 2)
+    return deepest, counts

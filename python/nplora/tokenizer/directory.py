@@ -11,10 +11,14 @@ from nplora.formats import files, strict_json
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.tokenizer import split_pattern
-from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
+from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_errors, backend_package
 
 MAX_TOKENIZER = 100_000_000  # bytes
 MAX_CONFIG = 20_000_000
+# Values of tokenizer.json by depth: its fields; the added tokens and the model's fields; the vocabulary, the
+# merges and the fields of added tokens; the parts of merges. The largest ones in use have 850,000 at depth 3.
+MOST_VALUES = (1000, MAX_SPECIAL + 1000, 3 << 19, 1 << 21, 1 << 16)
+_MOST_SETTINGS = 1 << 20  # values of another file: a token that was added has 8
 MAX_GROWTH = 100  # times as long as it was: what a text may become
 _MAX_TEMPLATE = 1_000_000
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of what a Sequence holds
@@ -30,6 +34,7 @@ def from_directory(path: StrPath) -> Tokenizer:
     Raises:
         FileNotFoundError: there is no tokenizer.json.
         FormatError: a file is damaged or says something that is not possible.
+        LimitError: it has more tokens, or more special ones, than are read.
         UnsafeError: it could run for ever, or make a very long text of a short one.
         ModuleNotFoundError: the package `tokenizers` is not installed.
     """
@@ -53,6 +58,7 @@ def from_directory(path: StrPath) -> Tokenizer:
 
 def _backend(path: Path) -> Any:
     raw, source = bytes(files.read(path, MAX_TOKENIZER)), files.name(path)
+    strict_json.require_size(raw, source, MOST_VALUES)
     with backend_errors(f"{source}: not a tokenizer"):
         backend = backend_package().Tokenizer.from_buffer(raw)
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
@@ -123,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = files.read(path, MAX_CONFIG)
     except FileNotFoundError:
         return {}
-    value = strict_json.loads(bytes(raw), files.name(path))
+    value = strict_json.loads(bytes(raw), files.name(path), _MOST_SETTINGS)
     if not isinstance(value, dict):
         raise FormatError(f"{files.name(path)}: {brief(value)}, expected an object")
     return value

@@ -10,7 +10,7 @@ from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import Typed
 from nplora.tokenizer import byte_level
-from nplora.tokenizer.directory import MAX_TOKENIZER, chat_template, read_json
+from nplora.tokenizer.directory import MAX_TOKENIZER, MOST_VALUES, chat_template, read_json
 from nplora.tokenizer.directory import from_directory as from_tokenizer_json
 from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, UNUSED, USER_DEFINED, from_gguf
 
@@ -34,7 +34,8 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     """
     directory = Path(path)
     source = files.name(directory / "tokenizer.json")
-    fields = strict_json.loads(bytes(files.read(directory / "tokenizer.json", MAX_TOKENIZER)), source)
+    raw = bytes(files.read(directory / "tokenizer.json", MAX_TOKENIZER))
+    fields = strict_json.loads(raw, source, MOST_VALUES)
     if not isinstance(fields, dict):
         raise FormatError(f"{source}: {brief(fields)}, expected an object")
     pre = byte_level.require_known(fields, source)

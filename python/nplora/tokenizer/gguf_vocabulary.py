@@ -11,7 +11,7 @@ import numpy as np
 
 from nplora.formats.errors import FormatError, LimitError, UnsupportedError, brief
 from nplora.formats.gguf import GgufFile, Metadata
-from nplora.tokenizer.tokenizer import Tokenizer, backend_package
+from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
@@ -43,7 +43,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
 
     Raises:
         FormatError: what the file says of it is missing, of a wrong type or contradicts itself.
-        LimitError: more tokens, or a longer one, than are read.
+        LimitError: more tokens, more special ones, or a longer one, than are read.
         UnsupportedError: another kind of tokenizer, or another rule of cutting text.
         ModuleNotFoundError: the package `tokenizers` is not installed.
     """
@@ -60,11 +60,9 @@ class _Vocabulary:
         self.model = metadata.string(f"{KEY}model")
         if self.model not in ("gpt2", "llama"):
             raise UnsupportedError(f"{source}: a tokenizer {brief(self.model)}, read are 'gpt2' and 'llama'")
+        self.types = self._read_types()
         self.ids = self._read_ids()
         self.tokens = list(self.ids)
-        self.types = np.full(len(self.tokens), NORMAL)
-        if f"{KEY}token_type" in metadata:
-            self.types = metadata.array(f"{KEY}token_type", "INT32", len(self.tokens))
         for id_ in np.flatnonzero(self.types == BYTE):
             if not _BYTE_TOKEN.fullmatch(self.tokens[id_]):
                 raise FormatError(f"{source}: token {id_}, of a byte, is {brief(self.tokens[id_])}")
@@ -85,10 +83,20 @@ class _Vocabulary:
             chat_template=self.metadata.string("tokenizer.chat_template", "") or None,
         )
 
+    def _read_types(self) -> np.ndarray[Any, Any]:
+        count = len(self.metadata.strings(f"{KEY}tokens"))
+        if count > MAX_TOKENS:
+            raise LimitError(f"{self.source}: {count:,} tokens, at most {MAX_TOKENS:,} are read")
+        if f"{KEY}token_type" not in self.metadata:
+            return np.full(count, NORMAL)
+        types = self.metadata.array(f"{KEY}token_type", "INT32", count)
+        special = int(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)).sum())
+        if special > MAX_SPECIAL:
+            raise LimitError(f"{self.source}: {special:,} special tokens, at most {MAX_SPECIAL:,} are read")
+        return types
+
     def _read_ids(self) -> dict[str, int]:
         strings = self.metadata.strings(f"{KEY}tokens")
-        if len(strings) > MAX_TOKENS:
-            raise LimitError(f"{self.source}: {len(strings):,} tokens, at most {MAX_TOKENS:,} are read")
         ids: dict[str, int] = {}
         longest = MAX_TOKEN if self.model == "gpt2" else MAX_PIECE
         for id_, token in enumerate(strings):

@@ -32,7 +32,12 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
+MAX_SPECIAL = 1 << 17  # tokens that are looked for in a text before it is cut; models of speech have 65,536
 _SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-level models write a space
+# If the first tokens of a long text are wanted, its beginning is encoded: `_CHARACTERS` a token.
+# The last tokens of a beginning may change with what follows, so they do not count.
+_CHARACTERS, _UNSURE = 8, 1024
+_LINE = re.compile(r"\n(?=[^\W\d_])")
 _SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly a token goes on
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # what templates are told who ask for the time in training
 # A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
@@ -116,7 +121,12 @@ class Tokenizer:
     # ---- text ----
 
     def encode(
-        self, text: str, add_special_tokens: bool = False, *, parse_special: bool = False
+        self,
+        text: str,
+        add_special_tokens: bool = False,
+        *,
+        parse_special: bool = False,
+        most: int | None = None,
     ) -> list[int]:
         """The tokens of a text.
 
@@ -124,6 +134,8 @@ class Tokenizer:
             add_special_tokens: begin (and end) it as the model has it: BOS for many, nothing for some.
             parse_special: read "<|im_end|>" and its like as the tokens that they name, as in the output of
                 `apply_chat_template`. Off, for text of strangers, they are letters like others.
+            most: how many tokens are wanted. Of a long text the first `most` are given and the rest is not
+                read; of a short one all are given.
         Raises:
             ValueError: half a surrogate pair, which UTF-8 cannot hold.
             FormatError: the model's own rules do not fit the text, such as no token for what is unknown.
@@ -135,27 +147,49 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
             raise ValueError(message) from None
+        return self._encode_beginning(text, most, add_special_tokens, parse_special)[0]
+
+    def _encode_beginning(
+        self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
+    ) -> tuple[list[int], bool]:
+        """The tokens as `encode` gives them, and whether they are all. If not, over `_UNSURE` more follow."""
+        size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
+        while most is not None and size < len(text):
+            ids = self._encode(text[: _cut(text, size)], add_special_tokens, parse_special)
+            if len(ids) > most + 2 * _UNSURE:
+                return ids[:most], False
+            size *= 4
+        return self._encode(text, add_special_tokens, parse_special), True
+
+    def _encode(self, text: str, add_special_tokens: bool, parse_special: bool) -> list[int]:
         with _encoding:  # the option is one of the backend, for all who use it
             self._backend.encode_special_tokens = not parse_special
             with backend_errors(f"{self.source}: the tokenizer fails with {brief(text)}"):
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a text that goes on: begun as the model has it, without an EOS at its end."""
-        ids = self.encode(text, add_special_tokens=True)
-        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of a text that goes on: begun as the model has it, without an EOS at its end.
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """The tokens of a text that goes on after another, without the space that some models set before."""
+        `most` is as in `encode`.
+        """
+        ids, is_whole = self._encode_beginning(text, most, add_special_tokens=True)
+        return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
+
+    def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of a text that goes on after another, without the space that some models set before.
+
+        `most` is as in `encode`.
+        """
         alone = self.encode("a")
         if not alone or not self._text(alone[0]).startswith(_SPACES):
-            return self.encode(text)
+            return self.encode(text, most=most)
         for before in _SENTINELS:
-            head, ids = self.encode(before), self.encode(before + text)
+            head = self.encode(before)
+            ids = self.encode(before + text, most=None if most is None else most + len(head))
             if ids[: len(head)] == head:
                 return ids[len(head) :]
-        return self.encode(text)
+        return self.encode(text, most=most)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
@@ -236,10 +270,17 @@ class Tokenizer:
         Arguments and errors are those of `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
-        return self._encode_rendered(self._write(messages, add_generation_prompt, None, given))
+        return self._encode_rendered(
+            self._render(self._quoted(messages), add_generation_prompt, None, given)
+        )[0]
 
     def encode_conversation(
-        self, messages: Sequence[Message], *, tools: Objects = None, documents: Objects = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Objects = None,
+        documents: Objects = None,
+        most: int | None = None,
     ) -> Chat:
         """The tokens of a whole chat, and which of them the assistant said.
 
@@ -249,14 +290,16 @@ class Tokenizer:
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
+            most: as in `encode`. Turns that begin after these tokens are left out.
         Raises:
             UnsupportedError: a beginning is not how the whole begins, so that no tokens are the turn's own.
             ValueError: so many turns in so long a chat that this would take minutes; or as
                 `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
-        text = self._write(messages, False, TRAINING_TIME, given)
-        ids = self._encode_rendered(text)
+        quoted = self._quoted(messages)
+        text = self._render(quoted, False, TRAINING_TIME, given)
+        ids, is_whole = self._encode_rendered(text, most)
         indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         if len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
             raise ValueError(
@@ -265,46 +308,46 @@ class Tokenizer:
             )
         turns = {}
         for index in indices:
-            before = self._beginning(messages[:index], True, given, ids, index)
-            upto = self._beginning(messages[: index + 1], False, given, ids, index)
-            ends = [place for place in range(before, upto) if ids[place] in self.eos_ids]
+            before, _ = self._encode_rendered(self._render(quoted[:index], True, TRAINING_TIME, given), most)
+            self._require_beginning(before, ids, is_whole, f"before message {index + 1}")
+            if not is_whole and len(before) >= len(ids):
+                break
+            said, said_whole = self._encode_rendered(
+                self._render(quoted[: index + 1], False, TRAINING_TIME, given), most
+            )
+            self._require_beginning(said, ids, is_whole, f"up to message {index + 1}")
+            ends = [place for place in range(len(before), len(said)) if said[place] in self.eos_ids]
             # what a template writes after the end is never generated
-            turns[index] = range(before, ends[-1] + 1 if ends else upto)
-        unused = tuple(name for name in given if self._is_unused(name, messages, given, text))
+            stop = ends[-1] + 1 if ends and said_whole else len(said)
+            turns[index] = range(len(before), min(stop, len(ids)))
+        unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
         return Chat(ids, turns, unused)
 
-    def _is_unused(self, name: str, messages: Sequence[Message], given: dict[str, Any], text: str) -> bool:
+    def _is_unused(self, name: str, quoted: Sequence[Message], given: dict[str, Any], text: str) -> bool:
         """Whether the template writes the same text without the tools, or the documents, that are given."""
         if not given[name]:
             return False
         try:
-            return self._write(messages, False, TRAINING_TIME, {**given, name: None}) == text
+            return self._render(quoted, False, TRAINING_TIME, {**given, name: None}) == text
         except ValueError:  # it needs them
             return False
 
-    def _beginning(
-        self, messages: Sequence[Message], prompt: bool, given: dict[str, Any], ids: list[int], turn: int
-    ) -> int:
-        part = self._encode_rendered(self._write(messages, prompt, TRAINING_TIME, given))
-        if ids[: len(part)] != part:
-            where = "before" if prompt else "up to"
+    def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
+        """Refuse messages whose tokens are not the first ones of the chat, as far as those were encoded."""
+        if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
-                f"{self.source}: the chat template writes the messages {where} message {turn + 1} (the "
-                "assistant's) otherwise where more follow, so its tokens cannot be told from the others'"
+                f"{self.source}: the chat template writes the messages {which} (the assistant's) otherwise "
+                "where more follow, so its tokens cannot be told from the others'"
             )
-        return len(part)
-
-    def _write(
-        self, messages: Sequence[Message], prompt: bool, now: datetime.datetime | None, given: dict[str, Any]
-    ) -> str:
-        """What the template writes, with a sign for each special token that a message spells out."""
-        return self._render([self._quote(message) for message in messages], prompt, now, given)
 
     def _quoted_given(self, tools: Objects, documents: Objects) -> dict[str, Any]:
         return {name: plain(value, self._quote_text) for name, value in _given(tools, documents).items()}
 
     def _text(self, id_: int | None) -> str:
         return "" if id_ is None else str(self._backend.id_to_token(id_) or "")
+
+    def _quoted(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._quote(message) for message in messages]
 
     def _quote(self, message: Message) -> Message:
         """The message, every special token in its strings replaced by a sign for it."""
@@ -317,16 +360,42 @@ class Tokenizer:
         text = text.replace(_QUOTE, "\ufffd").replace(_UNQUOTE, "\ufffd")
         return self._special_pattern.sub(lambda found: f"{_QUOTE}{self._special[found[0]]}{_UNQUOTE}", text)
 
-    def _encode_rendered(self, text: str) -> list[int]:
+    def _encode_rendered(self, text: str, most: int | None = None) -> tuple[list[int], bool]:
+        """As `_encode_beginning`, of what a template wrote."""
         if _QUOTE not in text:
-            return self.encode(text, parse_special=True)
+            return self._encode_beginning(text, most, parse_special=True)
         ids = list[int]()
-        for index, piece in enumerate(self._special_pattern.split(text)):  # text, special, text, ...
-            if index % 2:
+        for piece, is_special in _pieces(text, self._special_pattern):
+            if is_special:
                 ids.append(self._special[piece])
-            elif piece:
-                ids += self.encode(_QUOTED.sub(lambda found: self._text(int(found[1])), piece))
-        return ids
+            else:
+                left = None if most is None else max(0, most - len(ids))
+                piece = _QUOTED.sub(lambda found: self._text(int(found[1])), piece)
+                more, is_whole = self._encode_beginning(piece, left)
+                ids += more
+                if not is_whole:
+                    return ids[:most], False
+            if most is not None and len(ids) > most + 2 * _UNSURE:
+                return ids[:most], False
+        return ids, True
+
+
+def _pieces(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """The special tokens of a text, and what stands between them."""
+    end = 0
+    for found in special.finditer(text):
+        if found.start() > end:
+            yield text[end : found.start()], False
+        yield found[0], True
+        end = found.end()
+    if end < len(text):
+        yield text[end:], False
+
+
+def _cut(text: str, size: int) -> int:
+    """A place to cut: before a line that begins with a letter, as every tokenizer does, or at `size`."""
+    line = _LINE.search(text, size, 2 * size)
+    return line.end() if line else size
 
 
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:

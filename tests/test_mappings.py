@@ -291,4 +291,4 @@ def test_a_run_stops_at_the_change_and_leaves_the_checkpoint_before_it(
     with RunDirectory(output) as directory:
         checkpoint = directory.latest()
         assert checkpoint is not None
-        assert checkpoint.step == 2
+        assert checkpoint.step == 3  # the last step before the change

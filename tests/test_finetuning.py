@@ -368,7 +368,7 @@ def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path)
     was = files_of(tmp_path / "out")
     with pytest.raises(
         FileExistsError,
-        match=r"holds a run: --resume \(resume=True\) goes on with it, --overwrite drops it",
+        match=r"holds a run: --resume \(resume=True\) continues it, --overwrite drops it",
     ):
         finetune(model, data, tmp_path / "out", **QUICK)
     assert files_of(tmp_path / "out") == was

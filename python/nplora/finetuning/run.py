@@ -202,13 +202,14 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
             os.fspath(output),
         )
     peft_adapter.require_ours(output, options.overwrite)
-    with RunDirectory(output) as directory:
-        if directory.occupied and not (options.resume or options.overwrite):
-            raise FileExistsError(
-                errno.EEXIST,
-                "the directory holds a run: --resume (resume=True) goes on with it, --overwrite drops it",
-                os.fspath(output),
-            )
+    if holds_run(output) and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the directory holds a run: --resume (resume=True) continues it, --overwrite drops it",
+            os.fspath(output),
+        )
+    with RunDirectory(output):  # it can be locked and written
+        pass
 
 
 def _new_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> KeptPrefix | None:

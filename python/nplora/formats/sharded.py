@@ -9,7 +9,7 @@ from nplora.formats.errors import FormatError, LimitError, UnsafeError, brief, m
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.safetensors import SafetensorsFile, Tensor
 
-MAX_INDEX = 100_000_000
+MAX_INDEX = 1 << 25  # bytes; an index of 90,000 tensors has 8 million
 MAX_SHARDS = 1_000  # each mapped file holds a file descriptor
 
 

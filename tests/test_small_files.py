@@ -20,7 +20,8 @@ LONG = 16_000_000  # characters of a row, near the limit of a line
 
 # What is imported and started once is not counted.
 MEASURE = """
-import json, resource, sys, time, warnings
+import json, re, sys, time, warnings
+from pathlib import Path
 from nplora.data import read_dataset
 from nplora.formats import gguf, peft_adapter, safetensors
 from nplora.tokenizer import from_directory, from_gguf
@@ -44,9 +45,9 @@ read = {
     "gguf": lambda path: from_gguf(gguf.open(path)),
 }[sys.argv[1]]
 
-def used():
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime, own.ru_maxrss
+def used():  # getrusage would count the memory of the process that this one was forked from
+    peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]
+    return time.process_time(), int(peak)
 
 seconds, size = used()
 try:

@@ -1,5 +1,6 @@
 """Language models without torch: packing, decoding, what training costs and keeps, what is refused."""
 
+import contextlib
 import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -416,6 +417,25 @@ def test_checkpointed_blocks_give_the_same_bits_with_dropout_and_keep_less(lm: L
     large = lm.forward(sequences[0])[1]
     assert large is not None
     assert 0 < kept < 0.15 * saved_nbytes(large.decoder.blocks)
+
+
+@pytest.mark.parametrize("disabled_again", [False, True])
+def test_checkpointed_blocks_are_computed_again_with_the_adapters_of_their_forward_pass(
+    lm: LanguageModel, disabled_again: bool
+) -> None:
+    with_factors(lm)
+    ids, found = ids_of(12)[0], []
+    for again in (False, True):
+        lm.model.checkpoint_blocks = again
+        lm.zero_grad()
+        with lm.disable_adapter() if not disabled_again else contextlib.nullcontext():
+            logits, saved = lm.forward(ids)
+        with lm.disable_adapter() if disabled_again else contextlib.nullcontext():
+            lm.backward(logits, saved)
+        found.append([p.grad.copy() for p in lm.parameters()])
+    for plain, recomputed in zip(*found, strict=True):
+        np.testing.assert_array_equal(recomputed, plain)
+    assert any(gradient.any() for gradient in found[1]) == disabled_again
 
 
 def test_results_do_not_depend_on_the_number_of_threads(lm: LanguageModel, thread_limit: None) -> None:

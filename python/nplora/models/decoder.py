@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextvars import Context, copy_context
 from typing import Any
 
 import numpy.typing as npt
@@ -19,10 +20,17 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """What is kept of a block that is computed again: its input, and where its dropout streams stood."""
+    """What is kept of a block that is computed again.
+
+    Attributes:
+        x: its input.
+        streams: where its dropout streams stood.
+        context: knows which adapters were disabled.
+    """
 
     x: Array
     streams: dict[str, list[int]]
+    context: Context
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Decoder(Module):
         blocks: list[BlockSaved | BlockInput] = []
         for block in self.layers[first:]:
             if self.checkpoint_blocks:
-                blocks.append(BlockInput(x, block.random_state()))
+                blocks.append(BlockInput(x, block.random_state(), copy_context()))
                 x = block.run(x, places)[0]
             else:
                 x, saved = block.run(x, places)
@@ -80,7 +88,7 @@ class Decoder(Module):
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             kept = saved.blocks.pop()
             if isinstance(kept, BlockInput):
-                kept = _again(block, kept, saved.places)
+                kept = kept.context.run(_again, block, kept, saved.places)
             dx = block.run_backward(dx, kept, saved.places, need_dx=whole or bool(saved.blocks))
         if whole:
             self.embed_tokens.backward(dx, saved.embedding)

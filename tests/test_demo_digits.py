@@ -61,14 +61,14 @@ def accuracies(pretrained, adapter):
 
 
 def test_accuracies_are_those_of_the_files_in_float64(report, directory, pretrained):
-    adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(directory / "adapter_model.safetensors")
     assert (report.before.old, report.before.new) == accuracies(pretrained, None)
     assert (report.after.old, report.after.new) == accuracies(pretrained, adapter)
     assert report.off == report.before
 
 
 def test_new_world_is_learned_from_few_factors(report, directory):
-    adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(directory / "adapter_model.safetensors")
     assert report.before.new < 0.20
     assert report.after.new >= 0.93
     assert report.off.old > 0.98
@@ -110,18 +110,14 @@ def test_saved_bytes_are_the_inputs_and_the_rank_sized_products(report):
 def test_saved_adapter_gives_a_fresh_network_of_another_rank_the_same_skill(report, directory):
     assert report.reloaded_equal
     model = demo.DigitsNet(demo.pretrained_weights(), rank=2)
-    nplora.load_adapter(model, directory / "adapter")
+    nplora.load_adapter(model, directory)
     held_out = demo.digits(demo.pretrained_weights()["split.held_out"].numpy())
     assert demo.accuracy(model, held_out) == report.after
 
 
 def test_output_directory_holds_adapter_log_and_plot(report, directory):
     names = {path.name for path in directory.iterdir()}
-    assert {"adapter", "log.jsonl", "plot.png"} <= names
-    assert {path.name for path in (directory / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    assert {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "plot.png"} <= names
 
 
 def test_text_shows_the_table_and_fits_a_terminal(report):
@@ -134,7 +130,7 @@ def test_text_shows_the_table_and_fits_a_terminal(report):
 
 
 def test_running_again_replaces_the_earlier_demo_with_the_same_bits(report, directory, capsys):
-    path = directory / "adapter" / "adapter_model.safetensors"
+    path = directory / "adapter_model.safetensors"
     before = path.read_bytes()
     again = demo.run(directory, overwrite=True)
     assert path.read_bytes() == before
@@ -162,12 +158,24 @@ def test_no_picture_is_replaced_unasked(tmp_path):
 
 def test_no_adapter_is_replaced_unasked(tmp_path):
     layer = nplora.LoRALinear(np.eye(3, dtype=np.float32), rank=1)
-    nplora.save_adapter(nplora.Sequential(layer), tmp_path / "adapter")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    nplora.save_adapter(nplora.Sequential(layer), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(FileExistsError, match="holds an adapter"):
         demo.run(tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_interrupted_demo_that_overwrites_leaves_no_adapter_of_the_earlier_one(tmp_path, monkeypatch):
+    demo.run(tmp_path, epochs=1)
+
+    def interrupted(model, directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "save_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, epochs=1, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="a run that has no adapter yet"):
+        nplora.load_adapter(demo.DigitsNet(demo.pretrained_weights(), rank=2), tmp_path)
 
 
 def test_a_run_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
@@ -188,7 +196,7 @@ def test_missing_matplotlib_costs_the_plot_alone(tmp_path, monkeypatch, capsys):
     demo.run(tmp_path, epochs=1)
     assert 'pip install "nplora[plot]"' in capsys.readouterr().out
     assert not (tmp_path / "plot.png").exists()
-    assert (tmp_path / "adapter").is_dir()
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_merge_check_finds_a_merge_that_is_off_by_more_than_rounding(report):

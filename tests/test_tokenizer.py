@@ -425,10 +425,12 @@ def test_children_that_are_forked_while_threads_encode_encode_too() -> None:
 
 def test_half_a_surrogate_pair_and_ids_out_of_range_are_refused() -> None:
     tokenizer = from_gguf(opened(byte_level()))
-    with pytest.raises(ValueError, match="half a surrogate pair at character 1"):
-        tokenizer.encode("a\ud800")
-    with pytest.raises(TypeError, match="text is a bytes"):
-        tokenizer.encode(b"a")  # type: ignore[arg-type]
+    encoders: tuple[Any, ...] = (tokenizer.encode, tokenizer.encode_prompt, tokenizer.encode_continuation)
+    for encode in encoders:
+        with pytest.raises(ValueError, match="half a surrogate pair at character 1"):
+            encode("a\ud800")
+        with pytest.raises(TypeError, match="text is a bytes"):
+            encode(b"a")
     for ids, worst in (([-1], -1), ([3, 10**6], 10**6)):
         with pytest.raises(ValueError, match=f"id {worst}, expected 0 to 265"):
             tokenizer.decode(ids)

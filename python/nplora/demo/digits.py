@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nplora import plot
 from nplora.adapters import load_adapter, save_adapter
 from nplora.checkpoint import require_untouched
-from nplora.formats import files, safetensors
+from nplora.formats import files, peft_adapter, safetensors
 from nplora.formats.errors import counted
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.layers import LoRALinear, ReLU
@@ -162,7 +162,7 @@ def run(
     """Adapt the pretrained network to digits turned by a quarter and inverted; print what came of it.
 
     Args:
-        output: directory for adapter/, log.jsonl and, with matplotlib, the plot; made if needed.
+        output: directory for the adapter, log.jsonl and, with matplotlib, the plot; made if needed.
         rank: of each layer's factors.
         seed: of the starting factors and of the order of the examples.
         overwrite: drop the run, the adapter and the picture in output, such as an earlier demo's.
@@ -176,9 +176,9 @@ def run(
     """
     directory = Path(output)
     if not overwrite:
-        for path in (directory, directory / "adapter"):
-            require_untouched(path)
+        require_untouched(directory)
     files.require_directory(directory)
+    peft_adapter.require_ours(directory, overwrite)
     files.require_new(directory / plot.PICTURE, overwrite)
     pretrained = pretrained_weights()
     examples = digits(pretrained["split.adaptation"].numpy())
@@ -189,13 +189,13 @@ def run(
     os.makedirs(directory, exist_ok=True)
     with files.Directory(directory) as held:
         seconds = adapt(model, examples, held, seed, overwrite, epochs, lr)
-        save_adapter(model, Path(held, "adapter"))
+        save_adapter(model, held)
         directory = held.seen_from(directory)
     after = accuracy(model, held_out)
     with model.disable_adapter():
         off = accuracy(model, held_out)
     fresh = DigitsNet(pretrained, rank)
-    load_adapter(fresh, directory / "adapter")
+    load_adapter(fresh, directory)
     report = DemoReport(
         before=before,
         after=after,
@@ -213,9 +213,8 @@ def run(
         digests=(digest, frozen_digest(model)),
     )
     print(report)
-    print(
-        f"{directory}{os.sep} holds adapter/ (PEFT's format), log.jsonl and {_plotted(directory, overwrite)}."
-    )
+    plotted = _plotted(directory, overwrite)
+    print(f"{directory}{os.sep} holds the adapter (PEFT's format), log.jsonl and {plotted}.")
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
     return report

@@ -140,19 +140,13 @@ class Tokenizer:
             ValueError: half a surrogate pair, which UTF-8 cannot hold.
             FormatError: the model's own rules do not fit the text, such as no token for what is unknown.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"Tokenizer.encode: text is a {type(text).__name__}, expected a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
-            raise ValueError(message) from None
         return self._encode_beginning(text, most, add_special_tokens, parse_special)[0]
 
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
         """The tokens as `encode` gives them, and whether they are all. If not, over `_UNSURE` more follow."""
+        _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
         while most is not None and size < len(text):
             ids = self._encode(text[: _cut(text, size)], add_special_tokens, parse_special)
@@ -390,6 +384,16 @@ def _pieces(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
         end = found.end()
     if end < len(text):
         yield text[end:], False
+
+
+def _require_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"Tokenizer.encode: text is a {type(text).__name__}, expected a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
+        raise ValueError(message) from None
 
 
 def _cut(text: str, size: int) -> int:

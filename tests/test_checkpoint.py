@@ -272,6 +272,21 @@ class Epochs:
         return len(self.batches)
 
 
+def test_a_replaced_damaged_checkpoint_changes_nothing_for_those_that_follow(
+    stopped: Path, tmp_path: Path
+) -> None:
+    """Later checkpoints of one step replace each other again: the older one is of an earlier step."""
+    path = newest_file(copy_of(stopped, tmp_path))
+    raw = bytearray(path.read_bytes())
+    damage_tensor(raw)
+    path.write_bytes(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the damage, and of a run that ends earlier
+        fit(trainer_of(net()), epochs=3, checkpoint_dir=tmp_path, checkpoint_every=3, resume=True)
+    states = [json.loads(safetensors.open(tmp_path / name).metadata["state"]) for name in NAMES]
+    assert sorted((state["step"], state["epoch"]) for state in states) == [(12, 2), (15, 3)]
+
+
 @pytest.mark.parametrize("stop", [0, 15])
 def test_two_checkpoints_of_one_step_leave_the_one_of_an_earlier_step(stop: int, tmp_path: Path) -> None:
     """Step 15 ends an epoch, after which a checkpoint follows that of the step: at once, or on resuming."""
@@ -1356,6 +1371,20 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
     assert states == sorted(states, reverse=True)
     assert states.count("old") >= 4  # no call yet, the lock, and the flushes of the new files
     assert states.count("new") >= 9
+
+
+def test_no_checkpoint_of_a_run_that_was_overwritten_is_left_beside_the_first_one(
+    stopped: Path, tmp_path: Path
+) -> None:
+    found: list[int] = []
+
+    class Look(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            found.extend(checkpoint._read(path).step for path in tmp_path.glob("checkpoint-*"))
+
+    copy_of(stopped, tmp_path)
+    fit(trainer_of(net(), callbacks=[Look()]), epochs=1, checkpoint_dir=tmp_path, overwrite=True)
+    assert found == [0, 0]
 
 
 def test_an_adapter_is_dropped_by_a_run_that_overwrites_and_by_no_other(tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_children_that_are_forked_while_threads_encode_encode_too() -> None:
         return os.waitpid(pid, 0)[1]
 
     def fork() -> None:
-        while len(ended) < 200 and not any(ended):
+        while len(ended) < 40 and not any(ended):
             ended.append(child())
 
     with warnings.catch_warnings():

@@ -607,6 +607,7 @@ class RunDirectory:
         new = _new_file(self.path / _SLOTS[self._slot], numbered, metadata)
         files.replace([new, *more], self._directory)
         self.newest, self._serials[self._slot], self._slot = None, numbered.serial, 1 - self._slot
+        self.damaged.clear()  # a damaged checkpoint is the first to be replaced
 
     def _drop_other(self, checkpoint: Checkpoint) -> None:
         """Write the first checkpoint of a run that overwrites another, and drop what that left.

@@ -13,9 +13,11 @@ import pytest
 import nplora
 import small_models
 from nplora import _core, cli
+from nplora.finetuning import run
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError
 from nplora.merging import Update
+from nplora.models import weights
 from nplora.updates import Adapter
 from small_llama import save_small_llama
 
@@ -77,6 +79,23 @@ def test_a_model_with_a_matrix_that_is_not_finite_is_refused(
     with pytest.raises(FormatError, match=r"the value at \[5, 31\] is"):
         nplora.model_to_gguf(tmp_path, tmp_path / "new.gguf", "q8_0")
     assert not (tmp_path / "new.gguf").exists()
+
+
+def test_a_plan_does_not_read_the_matrices_and_a_run_checks_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    model = save_small_llama(tmp_path / "m.gguf")
+    (tmp_path / "train.jsonl").write_text('{"text": "abc"}\n' * 4)
+    checked: list[str] = []
+    monkeypatch.setattr(weights, "require_finite", lambda source, tensor: checked.append(tensor.name))
+    options: dict[str, Any] = {"steps": 1, "rank": 1, "memory": "2G"}
+    nplora.plan(model, tmp_path / "train.jsonl", **options)
+    nplora.load_model(model, check=False)
+    assert not checked
+    monkeypatch.setattr(run, "fixed_compute", lambda *given: "bfloat16")  # the model is loaded again for this
+    nplora.finetune(model, tmp_path / "train.jsonl", tmp_path / "out", **options)
+    assert len(checked) == len(set(checked)) > 0
 
 
 def test_a_weight_is_merged_into_only_if_it_is_finite(tmp_path: Path) -> None:

@@ -15,13 +15,21 @@ from nplora.weights import COMPUTES
 
 
 def opened_all(
-    op: str, model: StrPath | LanguageModel, data: StrPath, valid: StrPath | None, options: FinetuneOptions
+    op: str,
+    model: StrPath | LanguageModel,
+    data: StrPath,
+    valid: StrPath | None,
+    options: FinetuneOptions,
+    check: bool = True,
 ) -> tuple[LanguageModel, Dataset, Dataset | None]:
-    """The model, what it learns from and what it is evaluated on. The samples fit the model."""
+    """The model, what it learns from and what it is evaluated on. The samples fit the model.
+
+    `check` is as in `load_model`.
+    """
     files.require_named(op, data=data, valid=valid)
     train_path, found = find_splits(data)
     valid_path = found if valid is None else Path(valid)
-    lm = opened(op, model, options.compute)
+    lm = opened(op, model, options.compute, check)
     if lm.compute not in COMPUTES:
         raise ValueError(
             f"{op}: compute={lm.compute!r} is for inference; load the model with {' or '.join(COMPUTES)}"
@@ -35,9 +43,9 @@ def opened_all(
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
 
 
-def opened(op: str, model: StrPath | LanguageModel, compute: str | None) -> LanguageModel:
+def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
     if not isinstance(model, LanguageModel):
-        return load_model(model, compute or COMPUTES[0])
+        return load_model(model, compute or COMPUTES[0], check=check)
     if compute is not None:
         raise ValueError(f"{op}: compute={compute!r} is for a file; this model was loaded with its own")
     return model

@@ -44,7 +44,7 @@ def plan(
         Others as `finetune`.
     """
     chosen = _check.options("plan", FinetuneOptions, options)
-    lm, train, held_out = opened_all("plan", model, data, valid, chosen)
+    lm, train, held_out = opened_all("plan", model, data, valid, chosen, check=False)
     wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks)
     return planned(lm, adapters_of("plan", lm, chosen), train, held_out, chosen, wishes)
 

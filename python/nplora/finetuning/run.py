@@ -96,7 +96,7 @@ def finetune(
     if way.compute != lm.compute:
         assert not isinstance(model, LanguageModel)
         del lm  # before the file is mapped again
-        lm = load_model(model, way.compute)
+        lm = load_model(model, way.compute, check=False)  # it was checked above
     for dataset in (train, held_out):
         if dataset is not None:
             say(str(dataset.report))

@@ -24,7 +24,9 @@ from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
 
 
-def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> LanguageModel:
+def load_model(
+    path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
+) -> LanguageModel:
     """A language model of the families Llama, Mistral, Qwen2 and Qwen3, its weights frozen.
 
     Args:
@@ -35,6 +37,8 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
             another program cuts a mapped file short, the process ends with a message and status 135; if it
             writes to one in place, the next call of the model raises CorruptError. A file that is renamed
             over it does no harm. False copies the files into memory.
+        check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
+            a matrix when it is first used.
     Raises:
         UnsupportedError: an architecture, or a type of tensor, that is not known here; the known are listed.
         FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
@@ -44,22 +48,24 @@ def load_model(path: StrPath, compute: str = "float32", mmap: bool = True) -> La
     """
     files.require_named("load_model", path=path)
     _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
-    return _from_directory(path, compute, mmap) if Path(path).is_dir() else _from_gguf(path, compute, mmap)
+    load = _from_directory if Path(path).is_dir() else _from_gguf
+    return load(path, compute, mmap, check)
 
 
-def _from_gguf(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
+def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
     file = gguf.open(path, mmap)
-    return _build(gguf_config.read(file), GgufWeights(file, compute), lambda: tokenizer.from_gguf(file))
+    weights = GgufWeights(file, compute, check)
+    return _build(gguf_config.read(file), weights, lambda: tokenizer.from_gguf(file))
 
 
-def _from_directory(path: StrPath, compute: str, mmap: bool) -> LanguageModel:
+def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
     if not Path(path, model_directory.CONFIG).exists():
         reason = f"the directory holds no {model_directory.CONFIG}"
         if Path(path, peft_adapter.CONFIG).exists():
             reason += ", but an adapter: give its model, and this as the adapter (--adapter)"
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
-    weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute)
+    weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)
     return _build(config, weights, lambda: tokenizer.from_directory(path))
 
 

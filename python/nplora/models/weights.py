@@ -47,7 +47,7 @@ class Weights(Protocol):
         """A matrix as it is stored in the file; a float64 one, which models do not have, as a float32 copy.
 
         Raises:
-            FormatError: a value, or the scale of a block, is NaN or infinite.
+            FormatError: a value, or the scale of a block, is NaN or infinite, and the matrices are checked.
         """
 
     def vector(self, name: str) -> Array:
@@ -81,9 +81,9 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
 class GgufWeights:
     """The tensors of a GGUF file, mapped: matrices stay there in their blocks."""
 
-    def __init__(self, file: GgufFile, compute: str) -> None:
+    def __init__(self, file: GgufFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
-        self._file, self._compute = file, compute
+        self._file, self._compute, self._check = file, compute, check
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._file.entries.items()}
@@ -98,7 +98,8 @@ class GgufWeights:
 
     def matrix(self, name: str) -> FrozenWeight:
         tensor = self._file[self.stored(name)]
-        require_finite(self.source, tensor)
+        if self._check:
+            require_finite(self.source, tensor)
         if tensor.type == "F64":
             return FrozenWeight(tensor.numpy(), "float32", self._compute)
         return FrozenWeight.from_gguf(self._file, tensor.name, self._compute)
@@ -113,9 +114,9 @@ class GgufWeights:
 class SafetensorsWeights:
     """The tensors of a safetensors file or of several, mapped: matrices stay there."""
 
-    def __init__(self, file: SafetensorsFile | ShardedFile, compute: str) -> None:
+    def __init__(self, file: SafetensorsFile | ShardedFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
-        self._file, self._compute = file, compute
+        self._file, self._compute, self._check = file, compute, check
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         parts = bitsandbytes.parts(self._file)
@@ -137,7 +138,8 @@ class SafetensorsWeights:
 
     def matrix(self, name: str) -> FrozenWeight:
         tensor = self._file[name]
-        require_finite(self.source, tensor)
+        if self._check:
+            require_finite(self.source, tensor)
         if tensor.dtype == "float64":
             return FrozenWeight(tensor.array, "float32", self._compute)
         return FrozenWeight.from_safetensors(self._file, name, self._compute)

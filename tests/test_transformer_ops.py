@@ -277,6 +277,32 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
             assert (np.abs(dv[sequence][kv_head] - dvalues) <= bound_v).all()
 
 
+@pytest.mark.parametrize("case", [Case((1, 2, 3), 3, 1, 2), Case((5, 17), 2, 2, 16)], ids=str)
+def test_attention_of_huge_scores_has_gradients_within_the_bound_of_weights_up_to_one(case: Case) -> None:
+    """A score of 1e10 has a last bit of 1,024. Backward computes it in another order, so it may exceed lse."""
+    run = Attention(case)
+    run.q *= 1e5
+    run.k *= 1e5
+    run.forward()
+    run.backward()
+    group, factor = case.heads // case.kv_heads, 1 + 1e-4
+    q, dout, dq = (run.by_head(np.abs(x), case.heads) for x in (run.q, run.dout, run.dq))
+    k, v, dk, dv = (run.by_head(np.abs(x), case.kv_heads) for x in (run.k, run.v, run.dk, run.dv))
+    for sequence, t in enumerate(case.lengths):
+        sees = reference.sees(t, t, case.window)
+        for kv_head in range(case.kv_heads):
+            keys, values = k[sequence][kv_head], v[sequence][kv_head]
+            bound_k, bound_v = np.zeros_like(keys), np.zeros_like(values)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                dp = np.where(sees, dout[sequence][head] @ values.T, 0)
+                ds = run.scale * np.where(sees, dp + dp.max(axis=1, keepdims=True), 0)  # p <= 1
+                assert (dq[sequence][head] <= factor * ds @ keys).all()
+                bound_k += ds.T @ q[sequence][head]
+                bound_v += sees.T @ dout[sequence][head]
+            assert (dk[sequence][kv_head] <= factor * bound_k).all()
+            assert (dv[sequence][kv_head] <= factor * bound_v).all()
+
+
 @pytest.mark.parametrize("window", [0, 3])
 def test_attention_backward_of_the_oracle_is_the_slope_of_its_forward(
     window: int, rng: np.random.Generator

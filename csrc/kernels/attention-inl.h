@@ -136,13 +136,14 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 }
 
 // p = softmax(s): ds = p (dp - Σ p dp), whose sum is delta = Σ dout out (Dao et al. 2022, section 3.1).
+// s is computed again, with another rounding: a large s could exceed lse by so much that exp overflows.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
   for_vectors(n, [&](size_t j, auto span) {
     const V shift = span.load(lse + j), less = span.load(delta + j);
     for (size_t i = j; i < j + rows * stride; i += stride) {
-      const V p = exp(span.load(s + i) - shift);
+      const V p = exp(min(V::zero(), span.load(s + i) - shift));
       span.store(p, s + i);
       span.store(p * (span.load(dp + i) - less), dp + i);
     }

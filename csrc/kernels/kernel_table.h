@@ -351,7 +351,7 @@ struct Transformer {
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 
-  // p = exp(s - lse);  ds = p * (dp - delta), down the columns of s and dp (rows, n), in place.
+  // p = exp(min(s - lse, 0));  ds = p * (dp - delta), down the columns of s and dp (rows, n), in place.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 };

@@ -279,7 +279,7 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [Case((1, 2, 3), 3, 1, 2), Case((5, 17), 2, 2, 16)], ids=str)
 def test_attention_of_huge_scores_has_gradients_within_the_bound_of_weights_up_to_one(case: Case) -> None:
-    """A score of 1e10 has a last bit of 1,024. Backward computes it in another order, so it may exceed lse."""
+    """The last bit of a score of 1e10 is 1,024. Backward computes it in another order and may exceed lse."""
     run = Attention(case)
     run.q *= 1e5
     run.k *= 1e5

@@ -1,5 +1,6 @@
 """The command line: one call for each command, one line for each error, and its exit status."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -418,3 +419,17 @@ def test_streams_that_are_closed_leave_no_traceback(
     )
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["info"]) == 0
+
+
+def test_a_reader_of_stdout_that_goes_away_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert cli.main(["info"]) == 1
+
+    run()
+    before = os.listdir("/proc/self/fd")
+    run()
+    assert os.listdir("/proc/self/fd") == before

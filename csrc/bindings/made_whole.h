@@ -5,8 +5,8 @@
 
 namespace nplora::bindings {
 
-// pybind11's own tp_new leaves the object empty, and a method called on it would read memory that nobody has written. This one
-// runs __init__ as well. Python's call of __init__ that follows finds a constructed object and returns at once.
+// pybind11's own tp_new leaves the object empty, and a method called on it would read uninitialised memory. This one
+// runs __init__ as well. Python then calls __init__ again, which finds a constructed object and returns at once.
 inline PyObject* new_with_init(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = type->tp_base->tp_new(type, args, kwargs);
   if (self && type->tp_init(self, args, kwargs) < 0) Py_CLEAR(self);

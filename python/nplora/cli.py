@@ -542,9 +542,8 @@ def _discard_unwritable(stream: TextIO | None) -> None:
     try:
         stream.flush()
     except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            descriptor = stream.fileno()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _told(error: Exception) -> str:

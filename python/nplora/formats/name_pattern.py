@@ -61,10 +61,8 @@ class _Character:
         if self.negated:
             allowed = name.everywhere & ~allowed
         reached = starts & allowed
-        if self.repeat in (
-            "*",
-            "+",
-        ):  # the carry of a sum runs from a start to the end of what is allowed there
+        if self.repeat in ("*", "+"):
+            # The carry of the sum runs from each start to the end of the allowed characters that follow it.
             reached = ((allowed + reached ^ allowed) | reached) & allowed
         reached <<= 1
         return reached | starts if self.repeat in ("*", "?") else reached

@@ -5,21 +5,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nplora import losses
 from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
 from nplora.losses import NonFiniteLossError
-from nplora.module import quiet
 from nplora.optim import schedule
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import evaluate
-from nplora.trainer.fused import FusedLoss
+from nplora.trainer.gradients import Gathered, Gradients
 from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
-from nplora.trainer.nonfinite import INPUT, TARGETS, first_nonfinite, nonfinite_parameters
+from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
 from nplora.trainer.resuming import (
     NONFINITE,
     failure_record,
@@ -35,16 +33,6 @@ if TYPE_CHECKING:
 EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
 
 
-def _same_buffer(a: Array, b: Array) -> bool:
-    """Whether two arrays are one, or views of the same elements."""
-    return a is b or (a.shape == b.shape and _address(a) == _address(b))
-
-
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one call of `fit` asks for; exactly one of epochs and steps is given."""
@@ -57,17 +45,6 @@ class Plan:
     patience: int | None
     checkpoint_every: int | None
     save_seconds: float  # the longest time between two checkpoints; infinite: no limit
-
-
-@dataclass
-class _Gathered:
-    """What the batches of one step have added up to. The gradients lie in the model."""
-
-    batches: int = 0
-    count: int = 0
-    first_count: int = 0  # of the first batch that counts: gradients are weighted relative to it
-    loss: float = 0.0  # sum of loss · count
-    started: float = field(default_factory=time.perf_counter)
 
 
 class Run:
@@ -87,6 +64,7 @@ class Run:
         self.total_steps = plan.total_steps
         self._trainer, self._plan, self._callbacks = trainer, plan, callbacks
         self._parameters = self.model.parameters()
+        self._gradients = Gradients(trainer)
         self._adapters = list(self.model.adapter_layers().values())
         self._streams = [layer.dropout_stream for layer in self._adapters]
         self._directory: RunDirectory | None = None
@@ -99,8 +77,7 @@ class Run:
         self._saved: tuple[int, ...] | None = None
         self._saved_at = -math.inf
         self._updating = False  # an update has begun, and the position does not count it yet
-        self._nonfinite_error: NonFiniteLossError | None = None  # what the present parameters led to
-        self._checked = False  # whether the model writes to the arrays that are trained
+        self._nonfinite_error: NonFiniteLossError | None = None  # that the present parameters led to
 
     def stop(self) -> None:
         """End the run after the present step."""
@@ -171,94 +148,21 @@ class Run:
 
     def _pass(self) -> bool:
         """The steps of one epoch, or of the rest of it; False where the run is over before."""
-        gathered = _Gathered()
+        gathered = Gathered()
         for x, y in self._plan.batches.epoch(self.epoch, self.batch):
-            self._gather(x, y, gathered)
+            problem = self._gradients.add(x, y, gathered)
+            if problem:
+                raise self._nonfinite(f"the loss of batch {self.batch + gathered.batches} {problem}")
             if gathered.batches == self._trainer.accumulate:
                 self._update(gathered)
-                gathered = _Gathered()
+                gathered = Gathered()
                 if self._is_over():
                     return False
         if gathered.batches:
             self._update(gathered)
         return not self._is_over()
 
-    def _gather(self, x: Any, y: Any, gathered: _Gathered) -> None:
-        """One batch forward and backward: its gradients, weighted by its count, are added to the others."""
-        loss = self._trainer.loss
-        if isinstance(loss, FusedLoss):
-            self._gather_fused(loss, x, y, gathered)
-            return
-        streams = [layer.dropout_stream for layer in self._adapters]
-        number = self.batch + gathered.batches + 1
-        with quiet():
-            prediction, saved = self._forward(x)
-            value, gradient = losses.call(loss, prediction, y)
-        if not math.isfinite(value):
-            self._set_streams(streams)
-            where = first_nonfinite(self.model, x, y)
-            raise self._nonfinite(f"the loss of batch {number} is {value}: {where}")
-        count = loss.count(prediction, y)
-        gathered.batches += 1
-        if count == 0:  # no row is labelled
-            return
-        gathered.first_count = gathered.first_count or count
-        gathered.count += count
-        gathered.loss += value * count
-        if count != gathered.first_count:
-            gradient = gradient * gradient.dtype.type(count / gathered.first_count)
-        with quiet():
-            self._trainer.backward(gradient, saved)
-        if not self._checked:
-            self._check_buffers()
-
-    def _gather_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: _Gathered) -> None:
-        """The same where forward, loss and backward are one call."""
-        streams = [layer.dropout_stream for layer in self._adapters]
-        gathered.batches += 1
-        count = loss.count(x, y)
-        if count == 0:
-            return
-        gathered.first_count = gathered.first_count or count
-        with quiet():
-            value = loss.forward_backward(self.model, x, y, 1 / gathered.first_count)
-        if not math.isfinite(value):
-            self._set_streams(streams)
-            number, where = self.batch + gathered.batches, loss.blame(self.model, x)
-            raise self._nonfinite(f"the loss of batch {number} is {value}: {where}")
-        gathered.count += count
-        gathered.loss += value
-        if not self._checked:
-            self._check_buffers()
-
-    def _forward(self, x: Any) -> tuple[Array, Any]:
-        result: Any = self.model.forward(x)
-        pair: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
-        if len(pair) != 2 or not hasattr(pair[0], "shape"):
-            got = ", ".join(type(part).__name__ for part in pair)
-            raise TypeError(
-                f"{type(self.model).__name__}.forward returned ({got}), expected (y, saved): "
-                "the output, an array, and what backward needs"
-            )
-        return pair[0], pair[1]
-
-    def _check_buffers(self) -> None:
-        """Refuse a model that put other arrays in the place of those that are trained: it learns nothing."""
-        now = {p.name: p for p in self.model.parameters()}
-        for name, value, grad in self._parameters:
-            for what, held, found in (
-                ("gradient", grad, now[name].grad if name in now else None),
-                ("value", value, now[name].value if name in now else None),
-            ):
-                if found is None or not _same_buffer(held, found):
-                    raise RuntimeError(
-                        f"{type(self.model).__name__}: the {what} of parameter {name!r} is another array "
-                        "after forward and backward: write into the one that is there (self.dw += ..., "
-                        "self.w[...] = ...), do not assign a new one (self.dw = ...)"
-                    )
-        self._checked = True
-
-    def _update(self, gathered: _Gathered) -> None:
+    def _update(self, gathered: Gathered) -> None:
         """Clip, step, and move the position on."""
         trainer = self._trainer
         factor = schedule(trainer.schedule, self.step, self.total_steps or 0, trainer.warmup_steps)
@@ -287,7 +191,7 @@ class Run:
         if is_due or time.monotonic() - self._saved_at >= self._plan.save_seconds:
             self._save()
 
-    def _clip_and_step(self, gathered: _Gathered, lr: float) -> float:
+    def _clip_and_step(self, gathered: Gathered, lr: float) -> float:
         """Returns the norm of the gradient before it was clipped; one that is not finite changes nothing."""
         if not gathered.count:
             return 0.0

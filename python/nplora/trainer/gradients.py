@@ -1,0 +1,129 @@
+"""The gradients of one step: each batch forward and backward, added up in the model."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nplora import losses
+from nplora.checkpoint import Array
+from nplora.losses import Loss
+from nplora.module import quiet
+from nplora.trainer.fused import FusedLoss
+from nplora.trainer.nonfinite import first_nonfinite
+
+if TYPE_CHECKING:
+    from nplora.trainer.trainer import Trainer
+
+
+@dataclass
+class Gathered:
+    """What the batches of one step have added up to. The gradients are in the model."""
+
+    batches: int = 0
+    count: int = 0
+    first_count: int = 0  # of the first batch that counts: gradients are weighted relative to it
+    loss: float = 0.0  # sum of loss · count
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Gradients:
+    """Computes the gradients of a model, batch by batch."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer, self._model = trainer, trainer.model
+        self._parameters = self._model.parameters()
+        self._adapters = list(self._model.adapter_layers().values())
+        self._checked = False  # whether the model writes to the arrays that are trained
+
+    def add(self, x: Any, y: Any, gathered: Gathered) -> str:
+        """One batch forward and backward: its gradients, weighted by its count, are added to the others.
+
+        Returns:
+            the loss and what made it NaN or infinite, as the end of a sentence; empty if the loss is finite.
+        """
+        streams = [layer.dropout_stream for layer in self._adapters]
+        loss = self._trainer.loss
+        gathered.batches += 1
+        if isinstance(loss, FusedLoss):
+            value = self._add_fused(loss, x, y, gathered)
+        else:
+            value = self._add(loss, x, y, gathered)
+        if math.isfinite(value):
+            return ""
+        for layer, stream in zip(self._adapters, streams, strict=True):
+            layer.dropout_stream = stream  # the search below is to meet the same masks
+        if isinstance(loss, FusedLoss):
+            return f"is {value}: {loss.blame(self._model, x)}"
+        return f"is {value}: {first_nonfinite(self._model, x, y)}"
+
+    def _add(self, loss: Loss, x: Any, y: Any, gathered: Gathered) -> float:
+        """Returns the loss; nothing is added if that is not finite."""
+        with quiet():
+            prediction, saved = self._forward(x)
+            value, gradient = losses.call(loss, prediction, y)
+        count = loss.count(prediction, y) if math.isfinite(value) else 0
+        if count == 0:  # or no row is labelled
+            return value
+        gathered.first_count = gathered.first_count or count
+        gathered.count += count
+        gathered.loss += value * count
+        if count != gathered.first_count:
+            gradient = gradient * gradient.dtype.type(count / gathered.first_count)
+        with quiet():
+            self._trainer.backward(gradient, saved)
+        self._check_buffers()
+        return value
+
+    def _add_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: Gathered) -> float:
+        """The same if forward, loss and backward are one call. It returns the sum of the losses."""
+        count = loss.count(x, y)
+        if count == 0:
+            return 0.0
+        gathered.first_count = gathered.first_count or count
+        with quiet():
+            value = loss.forward_backward(self._model, x, y, 1 / gathered.first_count)
+        if math.isfinite(value):
+            gathered.count += count
+            gathered.loss += value
+            self._check_buffers()
+        return value
+
+    def _forward(self, x: Any) -> tuple[Array, Any]:
+        result: Any = self._model.forward(x)
+        pair: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
+        if len(pair) != 2 or not hasattr(pair[0], "shape"):
+            got = ", ".join(type(part).__name__ for part in pair)
+            raise TypeError(
+                f"{type(self._model).__name__}.forward returned ({got}), expected (y, saved): "
+                "the output, an array, and what backward needs"
+            )
+        return pair[0], pair[1]
+
+    def _check_buffers(self) -> None:
+        """Refuse a model that replaced the arrays that are trained by others: it would learn nothing."""
+        if self._checked:
+            return
+        now = {p.name: p for p in self._model.parameters()}
+        for name, value, grad in self._parameters:
+            for what, held, found in (
+                ("gradient", grad, now[name].grad if name in now else None),
+                ("value", value, now[name].value if name in now else None),
+            ):
+                if found is None or not _same_buffer(held, found):
+                    raise RuntimeError(
+                        f"{type(self._model).__name__}: the {what} of parameter {name!r} is another array "
+                        "after forward and backward: write into the one that is there (self.dw += ..., "
+                        "self.w[...] = ...), do not assign a new one (self.dw = ...)"
+                    )
+        self._checked = True
+
+
+def _same_buffer(a: Array, b: Array) -> bool:
+    """Whether two arrays are one, or views of the same elements."""
+    return a is b or (a.shape == b.shape and _address(a) == _address(b))
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

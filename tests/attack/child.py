@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+import nplora.finetuning  # noqa: F401  here, so that no child has to import it
 from nplora import cli
 
 SECONDS = 60  # a child that takes longer hangs

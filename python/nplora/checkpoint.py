@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: what they hold, and how they lie on disk so that a crash loses nothing.
+"""Checkpoints of a training run: what they hold, and how they are written so that a crash loses nothing.
 
 A run directory holds
 
@@ -72,7 +72,7 @@ class Checkpoint:
         step, epoch, batch: steps made, epochs finished, and batches used of the epoch under way.
         total_steps: where the run is to end, if that is known.
         random_state: the dropout streams, as `Module.random_state` gives them.
-        settings: what the run was started with, to be compared when it goes on.
+        settings: what the run was started with, to be compared when it is resumed.
         base: `base_fingerprint` of the model.
         best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
         epochs: the records of the last epochs finished.
@@ -253,13 +253,14 @@ def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:
     return digest.hexdigest()
 
 
-# ---- what a model is told by ----
+# ---- what identifies a model ----
 
 
 def base_fingerprint(model: Module) -> str:
-    """SHA-256 over names, shapes and a sample of rows of all that is frozen: it tells another base model.
+    """SHA-256 over names, shapes and a sample of rows of all that is frozen.
 
-    It does not find every changed bit: reading all of a large model would take longer than the first steps.
+    It shows that a base model is another one. It does not find every changed bit: reading all of a large
+    model would take longer than the first steps.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -307,7 +308,7 @@ def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list
 
 
 def trained(directory: StrPath) -> str | None:
-    """Words for what training left in a directory: checkpoints, or an adapter alone; None: neither."""
+    """Words for what training left in a directory: checkpoints, or an adapter alone; None if neither."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None
@@ -326,7 +327,7 @@ def require_untouched(directory: StrPath) -> None:
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
-    """Refuse to put an adapter beside the checkpoints of a run, or unasked in the place of another one.
+    """Refuse to put an adapter beside the checkpoints of a run, or to replace another one unasked.
 
     Raises:
         ValueError: the directory's name is empty. NotADirectoryError: it is something else.
@@ -381,8 +382,8 @@ class RunDirectory:
         overwrite: a run that begins here drops an adapter that an earlier one left.
     Attributes:
         newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
-        damaged: one sentence for every checkpoint that is not whole, but for one that is older by its header
-            than a whole one: no more of it is read.
+        damaged: one sentence for each checkpoint that is not whole. Of one that is older than a whole one,
+            only the header is read.
         occupied: whether there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes there; the message names its PID.
@@ -461,7 +462,7 @@ class RunDirectory:
         return descriptor
 
     def _lock(self) -> int:
-        """Lock the file; once more where the run before took it away between its opening and its locking."""
+        """Lock the file; again if the earlier run removed it after it was opened here."""
         while not self._locked_by:
             descriptor = self._open(_LOCK, os.O_RDWR | os.O_CREAT)
             try:
@@ -516,9 +517,9 @@ class RunDirectory:
             return content.metadata
 
     def latest(self) -> Checkpoint | None:
-        """The checkpoint to go on from; None: there is none.
+        """The checkpoint to continue from; None if there is none.
 
-        If that run had begun to drop what an earlier one left, this is finished.
+        If that run had begun to drop what an earlier one left, that is completed.
 
         Raises:
             CorruptError: there are checkpoints, but none is whole.
@@ -630,7 +631,7 @@ class RunDirectory:
         return files.NewFile(self.path / LOG, len(log), [log])
 
     def _reopen_log(self) -> None:
-        """Go on in the log that took the place of the one that is open."""
+        """Continue in the log that replaced the one that is open."""
         self._descriptors.remove(self._log)
         os.close(self._log)
         self._log = self._open(LOG, os.O_RDWR | os.O_APPEND)
@@ -659,7 +660,7 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Let the next run in. The lock is taken away while it is held, so that it is this run's own."""
+        """Let the next run in. The lock file is removed while it is locked, so it is this run's own."""
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):
                 if self._has_lock():

@@ -45,7 +45,7 @@ _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipyth
 
 @dataclass(frozen=True)
 class _Example:
-    """The ids of a row, which of them are learned, and whether tools or documents of it had no use."""
+    """The ids of a row, which of them are learned, and whether its tools or documents are not written."""
 
     ids: list[int]
     learned: list[bool]
@@ -274,7 +274,7 @@ class _Encoder:
         if tokenizer.eos_id is None:
             raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
-        self._most = None if max_length is None else max_length + 1  # of a longer row the rest is not read
+        self._most = None if max_length is None else max_length + 1  # the rest of a longer row is not read
 
     def encode(self, row: Row) -> _Example:
         values, where = row.values, row.where

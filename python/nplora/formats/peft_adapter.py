@@ -71,18 +71,18 @@ class PeftAdapter:
     base_digest: str | None
 
     def require_base(self, digest: str | None) -> None:
-        """Raise FormatError where a model's digest is known, and not that of the adapter's base."""
+        """Raise FormatError if a model's digest is known and is not that of the adapter's base."""
         told = model_digest.refusal(self.config.base_model_name_or_path, self.base_digest, digest)
         if told:
             raise FormatError(f"{self.directory}: {told}")
 
     def factors(self, problems: list[str]) -> dict[str, tuple[str, str]]:
-        """The names of each layer's two factors, by the layer's. What makes no pair is told in `problems`.
+        """The names of each layer's two factors, by the layer's. `problems` gets what makes no pair.
 
         DoRA's magnitudes are passed over.
 
         Raises:
-            LimitError: so many layers and so many patterns that looking up ranks would take long.
+            LimitError: too many layers and patterns; looking up ranks would take long.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
@@ -113,7 +113,7 @@ class PeftAdapter:
             )
 
     def require_rank(self, name: str, halves: tuple[str, str]) -> None:
-        """Raise FormatError where the factors of a layer are not of the rank that the configuration says."""
+        """Raise FormatError if the factors of a layer have another rank than the configuration says."""
         shape_a, shape_b = (self.tensors.entries[half].shape for half in halves)
         rank = self.config.rank(name)
         if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
@@ -145,7 +145,7 @@ class PeftAdapter:
 
 @contextlib.contextmanager
 def reading(directory: StrPath) -> Iterator[PeftAdapter]:
-    """Hold a directory's tensors open; the configuration is checked first.
+    """Hold a directory's tensors open, beside the configuration that belongs to them.
 
     Raises:
         FormatError: a file breaks its format. OSError: it cannot be read.
@@ -265,7 +265,7 @@ def save(
     """Write both files, into a directory that is made if needed.
 
     Both are complete on the disk before either takes its name, the configuration last. At every moment a
-    reader of nplora's sees the old adapter or the new one, and so it is after a crash.
+    reader in nplora finds the old adapter or the new one, also after a crash.
 
     Raises:
         ValueError: the directory's name is empty. NotADirectoryError: it is something else.

@@ -102,8 +102,9 @@ def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
 
 
 def _measured(raw: Bytes) -> tuple[int, Array]:
-    """How deep the text nests, and how many values it has at each depth: one for each bracket that opens, and
-    one for each comma. An empty array or object counts as one that holds a value.
+    """How deep the text nests, and how many values it has at each depth.
+
+    Each opening bracket and each comma counts as a value. So an empty array counts as if it held one.
     """
     counts, deepest, depth = np.zeros(MAX_DEPTH + 2, np.int64), 0, 0
     in_string, rest = False, b""

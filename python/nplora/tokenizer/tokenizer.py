@@ -38,8 +38,8 @@ _SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-leve
 # The last tokens of a beginning may change with what follows, so they do not count.
 _CHARACTERS, _UNSURE = 8, 1024
 _LINE = re.compile(r"\n(?=[^\W\d_])")
-_SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly a token goes on
-TRAINING_TIME = datetime.datetime(2024, 7, 26)  # what templates are told who ask for the time in training
+_SENTINELS = ("\n", "\x01", "\ue000")  # characters that hardly any token continues
+TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates get in training
 # A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
 _MOST_RENDERED = 1 << 19
 _TOKENS_PER_MESSAGE = 64
@@ -75,7 +75,7 @@ class Chat:
 
     @property
     def is_reply(self) -> list[bool]:
-        """For each token whether it belongs to an assistant's turn."""
+        """For each token, whether it belongs to an assistant's turn."""
         replies = {place for turn in self.turns.values() for place in turn}
         return [place in replies for place in range(len(self.ids))]
 
@@ -134,8 +134,8 @@ class Tokenizer:
             add_special_tokens: begin (and end) it as the model has it: BOS for many, nothing for some.
             parse_special: read "<|im_end|>" and its like as the tokens that they name, as in the output of
                 `apply_chat_template`. Off, for text of strangers, they are letters like others.
-            most: how many tokens are wanted. Of a long text the first `most` are given and the rest is not
-                read; of a short one all are given.
+            most: how many tokens are wanted. For a long text, the first `most` are returned and the rest is
+                not read. For a short one, all are returned, which may be more.
         Raises:
             ValueError: half a surrogate pair, which UTF-8 cannot hold.
             FormatError: the model's own rules do not fit the text, such as no token for what is unknown.
@@ -163,7 +163,7 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text that goes on: begun as the model has it, without an EOS at its end.
+        """The tokens of a text to be continued: begun as the model wants it, without an EOS at its end.
 
         `most` is as in `encode`.
         """
@@ -171,7 +171,7 @@ class Tokenizer:
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
 
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text that goes on after another, without the space that some models set before.
+        """The tokens of a text that follows another, without the space that some models put before a text.
 
         `most` is as in `encode`.
         """
@@ -279,7 +279,7 @@ class Tokenizer:
         """The tokens of a whole chat, and which of them the assistant said.
 
         The template is rendered up to the beginning and up to the end of each of the assistant's turns; the
-        tokens between are the turn. A template that asks for the time is told `TRAINING_TIME`, so that the
+        tokens between are the turn. A template that asks for the time gets `TRAINING_TIME`, so that the
         same chat has the same tokens tomorrow.
 
         Args:

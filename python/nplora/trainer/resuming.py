@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a run that is to go on from it belong together."""
+"""Whether a checkpoint and the run that is to continue from it belong together."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """What a checkpoint remembers of how its run was started, as JSON gives it back.
 
-    "fixed" must be the same when the run goes on: it decides what a position in the data and the model's
+    "fixed" must be the same when the run is resumed: it decides what a position in the data and the model's
     arrays mean. "free" may change, with a warning.
     """
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -110,7 +110,7 @@ def restored_history(
     Also the records that the log lost at its end, with their events: a full disk may have cost them.
 
     Args:
-        batches: those of an epoch, None where nobody knows.
+        batches: those of an epoch; None if unknown.
     Raises:
         CorruptError: it is of another model, or its arrays do not fit; the first few differences are listed.
             Or it is of no position in the data.
@@ -238,5 +238,5 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
 
 
 def _of(layers: list[str], change: str) -> str:
-    """A change that all layers share is told once."""
+    """A change that all layers share is reported once."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")

@@ -498,9 +498,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
     0: done. 2: an argument is wrong, a file or the disk, a package is not there, or nothing fits into
-    --memory. 1: anything else failed, or the reader of stdout is gone. 130: Ctrl-C. 135: a mapped model file
-    was cut short. With 1, 2 or 135, one line on stderr says why, unless stdout's reader is gone. Warnings are
-    a line each. A stderr that cannot be written changes nothing.
+    --memory. 1: anything else failed, or the reader of stdout is gone. 130: Ctrl-C. 129, 143: SIGHUP or
+    SIGTERM ended a training run, which is saved. 135: a mapped model file was cut short. With 1, 2 or 135,
+    one line on stderr says why, unless stdout's reader is gone. Warnings are a line each. A stderr that
+    cannot be written changes nothing.
+
+    Raises:
+        SystemExit: --help, or SIGHUP or SIGTERM during training.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails at a letter that it cannot show

@@ -254,9 +254,9 @@ class Module:
         """Fold every adapter into a copy of its frozen weight, which answers alone until `unmerge`.
 
         Every merged weight is built before the first is put in place: a failure leaves all layers as they
-        were. The model is merged for every thread, and so it is with `unmerge`. A pass that another thread is
-        in the middle of takes each layer as it finds it, merged or not: the result is that of either, up to
-        the rounding of the merged weights. If that pass was for training, its backward raises RuntimeError.
+        were. `merge` and `unmerge` hold for every thread. If another thread is in the middle of a pass, that
+        pass uses each layer as it is then, merged or not. Its result differs by the rounding of the merged
+        weights. If that pass was for training, its backward raises RuntimeError.
 
         Args:
             dtype: the storage of the merged weights: "same" as the frozen one's, or a name of

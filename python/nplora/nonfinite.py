@@ -9,7 +9,7 @@ from nplora import _core, storages
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, brief
 
-# Where the float16 scales lie in a block, by its type, and the bytes and elements of a block.
+# For each type: the bytes and elements of a block, and the offsets of its float16 scales.
 _SCALES = {
     "Q8_0": (34, 32, (0,)),
     "Q4_0": (18, 32, (0,)),

@@ -1,4 +1,4 @@
-"""Standard error for progress and warnings: if nobody can read them, they are lost, and no work is."""
+"""Standard error for progress and warnings. If it cannot be written, they are lost, but no work is."""
 
 import contextlib
 import sys

@@ -9,7 +9,7 @@ class Case(NamedTuple):
 
     Attributes:
         row: the kind of attack.
-        name: what tells this one from others of its kind.
+        name: its name among the attacks of this row.
         attack: may return how many attacks it made, or a measurement as text.
     """
 

@@ -57,7 +57,7 @@ _TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
 _ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-# Of a header, by depth: the tensors, their fields, and the numbers of their shapes and offsets.
+# The most values of a header, by depth: the tensors, their fields, the numbers of their shapes and offsets.
 _MOST_VALUES = (MAX_TENSORS + 1, len(_FIELDS) * MAX_TENSORS + MAX_METADATA, 8 * MAX_TENSORS, 1000)
 
 Array: TypeAlias = NDArray[Any]

@@ -330,8 +330,8 @@ class Tokenizer:
         """Refuse messages whose tokens are not the first ones of the chat, as far as those were encoded."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
-                f"{self.source}: the chat template writes the messages {which} (the assistant's) otherwise "
-                "where more follow, so its tokens cannot be told from the others'"
+                f"{self.source}: the chat template writes the messages {which} (the assistant's) in another "
+                "way if more follow, so the tokens of that message are not known"
             )
 
     def _quoted_given(self, tools: Objects, documents: Objects) -> dict[str, Any]:

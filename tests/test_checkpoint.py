@@ -655,9 +655,11 @@ def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
     good = {1: 6, 2: 6, 4: 4, 100: 1}[every]  # the parameters of step 7 lead to NaN with any rate
     assert newest(tmp_path).step == 7
     assert raised.value.good_step == good
-    assert raised.value.__notes__ == [
-        f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
-    ]
+    [note] = raised.value.__notes__
+    way, _, ruined = note.partition(", where the loss had risen from 0.3936 to ")
+    assert way == f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
+    loss = {6: "51.01", 4: "16.01"}.get(good)
+    assert ruined == (f"{loss}: better begin anew with a lower --lr (--overwrite)" if loss else "")
     disk = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(
         ValueError,

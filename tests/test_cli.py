@@ -270,7 +270,7 @@ def test_an_option_that_would_do_nothing_is_refused(
         (f"convert {tmp_path} x.gguf --any-base", "--any-base is of an adapter, SOURCE is a model"),
         (
             "convert . x.gguf --dtype q8_0",
-            "--dtype is of a model of Hugging Face's, which SOURCE is not",
+            "--dtype is for a Hugging Face model, and SOURCE is not one",
         ),
         ("convert nowhere x.gguf --dtype q8_0", "no such file: nowhere"),
         (
@@ -433,3 +433,22 @@ def test_a_reader_of_stdout_that_goes_away_leaves_no_file_open(monkeypatch: pyte
     before = os.listdir("/proc/self/fd")
     run()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_signal_that_ends_training_says_what_is_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The notes on the exception, as a run adds them."""
+
+    def ended(arguments: Any) -> None:
+        end = SystemExit(143)
+        end.add_note("the run is saved at step 3: --resume (resume=True) continues it")
+        raise end
+
+    monkeypatch.setattr(cli, "_demo", ended)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["demo"])
+    assert raised.value.code == 143
+    assert (
+        capsys.readouterr().err == "nplora: the run is saved at step 3: --resume (resume=True) continues it\n"
+    )

@@ -2,14 +2,17 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from nplora.finetuning import (
     FinetuneOptions,
     FinetuneReport,
     TokenLoss,
+    TokenProgress,
     attach_adapter,
     before,
     evaluate,
@@ -1091,7 +1095,7 @@ def test_a_line_that_is_redrawn_stays_within_the_terminal(
     assert f", loss {report.history.loss[0]:.4f}\n" in str(report)
     drawn = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line.startswith("step ")]
     assert drawn
-    assert {len(line) for line in drawn} == {39}
+    assert {re.sub(r"[\d.]+", "0", line) for line in drawn} == {"step 0/0, loss 0, 0:0 left"}
 
 
 def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
@@ -1287,3 +1291,31 @@ def test_a_file_to_evaluate_on_is_enough_for_eval(model: Path, data: Path) -> No
     expected = evaluate(model, data)
     (data / "train.jsonl").unlink()
     assert evaluate(model, data) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, "step 30/36000, loss 3.0000 (mean of 20 steps), 50 learned tokens/s, MB, 19:59:00 left"),
+        (80, "step 30/36000, loss 3.0000, 50 learned tokens/s, MB, 19:59:00 left"),
+        (65, "step 30/36000, loss 3.0000, 50 learned tokens/s, 19:59:00 left"),
+        (50, "step 30/36000, loss 3.0000, 19:59:00 left"),
+        (30, "step 30/36000, loss 3.0000"),
+        (10, "step 30/3"),
+    ],
+)
+def test_the_progress_line_fits_its_terminal(
+    columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = io.StringIO()
+    drawn.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    progress = TokenProgress()
+    run = types.SimpleNamespace(total_steps=36_000)
+    for step in range(1, 31):
+        record = StepRecord(step, 1, 3.0, 100, 1e-3, 1.0, 2.0)
+        progress._drawn = -math.inf
+        progress.on_step_end(run, record)  # type: ignore[arg-type]
+    last = drawn.getvalue().rpartition("\r")[2].rstrip()
+    assert re.sub(r"\d+ MB", "MB", last) == shown

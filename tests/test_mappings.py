@@ -224,7 +224,7 @@ def test_a_file_that_grows_is_noticed_with_both_sizes(tmp_path: Path) -> None:
     size = path.stat().st_size
     with path.open("ab") as file:
         file.write(b"more")
-    with pytest.raises(CorruptError, match=rf"in use \({size:,} bytes, now {size + 4:,}\); start again"):
+    with pytest.raises(CorruptError, match=rf"in use \({size:,} bytes, now {size + 4:,}\): put the original"):
         lm.loss(IDS, IDS)
 
 

@@ -435,7 +435,7 @@ def test_a_directory_that_cannot_be_flushed_is_named(tmp_path: Path, monkeypatch
         real(fd)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match="Input/output error: a.safetensors is in place, but") as caught:
+    with pytest.raises(OSError, match=r"Input/output error: a\.safetensors is in place, but") as caught:
         safetensors.save(tmp_path / "a.safetensors", {"w": np.zeros(4)})
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path))
     assert os.listdir(tmp_path) == ["a.safetensors"]

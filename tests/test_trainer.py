@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,10 +142,13 @@ def test_accumulation_ends_with_the_epoch() -> None:
     assert [(r.epoch, r.count) for r in history.steps] == [(1, 24), (1, 16), (2, 24), (2, 16)]
 
 
-def test_a_step_without_a_labelled_row_changes_nothing() -> None:
+def test_a_run_without_a_labelled_row_changes_nothing_and_warns() -> None:
     model, (x, y) = net(), data(8)
     before, optimizer = values(model), nplora.AdamW()
-    history = trainer_of(model, optimizer=optimizer).fit(x, np.full_like(y, -100))
+    trainer = trainer_of(model, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="no label counts in any step, so nothing was learned") as caught:
+        history = trainer.fit(x, np.full_like(y, -100))
+    assert caught[0].filename == __file__
     assert values(model) == before
     assert optimizer.steps == 0
     assert (history.steps[0].count, history.loss) == (0, [0.0])
@@ -922,6 +926,13 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone() -> None:
     assert found[0].ended == "complete"
 
 
+def test_a_run_inside_disable_adapter_is_refused() -> None:
+    trainer = trainer_of(net())
+    with trainer.model.disable_adapter(), pytest.raises(RuntimeError, match="adapters are switched off here"):
+        trainer.fit(*data(), steps=1)
+    assert len(trainer.fit(*data(), steps=1).steps) == 1
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: signal.Signals) -> None:
     program = textwrap.dedent(
@@ -936,7 +947,11 @@ def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: sign
                 time.sleep(0.01)
 
         x, y = data()
-        trainer_of(net(), callbacks=[Slow()]).fit(x, y, epochs=10**6, checkpoint_dir={str(tmp_path)!r})
+        try:
+            trainer_of(net(), callbacks=[Slow()]).fit(x, y, epochs=10**6, checkpoint_dir={str(tmp_path)!r})
+        except SystemExit as end:
+            print(*end.__notes__)
+            raise
         """
     )
     child = subprocess.Popen(
@@ -948,6 +963,8 @@ def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: sign
             pass
         child.send_signal(signum)
         assert child.wait(timeout=20) == 128 + signum
+        last = out.read().splitlines()[-1]
+    assert re.fullmatch(r"the run is saved at step \d+: --resume \(resume=True\) continues it", last)
     assert saved_step(tmp_path) >= 5
 
 

@@ -527,7 +527,10 @@ class RunDirectory:
             UserWarning: one is damaged, and the other is used.
         """
         if self.newest is None and self.damaged:
-            raise CorruptError(f"{self.path}: no whole checkpoint is left: {'; '.join(self.damaged)}")
+            raise CorruptError(
+                f"{self.path}: no whole checkpoint is left: {'; '.join(self.damaged)}; "
+                "--overwrite (overwrite=True) begins anew"
+            )
         if self.newest is not None:
             for problem in self.damaged:
                 warnings.warn(

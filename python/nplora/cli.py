@@ -180,7 +180,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     else:
         if arguments.dtype is not None:
             os.stat(arguments.source)
-            raise _UsageError("--dtype is of a model of Hugging Face's, which SOURCE is not")
+            raise _UsageError("--dtype is for a Hugging Face model, and SOURCE is not one")
         print(
             convert.convert_adapter(
                 arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite
@@ -525,7 +525,11 @@ def _status(given: list[str]) -> int:
             warnings.showwarning = _show_warning
             parsed.run_command(parsed)
         print(end="", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        for note in getattr(end, "__notes__", ()):
+            print(f"nplora: {note}", file=stderr)
+        if isinstance(end, SystemExit):
+            raise
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
         return 1

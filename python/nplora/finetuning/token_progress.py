@@ -54,23 +54,33 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
+        """The line; on a terminal that is too narrow, without what is least needed."""
         recent = self._recent
         seconds = sum(r.seconds for r in recent)
         rate = sum(r.count for r in recent) / max(1e-9, seconds)
         total = "" if run.total_steps is None else f"/{run.total_steps}"
-        several = f" (mean of {len(recent)} steps)" if len(recent) > 1 else ""
-        text = (
-            f"step {record.step}{total}, loss {mean_loss(recent):.4f}{several}, {rate:.0f} learned tokens/s"
-        )
-        text += f", {peak_memory() / 1e6:.0f} MB"
+        parts = {
+            "step": f"step {record.step}{total}, loss {mean_loss(recent):.4f}",
+            "mean": f" (mean of {len(recent)} steps)" if len(recent) > 1 else "",
+            "rate": f", {rate:.0f} learned tokens/s",
+            "memory": f", {peak_memory() / 1e6:.0f} MB",
+        }
         if run.total_steps is not None:
             left = round((run.total_steps - record.step) * seconds / len(recent))
-            text += f", {left // 60}:{left % 60:02} left"
-        return text
+            parts["left"] = f", {_duration(left)} left"
+        for name in ("mean", "memory", "rate", "left"):
+            if len("".join(parts.values())) > self._most:
+                parts.pop(name, None)
+        return "".join(parts.values())
+
+    @property
+    def _most(self) -> int:
+        """The characters that the line may have."""
+        return shutil.get_terminal_size().columns - 1 if self._redraws else sys.maxsize
 
     def _draw(self, text: str) -> None:
         if self._redraws:
-            text = text[: shutil.get_terminal_size().columns - 1]
+            text = text[: self._most]
             print(f"\r{text:<{self._width}}", end="", file=stderr, flush=True)
             self._width = len(text)
         else:
@@ -80,3 +90,9 @@ class TokenProgress(Callback):
         if self._width:
             print(file=stderr, flush=True)
             self._width = 0
+
+
+def _duration(seconds: int) -> str:
+    """1:05 for 65 seconds, 2:00:05 for two hours and five."""
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -118,7 +118,9 @@ class Stamp(NamedTuple):
             sizes = (
                 f"{self.size:,} bytes, now {found.st_size:,}" if found.st_size != self.size else "written to"
             )
-            raise CorruptError(f"{self.name}: the file changed while it was in use ({sizes}); start again")
+            raise CorruptError(
+                f"{self.name}: the file changed while it was in use ({sizes}): put the original file back"
+            )
 
 
 class Reader:

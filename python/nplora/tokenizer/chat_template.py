@@ -93,6 +93,8 @@ class ChatTemplate:
         contents = [message.get("content") for message in variables["messages"] if isinstance(message, dict)]
         if kind == "value" and any(isinstance(content, list) for content in contents):
             words += " (content is a list: the template may expect a string)"
+        elif kind == "value" and None in contents:
+            words += ' (content is null: the template may expect a string, such as "")'
         raise _ERRORS[kind](f"{self.source}: the chat template {words}")
 
 

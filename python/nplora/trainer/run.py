@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from nplora.trainer.resuming import (
 
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer
-
 EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
+
+_RUINED = 3.0  # a loss this many times the first one: the factors are not worth continuing from
+_CONTINUES = "--resume (resume=True) continues it"
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,16 @@ class Run:
                     if written:
                         self._call("on_checkpoint")
                     if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated:
+                        if self._directory is not None:
+                            reason.add_note(f"the run is saved at step {self.step}: {_CONTINUES}")
                         raise
                 with self._interrupts.hold():
                     self._finish()
                 self._call("on_fit_end")
         except Terminated as signal:
-            raise SystemExit(signal.status) from None
+            end = SystemExit(signal.status)
+            end.__notes__ = getattr(signal, "__notes__", [])
+            raise end from None
         except BaseException:
             self._roll_back()
             raise
@@ -247,6 +254,8 @@ class Run:
             self._put(self._best_factors)
             self.history.best_epoch = self._best["epoch"]
         self.history.ended = self._ended or "complete"
+        if self.history.steps and not any(record.count for record in self.history.steps):
+            warnings.warn("Trainer.fit: no label counts in any step, so nothing was learned", stacklevel=4)
         self.log("end", {"ended": self.history.ended, "step": self.step})
 
     def _call(self, hook: str, *arguments: Any) -> None:
@@ -397,7 +406,7 @@ class Run:
                 return self._remember(self._nonfinite_error, directory)
         except Exception as second:
             problem = f", step {self.step} could not be saved ({second})"
-        hint = "" if isinstance(error, NonFiniteLossError) else ": --resume (resume=True) continues it"
+        hint = "" if isinstance(error, NonFiniteLossError) else f": {_CONTINUES}"
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _remember(self, error: NonFiniteLossError, directory: RunDirectory) -> str:
@@ -410,7 +419,15 @@ class Run:
         self.log(NONFINITE, failure_record(self.step, error, self._settings))
         if good is None:
             return "no checkpoint from before is left: begin anew with a lower lr (--overwrite)"
-        return f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
+        way = f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
+        losses = {record.step: record.loss for record in self.history.steps}
+        before, after = losses.get(1, math.nan), losses.get(good.step + 1, math.nan)
+        if good.step and after > _RUINED * before:
+            way += (
+                f", where the loss had risen from {before:.4g} to {after:.4g}: "
+                "better begin anew with a lower --lr (--overwrite)"
+            )
+        return way
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

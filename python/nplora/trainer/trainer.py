@@ -140,7 +140,8 @@ class Trainer:
                 which is saved. Also where an update made a parameter infinite: that is not saved.
             ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
             TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
-            RuntimeError: the model replaces its parameters or gradients by other arrays.
+            RuntimeError: the model replaces its parameters or gradients by other arrays; or a layer is
+                merged, or its adapter switched off.
             CorruptError: no checkpoint in the directory is whole, or it is of another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
                 that no run made has the name of one of the run's files. UnsafeError: a link has.
@@ -150,7 +151,7 @@ class Trainer:
         Warns:
             UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
                 or version are others than the checkpoint's; `log.jsonl` has lost records of the history; the
-                run ends before the learning rate has risen.
+                run ends before the learning rate has risen; no label counted in any step.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
@@ -276,6 +277,8 @@ class Trainer:
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         for layer in self.model.adapter_layers().values():
             layer.require_trainable("fit")
+            if not layer.adapter_enabled:
+                raise RuntimeError(f"{_OP}: the adapters are switched off here, as inside disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
         """All labels at once, before the first step, where one row tells the number of classes."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import sklearn.datasets  # noqa: F401  here, so that no child has to import it
+
 import small_models
 from attack.case import Case
 from attack.child import command
@@ -109,6 +111,8 @@ class Targets:
         ended = command(line(output))
         assert ended.status == 2, f"exit status {ended.status}: {ended.stdout}{ended.stderr}"
         assert len(ended.errors) == 1, ended.stderr
+        named = target.name in ended.errors[0] or f"{output}: " in ended.errors[0]
+        assert named, f"refused for another reason: {ended.errors[0]}"
         for now, then in zip((snapshot(room), snapshot(self.inputs)), before, strict=True):
             assert now == then, f"changed: {[path for path, _ in now.items() ^ then.items()]}"
 

@@ -398,7 +398,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     plot = command("plot", "Draw the losses and the learning rate of a run as a PNG.", _plot)
     plot.add_argument("run", metavar="RUN_DIR", type=_path, help="the directory with the run's log.jsonl")
     plot.add_argument("--output", metavar="FILE", type=_path, help="the PNG (default: RUN_DIR/plot.png)")
-    plot.add_argument("--overwrite", action="store_true", help="replace the PNG")
+    plot.add_argument("--overwrite", action="store_true", help="replace the PNG if there is one")
     text = "Print what a file holds; without one: versions, instruction set and threads, for a bug report."
     info = command("info", text, _info)
     info.add_argument(
@@ -490,7 +490,7 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         "--lossy", action="store_true", help="merge even if less than 90 %% of the adapter's change is kept"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace a model that is there")
-    merge.add_argument("--verbose", action="store_true", help="tell what every tensor kept of the adapter")
+    merge.add_argument("--verbose", action="store_true", help="report what every tensor kept of the adapter")
     return parser
 
 

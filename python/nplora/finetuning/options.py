@@ -91,8 +91,8 @@ class FinetuneOptions:
     )
     seed: int = _option(0, "of the factors' start, the dropout and the order of the data")
     save_every: int = _beside(100, "steps between checkpoints")
-    save_minutes: float = _beside(5.0, "a checkpoint is also made when the last is this old; 0: not")
-    resume: bool = _beside(False, "go on with the run in the output directory, to the bit")
+    save_minutes: float = _beside(5.0, "the most minutes between checkpoints; 0: no limit")
+    resume: bool = _beside(False, "continue the run in the output directory, to the same bits")
     overwrite: bool = _beside(False, "drop the run and the adapter in the output directory")
     sample: tuple[str, ...] = _beside(
         (), "a prompt, as it is and not as a chat, answered before and after (may be given several times)"

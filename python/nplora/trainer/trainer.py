@@ -124,12 +124,12 @@ class Trainer:
                 one that is NaN or infinite is not lower. The model ends with the factors of the best epoch,
                 however the run ends.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
-            checkpoint_every: steps between checkpoints; None: one at an epoch's end, where the one before is
-                at least a second old. There is always one at the beginning, one after the first step and one
+            checkpoint_every: steps between checkpoints; None: one at an epoch's end, if the one before is at
+                least a second old. There is always one at the beginning, one after the first step and one
                 at the end, also after Ctrl-C.
-            save_minutes: a checkpoint is also made when the one before is this old; 0: not.
-            resume: go on from the checkpoint in `checkpoint_dir`, to the bit as if the run had not been
-                stopped; if there is none, begin. The history before it is read from `log.jsonl`. A run that
+            save_minutes: the most minutes between two checkpoints; 0: no limit.
+            resume: continue from the checkpoint in `checkpoint_dir`, to the same bits as without a stop; if
+                there is none, begin. The history before it is read from `log.jsonl`. A run that
                 ended with NonFiniteLossError continues with other settings only, a lower learning rate, from
                 the checkpoint before the step that led there.
             overwrite: begin anew where `checkpoint_dir` holds another run. What that left is dropped, an

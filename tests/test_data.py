@@ -351,12 +351,12 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
 
 
 LONG_TEXTS = {
-    "words": "hello 12 word " * 3000,
-    "lines": "hello 123\n  and 12\nx" * 3000,
-    "one word": "ahello" * 8000,
-    "digits": "123" * 13_000,
-    "spaces": "a" + " " * 40_000 + "b",
-    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 3000,
+    "words": "hello 12 word " * 1500,
+    "lines": "hello 123\n  and 12\nx" * 1100,
+    "one word": "ahello" * 3500,
+    "digits": "123" * 7000,
+    "spaces": "a" + " " * 21_000 + "b",
+    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 1000,
 }
 
 

@@ -319,8 +319,8 @@ def nplora_rows(threads: int, path: str | None) -> Calls:
     calls: Rows = {
         "RMSNorm": lambda: _core.rms_norm(x, weight, EPS, y),
         "RMSNorm backward": lambda: _core.rms_norm_backward(dy, x, weight, EPS, dx, False),
-        "SwiGLU": lambda: _core.swiglu(gate, up, out),
-        "SwiGLU backward": lambda: _core.swiglu_backward(dout, gate, up, dgate, dup),
+        "SwiGLU": lambda: _core.gated("silu", gate, up, out),
+        "SwiGLU backward": lambda: _core.gated_backward("silu", dout, gate, up, dgate, dup),
         "cross-entropy with gradient": lambda: _core.cross_entropy(logits, targets, 1 / N, losses, True),
     }
     for call in calls.values():

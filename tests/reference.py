@@ -153,15 +153,27 @@ def rope(x: Array, angles: Array, interleaved: bool) -> Array:
     return out
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) ∘ up (Shazeer 2020)."""
-    return np.asarray(silu(gate) * up)
+def gelu_tanh(x: Array) -> Array:
+    """x (1 + tanh u) / 2 (Hendrycks and Gimpel 2016), as x / (1 + exp(-2 u)), where nothing cancels."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
 
-def swiglu_backward(dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    """dgate and dup, by σ' = σ (1 - σ)."""
-    s = 1 / (1 + np.exp(-gate))
-    return dout * up * (s + gate * s * (1 - s)), dout * gate * s
+def gated(act: str, gate: Array, up: Array) -> Array:
+    """act(gate) ∘ up (Shazeer 2020)."""
+    return np.asarray({"silu": silu, "gelu_pytorch_tanh": gelu_tanh}[act](gate) * up)
+
+
+def gated_backward(act: str, dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    """dgate and dup, by σ' = σ (1 - σ) p' for act(g) = g σ(p)."""
+    root = 2 * np.sqrt(2 / np.pi)
+    inner, its_slope = root * (gate + 0.044715 * gate**3), root * (1 + 3 * 0.044715 * gate**2)
+    if act == "silu":
+        inner, its_slope = gate, np.ones_like(gate)
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-inner))
+    slope = s + gate * s * (1 - s) * its_slope
+    return dout * up * slope, dout * gated(act, gate, np.ones_like(gate))
 
 
 def sees(queries: int, keys: int, window: int) -> Array:

@@ -195,6 +195,9 @@ def test_what_cannot_be_said_in_gguf_is_refused(rng: np.random.Generator, tmp_pa
     )
     with pytest.raises(UnsupportedError, match=r"layers with sliding windows of \[0, 8\] tokens"):
         nplora.model_to_gguf(mixed, tmp_path / "model.gguf")
+    gelu = hf_directory(tmp_path / "gelu", rng, hidden_act="gelu_pytorch_tanh")
+    with pytest.raises(UnsupportedError, match=r"hidden_act is gelu_pytorch_tanh, in GGUF llama has silu"):
+        nplora.model_to_gguf(gelu, tmp_path / "model.gguf")
     plain = hf_directory(tmp_path / "plain", rng)
     with pytest.raises(ValueError, match=r"a model becomes a \.gguf file, got"):
         nplora.model_to_gguf(plain, tmp_path / "model.bin")

@@ -144,6 +144,21 @@ def test_gradients_are_those_of_torch(
     figure("error of a gradient, relative", error)
 
 
+def test_a_gated_unit_of_gelu_is_that_of_torch(tmp_path: Path) -> None:
+    """Logits, decoding with a cache, and gradients."""
+    theirs, ours = loaded("llama with gelu", "safetensors", tmp_path)
+    ids = some_ids()
+    expected, cache = logits_of(theirs, ids), ours.new_cache(len(ids), ids.shape[1])
+    np.testing.assert_allclose(ours.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    decoded = ours.decode(ids, range(len(ids)), cache)
+    np.testing.assert_allclose(decoded, expected[:, -1], rtol=0, atol=TOLERANCE)
+    model = adapted(theirs, ours, tmp_path)
+    model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
+    batch = pack(zip(ids, ids, strict=True))
+    ours.forward_backward(batch, 1 / batch.num_targets)
+    assert_gradients_agree(ours, gradients_of(model, ours), TOLERANCE)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_dora_embedding_and_head_are_those_of_torch(form: str, tmp_path: Path) -> None:
     theirs, ours = loaded("llama", form, tmp_path)

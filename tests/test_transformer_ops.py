@@ -121,48 +121,79 @@ def test_rope_refuses_positions_that_the_table_has_not() -> None:
     assert (x == 1).all()
 
 
-# ---- SwiGLU ----
+# ---- gated units ----
+
+ACTS = ("silu", "gelu_pytorch_tanh")
 
 
+def sigmoid_error(act: str, g: Array) -> Array:
+    """A bound on the relative error of σ(p): that of exp and two operations, and that of GELU's p."""
+    p = np.abs(g if act == "silu" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
+    return np.asarray(EXP + 4 * U + (0 if act == "silu" else 4 * U) * p * (g < 0))
+
+
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 17), (40, 1536), (1, 16400)])
-def test_swiglu_and_its_backward_match_the_oracle(
-    shape: tuple[int, int], spread: float, rng: np.random.Generator
+def test_gated_and_its_backward_match_the_oracle(
+    shape: tuple[int, int], spread: float, act: str, rng: np.random.Generator
 ) -> None:
     gate, up, dout = (spread * normal(rng, *shape), normal(rng, *shape), normal(rng, *shape))
     out, dgate, dup = unwritten(*shape), unwritten(*shape), unwritten(*shape)
-    _core.swiglu(gate, up, out)
-    _core.swiglu_backward(dout, gate, up, dgate, dup)
+    _core.gated(act, gate, up, out)
+    _core.gated_backward(act, dout, gate, up, dgate, dup)
     g, u, d = wide(gate, up, dout)
-    exact = reference.swiglu(g, u)
-    exact_dgate, exact_dup = reference.swiglu_backward(d, g, u)
-    tiny = 1e-36 * (1 + np.abs(u) + np.abs(d * u))  # where exp(-gate) overflows
-    assert (np.abs(out - exact) <= (EXP + 6 * U) * np.abs(exact) + tiny).all()
-    assert (np.abs(dup - exact_dup) <= (EXP + 6 * U) * np.abs(exact_dup) + tiny).all()
-    s = 1 / (1 + np.exp(-g))
-    magnitude = np.abs(d * u) * s * (1 + np.abs(g) * (1 - s + 2 * U))
+    exact = reference.gated(act, g, u)
+    exact_dgate, exact_dup = reference.gated_backward(act, d, g, u)
+    error = sigmoid_error(act, g)
+    tiny = 1e-36 * (1 + np.abs(u) + np.abs(d * u)) * (1 + np.abs(g) ** 3)  # where exp(-p) overflows
+    assert (np.abs(out - exact) <= (error + 2 * U) * np.abs(exact) + tiny).all()
+    assert (np.abs(dup - exact_dup) <= (error + 2 * U) * np.abs(exact_dup) + tiny).all()
+    root = 2 * np.sqrt(2 / np.pi)
+    p, slope = (g, g) if act == "silu" else (root * (g + 0.044715 * g**3), root * (g + 3 * 0.044715 * g**3))
+    s = 1 / (1 + np.exp(-np.clip(p, -700, 700)))
+    magnitude = np.abs(d * u) * s * (1 + np.abs(slope) * (1 - s + 2 * U))
     assert (
-        np.abs(dgate - exact_dgate) <= 2 * (EXP + 8 * U) * magnitude + 2 * U * np.abs(d * u * g) * s + tiny
+        np.abs(dgate - exact_dgate)
+        <= 2 * (error + 4 * U) * magnitude + 2 * U * np.abs(d * u * slope) * s + tiny
     ).all()
 
-    _core.swiglu_backward(dout, gate, up, gate, up)
+    _core.gated_backward(act, dout, gate, up, gate, up)
     assert np.array_equal(gate, dgate)
     assert np.array_equal(up, dup)
 
 
-def test_swiglu_backward_of_the_oracle_is_the_slope_of_its_forward(rng: np.random.Generator) -> None:
+def test_the_oracle_of_gelu_is_that_of_the_paper(rng: np.random.Generator) -> None:
+    x = rng.uniform(-3, 3, 100)
+    paper = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    assert np.abs(reference.gelu_tanh(x) - paper).max() < 1e-14
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_gated_backward_of_the_oracle_is_the_slope_of_its_forward(act: str, rng: np.random.Generator) -> None:
     gate, up, c = (rng.standard_normal((3, 8)) for _ in range(3))
-    pairs = list(zip((gate, up), reference.swiglu_backward(c, gate, up), strict=True))
-    assert reference.gradient_error(lambda: float((c * reference.swiglu(gate, up)).sum()), pairs, rng) <= 1e-6
+    pairs = list(zip((gate, up), reference.gated_backward(act, c, gate, up), strict=True))
+    assert (
+        reference.gradient_error(lambda: float((c * reference.gated(act, gate, up)).sum()), pairs, rng)
+        <= 1e-6
+    )
 
 
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e4, 1e4, 0.0])
-def test_swiglu_saturates_and_propagates(value: float) -> None:
+def test_gated_saturates_and_propagates(value: float, act: str) -> None:
     gate, up = np.full((1, 3), value, np.float32), np.full((1, 3), 2, np.float32)
     out = unwritten(1, 3)
-    _core.swiglu(gate, up, out)
+    _core.gated(act, gate, up, out)
     expected = {-1e4: 0.0, 1e4: 2e4, 0.0: 0.0, np.inf: np.inf}.get(value, np.nan)
     assert np.array_equal(out, np.full((1, 3), expected), equal_nan=True)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    x = np.ones((1, 3), np.float32)
+    for call in (lambda: _core.gated("relu", x, x, x), lambda: _core.gated_backward("relu", x, x, x, x, x)):
+        with pytest.raises(ValueError, match="act is 'relu', expected silu or gelu_pytorch_tanh"):
+            call()
 
 
 # ---- attention ----
@@ -566,8 +597,8 @@ def test_the_other_pieces_have_the_same_bits_on_any_number_of_threads(rng: np.ra
         logits[...] = gate
         _core.rms_norm(x, weight, 1e-5, y)
         _core.rms_norm_backward(gate, x, weight, 1e-5, dx, False)
-        _core.swiglu(gate, up, out)
-        _core.swiglu_backward(x, gate, up, dgate, dup)
+        _core.gated("silu", gate, up, out)
+        _core.gated_backward("silu", x, gate, up, dgate, dup)
         _core.cross_entropy(logits, targets, 0.5, losses, True)
         results.append([a.tobytes() for a in (y, dx, out, dgate, dup, logits, losses)])
     assert results[0] == results[1] == results[2]

@@ -40,10 +40,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
 
+UNKNOWN_TO_GGUF = {"llama with gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"})}
+
 
 def make(family: str) -> Any:
     """A random model in float32, biases and norms random too."""
-    kind, options = FAMILIES[family]
+    kind, options = (FAMILIES | UNKNOWN_TO_GGUF)[family]
     torch.manual_seed(len(family))
     config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
     config._attn_implementation = "eager"

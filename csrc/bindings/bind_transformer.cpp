@@ -36,6 +36,13 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
+// By the names of transformers' hidden_act.
+Activation activation_of(const std::string& act) {
+  if (act == "silu") return Activation::kSilu;
+  if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("act is '" + act + "', expected silu or gelu_pytorch_tanh");
+}
+
 void register_elements(py::module_& m) {
   using py::arg;
   m.def(
@@ -75,28 +82,33 @@ void register_elements(py::module_& m) {
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
       arg("inverse"), "Rotary positions in place");
   m.def(
-      "swiglu",
-      [](const Floats& gate, const Floats& up, Floats out) {
+      "gated",
+      [](const std::string& act, const Floats& gate, const Floats& up, Floats out) {
+        const Activation activation = activation_of(act);
         require_like("up", up, gate);
         require_like("out", out, gate);
         const auto g = read(gate), u = read(up);
         const auto to = write(out);
-        without_gil([&] { swiglu(g.rows * g.cols, g.data, u.data, to.data); });
+        without_gil([&] { gated(activation, g.rows * g.cols, g.data, u.data, to.data); });
       },
-      arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(), "out = silu(gate) ∘ up");
+      arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
+      "out = act(gate) ∘ up, act being silu or gelu_pytorch_tanh");
   m.def(
-      "swiglu_backward",
-      [](const Floats& dout, const Floats& gate, const Floats& up, Floats dgate, Floats dup) {
+      "gated_backward",
+      [](const std::string& act, const Floats& dout, const Floats& gate, const Floats& up, Floats dgate,
+         Floats dup) {
+        const Activation activation = activation_of(act);
         require_like("dout", dout, gate);
         require_like("up", up, gate);
         require_like("dgate", dgate, gate);
         require_like("dup", dup, gate);
         const auto d = read(dout), g = read(gate), u = read(up);
         const auto dg = write(dgate), du = write(dup);
-        without_gil([&] { swiglu_backward(g.rows * g.cols, d.data, g.data, u.data, dg.data, du.data); });
+        without_gil(
+            [&] { gated_backward(activation, g.rows * g.cols, d.data, g.data, u.data, dg.data, du.data); });
       },
-      arg("dout").noconvert(), arg("gate").noconvert(), arg("up").noconvert(), arg("dgate").noconvert(),
-      arg("dup").noconvert(), "The gradients of swiglu");
+      arg("act"), arg("dout").noconvert(), arg("gate").noconvert(), arg("up").noconvert(),
+      arg("dgate").noconvert(), arg("dup").noconvert(), "The gradients of gated");
   m.def(
       "cross_entropy",
       [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {

@@ -299,6 +299,10 @@ struct Int8Products {
                                                        const Fetch& next);
 };
 
+// Of gated units: silu(g) = g / (1 + exp(-g)), and GELU by tanh.
+enum class Activation : uint8_t { kSilu, kGeluTanh };
+inline constexpr size_t kActivations = 2;
+
 // What a language model computes beside its products. Where an output may be an input, element i of one is written after element i
 // of the other was read.
 struct Transformer {
@@ -313,12 +317,12 @@ struct Transformer {
   // or 2i and 2i + 1 where interleaved.   table is half cosines, then half sines; inverse: the sines count negative.
   void (*rotate)(size_t heads, size_t half, const float* table, bool interleaved, bool inverse, float* x);
 
-  // out = g s(g) * up  with s(g) = 1 / (1 + exp(-g)).
-  void (*swiglu)(size_t n, const float* gate, const float* up, float* out);
+  // out = act(gate) * up, for each Activation.
+  void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);
 
-  // dgate = dout * up * s(g) (1 + g (1 - s(g)));  dup = dout * g s(g).   dgate and dup may be any of the inputs.
-  void (*swiglu_backward)(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
-                          float* dup);
+  // dgate = dout * up * act'(gate);  dup = dout * act(gate).   dgate and dup may be any of the inputs.
+  void (*gated_backward[kActivations])(size_t n, const float* dout, const float* gate, const float* up,
+                                       float* dgate, float* dup);
 
   // The largest of n elements, the lowest float if n is 0. NaN may or may not count.
   float (*largest)(size_t n, const float* x);

@@ -1,4 +1,4 @@
-// RMSNorm, rotary positions, SwiGLU, and what goes over rows of logits. See kernel_table.h for the contract.
+// RMSNorm, rotary positions, gated units, and what goes over rows of logits. See kernel_table.h for the contract.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -63,21 +63,43 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-inline void swiglu(size_t n, const float* gate, const float* up, float* out) {
+// Activations g s(p(g)), with s = sigmoid: what they put in for p, and g p'(g).
+
+struct Silu {  // p = g
+  static Vec<float> inner(Vec<float> g) { return g; }
+  static Vec<float> slope(Vec<float> g) { return g; }
+};
+
+// g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³)      (Hendrycks and Gimpel 2016). Since 1 + tanh u = 2 s(2 u),
+// p = 2 u = a g + b g³.
+struct GeluTanh {
+  static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
+  static Vec<float> inner(Vec<float> g) {
+    return g * fma(Vec<float>::broadcast(kB), g * g, Vec<float>::broadcast(kA));
+  }
+  static Vec<float> slope(Vec<float> g) {
+    return g * fma(Vec<float>::broadcast(3 * kB), g * g, Vec<float>::broadcast(kA));
+  }
+};
+
+template <class Act>
+void gated(size_t n, const float* gate, const float* up, float* out) {
   for_vectors(n, [&](size_t i, auto span) {
     const Vec<float> g = span.load(gate + i);
-    span.store(g * sigmoid(g) * span.load(up + i), out + i);
+    span.store(g * sigmoid(Act::inner(g)) * span.load(up + i), out + i);
   });
 }
 
-// out = g s(g) up, and s' = s (1 - s).
-inline void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
-                            float* dup) {
+// out = g s up, and s' = s (1 - s) p'.
+template <class Act>
+void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
+                    float* dup) {
   using V = Vec<float>;
   const V one = V::broadcast(1);
   for_vectors(n, [&](size_t i, auto span) {
-    const V d = span.load(dout + i), g = span.load(gate + i), u = span.load(up + i), s = sigmoid(g);
-    span.store(d * u * s * fma(g, one - s, one), dgate + i);
+    const V d = span.load(dout + i), g = span.load(gate + i), u = span.load(up + i);
+    const V s = sigmoid(Act::inner(g));
+    span.store(d * u * s * fma(Act::slope(g), one - s, one), dgate + i);
     span.store(d * g * s, dup + i);
   });
 }

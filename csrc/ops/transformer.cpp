@@ -62,16 +62,18 @@ void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inv
   });
 }
 
-void swiglu(size_t n, const float* gate, const float* up, float* out) {
+void gated(Activation act, size_t n, const float* gate, const float* up, float* out) {
+  const auto kernel_of_act = kernel().gated[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
-    kernel().swiglu(count, gate + first, up + first, out + first);
+    kernel_of_act(count, gate + first, up + first, out + first);
   });
 }
 
-void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
-                     float* dup) {
+void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
+                    float* dgate, float* dup) {
+  const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
-    kernel().swiglu_backward(count, dout + first, gate + first, up + first, dgate + first, dup + first);
+    kernel_of_act(count, dout + first, gate + first, up + first, dgate + first, dup + first);
   });
 }
 

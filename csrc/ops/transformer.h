@@ -1,10 +1,11 @@
-// What stands between the products of a transformer: RMSNorm, rotary positions, SwiGLU. Rows are tokens.
+// What stands between the products of a transformer: RMSNorm, rotary positions, gated units. Rows are tokens.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "base/matrix.h"
+#include "kernels/kernel_table.h"
 
 namespace nplora {
 
@@ -28,11 +29,13 @@ struct RotaryTable {
 // (Su et al. 2021, equation 34). inverse turns back, which is the gradient.
 void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inverse);
 
-// out (n) = silu(gate) ∘ up (Shazeer 2020), silu(g) = g / (1 + exp(-g)).
-void swiglu(size_t n, const float* gate, const float* up, float* out);
+using kernels::Activation;
+
+// out (n) = act(gate) ∘ up (Shazeer 2020).
+void gated(Activation act, size_t n, const float* gate, const float* up, float* out);
 
 // dgate may be gate and dup may be up.
-void swiglu_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
-                     float* dup);
+void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
+                    float* dgate, float* dup);
 
 }  // namespace nplora

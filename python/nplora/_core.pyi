@@ -217,10 +217,10 @@ def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: b
     head_dim / 2 apart, or neighbours where interleaved. inverse: turn back, which is the gradient.
     """
 
-def swiglu(gate: Array, up: Array, out: Array) -> None:
-    """out = silu(gate) ∘ up, all (n, f)."""
+def gated(act: str, gate: Array, up: Array, out: Array) -> None:
+    """out = act(gate) ∘ up, all (n, f); act is "silu" or "gelu_pytorch_tanh"."""
 
-def swiglu_backward(dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
+def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
     """The gradients of both; dgate may be gate, and dup up."""
 
 def attention(

@@ -237,6 +237,10 @@ def _metadata(name: str, config: ModelConfig, architecture: str) -> dict[str, An
         "rope.dimension_count": config.head_dim,
         "vocab_size": config.vocab_size,
     }
+    if config.hidden_act != "silu":
+        raise UnsupportedError(
+            f"{config.source}: hidden_act is {config.hidden_act}, in GGUF {architecture} has silu"
+        )
     windows = set(config.sliding_windows)
     if len(windows) > 1:
         raise UnsupportedError(

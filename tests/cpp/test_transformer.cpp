@@ -7,6 +7,8 @@
 #include "kernel_tests.h"
 #include "numbers.h"
 
+using nplora::kernels::Activation;
+using nplora::kernels::kActivations;
 using nplora::kernels::KernelTable;
 
 namespace {
@@ -247,44 +249,62 @@ void test_rotate(const KernelTable& table) {
     }
 }
 
-// ---- SwiGLU ----
+// ---- gated units ----
 
-void test_swiglu(const KernelTable& table) {
+// p of act(g) = g s(p), and its slope.
+struct Inner {
+  double p, slope;
+};
+
+Inner inner_of(size_t act, double g) {
+  if (act == size_t(Activation::kSilu)) return {g, 1};
+  const double a = 2 * std::sqrt(2 / 3.14159265358979323846), b = a * 0.044715;
+  return {g * (a + b * g * g), a + 3 * b * g * g};
+}
+
+// A bound on the relative error of s(p): that of exp and two operations, and that of p where exp(-p) is what counts.
+double sigmoid_error(size_t act, double g) {
+  return kExpError + 4 * kUnit + (act && g < 0 ? 4 * kUnit * std::abs(inner_of(act, g).p) : 0);
+}
+
+void test_gated(const KernelTable& table, size_t act) {
   Random random(38);
-  for_lengths("swiglu", [&](size_t n, Place place) {
-    check::Case one("%s swiglu n %zu, %s", table.isa, n, name_of(place));
-    Values g0 = scaled(draw<float>(random, n, Data::kUniform), 12),
+  for_lengths("gated", [&](size_t n, Place place) {
+    check::Case one("%s gated %zu n %zu, %s", table.isa, act, n, name_of(place));
+    Values g0 = scaled(draw<float>(random, n, Data::kUniform), act ? 4 : 12),
            u0 = draw<float>(random, n, Data::kUniform);
     const size_t poisoned = n ? random.below(n) : 0;  // spoils its own element only
     if (n) g0[poisoned] = std::numeric_limits<float>::quiet_NaN();
     Row<float> gate(place, g0), up(place, u0), out(place, n);
-    table.transformer.swiglu(n, gate.data(), up.data(), out.data());
+    table.transformer.gated[act](n, gate.data(), up.data(), out.data());
     for (size_t i = 0; i < n; ++i) {
-      const double exact = g0[i] / (1 + std::exp(-double(g0[i]))) * u0[i];
-      expect_near(i, out[i], exact, (kExpError + 6 * kUnit) * std::abs(exact) + kSmallest);
+      const double exact = g0[i] / (1 + std::exp(-inner_of(act, g0[i]).p)) * u0[i];
+      expect_near(i, out[i], exact, (sigmoid_error(act, g0[i]) + 2 * kUnit) * std::abs(exact) + kSmallest);
     }
     check::expect(out.gaps_intact(), "wrote outside out");
     check::expect(gate.untouched(g0) && up.untouched(u0), "wrote to an input");
   });
 }
 
-void test_swiglu_backward(const KernelTable& table) {
+void test_gated_backward(const KernelTable& table, size_t act) {
   Random random(39);
-  for_lengths("swiglu_backward", [&](size_t n, Place place) {
-    check::Case one("%s swiglu_backward n %zu, %s", table.isa, n, name_of(place));
+  for_lengths("gated_backward", [&](size_t n, Place place) {
+    check::Case one("%s gated_backward %zu n %zu, %s", table.isa, act, n, name_of(place));
     const auto row = [&](float factor) { return scaled(draw<float>(random, n, Data::kUniform), factor); };
-    const Values d0 = row(1), g0 = row(12), u0 = row(1);
+    const Values d0 = row(1), g0 = row(act ? 4 : 12), u0 = row(1);
     Row<float> dout(place, d0), gate(place, g0), up(place, u0), dgate(place, n), dup(place, n);
-    table.transformer.swiglu_backward(n, dout.data(), gate.data(), up.data(), dgate.data(), dup.data());
+    const auto backward = table.transformer.gated_backward[act];
+    backward(n, dout.data(), gate.data(), up.data(), dgate.data(), dup.data());
     for (size_t i = 0; i < n; ++i) {
-      const double g = g0[i], s = 1 / (1 + std::exp(-g)), size = std::abs(double(d0[i]) * u0[i] * s);
-      expect_near(i, dup[i], d0[i] * g * s, (kExpError + 6 * kUnit) * std::abs(d0[i] * g * s) + kSmallest);
-      expect_near(i, dgate[i], double(d0[i]) * u0[i] * s * (1 + g * (1 - s)),
-                  (kExpError + 8 * kUnit) * size * (2 + 2 * std::abs(g)) + kSmallest);
+      const double g = g0[i], s = 1 / (1 + std::exp(-inner_of(act, g).p)), slope = g * inner_of(act, g).slope;
+      const double error = sigmoid_error(act, g), size = std::abs(double(d0[i]) * u0[i] * s);
+      expect_near(i, dup[i], d0[i] * g * s, (error + 2 * kUnit) * std::abs(d0[i] * g * s) + kSmallest);
+      expect_near(i, dgate[i], double(d0[i]) * u0[i] * s * (1 + slope * (1 - s)),
+                  (error + 4 * kUnit) * size * (2 + 2 * std::abs(slope)) + kSmallest);
     }
     check::expect(dgate.gaps_intact() && dup.gaps_intact(), "wrote outside its outputs");
     check::expect(dout.untouched(d0) && gate.untouched(g0) && up.untouched(u0), "wrote to an input");
-    table.transformer.swiglu_backward(n, dout.data(), gate.data(), up.data(), gate.data(), up.data());
+    backward(n, dout.data(), gate.data(), up.data(), gate.data(), up.data());
     for (size_t i = 0; i < n; ++i)
       check::expect(same(gate[i], dgate[i]) && same(up[i], dup[i]), "element %zu differs in place", i);
   });
@@ -487,8 +507,10 @@ void test_transformer(const KernelTable& table) {
   test_rms_norm(table);
   test_rms_norm_backward(table);
   test_rotate(table);
-  test_swiglu(table);
-  test_swiglu_backward(table);
+  for (size_t act = 0; act < kActivations; ++act) {
+    test_gated(table, act);
+    test_gated_backward(table, act);
+  }
   test_scale_columns(table);
   test_softmax_step(table);
   test_softmax_backward(table);

@@ -29,6 +29,7 @@ class ModelConfig:
         sliding_windows: for each layer, how many tokens a query sees, itself included; 0: all before it.
         qkv_bias, o_bias, mlp_bias: which linear layers have a bias.
         qk_norm: whether each head of q and k is normalised before the rotation.
+        hidden_act: what the MLP applies to its gate: "silu", or "gelu_pytorch_tanh", GELU by tanh.
         interleaved: whether the pairs that rotate are neighbours in a head, as GGUF stores them for
             architecture llama, or half a head apart.
     """
@@ -51,6 +52,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    hidden_act: str = "silu"
     interleaved: bool = False
 
     def __post_init__(self) -> None:

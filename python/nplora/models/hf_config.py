@@ -9,6 +9,9 @@ from nplora.models.config import ModelConfig, require_layers
 from nplora.models.families import by_model_type
 from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
 
+# What config.json may say of the MLP's activation, and the core's name for it.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+
 
 def read(path: StrPath) -> ModelConfig:
     """What a config.json tells of a model.
@@ -40,14 +43,12 @@ def read(path: StrPath) -> ModelConfig:
         sliding_windows=family.sliding_windows(fields, layers),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         qk_norm=family.qk_norm,
+        hidden_act=_activation(fields),
         **family.biases(fields),
     )
 
 
 def _require_plain(fields: Fields) -> None:
-    activation = fields.string("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedError(f"{fields.source}: hidden_act is {brief(activation)}, expected 'silu'")
     if "quantization_config" in fields:
         told = fields.object("quantization_config")
         if told.string("quant_method", "") != "bitsandbytes" or not told.boolean("load_in_4bit", False):
@@ -57,6 +58,15 @@ def _require_plain(fields: Fields) -> None:
             )
     if fields.number("partial_rotary_factor", 1.0) != 1:
         raise UnsupportedError(f"{fields.source}: partial_rotary_factor is not 1: heads rotate as a whole")
+
+
+def _activation(fields: Fields) -> str:
+    name = fields.string("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"{fields.source}: hidden_act is {brief(name)}, expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
 
 
 def _rope(fields: Fields) -> RopeConfig:

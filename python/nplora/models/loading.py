@@ -95,7 +95,7 @@ def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> Dec
         _norm(config, weights, f"{prefix}.input_layernorm"),
         Attention(config, layer, rope, projections, norms),
         _norm(config, weights, f"{prefix}.post_attention_layernorm"),
-        MLP(linears("mlp", gated, gated if config.mlp_bias else ())),
+        MLP(config.hidden_act, linears("mlp", gated, gated if config.mlp_bias else ())),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import cli, combination, convert, finetuning, info, merge_files, model_conversion, plot, storages
+from nplora import adapters, cli, finetuning, info, model_conversion, plot, storages
 from nplora.demo import dictionary, digits
 from nplora.trainer import Trainer
 
@@ -87,17 +87,17 @@ def test_an_empty_path_is_refused_at_once(
         lambda: nplora.finetune("m", "", "o"),
         lambda: nplora.load_model(""),
         lambda: finetuning.evaluate("m", ""),
-        lambda: convert.convert_adapter("a.gguf", ""),
-        lambda: convert.adapter_to_gguf("", "a.gguf", "b"),
-        lambda: convert.adapter_to_gguf("a", "a.gguf", ""),
-        lambda: convert.adapter_from_gguf("", "a", "b"),
-        lambda: convert.adapter_from_gguf("a.gguf", "", "b"),
-        lambda: convert.adapter_from_gguf("a.gguf", "a", ""),
+        lambda: adapters.convert_adapter("a.gguf", ""),
+        lambda: adapters.adapter_to_gguf("", "a.gguf", "b"),
+        lambda: adapters.adapter_to_gguf("a", "a.gguf", ""),
+        lambda: adapters.adapter_from_gguf("", "a", "b"),
+        lambda: adapters.adapter_from_gguf("a.gguf", "", "b"),
+        lambda: adapters.adapter_from_gguf("a.gguf", "a", ""),
         lambda: info.describe(""),
         lambda: plot.plot_run(""),
         lambda: plot.plot_run("run", ""),
-        lambda: merge_files.merge_adapter("b", "a", ""),
-        lambda: combination.combine([("", 1.0)]),
+        lambda: adapters.merge_adapter("b", "a", ""),
+        lambda: adapters.combine([("", 1.0)]),
         lambda: Trainer(nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1))).fit(
             np.eye(2), np.eye(2), checkpoint_dir=""
         ),
@@ -169,7 +169,7 @@ def test_info_and_convert_hand_their_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(info, "describe", lambda *arguments: f"described {arguments}")
-    monkeypatch.setattr(convert, "convert_adapter", lambda *arguments: f"converted {arguments}")
+    monkeypatch.setattr(adapters, "convert_adapter", lambda *arguments: f"converted {arguments}")
     base = "convert a b --base m"
     for line in ("info f", "convert a b", base, f"{base} --any-base", "convert a b --overwrite"):
         assert cli.main(line.split()) == 0

@@ -10,9 +10,9 @@ import pytest
 import nplora
 from figures import Figure
 from nplora import cli
+from nplora.adapters import Adapter
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.merging import Update
-from nplora.updates import Adapter
 from test_convert import SHAPES, Settings, alike, base_gguf, factors, patterned, peft_delta, write_peft
 
 Array = np.ndarray[Any, Any]

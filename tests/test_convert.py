@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora import cli, convert, info
-from nplora.formats import gguf, gguf_names, peft_adapter, peft_config, safetensors
+from nplora import adapters, cli, info
+from nplora.formats import base_model, gguf, gguf_names, peft_adapter, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
 from nplora.formats.name_pattern import NamePattern
@@ -442,7 +442,7 @@ def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> N
 def test_a_directory_of_neither_an_adapter_nor_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match=r"empty: holds neither config\.json nor adapter_config\.json"):
-        convert.convert_adapter(tmp_path / "empty", tmp_path / "x.gguf")
+        adapters.convert_adapter(tmp_path / "empty", tmp_path / "x.gguf")
 
 
 def test_heads_of_a_single_pair_of_rows_are_allowed(tmp_path: Path) -> None:
@@ -559,19 +559,19 @@ def test_layers_of_a_gguf_adapter_that_are_not_known_are_listed(tmp_path: Path) 
 def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
     base, file, back = base_gguf(tmp_path / "base.gguf"), tmp_path / "a.gguf", tmp_path / "back"
-    assert convert.convert_adapter(directory, file, base).target == str(file)
-    assert convert.convert_adapter(file, back, base).target == str(back)
+    assert adapters.convert_adapter(directory, file, base).target == str(file)
+    assert adapters.convert_adapter(file, back, base).target == str(back)
     assert sorted(path.name for path in back.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     with pytest.raises(ValueError, match=r"peft: the model that it is for is needed: base, --base MODEL"):
-        convert.convert_adapter(directory, file)
+        adapters.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
-        convert.convert_adapter(directory, back, base)
+        adapters.convert_adapter(directory, back, base)
     for name in ("b.gguf", "b.GGUF", "b.safetensors"):
         with pytest.raises(ValueError, match=rf"only GGUF adapters are converted, .* name '.*/{name}'"):
-            convert.convert_adapter(file, tmp_path / name, base)
+            adapters.convert_adapter(file, tmp_path / name, base)
 
 
 def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -597,7 +597,7 @@ def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.Capt
         write_peft(tmp_path / name, alike(), factors(alike(), seed))
     nplora.adapter_to_gguf(tmp_path / "one", target, base)
     one = target.read_bytes()
-    for write in (nplora.adapter_to_gguf, convert.convert_adapter):
+    for write in (nplora.adapter_to_gguf, adapters.convert_adapter):
         with pytest.raises(FileExistsError, match="the file is there; name another one"):
             write(tmp_path / "two", target, base)
     line = ["convert", str(tmp_path / "two"), str(target), "--base", str(base)]
@@ -613,7 +613,7 @@ def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.Capt
     nplora.adapter_to_gguf(tmp_path / "one", target, base, overwrite=True)
     assert target.read_bytes() == one
     target.write_bytes(b"")  # which may be replaced, as it is no model
-    convert.convert_adapter(tmp_path / "two", target, base, overwrite=True)
+    adapters.convert_adapter(tmp_path / "two", target, base, overwrite=True)
     assert target.read_bytes() == two
 
 
@@ -704,9 +704,9 @@ def test_a_base_model_that_tells_nonsense_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(error, match=words) as caught:
-        convert.base_model.read(tmp_path)
+        base_model.read(tmp_path)
     assert caught.type is error
-    assert convert.base_model.read(base_config(tmp_path / "good") / "config.json").kv_heads == KV_HEADS
+    assert base_model.read(base_config(tmp_path / "good") / "config.json").kv_heads == KV_HEADS
 
 
 def test_a_base_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
@@ -714,4 +714,4 @@ def test_a_base_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedError, match=r"general.architecture is 'gpt2', expected one of llama, qwen2, qwen3"
     ):
-        convert.base_model.read(path)
+        base_model.read(path)

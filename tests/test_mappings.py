@@ -16,12 +16,12 @@ import pytest
 import nplora
 import small_models
 from nplora import _core
+from nplora.adapters import Adapter
 from nplora.checkpoint import RunDirectory
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError
 from nplora.merging import Merge, Update
 from nplora.models import LanguageModel
-from nplora.updates import Adapter
 from small_llama import save_small_llama
 
 IDS = np.arange(40)

@@ -14,12 +14,12 @@ import pytest
 from gguf.quants import dequantize
 
 import nplora
-from nplora import cli, merge_files, storages
+from nplora import cli, storages
+from nplora.adapters import Adapter, merge_files
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.merging import Update
-from nplora.updates import Adapter
 from taken import assert_nothing_is_lost
 from test_convert import HEADS, KV_HEADS, in_llama_order
 

@@ -15,11 +15,11 @@ import nplora
 import small_models
 from hostile import refused
 from nplora import cli, storages
+from nplora.adapters import Adapter, read_adapter
 from nplora.finetuning import attach_adapter, load_with_adapter
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsafeError
 from nplora.models import LanguageModel
-from nplora.updates import Adapter, read_adapter
 
 
 def changed(arrays: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
     file, back = tmp_path / "a.gguf", tmp_path / "back"
-    nplora.convert.adapter_to_gguf(adapter, file, model)
-    nplora.convert.adapter_from_gguf(file, back, model)
+    nplora.adapter_to_gguf(adapter, file, model)
+    nplora.adapter_from_gguf(file, back, model)
     nplora.combine([(file, 1), (Adapter("b", dict(read_adapter(adapter))), 1)], base=model).save(
         tmp_path / "sum"
     )
@@ -197,7 +197,7 @@ def test_an_adapter_of_another_model_is_not_converted_but_on_request(
     again = tmp_path / "again.gguf"
     for source, target in ((adapter, again), (file, back)):
         with pytest.raises(FormatError) as caught:
-            nplora.convert.convert_adapter(source, target, other)
+            nplora.adapters.convert_adapter(source, target, other)
         assert str(caught.value).startswith(f"{source}: the adapter is of another model (")
         assert f"sha256 {digest(model)[:12]} of its norms; this one has {digest(other)[:12]})" in str(
             caught.value
@@ -219,7 +219,7 @@ def test_an_adapter_of_another_model_s_shapes_is_not_converted(
     base = small_models.write(tmp_path / "wide.gguf", weights=wide)
     for source, target in ((adapter, tmp_path / "b.gguf"), (file, tmp_path / "back")):
         with pytest.raises(FormatError, match=r"the adapter is of another model \(.*\), and does not fit"):
-            nplora.convert.convert_adapter(source, target, base, any_base=True)
+            nplora.adapters.convert_adapter(source, target, base, any_base=True)
 
 
 def test_an_adapter_without_a_digest_gets_that_of_the_base_it_is_converted_with(
@@ -454,7 +454,7 @@ def test_without_digests_the_last_part_of_the_names_tells_different_models(
 ) -> None:
     update = nplora.merging.Update(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
     pair = [
-        (nplora.updates.Adapter(text, {"q": update}, base), 1.0) for text, base in (("a", one), ("b", two))
+        (nplora.adapters.Adapter(text, {"q": update}, base), 1.0) for text, base in (("a", one), ("b", two))
     ]
     if differ:
         with pytest.raises(ValueError, match=r"different models \(.*\):\n  a: .*\n  b: "):

@@ -13,12 +13,12 @@ import pytest
 import nplora
 import small_models
 from nplora import _core, cli
+from nplora.adapters import Adapter
 from nplora.finetuning import run
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError
 from nplora.merging import Update
 from nplora.models import weights
-from nplora.updates import Adapter
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]

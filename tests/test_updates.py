@@ -10,10 +10,10 @@ import pytest
 
 import nplora
 from hostile import damaged, refused
+from nplora.adapters import Adapter
 from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, UnsupportedError
 from nplora.formats.peft_config import PeftConfig
-from nplora.updates import Adapter
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]

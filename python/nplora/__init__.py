@@ -51,15 +51,19 @@ if TYPE_CHECKING:
         tokenizer,
         trainer,
     )
-    from nplora.adapters import load_adapter, save_adapter
-    from nplora.combination import combine
-    from nplora.convert import adapter_from_gguf, adapter_to_gguf
+    from nplora.adapters import (
+        adapter_from_gguf,
+        adapter_to_gguf,
+        combine,
+        load_adapter,
+        merge_adapter,
+        read_adapter,
+        save_adapter,
+    )
     from nplora.finetuning import finetune, plan
-    from nplora.merge_files import merge_adapter
     from nplora.model_conversion import model_to_gguf
     from nplora.models import LanguageModel, load_model
     from nplora.trainer import Trainer
-    from nplora.updates import read_adapter
 
 __version__: str = _core.config()["version"]
 
@@ -68,10 +72,10 @@ __version__: str = _core.config()["version"]
 _LATE = {
     "LanguageModel": "nplora.models",
     "Trainer": "nplora.trainer",
-    "adapter_from_gguf": "nplora.convert",
-    "adapter_to_gguf": "nplora.convert",
+    "adapter_from_gguf": "nplora.adapters",
+    "adapter_to_gguf": "nplora.adapters",
     "adapters": "nplora.adapters",
-    "combine": "nplora.combination",
+    "combine": "nplora.adapters",
     "data": "nplora.data",
     "finetune": "nplora.finetuning",
     "finetuning": "nplora.finetuning",
@@ -79,12 +83,12 @@ _LATE = {
     "generate": "nplora.generate",
     "load_adapter": "nplora.adapters",
     "load_model": "nplora.models",
-    "merge_adapter": "nplora.merge_files",
+    "merge_adapter": "nplora.adapters",
     "model_to_gguf": "nplora.model_conversion",
     "models": "nplora.models",
     "plan": "nplora.finetuning",
     "plot": "nplora.plot",
-    "read_adapter": "nplora.updates",
+    "read_adapter": "nplora.adapters",
     "save_adapter": "nplora.adapters",
     "tokenizer": "nplora.tokenizer",
     "trainer": "nplora.trainer",

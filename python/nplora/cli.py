@@ -168,7 +168,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from nplora import convert, model_conversion
+    from nplora import adapters, model_conversion
 
     if model_conversion.is_model(arguments.source):
         if arguments.base is not None:
@@ -182,14 +182,14 @@ def _convert(arguments: argparse.Namespace) -> None:
             os.stat(arguments.source)
             raise _UsageError("--dtype is for a Hugging Face model, and SOURCE is not one")
         print(
-            convert.convert_adapter(
+            adapters.convert_adapter(
                 arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite
             )
         )
 
 
 def _combine(arguments: argparse.Namespace) -> None:
-    from nplora import combination
+    from nplora import adapters
     from nplora.checkpoint import require_no_other
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
@@ -203,7 +203,7 @@ def _combine(arguments: argparse.Namespace) -> None:
     require_no_model(arguments.output)
     inputs = [("adapter", path) for adapter, _ in arguments.adapters for path in files_of(adapter)]
     files.require_not_read("combine", files_of(arguments.output), inputs)
-    combined = combination.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
+    combined = adapters.combine(arguments.adapters, arguments.rank, arguments.base, arguments.any_base)
     combined.save(arguments.output, arguments.overwrite)
     if arguments.verbose:
         print(combined.table())
@@ -211,9 +211,9 @@ def _combine(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from nplora import merge_files
+    from nplora import adapters
 
-    merged = merge_files.merge_adapter(
+    merged = adapters.merge_adapter(
         arguments.base,
         arguments.adapter,
         arguments.output,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nplora import checkpoint, updates
+from nplora import adapters, checkpoint
 from nplora.data import read_dataset
 from nplora.formats import bitsandbytes, gguf, peft_adapter, safetensors, sharded, strict_json
 from nplora.formats.errors import FormatError, UnsupportedError
@@ -94,15 +94,15 @@ def read_peft_adapter(data: bytes) -> None:
     config, _, tensors = data.partition(b"\0")
     file(peft_adapter.CONFIG, config)
     file(peft_adapter.TENSORS, tensors)
-    _check_updates(updates.read_adapter(directory()))
+    _check_updates(adapters.read_adapter(directory()))
 
 
 def read_gguf_adapter(data: bytes) -> None:
     base = constant_file("base.json", BASE)
-    _check_updates(updates.read_adapter(file("adapter.gguf", data), base))
+    _check_updates(adapters.read_adapter(file("adapter.gguf", data), base))
 
 
-def _check_updates(adapter: updates.Adapter) -> None:
+def _check_updates(adapter: adapters.Adapter) -> None:
     for update in adapter.values():
         assert update.A.shape[1] == update.B.shape[0] >= 1
         assert np.isfinite(update.A).all()

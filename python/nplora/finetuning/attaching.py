@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from nplora.adapters import load_opened
-from nplora.combination import combine
+from nplora.adapters import Adapter, combine, load_opened, read_adapter
 from nplora.formats import files, model_digest, peft_adapter
 from nplora.formats.errors import FormatError, brief, counted, in_places, nearest_names
 from nplora.formats.files import StrPath
@@ -18,7 +17,6 @@ from nplora.formats.model_directory import CONFIG
 from nplora.formats.peft_adapter import EMBEDDING, PeftAdapter
 from nplora.layers import Embedding, Linear, LoRALayer
 from nplora.models import LanguageModel, load_model
-from nplora.updates import Adapter, read_adapter
 
 Adapters: TypeAlias = StrPath | Sequence[StrPath]
 

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
+from nplora.adapters.adapter import Adapter, Source, read_adapter
 from nplora.formats import base_model, files, model_digest
 from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
 from nplora.merging import Update, joint
-from nplora.updates import Adapter, Source, read_adapter
 
 Array = NDArray[Any]
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora import convert
-from nplora.adapters import EMBEDDING_KEYS, LINEAR_KEYS
+from nplora.adapters import conversion
+from nplora.adapters.peft_files import EMBEDDING_KEYS, LINEAR_KEYS
 from nplora.checkpoint import require_no_other
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
@@ -193,7 +193,7 @@ def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> Up
 
 
 def _from_gguf(path: StrPath, base: StrPath | None, any_base: bool) -> Adapter:
-    adapter, layers = convert.read_gguf_adapter(path, base, any_base)
+    adapter, layers = conversion.read_gguf_adapter(path, base, any_base)
     updates = {
         layer.name: _update(layer.name, layer.factors, adapter.scale(stored))
         for stored, layer in layers.items()

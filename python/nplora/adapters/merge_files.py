@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import storages
+from nplora.adapters.adapter import Adapter, read_adapter
 from nplora.checkpoint import trained
 from nplora.formats import (
     base_model,
@@ -33,7 +34,6 @@ from nplora.formats.gguf.header import MAGIC
 from nplora.formats.sharded import ShardedFile
 from nplora.merging import Merge, MergeReport, Update, joint
 from nplora.nonfinite import require_finite
-from nplora.updates import Adapter, read_adapter
 
 Array = NDArray[Any]
 Tensor: TypeAlias = "gguf.Tensor | safetensors.Tensor"

@@ -12,13 +12,13 @@ from figures import Figure
 from nplora import cli
 from nplora.adapters import Adapter
 from nplora.formats.errors import FormatError, UnsupportedError
-from nplora.merging import Update
+from nplora.merging import LoraDelta
 from test_convert import SHAPES, Settings, alike, base_gguf, factors, patterned, peft_delta, write_peft
 
 Array = np.ndarray[Any, Any]
 
 
-def dense(update: Update) -> Array:
+def dense(update: LoraDelta) -> Array:
     return update.scale * update.A.astype(np.float64) @ update.B.astype(np.float64)
 
 
@@ -26,7 +26,7 @@ def random_adapter(rng: np.random.Generator, shapes: dict[str, tuple[int, int]],
     return Adapter(
         "random",
         {
-            name: Update(
+            name: LoraDelta(
                 rng.standard_normal((d_out, rank), np.float32),
                 rng.standard_normal((rank, d_in), np.float32),
                 float(rng.uniform(0.2, 3)),
@@ -156,15 +156,15 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
         nplora.combine([(one, float("nan"))])
     with pytest.raises(ValueError, match="rank is 0, expected at least 1"):
         nplora.combine([(one, 1)], rank=0)
-    other = Adapter("other", {"q": Update(one["q"].A, one["v"].B[:, :4], 1.0), "v": one["v"]})
+    other = Adapter("other", {"q": LoraDelta(one["q"].A, one["v"].B[:, :4], 1.0), "v": one["v"]})
     with pytest.raises(
         ValueError, match=r"in 1 place:\n  q: a linear layer \(12, 8\) in random, .* \(12, 4\) in other"
     ):
         nplora.combine([(one, 1), (other, 1)])
-    table = Adapter("table", {"q": Update(one["q"].A, one["q"].B, 1.0, embedding=True)})
+    table = Adapter("table", {"q": LoraDelta(one["q"].A, one["q"].B, 1.0, embedding=True)})
     with pytest.raises(ValueError, match=r"q: a linear layer .* an embedding \(12, 8\) in table"):
         nplora.combine([(one, 1), (table, 1)])
-    broken = Adapter("broken", {"q": Update(one["q"].A, np.full((4, 8), np.inf, np.float32), 1.0)})
+    broken = Adapter("broken", {"q": LoraDelta(one["q"].A, np.full((4, 8), np.inf, np.float32), 1.0)})
     with pytest.raises(ValueError, match="a factor of q holds NaN or an infinity"):
         nplora.combine([(one, 0), (broken, 1)])
 

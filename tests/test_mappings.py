@@ -20,7 +20,7 @@ from nplora.adapters import Adapter
 from nplora.checkpoint import RunDirectory
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError
-from nplora.merging import Merge, Update
+from nplora.merging import LoraDelta, Merge
 from nplora.models import LanguageModel
 from small_llama import save_small_llama
 
@@ -254,7 +254,7 @@ def test_a_merge_of_a_base_that_changes_meanwhile_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = small_models.write(tmp_path / "base.gguf")
-    update = Update(np.ones((32, 1), np.float32), np.ones((1, 32), np.float32), 1.0)
+    update = LoraDelta(np.ones((32, 1), np.float32), np.ones((1, 32), np.float32), 1.0)
     rows = Merge.rows
 
     def changing(merge: Merge) -> Any:

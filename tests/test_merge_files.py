@@ -19,7 +19,7 @@ from nplora.adapters import Adapter, merge_files
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
-from nplora.merging import Update
+from nplora.merging import LoraDelta
 from taken import assert_nothing_is_lost
 from test_convert import HEADS, KV_HEADS, in_llama_order
 
@@ -41,7 +41,7 @@ def random_adapter(rng: np.random.Generator, size: float = 0.02, dora: bool = Fa
     for name, (_, (d_out, d_in)) in LAYERS.items():
         a, b = rng.standard_normal((d_out, 3), np.float32), rng.standard_normal((3, d_in), np.float32)
         m = rng.uniform(10, 20, d_out).astype(np.float32) if dora and name != "model.embed_tokens" else None
-        updates[name] = Update(a, b, size, m, name == "model.embed_tokens")
+        updates[name] = LoraDelta(a, b, size, m, name == "model.embed_tokens")
     return Adapter("random", updates)
 
 
@@ -73,7 +73,7 @@ def weights(path: Path) -> dict[str, Array]:
     }
 
 
-def delta(update: Update, stored: str) -> Array:
+def delta(update: LoraDelta, stored: str) -> Array:
     return in_llama_order(update.scale * update.A.astype(np.float64) @ update.B.astype(np.float64), stored)
 
 
@@ -220,8 +220,8 @@ def test_a_matrix_of_large_numbers_does_not_hide_those_that_lost_their_update(tm
     tensors = {f"{n}.weight": safetensors.Tensor("", "bfloat16", large if n == "a" else ones) for n in "abcd"}
     safetensors.save(tmp_path / "base.safetensors", tensors)
 
-    def update(size: float) -> Update:
-        return Update(np.full((8, 1), size, "f4"), np.ones((1, 32), "f4"), 1.0)
+    def update(size: float) -> LoraDelta:
+        return LoraDelta(np.full((8, 1), size, "f4"), np.ones((1, 32), "f4"), 1.0)
 
     adapter = Adapter("a", {"a": update(8), **{n: update(0.003) for n in "bcd"}})
     with pytest.raises(ValueError, match=r"bfloat16 would keep [\d.]+% .*--dtype float16 keeps about \d+%"):
@@ -234,7 +234,7 @@ def test_a_matrix_of_large_numbers_does_not_hide_those_that_lost_their_update(tm
 
 def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
     """float32 sums lose it, whatever they are stored in."""
-    small = Update(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
+    small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
     with pytest.raises(
         ValueError, match=r"float32 would keep -?0\.0% .*; no other storage type keeps that; --lo"
@@ -251,7 +251,7 @@ def test_an_estimate_by_a_sample_of_rows_is_near_to_the_whole(
     weights = storages.encode(rng.standard_normal((2048, 256), np.float32), "q4_0")
     gguf.save(tmp_path / "base.gguf", {"fc": gguf.Tensor("fc", "Q4_0", (2048, 256), weights.reshape(-1))})
     a, b = rng.standard_normal((2048, 4), np.float32), rng.standard_normal((4, 256), np.float32)
-    adapter, model = Adapter("a", {"fc": Update(a, b, 0.01)}), merge_files._open(tmp_path / "base.gguf")
+    adapter, model = Adapter("a", {"fc": LoraDelta(a, b, 0.01)}), merge_files._open(tmp_path / "base.gguf")
     monkeypatch.setattr(merge_files, "_SAMPLED_ELEMENTS", 1 << 17)
     for dtype in ("q5_0", "q6_k", "q8_0"):
         done = nplora.merge_adapter(
@@ -276,8 +276,8 @@ def test_what_would_keep_more_is_told_by_the_worst_weight(
     dtype: str, worst: str, words: str, tmp_path: Path
 ) -> None:
     """Its ΔW is far below the steps of any storage of 16 bits or fewer; of the other weight all is kept."""
-    small = Update(np.full((72, 1), 1e-7, "f4"), np.ones((1, WIDTH), "f4"), 1.0)
-    large = Update(np.full((50, 1), 10, "f4"), np.ones((1, WIDTH), "f4"), 1.0)
+    small = LoraDelta(np.full((72, 1), 1e-7, "f4"), np.ones((1, WIDTH), "f4"), 1.0)
+    large = LoraDelta(np.full((50, 1), 10, "f4"), np.ones((1, WIDTH), "f4"), 1.0)
     ones = storages.encode(np.ones((72, WIDTH), np.float32), "q4_1").reshape(-1)
     tensors = {
         "up": gguf.Tensor("up", "Q4_1", (72, WIDTH), ones),
@@ -294,7 +294,7 @@ def test_what_would_keep_more_is_told_by_the_worst_weight(
 
 
 def test_what_float32_loses_is_told_without_a_remedy(tmp_path: Path) -> None:
-    small = Update(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
+    small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
     done = nplora.merge_adapter(
         tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors", lossy=True
@@ -305,7 +305,7 @@ def test_what_float32_loses_is_told_without_a_remedy(tmp_path: Path) -> None:
 
 
 def test_what_would_keep_more_is_something_that_the_file_can_hold(tmp_path: Path) -> None:
-    adapter = Adapter("a", {"fc": Update(np.full((4, 1), 1e-4, "f4"), np.ones((1, 32), "f4"), 1.0)})
+    adapter = Adapter("a", {"fc": LoraDelta(np.full((4, 1), 1e-4, "f4"), np.ones((1, 32), "f4"), 1.0)})
     bits = storages.encode(np.ones((4, 32), np.float32), "bfloat16").view(np.uint16)
     weight = safetensors.Tensor("fc.weight", "bfloat16", bits)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": weight})
@@ -538,7 +538,9 @@ def test_no_file_that_a_merge_reads_is_replaced_under_another_name(
 def test_a_failure_leaves_no_new_directory(rng: np.random.Generator, tmp_path: Path) -> None:
     base = hf_directory(tmp_path / "base", rng, np.float16)
     (tmp_path / "old").mkdir()
-    huge = Adapter("huge", {"lm_head": Update(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1.0)})
+    huge = Adapter(
+        "huge", {"lm_head": LoraDelta(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1.0)}
+    )
     for output in ("new", "old"):
         with pytest.raises(ValueError, match="lm_head"):
             nplora.merge_adapter(base, huge, tmp_path / output)
@@ -637,7 +639,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
     adapter = Adapter(
         "wrong",
         {
-            "lm_head": Update(update.A[:7], update.B, 1.0),
+            "lm_head": LoraDelta(update.A[:7], update.B, 1.0),
             "model.layers.1.self_attn.q_proj": update,
             "model.layers.0.mlp.up_proj": random_adapter(rng)["model.layers.0.mlp.up_proj"],
         },
@@ -662,7 +664,9 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
     safetensors.save(net, {"lm_head": np.zeros((50, WIDTH), np.float32)})
     with pytest.raises(ValueError, match=r"'q8_0' is not available in \.safetensors"):
         nplora.merge_adapter(net, good, tmp_path / "out.safetensors", "q8_0")
-    huge = Adapter("huge", {"lm_head": Update(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1e30)})
+    huge = Adapter(
+        "huge", {"lm_head": LoraDelta(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1e30)}
+    )
     with pytest.raises(ValueError, match="lm_head"):
         nplora.merge_adapter(net, huge, tmp_path / "out.safetensors", "float16")
     assert not list(tmp_path.glob("*out*"))
@@ -672,7 +676,7 @@ def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_d
     base = tmp_path / "base.gguf"
     names = ["blk.0.attn_q", "blk.1.attn_q"]
     gguf.save(base, {f"{name}.weight": np.zeros((4, 64), np.float32) for name in names})
-    update = Update(np.ones((4, 1), np.float32), np.ones((1, 64), np.float32), 1.0)
+    update = LoraDelta(np.ones((4, 1), np.float32), np.ones((1, 64), np.float32), 1.0)
     adapter = Adapter("ref", dict.fromkeys(names, update))
     with pytest.raises(ValueError, match="dtype q4_k") as error:
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", "q4_k")
@@ -741,7 +745,7 @@ def test_no_weight_is_held_as_a_whole(rng: np.random.Generator, tmp_path: Path) 
     tracemalloc.start()
     try:
         nplora.merge_adapter(
-            tmp_path / "base.gguf", Adapter("a", {"fc": Update(a, b, 1.0)}), tmp_path / "out.gguf"
+            tmp_path / "base.gguf", Adapter("a", {"fc": LoraDelta(a, b, 1.0)}), tmp_path / "out.gguf"
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -452,7 +452,7 @@ def test_adapters_of_different_models_are_not_added_up_but_on_request(
 def test_without_digests_the_last_part_of_the_names_tells_different_models(
     one: str | None, two: str | None, differ: bool
 ) -> None:
-    update = nplora.merging.Update(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
+    update = nplora.merging.LoraDelta(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
     pair = [
         (nplora.adapters.Adapter(text, {"q": update}, base), 1.0) for text, base in (("a", one), ("b", two))
     ]

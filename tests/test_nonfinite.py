@@ -17,7 +17,7 @@ from nplora.adapters import Adapter
 from nplora.finetuning import run
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError
-from nplora.merging import Update
+from nplora.merging import LoraDelta
 from nplora.models import weights
 from small_llama import save_small_llama
 
@@ -103,7 +103,7 @@ def test_a_weight_is_merged_into_only_if_it_is_finite(tmp_path: Path) -> None:
     bad = np.ones((4, 32), np.float32)
     bad[2, 7] = np.inf
     safetensors.save(tmp_path / "base.safetensors", {"bad.weight": bad, "good.weight": np.ones_like(bad)})
-    update = Update(np.ones((4, 1), np.float32), np.ones((1, 32), np.float32), 1.0)
+    update = LoraDelta(np.ones((4, 1), np.float32), np.ones((1, 32), np.float32), 1.0)
     base, output = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     with pytest.raises(
         FormatError, match=r"base.safetensors: tensor 'bad.weight': the value at \[2, 7\] is inf"

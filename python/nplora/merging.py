@@ -69,7 +69,7 @@ class MergeReport:
         )
 
 
-def joint(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
+def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
     """The mean over several updates of what is kept of each, or of squared errors, weighted by ‖ΔW‖²; of
     updates that are all 0: `nothing`."""
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
@@ -79,7 +79,7 @@ def joint(norms: Iterable[float], values: Iterable[float], nothing: float) -> fl
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class LoraDelta:
     """What an adapter adds to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
 
     Attributes:
@@ -148,7 +148,7 @@ class Merge:
         name: str,
         shape: tuple[int, int],
         read: Callable[[int, int], Array],
-        update: Update,
+        update: LoraDelta,
         storage: str,
     ) -> None:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
@@ -229,7 +229,7 @@ class Merge:
 
 
 def merge_weight(
-    name: str, weight: FrozenWeight, update: Update, storage: str
+    name: str, weight: FrozenWeight, update: LoraDelta, storage: str
 ) -> tuple[FrozenWeight, MergeReport]:
     """A new weight of W + scale · A·B in a storage, and what it kept; W is decoded a few rows at a time.
 

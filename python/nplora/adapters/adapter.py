@@ -22,14 +22,14 @@ from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.layers import LoRAEmbedding, LoRALayer
-from nplora.merging import Update
+from nplora.merging import LoraDelta
 from nplora.module import Module
 
 Array = NDArray[Any]
 
 
-class Adapter(Mapping[str, Update]):
-    """An adapter in memory: layer's name -> `Update`.
+class Adapter(Mapping[str, LoraDelta]):
+    """An adapter in memory: layer's name -> `LoraDelta`.
 
     Attributes:
         source: where it comes from, as messages name it.
@@ -41,7 +41,7 @@ class Adapter(Mapping[str, Update]):
     def __init__(
         self,
         source: str,
-        updates: Mapping[str, Update],
+        updates: Mapping[str, LoraDelta],
         base_model_name_or_path: str | None = None,
         task_type: str | None = None,
         base_digest: str | None = None,
@@ -50,7 +50,7 @@ class Adapter(Mapping[str, Update]):
         self.base_model_name_or_path, self.task_type = base_model_name_or_path, task_type
         self.base_digest = base_digest
 
-    def __getitem__(self, name: str) -> Update:
+    def __getitem__(self, name: str) -> LoraDelta:
         return self._updates[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -154,7 +154,7 @@ def _from_model(model: Module) -> Adapter:
         if order is not None:
             there = np.argsort(order)  # row order[i] there is row i here
             a, m = a[there], None if m is None else m[there]
-        updates[name] = Update(a, b, scale, m, isinstance(layer, LoRAEmbedding))
+        updates[name] = LoraDelta(a, b, scale, m, isinstance(layer, LoRAEmbedding))
     return Adapter(kind, updates, task_type=model.task_type, base_digest=model.base_digest())
 
 
@@ -180,7 +180,7 @@ def _from_directory(directory: StrPath, edited_config: bool) -> Adapter:
         return Adapter(adapter.directory, updates, *about)
 
 
-def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> Update:
+def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> LoraDelta:
     adapter.require_rank(name, halves)
     stem = PREFIX + name
     factors = {half.removeprefix(stem): adapter.factor(half) for half in halves}
@@ -201,20 +201,20 @@ def _from_gguf(path: StrPath, base: StrPath | None, any_base: bool) -> Adapter:
     return Adapter(files.name(path), updates, task_type="CAUSAL_LM", base_digest=adapter.base_digest)
 
 
-def _update(name: str, factors: Mapping[str, Array], scale: float, m: Array | None = None) -> Update:
+def _update(name: str, factors: Mapping[str, Array], scale: float, m: Array | None = None) -> LoraDelta:
     """The update of a layer's tensors by PEFT's suffixes, in this project's letters."""
     embedding = EMBEDDING[0] in factors
     ours = {}
     for key in EMBEDDING_KEYS if embedding else LINEAR_KEYS[:2]:
         array = factors[key.suffix]
         ours[key.ours] = array.T if key.transposed else array
-    update = Update(ours["A"], ours["B"], scale, m, embedding)
+    update = LoraDelta(ours["A"], ours["B"], scale, m, embedding)
     if m is not None and m.shape != (len(update.A),):
         raise FormatError(f"{brief(name)}: magnitudes of shape {m.shape}, expected {(len(update.A),)}")
     return update
 
 
-def _require_readable(source: str, problems: list[str], updates: Mapping[str, Update]) -> None:
+def _require_readable(source: str, problems: list[str], updates: Mapping[str, LoraDelta]) -> None:
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         reasons = counted(len(problems), "reason")

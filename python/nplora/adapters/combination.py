@@ -23,7 +23,7 @@ from nplora.adapters.adapter import Adapter, Source, read_adapter
 from nplora.formats import base_model, files, model_digest
 from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
-from nplora.merging import Update, joint
+from nplora.merging import LoraDelta, weighted_mean
 
 Array = NDArray[Any]
 
@@ -41,7 +41,7 @@ class CombinedAdapter(Adapter):
 
     def __init__(
         self,
-        updates: Mapping[str, Update],
+        updates: Mapping[str, LoraDelta],
         errors: Mapping[str, float],
         norms: Mapping[str, float],
         *about: str | None,
@@ -52,7 +52,9 @@ class CombinedAdapter(Adapter):
     @property
     def error(self) -> float:
         """The relative error of all layers' ΔW together."""
-        return math.sqrt(joint(self.norms.values(), [self.errors[name] ** 2 for name in self.norms], 0.0))
+        return math.sqrt(
+            weighted_mean(self.norms.values(), [self.errors[name] ** 2 for name in self.norms], 0.0)
+        )
 
     def table(self, layers: Iterable[str] | None = None) -> str:
         """A line for each layer."""
@@ -172,7 +174,7 @@ def _last_part(name: str | None) -> str | None:
 
 def _require_alike(adapters: list[Adapter]) -> None:
     """Each layer has one shape and one kind in all of them."""
-    first: dict[str, tuple[str, Update]] = {}
+    first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:
         for name, update in adapter.items():
@@ -183,7 +185,7 @@ def _require_alike(adapters: list[Adapter]) -> None:
         raise ValueError(f"combine: the adapters do not fit each other {in_places(problems)}")
 
 
-def _kind(update: Update) -> str:
+def _kind(update: LoraDelta) -> str:
     return f"{'an embedding' if update.embedding else 'a linear layer'} {update.shape}"
 
 
@@ -192,7 +194,7 @@ def _agreed(words: Iterable[str | None]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, float, float]:
+def _sum(terms: list[tuple[LoraDelta, float]], limit: int | None) -> tuple[LoraDelta, float, float]:
     """The update of Σ weight · scale · A·B, the relative error of cutting it to rank `limit`, its norm."""
     a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
     b = np.concatenate([weight * update.scale * update.B.astype(np.float64) for update, weight in terms])
@@ -208,5 +210,5 @@ def _sum(terms: list[tuple[Update, float]], limit: int | None) -> tuple[Update, 
     total = float(np.linalg.norm(s[:exact]))
     error = float(np.linalg.norm(s[kept:exact])) / total if total else 0.0
     left, right = q_a @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ q_b.T
-    update = Update(left.astype(np.float32), right.astype(np.float32), 1.0, None, terms[0][0].embedding)
+    update = LoraDelta(left.astype(np.float32), right.astype(np.float32), 1.0, None, terms[0][0].embedding)
     return update, error, total

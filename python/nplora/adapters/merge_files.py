@@ -32,7 +32,7 @@ from nplora.formats.files import Chunk, NewFile, Stamp, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.sharded import ShardedFile
-from nplora.merging import Merge, MergeReport, Update, joint
+from nplora.merging import LoraDelta, Merge, MergeReport, weighted_mean
 from nplora.nonfinite import require_finite
 
 Array = NDArray[Any]
@@ -68,12 +68,12 @@ class ModelMerge:
     @property
     def delta_kept(self) -> float:
         """The share of ΔW that is there, of all tensors together."""
-        return joint(self._norms, [report.kept for report in self.reports], 1.0)
+        return weighted_mean(self._norms, [report.kept for report in self.reports], 1.0)
 
     @property
     def error(self) -> float:
         """The relative error of all tensors' ΔW together."""
-        return math.sqrt(joint(self._norms, [report.error**2 for report in self.reports], 0.0))
+        return math.sqrt(weighted_mean(self._norms, [report.error**2 for report in self.reports], 0.0))
 
     @property
     def noise(self) -> float:
@@ -130,7 +130,7 @@ def _least_kept(reports: Iterable[MergeReport]) -> float:
     kept = [report.kept for report in changed]
     norms = [report.norm for report in changed]
     relative = [report.norm / (report.weight_norm or report.norm) for report in changed]
-    return min(joint(norms, kept, 1.0), joint(relative, kept, 1.0))
+    return min(weighted_mean(norms, kept, 1.0), weighted_mean(relative, kept, 1.0))
 
 
 def merge_adapter(
@@ -310,7 +310,7 @@ def _then(chunks: Iterable[Chunk], check: Callable[[], None]) -> Iterator[Chunk]
 
 
 def _require_sound(
-    model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge], lossy: bool
+    model: _Model, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge], lossy: bool
 ) -> None:
     """What can be known only after the last row: the base stayed as it was, and enough of ΔW is kept."""
     for stamp in model.mapped:
@@ -319,7 +319,7 @@ def _require_sound(
         _require_kept(model, updates, merges)
 
 
-def _require_kept(model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge]) -> None:
+def _require_kept(model: _Model, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge]) -> None:
     """Raise ValueError if too little of ΔW is kept; it names the smallest storage that keeps enough."""
     kept = _least_kept(merge.report for merge in merges.values())
     if kept >= _ENOUGH:
@@ -336,7 +336,7 @@ def _require_kept(model: _Model, updates: Mapping[str, Update], merges: Mapping[
 
 
 def _smallest_that_keeps(
-    model: _Model, updates: Mapping[str, Update], merges: Mapping[str, Merge]
+    model: _Model, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge]
 ) -> tuple[str, float] | None:
     """The smallest storage above the present one that keeps enough of ΔW, and about how much it keeps."""
     shapes = [merge.shape for merge in merges.values()]
@@ -354,7 +354,7 @@ def _smallest_that_keeps(
     return None
 
 
-def _estimated_kept(model: _Model, updates: Mapping[str, Update], storage: str) -> float:
+def _estimated_kept(model: _Model, updates: Mapping[str, LoraDelta], storage: str) -> float:
     """What `_least_kept` would be, from evenly spaced rows of each tensor; 0 if a sum is too large for it."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
     reports = []
@@ -425,9 +425,9 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- what goes where ----
 
 
-def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, Update]:
+def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
-    problems, updates = list[str](), dict[str, Update]()
+    problems, updates = list[str](), dict[str, LoraDelta]()
     if dtype != "same" and dtype not in model.storages:
         words = ", ".join(map(repr, ("same", *model.storages)))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
@@ -442,7 +442,7 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
             updates[name] = update
         else:
             m = None if update.m is None else update.m[order]
-            updates[name] = Update(update.A[order], update.B, update.scale, m)
+            updates[name] = LoraDelta(update.A[order], update.B, update.scale, m)
     told = adapter.base_model_name_or_path, adapter.base_digest, model_digest.of_tensors(model.tensors)
     if problems:
         subject = model_digest.subject(*told)
@@ -455,7 +455,7 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
     return {name: updates[name] for name in model.tensors if name in updates}
 
 
-def _require_blocks(model: _Model, updates: Mapping[str, Update], dtype: str) -> None:
+def _require_blocks(model: _Model, updates: Mapping[str, LoraDelta], dtype: str) -> None:
     """Refuse a dtype whose blocks do not fill the rows, and name those that do."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
@@ -471,7 +471,7 @@ def _bytes(tensor: Tensor) -> Array:
     return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
 
 
-def _misfit(model: _Model, layer: str, name: str | None, update: Update) -> str:
+def _misfit(model: _Model, layer: str, name: str | None, update: LoraDelta) -> str:
     at_an_end = layer.rpartition(".")[2] in ("embed_tokens", "lm_head")
     layer = brief(layer)
     if model.tied and (at_an_end or update.embedding):
@@ -501,7 +501,7 @@ def _unchanged(tensor: Tensor, name: str) -> MergeReport:
     return MergeReport.unchanged(name, _storage(tensor) or "", tensor.nbytes)
 
 
-def _merge(tensor: Tensor, name: str, update: Update, dtype: str, sample: Array | None = None) -> Merge:
+def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
     """The merge of a tensor, or of a sample of its rows."""
     storage = _storage(tensor)
     assert storage is not None
@@ -509,7 +509,7 @@ def _merge(tensor: Tensor, name: str, update: Update, dtype: str, sample: Array 
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:
         rows, m = rows[sample], None if update.m is None else update.m[sample]
-        update = Update(update.A[sample], update.B, update.scale, m)
+        update = LoraDelta(update.A[sample], update.B, update.scale, m)
     return Merge(
         name,
         update.shape,

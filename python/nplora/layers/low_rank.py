@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nplora import _check, _core, buffers
 from nplora.layers.prepared import Prepared
 from nplora.layers.principal import PRINCIPAL_INITS, principal_factors
-from nplora.merging import MergeReport, Update, merge_weight
+from nplora.merging import LoraDelta, MergeReport, merge_weight
 from nplora.module import AdapterLayer, Commit, Parameter
 from nplora.weights import FrozenWeight, become_infinite
 
@@ -230,7 +230,7 @@ class LoRALayer(Prepared, AdapterLayer):
     def _take(self) -> tuple[Array, Array]:
         """Factor a part of the weight, and keep the rest as the frozen one."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
-        self._weight, _ = merge_weight("the rest of W", self.weight, Update(a, b, -self.scale), "same")
+        self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
@@ -302,7 +302,7 @@ class LoRALayer(Prepared, AdapterLayer):
         if dtype is None:
             weight = self._merged_frozen()
         else:
-            update = Update(self.A, self.B, self.scale, self.m)
+            update = LoraDelta(self.A, self.B, self.scale, self.m)
             weight, report = merge_weight(name or type(self).__name__, self.weight, update, dtype)
 
         def commit() -> None:

@@ -266,7 +266,7 @@ def test_targets_become_an_expression_where_a_list_would_hit_others(tmp_path: Pa
 def test_what_peft_has_once_for_all_layers_must_not_differ(setting: str, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [{setting: True}, {setting: False}]
     model = nplora.Sequential(*(nplora.LoRALinear(np.ones((4, 4)), rank=1, **kw) for kw in options))
-    with pytest.raises(ValueError, match=f"one {setting} for all layers, the model has 0 True, 1 False"):
+    with pytest.raises(ValueError, match=f"one {setting} for all layers, Sequential has 0 True, 1 False"):
         save_adapter(model, tmp_path)
 
 
@@ -324,9 +324,10 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
 
     def damage(tensors: dict[str, Array]) -> None:
         tensors[f"{PREFIX}blocks.7.lora_A.weight"] = np.zeros((3, 6), np.float32)
+        tensors[f"{PREFIX}blocks.8.lora_A.weight"] = np.zeros((3, 6), np.float32)
+        tensors[f"{PREFIX}blocks.8.lora_B.weight"] = np.zeros((7, 3), np.float32)
         tensors["stray"] = np.zeros(1, np.float32)
         tensors[f"{PREFIX}blocks.1.lora_magnitude_vector"] = np.zeros(5, np.float32)
-        del tensors[f"{PREFIX}blocks.0.lora_B.weight"]
         tensors[f"{PREFIX}blocks.0.lora_A.weight"] = np.zeros((2, 6), np.float32)
         tensors[f"{PREFIX}blocks.1.lora_A.weight"] = np.full((3, 7), np.inf, np.float32)
         tensors[f"{PREFIX}emb.lora_embedding_B"] = np.zeros((6, 3), np.int8)
@@ -336,28 +337,64 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
     before = state(model)
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 7 places:",
-        f"  blocks.0.A: tensor '{PREFIX}blocks.0.lora_B.weight' of shape (7, 3) is missing in the file",
-        f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector': "
-        "the model's 'blocks.1' is a LoRALinear that has no place for it",
-        f"  tensor '{PREFIX}blocks.7.lora_A.weight': "
-        "the model has no 'blocks.7', the nearest names: 'blocks.1', 'blocks.0'",
-        "  tensor 'stray': expected a name that begins with 'base_model.model.'",
-        f"  emb.B: tensor '{PREFIX}emb.lora_embedding_B' is int8, expected floats",
-        f"  blocks.0.B: tensor '{PREFIX}blocks.0.lora_A.weight' has shape (2, 6), expected (3, 6)",
-        f"  blocks.1.B: tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
+        f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector' is no factor of a layer",
+        f"  tensor '{PREFIX}blocks.7.lora_B.weight' is missing, its other half is there",
+        "  tensor 'stray' is no factor of a layer",
+        "  'blocks.0': lora_A has shape (2, 6), lora_B (7, 3), expected rank 3",
+        f"  tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
+        "  'blocks.8': the model has no such layer, the nearest names: 'blocks.1', 'blocks.0'",
+        f"  tensor '{PREFIX}emb.lora_embedding_B' is int8, expected floats",
     ]
     with refused(FormatError, "\n".join(lines), tmp_path):
         load_adapter(model, tmp_path)
     assert state(model) == before
 
 
+def test_layers_that_the_adapter_or_the_model_lacks_and_other_kinds_are_named(tmp_path: Path) -> None:
+    class Other(Net):
+        def __init__(self) -> None:
+            super().__init__(embedding=False)
+            self.emb = nplora.LoRALinear(np.ones((11, 6)), rank=3)
+            self.blocks = [nplora.LoRALinear(np.ones((7, 5)), rank=3), nplora.ReLU()]
+            self.more = nplora.LoRALinear(np.ones((4, 4)), rank=3)
+
+    save_adapter(Net(), tmp_path)
+    lines = [
+        f"{tmp_path}: the adapter does not fit the model in 4 places:",
+        "  'blocks.0': for a weight (7, 6), and the model's layer is (7, 5)",
+        "  'blocks.1': the model's is a ReLU, which has no place for it",
+        "  'emb': for an embedding, and the model's layer is a linear layer",
+        "  'more': the adapter has no such layer",
+    ]
+    model = Other()
+    before = state(model)
+    with refused(FormatError, "\n".join(lines), tmp_path):
+        load_adapter(model, tmp_path)
+    assert state(model) == before
+
+
+def test_arrays_of_layers_trained_whole_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    def model(width: int, **options: Any) -> nplora.Module:
+        head = nplora.Linear(np.ones((width, 6)), trainable=True, **options)
+        return nplora.Sequential(nplora.LoRALinear(np.ones((6, 5)), rank=2, rng=1), head)
+
+    save_adapter(model(3, bias=np.zeros(3)), tmp_path)
+    words = (
+        "in 2 places:\n"
+        "  '1': the model has no 'bias' there that is trained whole\n"
+        f"  tensor '{PREFIX}1.weight' has shape (3, 6), expected (4, 6)"
+    )
+    with refused(FormatError, words, tmp_path):
+        load_adapter(model(4), tmp_path)
+
+
 def test_dora_in_the_file_alone_or_in_the_layer_alone_is_a_mismatch(tmp_path: Path) -> None:
     plain, dora = Net(embedding=False), Net(embedding=False, use_dora=True)
     save_adapter(plain, tmp_path)
-    with pytest.raises(FormatError, match=r"blocks\.0: use_dora is False in the file and True in the layer"):
+    with pytest.raises(FormatError, match=r"'blocks\.0': use_dora is False in the adapter and True in"):
         load_adapter(dora, tmp_path)
     save_adapter(dora, tmp_path)
-    with pytest.raises(FormatError, match=r"blocks\.0: use_dora is True in the file and False in the layer"):
+    with pytest.raises(FormatError, match=r"'blocks\.0': use_dora is True in the adapter and False in"):
         load_adapter(plain, tmp_path)
 
 
@@ -365,7 +402,7 @@ def test_a_float64_value_beyond_float32_is_an_infinity(tmp_path: Path) -> None:
     save_adapter(Net(), tmp_path)
     name = f"{PREFIX}blocks.0.lora_B.weight"
     rewrite(tmp_path, lambda tensors: tensors.update({name: np.full((7, 3), 1e300)}))
-    with pytest.raises(FormatError, match=r"blocks\.0\.A: .*holds NaN or an infinity"):
+    with pytest.raises(FormatError, match=r"blocks\.0\.lora_B\.weight' holds NaN or an infinity"):
         load_adapter(Net(), tmp_path)
 
 
@@ -375,7 +412,7 @@ HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
     ({"r": 10**9}, LimitError, "r is 1,000,000,000"),
     ({"r": True}, FormatError, "r is True"),
     ({"r": "8"}, FormatError, "r is '8'"),
-    ({"r": 8}, FormatError, "has shape (7, 3), expected (7, 8)"),
+    ({"r": 8}, FormatError, "'blocks.0': lora_A has shape (3, 6), lora_B (7, 3), expected rank 8"),
     ({"lora_alpha": float("nan")}, FormatError, "NaN"),
     ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, UnsafeError, "auto_mapping"),
     ({"trust_remote_code": True}, UnsafeError, "trust_remote_code"),
@@ -458,8 +495,11 @@ def memory_limit(more: int) -> Iterator[None]:
     ("names", "words"),
     [
         (None, r"the first 8 bytes \(b'zz nonse'\) tell of a header of 7,310,308,045,020,494,458 bytes"),
-        ([f"{PREFIX}blocks.0.lora_A.weight"], r"has shape \(4294967296,\), expected \(3, 6\)"),
-        (["stray"], "tensor 'stray': expected a name that begins with"),
+        (
+            [f"{PREFIX}blocks.0.lora_A.weight", f"{PREFIX}blocks.0.lora_B.weight"],
+            r"lora_A has shape \(4294967296,\), lora_B \(0,\), expected rank 3",
+        ),
+        (["stray"], "tensor 'stray' is no factor of a layer"),
     ],
 )
 def test_no_memory_is_given_to_what_does_not_fit(names: list[str] | None, words: str, tmp_path: Path) -> None:
@@ -468,7 +508,8 @@ def test_no_memory_is_given_to_what_does_not_fit(names: list[str] | None, words:
     header = b""
     if names is not None:
         entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
-        header = json.dumps(dict.fromkeys(names, entry)).encode()
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [size, size]}
+        header = json.dumps(dict.fromkeys(names, empty) | {names[0]: entry}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header if header else b"zz nonsense")
     try:
         os.truncate(path, 8 + len(header) + size)

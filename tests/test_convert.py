@@ -392,7 +392,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
         "tensor 'stray' is no factor of a layer",
         "tensor 'stray.lora_A.weight' is no factor of a layer",
         f"tensor '{PREFIX}model.layers.0.mlp.bias' is no factor of a layer",
-        "'model.layers.0.self_attn.rotary': no layer of this kind and name is known in llama",
+        "'model.layers.0.self_attn.rotary': no layer of this name is known in llama",
         "'model.layers.0.mlp.up_proj': lora_A has shape (3, 20), lora_B (28, 4), expected rank 4",
         "'model.layers.0.mlp.gate_proj': for a weight (28, 21), and blk.0.ffn_gate.weight is (28, 20)",
         f"tensor '{PREFIX}model.layers.0.mlp.down_proj.lora_B.weight' holds NaN or an infinity",
@@ -426,7 +426,7 @@ def test_an_embedding_with_the_factors_of_a_linear_layer_is_refused(tmp_path: Pa
     with pytest.raises(FormatError, match=r"the layer has factors of another kind too"):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
     rewritten(directory, lambda tensors: [tensors.pop(f"{name}.lora_embedding_{half}") for half in "AB"])
-    with pytest.raises(FormatError, match=r"'model.embed_tokens': no layer of this kind and name is known"):
+    with pytest.raises(FormatError, match=r"for a linear layer, and token_embd\.weight is an embedding"):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 

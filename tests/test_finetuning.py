@@ -887,17 +887,21 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
     ("factors", "config", "words"),
     [
         (LINEAR, {"r": 65536}, "expected rank 65536"),
-        (LINEAR | {f"{Q}.lora_A.weight": (2, 31)}, {}, "is of (32, 31), the weight (32, 32)"),
+        (
+            LINEAR | {f"{Q}.lora_A.weight": (2, 31)},
+            {},
+            "for a weight (32, 31), and the model's layer is (32, 32)",
+        ),
         (
             {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
             {},
-            "layer 'q_proj' is not in the model",
+            "'q_proj': the model has no such layer",
         ),
         ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
         (
             {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
             {},
-            "is of an embedding, the layer is linear",
+            "for an embedding, and the model's layer is a linear layer",
         ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
         ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
@@ -958,11 +962,11 @@ def test_an_adapter_that_is_replaced_while_it_is_put_on_is_the_old_one(
     save_adapter(old, tmp_path / "adapter")
     lm = load_model(model)
 
-    def replaced_meanwhile(*arguments: Any, **more: Any) -> None:
+    def replaced_meanwhile(replaced: Any) -> None:
         save_adapter(new, tmp_path / "adapter")
-        type(lm).add_lora(lm, *arguments, **more)
+        type(lm).exchange(lm, replaced)
 
-    monkeypatch.setattr(lm, "add_lora", replaced_meanwhile)
+    monkeypatch.setattr(lm, "exchange", replaced_meanwhile)
     attach_adapter(lm, tmp_path / "adapter")
     assert lm.adapter_layers().keys() == old.adapter_layers().keys()
     for name, value, _ in lm.parameters():
@@ -1021,7 +1025,10 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
     finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
-    words = r"the combined adapter does not fit the model in 1 place:\n  layer 'lm_head': the adapter is of"
+    words = (
+        r"the combined adapter: the adapter does not fit the model in 1 place:\n"
+        r"  'lm_head': for a weight \(\d+, 32\), and the model's layer is \(200, 32\)"
+    )
     with pytest.raises(FormatError, match=words):
         attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
     assert not lm.adapter_layers()
@@ -1275,7 +1282,7 @@ def test_an_adapter_in_the_wrong_place_is_told_where_it_goes(model: Path, data: 
     out = tmp_path / "out"
     finetune(model, data, out, **QUICK)
     with pytest.raises(
-        ValueError, match=r"^load_adapter: the model has no LoRA layer: add_lora\(\) first, or"
+        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: add_lora\(\) first, or"
     ):
         nplora.load_adapter(load_model(model), out)
     tensors = out / "adapter_model.safetensors"

@@ -259,7 +259,7 @@ def _peft(adapter: PeftAdapter) -> str:
     for name, halves in adapter.factors(others).items():
         try:
             adapter.require_rank(name, halves)
-            lora_a, lora_b = (adapter.factor(half) for half in halves)
+            lora_a, lora_b = (adapter.array(half) for half in halves)
         except FormatError as error:
             others.append(str(error))
         else:

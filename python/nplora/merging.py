@@ -4,6 +4,7 @@ Low-bit blocks have steps that may be larger than the update, so a merge can los
 from a float32 sum, never in place, and compared with what was asked for.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class LoraDelta:
         m: DoRA's magnitudes (d_out,), to which the rows of W + scale · A·B are rescaled (Liu et al. 2024, eq.
             5), or None.
         embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
+        alpha, use_rslora: how a file or a layer states the scale, for adapters that are saved again.
+            alpha None: rank · scale.
     """
 
     A: Array
@@ -93,6 +96,31 @@ class LoraDelta:
     scale: float
     m: Array | None = None
     embedding: bool = False
+    alpha: float | None = None
+    use_rslora: bool = False
+
+    @classmethod
+    def of_alpha(
+        cls, a: Array, b: Array, alpha: float, use_rslora: bool, m: Array | None, embedding: bool
+    ) -> "LoraDelta":
+        """The update with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
+        return cls(a, b, scale, m, embedding, float(alpha), use_rslora)
+
+    @property
+    def stated_alpha(self) -> float:
+        """alpha, as a configuration states it beside `use_rslora`."""
+        return self.scale * self.rank if self.alpha is None else self.alpha
+
+    def rows(self, order: Array | None) -> "LoraDelta":
+        """The update of the rows order[0], order[1], ... of W; None: of all, as they are."""
+        if order is None:
+            return self
+        return dataclasses.replace(self, A=self.A[order], m=None if self.m is None else self.m[order])
+
+    @property
+    def use_dora(self) -> bool:
+        return self.m is not None
 
     @property
     def rank(self) -> int:

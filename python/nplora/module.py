@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -144,6 +144,10 @@ class Module:
 
     def base_digest(self) -> str | None:
         """What the frozen model is told by in the adapters that it saves; None where nothing tells it."""
+        return None
+
+    def stored_row_order(self, name: str) -> Array | None:
+        """As `LoRALayer.row_order`, of the layer of a dotted name; None: its rows are in the usual order."""
         return None
 
     # ---- the two passes ----
@@ -296,12 +300,16 @@ class Module:
         """
         replaced = {id(layer): layer.unloaded() for layer in self.adapter_layers().values()}
         layers = list(self.adapter_layers().values())
-        for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
-            for name, value in vars(module).items():
-                vars(module)[name] = _replace(value, replaced)
+        self.exchange(replaced)
         for layer in layers:
             layer.discard()
         return replaced.get(id(self), self)
+
+    def exchange(self, replaced: Mapping[int, Module]) -> None:
+        """Put other modules in the places of those in here with these ids."""
+        for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
+            for name, value in vars(module).items():
+                vars(module)[name] = _replace(value, replaced)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
@@ -446,7 +454,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
             yield from _modules_in(item, f"{name}.{key}", (*around, id(value)))
 
 
-def _replace(value: Any, replaced: dict[int, Module], around: tuple[int, ...] = ()) -> Any:
+def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
     """`value` with modules exchanged; lists and dicts in place, tuples anew where something changed."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)

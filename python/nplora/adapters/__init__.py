@@ -2,28 +2,31 @@
 
 from nplora.adapters.adapter import Adapter, read_adapter
 from nplora.adapters.combination import CombinedAdapter, combine
-from nplora.adapters.conversion import (
+from nplora.adapters.gguf_files import (
     AdapterConversion,
     adapter_from_gguf,
     adapter_to_gguf,
     convert_adapter,
 )
+from nplora.adapters.layers import AdapterReport, load_adapter, read_for, rollback_on_error, save_adapter
 from nplora.adapters.merge_files import ModelMerge, merge_adapter
-from nplora.adapters.peft_files import AdapterReport, load_adapter, load_opened, save_adapter
+from nplora.merging import LoraDelta
 
 __all__ = [
     "Adapter",
     "AdapterConversion",
     "AdapterReport",
     "CombinedAdapter",
+    "LoraDelta",
     "ModelMerge",
     "adapter_from_gguf",
     "adapter_to_gguf",
     "combine",
     "convert_adapter",
     "load_adapter",
-    "load_opened",
     "merge_adapter",
     "read_adapter",
+    "read_for",
+    "rollback_on_error",
     "save_adapter",
 ]

@@ -1,31 +1,33 @@
-"""The low-rank updates of an adapter, wherever it is kept: PEFT's directory, llama.cpp's file, a model.
+"""An adapter in memory, wherever it comes from: PEFT's directory, llama.cpp's file, a model.
 
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
 
-import math
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+from __future__ import annotations
 
-import numpy as np
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 from numpy.typing import NDArray
 
-from nplora.adapters import conversion
-from nplora.adapters.peft_files import EMBEDDING_KEYS, LINEAR_KEYS
 from nplora.checkpoint import require_no_other
-from nplora.formats import files, peft_adapter
-from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
+from nplora.formats import files
+from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.formats.peft_adapter import EMBEDDING, MAGNITUDE, PREFIX, PeftAdapter
-from nplora.formats.peft_config import Patterns, PeftConfig, short_number
-from nplora.layers import LoRAEmbedding, LoRALayer
 from nplora.merging import LoraDelta
 from nplora.module import Module
 
+if TYPE_CHECKING:
+    from nplora.adapters.combination import CombinedAdapter
+    from nplora.adapters.gguf_files import AdapterConversion
+    from nplora.adapters.merge_files import ModelMerge
+
 Array = NDArray[Any]
+
+# A PEFT directory, a GGUF adapter file, a model with LoRA layers, or an adapter that is in memory already.
+Source: TypeAlias = "StrPath | Module | Adapter"
 
 
 class Adapter(Mapping[str, LoraDelta]):
@@ -36,77 +38,120 @@ class Adapter(Mapping[str, LoraDelta]):
         base_model_name_or_path: what it says about its base model, or None.
         task_type: PEFT's word for what the model is for, or None.
         base_digest: `formats.model_digest.of` its base model, or None.
+        modules_to_save: the arrays of the layers that are trained whole: layer -> parameter -> array.
+        dropout: that of most layers, of a model.
+        unknown: keys of adapter_config.json that nobody knows.
+        neighbours: the names of the model's other modules, of a model.
     """
 
     def __init__(
         self,
         source: str,
-        updates: Mapping[str, LoraDelta],
+        deltas: Mapping[str, LoraDelta],
         base_model_name_or_path: str | None = None,
         task_type: str | None = None,
         base_digest: str | None = None,
+        modules_to_save: Mapping[str, Mapping[str, Array]] | None = None,
+        dropout: float = 0.0,
+        unknown: tuple[str, ...] = (),
+        neighbours: tuple[str, ...] = (),
     ) -> None:
-        self.source, self._updates = source, dict(updates)
+        self.source, self._deltas = source, dict(deltas)
         self.base_model_name_or_path, self.task_type = base_model_name_or_path, task_type
-        self.base_digest = base_digest
+        self.base_digest, self.modules_to_save = base_digest, dict(modules_to_save or {})
+        self.dropout, self.unknown, self.neighbours = dropout, unknown, neighbours
 
     def __getitem__(self, name: str) -> LoraDelta:
-        return self._updates[name]
+        return self._deltas[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._updates)
+        return iter(self._deltas)
 
     def __len__(self) -> int:
-        return len(self._updates)
+        return len(self._deltas)
 
     def __repr__(self) -> str:
         return f"Adapter({self.source!r}, {len(self)} layers)"
 
     @property
     def use_dora(self) -> bool:
-        return any(update.m is not None for update in self.values())
+        return any(delta.use_dora for delta in self.values())
 
-    def save(self, directory: StrPath, overwrite: bool = False) -> None:
-        """Write a PEFT adapter directory, as `save_adapter` does.
+    def require_low_rank(self) -> None:
+        """Raise UnsupportedError if there are layers that are trained whole."""
+        if self.modules_to_save:
+            names = ", ".join(map(brief, self.modules_to_save))
+            raise UnsupportedError(f"{self.source}: trained whole: {names}; these are no low-rank updates")
+
+    @staticmethod
+    def from_model(model: Module) -> Adapter:
+        """The adapter of a model, whose live arrays it holds. Raises ValueError if there is no LoRA layer."""
+        from nplora.adapters.layers import from_model
+
+        return from_model(model, "read_adapter")
+
+    @staticmethod
+    def read(
+        source: StrPath, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+    ) -> Adapter:
+        """Read a PEFT directory or llama.cpp's file. Arguments and errors are those of `read_adapter`."""
+        from nplora.adapters import gguf_files, peft_files
+
+        files.require_named("read_adapter", source=source)
+        if Path(source).is_dir():
+            return peft_files.read(source, edited_config=edited_config)
+        return gguf_files.read(source, base, any_base)[0]
+
+    def save(
+        self, path: StrPath, overwrite: bool = False, base: StrPath | None = None, any_base: bool = False
+    ) -> AdapterConversion | None:
+        """Write a PEFT adapter directory, as `save_adapter` does; or, with a base, llama.cpp's file.
 
         Args:
             overwrite: also in the place of another adapter.
+            base: the model that the adapter is for, for llama.cpp's file. Errors and result are then those of
+                `adapter_to_gguf`.
         Raises:
             FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
             ValueError: there is no layer, some layers alone have DoRA's magnitudes, or a value is not finite.
             OSError: the disk refuses; how many bytes were needed is in the message.
         """
-        require_no_other(directory, overwrite)
-        if not self or len({update.m is None for update in self.values()}) > 1:
-            raise ValueError(f"{self.source}: expected layers, all with DoRA's magnitudes or none")
-        tensors = {}
-        for name, update in self.items():
-            for key in EMBEDDING_KEYS if update.embedding else LINEAR_KEYS:
-                array = getattr(update, key.ours)
-                if array is not None:
-                    if not np.isfinite(array).all():
-                        raise ValueError(f"{self.source}: {name}.{key.ours} holds NaN or an infinity")
-                    tensors[PREFIX + name + key.suffix] = array.T if key.transposed else array
-        peft_adapter.save(directory, self._config(), tensors, self.base_digest)
+        from nplora.adapters import gguf_files, peft_files
 
-    def _config(self) -> PeftConfig:
-        ranks = {name: update.rank for name, update in self.items()}
-        alphas = {name: short_number(update.scale * update.rank) for name, update in self.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-        return PeftConfig(
-            r=int(rank),
-            lora_alpha=alpha,
-            target_modules=tuple(self),
-            use_dora=self.use_dora,
-            rank_pattern=Patterns.exact({name: value for name, value in ranks.items() if value != rank}),
-            alpha_pattern=Patterns.exact({name: value for name, value in alphas.items() if value != alpha}),
-            base_model_name_or_path=self.base_model_name_or_path,
-            task_type=self.task_type,
-        )
+        if base is not None:
+            return gguf_files.save(self, path, base, any_base, overwrite)
+        require_no_other(path, overwrite)
+        peft_files.save(self, path)
+        return None
 
+    def attach(self, model: Module, any_base: bool = False) -> None:
+        """Put the adapter on the plain layers of a model that has none.
 
-# A PEFT directory, a GGUF adapter file, a model with LoRA layers, or an adapter that is in memory already.
-Source: TypeAlias = "StrPath | Module | Adapter"
+        Raises:
+            ValueError: the model has an adapter.
+            FormatError: the adapter does not fit the model, which stays as it was, or is of another one.
+        """
+        from nplora.adapters.layers import attach
+
+        attach(self, model, any_base)
+
+    @staticmethod
+    def combine(
+        adapters: Iterable[tuple[Source, float]],
+        rank: int | None = None,
+        base: StrPath | None = None,
+        any_base: bool = False,
+    ) -> CombinedAdapter:
+        """The weighted sum of several adapters, as `combine`."""
+        from nplora.adapters.combination import combine
+
+        return combine(adapters, rank, base, any_base)
+
+    def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
+        """Write a model with this adapter merged into it, as `merge_adapter`, with its options."""
+        from nplora.adapters.merge_files import merge_adapter
+
+        return merge_adapter(base, self, output, **options)
 
 
 def read_adapter(
@@ -127,97 +172,13 @@ def read_adapter(
         CorruptError: the directory's adapter_config.json was edited.
         ValueError: the model has no LoRA layer, or base is needed. OSError: a file cannot be read.
     """
-    if isinstance(source, Adapter):
-        return source
     if isinstance(source, Module):
-        return _from_model(source)
-    if not isinstance(source, str | os.PathLike):
+        source = Adapter.from_model(source)
+    elif isinstance(source, str | os.PathLike):
+        source = Adapter.read(source, base, edited_config, any_base)
+    elif not isinstance(source, Adapter):
         raise TypeError(
             f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
         )
-    files.require_named("read_adapter", source=source)
-    if Path(source).is_dir():
-        return _from_directory(source, edited_config)
-    return _from_gguf(source, base, any_base)
-
-
-def _from_model(model: Module) -> Adapter:
-    kind = type(model).__name__
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-    if not layers:
-        raise ValueError(f"read_adapter: the {kind} has no LoRA layer")
-    updates = {}
-    for name, layer in layers.items():
-        a, b, alpha = layer.plain_update()
-        scale = alpha / (math.sqrt(len(b)) if layer.use_rslora else len(b))
-        m, order = layer.m, layer.row_order
-        if order is not None:
-            there = np.argsort(order)  # row order[i] there is row i here
-            a, m = a[there], None if m is None else m[there]
-        updates[name] = LoraDelta(a, b, scale, m, isinstance(layer, LoRAEmbedding))
-    return Adapter(kind, updates, task_type=model.task_type, base_digest=model.base_digest())
-
-
-def _from_directory(directory: StrPath, edited_config: bool) -> Adapter:
-    with peft_adapter.reading(directory) as adapter:
-        if not edited_config:
-            adapter.require_pair()
-        config = adapter.config
-        if config.modules_to_save:
-            names = ", ".join(map(brief, config.modules_to_save))
-            raise UnsupportedError(
-                f"{adapter.directory}: trained whole: {names}; these are no low-rank updates"
-            )
-        problems: list[str] = []
-        updates = {}
-        for name, halves in adapter.factors(problems).items():
-            try:
-                updates[name] = _from_halves(adapter, name, halves)
-            except FormatError as error:
-                problems.append(str(error))
-        _require_readable(adapter.directory, problems, updates)
-        about = config.base_model_name_or_path, config.task_type, adapter.base_digest
-        return Adapter(adapter.directory, updates, *about)
-
-
-def _from_halves(adapter: PeftAdapter, name: str, halves: tuple[str, str]) -> LoraDelta:
-    adapter.require_rank(name, halves)
-    stem = PREFIX + name
-    factors = {half.removeprefix(stem): adapter.factor(half) for half in halves}
-    m = None
-    if adapter.config.use_dora:
-        if stem + MAGNITUDE not in adapter.tensors:
-            raise FormatError(f"tensor {brief(stem + MAGNITUDE, 200)} is missing, which DoRA needs")
-        m = adapter.factor(stem + MAGNITUDE)
-    return _update(name, factors, adapter.config.scale(name), m)
-
-
-def _from_gguf(path: StrPath, base: StrPath | None, any_base: bool) -> Adapter:
-    adapter, layers = conversion.read_gguf_adapter(path, base, any_base)
-    updates = {
-        layer.name: _update(layer.name, layer.factors, adapter.scale(stored))
-        for stored, layer in layers.items()
-    }
-    return Adapter(files.name(path), updates, task_type="CAUSAL_LM", base_digest=adapter.base_digest)
-
-
-def _update(name: str, factors: Mapping[str, Array], scale: float, m: Array | None = None) -> LoraDelta:
-    """The update of a layer's tensors by PEFT's suffixes, in this project's letters."""
-    embedding = EMBEDDING[0] in factors
-    ours = {}
-    for key in EMBEDDING_KEYS if embedding else LINEAR_KEYS[:2]:
-        array = factors[key.suffix]
-        ours[key.ours] = array.T if key.transposed else array
-    update = LoraDelta(ours["A"], ours["B"], scale, m, embedding)
-    if m is not None and m.shape != (len(update.A),):
-        raise FormatError(f"{brief(name)}: magnitudes of shape {m.shape}, expected {(len(update.A),)}")
-    return update
-
-
-def _require_readable(source: str, problems: list[str], updates: Mapping[str, LoraDelta]) -> None:
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        reasons = counted(len(problems), "reason")
-        raise FormatError(f"{source}: the adapter cannot be used, for {reasons}:{lines}")
-    if not updates:
-        raise FormatError(f"{source}: the adapter holds no factors")
+    source.require_low_rank()
+    return source

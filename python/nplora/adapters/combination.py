@@ -41,12 +41,14 @@ class CombinedAdapter(Adapter):
 
     def __init__(
         self,
-        updates: Mapping[str, LoraDelta],
+        deltas: Mapping[str, LoraDelta],
         errors: Mapping[str, float],
         norms: Mapping[str, float],
-        *about: str | None,
+        base_model_name_or_path: str | None = None,
+        task_type: str | None = None,
+        base_digest: str | None = None,
     ) -> None:
-        super().__init__("the combined adapter", updates, *about)
+        super().__init__("the combined adapter", deltas, base_model_name_or_path, task_type, base_digest)
         self.errors, self.norms = dict(errors), dict(norms)
 
     @property

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nplora import storages
 from nplora.adapters.adapter import Adapter, read_adapter
+from nplora.adapters.fitting import Place, Target, collecting
 from nplora.checkpoint import trained
 from nplora.formats import (
     base_model,
@@ -27,7 +28,7 @@ from nplora.formats import (
     safetensors,
 )
 from nplora.formats.config_json import read_fields
-from nplora.formats.errors import FormatError, brief, counted, in_places
+from nplora.formats.errors import counted
 from nplora.formats.files import Chunk, NewFile, Stamp, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
@@ -427,32 +428,36 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
-    problems, updates = list[str](), dict[str, LoraDelta]()
     if dtype != "same" and dtype not in model.storages:
         words = ", ".join(map(repr, ("same", *model.storages)))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
-    for layer, update in adapter.items():
-        name, order = model.place(layer, update.shape[0])
+    target, deltas, problems = _target(model), dict[str, LoraDelta](), list[str]()
+    for layer, delta in adapter.items():
+        name, order = model.place(layer, delta.shape[0])
         if name is not None:
             bitsandbytes.refuse(model.tensors, name, model.source, "merge into")
-        problem = _misfit(model, layer, name, update)
-        if problem or name is None:
-            problems.append(problem)
-        elif order is None:
-            updates[name] = update
-        else:
-            m = None if update.m is None else update.m[order]
-            updates[name] = LoraDelta(update.A[order], update.B, update.scale, m)
-    told = adapter.base_model_name_or_path, adapter.base_digest, model_digest.of_tensors(model.tensors)
-    if problems:
-        subject = model_digest.subject(*told)
-        raise FormatError(f"{adapter.source}: {subject} does not fit {model.source} {in_places(problems)}")
-    if not any_base and (refusal := model_digest.refusal(*told)):
-        raise FormatError(f"{adapter.source}: {refusal}")
-    if not updates:
-        raise FormatError(f"{adapter.source}: the adapter holds no factors")
-    _require_blocks(model, updates, dtype)
-    return {name: updates[name] for name in model.tensors if name in updates}
+        with collecting(problems):
+            place = target.place_of(layer, delta.shape, delta.embedding, delta.use_dora)
+            deltas[place.title] = delta.rows(order)
+    told = adapter.base_model_name_or_path, adapter.base_digest
+    target.require(adapter.source, told, problems, deltas, any_base)
+    _require_blocks(model, deltas, dtype)
+    return {name: deltas[name] for name in model.tensors if name in deltas}
+
+
+def _target(model: _Model) -> Target:
+    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
+        name, _ = model.place(layer, shape[0])
+        if model.tied and layer.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            return "the model's output shares the weight of its embedding, which would change both"
+        if name is None:
+            return "no tensor of this layer"
+        tensor = model.tensors[name]
+        if tensor.shape == shape and _storage(tensor) is None:
+            return f"{name} is {_kind(tensor)}, which is not decoded here"
+        return Place(name, tensor.shape)
+
+    return Target(model.source, place, model_digest.of_tensors(model.tensors))
 
 
 def _require_blocks(model: _Model, updates: Mapping[str, LoraDelta], dtype: str) -> None:
@@ -469,21 +474,6 @@ def _require_blocks(model: _Model, updates: Mapping[str, LoraDelta], dtype: str)
 
 def _bytes(tensor: Tensor) -> Array:
     return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
-
-
-def _misfit(model: _Model, layer: str, name: str | None, update: LoraDelta) -> str:
-    at_an_end = layer.rpartition(".")[2] in ("embed_tokens", "lm_head")
-    layer = brief(layer)
-    if model.tied and (at_an_end or update.embedding):
-        return f"{layer}: the model's output shares the weight of its embedding, which would change both"
-    if name is None:
-        return f"{layer}: no tensor of this layer"
-    tensor = model.tensors[name]
-    if tensor.shape != update.shape:
-        return f"{layer}: for a weight {update.shape}, and {name} is {tensor.shape}"
-    if _storage(tensor) is None:
-        return f"{layer}: {name} is {_kind(tensor)}, which is not decoded here"
-    return ""
 
 
 def _kind(tensor: Tensor) -> str:
@@ -508,8 +498,7 @@ def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Arr
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:
-        rows, m = rows[sample], None if update.m is None else update.m[sample]
-        update = LoraDelta(update.A[sample], update.B, update.scale, m)
+        rows, update = rows[sample], update.rows(sample)
     return Merge(
         name,
         update.shape,

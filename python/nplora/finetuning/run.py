@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nplora import _check
-from nplora.adapters import save_adapter
+from nplora.adapters import rollback_on_error, save_adapter
 from nplora.checkpoint import RunDirectory, factors, holds_run
 from nplora.data import Dataset
-from nplora.finetuning.attaching import as_it_was
 from nplora.finetuning.before import Before, answers_of
 from nplora.finetuning.inputs import batches_of, checks_of, opened_all
 from nplora.finetuning.options import FinetuneOptions
@@ -102,7 +101,7 @@ def finetune(
             say(str(dataset.report))
     batches = batches_of(train, chosen)
     checks = None if held_out is None else checks_of(held_out)
-    with as_it_was(lm):
+    with rollback_on_error(lm):
         lm.add_lora(
             chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
             chosen.use_dora, chosen.seed, chosen.init,

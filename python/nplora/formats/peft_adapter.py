@@ -14,12 +14,13 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from nplora.formats import (
@@ -70,23 +71,33 @@ class PeftAdapter:
     paired: bool
     base_digest: str | None
 
-    def require_base(self, digest: str | None) -> None:
-        """Raise FormatError if a model's digest is known and is not that of the adapter's base."""
-        told = model_digest.refusal(self.config.base_model_name_or_path, self.base_digest, digest)
-        if told:
-            raise FormatError(f"{self.directory}: {told}")
+    def whole(self) -> dict[str, dict[str, str]]:
+        """The layers in `modules_to_save`, which are trained whole: layer -> parameter -> tensor's name.
 
-    def factors(self, problems: list[str]) -> dict[str, tuple[str, str]]:
+        Raises:
+            LimitError: so many tensors and so many names that comparing them would take long.
+        """
+        names = [f".{name}." for name in self.config.modules_to_save]
+        self._limit(len(self.tensors), "tensors", sum(map(len, names)), "names of modules_to_save")
+        found: dict[str, dict[str, str]] = {}
+        for tensor in self.tensors:
+            layer, _, parameter = tensor.removeprefix(PREFIX).rpartition(".")
+            is_factor = tensor.endswith((*LINEAR, *EMBEDDING, MAGNITUDE))
+            if not is_factor and tensor.startswith(PREFIX) and any(name in f".{layer}." for name in names):
+                found.setdefault(layer, {})[parameter] = tensor
+        return found
+
+    def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
         """The names of each layer's two factors, by the layer's. `problems` gets what makes no pair.
 
-        DoRA's magnitudes are passed over.
+        DoRA's magnitudes are passed over, and the tensors of the names given.
 
         Raises:
             LimitError: too many layers and patterns; looking up ranks would take long.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
-            if self.config.use_dora and tensor.endswith(MAGNITUDE):
+            if tensor in passed_over or (self.config.use_dora and tensor.endswith(MAGNITUDE)):
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
@@ -106,9 +117,12 @@ class PeftAdapter:
         """Each layer of the file will be held against all the patterns that are more than one name."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
-        if layers * text > MAX_PATTERN_WORK:
+        self._limit(layers, "layers", text, "patterns")
+
+    def _limit(self, count: int, things: str, text: int, kind: str) -> None:
+        if count * text > MAX_PATTERN_WORK:
             raise LimitError(
-                f"{self.directory}: {layers:,} layers and {text:,} characters of patterns, "
+                f"{self.directory}: {count:,} {things} and {text:,} characters of {kind}, "
                 f"their product may be at most {MAX_PATTERN_WORK:,}"
             )
 
@@ -121,17 +135,17 @@ class PeftAdapter:
                 f"{brief(name)}: lora_A has shape {shape_a}, lora_B {shape_b}, expected rank {rank}"
             )
 
-    def factor(self, name: str) -> NDArray[Any]:
-        """A factor of any float type as float32. Raises FormatError if it is not, or not finite."""
+    def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> NDArray[Any]:
+        """A tensor of any float type as a new array. Raises FormatError if it is not, or not finite."""
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
             raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
         array = bfloat16.widen(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
         with np.errstate(over="ignore"):
-            factor = array.astype(np.float32)
-        if not np.isfinite(factor).all():
+            converted = np.array(array, dtype, order="C")
+        if not np.isfinite(converted).all():
             raise FormatError(f"tensor {brief(name, 200)} holds NaN or an infinity")
-        return factor
+        return converted
 
     def require_pair(self) -> None:
         """Raise CorruptError if the configuration is not the one that was saved with the tensors."""

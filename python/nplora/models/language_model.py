@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from nplora import _check, buffers, optim
 from nplora.formats import model_digest
 from nplora.formats.files import Stamp
+from nplora.formats.model_directory import CONFIG
 from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.layers.stack import StackSaved
@@ -107,6 +109,15 @@ class LanguageModel(Module):
 
     # ---- adapters ----
 
+    @property
+    def source(self) -> Path:
+        """The file or directory that the model was read from."""
+        source = Path(self.config.source)
+        return source.parent if source.name == CONFIG else source
+
+    def stored_row_order(self, name: str) -> Array | None:
+        return adapting.row_order(self.config, name)
+
     def base_digest(self) -> str | None:
         """That of the norms, as `formats.model_digest` has it."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
@@ -148,15 +159,13 @@ class LanguageModel(Module):
         modules: dict[str, Any] = dict(self.named_modules())
         with adapting.factors_side_by_side([modules[name] for name in names], rank):
             made = {
-                name: adapting.adapted(name, modules[name], adapting.row_order(self.config, name), options)
+                name: adapting.adapted(name, modules[name], self.stored_row_order(name), options)
                 for name in names
             }
         seed = _check.integer("add_lora", "seed", seed, least=0)
         for name, layer in made.items():
             layer.reset(layer_stream(seed, name))
-        for name, layer in made.items():
-            parent, _, attribute = name.rpartition(".")
-            setattr(modules[parent], attribute, layer)
+        self.exchange({id(modules[name]): layer for name, layer in made.items()})
 
     # ---- inference ----
 

@@ -1,6 +1,6 @@
-"""LoRA adapters of language models from PEFT's directory to llama.cpp's file and back, without the model.
+"""LoRA adapters of language models in llama.cpp's file, and from PEFT's directory there and back.
 
-Both call the factors lora_a, which is this project's B, and lora_b, its A. Three things differ:
+Both call the factors lora_a and lora_b (see `letters`). Three things differ:
 
     names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
     rows       in architecture llama, the rows of q and k, and so those of their lora_b, are permuted
@@ -9,12 +9,10 @@ Both call the factors lora_a, which is this project's B, and lora_b, its A. Thre
                say is folded into lora_b.
 """
 
-import contextlib
-import dataclasses
 import errno
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora.adapters import letters, peft_files
+from nplora.adapters.adapter import Adapter
+from nplora.adapters.fitting import Place, Target, collecting
 from nplora.checkpoint import require_no_other
 from nplora.formats import (
     base_model,
@@ -29,17 +30,15 @@ from nplora.formats import (
     gguf,
     gguf_adapter,
     gguf_names,
-    model_digest,
     model_directory,
     peft_adapter,
-    peft_config,
 )
 from nplora.formats.base_model import BaseModel
-from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, in_places
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
-from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
-from nplora.formats.peft_config import Patterns, PeftConfig
+from nplora.formats.peft_adapter import MAGNITUDE
+from nplora.merging import LoraDelta
 
 Array = NDArray[Any]
 
@@ -111,7 +110,37 @@ def convert_adapter(
     return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
 
 
-# ---- PEFT to llama.cpp ----
+# ---- what an adapter is for ----
+
+
+def _target(model: BaseModel | None, architecture: str) -> Target:
+    """A base model's layers, or those of an architecture of which no model is known."""
+    title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
+    shapes = None if model is None else model.shapes
+
+    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
+        stored = gguf_names.to_gguf(layer)
+        if stored is None:
+            return f"no layer of this name is known in {architecture}"
+        weight, is_embedding = f"{stored}.weight", stored == gguf_names.TOKEN_EMBEDDING
+        if shapes is None:
+            return Place(weight, None, is_embedding)
+        if weight not in shapes:
+            return f"{title} has no tensor {weight}"
+        return Place(weight, shapes[weight], is_embedding)
+
+    return Target(title, place, digest)
+
+
+def _heads(name: str, rows: int, model: BaseModel) -> int | None:
+    """The number of heads by which the rows of lora_b are permuted in GGUF, if they are."""
+    heads = model.permuted_heads(gguf_names.to_gguf(name) or "")
+    if heads is not None and rows % (2 * heads):
+        raise FormatError(f"{brief(name)}: {rows} rows do not make {heads} heads of pairs of rows")
+    return heads
+
+
+# ---- to llama.cpp ----
 
 
 def adapter_to_gguf(
@@ -145,30 +174,76 @@ def adapter_to_gguf(
         OSError: a file cannot be read, or the disk refuses.
     """
     files.require_named("convert", directory=directory, path=path, base=base)
-    _require_no_model(path)
-    _require_not_read([path], directory, base)
-    files.require_new(path, overwrite)
+    _require_writable(path, directory, base, overwrite)
     model = base_model.read(base, any_base)
-    with peft_adapter.reading(directory) as adapter:
-        if not edited_config:
-            adapter.require_pair()
-        _require_plain_lora(adapter)
-        problems: list[str] = []
-        pairs: dict[str, Pair] = {}
-        for name, halves in adapter.factors(problems).items():
-            with _collecting(problems):
-                pairs[name] = _pair_for_gguf(adapter, name, halves, model)
-    told = adapter.config.base_model_name_or_path, adapter.base_digest, model.digest
-    _require_fit(adapter.directory, model.source, problems, pairs, told, any_base)
-    wanted = {name: adapter.config.scale(name) * pair.rank for name, pair in pairs.items()}
+    with peft_adapter.reading(directory) as opened:
+        has_dora = opened.config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
+        _require_plain(opened.directory, has_dora, opened.config.modules_to_save)
+        target = _target(model, model.architecture)
+        adapter = peft_files.read_opened(opened, target, edited_config, any_base)
+    return _save(adapter, path, model, any_base)
+
+
+def save(
+    adapter: Adapter, path: StrPath, base: StrPath, any_base: bool, overwrite: bool
+) -> AdapterConversion:
+    """Write an adapter in memory as `adapter_to_gguf` does."""
+    files.require_named("convert", path=path, base=base)
+    _require_writable(path, None, base, overwrite)
+    _require_plain(adapter.source, adapter.use_dora, adapter.modules_to_save)
+    model = base_model.read(base, any_base)
+    target, problems = _target(model, model.architecture), list[str]()
+    for name, delta in adapter.items():
+        with collecting(problems):
+            target.place_of(name, delta.shape, delta.embedding, delta.use_dora)
+    told = adapter.base_model_name_or_path, adapter.base_digest
+    target.require(adapter.source, told, problems, adapter, any_base)
+    return _save(adapter, path, model, any_base)
+
+
+def _save(adapter: Adapter, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
+    """Write an adapter that fits."""
+    wanted = {name: delta.scale * delta.rank for name, delta in adapter.items()}
     alpha = _common_alpha(wanted.values())
-    folded = tuple(name for name in pairs if wanted[name] != alpha)
-    for name in folded:
-        pairs[name] = _folded(f"{adapter.directory}: {name}", pairs[name], wanted[name] / _rounded(alpha))
-    stored = {f"{gguf_names.to_gguf(name)}.weight": pair for name, pair in pairs.items()}
+    folded = tuple(name for name in adapter if wanted[name] != alpha)
+    pairs, problems = dict[str, Pair](), list[str]()
+    for name, delta in adapter.items():
+        with collecting(problems):
+            pair = _pair(name, delta, model)
+            if name in folded:
+                pair = _folded(f"{adapter.source}: {name}", pair, wanted[name] / _rounded(alpha))
+            pairs[f"{gguf_names.to_gguf(name)}.weight"] = pair
+    told = adapter.base_model_name_or_path, adapter.base_digest
+    _target(model, model.architecture).require(adapter.source, told, problems, adapter, any_base)
     digest = model.digest or (None if any_base else adapter.base_digest)
-    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, stored, base_digest=digest))
-    return AdapterConversion(files.name(path), model.architecture, tuple(pairs), alpha, folded)
+    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, pairs, base_digest=digest))
+    return AdapterConversion(files.name(path), model.architecture, tuple(adapter), alpha, folded)
+
+
+def _pair(name: str, delta: LoraDelta, model: BaseModel) -> Pair:
+    """The factors in the layout of llama.cpp's file."""
+    lora_a, lora_b = letters.to_peft(delta.A, delta.B, delta.embedding)
+    if heads := _heads(name, len(lora_b), model):
+        lora_b = gguf_names.interleave(lora_b, heads)
+    return Pair(lora_a.T if delta.embedding else lora_a, lora_b)
+
+
+def _require_plain(source: str, has_dora: bool, whole: Iterable[str]) -> None:
+    if has_dora:
+        raise UnsupportedError(
+            f"{source}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
+            "merge the adapter into the model instead"
+        )
+    if names := ", ".join(map(brief, whole)):
+        raise UnsupportedError(
+            f"{source}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
+        )
+
+
+def _require_writable(path: StrPath, adapter: StrPath | None, base: StrPath, overwrite: bool) -> None:
+    _require_no_model(path)
+    _require_not_read([path], adapter, base)
+    files.require_new(path, overwrite)
 
 
 def _require_no_model(path: StrPath) -> None:
@@ -184,35 +259,6 @@ def _require_no_model(path: StrPath) -> None:
     if not is_adapter:
         reason = "the file is no adapter, and is left as it is: name another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(path))
-
-
-def _require_plain_lora(adapter: PeftAdapter) -> None:
-    config = adapter.config
-    if config.use_dora or any(name.endswith(MAGNITUDE) for name in adapter.tensors):
-        raise UnsupportedError(
-            f"{adapter.directory}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
-            "merge the adapter into the model instead"
-        )
-    if config.modules_to_save:
-        names = ", ".join(map(brief, config.modules_to_save))
-        raise UnsupportedError(
-            f"{adapter.directory}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
-        )
-
-
-def _pair_for_gguf(adapter: PeftAdapter, name: str, halves: tuple[str, str], model: BaseModel) -> Pair:
-    stored, is_embedding = gguf_names.to_gguf(name), halves[0].endswith(EMBEDDING[0])
-    if stored is None or is_embedding != (stored == gguf_names.TOKEN_EMBEDDING):
-        raise FormatError(f"{brief(name)}: no layer of this kind and name is known in {model.architecture}")
-    shape_a, shape_b = (adapter.tensors.entries[half].shape for half in halves)
-    adapter.require_rank(name, halves)
-    shape = (shape_a[1], shape_b[0]) if is_embedding else (shape_b[0], shape_a[1])
-    _require_shape(name, f"{stored}.weight", shape, model)
-    lora_a, lora_b = (adapter.factor(half) for half in halves)
-    heads = _heads(name, stored, len(lora_b), model)
-    if heads:
-        lora_b = gguf_names.interleave(lora_b, heads)
-    return Pair(lora_a.T if is_embedding else lora_a, lora_b)
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
@@ -235,7 +281,7 @@ def _folded(where: str, pair: Pair, factor: float) -> Pair:
     return Pair(pair.lora_a, lora_b)
 
 
-# ---- llama.cpp to PEFT ----
+# ---- from llama.cpp ----
 
 
 def adapter_from_gguf(
@@ -264,140 +310,62 @@ def adapter_from_gguf(
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
     _require_not_read(peft_adapter.files_of(directory), path, base)
-    adapter, layers = read_gguf_adapter(path, base, any_base)
-    ranks = {layer.name: adapter.pairs[stored].rank for stored, layer in layers.items()}
-    config = _config(adapter.alpha, ranks, base_model_name_or_path)
-    tensors = {
-        PREFIX + layer.name + suffix: a for layer in layers.values() for suffix, a in layer.factors.items()
-    }
-    peft_adapter.save(directory, config, tensors, adapter.base_digest)
+    adapter, stored = read(path, base, any_base)
+    adapter.base_model_name_or_path = base_model_name_or_path
+    peft_files.save(adapter, directory)
+    alpha = float(peft_files.config_of(adapter).lora_alpha)
     return AdapterConversion(
-        files.name(directory),
-        adapter.architecture,
-        tuple(ranks),
-        config.lora_alpha,
-        passed_over=adapter.passed_over,
+        files.name(directory), stored.architecture, tuple(adapter), alpha, passed_over=stored.passed_over
     )
 
 
-@dataclass(frozen=True, eq=False)
-class PeftLayer:
-    """A layer's name and factors as PEFT has them: suffix of the tensor's name -> array."""
-
-    name: str
-    factors: dict[str, Array]
-
-
-def read_gguf_adapter(
-    path: StrPath, base: StrPath | None, any_base: bool = False
-) -> tuple[GgufAdapter, dict[str, PeftLayer]]:
-    """llama.cpp's adapter file, as one of base, and its layers as PEFT has them by the names of the tensors.
+def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[Adapter, GgufAdapter]:
+    """llama.cpp's adapter file, as one of base, and what the file itself holds.
 
     Arguments and errors are those of `adapter_from_gguf`.
     """
-    adapter, source = gguf_adapter.load(path), files.name(path)
-    if adapter.architecture not in gguf_names.ARCHITECTURES.values():
-        raise UnsupportedError(f"{source}: the layers of {brief(adapter.architecture)} are not known")
+    stored, source = gguf_adapter.load(path), files.name(path)
+    if stored.architecture not in gguf_names.ARCHITECTURES.values():
+        raise UnsupportedError(f"{source}: the layers of {brief(stored.architecture)} are not known")
     model = None if base is None else base_model.read(base, any_base)
-    if model is not None and model.architecture != adapter.architecture:
-        raise FormatError(f"{source}: is for {adapter.architecture}, {model.source} is {model.architecture}")
-    problems: list[str] = []
-    layers: dict[str, PeftLayer] = {}
-    for stored in adapter.pairs:
-        with _collecting(problems):
-            layers[stored] = _layer_for_peft(source, adapter, stored, model)
-    target, digest = ("its architecture", None) if model is None else (model.source, model.digest)
-    _require_fit(source, target, problems, layers, (None, adapter.base_digest, digest), any_base)
-    known = None if any_base and model is not None else adapter.base_digest
-    return dataclasses.replace(adapter, base_digest=digest or known), layers
+    if model is not None and model.architecture != stored.architecture:
+        raise FormatError(f"{source}: is for {stored.architecture}, {model.source} is {model.architecture}")
+    target, problems, deltas = _target(model, stored.architecture), list[str](), dict[str, LoraDelta]()
+    for tensor, pair in stored.pairs.items():
+        with collecting(problems):
+            layer = tensor.removesuffix(".weight")
+            name = gguf_names.from_gguf(layer)
+            if name is None or layer == tensor:
+                words = f"no layer of this name is known in {stored.architecture}"
+                raise FormatError(f"{brief(tensor)}: {words}")
+            deltas[name] = _delta(source, name, pair, stored, model, target)
+    target.require(source, (None, stored.base_digest), problems, deltas, any_base)
+    known = None if any_base and model is not None else stored.base_digest
+    digest = (None if model is None else model.digest) or known
+    return Adapter(source, deltas, task_type="CAUSAL_LM", base_digest=digest), stored
 
 
-def _layer_for_peft(source: str, adapter: GgufAdapter, stored: str, model: BaseModel | None) -> PeftLayer:
-    pair, layer = adapter.pairs[stored], stored.removesuffix(".weight")
-    name = gguf_names.from_gguf(layer)
-    if name is None or layer == stored:
-        raise FormatError(f"{brief(stored)}: no layer of this name is known in {adapter.architecture}")
-    is_embedding = layer == gguf_names.TOKEN_EMBEDDING
-    lora_a, lora_b = pair.lora_a.T if is_embedding else pair.lora_a, pair.lora_b
+def _delta(
+    source: str, name: str, pair: Pair, file: GgufAdapter, model: BaseModel | None, target: Target
+) -> LoraDelta:
+    stored = gguf_names.to_gguf(name) or ""
+    embedding = stored == gguf_names.TOKEN_EMBEDDING
+    lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
+    target.place_of(name, letters.weight_shape(lora_a.shape, lora_b.shape, embedding), embedding, False)
     if model is not None:
-        shape = (lora_a.shape[1], len(lora_b)) if is_embedding else (len(lora_b), lora_a.shape[1])
-        _require_shape(name, stored, shape, model)
-        heads = _heads(name, layer, len(lora_b), model)
-        if heads:
+        if heads := _heads(name, len(lora_b), model):
             lora_b = gguf_names.deinterleave(lora_b, heads)
-    elif gguf_names.is_permuted(adapter.architecture, layer):
+    elif gguf_names.is_permuted(file.architecture, stored):
         raise ValueError(
-            f"{source}: the rows of {stored} are permuted by heads: base (--base MODEL), which "
+            f"{source}: the rows of {stored}.weight are permuted by heads: base (--base MODEL), which "
             "tells their number, is needed"
         )
-    suffixes = EMBEDDING if is_embedding else LINEAR
-    return PeftLayer(name, dict(zip(suffixes, (lora_a, lora_b), strict=True)))
+    a, b = letters.from_peft(lora_a, lora_b, embedding)
+    return LoraDelta.of_alpha(a, b, file.alpha or pair.rank, False, None, embedding)
 
 
-def _config(alpha: float, ranks: dict[str, int], base: str | None) -> PeftConfig:
-    """alpha / r is the scale of every layer; where llama.cpp has no alpha, r / r."""
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != r}
-    return PeftConfig(
-        r=r,
-        lora_alpha=peft_config.short_number(alpha or r),
-        target_modules=tuple(ranks),
-        rank_pattern=Patterns.exact(dict(others)),
-        alpha_pattern=Patterns.exact({} if alpha else dict(others)),
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
-    )
-
-
-# ---- both ways ----
-
-
-def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath, base: StrPath | None) -> None:
-    inputs = [("adapter", path) for path in peft_adapter.files_of(adapter)]
+def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
+    inputs = [] if adapter is None else [("adapter", path) for path in peft_adapter.files_of(adapter)]
     if base is not None:
         inputs += [("base", path) for path in model_directory.files_of(base)]
     files.require_not_read("convert", outputs, inputs)
-
-
-@contextlib.contextmanager
-def _collecting(problems: list[str]) -> Iterator[None]:
-    """Go on after what does not fit: all of it is listed at the end."""
-    try:
-        yield
-    except FormatError as error:
-        problems.append(str(error))
-
-
-def _require_fit(
-    source: str,
-    target: str,
-    problems: list[str],
-    layers: Sized,
-    bases: tuple[str | None, str | None, str | None],
-    any_base: bool,
-) -> None:
-    """Args: bases: as `model_digest.refusal` takes them."""
-    if problems:
-        subject = model_digest.subject(*bases)
-        raise FormatError(f"{source}: {subject} does not fit {target} {in_places(problems)}")
-    if not any_base and (refusal := model_digest.refusal(*bases)):
-        raise FormatError(f"{source}: {refusal}")
-    if not layers:
-        raise FormatError(f"{source}: the adapter holds no factors")
-
-
-def _require_shape(name: str, stored: str, shape: tuple[int, ...], model: BaseModel) -> None:
-    if model.shapes is None:
-        return
-    if stored not in model.shapes:
-        raise FormatError(f"{brief(name)}: {model.source} has no tensor {stored}")
-    if model.shapes[stored] != shape:
-        raise FormatError(f"{brief(name)}: for a weight {shape}, and {stored} is {model.shapes[stored]}")
-
-
-def _heads(name: str, layer: str, rows: int, model: BaseModel) -> int | None:
-    """The number of heads by which the rows of lora_b are permuted in GGUF, if they are."""
-    heads = model.permuted_heads(layer)
-    if heads is not None and rows % (2 * heads):
-        raise FormatError(f"{brief(name)}: {rows} rows do not make {heads} heads of pairs of rows")
-    return heads

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -311,6 +312,11 @@ class Module:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)
 
+    def copied(self, replaced: Mapping[int, Module]) -> Self:
+        """A copy of the tree with other modules in the places of those with these ids. Arrays are shared."""
+        made = dict(replaced)
+        return cast(Self, _copied(self, made))
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
         """`with model.disable_adapter():` the frozen weights compute alone, merged or not.
@@ -427,6 +433,14 @@ class AdapterLayer(Module):
         """The plain frozen layer of the merged weight."""
         raise NotImplementedError
 
+    def frozen(self) -> Module:
+        """A plain layer of the frozen weight, which is shared.
+
+        Raises:
+            ValueError: the adapter took a part of the weight.
+        """
+        raise NotImplementedError
+
     def discard(self) -> None:
         """Let go of factors and weights: a plain layer stands in this one's place."""
         raise NotImplementedError
@@ -471,6 +485,24 @@ def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...]
         if any(map(operator.is_not, items, value)):
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
+
+
+def _copied(value: Any, made: dict[int, Module]) -> Any:
+    """`value` with copies of its modules, which `made` holds by the ids of the originals."""
+    if isinstance(value, Module):
+        if id(value) not in made:
+            made[id(value)] = new = copy.copy(value)
+            for name, item in vars(new).items():
+                vars(new)[name] = _copied(item, made)
+        return made[id(value)]
+    if not any(_modules_in(value, "")):
+        return value
+    if isinstance(value, dict):
+        return {key: _copied(item, made) for key, item in value.items()}
+    items = [_copied(item, made) for item in value]
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def _join(prefix: str, name: str) -> str:

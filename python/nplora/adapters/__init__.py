@@ -8,7 +8,14 @@ from nplora.adapters.gguf_files import (
     adapter_to_gguf,
     convert_adapter,
 )
-from nplora.adapters.layers import AdapterReport, load_adapter, read_for, rollback_on_error, save_adapter
+from nplora.adapters.layers import (
+    AdapterReport,
+    load_adapter,
+    new_layers,
+    read_for,
+    rollback_on_error,
+    save_adapter,
+)
 from nplora.adapters.merge_files import ModelMerge, merge_adapter
 from nplora.merging import LoraDelta
 
@@ -25,6 +32,7 @@ __all__ = [
     "convert_adapter",
     "load_adapter",
     "merge_adapter",
+    "new_layers",
     "read_adapter",
     "read_for",
     "rollback_on_error",

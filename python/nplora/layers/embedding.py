@@ -193,6 +193,10 @@ class LoRAEmbedding(LoRALayer):
         assert self.dB is not None
         _core.add_outer(saved.rows, du, self.scale, self.dB)
 
+    def frozen(self) -> Embedding:
+        self._require_whole_weight("frozen")
+        return Embedding(self.weight)
+
     def unloaded(self) -> Embedding:
         return Embedding(self._merged_frozen())
 

@@ -317,5 +317,9 @@ class LoRALinear(LoRALayer):
     def delta_weight(self) -> Array:
         return self.merged_weight() - self.weight.to_numpy() if self.use_dora else super().delta_weight()
 
+    def frozen(self) -> Linear:
+        self._require_whole_weight("frozen")
+        return Linear(self.weight, self.bias)
+
     def unloaded(self) -> Linear:
         return Linear(self._merged_frozen(), self.bias)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, buffers, optim
 from nplora.formats import model_digest
-from nplora.formats.files import Stamp
+from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.generate import Prompt, Sampling, generate
 from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
@@ -24,6 +25,7 @@ from nplora.models import adapting, head, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
+from nplora.models.named_adapters import NamedAdapters
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.places import cache_places, packed_places
 from nplora.models.rope import Rope
@@ -31,6 +33,9 @@ from nplora.module import Gradient, Module, Saved, inference, inferring, layer_s
 from nplora.optim import Optimizer
 from nplora.packing import IGNORED, PackedBatch, pack
 from nplora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nplora.adapters import Adapter
 
 Array = npt.NDArray[Any]
 
@@ -85,6 +90,7 @@ class LanguageModel(Module):
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
         self._mapped = tuple(mapped)
+        self._named = NamedAdapters()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -167,6 +173,87 @@ class LanguageModel(Module):
             layer.reset(layer_stream(seed, name))
         self.exchange({id(modules[name]): layer for name, layer in made.items()})
 
+    # ---- named adapters ----
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The named adapters."""
+        return self._named.adapters
+
+    def load_adapter(self, path: StrPath | Adapter, name: str, any_base: bool = False) -> None:
+        """Keep an adapter under a name; `set_adapter` lets calls use it.
+
+        It is kept beside the model's own LoRA layers, and its targets may be others. Named adapters are for
+        inference.
+
+        Args:
+            path: a PEFT directory, llama.cpp's file, or an `Adapter`.
+            any_base: as in `nplora.load_adapter`.
+        Raises:
+            ValueError: there is an adapter of this name. TypeError: the name is no text, or empty.
+            FormatError: the adapter does not fit the model, or is of another one. Others as
+                `nplora.load_adapter`.
+        """
+        from nplora.adapters import Adapter, read_for
+
+        adapter = path if isinstance(path, Adapter) else read_for(self, path, self.source, any_base)
+        self._named.add(self, name, adapter, any_base)
+
+    def set_adapter(self, names: str | Sequence[str] | None) -> None:
+        """Let the calls that follow use a named adapter, in place of the LoRA layers that the model has.
+
+        This holds for the thread (or asyncio task) that calls it. Another thread uses what it selects itself,
+        and at first none. A call keeps the adapter that it began with, also if it is deleted meanwhile.
+
+        Args:
+            names: a name, several, which add up, or None: the model as it is without named adapters.
+        Raises:
+            KeyError: there is no adapter of a name; the nearest names are listed.
+            UnsupportedError: there are several names, and an adapter has DoRA.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(names or ())
+        self._named.model(self, "set_adapter", chosen)
+        self._named.select(chosen)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget a named adapter. Other contexts that selected it get a KeyError from their next call.
+
+        Raises:
+            KeyError: there is no adapter of this name; the nearest names are listed.
+        """
+        self._named.delete(name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[Self]:
+        """As `Module.disable_adapter`; named adapters are off too."""
+        with super().disable_adapter(), self._named.none_selected():
+            yield self
+
+    def with_adapter(self, adapter: Adapter, any_base: bool = False) -> LanguageModel:
+        """A model over the same frozen weights with these LoRA layers alone. This one stays as it is.
+
+        Raises:
+            FormatError: the adapter does not fit, or is of another model.
+        """
+        from nplora.adapters import new_layers
+
+        own = {id(layer): layer.frozen() for layer in self.adapter_layers().values()}
+        names = {name: id(module) for name, module in self.named_modules()}
+        added = {names[name]: layer for name, layer in new_layers(adapter, self, any_base).items()}
+        made = self.copied({**own, **added})
+        made._named = NamedAdapters()
+        made._load_tokenizer = lambda: self.tokenizer
+        made.model.prefix = None
+        return made
+
+    def exchange(self, replaced: Mapping[int, Module]) -> None:
+        super().exchange(replaced)
+        self._named.forget_models()
+
+    def _selected(self, op: str) -> LanguageModel:
+        """This model, or the one with the named adapters that this context has selected."""
+        return self._named.model(self, op, self._named.selected)
+
     # ---- inference ----
 
     def logits(self, token_ids: npt.ArrayLike) -> Array:
@@ -194,6 +281,8 @@ class LanguageModel(Module):
     def loss_packed(self, batch: PackedBatch) -> float:
         """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
         self._check_batch("loss_packed", batch)
+        if (lm := self._selected("loss_packed")) is not self:
+            return lm.loss_packed(batch)
         with inference():
             if self.compute == "int8":
                 total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
@@ -233,11 +322,12 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: there is no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged, or computes in int8.
+            RuntimeError: a layer is merged, or computes in int8; or a named adapter is selected.
             CorruptError: as `require_unchanged`; the gradients are not to be used.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
+        self._require_none_selected(op)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; add_lora() first")
         for layer in self.adapter_layers().values():
@@ -252,6 +342,10 @@ class LanguageModel(Module):
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
         """Logits of ids x as `logits` has them, and what `backward` needs: for losses of your own."""
+        if not inferring():
+            self._require_none_selected("LanguageModel.forward")
+        elif (lm := self._selected("LanguageModel.forward")) is not self:
+            return lm.forward(x)
         ids = self._ids("LanguageModel.forward", x)
         starts = np.arange(0, ids.size + 1, ids.shape[-1]) if ids.size else np.zeros(1, np.int64)
         places = packed_places(starts, self._rope)
@@ -290,9 +384,13 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Room for `slots` sequences of at most `capacity` tokens. Raises as `require_unchanged`."""
+        """Room for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+
+        Raises:
+            CorruptError: as `require_unchanged`. KeyError: the adapter selected was deleted.
+        """
         self.require_unchanged()
-        return KVCache(self.config, slots, capacity)
+        return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Read the next tokens of some sequences; the logits (m, vocab) that follow the last of each.
@@ -307,6 +405,8 @@ class LanguageModel(Module):
                 it was.
             CorruptError: as `require_unchanged`.
         """
+        if cache.lm is not None and cache.lm is not self:
+            return cache.lm.decode(token_ids, slots, cache)
         ids, rows = self._ids("decode", token_ids), _check.integers("decode", "slots", slots)
         ids = ids[:, None] if ids.ndim == 1 else ids
         if rows.ndim != 1 or ids.ndim != 2 or len(ids) != len(rows) or not ids.size:
@@ -346,6 +446,13 @@ class LanguageModel(Module):
         if given and all(isinstance(message, Mapping) for message in given):
             return generate(self, [given], sampling)[0]
         return generate(self, given, sampling)
+
+    def _require_none_selected(self, op: str) -> None:
+        if names := self._named.selected:
+            raise RuntimeError(
+                f"{op}: {', '.join(map(repr, names))}: a named adapter is for inference; set_adapter(None) "
+                "first, or attach it to the model to train it"
+            )
 
     # ---- what comes in ----
 

@@ -1034,6 +1034,28 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert not lm.adapter_layers()
 
 
+def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
+    finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
+    (tmp_path / "a").rename(tmp_path / "a:2")
+    a, b = tmp_path / "a:2", tmp_path / "b"
+    plain = evaluate(model, data)["loss"]
+    for given, words in (
+        ([(a, 0.5), (b, -2.0)], [f"{a}:0.5", f"{b}:-2"]),
+        ([(b, 0.25)], [f"{b}:0.25"]),
+        ([(a, 1.0)], [str(a)]),  # a path that is there, whatever its end
+    ):
+        nplora.combine(given).save(tmp_path / "sum", overwrite=True)
+        wanted = evaluate(model, data, adapter=tmp_path / "sum")["loss"]
+        assert wanted != pytest.approx(plain, rel=1e-4)
+        assert evaluate(model, data, adapter=given)["loss"] == pytest.approx(wanted, rel=1e-6)
+        options = [word for adapter in words for word in ("--adapter", adapter)]
+        assert cli.main(["eval", str(model), "--data", str(data), "--json", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="weight is nan"):
+        evaluate(model, data, adapter=[(b, float("nan"))])
+
+
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
     lm = load_model(model)
     for call in (

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _MODEL = "a GGUF file, or a directory with config.json, *.safetensors and tokenizer.json"
 _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.jsonl"
-_ADAPTER = "PEFT's directory or llama.cpp's file (may be given several times: they add up)"
+_ADAPTER = "PEFT's directory or llama.cpp's file and its weight (default: 1); several add up"
 _ANY_BASE = "take an adapter that was trained on another model of these shapes"
 _COMPUTES = ("float32", "bfloat16", "int8")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -239,11 +239,11 @@ def _path(text: str) -> str:
 def _weighted(text: str) -> tuple[str, float]:
     """ADAPTER:WEIGHT, or ADAPTER alone, whose path may have a colon."""
     path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return _path(text), 1.0
     try:
-        return (_path(path), float(weight)) if colon else (_path(text), 1.0)
+        return _path(path), float(weight)
     except ValueError:
-        if os.path.exists(text):
-            return text, 1.0
         told = f"{text!r} is not there, and for ADAPTER:WEIGHT {weight!r} is no number"
         raise argparse.ArgumentTypeError(told) from None
 
@@ -335,7 +335,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
         required=True,
         help=f"{_DATA}, of which the latter is read where it is there",
     )
-    evaluate.add_argument("--adapter", metavar="PATH", type=_path, action="append", help=_ADAPTER)
+    evaluate.add_argument(
+        "--adapter", metavar="PATH[:WEIGHT]", type=_weighted, action="append", help=_ADAPTER
+    )
     evaluate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     evaluate.add_argument("--max-length", metavar="INT", type=int, help="longer examples are cut")
     evaluate.add_argument(
@@ -353,7 +355,9 @@ def _parser(command_name: str | None = None) -> argparse.ArgumentParser:
     generate = command("generate", text, _generate)
     generate.add_argument("model", metavar="MODEL", type=_path, help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text that goes on; -: standard input")
-    generate.add_argument("--adapter", metavar="PATH", type=_path, action="append", help=_ADAPTER)
+    generate.add_argument(
+        "--adapter", metavar="PATH[:WEIGHT]", type=_weighted, action="append", help=_ADAPTER
+    )
     generate.add_argument("--any-base", action="store_true", help=_ANY_BASE)
     generate.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")

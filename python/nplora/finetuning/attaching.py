@@ -13,7 +13,7 @@ from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel, load_model
 
-Adapters: TypeAlias = StrPath | Sequence[StrPath]
+Adapters: TypeAlias = StrPath | Sequence[StrPath | tuple[StrPath, float]]
 
 
 def load_with_adapter(
@@ -30,7 +30,8 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     """Put an adapter on a model that has none: on the layers that are in its files.
 
     Args:
-        adapter: a PEFT directory, llama.cpp's file, or a list of these, which add up as in `combine`.
+        adapter: a PEFT directory, llama.cpp's file, or a list of these, which add up as in `combine`. A pair
+            in the list is an adapter and its weight.
         any_base: as in `load_adapter`.
     Raises:
         FormatError: it does not fit the model, which stays as it was, or is of another one. Others as
@@ -41,14 +42,15 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     """
     if on := len(lm.adapter_layers()):
         raise ValueError(f"attach_adapter: the model has an adapter already, on {counted(on, 'layer')}")
-    paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
-    if len(paths) == 1:
-        read_for(lm, paths[0], lm.source, any_base).attach(lm, any_base)
+    given = [adapter] if isinstance(adapter, str | os.PathLike) else adapter
+    weighted = [(one, 1.0) if isinstance(one, str | os.PathLike) else one for one in given]
+    if len(weighted) == 1 and weighted[0][1] == 1:
+        read_for(lm, weighted[0][0], lm.source, any_base).attach(lm, any_base)
         return
     alike: dict[str, list[StrPath]] = {}
-    for path in paths:
+    for path, _ in weighted:
         alike.setdefault(os.path.realpath(path), []).append(path)
     for same in alike.values():
         if (n := len(same)) > 1:
             warnings.warn(f"{files.name(same[0])} is given {n} times, and added {n} times", stacklevel=3)
-    combine([(path, 1.0) for path in paths], base=lm.source, any_base=any_base).attach(lm, any_base)
+    combine(weighted, base=lm.source, any_base=any_base).attach(lm, any_base)

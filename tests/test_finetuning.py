@@ -73,6 +73,7 @@ def data(tmp_path: Path) -> Path:
 
 
 QUICK = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 4, "save_every": 3}
+GO_ON = {name: value for name, value in QUICK.items() if name != "rank"}  # the adapter has its own
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -1054,6 +1055,66 @@ def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: 
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-6)
     with pytest.raises(ValueError, match="weight is nan"):
         evaluate(model, data, adapter=[(b, float("nan"))])
+
+
+def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    options = {**GO_ON, "lr": 1e-2, "schedule": "constant"}
+    start = load_model(model)
+    start.add_lora(rank=3, alpha=5, targets="q_proj", use_rslora=True)
+    start.add_lora(rank=2, alpha=9, targets="up_proj", layers="last:1", use_rslora=True, init="gaussian")
+    save_adapter(start, tmp_path / "start")
+    valid = data / "train.jsonl"
+    report = finetune(model, data, tmp_path / "out", **options, valid=valid, adapter=str(tmp_path / "start"))
+    assert report.loss_before == pytest.approx(evaluate(model, valid, adapter=tmp_path / "start")["loss"])
+    assert report.loss_after == pytest.approx(evaluate(model, valid, adapter=tmp_path / "out")["loss"])
+    assert report.loss_after < report.loss_before
+    trained, before = nplora.read_adapter(tmp_path / "out"), nplora.read_adapter(tmp_path / "start")
+    assert list(trained) == list(before)
+    for name, delta in trained.items():
+        found = (delta.rank, delta.stated_alpha, delta.use_rslora)
+        assert found == (before[name].rank, before[name].stated_alpha, True)
+        assert not np.array_equal(delta.B, before[name].B)
+    finetune(load_model(model), data, tmp_path / "again", **options, adapter=tmp_path / "start")
+    assert nplora.read_adapter(tmp_path / "again")[name].A.tobytes() == delta.A.tobytes()
+    assert nplora.plan(model, data, **options, adapter=str(tmp_path / "start"))
+
+
+def test_a_run_that_continues_from_an_adapter_resumes_to_the_bit(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "start", **QUICK, targets=("q_proj",))
+    options: dict[str, Any] = {**GO_ON, "epochs": None, "adapter": tmp_path / "start", "dropout": 0.25}
+    options |= {"schedule": "constant", "save_every": 2}
+    finetune(model, data, tmp_path / "whole", **{**options, "steps": 4})
+    finetune(model, data, tmp_path / "out", **{**options, "steps": 2})
+    with pytest.warns(UserWarning, match="total_steps was 2, is 4"):
+        finetune(model, data, tmp_path / "out", **{**options, "steps": 4}, resume=True)
+    whole, out = (nplora.read_adapter(tmp_path / name) for name in ("whole", "out"))
+    assert all(whole[name].A.tobytes() == out[name].A.tobytes() for name in whole)
+    layers = load_with_adapter(model, tmp_path / "out").adapter_layers()
+    assert len({layer.dropout_stream for layer in layers.values()}) == len(layers)
+
+
+def test_a_run_cannot_continue_from_what_is_no_adapter_of_the_model(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "start", **QUICK, targets=("lm_head",))
+    start = tmp_path / "start"
+    other = save_small_llama(tmp_path / "other.gguf", vocab=300)
+    for target, options, error, words in (
+        (model, {"rank": 3}, ValueError, "finetune: rank is the adapter's where a run continues from one"),
+        (model, {"targets": "q_proj"}, ValueError, "finetune: targets is the adapter's"),
+        (model, {"adapter": ""}, ValueError, "adapter"),
+        (model, {"adapter": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
+        (other, {}, FormatError, "'lm_head': for a weight"),
+    ):
+        with pytest.raises(error, match=words):
+            finetune(target, data, tmp_path / "out", **{**GO_ON, "adapter": start, **options})
+    before = files_of(start)
+    with pytest.raises(ValueError, match="is the adapter itself, which is left as it is"):
+        finetune(model, data, start, **GO_ON, adapter=start, overwrite=True)
+    assert files_of(start) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:

@@ -445,6 +445,10 @@ class AdapterLayer(Module):
         """Let go of factors and weights: a plain layer stands in this one's place."""
         raise NotImplementedError
 
+    def restart_dropout(self, stream: np.random.SeedSequence) -> None:
+        """Start the dropout stream anew; the factors stay."""
+        self.dropout_stream = (int(np.random.default_rng(stream).integers(2**63)), 0)
+
     def reset(self, stream: np.random.SeedSequence) -> None:
         """Draw the starting factors and the dropout stream from `stream`."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
 from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
 from nplora.merging import LoraDelta
-from nplora.module import Commit, Module
+from nplora.module import Commit, Module, layer_stream
 
 Array = NDArray[Any]
 
@@ -261,6 +261,7 @@ def new_layers(adapter: Adapter, model: Module, any_base: bool = False) -> dict[
         for name, delta in adapter.items():
             layer = made[name] = _new_layer(modules[name], delta)
             layer.row_order = model.stored_row_order(name)
+            layer.restart_dropout(layer_stream(0, name))
             _adopting(layer, delta)()
     _warn_of_unknown(adapter)
     return made

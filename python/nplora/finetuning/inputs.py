@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nplora.adapters import Adapter, read_for
 from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
@@ -41,6 +42,14 @@ def opened_all(
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = read(lm, train_path, options)
     return lm, train, None if valid_path is None else read(lm, valid_path, options)
+
+
+def continued(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | None:
+    """The adapter that a run continues from, if there is one. Raises as `attach_adapter`."""
+    if options.adapter is None:
+        return None
+    files.require_named(op, adapter=options.adapter)
+    return read_for(lm, options.adapter, lm.source)
 
 
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:

@@ -17,6 +17,7 @@ from nplora.weights import COMPUTES
 _OP = "finetune"
 DEFAULT_EXAMPLES = 8
 KEEP_PREFIX = ("off", "memory", "disk")
+_OF_THE_ADAPTER = ("rank", "alpha", "targets", "layers", "use_rslora", "use_dora", "init")
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -36,6 +37,10 @@ class FinetuneOptions:
         ValueError, TypeError: a value is out of its range, or two exclude each other.
     """
 
+    adapter: str | None = _option(
+        None,
+        "continue from this adapter, with its layers, ranks and alphas: PEFT's directory or llama.cpp's file",
+    )
     rank: int = _option(8, "of the factors")
     alpha: float = _beside(16.0, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _option(
@@ -100,6 +105,7 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", target_names(self.targets))
+        self._require_nothing_that_the_adapter_has()
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         if self.batch_tokens is not None and self.batch_examples is not None:
@@ -131,3 +137,11 @@ class FinetuneOptions:
         object.__setattr__(self, "sample", _check.texts(_OP, "sample", self.sample))
         if isinstance(self.layers, str):
             parse_blocks(self.layers, _OP)
+
+    def _require_nothing_that_the_adapter_has(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in _OF_THE_ADAPTER if getattr(self, name) != defaults[name]]
+        if self.adapter is not None and given:
+            raise ValueError(
+                f"{_OP}: {given[0]} is the adapter's where a run continues from one; leave it out"
+            )

@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 from nplora import _check
+from nplora.adapters import Adapter
 from nplora.checkpoint import Checkpoint, RunDirectory, holds_run
 from nplora.data import Dataset
-from nplora.finetuning.inputs import batches_of, checks_of, opened_all
+from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.files import StrPath
 from nplora.models import LanguageModel
@@ -46,7 +47,8 @@ def plan(
     chosen = _check.options("plan", FinetuneOptions, options)
     lm, train, held_out = opened_all("plan", model, data, valid, chosen, check=False)
     wishes = Wishes(fixed_compute(model, chosen), chosen.checkpoint_blocks)
-    return planned(lm, adapters_of("plan", lm, chosen), train, held_out, chosen, wishes)
+    adapters = adapters_of("plan", lm, chosen, continued("plan", lm, chosen))
+    return planned(lm, adapters, train, held_out, chosen, wishes)
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
@@ -54,15 +56,24 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
-def adapters_of(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapters:
+def adapters_of(
+    op: str, lm: LanguageModel, options: FinetuneOptions, start: Adapter | None = None
+) -> Adapters:
     """Those that a run puts on a model.
+
+    Args:
+        start: the adapter that the run continues from; all of its layers count with the largest rank.
 
     Raises:
         ValueError: they do not fit it, or leave no block whose output could be kept.
     """
-    adapters = Adapters.of(
-        lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op
-    )
+    if start is None:
+        adapters = Adapters.of(
+            lm, options.rank, options.targets, options.layers, options.use_dora, options.init, op
+        )
+    else:
+        shapes, ranks = {name: delta.shape for name, delta in start.items()}, [d.rank for d in start.values()]
+        adapters = Adapters(shapes, max(ranks), start.use_dora)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"

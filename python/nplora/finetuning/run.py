@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nplora import _check
-from nplora.adapters import rollback_on_error, save_adapter
+from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.checkpoint import RunDirectory, factors, holds_run
 from nplora.data import Dataset
 from nplora.finetuning.before import Before, answers_of
-from nplora.finetuning.inputs import batches_of, checks_of, opened_all
+from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, warning_of
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -27,8 +27,10 @@ from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter, run_files
 from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
+from nplora.layers import LoRALinear
 from nplora.losses import NonFiniteLossError
 from nplora.models import KeptPrefix, LanguageModel, load_model
+from nplora.module import layer_stream
 from nplora.optim import AdamW
 from nplora.planning import Candidate, Wishes
 from nplora.trainer import Trainer
@@ -62,7 +64,8 @@ def finetune(
     Raises:
         DataError: a line of the data is not what it should be.
         ValueError, TypeError: an option is out of range or does not fit the model; or a file that the run
-            would write to is the model or the data.
+            would write to is the model, the data or the adapter to continue from.
+        FormatError: that adapter does not fit the model, or is of another one.
         NotADirectoryError: the output is something else.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
             adapter without a run, and `overwrite` is not set; or a file that is neither a run's nor an
@@ -81,9 +84,10 @@ def finetune(
     )
     say = speaker(progress)
     lm, train, held_out = opened_all("finetune", model, data, valid, chosen)
-    _require_not_read(output, lm, train, held_out)
+    start = continued("finetune", lm, chosen)
+    _require_not_read(output, lm, train, held_out, chosen.adapter)
     way = Candidate(lm.compute, chosen.checkpoint_blocks, None if pieces is None else pieces[0])
-    adapters = adapters_of("finetune", lm, chosen)
+    adapters = adapters_of("finetune", lm, chosen, start)
     if chosen.memory is not None:
         compute, again = fixed_compute(model, chosen), chosen.checkpoint_blocks
         wishes = Wishes(compute, again, pieces, goes_on=pieces is not None)
@@ -102,10 +106,7 @@ def finetune(
     batches = batches_of(train, chosen)
     checks = None if held_out is None else checks_of(held_out)
     with rollback_on_error(lm):
-        lm.add_lora(
-            chosen.rank, chosen.alpha, chosen.targets, chosen.layers, chosen.dropout, chosen.use_rslora,
-            chosen.use_dora, chosen.seed, chosen.init,
-        )  # fmt: skip
+        _put_on(lm, start, chosen)
         _require_free(output, chosen)
         prefix = _new_prefix(lm, [d for d in (train, held_out) if d is not None], output, chosen.keep_prefix)
     lm.model.checkpoint_blocks = way.checkpoint_blocks
@@ -166,6 +167,21 @@ def finetune(
     )
 
 
+def _put_on(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
+    """The adapter that is trained: a new one, or the one that the run continues from."""
+    if start is None:
+        lm.add_lora(
+            options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
+            options.use_dora, options.seed, options.init,
+        )  # fmt: skip
+        return
+    start.attach(lm)
+    for name, layer in lm.adapter_layers().items():
+        layer.restart_dropout(layer_stream(options.seed, name))
+        if isinstance(layer, LoRALinear):
+            layer.dropout = options.dropout
+
+
 def _saved_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int) -> str:
     """Save the adapter of this step, which a checkpoint holds; return words for what was done."""
     try:
@@ -181,11 +197,15 @@ def _saved_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int
     return f"{files.name(output)} holds the adapter as of step {step}"
 
 
-def _require_not_read(output: StrPath, lm: LanguageModel, train: Dataset, held_out: Dataset | None) -> None:
+def _require_not_read(
+    output: StrPath, lm: LanguageModel, train: Dataset, held_out: Dataset | None, adapter: StrPath | None
+) -> None:
     """Refuse an output directory in which a file to be written is one that the run reads."""
     names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
     inputs = [("model", path) for path in model_directory.files_of(lm.config.source)]
     inputs.append(("training data", Path(train.report.source)))
+    if adapter is not None:
+        inputs += [("adapter", path) for path in peft_adapter.files_of(adapter)]
     if held_out is not None:
         inputs.append(("validation data", Path(held_out.report.source)))
     files.require_not_read("finetune", [Path(output, name) for name in names], inputs)

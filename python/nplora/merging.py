@@ -6,7 +6,7 @@ from a float32 sum, never in place, and compared with what was asked for.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,17 @@ class MergeReport:
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
         """The one of a weight that stays as it is, since ΔW is 0."""
         return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
+
+    @classmethod
+    def of_all(cls, name: str, reports: "Sequence[MergeReport]") -> "MergeReport":
+        """The one of several merged weights together, without a worst block."""
+        norms = [report.norm for report in reports]
+        error = math.sqrt(weighted_mean(norms, [report.error**2 for report in reports], 0.0))
+        kept = weighted_mean(norms, [report.kept for report in reports], 1.0)
+        whole = math.hypot(*(report.weight_norm for report in reports))
+        storage = ", ".join(dict.fromkeys(report.storage for report in reports))
+        nbytes = sum(report.nbytes for report in reports)
+        return cls(name, storage, nbytes, error, kept, (0, 0), 0.0, math.hypot(*norms), whole)
 
     def __str__(self) -> str:
         row, column = self.worst_block

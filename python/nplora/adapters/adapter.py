@@ -77,6 +77,11 @@ class Adapter(Mapping[str, LoraDelta]):
     def use_dora(self) -> bool:
         return any(delta.use_dora for delta in self.values())
 
+    @property
+    def base(self) -> tuple[str | None, str | None]:
+        """The name and the digest of the base model, as far as they are known."""
+        return self.base_model_name_or_path, self.base_digest
+
     def require_low_rank(self) -> None:
         """Raise UnsupportedError if there are layers that are trained whole."""
         if self.modules_to_save:

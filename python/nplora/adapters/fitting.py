@@ -3,13 +3,16 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from nplora.adapters.adapter import Adapter
 from nplora.formats import model_digest
 from nplora.formats.errors import FormatError, brief, counted, in_places
+
+BaseNames: TypeAlias = tuple[str | None, str | None]  # the name and the digest of an adapter's base model
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,18 @@ class Target:
             f"{brief(name)}: the adapter has no such layer" for name in self.required if name not in layers
         ]
 
-    def require(
-        self,
-        source: str,
-        base: tuple[str | None, str | None],
-        problems: list[str],
-        layers: Collection[str],
-        any_base: bool,
-    ) -> None:
-        """Raise FormatError for an adapter with problems, of another model, or without layers.
+    def check(self, adapter: Adapter, any_base: bool) -> None:
+        """Raise FormatError for an adapter that does not fit, is of another model, or has no layers."""
+        problems = list[str]()
+        for name, delta in adapter.items():
+            with collecting(problems):
+                self.place_of(name, delta.shape, delta.embedding, delta.use_dora)
+        self.require(adapter.source, adapter.base, problems, adapter, any_base)
 
-        Args:
-            source: how messages name the adapter.
-            base: the name and the digest of its base model.
-        """
+    def require(
+        self, source: str, base: BaseNames, problems: list[str], layers: Collection[str], any_base: bool
+    ) -> None:
+        """As `check`, of an adapter's source, base, problems and layers."""
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")

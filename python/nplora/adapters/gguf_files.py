@@ -123,21 +123,14 @@ def _target(model: BaseModel | None, architecture: str) -> Target:
         if stored is None:
             return f"no layer of this name is known in {architecture}"
         weight, is_embedding = f"{stored}.weight", stored == gguf_names.TOKEN_EMBEDDING
-        if shapes is None:
-            return Place(weight, None, is_embedding)
-        if weight not in shapes:
+        if shapes is not None and weight not in shapes:
             return f"{title} has no tensor {weight}"
-        return Place(weight, shapes[weight], is_embedding)
+        heads = None if model is None else model.permuted_heads(stored)
+        if heads is not None and shape[0] % (2 * heads):
+            return f"{shape[0]} rows do not make {heads} heads of pairs of rows"
+        return Place(weight, None if shapes is None else shapes[weight], is_embedding)
 
     return Target(title, place, digest)
-
-
-def _heads(name: str, rows: int, model: BaseModel) -> int | None:
-    """The number of heads by which the rows of lora_b are permuted in GGUF, if they are."""
-    heads = model.permuted_heads(gguf_names.to_gguf(name) or "")
-    if heads is not None and rows % (2 * heads):
-        raise FormatError(f"{brief(name)}: {rows} rows do not make {heads} heads of pairs of rows")
-    return heads
 
 
 # ---- to llama.cpp ----
@@ -181,7 +174,7 @@ def adapter_to_gguf(
         _require_plain(opened.directory, has_dora, opened.config.modules_to_save)
         target = _target(model, model.architecture)
         adapter = peft_files.read_opened(opened, target, edited_config, any_base)
-    return _save(adapter, path, model, any_base)
+    return _write(adapter, path, model, any_base)
 
 
 def save(
@@ -192,40 +185,27 @@ def save(
     _require_writable(path, None, base, overwrite)
     _require_plain(adapter.source, adapter.use_dora, adapter.modules_to_save)
     model = base_model.read(base, any_base)
-    target, problems = _target(model, model.architecture), list[str]()
-    for name, delta in adapter.items():
-        with collecting(problems):
-            target.place_of(name, delta.shape, delta.embedding, delta.use_dora)
-    told = adapter.base_model_name_or_path, adapter.base_digest
-    target.require(adapter.source, told, problems, adapter, any_base)
-    return _save(adapter, path, model, any_base)
+    _target(model, model.architecture).check(adapter, any_base)
+    return _write(adapter, path, model, any_base)
 
 
-def _save(adapter: Adapter, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
+def _write(adapter: Adapter, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
     """Write an adapter that fits."""
     wanted = {name: delta.scale * delta.rank for name, delta in adapter.items()}
     alpha = _common_alpha(wanted.values())
     folded = tuple(name for name in adapter if wanted[name] != alpha)
-    pairs, problems = dict[str, Pair](), list[str]()
+    pairs = dict[str, Pair]()
     for name, delta in adapter.items():
-        with collecting(problems):
-            pair = _pair(name, delta, model)
-            if name in folded:
-                pair = _folded(f"{adapter.source}: {name}", pair, wanted[name] / _rounded(alpha))
-            pairs[f"{gguf_names.to_gguf(name)}.weight"] = pair
-    told = adapter.base_model_name_or_path, adapter.base_digest
-    _target(model, model.architecture).require(adapter.source, told, problems, adapter, any_base)
+        stored = gguf_names.to_gguf(name) or ""
+        lora_a, lora_b = letters.to_peft(delta.A, delta.B, delta.embedding)
+        if heads := model.permuted_heads(stored):
+            lora_b = gguf_names.interleave(lora_b, heads)
+        if name in folded:
+            lora_b = _folded(f"{adapter.source}: {name}", lora_b, wanted[name] / _rounded(alpha))
+        pairs[f"{stored}.weight"] = Pair(lora_a.T if delta.embedding else lora_a, lora_b)
     digest = model.digest or (None if any_base else adapter.base_digest)
     gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, pairs, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(adapter), alpha, folded)
-
-
-def _pair(name: str, delta: LoraDelta, model: BaseModel) -> Pair:
-    """The factors in the layout of llama.cpp's file."""
-    lora_a, lora_b = letters.to_peft(delta.A, delta.B, delta.embedding)
-    if heads := _heads(name, len(lora_b), model):
-        lora_b = gguf_names.interleave(lora_b, heads)
-    return Pair(lora_a.T if delta.embedding else lora_a, lora_b)
 
 
 def _require_plain(source: str, has_dora: bool, whole: Iterable[str]) -> None:
@@ -273,12 +253,12 @@ def _rounded(alpha: float) -> float:
         return float(np.float32(alpha))
 
 
-def _folded(where: str, pair: Pair, factor: float) -> Pair:
+def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
-        lora_b = (pair.lora_b.astype(np.float64) * factor).astype(np.float32)
-    if not np.isfinite(lora_b).all():
+        product = (lora_b.astype(np.float64) * factor).astype(np.float32)
+    if not np.isfinite(product).all():
         raise FormatError(f"{where}: lora_B times {factor:g}, which its scale needs, is beyond float32")
-    return Pair(pair.lora_a, lora_b)
+    return product
 
 
 # ---- from llama.cpp ----
@@ -353,7 +333,7 @@ def _delta(
     lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
     target.place_of(name, letters.weight_shape(lora_a.shape, lora_b.shape, embedding), embedding, False)
     if model is not None:
-        if heads := _heads(name, len(lora_b), model):
+        if heads := model.permuted_heads(stored):
             lora_b = gguf_names.deinterleave(lora_b, heads)
     elif gguf_names.is_permuted(file.architecture, stored):
         raise ValueError(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nplora import buffers
 from nplora.adapters import gguf_files, peft_files
 from nplora.adapters.adapter import Adapter
-from nplora.adapters.fitting import Place, Target, collecting
+from nplora.adapters.fitting import Place, Target
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import brief, counted, nearest_names
 from nplora.formats.files import StrPath
@@ -248,12 +248,7 @@ def new_layers(adapter: Adapter, model: Module, any_base: bool = False) -> dict[
         FormatError: the adapter does not fit the model, or is of another one.
     """
     adapter.require_low_rank()
-    target, problems = plain_target(model), list[str]()
-    for name, delta in adapter.items():
-        with collecting(problems):
-            target.place_of(name, delta.shape, delta.embedding, delta.use_dora)
-    base = adapter.base_model_name_or_path, adapter.base_digest
-    target.require(adapter.source, base, problems, adapter, any_base)
+    plain_target(model).check(adapter, any_base)
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
     made = dict[str, LoRALayer]()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from nplora import storages
 from nplora.adapters.adapter import Adapter, read_adapter
-from nplora.adapters.fitting import Place, Target, collecting
+from nplora.adapters.fitting import Place, Target
 from nplora.checkpoint import trained
 from nplora.formats import (
     base_model,
@@ -67,29 +66,29 @@ class ModelMerge:
     nbytes: int
 
     @property
+    def total(self) -> MergeReport:
+        """The report of all tensors together."""
+        return MergeReport.of_all(self.target, self.reports)
+
+    @property
     def delta_kept(self) -> float:
         """The share of ΔW that is there, of all tensors together."""
-        return weighted_mean(self._norms, [report.kept for report in self.reports], 1.0)
+        return self.total.kept
 
     @property
     def error(self) -> float:
         """The relative error of all tensors' ΔW together."""
-        return math.sqrt(weighted_mean(self._norms, [report.error**2 for report in self.reports], 0.0))
+        return self.total.error
 
     @property
     def noise(self) -> float:
         """The part of that error that is orthogonal to ΔW: not what is lost, but what rounding adds."""
-        return math.sqrt(max(0.0, self.error**2 - (1 - self.delta_kept) ** 2))
+        return self.total.noise
 
     @property
     def change(self) -> float:
         """‖ΔW‖ / ‖W‖ of all merged weights together."""
-        whole = math.hypot(*(report.weight_norm for report in self.reports))
-        return math.hypot(*self._norms) / whole if whole else 0.0
-
-    @property
-    def _norms(self) -> list[float]:
-        return [report.norm for report in self.reports]
+        return self.total.norm / self.total.weight_norm if self.total.weight_norm else 0.0
 
     def table(self) -> str:
         """A line for every merged tensor."""
@@ -431,16 +430,12 @@ def _placed(model: _Model, adapter: Adapter, dtype: str, any_base: bool) -> dict
     if dtype != "same" and dtype not in model.storages:
         words = ", ".join(map(repr, ("same", *model.storages)))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
-    target, deltas, problems = _target(model), dict[str, LoraDelta](), list[str]()
-    for layer, delta in adapter.items():
-        name, order = model.place(layer, delta.shape[0])
+    places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
+    for name, _ in places.values():
         if name is not None:
             bitsandbytes.refuse(model.tensors, name, model.source, "merge into")
-        with collecting(problems):
-            place = target.place_of(layer, delta.shape, delta.embedding, delta.use_dora)
-            deltas[place.title] = delta.rows(order)
-    told = adapter.base_model_name_or_path, adapter.base_digest
-    target.require(adapter.source, told, problems, deltas, any_base)
+    _target(model).check(adapter, any_base)
+    deltas = {name: adapter[layer].rows(order) for layer, (name, order) in places.items() if name is not None}
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
 

@@ -1,4 +1,4 @@
-"""Adapters read into memory, from files that nobody vouches for too."""
+"""Adapters in memory: read, also from files that nobody vouches for, saved and put on models."""
 
 import json
 import os
@@ -14,6 +14,9 @@ from nplora.adapters import Adapter
 from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, UnsupportedError
 from nplora.formats.peft_config import PeftConfig
+from nplora.merging import LoraDelta
+from test_convert import base_gguf, patterned, write_peft
+from test_convert import factors as pairs
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
@@ -161,3 +164,120 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
         nplora.read_adapter(tmp_path / "hf")
     with pytest.raises(ValueError, match="the ReLU has no LoRA layer"):
         nplora.read_adapter(nplora.ReLU())
+
+
+# ---- one adapter, from and to everything ----
+
+
+def net(**options: Any) -> nplora.Module:
+    """Two layers of different ranks, the second with rows in another order than in files."""
+    rng = np.random.default_rng(0)
+    first = nplora.LoRALinear(rng.normal(size=(6, 5)), 2, 0.1, init="gaussian", rng=1, **options)
+    second = nplora.LoRALinear(rng.normal(size=(4, 6)), 3, 7, init="gaussian", rng=2, **options)
+    second.row_order = np.array([2, 0, 3, 1])
+    return nplora.Sequential(first, nplora.ReLU(), second)
+
+
+def plain() -> nplora.Module:
+    rng = np.random.default_rng(0)
+    return nplora.Sequential(
+        nplora.Linear(rng.normal(size=(6, 5))), nplora.ReLU(), nplora.Linear(rng.normal(size=(4, 6)))
+    )
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_that_is_read_is_saved_as_the_same_files(options: dict[str, Any], tmp_path: Path) -> None:
+    nplora.save_adapter(net(**options), tmp_path / "one", "the base")
+    adapter = Adapter.read(tmp_path / "one")
+    assert adapter.base_model_name_or_path == "the base"
+    adapter.save(tmp_path / "two")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    with pytest.raises(FileExistsError):
+        adapter.save(tmp_path / "two")
+    Adapter.from_model(net(**options)).save(tmp_path / "three")
+    tensors = "adapter_model.safetensors"
+    assert (
+        dict(safetensors.open(tmp_path / "three" / tensors)).keys()
+        == dict(safetensors.open(tmp_path / "one" / tensors)).keys()
+    )
+
+
+def test_layers_trained_whole_are_in_the_adapter_and_in_nothing_of_low_rank(tmp_path: Path) -> None:
+    head = nplora.Linear(np.float32([[1, 2, 3, 4]]), np.float32([5]), trainable=True)
+    model = nplora.Sequential(*(module for _, module in net().named_children()), head)
+    nplora.save_adapter(model, tmp_path / "one")
+    adapter = Adapter.read(tmp_path / "one")
+    assert list(adapter.modules_to_save) == ["3"]
+    np.testing.assert_array_equal(adapter.modules_to_save["3"]["weight"], [[1, 2, 3, 4]])
+    np.testing.assert_array_equal(adapter.modules_to_save["3"]["bias"], [5])
+    adapter.save(tmp_path / "two")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    for refusing in (
+        lambda: nplora.read_adapter(tmp_path / "one"),
+        lambda: adapter.attach(plain()),
+        lambda: Adapter.combine([(adapter, 1)]),
+        lambda: nplora.read_adapter(adapter),
+    ):
+        with pytest.raises(UnsupportedError, match="trained whole: '3'"):
+            refusing()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_is_attached_at_its_own_ranks(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, model, x = net(**options), plain(), np.ones((3, 5), np.float32)
+    for layer in trained.adapter_layers().values():
+        layer.row_order = None  # type: ignore[attr-defined]
+    if options.get("use_dora"):
+        trained.adapter_layers()["0"].m[...] *= 2  # type: ignore[attr-defined]
+    nplora.save_adapter(trained, tmp_path)
+    ranks = []
+    real = nplora.LoRALayer.__init__
+
+    def init(layer: Any, weight: Any, rank: int, *arguments: Any, **more: Any) -> None:
+        ranks.append(rank)
+        real(layer, weight, rank, *arguments, **more)
+
+    monkeypatch.setattr(nplora.LoRALayer, "__init__", init)
+    Adapter.read(tmp_path).attach(model)
+    assert ranks == [2, 3]
+    np.testing.assert_array_equal(model(x), trained(x))
+    assert repr(model) == repr(trained)
+    with pytest.raises(ValueError, match="the model has an adapter already, on 2 layers"):
+        Adapter.read(tmp_path).attach(model)
+
+
+def test_a_model_without_the_layers_is_left_as_it_was() -> None:
+    model = nplora.Sequential(nplora.Linear(np.ones((6, 5))), nplora.ReLU())
+    before = list(model.named_modules())
+    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model has no such layer"):
+        Adapter.from_model(net()).attach(model)
+    assert list(model.named_modules()) == before
+
+
+def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_path: Path) -> None:
+    settings = patterned(use_rslora=True)
+    directory, base = write_peft(tmp_path / "peft", settings, pairs(settings)), base_gguf(tmp_path / "m.gguf")
+    report = nplora.adapter_to_gguf(directory, tmp_path / "one.gguf", base)
+    adapter = Adapter.read(directory)
+    again = adapter.save(tmp_path / "two.gguf", base=base)
+    assert again is not None
+    assert (again.alpha, again.folded, again.layers) == (report.alpha, report.folded, report.layers)
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    back = Adapter.read(tmp_path / "two.gguf", base)
+    for name, update in delta(adapter).items():
+        np.testing.assert_allclose(delta(back)[name], update, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileExistsError):
+        adapter.save(tmp_path / "two.gguf", base=base)
+    dora = Adapter("dora", {"q": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2))})
+    with pytest.raises(UnsupportedError, match="dora: DoRA rescales the rows"):
+        dora.save(tmp_path / "three.gguf", base=base)
+    unfit = Adapter("unfit", {"model.layers.0.mlp.up_proj": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0)})
+    with pytest.raises(FormatError, match=r"for a weight \(2, 2\), and blk\.0\.ffn_up\.weight is \(28, 20\)"):
+        unfit.save(tmp_path / "three.gguf", base=base)
+    assert not (tmp_path / "three.gguf").exists()

@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 import nplora
 from nplora import cli, storages
 from nplora.adapters import Adapter, merge_files
-from nplora.formats import gguf, safetensors
+from nplora.formats import gguf, model_files, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.merging import LoraDelta
@@ -251,7 +251,7 @@ def test_an_estimate_by_a_sample_of_rows_is_near_to_the_whole(
     weights = storages.encode(rng.standard_normal((2048, 256), np.float32), "q4_0")
     gguf.save(tmp_path / "base.gguf", {"fc": gguf.Tensor("fc", "Q4_0", (2048, 256), weights.reshape(-1))})
     a, b = rng.standard_normal((2048, 4), np.float32), rng.standard_normal((4, 256), np.float32)
-    adapter, model = Adapter("a", {"fc": LoraDelta(a, b, 0.01)}), merge_files._open(tmp_path / "base.gguf")
+    adapter, model = Adapter("a", {"fc": LoraDelta(a, b, 0.01)}), model_files.open(tmp_path / "base.gguf")
     monkeypatch.setattr(merge_files, "_SAMPLED_ELEMENTS", 1 << 17)
     for dtype in ("q5_0", "q6_k", "q8_0"):
         done = nplora.merge_adapter(

@@ -16,8 +16,8 @@ from nplora.adapters.layers import (
     rollback_on_error,
     save_adapter,
 )
-from nplora.adapters.merge_files import ModelMerge, merge_adapter
-from nplora.merging import LoraDelta
+from nplora.adapters.merge_files import merge_adapter
+from nplora.merging import LoraDelta, ModelMerge
 
 __all__ = [
     "Adapter",

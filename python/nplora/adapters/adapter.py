@@ -16,13 +16,12 @@ from nplora.checkpoint import require_no_other
 from nplora.formats import files
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.merging import LoraDelta
+from nplora.merging import LoraDelta, ModelMerge
 from nplora.module import Module
 
 if TYPE_CHECKING:
     from nplora.adapters.combination import CombinedAdapter
     from nplora.adapters.gguf_files import AdapterConversion
-    from nplora.adapters.merge_files import ModelMerge
 
 Array = NDArray[Any]
 

@@ -1,0 +1,115 @@
+"""A model's weights in its files, opened so that they can be written again with some tensors made anew."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+from nplora.formats import base_model, files, gguf, gguf_names, model_directory, safetensors
+from nplora.formats.config_json import read_fields
+from nplora.formats.files import NewFile, Stamp, StrPath
+from nplora.formats.gguf import file_type
+from nplora.formats.gguf.header import MAGIC
+from nplora.formats.sharded import ShardedFile
+
+Array = NDArray[Any]
+Tensor: TypeAlias = gguf.Tensor | safetensors.Tensor
+Stream: TypeAlias = gguf.Stream | safetensors.Stream
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's opened files.
+
+    Attributes:
+        suffix: of the kind of file: ".gguf" or ".safetensors".
+        place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
+        new_files: what is to be written for these tensors, of which some may be streams of the file's kind.
+        tied: whether the output shares the embedding's weight.
+        mapped: the stamps of the files that the tensors are mapped from.
+        shards: the files that the tensors are in, where the model is an index.
+    """
+
+    source: str
+    suffix: str
+    tensors: Mapping[str, Tensor]
+    place: Callable[[str, int], tuple[str | None, Array | None]]
+    new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
+    tied: bool
+    mapped: tuple[Stamp, ...]
+    shards: frozenset[str] = frozenset()
+
+
+def open(base: StrPath) -> ModelFiles:
+    """The files of a GGUF file, a safetensors file or index, or a Hugging Face directory.
+
+    Raises:
+        FormatError: a file breaks its format. OSError: it cannot be read.
+    """
+    if Path(base).is_dir():
+        return _open_safetensors(base)
+    with files.reading(base) as reader:
+        is_gguf = bytes(reader[:4]) == MAGIC
+    return _open_gguf(base) if is_gguf else _open_safetensors(base)
+
+
+def is_directory(output: StrPath) -> bool:
+    """Whether a model of this name is a directory."""
+    return files.suffix(output) not in (".gguf", ".safetensors")
+
+
+def weights_path(output: StrPath) -> Path:
+    """The file of the weights of a model of this name."""
+    return Path(output, model_directory.WEIGHTS) if is_directory(output) else Path(output)
+
+
+def _open_gguf(path: StrPath) -> ModelFiles:
+    file = gguf.open(path)
+    facts = base_model.read(path) if "general.architecture" in file.metadata else None
+
+    def place(layer: str, rows: int) -> tuple[str | None, Array | None]:
+        stored = gguf_names.to_gguf(layer)
+        if facts is None or stored is None:
+            return _first_of(file, f"{layer}.weight", layer), None
+        heads = facts.permuted_heads(stored)
+        order = None if heads is None or rows % (2 * heads) else gguf_names.row_order(rows, heads)
+        return _first_of(file, f"{stored}.weight"), order
+
+    def new_files(output: StrPath, tensors: Mapping[str, Any]) -> list[NewFile]:
+        return [gguf.new_file(output, tensors, file_type.redescribe(file.metadata.typed(), file, tensors))]
+
+    tied = facts is not None and "output.weight" not in file
+    return ModelFiles(file.source, ".gguf", file, place, new_files, tied, file.mapped)
+
+
+def _open_safetensors(base: StrPath) -> ModelFiles:
+    file = model_directory.open_tensors(base)
+
+    def place(layer: str, rows: int) -> tuple[str | None, Array | None]:
+        return _first_of(file, f"{layer}.weight", layer), None
+
+    def new_files(output: StrPath, tensors: Mapping[str, Any]) -> list[NewFile]:
+        metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+        if not is_directory(output):
+            return [safetensors.new_file(output, tensors, metadata)]
+        metadata.setdefault("format", "pt")  # transformers refuses a directory without it
+        weights = safetensors.new_file(weights_path(output), tensors, metadata)
+        return [weights, *model_directory.companions(Path(base), Path(output))]
+
+    tied = _is_tied(model_directory.of(base), file)
+    shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
+    return ModelFiles(file.source, ".safetensors", file, place, new_files, tied, file.mapped, shards)
+
+
+def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
+    """As config.json says: a tied model may have a head in its file, which nobody reads."""
+    config = directory / model_directory.CONFIG
+    if config.exists() and read_fields(config).boolean("tie_word_embeddings", False):
+        return True
+    return "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def _first_of(names: Mapping[str, Any], *candidates: str) -> str | None:
+    return next((name for name in candidates if name in names), None)

@@ -8,7 +8,6 @@ import numpy as np
 from bench import ceilings
 from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_within_rounding, on_threads
 
-STORAGES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "nf4")
 WIDTH, BATCH = 2048, 512  # W (WIDTH, WIDTH), for a batch
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 8)  # W larger than the caches, for a few rows
 COLD_BYTES = 96 * 2**20  # copies of a weight that take turns, so that none is in a cache
@@ -98,7 +97,8 @@ def bytes_of(storage: str) -> float:
     """The bytes of all copies of one weight, which one call reads."""
     from nplora import _core
 
-    length, nbytes = _core.block_formats()[storage]
+    of = _core.block_formats()[storage]
+    length, nbytes = of.elements, of.nbytes
     each = ROW_SHAPE[0] * ROW_SHAPE[1] // length * (nbytes + (4 if storage == "nf4" else 0))
     return float(-(-COLD_BYTES // each) * each)
 
@@ -119,7 +119,9 @@ def batch_figures(case: Case, threads: int, result: Result) -> list[dict[str, An
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the rates on `threads` threads; return them."""
     found: list[dict[str, Any]] = []
-    storages = ("q8_0",) if quick else STORAGES  # the weights of others take long to make
+    from nplora import _core
+
+    storages = ("q8_0",) if quick else tuple(_core.block_formats())  # the weights of others take long to make
     runtimes = Runtimes(threads)
     for compute in ("float32", "bfloat16"):
         case = Case(storages, compute)

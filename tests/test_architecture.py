@@ -256,7 +256,7 @@ def test_a_kernel_unit_shares_no_inline_code_with_another(unit: Path) -> None:
         ours, system = includes(file)
         assert all(
             name.startswith(("kernels/", "simd/vec"))
-            or name in {"base/cache_line.h", "base/block_formats.h", "simd/tile_registers.h"}
+            or name in {"base/cache_line.h", "base/block.h", "simd/tile_registers.h"}
             for name in ours
         ), file
         assert system <= {"cstddef", "cstdint", "stddef.h", "stdint.h", "immintrin.h", "arm_neon.h"}, file
@@ -266,3 +266,53 @@ def test_a_kernel_unit_shares_no_inline_code_with_another(unit: Path) -> None:
 def test_the_build_never_trades_exactness_for_speed() -> None:
     build = re.sub(r"#[^\n]*", "", (ROOT / "CMakeLists.txt").read_text())
     assert not re.search(r"-ffast-math|-Ofast|-funsafe-math|-fassociative-math|-march=native", build)
+
+
+# ---- block formats ----
+
+
+def format_list() -> dict[str, str]:
+    """The formats of rows in the list of kernels/formats.h: their names, and those of their C++ types."""
+    text = (CSRC / "kernels/formats.h").read_text()
+    listed = text[text.index("#define NPLORA_ROW_FORMATS") : text.index("enum class BlockFormat")]
+    return dict(re.findall(r"\bX\((\w+), (\w+)\)", listed))
+
+
+def test_every_block_format_has_one_file_and_one_quantiser_and_is_in_the_list() -> None:
+    names = {*format_list(), "nf4"}
+    assert len(names) > 8
+    assert {file.name for file in (CSRC / "kernels/formats").iterdir()} == {f"{name}-inl.h" for name in names}
+    assert {file.stem for file in (CSRC / "ops/quantizers").glob("*.cpp")} == names
+    included = includes(CSRC / "kernels/formats.h")[0]
+    assert included == {"base/block.h", *(f"kernels/formats/{name}-inl.h" for name in names)}
+
+
+def test_block_formats_are_known_by_the_list_alone() -> None:
+    types = "|".join(format_list().values())
+    for file in cpp_files():
+        path = str(file.relative_to(CSRC))
+        if path == "kernels/formats.h":
+            continue
+        known = any(name.startswith("kernels/formats/") for name in includes(file)[0])
+        assert not known or path.startswith("kernels/formats/"), path
+        named = set(re.findall(rf"\b(?:Block|k)({types})\b", code_of(file)))
+        if path.startswith(("kernels/formats/", "ops/quantizers/")):
+            assert {name.lower() for name in named} <= {file.stem.removesuffix("-inl")}, path
+        else:
+            assert not named, path
+
+
+# What a file of GGUF may hold, decoded or not; and one format that a text or a rule recommends.
+FORMAT_TABLES = {"formats/gguf/ggml_types.py", "formats/gguf/file_type.py"}
+RECOMMENDED = "q8_0"
+
+
+def test_python_asks_the_core_for_the_block_formats() -> None:
+    names = {name for pair in format_list().items() for name in pair}
+    for file in python_files():
+        if str(file.relative_to(PACKAGE)) in FORMAT_TABLES:
+            continue
+        constants = {
+            node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
+        }
+        assert not (constants & names) - {RECOMMENDED}, file

@@ -21,7 +21,7 @@ quants = importlib.import_module("gguf.quants")
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-FORMATS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
+FORMATS = [name for name, of in _core.block_formats().items() if of.ggml_name is not None]
 LEGACY = ["q4_0", "q4_1", "q5_0", "q5_1"]
 K_TYPES = ["q4_k", "q5_k", "q6_k"]
 
@@ -31,7 +31,8 @@ def gguf_type(name: str) -> Any:
 
 
 def quantize(values: Floats, name: str) -> Bytes:
-    elements, size = _core.block_formats()[name]
+    of = _core.block_formats()[name]
+    elements, size = of.elements, of.nbytes
     rows, cols = values.shape
     blocks = np.empty((rows, cols // elements * size), np.uint8)
     _core.quantize(values, name, blocks)
@@ -39,7 +40,8 @@ def quantize(values: Floats, name: str) -> Bytes:
 
 
 def dequantize(blocks: Bytes, name: str) -> Floats:
-    elements, size = _core.block_formats()[name]
+    of = _core.block_formats()[name]
+    elements, size = of.elements, of.nbytes
     rows, row_bytes = blocks.shape
     out = np.full((rows, row_bytes // size * elements), np.nan, np.float32)
     _core.dequantize(blocks, name, out)
@@ -64,10 +66,9 @@ def scales(rng: np.random.Generator, n: int) -> NDArray[np.float16]:
 
 
 def random_blocks(rng: np.random.Generator, name: str, rows: int, row_blocks: int) -> Bytes:
-    size = _core.block_formats()[name][1]
+    size = _core.block_formats()[name].nbytes
     blocks = rng.integers(0, 256, (rows * row_blocks, size), np.uint8)
-    offsets = {"q6_k": [208], "q4_0": [0], "q5_0": [0], "q8_0": [0]}.get(name, [0, 2])
-    for at in offsets:
+    for at in _core.block_formats()[name].scale_offsets:
         blocks[:, at : at + 2] = scales(rng, len(blocks)).view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, row_blocks * size)
 
@@ -76,8 +77,22 @@ def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
     formats = _core.block_formats()
     assert list(formats) == [*FORMATS, "nf4"]
     for name in FORMATS:
-        assert formats[name] == tuple(gguf.GGML_QUANT_SIZES[gguf_type(name)])
-    assert formats["nf4"] == (64, 32)
+        assert formats[name].ggml_name == gguf_type(name).name
+        assert (formats[name].elements, formats[name].nbytes) == gguf.GGML_QUANT_SIZES[gguf_type(name)]
+    assert (formats["nf4"].elements, formats["nf4"].nbytes, formats["nf4"].ggml_name) == (64, 32, None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scale_offsets_are_those_of_all_float16_numbers_of_a_block(name: str) -> None:
+    of = _core.block_formats()[name]
+    for at in of.scale_offsets:
+        block = np.full((1, of.nbytes), 0x55, np.uint8)
+        block[0, at : at + 2] = 0, 0x7E  # NaN
+        assert np.isnan(dequantize(block, name)).all()
+    block = np.full((1, of.nbytes), 0xFF, np.uint8)  # NaN, were it a float16
+    for at in of.scale_offsets:
+        block[0, at : at + 2] = 0, 0x3C
+    assert np.isfinite(dequantize(block, name)).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -283,7 +298,8 @@ def test_zeros_and_numbers_at_the_ends_of_the_range_keep_their_size(name: str) -
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_can_not_be_stored_is_refused_by_its_row_and_nothing_is_written(name: str) -> None:
-    elements, size = _core.block_formats()[name]
+    of = _core.block_formats()[name]
+    elements, size = of.elements, of.nbytes
     values = np.ones((400, 2 * elements), np.float32)
     blocks = np.full((400, 2 * size), 7, np.uint8)
     for bad, found in ((np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")):

@@ -13,6 +13,7 @@ import gguf as oracle
 import numpy as np
 import pytest
 
+from nplora import FrozenWeight
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf import Typed
@@ -173,10 +174,10 @@ def test_a_quantised_tensor_names_what_uses_its_blocks() -> None:
 def test_a_type_that_is_not_decoded_is_listed_and_refused_by_name_when_used() -> None:
     file = gguf.loads(gguf.dumps({"w": gguf.Tensor("w", "IQ2_XS", (3, 512), quantised("IQ2_XS"))}))
     assert (file["w"].type, file["w"].shape, file["w"].nbytes) == ("IQ2_XS", (3, 512), 444)
-    with pytest.raises(
-        UnsupportedError, match=r"tensor 'w' is IQ2_XS, .* these are: F32, F16, Q4_0, .*BF16$"
-    ):
+    with pytest.raises(UnsupportedError, match="tensor 'w' is IQ2_XS, which NumPy does not have"):
         file["w"].numpy()
+    with pytest.raises(UnsupportedError, match=r"'w' is IQ2_XS, expected one of F32, .*BF16, Q4_0, .*Q6_K"):
+        FrozenWeight.from_gguf(file, "w")
 
 
 def test_an_unaligned_tensor_is_copied_into_place() -> None:

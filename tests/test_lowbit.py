@@ -17,8 +17,8 @@ from figures import Figure
 from nplora import FrozenWeight, storages
 from nplora.formats import UnsupportedError, gguf, safetensors
 
-FORMATS = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "nf4"]
-OF_32 = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+FORMATS = list(storages.BLOCKS)
+OF_32 = [name for name in FORMATS if storages.block_elements(name) == 32]
 GGUF_FORMATS = [name for name in FORMATS if name != "nf4"]
 SCALE = 0.7
 
@@ -221,7 +221,8 @@ def test_a_stack_may_mix_storages(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_knows_its_storage(name: str, rng: np.random.Generator) -> None:
     fw = FrozenWeight(random(rng, 6, 512), name)
-    length, nbytes = nplora._core.block_formats()[name]
+    of = nplora._core.block_formats()[name]
+    length, nbytes = of.elements, of.nbytes
     scales = 4 * fw.size // length if name == "nf4" else 0
     assert (fw.dtype, fw.shape, fw.compute) == (name, (6, 512), "float32")
     assert fw.nbytes == fw.size // length * nbytes + scales
@@ -328,7 +329,7 @@ def test_what_a_gguf_file_holds_otherwise_is_refused(model: Path) -> None:
         FrozenWeight.from_gguf(model, "F64", compute="bfloat16")
     with pytest.raises(ValueError, match=r"FrozenWeight\.from_gguf: compute='fast' is not available"):
         FrozenWeight.from_gguf(model, "Q4_0", compute="fast")
-    with pytest.raises(UnsupportedError, match=r"which NumPy has not; FrozenWeight\.from_gguf"):
+    with pytest.raises(UnsupportedError, match=r"which NumPy does not have; FrozenWeight\.from_gguf"):
         gguf.open(model)["Q4_0"].numpy()
 
 

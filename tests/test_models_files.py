@@ -76,7 +76,8 @@ def test_a_bias_that_some_layers_have_is_not_passed_over(tmp_path: Path) -> None
 
 
 def blocks_of(name: str, values: Array, poison: Callable[[Array], None]) -> Tensor:
-    elements, size = nplora._core.block_formats()[name]
+    of = nplora._core.block_formats()[name]
+    elements, size = of.elements, of.nbytes
     blocks = np.empty((len(values), values.shape[1] // elements * size), np.uint8)
     nplora._core.quantize(values, name, blocks)
     poison(blocks)
@@ -87,7 +88,7 @@ def blocks_of(name: str, values: Array, poison: Callable[[Array], None]) -> Tens
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: float, tmp_path: Path) -> None:
     weights: dict[str, Any] = dict(small_models.tensors())
-    size = nplora._core.block_formats()[name][1]
+    size = nplora._core.block_formats()[name].nbytes
 
     def poison(blocks: Array) -> None:
         blocks[5, size + at : size + at + 2] = np.array([value], np.float16).view(np.uint8)

@@ -14,7 +14,7 @@ using Bytes = Array<uint8_t>;
 // A format of rows: any but nf4.
 BlockFormat row_format(const std::string& name) {
   std::string known;
-  for (size_t i = 0; i < static_cast<size_t>(BlockFormat::kNf4); ++i) {
+  for (size_t i = 0; i < kRowFormats; ++i) {
     if (name == kBlockFormats[i].name) return static_cast<BlockFormat>(i);
     known += (i ? ", " : "") + std::string(kBlockFormats[i].name);
   }
@@ -88,15 +88,29 @@ void dequantize_from_nested_nf4(const Bytes& codes, const Bytes& absmax_codes, c
 
 py::dict block_formats() {
   py::dict all;
-  for (const BlockFormatInfo& of : kBlockFormats) all[of.name] = py::make_tuple(of.elements, of.bytes);
+  for (const BlockFormatInfo& of : kBlockFormats) all[of.name] = py::cast(&of);
   return all;
+}
+
+py::tuple scale_offsets(const BlockFormatInfo& of) {
+  py::tuple offsets(of.scales);
+  for (size_t i = 0; i < of.scales; ++i) offsets[i] = of.scale_at[i];
+  return offsets;
 }
 
 }  // namespace
 
 void register_blocks(py::module_& m) {
   using py::arg;
-  m.def("block_formats", &block_formats, "name: (values, bytes) of a block");
+  py::class_<BlockFormatInfo, std::unique_ptr<BlockFormatInfo, py::nodelete>>(
+      m, "BlockFormat", "A block format, as csrc/kernels/formats describes it")
+      .def_readonly("name", &BlockFormatInfo::name)
+      .def_readonly("ggml_name", &BlockFormatInfo::ggml_name)
+      .def_readonly("elements", &BlockFormatInfo::elements)
+      .def_readonly("nbytes", &BlockFormatInfo::bytes)
+      .def_property_readonly("scale_offsets", &scale_offsets)
+      .def_property_readonly("shorter", [](const BlockFormatInfo& of) { return of.facts.shorter; });
+  m.def("block_formats", &block_formats, "the formats by their names");
   m.def("quantize", &quantize_rows, arg("values").noconvert(), arg("format"), arg("blocks").noconvert(),
         "float32 to low-bit blocks");
   m.def("dequantize", &dequantize_rows, arg("blocks").noconvert(), arg("format"), arg("out").noconvert(),

@@ -1,9 +1,9 @@
 // NF4 as it comes from Python, its arrays checked against the number of values that they stand for.
 #pragma once
 
-#include "base/block_formats.h"
 #include "base/range.h"
 #include "bindings/arrays.h"
+#include "kernels/formats.h"
 #include "kernels/kernel_table.h"
 
 namespace nplora::bindings {

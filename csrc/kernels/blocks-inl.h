@@ -1,5 +1,5 @@
-// Low-bit blocks to float, and into products: one body for every instruction set. See kernel_table.h for the contract, base/block_formats.h for the
-// layouts.
+// Low-bit blocks to float, and into products: one body for every instruction set and format. See kernel_table.h for the contract,
+// kernels/formats for the decoders.
 //
 // A fused multiply-add gives what a product and a sum would: a float16 has 11 significant bits, a scale at most 7 and a code at most 6,
 // so that their product fits into float's 24 and only the sum rounds.
@@ -126,36 +126,9 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 
 // ---- one block: what its strips share, and strip j ----
 
+// strip(j, to) puts strip j of the block.
 template <class Block>
 struct Decoder;
-
-template <>
-struct Decoder<BlockQ4_0> {
-  const BlockQ4_0& b;
-  Vec<float> d = broadcast(b.d);
-
-  template <class To>
-  void strip(size_t, To to) const {
-    const Nibbles values(8, d);
-    const Bytes q = load_bytes(b.q);
-    put(low(values, q), to);
-    put(high(values, q), to + kBytes);
-  }
-};
-
-template <>
-struct Decoder<BlockQ4_1> {
-  const BlockQ4_1& b;
-  Vec<float> d = broadcast(b.d), m = broadcast(b.m);
-
-  template <class To>
-  void strip(size_t, To to) const {
-    const Nibbles values(d, m);
-    const Bytes q = load_bytes(b.q);
-    put(low(values, q), to);
-    put(high(values, q), to + kBytes);
-  }
-};
 
 // Element i of a strip takes bit i of high.
 struct HighBits {
@@ -163,44 +136,6 @@ struct HighBits {
   explicit HighBits(const uint8_t (&bits)[4])
       : low(each_bit(static_cast<uint16_t>(bits[0] | bits[1] << 8), 16)),
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
-};
-
-template <>
-struct Decoder<BlockQ5_0> {
-  const BlockQ5_0& b;
-  Vec<float> d = broadcast(b.d);
-
-  template <class To>
-  void strip(size_t, To to) const {
-    const Bytes q = load_bytes(b.q);
-    const HighBits bits(b.high);
-    put(widen((low_nibbles(q) | bits.low) - 16), widen((high_nibbles(q) | bits.high) - 16), d, to);
-  }
-};
-
-template <>
-struct Decoder<BlockQ5_1> {
-  const BlockQ5_1& b;
-  Vec<float> d = broadcast(b.d), m = broadcast(b.m);
-
-  template <class To>
-  void strip(size_t, To to) const {
-    const Bytes q = load_bytes(b.q);
-    const HighBits bits(b.high);
-    put(widen(low_nibbles(q) | bits.low), d, m, to);
-    put(widen(high_nibbles(q) | bits.high), d, m, to + kBytes);
-  }
-};
-
-template <>
-struct Decoder<BlockQ8_0> {
-  const BlockQ8_0& b;
-  Vec<float> d = broadcast(b.d);
-
-  template <class To>
-  void strip(size_t, To to) const {
-    put(widen(load_bytes(b.q)), widen(load_bytes(b.q + kBytes)), d, to);
-  }
 };
 
 // d scale_j and -dmin min_j of the sub-blocks of Q4_K and Q5_K.
@@ -225,62 +160,6 @@ struct SubScales {
   }
   Vec<float> scale(size_t j) const { return Vec<float>::broadcast(d[j]); }
   Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_behind_8[8 + j]); }
-};
-
-template <>
-struct Decoder<BlockQ4_K> {
-  const BlockQ4_K& b;
-  SubScales scales;
-
-  explicit Decoder(const BlockQ4_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
-
-  template <class To>
-  void strip(size_t j, To to) const {
-    const Nibbles values(scales.scale(j), scales.minus_min(j));
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i);
-      put(j % 2 == 0 ? low(values, q) : high(values, q), to + i);
-    }
-  }
-};
-
-template <>
-struct Decoder<BlockQ5_K> {
-  const BlockQ5_K& b;
-  SubScales scales;
-
-  explicit Decoder(const BlockQ5_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
-
-  template <class To>
-  void strip(size_t j, To to) const {
-    const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i), high = load_bytes(b.high + i);
-      put(widen((j % 2 == 0 ? low_nibbles(q) : high_nibbles(q)) | move(high, j, 4, 16)), d, m, to + i);
-    }
-  }
-};
-
-template <>
-struct Decoder<BlockQ6_K> {
-  const BlockQ6_K& b;
-  float scales[16];
-
-  explicit Decoder(const BlockQ6_K& block) : b(block) {
-    put(widen(load_bytes(b.scales)), broadcast(b.d), scales);
-    keep_in_memory(scales);
-  }
-
-  template <class To>
-  void strip(size_t j, To to) const {
-    const size_t half = j / 4, t = j % 4;
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.low + half * 64 + t % 2 * kStrip + i),
-                  high = load_bytes(b.high + half * kStrip + i);
-      const Bytes code = (t < 2 ? low_nibbles(q) : high_nibbles(q)) | move(high, 2 * t, 4, 48);
-      put(widen(code - 32), Vec<float>::broadcast(scales[2 * j + i / kBytes]), to + i);
-    }
-  }
 };
 
 // ---- rows of blocks ----
@@ -460,96 +339,6 @@ void dot_blocks(size_t m, size_t rows, size_t cols, const void* blocks, size_t r
                 size_t x_stride, float* part, const Fetch& next) {
   dot_rows(BlockRows<Block>{static_cast<const uint8_t*>(blocks), row_bytes}, m, rows, cols, x, x_stride, part,
            next);
-}
-
-// ---- NF4 ----
-
-// A copy in this namespace: see vec.h.
-struct Nf4Levels {
-  float v[16];
-};
-inline constexpr Nf4Levels kLevels = [] {
-  Nf4Levels levels{};
-  for (size_t i = 0; i < 16; ++i) levels.v[i] = kNf4Levels[i];
-  return levels;
-}();
-
-// bitsandbytes rounds the product before the sum; volatile keeps the two from being fused.
-inline float absmax_of(const Nf4& w, size_t block) {
-  if (w.absmax) return w.absmax[block];
-  const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];
-  return product + w.absmax_offset;
-}
-
-inline float nf4_value(const uint8_t* codes, size_t i, float absmax) {
-  return kLevels.v[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15] * absmax;
-}
-
-// to (n) = elements [i, i + n) of the flat tensor, all in one block.
-inline void decode_nf4_run(const uint8_t* codes, size_t i, size_t n, float absmax, const Levels& levels,
-                           DecodedRow to) {
-  const Vec<float> d = Vec<float>::broadcast(absmax);
-  const auto one = [&] {
-    *to = nf4_value(codes, i++, absmax);
-    to = to + 1;
-    --n;
-  };
-  if (i % 2 != 0 && n > 0) one();
-  for (; n >= kStrip; n -= kStrip, i += kStrip, to = to + kStrip) {
-    const Bytes q = load_bytes(codes + i / 2);
-    const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
-    put(lookup(levels, in_order.low), d, to);
-    put(lookup(levels, in_order.high), d, to + kBytes);
-  }
-  while (n > 0) one();
-}
-
-inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step,
-                       const DecodedRows& to) {
-  constexpr size_t kElements = BlockNf4::kElements;
-  const Levels levels(kLevels.v);
-  for (size_t row = 0; row < rows; ++row) {
-    fetch_piece(w.codes + (first + (row + kRowsAhead) * row_step) / 2, cols / 2);
-    DecodedRow out{to.data + row * to.stride, to.apart};
-    for (size_t c = 0; c < cols;) {
-      const size_t i = first + row * row_step + c, n = smaller(cols - c, kElements - i % kElements);
-      decode_nf4_run(w.codes, i, n, absmax_of(w, i / kElements), levels, out + c);
-      c += n;
-    }
-  }
-}
-
-// Rows that begin with a block and are whole blocks.
-struct Nf4Rows {
-  static constexpr size_t kElements = BlockNf4::kElements;
-  const Nf4& w;
-  size_t first, row_step;
-  const Levels& levels;
-  size_t ahead = fetch_ahead(row_step / 2);
-
-  template <size_t kRows, class To>
-  void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
-    for (size_t i = 0; i < cols; i += kElements)
-#pragma GCC unroll 4
-      for (size_t r = 0; r < kRows; ++r) {
-        const size_t element = first + rows[r] * row_step + i;
-        const uint8_t* codes = w.codes + element / 2;
-        __builtin_prefetch(codes + ahead, 0, 2);
-        const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
-#pragma GCC unroll 2
-        for (size_t j = 0; j < kElements; j += kStrip) {
-          const Bytes q = load_bytes(codes + j / 2);
-          const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
-          put(lookup(levels, in_order.low), lookup(levels, in_order.high), d, to(r, i) + j);
-        }
-      }
-  }
-};
-
-inline void dot_nf4(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
-                    size_t x_stride, float* part, const Fetch& next) {
-  const Levels levels(kLevels.v);
-  dot_rows(Nf4Rows{w, first, row_step, levels}, m, rows, cols, x, x_stride, part, next);
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/block_formats.h"
 #include "base/cache_line.h"
+#include "kernels/formats.h"
 
 namespace nplora::kernels {
 
@@ -251,14 +251,13 @@ struct DecodedRows {
   size_t stride, apart = 0;
 };
 
-// Low-bit blocks (base/block_formats.h) to float. Every value is that of float32 arithmetic without fused multiply-adds: the same
+// Low-bit blocks (kernels/formats) to float. Every value is that of float32 arithmetic without fused multiply-adds: the same
 // bits on every instruction set.
 struct BlockDecoders {
   // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.   first and cols are multiples
-  // of kStrip. One kernel for each format before kNf4, in the order of BlockFormat.
-  void (*decode[static_cast<size_t>(BlockFormat::kNf4)])(size_t rows, size_t first, size_t cols,
-                                                         const void* blocks, size_t row_bytes,
-                                                         const DecodedRows& to);
+  // of kStrip. One kernel for each format of rows, in the order of BlockFormat.
+  void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
+                              const DecodedRows& to);
 
   // to (rows, cols): element (i, j) is number first + i * row_step + j of the flat tensor.   Any number; even ones are fast.
   // Where panels lie apart, first and row_step are multiples of 16.
@@ -270,9 +269,8 @@ struct BlockDots {
   // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks, by phase: lane i sums the elements k with k % (lanes / 2) == i.
   // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted. A scale may multiply the sum of its strip:
   // x beyond 1e34 can overflow there.
-  void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
-                                                       size_t row_bytes, const float* x, size_t x_stride,
-                                                       float* part, const Fetch& next);
+  void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
+                            const float* x, size_t x_stride, float* part, const Fetch& next);
 
   // The same where row i begins with number first + i * row_step of the flat tensor: those, and cols, are multiples of 64.
   void (*dots_nf4)(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
@@ -294,9 +292,8 @@ struct Int8Products {
 
   // y (m, rows) = x (m, cols) times rows of blocks.   cols is a multiple of the block's elements. In the order of BlockFormat, kNf4
   // excepted.
-  void (*dots[static_cast<size_t>(BlockFormat::kNf4)])(size_t m, size_t rows, size_t cols, const void* blocks,
-                                                       size_t row_bytes, const Int8Rows& x, float* y,
-                                                       const Fetch& next);
+  void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
+                            const Int8Rows& x, float* y, const Fetch& next);
 };
 
 // Of gated units: silu(g) = g / (1 + exp(-g)), and GELU by tanh.

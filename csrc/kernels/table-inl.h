@@ -1,5 +1,8 @@
 // Fills the table of one unit from the bodies above it.
 
+#define NPLORA_DECODERS
+#include "kernels/formats.h"
+
 namespace nplora::kernels::NPLORA_ISA {
 
 template <class E>
@@ -19,23 +22,21 @@ constexpr SmallProducts<W> make_small() {
   return {dots<W>, outer_tile<Operand<W>, typename StoredOf<W>::Type>};
 }
 
+#define NPLORA_DECODE(name, Name) decode<Block##Name>,
+#define NPLORA_DOTS(name, Name) dot_blocks<Block##Name>,
+#define NPLORA_INT8_DOTS(name, Name) int8_dots<Block##Name>,
 constexpr BlockDecoders make_block_decoders() {
-  return {{decode<BlockQ4_0>, decode<BlockQ4_1>, decode<BlockQ5_0>, decode<BlockQ5_1>, decode<BlockQ8_0>,
-           decode<BlockQ4_K>, decode<BlockQ5_K>, decode<BlockQ6_K>},
-          decode_nf4};
+  return {{NPLORA_ROW_FORMATS(NPLORA_DECODE)}, decode_nf4};
 }
-
 constexpr BlockDots make_block_dots() {
-  return {{dot_blocks<BlockQ4_0>, dot_blocks<BlockQ4_1>, dot_blocks<BlockQ5_0>, dot_blocks<BlockQ5_1>,
-           dot_blocks<BlockQ8_0>, dot_blocks<BlockQ4_K>, dot_blocks<BlockQ5_K>, dot_blocks<BlockQ6_K>},
-          dot_nf4};
+  return {{NPLORA_ROW_FORMATS(NPLORA_DOTS)}, dot_nf4};
 }
-
 constexpr Int8Products make_int8() {
-  return {quantize_row,
-          {int8_dots<BlockQ4_0>, int8_dots<BlockQ4_1>, int8_dots<BlockQ5_0>, int8_dots<BlockQ5_1>,
-           int8_dots<BlockQ8_0>, int8_dots<BlockQ4_K>, int8_dots<BlockQ5_K>, int8_dots<BlockQ6_K>}};
+  return {quantize_row, {NPLORA_ROW_FORMATS(NPLORA_INT8_DOTS)}};
 }
+#undef NPLORA_DECODE
+#undef NPLORA_DOTS
+#undef NPLORA_INT8_DOTS
 
 constexpr Transformer make_transformer() {
   return {rms_norm,

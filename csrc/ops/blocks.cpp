@@ -11,7 +11,7 @@
 #include "base/parallel.h"
 #include "base/range.h"
 #include "ops/half.h"
-#include "ops/quantize.h"
+#include "ops/quantizers/quantize.h"
 
 namespace nplora {
 
@@ -31,29 +31,6 @@ void for_pieces(size_t n, size_t size, double operations_per_element, const Body
 }
 
 // ---- what is refused ----
-
-// The largest magnitude for which neither scale nor minimum exceeds float16's largest number.
-float largest_of(BlockFormat format) {
-  switch (format) {
-    case BlockFormat::kQ4_0:
-      return 8 * kLargestHalf;
-    case BlockFormat::kQ5_0:
-      return 16 * kLargestHalf;
-    case BlockFormat::kQ4_1:
-    case BlockFormat::kQ5_1:
-      return kLargestHalf;
-    case BlockFormat::kQ8_0:
-      return 127 * kLargestHalf;
-    case BlockFormat::kQ4_K:
-    case BlockFormat::kQ5_K:
-      return 63 * kLargestHalf;
-    case BlockFormat::kQ6_K:
-      return 31 * 127 * kLargestHalf;
-    case BlockFormat::kNf4:
-      return std::numeric_limits<float>::max();
-  }
-  throw std::logic_error("unknown block format");
-}
 
 // The bits of |x|: in the order of the numbers, infinity and NaN above all.
 uint32_t magnitude(float x) {
@@ -75,7 +52,7 @@ std::string text(float x) {
 
 void require_storable(BlockFormat format, Matrix<const float> values) {
   if (values.cols == 0) return;
-  const float largest = largest_of(format);
+  const float largest = info(format).facts.largest;
   const uint32_t limit = magnitude(largest);
   std::vector<char> good(values.rows);
   for_pieces(values.rows, values.cols, kCheckOperations, [&](Range rows) {
@@ -114,10 +91,9 @@ void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> 
 
 void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out) {
   using Quantizer = void (*)(size_t, const float*, uint8_t*);
-  constexpr Quantizer kQuantizers[] = {quantize_whole_row<BlockQ4_0>, quantize_whole_row<BlockQ4_1>,
-                                       quantize_whole_row<BlockQ5_0>, quantize_whole_row<BlockQ5_1>,
-                                       quantize_whole_row<BlockQ8_0>, quantize_whole_row<BlockQ4_K>,
-                                       quantize_whole_row<BlockQ5_K>, quantize_whole_row<BlockQ6_K>};
+#define NPLORA_QUANTIZER(name, Name) quantize_whole_row<Block##Name>,
+  constexpr Quantizer kQuantizers[] = {NPLORA_ROW_FORMATS(NPLORA_QUANTIZER)};
+#undef NPLORA_QUANTIZER
   kQuantizers[static_cast<size_t>(format)](cols, x, out);
 }
 

@@ -4,15 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/block_formats.h"
 #include "base/matrix.h"
 #include "kernels/kernel_table.h"
+#include "ops/block_formats.h"
 
 namespace nplora {
-
-inline const BlockFormatInfo& info(BlockFormat format) {
-  return kBlockFormats[static_cast<size_t>(format)];
-}
 
 // out (rows, cols) from blocks (rows, cols / elements * bytes), in any format but NF4.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);

@@ -4,13 +4,10 @@
 #include <bit>
 #include <cstdint>
 
-#include "base/block_formats.h"
+#include "base/block.h"
 #include "kernels/kernel_table.h"
 
 namespace nplora {
-
-// The smallest positive and the largest finite number.
-inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // To nearest even.
 inline Half to_half(float x) {

@@ -3,32 +3,20 @@
 
 #include <cstddef>
 
-#include "base/block_formats.h"
+#include "kernels/formats.h"
 
 namespace nplora {
 
-// Elements one by one; or, from kQ4_0 on, low-bit blocks in the order of BlockFormat.
-enum class Storage {
-  kFloat32,
-  kFloat64,
-  kBfloat16,
-  kFloat16,
-  kQ4_0,
-  kQ4_1,
-  kQ5_0,
-  kQ5_1,
-  kQ8_0,
-  kQ4_K,
-  kQ5_K,
-  kQ6_K,
-  kNf4
-};
+// Elements one by one; or low-bit blocks, in the order of BlockFormat.
+#define NPLORA_STORAGE(name, Name) k##Name,
+enum class Storage { kFloat32, kFloat64, kBfloat16, kFloat16, NPLORA_ROW_FORMATS(NPLORA_STORAGE) kNf4 };
+#undef NPLORA_STORAGE
 
 inline bool is_blocks(Storage storage) {
-  return storage >= Storage::kQ4_0;
+  return storage > Storage::kFloat16;
 }
 inline BlockFormat format_of(Storage blocks) {
-  return static_cast<BlockFormat>(static_cast<size_t>(blocks) - static_cast<size_t>(Storage::kQ4_0));
+  return static_cast<BlockFormat>(static_cast<size_t>(blocks) - static_cast<size_t>(Storage::kFloat16) - 1);
 }
 
 // Of storage that is not blocks.

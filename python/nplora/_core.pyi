@@ -169,8 +169,33 @@ def narrow(values: Array, storage: str, out: Array) -> None:
 def first_nonfinite(values: Array, storage: str) -> int:
     """The flat index of the first NaN or infinity, or -1; values as in `PackedWeight.of_array`, any shape."""
 
-def block_formats() -> dict[str, tuple[int, int]]:
-    """Low-bit formats by name, in lower case as GGUF names them, and "nf4": (values, bytes) of a block."""
+class BlockFormat:
+    """A low-bit format: what its file in csrc/kernels/formats says."""
+
+    @property
+    def name(self) -> str:
+        """As `FrozenWeight.dtype` has it: ggml's name in lower case, or "nf4"."""
+
+    @property
+    def ggml_name(self) -> str | None: ...
+    @property
+    def elements(self) -> int:
+        """Values in a block."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block (of "nf4" without its absmax)."""
+
+    @property
+    def scale_offsets(self) -> tuple[int, ...]:
+        """The bytes of a block at which its float16 scales begin."""
+
+    @property
+    def shorter(self) -> str | None:
+        """The format that llama.cpp takes for rows that are not whole blocks of this one."""
+
+def block_formats() -> dict[str, BlockFormat]:
+    """The low-bit formats by their names, "nf4" last."""
 
 def quantize(values: Array, format: str, blocks: Array) -> None:
     """float32 (rows, cols) to uint8 (rows, bytes of cols values), near to the least squared error.

@@ -27,7 +27,7 @@ _DATA = "a .jsonl, .csv or .txt file, or a directory with train.jsonl and valid.
 _ADAPTER = "PEFT's directory or llama.cpp's file and its weight (default: 1); several add up"
 _ANY_BASE = "take an adapter that was trained on another model of these shapes"
 _COMPUTES = ("float32", "bfloat16", "int8")
-_BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+_BLOCKS = tuple(name for name, of in _core.block_formats().items() if of.ggml_name is not None)
 _MERGED = ("same", "float32", "float64", "float16", "bfloat16", *_BLOCKS)
 _CONVERTED = tuple(name for name in _MERGED if name != "float64")
 _COMPUTE = "arithmetic of the frozen products; int8: of low-bit blocks with few tokens (default: float32)"

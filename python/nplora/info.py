@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nplora import storages
 from nplora.checkpoint import is_checkpoint
 from nplora.formats import (
     bitsandbytes,
@@ -30,7 +31,7 @@ from nplora.formats.config_json import read_fields
 from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
-from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES
+from nplora.formats.gguf.ggml_types import GGML_TYPES
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.peft_adapter import PeftAdapter
 from nplora.formats.safetensors import SafetensorsFile
@@ -129,7 +130,7 @@ def _is_float(name: str) -> bool:
 
 
 def _is_read(name: str) -> bool:
-    return name in DECODED or GGML_TYPES[name].dtype is not None
+    return name in storages.GGML_BLOCKS or GGML_TYPES[name].dtype is not None
 
 
 def _safetensors(path: StrPath, size: int) -> str:

@@ -27,8 +27,6 @@ from nplora.tokenizer import gguf_metadata
 
 Array = NDArray[Any]
 
-# What takes the place of a type whose blocks are longer than a matrix's rows, as in llama.cpp.
-_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 DTYPES = ("same", *(name for name in storages.GGML_NAMES if name != "float64"))
 
 
@@ -86,8 +84,8 @@ def model_to_gguf(
     Args:
         source: a directory with config.json and model.safetensors in one file or in shards, or the file or
             index in such a directory.
-        dtype: "same", "float32", "float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k",
-            "q5_k" or "q6_k".
+        dtype: "same", "float32", "float16", "bfloat16", or the lower-case name of ggml's type: "q8_0",
+            "q4_k", ... (`nplora convert --help` lists them).
         overwrite: also in the place of another file.
     Raises:
         UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF; or
@@ -160,7 +158,8 @@ def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
     if len(shape) == 1:
         return "float32"
     wanted = given if dtype == "same" else dtype
-    for storage in (wanted, _FALLBACKS.get(wanted, wanted)):
+    shorter = storages.FORMATS[wanted].shorter if wanted in storages.FORMATS else None
+    for storage in (wanted, shorter or wanted):
         if storages.fits(storage, shape[-1]):
             return "float32" if storage == "float64" else storage
     return "float16"

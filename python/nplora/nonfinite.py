@@ -9,17 +9,6 @@ from nplora import _core, storages
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, brief
 
-# For each type: the bytes and elements of a block, and the offsets of its float16 scales.
-_SCALES = {
-    "Q8_0": (34, 32, (0,)),
-    "Q4_0": (18, 32, (0,)),
-    "Q5_0": (22, 32, (0,)),
-    "Q4_1": (20, 32, (0, 2)),
-    "Q5_1": (24, 32, (0, 2)),
-    "Q4_K": (144, 256, (0, 2)),
-    "Q5_K": (176, 256, (0, 2)),
-    "Q6_K": (210, 256, (208,)),
-}
 _INFINITE = 0x7C00  # float16's exponent, all ones: infinity or NaN
 
 
@@ -30,7 +19,7 @@ def require_finite(source: str, tensor: gguf.Tensor | safetensors.Tensor) -> Non
         FormatError: a value or scale is NaN or infinite; the message names the file, the tensor and the first
             place. Tensors of other kinds are not looked at.
     """
-    if isinstance(tensor, gguf.Tensor) and tensor.type in _SCALES:
+    if isinstance(tensor, gguf.Tensor) and tensor.type in storages.GGML_BLOCKS:
         _require_finite_scales(source, tensor)
         return
     kind = storages.GGML_FLOATS.get(tensor.type) if isinstance(tensor, gguf.Tensor) else tensor.dtype
@@ -52,14 +41,14 @@ def _as_float(bits: npt.NDArray[np.generic], storage: str) -> float:
 
 
 def _require_finite_scales(source: str, tensor: gguf.Tensor) -> None:
-    nbytes, elements, offsets = _SCALES[tensor.type]
-    blocks = tensor.data.reshape(-1, nbytes)
-    for offset in offsets:
-        bits = np.ndarray(len(blocks), np.dtype("<u2"), blocks, offset, (nbytes,))
+    of = storages.GGML_BLOCKS[tensor.type]
+    blocks = tensor.data.reshape(-1, of.nbytes)
+    for offset in of.scale_offsets:
+        bits = np.ndarray(len(blocks), np.dtype("<u2"), blocks, offset, (of.nbytes,))
         bad = np.flatnonzero((bits & _INFINITE) == _INFINITE)
         if bad.size:
             block = int(bad[0])
-            row, column = divmod(block * elements, tensor.shape[-1])
+            row, column = divmod(block * of.elements, tensor.shape[-1])
             scale = float(bits[block : block + 1].view(np.float16)[0])
             raise FormatError(
                 f"{source}: tensor {brief(tensor.name)}: block {block:,} (row {row:,}, from column "

@@ -15,14 +15,16 @@ from nplora import _core
 Array = NDArray[Any]
 
 FLOATS = {"float32": "<f4", "float64": "<f8", "float16": "<u2", "bfloat16": "<u2"}  # 16 bits: patterns
-BLOCKS = _core.block_formats()  # name: (values, bytes) of a block
+FORMATS = _core.block_formats()
+BLOCKS = {name: (of.elements, of.nbytes) for name, of in FORMATS.items()}  # (values, bytes) of a block
 BLOCKS["nf4"] = (BLOCKS["nf4"][0], BLOCKS["nf4"][1] + 4)
 STORAGES = (*FLOATS, *BLOCKS)
 
 # ggml's names of the types, and safetensors' of the plain ones, which NumPy has too.
 GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"} | {
-    name: name.upper() for name in BLOCKS if name != "nf4"
+    name: of.ggml_name for name, of in FORMATS.items() if of.ggml_name is not None
 }
+GGML_BLOCKS = {of.ggml_name: of for of in FORMATS.values() if of.ggml_name is not None}
 GGML_FLOATS = {GGML_NAMES[name]: name for name in FLOATS}
 
 _ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32

@@ -43,8 +43,8 @@ class FrozenWeight:
         W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
             with dtype="bfloat16".
         dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
-            nearest even. "q8_0", "q4_0", "q4_1", "q5_0", "q5_1": GGUF's blocks of 32 values along a row;
-            "q4_k", "q5_k", "q6_k": of 256. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
+            nearest even. "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, by the lower-case name of
+            ggml's type. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
         compute: "float32", or "bfloat16": x, dy and W (of an update B, and backward or on many rows all) are
             rounded to bfloat16 for the products, sums stay float32; twice as fast where the machine
             multiplies bfloat16. Up to 4 rows are computed in float32 either way. A float64 weight computes

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "base/block_formats.h"
 #include "numbers.h"
+#include "ops/block_formats.h"
 
 using namespace nplora;
 
@@ -68,15 +68,30 @@ inline double element(const BlockQ6_K& b, size_t i) {
 // Calls body.operator()<Block>(format) for each format of rows of blocks.
 template <class Body>
 void for_block_types(const Body& body) {
-  body.template operator()<BlockQ4_0>(BlockFormat::kQ4_0);
-  body.template operator()<BlockQ4_1>(BlockFormat::kQ4_1);
-  body.template operator()<BlockQ5_0>(BlockFormat::kQ5_0);
-  body.template operator()<BlockQ5_1>(BlockFormat::kQ5_1);
-  body.template operator()<BlockQ8_0>(BlockFormat::kQ8_0);
-  body.template operator()<BlockQ4_K>(BlockFormat::kQ4_K);
-  body.template operator()<BlockQ5_K>(BlockFormat::kQ5_K);
-  body.template operator()<BlockQ6_K>(BlockFormat::kQ6_K);
+#define NPLORA_CALL(name, Name) body.template operator()<Block##Name>(BlockFormat::k##Name);
+  NPLORA_ROW_FORMATS(NPLORA_CALL)
+#undef NPLORA_CALL
 }
+
+// How far a quantised value may be off, over its block's absmax.
+template <class Block>
+inline constexpr double kQuantizedWithin = 0;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ4_0> = 0.25;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ5_0> = 0.12;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ4_1> = 0.2;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ5_1> = 0.1;
+template <>  // the codes are those of d before it is rounded
+inline constexpr double kQuantizedWithin<BlockQ8_0> = 0.5 / 127 + 0x1p-11;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ4_K> = 0.25;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ5_K> = 0.12;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ6_K> = 0.06;
 
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {

@@ -2,17 +2,16 @@
 // tests/test_blocks.py.
 #include <algorithm>
 
+#include "block_elements.h"
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
 #include "numbers.h"
-#include "ops/quantize.h"
+#include "ops/quantizers/quantize.h"
 
 using namespace nplora;
 
 namespace {
-
-constexpr double kLargestHalf = 65504;
 
 // Blocks of one kind or another: zeros, constants, one outlier, one sign, anything; of one size, or of any sizes at all.
 std::vector<float> draw_values(Random& random, size_t n, double largest) {
@@ -34,7 +33,8 @@ std::vector<float> draw_values(Random& random, size_t n, double largest) {
 
 // Every value must come back to within `step` of its block's absmax, or near to what float16's smallest numbers can scale.
 template <class Block>
-void test_format(BlockFormat format, double largest, double step) {
+void test_format(BlockFormat format) {
+  constexpr double largest = Block::kFacts.largest, step = kQuantizedWithin<Block>;
   const char* name = kBlockFormats[static_cast<size_t>(format)].name;
   const auto decode = kernels::table().blocks.decode[static_cast<size_t>(format)];
   Random random(300 + static_cast<uint64_t>(format));
@@ -103,14 +103,6 @@ void test_nf4() {
 }  // namespace
 
 void test_quantize() {
-  test_format<BlockQ4_0>(BlockFormat::kQ4_0, 8 * kLargestHalf, 0.25);
-  test_format<BlockQ5_0>(BlockFormat::kQ5_0, 16 * kLargestHalf, 0.12);
-  test_format<BlockQ4_1>(BlockFormat::kQ4_1, kLargestHalf, 0.2);
-  test_format<BlockQ5_1>(BlockFormat::kQ5_1, kLargestHalf, 0.1);
-  test_format<BlockQ8_0>(BlockFormat::kQ8_0, 127 * kLargestHalf,
-                         0.5 / 127 + 0x1p-11);  // the codes are those of d before it is rounded
-  test_format<BlockQ4_K>(BlockFormat::kQ4_K, 63 * kLargestHalf, 0.25);
-  test_format<BlockQ5_K>(BlockFormat::kQ5_K, 63 * kLargestHalf, 0.12);
-  test_format<BlockQ6_K>(BlockFormat::kQ6_K, 31 * 127 * kLargestHalf, 0.06);
+  for_block_types([]<class Block>(BlockFormat format) { test_format<Block>(format); });
   test_nf4();
 }

@@ -76,9 +76,6 @@ GGML_TYPES = {
 }
 BY_NUMBER = {entry.number: entry for entry in GGML_TYPES.values()}
 
-# The quantised types whose blocks nplora decodes; the others are listed, and refused when used.
-DECODED = frozenset(["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
-
 # The value types of metadata, in the order of their numbers, and the struct module's letters for those that
 # have one size.
 VALUE_TYPES = (

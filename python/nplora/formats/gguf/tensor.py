@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import Chunk
-from nplora.formats.gguf.ggml_types import DECODED, GGML_TYPES, elements
+from nplora.formats.gguf.ggml_types import GGML_TYPES, elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +57,11 @@ class Tensor:
         """
         dtype = GGML_TYPES[self.type].dtype
         if dtype is None:
-            raise self._quantised()
-        return elements(self.data.reshape(-1), dtype).reshape(self.shape)
-
-    def _quantised(self) -> UnsupportedError:
-        where = f"{self.source}: tensor {brief(self.name)} is {self.type}"
-        if self.type in DECODED:
-            return UnsupportedError(
-                f"{where}, which NumPy has not; FrozenWeight.from_gguf takes the blocks as they are"
+            raise UnsupportedError(
+                f"{self.source}: tensor {brief(self.name)} is {self.type}, which NumPy does not have; "
+                "FrozenWeight.from_gguf reads the blocks that nplora decodes"
             )
-        known = [name for name, kind in GGML_TYPES.items() if kind.dtype or name in DECODED]
-        return UnsupportedError(f"{where}, which is not decoded here; these are: {', '.join(known)}")
+        return elements(self.data.reshape(-1), dtype).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.type}, {self.shape})"

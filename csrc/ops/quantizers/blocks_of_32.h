@@ -1,19 +1,19 @@
-// The formats with blocks of 32. ggml's rule gives the first scale of Q4_0 ... Q5_1; others near it, fitted by least squares, are kept
-// where they do better, so that no block has a larger squared error than under the rule. Q8_0 is the rule, to the bit.
+// The search for formats with blocks of 32. ggml's rule gives the first scale; others near it, fitted by least squares, are kept where
+// they do better, so that no block has a larger squared error than under the rule.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 
-#include "ops/code_grid.h"
 #include "ops/half.h"
-#include "ops/quantize.h"
+#include "ops/quantizers/code_grid.h"
+#include "ops/quantizers/quantize.h"
 
-namespace nplora {
+namespace nplora::blocks_of_32 {
 
-namespace {
+inline constexpr size_t kElements = 32;
 
-constexpr size_t kElements = 32;
-
-CodeGrid rounded(CodeGrid grid) {
+inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
@@ -35,7 +35,7 @@ struct Best {
 };
 
 // d q, q = -n ... n - 1
-CodeGrid best_scale(const float* x, float n) {
+inline CodeGrid best_scale(const float* x, float n) {
   const Codes codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
@@ -49,7 +49,7 @@ CodeGrid best_scale(const float* x, float n) {
 }
 
 // d q + m, q = 0 ... last
-CodeGrid best_affine(const float* x, float last) {
+inline CodeGrid best_affine(const float* x, float last) {
   const Codes codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
   const float range = *high - *low;
@@ -97,42 +97,4 @@ void quantize_affine(size_t blocks, const float* x, Block* out, float last) {
   }
 }
 
-// Half away from zero.
-int8_t rounded_away(float x) {
-  const float whole = float(int(x)), rest = x - whole;
-  return static_cast<int8_t>(whole + (rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f));
-}
-
-}  // namespace
-
-template <>
-void quantize_blocks(size_t blocks, const float* x, BlockQ4_0* out) {
-  quantize_scale(blocks, x, out, 8);
-}
-template <>
-void quantize_blocks(size_t blocks, const float* x, BlockQ5_0* out) {
-  quantize_scale(blocks, x, out, 16);
-}
-template <>
-void quantize_blocks(size_t blocks, const float* x, BlockQ4_1* out) {
-  quantize_affine(blocks, x, out, 15);
-}
-template <>
-void quantize_blocks(size_t blocks, const float* x, BlockQ5_1* out) {
-  quantize_affine(blocks, x, out, 31);
-}
-
-template <>
-void quantize_blocks(size_t blocks, const float* x, BlockQ8_0* out) {
-  for (; blocks > 0; --blocks, x += kElements, ++out) {
-    float absmax = 0;
-    for (size_t i = 0; i < kElements; ++i) absmax = std::max(absmax, std::abs(x[i]));
-    const float d = absmax / 127, inverse = 1 / d;
-    out->d = to_half(d);
-    // A scale whose inverse is infinite is far below the smallest float16.
-    for (size_t i = 0; i < kElements; ++i)
-      out->q[i] = std::isinf(inverse) ? int8_t{0} : rounded_away(x[i] * inverse);
-  }
-}
-
-}  // namespace nplora
+}  // namespace nplora::blocks_of_32

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/block_formats.h"
+#include "kernels/formats.h"
 
 namespace nplora {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/quantize.h"
+#include "ops/quantizers/quantize.h"
 
 namespace nplora {
 

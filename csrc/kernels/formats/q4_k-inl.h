@@ -1,0 +1,54 @@
+#pragma once
+
+#include "base/block.h"
+
+namespace nplora {
+
+// Eight sub-blocks j of one strip each: (d scale_j) q - (dmin min_j). Scales and minima have six bits; j < 4: scale_j in the low
+// bits of byte j, min_j in those of byte 4 + j; j >= 4: their low four bits in the nibbles of byte 4 + j, their high two on top of
+// bytes j - 4 and j. The 32 bytes at 32 (j / 2) of q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), j even.
+struct BlockQ4_K {
+  static constexpr size_t kElements = 256;
+  static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};
+  Half d, dmin;
+  uint8_t scales[12];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockQ4_K) == 144);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+template <>
+struct Decoder<BlockQ4_K> {
+  const BlockQ4_K& b;
+  SubScales scales;
+
+  explicit Decoder(const BlockQ4_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
+
+  template <class To>
+  void strip(size_t j, To to) const {
+    const Nibbles values(scales.scale(j), scales.minus_min(j));
+    for (size_t i = 0; i < kStrip; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i);
+      put(j % 2 == 0 ? low(values, q) : high(values, q), to + i);
+    }
+  }
+};
+
+template <>
+struct Codes<BlockQ4_K> : Unsigned {
+  using Factors = EightStrips;
+  const BlockQ4_K& block;
+  SubScales scales{block.d, block.dmin, block.scales};
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Strip strip(size_t j) const {
+    const Strip q = load_strip(block.q + j / 2 * kStrip);
+    return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
+  }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

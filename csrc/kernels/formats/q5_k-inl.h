@@ -1,0 +1,53 @@
+#pragma once
+
+#include "base/block.h"
+
+namespace nplora {
+
+// The same; bit j of high[i] is bit 4 of element i of sub-block j.
+struct BlockQ5_K {
+  static constexpr size_t kElements = 256;
+  static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_1"};
+  Half d, dmin;
+  uint8_t scales[12];
+  uint8_t high[32];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockQ5_K) == 176);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+template <>
+struct Decoder<BlockQ5_K> {
+  const BlockQ5_K& b;
+  SubScales scales;
+
+  explicit Decoder(const BlockQ5_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
+
+  template <class To>
+  void strip(size_t j, To to) const {
+    const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
+    for (size_t i = 0; i < kStrip; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i), high = load_bytes(b.high + i);
+      put(widen((j % 2 == 0 ? low_nibbles(q) : high_nibbles(q)) | move(high, j, 4, 16)), d, m, to + i);
+    }
+  }
+};
+
+template <>
+struct Codes<BlockQ5_K> : Unsigned {
+  using Factors = EightStrips;
+  const BlockQ5_K& block;
+  SubScales scales{block.d, block.dmin, block.scales};
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Strip strip(size_t j) const {
+    const Strip q = load_strip(block.q + j / 2 * kStrip), low = j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
+    return low | move(load_strip(block.high), j, 4, 16);
+  }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

@@ -1,0 +1,35 @@
+// The block formats as a table: what the list in kernels/formats.h and the layouts say.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/formats.h"
+
+namespace nplora {
+
+struct BlockFormatInfo {
+  const char *name, *ggml_name;  // ggml_name is null where ggml has no such format
+  size_t elements, bytes;        // of one block
+  size_t scales, scale_at[2];    // how many float16 scales a block has, and the bytes at which they begin
+  BlockFacts facts;
+};
+
+template <class Block>
+constexpr BlockFormatInfo info_of(const char* name, const char* ggml_name) {
+  BlockFormatInfo info{name, ggml_name, Block::kElements, sizeof(Block), 0, {}, Block::kFacts};
+  if constexpr (requires(Block b) { b.d; }) info.scale_at[info.scales++] = offsetof(Block, d);
+  if constexpr (requires(Block b) { b.m; }) info.scale_at[info.scales++] = offsetof(Block, m);
+  if constexpr (requires(Block b) { b.dmin; }) info.scale_at[info.scales++] = offsetof(Block, dmin);
+  return info;
+}
+
+#define NPLORA_INFO(name, Name) info_of<Block##Name>(#name, #Name),
+inline constexpr BlockFormatInfo kBlockFormats[] = {NPLORA_ROW_FORMATS(NPLORA_INFO)
+                                                        info_of<BlockNf4>("nf4", nullptr)};
+#undef NPLORA_INFO
+
+inline const BlockFormatInfo& info(BlockFormat format) {
+  return kBlockFormats[static_cast<size_t>(format)];
+}
+
+}  // namespace nplora

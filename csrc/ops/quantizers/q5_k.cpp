@@ -1,0 +1,10 @@
+#include "ops/quantizers/affine_block.h"
+
+namespace nplora {
+
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockQ5_K* out) {
+  quantize_six_bits(blocks, x, out, {0, 31});
+}
+
+}  // namespace nplora

@@ -1,0 +1,71 @@
+// Sub-blocks without minima: (d scale) q.
+#pragma once
+
+#include <initializer_list>
+
+#include "ops/quantizers/sub_blocks.h"
+
+namespace nplora {
+
+// Sub-blocks of kSize values whose codes q are the integers from kFirst to kLast.
+template <size_t kSubSize, int kFirst, int kLast>
+struct IntegerCodes {
+  static constexpr size_t kSize = kSubSize;
+  static constexpr Codes kCodes{kFirst, kLast};
+
+  static float error(const float* x, float d) { return squared_error<kSize>(x, {d}, kCodes); }
+  static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodes); }
+};
+
+// Format: its codes (kSize, error, sums); kSubs; and the range of its scales, kLeastScale to kMostScale.
+template <class Format>
+struct ScaledBlock {
+  static constexpr size_t kSubs = Format::kSubs, kSize = Format::kSize;
+  float d = 0;
+  float scale[kSubs] = {};
+  double error = 0;
+
+  // Gives sub-block j the best integer within `reach` of those that are named, and adds its error.
+  void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
+    float least = INFINITY;
+    for (float near : scales)
+      for (int step = -reach; step <= reach; ++step) {
+        const float s = std::clamp(near + float(step), Format::kLeastScale, Format::kMostScale);
+        const float e = Format::error(x + j * kSize, d * s);
+        if (e < least) {
+          least = e;
+          scale[j] = s;
+        }
+      }
+    error += least;
+  }
+};
+
+inline float absmax(size_t n, const float* x) {
+  float most = 0;
+  for (size_t i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
+  return most;
+}
+
+// Fits d to the codes and scales that were chosen, and those to d, as long as it helps.
+template <class Format>
+ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
+  for (int i = 1; i < kRounds; ++i) {
+    double xs = 0, ss = 0;
+    for (size_t j = 0; j < best.kSubs; ++j) {
+      const Moments k = Format::sums(x + j * best.kSize, best.d * best.scale[j]);
+      xs += best.scale[j] * k.xq;
+      ss += best.scale[j] * best.scale[j] * k.qq;
+    }
+    if (!(ss > 0)) break;
+    ScaledBlock<Format> other = best;
+    other.d = round_to_half(float(xs / ss));
+    other.error = 0;
+    for (size_t j = 0; j < other.kSubs; ++j) other.settle(x, j, {other.scale[j]}, 1);
+    if (!(other.error < best.error)) break;
+    best = other;
+  }
+  return best;
+}
+
+}  // namespace nplora

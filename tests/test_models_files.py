@@ -84,7 +84,15 @@ def blocks_of(name: str, values: Array, poison: Callable[[Array], None]) -> Tens
     return Tensor("", name.upper(), values.shape, blocks)
 
 
-@pytest.mark.parametrize(("name", "at"), [("q8_0", 0), ("q4_0", 0), ("q4_1", 2), ("q5_0", 0), ("q5_1", 2)])
+SCALES = [
+    (name, at)
+    for name, of in nplora._core.block_formats().items()
+    if of.elements == 32
+    for at in of.scale_offsets
+]
+
+
+@pytest.mark.parametrize(("name", "at"), SCALES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: float, tmp_path: Path) -> None:
     weights: dict[str, Any] = dict(small_models.tensors())
@@ -100,6 +108,26 @@ def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: f
     place = f"tensor 'blk.2.ffn_down.weight': block 11 (row 5, from column 32) has a scale of {value}"
     with refused(FormatError, place, path):
         nplora.load_model(path)
+
+
+def test_all_tensors_of_types_that_are_not_read_are_in_one_error(tmp_path: Path) -> None:
+    weights: dict[str, Any] = dict(small_models.tensors())
+    names = [f"blk.{i}.ffn_down.weight" for i in range(LAYERS)]
+    for name in names:
+        weights[name] = Tensor(
+            "", "MXFP4", weights[name].shape, np.zeros(weights[name].size // 32 * 17, np.uint8)
+        )
+    weights["output_norm.weight"] = np.zeros(small_models.WIDTH, np.int32)
+    with pytest.raises(UnsupportedError) as caught:
+        nplora.load_model(small_models.write(tmp_path / "m.gguf", weights=weights))
+    first, *lines = str(caught.value).splitlines()
+    assert (
+        "m.gguf: tensors have types that nplora does not read, expected F32, F64, F16, BF16, Q4_0, " in first
+    )
+    assert sorted(lines) == [
+        "  I32, 1 tensor: 'output_norm.weight'",
+        f"  MXFP4, {LAYERS} tensors: {', '.join(map(repr, names))}",
+    ]
 
 
 def test_a_norm_that_is_not_finite_is_named(tmp_path: Path) -> None:

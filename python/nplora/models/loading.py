@@ -19,7 +19,7 @@ from nplora.models.decoder import Decoder
 from nplora.models.language_model import LanguageModel
 from nplora.models.mlp import MLP
 from nplora.models.rope import Rope
-from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_tensors
+from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded, require_tensors
 from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
 
@@ -40,7 +40,8 @@ def load_model(
         check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
             a matrix when it is first used.
     Raises:
-        UnsupportedError: an architecture, or a type of tensor, that is not known here; the known are listed.
+        UnsupportedError: an architecture, or types of tensors, that are not known here; the known ones are
+            listed, and all tensors of other types.
         FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
             listed, with the nearest names. Or a weight is NaN or infinite: the first is named.
         UnsafeError: the weights are a pickle.
@@ -54,8 +55,9 @@ def load_model(
 
 def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
     file = gguf.open(path, mmap)
-    weights = GgufWeights(file, compute, check)
-    return _build(gguf_config.read(file), weights, lambda: tokenizer.from_gguf(file))
+    config = gguf_config.read(file)
+    require_decoded(file)
+    return _build(config, GgufWeights(file, compute, check), lambda: tokenizer.from_gguf(file))
 
 
 def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:

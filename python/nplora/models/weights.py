@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nplora import storages
 from nplora.formats import bfloat16, bitsandbytes, gguf_names
-from nplora.formats.errors import FormatError, UnsupportedError, brief, in_places, nearest_names
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, in_places, nearest_names
 from nplora.formats.files import Stamp
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
@@ -76,6 +76,26 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
     problems += [f"tensor {brief(name)} has no place in {config.model_type}" for name in sorted(left)]
     if problems:
         raise FormatError(f"{weights.source}: the tensors do not fit the model {in_places(problems)}")
+
+
+def require_decoded(file: GgufFile) -> None:
+    """Check that all types of a file's tensors are read here.
+
+    Raises:
+        UnsupportedError: some are not; all their tensors are listed.
+    """
+    known, unknown = storages.GGML_NAMES.values(), dict[str, list[str]]()
+    for name, entry in file.entries.items():
+        if entry.type.name not in known:
+            unknown.setdefault(entry.type.name, []).append(brief(name))
+    if unknown:
+        raise UnsupportedError(
+            f"{file.source}: tensors have types that nplora does not read, expected {', '.join(known)}:"
+            + "".join(
+                f"\n  {kind}, {counted(len(names), 'tensor')}: {', '.join(names)}"
+                for kind, names in unknown.items()
+            )
+        )
 
 
 class GgufWeights:

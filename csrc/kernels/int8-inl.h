@@ -22,33 +22,41 @@ inline uint32_t largest_bits(const float* x) {
   return largest;
 }
 
-inline void quantize_strip(const float* x, int8_t* codes, float& scale, float& sum_of_codes) {
+inline void quantize_strip(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
+                           float* half_sums) {
   constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
   constexpr float kShift = 0x1.8p23f;  // x + kShift is whole, and its low bits are the number
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
     __builtin_memset(codes, 0, kStrip);
-    scale = sum_of_codes = largest >= kInfinite ? __builtin_nanf("") : 0;
+    scale = sum_of_codes = half_sums[0] = half_sums[1] = largest >= kInfinite ? __builtin_nanf("") : 0;
     return;
   }
   scale = __builtin_bit_cast(float, largest) / kLargestCode;
   const float inverse = 1 / scale;
-  EightInts total{};
+  EightInts total{}, first_half{};
   for (size_t i = 0; i < kStrip; i += 8) {
     const Eight shifted = load_eight(x + i) * inverse + kShift;
     const EightInts whole = (EightInts)shifted - __builtin_bit_cast(int32_t, kShift);
     total += whole;
+    if (i == kStrip / 2 - 8) first_half = total;
     for (size_t j = 0; j < 8; ++j) codes[i + j] = static_cast<int8_t>(whole[j]);
   }
-  int32_t all = 0;
-  for (size_t j = 0; j < 8; ++j) all += total[j];
+  int32_t all = 0, half = 0;
+  for (size_t j = 0; j < 8; ++j) {
+    all += total[j];
+    half += first_half[j];
+  }
   sum_of_codes = scale * static_cast<float>(all);
+  half_sums[0] = scale * static_cast<float>(half);
+  half_sums[1] = scale * static_cast<float>(all - half);
 }
 
-inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales, float* sums) {
+inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
+                         float* half_sums) {
   for (size_t i = 0; i < n; i += kStrip)
-    quantize_strip(x + i, codes + i, scales[i / kStrip], sums[i / kStrip]);
+    quantize_strip(x + i, codes + i, scales[i / kStrip], sums[i / kStrip], half_sums + i / kStrip * 2);
 }
 
 // ---- one block: a and b of its strips, and the codes of strip j ----
@@ -89,6 +97,28 @@ struct Halves {
   }
 };
 
+inline Halves halves(const float (&factors)[16]) {
+  Halves r;
+#pragma GCC unroll 8
+  for (size_t j = 0; j < 8; ++j) r.v[j] = spread(factors[2 * j], factors[2 * j + 1]);
+  return r;
+}
+
+// Minima of halves of strips, which are met by the sums of x over halves.
+struct HalfMinima {
+  Eight low, high;
+  static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
+  friend HalfMinima operator*(const HalfMinima& x, const HalfMinima& y) {
+    return {x.low * y.low, x.high * y.high};
+  }
+  friend HalfMinima operator+(const HalfMinima& x, const HalfMinima& y) {
+    return {x.low + y.low, x.high + y.high};
+  }
+};
+inline float sum(const HalfMinima& x) {
+  return sum(x.low + x.high);
+}
+
 // d and m of a block, which lie side by side: brought to float at once where that is one instruction.
 struct TwoFloats {
   float first, second;
@@ -118,7 +148,8 @@ struct Signed {
   static EightInts dot_with(Strip codes, Strip x) { return dot_signed(codes, x); }
 };
 
-inline Strip nibbles(const uint8_t (&q)[16]) {
+// Of 16 bytes.
+inline Strip nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
   return join(b, (Bytes)((Words)b >> 4)) & 15;
 }
@@ -126,6 +157,19 @@ inline Strip high_bits(const uint8_t (&bits)[4]) {
   const HighBits high(bits);
   return join(high.low, high.high);
 }
+
+// What the minima b are, and the sums of x that they meet.
+template <class Block>
+struct MinimaOf {
+  using Type = typename Codes<Block>::Factors;
+  static Type sums(const Int8Rows& x, size_t strip) { return Type::load(x.sums + strip); }
+};
+template <class Block>
+  requires requires { typename Codes<Block>::Minima; }
+struct MinimaOf<Block> {
+  using Type = typename Codes<Block>::Minima;
+  static Type sums(const Int8Rows& x, size_t strip) { return Type::load(x.half_sums + 2 * strip); }
+};
 
 // ---- rows ----
 
@@ -143,14 +187,15 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
   constexpr size_t kStrips = Block::kElements / kStrip;
   const uint8_t* at[kRows];
   Eight sums[kRows][kTokens];
-  Factors minima[kRows][kTokens];
+  using Minima = typename MinimaOf<Block>::Type;
+  Minima minima[kRows][kTokens];
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r) {
     at[r] = w.blocks + smaller(r, w.count - 1) * w.row_bytes;
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) {
       sums[r][t] = Eight{};
-      minima[r][t] = Factors{};
+      minima[r][t] = Minima{};
     }
   }
   for (size_t strip = 0; strip < strips; strip += kStrips)
@@ -164,7 +209,7 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
         const size_t first = t * strips + strip;
         const auto scales = codes.a * Factors::load(x.scales + first);
         if constexpr (Codes<Block>::kHasMinimum)
-          minima[r][t] = minima[r][t] + codes.b * Factors::load(x.sums + first);
+          minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
 #pragma GCC unroll 8
         for (size_t j = 0; j < kStrips; ++j) {
           const EightInts sum = codes.dot_with(codes.strip(j), load_strip(x.codes + (first + j) * kStrip));
@@ -184,7 +229,8 @@ inline void int8_tiles(const Rows& w, size_t m, size_t strips, Int8Rows x, float
   for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
     for (size_t i = 0; i < w.count; i += kRows)
       int8_tile<Block, kTokens, kRows>(w.behind(i), strips, x, y + i, all);
-    x = {x.codes + kTokens * strips * kStrip, x.scales + kTokens * strips, x.sums + kTokens * strips};
+    x = {x.codes + kTokens * strips * kStrip, x.scales + kTokens * strips, x.sums + kTokens * strips,
+         x.half_sums + 2 * kTokens * strips};
   }
   if constexpr (kTokens > 1) int8_tiles<Block, kTokens / 2>(w, m, strips, x, y, all);
 }

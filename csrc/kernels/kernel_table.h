@@ -277,18 +277,18 @@ struct BlockDots {
                    size_t x_stride, float* part, const Fetch& next);
 };
 
-// Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each strip and sums = scale * Σ codes. The arrays
-// are (m, cols), (m, cols / kStrip) and (m, cols / kStrip).
+// Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each strip, sums = scale * Σ codes, and half_sums
+// the same over each half of a strip. The arrays are (m, cols), (m, cols / kStrip) twice and (m, 2 * cols / kStrip).
 struct Int8Rows {
   const int8_t* codes;
-  const float *scales, *sums;
+  const float *scales, *sums, *half_sums;
 };
 
 // The products of small batches with low-bit blocks in integers.
 struct Int8Products {
   // One row of n elements, n a multiple of kStrip: scale = max |x| / 127, codes = x / scale to the nearest. A strip that is below
   // 2^-119 everywhere counts as zero, and one that holds NaN or infinity as NaN.
-  void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums);
+  void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums, float* half_sums);
 
   // y (m, rows) = x (m, cols) times rows of blocks.   cols is a multiple of the block's elements. In the order of BlockFormat, kNf4
   // excepted.

@@ -52,12 +52,12 @@ struct SmallBatch {
 kernels::Int8Rows quantized(Matrix<const float> x) {
   const size_t strips = x.cols / kStrip;
   auto* codes = scratch<int8_t>(Scratch::kCodes, x.rows * x.cols);
-  float* scales = scratch<float>(Scratch::kCodeScales, 2 * x.rows * strips);
-  float* sums = scales + x.rows * strips;
+  float* scales = scratch<float>(Scratch::kCodeScales, 4 * x.rows * strips);
+  float *sums = scales + x.rows * strips, *half_sums = sums + x.rows * strips;
   for (size_t t = 0; t < x.rows; ++t)
     kernels::table().int8.quantize(x.cols, x.row(t), codes + t * x.cols, scales + t * strips,
-                                   sums + t * strips);
-  return {codes, scales, sums};
+                                   sums + t * strips, half_sums + t * 2 * strips);
+  return {codes, scales, sums, half_sums};
 }
 
 // What the update of rows of W reads of the factors: their A, and a share of B, which may be another worker's to read.

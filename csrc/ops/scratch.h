@@ -23,7 +23,7 @@ enum class Scratch {
   kDroppedLanes,  // and those in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are in lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
-  kCodeScales,    // and the scales and sums of its strips: 16 d_in / 32
+  kCodeScales,    // and the scales and sums of its strips: 32 d_in / 32
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
   kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount

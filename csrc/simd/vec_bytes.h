@@ -4,7 +4,7 @@
 //   each_bit(bits, value)     value where the bit is set, else 0
 //   interleave(a, b)          low = a0 b0 a1 b1 ... a7 b7, high = a8 b8 ... a15 b15
 //   widen(b)                  the signed bytes as floats
-//   lookup(levels, b)         levels[byte] for bytes below 16
+//   lookup(levels, b)         levels[byte] for bytes below 16, where levels are floats or, as Bytes, bytes
 //   low(nibbles, b)           the values of the low nibbles: d (q - offset), or d q + m;   high(nibbles, b) of the high ones
 #pragma once
 
@@ -55,6 +55,10 @@ inline Floats lookup(const Levels& levels, Bytes b) {
   return {{{_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)b), levels.v)}}};
 }
 
+inline Bytes lookup(Bytes levels, Bytes b) {
+  return (Bytes)_mm_shuffle_epi8((__m128i)levels, (__m128i)b);
+}
+
 inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
@@ -77,6 +81,10 @@ inline Floats high(const Nibbles& n, Bytes b) {
 }
 
 #elif defined(NPLORA_SIMD_AVX2)
+
+inline Bytes lookup(Bytes levels, Bytes b) {
+  return (Bytes)_mm_shuffle_epi8((__m128i)levels, (__m128i)b);
+}
 
 struct Ints {
   __m256i first, second;
@@ -112,6 +120,10 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #elif defined(NPLORA_SIMD_NEON)
 
+inline Bytes lookup(Bytes levels, Bytes b) {
+  return (Bytes)vqtbl1q_u8((uint8x16_t)levels, (uint8x16_t)b);
+}
+
 inline Floats widen(Bytes b) {
   const int8x16_t bytes = (int8x16_t)b;
   const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -145,6 +157,13 @@ inline BytePair interleave(Bytes a, Bytes b) {
 }
 
 #else
+
+inline Bytes lookup(Bytes levels, Bytes b) {
+  uint8_t from[kBytes], r[kBytes];
+  __builtin_memcpy(from, &levels, sizeof from);
+  for (size_t i = 0; i < kBytes; ++i) r[i] = from[b[i]];
+  return load_bytes(r);
+}
 
 inline Floats widen(Bytes b) {
   float f[kBytes];

@@ -1,6 +1,6 @@
 // Strips: 32 bytes, which are multiplied as integers and summed in eight lanes. See vec.h for the rules of kernel units.
 //
-//   load_strip(p), join(low, high)
+//   load_strip(p), join(low, high), lookup(levels, s) as of bytes
 //   dot(u, x)          lane i = the sum of u * x over four of the elements, all from the first half for i < 4, else from the
 //                      second.   u is at most 127, and not negative; x is at least -127
 //   dot_signed(w, x)   the same for any w
@@ -55,6 +55,10 @@ inline Strip join(Bytes low, Bytes high) {
   return (Strip)_mm256_set_m128i((__m128i)high, (__m128i)low);
 }
 
+inline Strip lookup(Bytes levels, Strip s) {
+  return (Strip)_mm256_shuffle_epi8((__m256i)join(levels, levels), (__m256i)s);
+}
+
 inline EightInts dot(Strip u, Strip x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
@@ -74,6 +78,12 @@ inline Strip join(Bytes low, Bytes high) {
   __builtin_memcpy(&s, &low, sizeof low);
   __builtin_memcpy(reinterpret_cast<char*>(&s) + sizeof low, &high, sizeof high);
   return s;
+}
+
+inline Strip lookup(Bytes levels, Strip s) {
+  Bytes halves[2];
+  __builtin_memcpy(halves, &s, sizeof s);
+  return join(lookup(levels, halves[0]), lookup(levels, halves[1]));
 }
 
 #if defined(NPLORA_SIMD_NEON)

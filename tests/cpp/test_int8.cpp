@@ -19,9 +19,10 @@ void run_quantize(const KernelTable& table, size_t n, Data data, Random& random,
   for (size_t i = 0; i < n; i += kStrip)
     if (random.below(8) == 0)
       std::fill_n(values.begin() + long(i), kStrip, random.below(2) ? 0.0f : 0x1p-125f);
-  Row<float> x(place, values), scales(place, n / kStrip), sums(place, n / kStrip);
+  Row<float> x(place, values), scales(place, n / kStrip), sums(place, n / kStrip),
+      half_sums(place, n / kStrip * 2);
   Row<int8_t> codes(place, n);
-  table.int8.quantize(n, x.data(), codes.data(), scales.data(), sums.data());
+  table.int8.quantize(n, x.data(), codes.data(), scales.data(), sums.data(), half_sums.data());
   for (size_t strip = 0; strip < n / kStrip; ++strip) {
     double largest = 0;
     bool finite = true;
@@ -33,18 +34,24 @@ void run_quantize(const KernelTable& table, size_t n, Data data, Random& random,
     const float scale = zero ? 0 : finite ? float(float(largest) / 127.0f) : NAN;
     check::expect(same(scales[strip], scale), "scale %zu is %.9g, wanted %.9g", strip, double(scales[strip]),
                   double(scale));
-    double sum = 0;
+    double sum = 0, halves[2] = {};
     for (size_t i = 0; i < kStrip; ++i) {
       const int code = codes[strip * kStrip + i];
       sum += code;
+      halves[i / (kStrip / 2)] += code;
       const double wanted = zero || !finite ? 0 : double(values[strip * kStrip + i]) / double(scale);
       check::expect(std::abs(code - wanted) <= 0.5 + 127 * 2 * 0x1p-23 && std::abs(code) <= 127,
                     "code %zu of strip %zu is %d, wanted %.9g", i, strip, code, wanted);
     }
     check::expect(same(sums[strip], finite ? scale * float(sum) : NAN), "sum %zu is %.9g, wanted %.9g", strip,
                   double(sums[strip]), double(scale) * sum);
+    for (size_t i = 0; i < 2; ++i)
+      check::expect(same(half_sums[2 * strip + i], finite ? scale * float(halves[i]) : NAN),
+                    "sum %zu of strip %zu is %.9g, wanted %.9g", i, strip, double(half_sums[2 * strip + i]),
+                    double(scale) * halves[i]);
   }
-  check::expect(codes.gaps_intact() && scales.gaps_intact() && sums.gaps_intact() && x.untouched(values),
+  check::expect(codes.gaps_intact() && scales.gaps_intact() && sums.gaps_intact() &&
+                    half_sums.gaps_intact() && x.untouched(values),
                 "wrote outside its outputs");
 }
 
@@ -93,19 +100,23 @@ void run_dots(const KernelTable& table, BlockFormat format, const Shape& s, Rand
   }
   if (!bytes.empty()) std::memcpy(bytes.data(), blocks.data(), bytes.size());
   std::vector<int8_t> code_values(s.m * cols);
-  std::vector<float> scale_values(s.m * strips), sum_values(s.m * strips);
+  std::vector<float> scale_values(s.m * strips), sum_values(s.m * strips), half_values(2 * s.m * strips);
   for (int8_t& code : code_values)
     code = static_cast<int8_t>(extreme < 2 ? (random.below(9) ? 127 : -127) : int(random.below(255)) - 127);
   for (size_t i = 0; i < scale_values.size(); ++i) {
     scale_values[i] = float(int(random.below(4)) - 1);
-    for (size_t j = 0; j < kStrip; ++j) sum_values[i] += scale_values[i] * float(code_values[i * kStrip + j]);
+    for (size_t j = 0; j < kStrip; ++j) {
+      sum_values[i] += scale_values[i] * float(code_values[i * kStrip + j]);
+      half_values[2 * i + j / (kStrip / 2)] += scale_values[i] * float(code_values[i * kStrip + j]);
+    }
   }
   Placed<uint8_t> from(s.rows, row_bytes, {row_bytes + s.gap}, place, bytes);
   Row<int8_t> codes(place, code_values);
-  Row<float> scales(place, scale_values), sums(place, sum_values), y(place, s.m * s.rows);
+  Row<float> scales(place, scale_values), sums(place, sum_values), half_sums(place, half_values),
+      y(place, s.m * s.rows);
   table.int8.dots[static_cast<size_t>(format)](s.m, s.rows, cols, from.data(), row_bytes + s.gap,
-                                               {codes.data(), scales.data(), sums.data()}, y.data(),
-                                               lines_at(from.data(), s.m + s.row_blocks));
+                                               {codes.data(), scales.data(), sums.data(), half_sums.data()},
+                                               y.data(), lines_at(from.data(), s.m + s.row_blocks));
   for (size_t t = 0; t < s.m; ++t)
     for (size_t row = 0; row < s.rows; ++row) {
       double sum = 0, magnitude = 0;
@@ -121,7 +132,8 @@ void run_dots(const KernelTable& table, BlockFormat format, const Shape& s, Rand
                     "token %zu row %zu is %.9g, wanted %.9g", t, row, double(y[t * s.rows + row]), sum);
     }
   check::expect(y.gaps_intact() && from.untouched(bytes) && codes.untouched(code_values) &&
-                    scales.untouched(scale_values) && sums.untouched(sum_values),
+                    scales.untouched(scale_values) && sums.untouched(sum_values) &&
+                    half_sums.untouched(half_values),
                 "wrote outside its output");
 }
 

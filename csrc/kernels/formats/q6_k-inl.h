@@ -47,20 +47,17 @@ template <>
 struct Codes<BlockQ6_K> : Signed {
   using Factors = EightStrips;
   const BlockQ6_K& block;
-  Halves a = halves(block);
+  Halves a = scales_of(block);
   Strip strip(size_t j) const {
     const size_t half = j / 4, t = j % 4;
     const Strip q = load_strip(block.low + half * 64 + t % 2 * kStrip);
     const Strip low = t < 2 ? q & 15 : move(q, 4, 0, 15);
     return (low | move(load_strip(block.high + half * kStrip), 2 * t, 4, 48)) - 32;
   }
-  static Halves halves(const BlockQ6_K& block) {
+  static Halves scales_of(const BlockQ6_K& block) {
     float scales[16];
     put(widen(load_bytes(block.scales)), Vec<float>::broadcast(to_float(block.d)), scales);
-    Halves r;
-#pragma GCC unroll 8
-    for (size_t j = 0; j < 8; ++j) r.v[j] = spread(scales[2 * j], scales[2 * j + 1]);
-    return r;
+    return halves(scales);
   }
 };
 

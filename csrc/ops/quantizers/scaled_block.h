@@ -68,4 +68,24 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
+// The best block of several d, whose multiples lie apart by fractions of a step of the largest scale. `extreme` is the code at which the
+// largest magnitude of a sub-block is looked for first: integers near to that scale are tried, of either sign.
+template <class Format>
+ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
+  constexpr int kStarts = 4;
+  ScaledBlock<Format> best;
+  best.error = INFINITY;
+  for (int i = 0; i < kStarts; ++i) {
+    ScaledBlock<Format> block;
+    block.d = round_to_half(unit * (1 - float(i) / (kStarts * Format::kMostScale)));
+    for (size_t j = 0; j < block.kSubs; ++j) {
+      const float scale = ratio(absmax(block.kSize, x + j * block.kSize) / extreme, block.d);
+      block.settle(x, j, {scale, -scale}, reach);
+    }
+    block = refined(x, block);
+    if (block.error < best.error) best = block;
+  }
+  return best;
+}
+
 }  // namespace nplora

@@ -1,0 +1,46 @@
+// Codes that stand for sixteen levels of any distance.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/quantizers/code_grid.h"
+
+namespace nplora {
+
+// Sub-blocks of kSize values, each d times one of kLevels, which ascend.
+template <size_t kSubSize, const int8_t (&kLevels)[16]>
+struct LevelCodes {
+  static constexpr size_t kSize = kSubSize;
+
+  // The number of the level that is nearest to x.
+  static int code(float x) {
+    int q = 0;
+    for (int i = 0; i < 15; ++i) q += x > 0.5f * float(kLevels[i] + kLevels[i + 1]);
+    return q;
+  }
+  static float level(float x) {
+    float nearest = kLevels[0];
+    for (int i = 0; i < 15; ++i)
+      nearest = x > 0.5f * float(kLevels[i] + kLevels[i + 1]) ? float(kLevels[i + 1]) : nearest;
+    return nearest;
+  }
+  static float inverse(float d) { return d == 0 ? 0 : 1 / d; }
+
+  static float error(const float* x, float d) {
+    const float scale = inverse(d);
+    return sum<kSize>([&](size_t i) {
+      const float error = x[i] - d * level(x[i] * scale);
+      return error * error;
+    });
+  }
+  static Moments sums(const float* x, float d) {
+    const float scale = inverse(d);
+    float q[kSize];
+    for (size_t i = 0; i < kSize; ++i) q[i] = level(x[i] * scale);
+    return {double(kSize), sum<kSize>([&](size_t i) { return x[i]; }),
+            sum<kSize>([&](size_t i) { return q[i]; }), sum<kSize>([&](size_t i) { return x[i] * q[i]; }),
+            sum<kSize>([&](size_t i) { return q[i] * q[i]; })};
+  }
+};
+
+}  // namespace nplora

@@ -16,7 +16,8 @@
   X(q8_0, Q8_0)               \
   X(q4_k, Q4_K)               \
   X(q5_k, Q5_K)               \
-  X(q6_k, Q6_K)
+  X(q6_k, Q6_K)               \
+  X(iq4_nl, IQ4_NL)
 
 namespace nplora {
 
@@ -32,6 +33,7 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 // A kernel unit includes this file once more, behind what decoders are made of (see table-inl.h).
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
+#include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/nf4-inl.h"
 #include "kernels/formats/q4_0-inl.h"
 #include "kernels/formats/q4_1-inl.h"

@@ -65,6 +65,12 @@ inline double element(const BlockQ6_K& b, size_t i) {
   return value(b.d) * b.scales[i / 16] * (q - 32);
 }
 
+// Typed once more: nothing of what is tested is used.
+inline constexpr int kIQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+inline double element(const BlockIQ4_NL& b, size_t i) {
+  return value(b.d) * kIQ4[nibble(b.q, 32, i)];
+}
+
 // Calls body.operator()<Block>(format) for each format of rows of blocks.
 template <class Body>
 void for_block_types(const Body& body) {
@@ -92,6 +98,8 @@ template <>
 inline constexpr double kQuantizedWithin<BlockQ5_K> = 0.12;
 template <>
 inline constexpr double kQuantizedWithin<BlockQ6_K> = 0.06;
+template <>
+inline constexpr double kQuantizedWithin<BlockIQ4_NL> = 0.12;
 
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {

@@ -1,0 +1,71 @@
+#pragma once
+
+#include "base/block.h"
+
+namespace nplora {
+
+// What the codes of IQ4_NL and IQ4_XS stand for.
+inline constexpr int8_t kIQ4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                          1,    13,   25,  38,  53,  69,  89,  113};
+
+// d kIQ4Levels[q]
+struct BlockIQ4_NL {
+  static constexpr size_t kElements = 32;
+  static constexpr BlockFacts kFacts{.largest = 113 * kLargestHalf};
+  Half d;
+  uint8_t q[16];
+};
+static_assert(sizeof(BlockIQ4_NL) == 18);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+// A copy in this namespace, as floats and as bytes: see vec.h.
+struct IQ4Levels {
+  float floats[16];
+  int8_t bytes[16];
+
+  Bytes as_bytes() const { return load_bytes(bytes); }
+};
+inline constexpr IQ4Levels kIQ4 = [] {
+  IQ4Levels levels{};
+  for (size_t i = 0; i < 16; ++i) levels.floats[i] = levels.bytes[i] = kIQ4Levels[i];
+  return levels;
+}();
+
+// Puts d times the levels of the 32 codes in 16 bytes.
+template <class To>
+inline void put_iq4(const uint8_t* codes, Vec<float> d, To to) {
+  const Bytes q = load_bytes(codes);
+#if defined(NPLORA_SIMD_AVX512)
+  const Levels levels(kIQ4.floats);
+  put(lookup(levels, low_nibbles(q)), lookup(levels, high_nibbles(q)), d, to);
+#else
+  const Bytes levels = kIQ4.as_bytes();
+  put(widen(lookup(levels, low_nibbles(q))), widen(lookup(levels, high_nibbles(q))), d, to);
+#endif
+}
+
+template <>
+struct Decoder<BlockIQ4_NL> {
+  const BlockIQ4_NL& b;
+  Vec<float> d = broadcast(b.d);
+
+  template <class To>
+  void strip(size_t, To to) const {
+    put_iq4(b.q, d, to);
+  }
+};
+
+template <>
+struct Codes<BlockIQ4_NL> : Signed {
+  using Factors = One;
+  const BlockIQ4_NL& block;
+  Factors a{to_float(block.d)};
+  Strip strip(size_t) const { return lookup(kIQ4.as_bytes(), nibbles(block.q)); }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

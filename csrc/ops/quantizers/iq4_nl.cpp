@@ -1,0 +1,49 @@
+#include <algorithm>
+#include <cmath>
+
+#include "ops/half.h"
+#include "ops/quantizers/levels.h"
+#include "ops/quantizers/quantize.h"
+
+namespace nplora {
+
+namespace {
+
+constexpr size_t kElements = BlockIQ4_NL::kElements;
+using Format = LevelCodes<kElements, kIQ4Levels>;
+
+// Scales that bring the extreme near to either end of the levels are tried; each is fitted to the codes that it gives.
+float best_scale(const float* x) {
+  constexpr int kSteps = 7;
+  constexpr float kStep = 0.01f;
+  const auto [low, high] = std::minmax_element(x, x + kElements);
+  const float extreme = std::abs(*low) > std::abs(*high) ? *low : *high;
+  float best = round_to_half(std::clamp(extreme / kIQ4Levels[15], -kLargestHalf, kLargestHalf));
+  float error = Format::error(x, best);
+  for (const float end : {float(kIQ4Levels[0]), float(kIQ4Levels[15])})
+    for (int i = -kSteps; i <= kSteps; ++i) {
+      const float start = extreme / (end * (1 + kStep * float(i)));
+      const float d = round_to_half(fitted_scale(Format::sums(x, start), {start}).d);
+      const float e = Format::error(x, d);
+      if (e < error) {  // false where d became infinite: e is not a number then
+        error = e;
+        best = d;
+      }
+    }
+  return best;
+}
+
+}  // namespace
+
+template <>
+void quantize_blocks(size_t blocks, const float* x, BlockIQ4_NL* out) {
+  for (; blocks > 0; --blocks, x += kElements, ++out) {
+    const float d = best_scale(x), scale = Format::inverse(d);
+    out->d = to_half(d);
+    for (size_t i = 0; i < kElements / 2; ++i)
+      out->q[i] =
+          static_cast<uint8_t>(Format::code(x[i] * scale) | Format::code(x[i + kElements / 2] * scale) << 4);
+  }
+}
+
+}  // namespace nplora

@@ -17,7 +17,8 @@
   X(q4_k, Q4_K)               \
   X(q5_k, Q5_K)               \
   X(q6_k, Q6_K)               \
-  X(iq4_nl, IQ4_NL)
+  X(iq4_nl, IQ4_NL)           \
+  X(q3_k, Q3_K)
 
 namespace nplora {
 
@@ -35,6 +36,7 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/nf4-inl.h"
+#include "kernels/formats/q3_k-inl.h"
 #include "kernels/formats/q4_0-inl.h"
 #include "kernels/formats/q4_1-inl.h"
 #include "kernels/formats/q4_k-inl.h"

@@ -70,6 +70,15 @@ inline constexpr int kIQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13
 inline double element(const BlockIQ4_NL& b, size_t i) {
   return value(b.d) * kIQ4[nibble(b.q, 32, i)];
 }
+// Scale i: four bits in a nibble of the first eight bytes, two in the last four.
+inline int scale(const BlockQ3_K& b, size_t i) {
+  return (b.scales[i % 8] >> (i / 8 * 4) & 15) + 16 * (b.scales[8 + i % 4] >> (i / 4 * 2) & 3) - 32;
+}
+inline double element(const BlockQ3_K& b, size_t i) {
+  const int low = b.low[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3,
+            high = b.high[i % 32] >> (i / 32) & 1;
+  return value(b.d) * scale(b, i / 16) * (low + 4 * high - 4);
+}
 
 // Calls body.operator()<Block>(format) for each format of rows of blocks.
 template <class Body>
@@ -100,6 +109,8 @@ template <>
 inline constexpr double kQuantizedWithin<BlockQ6_K> = 0.06;
 template <>
 inline constexpr double kQuantizedWithin<BlockIQ4_NL> = 0.12;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ3_K> = 0.3;
 
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {

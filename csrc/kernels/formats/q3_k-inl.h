@@ -1,0 +1,76 @@
+#pragma once
+
+#include "base/block.h"
+
+namespace nplora {
+
+// Sixteen sub-blocks of 16: (d (scale - 32)) (q - 4). Strip 4 h + t has its low two bits at 32 h of low, at bit 2 t; strip j its high one
+// in high, at bit j. Scales have six bits. Scale i has its low four in the nibbles of byte i % 8, low ones for i < 8, and its high two in
+// byte 8 + i % 4, at bit 2 (i / 4).
+struct BlockQ3_K {
+  static constexpr size_t kElements = 256;
+  static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
+  uint8_t high[32];
+  uint8_t low[64];
+  uint8_t scales[12];
+  Half d;
+};
+static_assert(sizeof(BlockQ3_K) == 110);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+// to (16) = d (scale - 32).
+inline void put_scales(const BlockQ3_K& block, float* to) {
+  constexpr uint64_t kFour = 0x0F0F0F0F0F0F0F0F, kTwo = 0x3030303030303030;
+  uint64_t low;
+  uint32_t high;
+  __builtin_memcpy(&low, block.scales, sizeof low);
+  __builtin_memcpy(&high, block.scales + sizeof low, sizeof high);
+  // Four bytes of two bits each, brought to bit 4.
+  const uint64_t first = uint64_t(high) << 4 | uint64_t(high) << 34, second = high | uint64_t(high >> 2)
+                                                                                         << 32;
+  const Bytes codes = pair((low & kFour) | (first & kTwo), (low >> 4 & kFour) | (second & kTwo));
+  put(widen(codes - 32), broadcast(block.d), to);
+}
+
+template <>
+struct Decoder<BlockQ3_K> {
+  const BlockQ3_K& b;
+  float scales[16];
+
+  explicit Decoder(const BlockQ3_K& block) : b(block) {
+    put_scales(b, scales);
+    keep_in_memory(scales);
+  }
+
+  template <class To>
+  void strip(size_t j, To to) const {
+    for (size_t i = 0; i < kStrip; i += kBytes) {
+      const Bytes q = load_bytes(b.low + j / 4 * kStrip + i), high = load_bytes(b.high + i);
+      const Bytes code = move(q, j % 4 * 2, 0, 3) | move(high, j, 2, 4);
+      put(widen(code - 4), Vec<float>::broadcast(scales[2 * j + i / kBytes]), to + i);
+    }
+  }
+};
+
+template <>
+struct Codes<BlockQ3_K> : Signed {
+  using Factors = EightStrips;
+  const BlockQ3_K& block;
+  Halves a = scales_of(block);
+  Strip strip(size_t j) const {
+    const Strip q = load_strip(block.low + j / 4 * kStrip);
+    return (move(q, j % 4 * 2, 0, 3) | move(load_strip(block.high), j, 2, 4)) - 4;
+  }
+  static Halves scales_of(const BlockQ3_K& block) {
+    float scales[16];
+    put_scales(block, scales);
+    return halves(scales);
+  }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

@@ -18,7 +18,8 @@
   X(q5_k, Q5_K)               \
   X(q6_k, Q6_K)               \
   X(iq4_nl, IQ4_NL)           \
-  X(q3_k, Q3_K)
+  X(q3_k, Q3_K)               \
+  X(q2_k, Q2_K)
 
 namespace nplora {
 
@@ -36,6 +37,7 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/nf4-inl.h"
+#include "kernels/formats/q2_k-inl.h"
 #include "kernels/formats/q3_k-inl.h"
 #include "kernels/formats/q4_0-inl.h"
 #include "kernels/formats/q4_1-inl.h"

@@ -79,6 +79,10 @@ inline double element(const BlockQ3_K& b, size_t i) {
             high = b.high[i % 32] >> (i / 32) & 1;
   return value(b.d) * scale(b, i / 16) * (low + 4 * high - 4);
 }
+inline double element(const BlockQ2_K& b, size_t i) {
+  const int q = b.q[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3, s = b.scales[i / 16];
+  return value(b.d) * (s & 15) * q - value(b.dmin) * (s >> 4);
+}
 
 // Calls body.operator()<Block>(format) for each format of rows of blocks.
 template <class Body>
@@ -111,6 +115,8 @@ template <>
 inline constexpr double kQuantizedWithin<BlockIQ4_NL> = 0.12;
 template <>
 inline constexpr double kQuantizedWithin<BlockQ3_K> = 0.3;
+template <>
+inline constexpr double kQuantizedWithin<BlockQ2_K> = 0.55;
 
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {

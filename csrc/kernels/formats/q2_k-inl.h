@@ -1,0 +1,67 @@
+#pragma once
+
+#include "base/block.h"
+
+namespace nplora {
+
+// Sixteen sub-blocks of 16: (d scale) q - (dmin min), with the scale in the low nibble of a byte of scales and the minimum in the high
+// one. Strip 4 h + t lies at 32 h of q, at bit 2 t.
+struct BlockQ2_K {
+  static constexpr size_t kElements = 256;
+  static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
+  uint8_t scales[16];
+  uint8_t q[64];
+  Half d, dmin;
+};
+static_assert(sizeof(BlockQ2_K) == 84);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+// d scale and -dmin min of the sub-blocks.
+struct Q2Scales {
+  float d[16], m[16];
+
+  explicit Q2Scales(const BlockQ2_K& block) {
+    const Bytes codes = load_bytes(block.scales);
+    put(widen(low_nibbles(codes)), broadcast(block.d), d);
+    put(widen(high_nibbles(codes)), broadcast(negative(block.dmin)), m);
+  }
+};
+
+template <>
+struct Decoder<BlockQ2_K> {
+  const BlockQ2_K& b;
+  Q2Scales scales;
+
+  explicit Decoder(const BlockQ2_K& block) : b(block), scales(block) {
+    keep_in_memory(scales.d);
+    keep_in_memory(scales.m);
+  }
+
+  template <class To>
+  void strip(size_t j, To to) const {
+    for (size_t i = 0; i < kStrip; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 4 * kStrip + i);
+      const size_t sub = 2 * j + i / kBytes;
+      put(widen(move(q, j % 4 * 2, 0, 3)), Vec<float>::broadcast(scales.d[sub]),
+          Vec<float>::broadcast(scales.m[sub]), to + i);
+    }
+  }
+};
+
+template <>
+struct Codes<BlockQ2_K> : Unsigned {
+  using Factors = EightStrips;
+  using Minima = HalfMinima;
+  const BlockQ2_K& block;
+  Q2Scales scales{block};
+  Halves a = halves(scales.d);
+  Minima b = Minima::load(scales.m);
+  Strip strip(size_t j) const { return move(load_strip(block.q + j / 4 * kStrip), j % 4 * 2, 0, 3); }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

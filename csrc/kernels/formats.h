@@ -19,7 +19,8 @@
   X(q6_k, Q6_K)               \
   X(iq4_nl, IQ4_NL)           \
   X(q3_k, Q3_K)               \
-  X(q2_k, Q2_K)
+  X(q2_k, Q2_K)               \
+  X(iq4_xs, IQ4_XS)
 
 namespace nplora {
 
@@ -36,6 +37,7 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 // A kernel unit includes this file once more, behind what decoders are made of (see table-inl.h).
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
+#include "kernels/formats/iq4_xs-inl.h"
 #include "kernels/formats/nf4-inl.h"
 #include "kernels/formats/q2_k-inl.h"
 #include "kernels/formats/q3_k-inl.h"

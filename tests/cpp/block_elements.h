@@ -83,6 +83,12 @@ inline double element(const BlockQ2_K& b, size_t i) {
   const int q = b.q[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3, s = b.scales[i / 16];
   return value(b.d) * (s & 15) * q - value(b.dmin) * (s >> 4);
 }
+inline double element(const BlockIQ4_XS& b, size_t i) {
+  const size_t j = i / 32;
+  const int high = (b.scales_high[0] | b.scales_high[1] << 8) >> (2 * j) & 3;
+  const int s = (b.scales_low[j / 2] >> (j % 2 * 4) & 15) + 16 * high - 32;
+  return value(b.d) * s * kIQ4[nibble(b.q + 16 * j, 32, i % 32)];
+}
 
 // Calls body.operator()<Block>(format) for each format of rows of blocks.
 template <class Body>
@@ -117,6 +123,8 @@ template <>
 inline constexpr double kQuantizedWithin<BlockQ3_K> = 0.3;
 template <>
 inline constexpr double kQuantizedWithin<BlockQ2_K> = 0.55;
+template <>
+inline constexpr double kQuantizedWithin<BlockIQ4_XS> = 0.15;
 
 // Small integers: every product and every sum is exact, in any order.
 inline Half draw_integer(Random& random) {

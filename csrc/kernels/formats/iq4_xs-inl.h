@@ -1,0 +1,68 @@
+#pragma once
+
+#include "base/block.h"
+#include "kernels/formats/iq4_nl-inl.h"
+
+namespace nplora {
+
+// Eight sub-blocks j of one strip each: (d (scale - 32)) kIQ4Levels[q]. Strip j lies at 16 j of q, as in IQ4_NL. Scales have six bits:
+// the low four in the nibbles of byte j / 2 of scales_low, the high two at bit 2 j of the 16-bit number scales_high.
+struct BlockIQ4_XS {
+  static constexpr size_t kElements = 256;
+  static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};
+  Half d;
+  uint8_t scales_high[2];
+  uint8_t scales_low[4];
+  uint8_t q[128];
+};
+static_assert(sizeof(BlockIQ4_XS) == 136);
+
+}  // namespace nplora
+
+#ifdef NPLORA_ISA
+namespace nplora::kernels::NPLORA_ISA {
+
+// to (16) = d (scale - 32) of the eight sub-blocks, and numbers without a meaning.
+inline void put_scales(const BlockIQ4_XS& block, float* to) {
+  uint32_t low;
+  __builtin_memcpy(&low, block.scales_low, sizeof low);
+  // Two bits for each byte: halves, quarters and eighths move apart.
+  uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
+  high = (high | high << 12) & 0x000F000F000F000F;
+  high = (high | high << 6) & 0x0303030303030303;
+  const Bytes nibbles = pair(low, 0);
+  const Bytes codes = interleave(low_nibbles(nibbles), high_nibbles(nibbles)).low | pair(high << 4, 0);
+  put(widen(codes - 32), broadcast(block.d), to);
+}
+
+template <>
+struct Decoder<BlockIQ4_XS> {
+  const BlockIQ4_XS& b;
+  float scales[16];
+
+  explicit Decoder(const BlockIQ4_XS& block) : b(block) {
+    put_scales(b, scales);
+    keep_in_memory(scales);
+  }
+
+  template <class To>
+  void strip(size_t j, To to) const {
+    put_iq4(b.q + j * kBytes, Vec<float>::broadcast(scales[j]), to);
+  }
+};
+
+template <>
+struct Codes<BlockIQ4_XS> : Signed {
+  using Factors = EightStrips;
+  const BlockIQ4_XS& block;
+  Factors a = scales_of(block);
+  Strip strip(size_t j) const { return lookup(kIQ4.as_bytes(), nibbles(block.q + j * kBytes)); }
+  static Factors scales_of(const BlockIQ4_XS& block) {
+    float scales[16];
+    put_scales(block, scales);
+    return Factors::load(scales);
+  }
+};
+
+}  // namespace nplora::kernels::NPLORA_ISA
+#endif

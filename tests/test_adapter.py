@@ -274,6 +274,8 @@ def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_pat
         np.testing.assert_allclose(delta(back)[name], update, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileExistsError):
         adapter.save(tmp_path / "two.gguf", base=base)
+    with pytest.raises(ValueError, match=r"three\.gguf: base, the model of the adapter, is needed"):
+        adapter.save(tmp_path / "three.gguf")
     dora = Adapter("dora", {"q": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2))})
     with pytest.raises(UnsupportedError, match="dora: DoRA rescales the rows"):
         dora.save(tmp_path / "three.gguf", base=base)

@@ -17,7 +17,8 @@ from nplora.adapters.layers import (
     save_adapter,
 )
 from nplora.adapters.merge_files import merge_adapter
-from nplora.merging import LoraDelta, ModelMerge
+from nplora.adapters.merge_report import ModelMerge
+from nplora.merging import LoraDelta
 
 __all__ = [
     "Adapter",

@@ -16,12 +16,13 @@ from nplora.checkpoint import require_no_other
 from nplora.formats import files
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.merging import LoraDelta, ModelMerge
+from nplora.merging import LoraDelta
 from nplora.module import Module
 
 if TYPE_CHECKING:
     from nplora.adapters.combination import CombinedAdapter
     from nplora.adapters.gguf_files import AdapterConversion
+    from nplora.adapters.merge_report import ModelMerge
 
 Array = NDArray[Any]
 
@@ -117,13 +118,16 @@ class Adapter(Mapping[str, LoraDelta]):
                 `adapter_to_gguf`.
         Raises:
             FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
-            ValueError: there is no layer, some layers alone have DoRA's magnitudes, or a value is not finite.
+            ValueError: there is no layer, only some layers have DoRA's magnitudes, a value is not finite, or
+                the path ends in .gguf and there is no base.
             OSError: the disk refuses; how many bytes were needed is in the message.
         """
         from nplora.adapters import gguf_files, peft_files
 
         if base is not None:
             return gguf_files.save(self, path, base, any_base, overwrite)
+        if files.suffix(path) == ".gguf":
+            raise ValueError(f"Adapter.save: {files.name(path)}: base, the model of the adapter, is needed")
         require_no_other(path, overwrite)
         peft_files.save(self, path)
         return None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nplora import storages
 from nplora.adapters.adapter import Adapter, read_adapter
 from nplora.adapters.fitting import Place, Target
+from nplora.adapters.merge_report import ModelMerge, least_kept
 from nplora.checkpoint import trained
 from nplora.formats import (
     bitsandbytes,
@@ -26,7 +27,7 @@ from nplora.formats import (
 )
 from nplora.formats.files import Chunk, StrPath
 from nplora.formats.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
-from nplora.merging import LoraDelta, Merge, MergeReport, ModelMerge, least_kept
+from nplora.merging import LoraDelta, Merge, MergeReport
 from nplora.nonfinite import require_finite
 
 Array = NDArray[Any]

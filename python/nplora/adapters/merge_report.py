@@ -1,0 +1,98 @@
+"""How much of an adapter the weights of a whole model kept when it was merged into them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nplora import storages
+from nplora.formats.errors import counted
+from nplora.merging import MergeReport, weighted_mean
+
+_TOLD = 3  # tensors in a summary
+_FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
+    "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
+}  # fmt: skip
+_LITTLE = 0.5  # of a tensor's ΔW that rounding kept: less is worth a warning
+
+
+@dataclass(frozen=True)
+class ModelMerge:
+    """What `merge_adapter` wrote.
+
+    Attributes:
+        target: the file or directory.
+        reports: one `MergeReport` for each merged tensor, in the order of the file.
+        kept: how many tensors were copied as they are.
+        nbytes: of all that was written.
+    """
+
+    target: str
+    reports: tuple[MergeReport, ...]
+    kept: int
+    nbytes: int
+
+    @property
+    def total(self) -> MergeReport:
+        """The report of all tensors together."""
+        return MergeReport.of_all(self.target, self.reports)
+
+    @property
+    def delta_kept(self) -> float:
+        """The share of ΔW that is there, of all tensors together."""
+        return self.total.kept
+
+    @property
+    def error(self) -> float:
+        """The relative error of all tensors' ΔW together."""
+        return self.total.error
+
+    @property
+    def noise(self) -> float:
+        """The part of that error that is orthogonal to ΔW: not what is lost, but what rounding adds."""
+        return self.total.noise
+
+    @property
+    def change(self) -> float:
+        """‖ΔW‖ / ‖W‖ of all merged weights together."""
+        return self.total.norm / self.total.weight_norm if self.total.weight_norm else 0.0
+
+    def table(self) -> str:
+        """A line for every merged tensor."""
+        return "\n".join(map(str, self.reports))
+
+    def __str__(self) -> str:
+        worst = sorted(self.reports, key=lambda report: report.kept)
+        kinds = dict.fromkeys(report.storage for report in self.reports)
+        noise = f"{100 * self.noise * self.change:.3g}% of the weights' size ({self.noise:.3g} times ΔW)"
+        lines = [
+            f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
+            f"({', '.join(kinds)}), {self.kept} copied",
+            f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
+            f"rounding adds noise in all directions, {noise}",
+            "the tensors that keep the least:",
+            *(f"  {report}" for report in worst[:_TOLD]),
+        ]
+        return "\n".join(lines)
+
+    @property
+    def warning(self) -> str:
+        """Which tensor lost much of its ΔW by rounding, and what would keep more; empty if none did."""
+        worst = min(self.reports, key=lambda report: report.kept)
+        if worst.kept >= _LITTLE:
+            return ""
+        finer = _FINER[worst.storage]
+        return f"rounding lost much of what {worst.name} learned ({worst.kept:.1%} of its ΔW is kept)" + (
+            f": --dtype {finer} keeps more" if finer else ""
+        )
+
+
+def least_kept(reports: Iterable[MergeReport]) -> float:
+    """The share of ΔW that is kept in all: as `ModelMerge.delta_kept`, or less.
+
+    There, a matrix with large numbers hides the others. So the mean is also taken with each tensor weighted
+    by (‖ΔW‖ / ‖W‖)², its change relative to itself, and the smaller of the two counts.
+    """
+    changed = [report for report in reports if report.norm]
+    kept = [report.kept for report in changed]
+    norms = [report.norm for report in changed]
+    relative = [report.norm / (report.weight_norm or report.norm) for report in changed]
+    return min(weighted_mean(norms, kept, 1.0), weighted_mean(relative, kept, 1.0))

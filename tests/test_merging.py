@@ -208,7 +208,7 @@ def test_what_no_storage_can_hold_is_refused(rng: np.random.Generator) -> None:
     layer = layer_of(rng, "q8_0")
     for dtype, message in (
         ("float64", "dtype='float64', but the layer computes in float32"),
-        ("q3_k", "merge: dtype='q3_k' is not available; possible: 'float32'"),
+        ("q3", "merge: dtype='q3' is not available; possible: 'float32'"),
     ):
         with pytest.raises(ValueError, match=message):
             layer.merge(dtype)

@@ -47,6 +47,15 @@ inline Floats widen(Bytes b) {
   return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
 }
 
+// Bytes as the indices of a permutation, which reads the low four bits of each.
+typedef uint32_t Indices __attribute__((vector_size(64)));
+inline Indices indices(Bytes b) {
+  return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
+}
+inline Floats permuted(__m512 values, Indices at) {
+  return {{{_mm512_permutexvar_ps((__m512i)at, values)}}};
+}
+
 struct Levels {
   __m512 v;
   explicit Levels(const float (&levels)[16]) : v(_mm512_loadu_ps(levels)) {}

@@ -46,8 +46,16 @@ struct Decoder<BlockQ2_K> {
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.q + j / 4 * kStrip + i);
       const size_t sub = 2 * j + i / kBytes;
-      put(widen(move(q, j % 4 * 2, 0, 3)), Vec<float>::broadcast(scales.d[sub]),
-          Vec<float>::broadcast(scales.m[sub]), to + i);
+      const auto d = Vec<float>::broadcast(scales.d[sub]), m = Vec<float>::broadcast(scales.m[sub]);
+#if defined(NPLORA_SIMD_AVX512)
+      // A permutation reads four bits of its index: this code and, above it, another one, which changes nothing.
+      const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
+      const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
+      const Indices at = indices(q) >> (j % 4 * 2);
+      put(permuted(values, at), to + i);
+#else
+      put(widen(move(q, j % 4 * 2, 0, 3)), d, m, to + i);
+#endif
     }
   }
 };

@@ -50,8 +50,17 @@ struct Decoder<BlockQ3_K> {
   void strip(size_t j, To to) const {
     for (size_t i = 0; i < kStrip; i += kBytes) {
       const Bytes q = load_bytes(b.low + j / 4 * kStrip + i), high = load_bytes(b.high + i);
+      const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
+#if defined(NPLORA_SIMD_AVX512)
+      // A permutation reads four bits of its index: this code and, above it, a bit that changes nothing.
+      const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
+      const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
+                    high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);
+      put(permuted(codes, (low_bits & ~4u) | (high_bit & 4u)), d, to + i);
+#else
       const Bytes code = move(q, j % 4 * 2, 0, 3) | move(high, j, 2, 4);
-      put(widen(code - 4), Vec<float>::broadcast(scales[2 * j + i / kBytes]), to + i);
+      put(widen(code - 4), d, to + i);
+#endif
     }
   }
 };

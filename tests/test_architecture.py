@@ -131,6 +131,16 @@ def test_these_rooms_do_not_know_each_other(pair: tuple[str, str]) -> None:
             assert not rooms_imported_by(file) & set(pair), file
 
 
+def test_a_family_is_imported_by_the_registry_of_families_alone() -> None:
+    directory = PACKAGE / "models" / "families"
+    families = {file.stem for file in directory.glob("*.py")} - {"__init__", "family"}
+    assert families >= {"llama", "mistral", "qwen2", "qwen3"}
+    for file in python_files():
+        names = {name for name, _ in imports(file)} if file.parent != directory else set()
+        found = {name.split(".")[3] for name in names if name.startswith("nplora.models.families.")}
+        assert not found & families, file
+
+
 def test_only_numpy_is_needed_and_extras_are_imported_where_they_are_used() -> None:
     for file in python_files():
         for name, at_import in imports(file):

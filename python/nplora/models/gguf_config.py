@@ -13,7 +13,7 @@ from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.gguf import GgufFile
 from nplora.models.config import ModelConfig, require_layers
 from nplora.models.families import by_architecture
-from nplora.models.family import NO_WINDOW, require_window
+from nplora.models.families.family import NO_WINDOW, require_window
 from nplora.models.rope import RopeConfig, require_theta
 
 _ROPE_FREQS = "rope_freqs.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nplora.formats.config_json import Fields
-from nplora.models.family import Family, has_window, windows
+from nplora.models.families.family import Family, has_window, windows
 
 
 class Mistral(Family):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nplora.formats.errors import UnsupportedError, brief
-from nplora.models.family import Family
-from nplora.models.llama import Llama
-from nplora.models.mistral import Mistral
-from nplora.models.qwen2 import Qwen2
-from nplora.models.qwen3 import Qwen3
+from nplora.models.families.family import Family
+from nplora.models.families.llama import Llama
+from nplora.models.families.mistral import Mistral
+from nplora.models.families.qwen2 import Qwen2
+from nplora.models.families.qwen3 import Qwen3
 
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nplora.formats.config_json import Fields
-from nplora.models.qwen2 import Qwen2
+from nplora.models.families.qwen2 import Qwen2
 
 
 class Qwen3(Qwen2):

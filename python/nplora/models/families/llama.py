@@ -7,7 +7,7 @@ that groups of query heads share, and a SwiGLU. The other families are described
 from __future__ import annotations
 
 from nplora.formats.config_json import Fields
-from nplora.models.family import Family
+from nplora.models.families.family import Family
 
 
 class Llama(Family):

@@ -190,9 +190,9 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
         ((np.ones((2, 2), np.uint16), "float16"), TypeError, "W has dtype uint16"),
         (([["a", "b"]],), TypeError, "W has dtype <U1"),
         (
-            (np.ones((2, 2)), "q2_k"),
+            (np.ones((2, 2)), "iq2_xs"),
             ValueError,
-            "dtype='q2_k' is not available; possible: 'float32', 'float64'",
+            "dtype='iq2_xs' is not available; possible: 'float32', 'float64'",
         ),
         (
             (np.ones((2, 2)), "float32", "int4"),

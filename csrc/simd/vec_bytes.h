@@ -195,13 +195,16 @@ inline Floats lookup(const Levels& levels, Bytes b) {
 }
 
 inline BytePair interleave(Bytes a, Bytes b) {
-  BytePair r;
+  unsigned char low[kBytes], high[kBytes];
   for (size_t i = 0; i < kBytes / 2; ++i) {
-    r.low[2 * i] = a[i];
-    r.low[2 * i + 1] = b[i];
-    r.high[2 * i] = a[kBytes / 2 + i];
-    r.high[2 * i + 1] = b[kBytes / 2 + i];
+    low[2 * i] = a[i];
+    low[2 * i + 1] = b[i];
+    high[2 * i] = a[kBytes / 2 + i];
+    high[2 * i + 1] = b[kBytes / 2 + i];
   }
+  BytePair r;
+  __builtin_memcpy(&r.low, low, sizeof low);
+  __builtin_memcpy(&r.high, high, sizeof high);
   return r;
 }
 

@@ -40,7 +40,7 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     "gguf": (header, "_check_layout", passed_over),
     "safetensors": (safetensors, "_check_layout", passed_over),
     "shard_index": (sharded, "_weight_map", lambda index, _: index["weight_map"]),
-    "peft_adapter": (PeftAdapter, "factor", lambda self, name: self.tensors[name].array),
+    "peft_adapter": (PeftAdapter, "array", lambda self, name, dtype=None: self.tensors[name].array),
     "gguf_adapter": (gguf_adapter, "_adapted", lambda file: ([name[: -len(".lora_a")] for name in file], ())),
     "gguf_config": (ModelConfig, "_require", require_at_most),
     "config_json": (ModelConfig, "_require", require_at_most),

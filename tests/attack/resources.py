@@ -12,7 +12,7 @@ from attack.case import Case
 from attack.child import call
 from small_llama import save_small_llama
 
-MOST_SECONDS = 2.0  # of CPU time
+MOST_SECONDS = 4.0  # of CPU time: each takes less than 2, but other processes share the core
 MOST_BYTES = 300 << 20
 TRIES = 4  # other processes on the same core make some of them slow
 

@@ -30,6 +30,7 @@ from nplora.trainer.resuming import (
 
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer
+
 EPOCH_CHECKPOINT_SECONDS = 1.0  # a checkpoint at an epoch's end comes no sooner after the one before
 
 _RUINED = 3.0  # a loss this many times the first one: the factors are not worth continuing from

@@ -37,7 +37,7 @@ def check(step: Callable[[], object], values: list[np.ndarray], grads: list[np.n
 
 def nplora_adamw(threads: int, path: str | None) -> Calls:
     import nplora
-    from nplora.module import Parameter
+    from nplora.nn.module import Parameter
 
     nplora.set_num_threads(threads)
     values, grads = case()

@@ -110,8 +110,8 @@ def packed_weights(case: Case) -> list[Any]:
 def weights_of_a_file(case: Case) -> list[Any]:
     """The same matrix as it lies, row after row, in the bytes of a safetensors file, which are in memory."""
     import nplora
-    from nplora import storages
     from nplora.formats import safetensors
+    from nplora.weights import storages
 
     elements = storages.encode(arrays(case)[0], case.dtype).view(storages.FLOATS[case.dtype])
     data = safetensors.dumps({"W": safetensors.Tensor("W", case.dtype, elements)})

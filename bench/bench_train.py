@@ -101,7 +101,7 @@ def nplora_step(setting: Setting, threads: int, weights: str = "file") -> Callab
 
 def step_of(model: Any, setting: Setting, rate: float) -> Callable[[], float]:
     import nplora
-    from nplora.packing import pack
+    from nplora.models.packing import pack
 
     optimizer, batch = nplora.AdamW(lr=rate), pack(setting.sequences())
 
@@ -178,7 +178,7 @@ def nplora_cells(setting: Setting, threads: int, path: str | None, weights: str)
 def nplora_loss(setting: Setting, threads: int) -> float:
     """Of the model as it comes: what the first step of both must see."""
     import nplora
-    from nplora.packing import pack
+    from nplora.models.packing import pack
 
     nplora.set_num_threads(threads)
     return float(load(setting.dtype).loss_packed(pack(setting.sequences())))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path("/usr/share/dictd")
-TARGET = Path(__file__).parents[1] / "python" / "nplora" / "data"
+TARGET = Path(__file__).parents[1] / "python" / "nplora" / "cli" / "demo"
 ENTRIES, HELD_OUT = 600, 60
 MAX_WORDS, MIN_WORDS = 25, 3
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"

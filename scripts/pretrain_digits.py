@@ -1,4 +1,4 @@
-"""Pretrain the demo's network on handwritten digits and write python/nplora/data/digits.safetensors.
+"""Pretrain the demo's network on handwritten digits and write python/nplora/cli/demo/digits.safetensors.
 
     python scripts/pretrain_digits.py [OUTPUT]        (NumPy, scikit-learn and nplora installed; about 15 s)
 
@@ -21,7 +21,7 @@ SIZES = (64, 512, 512, 10)
 PARTS = {"train": 837, "adaptation": 600, "held_out": 360}
 EPOCHS, BATCH, RATE, DECAY, SEED = 100, 32, 1e-3, 0.01, 0
 TURN, SHIFT, ZOOM, SHARE = 10.0, 0.7, 0.1, 0.7  # degrees, pixels, log scale, share of images moved
-OUTPUT = Path(__file__).parents[1] / "python/nplora/data/digits.safetensors"
+OUTPUT = Path(__file__).parents[1] / "python/nplora/cli/demo/digits.safetensors"
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import threadpoolctl
 
 import nplora
 from figures import Figure
-from nplora.demo import dictionary
+from nplora.cli.demo import dictionary
 
 _FIGURES = pytest.StashKey[dict[str, float]]()
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from nplora import storages
 from nplora.formats import gguf
 from nplora.formats.gguf import Typed
+from nplora.weights import storages
 from vocabularies import byte_level
 
 HIDDEN, FFN, HEADS, BLOCKS, CONTEXT = 32, 64, 4, 2, 64

@@ -7,7 +7,7 @@ import numpy as np
 
 import nplora
 from nplora.formats import gguf, safetensors
-from nplora.models import LanguageModel
+from nplora.lm import LanguageModel
 
 Array = np.ndarray[Any, Any]
 

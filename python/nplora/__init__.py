@@ -15,8 +15,8 @@ except ImportError as error:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nplora import losses, optim
-from nplora.layers import (
+from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
+from nplora.nn import (
     GELU,
     Embedding,
     LayerNorm,
@@ -29,28 +29,19 @@ from nplora.layers import (
     Sequential,
     SiLU,
     Tanh,
+    losses,
+    optim,
     stack_backward,
     stack_forward,
 )
-from nplora.lora import lora_backward, lora_forward, merge_lora, unmerge_lora
-from nplora.losses import NonFiniteLossError
-from nplora.module import Module, Parameter, saved_nbytes
-from nplora.optim import SGD, AdamW
+from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.module import Module, Parameter, saved_nbytes
+from nplora.nn.optim import SGD, AdamW
 from nplora.runtime import get_num_threads, release_memory, set_num_threads, show_config
 from nplora.weights import FrozenWeight
 
 if TYPE_CHECKING:
-    from nplora import (
-        adapters,
-        data,
-        finetuning,
-        formats,
-        generate,
-        models,
-        plot,
-        tokenizer,
-        trainer,
-    )
+    from nplora import adapters, finetuning, formats, models, tokenizer, trainer
     from nplora.adapters import (
         adapter_from_gguf,
         adapter_to_gguf,
@@ -60,46 +51,49 @@ if TYPE_CHECKING:
         read_adapter,
         save_adapter,
     )
-    from nplora.finetuning import finetune, plan
-    from nplora.model_conversion import model_to_gguf
-    from nplora.models import LanguageModel, load_model
-    from nplora.trainer import Trainer
+    from nplora.finetuning import data, finetune, plan
+    from nplora.lm import LanguageModel, load_model
+    from nplora.lm import generation as generate
+    from nplora.models.gguf_export import model_to_gguf
+    from nplora.trainer import Trainer, plot
 
 __version__: str = _core.config()["version"]
 
-# What `import nplora` leaves alone until it is asked for: the module that holds each name, which may be it
-# itself.
-_LATE = {
-    "LanguageModel": "nplora.models",
-    "Trainer": "nplora.trainer",
-    "adapter_from_gguf": "nplora.adapters",
-    "adapter_to_gguf": "nplora.adapters",
-    "adapters": "nplora.adapters",
-    "combine": "nplora.adapters",
-    "data": "nplora.data",
-    "finetune": "nplora.finetuning",
-    "finetuning": "nplora.finetuning",
-    "formats": "nplora.formats",
-    "generate": "nplora.generate",
-    "load_adapter": "nplora.adapters",
-    "load_model": "nplora.models",
-    "merge_adapter": "nplora.adapters",
-    "model_to_gguf": "nplora.model_conversion",
-    "models": "nplora.models",
-    "plan": "nplora.finetuning",
-    "plot": "nplora.plot",
-    "read_adapter": "nplora.adapters",
-    "save_adapter": "nplora.adapters",
-    "tokenizer": "nplora.tokenizer",
-    "trainer": "nplora.trainer",
+# What `import nplora` loads only when it is asked for: the module that holds each name, and the name in that
+# module. None stands for the module itself.
+_LATE: dict[str, tuple[str, str | None]] = {
+    **{name: (f"nplora.{name}", None) for name in ("adapters", "finetuning", "formats", "models")},
+    **{name: (f"nplora.{name}", None) for name in ("tokenizer", "trainer")},
+    "data": ("nplora.finetuning.data", None),
+    "generate": ("nplora.lm.generation", None),
+    "plot": ("nplora.trainer.plot", None),
+    "LanguageModel": ("nplora.lm", "LanguageModel"),
+    "Trainer": ("nplora.trainer", "Trainer"),
+    "finetune": ("nplora.finetuning", "finetune"),
+    "load_model": ("nplora.lm", "load_model"),
+    "model_to_gguf": ("nplora.models.gguf_export", "model_to_gguf"),
+    "plan": ("nplora.finetuning", "plan"),
+    **{
+        name: ("nplora.adapters", name)
+        for name in (
+            "adapter_from_gguf",
+            "adapter_to_gguf",
+            "combine",
+            "load_adapter",
+            "merge_adapter",
+            "read_adapter",
+            "save_adapter",
+        )
+    },
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module 'nplora' has no attribute {name!r}")
-    module = importlib.import_module(_LATE[name])
-    value = globals()[name] = module if module.__name__ == f"nplora.{name}" else getattr(module, name)
+    path, attribute = _LATE[name]
+    module = importlib.import_module(path)
+    value = globals()[name] = module if attribute is None else getattr(module, attribute)
     return value
 
 

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nplora import buffers
-
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
@@ -298,22 +296,6 @@ def overlap(a: Array, b: Array) -> bool:
         return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except np.exceptions.TooHardError:
         return True
-
-
-def output(
-    op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
-) -> Array:
-    """`out` for a result of this shape and dtype, or a fresh array where it is None."""
-    if out is None:
-        return buffers.empty(shape, dtype)
-    array = writable(op, name, out, *readers)
-    if array.dtype != dtype:
-        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{op}: {name} is not C-contiguous")
-    return array
 
 
 def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Array]) -> tuple[Array, str]:

@@ -13,14 +13,14 @@ import atheris
 
 with atheris.instrument_imports(include=["nplora", "jinja2.parser"]):
     import readers
-    from nplora import checkpoint
-    from nplora.data import rows
+    from nplora.finetuning.data import rows
     from nplora.formats import gguf_adapter, safetensors, sharded
     from nplora.formats.errors import FormatError
     from nplora.formats.gguf import header
     from nplora.formats.peft_adapter import PeftAdapter
     from nplora.models import ModelConfig
     from nplora.tokenizer import chat_template, directory, gguf_vocabulary, split_pattern
+    from nplora.trainer import checkpoint
 
     readers.jinja()  # which imports it
 

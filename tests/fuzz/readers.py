@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from nplora import adapters, checkpoint
-from nplora.data import read_dataset
+from nplora import adapters
+from nplora.finetuning.data import read_dataset
 from nplora.formats import bitsandbytes, gguf, peft_adapter, safetensors, sharded, strict_json
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf.writer import MAX_NAME
@@ -24,6 +24,7 @@ from nplora.models import ModelConfig, gguf_config, hf_config
 from nplora.tokenizer import Tokenizer, from_directory, from_gguf, gguf_metadata, split_pattern
 from nplora.tokenizer.chat_template import ChatTemplate
 from nplora.tokenizer.tokenizer import backend_package
+from nplora.trainer import checkpoint
 from nplora.trainer.history import History
 
 TEXT = "a ab<s> <|end|>▁1é\n\x00"

@@ -2,12 +2,7 @@
 
 from nplora.adapters.adapter import Adapter, read_adapter
 from nplora.adapters.combination import CombinedAdapter, combine
-from nplora.adapters.gguf_files import (
-    AdapterConversion,
-    adapter_from_gguf,
-    adapter_to_gguf,
-    convert_adapter,
-)
+from nplora.adapters.gguf_files import AdapterConversion, adapter_from_gguf, adapter_to_gguf, convert_adapter
 from nplora.adapters.layers import (
     AdapterReport,
     load_adapter,
@@ -18,7 +13,7 @@ from nplora.adapters.layers import (
 )
 from nplora.adapters.merge_files import merge_adapter
 from nplora.adapters.merge_report import ModelMerge
-from nplora.merging import LoraDelta
+from nplora.lora.delta import LoraDelta
 
 __all__ = [
     "Adapter",

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from nplora.checkpoint import require_no_other
 from nplora.formats import files
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
-from nplora.merging import LoraDelta
-from nplora.module import Module
+from nplora.formats.output_directory import require_no_other
+from nplora.lora.delta import LoraDelta
+from nplora.nn.module import Module
 
 if TYPE_CHECKING:
     from nplora.adapters.combination import CombinedAdapter

@@ -23,7 +23,8 @@ from nplora.adapters.adapter import Adapter, Source, read_adapter
 from nplora.formats import base_model, files, model_digest
 from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
-from nplora.merging import LoraDelta, weighted_mean
+from nplora.lora.delta import LoraDelta
+from nplora.lora.merging import weighted_mean
 
 Array = NDArray[Any]
 

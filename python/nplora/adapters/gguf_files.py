@@ -23,22 +23,14 @@ from numpy.typing import NDArray
 from nplora.adapters import letters, peft_files
 from nplora.adapters.adapter import Adapter
 from nplora.adapters.fitting import Place, Target, collecting
-from nplora.checkpoint import require_no_other
-from nplora.formats import (
-    base_model,
-    files,
-    gguf,
-    gguf_adapter,
-    gguf_names,
-    model_directory,
-    peft_adapter,
-)
+from nplora.formats import base_model, files, gguf, gguf_adapter, gguf_names, model_directory, peft_adapter
 from nplora.formats.base_model import BaseModel
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
+from nplora.formats.output_directory import require_no_other
 from nplora.formats.peft_adapter import MAGNITUDE
-from nplora.merging import LoraDelta
+from nplora.lora.delta import LoraDelta
 
 Array = NDArray[Any]
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora import buffers
 from nplora.adapters import gguf_files, peft_files
 from nplora.adapters.adapter import Adapter
 from nplora.adapters.fitting import Place, Target
@@ -22,9 +21,10 @@ from nplora.formats import files, peft_adapter
 from nplora.formats.errors import brief, counted, nearest_names
 from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
-from nplora.layers import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
-from nplora.merging import LoraDelta
-from nplora.module import Commit, Module, layer_stream
+from nplora.lora.delta import LoraDelta
+from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.nn.module import Commit, Module, layer_stream
+from nplora.weights import buffers
 
 Array = NDArray[Any]
 

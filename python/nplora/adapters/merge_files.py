@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora import storages
 from nplora.adapters.adapter import Adapter, read_adapter
 from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_report import ModelMerge, least_kept
-from nplora.checkpoint import trained
 from nplora.formats import (
     bitsandbytes,
     files,
@@ -27,8 +25,11 @@ from nplora.formats import (
 )
 from nplora.formats.files import Chunk, StrPath
 from nplora.formats.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
-from nplora.merging import LoraDelta, Merge, MergeReport
-from nplora.nonfinite import require_finite
+from nplora.formats.output_directory import trained
+from nplora.lora.delta import LoraDelta
+from nplora.lora.merging import Merge, MergeReport
+from nplora.weights import storages
+from nplora.weights.nonfinite import require_finite
 
 Array = NDArray[Any]
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nplora import storages
 from nplora.formats.errors import counted
-from nplora.merging import MergeReport, weighted_mean
+from nplora.lora.merging import MergeReport, weighted_mean
+from nplora.weights import storages
 
 _TOLD = 3  # tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {

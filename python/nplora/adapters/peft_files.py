@@ -19,7 +19,7 @@ from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
-from nplora.merging import LoraDelta
+from nplora.lora.delta import LoraDelta
 
 Array = NDArray[Any]
 T = TypeVar("T", bound=Hashable)

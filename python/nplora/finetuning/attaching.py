@@ -11,7 +11,7 @@ from nplora.adapters import combine, read_for
 from nplora.formats import files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
-from nplora.models import LanguageModel, load_model
+from nplora.lm import LanguageModel, load_model
 
 Adapters: TypeAlias = StrPath | Sequence[StrPath | tuple[StrPath, float]]
 

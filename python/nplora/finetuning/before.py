@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from nplora.data import TokenBatches
+from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.evaluation import evaluate_batches
-from nplora.generate import Sampling, generate
-from nplora.models import LanguageModel
+from nplora.lm import LanguageModel
+from nplora.lm.generation import Sampling, generate
 from nplora.trainer import Callback, Run
 
 _EVENT = "before"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from nplora.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.attaching import Adapters, attach_adapter
+from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files
 from nplora.formats.files import StrPath
-from nplora.models import LanguageModel
+from nplora.lm import LanguageModel
 
 _TOLD = ("source", "examples", "truncated", "emptied", "skipped")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from nplora.adapters import Adapter, read_for
-from nplora.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
+from nplora.finetuning.data import EVALUATION_TOKENS, Dataset, TokenBatches, find_splits, read_dataset
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
 from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
-from nplora.generate import prompt_ids
-from nplora.models import LanguageModel, load_model
+from nplora.lm import LanguageModel, load_model
+from nplora.lm.generation import prompt_ids
 from nplora.weights import COMPUTES
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora import _check
-from nplora.data import LEARN
-from nplora.layers import LoRALinear
-from nplora.models.adapting import parse_blocks, target_names
-from nplora.optim import SCHEDULES
-from nplora.planning import parse_bytes
+from nplora.finetuning.data import LEARN
+from nplora.finetuning.planning import parse_bytes
+from nplora.lm.adapting import parse_blocks, target_names
+from nplora.nn import LoRALinear
+from nplora.nn.optim import SCHEDULES
 from nplora.weights import COMPUTES
 
 _OP = "finetune"

@@ -7,13 +7,10 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
-from nplora.checkpoint import Checkpoint, RunDirectory, holds_run
-from nplora.data import Dataset
+from nplora.finetuning.data import Dataset
 from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
-from nplora.formats.files import StrPath
-from nplora.models import LanguageModel
-from nplora.planning import (
+from nplora.finetuning.planning import (
     Adapters,
     Candidate,
     Plan,
@@ -26,6 +23,11 @@ from nplora.planning import (
     resident_memory,
     shortage,
 )
+from nplora.formats.files import StrPath
+from nplora.formats.run_files import holds_run
+from nplora.lm import LanguageModel
+from nplora.trainer.checkpoint import Checkpoint
+from nplora.trainer.run_directory import RunDirectory
 from nplora.weights import COMPUTES
 
 _LOOKED_AT = 1_000_000  # examples of which a plan looks at the batches, epoch by epoch

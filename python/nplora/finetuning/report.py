@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.data import DataReport
+from nplora.finetuning.data import DataReport
+from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
-from nplora.planning import peak_memory
 from nplora.trainer import History, StepRecord
 
 RECENT = 20  # steps whose mean loss is told: single batches differ too much

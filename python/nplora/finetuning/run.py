@@ -15,25 +15,28 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
-from nplora.checkpoint import RunDirectory, factors, holds_run
-from nplora.data import Dataset
 from nplora.finetuning.before import Before, answers_of
+from nplora.finetuning.data import Dataset
 from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, warning_of
+from nplora.finetuning.planning import Candidate, Wishes
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress, speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter, run_files
 from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
-from nplora.layers import LoRALinear
-from nplora.losses import NonFiniteLossError
-from nplora.models import KeptPrefix, LanguageModel, load_model
-from nplora.module import layer_stream
-from nplora.optim import AdamW
-from nplora.planning import Candidate, Wishes
+from nplora.formats.run_files import holds_run
+from nplora.lm import LanguageModel, load_model
+from nplora.models import KeptPrefix
+from nplora.nn import LoRALinear
+from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.module import layer_stream
+from nplora.nn.optim import AdamW
 from nplora.trainer import Trainer
+from nplora.trainer.fingerprint import factors
+from nplora.trainer.run_directory import RunDirectory
 
 
 def finetune(

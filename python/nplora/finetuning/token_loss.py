@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from nplora.models import LanguageModel
-from nplora.module import Module, quiet
-from nplora.packing import PackedBatch
+from nplora.lm import LanguageModel
+from nplora.models.packing import PackedBatch
+from nplora.nn.module import Module, quiet
 from nplora.trainer import FusedLoss
 
 

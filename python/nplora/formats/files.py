@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, TypeAlias
 
-from nplora import mappings
 from nplora.formats.errors import (
     CorruptError,
     FormatError,
@@ -27,6 +26,7 @@ from nplora.formats.errors import (
     TruncatedError,
     UnsafeError,
 )
+from nplora.runtime import mappings
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Chunk: TypeAlias = bytes | memoryview

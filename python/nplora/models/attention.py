@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core, buffers
-from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
-from nplora.layers.stack import StackSaved, stack_infer
+from nplora import _core
 from nplora.models.config import ModelConfig
 from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.models.norms import head_norm_backward, head_norm_forward
 from nplora.models.places import CachePlaces, Places
 from nplora.models.rope import Rope
-from nplora.module import Gradient, Module, Saved, inferring
+from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
+from nplora.nn.module import Gradient, Module, Saved, inferring
+from nplora.nn.stack import StackSaved, stack_infer
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear

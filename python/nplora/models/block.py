@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.layers import RMSNorm
 from nplora.models.attention import Attention, AttentionSaved
 from nplora.models.kept import keeps_bits, narrowed, widened
 from nplora.models.mlp import MLP, MLPSaved
 from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.places import CachePlaces, Places
-from nplora.module import Gradient, Module, Saved, inferring
+from nplora.nn import RMSNorm
+from nplora.nn.module import Gradient, Module, Saved, inferring
 
 Array = npt.NDArray[Any]
 

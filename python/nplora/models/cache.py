@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
 from nplora.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from nplora.models.language_model import LanguageModel
+from nplora.nn.module import Module
 
 Array = npt.NDArray[Any]
 
@@ -24,13 +22,11 @@ class KVCache:
         lengths: int64 (slots,), the tokens that each holds. Writing a smaller number forgets the last ones.
         keys, values: for each layer an array (slots, capacity, kv_heads · head_dim); memory is taken as it is
             filled.
-        lm: the model that computes them, with the adapter that was selected then; None: any.
+        owner: the model that fills it, with the named adapters that were selected then; None: any model.
     """
 
-    def __init__(
-        self, config: ModelConfig, slots: int, capacity: int, lm: LanguageModel | None = None
-    ) -> None:
-        self.lm = lm
+    def __init__(self, config: ModelConfig, slots: int, capacity: int, owner: Module | None = None) -> None:
+        self.owner = owner
         self.slots = _check.integer("KVCache", "slots", slots, least=1)
         self.capacity = _check.integer("KVCache", "capacity", capacity, least=1)
         shape = (self.slots, self.capacity, config.num_key_value_heads * config.head_dim)

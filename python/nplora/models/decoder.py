@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from nplora.layers import Embedding, LoRAEmbedding, RMSNorm
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
 from nplora.models.places import CachePlaces, Places
 from nplora.models.prefix import KeptPrefix
-from nplora.module import Module, Saved, inference
+from nplora.nn import Embedding, LoRAEmbedding, RMSNorm
+from nplora.nn.module import Module, Saved, inference
 
 Array = npt.NDArray[Any]
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core, buffers
-from nplora.layers import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
+from nplora import _core
 from nplora.models.norms import norm_backward, norm_forward
-from nplora.packing import IGNORED
+from nplora.models.packing import IGNORED
+from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core, buffers
-from nplora.layers import Linear, LoRALinear
+from nplora import _core
+from nplora.nn import Linear, LoRALinear
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 

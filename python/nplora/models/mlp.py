@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from nplora import _core, buffers
-from nplora.layers import Linear, LoRALinear, stack_backward, stack_forward
-from nplora.layers.stack import StackSaved, stack_infer
+from nplora import _core
 from nplora.models.kept import keeps_bits, narrowed, widened
-from nplora.module import Gradient, Module, Saved, inferring
+from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
+from nplora.nn.module import Gradient, Module, Saved, inferring
+from nplora.nn.stack import StackSaved, stack_infer
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from nplora import _core, buffers
-from nplora.layers import RMSNorm
+from nplora import _core
+from nplora.nn import RMSNorm
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nplora import buffers
 from nplora.formats import files
 from nplora.formats.files import StrPath
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.layers import Linear, LoRALinear
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 from nplora.models.norms import norm_forward
+from nplora.models.packing import IGNORED, PackedBatch
 from nplora.models.places import cache_places
 from nplora.models.rope import Rope
-from nplora.packing import IGNORED, PackedBatch
+from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
 

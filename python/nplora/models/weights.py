@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nplora import storages
 from nplora.formats import bfloat16, bitsandbytes, gguf_names
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, in_places, nearest_names
 from nplora.formats.files import Stamp
@@ -16,8 +15,8 @@ from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
 from nplora.models.config import ModelConfig
-from nplora.nonfinite import require_finite
-from nplora.weights import FrozenWeight
+from nplora.weights import FrozenWeight, storages
+from nplora.weights.nonfinite import require_finite
 
 Array = npt.NDArray[Any]
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.checkpoint import fingerprint
+from nplora.trainer.fingerprint import fingerprint
 
 Array = npt.NDArray[Any]
 Batch = tuple[Any, Any]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import losses
-from nplora.losses import Loss
-from nplora.module import Module
+from nplora.nn import losses
+from nplora.nn.losses import Loss
+from nplora.nn.module import Module
 from nplora.trainer.batches import Batches
 from nplora.trainer.fused import FusedLoss
 

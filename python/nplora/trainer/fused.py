@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from nplora.module import Module
+from nplora.nn.module import Module
 
 
 @runtime_checkable

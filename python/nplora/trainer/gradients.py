@@ -5,12 +5,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nplora import losses
-from nplora.checkpoint import Array
-from nplora.losses import Loss
-from nplora.module import quiet
+import numpy.typing as npt
+
+from nplora.nn import losses
+from nplora.nn.losses import Loss
+from nplora.nn.module import quiet
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.nonfinite import first_nonfinite
+
+Array = npt.NDArray[Any]
 
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.module import Module, Parameter
+from nplora.nn.module import Module, Parameter
 
 Array = npt.NDArray[Any]
 

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from nplora.stderr import stderr
+from nplora.runtime.stderr import stderr
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EpochRecord, StepRecord
 

@@ -4,13 +4,16 @@ import json
 import warnings
 from typing import Any
 
-from nplora.checkpoint import LOG, Checkpoint, RunDirectory, differences, factors
 from nplora.formats.errors import CorruptError, FormatError
-from nplora.losses import CustomLoss, Loss
-from nplora.module import Module
-from nplora.optim import Optimizer
+from nplora.formats.run_files import LOG
+from nplora.nn.losses import CustomLoss, Loss
+from nplora.nn.module import Module
+from nplora.nn.optim import Optimizer
+from nplora.trainer.checkpoint import Checkpoint
+from nplora.trainer.fingerprint import differences, factors
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import EpochRecord, History, StepRecord, last_logged
+from nplora.trainer.run_directory import RunDirectory
 
 NONFINITE = "nonfinite"  # the line of the log for a loss that was not finite
 
@@ -53,7 +56,7 @@ def settings_of(
 def _loss_name(loss: Loss | FusedLoss) -> str:
     if isinstance(loss, CustomLoss):
         return getattr(loss.function, "__qualname__", type(loss.function).__name__)
-    return repr(loss) if type(loss).__module__ == "nplora.losses" else type(loss).__qualname__
+    return repr(loss) if type(loss).__module__ == "nplora.nn.losses" else type(loss).__qualname__
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nplora.checkpoint import Array, Checkpoint, RunDirectory, base_fingerprint, factors
-from nplora.losses import NonFiniteLossError
-from nplora.optim import schedule
+import numpy.typing as npt
+
+from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.optim import schedule
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback
+from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.evaluation import evaluate
+from nplora.trainer.fingerprint import base_fingerprint, factors
 from nplora.trainer.gradients import Gathered, Gradients
 from nplora.trainer.history import History, StepRecord, last_logged
 from nplora.trainer.interrupts import Interrupts, Terminated
@@ -27,6 +30,9 @@ from nplora.trainer.resuming import (
     settings_of,
     starting_point,
 )
+from nplora.trainer.run_directory import RunDirectory
+
+Array = npt.NDArray[Any]
 
 if TYPE_CHECKING:
     from nplora.trainer.trainer import Trainer

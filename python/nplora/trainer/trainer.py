@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _check, losses, optim
-from nplora.checkpoint import RunDirectory
+from nplora import _check
 from nplora.formats import files
 from nplora.formats.files import StrPath
-from nplora.losses import CrossEntropy, LossFunction
-from nplora.module import Module
-from nplora.optim import SCHEDULES, AdamW, Optimizer
+from nplora.nn import losses, optim
+from nplora.nn.losses import CrossEntropy, LossFunction
+from nplora.nn.module import Module
+from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import check_rows, evaluate, predict
@@ -23,6 +23,7 @@ from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
 from nplora.trainer.run import Plan, Run
+from nplora.trainer.run_directory import RunDirectory
 
 Array = npt.NDArray[Any]
 

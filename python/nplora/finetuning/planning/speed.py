@@ -1,0 +1,132 @@
+"""How fast this machine computes a model: measured, in about a second, on a block and the head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.planning.memory import Adapters, Pass
+from nplora.lm import LanguageModel
+from nplora.models.places import packed_places
+from nplora.models.rope import Rope
+from nplora.nn.module import Module
+from nplora.weights import FrozenWeight, buffers
+
+Array = npt.NDArray[Any]
+
+_HEAD_ROWS = 64  # of the head's longer timing: the logits of more would take more memory than some plans
+_FEW, _MANY = 32, 256  # tokens of the two timings, which part the cost of a call from that of a token
+_ATTENTION = 4, 10  # floating-point operations a score and element of a head: two products, five in backward
+_LOW_RANK = 2.0  # products with a small inner dimension run at about half the rate of the frozen ones
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds a call and a token."""
+
+    call: float
+    token: float
+
+    def of(self, tokens: int) -> float:
+        return self.call + self.token * tokens
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one arithmetic: a block forward and backward, and the head in both."""
+
+    forward: Cost
+    backward: Cost
+    head: Cost
+    operations: float  # floating-point operations a second, of the block's products
+
+    def step(self, lm: LanguageModel, adapters: Adapters, one: Pass, checkpoint_blocks: bool) -> float:
+        """Seconds of a forward and backward pass."""
+        blocks = lm.config.num_hidden_layers
+        trained = blocks - adapters.first_block(blocks)
+        forwards = blocks + (trained if checkpoint_blocks else 0)
+        products = forwards * self.forward.of(one.tokens) + trained * self.backward.of(one.tokens)
+        longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
+        scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
+        low = 6.0 * adapters.rank * sum(map(sum, adapters.shapes.values())) * one.tokens * _LOW_RANK
+        return products + (scores + low) / self.operations + self.head.of(one.targets)
+
+
+def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
+    """The speed of each arithmetic, with the threads of now."""
+    block = lm.model.layers[0]
+    config = lm.config
+    x = np.random.default_rng(0).standard_normal((_MANY, config.hidden_size), np.float32)
+    places = packed_places(np.array([0, _MANY]), Rope(config.rope, config.head_dim, config.interleaved))
+
+    def whole_forward() -> Any:
+        return block.run(x, places)[1]
+
+    def whole() -> None:
+        block.run_backward(x.copy(), whole_forward(), places, need_dx=True)
+
+    forward_seconds, seconds = _seconds(whole_forward), _seconds(whole)
+    linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]
+    speeds = {compute: _products(lm, linears, compute) for compute in computes}
+    reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute)
+    rest = max(0.0, forward_seconds - reference.forward.of(_MANY)) / _MANY
+    rest_backward = max(0.0, seconds - forward_seconds - reference.backward.of(_MANY)) / _MANY
+    buffers.release()
+    return {
+        compute: Speed(
+            Cost(speed.forward.call, speed.forward.token + rest),
+            Cost(speed.backward.call, speed.backward.token + rest_backward),
+            speed.head,
+            speed.operations,
+        )
+        for compute, speed in speeds.items()
+    }
+
+
+def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> Speed:
+    """Of the frozen products alone."""
+    weights = [weight.with_compute(compute) for weight in linears]
+    forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
+    backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
+    head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
+    head_rows = (_HEAD_ROWS // 4, _HEAD_ROWS)
+    to = _cost(head, FrozenWeight.matmul, 1, head_rows)
+    back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
+    operations = 2.0 * sum(weight.size for weight in weights) / forward.token
+    return Speed(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
+
+
+def _matrices(module: Module) -> list[FrozenWeight]:
+    return [frozen for frozen in module.local_frozen() if isinstance(frozen, FrozenWeight)]
+
+
+def _cost(
+    weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
+) -> Cost:
+    """Of one product with each of the weights, from the times for two numbers of rows."""
+    few, many = (_seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
+    token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
+    return Cost(max(0.0, many - token * sizes[1]), token)
+
+
+def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: int, rows: int) -> None:
+    for weight in weights:
+        x = buffers.empty((rows, weight.shape[axis]), np.float32)
+        x.fill(1)
+        product(weight, x, buffers.empty((rows, weight.shape[1 - axis]), np.float32))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shorter of two, after one that warms up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

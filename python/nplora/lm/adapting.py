@@ -1,0 +1,152 @@
+"""Which layers of a language model get a LoRA adapter, and putting it there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.formats import gguf_names
+from nplora.formats.errors import counted, nearest_names
+from nplora.models.config import ModelConfig
+from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
+from nplora.nn.module import Module
+from nplora.nn.principal import PRINCIPAL_INITS
+from nplora.weights import buffers, storages
+
+Array = npt.NDArray[Any]
+
+ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
+
+
+def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """Those in "q_proj,v_proj", or in several such texts.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    given: list[Any] = [targets]
+    if isinstance(targets, Iterable) and not isinstance(targets, str):
+        given = list(targets)
+    if not all(isinstance(text, str) for text in given):
+        raise TypeError(f"targets is {targets!r}, expected a name of layers, or several")
+    return tuple(name.strip() for text in given for name in text.split(","))
+
+
+def targeted(
+    model: Module, layer_count: int, targets: str | Iterable[str], layers: Any, op: str = "add_lora"
+) -> list[str]:
+    """The dotted names of the layers meant, in the model's order.
+
+    Raises:
+        ValueError: a target names no layer (the nearest names are told) or one that has an adapter; `layers`
+            names none of the blocks; or nothing is named.
+    """
+    plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
+    blocks = chosen_blocks(layers, layer_count, op)
+    there = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    wanted = target_names(targets)
+    found: set[str] = set()
+    for target in wanted:
+        hits = {name for name in plain if _hits(name, target)}
+        if not hits and any(_hits(name, target) for name in there):
+            raise ValueError(f"{op}: the model has an adapter already on the layers that {target!r} names")
+        if not hits:
+            known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
+            near = nearest_names(target, [*known, *plain])
+            hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{op}: the model has no layer {target!r} for an adapter; {hint}")
+        found |= hits
+    chosen = [name for name in plain if name in found and block_of(name) in {*blocks, None}]
+    if not chosen:
+        raise ValueError(f"{op}: targets={wanted!r} and layers={layers!r} name no layer")
+    return chosen
+
+
+def _hits(name: str, target: str) -> bool:
+    if target == ALL_LINEAR:
+        return block_of(name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def block_of(name: str) -> int | None:
+    """The block that a layer is in: 3 of "model.layers.3.mlp.up_proj"."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+
+def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add_lora") -> range | list[int]:
+    """The blocks meant by None (all), "last:4", "first:4", a range or a list of numbers.
+
+    Raises:
+        ValueError: it is none of these, or a number is not that of a block.
+    """
+    if layers is None:
+        return range(count)
+    if isinstance(layers, str):
+        side, n = parse_blocks(layers, op)
+        if n > count:
+            raise ValueError(f"{op}: layers={layers!r}, the model has {counted(count, 'block')}")
+        return range(count - n, count) if side == "last" else range(n)
+    numbers = _check.integers(op, "layers", np.asarray(layers))
+    return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
+
+
+def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
+    """The side, "first" or "last", and the number of blocks, at least 1, that "last:4" means.
+
+    Raises:
+        ValueError: it means none.
+    """
+    side, _, number = text.partition(":")
+    if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+        raise ValueError(f"{op}: layers={text!r}, expected 'last:N' or 'first:N', N above 0")
+    return side, int(number)
+
+
+def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
+    """Inside, `adapted` makes the factors of these layers in one buffer."""
+    rank = _check.rank("add_lora", rank)
+    sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
+    return buffers.side_by_side(*sizes)
+
+
+def adapted(
+    name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
+) -> LoRALayer:
+    """The same frozen weight, shared, with an adapter; what init="pissa" or "olora" leave of it is a new one.
+
+    Raises:
+        ValueError: an option does not fit the layer.
+    """
+    require_init(name, layer, options["init"])
+    if isinstance(layer, Embedding):
+        known = {name: options[name] for name in ("rank", "alpha", "use_rslora", "init")}
+        return LoRAEmbedding(layer.weight, **known, rng=0)
+    lora = LoRALinear(layer.weight, bias=layer.bias, **options, rng=0)
+    lora.row_order = row_order
+    return lora
+
+
+def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add_lora") -> None:
+    """Refuse a start that takes a part of a weight whose storage cannot hold what remains."""
+    storage = getattr(layer.weight, "dtype", None)
+    if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
+        raise ValueError(
+            f"{op}: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
+            "model would not start as it was; choose 'zero', or a model of floats"
+        )
+
+
+def row_order(config: ModelConfig, name: str) -> Array | None:
+    """Where a file permutes rows: row i of its weight is row order[i] of Hugging Face's; None: they agree."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    part = name.rpartition(".")[2]
+    if not config.interleaved or part not in heads:
+        return None
+    return gguf_names.row_order(heads[part] * config.head_dim, heads[part])

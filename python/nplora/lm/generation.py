@@ -1,0 +1,286 @@
+"""Text out of a language model: which token comes next, until when, and in pieces as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]  # a text, or a chat
+
+_PIECE = 512  # tokens of a prompt that are read at a time: a bound of the memory that they take
+_CONTEXT = 8  # tokens of a prompt that tell whether the answer's first one begins with a space
+_OP = "generate"
+
+
+class GeneratingModel(Protocol):
+    """What is asked of a model; `nplora.LanguageModel` is one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> Any: ...
+    def new_cache(self, slots: int, capacity: int) -> Any: ...
+    def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: Any) -> Array: ...
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next tokens are chosen, and when that ends.
+
+    Raises:
+        ValueError, TypeError: a value is out of its range.
+    Warns:
+        UserWarning: top_k or top_p is given, and temperature is 0.
+    """
+
+    max_new_tokens: int = _option(128, "most tokens of an answer")
+    temperature: float = _option(0.0, "0: always the most likely token; 1: as the model has it; more: wilder")
+    top_k: int | None = _option(None, "choose among this many of the most likely tokens")
+    top_p: float | None = _option(None, "choose among the most likely tokens that have this share together")
+    repetition_penalty: float = _option(1.0, "above 1: tokens that were there before become less likely")
+    stop: tuple[str, ...] = _option((), "end before this text (may be given several times)")
+    seed: int = _option(0, "of the choices")
+
+    def __post_init__(self) -> None:
+        _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
+        _check.at_least(_OP, "temperature", self.temperature, 0)
+        if self.top_k is not None:
+            _check.integer(_OP, "top_k", self.top_k, least=1)
+        if self.top_p is not None and not 0 < _check.number(_OP, "top_p", self.top_p) <= 1:
+            raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
+        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
+        if narrowed and self.temperature == 0:
+            without = f"{' and '.join(narrowed)} without effect, as temperature is 0"
+            warnings.warn(f"{_OP}: {without}: the most likely token is taken", stacklevel=3)
+        if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
+            raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
+        object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
+        if "" in self.stop:
+            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of texts that are not empty")
+        _check.integer(_OP, "seed", self.seed, least=0)
+
+
+def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
+    """What the model says after each prompt.
+
+    All prompts are answered at once, one row of a batch each; an answer depends on the
+    others by rounding alone, which differs between batches of different sizes.
+
+    Args:
+        prompts: texts, or chats as lists of messages, which go through the model's chat template.
+        sampling: None: the most likely tokens.
+    Raises:
+        ValueError: a prompt is empty, has tokens that the model has not, or fills its context.
+        FloatingPointError: the model's scores are NaN, or the largest one is infinite.
+    Warns:
+        UserWarning: the model's context ended an answer before it was as long as it might have been.
+    """
+    texts = [""] * len(prompts)
+    for index, piece in stream_all(lm, prompts, sampling):
+        texts[index] += piece
+    return texts
+
+
+def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+    """What the model says after one prompt, in pieces of whole characters. Raises as `generate`."""
+    return (piece for _, piece in stream_all(lm, [prompt], sampling))
+
+
+def stream_all(
+    lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None
+) -> Iterator[tuple[int, str]]:
+    """Pairs (index of the prompt, piece of its answer), as they come. Raises as `generate`."""
+    sampling = sampling or Sampling()
+    context = int(lm.config.max_position_embeddings)
+    answers = [
+        _Answer(lm.tokenizer, index, prompt_ids(_OP, lm, prompt), sampling)
+        for index, prompt in enumerate(prompts)
+    ]
+    if not answers or not sampling.max_new_tokens:
+        return
+    longest = max(len(answer.ids) for answer in answers)
+    cache = lm.new_cache(len(answers), min(context, longest + sampling.max_new_tokens))
+    for answer in answers:
+        scores = _read_prompt(lm, answer.ids, answer.slot, cache)
+        yield from answer.advance(scores, cache.capacity)
+    while active := [answer for answer in answers if not answer.ended]:
+        rows = lm.decode([answer.ids[-1] for answer in active], [answer.slot for answer in active], cache)
+        for answer, scores in zip(active, rows, strict=True):
+            yield from answer.advance(scores, cache.capacity)
+    for count in sorted({answer.count for answer in answers if answer.cut_off}):
+        warnings.warn(
+            f"{_OP}: the answer ends after {count:,} tokens: the model's context of {context:,} is full",
+            stacklevel=3,
+        )
+
+
+def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt, which the model has: at least one, and fewer than its context takes."""
+    tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
+    chat = not isinstance(prompt, str)
+    if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
+        raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
+    ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError(f"{op}: the prompt is empty")
+    if max(ids) >= vocab:
+        raise ValueError(
+            f"{op}: the prompt has token {max(ids)} of {tokenizer}, "
+            f"the model's vocabulary ends with {vocab - 1}"
+        )
+    if len(ids) >= context:
+        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, the model's context is {context:,}")
+    return ids
+
+
+def _read_prompt(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
+    """The scores of the token that follows."""
+    for begin in range(0, len(ids), _PIECE):
+        scores = lm.decode([ids[begin : begin + _PIECE]], [slot], cache)
+    return np.asarray(scores[0])
+
+
+class _Answer:
+    """One prompt and the tokens that were added to it."""
+
+    def __init__(self, tokenizer: Tokenizer, slot: int, ids: list[int], sampling: Sampling) -> None:
+        self.slot, self.ids, self.ended, self.cut_off = slot, ids, False, False
+        self._prompt = len(ids)
+        self._left, self._sampling, self._ends = sampling.max_new_tokens, sampling, tokenizer.eos_ids
+        self._vocab = tokenizer.vocab_size  # the scores may go on: rows that fill up the model's embedding
+        self._text = tokenizer.stream(context=ids[-_CONTEXT:])
+        self._stop = StopText(sampling.stop)
+        seed = np.random.SeedSequence(sampling.seed, spawn_key=(slot,))
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+
+    @property
+    def count(self) -> int:
+        """Tokens of the answer."""
+        return len(self.ids) - self._prompt
+
+    def advance(self, scores: Array, capacity: int) -> Iterator[tuple[int, str]]:
+        """Choose the next token; the text that it completes."""
+        token = choose(scores[: self._vocab], self.ids, self._sampling, self._rng)
+        self._left -= 1
+        piece = ""
+        if token in self._ends:
+            self.ended = True
+        else:
+            self.ids.append(token)
+            piece = self._stop.push(self._text.push(token))
+            self.ended = self._stop.found or not self._left
+            self.cut_off = not self.ended and len(self.ids) >= capacity
+            self.ended = self.ended or self.cut_off
+        if self.ended and not self._stop.found:
+            piece += self._stop.push(self._text.flush()) + self._stop.flush()
+        if piece:
+            yield self.slot, piece
+
+
+class StopText:
+    """Passes text on up to the first of some texts; holds back what may be the beginning of one.
+
+    Attributes:
+        found: whether one came. Nothing is passed on any more.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self._held, self.found = tuple(stop), "", False
+
+    def push(self, piece: str) -> str:
+        """What may be passed on."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = max(map(len, self._stop), default=1) - 1
+        begun = (size for size in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-size:]))
+        keep = len(text) - next(begun, 0)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stop)
+
+
+# ---- the choice of a token ----
+
+
+def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> int:
+    """The next token, from its scores (vocab,) and the tokens before it.
+
+    Raises:
+        FloatingPointError: a score is NaN, or the largest one is infinite.
+    """
+    scores = np.array(scores, np.float64)
+    place, largest = f"the token at position {len(before)}", scores.max()
+    if np.isnan(largest):
+        raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
+    if not np.isfinite(largest):
+        raise FloatingPointError(f"{_OP}: the largest score of {place} is {largest}, expected a finite one")
+    if sampling.repetition_penalty != 1:
+        penalise_repetition(scores, before, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    with np.errstate(over="ignore"):  # only -inf can come out: the largest score becomes 0 first
+        scores -= scores.max()
+        scores /= sampling.temperature
+    if sampling.top_k is not None:
+        keep_top_k(scores, sampling.top_k)
+    if sampling.top_p is not None:
+        keep_top_p(scores, sampling.top_p)
+    shares = np.cumsum(softmax(scores))
+    return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+
+
+def softmax(scores: Array) -> Array:
+    """exp(scores) over their sum. The largest score must be finite."""
+    powers = np.exp(scores - scores.max())
+    return np.asarray(powers / powers.sum())
+
+
+def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
+    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place, to finite ones."""
+    seen = np.unique(np.asarray(before, np.int64))
+    seen = seen[np.isfinite(scores[seen])]
+    with np.errstate(over="ignore"):
+        changed = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    largest = np.finfo(np.float64).max
+    scores[seen] = np.clip(changed, -largest, largest)
+
+
+def keep_top_k(scores: Array, k: int) -> None:
+    """Rule out all scores below the k-th largest, in place."""
+    if k < len(scores):
+        scores[scores < np.partition(scores, -k)[-k]] = -np.inf
+
+
+def keep_top_p(scores: Array, p: float) -> None:
+    """Rule out the least likely tokens, together at most 1 - p (Holtzman et al. 2020), in place."""
+    order = np.argsort(scores, kind="stable")
+    ruled_out = np.cumsum(softmax(scores)[order]) <= 1 - p
+    ruled_out[-1] = False
+    scores[order[ruled_out]] = -np.inf

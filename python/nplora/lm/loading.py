@@ -1,0 +1,110 @@
+"""load_model: a language model from a GGUF file or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from nplora import _check, tokenizer
+from nplora.formats import files, gguf, model_directory, peft_adapter
+from nplora.formats.files import StrPath
+from nplora.lm.language_model import LanguageModel
+from nplora.models import gguf_config, hf_config
+from nplora.models.attention import Attention
+from nplora.models.block import DecoderBlock
+from nplora.models.config import ModelConfig
+from nplora.models.decoder import Decoder
+from nplora.models.mlp import MLP
+from nplora.models.rope import Rope
+from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded, require_tensors
+from nplora.nn import Embedding, Linear, RMSNorm
+from nplora.tokenizer import Tokenizer
+from nplora.weights import INFERENCE_COMPUTES
+
+
+def load_model(
+    path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
+) -> LanguageModel:
+    """A language model of the families Llama, Mistral, Qwen2 and Qwen3, its weights frozen.
+
+    Args:
+        path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
+        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
+            with GGUF's low-bit blocks.
+        mmap: map the files, so that weights are never copied, and only stay in memory while it has room. If
+            another program cuts a mapped file short, the process ends with a message and status 135; if it
+            writes to one in place, the next call of the model raises CorruptError. A file that is renamed
+            over it does no harm. False copies the files into memory.
+        check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
+            a matrix when it is first used.
+    Raises:
+        UnsupportedError: an architecture, or types of tensors, that are not known here; the known ones are
+            listed, and all tensors of other types.
+        FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
+            listed, with the nearest names. Or a weight is NaN or infinite: the first is named.
+        UnsafeError: the weights are a pickle.
+        OSError: a file cannot be read.
+    """
+    files.require_named("load_model", path=path)
+    _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
+    load = _from_directory if Path(path).is_dir() else _from_gguf
+    return load(path, compute, mmap, check)
+
+
+def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
+    file = gguf.open(path, mmap)
+    config = gguf_config.read(file)
+    require_decoded(file)
+    return _build(config, GgufWeights(file, compute, check), lambda: tokenizer.from_gguf(file))
+
+
+def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
+    if not Path(path, model_directory.CONFIG).exists():
+        reason = f"the directory holds no {model_directory.CONFIG}"
+        if Path(path, peft_adapter.CONFIG).exists():
+            reason += ", but an adapter: give its model, and this as the adapter (--adapter)"
+        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
+    config = hf_config.read(Path(path, model_directory.CONFIG))
+    weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)
+    return _build(config, weights, lambda: tokenizer.from_directory(path))
+
+
+def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Tokenizer]) -> LanguageModel:
+    require_tensors(weights, config)
+    rope = Rope(config.rope, config.head_dim, config.interleaved)
+    embedding = weights.matrix("model.embed_tokens.weight")
+    blocks = [_block(config, weights, i, rope) for i in range(config.num_hidden_layers)]
+    decoder = Decoder(Embedding(embedding), blocks, _norm(config, weights, "model.norm"))
+    head = embedding if config.tie_word_embeddings else weights.matrix("lm_head.weight")
+    return LanguageModel(config, decoder, Linear(head), rope, load_tokenizer, weights.mapped)
+
+
+def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> DecoderBlock:
+    prefix = f"model.layers.{layer}"
+
+    def linears(part: str, names: tuple[str, ...], biased: tuple[str, ...]) -> dict[str, Linear]:
+        return {name: _linear(weights, f"{prefix}.{part}.{name}", name in biased) for name in names}
+
+    read, written = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+    biased = (read if config.qkv_bias else ()) + (written if config.o_bias else ())
+    projections = linears("self_attn", read + written, biased)
+    head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
+    norms = {name: _norm(config, weights, f"{prefix}.self_attn.{name}") for name in head_norms}
+    gated = ("gate_proj", "up_proj", "down_proj")
+    return DecoderBlock(
+        _norm(config, weights, f"{prefix}.input_layernorm"),
+        Attention(config, layer, rope, projections, norms),
+        _norm(config, weights, f"{prefix}.post_attention_layernorm"),
+        MLP(config.hidden_act, linears("mlp", gated, gated if config.mlp_bias else ())),
+    )
+
+
+def _linear(weights: Weights, name: str, has_bias: bool) -> Linear:
+    bias = weights.vector(f"{name}.bias") if has_bias else None
+    return Linear(weights.matrix(f"{name}.weight"), bias)
+
+
+def _norm(config: ModelConfig, weights: Weights, name: str) -> RMSNorm:
+    return RMSNorm(weights.vector(f"{name}.weight"), config.rms_norm_eps)

@@ -1,0 +1,121 @@
+"""Several named adapters of one language model, of which each context uses its own.
+
+A selection of adapters is a copy of the model's modules over the same frozen weights, with LoRA layers of
+its own. A call takes the copy once, when it begins. So what other threads select or delete meanwhile does not
+change it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from nplora.adapters import Adapter, combine
+from nplora.formats.errors import missing_name
+
+Names = tuple[str, ...]
+
+# The names that this context has selected, by the model's NamedAdapters.
+_selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_selected", default={})  # noqa: B039
+
+
+class _Model(Protocol):
+    """What a LanguageModel is here."""
+
+    def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
+
+
+Model = TypeVar("Model", bound=_Model)
+
+
+class NamedAdapters(Generic[Model]):
+    """The named adapters of one model."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, Adapter] = {}
+        self._models: dict[Names, Model] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_adapters": dict(self._adapters)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._adapters = state["_adapters"]
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, for reading."""
+        return MappingProxyType(self._adapters)
+
+    def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool) -> None:
+        """Keep an adapter that fits the model under a new name."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"load_adapter: name is {name!r}, expected a text that is not empty")
+        made = lm.with_adapter(adapter, any_base)
+        with self._lock:
+            if name in self._adapters:
+                raise ValueError(f"load_adapter: there is an adapter {name!r}; call delete_adapter first")
+            self._adapters = {**self._adapters, name: adapter}
+            self._models[name,] = made
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter. Raises KeyError where there is none of this name."""
+        with self._lock:
+            self._require("delete_adapter", (name,))
+            self._adapters = {known: adapter for known, adapter in self._adapters.items() if known != name}
+            self._models = {names: lm for names, lm in self._models.items() if name not in names}
+        if name in self.selected:
+            self.select(())
+
+    @property
+    def selected(self) -> Names:
+        """The names that this context has selected."""
+        return _selected.get().get(weakref.ref(self), ())
+
+    def select(self, names: Names) -> None:
+        """Use these adapters, added up, in this context."""
+        others = {key: value for key, value in _selected.get().items() if key() not in (None, self)}
+        _selected.set({**others, weakref.ref(self): names} if names else others)
+
+    @contextlib.contextmanager
+    def none_selected(self) -> Iterator[None]:
+        """Use none inside."""
+        before = self.selected
+        self.select(())
+        try:
+            yield
+        finally:
+            self.select(before)
+
+    def model(self, lm: Model, op: str, names: Names) -> Model:
+        """The model with these adapters.
+
+        Raises:
+            KeyError: there is none of a name; the nearest are listed.
+            UnsupportedError: several are selected, and one has DoRA.
+        """
+        if not names:
+            return lm
+        with self._lock:
+            self._require(op, names)
+            if names not in self._models:
+                chosen = [self._adapters[name] for name in names]
+                summed = chosen[0] if len(chosen) == 1 else combine([(a, 1.0) for a in chosen], any_base=True)
+                self._models[names] = lm.with_adapter(summed, any_base=True)
+            return self._models[names]
+
+    def forget_models(self) -> None:
+        """Make the copies anew when they are needed, after the model's frozen layers were exchanged."""
+        with self._lock:
+            self._models = {}
+
+    def _require(self, op: str, names: Names) -> None:
+        for name in names:
+            if name not in self._adapters:
+                raise missing_name(op, name, self._adapters, "adapter")

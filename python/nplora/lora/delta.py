@@ -1,0 +1,96 @@
+"""LoraDelta: what an adapter adds to one weight."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _core
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraDelta:
+    """What an adapter adds to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
+
+    Attributes:
+        m: DoRA's magnitudes (d_out,), to which the rows of W + scale · A·B are rescaled (Liu et al. 2024, eq.
+            5), or None.
+        embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
+        alpha, use_rslora: how a file or a layer states the scale, for adapters that are saved again.
+            alpha None: rank · scale.
+    """
+
+    A: Array
+    B: Array
+    scale: float
+    m: Array | None = None
+    embedding: bool = False
+    alpha: float | None = None
+    use_rslora: bool = False
+
+    @classmethod
+    def of_alpha(
+        cls, a: Array, b: Array, alpha: float, use_rslora: bool, m: Array | None, embedding: bool
+    ) -> "LoraDelta":
+        """The update with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
+        return cls(a, b, scale, m, embedding, float(alpha), use_rslora)
+
+    @property
+    def stated_alpha(self) -> float:
+        """alpha, as a configuration states it beside `use_rslora`."""
+        return self.scale * self.rank if self.alpha is None else self.alpha
+
+    def rows(self, order: Array | None) -> "LoraDelta":
+        """The update of the rows order[0], order[1], ... of W; None: of all, as they are."""
+        if order is None:
+            return self
+        return dataclasses.replace(self, A=self.A[order], m=None if self.m is None else self.m[order])
+
+    @property
+    def use_dora(self) -> bool:
+        return self.m is not None
+
+    @property
+    def rank(self) -> int:
+        return len(self.B)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of W: (d_out, d_in)."""
+        return len(self.A), self.B.shape[1]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether ΔW is 0, so that a weight that keeps its storage is left alone, not rounded anew."""
+        if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
+            return False
+        return self.scale == 0 or not (self.A.any() and self.B.any())
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Rows first, first + 1, ... of W updated, in their dtype; `rows` is left as it is."""
+        merged = rows.copy()
+        part = slice(first, first + len(rows))
+        a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))
+        _core.merge_lora(merged, a, b, self.scale, merged.dtype.name)
+        return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
+
+    def delta(self, rows: Array, first: int) -> Array:
+        """What is asked to be added to these rows, float64."""
+        part, w = slice(first, first + len(rows)), rows.astype(np.float64)
+        if self.scale == 0:
+            delta = np.zeros_like(w)
+        else:
+            delta = self.scale * (self.A[part].astype(np.float64) @ self.B.astype(np.float64))
+        return delta if self.m is None else (w + delta) * self._gain(w + delta, part) - w
+
+    def _gain(self, merged: Array, part: slice) -> Array:
+        assert self.m is not None
+        norms: Array = np.sqrt(np.einsum("oi,oi->o", merged, merged, dtype=np.float64))
+        gain: Array = np.divide(self.m[part], norms, out=np.zeros_like(norms), where=norms != 0)
+        return gain[:, None]

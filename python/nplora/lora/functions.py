@@ -1,0 +1,227 @@
+"""The low-rank update on bare arrays: forward, backward, merge. Layers do the same with what they own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.weights import FrozenWeight, buffers
+
+Array = npt.NDArray[Any]
+
+
+def lora_forward(
+    x: npt.ArrayLike,
+    fw: FrozenWeight | npt.ArrayLike,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    bias: npt.ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Apply a frozen weight plus its low-rank update.
+
+    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as here)
+
+    Args:
+        x: array (..., d_in).
+        fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). A float64 weight computes in
+            float64, any other in float32.
+        A, B: arrays (d_out, r) and (r, d_in).
+        scale: 0 leaves A and B unread.
+        bias: array (d_out,) or None.
+        out: array (..., d_out) to write y into, C-contiguous, not overlapping any input.
+    Returns:
+        y (..., d_out) and z (..., r); `lora_backward` takes z.
+    Raises:
+        ValueError: a shape does not fit, or scale is not finite.
+        TypeError: an array does not hold numbers, or out has another dtype.
+    """
+    op = "lora_forward"
+    w, d_out, d_in, dtype = _operand(op, fw)
+    rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    a, b = _check.factors(op, A, B, d_out, d_in, dtype)
+    added = None if bias is None else _check.shaped(op, "bias", bias, (d_out,), dtype)
+    readers = [("x", rows), ("A", a), ("B", b), *_arrays(("bias", added), ("fw", w))]
+    y = buffers.output(op, "out", out, (*lead, d_out), dtype, *readers)
+    z = buffers.empty((*lead, a.shape[1]), dtype)
+    scale = _check.scale(op, scale, dtype)
+    n = len(rows)
+    y_rows, z_rows = y.reshape(n, d_out), z.reshape(n, a.shape[1])
+    _core.lora_forward(rows, [(w, a, b, scale, 0.0, 0, added, y_rows, z_rows)])
+    return y, z
+
+
+def lora_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    z: npt.ArrayLike | None,
+    fw: FrozenWeight | npt.ArrayLike,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+    need_dx: bool = True,
+) -> tuple[Array | Any, Array, Array]:  # Any: see module.Gradient
+    """The gradients of `lora_forward`; no gradient of W is formed.
+
+    dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
+    of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+
+    Args:
+        dy: array (..., d_out).
+        x: array (..., d_in), as given to the forward pass.
+        z: array (..., r), as the forward pass returned it; None: it is computed again.
+        fw, A, B, scale: as in the forward pass.
+        out: (dx, dA, dB), each an array or None. dx is overwritten; dA and dB are ADDED TO. None: fresh
+            arrays.
+        need_dx: False skips the product with the frozen weight.
+    Returns:
+        dx (..., d_in) (None where need_dx is False), dA (d_out, r), dB (r, d_in).
+    Raises:
+        ValueError: a shape does not fit, or scale is not finite.
+        TypeError: an array does not hold numbers, or one in out has another dtype.
+    """
+    op = "lora_backward"
+    w, d_out, d_in, dtype = _operand(op, fw)
+    dy_rows, lead = _check.rows(op, "dy", dy, d_out, "d_out", dtype)
+    x_rows, x_lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    if x_lead != lead:
+        raise ValueError(f"{op}: x has leading shape {x_lead}, dy has {lead}")
+    a, b = _check.factors(op, A, B, d_out, d_in, dtype)
+    n, rank = len(dy_rows), a.shape[1]
+    scale = _check.scale(op, scale, dtype)
+    if z is None:
+        z_rows = buffers.empty((n, rank), dtype)
+        _core.matmul(b, x_rows, None, z_rows)
+    else:
+        z_rows = _check.shaped(op, "z", z, (*lead, rank), dtype).reshape(n, rank)
+
+    taken = [("dy", dy_rows), ("x", x_rows), ("z", z_rows), ("A", a), ("B", b), *_arrays(("fw", w))]
+    dx_out, da_out, db_out = _triple(op, out)
+    dx = buffers.output(op, "dx", dx_out, (*lead, d_in), dtype, *taken) if need_dx else None
+    taken += _arrays(("dx", dx))
+    da = (
+        np.zeros(a.shape, dtype)
+        if da_out is None
+        else buffers.output(op, "dA", da_out, a.shape, dtype, *taken)
+    )
+    taken.append(("dA", da))
+    db = (
+        np.zeros(b.shape, dtype)
+        if db_out is None
+        else buffers.output(op, "dB", db_out, b.shape, dtype, *taken)
+    )
+    dx_rows = None if dx is None else dx.reshape(n, d_in)
+    _core.lora_backward(x_rows, dx_rows, [(w, a, b, scale, 0.0, 0, dy_rows, z_rows, da, db)])
+    return dx, da, db
+
+
+def merge_lora(
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    *,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    rng: np.random.Generator | int | None = None,
+) -> Array:
+    """W += scale · A·B in place, in the caller's buffer, without a temporary of W's size.
+
+    Everything is checked first; then the merge runs to its end.
+
+    Args:
+        W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
+            patterns with dtype="bfloat16"). Rows must be contiguous; they may lie any distance apart.
+        A, B: arrays (d_out, r) and (r, d_in), not overlapping W.
+        scale: 0 leaves A and B unread.
+        dtype: the name of W's format; needed only for bit patterns.
+        rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even; those
+            beyond 65504 are infinite in float16, and no longer told from another by `unmerge_lora`.
+            "stochastic", for float16 and bfloat16: up or down by chance, so that the mean of W is the sum:
+            many merges of updates that are small against the steps of W do not get lost. What is beyond the
+            largest finite number is rounded to nearest.
+        rng: the chance of "stochastic"; the same integer gives the same bits, on any number of threads.
+    Returns:
+        W.
+    Raises:
+        TypeError: W is not an array, or is byte-swapped, or does not hold one of those formats.
+        ValueError: W is read-only, not aligned, overlaps A or B, or has strided or overlapping rows; a shape
+            does not fit; scale is not finite; W, in float32 or float64, is not rounded stochastically.
+    """
+    return _merge("merge_lora", W, A, B, scale, 1, dtype, rounding, rng)
+
+
+def unmerge_lora(
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float = 1.0,
+    *,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    rng: np.random.Generator | int | None = None,
+) -> Array:
+    """W -= scale · A·B in place: undoes `merge_lora` up to rounding (a layer's `unmerge` is exact).
+
+    Arguments, result and errors are those of `merge_lora`.
+    """
+    return _merge("unmerge_lora", W, A, B, scale, -1, dtype, rounding, rng)
+
+
+def _merge(
+    op: str,
+    W: Array,
+    A: npt.ArrayLike,
+    B: npt.ArrayLike,
+    scale: float,
+    sign: int,
+    dtype: str | None,
+    rounding: str,
+    rng: np.random.Generator | int | None,
+) -> Array:
+    _check.choice(op, "rounding", rounding, ("nearest", "stochastic"))
+    readers = [(name, _check.as_array(op, name, value)) for name, value in (("A", A), ("B", B))]
+    target, storage = _check.merge_target(op, W, dtype, *readers)
+    factor_dtype = np.float64 if storage == "float64" else np.float32
+    a, b = _check.factors(op, A, B, target.shape[0], target.shape[1], factor_dtype)
+    key = None
+    if rounding == "stochastic":
+        if target.itemsize != 2:
+            raise ValueError(
+                f"{op}: rounding='stochastic' with a W of {storage}; float16 or bfloat16 is rounded so"
+            )
+        key = int(_check.generator(op, rng).integers(2**64, dtype=np.uint64))
+    _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage, key)
+    return W
+
+
+def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
+    """The weight as the core takes it, its shape, and the dtype that everything is computed in."""
+    if isinstance(fw, FrozenWeight):
+        return fw.packed, *fw.shape, fw.compute_dtype
+    given = _check.as_array(op, "fw", fw)
+    if given.dtype == np.uint16:
+        raise TypeError(f'{op}: fw holds uint16; for bit patterns pass FrozenWeight(fw, dtype="bfloat16")')
+    _check.matrix(op, "fw", given)
+    array = _check.floats(op, "fw", given, np.float64 if given.dtype == np.float64 else np.float32)
+    return array, array.shape[0], array.shape[1], array.dtype
+
+
+def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
+    """Those that are arrays: an output must not overlap them."""
+    return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
+
+
+def _triple(
+    op: str, out: tuple[Array | None, Array | None, Array | None] | None
+) -> tuple[Array | None, Array | None, Array | None]:
+    if out is None:
+        return None, None, None
+    if not isinstance(out, tuple | list) or len(out) != 3:
+        raise TypeError(f"{op}: out is {type(out).__name__}, expected a tuple (dx, dA, dB)")
+    return out[0], out[1], out[2]

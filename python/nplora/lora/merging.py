@@ -1,0 +1,216 @@
+"""W + scale · A·B in a storage of its own, a block of rows at a time, and how much of the update it kept.
+
+Low-bit blocks have steps that may be larger than the update, so a merge can lose it: the new weight is made
+from a float32 sum, never in place, and compared with what was asked for.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _check
+from nplora.lora.delta import LoraDelta
+from nplora.weights import FrozenWeight, storages
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of an update when it was merged into one weight.
+
+    Attributes:
+        name: of the layer or tensor.
+        storage, nbytes: of the merged weight.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm, where the effective ΔW is what the merged
+            weight, as stored, is beyond the original. Where ΔW is 0: 0, or infinite if another storage
+            changed the weight.
+        kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the share of ΔW that is there. Near 1 the error is noise of the
+            rounding, which hardly matters to the outputs; near 0 rounding went back to the original and has
+            swallowed the update. 1 where ΔW is 0.
+        worst_block: the row and the first column of the block of elements with the largest relative error, of
+            the storage's own length (a whole row where elements stand alone).
+        worst_error: that error.
+        norm: ‖ΔW‖.
+        weight_norm: ‖W‖ of the original.
+    """
+
+    name: str
+    storage: str
+    nbytes: int
+    error: float
+    kept: float
+    worst_block: tuple[int, int]
+    worst_error: float
+    norm: float = 0.0
+    weight_norm: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖: what rounding adds, not what is lost."""
+        return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
+
+    @classmethod
+    def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
+        """The one of a weight that stays as it is, since ΔW is 0."""
+        return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
+
+    @classmethod
+    def of_all(cls, name: str, reports: "Sequence[MergeReport]") -> "MergeReport":
+        """The one of several merged weights together, without a worst block."""
+        norms = [report.norm for report in reports]
+        error = math.sqrt(weighted_mean(norms, [report.error**2 for report in reports], 0.0))
+        kept = weighted_mean(norms, [report.kept for report in reports], 1.0)
+        whole = math.hypot(*(report.weight_norm for report in reports))
+        storage = ", ".join(dict.fromkeys(report.storage for report in reports))
+        nbytes = sum(report.nbytes for report in reports)
+        return cls(name, storage, nbytes, error, kept, (0, 0), 0.0, math.hypot(*norms), whole)
+
+    def __str__(self) -> str:
+        row, column = self.worst_block
+        if math.isinf(self.error):
+            return f"{self.name}: {self.storage}, {self.nbytes:,} bytes, ΔW is 0, only the rounding is new"
+        return (
+            f"{self.name}: {self.storage}, {self.nbytes:,} bytes, {self.kept:.1%} of ΔW kept, noise "
+            f"{self.noise:.3g} times ΔW, relative error {self.error:.3g}, at worst {self.worst_error:.3g} "
+            f"(row {row:,} from column {column:,})"
+        )
+
+
+def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
+    """The mean over several updates of what is kept of each, or of squared errors, weighted by ‖ΔW‖²; of
+    updates that are all 0: `nothing`."""
+    weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
+    if not weighted:
+        return nothing
+    return sum(square * value for square, value in weighted) / sum(square for square, _ in weighted)
+
+
+class Merge:
+    """One weight's merge: `rows()` gives the new weight's bytes once, and `report` is known afterwards.
+
+    Args:
+        read: rows first ... last - 1 of W (n, d_in), float32 or float64.
+    Raises:
+        ValueError: the storage needs rows of whole blocks, and these are not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        read: Callable[[int, int], Array],
+        update: LoraDelta,
+        storage: str,
+    ) -> None:
+        _check.choice("merge", "dtype", storage, storages.STORAGES)
+        if not storages.fits(storage, shape[1]):
+            raise ValueError(
+                f"merge: {name}: rows of {shape[1]} are no whole blocks of "
+                f"{storages.block_elements(storage)}, which {storage} needs"
+            )
+        self.name, self.shape, self.storage = name, shape, storage
+        self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
+        self._read, self._update = read, update
+        self._asked = self._lost = self._along = 0.0  # ‖ΔW‖², ‖error‖², ⟨error, ΔW⟩
+        self._weight = 0.0  # ‖W‖²
+        self._worst = (-1.0, 0, 0)
+
+    def rows(self) -> Iterator[tuple[int, Array]]:
+        """Blocks of rows in order: the first one's number, and the bytes, uint8 (n, row_nbytes).
+
+        Raises:
+            ValueError: a sum is not finite where W is, or too large for the storage.
+        """
+        d_out, d_in = self.shape
+        for block in storages.row_blocks(d_out, d_in):
+            first = block.start
+            before = self._read(first, block.stop)
+            merged = self._update.apply(before, first)
+            try:
+                raw = storages.encode(merged, self.storage)
+            except ValueError as error:
+                raise ValueError(f"merge: {self.name}, rows from {first:,}: {error}") from error
+            after = storages.decode(raw, self.storage, d_in)
+            lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+            if lost:
+                raise ValueError(
+                    f"merge: {self.name}: {lost} finite values are not finite any more "
+                    f"in {self.storage}; nothing is merged"
+                )
+            self._count(before, after, first)
+            yield first, raw
+
+    def _count(self, before: Array, after: Array, first: int) -> None:
+        n, d_in = before.shape
+        delta = self._update.delta(before, first)
+        lost = after.astype(np.float64)
+        lost -= before
+        lost -= delta
+        elements = storages.block_elements(self.storage)
+        blocks = (n, -1, elements if elements > 1 else max(1, d_in))
+        asked_squares, lost_squares = (
+            np.einsum("nbi,nbi->nb", x.reshape(blocks), x.reshape(blocks)) for x in (delta, lost)
+        )
+        self._asked += float(asked_squares.sum())
+        self._lost += float(lost_squares.sum())
+        self._along += float(np.einsum("ni,ni->", lost, delta))
+        self._weight += float(np.einsum("ni,ni->", before, before, dtype=np.float64))
+        if lost_squares.size:
+            errors = _relative(lost_squares, asked_squares)
+            row, block = np.unravel_index(int(np.nanargmax(np.nan_to_num(errors, nan=np.inf))), errors.shape)
+            if errors[row, block] > self._worst[0]:
+                self._worst = (float(errors[row, block]), first + int(row), int(block) * blocks[2])
+
+    @property
+    def report(self) -> MergeReport:
+        error = float(_relative(np.array(self._lost), np.array(self._asked)))
+        kept = 1 + self._along / self._asked if self._asked else 1.0
+        worst, row, column = self._worst
+        return MergeReport(
+            self.name,
+            self.storage,
+            self.nbytes,
+            error,
+            kept,
+            (row, column),
+            max(0.0, worst),
+            math.sqrt(self._asked),
+            math.sqrt(self._weight),
+        )
+
+
+def merge_weight(
+    name: str, weight: FrozenWeight, update: LoraDelta, storage: str
+) -> tuple[FrozenWeight, MergeReport]:
+    """A new weight of W + scale · A·B in a storage, and what it kept; W is decoded a few rows at a time.
+
+    Args:
+        storage: "same", or one of `FrozenWeight`'s that computes in W's dtype.
+    Raises:
+        ValueError: as `Merge`, or the storage computes in another dtype.
+    """
+    storage = (
+        weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)
+    )
+    if storages.compute_dtype(storage) != weight.compute_dtype:
+        raise ValueError(
+            f"merge: {name}: dtype={storage!r}, but the layer computes in {weight.compute_dtype}"
+        )
+    if storage == weight.dtype and update.is_zero:
+        return weight, MergeReport.unchanged(name, storage, weight.nbytes)
+    merge = Merge(name, weight.shape, lambda i, j: weight.take(np.arange(i, j)), update, storage)
+    out = np.empty((weight.shape[0], storages.row_nbytes(storage, weight.shape[1])), np.uint8)
+    for first, raw in merge.rows():
+        out[first : first + len(raw)] = raw
+    return weight.like_rows(out, storage), merge.report
+
+
+def _relative(lost: Array, asked: Array) -> Array:
+    """√(lost / asked), and 0 where nothing was lost."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

@@ -1,0 +1,262 @@
+"""A language model from Hugging Face's files to GGUF: names, rows in its order, types, hyperparameters.
+
+The file is written as it is read, a few rows at a time. Its tokenizer goes with it where that is byte-level
+BPE of a kind that llama.cpp has a name for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nplora import _check
+from nplora.formats import bitsandbytes, files, gguf, gguf_names, model_directory
+from nplora.formats.errors import UnsupportedError, counted
+from nplora.formats.files import StrPath
+from nplora.formats.gguf import Typed, file_type
+from nplora.formats.model_directory import CONFIG, Tensors
+from nplora.models import hf_config
+from nplora.models.config import ModelConfig
+from nplora.models.weights import SafetensorsWeights, require_tensors
+from nplora.tokenizer import gguf_metadata
+from nplora.weights import storages
+from nplora.weights.nonfinite import require_finite
+
+Array = NDArray[Any]
+
+DTYPES = ("same", *(name for name in storages.GGML_NAMES if name != "float64"))
+
+
+@dataclass(frozen=True)
+class ModelConversion:
+    """What `model_to_gguf` wrote.
+
+    Attributes:
+        target: the file.
+        architecture: GGUF's name for the model's family.
+        types: how many tensors there are of each of ggml's types.
+        why_no_tokenizer: why the tokenizer is not in the file; empty where it is.
+        short: words where rows of matrices are no whole blocks of the type asked for; else empty.
+    """
+
+    target: str
+    architecture: str
+    types: dict[str, int]
+    why_no_tokenizer: str = ""
+    short: str = ""
+
+    @property
+    def tokenizer(self) -> bool:
+        """Whether the tokenizer is in the file."""
+        return not self.why_no_tokenizer
+
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {name}" for name, count in self.types.items())
+        lines = [
+            f"{self.target}: {self.architecture}, {counted(sum(self.types.values()), 'tensor')}: {types}"
+        ]
+        if self.short:
+            lines.append(self.short)
+        if not self.tokenizer:
+            lines.append(f"without a tokenizer: {self.why_no_tokenizer}")
+        return "\n".join(lines)
+
+
+def is_model(source: StrPath) -> bool:
+    """Whether this is a model of Hugging Face's kind: a safetensors file, an index, or a directory of one."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
+    return files.suffix(path) == ".safetensors" or model_directory.is_index(path)
+
+
+def model_to_gguf(
+    source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
+) -> ModelConversion:
+    """Write a model of the families Llama, Mistral, Qwen2 and Qwen3 as a GGUF file.
+
+    Matrices get the type asked for, or where their rows are no whole blocks of it the next that fits, as in
+    llama.cpp; norms and biases are float32. Rows of q and k are permuted where the architecture wants that.
+
+    Args:
+        source: a directory with config.json and model.safetensors in one file or in shards, or the file or
+            index in such a directory.
+        dtype: "same", "float32", "float16", "bfloat16", or the lower-case name of ggml's type: "q8_0",
+            "q4_k", ... (`nplora convert --help` lists them).
+        overwrite: also in the place of another file.
+    Raises:
+        UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF; or
+            matrices in bitsandbytes' 4 bits.
+        FormatError: a file breaks its format or is not the model that config.json describes; or a weight is
+            NaN or infinite.
+        ValueError: path is no .gguf file or is one of the model's files, dtype is not available, or a value
+            does not fit in it.
+        FileExistsError: the file is there, and `overwrite` is not set.
+        OSError: a file cannot be read, or the disk refuses.
+    """
+    op = "model_to_gguf"
+    _check.choice(op, "dtype", dtype, DTYPES)
+    if files.suffix(path) != ".gguf":
+        raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+    files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
+    files.require_new(path, overwrite)
+    directory = model_directory.of(source)
+    config = hf_config.read(directory / CONFIG)
+    file = model_directory.open_tensors(source)
+    for name, _ in config.shapes():
+        bitsandbytes.refuse(file, name, file.source, "convert")
+    require_tensors(SafetensorsWeights(file, "float32"), config)
+    architecture = gguf_names.ARCHITECTURES[config.model_type]
+    tensors = dict(_tensors(file, config, architecture, dtype))
+    types = Counter(tensor.type for tensor in tensors.values())
+    words, why_not = _tokenizer(directory, config.vocab_size)
+    metadata = _metadata(directory.resolve().name, config, architecture) | file_type.describe(tensors)
+    files.replace([gguf.new_file(path, tensors, metadata | words)])
+    return ModelConversion(
+        files.name(path), architecture, dict(types.most_common()), why_not, _short(tensors, dtype)
+    )
+
+
+def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
+    """The tokenizer's metadata, or why there are none."""
+    try:
+        return gguf_metadata.from_directory(directory, vocab_size), ""
+    except FileNotFoundError:
+        return {}, "there is no tokenizer.json"
+    except UnsupportedError as error:
+        return {}, str(error)
+
+
+# ---- tensors ----
+
+
+def _tensors(
+    file: Tensors, config: ModelConfig, architecture: str, dtype: str
+) -> Iterator[tuple[str, gguf.Stream]]:
+    factors = _rope_factors(config)
+    if factors is not None:
+        raw = np.ascontiguousarray(factors, "<f4")
+        yield "rope_freqs.weight", gguf.Stream("F32", raw.shape, lambda: [raw.data])
+    for name, shape in config.shapes():
+        stored = gguf_names.tensor_to_gguf(name)
+        assert stored is not None
+        source = file[name]
+        if source.dtype not in storages.FLOATS:
+            raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
+        require_finite(file.source, source)
+        storage = _storage(source.dtype, shape, dtype)
+        order = _order(architecture, stored, shape[0], config)
+        chunks = _chunks(name, source.array.reshape(shape[0], -1), source.dtype, storage, order)
+        yield stored, gguf.Stream(storages.GGML_NAMES[storage], shape, chunks)
+
+
+def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Vectors are float32, as ggml adds and multiplies them; a matrix's rows must be whole blocks."""
+    if len(shape) == 1:
+        return "float32"
+    wanted = given if dtype == "same" else dtype
+    shorter = storages.FORMATS[wanted].shorter if wanted in storages.FORMATS else None
+    for storage in (wanted, shorter or wanted):
+        if storages.fits(storage, shape[-1]):
+            return "float32" if storage == "float64" else storage
+    return "float16"
+
+
+def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
+    """Words for the matrices that did not get the type asked for."""
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
+    others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
+    if not others:
+        return ""
+    kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
+    rows = f"rows that are no whole blocks of {storages.block_elements(dtype)}"
+    return f"{len(others)} of {len(matrices)} matrices are {kinds} and not {dtype}: they have {rows}"
+
+
+def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Array | None:
+    """The order of rows (of a bias: of its elements) in GGUF, where it is another one."""
+    layer = stored.rpartition(".")[0]
+    if not gguf_names.is_permuted(architecture, layer):
+        return None
+    is_query = layer.endswith("attn_q")
+    return gguf_names.row_order(rows, config.num_attention_heads if is_query else config.num_key_value_heads)
+
+
+def _chunks(
+    name: str, rows: Array, given: str, storage: str, order: Array | None
+) -> Callable[[], Iterator[memoryview]]:
+    def chunks() -> Iterator[memoryview]:
+        for block in storages.row_blocks(*rows.shape):
+            piece = np.ascontiguousarray(rows[block] if order is None else rows[order[block]])
+            raw = piece.reshape(len(piece), -1).view(np.uint8)
+            if storage != given:
+                raw = _stored(name, storages.decode(raw, given, piece.shape[1]), storage)
+            yield raw.reshape(-1).data
+
+    return chunks
+
+
+def _stored(name: str, values: Array, storage: str) -> Array:
+    try:
+        raw = storages.encode(values, storage)
+    except ValueError as error:
+        raise ValueError(f"model_to_gguf: tensor {name}: {error}") from error
+    after = storages.decode(raw, storage, values.shape[1]) if storage in storages.FLOATS else values
+    lost = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(after)))
+    if lost:
+        raise ValueError(f"model_to_gguf: tensor {name}: {lost} finite values become infinite in {storage}")
+    return raw
+
+
+# ---- metadata ----
+
+
+def _rope_factors(config: ModelConfig) -> Array | None:
+    """What Llama 3 divides the rotation of each pair by."""
+    if config.rope.llama3 is None:
+        return None
+    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    return config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))
+
+
+def _metadata(name: str, config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The hyperparameters, under llama.cpp's keys."""
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if config.hidden_act != "silu":
+        raise UnsupportedError(
+            f"{config.source}: hidden_act is {config.hidden_act}, in GGUF {architecture} has silu"
+        )
+    windows = set(config.sliding_windows)
+    if len(windows) > 1:
+        raise UnsupportedError(
+            f"{config.source}: layers with sliding windows of {sorted(windows)} tokens; GGUF has one for all"
+        )
+    if windows != {0}:
+        sizes["attention.sliding_window"] = windows.pop()
+    metadata: dict[str, Any] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+    }
+    metadata |= {f"{architecture}.{key}": Typed(value, "UINT32") for key, value in sizes.items()}
+    metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
+    metadata[f"{architecture}.rope.freq_base"] = np.float32(config.rope.theta)
+    if config.rope.linear_factor != 1:
+        metadata[f"{architecture}.rope.scaling.type"] = "linear"
+        metadata[f"{architecture}.rope.scaling.factor"] = np.float32(config.rope.linear_factor)
+    return metadata

@@ -1,0 +1,216 @@
+"""Embedding: rows of a table, frozen, trained as a whole, or with a low-rank update (LoRAEmbedding)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.nn.linear import trainable_copy
+from nplora.nn.low_rank import LoRALayer
+from nplora.nn.module import Module, Parameter, Saved, inferring, quiet
+from nplora.weights import FrozenWeight, buffers, freeze
+
+Array = npt.NDArray[Any]
+
+_IDS_OF_PASS = "saved is not of this layer: its array of ids"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingSaved(Saved):
+    """What `Embedding.backward` needs: the ids (n,) where the table is trained."""
+
+    lead: tuple[int, ...]
+    ids: Array | None = None
+
+
+class Embedding(Module):
+    """y = E[ids].
+
+    Args:
+        W: the table E, a float array (vocab, dim), copied, or a FrozenWeight, shared (copied where
+            trainable).
+        dtype: its storage, as in LoRALinear; a trainable table is "float32" or "float64".
+        trainable: train the table itself; its parameter is named "weight".
+    Attributes:
+        weight: a FrozenWeight, or the live array (vocab, dim) where trainable.
+        dweight: its gradient, or None.
+    Raises:
+        ValueError: W has not two axes, or dtype does not fit.
+    """
+
+    def __init__(
+        self, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None = None, trainable: bool = False
+    ) -> None:
+        frozen = freeze("Embedding", W, dtype)
+        self.shape = frozen.shape
+        self.trainable = bool(trainable)
+        self.weight = trainable_copy("Embedding", frozen) if trainable else frozen
+        self.dweight = np.zeros_like(self.weight) if isinstance(self.weight, np.ndarray) else None
+
+    def local_parameters(self) -> list[Parameter]:
+        if isinstance(self.weight, FrozenWeight) or self.dweight is None:
+            return []
+        return [Parameter("weight", self.weight, self.dweight)]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [] if self.trainable else [self.weight]
+
+    def forward(self, ids: npt.ArrayLike) -> tuple[Array, EmbeddingSaved]:
+        """y (..., dim) for integer ids (...).
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: an id is not in [0, vocab).
+        """
+        flat, lead = _ids("Embedding.forward", ids, self.shape[0])
+        y = self.weight.take(flat) if isinstance(self.weight, FrozenWeight) else self.weight[flat]
+        keep = self.trainable and not inferring()
+        return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None, layer=self)
+
+    def backward(self, dy: npt.ArrayLike, saved: EmbeddingSaved, need_dx: bool = True) -> None:
+        """dweight[ids] += dy where trainable. Ids have no gradient: the result is None.
+
+        Raises:
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer.
+            TypeError: saved is of another kind of layer.
+            RuntimeError: the table is trained, and the forward pass was inference.
+        """
+        op = "Embedding.backward"
+        _check.saved(op, saved, EmbeddingSaved)
+        dtype = self.weight.compute_dtype if isinstance(self.weight, FrozenWeight) else self.weight.dtype
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, self.shape[1]), dtype)
+        if self.dweight is None:
+            _check.own(op, saved, self)
+            return
+        if saved.ids is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, self.shape[0])
+        _check.own(op, saved, self)
+        _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
+
+    def __repr__(self) -> str:
+        return f"Embedding({self.shape}, trainable={self.trainable})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoRAEmbeddingSaved(Saved):
+    """What `LoRAEmbedding.backward` needs: the ids (n,) and their rows of A (n, r)."""
+
+    lead: tuple[int, ...]
+    alone: bool = False
+    merged: bool = False
+    ids: Array | None = None
+    rows: Array | None = None
+
+
+class LoRAEmbedding(LoRALayer):
+    """A frozen table with a trainable low-rank update: y = E[ids] + scale · A[ids] B.
+
+    A is (vocab, r) and starts at 0, B is (r, dim) and starts as N(0, 1), as in PEFT (whose names are
+    swapped, and whose arrays are transposed). There is no dropout, as in PEFT.
+
+    Args:
+        W: the table E, a float array (vocab, dim), copied and packed, or a FrozenWeight, shared.
+        rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
+    Raises:
+        ValueError, TypeError: as in LoRALinear.
+    Warns:
+        UserWarning: rank is above min(vocab, dim).
+    """
+
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        rank: int = 8,
+        alpha: float = 16,
+        dtype: npt.DTypeLike | None = None,
+        init: str = "zero",
+        use_rslora: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        super().__init__(freeze("LoRAEmbedding", W, dtype), rank, alpha, init, use_rslora, rng)
+
+    def _draw_b(self, rng: np.random.Generator) -> Array:
+        return rng.normal(0, 1, self.B.shape)
+
+    def forward(self, ids: npt.ArrayLike) -> tuple[Array, LoRAEmbeddingSaved]:
+        """y (..., dim) for integer ids (...), and what `backward` needs.
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: an id is not in [0, vocab).
+        """
+        vocab, dim = self.weight.shape
+        flat, lead = _ids("LoRAEmbedding.forward", ids, vocab)
+        lone, merged = self._lone_weight()
+        y = (lone or self.weight).take(flat)
+        saved = LoRAEmbeddingSaved(lead, alone=lone is not None, merged=merged, layer=self)
+        if lone is None:
+            rows = self.A[flat]
+            if self.scale != 0:
+                update = buffers.empty_like(y)
+                _core.matmul_t(self.B, rows, update)
+                with quiet():
+                    update *= self.scale
+                    y += update
+            if not inferring():
+                saved = LoRAEmbeddingSaved(lead, ids=flat, rows=rows, layer=self)
+        return y.reshape(*lead, dim), saved
+
+    def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
+        """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
+
+        Raises:
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, rank or dtype.
+            TypeError: saved is of another kind of layer.
+            RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
+        """
+        op = "LoRAEmbedding.backward"
+        self.require_unmerged("backward")
+        _check.saved(op, saved, LoRAEmbeddingSaved)
+        if saved.merged:
+            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+        dim, dtype = self.weight.shape[1], self.weight.compute_dtype
+        du = _check.shaped(op, "dy", dy, (*saved.lead, dim), dtype).reshape(math.prod(saved.lead), dim)
+        if saved.alone or self.scale == 0:
+            _check.own(op, saved, self)
+            return
+        if saved.ids is None or saved.rows is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
+        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, len(self.A))
+        _check.own(op, saved, self)
+        d_rows = buffers.empty_like(saved.rows)
+        _core.matmul(self.B, du, None, d_rows)
+        with quiet():
+            d_rows *= self.scale
+        _add_rows(self.dA, ids, d_rows)
+        assert self.dB is not None
+        _core.add_outer(saved.rows, du, self.scale, self.dB)
+
+    def frozen(self) -> Embedding:
+        self._require_whole_weight("frozen")
+        return Embedding(self.weight)
+
+    def unloaded(self) -> Embedding:
+        return Embedding(self._merged_frozen())
+
+
+def _ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...]]:
+    array = _check.in_range(op, "ids", _check.integers(op, "ids", ids), vocab)
+    return array.reshape(-1), array.shape
+
+
+def _add_rows(out: Array, ids: Array, rows: Array) -> None:
+    """out[ids] += rows, where ids may repeat: rows of one id are summed first, in order."""
+    if not ids.size:
+        return
+    order = np.argsort(ids, kind="stable")
+    found, starts = np.unique(ids[order], return_index=True)
+    with quiet():
+        out[found] += np.add.reduceat(rows[order], starts, axis=0)

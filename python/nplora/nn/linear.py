@@ -1,0 +1,181 @@
+"""Linear: y = x Wᵀ + bias, frozen, or trained as a whole (a new head)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.nn.module import Gradient, Module, Parameter, Saved, inferring, quiet
+from nplora.nn.prepared import Prepared
+from nplora.weights import FrozenWeight, buffers, freeze
+
+Array = npt.NDArray[Any]
+
+# A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
+CoreWeight = _core.PackedWeight | Array
+ForwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array | None, Array, Array | None]
+BackwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinearSaved(Saved):
+    """What `Linear.backward` needs: nothing but a shape where the weight is frozen, else x (n, d_in)."""
+
+    lead: tuple[int, ...]
+    x: Array | None = None
+
+
+class Linear(Prepared, Module):
+    """y = x Wᵀ [+ bias].
+
+    Args:
+        W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
+        bias: array (d_out,) or None.
+        dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
+        compute: "float32", or "bfloat16" or "int8" for the products of a frozen weight, as in FrozenWeight.
+        trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
+            weight computes in its own dtype.
+    Attributes:
+        weight: a FrozenWeight, or the live array (d_out, d_in) where trainable.
+        dweight, dbias: the gradients, None where there are none.
+    Raises:
+        ValueError: W has not two axes, bias has another shape, dtype or compute is not available, or one of
+            them does not fit a trainable or a shared weight.
+        TypeError: W does not hold floats.
+    """
+
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        bias: npt.ArrayLike | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        trainable: bool = False,
+    ) -> None:
+        frozen = freeze("Linear", W, dtype, compute)
+        self.shape = frozen.shape
+        self.trainable = bool(trainable)
+        if trainable and compute != "float32":
+            raise ValueError(f"Linear: compute={compute!r} with trainable=True; only frozen products round")
+        self.weight = trainable_copy("Linear", frozen) if trainable else frozen
+        self._dtype = frozen.compute_dtype
+        self._factors = _no_factors(*self.shape, self._dtype)
+        self.bias = None
+        if bias is not None:
+            self.bias = _check.shaped("Linear", "bias", bias, (frozen.shape[0],), self._dtype).copy()
+        self.dweight = np.zeros_like(self.weight) if isinstance(self.weight, np.ndarray) else None
+        self.dbias = np.zeros_like(self.bias) if trainable and self.bias is not None else None
+
+    def local_parameters(self) -> list[Parameter]:
+        triples = (("weight", self.weight, self.dweight), ("bias", self.bias, self.dbias))
+        return [Parameter(n, v, g) for n, v, g in triples if isinstance(v, np.ndarray) and g is not None]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, LinearSaved]:
+        """y (..., d_out) for x (..., d_in).
+
+        Raises:
+            ValueError: the last axis of x is not d_in.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("Linear.forward", "x", x, d_in, "d_in", self._dtype)
+        y = buffers.empty((len(rows), d_out), self._dtype)
+        _core.matmul(core_weight(self.weight), rows, self.bias, y)
+        keep = self.trainable and not inferring()
+        return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
+
+    def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
+        """dx = dy W, or None where need_dx is False; where trainable, dweight += dyᵀ x and dbias += Σ dy.
+
+        Raises:
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape or dtype.
+            TypeError: saved is of another kind of layer.
+            RuntimeError: the weight is trained, and the forward pass was inference.
+        """
+        rows = self.backward_rows("Linear.backward", dy, saved)
+        _check.own("Linear.backward", saved, self)
+        self._add_gradients(rows, saved)
+        if not need_dx:
+            return None
+        dx = buffers.empty((len(rows), self.shape[1]), self._dtype)
+        _core.matmul_t(core_weight(self.weight), rows, dx)
+        return dx.reshape(*saved.lead, dx.shape[1])
+
+    def _add_gradients(self, rows: Array, saved: LinearSaved) -> None:
+        """dweight += dyᵀ x;  dbias += Σ dy."""
+        if self.dweight is not None:
+            assert saved.x is not None
+            _core.add_outer(rows, saved.x, 1.0, self.dweight)
+        if self.dbias is not None:
+            with quiet():
+                self.dbias += rows.sum(axis=0)
+
+    # ---- as a part of a stack ----
+
+    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LinearSaved]:
+        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        y = buffers.empty((len(rows), self.shape[0]), self._dtype)
+        part = core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None
+        keep = self.trainable and not inferring()
+        return part, y, LinearSaved(lead, rows if keep else None, layer=self)
+
+    def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
+        """What `forward` returns, when the core has filled y."""
+        return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def _inference_state(self) -> tuple[Hashable, ...]:
+        weight = self.weight
+        return weight if isinstance(weight, FrozenWeight) else id(weight), id(self.bias)
+
+    def _inference_layer(self) -> _core.InferenceLayer:
+        return _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
+
+    def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
+        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        _check.saved(op, saved, LinearSaved)
+        d_out = self.shape[0]
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
+        if self.dweight is not None:
+            if saved.x is None:
+                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
+        return rows.reshape(math.prod(saved.lead), d_out)
+
+    def backward_part(self, rows: Array, saved: LinearSaved) -> BackwardPart:
+        """This layer's part of a call of the core; adds to dweight and dbias where trainable."""
+        self._add_gradients(rows, saved)
+        d_out, d_in = self.shape
+        a, b, z = (np.empty(shape, self._dtype) for shape in ((d_out, 0), (0, d_in), (len(rows), 0)))
+        return core_weight(self.weight), a, b, 0.0, 0.0, 0, rows, z, None, None
+
+    def __repr__(self) -> str:
+        return f"Linear({self.shape}, trainable={self.trainable})"
+
+
+@functools.cache
+def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """A and B of rank 0; one pair serves all, for there is nothing to write to."""
+    return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
+
+
+def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
+    """A weight as the core's products take it."""
+    return weight.packed if isinstance(weight, FrozenWeight) else weight
+
+
+def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
+    """A live array of a weight that is to be trained as a whole."""
+    if frozen.dtype not in ("float32", "float64"):
+        raise ValueError(
+            f"{op}: dtype={frozen.dtype!r} with trainable=True; a trained weight is float32 or float64"
+        )
+    return frozen.to_numpy()

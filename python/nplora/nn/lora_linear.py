@@ -1,0 +1,325 @@
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; rsLoRA, dropout, DoRA and LoRA-FA."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.nn.linear import BackwardPart, ForwardPart, Linear
+from nplora.nn.low_rank import LoRALayer
+from nplora.nn.module import Gradient, Saved, inferring, quiet
+from nplora.nn.principal import PRINCIPAL_INITS
+from nplora.weights import FrozenWeight, buffers, freeze
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoRALinearSaved(Saved):
+    """What `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
+
+    lead: tuple[int, ...]  # the leading axes of x
+    alone: bool = False  # W answered without the update
+    merged: bool = False
+    dropout: float = 0.0
+    key: int = 0  # of the dropout mask, which is drawn again rather than kept
+    x: Array | None = None  # None where B is frozen
+    z: Array | None = None
+    u: Array | None = None  # DoRA: the output before rescaling
+    gain: Array | None = None  # DoRA: m / ‖row‖
+    inverse_norm: Array | None = None
+
+
+class LoRALinear(LoRALayer):
+    """A frozen linear layer with a trainable low-rank update.
+
+    y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
+
+    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias],
+    where ‖·‖ is the norm of each row, computed without A·B and taken as a constant by `backward` (section
+    4.3). A row of norm 0 stays 0.
+
+    Args:
+        W: float array (d_out, d_in), copied and packed, or a FrozenWeight, shared.
+        rank: r, from 1 to 65536.
+        alpha: the update's strength: scale = alpha / rank.
+        bias: array (d_out,), frozen, or None.
+        dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
+            "float16", or low-bit blocks ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
+            otherwise x is converted to float32.
+        compute: "float32", or "bfloat16" for the products, as in FrozenWeight; or "int8", to infer alone.
+        init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
+            1/r), which changes the answers at once; "pissa" and "olora": A and B take over a part of W,
+            `weight` is what remains, stored as W is, and their sum starts as W (layers/principal.py), but for
+            the rounding of what remains, which is coarse in low-bit blocks. These two go without DoRA.
+        dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
+        use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
+        use_dora: train the magnitudes m of the rows too.
+        freeze_B: train A alone (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
+        rng: draws the starting factors and the dropout stream.
+    Raises:
+        ValueError: W has not two axes; rank is below 1 or above 65536; alpha is not finite; dropout is not in
+            [0, 1); bias has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a
+            rank above min(d_out, d_in), or an alpha that is not positive; "int8" for an array that is not
+            stored in GGUF's blocks.
+        TypeError: W does not hold floats; rank is not an integer.
+    Warns:
+        UserWarning: rank is above min(d_out, d_in).
+    """
+
+    def __init__(
+        self,
+        W: npt.ArrayLike | FrozenWeight,
+        rank: int = 8,
+        alpha: float = 16,
+        bias: npt.ArrayLike | None = None,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        init: str = "zero",
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        freeze_B: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        op = type(self).__name__
+        weight = freeze(op, W, dtype, compute)
+        if use_dora and init in PRINCIPAL_INITS:
+            raise ValueError(
+                f"{op}: init={init!r} with use_dora=True: the magnitudes belong to the rows of W, "
+                "and the frozen weight would be what remains of it"
+            )
+        self._dropout = _check.probability(op, "dropout", dropout)
+        d_out = weight.shape[0]
+        self._bias = (
+            None if bias is None else _check.shaped(op, "bias", bias, (d_out,), weight.compute_dtype).copy()
+        )
+        self._frozen_squares = np.empty(d_out if use_dora else 0, np.float64)  # ‖W_o‖², which never changes
+        if use_dora:
+            weight.packed.row_sums_of_squares(self._frozen_squares)
+        super().__init__(weight, rank, alpha, init, use_rslora, rng, bool(use_dora), bool(freeze_B))
+
+    inits = (*LoRALayer.inits, *PRINCIPAL_INITS)
+
+    @property
+    def bias(self) -> Array | None:
+        """Array (d_out,), frozen, or None."""
+        return self._bias
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of x is dropped on the low-rank path, in training only."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self._dropout = _check.probability(type(self).__name__, "dropout", value)
+
+    def _start(self, rng: np.random.Generator) -> None:
+        super()._start(rng)
+        if self.m is not None:
+            with quiet():
+                self.m[...] = self._row_norms()
+
+    def _draw_b(self, rng: np.random.Generator) -> Array:
+        bound = 1 / math.sqrt(max(1, self.B.shape[1]))
+        return rng.uniform(-bound, bound, self.B.shape)
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [*super().local_frozen(), *([] if self.bias is None else [self.bias])]
+
+    # ---- the two passes ----
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, LoRALinearSaved]:
+        """y (..., d_out) for x (..., d_in), and what `backward` needs: references to x and z.
+
+        Raises:
+            ValueError: the last axis of x is not d_in.
+        """
+        d_in, dtype = self.weight.shape[1], self.weight.compute_dtype
+        rows, lead = _check.rows("LoRALinear.forward", "x", x, d_in, "d_in", dtype)
+        part, y, saved = self.forward_part(rows, lead)
+        _core.lora_forward(rows, [part])
+        return self.finish_forward(y, saved)
+
+    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
+        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
+        lone, merged = self._lone_weight()
+        weight, scale, bias = self._core_terms(lone)
+        z, dropout, key, saved = None, 0.0, 0, LoRALinearSaved(lead, layer=self)
+        if lone is not None:
+            saved = LoRALinearSaved(lead, alone=True, merged=merged, layer=self)
+        elif not inferring():
+            z, dropout = buffers.empty((len(rows), self.rank), y.dtype), self.dropout
+            key = self._next_key() if dropout else 0
+            x = None if self.freeze_B else rows
+            saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=x, z=z, layer=self)
+        return (weight, self.A, self.B, scale, dropout, key, bias, y, z), y, saved
+
+    def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
+        """What the core computes with: weight, scale of the update, and bias, which DoRA adds later."""
+        if lone is not None:
+            return lone.packed, 0.0, self._bias  # scale 0: W alone
+        return self._weight.packed, self.scale, None if self.use_dora else self._bias
+
+    def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
+        """What `forward` returns, when the core has filled y."""
+        if self.use_dora and not saved.alone:
+            y, saved = self._rescale(y, saved, saved.z is not None)
+        return y.reshape(*saved.lead, y.shape[1]), saved
+
+    def _inference_state(self) -> tuple[Hashable, ...]:
+        own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
+        strength = own["_alpha"], own["_use_rslora"], self.adapter_enabled
+        return own["_weight"], own["_merged"], strength, id(own["A"])
+
+    def _inference_layer(self) -> _core.InferenceLayer | None:
+        lone = self._lone_weight()[0]
+        if self.use_dora and lone is None:
+            return None  # DoRA has more to do than the core, each time anew
+        weight, scale, bias = self._core_terms(lone)
+        return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
+
+    def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
+        """DoRA: y = m / ‖row‖ ∘ u + bias."""
+        assert self.m is not None
+        with quiet():
+            inverse_norm = self._inverse_norms()
+            gain = (self.m * inverse_norm).astype(u.dtype)
+            y = buffers.empty_like(u) if training else u
+            np.multiply(u, gain, out=y)
+            if self.bias is not None:
+                y += self.bias
+        if training:
+            saved = dataclasses.replace(saved, u=u, gain=gain, inverse_norm=inverse_norm.astype(u.dtype))
+        return y, saved
+
+    def backward(self, dy: npt.ArrayLike, saved: LoRALinearSaved, need_dx: bool = True) -> Gradient:
+        """Add to dA, dB and dm; return dx (..., d_in), or None where need_dx is False.
+
+        dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
+        of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+
+        Raises:
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape, rank or
+                dtype.
+            TypeError: saved is of another kind of layer.
+            RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
+                weight computes in int8.
+        """
+        rows = self.backward_rows("LoRALinear.backward", dy, saved)
+        _check.own("LoRALinear.backward", saved, self)
+        part = self.backward_part(rows, saved)
+        dx = buffers.empty((len(rows), self.weight.shape[1]), rows.dtype) if need_dx else None
+        if dx is not None or not saved.alone:
+            _core.lora_backward(saved.x, dx, [part])
+        return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
+
+    def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
+        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        self.require_trainable("backward")
+        _check.saved(op, saved, LoRALinearSaved)
+        if saved.merged:
+            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+        if saved.z is None and not saved.alone:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        self._require_own(op, saved)
+        d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
+        return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
+
+    def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
+        """Refuse a pass whose arrays do not fit this layer, and say which."""
+        if saved.z is None:
+            return
+        if saved.x is None and not self.freeze_B:
+            raise ValueError(f"{op}: this pass kept no x, from which the gradient of B is computed")
+        if (saved.u is not None) != self.use_dora:
+            raise ValueError(f"{op}: saved is of a layer {'without' if self.use_dora else 'with'} DoRA")
+        n, (d_out, d_in) = math.prod(saved.lead), self.weight.shape
+        for name, array, width in (("x", saved.x, d_in), ("z", saved.z, self.rank), ("u", saved.u, d_out)):
+            _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
+
+    def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
+        """This layer's part of a call of the core; adds to dm."""
+        if saved.z is None:
+            z = np.empty((len(du), self.rank), du.dtype)  # unread
+            return self.weight.packed, self.A, self.B, 0.0, 0.0, 0, du, z, None, None
+        if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
+            assert self.dm is not None
+            with quiet():
+                self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
+                du = du * saved.gain
+        return (
+            self.weight.packed, self.A, self.B, self.scale, saved.dropout, saved.key,
+            du, saved.z, self.dA, self.dB,
+        )  # fmt: skip
+
+    def explain(self, rows: int, training: bool = True) -> str:
+        """How the passes on so many rows are computed, and what the ways cost in floating-point operations.
+
+        Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
+        instruction set. It tells of the layer as it is now: of no update where it is merged or switched off,
+        of no backward pass where that is refused. What DoRA and the gradients add is the same in each way.
+
+        Raises:
+            ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.
+        """
+        rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
+        weight, scale, _ = self._core_terms(self._lone_weight()[0])
+        dropout = bool(self.dropout) and training
+        plan = _core.explain(weight, rows, self.rank if scale else 0, dropout, training)
+        if not training or self.merged or self.weight.compute == "int8":
+            del plan["backward"]  # is refused
+        return "\n".join(f"{name}: {text}" for name, text in plan.items())
+
+    # ---- DoRA's norms ----
+
+    def _row_norms(self) -> Array:
+        """‖W_o + s A_o B‖ for each row o, float64, without forming A·B.
+
+        ‖W_o + s A_o B‖² = ‖W_o‖² + 2 s A_o · (B W_oᵀ) + s² A_o (B Bᵀ) A_oᵀ
+        """
+        squares = self._frozen_squares.copy()
+        if self.scale != 0:
+            a, b, bw = (
+                self.A.astype(np.float64),
+                self.B.astype(np.float64),
+                self.weight.matmul_unrounded(self.B),
+            )
+            gram, a_gram = np.empty((self.rank, self.rank)), np.empty_like(a)
+            _core.matmul(b, b, None, gram)
+            _core.matmul(gram, a, None, a_gram)
+            squares += 2 * self.scale * np.einsum("or,ro->o", a, bw.astype(np.float64))
+            squares += self.scale**2 * np.einsum("or,or->o", a_gram, a)
+        return np.sqrt(np.maximum(squares, 0))
+
+    def _inverse_norms(self) -> Array:
+        norms = self._row_norms()
+        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+
+    # ---- merging ----
+
+    def merged_weight(self) -> Array:
+        merged = super().merged_weight()
+        if self.m is not None:
+            with quiet():
+                merged *= (self.m * self._inverse_norms()).astype(merged.dtype)[:, None]
+        return merged
+
+    def delta_weight(self) -> Array:
+        return self.merged_weight() - self.weight.to_numpy() if self.use_dora else super().delta_weight()
+
+    def frozen(self) -> Linear:
+        self._require_whole_weight("frozen")
+        return Linear(self.weight, self.bias)
+
+    def unloaded(self) -> Linear:
+        return Linear(self._merged_frozen(), self.bias)

@@ -1,0 +1,247 @@
+"""Losses: (prediction, target) -> (loss, dprediction), the mean over elements or over labelled rows.
+
+A loss is any callable of that form. A built-in one also has `count(prediction, target)`, what its mean runs
+over, so that batches of different sizes can be weighted exactly.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn.module import quiet
+
+Array = npt.NDArray[Any]
+
+LossFunction = Callable[[Array, Any], tuple[float, Array]]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss was NaN or infinite; the message names the step and the layer.
+
+    Attributes:
+        good_step: the step of the checkpoint from which a lower learning rate continues; None without one.
+    """
+
+    good_step: int | None = None
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss with the count that its mean runs over."""
+
+    def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
+        """The loss, and its gradient of the shape and dtype of prediction."""
+
+    def count(self, prediction: Array, target: Any) -> int:
+        """What the mean runs over: elements, or labelled rows. 0 gives loss 0 and no gradient."""
+
+
+class _Elementwise:
+    """The mean over all elements of f(prediction, target), both of one shape."""
+
+    name = ""
+
+    def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
+        """The loss, and its gradient of the shape and dtype of prediction.
+
+        Raises:
+            ValueError: target has not the shape of prediction, or a value that the loss does not take.
+        """
+        p = _prediction(self.name, prediction)
+        t = _check.floats(self.name, "target", target, p.dtype)
+        if t.shape != p.shape:
+            raise ValueError(f"{self.name}: target has shape {t.shape}, prediction has {p.shape}")
+        n = max(1, p.size)
+        with quiet():
+            values, slopes = self._terms(p, t)
+            return float(values.sum(dtype=np.float64)) / n, np.asarray(slopes / n, dtype=p.dtype)
+
+    def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
+        """The number of elements."""
+        return int(np.size(np.asarray(prediction)))
+
+    def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
+        """f and df/dp of each element."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquaredError(_Elementwise):
+    """mean (p - t)²."""
+
+    name = "mse"
+
+    def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
+        error = p - t
+        return error * error, 2 * error
+
+
+@dataclasses.dataclass(frozen=True)
+class Huber(_Elementwise):
+    """mean of e²/2 where |e| <= delta, else delta (|e| - delta/2), with e = p - t      (Huber 1964)"""
+
+    delta: float = 1.0
+    name = "huber"
+
+    def __post_init__(self) -> None:
+        if _check.number(self.name, "delta", self.delta) <= 0:
+            raise ValueError(f"huber: delta is {self.delta}, expected above 0")
+
+    def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
+        error, delta = p - t, p.dtype.type(self.delta)
+        slope = np.clip(error, -delta, delta)  # keeps NaN
+        return slope * (error - slope / 2), slope
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryCrossEntropy(_Elementwise):
+    """mean of log(1 + eᵖ) - t p: the cross entropy of a logit p and a probability t in [0, 1]."""
+
+    name = "bce"
+
+    def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
+        if np.any((t < 0) | (t > 1)):
+            raise ValueError(f"bce: target runs from {t.min():g} to {t.max():g}, expected from 0 to 1")
+        small = np.exp(-np.abs(p))
+        sigmoid = np.where(p >= 0, 1, small) / (1 + small)
+        return np.maximum(p, 0) - t * p + np.log1p(small), sigmoid - t
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The mean over labelled rows of log Σ exp(logits) - logits[label].
+
+    Args:
+        ignore_index: the label of a row that does not count.
+    """
+
+    ignore_index: int = -100
+
+    def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
+        """The loss, and its gradient, for logits (..., C) and integer labels (...).
+
+        Raises:
+            ValueError: labels are not integers, have another shape, or are neither in [0, C) nor
+                ignore_index.
+        """
+        logits, labels, labelled = self._read(prediction, target)
+        rows, found = logits[labelled], labels[labelled]
+        gradient = np.zeros_like(logits)
+        if not len(found):
+            return 0.0, gradient.reshape(np.shape(prediction))
+        at = np.arange(len(found)), found
+        with quiet():
+            shifted = rows - rows.max(axis=-1, keepdims=True)
+            exponentials = np.exp(shifted)
+            sums = exponentials.sum(axis=-1, keepdims=True)
+            losses = np.log(sums[:, 0]) - shifted[at]
+            exponentials /= sums
+        exponentials[at] -= 1
+        exponentials /= len(found)
+        gradient[labelled] = exponentials
+        return float(losses.mean(dtype=np.float64)), gradient.reshape(np.shape(prediction))
+
+    def count(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> int:
+        """The number of labelled rows."""
+        return int(np.count_nonzero(np.asarray(target) != self.ignore_index))
+
+    def _read(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Array, Array, Array]:
+        """Logits (n, C), labels (n,), and which rows are labelled."""
+        op = "cross_entropy"
+        logits, labels = _prediction(op, prediction), np.asarray(target)
+        if labels.dtype.kind not in "iu" and labels.size:
+            raise ValueError(f"{op}: labels have dtype {labels.dtype}, expected integers")
+        if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
+            raise ValueError(f"{op}: labels have shape {labels.shape}, logits (..., C) have {logits.shape}")
+        flat = labels.reshape(-1).astype(np.int64)
+        labelled = flat != self.ignore_index
+        _check.in_range(op, "labels", flat[labelled], logits.shape[-1])
+        return logits.reshape(len(flat), logits.shape[-1]), flat, labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomLoss:
+    """A user's function as a `Loss`: its mean is taken to run over rows, and what it returns is checked."""
+
+    function: LossFunction
+
+    def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
+        """The function's loss and gradient.
+
+        Raises:
+            TypeError: the function does not return a number and an array.
+            ValueError: the gradient has not the shape of prediction.
+        """
+        return _checked(self.function, self.function(prediction, target), prediction)
+
+    def count(self, prediction: Array, target: Any) -> int:
+        """The number of rows of prediction."""
+        return len(prediction) if prediction.ndim else 1
+
+
+def call(loss: Loss, prediction: Array, target: Any) -> tuple[float, Array]:
+    """What a loss returns, checked where a user wrote it.
+
+    Raises:
+        TypeError: it does not return a number and an array.
+        ValueError: the gradient has not the shape of prediction.
+    """
+    result = loss(prediction, target)
+    return result if type(loss).__module__ == __name__ else _checked(loss, result, prediction)
+
+
+def _checked(loss: object, result: Any, prediction: Array) -> tuple[float, Array]:
+    wanted = "expected (loss, dprediction), a number and an array"
+    if not isinstance(result, tuple) or len(result) != 2:
+        kind = (
+            f"{type(result).__name__} of {len(result)}"
+            if isinstance(result, tuple)
+            else type(result).__name__
+        )
+        raise TypeError(f"loss: {_title(loss)} returned {kind}, {wanted}")
+    value, gradient = result
+    if not isinstance(value, numbers.Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+        kinds = f"({type(value).__name__}, {type(gradient).__name__})"
+        raise TypeError(f"loss: {_title(loss)} returned {kinds}, {wanted}")
+    return float(value), _check.shaped("loss", "dprediction", gradient, prediction.shape, prediction.dtype)
+
+
+def _title(loss: object) -> str:
+    """A loss of a user's as messages call it."""
+    name = getattr(loss, "__name__", None)
+    if name is None:
+        return type(loss).__name__
+    return "the function" if "<" in name else f"the function {name}"
+
+
+mse = MeanSquaredError()
+huber = Huber()
+bce = BinaryCrossEntropy()
+cross_entropy = CrossEntropy()
+
+_BY_NAME: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy, "bce": bce, "huber": huber}
+
+
+def get(loss: str | Loss | LossFunction) -> Loss:
+    """A loss by its name; a callable with a `count` as it is, any other wrapped in a CustomLoss.
+
+    Raises:
+        ValueError: there is no loss of that name.
+        TypeError: loss is neither a name nor a callable.
+    """
+    if isinstance(loss, str):
+        return _BY_NAME[_check.choice("losses.get", "loss", loss, _BY_NAME)]
+    if not callable(loss):
+        raise TypeError(f"losses.get: loss is a {type(loss).__name__}, expected a name or a callable")
+    return loss if isinstance(loss, Loss) else CustomLoss(loss)
+
+
+def _prediction(op: str, prediction: npt.ArrayLike) -> Array:
+    """A prediction as it is where it holds float32 or float64, else as float32."""
+    array = np.asarray(prediction)
+    return _check.floats(op, "prediction", array, np.float64 if array.dtype == np.float64 else np.float32)

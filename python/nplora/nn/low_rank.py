@@ -1,0 +1,381 @@
+"""LoRALayer: a frozen weight with a trainable low-rank update, and how the two are merged."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Generic, NoReturn, Self, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.lora.delta import LoraDelta
+from nplora.lora.merging import MergeReport, merge_weight
+from nplora.nn.module import AdapterLayer, Commit, Parameter
+from nplora.nn.prepared import Prepared
+from nplora.nn.principal import PRINCIPAL_INITS, principal_factors
+from nplora.weights import FrozenWeight, become_infinite, buffers
+
+Array = npt.NDArray[Any]
+T = TypeVar("T", bound=Array | None)
+
+
+class LiveArray(Generic[T]):
+    """An array attribute that keeps its buffer: `layer.A = value` copies value in, `layer.A -= step` works
+    in place.
+
+    Optimisers hold the buffers, so they must never be exchanged.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: object, owner: type) -> T: ...
+    def __get__(self, layer: object | None, owner: type) -> Self | T:
+        if layer is None:
+            return self
+        return vars(layer)[self._name]  # type: ignore[no-any-return]
+
+    def __set__(self, layer: object, value: npt.ArrayLike) -> None:
+        live = vars(layer)[self._name]
+        if value is live:
+            return
+        op = type(layer).__name__
+        if live is None:
+            raise AttributeError(f"{op}.{self._name}: this layer has no {self._name}")
+        live[...] = _check.shaped(op, self._name, value, live.shape, live.dtype)
+
+
+class LoRALayer(Prepared, AdapterLayer):
+    """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
+
+    Attributes:
+        weight: the FrozenWeight W (d_out, d_in); what remains of it where init is "pissa" or "olora".
+        A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 where W is float64.
+        m: DoRA's magnitudes (d_out,), or None.
+        dA, dB, dm: their gradients, added to by `backward`; dB is None where B is frozen, dm where there is
+            no m.
+        rank, use_rslora, use_dora, freeze_B: as given, read-only.
+        alpha: may be set, unless init is "pissa" or "olora"; scale follows.
+        scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
+        dropout: in LoRALinear, may be set.
+        row_order: where W lies with its rows in another order than in the model that adapters on disk belong
+            to: row i here is row row_order[i] there. None: they agree.
+    """
+
+    A = LiveArray[Array]()
+    B = LiveArray[Array]()
+    m = LiveArray[Array | None]()
+    dA = LiveArray[Array]()  # noqa: N815
+    dB = LiveArray[Array | None]()  # noqa: N815
+    dm = LiveArray[Array | None]()
+
+    inits: tuple[str, ...] = ("zero", "gaussian")
+
+    _dropout = 0.0
+    row_order: Array | None = None
+
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        rank: int,
+        alpha: float,
+        init: str,
+        use_rslora: bool,
+        rng: np.random.Generator | int | None,
+        use_dora: bool = False,
+        freeze_B: bool = False,
+    ) -> None:
+        op = type(self).__name__
+        self._weight = weight
+        rank = _check.rank(op, rank)
+        self._alpha, self._use_rslora = _check.number(op, "alpha", alpha), bool(use_rslora)
+        self._use_dora = use_dora
+        self.init = _check.choice(op, "init", init, self.inits)
+        self._taken: tuple[Array, Array] | None = None  # "pissa", "olora": A and B at the start
+        self._merged: FrozenWeight | None = None
+        d_out, d_in = weight.shape
+        if init in PRINCIPAL_INITS and (rank > min(d_out, d_in) or self._alpha <= 0):
+            raise ValueError(
+                f"{op}: init={init!r} needs a rank of at most min(d_out, d_in) = {min(d_out, d_in)} and a "
+                f"positive alpha, got {rank} and {alpha:g}"
+            )
+        if rank > min(d_out, d_in):
+            warnings.warn(
+                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}; more is of no use",
+                stacklevel=3,
+            )
+        dtype = weight.compute_dtype
+        a, da = buffers.value_and_gradient((d_out, rank), dtype)
+        b, db = buffers.value_and_gradient((rank, d_in), dtype)
+        vars(self).update(A=a, B=b, m=None, dA=da, dB=None if freeze_B else db, dm=None)
+        if use_dora:
+            vars(self).update(m=np.zeros(d_out, dtype), dm=np.zeros(d_out, dtype))
+        self._start(_check.generator(op, rng))
+
+    @property
+    def weight(self) -> FrozenWeight:
+        return self._weight
+
+    @property
+    def rank(self) -> int:
+        return len(self.B)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.require_unmerged("alpha")
+        self._require_whole_weight("alpha")
+        self._alpha = _check.number(type(self).__name__, "alpha", value)
+
+    @property
+    def use_rslora(self) -> bool:
+        return self._use_rslora
+
+    @property
+    def scale(self) -> float:
+        return self._alpha / (math.sqrt(self.rank) if self._use_rslora else self.rank)
+
+    @property
+    def use_dora(self) -> bool:
+        return self._use_dora
+
+    @property
+    def freeze_B(self) -> bool:  # noqa: N802
+        return self.dB is None
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    def require_trainable(self, what: str) -> None:
+        super().require_trainable(what)
+        if self.weight.compute == "int8":
+            raise RuntimeError(
+                f"{type(self).__name__}.{what}: compute='int8' is for inference; to train, load the "
+                "weight with compute='bfloat16' or 'float32'"
+            )
+
+    def settings(self) -> dict[str, int | float | bool | str]:
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "dropout": self.dropout,
+            "freeze_B": self.freeze_B,
+            "compute": self.weight.compute,
+        }
+
+    def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
+        """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
+        self.require_unmerged("prepare_adopt")
+        self._require_whole_weight("load_adapter")
+        rank = len(factors["B"])
+        fresh: dict[str, Array | None] = {}
+        if rank != self.rank:
+            a, b = factors["A"].copy(), factors["B"].copy()
+            fresh = {"A": a, "B": b, "dA": np.zeros_like(a)}
+            fresh["dB"] = None if self.freeze_B else np.zeros_like(b)
+
+        def commit() -> None:
+            vars(self).update(fresh)
+            for name, value in factors.items():
+                np.copyto(vars(self)[name], value)
+            self._alpha, self._use_rslora = alpha, use_rslora
+            self.forget_prepared()
+
+        return commit
+
+    def _require_whole_weight(self, what: str) -> None:
+        if self._taken is not None:
+            raise ValueError(
+                f"{type(self).__name__}.{what}: init={self.init!r} took a part of the frozen weight; "
+                "use a layer of init='zero' with the whole one"
+            )
+
+    def plain_update(self) -> tuple[Array, Array, float]:
+        """A, B and alpha of plain LoRA for the weight that the layer was given: its live arrays.
+
+        Where a part A₀B₀ of that was taken, W_rest + s·AB = W + s·[A, -A₀][B; B₀]: rank 2r, as PEFT converts
+        such adapters. The rounding of W_rest to its storage is left out.
+        """
+        if self._taken is None:
+            return self.A, self.B, self.alpha
+        a0, b0 = self._taken
+        alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)
+        return np.concatenate([self.A, -a0], axis=1), np.concatenate([self.B, b0]), alpha
+
+    # ---- starting values and randomness ----
+
+    def _start(self, rng: np.random.Generator) -> None:
+        """Draw A and B, then the seed of the dropout stream."""
+        if self.init == "zero":
+            self.A[...] = 0
+            self.B[...] = self._draw_b(rng)
+        elif self.init in PRINCIPAL_INITS:
+            self.A[...], self.B[...] = self._taken or self._take()
+        else:  # N(0, 1/r): A·B has entries of variance 1/r
+            self.A[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.A.shape)
+            self.B[...] = rng.normal(0, 1 / math.sqrt(self.rank), self.B.shape)
+        self.dropout_stream = (int(rng.integers(2**63)), 0)
+
+    def _take(self) -> tuple[Array, Array]:
+        """Factor a part of the weight, and keep the rest as the frozen one."""
+        a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
+        self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
+        return a, b
+
+    def _draw_b(self, rng: np.random.Generator) -> Array:
+        """B at the start of init="zero", where A is 0."""
+        raise NotImplementedError
+
+    def reset(self, stream: np.random.SeedSequence) -> None:
+        self.require_unmerged("reset")
+        self._start(np.random.default_rng(stream))
+
+    def _next_key(self) -> int:
+        """The 64-bit key of this pass's dropout mask."""
+        seed, calls = self.dropout_stream
+        self.dropout_stream = (seed, calls + 1)
+        return int(np.random.SeedSequence((seed, calls)).generate_state(1, np.uint64)[0])
+
+    # ---- parameters ----
+
+    def local_parameters(self) -> list[Parameter]:
+        triples = (("A", self.A, self.dA), ("B", self.B, self.dB), ("m", self.m, self.dm))
+        return [Parameter(name, v, g) for name, v, g in triples if v is not None and g is not None]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [self.weight, *([self.B] if self.freeze_B else [])]
+
+    # ---- the update as a dense matrix ----
+
+    def delta_weight(self) -> Array:
+        """merged_weight() - W: array (d_out, d_in), which is scale · A·B without DoRA."""
+        delta = np.zeros(self.weight.shape, self.weight.compute_dtype)
+        _core.merge_lora(delta, self.A, self.B, self.scale, delta.dtype.name)
+        return delta
+
+    def merged_weight(self) -> Array:
+        """W + scale · A·B (DoRA: with its rows rescaled) as a fresh array (d_out, d_in), not narrowed."""
+        merged = self.weight.to_numpy()
+        _core.merge_lora(merged, self.A, self.B, self.scale, merged.dtype.name)
+        return merged
+
+    # ---- merging ----
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merged weight answers at the moment."""
+        return self._merged is not None
+
+    def _merged_frozen(self) -> FrozenWeight:
+        return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
+
+    def _finite_still(self, merged: Array) -> Array:
+        """`merged`, unless the storage, or the sum, makes infinity of what was finite."""
+        storage = self.weight.float_dtype
+        lost = become_infinite(merged, storage).size
+        if not lost and not np.isfinite(merged).all() and self._finite_factors():
+            lost = int(np.sum(~np.isfinite(merged) & np.isfinite(self.weight.to_numpy())))
+        if lost:
+            raise ValueError(
+                f"{type(self).__name__}.merge: {lost} finite values become infinite in {storage}; nothing is "
+                "merged"
+            )
+        return merged
+
+    def _finite_factors(self) -> bool:
+        return all(np.isfinite(array).all() for array in (self.A, self.B, self.m) if array is not None)
+
+    def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
+        self.require_unmerged("merge")
+        report = None
+        if dtype is None:
+            weight = self._merged_frozen()
+        else:
+            update = LoraDelta(self.A, self.B, self.scale, self.m)
+            weight, report = merge_weight(name or type(self).__name__, self.weight, update, dtype)
+
+        def commit() -> None:
+            self._merged = weight
+            self.forget_prepared()
+            self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
+
+        return commit, report
+
+    def prepare_unmerge(self) -> Commit:
+        if not self.merged:
+            raise RuntimeError(f"{type(self).__name__}.unmerge: the layer is not merged")
+
+        def commit() -> None:
+            self._merged = None
+            self.forget_prepared()
+            self._allow_writes(True)
+
+        return commit
+
+    def _allow_writes(self, allowed: bool) -> None:
+        for array in (self.A, self.B, self.m):
+            if array is not None:
+                array.flags.writeable = allowed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state.get("_merged") is not None:
+            self._allow_writes(False)  # a copied array is writable again
+
+    def discard(self) -> None:
+        vars(self).clear()
+        vars(self)["_was"] = type(self).__name__
+        object.__setattr__(self, "__class__", UnloadedLayer)
+
+    def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
+        """The weight that answers alone: the merged one, or W while the adapter is disabled; else None.
+
+        And whether it is the merged one. A pass asks once, for another thread may change the layer meanwhile.
+        """
+        enabled, merged = self.adapter_enabled, self._merged
+        return (merged, merged is not None) if enabled else (self.weight, False)
+
+    def _describe(self) -> str:
+        d_out, d_in = self.weight.shape
+        options = "".join(
+            f", {name}=True" for name in ("use_rslora", "use_dora", "freeze_B") if getattr(self, name)
+        )
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        settings = f"rank={self.rank}, alpha={self.alpha:g}, dtype={self.weight.dtype!r}"
+        return f"({d_out}, {d_in}), {settings}{dropout}{options}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._describe()})"
+
+
+class UnloadedLayer:
+    """What a layer becomes when it is unloaded: words for whoever still asks it something.
+
+    LoRALayer itself has no `__getattr__`: with one, each attribute of a layer in use would take longer.
+    """
+
+    _was = LoRALayer.__name__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{self._was}.{name}: this layer was unloaded; use the plain layer in its place")
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        self.__getattr__(name)
+
+    def __call__(self, x: object) -> NoReturn:
+        self.__getattr__("__call__")
+
+    def __repr__(self) -> str:
+        return f"{self._was}(unloaded)"

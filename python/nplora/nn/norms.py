@@ -1,0 +1,170 @@
+"""LayerNorm and RMSNorm over the last axis, with frozen or trainable weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn.module import Gradient, Module, Parameter, Saved, inferring, quiet
+from nplora.weights import FrozenWeight, dtype_name
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NormSaved(Saved):
+    """What a norm's backward pass needs: the normalised rows (n, d) and the factor of each (n, 1)."""
+
+    lead: tuple[int, ...]
+    normalised: Array | None = None
+    factor: Array | None = None
+
+
+class _Norm(Module):
+    """What the two norms share: y = weight ∘ normalised(x) [+ bias]."""
+
+    def __init__(
+        self,
+        weight: npt.ArrayLike,
+        bias: npt.ArrayLike | None,
+        eps: float,
+        trainable: bool,
+        dtype: npt.DTypeLike | None,
+    ) -> None:
+        op = type(self).__name__
+        dtype = _check.choice(op, "dtype", dtype_name(op, dtype), ("float32", "float64"))
+        self.weight = _check.vector(op, "weight", weight, dtype)
+        self.bias = None if bias is None else _check.shaped(op, "bias", bias, self.weight.shape, dtype).copy()
+        self.eps = _check.at_least(op, "eps", eps, 0)
+        self.trainable = bool(trainable)
+        self.dweight = np.zeros_like(self.weight) if trainable else None
+        self.dbias = np.zeros_like(self.weight) if trainable and self.bias is not None else None
+
+    def local_parameters(self) -> list[Parameter]:
+        triples = (("weight", self.weight, self.dweight), ("bias", self.bias, self.dbias))
+        return [Parameter(n, v, g) for n, v, g in triples if v is not None and g is not None]
+
+    def local_frozen(self) -> list[FrozenWeight | Array]:
+        return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
+
+    def forward(self, x: npt.ArrayLike) -> tuple[Array, NormSaved]:
+        """y of the shape of x (..., d), and what `backward` needs.
+
+        Raises:
+            ValueError: the last axis of x is not d.
+        """
+        op = f"{type(self).__name__}.forward"
+        rows, lead = _check.rows(op, "x", x, len(self.weight), "d", self.weight.dtype)
+        with quiet():
+            normalised, factor = self._normalise(rows)
+            y = normalised * self.weight
+            if self.bias is not None:
+                y += self.bias
+        saved = NormSaved(lead, layer=self)
+        if not inferring():
+            saved = NormSaved(lead, normalised, factor, layer=self)
+        return y.reshape(*lead, len(self.weight)), saved
+
+    def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
+        """dx of the shape of x, or None where need_dx is False; where trainable, adds to dweight and dbias.
+
+        Raises:
+            ValueError: dy has not the shape of y, or saved is of a pass of another layer, width or dtype.
+            TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
+        """
+        op, d = f"{type(self).__name__}.backward", len(self.weight)
+        _check.saved(op, saved, NormSaved)
+        if saved.normalised is None or saved.factor is None:
+            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+        n = math.prod(saved.lead)
+        _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
+        rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)
+        _check.own(op, saved, self)
+        with quiet():
+            if self.dweight is not None:
+                self.dweight += (rows * saved.normalised).sum(axis=0)
+            if self.dbias is not None:
+                self.dbias += rows.sum(axis=0)
+            if not need_dx:
+                return None
+            dx = self._differentiate(rows * self.weight, saved.normalised, saved.factor)
+        return dx.reshape(*saved.lead, d)
+
+    def _normalise(self, x: Array) -> tuple[Array, Array]:
+        """The normalised rows, and the factor (n, 1) of each."""
+        raise NotImplementedError
+
+    def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
+        """dx of the gradient of the normalised rows."""
+        raise NotImplementedError
+
+    def _factor(self, x: Array) -> Array:
+        """1 / sqrt(mean x² + eps) of each row."""
+        return np.asarray(1 / np.sqrt(_mean(x * x) + x.dtype.type(self.eps)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.weight)}, eps={self.eps:g}, trainable={self.trainable})"
+
+
+class LayerNorm(_Norm):
+    """y = weight ∘ (x - mean) / sqrt(variance + eps) [+ bias]      (Ba et al. 2016)
+
+    Args:
+        weight, bias: arrays (d,), copied; bias may be None.
+        eps: added to the variance, which divides by d.
+        trainable: train weight and bias; their parameters have these names.
+        dtype: "float32" (also for None) or "float64", of everything.
+    """
+
+    def __init__(
+        self,
+        weight: npt.ArrayLike,
+        bias: npt.ArrayLike | None = None,
+        eps: float = 1e-5,
+        trainable: bool = False,
+        dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        super().__init__(weight, bias, eps, trainable, dtype)
+
+    def _normalise(self, x: Array) -> tuple[Array, Array]:
+        centred = x - _mean(x)
+        factor = self._factor(centred)
+        return centred * factor, factor
+
+    def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
+        return np.asarray(factor * (dn - _mean(dn) - normalised * _mean(dn * normalised)))
+
+
+class RMSNorm(_Norm):
+    """y = weight ∘ x / sqrt(mean x² + eps)      (Zhang & Sennrich 2019)
+
+    Args:
+        weight: array (d,), copied.
+        eps, trainable, dtype: as in LayerNorm.
+    """
+
+    def __init__(
+        self,
+        weight: npt.ArrayLike,
+        eps: float = 1e-5,
+        trainable: bool = False,
+        dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        super().__init__(weight, None, eps, trainable, dtype)
+
+    def _normalise(self, x: Array) -> tuple[Array, Array]:
+        factor = self._factor(x)
+        return x * factor, factor
+
+    def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
+        return np.asarray(factor * (dn - normalised * _mean(dn * normalised)))
+
+
+def _mean(x: Array) -> Array:
+    """The mean of each row, (n, 1); not np.mean, which warns where d = 0."""
+    return np.asarray(x.sum(axis=-1, keepdims=True) / max(1, x.shape[-1]), dtype=x.dtype)

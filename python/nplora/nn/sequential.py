@@ -1,0 +1,100 @@
+"""Sequential: modules applied one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn.module import Gradient, Module, Saved, name_error, pair
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequentialSaved(Saved):
+    """What each module kept, in order."""
+
+    items: tuple[Any, ...]
+
+
+class Sequential(Module):
+    """Apply modules in order; the children are named "0", "1", ...
+
+    Args:
+        modules: any number of modules; the same one may come twice and then shares its parameters.
+    Raises:
+        TypeError: an argument is not a Module.
+    """
+
+    def __init__(self, *modules: Module) -> None:
+        for i, module in enumerate(modules):
+            if not isinstance(module, Module):
+                raise TypeError(f"Sequential: argument {i} is a {type(module).__name__}, expected a Module")
+        self.modules = list(modules)
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        for i, module in enumerate(self.modules):
+            yield str(i), module
+
+    def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
+        """The output of the last module, and what `backward` needs.
+
+        Raises:
+            ValueError: from a module; its message begins with the module's dotted name.
+        """
+        items: list[Any] = []
+        try:
+            for module in self.modules:
+                x, saved = pair(module, module.forward(x))
+                items.append(saved)
+        except ValueError as error:
+            name_error(error, self, self.modules[len(items)])
+            raise
+        return np.asarray(x), SequentialSaved(tuple(items))
+
+    def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
+        """dx, or None where need_dx is False or the first module's input has no gradient.
+
+        Raises:
+            ValueError: as in `forward`, or saved is of a pass through another number of modules.
+            TypeError: saved is of another kind of layer.
+            RuntimeError: a module above the first gave no gradient of its input.
+        """
+        _check.saved("Sequential.backward", saved, SequentialSaved)
+        if len(saved.items) != len(self.modules):
+            raise ValueError(
+                f"Sequential.backward: saved is of a pass through {len(saved.items)} modules, "
+                f"expected {len(self.modules)}"
+            )
+        gradient: Array | None = dy
+        for i, module in reversed(list(enumerate(self.modules))):
+            if gradient is None:
+                raise RuntimeError(f"Sequential.backward: module {i + 1} gave no gradient of its input")
+            try:
+                gradient = module.backward(gradient, saved.items[i], need_dx or i > 0)
+            except ValueError as error:
+                name_error(error, self, module)
+                raise
+        return gradient
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self.modules)
+
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module | Sequential:
+        """One module, or a Sequential of the same modules for a slice."""
+        return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(repr, self.modules))})"

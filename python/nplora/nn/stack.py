@@ -1,0 +1,135 @@
+"""Layers that read one input, computed in one call: q, k and v, or gate and up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.nn.linear import Linear
+from nplora.nn.lora_linear import LoRALinear
+from nplora.nn.low_rank import UnloadedLayer
+from nplora.nn.module import Gradient, Saved, inference
+from nplora.weights import FrozenWeight, buffers
+
+Array = npt.NDArray[Any]
+Stackable: TypeAlias = LoRALinear | Linear
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackSaved(Saved):
+    """What each layer kept, in order."""
+
+    items: tuple[Any, ...]
+
+    def with_x(self, x: Array | None) -> StackSaved:
+        """The same with another array for the x that the layers keep: None, and later x computed again."""
+        return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
+
+
+def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
+    """The outputs of layers that read the same x, which is brought into the kernels' order once for all.
+
+    The numbers are those of each layer's own `forward`, up to rounding.
+
+    Args:
+        layers: one or more LoRALinear or Linear of one d_in, computing alike.
+        x: array (..., d_in).
+    Returns:
+        the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
+    Raises:
+        ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
+        TypeError: something else is among the layers.
+    """
+    op = "stack_forward"
+    d_in, dtype = _common(op, layers)
+    rows, lead = _check.rows(op, "x", x, d_in, "d_in", dtype)
+    parts, ys, kept = zip(*(layer.forward_part(rows, lead) for layer in layers), strict=True)
+    _core.lora_forward(rows, list(parts))
+    done = [layer.finish_forward(y, saved) for layer, y, saved in zip(layers, ys, kept, strict=True)]
+    return [y for y, _ in done], StackSaved(tuple(saved for _, saved in done))
+
+
+def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
+    """The outputs (n, d_out) of `stack_forward` in inference alone: what decoding calls for each token.
+
+    Args:
+        layers: one or more LoRALinear or Linear, computing alike.
+        x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
+    """
+    parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
+    if len(parts) == len(layers):
+        return _core.infer(x, parts)
+    with inference():
+        return stack_forward(layers, x)[0]
+
+
+def stack_backward(
+    layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
+) -> Gradient:
+    """Add to each layer's gradients; return the sum of their dx (..., d_in), None where need_dx is False.
+
+    Args:
+        layers: those of the forward pass.
+        dys: the gradients (..., d_out) in their order.
+    Raises:
+        ValueError: a dy has not the shape of its y, there are not as many as layers, or saved is of a pass of
+            other layers.
+        TypeError, RuntimeError: as `LoRALinear.backward`.
+    """
+    op = "stack_backward"
+    d_in, dtype = _common(op, layers)
+    _check.saved(op, saved, StackSaved)
+    if not len(layers) == len(dys) == len(saved.items):
+        raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
+    items = saved.items
+    rows = [
+        layer.backward_rows(f"{op}: layer {i}", dy, item)
+        for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
+    ]
+    if any(item.lead != items[0].lead for item in items):
+        raise ValueError(f"{op}: the passes are of batches of different shapes")
+    for i, (layer, item) in enumerate(zip(layers, items, strict=True)):
+        _check.own(f"{op}: layer {i}", item, layer)
+    parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
+    dx = buffers.empty((len(rows[0]), d_in), dtype) if need_dx else None
+    x = next((item.x for item in items if item.x is not None), None)
+    _core.lora_backward(x, dx, parts)
+    return None if dx is None else dx.reshape(*items[0].lead, d_in)
+
+
+def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
+    """d_in and the dtype of x that all layers share."""
+    if not isinstance(layers, Sequence):
+        raise TypeError(
+            f"{op}: layers is of type {type(layers).__name__}, expected a list of LoRALinear or Linear"
+        )
+    if not layers:
+        raise ValueError(f"{op}: no layers")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, LoRALinear | Linear | UnloadedLayer):
+            raise TypeError(
+                f"{op}: layer {i} is of type {type(layer).__name__}, expected LoRALinear or Linear"
+            )
+    first = _kind(layers[0].weight)
+    for layer in layers[1:]:
+        if _kind(layer.weight) != first:
+            raise ValueError(f"{op}: the layers differ: {', '.join(sorted(set(map(_words, layers))))}")
+    return first[0], first[2]
+
+
+def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
+    """d_in, what the products run in, and the dtype of x."""
+    if isinstance(weight, FrozenWeight):
+        return weight.shape[1], weight.packed.compute, weight.compute_dtype
+    return weight.shape[1], "float", weight.dtype
+
+
+def _words(layer: Stackable) -> str:
+    weight = layer.weight
+    compute = weight.compute if isinstance(weight, FrozenWeight) else weight.dtype.name
+    return f"d_in={weight.shape[1]} in {compute}"

@@ -1,0 +1,5 @@
+"""The process that nplora runs in: its threads, the files that it maps, and its standard error."""
+
+from nplora.runtime.threads import get_num_threads, release_memory, set_num_threads, show_config
+
+__all__ = ["get_num_threads", "release_memory", "set_num_threads", "show_config"]

@@ -1,0 +1,67 @@
+"""Threads, and what a bug report needs to know about this build and this machine."""
+
+import platform
+import sys
+
+import numpy as np
+
+from nplora import _check, _core
+
+_INT_MAX = 2**31 - 1  # the core counts threads in an int
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most n threads. Results do not depend on it, to the bit.
+
+    OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest counts.
+
+    Raises:
+        ValueError: n is below 1 or above 2**31 - 1.
+    """
+    _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1, most=_INT_MAX))
+
+
+def get_num_threads() -> int:
+    """The number of threads that an operation may use."""
+    return _core.get_num_threads()
+
+
+def release_memory() -> None:
+    """Return to the system the memory that earlier results have left for the next ones.
+
+    Large results reuse it: idle memory and memory in use together never take more than memory in use took at
+    most.
+    """
+    _core.release_buffers()
+
+
+def show_config() -> None:
+    """Print versions, instruction set, threads and runtimes, for a bug report."""
+    config = _core.config()
+    lines = {
+        "nplora": config["version"],
+        "instruction set": f"{config['isa']} (available: {', '.join(_core.available_isas())})",
+        "threads": f"{config['num_threads']} ({config['parallel']})",
+        "OpenMP": config["openmp"],
+        "compiler": config["compiler"],
+        "Python": sys.version.split()[0],
+        "NumPy": np.__version__,
+        "platform": platform.platform(),
+    }
+    for i, pool in enumerate(_thread_pools()):
+        lines[f"runtime {i}"] = pool
+    for name, value in lines.items():
+        print(f"{name + ':':<17}{value}")
+
+
+def _thread_pools() -> list[str]:
+    """The thread pools in this process, if threadpoolctl is installed."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return []
+    keys = ("user_api", "internal_api", "version")  # a version may be None
+    return [
+        f"{' '.join(pool[key] for key in keys if pool[key])}, {pool['num_threads']} threads"
+        for pool in threadpool_info()
+    ]

@@ -1,0 +1,214 @@
+"""Checkpoints of a training run: what they hold, and a SHA-256 that shows whether they are whole."""
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _core
+from nplora.formats import files, safetensors, strict_json
+from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
+from nplora.formats.safetensors import SafetensorsFile
+
+SCHEMA = 1
+
+MARKS = {"schema", "state", "sha256"}  # the metadata of a checkpoint
+_GROUPS = ("parameters", "optimizer", "best", "history")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run between two steps.
+
+    Attributes:
+        step, epoch, batch: steps made, epochs finished, and batches used of the epoch under way.
+        total_steps: where the run is to end, if that is known.
+        random_state: the dropout streams, as `Module.random_state` gives them.
+        settings: what the run was started with, to be compared when it is resumed.
+        base: `base_fingerprint` of the model.
+        best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
+        epochs: the records of the last epochs finished.
+        log_bytes: how long the log was, which has the records of all steps and epochs.
+        parameters, optimizer, best_parameters: arrays by name.
+        history: the columns of the last step records: a checkpoint does not grow with its run.
+        isa, version: the instruction set and the nplora that made it.
+        serial: counts the checkpoints of a directory.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    total_steps: int | None
+    random_state: dict[str, list[int]]
+    settings: dict[str, Any]
+    base: str
+    best: dict[str, Any] | None
+    epochs: list[dict[str, Any]]
+    log_bytes: int
+    parameters: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
+    best_parameters: Mapping[str, Array]
+    history: Mapping[str, Array]
+    isa: str = dataclasses.field(default_factory=lambda: str(_core.config()["isa"]))
+    version: str = dataclasses.field(default_factory=lambda: str(_core.config()["version"]))
+    serial: int = 0
+
+    def warn_if_moved(self) -> None:
+        """Warn where the bits of the run may change: another instruction set or another nplora."""
+        config = _core.config()
+        for what, then, now in (
+            ("instruction set", self.isa, config["isa"]),
+            ("nplora", self.version, config["version"]),
+        ):
+            if then != now:
+                warnings.warn(
+                    f"the checkpoint was made with {what} {then}, this is {now}: "
+                    "the run goes on with results that are equal up to rounding, not to the bit",
+                    stacklevel=7,  # the line that calls `Trainer.fit`
+                )
+
+
+# ---- bytes ----
+
+_ARRAYS = dict(zip(("parameters", "optimizer", "best_parameters", "history"), _GROUPS, strict=True))
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "epoch": int,
+    "batch": int,
+    "total_steps": (int, type(None)),
+    "random_state": dict,
+    "settings": dict,
+    "base": str,
+    "best": (dict, type(None)),
+    "epochs": list,
+    "log_bytes": int,
+    "isa": str,
+    "version": str,
+    "serial": int,
+}
+
+
+def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None = None) -> files.NewFile:
+    arrays = {
+        f"{group}.{name}": array
+        for field, group in _ARRAYS.items()
+        for name, array in getattr(checkpoint, field).items()
+    }
+    state = json.dumps({name: getattr(checkpoint, name) for name in _KINDS}, allow_nan=False)
+    metadata = {"schema": str(SCHEMA), "state": state, "sha256": _digest(state, sorted(arrays.items()))}
+    return safetensors.new_file(path, arrays, metadata | dict(more or {}))
+
+
+def read(path: Path) -> Checkpoint:
+    """Check a generation, read array by array, so that the disk's errors are OSErrors; then map it.
+
+    A run that goes on has no memory for all arrays.
+
+    Raises:
+        UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
+    """
+    with files.reading(path, follow_links=False) as reader:
+        content = SafetensorsFile(reader, str(path))
+        state = _state(content.metadata, path)
+        arrays = ((name, content[name].array) for name in sorted(content))
+        if content.metadata.get("sha256") != _digest(state, arrays):
+            raise CorruptError(f"{path}: the content does not match its SHA-256")
+        mapped = SafetensorsFile(memoryview(reader.map()), str(path))
+    fields = _parsed(state, path)
+    groups: dict[str, dict[str, Array]] = {group: {} for group in _GROUPS}
+    for name, tensor in mapped.items():
+        group, _, rest = name.partition(".")
+        if group not in groups:
+            raise CorruptError(f"{path}: tensor {brief(name)} belongs to none of {', '.join(_GROUPS)}")
+        groups[group][rest] = tensor.array
+    fields |= {field: groups[group] for field, group in _ARRAYS.items()}
+    return Checkpoint(**fields)
+
+
+def is_checkpoint(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with these metadata is one."""
+    return metadata.keys() >= MARKS
+
+
+def read_header(path: Path) -> tuple[int, int]:
+    """The number and the step of a generation by its header alone; (0, 0) if there is none.
+
+    Raises:
+        UnsupportedError: as `read`.
+    """
+    try:
+        with safetensors.reading(path, follow_links=False) as content:
+            state = _parsed(_state(content.metadata, path), path)
+            return state["serial"], state["step"]
+    except UnsupportedError:
+        raise
+    except (FormatError, OSError):
+        return 0, 0
+
+
+def _state(metadata: Mapping[str, str], path: Path) -> str:
+    schema = metadata.get("schema")
+    if schema is None:
+        raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
+    if schema != str(SCHEMA):
+        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
+    return metadata.get("state", "")
+
+
+def _parsed(state: str, path: Path) -> dict[str, Any]:
+    return _fields(strict_json.loads(state.encode(), f"{path}: state"), path)
+
+
+def _fields(state: object, path: Path) -> dict[str, Any]:
+    """The fields of the JSON object, each of its kind, counts not negative."""
+    if not isinstance(state, dict) or state.keys() != _KINDS.keys():
+        found = sorted(state) if isinstance(state, dict) else state
+        raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
+    for name, kind in _KINDS.items():
+        value = state[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CorruptError(f"{path}: {name} is {brief(value)}")
+        if isinstance(value, int) and value < 0:
+            raise CorruptError(f"{path}: {name} is {value}, expected at least 0")
+        if isinstance(value, int) and value >= 1 << 63:
+            raise CorruptError(f"{path}: {name} is {value}, expected below {1 << 63}")
+    if state["total_steps"] is not None and state["step"] > state["total_steps"]:
+        raise CorruptError(f"{path}: step {state['step']} of a run of {state['total_steps']} steps")
+    if state["epoch"] > state["step"]:
+        raise CorruptError(f"{path}: {state['epoch']} epochs in {state['step']} steps")
+    for name, stream in state["random_state"].items():
+        if not isinstance(stream, list) or len(stream) != 2 or not all(_count(n, 1 << 64) for n in stream):
+            wanted = "expected [seed, calls]"
+            raise CorruptError(f"{path}: random_state of {brief(name)} is {brief(stream)}, {wanted}")
+    if state["best"] is not None and not _is_best(state["best"]):
+        raise CorruptError(f"{path}: best is {brief(state['best'])}, expected a loss, an epoch and since")
+    return state
+
+
+def _count(value: object, end: int = 1 << 63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
+
+
+def _is_best(best: dict[str, Any]) -> bool:
+    if best.keys() != {"loss", "epoch", "since"}:
+        return False
+    loss = best["loss"]
+    return (loss is None or isinstance(loss, float)) and _count(best["epoch"]) and _count(best["since"])
+
+
+def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:
+    """SHA-256 over the state and every array's name, dtype, shape and bytes; in the order of their names."""
+    digest = hashlib.sha256(state.encode())
+    for name, array in arrays:
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

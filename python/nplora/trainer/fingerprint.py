@@ -1,0 +1,64 @@
+"""What identifies a model: a fingerprint of its frozen weights, and the names and shapes of its factors."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.nn import LoRALayer
+from nplora.nn.module import Module
+from nplora.weights import FrozenWeight
+
+_SAMPLE_BYTES = 1 << 16
+
+Array = npt.NDArray[Any]
+
+
+def base_fingerprint(model: Module) -> str:
+    """SHA-256 over names, shapes and a sample of rows of all that is frozen.
+
+    It shows that a base model is another one. It does not find every changed bit: reading all of a large
+    model would take longer than the first steps.
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        for frozen in module.local_frozen():
+            if (
+                isinstance(module, LoRALayer) and frozen is module.B
+            ):  # part of the checkpoint, not of the base
+                continue
+            digest.update(f"\n{name} {fingerprint(frozen)}".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(array: FrozenWeight | Array) -> str:
+    """Dtype, shape and a SHA-256 over at most 64 KiB of evenly spaced rows of an array."""
+    table = array if isinstance(array, FrozenWeight) else np.atleast_1d(array)
+    rows = table.shape[0]
+    row_bytes = max(1, table.nbytes // max(1, rows))
+    count = min(rows, max(1, _SAMPLE_BYTES // row_bytes))
+    ids = np.arange(count, dtype=np.int64) * (rows - 1) // max(1, count - 1)
+    sample = table.take(ids) if isinstance(table, FrozenWeight) else table[ids]
+    return f"{array.dtype} {array.shape} {hashlib.sha256(sample.tobytes()).hexdigest()}"
+
+
+def factors(model: Module) -> dict[str, Array]:
+    """The live arrays that a checkpoint keeps: the parameters, and the B of layers that train A alone."""
+    arrays = {p.name: p.value for p in model.parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.freeze_B:
+            arrays[f"{name}.B" if name else "B"] = module.B
+    return arrays
+
+
+def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
+    """One sentence for every array that is missing, unknown, or of another shape or dtype."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    for name, want in wanted.items():
+        have = found.get(name, want)
+        if have.shape != want.shape or have.dtype != want.dtype:
+            problems.append(f"{name} is {have.dtype} {have.shape}, in the model {want.dtype} {want.shape}")
+    return problems

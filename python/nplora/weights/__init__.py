@@ -1,0 +1,12 @@
+"""Frozen weights, their storage formats, and the memory of results."""
+
+from nplora.weights.frozen_weight import (
+    COMPUTES,
+    INFERENCE_COMPUTES,
+    FrozenWeight,
+    become_infinite,
+    dtype_name,
+    freeze,
+)
+
+__all__ = ["COMPUTES", "INFERENCE_COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]

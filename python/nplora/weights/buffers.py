@@ -1,0 +1,99 @@
+"""Where arrays lie: large ones in memory that is used again, a model's factors side by side."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+
+Array = npt.NDArray[Any]
+
+
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """np.empty in memory that earlier arrays have left, where they have left any.
+
+    Fresh pages cost the system more time than some products take to fill them. Idle memory and memory in use
+    never take more than memory in use has taken at most; `release` returns what is idle.
+    """
+    dtype = np.dtype(dtype)
+    if math.prod(shape) * dtype.itemsize < _core._least_buffer_bytes:  # malloc's caches are as fast
+        return np.empty(shape, dtype)
+    return _core.empty(dtype, shape)
+
+
+def empty_like(array: Array) -> Array:
+    """`empty` of the shape and dtype of an array."""
+    return empty(array.shape, array.dtype)
+
+
+def output(
+    op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
+) -> Array:
+    """`out` for a result of this shape and dtype, or a fresh array where it is None."""
+    if out is None:
+        return empty(shape, dtype)
+    array = _check.writable(op, name, out, *readers)
+    if array.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{op}: {name} is not C-contiguous")
+    return array
+
+
+def release() -> None:
+    """Return the memory that earlier arrays have left to the system."""
+    _core.release_buffers()
+
+
+_LINE = 64  # bytes of a cache line
+
+
+class _Shelf:
+    """Zeros, of which arrays are cut one behind the other."""
+
+    def __init__(self, nbytes: int) -> None:
+        whole = np.zeros(nbytes + _LINE, np.uint8)
+        self._left = whole[-whole.ctypes.data % _LINE :][:nbytes]
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._left):
+            return None
+        array = self._left[:size].view(dtype).reshape(shape)
+        self._left = self._left[_whole_lines(size) :]
+        return array
+
+
+_shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves", default=None)
+
+
+@contextlib.contextmanager
+def side_by_side(*sizes: int) -> Iterator[None]:
+    """Inside, values of these bytes lie in one buffer, and their gradients in another.
+
+    A system that has large pages finds hundreds of small arrays in a few of them.
+    """
+    total = sum(map(_whole_lines, sizes))
+    token = _shelves.set((_Shelf(total), _Shelf(total)))
+    try:
+        yield
+    finally:
+        _shelves.reset(token)
+
+
+def value_and_gradient(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Two arrays of zeros."""
+    found = [shelf.take(shape, dtype) for shelf in _shelves.get() or ()] or [None, None]
+    value, gradient = (np.zeros(shape, dtype) if array is None else array for array in found)
+    return value, gradient
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE

@@ -1,0 +1,504 @@
+"""FrozenWeight: a matrix that is never trained, packed in its storage format or used as it lies in a file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora import _check, _core
+from nplora.weights import buffers, storages
+
+if TYPE_CHECKING:  # the readers take longer to import than all else: only who opens a file needs them
+    from nplora.formats import gguf, safetensors, sharded
+    from nplora.formats.files import StrPath
+
+Array = npt.NDArray[Any]
+
+COMPUTES = ("float32", "bfloat16")
+INFERENCE_COMPUTES = (*COMPUTES, "int8")
+_UNROUNDED_ROWS = 4
+
+# The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
+# 16 bits, which float64 reaches by way of float32, less half a unit of that.
+_INFINITE_FROM = {
+    "float64": np.inf,
+    "float32": (2 - 2.0**-24) * 2.0**127,
+    "bfloat16": (2 - 2.0**-8 - 2.0**-24) * 2.0**127,
+    "float16": 65520 - 2.0**-9,
+}
+
+
+class FrozenWeight:
+    """A frozen (d_out, d_in) matrix, packed for the kernels. Immutable; layers may share one.
+
+    One copy serves the forward and the backward product. Sums run in float32 whatever the storage, in float64
+    where the storage is float64. Low-bit blocks are decoded inside the products, a piece at a time.
+    `from_gguf` and `from_safetensors` take a matrix as it lies in a file, without a copy.
+
+    Args:
+        W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
+            with dtype="bfloat16".
+        dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
+            nearest even. "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, by the lower-case name of
+            ggml's type. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
+        compute: "float32", or "bfloat16": x, dy and W (of an update B, and backward or on many rows all) are
+            rounded to bfloat16 for the products, sums stay float32; twice as fast where the machine
+            multiplies bfloat16. Up to 4 rows are computed in float32 either way. A float64 weight computes
+            in float64.
+            "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with a scale for
+            each 32 values, and meet GGUF's blocks in integers. More rows, other storage and `matmul_t` are
+            computed as with "bfloat16".
+        double_quant: quantise NF4's absmax too, to 8 bits: 4.13 bits a value instead of 4.5.
+    Raises:
+        ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked
+            to compute in bfloat16, d_in is no multiple of the block's length along a row, blocks cannot
+            store a value (it is not finite, or too large), or double_quant is asked of another storage.
+        TypeError: W does not hold floats, or dtype names no dtype.
+    Warns:
+        UserWarning: finite values are beyond the range of the storage and become infinite.
+    """
+
+    __slots__ = ("_arrays", "_packed")
+
+    _packed: _core.PackedWeight
+    _arrays: tuple[Array, ...]  # what the core reads in place: blocks with their scales, or a mapped matrix
+
+    def __init__(
+        self,
+        W: npt.ArrayLike,
+        dtype: npt.DTypeLike | None = None,
+        compute: str = "float32",
+        double_quant: bool = False,
+    ) -> None:
+        op = "FrozenWeight"
+        storage = _check.choice(op, "dtype", dtype_name(op, dtype), storages.STORAGES)
+        core_compute = _core_compute(op, storage, compute)
+        given = _check.as_array(op, "W", W)
+        values = _values(given, storage)
+        if double_quant and storage != "nf4":
+            raise ValueError(f"{op}: double_quant=True with dtype={storage!r}, expected 'nf4'")
+        if storage in storages.BLOCKS:
+            arrays = _quantized(op, values, storage)
+            if double_quant:
+                arrays = (arrays[0], *_quantized_absmax(arrays[1]))
+            self._hold(storage, values.shape, arrays, core_compute)
+            return
+        self._arrays = ()
+        self._packed = _core.PackedWeight(values, storage, core_compute)
+        lost = become_infinite(given, storage)
+        if lost.size:
+            warnings.warn(
+                f"FrozenWeight: {lost.size} finite values of W, the largest {lost.max():.6g}, "
+                f"are infinite in {storage}",
+                stacklevel=2,
+            )
+
+    def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
+        """Read these arrays in place: a matrix; blocks; or NF4's codes and absmax, or what stands for the
+        latter where it is quantised too."""
+        d_out, d_in = shape
+        self._arrays = arrays
+        if storage == "nf4" and len(arrays) == 2:
+            self._packed = _core.PackedWeight.of_nf4(*arrays, d_out, d_in, compute)
+        elif storage == "nf4":
+            codes, absmax, levels, scales, offset = arrays
+            self._packed = _core.PackedWeight.of_nested_nf4(
+                codes, absmax, levels, scales, float(offset), d_out, d_in, compute
+            )
+        elif storage in storages.BLOCKS:
+            self._packed = _core.PackedWeight.of_blocks(arrays[0], storage, d_in, compute)
+        else:
+            bits = arrays[0].view(np.uint16) if arrays[0].itemsize == 2 else arrays[0]
+            self._packed = _core.PackedWeight.of_array(bits, storage, compute)
+
+    @classmethod
+    def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
+        """A matrix of a GGUF file as it lies there: read by the products, never copied, whatever its type.
+
+        The weight keeps the file mapped; the system may drop its pages and read them again. `file` is a path,
+        or an opened file, as for many of its tensors.
+
+        Raises:
+            UnsupportedError: the tensor's type is not decoded here.
+            FormatError, OSError: as `gguf.open`. KeyError: no tensor of that name; the nearest are told.
+            ValueError: it has not two axes, or compute is not available.
+        """
+        from nplora.formats import UnsupportedError, gguf
+
+        op = "FrozenWeight.from_gguf"
+        opened = file if isinstance(file, gguf.GgufFile) else gguf.open(file)
+        tensor = opened[name]
+        where = _require_matrix(op, opened.source, name, tensor.shape)
+        storage = storages.GGML_FLOATS.get(tensor.type, tensor.type.lower())
+        if storage not in storages.STORAGES:
+            known = ", ".join(storages.GGML_NAMES.values())
+            raise UnsupportedError(f"{where} is {tensor.type}, expected one of {known}")
+        if storage in storages.BLOCKS:
+            d_out, d_in = tensor.shape
+            blocks = tensor.data.reshape(d_out, storages.row_nbytes(storage, d_in))
+            return cls._of(op, storage, tensor.shape, compute, blocks)
+        return cls._of(op, storage, tensor.shape, compute, tensor.numpy())
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        file: StrPath | safetensors.SafetensorsFile | sharded.ShardedFile,
+        name: str,
+        compute: str = "float32",
+    ) -> Self:
+        """A matrix of a safetensors file as it lies there: float32, float64, bfloat16 or float16, not copied;
+        or NF4 of bitsandbytes, with or without double quantisation.
+
+        `file` is a path, or an opened file, as for many of its tensors. The weight keeps it mapped.
+
+        Raises:
+            UnsupportedError: the tensor holds neither floats nor NF4.
+            FormatError, OSError: as `safetensors.open`. KeyError: no tensor of that name; the nearest are
+            told. ValueError: it has not two axes, or compute is not available.
+        """
+        from nplora.formats import UnsupportedError, bitsandbytes, safetensors
+
+        op = "FrozenWeight.from_safetensors"
+        opened = file if isinstance(file, Mapping) else safetensors.open(file)
+        if bitsandbytes.holds(opened, name):
+            nf4 = bitsandbytes.read(opened, name)
+            where = _require_matrix(op, opened.source, name, nf4.shape)
+            if not np.array_equal(nf4.levels, _nf4_levels()):
+                raise UnsupportedError(f"{where} has levels of its own, expected those of NF4")
+            arrays: tuple[Array, ...] = (nf4.codes, nf4.absmax)
+            if nf4.nested is not None:
+                arrays += (nf4.nested.levels, nf4.nested.scales, np.asarray(nf4.nested.offset, np.float32))
+            return cls._of(op, "nf4", nf4.shape, compute, *arrays)
+        tensor = opened[name]
+        where = _require_matrix(op, opened.source, name, tensor.shape)
+        if tensor.dtype not in storages.FLOATS:
+            raise UnsupportedError(f"{where} is {tensor.dtype}, expected one of {', '.join(storages.FLOATS)}")
+        return cls._of(op, tensor.dtype, tensor.shape, compute, tensor.numpy())
+
+    @classmethod
+    def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
+        """A matrix from the bytes of its rows, as `storages.encode` makes them; but for NF4 not copied."""
+        shape = (len(raw), d_in)
+        if storage == "nf4":
+            arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
+        elif storage in storages.BLOCKS:
+            arrays = (raw,)
+        else:
+            arrays = (raw.reshape(-1).view(storages.FLOATS[storage]).reshape(shape),)
+        return cls._of("FrozenWeight.of_rows", storage, shape, compute, *arrays)
+
+    @classmethod
+    def _of(cls, op: str, storage: str, shape: tuple[int, ...], compute: str, *arrays: Array) -> Self:
+        weight = cls.__new__(cls)
+        weight._hold(storage, shape, arrays, _core_compute(op, storage, compute))
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self._packed.shape
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        d_out, d_in = self.shape
+        return d_out * d_in
+
+    @property
+    def dtype(self) -> str:
+        """The name of the storage format."""
+        return self._packed.storage
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the matrix takes, in memory or in its file."""
+        return self._packed.nbytes
+
+    def with_compute(self, compute: str) -> FrozenWeight:
+        """The same matrix for products in another arithmetic: shared where it is read in place, else a copy.
+
+        Raises:
+            ValueError: compute is not available.
+        """
+        if compute == self.compute:
+            return self
+        if not self._arrays:
+            return FrozenWeight(self.to_numpy(), self.dtype, compute)
+        weight = type(self).__new__(type(self))
+        op = "FrozenWeight.with_compute"
+        weight._hold(self.dtype, self.shape, self._arrays, _core_compute(op, self.dtype, compute))
+        return weight
+
+    @property
+    def compute(self) -> str:
+        """What products run in: "bfloat16" (summed in float32), "int8", or the name of `compute_dtype`."""
+        return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some products round their operands to fewer bits than the sums have."""
+        return self._packed.compute != "float"
+
+    @property
+    def meets_int8(self) -> bool:
+        """Whether a few rows of x meet the weight in int8."""
+        return self.compute == "int8" and self.dtype in storages.BLOCKS and self.dtype != "nf4"
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """The dtype of inputs, outputs and sums: float64 for float64 storage, else float32."""
+        return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
+
+    @property
+    def packed(self) -> _core.PackedWeight:
+        """The compiled core's object, for the layers."""
+        return self._packed
+
+    def to_numpy(self) -> Array:
+        """The matrix, decoded, as a fresh (d_out, d_in) array: float64 for float64 storage, else float32
+        (exact)."""
+        out = np.empty(self.shape, self.compute_dtype)
+        self._packed.unpack(out)
+        return out
+
+    def to_gguf(self, name: str) -> gguf.Tensor | gguf.Stream:
+        """The matrix as `gguf.save` writes it, in its storage: without a copy where it is used as it lies.
+
+        Raises:
+            TypeError: GGUF has no such type ("nf4").
+        """
+        from nplora.formats import gguf
+        from nplora.formats.errors import brief
+
+        if self.dtype not in storages.GGML_NAMES:
+            known = ", ".join(storages.GGML_NAMES)
+            raise TypeError(f"FrozenWeight.to_gguf: {brief(name)} is {self.dtype}; what GGUF has: {known}")
+        kind = storages.GGML_NAMES[self.dtype]
+        if self._arrays:
+            raw = self._arrays[0].reshape(-1).view(np.uint8)
+            raw.flags.writeable = False
+            return gguf.Tensor(name, kind, self.shape, raw)
+
+        def rows() -> Iterator[memoryview]:
+            for block in storages.row_blocks(*self.shape):
+                some = self.take(np.arange(block.start, block.stop))
+                yield storages.encode(some, self.dtype).reshape(-1).data
+
+        return gguf.Stream(kind, self.shape, rows)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("FrozenWeight: the matrix is packed, an array of it is always a copy")
+        return self.to_numpy() if dtype is None else self.to_numpy().astype(dtype, copy=False)
+
+    def matmul(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
+        """x @ W.T: x (..., d_in) gives (..., d_out), written to `out` if given.
+
+        Raises:
+            ValueError: the last axis of x is not d_in, or out has another shape, is read-only or overlaps x.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("FrozenWeight.matmul", "x", x, d_in, "d_in", self.compute_dtype)
+        y = buffers.output("FrozenWeight.matmul", "out", out, (*lead, d_out), self.compute_dtype, ("x", rows))
+        _core.matmul(self._packed, rows, None, y.reshape(len(rows), d_out))
+        return y
+
+    def matmul_t(self, dy: npt.ArrayLike, out: Array | None = None) -> Array:
+        """dy @ W: dy (..., d_out) gives (..., d_in), written to `out` if given.
+
+        Raises:
+            ValueError: the last axis of dy is not d_out, or out has another shape, is read-only or overlaps
+                dy.
+        """
+        d_out, d_in = self.shape
+        rows, lead = _check.rows("FrozenWeight.matmul_t", "dy", dy, d_out, "d_out", self.compute_dtype)
+        op = "FrozenWeight.matmul_t"
+        dx = buffers.output(op, "out", out, (*lead, d_in), self.compute_dtype, ("dy", rows))
+        _core.matmul_t(self._packed, rows, dx.reshape(len(rows), d_in))
+        return dx
+
+    def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
+        """As `matmul`, in float32 where the weight computes in bfloat16 or int8."""
+        plain = self.with_compute("float32") if self.meets_int8 else self
+        return _few_at_a_time(plain.matmul, x) if plain.rounds else plain.matmul(x)
+
+    def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
+        """As `matmul_t`, in float32 where the weight computes in bfloat16 or int8."""
+        return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
+
+    def take(self, ids: npt.ArrayLike) -> Array:
+        """The rows W[ids]: array (..., d_in) for integer ids (...).
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: an id is not in [0, d_out).
+        """
+        (d_out, d_in), op = self.shape, "FrozenWeight.take"
+        rows = _check.in_range(op, "ids", _check.integers(op, "ids", ids), d_out)
+        out = buffers.empty((rows.size, d_in), self.compute_dtype)
+        self._packed.gather_rows(rows.reshape(-1), out)
+        return out.reshape(*rows.shape, d_in)
+
+    def __repr__(self) -> str:
+        compute = f", compute={self.compute!r}" if self.rounds else ""
+        return f"FrozenWeight(shape={self.shape}, dtype={self.dtype!r}{compute}, nbytes={self.nbytes})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # immutable: a copied model shares its frozen weights
+
+    @property
+    def float_dtype(self) -> str:
+        """The storage of another matrix like this one: "float32" for low-bit blocks, which lose an update."""
+        return "float32" if self.dtype in storages.BLOCKS else self.dtype
+
+    def like(self, W: Array) -> FrozenWeight:
+        """Another matrix, stored as `float_dtype` says and computed as this one."""
+        return FrozenWeight(W, self.float_dtype, self._compute_word())
+
+    def like_rows(self, raw: Array, storage: str) -> FrozenWeight:
+        """Another matrix from the bytes of its rows, computed as this one."""
+        return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
+
+    def _compute_word(self) -> str:
+        """compute as the constructor takes it."""
+        return self.compute if self.rounds else "float32"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.dtype not in storages.BLOCKS:
+            return FrozenWeight, (self.to_numpy(), self.dtype, self._compute_word())
+        return _restored, (self.dtype, self.shape, self._arrays, self._packed.compute)
+
+
+def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], compute: str) -> FrozenWeight:
+    """A pickled weight: its blocks as they were."""
+    weight = FrozenWeight.__new__(FrozenWeight)
+    weight._hold(storage, shape, arrays, compute)
+    return weight
+
+
+def _core_compute(op: str, storage: str, compute: str) -> str:
+    """compute as the core names it: "float" is the weight's own type."""
+    _check.choice(op, "compute", compute, INFERENCE_COMPUTES)
+    if storage == "float64" and compute != "float32":
+        raise ValueError(f"{op}: a float64 weight computes in float64, got compute={compute!r}")
+    return "float" if compute == "float32" else compute
+
+
+def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
+    """float32 W (d_out, d_in) as rows of blocks (d_out, bytes); as NF4's codes and absmax."""
+    (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
+    try:
+        if storage == "nf4":
+            codes, absmax = np.empty(-(-W.size // 2), np.uint8), np.empty(-(-W.size // length), np.float32)
+            _core.quantize_nf4(W, codes, absmax)
+            return codes, absmax
+        if d_in % length:
+            raise ValueError(f"d_in={d_in}, but {storage} has blocks of {length} values along a row")
+        blocks = np.empty((d_out, d_in // length * nbytes), np.uint8)
+        _core.quantize(W, storage, blocks)
+    except ValueError as error:
+        raise ValueError(f"{op}: W: {error}") from None
+    return (blocks,)
+
+
+def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
+    """NF4's second quantisation: codes, levels, scales, and the offset as an array of no axes."""
+    codes, levels = np.empty(absmax.size, np.uint8), np.empty(256, np.float32)
+    scales = np.empty(-(-absmax.size // 256), np.float32)
+    offset = _core.quantize_absmax(absmax, codes, levels, scales)
+    return codes, levels, scales, np.asarray(offset, np.float32)
+
+
+def _nf4_levels() -> Array:
+    """What the sixteen codes of NF4 stand for."""
+    codes = np.frombuffer(bytes.fromhex("0123456789abcdef"), np.uint8)
+    levels = np.empty(16, np.float32)
+    _core.dequantize_nf4(codes, np.ones(1, np.float32), levels)
+    return levels
+
+
+def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
+    """How messages name a tensor, which must have the two axes of a weight."""
+    from nplora.formats.errors import brief
+
+    where = f"{op}: {source}: tensor {brief(name)}"
+    if len(shape) != 2:
+        raise ValueError(f"{where} has shape {shape}, expected (d_out, d_in)")
+    return where
+
+
+def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
+    """The product in batches of rows that are so small that none is rounded to bfloat16."""
+    x = np.asarray(x)
+    lead, width = x.shape[:-1], x.shape[-1]
+    rows = x.reshape(math.prod(lead), width)
+    parts = [product(rows[i : i + _UNROUNDED_ROWS]) for i in range(0, max(1, len(rows)), _UNROUNDED_ROWS)]
+    return np.concatenate(parts).reshape(*lead, parts[0].shape[1])
+
+
+def freeze(
+    op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
+) -> FrozenWeight:
+    """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
+    if not isinstance(W, FrozenWeight):
+        storage = dtype_name(op, dtype)
+        if compute == "int8":
+            _require_blocks(op, storage, f"would be stored as {storage}; dtype='q8_0' makes some")
+        return FrozenWeight(W, storage, compute)
+    if dtype is not None and dtype_name(op, dtype) != W.dtype:
+        raise ValueError(
+            f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
+        )
+    if _check.choice(op, "compute", compute, INFERENCE_COMPUTES) in ("float32", W.compute):
+        return W
+    if compute == "int8":
+        _require_blocks(op, W.dtype, f"is stored as {W.dtype}")
+    way = "" if W.dtype == "float64" else f"; W.with_compute({compute!r}) is one that does"
+    raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}{way}")
+
+
+def _require_blocks(op: str, storage: str, words: str) -> None:
+    if storage in storages.FLOATS or storage == "nf4":
+        raise ValueError(f"{op}: compute='int8' is for GGUF's blocks, W {words}")
+
+
+def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
+    """ "float32" for "float32", np.float32, np.dtype(np.float32) and None alike; a string as it is."""
+    if dtype is None:
+        return "float32"
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        words = ", ".join(map(repr, storages.STORAGES))
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {words}") from None
+
+
+def become_infinite(W: Array, storage: str) -> Array:
+    """The magnitudes (n,) of the finite elements of W that `storage` would hold as infinity."""
+    if _check.is_bfloat16(W) and storage == "float16":
+        W = W.astype(np.float32)
+    if W.dtype.kind != "f" or not W.size:  # bfloat16 and bit patterns fit every other storage
+        return np.empty(0)
+    limit = np.float64(_INFINITE_FROM[storage])
+    if max(float(np.fmax.reduce(W, axis=None)), -float(np.fmin.reduce(W, axis=None))) < limit:
+        return np.empty(0)  # as ever: no copy of W was made
+    magnitudes = np.abs(W[np.isfinite(W)])
+    return magnitudes[magnitudes >= limit]
+
+
+def _values(array: Array, storage: str) -> Array:
+    """W as the core takes it: bit patterns where they are at hand, else float32 (float64 for float64)."""
+    _check.matrix("FrozenWeight", "W", array)
+    bits = array.dtype == np.uint16 and storage == "bfloat16"
+    if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:
+        hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if array.dtype == np.uint16 else ""
+        raise TypeError(f"FrozenWeight: W has dtype {array.dtype}, expected floats{hint}")
+    if bits or (array.dtype.name == storage and array.itemsize == 2 and array.dtype.isnative):
+        return np.require(array.view(np.uint16), requirements=("C", "A"))
+    with np.errstate(over="ignore"):  # the constructor warns, and says how many
+        return _check.floats("FrozenWeight", "W", array, np.float64 if storage == "float64" else np.float32)

@@ -1,0 +1,655 @@
+"""Training data: every format that people have, every mistake in it, and batches that any run can repeat."""
+
+import csv
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nplora.finetuning.data import TokenBatches, find_evaluated, find_splits, read_dataset
+from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
+from nplora.models.packing import IGNORED
+from nplora.tokenizer import Tokenizer, from_gguf
+from vocabularies import byte_level, opened, sentencepiece
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+CHATML = (
+    "{% for m in messages %}{{ '<|end|>' if m.role == 'nobody' else '' }}{{ m.role + ':' + m.content }}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def tokenizer(template: str = CHATML, **changes: Any) -> Tokenizer:
+    return from_gguf(opened(byte_level(**changes) | {"tokenizer.chat_template": template}))
+
+
+def write(path: Path, *rows: Any, name: str = "data.jsonl") -> Path:
+    """Rows as lines of JSON, but for those that are text or bytes already."""
+    lines = [
+        row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
+        for row in rows
+    ]
+    (path / name).write_bytes(b"\n".join(lines) + b"\n")
+    return path / name
+
+
+def read(path: Path, *rows: Any, **options: Any) -> list[tuple[str, str]]:
+    """Each example as its text, and the text of what is learned."""
+    words = tokenizer()
+    dataset = read_dataset(write(path, *rows), words, **options)
+    return [(words.decode(ids), words.decode(labels[labels != IGNORED])) for ids, labels in dataset]
+
+
+# ---- formats ----
+
+
+def test_a_completion_follows_its_prompt_as_it_is_and_is_learned_with_its_end(tmp_path: Path) -> None:
+    row = {"prompt": "Q: hello?\nA:", "completion": " hello 12", "id": 7}
+    assert read(tmp_path, row) == [("Q: hello?\nA: hello 12<|end|>", " hello 12<|end|>")]
+    assert read(tmp_path, row, learn="all") == [("Q: hello?\nA: hello 12<|end|>",) * 2]
+
+
+def test_a_prompts_tokens_are_those_that_the_model_sees_when_it_is_asked(tmp_path: Path) -> None:
+    words = tokenizer()
+    prompt, completion = "hel", "lo"  # "hello" is one token
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": prompt, "completion": completion}), words)
+    before = words.encode(prompt)
+    assert ids.tolist() == [*before, *words.encode(completion), words.eos_id]
+    assert labels.tolist() == [IGNORED] * len(before) + ids.tolist()[len(before) :]
+
+
+def test_an_empty_prompt_is_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": "", "completion": "ab"}), words)
+    assert ids[0] == words.bos_id
+    assert labels.tolist() == [IGNORED, *ids.tolist()[1:]]
+
+
+def test_no_space_comes_between_prompt_and_completion(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": "ab ", "completion": "nb"}), words)
+    assert words.decode(ids[1:-1]) == "ab nb"
+    assert [ids[0], ids[-1]] == [words.bos_id, words.eos_id]
+    assert words.decode(labels[labels != IGNORED]) == "nb</s>"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("ab ", "ab"), ("a", "b"), ("ab\n", "ab"), ("n", "€b")])
+def test_no_space_comes_before_a_completion_that_begins_a_word(
+    tmp_path: Path, prompt: str, completion: str
+) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": prompt, "completion": completion}), words)
+    assert words.decode(ids[1:-1]) == prompt + completion
+    assert words.decode(labels[labels != IGNORED][:-1]).strip() == completion
+    assert ids.tolist()[: len(words.encode_prompt(prompt))] == words.encode_prompt(prompt)
+
+
+def test_no_space_comes_into_a_long_plain_text(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece()))
+    text = "ab\n" * 400_000  # more than a piece
+    (tmp_path / "data.txt").write_text(text)
+    [(ids, _)] = read_dataset(tmp_path / "data.txt", words, max_length=10**7)
+    assert words.decode(ids[1:-1]) == text.rstrip()
+
+
+def test_an_end_that_the_model_adds_itself_is_not_doubled(tmp_path: Path) -> None:
+    words = from_gguf(opened(sentencepiece(add_eos_token=True)))
+    path = write(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "ab"})
+    for ids, _ in read_dataset(path, words):
+        assert ids.tolist().count(words.eos_id) == 1
+        assert ids[-1] == words.eos_id
+
+
+def test_the_assistants_turns_are_learned(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "3"},
+    ]
+    text = "user:hello<|end|>assistant:12<|end|>user:x<|end|>assistant:3<|end|>"
+    assert read(tmp_path, {"messages": chat}) == [(text, "12<|end|>3<|end|>")]
+    assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text)]
+
+
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "hello", "weight": None},
+        {"role": "assistant", "content": "12", "weight": 0},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "3", "weight": 1},
+        {"role": "assistant", "content": "4", "weight": None},
+    ]
+    text = "user:hello<|end|>assistant:12<|end|>user:x<|end|>assistant:3<|end|>assistant:4<|end|>"
+    assert read(tmp_path, {"messages": chat}) == [(text, "3<|end|>4<|end|>")]
+    assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text.replace("12<|end|>", ""))]
+
+
+def test_a_null_is_no_second_kind_of_example(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": chat, "text": None, "tools": None},
+        {"messages": None, "prompt": "a", "completion": "b"},
+    ]
+    assert [learned for _, learned in read(tmp_path, *rows)] == ["b<|end|>"] * 2
+
+
+# ---- tools ----
+
+# As Qwen's and Hermes' templates do.
+TOOLS_TEMPLATE = """{%- if tools %}{{- 'system:' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+{{- '<tools>' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '</tools><|end|>\n' }}
+{%- elif messages[0].role == 'system' %}{{- 'system:' + messages[0].content + '<|end|>\n' }}{%- endif %}
+{%- for document in documents or [] %}{{- document.title + ': ' + document.text + '\n' }}{%- endfor %}
+{%- for m in messages if m.role != 'system' %}
+{{- m.role + ':' }}{%- if m.content %}{{- m.content }}{%- endif %}
+{%- for call in m.tool_calls or [] %}
+{%- if call.function %}{%- set call = call.function %}{%- endif %}
+{{- '<call>' + call.name + ' ' }}
+{{- call.arguments if call.arguments is string else call.arguments | tojson }}{{- '</call>' }}
+{%- endfor %}{{- '<|end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": 'The <weather> of a "city", in °C',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is it hot in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}},
+            {"id": "2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "31"},
+    {"role": "assistant", "content": "Yes."},
+]
+DOCUMENTS = [{"title": "Rome", "text": "A city."}]
+
+
+def transformers_text(messages: Any, **given: Any) -> str:
+    """What the real `apply_chat_template` writes."""
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("tokenizers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=package.Tokenizer(package.models.BPE()), eos_token="<|end|>"
+    )
+    text = theirs.apply_chat_template(messages, chat_template=TOOLS_TEMPLATE, tokenize=False, **given)
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("tools", [None, [], [WEATHER, WEATHER]])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_tools_and_documents_are_written_as_in_transformers(
+    tmp_path: Path, tools: Any, documents: Any
+) -> None:
+    words = tokenizer(TOOLS_TEMPLATE)
+    path = write(tmp_path, {"messages": CALLS, "tools": tools, "documents": documents})
+    expected = transformers_text(CALLS, tools=tools, documents=documents)
+    assert ("<tools>" in expected) == bool(tools)
+    dataset = read_dataset(path, words)
+    [(ids, labels)] = dataset
+    assert words.decode(ids) == expected
+    call = '<call>weather {"city": "Rome"}</call><call>weather {"city": "Oslo"}</call><|end|>'
+    assert words.decode(labels[labels != IGNORED]) == f"{call}Yes.<|end|>"
+    assert dataset.report.unused == 0
+    given = {"tools": tools, "documents": documents}
+    assert words.apply_chat_template(CALLS, **given) == expected
+    asked = words.encode_chat(CALLS[:2], True, **given)
+    assert words.decode(asked) == transformers_text(CALLS[:2], add_generation_prompt=True, **given)
+
+
+def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_file(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": chat, "tools": [WEATHER]},
+        {"messages": chat, "documents": DOCUMENTS},
+        {"messages": chat, "tools": []},
+        {"text": "a", "tools": [WEATHER]},
+        {"prompt": "a", "completion": "b", "tools": [WEATHER]},
+        {"text": "a", "tools": None},
+    ]
+    path = write(tmp_path, *rows)
+    with pytest.warns(UserWarning, match="tools or documents") as caught:
+        report = read_dataset(path, tokenizer()).report
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}: 4 examples with tools or documents that the chat template does not write: "
+        "the model does not see them"
+    ]
+    assert report.unused == 4
+    with pytest.warns(UserWarning, match="2 examples with tools"):
+        read_dataset(path, tokenizer(TOOLS_TEMPLATE))
+
+
+def test_a_template_that_needs_tools_makes_use_of_them(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    words = tokenizer("{{ tools[0].function.name }}" + CHATML)
+    [(ids, _)] = read_dataset(write(tmp_path, {"messages": chat, "tools": [WEATHER]}), words)
+    assert words.decode(ids).startswith("weatheruser:a")
+    with pytest.raises(DataError, match="the chat template fails with these messages"):
+        read_dataset(write(tmp_path, {"messages": chat}), words)
+
+
+def test_a_special_token_that_a_tool_spells_out_stays_letters() -> None:
+    words = tokenizer(TOOLS_TEMPLATE)
+    chat = [{"role": "user", "content": "a"}]
+    tools = [{"name": "<|end|>", "<|end|>": 1}]
+    assert words.encode_chat(chat, tools=tools).count(words.eos_id) == 2  # after the tools, and the message
+    text = words.apply_chat_template(chat, tools=tools)
+    assert words.decode(words.encode_chat(chat, tools=tools)) == text
+
+
+@pytest.mark.parametrize("given", [{"tools": {"a": 1}}, {"tools": [print]}, {"documents": "a"}])
+def test_what_is_no_list_of_tools_or_documents_is_refused(given: dict[str, Any]) -> None:
+    name = next(iter(given))
+    for write_chat in (tokenizer().apply_chat_template, tokenizer().encode_chat):
+        with pytest.raises(TypeError, match=f"{name} of a chat are .*, expected a list of dictionaries"):
+            write_chat([{"role": "user", "content": "a"}], **given)
+
+
+def test_a_text_is_learned_to_its_end(tmp_path: Path) -> None:
+    assert read(tmp_path, {"text": "hello"}) == [("hello<|end|>",) * 2]
+
+
+def test_what_editors_leave_is_no_mistake(tmp_path: Path) -> None:
+    rows = [b"\xef\xbb\xbf" + b'{"text": "a"}\r', b"", b'{"text": "b"}\r', b" \t\r", b"\r", b""]
+    assert [text for text, _ in read(tmp_path, *rows)] == ["a<|end|>", "b<|end|>"]
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}')  # without an end of the line
+    assert len(read_dataset(tmp_path / "data.jsonl", tokenizer())) == 1
+
+
+def test_lines_longer_than_a_piece_of_the_file_are_whole(tmp_path: Path) -> None:
+    texts = ["ab" * 700_000, "c", "d" * 1_048_576, "e"]
+    found = read(tmp_path, *({"text": text} for text in texts))
+    assert [text for text, _ in found] == [f"{text}<|end|>" for text in texts]
+
+
+def test_csv_has_its_columns_by_name(tmp_path: Path) -> None:
+    words = tokenizer()
+    path = tmp_path / "data.csv"
+    path.write_bytes('\ufeffcompletion,n,prompt\r\n"a ""b"",\nc",1,q\r\nd,2,p\r\n'.encode())
+    found = read_dataset(path, words)
+    assert [words.decode(ids) for ids, _ in found] == ['qa "b",\nc<|end|>', "pd<|end|>"]
+    path.write_text("text\nhello\n")
+    assert [words.decode(ids) for ids, _ in read_dataset(path, words)] == ["hello<|end|>"]
+
+
+def test_a_plain_text_comes_in_windows_that_share_a_token(tmp_path: Path) -> None:
+    words = tokenizer()
+    text = "".join(f"Line {n} hello\n  and 12\n\n" for n in range(50))
+    path = tmp_path / "data.txt"
+    path.write_text(text)
+    whole = [*words.encode(text.rstrip("\n")), words.eos_id]
+    dataset = read_dataset(path, words, max_length=16)
+    assert {len(ids) for ids, _ in list(dataset)[:-1]} == {16}
+    joined = dataset[0][0].tolist() + [id_ for ids, _ in dataset[1:] for id_ in ids[1:].tolist()]
+    assert joined == whole
+    assert dataset.report.learned == len(whole) - 1
+
+
+def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
+    tokens = [*byte_level()["tokenizer.ggml.tokens"], "ĊĠ"]  # an end of a line and a space
+    words = tokenizer(tokens=tokens, token_type=None, merges=["Ċ Ġ"])
+    text = "".join(f"Line {n}\n  and\n  12\r\n  then\n" for n in range(50_000))
+    (tmp_path / "data.txt").write_text(text, newline="")
+    dataset = read_dataset(tmp_path / "data.txt", words, max_length=1 << 30)
+    assert len(text) > 5 << 18  # more than one piece
+    whole = text.replace("\r\n", "\n").rstrip("\n")
+    assert dataset[0][0].tolist() == [*words.encode(whole), words.eos_id]
+
+
+def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of train\.jsonl, train\.csv, train\.txt"):
+        find_splits(tmp_path)
+    train = write(tmp_path, {"text": "a"}, name="train.jsonl")
+    assert find_splits(tmp_path) == (train, None)
+    valid = write(tmp_path, {"text": "a"}, name="valid.jsonl")
+    assert find_splits(tmp_path) == (train, valid)
+    assert find_splits(train) == (train, None)
+    assert find_evaluated(tmp_path) == valid
+    assert find_evaluated(train) == train
+    train.unlink()
+    assert find_evaluated(tmp_path) == valid
+    train = valid.rename(train)
+    assert find_evaluated(tmp_path) == train
+    train.unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of valid\.jsonl, .*, train\.jsonl, "):
+        find_evaluated(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        find_evaluated(tmp_path / "nothing.jsonl")
+
+
+# ---- lengths ----
+
+
+def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "abc"}, {"text": "abcdefgh"}, {"prompt": "a" * 9, "completion": "b"}]
+    path = write(tmp_path, *rows)
+    report = read_dataset(path, tokenizer(), max_length=5).report
+    assert (report.examples, report.truncated, report.emptied) == (2, 1, 1)
+    assert (report.tokens, report.learned) == (4 + 5, 3 + 4)
+    assert (report.shortest, report.median, report.longest) == (4, 4, 5)
+    assert "1 cut to the largest length; 1 left out" in str(report)
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: 9 tokens, at most 5 are allowed"):
+        read_dataset(path, tokenizer(), max_length=5, strict=True)
+
+
+LONG_TEXTS = {
+    "words": "hello 12 word " * 1500,
+    "lines": "hello 123\n  and 12\nx" * 1100,
+    "one word": "ahello" * 3500,
+    "digits": "123" * 7000,
+    "spaces": "a" + " " * 21_000 + "b",
+    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 1000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+@pytest.mark.parametrize("words", ["gpt-2", "llama-bpe", "qwen2", "sentencepiece"])
+def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    metadata = sentencepiece() if words == "sentencepiece" else byte_level(pre=words)
+    model = from_gguf(opened(metadata | {"tokenizer.chat_template": CHATML}))
+    read_texts = list[int]()
+    encode = model._encode
+    model._encode = lambda text, *options: (read_texts.append(len(text)), encode(text, *options))[1]  # type: ignore
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"text": text},
+        {"prompt": "a", "completion": text},
+        {"prompt": text, "completion": "a"},
+        {"messages": [*chat, {"role": "assistant", "content": text}]},
+        {"messages": [*chat, {"role": "user", "content": text}, *chat]},
+    ]
+    for row in rows:
+        path = write(tmp_path, row)
+        for learn in ("completion", "all"):
+            [(ids, labels)] = read_dataset(path, model, learn=learn)
+            read_texts.clear()
+            if (labels[1:40] == IGNORED).all():
+                with pytest.raises(DataError, match="1 with nothing to learn in their first tokens"):
+                    read_dataset(path, model, learn=learn, max_length=40)
+            else:
+                [(first, learned)] = read_dataset(path, model, learn=learn, max_length=40)
+                assert first.tolist() == ids[:40].tolist()
+                assert learned.tolist() == labels[:40].tolist()
+            assert max(read_texts) < len(text)
+
+
+def test_a_long_example_is_refused_by_the_least_that_it_has(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "hello " * 10_000})
+    with pytest.raises(DataError, match=r"line 1: at least 7 tokens, at most 5 are allowed"):
+        read_dataset(path, tokenizer(), max_length=5, strict=True)
+
+
+def test_learned_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
+    dataset = read_dataset(write(tmp_path, {"text": "abc"}, {"prompt": "ab", "completion": "c"}), tokenizer())
+    batches = TokenBatches(dataset, batch_tokens=100)
+    assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 3 + 2
+
+
+# ---- mistakes ----
+
+CHAT_LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+
+
+def weighted(weight: bytes, role: bytes = b"assistant") -> bytes:
+    """A chat of two messages, those of one role with a weight."""
+    return CHAT_LINE.replace(b'"' + role + b'"', b'"' + role + b'", "weight": ' + weight) + b"}"
+
+
+BAD = [
+    (b'{"text": "\xff"}', DataError, "not UTF-8 at byte 10"),
+    (b'{"text": "\\ud800"}', DataError, "a string holds half a surrogate pair"),
+    (b'{"text": "a"', DataError, "not JSON at character"),
+    (b'{"text": "a", "text": "b"}', DataError, "the name 'text' appears twice"),
+    (b'{"text": NaN}', DataError, "NaN is not JSON"),
+    (b"[" * 100_000, LimitError, "JSON nested 100,000 deep, at most 64"),
+    (b'["text"]', DataError, "expected an object"),
+    (b'{"txt": "a"}', DataError, r"has \['txt'\], expected messages, prompt and completion, or text"),
+    (b"{}", DataError, r"has \[\], expected"),
+    (b'{"text": 5}', DataError, "text is 5, expected a string"),
+    (b'{"text": null}', DataError, "text is None"),
+    (b'{"text": " "}', DataError, "text is empty"),
+    (b'{"prompt": "a", "completion": ""}', DataError, "completion is empty"),
+    (b'{"prompt": "a", "completion": " \\n"}', DataError, "completion is empty"),
+    (b'{"prompt": "a"}', DataError, "completion is missing"),
+    (b'{"completion": "a"}', DataError, "prompt is missing"),
+    (b'{"prompt": ["a"], "completion": "a"}', DataError, "prompt is"),
+    (
+        b'{"prompt": "", "completion": "a"}',
+        DataError,
+        "prompt is empty, and the model has no token that begins",
+    ),
+    (b'{"prompt": "a", "completion": "b", "text": "c"}', DataError, "has both text and prompt"),
+    (b'{"text": "c", "completion": "b"}', DataError, "has both text and completion"),
+    (CHAT_LINE + b', "text": "c"}', DataError, "has both messages and text"),
+    (CHAT_LINE + b', "prompt": "c"}', DataError, "has both messages and prompt"),
+    (CHAT_LINE + b', "completion": "c"}', DataError, "has both messages and completion"),
+    (CHAT_LINE + b', "tools": {"a": 1}}', DataError, "tools is {'a': 1}, expected a list of objects"),
+    (CHAT_LINE + b', "documents": ["a"]}', DataError, r"documents is \['a'\], expected a list of objects"),
+    (weighted(b"2"), DataError, "a message's weight is 2, expected 0 or 1"),
+    (weighted(b"0.5"), DataError, "a message's weight is 0.5, expected 0 or 1"),
+    (weighted(b"true"), DataError, "a message's weight is True, expected 0 or 1"),
+    (weighted(b'"0"'), DataError, "a message's weight is '0', expected 0 or 1"),
+    (weighted(b"0"), DataError, "nothing is to be learned"),
+    (weighted(b"1", b"user"), DataError, "a message of the user has a weight, expected the assistant's only"),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
+        DataError,
+        "role is 'asistant', expected system, user, assistant, tool, ",
+    ),
+    (b'{"messages": []}', DataError, r"messages is \[\]"),
+    (b'{"messages": "a"}', DataError, "messages is 'a'"),
+    (b'{"messages": ["a"]}', DataError, "a message is 'a'"),
+    (b'{"messages": [{"content": "a"}]}', DataError, "a message is"),
+    (b'{"messages": [{"role": 1}]}', DataError, "a message is"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', DataError, "nothing is to be learned"),
+    (
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
+        DataError,
+        "fails with",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+        DataError,
+        "the assistant's content is ''",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "error", "message"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_or_skipped_and_counted(
+    tmp_path: Path, line: bytes, error: type[FormatError], message: str
+) -> None:
+    path = write(tmp_path, {"text": "a"}, line, {"text": "b"})
+    with pytest.raises(error, match=rf"data\.jsonl, line 2: .*{message}") as caught:
+        read_dataset(path, tokenizer())
+    assert caught.type is error
+    report = read_dataset(path, tokenizer(), skip_bad=True).report
+    assert (report.examples, report.skipped, report.problems) == (2, 1, (str(caught.value),))
+    assert "1 bad row skipped, such as: " in str(report)
+    with pytest.raises(DataError, match=r"no examples: 1 bad ones skipped"):
+        read_dataset(write(tmp_path, line), tokenizer(), skip_bad=True)
+
+
+def test_a_line_without_end_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2 << 30)  # zeros that take no space
+    with pytest.raises(LimitError, match=r"line 1: over 16,777,216 bytes"):
+        read_dataset(path, tokenizer(), skip_bad=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"\r\n"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "txt"])
+def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.\w+: (no examples|the columns are \[\])"):
+        read_dataset(path, tokenizer(), max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\n", r"the columns are \['a', 'b'\], expected prompt and completion, or text"),
+        (b"text\na,b\n", "line 2: expected 1 fields"),
+        (b"prompt,completion\na\n", "line 2: expected 2 fields"),
+        (b'text\n"a\n', "line 2: a quote is not closed"),
+        (b'text\na\n\n"b\n\n', "line 4: a quote is not closed"),
+        (b'"prompt,completion\na,b\n', "line 1: a quote is not closed"),
+        (b'text\n"a"b\n', "line 2: ',' expected after '\"'"),
+        (b"text\n\xff\n", "line 2: not UTF-8 at byte 0"),
+        (b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit"),
+        (b"prompt,completion\na,\n", "line 2: completion is empty"),
+        (b"prompt,completion,text\na,b,c\n", "line 2: has both text and prompt"),
+        (b"messages,text\na,b\n", "line 2: has both messages and text"),
+    ],
+)
+def test_a_bad_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_dataset(tmp_path / "data.csv", tokenizer())
+
+
+def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
+    (tmp_path / "data.parquet").touch()
+    for name, message in (
+        ("pipe.jsonl", "a FIFO, expected a regular file"),
+        ("folder.jsonl", "a directory, expected a regular file"),
+        ("bad.txt", "line 2: not UTF-8"),
+        ("data.parquet", r"expected a file that ends in \.jsonl"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            read_dataset(tmp_path / name, tokenizer(), max_length=8)
+    with pytest.raises(FileNotFoundError):
+        read_dataset(tmp_path / "nowhere", tokenizer(), max_length=8)
+    with pytest.raises(FileNotFoundError):
+        read_dataset(tmp_path / "missing.jsonl", tokenizer())
+    with pytest.raises(ValueError, match="is a plain text, which needs a max_length"):
+        read_dataset(tmp_path / "bad.txt", tokenizer())
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text\n" + "a" * 140_000 + "\nab\n")
+    limit = csv.field_size_limit()
+    assert read_dataset(tmp_path / "data.csv", tokenizer()).lengths.tolist() == [140_001, 3]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path, chat)
+    with pytest.raises(UnsafeError):
+        read_dataset(path, tokenizer("{{ ''.__class__ }}"), skip_bad=True)
+    with pytest.raises(UnsafeError, match=r"line 1: .*takes too much memory"):
+        read_dataset(path, tokenizer("{{ 'a' * 1000000000 }}"), skip_bad=True)
+    with pytest.raises(UnsafeError, match=r"line 1: .*has 70,000 characters"):
+        read_dataset(path, tokenizer("x" * 70_000), skip_bad=True)
+    with pytest.raises(DataError, match=r"line 1: .*has no chat template"):
+        read_dataset(path, tokenizer(""))
+    with pytest.raises(DataError, match=r"line 1: .*the chat template writes the messages before message 2"):
+        read_dataset(path, tokenizer("{{ messages | length }}" + CHATML))
+    with pytest.raises(ValueError, match="the model names no EOS token"):
+        read_dataset(path, tokenizer(eos_token_id=None))
+
+
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"learn": "some"}])
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="read_dataset: "):
+        read_dataset(tmp_path / "data.jsonl", tokenizer(), **options)
+
+
+# ---- batches ----
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Any:
+    rows = [{"text": chr(97 + n % 26) * (1 + n * 7 % 11)} for n in range(50)]
+    return read_dataset(write(tmp_path, *rows), tokenizer())
+
+
+def batches_of(batches: TokenBatches, epoch: int, skip: int = 0) -> list[list[int]]:
+    return [[*batch.ids.tolist(), *batch.starts.tolist()] for batch, _ in batches.epoch(epoch, skip)]
+
+
+@pytest.mark.parametrize("size", [{"batch_tokens": 32}, {"batch_examples": 7}])
+def test_every_example_comes_once_in_an_epoch_and_any_batch_can_be_reached(many: Any, size: Any) -> None:
+    batches = TokenBatches(many, **size, seed=3)
+    everything = sorted(tuple(ids.tolist()) for ids, _ in many)
+    orders = []
+    for epoch in range(3):
+        seen = []
+        for batch, targets in batches.epoch(epoch):
+            assert targets is batch.targets
+            starts = batch.starts.tolist()
+            seen += [tuple(batch.ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+        assert sorted(seen) == everything
+        orders.append(seen)
+        whole = batches_of(batches, epoch)
+        assert len(whole) == batches.length
+        for skip in range(batches.length + 1):
+            assert batches_of(batches, epoch, skip) == whole[skip:]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert batches_of(TokenBatches(many, **size, seed=3), 1) == batches_of(batches, 1)
+    assert batches_of(TokenBatches(many, **size, seed=4), 1) != batches_of(batches, 1)
+
+
+def test_without_shuffling_the_order_is_the_files(many: Any) -> None:
+    for size in ({"batch_tokens": 32}, {"batch_examples": 7}):
+        batches = TokenBatches(many, **size, shuffle=False)
+        ids = np.concatenate([batch.ids for batch, _ in batches.epoch(5)])
+        assert ids.tolist() == [id_ for example, _ in many for id_ in example.tolist()]
+
+
+def test_a_batch_has_at_most_its_tokens_unless_one_example_has_more(many: Any) -> None:
+    for tokens in (1, 12, 40, 10**6):
+        batches = TokenBatches(many, batch_tokens=tokens)
+        for batch, _ in batches:
+            assert len(batch.ids) <= tokens or len(batch.starts) == 2
+    assert TokenBatches(many, batch_tokens=1).length == 50
+    assert TokenBatches(many, batch_tokens=10**6).length == 1
+
+
+def test_the_identity_tells_other_data_and_other_batches(tmp_path: Path, many: Any) -> None:
+    identity = TokenBatches(many, batch_tokens=32).identity()
+    json.dumps(identity)
+    other = read_dataset(write(tmp_path, {"text": "a"}), tokenizer())
+    others = [
+        TokenBatches(other, batch_tokens=32),
+        TokenBatches(many, batch_tokens=33),
+        TokenBatches(many, batch_examples=32),
+        TokenBatches(many, batch_tokens=32, seed=1),
+        TokenBatches(many, batch_tokens=32, shuffle=False),
+    ]
+    assert all(batches.identity() != identity for batches in others)
+    assert TokenBatches(many, batch_tokens=32).identity() == identity
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_tokens": 1, "batch_examples": 1}, {"batch_tokens": 0}, {"batch_examples": 0}]
+)
+def test_a_size_that_is_none_is_refused(many: Any, options: Any) -> None:
+    with pytest.raises(ValueError, match="TokenBatches: "):
+        TokenBatches(many, **options)

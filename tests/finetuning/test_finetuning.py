@@ -1,0 +1,1411 @@
+"""Fine-tuning from files to an adapter: options, runs that resume to the bit, evaluation, the commands."""
+
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+import small_models
+from dead_streams import DEAD
+from hostile import refused
+from nplora import cli
+from nplora.adapters import save_adapter
+from nplora.finetuning import (
+    FinetuneOptions,
+    FinetuneReport,
+    TokenLoss,
+    TokenProgress,
+    attach_adapter,
+    before,
+    evaluate,
+    finetune,
+    load_with_adapter,
+    plan,
+    planned,
+    run,
+)
+from nplora.finetuning.data import TokenBatches, read_dataset
+from nplora.finetuning.planning import choice
+from nplora.formats import gguf, safetensors
+from nplora.formats.errors import CorruptError, DataError, FormatError, UnsafeError
+from nplora.formats.gguf import Typed
+from nplora.lm import load_model
+from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.optim import global_norm
+from nplora.trainer import Callback, Run, StepRecord
+from nplora.trainer.run_directory import RunDirectory
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A directory with train.jsonl and valid.jsonl."""
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(24)]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for name, part in (("train", rows[4:]), ("valid", rows[:4])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return directory
+
+
+QUICK = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 4, "save_every": 3}
+GO_ON = {name: value for name, value in QUICK.items() if name != "rank"}  # the adapter has its own
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        name: (directory / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+
+
+# ---- a run ----
+
+
+def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    report = finetune(model, data, tmp_path / "out", sample=("1+1=", "x"), **QUICK)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.loss_after < report.loss_before - 0.5
+    assert len(report.history.steps) == 20
+    assert report.tokens == 4 * report.train.learned
+    lm = load_with_adapter(model, tmp_path / "out")
+    assert (report.trained, report.parameters) == (lm.num_trainable, lm.num_parameters)
+    assert [sample.prompt for sample in report.samples] == ["1+1=", "x"]
+    assert report.samples[0].before != report.samples[0].after
+    assert f"validation loss {report.loss_before:.4f} -> {report.loss_after:.4f}" in str(report)
+    base, adapted = evaluate(model, data), evaluate(model, data, adapter=tmp_path / "out")
+    assert report.valid is not None
+    assert base == {
+        "loss": report.loss_before, "tokens": report.valid.learned, "source": str(data / "valid.jsonl"),
+        "examples": 4, "truncated": 0, "emptied": 0, "skipped": 0,
+    }  # fmt: skip
+    assert adapted == base | {"loss": report.loss_after}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_path: Path) -> None:
+    """One step over accumulated batches is the step over all of their tokens at once."""
+    runs = []
+    for size, accumulate in ((20, 1), (5, 4)):
+        output = tmp_path / f"out{size}"
+        report = finetune(
+            model, data, output, rank=2, lr=1e-2, batch_examples=size, accumulate=accumulate, steps=3,
+            max_grad_norm=1e9,
+        )  # fmt: skip
+        runs.append((load_with_adapter(model, output), report.history))
+    for one, other in zip(runs[0][1].steps, runs[1][1].steps, strict=True):
+        assert (one.count, one.lr) == (other.count, other.lr)
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
+        np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-4)
+    dataset = read_dataset(data / "train.jsonl", runs[0][0].tokenizer)
+    [(batch, _)] = TokenBatches(dataset, batch_examples=20)
+    assert runs[0][1].steps[0].loss == pytest.approx(load_model(model).loss_packed(batch), rel=1e-6)
+    lm = load_model(model)
+    lm.add_lora(rank=2)
+    lm.forward_backward(batch, 1 / batch.num_targets)
+    assert runs[0][1].steps[0].grad_norm == pytest.approx(global_norm(lm.parameters()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"batch_tokens": 40, "batch_examples": None}, {"accumulate": 2, "dropout": 0.2}],
+    ids=["tokens", "accumulated"],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]
+) -> None:
+    options = {**QUICK, **size, "save_every": 2, "sample": ("1+1=",)}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    count = len(whole.history.steps)
+    for stop in (1, count // 2, count - 1):
+        output = tmp_path / f"stopped{stop}"
+
+        class StopAt(Callback):
+            at = stop
+
+            def on_step_end(self, run: Any, record: Any) -> None:
+                if record.step == self.at:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "speaks", lambda progress: True)
+        monkeypatch.setattr(run, "TokenProgress", StopAt)
+        stopped = finetune(model, data, output, **options)
+        monkeypatch.undo()
+        assert stopped.history.interrupted
+        assert stopped.loss_after is None
+        assert "interrupted: --resume goes on" in str(stopped)
+        assert len(stopped.history.steps) == stop
+        assert files_of(output) != files_of(tmp_path / "whole")
+        resumed = finetune(model, data, output, **options, resume=True)
+        assert files_of(output) == files_of(tmp_path / "whole")
+        assert resumed.history.loss == whole.history.loss
+        assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+        assert resumed.samples == whole.samples
+
+
+def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", rank=2, seed=3, lr=1e-30, steps=1)
+    lm = load_model(model)
+    lm.add_lora(rank=2, seed=3)
+    for name, layer in load_with_adapter(model, tmp_path / "out").adapter_layers().items():
+        np.testing.assert_array_equal(layer.B, lm.adapter_layers()[name].B)
+
+
+def test_every_option_reaches_what_it_is_an_option_of(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log's first line tells how trainer, optimiser and layers were set up."""
+    saved: list[int] = []
+    save = RunDirectory.save
+    monkeypatch.setattr(RunDirectory, "save", lambda d, point: (saved.append(point.step), save(d, point))[1])
+    layer = {"rank": 3, "alpha": 5.0, "dropout": 0.25, "use_rslora": True, "use_dora": True}
+    finetune(
+        model, data, tmp_path / "out", **layer, lr=3e-3, schedule="linear", warmup=2, weight_decay=0.2,
+        max_grad_norm=0.7, steps=7, accumulate=2, batch_tokens=50, seed=9, save_every=3, compute="bfloat16",
+        targets=("v_proj",), layers="first:1",
+    )  # fmt: skip
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    settings = json.loads(log[0])["settings"]
+    wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
+    assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
+    assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()
+    [(name, found)] = settings["fixed"]["layers"].items()
+    assert name == "model.layers.0.self_attn.v_proj"
+    assert found.items() >= {**layer, "compute": "bfloat16"}.items()
+    assert saved == [0, 1, 3, 6, 7]
+
+
+def test_every_option_of_the_data_reaches_their_reader(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1234", "completion": "5"}, {"text": "x" * 40}, {"nothing": ""}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = finetune(
+        model, tmp_path, tmp_path / "out", steps=1, learn="all", skip_bad=True, max_length=20
+    ).train
+    assert (report.skipped, report.truncated, report.longest) == (1, 1, 20)
+    assert report.learned == report.tokens - 2  # all but the first token of each
+
+
+def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "say:", "completion": "abc"}\n' * 8)
+    targets = ("all-linear", "lm_head")
+    report = finetune(
+        model, tmp_path, tmp_path / "out", rank=8, lr=2e-2, steps=60, sample=("say:",), targets=targets
+    )
+    assert report.samples[0].after == "abc"
+    assert report.loss_before is report.loss_after is None
+
+
+def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    for again in (False, True):
+        finetune(model, data, tmp_path / str(again), checkpoint_blocks=again, **QUICK)
+    assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_frozen_blocks_outputs_that_are_kept_give_the_same_adapter(
+    model: Path, data: Path, tmp_path: Path, where: str
+) -> None:
+    options: dict[str, Any] = {**QUICK, "layers": "last:1", "dropout": 0.1}
+    plain = finetune(load_model(model), data, tmp_path / "plain", **options)
+    lm = load_model(model)
+    kept = finetune(lm, data, tmp_path / "kept", **options, keep_prefix=where)
+    assert lm.model.prefix is None
+    assert files_of(tmp_path / "kept") == files_of(tmp_path / "plain")
+    assert (kept.history.loss, kept.loss_after) == (plain.history.loss, plain.loss_after)
+    names = [{file.name for file in (tmp_path / name).iterdir()} for name in ("plain", "kept")]
+    assert names[0] == names[1]
+
+
+def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    lm = load_model(model)
+    with pytest.raises(OSError, match=r"No space left on device: the frozen blocks' outputs take"):
+        finetune(lm, data, tmp_path / "out", **QUICK, layers="last:1", keep_prefix="disk")
+    assert lm.model.prefix is None
+    assert not lm.adapter_layers()
+    assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_other_starts_learn_go_on_to_the_bit_and_are_saved_for_the_model_as_it_was(
+    model: Path, data: Path, tmp_path: Path, init: str
+) -> None:
+    options = {**QUICK, "init": init}
+    report = finetune(model, data, tmp_path / "out", **options)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    base, adapted = evaluate(model, data)["loss"], evaluate(model, data, adapter=tmp_path / "out")["loss"]
+    assert report.loss_after < report.loss_before - 0.5
+    assert adapted == pytest.approx(report.loss_after, abs=1e-4)
+    if init == "gaussian":
+        assert report.loss_before != base
+    else:
+        assert report.loss_before == pytest.approx(base, abs=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == (2 if init == "gaussian" else 4)
+    finetune(
+        model, data, tmp_path / "cut", **{**options, "epochs": None, "steps": 20, "schedule": "constant"}
+    )
+    finetune(
+        model, data, tmp_path / "half", **{**options, "epochs": None, "steps": 7, "schedule": "constant"}
+    )
+    with pytest.warns(UserWarning, match="total_steps was 7, is 20"):
+        finetune(
+            model, data, tmp_path / "half",
+            **{**options, "epochs": None, "steps": 20, "schedule": "constant"}, resume=True,
+        )  # fmt: skip
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data: Path, init: str) -> None:
+    low = save_small_llama(tmp_path / "low.gguf", "q8_0")
+    lm = load_model(low)
+    with pytest.raises(
+        ValueError, match=rf"init='{init}' takes a part of model\.layers\.0\..*, and q8_0 cannot"
+    ):
+        lm.add_lora(init=init)
+    assert not lm.adapter_layers()
+    with pytest.raises(ValueError, match=r"q8_0 cannot hold what remains: .*; choose 'zero', or a model"):
+        finetune(low, data, tmp_path / "out", init=init)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is refused, and what is left ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1, "steps": 1}, "epochs and steps are both given"),
+        ({"batch_tokens": 1, "batch_examples": 1}, "both given"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"rank": 0}, "rank is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"schedule": "sine"}, "schedule='sine' is not available"),
+        ({"compute": "int8"}, "compute='int8'"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"targets": ("q_prj",)}, "q_proj"),
+        ({"layers": "middle"}, "layers='middle'"),
+        ({"init": "ones"}, "init='ones'"),
+        ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
+        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
+        ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
+        (
+            {"sample": ["x" * 64]},
+            "^finetune: sample 'x*': the prompt has 64 tokens, the model's context is 64$",
+        ),
+        ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
+        ({"sample": None}, "finetune: sample is None, expected a list of texts"),
+        ({"sample": {"1+1="}}, "finetune: sample is {'1\\+1='}, expected a list of texts"),
+        ({"sample": (text for text in "1")}, "finetune: sample is <generator .*, expected a list of texts"),
+        ({"sample": [1]}, r"finetune: sample is \[1\], expected a list of texts"),
+    ],
+)
+def test_nothing_is_written_for_options_that_do_not_fit(
+    model: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        finetune(model, data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_may_be_empty_where_the_model_begins_every_text(data: Path, tmp_path: Path) -> None:
+    begins = {"tokenizer.ggml.bos_token_id": Typed(1, "UINT32"), "tokenizer.ggml.add_bos_token": True}
+    model = save_small_llama(tmp_path / "bos.gguf", changes=begins)
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, sample=[""])
+    assert FinetuneOptions(sample=[""]).sample == ("",)  # type: ignore[arg-type]
+    assert [sample.prompt for sample in report.samples] == [""]
+
+
+def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^finetune: no option 'rnk'; the nearest: rank$"):
+        finetune("m", "d", tmp_path, rnk=3)
+    with pytest.raises(TypeError, match=r"^plan: no option 'zzzzzz'$"):
+        plan("m", "d", zzzzzz=3)
+
+
+def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path) -> None:
+    (data / "valid.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(DataError, match=r"valid\.jsonl, line 1: completion is empty"):
+        finetune(model, data, tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        finetune(model, tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        finetune(tmp_path / "nothing.gguf", data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    was = files_of(tmp_path / "out")
+    with pytest.raises(
+        FileExistsError,
+        match=r"holds a run: --resume \(resume=True\) continues it, --overwrite drops it",
+    ):
+        finetune(model, data, tmp_path / "out", **QUICK)
+    assert files_of(tmp_path / "out") == was
+    finetune(model, data, tmp_path / "out", **QUICK, seed=1, overwrite=True)
+    assert files_of(tmp_path / "out") != was
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_bytes(b"of another run")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"an adapter and no run: --overwrite \(overwrite=True\)"):
+            finetune(model, data, out, **QUICK, resume=resume)
+    assert [path.name for path in out.iterdir()] == [file]
+    assert (out / file).read_bytes() == b"of another run"
+    finetune(model, data, out, **QUICK, overwrite=True)
+    for checkpoint in out.glob("checkpoint-*"):
+        checkpoint.unlink()
+    was = files_of(out)
+    with pytest.raises(FileExistsError, match="an adapter and no run"):
+        finetune(model, data, out, **QUICK, resume=True)
+    assert files_of(out) == was
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (os.rename, "log.jsonl"),
+        (os.link, "log.jsonl"),
+        (os.symlink, "lock"),
+        (os.link, "adapter_config.json"),
+        (os.symlink, "checkpoint-1.safetensors"),
+    ],
+)
+def test_no_file_that_a_run_reads_is_replaced(
+    make: Callable[[Path, Path], None], name: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out, train = tmp_path / "out", tmp_path / "train.jsonl"
+    out.mkdir()
+    (data / "train.jsonl").rename(train)
+    rows = train.read_bytes()
+    make(train, out / name)
+    source = train if train.exists() else out / name
+    for more in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises((ValueError, FileExistsError), match=name) as raised:
+            finetune(model, source, out, valid=data / "valid.jsonl", **QUICK, **more)
+        if "resume" not in more:  # else it is no file of a run, in the first place
+            assert f"{name} is the training data itself, which is left as it is" in str(raised.value)
+    assert source.read_bytes() == rows
+    assert os.listdir(out) == [name]
+
+
+def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Path, tmp_path: Path) -> None:
+    out, users = tmp_path / "out", tmp_path / "users"
+    finetune(model, data, out, **QUICK)
+    users.write_bytes(b"{}")
+    for name in files_of(out):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(b"{}")
+        with pytest.raises(FileExistsError, match=rf"the file is not one of a LoRA adapter.*{name}"):
+            finetune(model, data, out, **QUICK, resume=True)
+        assert (out / name).read_bytes() == b"{}"
+        (out / name).unlink()
+        (out / name).symlink_to(users)
+        for more in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UnsafeError, match=rf"{name}: a symbolic link, expected a regular file"):
+                finetune(model, data, out, **QUICK, **more)
+        (out / name).unlink()
+        (out / name).write_bytes(kept)
+    assert users.read_bytes() == b"{}"
+    finetune(model, data, out, **QUICK, resume=True)
+
+
+def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moving(before.Before):
+        def on_fit_start(self, run: Run) -> None:
+            super().on_fit_start(run)
+            os.chdir("/")
+            (tmp_path / "out").rename(tmp_path / "moved")
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Before", Moving)
+        report = finetune(model, data, "out", **QUICK)
+    assert report.output == tmp_path / "moved"
+    assert f"{tmp_path / 'moved'}/ holds the adapter" in str(report)
+    assert not (tmp_path / "out").exists()
+    finetune(model, data, tmp_path / "whole", **QUICK)
+    assert files_of(tmp_path / "moved") == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Failing(before.Before):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            raise ArithmeticError("the machine is gone")
+
+    out = tmp_path / "out"
+    finetune(model, data, out, **QUICK)
+    was = files_of(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Before", Failing)
+        with pytest.raises(ArithmeticError):
+            finetune(model, data, out, **QUICK, seed=5, overwrite=True)
+    for line in (
+        ["eval", str(model), "--data", str(data), "--adapter", str(out)],
+        ["info", str(out)],
+        ["generate", str(model), "1+1=", "--adapter", str(out)],
+        ["merge", str(model), str(out), "--output", str(tmp_path / "merged.gguf")],
+        ["convert", str(out), str(tmp_path / "a.gguf"), "--base", str(model)],
+        ["combine", str(out), "--output", str(tmp_path / "sum")],
+    ):
+        assert cli.main(line) == 2
+        told = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        assert capsys.readouterr().err == f"nplora: error: {out}: {told}\n"
+    finetune(model, data, out, **QUICK, seed=5, resume=True)
+    assert evaluate(model, data, adapter=out)["loss"] > 0
+    assert files_of(out) != was
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_with_a_model_gets_no_adapter(
+    file: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(model, data, tmp_path / "adapter", **QUICK)
+    nplora.adapter_to_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", model)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).touch()
+    for line in (
+        ["finetune", str(model), "--data", str(data), "--output", str(out), "--overwrite"],
+        ["combine", str(tmp_path / "adapter"), "--output", str(out)],
+        ["convert", str(tmp_path / "adapter.gguf"), str(out), "--base", str(model)],
+    ):
+        assert cli.main(line) == 2
+        assert f"{out}: the directory holds a model ({file}): name another one" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="holds a model"):
+        nplora.read_adapter(tmp_path / "adapter").save(out)
+    assert [path.name for path in out.iterdir()] == [file]
+
+
+def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    with (data / "train.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(CorruptError, match="the data file, or how it is read, has changed since"):
+        finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+
+
+def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK, targets="q_proj,v_proj")
+    way_out = r"; --overwrite \(overwrite=True\) begins anew$"
+    for changes, message in (
+        ({"rank": 3}, r"settings: rank was 2, is 3 in \d layers"),
+        (
+            {"targets": "q_proj"},
+            r"settings: \d layers had adapters, \d have \(no longer: .*v_proj; new: none\)",
+        ),
+        ({"epochs": 1}, "of step 20, this run ends at step 5"),
+    ):
+        with pytest.raises(ValueError, match=message + way_out):
+            finetune(
+                model, data, tmp_path / "out", **{**QUICK, "targets": "q_proj,v_proj", **changes}, resume=True
+            )
+
+
+def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (choice, planned):
+        monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
+    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
+    with pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
+    small = plan(model, data, **QUICK)
+    monkeypatch.setattr(choice, "available_memory", lambda: None)
+    assert "available" not in str(plan(model, data, **QUICK))
+    assert re.search(told, str(small))  # which does not ask again
+    finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, resume=True)  # nothing is left to do
+    with pytest.warns(UserWarning, match="total_steps"), pytest.warns(UserWarning, match=told):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 2}, resume=True)
+
+
+def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs, members = list[int](), TokenBatches.members
+
+    def counted(self: TokenBatches, epoch: int, skip: int = 0) -> Any:
+        epochs.append(epoch)
+        return members(self, epoch, skip)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenBatches, "members", counted)
+    monkeypatch.setattr(run, "batches_of", stop)
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, tmp_path / "out", steps=1000)
+    assert epochs == [0]
+
+
+def test_targets_may_be_one_text_as_on_the_command_line() -> None:
+    for given in ("q_proj,v_proj", ("q_proj, v_proj",), ["q_proj", " v_proj"]):
+        assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
+
+
+def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    told = "the run is finished: nothing was trained"
+    first = finetune(model, data, tmp_path / "out", **QUICK)
+    again = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+    assert told not in str(first)
+    assert str(again).splitlines()[0] == told
+    assert again.loss_after == first.loss_after
+
+
+def test_a_run_that_was_to_go_on_and_starts_says_so(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
+    told = f"{tmp_path / 'out'}: no run to go on with, a new one starts\n"
+    assert cli.main(line) == 0
+    assert told in capsys.readouterr().err
+    assert cli.main(line) == 0
+    done = capsys.readouterr()
+    assert told not in done.err
+    assert "\n1 step in " in done.out
+
+
+def test_what_was_before_is_not_computed_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        **QUICK,
+        "epochs": None,
+        "schedule": "constant",
+        "sample": ("1+1=",),
+        "output": tmp_path / "out",
+    }
+    first = finetune(model, data, **options, steps=4)
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("evaluated before training")
+
+    monkeypatch.setattr(before, "evaluate_batches", fail)
+    with monkeypatch.context() as within:
+        within.setattr(before, "generate", fail)
+        with pytest.raises(ValueError, match="rank was 2, is 3"):
+            finetune(model, data, **{**options, "rank": 3}, steps=8, resume=True)
+    with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
+        more = finetune(model, data, **options, steps=8, resume=True)
+    assert more.loss_before == first.loss_before
+    assert more.samples[0].before == first.samples[0].before
+    (data / "valid.jsonl").write_text('{"text": "other"}\n')
+    with (
+        pytest.warns(UserWarning, match="total_steps was 8, is 9"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with others$") as told,
+    ):
+        other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
+    assert __file__ in {warning.filename for warning in told}
+    assert (other.loss_before, other.samples[0].before) == (None, "")
+    assert f"validation loss {other.loss_after:.4f}\n" in str(other)
+    (data / "valid.jsonl").unlink()
+    with (
+        pytest.warns(UserWarning, match="total_steps was 9, is 10"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with none$"),
+    ):
+        finetune(model, data, **options, steps=10, resume=True)
+    finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
+
+
+def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Callback):
+        def on_fit_start(self, run: Any) -> None:
+            raise KeyboardInterrupt
+
+    options = {**QUICK, "sample": ("1+1=",)}
+    whole = finetune(model, data, tmp_path / "whole", **options)
+    with monkeypatch.context() as within:
+        within.setattr(run, "speaks", lambda progress: True)
+        within.setattr(run, "TokenProgress", Stop)
+        assert not finetune(model, data, tmp_path / "cut", **options).history.steps
+    again = finetune(model, data, tmp_path / "cut", **options, resume=True)
+    assert (again.loss_before, again.samples) == (whole.loss_before, whole.samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_tokens": "24"}, "micro_tokens was 24, is None"),
+        ({"micro_tokens": -1}, "micro_tokens was -1, is None"),
+        ({"layers": [1]}, "does not know those of its layers"),
+        ({"layers": {"a": 1}}, "does not know those of its layers"),
+        ({"layers": {"a": {"compute": ["float32"]}}}, "1 layers had adapters"),
+        (None, "does not know its own"),
+    ],
+)
+def test_a_checkpoint_whose_settings_are_none_is_refused(
+    model: Path, data: Path, tmp_path: Path, changes: dict[str, Any] | None, message: str
+) -> None:
+    output = tmp_path / "out"
+    finetune(model, data, output, **QUICK)
+    with RunDirectory(output) as directory:
+        point = directory.latest()
+        assert point is not None
+        fixed = None if changes is None else point.settings["fixed"] | changes
+        settings = point.settings | {"fixed": fixed}
+        for _ in range(2):
+            directory.save(dataclasses.replace(point, settings=settings))
+    with pytest.raises(ValueError, match=message):
+        finetune(model, data, output, **QUICK, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_path: Path) -> None:
+    blame = r"step 2 \(epoch 1\): the loss of batch 2 is nan: the first layer .* is 'model\.layers\.0'"
+    with pytest.raises(NonFiniteLossError, match=blame):
+        finetune(model, data, tmp_path / "out", **{**QUICK, "lr": 1e30}, schedule="constant")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_lower_lr(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss of step 6 is NaN, and the newest checkpoint before step 5 is of step 3."""
+    output, evaluated = tmp_path / "out", tmp_path / "good"
+    options = {**QUICK, "epochs": None, "steps": 9, "schedule": "constant", "save_every": 3}
+    with monkeypatch.context() as stopped:
+        stopped.setattr(run, "speaks", lambda progress: True)
+        stopped.setattr(run, "TokenProgress", lambda: StopAfter(3))
+        finetune(model, data, evaluated, **options)
+    real = TokenLoss.forward_backward
+    bad = {"calls": 5}
+
+    def forward_backward(self: TokenLoss, *arguments: Any) -> float:
+        bad["calls"] -= 1
+        return real(self, *arguments) if bad["calls"] >= 0 else math.nan
+
+    line = f"finetune {model} --data {data} --output {output} --rank 2 --lr 0.01 --batch-examples 4 --steps 9"
+    line += " --schedule constant --save-every 3"
+    with monkeypatch.context() as diverging:
+        diverging.setattr(TokenLoss, "forward_backward", forward_backward)
+        assert cli.main(line.split()) == 1
+    [error] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("nplora: error: ")]
+    assert "step 6 (epoch 2): the loss of batch 1 is nan: " in error
+    assert "; --resume with a lower --lr (resume=True, a lower lr) continues from step 3; " in error
+    assert error.endswith(f"{output} holds the adapter as of step 3")
+    assert files_of(output) == files_of(evaluated)
+    assert cli.main([*line.split(), "--resume"]) == 2
+    assert "lower --lr (the optimizer's lr) continues from step 3; --overwrite" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0
+    told = capsys.readouterr().err
+    assert "nplora: warning: " in told
+    assert "lr was 0.01, is 0.001" in told
+    assert files_of(output) != files_of(evaluated)
+    assert [row["step"] for row in steps_of(output)] == list(range(1, 10))
+    assert [row["lr"] for row in steps_of(output)] == [0.01] * 3 + [0.001] * 6
+
+
+class StopAfter(Callback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+def steps_of(output: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [row for row in rows if row["event"] == "step"]
+
+
+@pytest.mark.parametrize("kind", DEAD)
+def test_progress_that_nobody_reads_ends_no_run(
+    kind: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", DEAD[kind])
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, progress=True)
+    assert (len(report.history.steps), report.history.ended) == (5, "complete")
+
+
+def test_the_adapter_is_saved_before_the_samples_and_the_report(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, output = tmp_path / "plain", tmp_path / "out"
+    options = {**QUICK, "epochs": 1}
+    finetune(model, data, plain, **options)
+    with monkeypatch.context() as within:
+        within.setattr(run, "answers_of", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, data, output, **options, sample=("1+1=",))
+    assert files_of(output) == files_of(plain)
+    with monkeypatch.context() as within:
+        within.setattr(FinetuneReport, "__str__", interrupt)
+        line = f"finetune {model} --data {data} --output {tmp_path / 'cli'} --rank 2 --lr 0.01 --epochs 1"
+        assert cli.main([*line.split(), "--batch-examples", "4"]) == 130
+    assert files_of(tmp_path / "cli") == files_of(plain)
+
+
+def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdout", DEAD["disk"])
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --rank 2 --steps 2"
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "nplora: error: no space left on device; "
+        f"stdout could not be written; {tmp_path / 'out'} holds the adapter"
+    )
+    assert len(files_of(tmp_path / "out")) == 2
+
+
+def interrupt(*arguments: Any) -> str:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_the_samples_before_training_leaves_room_for_the_next_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "epochs": 1, "sample": ("1+1=",)}
+    with monkeypatch.context() as within:
+        within.setattr(before, "generate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, data, tmp_path / "out", **options)
+    assert len(finetune(model, data, tmp_path / "out", **options).history.steps) == 5
+
+
+def test_an_adapter_that_cannot_be_written_is_written_by_resume(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = {**QUICK, "epochs": 1}
+    with monkeypatch.context() as within:
+        within.setattr(run, "save_adapter", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            finetune(model, data, tmp_path / "out", **options)
+    assert raised.value.__notes__ == [
+        "the run is saved, its adapter is not: --resume (resume=True) writes it"
+    ]
+    assert finetune(model, data, tmp_path / "out", **options, resume=True).was_finished
+    finetune(model, data, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=3, alpha=5, targets=["q_proj", "down_proj"], layers="last:1", use_rslora=True)
+    save_adapter(lm, tmp_path / "adapter")
+    fresh = load_model(model)
+    attach_adapter(fresh, tmp_path / "adapter")
+    assert list(fresh.adapter_layers()) == list(lm.adapter_layers())
+    for name, layer in fresh.adapter_layers().items():
+        assert (layer.rank, layer.alpha, layer.scale) == (3, 5, lm.adapter_layers()[name].scale)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(FormatError):
+        attach_adapter(load_model(model), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already, on 2 layers"):
+        attach_adapter(fresh, tmp_path / "adapter")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def save_factors(directory: Path, factors: dict[str, tuple[int, ...]], **config: Any) -> Path:
+    """An adapter directory of zeros, its tensors of these shapes."""
+    directory.mkdir()
+    safetensors.save(
+        directory / "adapter_model.safetensors",
+        {name: np.zeros(shape, np.float32) for name, shape in factors.items()},
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("factors", "config", "words"),
+    [
+        (LINEAR, {"r": 65536}, "expected rank 65536"),
+        (
+            LINEAR | {f"{Q}.lora_A.weight": (2, 31)},
+            {},
+            "for a weight (32, 31), and the model's layer is (32, 32)",
+        ),
+        (
+            {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
+            {},
+            "'q_proj': the model has no such layer",
+        ),
+        ({f"{Q}.lora_A.weight": (2, 32)}, {}, "lora_B.weight' is missing, its other half is there"),
+        (
+            {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
+            {},
+            "for an embedding, and the model's layer is a linear layer",
+        ),
+        (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
+        ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
+    ],
+)
+def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
+    model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
+) -> None:
+    lm = load_model(model)
+    was = dict(lm.named_modules())
+    bad = save_factors(tmp_path / "bad", factors, **config)
+    with refused(FormatError, words, bad):
+        attach_adapter(lm, bad)
+    after = dict(lm.named_modules())
+    assert after.keys() == was.keys()
+    assert all(after[name] is module for name, module in was.items())
+    attach_adapter(lm, save_factors(tmp_path / "good", LINEAR))
+    assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", **QUICK)
+    lm = load_model(model)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        finetune(lm, data, tmp_path / "out", **QUICK)
+    assert not lm.adapter_layers()
+    finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
+    for targets in ("all-linear", "lm_head"):
+        with pytest.raises(ValueError, match="finetune: the model has an adapter already, on 14 layers"):
+            finetune(lm, data, tmp_path / "other", **QUICK, targets=(targets,))
+
+
+def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = gguf.open(model)
+    tensors = {
+        name: 1 + tensor.numpy() if name.endswith("_norm.weight") else tensor for name, tensor in file.items()
+    }
+    gguf.save(tmp_path / "other.gguf", tensors, file.metadata.typed())
+    finetune(model, data, tmp_path / "out", **QUICK)
+    where = ["--adapter", str(tmp_path / "out")]
+    for line in (
+        ["eval", str(tmp_path / "other.gguf"), "--data", str(data), *where],
+        ["generate", str(tmp_path / "other.gguf"), "1+1=", "--max-new-tokens", "2", *where],
+    ):
+        assert cli.main(line) == 2
+        assert "out: the adapter is of another model" in capsys.readouterr().err
+        assert cli.main([*line, "--any-base"]) == 0
+
+
+def test_an_adapter_that_is_replaced_while_it_is_put_on_is_the_old_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = load_model(model), load_model(model)
+    old.add_lora(rank=3, targets="q_proj", seed=1)
+    new.add_lora(rank=2, targets="up_proj", seed=2)
+    save_adapter(old, tmp_path / "adapter")
+    lm = load_model(model)
+
+    def replaced_meanwhile(replaced: Any) -> None:
+        save_adapter(new, tmp_path / "adapter")
+        type(lm).exchange(lm, replaced)
+
+    monkeypatch.setattr(lm, "exchange", replaced_meanwhile)
+    attach_adapter(lm, tmp_path / "adapter")
+    assert lm.adapter_layers().keys() == old.adapter_layers().keys()
+    for name, value, _ in lm.parameters():
+        assert value.tobytes() == next(p.value for p in old.parameters() if p.name == name).tobytes()
+
+
+def test_an_adapter_of_llama_cpp_is_put_on_as_well(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "peft", **QUICK, targets=("all-linear", "embed_tokens", "lm_head"))
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", model)
+    losses = [evaluate(model, data, adapter=tmp_path / name)["loss"] for name in ("peft", "adapter.gguf")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    answers = [
+        load_with_adapter(model, tmp_path / name).generate("1+1=", 8) for name in ("peft", "adapter.gguf")
+    ]
+    assert answers[0] == answers[1]
+    lm = load_model(model)
+    for content, message in ((b"GGUF", "adapter.gguf"), (model.read_bytes(), "'general.type' is missing")):
+        (tmp_path / "adapter.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match=message):
+            attach_adapter(lm, tmp_path / "adapter.gguf")
+    assert not lm.adapter_layers()
+
+
+def test_an_adapter_of_llama_cpp_is_put_on_a_hugging_face_model(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
+    safetensors.save(tmp_path / "model.safetensors", small_models.hf_tensors())
+    lm, fresh = load_model(tmp_path), load_model(tmp_path)
+    lm.add_lora(rank=2)
+    for parameter in lm.parameters():
+        parameter.value[...] = rng.standard_normal(parameter.value.shape)
+    save_adapter(lm, tmp_path / "peft")
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", tmp_path)
+    attach_adapter(fresh, tmp_path / "adapter.gguf")
+    np.testing.assert_allclose(fresh.logits([1, 2, 3]), lm.logits([1, 2, 3]), rtol=1e-5, atol=1e-4)
+
+
+def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> None:
+    adapters = [tmp_path / "a", tmp_path / "b.gguf"]
+    finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
+    finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
+    nplora.adapter_to_gguf(tmp_path / "b", adapters[1], model)
+    nplora.combine([(adapter, 1) for adapter in adapters], base=model).save(tmp_path / "both")
+    both = evaluate(model, data, adapter=tmp_path / "both")["loss"]
+    assert evaluate(model, data, adapter=adapters)["loss"] == pytest.approx(both, rel=1e-6)
+    assert both != pytest.approx(evaluate(model, data, adapter=adapters[1])["loss"], rel=1e-3)
+    options = [word for adapter in adapters for word in ("--adapter", adapter)]
+    told = json.loads(command("eval", model, "--data", data, "--json", *options).stdout)
+    assert told["loss"] == pytest.approx(both, rel=1e-6)
+    answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
+    assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
+    with pytest.warns(UserWarning, match=r"a is given 2 times, and added 2 times$"):
+        double = evaluate(model, data, adapter=[tmp_path / "a", tmp_path / "." / "data" / ".." / "a"])["loss"]
+    nplora.combine([(tmp_path / "a", 2)]).save(tmp_path / "double")
+    assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
+    finetune(model, data, tmp_path / "head", **QUICK, targets=("lm_head",))
+    lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
+    words = (
+        r"the combined adapter: the adapter does not fit the model in 1 place:\n"
+        r"  'lm_head': for a weight \(\d+, 32\), and the model's layer is \(200, 32\)"
+    )
+    with pytest.raises(FormatError, match=words):
+        attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
+    assert not lm.adapter_layers()
+
+
+def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
+    finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
+    (tmp_path / "a").rename(tmp_path / "a:2")
+    a, b = tmp_path / "a:2", tmp_path / "b"
+    plain = evaluate(model, data)["loss"]
+    for given, words in (
+        ([(a, 0.5), (b, -2.0)], [f"{a}:0.5", f"{b}:-2"]),
+        ([(b, 0.25)], [f"{b}:0.25"]),
+        ([(a, 1.0)], [str(a)]),  # a path that is there, whatever its end
+    ):
+        nplora.combine(given).save(tmp_path / "sum", overwrite=True)
+        wanted = evaluate(model, data, adapter=tmp_path / "sum")["loss"]
+        assert wanted != pytest.approx(plain, rel=1e-4)
+        assert evaluate(model, data, adapter=given)["loss"] == pytest.approx(wanted, rel=1e-6)
+        options = [word for adapter in words for word in ("--adapter", adapter)]
+        assert cli.main(["eval", str(model), "--data", str(data), "--json", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="weight is nan"):
+        evaluate(model, data, adapter=[(b, float("nan"))])
+
+
+def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    options = {**GO_ON, "lr": 1e-2, "schedule": "constant"}
+    start = load_model(model)
+    start.add_lora(rank=3, alpha=5, targets="q_proj", use_rslora=True)
+    start.add_lora(rank=2, alpha=9, targets="up_proj", layers="last:1", use_rslora=True, init="gaussian")
+    save_adapter(start, tmp_path / "start")
+    valid = data / "train.jsonl"
+    report = finetune(model, data, tmp_path / "out", **options, valid=valid, adapter=str(tmp_path / "start"))
+    assert report.loss_before == pytest.approx(evaluate(model, valid, adapter=tmp_path / "start")["loss"])
+    assert report.loss_after == pytest.approx(evaluate(model, valid, adapter=tmp_path / "out")["loss"])
+    assert report.loss_after < report.loss_before
+    trained, before = nplora.read_adapter(tmp_path / "out"), nplora.read_adapter(tmp_path / "start")
+    assert list(trained) == list(before)
+    for name, delta in trained.items():
+        found = (delta.rank, delta.stated_alpha, delta.use_rslora)
+        assert found == (before[name].rank, before[name].stated_alpha, True)
+        assert not np.array_equal(delta.B, before[name].B)
+    finetune(load_model(model), data, tmp_path / "again", **options, adapter=tmp_path / "start")
+    assert nplora.read_adapter(tmp_path / "again")[name].A.tobytes() == delta.A.tobytes()
+    assert nplora.plan(model, data, **options, adapter=str(tmp_path / "start"))
+
+
+def test_a_run_that_continues_from_an_adapter_resumes_to_the_bit(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "start", **QUICK, targets=("q_proj",))
+    options: dict[str, Any] = {**GO_ON, "epochs": None, "adapter": tmp_path / "start", "dropout": 0.25}
+    options |= {"schedule": "constant", "save_every": 2}
+    finetune(model, data, tmp_path / "whole", **{**options, "steps": 4})
+    finetune(model, data, tmp_path / "out", **{**options, "steps": 2})
+    with pytest.warns(UserWarning, match="total_steps was 2, is 4"):
+        finetune(model, data, tmp_path / "out", **{**options, "steps": 4}, resume=True)
+    whole, out = (nplora.read_adapter(tmp_path / name) for name in ("whole", "out"))
+    assert all(whole[name].A.tobytes() == out[name].A.tobytes() for name in whole)
+    layers = load_with_adapter(model, tmp_path / "out").adapter_layers()
+    assert len({layer.dropout_stream for layer in layers.values()}) == len(layers)
+
+
+def test_a_run_cannot_continue_from_what_is_no_adapter_of_the_model(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "start", **QUICK, targets=("lm_head",))
+    start = tmp_path / "start"
+    other = save_small_llama(tmp_path / "other.gguf", vocab=300)
+    for target, options, error, words in (
+        (model, {"rank": 3}, ValueError, "finetune: rank is the adapter's where a run continues from one"),
+        (model, {"targets": "q_proj"}, ValueError, "finetune: targets is the adapter's"),
+        (model, {"adapter": ""}, ValueError, "adapter"),
+        (model, {"adapter": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
+        (other, {}, FormatError, "'lm_head': for a weight"),
+    ):
+        with pytest.raises(error, match=words):
+            finetune(target, data, tmp_path / "out", **{**GO_ON, "adapter": start, **options})
+    before = files_of(start)
+    with pytest.raises(ValueError, match="is the adapter itself, which is left as it is"):
+        finetune(model, data, start, **GO_ON, adapter=start, overwrite=True)
+    assert files_of(start) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    for call in (
+        lambda: finetune(lm, data, tmp_path / "out", compute="bfloat16"),
+        lambda: evaluate(lm, data, compute="bfloat16"),
+    ):
+        with pytest.raises(ValueError, match="compute='bfloat16' is for a file; this model"):
+            call()
+    assert evaluate(model, data, compute="bfloat16")["loss"] != evaluate(model, data)["loss"]
+
+
+def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:
+    lm = load_model(save_small_llama(tmp_path / "model.gguf", vocab=200))
+    rows = [{"text": "plain"}, {"text": "<tool>"}]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = r"train\.jsonl: its text has token 265 of .*, the model's vocabulary ends with 199"
+    with pytest.raises(FormatError, match=words):
+        finetune(lm, data, tmp_path / "out")
+    (data / "valid.jsonl").unlink()
+    with pytest.raises(FormatError, match=words):
+        evaluate(lm, data)
+    (data / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    words = (
+        "^finetune: sample '<tool>': the prompt has token 265 of .*, the model's vocabulary ends with 199$"
+    )
+    with pytest.raises(ValueError, match=words):
+        finetune(lm, data, tmp_path / "out", sample=["<tool>"])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the commands ----
+
+
+def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "nplora", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, **more)
+
+
+def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> None:
+    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
+    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["eval", model, "--data", data, "--max-length", 5]
+    done = command(*line, "--skip-bad", "--json")
+    told = json.loads(done.stdout)
+    assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
+    assert told["source"] == str(data / "valid.jsonl")
+    counted = (
+        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad row skipped"
+    )
+    assert counted in done.stderr
+    done = command(*line, "--skip-bad", "--strict")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "valid.jsonl, line 1: 10 tokens, at most 5 are allowed" in done.stderr
+
+
+def test_a_line_that_is_redrawn_stays_within_the_terminal(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": None, "steps": 1})
+    assert f", loss {report.history.loss[0]:.4f}\n" in str(report)
+    drawn = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line.startswith("step ")]
+    assert drawn
+    assert {re.sub(r"[\d.]+", "0", line) for line in drawn} == {"step 0/0, loss 0, 0:0 left"}
+
+
+def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = command(
+        "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
+        "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl: 20 examples" in done.stderr
+    assert re.search(r"^step 1/10, loss [\d.]+, \d+ learned tokens/s, ", done.stderr, re.MULTILINE)
+    assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
+    assert re.search(
+        r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
+    )
+    config = json.loads((output / "adapter_config.json").read_text())
+    parts = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert parts == {"q_proj", "v_proj", "o_proj"}
+    assert " left" in done.stderr
+    assert "validation loss " in done.stdout
+    base = json.loads(command("eval", model, "--data", data, "--json").stdout)
+    adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
+    assert adapted["loss"] < base["loss"]
+    assert f"-> {adapted['loss']:.4f}" in done.stdout
+    plain = command("eval", model, "--data", data)
+    assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
+    answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
+    lm = load_with_adapter(model, output)
+    assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
+    asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
+    assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
+    assert asked.stderr == ""
+    for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
+        line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
+        odd = subprocess.run(line, input=given, capture_output=True)
+        assert odd.returncode == 2
+        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
+    full = command("generate", model, "1" * 58)
+    assert full.stderr == (
+        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
+    )
+    chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
+    assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("finetune M --data D --output O --rank 0", 2, "rank is 0"),
+        ("finetune M --data D --output O --rank x", 2, "argument --rank: invalid int value: 'x'"),
+        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
+        ("finetune M --data D", 2, "the following arguments are required: --output"),
+        ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
+        ("finetune M --data no.jsonl --output O", 2, "no such file: no.jsonl"),
+        ("finetune no.gguf --data D --output O", 2, "no such file: no.gguf"),
+        ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
+        ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
+        ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
+        ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
+        ("finetune M --data D --output O --save-minutes -1", 2, "save_minutes is -1.0"),
+        (
+            "finetune M --data D --output O --layers 4",
+            2,
+            "finetune: layers='4', expected 'last:N' or 'first:N'",
+        ),
+        ("finetune . --data D --output O", 2, ".: the directory holds no config.json"),
+        ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
+        ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
+        ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
+        ("eval M --data D --max-length 1", 2, "max_length is 1"),
+        ("eval M --data D --max-length 0", 2, "max_length is 0"),
+        ("eval M --data D --adapter no", 2, "no such file: no\n"),
+        ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
+        ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
+        ("generate M x --temperature -1", 2, "temperature is -1.0"),
+        ("generate M x --top-p 2", 2, "top_p is 2.0"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_writes_nothing(
+    model: Path, data: Path, tmp_path: Path, arguments: str, status: int, message: str
+) -> None:
+    words = {"M": model, "D": data, "O": tmp_path / "out"}
+    done = command(*(words.get(word, word) for word in arguments.split()))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("nplora: error: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (status, "", 1), done.stderr
+    assert message in f"{errors[0]}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
+    lm = load_model(model)
+    one = lm.generate("1+1=", 8)
+    assert lm.generate(["1+1=", "x"], max_new_tokens=8) == [one, lm.generate("x", 8)]
+    chat = [{"role": "user", "content": "1+"}, {"role": "user", "content": "1="}]
+    assert lm.generate(chat, 8) == one
+    assert lm.generate([chat, "x"], 8) == lm.generate(["1+1=", "x"], 8)
+    assert isinstance(one, str)
+    assert lm.generate("1+1=", 8, stop=[one[2:4]]) == one[: one.index(one[2:4])]
+    assert lm.generate("1+1=", 8, temperature=5.0, seed=1) != one
+    assert lm.generate([], 8) == []
+    both = lm.generate(["1+1=", "x"], 8)
+    several = {"a": "1+1=", "b": "x"}
+    for prompts in (several.values(), (prompt for prompt in several.values()), np.array(["1+1=", "x"])):
+        assert lm.generate(prompts, 8) == both
+    assert lm.generate(iter([chat, tuple(chat)]), 8) == [one, one]
+    assert lm.generate(tuple(chat), 8) == one
+    with pytest.raises(ValueError, match="top_k is 0"):
+        lm.generate("x", top_k=0)
+
+
+def test_plan_shows_what_changes_a_plan_and_takes_all_of_finetune(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    shown = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+    assert {"rank", "layers", "batch-tokens", "max-length", "memory", "keep-prefix"} <= shown
+    hidden = {
+        "alpha",
+        "lr",
+        "warmup",
+        "resume",
+        "overwrite",
+        "sample",
+        "output",
+        "save-every",
+        "save-minutes",
+    }
+    assert not shown & hidden
+    others = "--lr 1e-3 --output out --save-every 5 --overwrite --sample x"
+    assert cli.main(f"plan {model} --data {data} --targets q_proj,v_proj {others}".split()) == 0
+    assert "MB at most" in capsys.readouterr().out
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(FinetuneOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["help"].split()[0] in text
+
+
+def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
+    for output in (tmp_path / "whole", tmp_path / "cut"):
+        line = [
+            sys.executable,
+            "-m",
+            "nplora",
+            "finetune",
+            model,
+            "--data",
+            data,
+            "--output",
+            output,
+            *options,
+        ]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if output.name == "cut":
+            log = output / "log.jsonl"
+            while process.poll() is None and not (log.exists() and log.read_text().count('"step"') > 20):
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
+    assert b"interrupted: --resume goes on" in printed
+    assert (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert files_of(tmp_path / "cut") != files_of(tmp_path / "whole")
+    done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_in_the_wrong_place_is_told_where_it_goes(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetune(model, data, out, **QUICK)
+    with pytest.raises(
+        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: add_lora\(\) first, or"
+    ):
+        nplora.load_adapter(load_model(model), out)
+    tensors = out / "adapter_model.safetensors"
+    with pytest.raises(FormatError, match=f"^{tensors}: PEFT's adapter is given as its directory, {out}$"):
+        load_with_adapter(model, tensors)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: give its model, and"
+    ):
+        load_model(out)
+
+
+def test_a_file_to_evaluate_on_is_enough_for_eval(model: Path, data: Path) -> None:
+    expected = evaluate(model, data)
+    (data / "train.jsonl").unlink()
+    assert evaluate(model, data) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, "step 30/36000, loss 3.0000 (mean of 20 steps), 50 learned tokens/s, MB, 19:59:00 left"),
+        (80, "step 30/36000, loss 3.0000, 50 learned tokens/s, MB, 19:59:00 left"),
+        (65, "step 30/36000, loss 3.0000, 50 learned tokens/s, 19:59:00 left"),
+        (50, "step 30/36000, loss 3.0000, 19:59:00 left"),
+        (30, "step 30/36000, loss 3.0000"),
+        (10, "step 30/3"),
+    ],
+)
+def test_the_progress_line_fits_its_terminal(
+    columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = io.StringIO()
+    drawn.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    progress = TokenProgress()
+    run = types.SimpleNamespace(total_steps=36_000)
+    for step in range(1, 31):
+        record = StepRecord(step, 1, 3.0, 100, 1e-3, 1.0, 2.0)
+        progress._drawn = -math.inf
+        progress.on_step_end(run, record)  # type: ignore[arg-type]
+    last = drawn.getvalue().rpartition("\r")[2].rstrip()
+    assert re.sub(r"\d+ MB", "MB", last) == shown

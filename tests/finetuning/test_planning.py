@@ -1,0 +1,694 @@
+"""Plans: what they predict is what runs take, what they choose fits, and runs obey."""
+
+import dataclasses
+import json
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import bench_plan
+
+import nplora
+from nplora import cli
+from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planned
+from nplora.finetuning.data import read_dataset
+from nplora.finetuning.planning import (
+    Adapters,
+    BudgetError,
+    Candidate,
+    Pass,
+    available_memory,
+    choice,
+    current_memory,
+    parse_bytes,
+    peak_memory,
+    resident,
+)
+from nplora.finetuning.planning.choice import Other
+from nplora.finetuning.planning.memory import Memory, predicted
+from nplora.finetuning.planning.resident import unread
+from nplora.formats.gguf import Typed
+from nplora.lm import load_model
+from nplora.models.packing import pack
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n) * (1 + n % 3)} for n in range(24)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- predictions and runs ----
+
+
+@pytest.mark.usefixtures("smollm2")
+@pytest.mark.parametrize("setting", bench_plan.TESTED, ids=str)
+def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
+    found = setting.measure(2, resumes="memory" in setting.options)
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
+    if "memory" in setting.options:
+        assert found["measured"] < parse_bytes(setting.options["memory"])
+    assert 0 < found["predicted_seconds"] < 100
+
+
+# ---- the pieces ----
+
+
+def test_pieces_hold_the_same_sequences_in_order() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [(rng.integers(100, size=n), rng.integers(100, size=n)) for n in (5, 9, 1, 30, 4, 4, 2)]
+    whole = pack(sequences)
+    pieces = whole.pieces(12)
+    assert [len(piece.ids) for piece in pieces] == [5, 10, 30, 10]
+    assert [np.diff(piece.starts).tolist() for piece in pieces] == [[5], [9, 1], [30], [4, 4, 2]]
+    assert all(piece.starts[0] == 0 for piece in pieces)
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
+    np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), whole.targets)
+    assert [len(piece.ids) for piece in whole.pieces(None)] == [len(whole.ids)]
+
+
+def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(model: Path) -> None:
+    rng = np.random.default_rng(1)
+    lm = load_model(model)
+    lm.add_lora(rank=2, seed=3)
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = rng.standard_normal(layer.A.shape)
+    sequences = [rng.integers(lm.config.vocab_size, size=n) for n in (7, 3, 12, 5)]
+    batch = pack([(ids, ids) for ids in sequences])
+    found = []
+    for micro_tokens in (None, 10):
+        lm.zero_grad()
+        loss = TokenLoss(micro_tokens).forward_backward(lm, batch, None, 0.1)
+        found.append((loss, [parameter.grad.copy() for parameter in lm.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for whole, cut in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4 * abs(whole).max())
+
+
+def test_targets_are_those_that_a_packed_batch_counts(model: Path, data: Path) -> None:
+    for learn in ("completion", "all"):
+        dataset = read_dataset(data, load_model(model).tokenizer, learn=learn)
+        counted = [pack([example]).num_targets for example in dataset]
+        assert dataset.targets.tolist() == counted
+
+
+# ---- what is chosen ----
+
+
+def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.finetuning.planning.Plan:
+    """A plan of so many megabytes above those that the process has had at most."""
+    return plan(model, data, memory=int(peak_memory() + megabytes * MEGABYTE), **options)
+
+
+def test_a_large_budget_changes_nothing(model: Path, data: Path) -> None:
+    found = sized(model, data, 10_000)
+    assert found.chosen == Candidate("float32", False, None)
+    assert found.memory.total <= found.limit
+
+
+def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path) -> None:
+    found = plan(model, data)
+    for steps, seconds, words in (
+        (6, 0.43, "6 steps in 3 s"),
+        (1, 0.2, "1 step in 0 s"),
+        (100, 0.9, "100 steps in 90 s"),
+        (100, 3.0, "100 steps in 5.0 minutes"),
+        (10_000, 3.0, "10,000 steps in 8.3 hours"),
+    ):
+        assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
+
+
+def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
+    model: Path, data: Path
+) -> None:
+    """Ways of 10, 20, ... MB, each of which takes as much longer as it is smaller."""
+    sizes = (50, 40, 30, 20, 10)
+    ways = {mb: Candidate("float32", mb < 40, mb) for mb in sizes}
+    found = dataclasses.replace(
+        plan(model, data),
+        chosen=ways[30],
+        seconds=70,
+        memory=Memory(30 * MEGABYTE, 0, 0, 0, 0, 0, 0),
+        others=tuple(Other(ways[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
+        limit=32 * MEGABYTE,
+    )
+    assert str(found).splitlines()[-3:] == [
+        f"too large: {found.others[1]}",
+        f"or: {found.others[2]}",
+        "and 2 other ways: nplora plan --verbose tells all",
+    ]
+    assert found.table().splitlines()[-4:] == [
+        f"{word}: {other}"
+        for word, other in zip(("too large", "too large", "or", "or"), found.others, strict=True)
+    ]
+
+
+def test_the_command_tells_all_ways_on_request(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(model), "--data", str(data), "--memory", "9G", "--batch-examples", "20"]
+    counts = []
+    for more in ([], ["--verbose"]):
+        assert cli.main([*arguments, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        counts.append(sum(line.startswith(("or: ", "too large: ")) for line in lines))
+    assert counts[0] <= 2 < counts[1]
+
+
+def test_what_is_fixed_stays(model: Path, data: Path) -> None:
+    found = sized(model, data, 10_000, compute="bfloat16", checkpoint_blocks=True)
+    assert found.chosen == Candidate("bfloat16", True, None)
+    assert {(other.way.compute, other.way.checkpoint_blocks) for other in found.others} == {
+        ("bfloat16", True)
+    }
+
+
+def test_the_arithmetic_of_a_model_that_is_there_stays(model: Path, data: Path) -> None:
+    for compute in ("float32", "bfloat16"):
+        lm = load_model(model, compute)
+        found = sized(lm, data, 10_000)
+        assert {way.compute for way in (found.chosen, *(other.way for other in found.others))} == {compute}
+
+
+def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
+    tmp_path: Path, data: Path
+) -> None:
+    model = save_small_llama(tmp_path / "long.gguf", changes={"llama.context_length": Typed(4096, "UINT32")})
+    works = {}
+    for length in (1000, 3000):
+        valid = tmp_path / f"{length}.jsonl"
+        valid.write_text(json.dumps({"text": "x" * length}) + "\n")
+        works[length] = plan(model, data, valid=valid, max_length=4096).memory.work
+    assert works[3000] > 2.5 * works[1000]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
+        (
+            {"init": "pissa"},
+            "^(plan|finetune): init='pissa' takes a part of model.layers.0.*, and q8_0 cannot",
+        ),
+        (
+            {"targets": ("q_prj",)},
+            "^(plan|finetune): the model has no layer 'q_prj' for an adapter; the nearest",
+        ),
+        ({"layers": "last:99"}, r"^(plan|finetune): layers='last:99', the model has \d blocks"),
+    ],
+)
+def test_what_finetune_refuses_is_not_planned(
+    tmp_path: Path, data: Path, options: dict[str, Any], message: str
+) -> None:
+    low = save_small_llama(tmp_path / "low.gguf", "q8_0")
+    for call in (lambda: plan(low, data, **options), lambda: finetune(low, data, tmp_path / "o", **options)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_for_inference_is_neither_planned_nor_trained(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = load_model(model, "int8")
+    for call in (lambda: plan(lm, data), lambda: finetune(lm, data, tmp_path / "out")):
+        with pytest.raises(ValueError, match="compute='int8' is for inference"):
+            call()
+    assert not lm.adapter_layers()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_targets_as_finetune_does(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(model), "--data", str(data), "--targets", "q_proj,v_proj", "--targets", "o_proj"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+
+
+def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:
+    found = plan(model, data, checkpoint_blocks=True, steps=5, accumulate=2)
+    assert (found.chosen, found.others, found.steps) == (Candidate("float32", True, None), (), 5)
+    assert found.memory.total == sum(vars(found.memory).values())
+    assert "at most" in str(found)
+
+
+def test_the_list_of_a_runs_batches_is_not_counted_as_memory_of_the_run(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_of, listed = planned._work_of, []
+
+    def long(*arguments: Any) -> Any:
+        listed.append(np.ones(50 * MEGABYTE, np.uint8))
+        return work_of(*arguments)
+
+    before = plan(model, data).memory.process
+    monkeypatch.setattr(planned, "_work_of", long)
+    assert plan(model, data).memory.process - before < 25 * MEGABYTE
+
+
+def test_nothing_that_fits_is_refused_with_what_would(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        BudgetError,
+        match=r"needs \d+ MB and 2% to spare, 1 MB are allowed; no --max-length makes it fit; --memory",
+    ):
+        plan(model, data, memory="1M")
+    fresh = [sys.executable, "-m", "nplora", "plan", str(model), "--data", str(data), "--memory"]
+    refused = subprocess.run([*fresh, "1M"], capture_output=True, text=True)
+    enough = re.search(r"; --memory (\d+M) is enough$", refused.stderr, re.MULTILINE)
+    assert enough, refused.stderr
+    assert subprocess.run([*fresh, enough[1]], capture_output=True).returncode == 0
+    with pytest.raises(BudgetError, match="1 MB are allowed"):
+        finetune(model, data, tmp_path / "out", memory="1M")
+    assert not (tmp_path / "out").exists()
+    arguments = [str(model), "--data", str(data), "--memory", "1M"]
+    assert cli.main(["plan", *arguments]) == 2
+    assert cli.main(["finetune", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("1 MB are allowed") == 2
+
+
+def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = Memory(226_400_000, 0, 0, 0, 0, 0, 0)
+    assert choice.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
+    assert "226 MB at most" in str(
+        dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
+    )
+    monkeypatch.setattr(choice, "needed", lambda *arguments: need)
+    monkeypatch.setattr(choice, "_SPARE", 1.0)
+    with pytest.raises(BudgetError, match="needs 227 MB and 0% to spare, 226 MB are allowed"):
+        plan(model, data, memory=226_399_999)
+
+
+def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    size = 100 * MEGABYTE
+    monkeypatch.setattr(choice, "needed", lambda *arguments: Memory(size, 0, 0, 0, 0, 0, 0))
+    given = {"data": data, "output": tmp_path / "out", "memory": f"{103 * MEGABYTE}B", "schedule": "constant"}
+    finetune(model, **given, steps=1)
+    size = 102 * MEGABYTE  # of another process
+    with pytest.warns(UserWarning, match="total_steps was 1, is 2"):
+        assert len(finetune(model, **given, steps=2, resume=True).history.steps) == 2
+    with pytest.raises(
+        BudgetError, match=r"needs 102 MB and 2% to spare, 103 MB are allowed; .*; --memory 107M is enough"
+    ):
+        plan(model, data, memory=given["memory"])
+    assert plan(model, data, memory="1G").limit == pytest.approx(1e9 / 1.02)
+    size = 104 * MEGABYTE
+    with pytest.raises(BudgetError, match=r"needs 104 MB, 103 MB are allowed; .*; --memory 107M is enough"):
+        finetune(model, **given, steps=2, resume=True)
+
+
+def test_a_peak_of_the_past_is_told_from_a_need(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.planning.choice.peak_memory", lambda: 9 * 10**9)
+    with pytest.raises(BudgetError, match="has had 9000 MB at its peak already, 8000 MB are allowed"):
+        plan(model, data, memory="8G")
+
+
+def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget lies above what is in memory now, below what is needed, and that below an earlier peak."""
+    choice = "nplora.finetuning.planning.choice"
+    monkeypatch.setattr(f"{choice}._SPARE", 1.0)
+    monkeypatch.setattr(f"{choice}.current_memory", lambda: 10 * MEGABYTE)
+    monkeypatch.setattr(f"{choice}.unread", lambda source: 0)
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "x" * 100}) + "\n")
+    least = {}
+    for length in (32, 1024):
+        found = plan(model, data, max_length=length, memory="9G")
+        least[length] = min(found.memory.total, *(other.size for other in found.others))
+    monkeypatch.setattr(f"{choice}.peak_memory", lambda: 9000 * MEGABYTE)
+    words = r"needs \d+ MB and 0% to spare, \d+ MB are allowed; --max-length 32 would need \d+ MB"
+    with pytest.raises(BudgetError, match=words) as caught:
+        plan(model, data, memory=sum(least.values()) // 2)
+    assert "peak" not in str(caught.value)
+    with pytest.raises(BudgetError, match="has had 9000 MB at its peak already"):
+        plan(model, data, memory=least[1024])
+
+
+def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:
+    rows = bench_plan.Setting(1, 2048).write(tmp_path)
+
+    def planned(max_length: int) -> subprocess.CompletedProcess[str]:
+        arguments = [
+            "plan",
+            smollm2,
+            "--data",
+            rows,
+            "--batch-examples",
+            1,
+            "--memory",
+            "370M",
+        ]
+        command = [sys.executable, "-m", "nplora", *map(str, [*arguments, "--max-length", max_length])]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = planned(2048)
+    assert refused.returncode == 2
+    told = re.search(
+        r"needs \d+ MB and 2% to spare, 370 MB are allowed; --max-length (\d+) would need \d+ MB",
+        refused.stderr,
+    )
+    assert told, refused.stderr
+    assert planned(int(told[1])).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("600M", 600e6),
+        ("600 MB", 600e6),
+        ("3T", 3e12),
+        ("1TiB", 2**40),
+        ("1.5G", 1.5e9),
+        ("512MiB", 2**29),
+        ("7k", 7e3),
+        ("7KiB", 7168),
+        ("600000000", 6e8),
+        ("600000000B", 6e8),
+        (2**20, 2**20),
+    ],
+)
+def test_sizes_are_read(text: str | int, size: float) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3M", "0", "3P", "1e9", "12 apples"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a size like 600M"):
+        FinetuneOptions(memory=text)
+
+
+@pytest.mark.parametrize("text", ["600", 600, "600B", "1.5", 2**20 - 1])
+def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
+    with pytest.raises(ValueError, match=r"memory is .*bytes: give a unit, as in 600M, 1\.5G or 512MiB"):
+        FinetuneOptions(memory=text)
+
+
+# ---- the model of memory ----
+
+
+def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
+    given = {"rank": 8, "targets": "all-linear", "layers": None, "use_dora": False, **adapters}
+    return predicted(lm.config, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        {},
+        {"layers": "last:1"},
+        {"targets": ["q_proj", "down_proj"]},
+        {"use_dora": True},
+        {"layers": "first:1", "use_dora": True},
+    ],
+    ids=["all", "last", "some", "dora", "first"],
+)
+def test_kept_activations_are_those_of_a_pass(
+    model: Path, compute: str, again: bool, adapters: dict[str, Any]
+) -> None:
+    """Counted by the arrays that a forward pass hands to the backward pass."""
+    lm = load_model(model, compute)
+    one = Pass(256, 256, 128)
+    wanted = memory_of(lm, one, Candidate(compute, again), **adapters).kept
+    lm.add_lora(**{"rank": 8, **adapters})
+    lm.model.checkpoint_blocks = again
+    batch = pack([(np.arange(128), np.arange(128))] * 2)
+    from nplora.models.places import packed_places
+
+    _, saved = lm.model.run(batch.ids, packed_places(batch.starts, lm._rope))
+    gains = 2 * 4 * sum(len(layer.m) for layer in lm.adapter_layers().values() if layer.m is not None)
+    assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if again else gains), rel=0.01)
+
+
+def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -> None:
+    lm, one = load_model(model), Pass(256, 256, 128)
+    for way in (Candidate("float32", False), Candidate("float32", True)):
+        first, last, every = (
+            memory_of(lm, one, way, layers=layers).work for layers in ("first:1", "last:1", None)
+        )
+        assert first == last == every
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("n", "rank", "layers", "d_out", "d_in"),
+    [
+        (64, 1024, 3, 1024, 1024),
+        (1024, 1024, 3, 1024, 1024),
+        (2048, 512, 3, 1024, 1024),
+        (64, 512, 1, 512, 16384),
+    ],
+)
+def test_scratch_is_what_a_call_takes(
+    compute: str, n: int, rank: int, layers: int, d_out: int, d_in: int
+) -> None:
+    """A fresh process's growth in a forward and a backward pass, less what these return."""
+    code = (
+        "import numpy as np, nplora\n"
+        f"n, r, d_out, d_in, compute = {n}, {rank}, {d_out}, {d_in}, {compute!r}\n"
+        "def memory(what):\n"
+        "    status = open('/proc/self/status').read().split()\n"
+        "    return 1024 * int(status[status.index(what) + 1])\n"
+        "nplora.set_num_threads(1)\n"
+        "rng = np.random.default_rng(0)\n"
+        "W = rng.standard_normal((d_out, d_in), np.float32)\n"
+        "weight = nplora.FrozenWeight(W, compute, compute=compute)\n"
+        f"layers = [nplora.LoRALinear(weight, r, rng=0) for _ in range({layers})]\n"
+        "for layer in layers: layer.A[...] = layer.B[...] = layer.dA[...] = layer.dB[...] = 0.01\n"
+        "x, dy = (rng.standard_normal((n, d), np.float32) for d in (d_in, d_out))\n"
+        "before = memory('VmRSS:')\n"
+        "ys, saved = nplora.stack_forward(layers, x)\n"
+        "nplora.stack_backward(layers, [dy] * len(layers), saved)\n"
+        "print(memory('VmHWM:') - before - 4 * n * (len(layers) * (d_out + r) + d_in))\n"
+    )
+    taken = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    names = ("q_proj", "k_proj", "v_proj")[:layers]
+    adapters = Adapters({f"model.layers.0.self_attn.{name}": (d_out, d_in) for name in names}, rank)
+    scratch = adapters.scratch(compute == "bfloat16", n, 1)
+    assert taken - (4 << 20) < scratch < 2.5 * taken  # the rest of a thread's scratch is a few MB
+
+
+def test_scratch_of_a_wide_layer_holds_z_of_more_tokens_where_more_threads_take_them() -> None:
+    wide = Adapters({"model.layers.0.self_attn.q_proj": (16384, 16384)}, 8)
+    sizes = [wide.scratch(False, 4096, threads) for threads in (1, 2, 8)]
+    assert sizes[1] == sizes[0]
+    assert sizes[2] - sizes[0] == 4 * 8 * (4 * 512 - 512)
+
+
+def test_scratch_is_that_of_the_largest_call() -> None:
+    q, k, out = ((f"model.layers.0.self_attn.{name}_proj", (64, 64)) for name in "qko")
+    sizes = [Adapters(dict(shapes), 8).scratch(False, 1, 1) for shapes in ([q], [q, k], [q, k, out], [out])]
+    assert sizes[0] < sizes[1] == sizes[2] > sizes[3]
+    assert Adapters({"model.embed_tokens": (1000, 64)}, 8).scratch(False, 1, 1) == 0
+
+
+def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
+    for options in ({}, {"targets": ["lm_head", "embed_tokens", "q_proj"]}, {"use_dora": True}):
+        lm = load_model(model)
+        given = {"rank": 3, "targets": "all-linear", "layers": "last:1", "use_dora": False, **options}
+        counted = Adapters.of(lm, **given).numbers
+        lm.add_lora(**given)
+        assert counted == lm.num_trainable
+
+
+# ---- the process's memory ----
+
+
+def test_memory_of_a_process_grows_by_what_it_fills() -> None:
+    size = 50 * MEGABYTE
+    before = current_memory()
+    fresh = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # np.ones may find memory that was used before
+    fresh[...] = 1
+    assert current_memory() - before == pytest.approx(size, rel=0.1)
+    assert peak_memory() >= current_memory() - MEGABYTE
+
+
+def test_what_is_mapped_and_not_read_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(8 << 20))
+    mapped = np.memmap(path, np.uint8, "r")
+    assert unread(str(path)) == 8 << 20
+    assert mapped.sum() == 0
+    assert unread(str(path)) == 0
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model-00001-of-00002.safetensors"])
+def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: Path, name: str) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    files = {name: "89ab", "config.json": "cdef"} if name.endswith(".safetensors") else {name: "89ab"}
+    for file, digest in files.items():
+        (blobs / digest).write_bytes(bytes(8 << 20))
+        (snapshot / file).symlink_to(f"../../blobs/{digest}")
+    mapped = np.memmap(snapshot / name, np.uint8, "r")
+    assert unread(str(snapshot / list(files)[-1])) == 8 << 20
+    assert mapped.sum() == 0
+    assert unread(str(snapshot / list(files)[-1])) == 0
+
+
+def test_mappings_of_files_of_any_name_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a line's end ends a line: a name may hold what `str.splitlines` cuts at, and no text at all."""
+    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    sizes = b"Size: 8 kB\nRss: 3 kB\n"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    for name in (b"other\x1cSize: many", b"other\xe2\x80\xa8Size: many", b"other\xff"):
+        lines = [
+            b"00-ff r--p 0 08:01 7 " + os.fsencode(path) + b"\n" + sizes for path in (tmp_path / "w", name)
+        ]
+        (tmp_path / "proc/self/smaps").write_bytes(b"".join(lines))
+        assert unread(str(tmp_path / "w")) == 5 * 1024
+
+
+GROUPS = {  # files below the root, of a process that has 300 kB of its own and 40,000 kB of the machine left
+    "version 2": {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/memory.max": "{limit}\n",
+        "sys/fs/cgroup/user/job/memory.current": "5000000\n",
+        "sys/fs/cgroup/user/job/memory.stat": "anon 2\nactive_file 1000000\ninactive_file 400000\n"
+        "slab_reclaimable 100000\n",
+    },
+    "version 2, where reclaim begins below the limit": {
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/job/memory.max": "95000000\n",
+        "sys/fs/cgroup/job/memory.high": "{limit}\n",
+        "sys/fs/cgroup/job/memory.current": "3500000\n",
+    },
+    "version 2, of any name": {
+        "proc/self/cgroup": "0::/a\x1cb:\u2028\r\udcff\n",
+        "sys/fs/cgroup/a\x1cb:\u2028\r\udcff/memory.max": "{limit}\n",
+        "sys/fs/cgroup/a\x1cb:\u2028\r\udcff/memory.current": "3500000\n",
+    },
+    "version 2, and files above where the groups are": {
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/memory.max": "{limit}\n",
+        "sys/fs/cgroup/memory.current": "3500000\n",
+        "sys/fs/memory.max": "1\n",
+        "sys/fs/memory.current": "1\n",
+    },
+    "version 2, and lines that are none": {
+        "proc/self/cgroup": "\nno colons\n0:\n0::\n0::job\n0::/\0\n0::/job\n",
+        "sys/fs/cgroup/memory.max": "1" * 5000 + "\n",
+        "sys/fs/cgroup/memory.current": "\n",
+        "sys/fs/cgroup/job/memory.max": "{limit}\n",
+        "sys/fs/cgroup/job/memory.current": "3500000\n",
+        "sys/fs/cgroup/job/memory.stat": "\nactive_file\ninactive_file many\nslab_reclaimable 1 2\n",
+    },
+    "version 2, a group above": {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/memory.max": "max\n",
+        "sys/fs/cgroup/user/job/memory.current": "1000000\n",
+        "sys/fs/cgroup/user/memory.max": "{limit}\n",
+        "sys/fs/cgroup/user/memory.current": "3500000\n",
+    },
+    "version 1": {
+        "proc/self/cgroup": "7:cpu:/else\n4:memory:/job\n0::/\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "5000000\n",
+        "sys/fs/cgroup/memory/job/memory.stat": "active_file 7\ntotal_active_file 1000000\n"
+        "total_inactive_file 500000\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "6000000\n",
+    },
+    "version 1, mounted with another controller": {
+        "proc/self/cgroup": "4:hugetlb,memory:/job\n",
+        "sys/fs/cgroup/hugetlb,memory/job/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/hugetlb,memory/job/memory.usage_in_bytes": "3500000\n",
+    },
+    "version 1, a container whose group is not to be seen from inside": {
+        "proc/self/cgroup": "4:memory:/docker/0123\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "{limit}\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "3500000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_what_is_available_is_what_the_machine_and_every_group_leave(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_ROOT", tmp_path)
+    assert available_memory() is None
+    machine = {
+        "proc/meminfo": "MemTotal: 90000 kB\nMemAvailable: 40000 kB\n",
+        "proc/self/status": "VmRSS:\t900 kB\nRssAnon:\t200 kB\nRssFile:\t600 kB\nRssShmem:\t100 kB\n",
+    }
+    for limit, left in ((10_000_000, 6_500_000), (90_000_000, 40_000 * 1024)):
+        for file, text in (machine | GROUPS[name]).items():
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(os.fsencode(text.replace("{limit}", str(limit))))
+        assert available_memory() == left + 300 * 1024
+
+
+# ---- runs obey, and go on to the bit ----
+
+
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+def test_a_run_with_a_plan_goes_on_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str | None
+) -> None:
+    """Whatever a plan would choose when the run goes on, the first one's pieces and arithmetic stay."""
+    options = {"rank": 2, "lr": 1e-2, "batch_examples": 8, "save_every": 2, "memory": "100G"}
+    ways = [Candidate(compute or "float32", True, 24), Candidate("bfloat16", False, None)]
+
+    def scripted(way: Candidate) -> None:
+        real = planned.choose
+
+        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, *rest: Any) -> Any:
+            found = real(lm, adapters, work, wishes, *rest)
+            if wishes.pieces is not None:  # goes on
+                return found
+            return type(found)(way, found.memory, found.seconds, found.steps)
+
+        monkeypatch.setattr(planned, "choose", choose)
+
+    scripted(ways[0])
+    finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)
+    finetune(model, data, tmp_path / "parts", steps=3, schedule="constant", **options)
+    log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["settings"]["fixed"]["micro_tokens"] == 24
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, data, tmp_path / "parts", steps=6, schedule="constant", resume=True, **options)
+    whole, parts = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+    without = {name: value for name, value in options.items() if name != "memory"}
+    finetune(model, data, tmp_path / "other", steps=3, schedule="constant", **options)
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, data, tmp_path / "other", steps=6, schedule="constant", resume=True, **without)
+    assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == whole

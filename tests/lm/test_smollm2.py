@@ -1,0 +1,124 @@
+"""SmolLM2-135M from its package, a Q4_1 file, against transformers with the dequantised weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from figures import Figure
+from nplora.models import stepwise
+from nplora.models.packing import pack
+from nplora.nn.module import inference
+
+Array = np.ndarray[Any, Any]
+SENTENCE = (
+    "The quick brown fox jumps over the lazy dog. "
+    "It is a well known English sentence that contains every letter of the alphabet."
+)
+
+
+@pytest.fixture(scope="module")
+def ids(smollm2: Path) -> Array:
+    pytest.importorskip("tokenizers")
+    return np.array(nplora.load_model(smollm2).tokenizer.encode(SENTENCE))
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+
+def test_the_loss_of_a_sentence(smollm2: Path, ids: Array, figure: Figure) -> None:
+    assert len(ids) == 25
+    loss = nplora.load_model(smollm2).loss(ids, ids)
+    assert loss == pytest.approx(3.32180, abs=2e-4)
+    figure("loss of the sentence", loss)
+    # bfloat16 keeps 8 bits of x and W
+    assert nplora.load_model(smollm2, compute="bfloat16").loss(ids, ids) == pytest.approx(3.32180, abs=5e-2)
+
+
+def test_int8_changes_the_loss_of_a_sentence_by_less_than_half_a_percent(
+    smollm2: Path, ids: Array, figure: Figure
+) -> None:
+    loss = nplora.load_model(smollm2, compute="int8").loss(ids, ids)
+    assert loss == pytest.approx(3.32180, rel=5e-3)
+    assert abs(loss - 3.32180) > 1e-5  # it was int8 that was measured
+    figure("loss of the sentence in int8", loss)
+
+
+def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(smollm2: Path, ids: Array) -> None:
+    lm = nplora.load_model(smollm2)
+    batch = pack([(ids, ids), (ids[:7], ids[:7])])
+    with inference():
+        total = stepwise.loss(lm.config, lm.model, lm.lm_head, lm._rope, batch)
+    assert total / batch.num_targets == pytest.approx(lm.loss_packed(batch), rel=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+def test_the_greedy_answer_to_a_question(smollm2: Path, ids: Array, compute: str) -> None:
+    lm = nplora.load_model(smollm2, compute=compute)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = lm.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    cache = lm.new_cache(1, len(prompt) + 20)
+    logits, answer = lm.decode([prompt], [0], cache), []
+    while (token := int(logits[0].argmax())) != lm.tokenizer.eos_id:
+        answer.append(token)
+        logits = lm.decode([token], [0], cache)
+    assert lm.tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_logits_gradients_and_training_are_those_of_torch(
+    smollm2: Path, ids: Array, theirs: Any, figure: Figure
+) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    lm, tokens = nplora.load_model(smollm2), torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits[0].numpy()
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=1e-3)
+    figure("error of a logit", np.abs(lm.logits(ids) - expected).max())
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    model = peft.get_peft_model(theirs, config)
+    lm.add_lora(rank=8, alpha=16)
+    rng = np.random.default_rng(0)
+    layers = lm.adapter_layers()
+    pairs = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            layer: Any = layers[module]
+            order = layer.row_order if ".lora_B" in name else None
+            ours = "A" if ".lora_B" in name else "B"
+            value = 0.01 * rng.standard_normal(parameter.shape, np.float32)
+            getattr(layer, ours)[...] = value if order is None else value[order]
+            parameter.data.copy_(torch.from_numpy(value))
+            pairs.append((f"{module}.{ours}", parameter, order))
+    assert len(pairs) == len(lm.parameters()) == 2 * 210
+
+    optimizer = nplora.AdamW(lr=1e-3, weight_decay=0.01)
+    their_optimizer = torch.optim.AdamW([p for _, p, _ in pairs], lr=1e-3, weight_decay=0.01)
+    for step in range(10):
+        loss = model(tokens, labels=tokens).loss
+        their_optimizer.zero_grad()
+        loss.backward()
+        batch = pack([(ids, ids)])
+        lm.zero_grad()
+        total = lm.forward_backward(batch, 1 / batch.num_targets)
+        assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-3)
+        figure("difference of a loss in ten steps", abs(total / batch.num_targets - loss.item()))
+        if step == 0:
+            found = {p.name: p.grad for p in lm.parameters()}
+            for name, parameter, order in pairs:
+                gradient = parameter.grad.numpy() if order is None else parameter.grad.numpy()[order]
+                error = np.abs(found[name] - gradient).max() / np.abs(gradient).max()
+                assert error <= 1e-3, name
+                figure("error of a gradient, relative", error)
+        optimizer.step(lm.parameters())
+        their_optimizer.step()
+    assert loss.item() < 1

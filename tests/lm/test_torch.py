@@ -1,0 +1,247 @@
+"""Language models against transformers and PEFT: logits, losses, gradients, training, adapters both ways."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from figures import Figure
+from nplora.lm import LanguageModel
+from nplora.models.packing import IGNORED, pack
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+torch_models = pytest.importorskip("torch_models")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's own
+]
+
+Array = np.ndarray[Any, Any]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = list(torch_models.FAMILIES)
+FORMS = ["safetensors", "gguf"]
+
+# Sums of at most 72 float32 products, three blocks one after the other, logits of the order of 10: the two
+# orders of summation differ by about 72 eps relative to the norms, a tenth of this.
+TOLERANCE = 1e-3
+
+
+def some_ids(rows: int = 3, length: int = 21) -> Array:
+    return np.random.default_rng(7).integers(0, torch_models.SIZES["vocab_size"], (rows, length))
+
+
+def some_labels(ids: Array) -> Array:
+    labels = ids.copy()
+    labels[0, :9] = IGNORED
+    labels[1, -4:] = IGNORED
+    return labels
+
+
+def loaded(family: str, form: str, directory: Path, **options: Any) -> tuple[Any, LanguageModel]:
+    theirs = torch_models.make(family)
+    return theirs, nplora.load_model(torch_models.save(theirs, directory, form), **options)
+
+
+def adapted(theirs: Any, ours: LanguageModel, directory: Path, **options: Any) -> Any:
+    """PEFT's model with random factors, which ours has loaded."""
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": LINEARS, **options}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory / "theirs", save_embedding_layers=False)
+    ours.add_lora(
+        rank=4, alpha=6, targets=settings["target_modules"], use_dora=settings.get("use_dora", False)
+    )
+    nplora.load_adapter(ours, directory / "theirs")
+    return model
+
+
+def logits_of(model: Any, ids: Array) -> Array:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.numpy()  # type: ignore[no-any-return]
+
+
+def gradients_of(model: Any, ours: LanguageModel) -> dict[str, Array]:
+    """PEFT's gradients by our parameters' names, rows in our order."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        gradient = parameter.grad.numpy().copy()
+        if "embedding" in name:  # their factors are transposed
+            key, gradient = "A" if "embedding_A" in name else "B", gradient.T
+        else:
+            key = "A" if ".lora_B" in name else "m" if "magnitude" in name else "B"
+        order = ours.adapter_layers()[module].row_order  # type: ignore[attr-defined]
+        if order is not None and key != "B":
+            gradient = gradient[order]
+        found[f"{module}.{key}"] = gradient
+    return found
+
+
+def assert_gradients_agree(ours: LanguageModel, expected: dict[str, Array], tolerance: float) -> float:
+    """Returns the largest error of a factor's gradient, relative to its largest element."""
+    found = {p.name: p.grad for p in ours.parameters()}
+    assert found.keys() == expected.keys()
+    errors = {name: np.abs(found[name] - want).max() / np.abs(want).max() for name, want in expected.items()}
+    assert all(error <= tolerance for error in errors.values()), errors
+    return float(max(errors.values()))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "shards"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_loss_are_those_of_transformers(
+    family: str, form: str, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, form, tmp_path)
+    ids, labels = some_ids(), some_labels(some_ids())
+    np.testing.assert_allclose(ours.logits(ids), logits_of(theirs, ids), rtol=0, atol=TOLERANCE)
+    figure("error of a logit", np.abs(ours.logits(ids) - logits_of(theirs, ids)).max())
+    np.testing.assert_allclose(ours.logits(ids[0]), logits_of(theirs, ids)[0], rtol=0, atol=TOLERANCE)
+    expected = theirs(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
+    assert ours.loss(ids, labels) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    """In pieces of many tokens, of few and of one: past a window's length, and up to the last position."""
+    theirs, ours = loaded(family, "gguf", tmp_path)
+    length = torch_models.SIZES["max_position_embeddings"]
+    ids = some_ids(2, length)
+    expected, cache = logits_of(theirs, ids), ours.new_cache(2, length)
+    end = 0
+    for count in (17, 1, 1, 2, 9, 1, 33):
+        end += count
+        logits = ours.decode(ids[:, end - count : end], [0, 1], cache)
+        np.testing.assert_allclose(logits, expected[:, end - 1], rtol=0, atol=TOLERANCE)
+    assert end == length
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_torch(
+    family: str, form: str, checkpoint_blocks: bool, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, form, tmp_path)
+    model = adapted(theirs, ours, tmp_path)
+    ours.model.checkpoint_blocks = checkpoint_blocks
+    ids, labels = some_ids(), some_labels(some_ids())
+    loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+    loss.backward()
+    batch = pack(zip(ids, labels, strict=True))
+    total = ours.forward_backward(batch, 1 / batch.num_targets)
+    assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-4)
+    error = assert_gradients_agree(ours, gradients_of(model, ours), TOLERANCE)
+    figure("error of a gradient, relative", error)
+
+
+def test_a_gated_unit_of_gelu_is_that_of_torch(tmp_path: Path) -> None:
+    """Logits, decoding with a cache, and gradients."""
+    theirs, ours = loaded("llama with gelu", "safetensors", tmp_path)
+    ids = some_ids()
+    expected, cache = logits_of(theirs, ids), ours.new_cache(len(ids), ids.shape[1])
+    np.testing.assert_allclose(ours.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    decoded = ours.decode(ids, range(len(ids)), cache)
+    np.testing.assert_allclose(decoded, expected[:, -1], rtol=0, atol=TOLERANCE)
+    model = adapted(theirs, ours, tmp_path)
+    model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
+    batch = pack(zip(ids, ids, strict=True))
+    ours.forward_backward(batch, 1 / batch.num_targets)
+    assert_gradients_agree(ours, gradients_of(model, ours), TOLERANCE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_dora_embedding_and_head_are_those_of_torch(form: str, tmp_path: Path) -> None:
+    theirs, ours = loaded("llama", form, tmp_path)
+    model = adapted(theirs, ours, tmp_path, target_modules=["q_proj", "down_proj"], use_dora=True)
+    ids = some_ids()
+    model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
+    batch = pack(zip(ids, ids, strict=True))
+    ours.forward_backward(batch, 1 / batch.num_targets)
+    assert_gradients_agree(ours, gradients_of(model, ours), TOLERANCE)
+
+    theirs, ours = loaded("llama", form, tmp_path)
+    model = adapted(theirs, ours, tmp_path, target_modules=["k_proj", "embed_tokens", "lm_head"])
+    model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
+    ours.forward_backward(batch, 1 / batch.num_targets)
+    expected = gradients_of(model, ours)
+    assert_gradients_agree(ours, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_of_training_have_the_losses_of_torch(
+    family: str, form: str, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, form, tmp_path)
+    model = adapted(theirs, ours, tmp_path)
+    ids, labels = some_ids(), some_labels(some_ids())
+    settings = {"lr": 1e-2, "weight_decay": 0.01}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    theirs_optimizer, optimizer = torch.optim.AdamW(trained, **settings), nplora.AdamW(**settings)
+    losses = []
+    for _ in range(10):
+        loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss
+        theirs_optimizer.zero_grad()
+        loss.backward()
+        theirs_optimizer.step()
+        losses.append(loss.item())
+        found = ours.train_step(ids, labels, optimizer)
+        assert found == pytest.approx(loss.item(), abs=1e-3)
+        figure("difference of a loss in ten steps", abs(found - loss.item()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_adapter_trained_here_answers_alike_in_peft_and_comes_back(
+    family: str, form: str, tmp_path: Path, figure: Figure
+) -> None:
+    theirs, ours = loaded(family, form, tmp_path)
+    ours.add_lora(rank=3, alpha=5, seed=1)
+    optimizer, ids = nplora.AdamW(3e-2), some_ids()
+    for _ in range(4):
+        ours.train_step(ids, ids, optimizer)
+    plain = logits_of(theirs, ids)
+    nplora.save_adapter(ours, tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    assert model.peft_config["default"].task_type == "CAUSAL_LM"
+    answers = ours.logits(ids)
+    assert np.abs(answers - plain).max() > 0.5
+    np.testing.assert_allclose(logits_of(model, ids), answers, rtol=0, atol=TOLERANCE)
+    figure("error of a logit of an adapter in PEFT", np.abs(logits_of(model, ids) - answers).max())
+
+    twin = nplora.load_model(tmp_path / "model.gguf" if form == "gguf" else tmp_path)
+    model.save_pretrained(tmp_path / "back")
+    twin.add_lora(rank=3, alpha=5)
+    nplora.load_adapter(twin, tmp_path / "back")
+    np.testing.assert_array_equal(twin.logits(ids), answers)
+    with twin.disable_adapter():
+        np.testing.assert_allclose(twin.logits(ids), plain, rtol=0, atol=TOLERANCE)
+    twin.merge()
+    np.testing.assert_allclose(twin.logits(ids), answers, rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_of_16_bit_shards_computes_in_bfloat16(tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits: products of three blocks agree with float32 to a few per cent of the logits."""
+    torch_models.make("qwen2").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
+    theirs, ids = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), some_ids()
+    plain, fast = nplora.load_model(tmp_path), nplora.load_model(tmp_path, compute="bfloat16")
+    expected = logits_of(theirs, ids)
+    np.testing.assert_allclose(plain.logits(ids), expected, rtol=0, atol=TOLERANCE)
+    assert 0 < np.abs(fast.logits(ids) - expected).max() < 0.1 * np.abs(expected).max()
+
+    model = adapted(theirs, fast, tmp_path)
+    model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
+    batch = pack(zip(ids, ids, strict=True))
+    fast.forward_backward(batch, 1 / batch.num_targets)
+    assert_gradients_agree(fast, gradients_of(model, fast), 0.2)

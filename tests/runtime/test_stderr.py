@@ -1,0 +1,22 @@
+"""stderr: whatever is wrong with it, writing to it ends nothing."""
+
+import sys
+
+import pytest
+
+from dead_streams import DEAD, Dead
+from nplora.runtime.stderr import stderr
+
+
+@pytest.mark.parametrize("kind", DEAD)
+def test_what_cannot_be_written_is_dropped(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", DEAD[kind])
+    print("lost", file=stderr, flush=True)
+    assert stderr.isatty() == isinstance(DEAD[kind], Dead)
+
+
+def test_what_can_be_written_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print("read", file=stderr, flush=True)
+    assert capsys.readouterr().err == "read\n"
+    assert stderr.encoding == sys.stderr.encoding
+    assert not stderr.isatty()

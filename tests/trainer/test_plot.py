@@ -1,0 +1,141 @@
+"""plot: a run's log to a PNG, and clear words where there is nothing to draw."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import cli
+from nplora.formats.errors import DataError
+from nplora.trainer import plot
+from taken import FOREIGN, assert_nothing_is_lost
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)), rng.integers(0, 3, 40)
+    model = nplora.LoRALinear(rng.normal(size=(3, 6)), rank=2, rng=0)
+    trainer = nplora.Trainer(model, schedule="linear", progress=False)
+    trainer.fit(x, y, epochs=3, batch_size=8, validation=(x, y), checkpoint_dir=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def pixels(png: Path) -> Any:
+    image = pytest.importorskip("matplotlib.image")
+    return image.imread(png)
+
+
+def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot.plot_run(run) == run / "plot.png"
+    image = pixels(run / "plot.png")
+    assert image.shape[0] >= 600  # loss, accuracy and learning rate: three panels of 2 inches at 120 dpi
+    coloured = np.ptp(image[..., :3], axis=-1) > 0.3
+    assert coloured.sum() > 500  # the curves
+    assert plot.plot_run(run, tmp_path / "other.png") == tmp_path / "other.png"
+    assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
+
+
+def test_a_picture_is_replaced_on_request_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "mine.png"
+    assert_nothing_is_lost(target, lambda overwrite: plot.plot_run(run, target, overwrite=overwrite))
+    (run / "plot.png").write_bytes(FOREIGN)
+    assert cli.main(["plot", str(run)]) == 2
+    assert (
+        f"{run / 'plot.png'}: the file is there; name another one, or --overwrite" in capsys.readouterr().err
+    )
+    assert (run / "plot.png").read_bytes() == FOREIGN
+    assert cli.main(["plot", str(run), "--overwrite"]) == 0
+    assert pixels(run / "plot.png").size
+
+
+def test_a_picture_takes_no_place_of_its_log(run: Path) -> None:
+    log = (run / "log.jsonl").read_bytes()
+    for make in (os.link, os.symlink):
+        make(run / "log.jsonl", run / "log.png")
+        with pytest.raises(ValueError, match=r"plot: .*log\.png is the log itself, which is left as it is"):
+            plot.plot_run(run, run / "log.png", overwrite=True)
+        (run / "log.png").unlink()
+    assert (run / "log.jsonl").read_bytes() == log
+
+
+def test_dollars_in_the_name_of_a_directory_are_no_formula(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot.plot_run(run.rename(run.with_name(r"cost$\frac$")))
+
+
+def test_the_log_is_read_as_it_was_written(run: Path) -> None:
+    steps, epochs = plot.read_log(run / "log.jsonl")
+    assert [r["step"] for r in steps] == list(range(1, 16))
+    assert [r["step"] for r in epochs] == [5, 10, 15]
+    assert all(0 <= r["val_accuracy"] <= 1 for r in epochs)
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(run: Path) -> None:
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"event":"step","st')
+    assert len(plot.read_log(run / "log.jsonl")[0]) == 15
+
+
+def test_losses_that_are_not_there_are_gaps(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (run / "log.jsonl").write_text(
+        '{"event":"step","step":1,"loss":1.5,"lr":0.1}\n{"event":"step","step":2,"loss":null,"lr":0.1}\n'
+        '{"event":"epoch","step":2,"loss":1.5,"val_loss":null,"val_accuracy":null}\n'
+    )
+    assert pixels(plot.plot_run(run)).shape[0] < 700  # two panels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no step in it yet"),
+        ('{"event":"start"}\n', "there is no step in it yet"),
+        ('{"event":"start"}\nnonsense\n', "line 2: not JSON"),
+        ("[1]\n", r"line 1: \[1\], expected an object with an event"),
+        ('{"event":"step","step":"1","loss":1,"lr":1}\n', "line 1: step is '1', expected a number"),
+        ('{"event":"step","step":1,"loss":true,"lr":1}\n', "line 1: loss is True, expected a number"),
+        ('{"event":"step","step":1,"loss":1,"lr":1e999}\n', "line 1: the number 1e999 is beyond float64"),
+    ],
+)
+def test_a_log_of_something_else_is_told_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(DataError, match=rf"log\.jsonl: {message}"):
+        plot.plot_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plot.pdf", "plot", "plot.png.txt"])
+def test_an_output_that_is_no_png_is_refused(name: str, run: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"plot: the output is .*{name}, expected a name that ends in \.png$"
+    ):
+        plot.plot_run(run, run / name)
+    assert not (run / name).exists()
+
+
+def test_what_is_no_run_directory_is_called_so(run: Path) -> None:
+    for place in (run / "nosuch", run / "log.jsonl"):
+        with pytest.raises(OSError, match=rf"no run directory, it has no log\.jsonl: '.*{place.name}'"):
+            plot.plot_run(place)
+
+
+def test_a_directory_without_a_log_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"log\.jsonl"):
+        plot.plot_run(tmp_path)
+
+
+def test_without_matplotlib_the_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "nplora\[plot\]"'):
+        plot.plot_run(run)
+    assert not (run / "plot.png").exists()

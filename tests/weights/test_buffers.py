@@ -1,0 +1,195 @@
+"""Large results reuse the memory of earlier ones: a training step allocates nothing."""
+
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora import _core
+from nplora.weights import buffers
+
+MEBIBYTE = 1 << 20
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_an_array_takes_the_memory_that_the_one_before_has_left():
+    first = buffers.empty((512, 1024), np.float32)
+    where = address(first)
+    del first
+    allocated = _core.allocations()
+    second = buffers.empty((1024, 256), np.float64)
+    assert address(second) == where
+    assert _core.allocations() == allocated
+    assert second.flags.behaved
+    assert second.flags.c_contiguous
+
+
+def test_memory_that_a_view_holds_is_not_given_to_another_array():
+    whole = buffers.empty((512, 1024), np.float32)
+    whole.fill(7)
+    part = whole[100:200, ::2]
+    del whole
+    other = buffers.empty((512, 1024), np.float32)
+    other.fill(1)
+    assert (part == 7).all()
+
+
+def test_an_array_that_is_much_smaller_leaves_a_large_buffer_alone():
+    large = buffers.empty((4 * MEBIBYTE,), np.uint8)
+    where = address(large)
+    del large
+    small = buffers.empty((MEBIBYTE,), np.uint8)
+    assert not where <= address(small) < where + 4 * MEBIBYTE
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 10**9), (3, 0, 5), (7, 3)])
+def test_small_arrays_are_numpys(shape):
+    array = buffers.empty(shape, np.float32)
+    assert (array.shape, array.dtype) == (shape, np.float32)
+    assert array.flags.owndata
+
+
+def test_a_size_that_no_memory_holds_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        buffers.empty((2**40, 2**40), np.float32)
+    with pytest.raises(MemoryError):
+        buffers.empty((2**46,), np.float32)
+
+
+def in_fresh_process(code):
+    """What the code prints; `rss()` gives it the resident MiB above those at its start."""
+    prelude = """
+import gc, nplora, numpy as np
+from nplora.weights import buffers
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = resident()
+def rss():
+    return resident() - before
+def taken(mebibytes):
+    array = buffers.empty((mebibytes << 20,), np.uint8)
+    array.fill(1)
+    return array
+"""
+    run = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_idle_memory_never_adds_to_the_most_that_was_in_use():
+    out = in_fresh_process("""
+for size in (64, 100, 30, 7, 128, 90, 127):
+    array = taken(size)
+    print(rss())
+    del array
+""")
+    assert max(map(float, out)) < 128 + 8
+
+
+def test_arrays_of_many_sizes_leave_no_holes_behind():
+    out = in_fresh_process("""
+rng = np.random.default_rng(0)
+most = 0
+for batch in range(8):
+    rows = int(rng.integers(200, 420))
+    step = []
+    for width in (144, 768, 288, 144, 768) * 10:
+        step.append(buffers.empty((rows, width), np.float32))
+        step[-1].fill(1)
+    most = max(most, sum(array.nbytes for array in step) / 2**20)
+    while step:
+        step.pop(int(rng.integers(len(step))))
+        if rng.random() < 0.3:
+            step[:0] = [buffers.empty((int(rng.integers(100, 300)), 256), np.float32)]
+print(rss(), most)
+""")
+    held, most = map(float, out)
+    assert held < 1.05 * most + 4
+
+
+def test_idle_memory_can_be_returned():
+    out = in_fresh_process("""
+array = taken(100)
+del array
+print(rss())
+nplora.release_memory()
+print(rss())
+""")
+    kept, released = map(float, out)
+    assert kept > 90
+    assert released < 8
+
+
+def layers_of(width):
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((width, width), dtype=np.float32) for _ in range(3)]
+    return nplora.Sequential(
+        nplora.LoRALinear(weights[0], rank=8, rng=1, compute="bfloat16"),
+        nplora.ReLU(),
+        nplora.LoRALinear(weights[1], rank=8, rng=2, dropout=0.1),
+        nplora.GELU(),
+        nplora.LoRALinear(weights[2], rank=8, rng=3, bias=np.zeros(width)),
+    )
+
+
+@pytest.fixture
+def one_thread():
+    """A thread allocates what it keeps for a kind of task when it first gets one: when, is up to chance."""
+    threads = nplora.get_num_threads()
+    nplora.set_num_threads(1)
+    yield
+    nplora.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tokens", [1, 8, 100, 1000])
+def test_a_step_allocates_nothing_after_warm_up(tokens):
+    width = 512
+    model = layers_of(width)
+    optimizer = nplora.AdamW(lr=1e-3)
+    parameters = model.parameters()
+    optimizer.init(parameters)
+    x = np.random.default_rng(1).standard_normal((tokens, width), dtype=np.float32)
+    dy = np.ones((tokens, width), np.float32)
+
+    def step():
+        model.zero_grad()
+        y, saved = model.forward(x)
+        model.backward(dy, saved)
+        optimizer.step(parameters, max_norm=1.0)
+        return y
+
+    for _ in range(3):
+        step()
+    allocated = _core.allocations()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    steps = 10
+    for _ in range(steps):
+        step()
+    assert _core.allocations() == allocated
+    new_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    assert new_faults < 64  # pages; a fresh y of 1000 tokens alone has 500
+
+
+def test_factors_made_side_by_side_share_two_buffers_of_zeros():
+    shapes = [(3, 5), (1, 1), (100, 8)]
+    with buffers.side_by_side(*(4 * m * n for m, n in shapes)):
+        pairs = [buffers.value_and_gradient(shape, np.dtype(np.float32)) for shape in shapes]
+        beyond, _ = buffers.value_and_gradient((1, 1), np.dtype(np.float32))
+    for arrays in zip(*pairs, strict=True):
+        assert len({id(array.base) for array in arrays}) == 1
+        addresses = [address(array) for array in arrays]
+        assert addresses == [addresses[0] + offset for offset in (0, 64, 128)]
+        assert all(array.flags.c_contiguous and address(array) % 64 == 0 for array in arrays)
+        for index, array in enumerate(arrays, 1):
+            assert (array == 0).all()
+            array += index
+        assert [array.ravel().tolist() for array in arrays] == [[i] * a.size for i, a in enumerate(arrays, 1)]
+    assert beyond.base is None
+    alone, _ = buffers.value_and_gradient((3, 5), np.dtype(np.float32))
+    assert alone.base is None

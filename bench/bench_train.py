@@ -244,15 +244,15 @@ def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
 def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
     """Steps with adapters in the last four blocks: those below run again, or their output is kept."""
     import nplora
-    from nplora.models import KeptPrefix
+    from nplora.models import PrefixCache
 
     nplora.set_num_threads(threads)
     model = load(setting.dtype)
     model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear", layers="last:4")
     plain = step_of(model, setting, 0.0)  # every step is the first one
-    kept = KeptPrefix(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
+    kept = PrefixCache(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
 
-    def step(prefix: KeptPrefix | None) -> float:
+    def step(prefix: PrefixCache | None) -> float:
         model.model.prefix = prefix
         return plain()
 

@@ -416,7 +416,7 @@ def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
 
 def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
     given = {"rank": 8, "targets": "all-linear", "layers": None, "use_dora": False, **adapters}
-    return predicted(lm.config, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
+    return predicted(lm, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -442,9 +442,9 @@ def test_kept_activations_are_those_of_a_pass(
     lm.add_lora(**{"rank": 8, **adapters})
     lm.model.checkpoint_blocks = again
     batch = pack([(np.arange(128), np.arange(128))] * 2)
-    from nplora.models.places import packed_places
+    from nplora.models.positions import packed_positions
 
-    _, saved = lm.model.run(batch.ids, packed_places(batch.starts, lm._rope))
+    _, saved = lm.model.run(batch.ids, packed_positions(batch.starts))
     gains = 2 * 4 * sum(len(layer.m) for layer in lm.adapter_layers().values() if layer.m is not None)
     assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if again else gains), rel=0.01)
 
@@ -494,7 +494,8 @@ def test_scratch_is_what_a_call_takes(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     )
     names = ("q_proj", "k_proj", "v_proj")[:layers]
-    adapters = Adapters({f"model.layers.0.self_attn.{name}": (d_out, d_in) for name in names}, rank)
+    layers = [f"model.layers.0.self_attn.{name}" for name in names]
+    adapters = Adapters(dict.fromkeys(layers, (d_out, d_in)), rank, calls=dict.fromkeys(layers, "the call"))
     scratch = adapters.scratch(compute == "bfloat16", n, 1)
     assert taken - (4 << 20) < scratch < 2.5 * taken  # the rest of a thread's scratch is a few MB
 
@@ -508,7 +509,9 @@ def test_scratch_of_a_wide_layer_holds_z_of_more_tokens_where_more_threads_take_
 
 def test_scratch_is_that_of_the_largest_call() -> None:
     q, k, out = ((f"model.layers.0.self_attn.{name}_proj", (64, 64)) for name in "qko")
-    sizes = [Adapters(dict(shapes), 8).scratch(False, 1, 1) for shapes in ([q], [q, k], [q, k, out], [out])]
+    calls = dict.fromkeys((q[0], k[0]), "the call")
+    cases = ([q], [q, k], [q, k, out], [out])
+    sizes = [Adapters(dict(shapes), 8, calls=calls).scratch(False, 1, 1) for shapes in cases]
     assert sizes[0] < sizes[1] == sizes[2] > sizes[3]
     assert Adapters({"model.embed_tokens": (1000, 64)}, 8).scratch(False, 1, 1) == 0
 

@@ -20,7 +20,7 @@ from nplora.finetuning.data import read_dataset
 from nplora.formats import bitsandbytes, gguf, peft_adapter, safetensors, sharded, strict_json
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf.writer import MAX_NAME
-from nplora.models import ModelConfig, gguf_config, hf_config
+from nplora.models import ModelConfig, families, gguf_config, hf_config
 from nplora.tokenizer import Tokenizer, from_directory, from_gguf, gguf_metadata, split_pattern
 from nplora.tokenizer.chat_template import ChatTemplate
 from nplora.tokenizer.tokenizer import backend_package
@@ -123,9 +123,9 @@ def read_config_json(data: bytes) -> None:
 
 
 def _check_config(config: ModelConfig) -> None:
-    assert np.isfinite(config.rope.frequencies(config.head_dim)).all()
-    for _, shape in itertools.islice(config.shapes(), 20):
-        assert min(shape) >= 1
+    assert np.isfinite(config.rope.frequencies(config.rotary_dim or config.head_dim)).all()
+    for tensor in itertools.islice(families.of(config).tensors(config), 20):
+        assert min(tensor.shape) >= 1
     assert len(config.sliding_windows) == config.num_hidden_layers
     assert min(config.sliding_windows) >= 0
 

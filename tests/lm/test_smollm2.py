@@ -55,7 +55,7 @@ def test_the_loss_that_decoding_computes_is_that_of_the_whole_sequences(smollm2:
     lm = nplora.load_model(smollm2)
     batch = pack([(ids, ids), (ids[:7], ids[:7])])
     with inference():
-        total = stepwise.loss(lm.config, lm.model, lm.lm_head, lm._rope, batch)
+        total = stepwise.loss(lm.config, lm.model, lm.lm_head, batch)
     assert total / batch.num_targets == pytest.approx(lm.loss_packed(batch), rel=1e-5)
 
 

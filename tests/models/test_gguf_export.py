@@ -15,6 +15,7 @@ import nplora
 from nplora import cli
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.models import families
 from nplora.models import gguf_export as model_conversion
 from nplora.tokenizer import gguf_vocabulary
 from nplora.weights import storages
@@ -102,7 +103,8 @@ def hf_directory(directory: Path, rng: np.random.Generator, family: str = "llama
     fields = SIZES | {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 5e5} | changes
     (directory / "config.json").write_text(json.dumps(fields))
     config = model_conversion.hf_config.read(directory / "config.json")
-    tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in config.shapes()}
+    specs = families.of(config).tensors(config)
+    tensors = {spec.name: rng.standard_normal(spec.shape).astype(dtype) for spec in specs}
     safetensors.save(directory / "model.safetensors", tensors, {"format": "pt"})
     return directory
 

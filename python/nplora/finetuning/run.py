@@ -29,7 +29,7 @@ from nplora.formats.errors import FormatError
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.lm import LanguageModel, load_model
-from nplora.models import KeptPrefix
+from nplora.models import PrefixCache
 from nplora.nn import LoRALinear
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
@@ -112,7 +112,7 @@ def finetune(
         _put_on(lm, start, chosen)
         _require_free(output, chosen)
         prefix = _new_prefix(lm, [d for d in (train, held_out) if d is not None], output, chosen.keep_prefix)
-    lm.model.checkpoint_blocks = way.checkpoint_blocks
+    lm.model.recompute = way.checkpoint_blocks
     with files.Directory(output) as directory, _keeping(lm, prefix):
         before = Before(lm, checks, chosen.sample, say)
         if not (chosen.resume and holds_run(directory)):  # else when it is known to go on
@@ -234,17 +234,19 @@ def _require_free(output: StrPath, options: FinetuneOptions) -> None:
         pass
 
 
-def _new_prefix(lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str) -> KeptPrefix | None:
+def _new_prefix(
+    lm: LanguageModel, datasets: list[Dataset], output: StrPath, where: str
+) -> PrefixCache | None:
     """Room for what the blocks below the adapters make of these examples, if it is to be kept."""
     if where == "off":
         return None
     tokens = sum(dataset.report.tokens for dataset in datasets)
     directory = output if where == "disk" else None
-    return KeptPrefix(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
+    return PrefixCache(lm.model.first_adapted(), tokens, lm.config.hidden_size, directory)
 
 
 @contextlib.contextmanager
-def _keeping(lm: LanguageModel, prefix: KeptPrefix | None) -> Iterator[None]:
+def _keeping(lm: LanguageModel, prefix: PrefixCache | None) -> Iterator[None]:
     lm.model.prefix = prefix
     try:
         yield

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.formats import gguf_names
+from nplora.formats import gguf_rows
 from nplora.formats.errors import counted, nearest_names
+from nplora.models import families
 from nplora.models.config import ModelConfig
 from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
 from nplora.nn.module import Module
@@ -145,8 +146,6 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
     """Where a file permutes rows: row i of its weight is row order[i] of Hugging Face's; None: they agree."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    part = name.rpartition(".")[2]
-    if not config.interleaved or part not in heads:
-        return None
-    return gguf_names.row_order(heads[part] * config.head_dim, heads[part])
+    counts = config.num_attention_heads, config.num_key_value_heads
+    heads = families.of(config).permuted_heads(name, *counts) if config.interleaved else 0
+    return gguf_rows.row_order(heads * config.head_dim, heads) if heads else None

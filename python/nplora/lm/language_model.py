@@ -21,21 +21,18 @@ from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
 from nplora.lm.generation import Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
-from nplora.models import head, stepwise
+from nplora.models import families, head, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
-from nplora.models.norms import norm_backward, norm_forward
 from nplora.models.packing import IGNORED, PackedBatch, pack
-from nplora.models.places import cache_places, packed_places
-from nplora.models.rope import Rope
+from nplora.models.positions import cache_positions, packed_positions
 from nplora.nn import Linear, LoRALinear, RMSNorm, optim, stack_backward, stack_forward
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.nn.optim import Optimizer
 from nplora.nn.stack import StackSaved
 from nplora.tokenizer import Tokenizer
-from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +66,7 @@ class LanguageModel(Module):
         config: sizes and switches.
         model: embedding, blocks, last norm.
         lm_head: the head; where `config.tie_word_embeddings`, its weight is the embedding's.
-        model.checkpoint_blocks: True computes each block again in backward and keeps its input only.
+        model.recompute: True computes each block again in backward and keeps its input only.
     """
 
     task_type = "CAUSAL_LM"
@@ -79,14 +76,12 @@ class LanguageModel(Module):
         config: ModelConfig,
         model: Decoder,
         lm_head: Linear,
-        rope: Rope,
         load_tokenizer: Callable[[], Tokenizer],
         mapped: Sequence[Stamp] = (),
     ) -> None:
         self.config = config
         self.model = model
         self.lm_head: Linear | LoRALinear = lm_head
-        self._rope = rope
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
         self._mapped = tuple(mapped)
@@ -127,7 +122,8 @@ class LanguageModel(Module):
     def base_digest(self) -> str | None:
         """That of the norms, as `formats.model_digest` has it."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
-        return model_digest.of({model_digest.stored_name(name): norm for name, norm in norms.items()})
+        family = families.of(self.config)
+        return model_digest.of({f"{family.gguf_layer(name)}.weight": norm for name, norm in norms.items()})
 
     def add_lora(
         self,
@@ -281,10 +277,10 @@ class LanguageModel(Module):
             return lm.loss_packed(batch)
         with inference():
             if self.compute == "int8":
-                total = stepwise.loss(self.config, self.model, self.lm_head, self._rope, batch)
+                total = stepwise.loss(self.config, self.model, self.lm_head, batch)
             else:
-                x = self.model.infer(batch.ids, packed_places(batch.starts, self._rope))
-                total = head.loss(self.model.norm, self.lm_head, x, batch.targets)
+                x = self.model.infer(batch.ids, packed_positions(batch.starts))
+                total = head.loss(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
@@ -330,8 +326,8 @@ class LanguageModel(Module):
             layer.require_trainable(op)
         if not batch.num_targets:
             return 0.0
-        x, saved = self.model.run(batch.ids, packed_places(batch.starts, self._rope))
-        total, dx = head.loss_and_gradient(self.model.norm, self.lm_head, x, batch.targets, factor)
+        x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
+        total, dx = head.loss_and_gradient(self.model, self.lm_head, x, batch.targets, factor)
         self.model.run_backward(dx, saved)
         self.require_unchanged()
         return total
@@ -344,12 +340,12 @@ class LanguageModel(Module):
             return lm.forward(x)
         ids = self._ids("LanguageModel.forward", x)
         starts = np.arange(0, ids.size + 1, ids.shape[-1]) if ids.size else np.zeros(1, np.int64)
-        places = packed_places(starts, self._rope)
+        positions = packed_positions(starts)
         if inferring():
-            stream, saved = self.model.infer(ids.reshape(-1), places), None
+            stream, saved = self.model.infer(ids.reshape(-1), positions), None
         else:
-            stream, saved = self.model.run(ids.reshape(-1), places)
-        (logits,), kept = stack_forward((self.lm_head,), norm_forward(self.model.norm, stream))
+            stream, saved = self.model.run(ids.reshape(-1), positions)
+        (logits,), kept = stack_forward((self.lm_head,), self.model.read_out(stream))
         self.require_unchanged()
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
@@ -372,9 +368,7 @@ class LanguageModel(Module):
             layer.require_trainable("backward")
         saved.use_up(op)
         dnormed = stack_backward((self.lm_head,), [rows], saved.head)
-        dx = buffers.empty_like(saved.x)
-        norm_backward(self.model.norm, dnormed, saved.x, dx)
-        self.model.run_backward(dx, saved.decoder)
+        self.model.run_backward(self.model.read_out_backward(dnormed, saved.x), saved.decoder)
         return None
 
     # ---- decoding ----
@@ -412,9 +406,9 @@ class LanguageModel(Module):
         count = ids.shape[1]
         cache.require_room(rows, count)
         with inference():
-            places = cache_places(rows, cache.lengths[rows], count, self._rope)
-            x = self.model.run_cached(ids.reshape(-1), places, cache)
-            logits = self.lm_head.forward(norm_forward(self.model.norm, x[count - 1 :: count].copy()))[0]
+            positions = cache_positions(rows, cache.lengths[rows], count, cache.capacity)
+            x = self.model.run_cached(ids.reshape(-1), positions, cache)
+            logits = self.lm_head.forward(self.model.read_out(x[count - 1 :: count].copy()))[0]
         self.require_unchanged()
         cache.lengths[rows] += count
         return logits

@@ -11,15 +11,9 @@ from nplora import _check, tokenizer
 from nplora.formats import files, gguf, model_directory, peft_adapter
 from nplora.formats.files import StrPath
 from nplora.lm.language_model import LanguageModel
-from nplora.models import gguf_config, hf_config
-from nplora.models.attention import Attention
-from nplora.models.block import DecoderBlock
+from nplora.models import building, gguf_config, hf_config
 from nplora.models.config import ModelConfig
-from nplora.models.decoder import Decoder
-from nplora.models.mlp import MLP
-from nplora.models.rope import Rope
-from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded, require_tensors
-from nplora.nn import Embedding, Linear, RMSNorm
+from nplora.models.weights import GgufWeights, SafetensorsWeights, Weights, require_decoded
 from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
 
@@ -27,7 +21,7 @@ from nplora.weights import INFERENCE_COMPUTES
 def load_model(
     path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
 ) -> LanguageModel:
-    """A language model of the families Llama, Mistral, Qwen2 and Qwen3, its weights frozen.
+    """A language model of one of the families in `nplora.models.families`, its weights frozen.
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
@@ -72,39 +66,5 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> Lan
 
 
 def _build(config: ModelConfig, weights: Weights, load_tokenizer: Callable[[], Tokenizer]) -> LanguageModel:
-    require_tensors(weights, config)
-    rope = Rope(config.rope, config.head_dim, config.interleaved)
-    embedding = weights.matrix("model.embed_tokens.weight")
-    blocks = [_block(config, weights, i, rope) for i in range(config.num_hidden_layers)]
-    decoder = Decoder(Embedding(embedding), blocks, _norm(config, weights, "model.norm"))
-    head = embedding if config.tie_word_embeddings else weights.matrix("lm_head.weight")
-    return LanguageModel(config, decoder, Linear(head), rope, load_tokenizer, weights.mapped)
-
-
-def _block(config: ModelConfig, weights: Weights, layer: int, rope: Rope) -> DecoderBlock:
-    prefix = f"model.layers.{layer}"
-
-    def linears(part: str, names: tuple[str, ...], biased: tuple[str, ...]) -> dict[str, Linear]:
-        return {name: _linear(weights, f"{prefix}.{part}.{name}", name in biased) for name in names}
-
-    read, written = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
-    biased = (read if config.qkv_bias else ()) + (written if config.o_bias else ())
-    projections = linears("self_attn", read + written, biased)
-    head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
-    norms = {name: _norm(config, weights, f"{prefix}.self_attn.{name}") for name in head_norms}
-    gated = ("gate_proj", "up_proj", "down_proj")
-    return DecoderBlock(
-        _norm(config, weights, f"{prefix}.input_layernorm"),
-        Attention(config, layer, rope, projections, norms),
-        _norm(config, weights, f"{prefix}.post_attention_layernorm"),
-        MLP(config.hidden_act, linears("mlp", gated, gated if config.mlp_bias else ())),
-    )
-
-
-def _linear(weights: Weights, name: str, has_bias: bool) -> Linear:
-    bias = weights.vector(f"{name}.bias") if has_bias else None
-    return Linear(weights.matrix(f"{name}.weight"), bias)
-
-
-def _norm(config: ModelConfig, weights: Weights, name: str) -> RMSNorm:
-    return RMSNorm(weights.vector(f"{name}.weight"), config.rms_norm_eps)
+    model, lm_head = building.decoder(config, weights)
+    return LanguageModel(config, model, lm_head, load_tokenizer, weights.mapped)

@@ -2,6 +2,6 @@
 
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
-from nplora.models.prefix import KeptPrefix
+from nplora.models.prefix_cache import PrefixCache
 
-__all__ = ["KVCache", "KeptPrefix", "ModelConfig"]
+__all__ = ["KVCache", "ModelConfig", "PrefixCache"]

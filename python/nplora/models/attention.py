@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
+from nplora.models.activation_storage import keeps_bits, narrowed, widened
 from nplora.models.config import ModelConfig
-from nplora.models.kept import keeps_bits, narrowed, widened
-from nplora.models.norms import head_norm_backward, head_norm_forward
-from nplora.models.places import CachePlaces, Places
+from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
+from nplora.models.norms import piecewise_norm_backward, piecewise_norm_forward
+from nplora.models.positions import CachePositions, PackedPositions
 from nplora.models.rope import Rope
 from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
 from nplora.nn.module import Gradient, Module, Saved, inferring
@@ -27,7 +29,7 @@ AnyLinear = Linear | LoRALinear
 class AttentionSaved(Saved):
     """What backward needs beside x (n, d), which it gets again: n tokens, heads side by side in each row.
 
-    q and k are rotated; where heads are normalised, they are as before the norm, and both are computed again.
+    q and k are rotated; where they are normalised, they are as before the norm, and both are computed again.
     They stay float32, for lse belongs to them as they are; out may be bfloat16 bits.
     """
 
@@ -41,27 +43,33 @@ class AttentionSaved(Saved):
 
 
 class Attention(Module):
-    """softmax(q kᵀ / sqrt(head_dim)) v over the tokens up to each one      (Vaswani et al. 2017)
+    """softmax(q kᵀ · scale) v over the tokens up to each one      (Vaswani et al. 2017)
 
-    q_proj, k_proj and v_proj read x in one call. Each of the `num_key_value_heads` heads of k and v serves a
-    group of heads of q (Ainslie et al. 2023).
+    q_proj, k_proj and v_proj read x in one call; or one qkv_proj has their rows one below the other. Each of
+    the `num_key_value_heads` heads of k and v serves a group of heads of q (Ainslie et al. 2023). q_norm and
+    k_norm, where they are there, normalise pieces of q and k as long as their weights before the rotation: a
+    head, or all heads.
+
+    Args:
+        layer: which one of `config`'s this is.
+        rope: the rotation; None: there is none.
+        modules: the projections, and the norms, by their names.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        rope: Rope,
-        projections: dict[str, Linear],
-        norms: dict[str, RMSNorm],
+        self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Module]
     ) -> None:
-        self.q_proj: AnyLinear = projections["q_proj"]
-        self.k_proj: AnyLinear = projections["k_proj"]
-        self.v_proj: AnyLinear = projections["v_proj"]
-        self.o_proj: AnyLinear = projections["o_proj"]
-        self.q_norm, self.k_norm = norms.get("q_norm"), norms.get("k_norm")
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.o_proj: AnyLinear
+        self.q_norm: RMSNorm | None = modules.get("q_norm")  # type: ignore[assignment]
+        self.k_norm: RMSNorm | None = modules.get("k_norm")  # type: ignore[assignment]
+        self.reading: tuple[str, ...] = (
+            ("qkv_proj",) if "qkv_proj" in modules else ("q_proj", "k_proj", "v_proj")
+        )
         self._rope = rope
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._widths = (config.heads_width, config.key_value_width)
         self._narrow = keeps_bits(self.o_proj)
         self._scale, self._window = config.attention_scale, config.sliding_windows[layer]
 
@@ -71,16 +79,17 @@ class Attention(Module):
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
-    def _inputs(self) -> tuple[AnyLinear, AnyLinear, AnyLinear]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def _inputs(self) -> tuple[AnyLinear, ...]:
+        return tuple(getattr(self, name) for name in self.reading)
 
-    def run(self, x: Array, places: Places) -> tuple[Array, AttentionSaved]:
-        """y (n, d) for the normalised x (n, d)."""
-        (q, k, v), qkv = stack_forward(self._inputs, x)
-        rotated_q, rotated_k = self._rotated(q, k, places)
+    def run(self, x: Array, positions: PackedPositions) -> tuple[Array, AttentionSaved]:
+        """y (n, d) for x (n, d)."""
+        outputs, qkv = stack_forward(self._inputs, x)
+        q, k, v = self._split(outputs)
+        rotated_q, rotated_k = self._rotated(q, k, positions)
         out, lse = buffers.empty_like(q), np.empty((len(q), self._heads[0]), np.float32)
         _core.attention(
-            rotated_q, rotated_k, v, places.starts, *self._heads, self._scale, self._window, out, lse
+            rotated_q, rotated_k, v, positions.starts, *self._heads, self._scale, self._window, out, lse
         )
         (y,), o = stack_forward((self.o_proj,), out)
         if self._narrow and not inferring():
@@ -88,7 +97,7 @@ class Attention(Module):
         return y, AttentionSaved(q, k, v, out, lse, qkv.with_x(None), o.with_x(None))
 
     def run_backward(
-        self, dy: Array, saved: AttentionSaved, x: Array | None, places: Places, need_dx: bool
+        self, dy: Array, saved: AttentionSaved, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
         """Add to the gradients of the factors; dx (n, d), or None where need_dx is False."""
         deeper = need_dx or self.reads_x
@@ -96,41 +105,69 @@ class Attention(Module):
         dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
         if not deeper:
             return None
-        q, k = (saved.q, saved.k) if self.q_norm is None else self._rotated(saved.q, saved.k, places)
+        q, k = (saved.q, saved.k) if self.q_norm is None else self._rotated(saved.q, saved.k, positions)
         dq, dk, dv = buffers.empty_like(q), buffers.empty_like(k), buffers.empty_like(saved.v)
         _core.attention_backward(
-            dout, q, k, saved.v, out, saved.lse, places.starts, *self._heads, self._scale, self._window,
+            dout, q, k, saved.v, out, saved.lse, positions.starts, *self._heads, self._scale, self._window,
             dq, dk, dv,
         )  # fmt: skip
-        dq, dk = self._rotated_backward(dq, dk, saved, places)
-        return stack_backward(self._inputs, [dq, dk, dv], saved.qkv.with_x(x), need_dx)
+        dq, dk = self._rotated_backward(dq, dk, saved, positions)
+        return stack_backward(self._inputs, self._joined(dq, dk, dv), saved.qkv.with_x(x), need_dx)
 
-    def run_cached(self, x: Array, places: CachePlaces, keys: Array, values: Array) -> Array:
+    def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
         """y (m, d) for the newest m tokens, whose keys and values are put in the cache first."""
-        q, k, v = stack_infer(self._inputs, x)
-        q, k = self._rotated(q, k, places)
-        keys[places.cells], values[places.cells] = k, v
+        q, k, v = self._split(stack_infer(self._inputs, x))
+        q, k = self._rotated(q, k, positions)
+        keys[positions.cells], values[positions.cells] = k, v
         out = buffers.empty_like(q)
         _core.attention_cached(
-            q, keys, values, places.slots, places.lengths, *self._heads, self._scale, self._window, out
+            q, keys, values, positions.slots, positions.lengths, *self._heads, self._scale, self._window, out
         )
         return stack_infer((self.o_proj,), out)[0]
 
-    def _rotated(self, q: Array, k: Array, places: Places | CachePlaces) -> tuple[Array, Array]:
-        """q and k turned by their positions: in place, unless their heads are normalised first."""
+    def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
+        """What the passes take; narrow: the products run in bfloat16."""
+        d, (q, kv) = self.o_proj.weight.shape[0], self._widths
+        lse, joint = self._heads[0], (q + 2 * kv if len(self.reading) == 1 else 0)
+        normed = q + kv if self.q_norm is not None else 0
+        low = adapted.saved((*self.reading, "o_proj"))
+        saved = FLOAT * (q + 2 * kv + lse) + stored(narrow) * q
+        forward = saved + low + FLOAT * (2 * d + normed + joint) + (FLOAT * q if narrow else 0)
+        backward = FLOAT * (q + q + 2 * kv + d + 2 * normed + joint)
+        backward += FLOAT * d if adapted.any_of(self.reading) else 0  # x
+        backward += FLOAT * (d + q) if narrow else 0  # x, and out
+        return Footprint(saved + low, forward, backward)
+
+    def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
+        """q, k and v, of one array or of three."""
+        if len(outputs) == 3:
+            return outputs
+        q, kv = self._widths
+        return [np.ascontiguousarray(part) for part in np.split(outputs[0], [q, q + kv], axis=1)]
+
+    def _joined(self, *parts: Array) -> Sequence[Array]:
+        """And back."""
+        return parts if len(self.reading) == 3 else [np.concatenate(parts, axis=1)]
+
+    def _rotated(
+        self, q: Array, k: Array, positions: PackedPositions | CachePositions
+    ) -> tuple[Array, Array]:
+        """q and k turned by their positions: in place, unless they are normalised first."""
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = head_norm_forward(self.q_norm, q), head_norm_forward(self.k_norm, k)
-        for rows in (q, k):
-            self._rope.rotate(rows, places.positions, places.table)
+            q, k = piecewise_norm_forward(self.q_norm, q), piecewise_norm_forward(self.k_norm, k)
+        if self._rope is not None:
+            for rows in (q, k):
+                self._rope.rotate(rows, positions)
         return q, k
 
     def _rotated_backward(
-        self, dq: Array, dk: Array, saved: AttentionSaved, places: Places
+        self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """The gradients before the rotation, and before the norm of the heads."""
-        for rows in (dq, dk):
-            self._rope.rotate(rows, places.positions, places.table, inverse=True)
+        """The gradients before the rotation, and before the norms."""
+        if self._rope is not None:
+            for rows in (dq, dk):
+                self._rope.rotate(rows, positions, inverse=True)
         if self.q_norm is not None and self.k_norm is not None:
-            dq = head_norm_backward(self.q_norm, dq, saved.q)
-            dk = head_norm_backward(self.k_norm, dk, saved.k)
+            dq = piecewise_norm_backward(self.q_norm, dq, saved.q)
+            dk = piecewise_norm_backward(self.k_norm, dk, saved.k)
         return dq, dk

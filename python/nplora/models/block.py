@@ -1,79 +1,202 @@
-"""A block of the decoder: h = x + attention(norm(x)), y = h + mlp(norm(h)), forward, backward and cached."""
+"""A block of the decoder: halves that each add to the residual stream, forward, backward and cached."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.models.attention import Attention, AttentionSaved
-from nplora.models.kept import keeps_bits, narrowed, widened
-from nplora.models.mlp import MLP, MLPSaved
+from nplora.models.activation_storage import narrowed, widened
+from nplora.models.footprint import FLOAT, Adapted, Footprint, stored
 from nplora.models.norms import norm_backward, norm_forward
-from nplora.models.places import CachePlaces, Places
+from nplora.models.positions import CachePositions, PackedPositions
 from nplora.nn import RMSNorm
 from nplora.nn.module import Gradient, Module, Saved, inferring
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
 
+class Mixer(Protocol):
+    """What a half-block computes from its input x (n, d): attention, an MLP, or another one.
+
+    Attributes:
+        reading: the names of the layers that read x, in one call.
+        reads_x: whether `run_backward` needs x.
+    """
+
+    reading: tuple[str, ...]
+
+    @property
+    def reads_x(self) -> bool: ...
+
+    def run(self, x: Array, positions: PackedPositions) -> tuple[Array, Any]:
+        """y (n, d), and what `run_backward` needs beside x."""
+
+    def run_backward(
+        self, dy: Array, saved: Any, x: Array | None, positions: PackedPositions, need_dx: bool
+    ) -> Gradient:
+        """Add to the gradients of the factors; dx (n, d), or None where need_dx is False."""
+
+    def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
+        """y (m, d) of the newest tokens; the layer's arrays in the cache remember them."""
+
+    def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
+        """What the passes take for each token; narrow: the products run in bfloat16."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class BlockSaved(Saved):
-    """What backward needs: what the halves kept, and the residual stream before each, perhaps as bits."""
+class Half:
+    """x + scale · after(mixer(before(x))), by the names of the block's modules; None: no norm is there."""
+
+    mixer: str
+    before: str | None = None
+    after: str | None = None
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HalfSaved(Saved):
+    """What backward needs of a half.
+
+    Attributes:
+        x: the residual stream before it, perhaps as bfloat16 bits.
+        y: what the mixer gave, likewise, where a norm follows; else None.
+        mixer: what the mixer keeps.
+    """
 
     x: Array
-    h: Array
-    attention: AttentionSaved
-    mlp: MLPSaved
+    y: Array | None
+    mixer: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockSaved(Saved):
+    """What backward needs of each half."""
+
+    halves: tuple[HalfSaved, ...]
 
 
 class DecoderBlock(Module):
-    """Attention and MLP, each reading a norm of the residual stream (n, d) and adding to it."""
+    """Halves, one after the other, each adding to the residual stream (n, d).
 
-    def __init__(
-        self, input_layernorm: RMSNorm, self_attn: Attention, post_attention_layernorm: RMSNorm, mlp: MLP
-    ) -> None:
-        self.input_layernorm = input_layernorm
-        self.self_attn = self_attn
-        self.post_attention_layernorm = post_attention_layernorm
-        self.mlp = mlp
-        self._narrow = keeps_bits(mlp.gate_proj)
+    Args:
+        modules: mixers and norms, by the names that the halves say.
+        narrow: keep activations in bfloat16.
+    """
 
-    def run(self, x: Array, places: Places) -> tuple[Array, BlockSaved]:
+    def __init__(self, halves: Sequence[Half], modules: Mapping[str, Module], narrow: bool) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self._halves, self._narrow = tuple(halves), narrow
+
+    def run(self, x: Array, positions: PackedPositions) -> tuple[Array, BlockSaved]:
         """y (n, d), and what `run_backward` needs."""
-        attended, attention = self.self_attn.run(norm_forward(self.input_layernorm, x), places)
-        h = np.add(attended, x, out=attended)
-        y, mlp = self.mlp.run(norm_forward(self.post_attention_layernorm, h))
-        y += h
-        if self._narrow and not inferring():
-            x, h = narrowed(x), narrowed(h)
-        return y, BlockSaved(x, h, attention, mlp)
+        saved = list[HalfSaved]()
+        keep = narrowed if self._narrow and not inferring() else _unchanged
+        for half in self._halves:
+            y, mixed = self._mixer(half).run(self._read(half, x), positions)
+            before = keep(x)
+            x, after = self._added(half, y, x), self._norm(half.after)
+            saved.append(HalfSaved(before, None if after is None else keep(y), mixed))
+        return x, BlockSaved(tuple(saved))
 
-    def run_backward(self, dy: Array, saved: BlockSaved, places: Places, need_dx: bool) -> Gradient:
+    def run_backward(
+        self, dy: Array, saved: BlockSaved, positions: PackedPositions, need_dx: bool
+    ) -> Gradient:
         """Add to the gradients of the factors; dx in dy's place, or None where need_dx is False.
 
         The norms' outputs are computed again, where a factor's gradient needs them.
         """
-        need_dh = need_dx or bool(self.self_attn.parameters())
-        h = widened(saved.h) if self._narrow else saved.h
-        normed = norm_forward(self.post_attention_layernorm, h) if self.mlp.reads_x else None
-        dnormed = self.mlp.run_backward(dy, saved.mlp, normed, need_dh)
-        if not need_dh:
-            return None
-        norm_backward(self.post_attention_layernorm, dnormed, h, dy, accumulate=True)
-
-        x = widened(saved.x) if self._narrow else saved.x
-        normed = norm_forward(self.input_layernorm, x) if self.self_attn.reads_x else None
-        dnormed = self.self_attn.run_backward(dy, saved.attention, normed, places, need_dx)
-        if not need_dx:
-            return None
-        norm_backward(self.input_layernorm, dnormed, x, dy, accumulate=True)
+        for index in reversed(range(len(self._halves))):
+            half, kept = self._halves[index], saved.halves[index]
+            lower = (self._mixer(other) for other in self._halves[:index])
+            need = need_dx or any(bool(mixer.parameters()) for mixer in lower)  # type: ignore[attr-defined]
+            self._half_backward(half, dy, kept, positions, need)
+            if not need:
+                return None
         return dy
 
-    def run_cached(self, x: Array, places: CachePlaces, keys: Array, values: Array) -> Array:
+    def _half_backward(
+        self, half: Half, dy: Array, kept: HalfSaved, positions: PackedPositions, need_dx: bool
+    ) -> None:
+        """dy becomes the gradient of the half's x, if that is needed."""
+        widen = widened if self._narrow else _unchanged
+        mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
+        dmixed = self._added_backward(half, dy, None if kept.y is None else widen(kept.y))
+        read = self._read(half, x) if mixer.reads_x else None
+        dread = mixer.run_backward(dmixed, kept.mixer, read, positions, need_dx)
+        if not need_dx:
+            return
+        assert dread is not None
+        if before is None:
+            np.add(dy, dread, out=dy)
+        else:
+            norm_backward(before, dread, x, dy, accumulate=True)
+
+    def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
         """y (m, d) of the newest tokens, in x's place."""
-        x += self.self_attn.run_cached(norm_forward(self.input_layernorm, x), places, keys, values)
-        x += self.mlp.infer(norm_forward(self.post_attention_layernorm, x))
+        for half in self._halves:
+            y = self._mixer(half).run_cached(self._read(half, x), positions, keys, values)
+            x = self._added(half, y, x)
         return x
+
+    def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
+        """What the passes take for each token; narrow: the products run in bfloat16."""
+        saved = forward = backward = 0
+        for half in self._halves:
+            mixer, stream = self._mixer(half).footprint(adapted, narrow), FLOAT * self._width
+            normed = FLOAT * self._width if half.after is not None else 0
+            forward = max(forward, saved + stream + normed + mixer.forward)
+            backward = max(backward, mixer.backward + 2 * normed + (stream if half.scale != 1 else 0))
+            saved += mixer.saved + stored(narrow) * self._width * (1 if half.after is None else 2)
+        return Footprint(saved, forward, backward)
+
+    @property
+    def mixers(self) -> dict[str, Mixer]:
+        """The mixers by their names."""
+        return {half.mixer: self._mixer(half) for half in self._halves}
+
+    @property
+    def _width(self) -> int:
+        norms = (self._norm(half.before or half.after) for half in self._halves)
+        return next(len(norm.weight) for norm in norms if norm is not None)
+
+    def _mixer(self, half: Half) -> Mixer:
+        mixer: Mixer = getattr(self, half.mixer)
+        return mixer
+
+    def _norm(self, name: str | None) -> RMSNorm | None:
+        return None if name is None else getattr(self, name)
+
+    def _read(self, half: Half, x: Array) -> Array:
+        """What the mixer reads of the residual stream."""
+        norm = self._norm(half.before)
+        return x if norm is None else norm_forward(norm, x)
+
+    def _added(self, half: Half, y: Array, x: Array) -> Array:
+        """x + scale · after(y), in y's memory or in that of the norm's output."""
+        norm = self._norm(half.after)
+        y = y if norm is None else norm_forward(norm, y)
+        if half.scale != 1:
+            np.multiply(y, np.float32(half.scale), out=y)
+        return np.add(y, x, out=y)
+
+    def _added_backward(self, half: Half, dy: Array, y: Array | None) -> Array:
+        """The gradient of y."""
+        norm = self._norm(half.after)
+        if half.scale != 1:
+            dy = dy * np.float32(half.scale)
+        if norm is None:
+            return dy
+        assert y is not None
+        dmixed = buffers.empty_like(y)
+        norm_backward(norm, dy, y, dmixed)
+        return dmixed
+
+
+def _unchanged(array: Array) -> Array:
+    return array

@@ -1,10 +1,9 @@
-"""What defines a decoder-only language model of the Llama kind, whatever file told it."""
+"""What defines a decoder-only language model, whatever file describes it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 from nplora.formats.errors import FormatError
 from nplora.models.rope import RopeConfig
@@ -16,6 +15,14 @@ MAX_HEAD_DIM = 4096
 MAX_WIDTH = 1 << 20
 MAX_VOCABULARY = 1 << 24
 MAX_POSITIONS = 1 << 30
+_MAX_FACTOR = 1e6
+_FACTORS = (
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +30,23 @@ class ModelConfig:
     """Sizes and switches, by the names of Hugging Face's config.json.
 
     Attributes:
-        source: the file that told them.
-        model_type: the family: "llama", "mistral", "qwen2" or "qwen3".
+        source: the file that they were read from.
+        model_type: the family, by its name in `models.families`.
         max_position_embeddings: the length of the context that the model was trained for.
+        rope: the rotation of q and k.
         sliding_windows: for each layer, how many tokens a query sees, itself included; 0: all before it.
+        local_rope: the rotation in layers with a sliding window, where it is another one.
+        unrotated: the layers that do not rotate.
+        rotary_dim: how many values of a head rotate, the first ones; None: all of them.
         qkv_bias, o_bias, mlp_bias: which linear layers have a bias.
-        qk_norm: whether each head of q and k is normalised before the rotation.
         hidden_act: what the MLP applies to its gate: "silu", or "gelu_pytorch_tanh", GELU by tanh.
-        interleaved: whether the pairs that rotate are neighbours in a head, as GGUF stores them for
-            architecture llama, or half a head apart.
+        query_pre_attn_scalar: scores are divided by its square root; None: by that of head_dim.
+        attention_multiplier: what scores are multiplied by, if not by that.
+        embedding_multiplier: what embeddings are multiplied by.
+        residual_multiplier: what the halves of a block add is multiplied by.
+        logits_scaling: what logits are divided by.
+        interleaved: whether the pairs that rotate are neighbours in a head, as some GGUF files store them,
+            or half of the rotating part apart.
     """
 
     source: str
@@ -48,11 +63,18 @@ class ModelConfig:
     rope: RopeConfig
     sliding_windows: tuple[int, ...]
     tie_word_embeddings: bool
+    local_rope: RopeConfig | None = None
+    unrotated: frozenset[int] = frozenset()
+    rotary_dim: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
     hidden_act: str = "silu"
+    query_pre_attn_scalar: float | None = None
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     interleaved: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +93,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise FormatError(f"{self.source}: head_dim is {self.head_dim}, expected an even number")
+        if self.rotary_dim is not None and not (
+            2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0
+        ):
+            raise FormatError(
+                f"{self.source}: {self.rotary_dim} values of a head rotate, expected an even number from 2 "
+                f"to head_dim={self.head_dim}"
+            )
+        for name in _FACTORS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < _MAX_FACTOR:
+                raise FormatError(f"{self.source}: {name} is {value}, expected above 0")
         if not 0 < self.rms_norm_eps < 1:
             raise FormatError(f"{self.source}: rms_norm_eps is {self.rms_norm_eps}, expected in (0, 1)")
 
@@ -80,37 +113,26 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What scores are multiplied by: 1 / sqrt(head_dim)."""
-        return 1 / math.sqrt(self.head_dim)
+        """What scores are multiplied by, 1 / sqrt(head_dim) by default."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
+        return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and shape of every tensor of the model, by Hugging Face's names."""
-        d, f = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        yield "model.embed_tokens.weight", (self.vocab_size, d)
-        yield "model.norm.weight", (d,)
-        if not self.tie_word_embeddings:
-            yield "lm_head.weight", (self.vocab_size, d)
-        linears = (
-            ("self_attn.q_proj", q, d, self.qkv_bias),
-            ("self_attn.k_proj", kv, d, self.qkv_bias),
-            ("self_attn.v_proj", kv, d, self.qkv_bias),
-            ("self_attn.o_proj", d, q, self.o_bias),
-            ("mlp.gate_proj", f, d, self.mlp_bias),
-            ("mlp.up_proj", f, d, self.mlp_bias),
-            ("mlp.down_proj", d, f, self.mlp_bias),
-        )
-        for i in range(self.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            yield f"{layer}.input_layernorm.weight", (d,)
-            yield f"{layer}.post_attention_layernorm.weight", (d,)
-            if self.qk_norm:
-                yield f"{layer}.self_attn.q_norm.weight", (self.head_dim,)
-                yield f"{layer}.self_attn.k_norm.weight", (self.head_dim,)
-            for name, d_out, d_in, bias in linears:
-                yield f"{layer}.{name}.weight", (d_out, d_in)
-                if bias:
-                    yield f"{layer}.{name}.bias", (d_out,)
+    @property
+    def heads_width(self) -> int:
+        """The heads of q side by side."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """The heads of k, or of v, side by side."""
+        return self.num_key_value_heads * self.head_dim
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotation in a layer; None: there is none."""
+        if layer in self.unrotated:
+            return None
+        return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
 
 
 def require_layers(source: str, count: int) -> None:

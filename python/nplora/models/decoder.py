@@ -6,14 +6,17 @@ import dataclasses
 from contextvars import Context, copy_context
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora.models.block import BlockSaved, DecoderBlock
 from nplora.models.cache import KVCache
-from nplora.models.places import CachePlaces, Places
-from nplora.models.prefix import KeptPrefix
+from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.positions import CachePositions, PackedPositions
+from nplora.models.prefix_cache import PrefixCache
 from nplora.nn import Embedding, LoRAEmbedding, RMSNorm
 from nplora.nn.module import Module, Saved, inference
+from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
@@ -37,50 +40,66 @@ class BlockInput(Saved):
 class DecoderSaved(Saved):
     """What each adapted block kept, and those above it; `run_backward` takes them from the end."""
 
-    places: Places
+    positions: PackedPositions
     embedding: Any
     blocks: list[BlockSaved | BlockInput]
 
 
 class Decoder(Module):
-    """Token embedding, blocks, last norm. The norm is computed with the head, only where it is needed.
+    """Token embedding, blocks, last norm. The norm is computed with the head, for the rows that are needed.
 
     Blocks below the lowest adapted one keep nothing and get no gradient.
 
     Attributes:
-        checkpoint_blocks: keep the input of each block only, and compute the rest again in backward (Chen et
-            al. 2016): a third more work, a tenth of the memory. Gradients stay the same, to the bit.
+        recompute: keep the input of each block only, and compute the rest again in backward (gradient
+            checkpointing, Chen et al. 2016): a third more work, a tenth of the memory. Gradients are the same
+            bits.
         prefix: what the blocks below the lowest adapted one made of sequences met before, or None.
     """
 
     def __init__(
-        self, embed_tokens: Embedding | LoRAEmbedding, layers: list[DecoderBlock], norm: RMSNorm
+        self,
+        embed_tokens: Embedding | LoRAEmbedding,
+        layers: list[DecoderBlock],
+        norm: RMSNorm,
+        embedding_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
     ) -> None:
+        self._multiplier, self._readout = np.float32(embedding_multiplier), np.float32(1 / logits_scaling)
         self.embed_tokens = embed_tokens
         self.layers = layers
         self.norm = norm
-        self.checkpoint_blocks = False
-        self.prefix: KeptPrefix | None = None
+        self.recompute = False
+        self.prefix: PrefixCache | None = None
 
-    def infer(self, ids: Array, places: Places) -> Array:
+    @property
+    def checkpoint_blocks(self) -> bool:
+        """The earlier name of `recompute`."""
+        return self.recompute
+
+    @checkpoint_blocks.setter
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.recompute = on
+
+    def infer(self, ids: Array, positions: PackedPositions) -> Array:
         """The residual stream (n, d) after the last block; to be called in `inference()`."""
         first = self.first_adapted()
-        x = self._run_frozen(first, ids, places)[0]
-        return _run_through(self.layers[first:], x, places)
+        x = self._run_frozen(first, ids, positions)[0]
+        return _run_through(self.layers[first:], x, positions)
 
-    def run(self, ids: Array, places: Places) -> tuple[Array, DecoderSaved]:
+    def run(self, ids: Array, positions: PackedPositions) -> tuple[Array, DecoderSaved]:
         """The same in training, and what `run_backward` needs."""
         first = self.first_adapted()
-        x, embedding = self._run_frozen(first, ids, places)
+        x, embedding = self._run_frozen(first, ids, positions)
         blocks: list[BlockSaved | BlockInput] = []
         for block in self.layers[first:]:
-            if self.checkpoint_blocks:
+            if self.recompute:
                 blocks.append(BlockInput(x, block.random_state(), copy_context()))
-                x = block.run(x, places)[0]
+                x = block.run(x, positions)[0]
             else:
-                x, saved = block.run(x, places)
+                x, saved = block.run(x, positions)
                 blocks.append(saved)
-        return x, DecoderSaved(places, embedding, blocks)
+        return x, DecoderSaved(positions, embedding, blocks)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
         """Add to the gradients of all factors; dx (n, d), the residual stream's gradient, is used up."""
@@ -88,30 +107,50 @@ class Decoder(Module):
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             kept = saved.blocks.pop()
             if isinstance(kept, BlockInput):
-                kept = kept.context.run(_again, block, kept, saved.places)
-            dx = block.run_backward(dx, kept, saved.places, need_dx=whole or bool(saved.blocks))
+                kept = kept.context.run(_again, block, kept, saved.positions)
+            dx = block.run_backward(dx, kept, saved.positions, need_dx=whole or bool(saved.blocks))
         if whole:
-            self.embed_tokens.backward(dx, saved.embedding)
+            self.embed_tokens.backward(
+                dx if self._multiplier == 1 else dx * self._multiplier, saved.embedding
+            )
 
-    def run_cached(self, ids: Array, places: CachePlaces, cache: KVCache) -> Array:
+    def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
         """The residual stream (m, d) of the newest tokens."""
-        x = self.embed_tokens.forward(ids)[0]
+        x = self._embedded(ids)[0]
         for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = block.run_cached(x, places, keys, values)
+            x = block.run_cached(x, positions, keys, values)
         return x
 
-    def _run_frozen(self, first: int, ids: Array, places: Places) -> tuple[Array, Any]:
+    def read_out(self, x: Array) -> Array:
+        """What the head reads of the residual stream x (n, d): its norm, over `logits_scaling`."""
+        y = norm_forward(self.norm, x)
+        return y if self._readout == 1 else np.multiply(y, self._readout, out=y)
+
+    def read_out_backward(self, dy: Array, x: Array) -> Array:
+        """The gradient of x."""
+        dx = buffers.empty_like(x)
+        norm_backward(self.norm, dy if self._readout == 1 else dy * self._readout, x, dx)
+        return dx
+
+    def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
         """The residual stream (n, d) that enters block `first`, and what the embedding kept."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
-        found = None if prefix is None else prefix.find(ids, places.starts)
+        found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
             return found, None
-        x, embedding = self.embed_tokens.forward(ids)
+        x, embedding = self._embedded(ids)
         with inference():
-            x = _run_through(self.layers[:first], x, places)
+            x = _run_through(self.layers[:first], x, positions)
         if prefix is not None:
-            prefix.keep(ids, places.starts, x)
+            prefix.keep(ids, positions.starts, x)
         return x, embedding
+
+    def _embedded(self, ids: Array) -> tuple[Array, Any]:
+        """The embeddings (n, d), and what their backward pass needs."""
+        x, saved = self.embed_tokens.forward(ids)
+        if self._multiplier != 1:
+            np.multiply(x, self._multiplier, out=x)
+        return x, saved
 
     def first_adapted(self) -> int:
         """The lowest block that needs a gradient; the number of blocks where none does."""
@@ -121,16 +160,16 @@ class Decoder(Module):
         return next(adapted, len(self.layers))
 
 
-def _run_through(blocks: list[DecoderBlock], x: Array, places: Places) -> Array:
+def _run_through(blocks: list[DecoderBlock], x: Array, positions: PackedPositions) -> Array:
     for block in blocks:
-        x = block.run(x, places)[0]
+        x = block.run(x, positions)[0]
     return x
 
 
-def _again(block: DecoderBlock, kept: BlockInput, places: Places) -> BlockSaved:
+def _again(block: DecoderBlock, kept: BlockInput, positions: PackedPositions) -> BlockSaved:
     """The block's forward pass once more, with the dropout masks of the first time."""
     now = block.random_state()
     block.set_random_state(kept.streams)
-    saved = block.run(kept.x, places)[1]
+    saved = block.run(kept.x, positions)[1]
     block.set_random_state(now)
     return saved

@@ -7,6 +7,7 @@ BPE of a kind that llama.cpp has a name for.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora import _check
-from nplora.formats import bitsandbytes, files, gguf, gguf_names, model_directory
+from nplora.formats import bitsandbytes, files, gguf, gguf_rows, model_directory
 from nplora.formats.errors import UnsupportedError, counted
 from nplora.formats.files import StrPath
-from nplora.formats.gguf import Typed, file_type
+from nplora.formats.gguf import file_type
 from nplora.formats.model_directory import CONFIG, Tensors
-from nplora.models import hf_config
+from nplora.models import families, hf_config
 from nplora.models.config import ModelConfig
+from nplora.models.families import TensorSpec
 from nplora.models.weights import SafetensorsWeights, require_tensors
 from nplora.tokenizer import gguf_metadata
 from nplora.weights import storages
@@ -77,7 +79,7 @@ def is_model(source: StrPath) -> bool:
 def model_to_gguf(
     source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
 ) -> ModelConversion:
-    """Write a model of the families Llama, Mistral, Qwen2 and Qwen3 as a GGUF file.
+    """Write a model of one of the families in `nplora.models.families` as a GGUF file.
 
     Matrices get the type asked for, or where their rows are no whole blocks of it the next that fits, as in
     llama.cpp; norms and biases are float32. Rows of q and k are permuted where the architecture wants that.
@@ -107,17 +109,17 @@ def model_to_gguf(
     directory = model_directory.of(source)
     config = hf_config.read(directory / CONFIG)
     file = model_directory.open_tensors(source)
-    for name, _ in config.shapes():
-        bitsandbytes.refuse(file, name, file.source, "convert")
+    family = families.of(config)
+    for tensor in family.tensors(config):
+        bitsandbytes.refuse(file, tensor.name, file.source, "convert")
     require_tensors(SafetensorsWeights(file, "float32"), config)
-    architecture = gguf_names.ARCHITECTURES[config.model_type]
-    tensors = dict(_tensors(file, config, architecture, dtype))
+    tensors = dict(_tensors(file, config, dtype))
     types = Counter(tensor.type for tensor in tensors.values())
     words, why_not = _tokenizer(directory, config.vocab_size)
-    metadata = _metadata(directory.resolve().name, config, architecture) | file_type.describe(tensors)
+    metadata = _metadata(directory.resolve().name, config) | file_type.describe(tensors)
     files.replace([gguf.new_file(path, tensors, metadata | words)])
     return ModelConversion(
-        files.name(path), architecture, dict(types.most_common()), why_not, _short(tensors, dtype)
+        files.name(path), family.architecture, dict(types.most_common()), why_not, _short(tensors, dtype)
     )
 
 
@@ -134,24 +136,19 @@ def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
 # ---- tensors ----
 
 
-def _tensors(
-    file: Tensors, config: ModelConfig, architecture: str, dtype: str
-) -> Iterator[tuple[str, gguf.Stream]]:
-    factors = _rope_factors(config)
-    if factors is not None:
+def _tensors(file: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[str, gguf.Stream]]:
+    family = families.of(config)
+    for name, factors in family.rope_factors(config).items():
         raw = np.ascontiguousarray(factors, "<f4")
-        yield "rope_freqs.weight", gguf.Stream("F32", raw.shape, lambda: [raw.data])
-    for name, shape in config.shapes():
-        stored = gguf_names.tensor_to_gguf(name)
-        assert stored is not None
-        source = file[name]
+        yield name, gguf.Stream("F32", raw.shape, partial(list, [raw.data]))
+    for tensor in family.tensors(config):
+        source = file[tensor.name]
         if source.dtype not in storages.FLOATS:
-            raise UnsupportedError(f"{file.source}: tensor {name} is {source.dtype}, expected floats")
+            raise UnsupportedError(f"{file.source}: tensor {tensor.name} is {source.dtype}, expected floats")
         require_finite(file.source, source)
-        storage = _storage(source.dtype, shape, dtype)
-        order = _order(architecture, stored, shape[0], config)
-        chunks = _chunks(name, source.array.reshape(shape[0], -1), source.dtype, storage, order)
-        yield stored, gguf.Stream(storages.GGML_NAMES[storage], shape, chunks)
+        storage = _storage(source.dtype, tensor.shape, dtype)
+        chunks = _chunks(tensor, source.array.reshape(tensor.shape[0], -1), source.dtype, storage)
+        yield tensor.gguf, gguf.Stream(storages.GGML_NAMES[storage], tensor.shape, chunks)
 
 
 def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
@@ -177,24 +174,17 @@ def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
     return f"{len(others)} of {len(matrices)} matrices are {kinds} and not {dtype}: they have {rows}"
 
 
-def _order(architecture: str, stored: str, rows: int, config: ModelConfig) -> Array | None:
-    """The order of rows (of a bias: of its elements) in GGUF, where it is another one."""
-    layer = stored.rpartition(".")[0]
-    if not gguf_names.is_permuted(architecture, layer):
-        return None
-    is_query = layer.endswith("attn_q")
-    return gguf_names.row_order(rows, config.num_attention_heads if is_query else config.num_key_value_heads)
+def _chunks(tensor: TensorSpec, rows: Array, given: str, storage: str) -> Callable[[], Iterator[memoryview]]:
+    order = gguf_rows.row_order(len(rows), tensor.heads) if tensor.heads else None
 
-
-def _chunks(
-    name: str, rows: Array, given: str, storage: str, order: Array | None
-) -> Callable[[], Iterator[memoryview]]:
     def chunks() -> Iterator[memoryview]:
         for block in storages.row_blocks(*rows.shape):
             piece = np.ascontiguousarray(rows[block] if order is None else rows[order[block]])
             raw = piece.reshape(len(piece), -1).view(np.uint8)
-            if storage != given:
-                raw = _stored(name, storages.decode(raw, given, piece.shape[1]), storage)
+            if storage != given or tensor.offset:
+                values = storages.decode(raw, given, piece.shape[1])
+                values = values + np.float32(tensor.offset) if tensor.offset else values
+                raw = _stored(tensor.name, values, storage)
             yield raw.reshape(-1).data
 
     return chunks
@@ -215,48 +205,12 @@ def _stored(name: str, values: Array, storage: str) -> Array:
 # ---- metadata ----
 
 
-def _rope_factors(config: ModelConfig) -> Array | None:
-    """What Llama 3 divides the rotation of each pair by."""
-    if config.rope.llama3 is None:
-        return None
-    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
-    return config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))
-
-
-def _metadata(name: str, config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The hyperparameters, under llama.cpp's keys."""
-    sizes = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-    }
-    if config.hidden_act != "silu":
-        raise UnsupportedError(
-            f"{config.source}: hidden_act is {config.hidden_act}, in GGUF {architecture} has silu"
-        )
-    windows = set(config.sliding_windows)
-    if len(windows) > 1:
-        raise UnsupportedError(
-            f"{config.source}: layers with sliding windows of {sorted(windows)} tokens; GGUF has one for all"
-        )
-    if windows != {0}:
-        sizes["attention.sliding_window"] = windows.pop()
-    metadata: dict[str, Any] = {
-        "general.architecture": architecture,
+def _metadata(name: str, config: ModelConfig) -> dict[str, Any]:
+    """What a GGUF file says about a model, under llama.cpp's keys."""
+    family = families.of(config)
+    metadata = {
+        "general.architecture": family.architecture,
         "general.type": "model",
         "general.name": name,
     }
-    metadata |= {f"{architecture}.{key}": Typed(value, "UINT32") for key, value in sizes.items()}
-    metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
-    metadata[f"{architecture}.rope.freq_base"] = np.float32(config.rope.theta)
-    if config.rope.linear_factor != 1:
-        metadata[f"{architecture}.rope.scaling.type"] = "linear"
-        metadata[f"{architecture}.rope.scaling.factor"] = np.float32(config.rope.linear_factor)
-    return metadata
+    return metadata | {f"{family.architecture}.{key}": v for key, v in family.metadata(config).items()}

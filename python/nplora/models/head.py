@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.models.norms import norm_backward, norm_forward
+from nplora.models.decoder import Decoder
 from nplora.models.packing import IGNORED
-from nplora.nn import Linear, LoRALinear, RMSNorm, stack_backward, stack_forward
-from nplora.weights import buffers
+from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
@@ -27,7 +26,7 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 
 
 def loss_and_gradient(
-    norm: RMSNorm, head: AnyLinear, x: Array, targets: Array, factor: float
+    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
     """The sum of the losses, and `factor` times its gradient of the residual stream x (n, d).
 
@@ -36,33 +35,31 @@ def loss_and_gradient(
     learned = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
     for rows in chunks(learned, head.weight.shape[0]):
-        chunk_loss, dx[rows] = _chunk_gradient(norm, head, x[rows], targets[rows], factor)
+        chunk_loss, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], factor)
         total += chunk_loss
     return total, dx
 
 
 def _chunk_gradient(
-    norm: RMSNorm, head: AnyLinear, x: Array, targets: Array, factor: float
+    model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
     """The same for a few rows; a function of its own, so that their logits are gone before the next ones."""
-    (logits,), saved = stack_forward((head,), norm_forward(norm, x))
+    (logits,), saved = stack_forward((head,), model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
     dnormed = stack_backward((head,), [logits], saved)
-    dx = buffers.empty_like(x)
-    norm_backward(norm, dnormed, x, dx)
-    return float(losses.sum()), dx
+    return float(losses.sum()), model.read_out_backward(dnormed, x)
 
 
-def loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
+def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
     """The sum of the losses alone."""
     pieces = chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
-    return sum((_chunk_loss(norm, head, x[rows], targets[rows]) for rows in pieces), 0.0)
+    return sum((_chunk_loss(model, head, x[rows], targets[rows]) for rows in pieces), 0.0)
 
 
-def _chunk_loss(norm: RMSNorm, head: AnyLinear, x: Array, targets: Array) -> float:
+def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
     """The same for a few rows, as `_chunk_gradient`."""
-    logits = head.forward(norm_forward(norm, x))[0]
+    logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
     return float(losses.sum())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.models.kept import keeps_bits, narrowed, widened
+from nplora.models.activation_storage import keeps_bits, narrowed, widened
+from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
 from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.nn.module import Gradient, Module, Saved, inferring
 from nplora.nn.stack import StackSaved, stack_infer
@@ -31,15 +34,23 @@ class MLPSaved(Saved):
 class MLP(Module):
     """SwiGLU or GeGLU. gate_proj and up_proj read x in one call; backward computes act(gate) ∘ up again.
 
-    Where the products run in bfloat16, gate and up are kept in bfloat16 too: they are most of what is kept.
+    One gate_up_proj may stand for both, with their rows one below the other. Where the products run in
+    bfloat16, gate and up are kept in bfloat16 too: they are most of what is kept.
+
+    Args:
+        act: what is applied to the gate, as `ModelConfig.hidden_act` has it.
+        modules: the projections by their names.
     """
 
-    def __init__(self, act: str, projections: dict[str, Linear]) -> None:
-        self.gate_proj: AnyLinear = projections["gate_proj"]
-        self.up_proj: AnyLinear = projections["up_proj"]
-        self.down_proj: AnyLinear = projections["down_proj"]
+    def __init__(self, act: str, modules: Mapping[str, Module]) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.down_proj: AnyLinear
+        self.reading: tuple[str, ...] = (
+            ("gate_up_proj",) if "gate_up_proj" in modules else ("gate_proj", "up_proj")
+        )
         self._act = act
-        self._narrow = keeps_bits(self.gate_proj)
+        self._narrow = keeps_bits(self.down_proj)
 
     @property
     def reads_x(self) -> bool:
@@ -47,24 +58,27 @@ class MLP(Module):
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
-    def _inputs(self) -> tuple[AnyLinear, AnyLinear]:
-        return self.gate_proj, self.up_proj
+    def _inputs(self) -> tuple[AnyLinear, ...]:
+        return tuple(getattr(self, name) for name in self.reading)
 
-    def run(self, x: Array) -> tuple[Array, MLPSaved]:
-        """y (n, d) for the normalised x (n, d)."""
-        (gate, up), inputs = stack_forward(self._inputs, x)
+    def run(self, x: Array, positions: object = None) -> tuple[Array, MLPSaved]:
+        """y (n, d) for x (n, d)."""
+        outputs, inputs = stack_forward(self._inputs, x)
+        gate, up = _split(outputs)
         (y,), down = stack_forward((self.down_proj,), self._gated(gate, up))
         if self._narrow and not inferring():
             gate, up = narrowed(gate), narrowed(up)
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 
-    def infer(self, x: Array) -> Array:
+    def run_cached(self, x: Array, *state: object) -> Array:
         """The same, keeping nothing."""
-        gate, up = stack_infer(self._inputs, x)
+        gate, up = _split(stack_infer(self._inputs, x))
         _core.gated(self._act, gate, up, gate)  # in place
         return stack_infer((self.down_proj,), gate)[0]
 
-    def run_backward(self, dy: Array, saved: MLPSaved, x: Array | None, need_dx: bool) -> Gradient:
+    def run_backward(
+        self, dy: Array, saved: MLPSaved, x: Array | None, positions: object, need_dx: bool
+    ) -> Gradient:
         """Add to the gradients of the factors; dx (n, d), or None where need_dx is False. Uses up `saved`."""
         deeper = need_dx or self.reads_x
         gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
@@ -73,9 +87,32 @@ class MLP(Module):
         if not deeper:
             return None
         _core.gated_backward(self._act, dhidden, gate, up, gate, up)  # in place
-        return stack_backward(self._inputs, [gate, up], saved.inputs.with_x(x), need_dx)
+        gradients = [gate, up] if len(self.reading) == 2 else [np.concatenate((gate, up), axis=1)]
+        return stack_backward(self._inputs, gradients, saved.inputs.with_x(x), need_dx)
+
+    def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
+        """What the passes take; narrow: the products run in bfloat16."""
+        d, f = self.down_proj.weight.shape
+        joint = 2 * f if len(self.reading) == 1 else 0
+        low = adapted.saved((*self.reading, "down_proj"))
+        saved = stored(narrow) * 2 * f
+        # x, gate, up, hidden, y
+        forward = low + FLOAT * (d + 3 * f + joint + d) + (BITS * 2 * f if narrow else 0)
+        backward = FLOAT * (f + d + joint)  # the gradients of hidden and x
+        backward += FLOAT * d if adapted.any_of(self.reading) else 0  # x
+        backward += FLOAT * f if adapted.any_of(("down_proj",)) else 0  # hidden
+        backward += FLOAT * (d + 2 * f) if narrow else 0  # x, gate, up
+        backward += FLOAT * 2 * f if adapted.use_dora and adapted.outputs else 0
+        return Footprint(saved + low, forward, backward)
 
     def _gated(self, gate: Array, up: Array) -> Array:
         out = buffers.empty_like(gate)
         _core.gated(self._act, gate, up, out)
         return out
+
+
+def _split(outputs: Sequence[Array]) -> Sequence[Array]:
+    """gate and up, of one array or of two."""
+    if len(outputs) == 2:
+        return outputs
+    return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

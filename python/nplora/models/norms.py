@@ -25,12 +25,12 @@ def norm_backward(norm: RMSNorm, dy: Array, x: Array, dx: Array, accumulate: boo
     _core.rms_norm_backward(dy, x, norm.weight, norm.eps, dx, accumulate)
 
 
-def head_norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """The same for each head of x (n, heads · head_dim), as Qwen3 has it."""
+def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
+    """The same for each piece of x's rows that is as long as the norm's weight: for each head, say."""
     return norm_forward(norm, x.reshape(-1, len(norm.weight))).reshape(x.shape)
 
 
-def head_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
+def piecewise_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
     """The gradient of x."""
     dx = buffers.empty_like(x)
     dim = len(norm.weight)

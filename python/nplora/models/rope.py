@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nplora import _core
 from nplora.formats.errors import FormatError
+from nplora.models.positions import CachePositions, PackedPositions
 
 Array = npt.NDArray[Any]
 
@@ -35,24 +36,42 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class LongRope:
+    """LongRoPE (Ding et al. 2024): sequences beyond the original context rotate by other factors.
+
+    Attributes:
+        original_length: the longest sequence that rotates by the short factors.
+        short, long: what the frequency of each pair is divided by.
+        attention_factor: what q and k are multiplied by as they rotate.
+    """
+
+    original_length: int
+    short: Array
+    long: Array
+    attention_factor: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class RopeConfig:
     """How fast each pair of a head rotates.
 
     Attributes:
-        theta: pair i of a head rotates by theta^(-2 i / head_dim) a token, divided by what follows.
+        theta: pair i of `dim` rotating values rotates by theta^(-2 i / dim) a token, divided by what follows.
         linear_factor: the same for every pair ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one for each pair, from GGUF's tensor rope_freqs.weight.
+        long: LongRoPE's factors.
     """
 
     theta: float
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
     factors: Array | None = None
+    long: LongRope | None = None
 
-    def frequencies(self, head_dim: int) -> Array:
-        """Radians a token for each pair, float64 (head_dim / 2,)."""
-        frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    def frequencies(self, dim: int) -> Array:
+        """Radians a token for each pair, float64 (dim / 2,); with LongRoPE, before its factors."""
+        frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
         if self.llama3 is not None:
             frequencies = frequencies / self.llama3.factors(frequencies)
         if self.factors is not None:
@@ -61,24 +80,47 @@ class RopeConfig:
 
 
 class Rope:
-    """The rotation of q and k by their positions."""
+    """The rotation of the heads of q and k by the positions of their tokens.
 
-    def __init__(self, config: RopeConfig, head_dim: int, interleaved: bool) -> None:
-        self._frequencies = config.frequencies(head_dim)
-        self._interleaved = interleaved
-        self._table = np.empty((0, head_dim), np.float32)
+    Args:
+        dim: how many values of each head rotate, the first ones.
+        interleaved: as in `ModelConfig`.
+    """
 
-    def table(self, length: int) -> Array:
-        """Row p is head_dim / 2 cosines, then as many sines, for position p; at least `length` rows."""
-        if len(self._table) < length:
+    def __init__(self, config: RopeConfig, head_dim: int, dim: int, interleaved: bool) -> None:
+        self._head_dim, self._interleaved = head_dim, interleaved
+        self._frequencies, self._long = config.frequencies(dim), config.long
+        self._table = np.empty((0, dim), np.float32)
+
+    def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
+        """Turn the heads of x (n, heads · head_dim) in place; `inverse` turns back, which is the gradient."""
+        rows = positions.in_sequence
+        table = self._rows(positions.longest)
+        if self._long is not None:  # sequences that are long use the rows behind the original length
+            first = self._long.original_length
+            rows = rows + np.where(positions.sequence_lengths() > first, first, 0)
+        _core.rope(x, rows, table, self._interleaved, inverse)
+
+    def _rows(self, length: int) -> Array:
+        """Row p is dim / 2 cosines, then as many sines, for position p; at least `length` rows.
+
+        With LongRoPE, the rows of the short factors come first, `original_length` of them.
+        """
+        short = 0 if self._long is None else self._long.original_length
+        if len(self._table) < short + length:
             rows = max(_FIRST_ROWS, 1 << (length - 1).bit_length())
-            angles = np.arange(rows, dtype=np.float64)[:, None] * self._frequencies
-            self._table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1, dtype=np.float32)
+            if self._long is None:
+                self._table = self._angles(rows, self._frequencies)
+            else:
+                parts = ((short, self._long.short), (rows, self._long.long))
+                tables = [self._angles(count, self._frequencies / factors) for count, factors in parts]
+                self._table = np.concatenate(tables) * np.float32(self._long.attention_factor)
         return self._table
 
-    def rotate(self, x: Array, positions: Array, table: Array, inverse: bool = False) -> None:
-        """Turn the heads of x (n, heads · head_dim) in place; `inverse` turns back, which is the gradient."""
-        _core.rope(x, positions, table, self._interleaved, inverse)
+    @staticmethod
+    def _angles(rows: int, frequencies: Array) -> Array:
+        angles = np.arange(rows, dtype=np.float64)[:, None] * frequencies
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1, dtype=np.float32)
 
 
 def require_theta(source: str, theta: float) -> float:

@@ -11,10 +11,8 @@ from nplora import _core
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
-from nplora.models.norms import norm_forward
 from nplora.models.packing import IGNORED, PackedBatch
-from nplora.models.places import cache_places
-from nplora.models.rope import Rope
+from nplora.models.positions import cache_positions
 from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
@@ -22,9 +20,7 @@ Array = npt.NDArray[Any]
 _FEW = 4  # tokens at a time, which are a small batch on every instruction set
 
 
-def loss(
-    config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, rope: Rope, batch: PackedBatch
-) -> float:
+def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:
     """The sum of the losses of packed sequences; to be called in `inference()`."""
     total = 0.0
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
@@ -32,18 +28,18 @@ def loss(
         for start in range(int(first), int(end), _FEW):
             rows = slice(start, min(start + _FEW, int(end)))
             count = rows.stop - rows.start
-            places = cache_places(slot, cache.lengths, count, rope)
-            x = model.run_cached(batch.ids[rows], places, cache)
+            positions = cache_positions(slot, cache.lengths, count, cache.capacity)
+            x = model.run_cached(batch.ids[rows], positions, cache)
             cache.lengths[:] += count
             total += _head_loss(model, lm_head, x, batch.targets[rows])
     return total
 
 
 def _head_loss(model: Decoder, lm_head: Linear | LoRALinear, x: Array, targets: Array) -> float:
-    learned = targets != IGNORED
-    if not learned.any():
+    trained = targets != IGNORED
+    if not trained.any():
         return 0.0
-    logits = lm_head.forward(norm_forward(model.norm, x[learned]))[0]
+    logits = lm_head.forward(model.read_out(x[trained]))[0]
     losses = np.empty(len(logits))
-    _core.cross_entropy(logits, targets[learned], 1.0, losses, False)
+    _core.cross_entropy(logits, targets[trained], 1.0, losses, False)
     return float(losses.sum())

@@ -1,4 +1,4 @@
-"""A model's tensors by Hugging Face's names, from GGUF or safetensors, checked before the first is used."""
+"""A model's tensors, from GGUF or safetensors, checked before the first is used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nplora.formats import bfloat16, bitsandbytes, gguf_names
+from nplora.formats import bfloat16, bitsandbytes
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, in_places, nearest_names
 from nplora.formats.files import Stamp
 from nplora.formats.gguf import GgufFile
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.formats.sharded import ShardedFile
+from nplora.models import families
 from nplora.models.config import ModelConfig
+from nplora.models.families import TensorSpec
 from nplora.weights import FrozenWeight, storages
 from nplora.weights.nonfinite import require_finite
 
@@ -24,7 +26,7 @@ _MOST_HINTS = 20  # each is a search
 
 
 class Weights(Protocol):
-    """Where tensors come from. Names are Hugging Face's: "model.layers.0.self_attn.q_proj.weight".
+    """Where tensors come from.
 
     Attributes:
         mapped: the stamps of the files that are mapped.
@@ -34,35 +36,36 @@ class Weights(Protocol):
     mapped: tuple[Stamp, ...]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all tensors, by the names in the file."""
+        """The shapes of all tensors, by their names in the file."""
 
-    def stored(self, name: str) -> str:
-        """The name in the file."""
+    def stored(self, tensor: TensorSpec) -> str:
+        """A tensor's name in the file."""
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
         """Tensors that may be in the file and that the model does without."""
 
-    def matrix(self, name: str) -> FrozenWeight:
+    def matrix(self, tensor: TensorSpec) -> FrozenWeight:
         """A matrix as it is stored in the file; a float64 one, which models do not have, as a float32 copy.
 
         Raises:
             FormatError: a value, or the scale of a block, is NaN or infinite, and the matrices are checked.
         """
 
-    def vector(self, name: str) -> Array:
+    def vector(self, tensor: TensorSpec) -> Array:
         """A vector as float32. Raises FormatError where it is not finite."""
 
 
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
     """Check that the file holds the tensors of the model, of their shapes, and no others.
 
-    A tensor too many, a bias for example, is a model that is not the one described: it would answer plausibly
-    and wrongly.
+    A tensor too many, a bias for example, is a model that is not the one described: its text would be
+    plausible and wrong.
 
     Raises:
         FormatError: it does not; all that does not fit is listed, the nearest names with what is missing.
     """
-    found, wanted = weights.shapes(), {weights.stored(name): shape for name, shape in config.shapes()}
+    tensors = families.of(config).tensors(config)
+    found, wanted = weights.shapes(), {weights.stored(tensor): tensor.shape for tensor in tensors}
     problems: list[str] = []
     for name, shape in wanted.items():
         if name not in found:
@@ -107,27 +110,24 @@ class GgufWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._file.entries.items()}
 
-    def stored(self, name: str) -> str:
-        stored = gguf_names.tensor_to_gguf(name)
-        assert stored is not None
-        return stored
+    def stored(self, tensor: TensorSpec) -> str:
+        return tensor.gguf
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        return frozenset({"rope_freqs.weight"})  # read with the configuration
+        return families.of(config).rope_tensors  # read with the configuration
 
-    def matrix(self, name: str) -> FrozenWeight:
-        tensor = self._file[self.stored(name)]
+    def matrix(self, tensor: TensorSpec) -> FrozenWeight:
+        stored = self._file[tensor.gguf]
         if self._check:
-            require_finite(self.source, tensor)
-        if tensor.type == "F64":
-            return FrozenWeight(tensor.numpy(), "float32", self._compute)
-        return FrozenWeight.from_gguf(self._file, tensor.name, self._compute)
+            require_finite(self.source, stored)
+        if stored.type == "F64":
+            return FrozenWeight(stored.numpy(), "float32", self._compute)
+        return FrozenWeight.from_gguf(self._file, stored.name, self._compute)
 
-    def vector(self, name: str) -> Array:
-        tensor = self._file[self.stored(name)]
-        return _floats(
-            self.source, tensor.name, storages.GGML_FLOATS.get(tensor.type, tensor.type), tensor.numpy()
-        )
+    def vector(self, tensor: TensorSpec) -> Array:
+        stored = self._file[tensor.gguf]
+        dtype = storages.GGML_FLOATS.get(stored.type, stored.type)
+        return _floats(self.source, stored.name, dtype, stored.numpy())
 
 
 class SafetensorsWeights:
@@ -146,8 +146,8 @@ class SafetensorsWeights:
             return bitsandbytes.shape(self._file, name)
         return self._file[name].shape
 
-    def stored(self, name: str) -> str:
-        return name
+    def stored(self, tensor: TensorSpec) -> str:
+        return tensor.name
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
         """Old files hold the rotation's frequencies too, and some a head that is the embedding again."""
@@ -155,17 +155,18 @@ class SafetensorsWeights:
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
 
-    def matrix(self, name: str) -> FrozenWeight:
-        tensor = self._file[name]
+    def matrix(self, tensor: TensorSpec) -> FrozenWeight:
+        stored = self._file[tensor.name]
         if self._check:
-            require_finite(self.source, tensor)
-        if tensor.dtype == "float64":
-            return FrozenWeight(tensor.array, "float32", self._compute)
-        return FrozenWeight.from_safetensors(self._file, name, self._compute)
+            require_finite(self.source, stored)
+        if stored.dtype == "float64":
+            return FrozenWeight(stored.array, "float32", self._compute)
+        return FrozenWeight.from_safetensors(self._file, tensor.name, self._compute)
 
-    def vector(self, name: str) -> Array:
-        tensor = self._file[name]
-        return _floats(self.source, name, tensor.dtype, tensor.array)
+    def vector(self, tensor: TensorSpec) -> Array:
+        stored = self._file[tensor.name]
+        values = _floats(self.source, tensor.name, stored.dtype, stored.array)
+        return values + np.float32(tensor.offset) if tensor.offset else values
 
 
 def _floats(source: str, name: str, dtype: str, array: Array) -> Array:

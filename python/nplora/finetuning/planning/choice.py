@@ -54,7 +54,7 @@ class Work:
         batches: the tokens and the targets of each of their sequences.
         steps, accumulate: of the run, and batches of a step.
         evaluated: tokens of the largest batch that is evaluated, 0 without any.
-        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
+        prefix_tokens: for which a `PrefixCache` holds rows in memory.
     """
 
     batches: list[tuple[Array, Array]]
@@ -184,7 +184,7 @@ def needed(
         resident: `resident_memory`, before the work was listed.
     """
     largest, threads = work.largest(way.micro_tokens), get_num_threads()
-    return predicted(lm.config, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens)
+    return predicted(lm, adapters, largest, work.evaluated, way, threads, resident, work.prefix_tokens)
 
 
 def shortage(memory: Memory, available: int | None) -> str:

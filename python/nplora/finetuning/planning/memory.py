@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
+from nplora.models.footprint import NOT_ADAPTED, Adapted
 from nplora.models.head import most_rows
 from nplora.nn.principal import PRINCIPAL_INITS
 
@@ -23,7 +24,6 @@ _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
 _PASS = 4 << 20  # the same, tokens_of_block
 _TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: of blocks for each two threads
 _THREAD = 3 << 19  # the rest of a thread's scratch
-_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read one input
 _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
 
 
@@ -66,6 +66,7 @@ class Adapters:
     rank: int
     use_dora: bool = False
     taken: int = 0  # bytes of new frozen weights, where the factors start as a part of the old ones
+    calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the call that computes each layer
 
     @classmethod
     def of(
@@ -83,7 +84,8 @@ class Adapters:
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
             adapting.require_init(name, modules[name], init, op)
-        made = cls({name: modules[name].weight.shape for name in names}, rank, use_dora)
+        shapes = {name: modules[name].weight.shape for name in names}
+        made = cls(shapes, rank, use_dora, calls=_calls(lm))
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
@@ -104,13 +106,12 @@ class Adapters:
         which a lone layer's float32 is one itself, and the sums of its gradient; A, or such sums, and in
         bfloat16 layouts of A.
         """
-        ranks: Counter[tuple[str, str]] = Counter()
-        inputs: Counter[tuple[str, str]] = Counter()
-        outputs: Counter[tuple[str, str]] = Counter()
+        ranks: Counter[str] = Counter()
+        inputs: Counter[str] = Counter()
+        outputs: Counter[str] = Counter()
         for name, (d_out, d_in) in self.shapes.items():
-            path, _, layer = name.rpartition(".")
-            call = path, _SAME_CALL.get(layer, layer)
-            if layer != "embed_tokens":  # which NumPy computes
+            call = self.calls.get(name, name)
+            if not name.endswith("embed_tokens"):  # which NumPy computes
                 ranks[call] += self.rank
                 inputs[call] += self.rank * d_in
                 outputs[call] += self.rank * d_out
@@ -125,17 +126,18 @@ class Adapters:
         return _FLOAT * (of_inputs + of_outputs + of_tokens)
 
     @functools.cached_property
-    def _blocks(self) -> dict[int, dict[str, tuple[int, int]]]:
-        found: dict[int, dict[str, tuple[int, int]]] = {}
+    def _blocks(self) -> dict[int, dict[str, int]]:
+        """d_out of the adapted layers of each block."""
+        found: dict[int, dict[str, int]] = {}
         for name, shape in self.shapes.items():
             block = adapting.block_of(name)
             if block is not None:
-                found.setdefault(block, {})[name.rpartition(".")[2]] = shape
+                found.setdefault(block, {})[name.rpartition(".")[2]] = shape[0]
         return found
 
-    def of_block(self, block: int) -> Mapping[str, tuple[int, int]]:
-        """The adapted layers of a block, by the last part of their names."""
-        return self._blocks.get(block, {})
+    def of_block(self, block: int) -> Adapted:
+        """The adapted layers of a block."""
+        return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}))
 
     def first_block(self, blocks: int) -> int:
         """The lowest block that keeps something for backward."""
@@ -166,7 +168,7 @@ class Memory:
 
 
 def predicted(
-    config: ModelConfig,
+    lm: LanguageModel,
     adapters: Adapters,
     step: Pass,
     evaluated: int,
@@ -181,25 +183,24 @@ def predicted(
         step: the largest pass.
         evaluated: the tokens of a batch that is evaluated, 0 without any.
         resident: bytes in memory before the adapters are made, and those of the weights not read yet.
-        prefix_tokens: for which a `KeptPrefix` holds rows in memory.
+        prefix_tokens: for which a `PrefixCache` holds rows in memory.
     """
-    narrow = way.compute == "bfloat16"
-    first = adapters.first_block(config.num_hidden_layers)
-    blocks = [
-        _Block(config, adapters, adapters.of_block(block), step.tokens, narrow)
-        for block in range(first, config.num_hidden_layers)
-    ]
-    stream = _FLOAT * config.hidden_size * step.tokens
+    narrow, config, layers = way.compute == "bfloat16", lm.config, lm.model.layers
+    first = adapters.first_block(len(layers))
+    blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
+    width = _FLOAT * config.hidden_size
+    stream = width * step.tokens
     head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
     if way.checkpoint_blocks:
-        kept = len(blocks) * stream
-        works = [max(2 * stream + block.kept + block.backward, block.forward) for block in blocks]
+        kept = len(blocks) * width
+        works = [max(2 * width + block.saved + block.backward, block.forward) for block in blocks]
     else:
-        kept = sum(block.kept for block in blocks)
-        works = [max(2 * stream + block.backward, stream + block.forward - block.kept) for block in blocks]
-    kept_nothing = _Block(config, adapters, {}, max(step.tokens if first else 0, evaluated), False)
-    inference = max(kept_nothing.forward, _head(config, evaluated))  # which comes before anything is kept
-    work = max(head, *works, inference - kept)
+        kept = sum(block.saved for block in blocks)
+        works = [max(2 * width + block.backward, width + block.forward - block.saved) for block in blocks]
+    kept *= step.tokens
+    frozen = max(block.footprint(NOT_ADAPTED, False).forward for block in layers)
+    inference = max(frozen * max(step.tokens if first else 0, evaluated), _head(config, evaluated))
+    work = max(head, step.tokens * max(works, default=0), inference - kept)  # inference comes before all else
     rows = min(most_rows(step.targets, config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
@@ -226,45 +227,11 @@ def _head(config: ModelConfig, targets: int) -> int:
     return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
 
 
-class _Block:
-    """Bytes of a block of the decoder for a number of tokens; `part` are its adapted layers.
-
-    Attributes:
-        kept: of a `BlockSaved`.
-        forward: the most in the forward pass, with what it is to keep.
-        backward: the most in the backward pass, beside what was kept, the gradient and the last stream.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        adapters: Adapters,
-        part: Mapping[str, tuple[int, int]],
-        tokens: int,
-        narrow: bool,
-    ) -> None:
-        d, f = config.hidden_size, config.intermediate_size
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        q, kv = heads * config.head_dim, groups * config.head_dim
-        bits = _BITS if narrow else _FLOAT
-        low = _FLOAT * adapters.rank * len(part)  # z
-        if adapters.use_dora:
-            low += _FLOAT * sum(d_out for d_out, _ in part.values())  # the outputs before they are rescaled
-        attention = _FLOAT * (q + 2 * kv + heads) + bits * q
-        self.kept = tokens * (bits * 2 * d + attention + bits * 2 * f + low)
-
-        mlp = _FLOAT * (d + d + 3 * f + d) + (
-            _BITS * 2 * f if narrow else 0
-        )  # h, normed; gate, up, hidden; y
-        self.forward = tokens * (_FLOAT * d + attention + mlp + low)
-
-        widened = _FLOAT * (d + 2 * f) if narrow else 0  # h, gate, up
-        reads = _FLOAT * d if {"gate_proj", "up_proj"} & part.keys() else 0  # normed h
-        hidden = _FLOAT * f if "down_proj" in part else 0
-        through_mlp = widened + reads + hidden + _FLOAT * (f + d)  # their gradients
-        rotated = _FLOAT * 2 * (q + kv) if config.qk_norm else 0
-        inputs = _FLOAT * d if {"q_proj", "k_proj", "v_proj"} & part.keys() else 0
-        out = _FLOAT * (d + q) if narrow else 0  # x, and attention's output
-        through_attention = out + inputs + rotated + _FLOAT * (q + q + 2 * kv + d)
-        dora = _FLOAT * 2 * f if part and adapters.use_dora else 0
-        self.backward = tokens * (max(through_mlp, through_attention) + dora)
+def _calls(lm: LanguageModel) -> dict[str, str]:
+    """The layers of a model that are computed in one call, with the name of the first of them."""
+    calls = dict[str, str]()
+    for index, block in enumerate(lm.model.layers):
+        for name, mixer in block.mixers.items():
+            first, *others = (f"model.layers.{index}.{name}.{layer}" for layer in mixer.reading)
+            calls |= dict.fromkeys(others, first)
+    return calls

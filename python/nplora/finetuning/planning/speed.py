@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.planning.memory import Adapters, Pass
 from nplora.lm import LanguageModel
-from nplora.models.places import packed_places
-from nplora.models.rope import Rope
+from nplora.models.positions import packed_positions
 from nplora.nn.module import Module
 from nplora.weights import FrozenWeight, buffers
 
@@ -63,13 +62,13 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
     block = lm.model.layers[0]
     config = lm.config
     x = np.random.default_rng(0).standard_normal((_MANY, config.hidden_size), np.float32)
-    places = packed_places(np.array([0, _MANY]), Rope(config.rope, config.head_dim, config.interleaved))
+    positions = packed_positions(np.array([0, _MANY]))
 
     def whole_forward() -> Any:
-        return block.run(x, places)[1]
+        return block.run(x, positions)[1]
 
     def whole() -> None:
-        block.run_backward(x.copy(), whole_forward(), places, need_dx=True)
+        block.run_backward(x.copy(), whole_forward(), positions, need_dx=True)
 
     forward_seconds, seconds = _seconds(whole_forward), _seconds(whole)
     linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]

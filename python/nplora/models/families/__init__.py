@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from nplora.formats.errors import UnsupportedError, brief
-from nplora.models.families.family import Family
+from nplora.models.config import ModelConfig
+from nplora.models.families.family import Family, TensorSpec
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+__all__ = ["FAMILIES", "Family", "TensorSpec", "by_architecture", "by_model_type", "of"]
+
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+)
 
 
 def by_model_type(source: str, name: str) -> Family:
@@ -21,6 +29,11 @@ def by_architecture(source: str, name: str) -> Family:
     """The family of a GGUF file's general.architecture; the first of those that share one."""
     known = {family.architecture: family for family in reversed(FAMILIES)}
     return _find(source, "general.architecture", known, name)
+
+
+def of(config: ModelConfig) -> Family:
+    """The family of a model."""
+    return by_model_type(config.source, config.model_type)
 
 
 def _find(source: str, field: str, known: dict[str, Family], name: str) -> Family:

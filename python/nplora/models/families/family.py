@@ -1,62 +1,327 @@
-"""What tells one family of decoders from another. Each has a file of its own: llama, mistral, ..."""
+"""A family of decoders, in its files and in memory. Each has a file of its own: llama, mistral, ..."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
 
 from nplora.formats.config_json import Fields
-from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.gguf import GgufFile, Typed
+from nplora.models.activation_storage import keeps_bits
+from nplora.models.attention import Attention
+from nplora.models.block import DecoderBlock, Half, Mixer
+from nplora.models.config import ModelConfig, require_layers
+from nplora.models.families import config_fields, gguf_fields
+from nplora.models.families.config_fields import NO_WINDOW
+from nplora.models.families.gguf_fields import ROPE_FREQS, Metadata
+from nplora.models.mlp import MLP
+from nplora.models.rope import Rope
+from nplora.nn import Linear, RMSNorm
+from nplora.nn.module import Module
 
-NO_WINDOW = 0
-_WINDOW = 4096  # where config.json does not say; null is none at all
+Array = npt.NDArray[Any]
+
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a model, in Hugging Face's files and in GGUF.
+
+    Attributes:
+        name, gguf: its name in either.
+        heads: GGUF has its rows in another order, by so many heads (`formats.gguf_rows`); 0: it has not.
+        offset: how much larger its values are in GGUF, and in memory.
+    """
+
+    name: str
+    gguf: str
+    shape: tuple[int, ...]
+    heads: int = 0
+    offset: float = 0.0
 
 
 class Family:
-    """The base of the families: what config.json says of a block, by default that of Llama without biases.
+    """The base of the families, and itself the one that most are built like: Llama.
+
+    A block is x + attention(norm(x)), then h + mlp(norm(h)): RMSNorm, rotary positions, heads of keys and
+    values that groups of query heads share, and a gated MLP. A family says how it differs.
 
     Attributes:
         model_type: Hugging Face's word for the family.
         architecture: GGUF's.
-        head_dim: what it is where config.json does not say; None: hidden_size / heads.
-        qk_norm: whether each head of q and k is normalised before it is rotated.
+        layers, norms: GGUF's names of a block's layers and norms, by Hugging Face's.
+        halves: how a block is put together.
+        head_dim: the width of a head where config.json does not say it; None: hidden_size / heads.
+        key_value_heads: how many heads of keys and values, likewise; None: as many as query heads.
+        hidden_act: the activation that GGUF's architecture implies.
+        norm_offset: how much larger the weights of norms are in GGUF, and in memory.
+        permutes_rows: GGUF has the rows of q and k in another order, and neighbours rotate together.
+        rope_tensors: GGUF's tensors that describe the rotation.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    layers: ClassVar[Mapping[str, str]] = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    halves: ClassVar[tuple[Half, ...]] = (
+        Half("self_attn", before="input_layernorm"),
+        Half("mlp", before="post_attention_layernorm"),
+    )
     head_dim: ClassVar[int | None] = None
-    qk_norm: ClassVar[bool] = False
+    key_value_heads: ClassVar[int | None] = None
+    hidden_act: ClassVar[str] = "silu"
+    norm_offset: ClassVar[float] = 0.0
+    permutes_rows: ClassVar[bool] = False
+    rope_tensors: ClassVar[frozenset[str]] = frozenset({ROPE_FREQS})
 
-    def biases(self, fields: Fields) -> dict[str, bool]:
-        """Which linear layers have a bias, by ModelConfig's names."""
-        return {}
+    # ---- config.json ----
 
-    def sliding_windows(self, fields: Fields, layers: int) -> tuple[int, ...]:
-        """For each layer, how many tokens a query sees, itself included; NO_WINDOW: all before it."""
-        return (NO_WINDOW,) * layers
+    def read_config(self, fields: Fields) -> ModelConfig:
+        """The model that a config.json describes. Raises FormatError, UnsupportedError."""
+        config_fields.require_readable(fields)
+        config_fields.require_whole_rotation(fields)
+        layers, width = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
+        require_layers(fields.source, layers)
+        heads, kv_heads = self.attention_heads(fields)
+        return ModelConfig(
+            source=fields.source,
+            model_type=self.model_type,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=width,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=fields.integer("head_dim", self.head_dim or width // heads),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=fields.integer("max_position_embeddings"),
+            rope=config_fields.rope(config_fields.rope_fields(fields), fields.number("rope_theta", 10_000.0)),
+            sliding_windows=(NO_WINDOW,) * layers,
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            hidden_act=config_fields.activation(fields),
+        )
 
+    def attention_heads(self, fields: Fields) -> tuple[int, int]:
+        """How many query heads there are, and how many of keys and values.
 
-def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window, told or by default: null alone says that there is none."""
-    return fields.integer_or_null("sliding_window", _WINDOW) is not None
+        Raises:
+            FormatError: they are missing, are no integers, or there is no query head.
+        """
+        heads = fields.integer("num_attention_heads")
+        if heads < 1:
+            raise FormatError(f"{fields.source}: num_attention_heads is {heads}, expected at least 1")
+        kv_heads = fields.integer_or_null("num_key_value_heads", self.key_value_heads or heads)
+        return heads, heads if kv_heads is None else kv_heads
 
+    # ---- GGUF's metadata ----
 
-def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The window of each layer, by its kind: as given, unless `layer_types` tells otherwise."""
-    if "layer_types" in fields:
-        kinds = fields.strings("layer_types", len(kinds))
-    sizes = {"full_attention": NO_WINDOW}
-    window = fields.integer_or_null("sliding_window", _WINDOW)
-    if window is not None:
-        sizes["sliding_attention"] = require_window(fields.source, window)
-    for kind in kinds:
-        if kind not in sizes:
-            known = ", ".join(map(repr, sizes))
-            raise UnsupportedError(f"{fields.source}: a layer of type {brief(kind)}, expected one of {known}")
-    return tuple(sizes[kind] for kind in kinds)
+    def read_metadata(self, file: GgufFile) -> ModelConfig:
+        """The model that a GGUF file's metadata and names describe. Raises FormatError, UnsupportedError."""
+        data = Metadata(file, self.architecture)
+        layers = data.integer("block_count")
+        require_layers(file.source, layers)
+        heads, width = data.integer("attention.head_count"), data.integer("embedding_length")
+        if heads < 1:
+            raise FormatError(
+                f"{file.source}: {data.key('attention.head_count')} is {heads}, expected at least 1"
+            )
+        head_dim = data.integer("attention.key_length", width // heads)
+        gguf_fields.require_length(data, "attention.value_length", head_dim)
+        rotary_dim = self.read_rotary_dim(data, head_dim)
+        window = data.integer("attention.sliding_window", NO_WINDOW)
+        return ModelConfig(
+            source=file.source,
+            model_type=self.model_type,
+            vocab_size=gguf_fields.vocabulary(data),
+            hidden_size=width,
+            intermediate_size=data.integer("feed_forward_length"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=data.integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rms_norm_eps=data.number("attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=data.integer("context_length"),
+            rope=self.read_rope(data, rotary_dim),
+            rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+            sliding_windows=(config_fields.require_window(file.source, window) if window else NO_WINDOW,)
+            * layers,
+            tie_word_embeddings="output.weight" not in file,
+            qkv_bias=f"blk.0.{self.layers.get('self_attn.q_proj')}.bias" in file,
+            o_bias=f"blk.0.{self.layers['self_attn.o_proj']}.bias" in file,
+            mlp_bias=f"blk.0.{self.layers['mlp.down_proj']}.bias" in file,
+            hidden_act=self.hidden_act,
+            interleaved=self.permutes_rows,
+        )
 
+    def read_rotary_dim(self, data: Metadata, head_dim: int) -> int:
+        """How many values of a head rotate."""
+        gguf_fields.require_length(data, "rope.dimension_count", head_dim)
+        return head_dim
 
-def require_window(source: str, window: int) -> int:
-    """A sliding window that lets a token see itself."""
-    if not 1 <= window < 1 << 31:
-        raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
-    return window
+    def read_rope(self, data: Metadata, dim: int) -> Any:
+        """The rotation of `dim` values of each head."""
+        return gguf_fields.rope(data, dim)
+
+    def metadata(self, config: ModelConfig) -> dict[str, Any]:
+        """A model's hyperparameters under llama.cpp's keys, without the architecture before them.
+
+        Raises:
+            UnsupportedError: GGUF cannot say something of the model.
+        """
+        if config.hidden_act != self.hidden_act:
+            raise UnsupportedError(
+                f"{config.source}: hidden_act is {config.hidden_act}, in GGUF {self.architecture} has "
+                f"{self.hidden_act}"
+            )
+        sizes = {
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+            "block_count": config.num_hidden_layers,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "rope.dimension_count": config.rotary_dim or config.head_dim,
+            "vocab_size": config.vocab_size,
+        }
+        window = self.metadata_window(config)
+        if window != NO_WINDOW:
+            sizes["attention.sliding_window"] = window
+        metadata: dict[str, Any] = {key: Typed(value, "UINT32") for key, value in sizes.items()}
+        metadata["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
+        metadata["rope.freq_base"] = np.float32(config.rope.theta)
+        if config.rope.linear_factor != 1:
+            metadata["rope.scaling.type"] = "linear"
+            metadata["rope.scaling.factor"] = np.float32(config.rope.linear_factor)
+        return metadata
+
+    def metadata_window(self, config: ModelConfig) -> int:
+        """The sliding window that GGUF is to state. Raises UnsupportedError where layers differ."""
+        windows = set(config.sliding_windows)
+        if len(windows) > 1:
+            raise UnsupportedError(
+                f"{config.source}: layers with sliding windows of {sorted(windows)} tokens; GGUF has one "
+                "for all"
+            )
+        return windows.pop()
+
+    def rope_factors(self, config: ModelConfig) -> dict[str, Array]:
+        """GGUF's tensors that describe the rotation."""
+        if config.rope.llama3 is None:
+            return {}
+        pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
+        return {ROPE_FREQS: config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))}
+
+    # ---- names ----
+
+    def gguf_layer(self, name: str) -> str | None:
+        """GGUF's name of a layer or norm, without its ".weight"; None: the family has none of this name."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return _OUTSIDE.get(name)
+        stored = self.layers.get(match[2]) or self.norms.get(match[2])
+        return None if stored is None else f"blk.{match[1]}.{stored}"
+
+    def hf_layer(self, stored: str) -> str | None:
+        """The other way round."""
+        match = _BLOCK.fullmatch(stored)
+        if match is None:
+            return next((name for name, other in _OUTSIDE.items() if other == stored), None)
+        names = {**self.layers, **self.norms}
+        found = next((name for name, other in names.items() if other == match[2]), None)
+        return None if found is None else f"model.layers.{match[1]}.{found}"
+
+    def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
+        """`TensorSpec.heads` of a layer, by Hugging Face's name."""
+        permuted = {"q_proj": heads, "k_proj": kv_heads} if self.permutes_rows else {}
+        return permuted.get(name.rpartition(".")[2], 0)
+
+    # ---- tensors ----
+
+    def linear_shapes(self, config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+        """d_out, d_in of a block's layers, and whether they have a bias."""
+        d, f, q, kv = config.hidden_size, config.intermediate_size, config.heads_width, config.key_value_width
+        return {
+            "self_attn.q_proj": (q, d, config.qkv_bias),
+            "self_attn.k_proj": (kv, d, config.qkv_bias),
+            "self_attn.v_proj": (kv, d, config.qkv_bias),
+            "self_attn.o_proj": (d, q, config.o_bias),
+            "mlp.gate_proj": (f, d, config.mlp_bias),
+            "mlp.up_proj": (f, d, config.mlp_bias),
+            "mlp.down_proj": (d, f, config.mlp_bias),
+        }
+
+    def norm_widths(self, config: ModelConfig) -> dict[str, int]:
+        """The widths of a block's norms: by default all of them are norms of the residual stream."""
+        return dict.fromkeys(self.norms, config.hidden_size)
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
+        """Every tensor of a model."""
+        d = config.hidden_size
+        yield TensorSpec("model.embed_tokens.weight", "token_embd.weight", (config.vocab_size, d))
+        yield TensorSpec("model.norm.weight", "output_norm.weight", (d,), offset=self.norm_offset)
+        if not config.tie_word_embeddings:
+            yield TensorSpec("lm_head.weight", "output.weight", (config.vocab_size, d))
+        heads = config.num_attention_heads, config.num_key_value_heads
+        for i in range(config.num_hidden_layers):
+            for name, width in self.norm_widths(config).items():
+                stored = f"blk.{i}.{self.norms[name]}.weight"
+                yield TensorSpec(f"model.layers.{i}.{name}.weight", stored, (width,), 0, self.norm_offset)
+            for name, (d_out, d_in, has_bias) in self.linear_shapes(config).items():
+                layer, stored = f"model.layers.{i}.{name}", f"blk.{i}.{self.layers[name]}"
+                permuted = self.permuted_heads(name, *heads)
+                yield TensorSpec(f"{layer}.weight", f"{stored}.weight", (d_out, d_in), permuted)
+                if has_bias:
+                    yield TensorSpec(f"{layer}.bias", f"{stored}.bias", (d_out,), permuted)
+
+    # ---- modules ----
+
+    def block(
+        self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
+    ) -> DecoderBlock:
+        """A block of its layers and norms, which are given by their names in it."""
+        parts: dict[str, Module] = {}
+        for half in self.block_halves(config):
+            prefix = f"{half.mixer}."
+            own = {name.removeprefix(prefix): m for name, m in modules.items() if name.startswith(prefix)}
+            named: dict[str | None, Any] = {
+                half.before: modules.get(half.before or ""),
+                half.mixer: self.mixer(half.mixer, config, layer, rope, own),
+                half.after: modules.get(half.after or ""),
+            }
+            parts |= {name: module for name, module in named.items() if name is not None}
+        narrow = keeps_bits(next(module for module in modules.values() if isinstance(module, Linear)))
+        return DecoderBlock(self.block_halves(config), parts, narrow)
+
+    def block_halves(self, config: ModelConfig) -> tuple[Half, ...]:
+        """How a block is put together."""
+        return self.halves
+
+    def mixer(
+        self, name: str, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Module]
+    ) -> Mixer:
+        """A half's mixer of its layers and norms."""
+        if name == "self_attn":
+            return Attention(config, layer, rope, modules)
+        return MLP(config.hidden_act, modules)

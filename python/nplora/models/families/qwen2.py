@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nplora.formats.config_json import Fields
-from nplora.models.families.family import Family, has_window, windows
+from nplora.models.config import ModelConfig
+from nplora.models.families import config_fields
+from nplora.models.families.family import Family
 
 
 class Qwen2(Family):
     model_type = "qwen2"
     architecture = "qwen2"
+    key_value_heads = 32
 
-    def biases(self, fields: Fields) -> dict[str, bool]:
-        return {"qkv_bias": True}
-
-    def sliding_windows(self, fields: Fields, layers: int) -> tuple[int, ...]:
+    def read_config(self, fields: Fields) -> ModelConfig:
         """The first `max_window_layers` layers see everything, where there is a window at all."""
-        first = fields.integer("max_window_layers", 28)
-        if not fields.boolean("use_sliding_window", False) or not has_window(fields):
+        config = super().read_config(fields)
+        layers, first = config.num_hidden_layers, fields.integer("max_window_layers", 28)
+        if not fields.boolean("use_sliding_window", False) or not config_fields.has_window(fields):
             first = layers
-        return windows(
-            fields, ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-        )
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        windows = config_fields.windows(fields, kinds)
+        return dataclasses.replace(config, qkv_bias=True, sliding_windows=windows)

@@ -30,7 +30,7 @@ class _Store(Protocol):
     def close(self) -> None: ...
 
 
-class KeptPrefix:
+class PrefixCache:
     """The residual stream that enters the first adapted block, for sequences met before.
 
     It depends on the tokens of a sequence alone, for all below is frozen and attention stays within a

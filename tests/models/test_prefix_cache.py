@@ -12,7 +12,7 @@ import nplora
 import small_models
 from nplora.lm import LanguageModel
 from nplora.models.packing import PackedBatch, pack
-from nplora.models.prefix import SMALL_BATCH, KeptPrefix
+from nplora.models.prefix_cache import SMALL_BATCH, PrefixCache
 
 Array = np.ndarray[Any, Any]
 
@@ -36,8 +36,8 @@ def packed(*members: Array) -> PackedBatch:
     return pack((s, s) for s in members)
 
 
-def keeping(lm: LanguageModel, directory: Path | None = None, capacity: int = 1000) -> KeptPrefix:
-    lm.model.prefix = KeptPrefix(lm.model.first_adapted(), capacity, small_models.WIDTH, directory)
+def keeping(lm: LanguageModel, directory: Path | None = None, capacity: int = 1000) -> PrefixCache:
+    lm.model.prefix = PrefixCache(lm.model.first_adapted(), capacity, small_models.WIDTH, directory)
     return lm.model.prefix
 
 
@@ -150,6 +150,6 @@ def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device: .* take 128,000 bytes") as error:
-        KeptPrefix(1, 1000, 32, tmp_path)
+        PrefixCache(1, 1000, 32, tmp_path)
     assert error.value.filename == str(tmp_path)
     assert os.listdir(tmp_path) == []

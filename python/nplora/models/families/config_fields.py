@@ -1,0 +1,121 @@
+"""What the fields of config.json mean that several families have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nplora.formats.config_json import Fields
+from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.models.config import ModelConfig
+from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
+
+NO_WINDOW = 0
+_WINDOW = 4096  # where config.json does not say; null is none at all
+
+# What config.json may say of the MLP's activation, and the core's name for it.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+
+
+def require_readable(fields: Fields) -> None:
+    """Refuse weights that another library quantised, but for NF4. Raises UnsupportedError."""
+    if "quantization_config" in fields:
+        found = fields.object("quantization_config")
+        if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
+            raise UnsupportedError(
+                f"{found.source}: of what other libraries quantise, only NF4 of bitsandbytes is read: "
+                "take the model in bfloat16, or as GGUF"
+            )
+
+
+def require_absent(fields: Fields, *names: str) -> None:
+    """Refuse settings that are not computed here. Raises UnsupportedError."""
+    for name in names:
+        if name in fields:
+            raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not compute")
+
+
+def activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
+    """The core's name of the MLP's activation."""
+    word = fields.string(name, default)
+    if word not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"{fields.source}: {name} is {brief(word)}, expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[word]
+
+
+def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """The model with biases on q, k, v and o, if `attention_bias` says so."""
+    has_bias = fields.boolean("attention_bias", False)
+    return dataclasses.replace(config, qkv_bias=has_bias, o_bias=has_bias)
+
+
+def require_whole_rotation(fields: Fields) -> None:
+    """Refuse heads that rotate in part. Raises UnsupportedError."""
+    if fields.number("partial_rotary_factor", 1.0) != 1:
+        raise UnsupportedError(f"{fields.source}: partial_rotary_factor is not 1: heads rotate as a whole")
+
+
+def rope_fields(fields: Fields) -> Fields:
+    """`rope_parameters`, or `rope_scaling` as before version 5 of transformers; perhaps empty."""
+    return fields.object("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
+
+
+def rope_kind(found: Fields) -> str:
+    """How the rotation is scaled, by transformers' word."""
+    return found.string("rope_type", found.string("type", "default"))
+
+
+def rope(found: Fields, theta: float) -> RopeConfig:
+    """The rotation that these fields describe; theta: its base, where they do not say it."""
+    theta = require_theta(found.source, found.number("rope_theta", theta))
+    kind = rope_kind(found)
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, linear_factor=positive(found, "factor"))
+    if kind == "llama3":
+        low, high = positive(found, "low_freq_factor"), positive(found, "high_freq_factor")
+        if low >= high:
+            raise FormatError(f"{found.source}: low_freq_factor {low} is not below high_freq_factor {high}")
+        length = int(positive(found, "original_max_position_embeddings"))
+        return RopeConfig(theta, llama3=Llama3Scaling(positive(found, "factor"), low, high, length))
+    raise UnsupportedError(f"{found.source}: {brief(kind)}, expected 'default', 'linear' or 'llama3'")
+
+
+def positive(fields: Fields, name: str, default: float | None = None) -> float:
+    """A number above 0."""
+    value = fields.number(name, default)
+    if not 0 < value < 1e30:
+        raise FormatError(f"{fields.source}: {name} is {value}, expected above 0")
+    return value
+
+
+# ---- sliding windows ----
+
+
+def has_window(fields: Fields) -> bool:
+    """Whether there is a sliding window, stated or by default: null alone says that there is none."""
+    return fields.integer_or_null("sliding_window", _WINDOW) is not None
+
+
+def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
+    """The window of each layer by its kind, which `layer_types` may say otherwise."""
+    if "layer_types" in fields:
+        kinds = fields.strings("layer_types", len(kinds))
+    sizes = {"full_attention": NO_WINDOW}
+    window = fields.integer_or_null("sliding_window", _WINDOW)
+    if window is not None:
+        sizes["sliding_attention"] = require_window(fields.source, window)
+    for kind in kinds:
+        if kind not in sizes:
+            known = ", ".join(map(repr, sizes))
+            raise UnsupportedError(f"{fields.source}: a layer of type {brief(kind)}, expected one of {known}")
+    return tuple(sizes[kind] for kind in kinds)
+
+
+def require_window(source: str, window: int) -> int:
+    """A sliding window that lets a token see itself."""
+    if not 1 <= window < 1 << 31:
+        raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
+    return window

@@ -1,0 +1,86 @@
+"""What GGUF's metadata mean, where several architectures have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.gguf import GgufFile
+from nplora.models.rope import RopeConfig, require_theta
+
+ROPE_FREQS = "rope_freqs.weight"
+_KINDS = ("none", "linear")
+
+Array = npt.NDArray[Any]
+
+
+class Metadata:
+    """A GGUF file's metadata by their names without the architecture, which stands before each.
+
+    The methods raise FormatError where an entry is missing (without a default) or of another type.
+    """
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file, self.source, self._architecture = file, file.source, architecture
+
+    def key(self, name: str) -> str:
+        """The whole name of an entry."""
+        return f"{self._architecture}.{name}"
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        return self.file.metadata.integer(self.key(name), default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self.file.metadata.number(self.key(name), default)
+
+    def string(self, name: str, default: str | None = None) -> str:
+        return self.file.metadata.string(self.key(name), default)
+
+    def __contains__(self, name: str) -> bool:
+        return self.key(name) in self.file.metadata
+
+
+def vocabulary(data: Metadata) -> int:
+    """The rows of the embedding; whether `vocab_size` agrees is seen when shapes are compared."""
+    entry = data.file.entries.get("token_embd.weight")
+    return data.integer("vocab_size", entry.shape[0] if entry is not None and entry.shape else None)
+
+
+def require_length(data: Metadata, name: str, head_dim: int) -> None:
+    """Refuse keys, values or rotations of another length than head_dim. Raises UnsupportedError."""
+    found = data.integer(name, head_dim)
+    if found != head_dim:
+        raise UnsupportedError(
+            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim}: keys and "
+            "values of one length that rotate as a whole"
+        )
+
+
+def rope(data: Metadata, dim: int, theta: float = 10_000.0) -> RopeConfig:
+    """The rotation of `dim` values of each head; theta: its base, where the file does not say it."""
+    theta = require_theta(data.source, data.number("rope.freq_base", theta))
+    kind = data.string("rope.scaling.type", "none")
+    if kind not in _KINDS:
+        raise UnsupportedError(
+            f"{data.source}: {data.key('rope.scaling.type')} is {brief(kind)}, expected 'none' or 'linear'"
+        )
+    factor = data.number("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    if not 0 < factor < 1e30:
+        raise FormatError(f"{data.source}: {data.key('rope.scaling.factor')} is {factor}, expected above 0")
+    factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
+    return RopeConfig(theta, factor, factors=factors)
+
+
+def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
+    """The tensor that says what the frequency of each pair of `dim` rotating values is divided by."""
+    tensor = file[name]
+    if tensor.type != "F32" or tensor.shape != (dim // 2,):
+        found = f"{tensor.type} {tensor.shape}, expected F32 {(dim // 2,)}"
+        raise FormatError(f"{file.source}: tensor {name} is {found}")
+    factors = tensor.numpy().astype(np.float64)
+    if not ((factors > 0) & (factors < 1e30)).all():
+        raise FormatError(f"{file.source}: tensor {name} holds a factor that is not above 0")
+    return np.asarray(factors)

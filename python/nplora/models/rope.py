@@ -90,32 +90,33 @@ class Rope:
     def __init__(self, config: RopeConfig, head_dim: int, dim: int, interleaved: bool) -> None:
         self._head_dim, self._interleaved = head_dim, interleaved
         self._frequencies, self._long = config.frequencies(dim), config.long
-        self._table = np.empty((0, dim), np.float32)
+        self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
         """Turn the heads of x (n, heads · head_dim) in place; `inverse` turns back, which is the gradient."""
-        rows = positions.in_sequence
-        table = self._rows(positions.longest)
-        if self._long is not None:  # sequences that are long use the rows behind the original length
-            first = self._long.original_length
-            rows = rows + np.where(positions.sequence_lengths() > first, first, 0)
-        _core.rope(x, rows, table, self._interleaved, inverse)
+        rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
+        if self._long is not None:
+            is_long = positions.sequence_lengths() > self._long.original_length
+            rows = rows + np.where(is_long, first_long, 0)
+        _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
-    def _rows(self, length: int) -> Array:
-        """Row p is dim / 2 cosines, then as many sines, for position p; at least `length` rows.
+    def _table_for(self, length: int) -> tuple[Array, int]:
+        """Rows of dim / 2 cosines, then as many sines, for at least `length` positions.
 
-        With LongRoPE, the rows of the short factors come first, `original_length` of them.
+        With LongRoPE, the rows of the short factors come first, and the number of these is returned too.
         """
-        short = 0 if self._long is None else self._long.original_length
-        if len(self._table) < short + length:
+        tables = self._tables  # read once: another thread may exchange them
+        if len(tables[0]) - tables[1] < length:
             rows = max(_FIRST_ROWS, 1 << (length - 1).bit_length())
             if self._long is None:
-                self._table = self._angles(rows, self._frequencies)
+                tables = self._angles(rows, self._frequencies), 0
             else:
+                short = min(rows, self._long.original_length)
                 parts = ((short, self._long.short), (rows, self._long.long))
-                tables = [self._angles(count, self._frequencies / factors) for count, factors in parts]
-                self._table = np.concatenate(tables) * np.float32(self._long.attention_factor)
-        return self._table
+                both = [self._angles(count, self._frequencies / factors) for count, factors in parts]
+                tables = np.concatenate(both) * np.float32(self._long.attention_factor), short
+            self._tables = tables
+        return tables
 
     @staticmethod
     def _angles(rows: int, frequencies: Array) -> Array:

@@ -1,5 +1,8 @@
 """Small random models of every family, made by transformers, and the same weights as a GGUF file."""
 
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.25,  # large enough that every part of the model shows in its logits
+    "pad_token_id": None,  # transformers has no gradient for its row
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -28,28 +32,67 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama with biases": (
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of models.
+
+    Attributes:
+        name: of transformers' classes, without Config and ForCausalLM.
+        options: of the configuration.
+        norm_offset: what llama.cpp's converter adds to the weights of norms.
+        permutes: whether it brings rows of q and k that rotate together side by side.
+        metadata: writes what else the converter writes.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    permutes: bool = False
+    metadata: Callable[[Any, Any], None] = lambda writer, config: None
+
+
+def write_window(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+
+
+FAMILIES: dict[str, Kind] = {
+    "llama": Kind("Llama", permutes=True),
+    "llama3": Kind("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, permutes=True),
+    "llama with biases": Kind(
         "Llama",
         {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rope_parameters": LINEAR},
+        permutes=True,
     ),
-    "mistral": ("Mistral", {"sliding_window": 5}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mistral": Kind("Mistral", {"sliding_window": 5}, permutes=True, metadata=write_window),
+    "qwen2": Kind("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": Kind("Qwen3", {"head_dim": 16}),
 }
 
-UNKNOWN_TO_GGUF = {"llama with gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"})}
+# GGUF cannot say what these are, as llama.cpp computes a family.
+UNKNOWN_TO_GGUF = {
+    "llama with gelu": Kind("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+}
+KINDS = FAMILIES | UNKNOWN_TO_GGUF
+
+# Other sizes: odd ones, one head of keys and values, as many as query heads.
+SHAPES: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "odd": {"vocab_size": 97, "hidden_size": 45, "intermediate_size": 61, "num_attention_heads": 5,
+            "num_key_value_heads": 1, "head_dim": 6},
+    "wide": {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 33, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 14},
+}  # fmt: skip
 
 
-def make(family: str) -> Any:
+def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
     """A random model in float32, biases and norms random too."""
-    kind, options = (FAMILIES | UNKNOWN_TO_GGUF)[family]
-    torch.manual_seed(len(family))
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    kind = KINDS[family]
+    torch.manual_seed(zlib.crc32(family.encode()) + seed)
+    options = {**SIZES, **kind.options, **SHAPES[shape]}
+    config = getattr(transformers, config_class(kind))(**options)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -57,31 +100,23 @@ def make(family: str) -> Any:
     return model
 
 
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+def config_class(kind: Kind) -> str:
+    return (
+        f"{kind.name}TextConfig" if hasattr(transformers, f"{kind.name}TextConfig") else f"{kind.name}Config"
+    )
 
 
-def write_gguf(model: Any, path: Path) -> None:
+def write_gguf(model: Any, path: Path, kind: Kind) -> None:
     """What llama.cpp's converter writes of a model."""
     config = model.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    names = {"mistral": "llama"}
+    architecture = names.get(config.model_type, config.model_type)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    tensor_names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -91,11 +126,11 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(rotary_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
+    kind.metadata(writer, config)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -106,27 +141,24 @@ def write_gguf(model: Any, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        module, _, kind = name.rpartition(".")
-        layer, part = "", module
-        if module.startswith("model.layers."):
-            _, _, number, part = module.split(".", 3)
-            layer = f"blk.{number}."
         array = tensor.numpy()
-        projection = module.rpartition(".")[2]
-        if architecture == "llama" and projection in heads:  # neighbouring rows rotate together
+        projection = name.split(".")[-2]
+        if kind.permutes and projection in heads:  # neighbouring rows rotate together
             shape = (heads[projection], 2, head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2).reshape(array.shape))
-        writer.add_tensor(f"{layer}{_GGUF_NAMES[part]}.{kind}", array)
+        if "norm" in projection:
+            array = array + np.float32(kind.norm_offset)
+        writer.add_tensor(tensor_names.get_name(name, (".weight", ".bias")), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def save(model: Any, directory: Path, form: str) -> Path:
+def save(model: Any, directory: Path, form: str, family: str) -> Path:
     """As "safetensors", "shards" or "gguf"; what load_model takes."""
     if form == "gguf":
-        write_gguf(model, directory / "model.gguf")
+        write_gguf(model, directory / "model.gguf", KINDS[family])
         return directory / "model.gguf"
     model.save_pretrained(directory, max_shard_size="40KB" if form == "shards" else "1GB")
     return directory

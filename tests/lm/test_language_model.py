@@ -120,12 +120,13 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next_ones(
     lm: LanguageModel, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nplora.models import head
+    from nplora.models.decoder import Decoder
 
     with_factors(lm)
     monkeypatch.setattr(head, "_LEAST_ROWS", 4)
     monkeypatch.setattr(head, "_MOST_ROWS", 4)
     seen: list[weakref.ref[Any]] = []
-    cross_entropy, norm_forward = nplora._core.cross_entropy, head.norm_forward
+    cross_entropy, read_out = nplora._core.cross_entropy, Decoder.read_out
 
     def remember(logits: Any, *rest: Any) -> None:
         seen.append(weakref.ref(logits))
@@ -133,10 +134,10 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next_ones(
 
     def begin_chunk(*arguments: Any) -> Any:
         assert not any(reference() is not None for reference in seen)
-        return norm_forward(*arguments)
+        return read_out(*arguments)
 
     monkeypatch.setattr(nplora._core, "cross_entropy", remember)
-    monkeypatch.setattr(head, "norm_forward", begin_chunk)
+    monkeypatch.setattr(Decoder, "read_out", begin_chunk)
     batch = pack([(ids_of(20)[0],) * 2])
     if training:
         lm.forward_backward(batch, 0.1)

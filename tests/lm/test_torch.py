@@ -44,7 +44,7 @@ def some_labels(ids: Array) -> Array:
 
 def loaded(family: str, form: str, directory: Path, **options: Any) -> tuple[Any, LanguageModel]:
     theirs = torch_models.make(family)
-    return theirs, nplora.load_model(torch_models.save(theirs, directory, form), **options)
+    return theirs, nplora.load_model(torch_models.save(theirs, directory, form, family), **options)
 
 
 def adapted(theirs: Any, ours: LanguageModel, directory: Path, **options: Any) -> Any:

@@ -34,7 +34,7 @@ def require_absent(fields: Fields, *names: str) -> None:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not compute")
 
 
-def activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
+def activation(fields: Fields, name: str, default: str) -> str:
     """The core's name of the MLP's activation."""
     word = fields.string(name, default)
     if word not in _ACTIVATIONS:
@@ -52,7 +52,8 @@ def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:
 
 def require_whole_rotation(fields: Fields) -> None:
     """Refuse heads that rotate in part. Raises UnsupportedError."""
-    if fields.number("partial_rotary_factor", 1.0) != 1:
+    factor = fields.number("partial_rotary_factor", 1.0)
+    if rope_fields(fields).number("partial_rotary_factor", factor) != 1:
         raise UnsupportedError(f"{fields.source}: partial_rotary_factor is not 1: heads rotate as a whole")
 
 

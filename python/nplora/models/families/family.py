@@ -19,9 +19,9 @@ from nplora.models.block import DecoderBlock, Half, Mixer
 from nplora.models.config import ModelConfig, require_layers
 from nplora.models.families import config_fields, gguf_fields
 from nplora.models.families.config_fields import NO_WINDOW
-from nplora.models.families.gguf_fields import ROPE_FREQS, Metadata
+from nplora.models.families.gguf_fields import ROPE_FREQS, ArchitectureMetadata
 from nplora.models.mlp import MLP
-from nplora.models.rope import Rope
+from nplora.models.rope import Rope, RopeConfig
 from nplora.nn import Linear, RMSNorm
 from nplora.nn.module import Module
 
@@ -62,7 +62,9 @@ class Family:
         halves: how a block is put together.
         head_dim: the width of a head where config.json does not say it; None: hidden_size / heads.
         key_value_heads: how many heads of keys and values, likewise; None: as many as query heads.
-        hidden_act: the activation that GGUF's architecture implies.
+        rms_norm_eps, rope_theta, ties_embeddings: what config.json means where it does not say them.
+        activation_field: config.json's name of the activation.
+        hidden_act: the activation where config.json does not say it; GGUF's architecture implies it.
         norm_offset: how much larger the weights of norms are in GGUF, and in memory.
         permutes_rows: GGUF has the rows of q and k in another order, and neighbours rotate together.
         rope_tensors: GGUF's tensors that describe the rotation.
@@ -89,6 +91,10 @@ class Family:
     )
     head_dim: ClassVar[int | None] = None
     key_value_heads: ClassVar[int | None] = None
+    rms_norm_eps: ClassVar[float] = 1e-6
+    rope_theta: ClassVar[float] = 10_000.0
+    ties_embeddings: ClassVar[bool] = False
+    activation_field: ClassVar[str] = "hidden_act"
     hidden_act: ClassVar[str] = "silu"
     norm_offset: ClassVar[float] = 0.0
     permutes_rows: ClassVar[bool] = False
@@ -99,7 +105,6 @@ class Family:
     def read_config(self, fields: Fields) -> ModelConfig:
         """The model that a config.json describes. Raises FormatError, UnsupportedError."""
         config_fields.require_readable(fields)
-        config_fields.require_whole_rotation(fields)
         layers, width = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
         require_layers(fields.source, layers)
         heads, kv_heads = self.attention_heads(fields)
@@ -113,13 +118,19 @@ class Family:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=fields.integer("head_dim", self.head_dim or width // heads),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.number("rms_norm_eps", self.rms_norm_eps),
             max_position_embeddings=fields.integer("max_position_embeddings"),
-            rope=config_fields.rope(config_fields.rope_fields(fields), fields.number("rope_theta", 10_000.0)),
+            rope=self.read_rope_fields(fields),
             sliding_windows=(NO_WINDOW,) * layers,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            hidden_act=config_fields.activation(fields),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", self.ties_embeddings),
+            hidden_act=config_fields.activation(fields, self.activation_field, self.hidden_act),
         )
+
+    def read_rope_fields(self, fields: Fields) -> RopeConfig:
+        """The rotation that a config.json describes."""
+        config_fields.require_whole_rotation(fields)
+        theta = fields.number("rope_theta", self.rope_theta)
+        return config_fields.rope(config_fields.rope_fields(fields), theta)
 
     def attention_heads(self, fields: Fields) -> tuple[int, int]:
         """How many query heads there are, and how many of keys and values.
@@ -137,7 +148,7 @@ class Family:
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
         """The model that a GGUF file's metadata and names describe. Raises FormatError, UnsupportedError."""
-        data = Metadata(file, self.architecture)
+        data = ArchitectureMetadata(file, self.architecture)
         layers = data.integer("block_count")
         require_layers(file.source, layers)
         heads, width = data.integer("attention.head_count"), data.integer("embedding_length")
@@ -173,14 +184,14 @@ class Family:
             interleaved=self.permutes_rows,
         )
 
-    def read_rotary_dim(self, data: Metadata, head_dim: int) -> int:
+    def read_rotary_dim(self, data: ArchitectureMetadata, head_dim: int) -> int:
         """How many values of a head rotate."""
         gguf_fields.require_length(data, "rope.dimension_count", head_dim)
         return head_dim
 
-    def read_rope(self, data: Metadata, dim: int) -> Any:
+    def read_rope(self, data: ArchitectureMetadata, dim: int) -> RopeConfig:
         """The rotation of `dim` values of each head."""
-        return gguf_fields.rope(data, dim)
+        return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         """A model's hyperparameters under llama.cpp's keys, without the architecture before them.

@@ -17,7 +17,7 @@ _KINDS = ("none", "linear")
 Array = npt.NDArray[Any]
 
 
-class Metadata:
+class ArchitectureMetadata:
     """A GGUF file's metadata by their names without the architecture, which stands before each.
 
     The methods raise FormatError where an entry is missing (without a default) or of another type.
@@ -43,13 +43,24 @@ class Metadata:
         return self.key(name) in self.file.metadata
 
 
-def vocabulary(data: Metadata) -> int:
+def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
+    """Which layers have the sliding window: those that the file lists, or all but every `pattern`-th."""
+    name = "attention.sliding_window_pattern"
+    if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
+        return [bool(flag) for flag in data.file.metadata.array(data.key(name), "BOOL", layers)]
+    pattern = data.integer(name, pattern)
+    if pattern < 1:
+        raise FormatError(f"{data.source}: {data.key(name)} is {pattern}, expected at least 1")
+    return [(i + 1) % pattern != 0 for i in range(layers)]
+
+
+def vocabulary(data: ArchitectureMetadata) -> int:
     """The rows of the embedding; whether `vocab_size` agrees is seen when shapes are compared."""
     entry = data.file.entries.get("token_embd.weight")
     return data.integer("vocab_size", entry.shape[0] if entry is not None and entry.shape else None)
 
 
-def require_length(data: Metadata, name: str, head_dim: int) -> None:
+def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
     """Refuse keys, values or rotations of another length than head_dim. Raises UnsupportedError."""
     found = data.integer(name, head_dim)
     if found != head_dim:
@@ -59,7 +70,7 @@ def require_length(data: Metadata, name: str, head_dim: int) -> None:
         )
 
 
-def rope(data: Metadata, dim: int, theta: float = 10_000.0) -> RopeConfig:
+def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
     """The rotation of `dim` values of each head; theta: its base, where the file does not say it."""
     theta = require_theta(data.source, data.number("rope.freq_base", theta))
     kind = data.string("rope.scaling.type", "none")

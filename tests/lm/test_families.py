@@ -1,0 +1,165 @@
+"""Each family against transformers and PEFT, as tiny random models of several shapes and seeds."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.lm import LanguageModel
+from nplora.models.footprint import Adapted
+from nplora.models.packing import IGNORED, pack
+from nplora.models.positions import packed_positions
+from nplora.nn.module import saved_nbytes
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+torch_models = pytest.importorskip("torch_models")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+
+Array = np.ndarray[Any, Any]
+FAMILIES = list(torch_models.FAMILIES)
+SHAPES = list(torch_models.SHAPES)
+EPS = float(np.finfo(np.float32).eps)
+CASES = [(family, shape) for family in torch_models.KINDS for shape in SHAPES]
+
+
+def model_of(family: str, shape: str, seed: int, directory: Path, form: str = "safetensors") -> Any:
+    theirs = torch_models.make(family, shape, seed)
+    return theirs, nplora.load_model(torch_models.save(theirs, directory, form, family))
+
+
+def ids_for(theirs: Any, rows: int = 2, length: int = 19) -> Array:
+    return np.random.default_rng(11).integers(0, theirs.config.vocab_size, (rows, length))
+
+
+def relative(found: Array, wanted: Array) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_logits_and_loss_are_those_of_a_model_in_float64(
+    family: str, shape: str, seed: int, tmp_path: Path
+) -> None:
+    theirs, ours = model_of(family, shape, seed, tmp_path)
+    ids = ids_for(theirs)
+    labels = ids.copy()
+    labels[0, :7] = IGNORED
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        wanted = exact(torch.from_numpy(ids), labels=torch.from_numpy(labels))
+        float32 = theirs(torch.from_numpy(ids)).logits.numpy()
+    logits = wanted.logits.numpy()
+    # 2e-5 of the largest, where float32 torch itself comes so near.
+    assert relative(ours.logits(ids), logits) <= max(2e-5, 2 * relative(float32, logits))
+    assert ours.loss(ids, labels) == pytest.approx(wanted.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_gradients_are_as_near_to_float64_as_those_of_torch(family: str, shape: str, tmp_path: Path) -> None:
+    """Two orders of summation: of one factor either may be nearer, of most they are alike."""
+    ratios = []
+    for seed in (3, 4):
+        theirs, ours = model_of(family, shape, seed, tmp_path)
+        ids = ids_for(theirs)
+        ours.add_lora(rank=3, alpha=5)
+        random = np.random.default_rng(seed)
+        for parameter in ours.parameters():
+            parameter.value[...] = 0.1 * random.standard_normal(parameter.value.shape)
+        nplora.save_adapter(ours, tmp_path / f"adapter-{seed}")
+        exact, float32 = (
+            torch_gradients(theirs, tmp_path / f"adapter-{seed}", ids, dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        batch = pack(zip(ids, ids, strict=True))
+        ours.forward_backward(batch, 1 / batch.num_targets)
+        assert {p.name for p in ours.parameters()} == exact.keys()
+        for parameter in ours.parameters():
+            wanted = exact[parameter.name]
+            error, allowed = relative(parameter.grad, wanted), relative(float32[parameter.name], wanted)
+            ratios.append(error / max(allowed, EPS))
+    assert np.median(ratios) <= 2
+    assert max(ratios) <= 20
+
+
+def torch_gradients(theirs: Any, adapter: Path, ids: Array, dtype: Any) -> dict[str, Array]:
+    """PEFT's gradients by our parameters' names."""
+    base = copy.deepcopy(theirs).to(dtype)
+    model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).to(dtype)
+    tokens = torch.from_numpy(ids)
+    model(tokens, labels=tokens).loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+            found[f"{layer}.{'B' if factor.startswith('A') else 'A'}"] = parameter.grad.numpy()
+    return found
+
+
+def greedy(theirs: Any, prompt: Array, count: int) -> list[int]:
+    """The likeliest tokens, without a cache."""
+    ids = list(map(int, prompt))
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_greedy_tokens_are_those_of_transformers(family: str, shape: str, tmp_path: Path) -> None:
+    """With a cache, past a window's length; and its logits are those of a pass without one."""
+    theirs, ours = model_of(family, shape, 5, tmp_path)
+    prompt = ids_for(theirs, 1, 9)[0]
+    cache, found, ids = ours.new_cache(1, 40), list[int](), prompt
+    for _ in range(20):
+        logits = ours.decode(ids[None], [0], cache)[0]
+        plain = ours.logits(np.concatenate([prompt, np.array(found, int)]))[-1]
+        assert relative(logits, plain) <= 2e-5
+        found.append(int(logits.argmax()))
+        ids = np.array(found[-1:])
+    assert found == greedy(theirs, prompt, 20)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_is_the_same_model(family: str, shape: str, tmp_path: Path) -> None:
+    """As llama.cpp's converter writes it, and as ours does."""
+    theirs, ours = model_of(family, shape, 6, tmp_path)
+    ids = ids_for(theirs)
+    (tmp_path / "theirs").mkdir()
+    stored = nplora.load_model(torch_models.save(theirs, tmp_path / "theirs", "gguf", family))
+    nplora.model_to_gguf(tmp_path, tmp_path / "ours.gguf")
+    converted = nplora.load_model(tmp_path / "ours.gguf")
+    wanted = ours.logits(ids)
+    for other in (stored, converted):
+        assert relative(other.logits(ids), wanted) <= 2e-5
+        assert other.base_digest() == ours.base_digest()
+
+
+@pytest.mark.parametrize("family", list(torch_models.KINDS))
+def test_a_block_says_what_it_keeps(family: str, tmp_path: Path) -> None:
+    """Byte for byte what a pass keeps, with adapters and without, in float32 and in bfloat16."""
+    theirs = torch_models.make(family)
+    path = torch_models.save(theirs, tmp_path, "safetensors", family)
+    for compute in ("float32", "bfloat16"):
+        ours = nplora.load_model(path, compute=compute)
+        check_footprint(ours, compute == "bfloat16", {})
+        ours.add_lora(rank=3, targets="all-linear")
+        widths = {
+            name.rpartition(".")[2]: ours.adapter_layers()[name].weight.shape[0]
+            for name in ours.adapter_layers()
+        }
+        check_footprint(ours, compute == "bfloat16", widths)
+
+
+def check_footprint(ours: LanguageModel, narrow: bool, outputs: dict[str, int]) -> None:
+    n = 8
+    for block in ours.model.layers:
+        x = np.zeros((n, ours.config.hidden_size), np.float32)
+        _, saved = block.run(x, packed_positions(np.array([0, n])))
+        assert saved_nbytes(saved) == n * block.footprint(Adapted(3, False, outputs), narrow).saved

@@ -29,7 +29,7 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "NaN eps": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, FormatError, "rms_norm_eps is nan"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, UnsupportedError, "'yarn', expected 'none' or 'linear'"),
     "another family": (
-        {"general.architecture": "mamba"}, UnsupportedError, "'mamba', expected one of llama, qwen2, qwen3",
+        {"general.architecture": "mamba"}, UnsupportedError, "'mamba', expected one of ",
     ),
     "an adapter": ({"general.type": "adapter"}, FormatError, "general.type is 'adapter', expected 'model'"),
     "types in an array": (
@@ -139,7 +139,7 @@ def test_a_norm_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another family": (
-        {"model_type": "gpt2"}, UnsupportedError, "'gpt2', expected one of llama, mistral, qwen2, qwen3",
+        {"model_type": "gpt2"}, UnsupportedError, "'gpt2', expected one of ",
     ),
     "no heads": ({"num_attention_heads": 0}, FormatError, "num_attention_heads is 0"),
     "a bool": ({"num_hidden_layers": True}, FormatError, "num_hidden_layers is True, expected an integer"),

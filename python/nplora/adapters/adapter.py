@@ -56,6 +56,8 @@ class Adapter(AdapterContent):
     def attach(self, model: Module, any_base: bool = False, replace: bool = False) -> None:
         """Put the adapter on a model, over its frozen weights. After an error the model is as it was.
 
+        The new layers have no dropout.
+
         Args:
             replace: take the place of the adapter that the model has, on whatever layers that is. Its LoRA
                 layers are dropped, and optimisers that hold their arrays must be made anew. (`load_adapter`
@@ -78,7 +80,7 @@ class Adapter(AdapterContent):
         """The adapter whose ΔW is Σ weight · ΔW of those given, in every layer that any of them adapts.
 
         Their ranks, alphas, rules of scaling and targets may differ. The sum is computed in float64 and has,
-        in each layer, the lowest rank that holds it exactly.
+        in each layer, the lowest rank that holds it exactly. For base see `nplora.adapters`.
 
         Args:
             adapters: pairs of an adapter and its weight, any finite number. An adapter is what `read_adapter`

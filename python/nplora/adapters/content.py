@@ -40,6 +40,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
     neighbours: tuple[str, ...] = ()
     uses_expression: bool = False
 
+    def __post_init__(self) -> None:
+        self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})
+
     def __getitem__(self, name: str) -> LoraDelta:
         return self.deltas[name]
 

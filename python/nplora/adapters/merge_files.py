@@ -222,8 +222,8 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
-    if dtype != "same" and dtype not in _storages(model):
-        words = ", ".join(map(repr, ("same", *_storages(model))))
+    if dtype not in (possible := ("same", *_storages(model))):
+        words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
     places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
     for name, _ in places.values():

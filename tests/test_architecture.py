@@ -1,6 +1,7 @@
 """The walls of the house: which room may know which, read off imports and #includes."""
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -108,6 +109,21 @@ def test_a_python_room_imports_only_what_stands_above_it(file: Path) -> None:
 
 def test_there_are_few_rooms() -> None:
     assert len([room for room in PYTHON_ROOMS if not room.startswith("__")]) <= 14
+
+
+def module_of(file: Path) -> str:
+    parts = ("nplora", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types and imports inside functions count, too."""
+    modules = {module_of(file): file for file in python_files()}
+    graph = {}
+    for module, file in modules.items():
+        names = {name for name, _ in imports(file)} if module != "nplora" else set()
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} - {"nplora"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which lists the circle
 
 
 @pytest.mark.parametrize("pair", STRANGERS, ids="-".join)

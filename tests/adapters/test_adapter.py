@@ -17,6 +17,7 @@ from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsafeError, UnsupportedError
 from nplora.formats.peft_config import PeftConfig
 from nplora.lora.delta import LoraDelta
+from small_net import adapted_net, plain_net
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
@@ -169,36 +170,20 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
 # ---- one adapter, from and to everything ----
 
 
-def net(**options: Any) -> nplora.Module:
-    """Two layers of different ranks, the second with rows in another order than in files."""
-    rng = np.random.default_rng(0)
-    first = nplora.LoRALinear(rng.normal(size=(6, 5)), 2, 0.1, init="gaussian", rng=1, **options)
-    second = nplora.LoRALinear(rng.normal(size=(4, 6)), 3, 7, init="gaussian", rng=2, **options)
-    second.row_order = np.array([2, 0, 3, 1])
-    return nplora.Sequential(first, nplora.ReLU(), second)
-
-
-def plain() -> nplora.Module:
-    rng = np.random.default_rng(0)
-    return nplora.Sequential(
-        nplora.Linear(rng.normal(size=(6, 5))), nplora.ReLU(), nplora.Linear(rng.normal(size=(4, 6)))
-    )
-
-
 def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_an_adapter_that_is_read_is_saved_as_the_same_files(options: dict[str, Any], tmp_path: Path) -> None:
-    nplora.save_adapter(net(**options), tmp_path / "one", "the base")
+    nplora.save_adapter(adapted_net(**options), tmp_path / "one", "the base")
     adapter = Adapter.read(tmp_path / "one")
     assert adapter.base_model_name_or_path == "the base"
     adapter.save(tmp_path / "two")
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     with pytest.raises(FileExistsError):
         adapter.save(tmp_path / "two")
-    Adapter.from_model(net(**options)).save(tmp_path / "three")
+    Adapter.from_model(adapted_net(**options)).save(tmp_path / "three")
     tensors = "adapter_model.safetensors"
     assert (
         dict(safetensors.open(tmp_path / "three" / tensors)).keys()
@@ -206,9 +191,20 @@ def test_an_adapter_that_is_read_is_saved_as_the_same_files(options: dict[str, A
     )
 
 
+def test_an_adapter_that_is_read_keeps_dropout_and_an_expression_for_its_layers(tmp_path: Path) -> None:
+    """PEFT would take the list ["0"] for the layer "1.0" too."""
+    inner = nplora.Sequential(nplora.Linear(np.ones((6, 6))))
+    model = nplora.Sequential(nplora.LoRALinear(np.ones((6, 5)), 2, dropout=0.25, rng=0), inner)
+    nplora.save_adapter(model, tmp_path / "one")
+    Adapter.read(tmp_path / "one").save(tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["lora_dropout"]) == ("0", 0.25)
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
 def test_layers_trained_whole_are_in_the_adapter_and_in_nothing_of_low_rank(tmp_path: Path) -> None:
     head = nplora.Linear(np.float32([[1, 2, 3, 4]]), np.float32([5]), trainable=True)
-    model = nplora.Sequential(*(module for _, module in net().named_children()), head)
+    model = nplora.Sequential(*(module for _, module in adapted_net().named_children()), head)
     nplora.save_adapter(model, tmp_path / "one")
     adapter = Adapter.read(tmp_path / "one")
     assert list(adapter.modules_to_save) == ["3"]
@@ -218,7 +214,7 @@ def test_layers_trained_whole_are_in_the_adapter_and_in_nothing_of_low_rank(tmp_
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     for refusing in (
         lambda: nplora.read_adapter(tmp_path / "one"),
-        lambda: adapter.attach(plain()),
+        lambda: adapter.attach(plain_net()),
         lambda: Adapter.combine([(adapter, 1)]),
         lambda: nplora.read_adapter(adapter),
     ):
@@ -226,38 +222,17 @@ def test_layers_trained_whole_are_in_the_adapter_and_in_nothing_of_low_rank(tmp_
             refusing()
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_an_adapter_is_attached_at_its_own_ranks(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained, model, x = net(**options), plain(), np.ones((3, 5), np.float32)
-    for layer in trained.adapter_layers().values():
-        layer.row_order = None  # type: ignore[attr-defined]
-    if options.get("use_dora"):
-        trained.adapter_layers()["0"].m[...] *= 2  # type: ignore[attr-defined]
-    nplora.save_adapter(trained, tmp_path)
-    ranks = []
-    real = nplora.LoRALayer.__init__
-
-    def init(layer: Any, weight: Any, rank: int, *arguments: Any, **more: Any) -> None:
-        ranks.append(rank)
-        real(layer, weight, rank, *arguments, **more)
-
-    monkeypatch.setattr(nplora.LoRALayer, "__init__", init)
-    Adapter.read(tmp_path).attach(model)
-    assert ranks == [2, 3]
-    np.testing.assert_array_equal(model(x), trained(x))
-    assert repr(model) == repr(trained)
-    with pytest.raises(ValueError, match="the model has an adapter already, on 2 layers"):
-        Adapter.read(tmp_path).attach(model)
-
-
-def test_a_model_without_the_layers_is_left_as_it_was() -> None:
-    model = nplora.Sequential(nplora.Linear(np.ones((6, 5))), nplora.ReLU())
-    before = list(model.named_modules())
-    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model has no such layer"):
-        Adapter.from_model(net()).attach(model)
-    assert list(model.named_modules()) == before
+def test_dora_on_an_embedding_is_refused(tmp_path: Path) -> None:
+    """PEFT rescales the columns of a table. If it is square, magnitudes of rows have the same shape."""
+    names = [f"{PREFIX}fc.lora_embedding_{letter}" for letter in "AB"] + [f"{PREFIX}fc.lora_magnitude_vector"]
+    values = [np.ones((2, 6), "f4"), np.ones((6, 2), "f4"), np.ones(6, "f4")]
+    write(tmp_path, dict(zip(names, values, strict=True)), use_dora=True)
+    with refused(FormatError, "'fc': DoRA on an embedding is not read", tmp_path):
+        nplora.read_adapter(tmp_path)
+    delta = LoraDelta(np.ones((6, 2), "f4"), np.ones((2, 6), "f4"), 1.0, np.ones(6, "f4"), embedding=True)
+    model = nplora.Sequential(nplora.Embedding(np.ones((6, 6))))
+    with pytest.raises(FormatError, match="'0': use_dora is True in the adapter and False in the layer"):
+        Adapter("dora", {"0": delta}).attach(model)
 
 
 def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_path: Path) -> None:
@@ -279,6 +254,20 @@ def test_an_adapter_in_memory_is_saved_for_llama_cpp_as_its_directory_is(tmp_pat
     dora = Adapter("dora", {"q": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2))})
     with pytest.raises(UnsupportedError, match="dora: DoRA rescales the rows"):
         dora.save(tmp_path / "three.gguf", base=base)
+    down = "model.layers.0.mlp.down_proj"
+    wide = LoraDelta(np.full((20, 1), 0.1), np.ones((1, 28)), 1.0)  # float64, which llama.cpp does not read
+    Adapter("wide", {down: wide}).save(tmp_path / "wide.gguf", base=base)
+    stored = gguf.open(tmp_path / "wide.gguf")
+    assert {tensor.type for tensor in stored.values()} == {"F32"}
+    np.testing.assert_array_equal(
+        stored["blk.0.ffn_down.weight.lora_b"].numpy(), np.full((20, 1), 0.1, np.float32)
+    )
+    for value in (np.nan, 1e39):
+        broken = LoraDelta(np.full((20, 1), value), np.ones((1, 28)), 1.0)
+        with pytest.raises(
+            ValueError, match=r"broken: .*down_proj: a factor holds NaN, an infinity or a value"
+        ):
+            Adapter("broken", {down: broken}).save(tmp_path / "three.gguf", base=base)
     unfit = Adapter("unfit", {"model.layers.0.mlp.up_proj": LoraDelta(np.ones((2, 1)), np.ones((1, 2)), 1.0)})
     with pytest.raises(FormatError, match=r"for a weight \(2, 2\), and blk\.0\.ffn_up\.weight is \(28, 20\)"):
         unfit.save(tmp_path / "three.gguf", base=base)

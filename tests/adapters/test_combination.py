@@ -168,6 +168,12 @@ def test_what_does_not_add_up_is_refused(rng: np.random.Generator, tmp_path: Pat
     with pytest.raises(ValueError, match="a factor of q holds NaN or an infinity"):
         nplora.combine([(one, 0), (broken, 1)])
 
+    large = Adapter("large", {"q": LoraDelta(np.full((12, 1), 1e38), np.full((1, 8), 1e38), 1.0)})
+    with pytest.raises(ValueError, match="the sum of q is beyond float32"):
+        nplora.combine([(large, 1e10)])
+    with pytest.raises(ValueError, match="a factor of q holds NaN or an infinity"):
+        nplora.combine([(large, 1e300)])
+
     dora = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=2, use_dora=True))
     nplora.save_adapter(dora, tmp_path / "dora")
     for source in (dora, tmp_path / "dora"):
@@ -190,7 +196,7 @@ def test_a_read_adapter_is_saved_as_it_was(tmp_path: Path) -> None:
     nplora.load_adapter(twin, tmp_path / "b")
     np.testing.assert_array_equal(twin[0].merged_weight(), model[0].merged_weight())
     assert adapter.use_dora
-    assert repr(adapter) == f"Adapter({str(tmp_path / 'a')!r}, 1 layers)"
+    assert repr(adapter) == f"Adapter({str(tmp_path / 'a')!r}, 1 layer)"
 
 
 def test_a_directory_that_is_no_whole_adapter_is_refused(tmp_path: Path) -> None:

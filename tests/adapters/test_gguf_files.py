@@ -515,7 +515,7 @@ def test_the_heads_are_asked_for_where_rows_are_permuted(tmp_path: Path) -> None
     nplora.adapter_to_gguf(
         write_peft(tmp_path / "peft", alike(), factors(alike())), tmp_path / "a.gguf", base
     )
-    with pytest.raises(ValueError, match=r"permuted by heads: base \(--base MODEL\), which tells") as caught:
+    with pytest.raises(ValueError, match=r"permuted by heads: base \(--base MODEL\) is needed") as caught:
         nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back")
     assert type(caught.value) is ValueError
     with pytest.raises(FormatError, match=r"is for llama, .* is qwen2"):

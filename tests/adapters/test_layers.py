@@ -1,101 +1,27 @@
-"""Adapter directories: what is written, what is read back, and that a failure changes nothing."""
+"""Adapters and the layers of models: loaded into live arrays, or put on; a failure changes nothing."""
 
-import concurrent.futures
 import contextlib
-import errno
-import hashlib
-import itertools
-import json
 import os
-import random
-import resource
-import stat
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from test_peft_files import failing_after
 
 import nplora
 from hostile import refused
-from nplora.adapters import load_adapter, save_adapter
-from nplora.formats import peft_adapter, safetensors
-from nplora.formats.errors import (
-    CorruptError,
-    FormatError,
-    LimitError,
-    TruncatedError,
-    UnsafeError,
-    UnsupportedError,
-)
-from nplora.formats.peft_config import Patterns
+from nplora.adapters import Adapter, load_adapter, read_for, rollback_on_error, save_adapter
+from nplora.finetuning import attach_adapter
+from nplora.formats import peft_adapter
+from nplora.formats.errors import FormatError
+from nplora.lora.delta import LoraDelta
+from nplora.weights import buffers
+from small_llama import save_small_llama
+from small_net import IDS, Net, adapted_net, edit, perturbed, plain_net, rewrite, state
 
 Array = np.ndarray[Any, Any]
-PREFIX = "base_model.model."
-
-
-class Net(nplora.Module):
-    """Embedding, two linear layers, a head: every kind of thing that an adapter file holds."""
-
-    def __init__(self, rank: int = 3, alpha: float = 6, embedding: bool = True, **options: Any) -> None:
-        rng = np.random.default_rng(0)
-        if embedding:
-            rslora = options.get("use_rslora", False)
-            self.emb = nplora.LoRAEmbedding(
-                rng.normal(size=(11, 6)), rank=rank, alpha=alpha, init="gaussian", use_rslora=rslora, rng=1
-            )
-        else:
-            self.emb = nplora.Embedding(rng.normal(size=(11, 6)))
-        self.blocks = [
-            nplora.LoRALinear(rng.normal(size=(7, 6)), rank, alpha, init="gaussian", rng=2, **options),
-            nplora.LoRALinear(rng.normal(size=(5, 7)), rank, alpha, init="gaussian", rng=3, **options),
-        ]
-
-    def forward(self, ids: Any) -> tuple[Array, Any]:
-        h, s0 = self.emb.forward(ids)
-        h, s1 = self.blocks[0].forward(h)
-        y, s2 = self.blocks[1].forward(h)
-        return y, (s0, s1, s2)
-
-    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> None:
-        dh = self.blocks[1].backward(dy, saved[2])
-        self.emb.backward(self.blocks[0].backward(dh, saved[1]), saved[0])
-
-
-IDS = np.arange(11)
-
-
-def state(model: nplora.Module) -> dict[str, bytes]:
-    """All that loading may change, to be compared bit by bit."""
-    found = {p.name: p.value.tobytes() for p in model.parameters()}
-    for name, layer in model.adapter_layers().items():
-        assert isinstance(layer, nplora.LoRALayer)
-        found[name] = repr((layer.rank, layer.alpha, layer.scale, layer.use_rslora)).encode()
-    return found
-
-
-def perturbed(model: nplora.Module, seed: int) -> nplora.Module:
-    rng = np.random.default_rng(seed)
-    for parameter in model.parameters():
-        parameter.value[...] += rng.normal(0, 0.1, parameter.value.shape)
-    return model
-
-
-def edit(directory: Path, **fields: Any) -> None:
-    path = directory / peft_adapter.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tensors = {
-        name: t.numpy() for name, t in safetensors.open(directory / peft_adapter.TENSORS, mmap=False).items()
-    }
-    change(tensors)
-    safetensors.save(directory / peft_adapter.TENSORS, tensors)
+PREFIX = peft_adapter.PREFIX
 
 
 @pytest.mark.parametrize(
@@ -119,74 +45,6 @@ def test_a_saved_adapter_loads_bit_for_bit(options: dict[str, Any], tmp_path: Pa
     assert report.layers == tuple(model.adapter_layers())
 
 
-def test_the_file_has_peft_s_names_with_the_letters_exchanged(tmp_path: Path) -> None:
-    model = Net(embedding=False, use_dora=True)
-    save_adapter(model, tmp_path)
-    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
-    config = (tmp_path / "adapter_config.json").read_bytes()
-    assert tensors.metadata == {
-        "format": "pt",
-        "adapter_config.json": config.decode(),
-        "adapter_config.sha256": hashlib.sha256(config).hexdigest(),
-    }
-    assert set(tensors) == {
-        f"{PREFIX}blocks.{i}.{name}"
-        for i in (0, 1)
-        for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    }
-    layer = model.blocks[0]
-    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_B.weight"].numpy(), layer.A)
-    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_A.weight"].numpy(), layer.B)
-    np.testing.assert_array_equal(tensors[f"{PREFIX}blocks.0.lora_magnitude_vector"].numpy(), layer.m)
-    assert tensors[f"{PREFIX}blocks.0.lora_A.weight"].shape == (3, 6)
-
-
-def test_the_factors_of_an_embedding_are_transposed_in_the_file(tmp_path: Path) -> None:
-    model = Net()
-    save_adapter(model, tmp_path)
-    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
-    np.testing.assert_array_equal(tensors[f"{PREFIX}emb.lora_embedding_A"].numpy(), model.emb.A.T)
-    np.testing.assert_array_equal(tensors[f"{PREFIX}emb.lora_embedding_B"].numpy(), model.emb.B.T)
-
-
-def test_the_configuration_names_the_layers_in_full(tmp_path: Path) -> None:
-    save_adapter(Net(rank=2, alpha=5, use_rslora=True), tmp_path, base_model_name_or_path="digits")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["emb", "blocks.0", "blocks.1"]
-    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (
-        2,
-        5,
-        True,
-        False,
-    )
-    assert (config["rank_pattern"], config["alpha_pattern"], config["task_type"]) == ({}, {}, None)
-    assert config["base_model_name_or_path"] == "digits"
-
-
-def test_layers_that_differ_are_written_as_patterns(tmp_path: Path) -> None:
-    def model() -> nplora.Module:
-        shapes = [(8, 8)] * 4
-        ranks, alphas = [2, 2, 3, 2], [4.0, 4.5, 4.0, 4.0]
-        rng = np.random.default_rng(0)
-        return nplora.Sequential(
-            *(
-                nplora.LoRALinear(rng.normal(size=s), r, a, init="gaussian", rng=i)
-                for i, (s, r, a) in enumerate(zip(shapes, ranks, alphas, strict=True))
-            )
-        )
-
-    saved = perturbed(model(), 1)
-    save_adapter(saved, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"]) == (2, {"^2": 3})
-    assert (config["lora_alpha"], config["alpha_pattern"]) == (4, {"^1": 4.5})
-    loaded = model()
-    load_adapter(loaded, tmp_path)
-    assert state(loaded) == state(saved)
-    save_adapter(nplora.Sequential(*(nplora.LoRALinear(np.ones((8, 8)), 2, 4) for _ in range(4))), tmp_path)
-    assert load_adapter(loaded, tmp_path).changes == ("1: alpha 4.5 -> 4", "2: rank 3 -> 2")
-
-
 def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Path) -> None:
     model = Net(rank=2, alpha=5, use_rslora=True)
     save_adapter(model, tmp_path, "digits")
@@ -197,15 +55,6 @@ def test_the_rank_alpha_and_rslora_of_the_file_win_and_are_reported(tmp_path: Pa
     assert report.changes == ("emb and 2 more: rank 3 -> 2, alpha 6 -> 5, use_rslora False -> True",)
     assert str(report).startswith(f"{tmp_path}: 3 layers loaded\nemb and 2 more: rank 3 -> 2")
     np.testing.assert_array_equal(other(IDS), model(IDS))
-
-
-def test_a_directory_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
-        load_adapter(Net(), tmp_path / "nope")
-    assert str(caught.value.filename) == str(tmp_path / "nope")
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(NotADirectoryError, match=r"is a file, expected a directory.*'.*a\.gguf'"):
-        load_adapter(Net(), tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"freeze_B": True}])
@@ -221,55 +70,6 @@ def test_a_layer_with_a_new_rank_trains_on(options: dict[str, Any], tmp_path: Pa
         assert expected.grad.any()
 
 
-def test_layers_trained_whole_are_modules_to_save(tmp_path: Path) -> None:
-    def model() -> nplora.Module:
-        rng = np.random.default_rng(0)
-        return nplora.Sequential(
-            nplora.LoRALinear(rng.normal(size=(6, 5)), rank=2, init="gaussian", rng=1),
-            nplora.LayerNorm(np.ones(6), np.zeros(6), trainable=True),
-            nplora.Linear(rng.normal(size=(3, 6)), np.zeros(3), trainable=True),
-        )
-
-    saved, loaded = perturbed(model(), 1), model()
-    save_adapter(saved, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["1", "2"]
-    tensors = safetensors.open(tmp_path / "adapter_model.safetensors")
-    assert {f"{PREFIX}{i}.{name}" for i in (1, 2) for name in ("weight", "bias")} < set(tensors)
-    report = load_adapter(loaded, tmp_path)
-    assert state(loaded) == state(saved)
-    assert report.layers == ("0", "1", "2")
-
-
-def test_a_name_that_peft_would_confuse_with_a_trained_layer_is_refused(tmp_path: Path) -> None:
-    class Confusing(nplora.Module):
-        def __init__(self) -> None:
-            self.head = nplora.Linear(np.zeros((2, 2)), trainable=True)
-            self.overhead = nplora.LoRALinear(np.zeros((2, 2)), rank=1)
-
-    with pytest.raises(ValueError, match="would take 'overhead' for the trained layer 'head'"):
-        save_adapter(Confusing(), tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def test_targets_become_an_expression_where_a_list_would_hit_others(tmp_path: Path) -> None:
-    def model() -> nplora.Module:
-        lora = nplora.LoRALinear(np.ones((4, 4)), rank=1, init="gaussian", rng=0)
-        return nplora.Sequential(lora, nplora.Sequential(nplora.ReLU()))
-
-    save_adapter(model(), tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "0"
-    load_adapter(model(), tmp_path)
-
-
-@pytest.mark.parametrize("setting", ["use_rslora", "use_dora"])
-def test_what_peft_has_once_for_all_layers_must_not_differ(setting: str, tmp_path: Path) -> None:
-    options: list[dict[str, Any]] = [{setting: True}, {setting: False}]
-    model = nplora.Sequential(*(nplora.LoRALinear(np.ones((4, 4)), rank=1, **kw) for kw in options))
-    with pytest.raises(ValueError, match=f"one {setting} for all layers, Sequential has 0 True, 1 False"):
-        save_adapter(model, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -282,17 +82,6 @@ def test_a_model_that_peft_cannot_name_is_refused(model: nplora.Module, words: s
         save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=f"load_adapter: .*{words}"):
         load_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float64", ml_dtypes.bfloat16])
-def test_factors_of_another_float_type_are_converted(dtype: Any, tmp_path: Path) -> None:
-    model, other = Net(), Net(rank=1)
-    save_adapter(model, tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
-    load_adapter(other, tmp_path)
-    assert other.blocks[0].A.dtype == np.float32
-    np.testing.assert_array_equal(other.blocks[0].A, model.blocks[0].A.astype(dtype).astype(np.float32))
-    np.testing.assert_array_equal(other.emb.B, model.emb.B.astype(dtype).astype(np.float32))
 
 
 def test_a_float64_model_keeps_its_precision(tmp_path: Path) -> None:
@@ -316,7 +105,7 @@ def test_a_merged_model_saves_its_factors_and_does_not_load(tmp_path: Path) -> N
     assert state(other) == state(model)
 
 
-# ---- files that do not fit or are hostile ----
+# ---- what does not fit ----
 
 
 def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
@@ -362,7 +151,7 @@ def test_layers_that_the_adapter_or_the_model_lacks_and_other_kinds_are_named(tm
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 4 places:",
         "  'blocks.0': for a weight (7, 6), and the model's layer is (7, 5)",
-        "  'blocks.1': the model's is a ReLU, which has no place for it",
+        "  'blocks.1': the model has a ReLU there, expected a LoRA layer",
         "  'emb': for an embedding, and the model's layer is a linear layer",
         "  'more': the adapter has no such layer",
     ]
@@ -398,60 +187,6 @@ def test_dora_in_the_file_alone_or_in_the_layer_alone_is_a_mismatch(tmp_path: Pa
         load_adapter(plain, tmp_path)
 
 
-def test_a_float64_value_beyond_float32_is_an_infinity(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    name = f"{PREFIX}blocks.0.lora_B.weight"
-    rewrite(tmp_path, lambda tensors: tensors.update({name: np.full((7, 3), 1e300)}))
-    with pytest.raises(FormatError, match=r"blocks\.0\.lora_B\.weight' holds NaN or an infinity"):
-        load_adapter(Net(), tmp_path)
-
-
-HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
-    ({"rank_pattern": {"(a+)+$": 4}}, UnsafeError, "rank_pattern"),
-    ({"r": 0}, FormatError, "r is 0"),
-    ({"r": 10**9}, LimitError, "r is 1,000,000,000"),
-    ({"r": True}, FormatError, "r is True"),
-    ({"r": "8"}, FormatError, "r is '8'"),
-    ({"r": 8}, FormatError, "'blocks.0': lora_A has shape (3, 6), lora_B (7, 3), expected rank 8"),
-    ({"lora_alpha": float("nan")}, FormatError, "NaN"),
-    ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, UnsafeError, "auto_mapping"),
-    ({"trust_remote_code": True}, UnsafeError, "trust_remote_code"),
-    ({"peft_type": "IA3"}, UnsupportedError, "peft_type is 'IA3'"),
-]
-
-
-@pytest.mark.parametrize(("fields", "error", "words"), HOSTILE)
-def test_a_hostile_configuration_gives_its_error_and_changes_nothing(
-    fields: dict[str, Any], error: type[FormatError], words: str, tmp_path: Path
-) -> None:
-    save_adapter(Net(), tmp_path)
-    edit(tmp_path, **fields)
-    model = Net(rank=2)
-    before = state(model)
-    with refused(error, words, tmp_path):
-        load_adapter(model, tmp_path)
-    assert state(model) == before
-
-
-@pytest.mark.parametrize("text", ["", "\x1b[31m\nall is well", "a" * 63, "a" * 64 + "\n", "A" * 64, "g" * 64])
-def test_a_digest_of_the_base_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    file = safetensors.open(path, mmap=False)
-    safetensors.save(path, dict(file), file.metadata | {"base_norms.sha256": text})
-    words = f"base_norms.sha256 is {text!r}, expected 64 hexadecimal digits"
-    for read in (lambda: load_adapter(Net(), tmp_path), lambda: nplora.read_adapter(tmp_path)):
-        with refused(FormatError, words, path):
-            read()
-
-
-def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with refused(UnsafeError, "adapter_model.bin: a pickle can run any code", tmp_path):
-        load_adapter(Net(), tmp_path)
-
-
 def test_unknown_keys_are_dropped_with_a_warning(tmp_path: Path) -> None:
     model, other = perturbed(Net(), 1), Net()
     save_adapter(model, tmp_path)
@@ -474,152 +209,6 @@ def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_the_dropout_that_most_layers_have_is_written(tmp_path: Path) -> None:
-    save_adapter(Net(dropout=0.25), tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
-
-
-@contextlib.contextmanager
-def memory_limit(more: int) -> Iterator[None]:
-    """Let the process grow by no more than `more` bytes of addresses."""
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (None, r"the first 8 bytes \(b'zz nonse'\) tell of a header of 7,310,308,045,020,494,458 bytes"),
-        (
-            [f"{PREFIX}blocks.0.lora_A.weight", f"{PREFIX}blocks.0.lora_B.weight"],
-            r"lora_A has shape \(4294967296,\), lora_B \(0,\), expected rank 3",
-        ),
-        (["stray"], "tensor 'stray' is no factor of a layer"),
-    ],
-)
-def test_no_memory_is_given_to_what_does_not_fit(names: list[str] | None, words: str, tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    path, size = tmp_path / "adapter_model.safetensors", 1 << 34
-    header = b""
-    if names is not None:
-        entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
-        empty = {"dtype": "F32", "shape": [0], "data_offsets": [size, size]}
-        header = json.dumps(dict.fromkeys(names, empty) | {names[0]: entry}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header if header else b"zz nonsense")
-    try:
-        os.truncate(path, 8 + len(header) + size)
-    except OSError:
-        pytest.skip("the file system has no sparse files of this size")
-    with memory_limit(1 << 30), pytest.raises(FormatError, match=words):
-        load_adapter(Net(), tmp_path)
-
-
-def test_a_configuration_full_of_patterns_is_read_or_refused_in_seconds(tmp_path: Path) -> None:
-    model = nplora.Sequential(
-        *(nplora.LoRALinear(np.ones((4, 4)), rank=1, init="gaussian", rng=i) for i in range(20))
-    )
-    save_adapter(model, tmp_path)
-    for count, too_many in ((32, False), (512, True)):
-        patterns = {f"{i:03}" + ".*" * 250: 1 for i in range(count)}
-        edit(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
-        begin = time.perf_counter()
-        with pytest.raises(LimitError, match="patterns") if too_many else contextlib.nullcontext():
-            load_adapter(model, tmp_path, edited_config=True)
-        assert time.perf_counter() - begin < 5
-
-
-def test_rank_and_alpha_are_looked_up_once_for_each_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_adapter(Net(), tmp_path)
-    asked: list[str] = []
-    real = Patterns.value
-
-    def value(self: Patterns, name: str, default: float) -> float:
-        asked.append(name)
-        return real(self, name, default)
-
-    monkeypatch.setattr(Patterns, "value", value)
-    load_adapter(Net(), tmp_path)
-    assert sorted(asked) == sorted(["emb", "blocks.0", "blocks.1"] * 2)
-
-
-def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    edit(tmp_path, lora_alpha=60)
-    model = Net()
-    before = state(model)
-    with pytest.raises(CorruptError, match=r"adapter_config\.json: not the one .*pass edited_config=True"):
-        load_adapter(model, tmp_path)
-    assert state(model) == before
-    load_adapter(model, tmp_path, edited_config=True)
-    assert model.blocks[0].alpha == 60
-
-
-def test_tensors_without_the_digest_of_a_configuration_take_any(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    rewrite(tmp_path, lambda tensors: None)
-    edit(tmp_path, lora_alpha=60)
-    model = Net()
-    load_adapter(model, tmp_path)
-    assert model.blocks[0].alpha == 60
-
-
-def test_a_truncated_file_is_a_truncated_error(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TruncatedError, match=str(path)):
-        load_adapter(Net(), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_missing_file_is_an_os_error(name: str, tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        load_adapter(Net(), tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:.*unknown keys are ignored")
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_damaged_files_give_format_errors_and_change_nothing(name: str, tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    path = tmp_path / name
-    data = path.read_bytes()
-    rng = random.Random(0)
-    model = Net()
-    before = state(model)
-    refused = 0
-    for _ in range(500):
-        damaged = bytearray(data)
-        for _ in range(rng.randint(1, 2)):
-            place = rng.randrange(min(len(damaged), 1200))
-            if rng.random() < 0.8:
-                damaged[place] = rng.choice([damaged[place] ^ 1 << rng.randrange(8), *b'0123456789{}[]",-.e'])
-            else:
-                del damaged[place : place + rng.choice([1, 4, len(damaged)])]
-            if not damaged:
-                break
-        path.write_bytes(damaged)
-        try:
-            load_adapter(model, tmp_path)
-        except FormatError:
-            refused += 1
-            assert state(model) == before
-        else:
-            model = Net()
-    assert refused > 100
-
-
-# ---- failures of the machine ----
-
-
 def test_a_memory_error_at_any_allocation_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -635,236 +224,171 @@ def test_a_memory_error_at_any_allocation_changes_nothing(
             assert state(model) == before
 
 
-def failing_after(good_calls: int, real: Callable[..., Any], error: Exception) -> Callable[..., Any]:
-    calls = iter(range(good_calls))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if next(calls, None) is None:
-            raise error
-        return real(*args, **kwargs)
-
-    return call
+# ---- put on plain layers ----
 
 
-def test_a_disk_that_fills_up_leaves_the_old_adapter(tmp_path: Path) -> None:
-    model = Net()
-    save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"adapter_model\.safetensors") as caught:
-            save_adapter(perturbed(model, 1), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "bytes were to be written, 700 were" in str(caught.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize(("call", "count"), [("open", 2), ("write", 8), ("fsync", 2)])
-def test_an_error_at_any_call_leaves_the_old_adapter(
-    call: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_is_attached_at_its_own_ranks(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Net()
-    save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    perturbed(model, 1)
-    for good_calls in range(count):
-        failing = failing_after(good_calls, getattr(os, call), OSError(errno.ENOSPC, "No space left"))
+    trained, model, x = adapted_net(**options), plain_net(), np.ones((3, 5), np.float32)
+    for layer in trained.adapter_layers().values():
+        layer.row_order = None  # type: ignore[attr-defined]
+    if options.get("use_dora"):
+        trained.adapter_layers()["0"].m[...] *= 2  # type: ignore[attr-defined]
+    nplora.save_adapter(trained, tmp_path)
+    ranks = []
+    real = nplora.LoRALayer.__init__
+
+    def init(layer: Any, weight: Any, rank: int, *arguments: Any, **more: Any) -> None:
+        ranks.append(rank)
+        real(layer, weight, rank, *arguments, **more)
+
+    monkeypatch.setattr(nplora.LoRALayer, "__init__", init)
+    Adapter.read(tmp_path).attach(model)
+    assert ranks == [2, 3]
+    np.testing.assert_array_equal(model(x), trained(x))
+    assert repr(model) == repr(trained)
+    with pytest.raises(ValueError, match="the model has an adapter already, on 2 layers"):
+        Adapter.read(tmp_path).attach(model)
+
+
+def test_a_model_without_the_layers_is_left_as_it_was() -> None:
+    model = nplora.Sequential(nplora.Linear(np.ones((6, 5))), nplora.ReLU())
+    before = list(model.named_modules())
+    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model has no such layer"):
+        Adapter.from_model(adapted_net()).attach(model)
+    assert list(model.named_modules()) == before
+
+
+def test_a_layer_that_is_trained_whole_gets_no_adapter() -> None:
+    head = nplora.Linear(np.ones((4, 6)), trainable=True)
+    model = nplora.Sequential(nplora.Linear(np.ones((6, 5))), nplora.ReLU(), head)
+    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model's layer is trained whole"):
+        Adapter.from_model(adapted_net()).attach(model)
+    assert model[2] is head
+
+
+def test_an_adapter_keeps_the_precision_of_a_float64_model(tmp_path: Path) -> None:
+    def layer() -> nplora.LoRALinear:
+        return nplora.LoRALinear(np.ones((6, 5)), 2, dtype="float64", init="gaussian", rng=0)
+
+    trained, model = (
+        nplora.Sequential(layer()),
+        nplora.Sequential(nplora.Linear(np.ones((6, 5)), dtype="float64")),
+    )
+    nplora.save_adapter(trained, tmp_path)
+    read_for(model, tmp_path, tmp_path).attach(model)
+    np.testing.assert_array_equal(model[0].A, trained[0].A)
+
+
+# ---- in the place of another adapter ----
+
+
+def few() -> nplora.Module:
+    """The weights of `plain_net` with an adapter on the first layer alone."""
+    model = plain_net()
+    Adapter("few", {"0": LoraDelta(np.ones((6, 1), "f4"), np.ones((1, 5), "f4"), 0.5)}).attach(model)
+    return model
+
+
+def modules_and_values(model: nplora.Module) -> tuple[dict[str, int], list[bytes]]:
+    modules = {name: id(module) for name, module in model.named_modules()}
+    return modules, [parameter.value.tobytes() for parameter in model.parameters()]
+
+
+def dense(delta: LoraDelta, W: Array) -> Array:
+    """W with an update, in float64."""
+    merged = W + delta.scale * delta.A.astype(np.float64) @ delta.B.astype(np.float64)
+    if delta.m is None:
+        return merged
+    return merged * (delta.m / np.linalg.norm(merged, axis=1))[:, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_of_all_layers_takes_the_place_of_one_of_fewer(options: dict[str, Any]) -> None:
+    adapter, model, x = Adapter.from_model(adapted_net(**options)), few(), np.ones((3, 5), np.float32)
+    W = [layer.weight.to_numpy().astype(np.float64) for layer in (plain_net()[0], plain_net()[2])]  # type: ignore[index]
+    adapter.attach(model, replace=True)
+    assert list(model.adapter_layers()) == ["0", "2"]
+    hidden = np.maximum(x @ dense(adapter["0"], W[0]).T, 0)
+    np.testing.assert_allclose(model(x), hidden @ dense(adapter["2"], W[1]).T, rtol=1e-5, atol=1e-5)
+    y, saved = model.forward(x)
+    model.backward(np.ones_like(y), saved)
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_layers_that_the_new_adapter_does_not_have_are_frozen_ones_again() -> None:
+    model, x = plain_net(), np.ones((3, 5), np.float32)
+    weights = [model[0].weight, model[2].weight]  # type: ignore[index]
+    Adapter.from_model(adapted_net()).attach(model)
+    trained = [parameter.value for parameter in model.parameters()]
+    before = [value.copy() for value in trained]
+    Adapter.from_model(few()).attach(model, replace=True)
+    assert list(model.adapter_layers()) == ["0"]
+    assert model[0].weight is weights[0]  # type: ignore[index]
+    assert model[2].weight is weights[1]  # type: ignore[index]
+    np.testing.assert_array_equal(model(x), few()(x))
+    for value, old in zip(trained, before, strict=True):  # the arrays that an optimiser may hold
+        np.testing.assert_array_equal(value, old)
+
+
+def no_memory(*arguments: Any) -> Any:
+    raise MemoryError
+
+
+def test_a_replacement_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = few(), Adapter.from_model(adapted_net())
+    before = modules_and_values(model)
+    unfit = Adapter("unfit", {"0": adapter["0"], "9": adapter["2"]})
+    with pytest.raises(FormatError, match="'9': the model has no such layer"):
+        unfit.attach(model, replace=True)
+    with pytest.raises(ValueError, match="adapter already, on 1 layer; replace=True drops it"):
+        adapter.attach(model)
+    real = buffers.value_and_gradient
+    for good_calls in range(4):
+        results = iter([real] * good_calls)
         with monkeypatch.context() as patch:
-            patch.setattr(os, call, failing)
-            with pytest.raises(OSError, match="No space left"):
-                save_adapter(model, tmp_path)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+            patch.setattr(buffers, "value_and_gradient", lambda *given, r=results: next(r, no_memory)(*given))
+            with pytest.raises(MemoryError):
+                adapter.attach(model, replace=True)
+    assert modules_and_values(model) == before
+    model.merge()
+    with pytest.raises(RuntimeError, match=r"attach: the layer is merged; call unmerge\(\) first"):
+        adapter.attach(model, replace=True)
+    model.unmerge()
+    assert modules_and_values(model) == before
+    principal = nplora.LoRALinear(np.random.default_rng(0).normal(size=(6, 5)), 2, init="pissa")
+    model = nplora.Sequential(principal, nplora.ReLU(), nplora.Linear(np.ones((4, 6))))
+    with pytest.raises(ValueError, match="init='pissa' took a part of the frozen weight"):
+        adapter.attach(model, replace=True)
+    assert model[0] is principal
 
 
-def test_the_configuration_is_renamed_last_and_the_directory_is_flushed_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    real_replace, real_fsync = os.replace, os.fsync
-
-    def replace(source: str, target: str, **directories: int) -> None:
-        calls.append(target)
-        real_replace(source, target, **directories)
-
-    def fsync(fd: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{fd}"))
-        calls.append("flush " + (place.name.split(".")[1] if place.is_file() else str(place)))
-        real_fsync(fd)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "fsync", fsync)
-    save_adapter(Net(), tmp_path)
-    assert calls == [
-        "flush adapter_model",
-        "flush adapter_config",
-        "adapter_model.safetensors",
-        f"flush {tmp_path}",
-        "adapter_config.json",
-        f"flush {tmp_path}",
-    ]
+def test_a_failure_after_a_replacement_brings_the_old_adapter_back() -> None:
+    model, adapter = few(), Adapter.from_model(adapted_net())
+    before = modules_and_values(model)
+    with contextlib.suppress(KeyboardInterrupt), rollback_on_error(model):
+        adapter.attach(model, replace=True)
+        assert len(model.adapter_layers()) == 2
+        raise KeyboardInterrupt
+    assert modules_and_values(model) == before
 
 
-def cut_short(directory: Path, model: nplora.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save an adapter, and stop between the two renames."""
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", failing_after(1, os.replace, OSError(errno.EIO, "the power fails")))
-        with pytest.raises(OSError, match="the power fails"):
-            save_adapter(model, directory)
-
-
-def test_a_save_that_was_cut_short_between_its_renames_is_the_new_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_adapter(Net(alpha=6), tmp_path)
-    old = (tmp_path / peft_adapter.CONFIG).read_bytes()
-    cut_short(tmp_path, Net(alpha=60), monkeypatch)
-    assert (tmp_path / peft_adapter.CONFIG).read_bytes() == old
-    model = Net()
-    load_adapter(model, tmp_path)
-    assert model.blocks[0].alpha == 60
-    assert nplora.read_adapter(tmp_path)["blocks.0"].scale == 60 / model.blocks[0].rank
-    cut_short(tmp_path, Net(alpha=600), monkeypatch)  # once more, beside the same old configuration
-    load_adapter(model, tmp_path)
-    assert model.blocks[0].alpha == 600
-    save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / peft_adapter.CONFIG).read_text())["lora_alpha"] == 600
-    load_adapter(model, tmp_path)
-
-
-def test_new_tensors_beside_a_configuration_that_they_do_not_replace_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_adapter(Net(alpha=6), tmp_path)
-    cut_short(tmp_path, Net(alpha=60), monkeypatch)
-    edit(tmp_path, lora_alpha=61)
-    model = Net()
-    before = state(model)
-    with pytest.raises(CorruptError, match=r"not the one that was saved with adapter_model\.safetensors"):
-        load_adapter(model, tmp_path)
-    assert state(model) == before
-    load_adapter(model, tmp_path, edited_config=True)
-    assert model.blocks[0].alpha == 61
-
-
-def killed_at(number: int, body: Callable[[], None]) -> bool:
-    """Run a function in a child that ends, as by SIGKILL, before its n-th call to the system that matters."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            for name in ("open", "write", "fchmod", "fsync", "replace", "unlink"):
-                setattr(os, name, ending_after(number, getattr(os, name)))
-            body()
-            status = 0
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, KILLED)
-    return status == KILLED
-
-
-KILLED = 9
-calls: list[None] = []
-
-
-def ending_after(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) > number:
-            os._exit(KILLED)
-        return real(*args, **kwargs)
-
-    return call
-
-
-def test_a_save_killed_before_any_call_leaves_the_old_adapter_or_the_new(tmp_path: Path) -> None:
-    old, new = perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)
-    found = []
-    for number in itertools.count():
-        directory = tmp_path / str(number)
-        save_adapter(old, directory)
-        if not killed_at(number, lambda directory=directory: save_adapter(new, directory)):  # type: ignore[misc]
-            break
-        loaded = Net(rank=2)
-        load_adapter(loaded, directory)
-        found.append(state(loaded))
-        save_adapter(new, directory)
-        assert sorted(os.listdir(directory)) == [peft_adapter.CONFIG, peft_adapter.TENSORS]
-        load_adapter(loaded, directory)
-        assert state(loaded) == state(new)
-    switch = found.index(state(new))
-    assert found == [state(old)] * switch + [state(new)] * (len(found) - switch)
-    assert switch > 8
-    assert len(found) - switch >= 3  # the flush, the second rename, and its flush
-
-
-def test_a_reader_sees_the_old_adapter_or_the_new_while_one_replaces_the_other(tmp_path: Path) -> None:
-    both = [perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)]
-    wanted, ended, seen = [state(model) for model in both], threading.Event(), set[int]()
-    save_adapter(both[0], tmp_path)
-
-    def read() -> None:
-        while not ended.is_set():
-            model = Net(rank=2)
-            load_adapter(model, tmp_path)
-            seen.add(wanted.index(state(model)))
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        reading = pool.submit(read)
-        try:
-            for number in itertools.count(1):
-                save_adapter(both[number % 2], tmp_path)
-                if reading.done() or (number >= 100 and seen == {0, 1}):
-                    break
-        finally:
-            ended.set()
-        reading.result()
-
-
-def test_permissions_of_the_files_that_a_save_replaces_are_kept(tmp_path: Path) -> None:
-    save_adapter(Net(), tmp_path)
-    modes = {peft_adapter.CONFIG: 0o600, peft_adapter.TENSORS: 0o666}
-    for name, mode in modes.items():
-        (tmp_path / name).chmod(mode)
-    before = os.umask(0o027)
-    try:
-        save_adapter(Net(), tmp_path)
-    finally:
-        os.umask(before)
-    assert {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in modes} == modes
-
-
-def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    for name in peft_adapter.CONFIG, peft_adapter.TENSORS:
-        (tmp_path / f".{name}.0123456789ab.tmp").write_bytes(b"half")
-    others = [
-        ".other.json.0123456789ab.tmp",
-        f".{peft_adapter.CONFIG}.tmp",
-        f".{peft_adapter.CONFIG}.mine.tmp",
-    ]
-    for name in others:
-        (tmp_path / name).write_bytes(b"a user's")
-    save_adapter(Net(), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([*others, peft_adapter.CONFIG, peft_adapter.TENSORS])
-
-
-def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError, match="file"):
-        save_adapter(Net(), tmp_path / "file")
-    (tmp_path / "taken" / "adapter_config.json").mkdir(parents=True)
-    with pytest.raises(OSError, match="is a directory"):
-        save_adapter(Net(), tmp_path / "taken")
-    assert os.listdir(tmp_path / "taken") == ["adapter_config.json"]
-
-
-def test_nan_and_infinity_are_not_saved(tmp_path: Path) -> None:
-    model = Net()
-    save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model.blocks[1].A[0, 0] = np.nan
-    with pytest.raises(ValueError, match=r"save_adapter: blocks\.1\.A holds NaN"):
-        save_adapter(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_a_language_model_takes_an_adapter_in_the_place_of_another(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    ids, model, alone = [[1, 2, 3, 4]], nplora.load_model(path), nplora.load_model(path)
+    plain_logits = model.logits(ids)
+    alone.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(alone, tmp_path / "all")
+    model.add_lora(rank=3, targets="q_proj", layers="last:1", init="gaussian")
+    with pytest.raises(FormatError, match=r"'.*k_proj': the model has a Linear there, expected a LoRA layer"):
+        nplora.load_adapter(model, tmp_path / "all")
+    with pytest.raises(ValueError, match="has an adapter already, on 1 layer; replace=True"):
+        attach_adapter(model, tmp_path / "all")
+    attach_adapter(model, tmp_path / "all", replace=True)
+    assert model.adapter_layers().keys() == alone.adapter_layers().keys()
+    np.testing.assert_array_equal(model.logits(ids), alone.logits(ids))
+    assert model.train_step(ids, ids, nplora.AdamW(lr=1e-2)) > model.loss(ids, ids)
+    attach_adapter(model, [(tmp_path / "all", 0.0)], replace=True)
+    np.testing.assert_array_equal(model.logits(ids), plain_logits)

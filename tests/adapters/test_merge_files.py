@@ -437,7 +437,7 @@ def test_the_base_is_never_written_to(shards: int, rng: np.random.Generator, tmp
     for output in (base, f"{base}/../base", tmp_path / "link"):
         with pytest.raises(ValueError, match="is the base itself, which is left as it is"):
             nplora.merge_adapter(base, adapter, output)
-    with pytest.raises(ValueError, match="is the base itself" if shards == 1 else "tells of other weights"):
+    with pytest.raises(ValueError, match="is the base itself" if shards == 1 else "lists other weights"):
         nplora.merge_adapter(base, adapter, base / "model.safetensors")
     for shard in base.glob("model-*.safetensors"):
         with pytest.raises(ValueError, match="is the base itself"):
@@ -454,7 +454,7 @@ def test_an_index_of_other_weights_is_not_left_beside_new_ones(
     base = hf_directory(tmp_path / "base", rng, np.float32)
     other = hf_directory(tmp_path / "other", rng, np.float32, 3)
     for output in (other, other / "model.safetensors"):
-        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json tells of other weights"):
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json lists other weights"):
             nplora.merge_adapter(base, random_adapter(rng), output)
     assert not (other / "model.safetensors").exists()
 
@@ -686,6 +686,15 @@ def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_d
         "merge: dtype q4_k needs rows of whole blocks of 256, and blk.1.attn_q.weight has rows of 64; "
         f"possible: same, {', '.join(fitting)}"
     )
+
+
+def test_two_layers_of_one_tensor_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    base, layer = base_gguf(tmp_path / "base.gguf", rng, "float32"), "model.layers.0.self_attn.q_proj"
+    adapter = Adapter("twice", dict.fromkeys((layer, "blk.0.attn_q"), random_adapter(rng)[layer]))
+    with pytest.raises(
+        FormatError, match=rf"'blk\.0\.attn_q': blk\.0\.attn_q\.weight is the tensor of '{layer}' too"
+    ):
+        nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("name", ["out.gguf", "out.GGUF"])

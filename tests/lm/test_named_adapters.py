@@ -214,3 +214,39 @@ def test_weights_that_are_exchanged_are_those_of_named_adapters_too(
     assert isinstance(merged, LanguageModel)
     Adapter.read(paths["all"]).attach(merged)
     assert answers(lm) == answers(merged)
+
+
+def test_weights_that_are_exchanged_while_an_adapter_is_named_are_not_the_old_ones(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, merged = alone(model, paths["few"]), alone(model, paths["few"]).merge_and_unload()
+    merging = threading.Thread(target=lm.merge_and_unload)
+
+    def merged_meanwhile(adapter: Adapter, any_base: bool = False) -> LanguageModel:
+        made = type(lm).with_adapter(lm, adapter, any_base)
+        merging.start()
+        merging.join(0.5)  # it may wait until the adapter has its name
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm, "with_adapter", merged_meanwhile)
+        lm.load_adapter(paths["all"], "all")
+    merging.join()
+    lm.set_adapter("all")
+    assert isinstance(merged, LanguageModel)
+    Adapter.read(paths["all"]).attach(merged)
+    assert answers(lm) == answers(merged)
+
+
+def test_a_named_adapter_is_what_a_model_s_was_when_it_got_the_name(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    lm = alone(model, paths["few"])
+    lm.load_adapter(Adapter.from_model(lm), "before")
+    lm.load_adapter(paths["ends"], "ends")
+    for parameter in lm.parameters():
+        parameter.value[...] += 1
+    both = load_model(model)
+    nplora.combine([(paths["few"], 1), (paths["ends"], 1)]).attach(both)
+    lm.set_adapter(["before", "ends"])
+    assert answers(lm) == answers(both)

@@ -13,6 +13,7 @@ import pytest
 import nplora
 import reference
 from nplora import SGD, AdamW, Parameter
+from nplora.lora.delta import LoraDelta
 from nplora.nn.optim import global_norm, schedule
 
 SHAPES = {"fc.A": (7, 3), "fc.B": (3, 5), "A": (), "m": (40000,)}
@@ -254,7 +255,7 @@ def test_factors_of_another_rank_are_noticed_before_anything_is_written() -> Non
     for p in model.parameters():
         p.grad[...] = 1
     optimizer.step(model.parameters())
-    layer.prepare_adopt({"A": np.ones((8, 3), np.float32), "B": np.ones((3, 8), np.float32)}, 3, False)()
+    layer.prepare_adopt(LoraDelta(np.ones((8, 3), np.float32), np.ones((3, 8), np.float32), 1.0))()
     before = everything(model.parameters(), optimizer)
     with pytest.raises(ValueError, match=r"exp_avg\.1\.A is float32 \(8, 2\), expected float32 \(8, 3\)"):
         optimizer.step(model.parameters())

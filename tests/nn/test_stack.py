@@ -12,6 +12,7 @@ import pytest
 
 import nplora
 from nplora import Linear, LoRALinear, _core, stack_backward, stack_forward
+from nplora.lora.delta import LoraDelta
 from nplora.nn.module import inference
 from nplora.nn.stack import StackSaved, stack_infer
 from reference import gamma
@@ -241,8 +242,8 @@ def test_a_dora_layer_that_answers_alone_is_one_call_of_the_core(
 def adopted(rank: int, rslora: bool) -> Callable[[LoRALinear], None]:
     def change(layer: LoRALinear) -> None:
         rng = np.random.default_rng(rank)
-        factors = {"A": rng.standard_normal((len(layer.A), rank)), "B": rng.standard_normal((rank, D_IN))}
-        layer.prepare_adopt({k: v.astype(np.float32) for k, v in factors.items()}, layer.alpha, rslora)()
+        a, b = (rng.standard_normal(shape, np.float32) for shape in ((len(layer.A), rank), (rank, D_IN)))
+        layer.prepare_adopt(LoraDelta.of_alpha(a, b, layer.alpha, rslora, None, False))()
 
     return change
 

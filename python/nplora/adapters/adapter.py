@@ -1,129 +1,50 @@
-"""An adapter in memory, wherever it comes from: PEFT's directory, llama.cpp's file, a model.
-
-Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
-"""
+"""An adapter in memory, wherever it comes from: PEFT's directory, llama.cpp's file, a model."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any
 
-from numpy.typing import NDArray
-
+from nplora.adapters import combination, gguf_files, layers, merge_files, peft_files, sources
+from nplora.adapters.content import AdapterContent
+from nplora.adapters.gguf_files import AdapterConversion
+from nplora.adapters.merge_report import ModelMerge
+from nplora.adapters.sources import Source
 from nplora.formats import files
-from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import require_no_other
-from nplora.lora.delta import LoraDelta
 from nplora.nn.module import Module
 
-if TYPE_CHECKING:
-    from nplora.adapters.combination import CombinedAdapter
-    from nplora.adapters.gguf_files import AdapterConversion
-    from nplora.adapters.merge_report import ModelMerge
 
-Array = NDArray[Any]
+class Adapter(AdapterContent):
+    """An adapter in memory: layer's name -> `LoraDelta`, with the attributes of `AdapterContent`."""
 
-# A PEFT directory, a GGUF adapter file, a model with LoRA layers, or an adapter that is in memory already.
-Source: TypeAlias = "StrPath | Module | Adapter"
-
-
-class Adapter(Mapping[str, LoraDelta]):
-    """An adapter in memory: layer's name -> `LoraDelta`.
-
-    Attributes:
-        source: where it comes from, as messages name it.
-        base_model_name_or_path: what it says about its base model, or None.
-        task_type: PEFT's word for what the model is for, or None.
-        base_digest: `formats.model_digest.of` its base model, or None.
-        modules_to_save: the arrays of the layers that are trained whole: layer -> parameter -> array.
-        dropout: that of most layers, of a model.
-        unknown: keys of adapter_config.json that nobody knows.
-        neighbours: the names of the model's other modules, of a model.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        deltas: Mapping[str, LoraDelta],
-        base_model_name_or_path: str | None = None,
-        task_type: str | None = None,
-        base_digest: str | None = None,
-        modules_to_save: Mapping[str, Mapping[str, Array]] | None = None,
-        dropout: float = 0.0,
-        unknown: tuple[str, ...] = (),
-        neighbours: tuple[str, ...] = (),
-    ) -> None:
-        self.source, self._deltas = source, dict(deltas)
-        self.base_model_name_or_path, self.task_type = base_model_name_or_path, task_type
-        self.base_digest, self.modules_to_save = base_digest, dict(modules_to_save or {})
-        self.dropout, self.unknown, self.neighbours = dropout, unknown, neighbours
-
-    def __getitem__(self, name: str) -> LoraDelta:
-        return self._deltas[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._deltas)
-
-    def __len__(self) -> int:
-        return len(self._deltas)
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.source!r}, {len(self)} layers)"
-
-    @property
-    def use_dora(self) -> bool:
-        return any(delta.use_dora for delta in self.values())
-
-    @property
-    def base(self) -> tuple[str | None, str | None]:
-        """The name and the digest of the base model, as far as they are known."""
-        return self.base_model_name_or_path, self.base_digest
-
-    def require_low_rank(self) -> None:
-        """Raise UnsupportedError if there are layers that are trained whole."""
-        if self.modules_to_save:
-            names = ", ".join(map(brief, self.modules_to_save))
-            raise UnsupportedError(f"{self.source}: trained whole: {names}; these are no low-rank updates")
+    @staticmethod
+    def of(content: AdapterContent) -> Adapter:
+        """An adapter of this content."""
+        return content if isinstance(content, Adapter) else Adapter(**vars(content))
 
     @staticmethod
     def from_model(model: Module) -> Adapter:
         """The adapter of a model, whose live arrays it holds. Raises ValueError if there is no LoRA layer."""
-        from nplora.adapters.layers import from_model
-
-        return from_model(model, "read_adapter")
+        return Adapter.of(layers.from_model(model, "read_adapter"))
 
     @staticmethod
     def read(
         source: StrPath, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
     ) -> Adapter:
-        """Read a PEFT directory or llama.cpp's file. Arguments and errors are those of `read_adapter`."""
-        from nplora.adapters import gguf_files, peft_files
-
-        files.require_named("read_adapter", source=source)
-        if Path(source).is_dir():
-            return peft_files.read(source, edited_config=edited_config)
-        return gguf_files.read(source, base, any_base)[0]
+        """Read a PEFT directory or llama.cpp's file, as `read_adapter`. Layers may be trained whole."""
+        return Adapter.of(sources.read(source, base, edited_config, any_base))
 
     def save(
         self, path: StrPath, overwrite: bool = False, base: StrPath | None = None, any_base: bool = False
     ) -> AdapterConversion | None:
-        """Write a PEFT adapter directory, as `save_adapter` does; or, with a base, llama.cpp's file.
+        """Write a PEFT adapter directory, or with a base llama.cpp's file. Then `adapter_to_gguf` says more.
 
-        Args:
-            overwrite: also in the place of another adapter.
-            base: the model that the adapter is for, for llama.cpp's file. Errors and result are then those of
-                `adapter_to_gguf`.
         Raises:
-            FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
-            ValueError: there is no layer, only some layers have DoRA's magnitudes, a value is not finite, or
-                the path ends in .gguf and there is no base.
-            OSError: the disk refuses; how many bytes were needed is in the message.
+            as `save_adapter`. FileExistsError: the directory holds a run; or an adapter, without `overwrite`.
+            ValueError: there is no layer, or the path ends in .gguf and there is no base.
         """
-        from nplora.adapters import gguf_files, peft_files
-
         if base is not None:
             return gguf_files.save(self, path, base, any_base, overwrite)
         if files.suffix(path) == ".gguf":
@@ -132,16 +53,22 @@ class Adapter(Mapping[str, LoraDelta]):
         peft_files.save(self, path)
         return None
 
-    def attach(self, model: Module, any_base: bool = False) -> None:
-        """Put the adapter on the plain layers of a model that has none.
+    def attach(self, model: Module, any_base: bool = False, replace: bool = False) -> None:
+        """Put the adapter on a model, over its frozen weights. After an error the model is as it was.
 
+        The new layers have no dropout.
+
+        Args:
+            replace: take the place of the adapter that the model has, on whatever layers that is. Its LoRA
+                layers are dropped, and optimisers that hold their arrays must be made anew. (`load_adapter`
+                writes into the layers that are there instead.)
         Raises:
-            ValueError: the model has an adapter.
-            FormatError: the adapter does not fit the model, which stays as it was, or is of another one.
+            ValueError: the model has an adapter, and `replace` is not set; or a layer that is replaced began
+                as "pissa" or "olora", which took a part of its weight.
+            RuntimeError: a layer that is replaced is merged.
+            FormatError: the adapter does not fit the model, has layers trained whole, or is of another model.
         """
-        from nplora.adapters.layers import attach
-
-        attach(self, model, any_base)
+        layers.attach(self, model, any_base, replace)
 
     @staticmethod
     def combine(
@@ -150,43 +77,55 @@ class Adapter(Mapping[str, LoraDelta]):
         base: StrPath | None = None,
         any_base: bool = False,
     ) -> CombinedAdapter:
-        """The weighted sum of several adapters, as `combine`."""
-        from nplora.adapters.combination import combine
+        """The adapter whose ΔW is Σ weight · ΔW of those given, in every layer that any of them adapts.
 
-        return combine(adapters, rank, base, any_base)
+        Their ranks, alphas, rules of scaling and targets may differ. The sum is computed in float64 and has,
+        in each layer, the lowest rank that holds it exactly. For base see `nplora.adapters`.
+
+        Args:
+            adapters: pairs of an adapter and its weight, any finite number. An adapter is what `read_adapter`
+                takes: a PEFT directory, llama.cpp's file, a model, or what an earlier call returned.
+            rank: cut the ranks to at most this, by the largest singular values; see `errors` of the result.
+            any_base: add up adapters of different models too. Models differ if the digests of their norms do,
+                which adapters of language models keep here, or without these the last parts of the names that
+                adapters have for them; what is not known differs from nothing.
+        Returns:
+            an adapter whose scales are 1.
+        Raises:
+            as `read_adapter`. UnsupportedError: an adapter has DoRA, whose rescaled rows do not add up.
+            ValueError: there are no adapters, a weight is not finite, rank is below 1, a sum is beyond
+                float32, or adapters are of different models or do not fit each other.
+            TypeError: adapters are no pairs.
+        """
+        return CombinedAdapter(**vars(combination.combine(adapters, rank, base, any_base)))
 
     def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
         """Write a model with this adapter merged into it, as `merge_adapter`, with its options."""
-        from nplora.adapters.merge_files import merge_adapter
+        return merge_files.merge_adapter(base, self, output, **options)
 
-        return merge_adapter(base, self, output, **options)
+
+class CombinedAdapter(combination.Combination, Adapter):
+    """What `combine` gives."""
+
+
+combine = Adapter.combine
 
 
 def read_adapter(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> Adapter:
-    """The updates of an adapter, whatever keeps it.
+    """The updates of an adapter from any source. Other arguments and errors: see `nplora.adapters`.
 
     Args:
         source: a PEFT adapter directory, llama.cpp's adapter file, a model with LoRA layers (whose live
             arrays the updates then are), or an `Adapter`, which is returned.
-        base: the base model, which llama.cpp's file needs where its rows are permuted (see
-            `adapter_from_gguf`).
-        edited_config: as in `load_adapter`.
-        any_base: as in `adapter_from_gguf`.
     Raises:
-        FormatError: a file breaks its format, or llama.cpp's is of another model than base.
-        UnsupportedError: it holds layers trained whole.
-        CorruptError: the directory's adapter_config.json was edited.
-        ValueError: the model has no LoRA layer, or base is needed. OSError: a file cannot be read.
+        UnsupportedError: it holds layers trained whole. ValueError: the model has no LoRA layer.
+        TypeError: source is of another kind.
     """
-    if isinstance(source, Module):
-        source = Adapter.from_model(source)
-    elif isinstance(source, str | os.PathLike):
-        source = Adapter.read(source, base, edited_config, any_base)
-    elif not isinstance(source, Adapter):
-        raise TypeError(
-            f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
-        )
-    source.require_low_rank()
-    return source
+    return Adapter.of(sources.low_rank(source, base, edited_config, any_base))
+
+
+def read_for(model: Module, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:
+    """A file's adapter for a model's layers, as `Adapter.read`; shapes are checked before values are read."""
+    return Adapter.of(sources.read(path, base, any_base=any_base, target=layers.plain_target(model)))

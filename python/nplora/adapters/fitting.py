@@ -3,21 +3,21 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.adapters.adapter import Adapter
+from nplora.adapters.content import AdapterContent
 from nplora.formats import model_digest
 from nplora.formats.errors import FormatError, brief, counted, in_places
 
-BaseNames: TypeAlias = tuple[str | None, str | None]  # the name and the digest of an adapter's base model
+_KINDS = ("a linear layer", "an embedding")
 
 
 @dataclass(frozen=True)
 class Place:
-    """The weight that a layer's update is for. None in an attribute: not known, and anything fits.
+    """The weight that a layer's update is for. Anything fits an attribute that is None.
 
     Attributes:
         title: how messages name the weight.
@@ -39,11 +39,13 @@ class Target:
     """What adapters are to fit.
 
     Attributes:
-        title: how messages name it; empty where anything fits.
+        title: how messages name it; empty if anything fits.
         place: the place of a layer's update (d_out, d_in) by its name, or the reason why there is none.
         digest: `model_digest.of` its norms, or None.
         required: layers that the adapter must have.
         whole: live arrays of the layers that are trained whole, by layer and parameter; None: any are taken.
+        require_kind: raises UnsupportedError for an adapter of this source that the target cannot hold, by
+            whether it has DoRA and by its layers that are trained whole.
     """
 
     title: str = ""
@@ -51,19 +53,15 @@ class Target:
     digest: str | None = None
     required: Collection[str] = ()
     whole: Mapping[str, Mapping[str, npt.NDArray[Any]]] | None = None
+    require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
-        """Where an update belongs.
-
-        Raises:
-            FormatError: it does not fit.
-        """
+        """The place of an update. Raises FormatError if there is none that it fits."""
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")
         if place.embedding not in (None, embedding):
-            kinds = ("an embedding", "a linear layer")
-            wanted, found = kinds if embedding else kinds[::-1]
+            wanted, found = _KINDS[embedding], _KINDS[not embedding]
             raise FormatError(f"{brief(layer)}: for {wanted}, and {place.title} is {found}")
         if place.shape not in (None, shape):
             raise FormatError(f"{brief(layer)}: for a weight {shape}, and {place.title} is {place.shape}")
@@ -73,35 +71,29 @@ class Target:
             )
         return place
 
-    def missing(self, layers: Collection[str]) -> list[str]:
-        """A problem for each layer that should be among these."""
-        return [
-            f"{brief(name)}: the adapter has no such layer" for name in self.required if name not in layers
-        ]
-
-    def check(self, adapter: Adapter, any_base: bool) -> None:
+    def check(self, adapter: AdapterContent, any_base: bool) -> None:
         """Raise FormatError for an adapter that does not fit, is of another model, or has no layers."""
+        self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save)
         problems = list[str]()
         for name, delta in adapter.items():
             with collecting(problems):
                 self.place_of(name, delta.shape, delta.embedding, delta.use_dora)
-        self.require(adapter.source, adapter.base, problems, adapter, any_base)
+        self.require(adapter, problems, any_base)
 
-    def require(
-        self, source: str, base: BaseNames, problems: list[str], layers: Collection[str], any_base: bool
-    ) -> None:
-        """As `check`, of an adapter's source, base, problems and layers."""
+    def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
+        """As `check`, with the problems that were found while the adapter was read."""
+        base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{source}: the adapter cannot be used, for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
-            raise FormatError(f"{source}: {subject} does not fit {self.title} {in_places(problems)}")
+            raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")
         if not any_base and (refusal := model_digest.refusal(*base, self.digest)):
-            raise FormatError(f"{source}: {refusal}")
-        if not layers:
-            raise FormatError(f"{source}: the adapter holds no factors")
+            raise FormatError(f"{adapter.source}: {refusal}")
+        if not adapter and not adapter.modules_to_save:
+            raise FormatError(f"{adapter.source}: the adapter holds no factors")
 
 
 ANYTHING = Target()

@@ -12,7 +12,7 @@ Both call the factors lora_a and lora_b (see `letters`). Three things differ:
 import errno
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.adapters import letters, peft_files
-from nplora.adapters.adapter import Adapter
+from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target, collecting
 from nplora.formats import base_model, files, gguf, gguf_adapter, gguf_names, model_directory, peft_adapter
 from nplora.formats.base_model import BaseModel
@@ -29,7 +29,6 @@ from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
 from nplora.formats.output_directory import require_no_other
-from nplora.formats.peft_adapter import MAGNITUDE
 from nplora.lora.delta import LoraDelta
 
 Array = NDArray[Any]
@@ -76,37 +75,31 @@ def convert_adapter(
 ) -> AdapterConversion:
     """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
 
-    Args:
-        overwrite: also in the place of another adapter.
     Raises:
-        ValueError: base is needed, or the target is not named as what it will be.
-        FormatError: the directory is that of no adapter, and of no model either.
-        FileNotFoundError: it is that of a run without an adapter. The rest as these two.
+        ValueError: the target has the name of another kind of file. FormatError: the directory is that of no
+            adapter, and of no model either. FileNotFoundError: of a run without an adapter. Others as these.
     """
     files.require_named("convert", source=source, target=target, base=base)
-    if Path(source).is_dir():
-        configs = (model_directory.CONFIG, peft_adapter.CONFIG)
-        if not any(Path(source, name).exists() for name in configs):
-            peft_adapter.require_finished(source)
-            raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
-        if base is None:
+    if not Path(source).is_dir():
+        if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
             raise ValueError(
-                f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
+                f"convert: {files.name(source)} is a file, and of files only GGUF adapters are converted, "
+                f"to a directory; got the file name {files.name(target)!r}"
             )
-        return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
-    if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
+        return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
+    configs = (model_directory.CONFIG, peft_adapter.CONFIG)
+    if not any(Path(source, name).exists() for name in configs):
+        peft_adapter.require_finished(source)
+        raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
+    if base is None:
         raise ValueError(
-            f"convert: {files.name(source)} is a file, and of files only GGUF adapters are converted, "
-            f"to a directory; got the file name {files.name(target)!r}"
+            f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
         )
-    return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
-
-
-# ---- what an adapter is for ----
+    return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
 
 
 def _target(model: BaseModel | None, architecture: str) -> Target:
-    """A base model's layers, or those of an architecture of which no model is known."""
+    """A base model's layers, or those of an architecture if no model is known."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -122,7 +115,27 @@ def _target(model: BaseModel | None, architecture: str) -> Target:
             return f"{shape[0]} rows do not make {heads} heads of pairs of rows"
         return Place(weight, None if shapes is None else shapes[weight], is_embedding)
 
-    return Target(title, place, digest)
+    return Target(title, place, digest, require_kind=_require_sums)
+
+
+def _require_sums(source: str, has_dora: bool, whole: Collection[str]) -> None:
+    if has_dora:
+        raise UnsupportedError(
+            f"{source}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
+            "merge the adapter into the model instead"
+        )
+    if whole:
+        names = ", ".join(map(brief, whole))
+        raise UnsupportedError(
+            f"{source}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
+        )
+
+
+def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
+    inputs = [] if adapter is None else [("adapter", path) for path in peft_adapter.files_of(adapter)]
+    if base is not None:
+        inputs += [("base", path) for path in model_directory.files_of(base)]
+    files.require_not_read("convert", outputs, inputs)
 
 
 # ---- to llama.cpp ----
@@ -139,98 +152,69 @@ def adapter_to_gguf(
     """Write a PEFT adapter directory as a LoRA adapter file for llama.cpp, with factors in float32.
 
     llama.cpp, with a user's scale of 1, adds the ΔW that PEFT adds, but for the rounding of one float32
-    factor where a scale is folded.
+    factor where a scale is folded. The file keeps the digest of the base's norms, if they are there. The
+    arguments and errors are those that `nplora.adapters` describes.
 
-    Args:
-        base: the model that the adapter is for: its config.json, the directory with that, or its GGUF file,
-            against which names and shapes are checked too. The file keeps the digest of its norms, if they
-            are there.
-        edited_config: as in `load_adapter`.
-        any_base: as in `load_adapter`; the new adapter is then one of base.
-        overwrite: also in the place of another adapter.
     Raises:
-        ValueError: a path is empty, or path is no .gguf file, or it is a file of the adapter or of base.
-        FileExistsError: it is that of a model, or there is a file and `overwrite` is not set.
-        UnsupportedError: the adapter has DoRA or layers trained whole, which llama.cpp's file cannot say, or
-            the base model is not of a known family.
-        FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
-            model.
-        CorruptError: the directory's adapter_config.json was edited.
-        OSError: a file cannot be read, or the disk refuses.
+        ValueError: path is no .gguf file, or it is a file of the adapter or of base. FileExistsError: it is a
+            model. UnsupportedError: the adapter has DoRA or layers trained whole, or the base model's family
+            is not known.
     """
-    files.require_named("convert", directory=directory, path=path, base=base)
-    _require_writable(path, directory, base, overwrite)
-    model = base_model.read(base, any_base)
-    with peft_adapter.reading(directory) as opened:
-        has_dora = opened.config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
-        _require_plain(opened.directory, has_dora, opened.config.modules_to_save)
-        target = _target(model, model.architecture)
-        adapter = peft_files.read_opened(opened, target, edited_config, any_base)
+    files.require_named("convert", directory=directory)
+    model = _base_of(path, directory, base, any_base, overwrite)
+    adapter = peft_files.read(directory, _target(model, model.architecture), edited_config, any_base)
     return _write(adapter, path, model, any_base)
 
 
 def save(
-    adapter: Adapter, path: StrPath, base: StrPath, any_base: bool, overwrite: bool
+    adapter: AdapterContent, path: StrPath, base: StrPath, any_base: bool, overwrite: bool
 ) -> AdapterConversion:
     """Write an adapter in memory as `adapter_to_gguf` does."""
-    files.require_named("convert", path=path, base=base)
-    _require_writable(path, None, base, overwrite)
-    _require_plain(adapter.source, adapter.use_dora, adapter.modules_to_save)
-    model = base_model.read(base, any_base)
+    model = _base_of(path, None, base, any_base, overwrite)
     _target(model, model.architecture).check(adapter, any_base)
     return _write(adapter, path, model, any_base)
 
 
-def _write(adapter: Adapter, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
+def _base_of(
+    path: StrPath, adapter: StrPath | None, base: StrPath, any_base: bool, overwrite: bool
+) -> BaseModel:
+    """The base model, after a check of whether the path may be written."""
+    files.require_named("convert", path=path, base=base)
+    if files.suffix(path) != ".gguf":
+        raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(path)!r}")
+    if Path(path).is_file() and Path(path).stat().st_size and not _is_adapter(path):
+        reason = "the file is no adapter, and is left as it is: name another one"
+        raise FileExistsError(errno.EEXIST, reason, files.name(path))
+    _require_not_read([path], adapter, base)
+    files.require_new(path, overwrite)
+    return base_model.read(base, any_base)
+
+
+def _is_adapter(path: StrPath) -> bool:
+    try:
+        return gguf_adapter.is_adapter(gguf.open(path))
+    except FormatError:
+        return False
+
+
+def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
     """Write an adapter that fits."""
     wanted = {name: delta.scale * delta.rank for name, delta in adapter.items()}
     alpha = _common_alpha(wanted.values())
     folded = tuple(name for name in adapter if wanted[name] != alpha)
     pairs = dict[str, Pair]()
     for name, delta in adapter.items():
-        stored = gguf_names.to_gguf(name) or ""
+        stored, where = gguf_names.to_gguf(name) or "", f"{adapter.source}: {name}"
         lora_a, lora_b = letters.to_peft(delta.A, delta.B, delta.embedding)
         if heads := model.permuted_heads(stored):
             lora_b = gguf_names.interleave(lora_b, heads)
         if name in folded:
-            lora_b = _folded(f"{adapter.source}: {name}", lora_b, wanted[name] / _rounded(alpha))
+            lora_b = _folded(where, lora_b, wanted[name] / _rounded(alpha))
+        lora_a, lora_b = _float32(where, lora_a), _float32(where, lora_b)
         pairs[f"{stored}.weight"] = Pair(lora_a.T if delta.embedding else lora_a, lora_b)
     digest = model.digest or (None if any_base else adapter.base_digest)
     gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, pairs, base_digest=digest))
     return AdapterConversion(files.name(path), model.architecture, tuple(adapter), alpha, folded)
-
-
-def _require_plain(source: str, has_dora: bool, whole: Iterable[str]) -> None:
-    if has_dora:
-        raise UnsupportedError(
-            f"{source}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
-            "merge the adapter into the model instead"
-        )
-    if names := ", ".join(map(brief, whole)):
-        raise UnsupportedError(
-            f"{source}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
-        )
-
-
-def _require_writable(path: StrPath, adapter: StrPath | None, base: StrPath, overwrite: bool) -> None:
-    _require_no_model(path)
-    _require_not_read([path], adapter, base)
-    files.require_new(path, overwrite)
-
-
-def _require_no_model(path: StrPath) -> None:
-    """Refuse a name that is no GGUF file's, or a file there that is no adapter."""
-    if files.suffix(path) != ".gguf":
-        raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(path)!r}")
-    if not Path(path).is_file() or not Path(path).stat().st_size:
-        return
-    try:
-        is_adapter = gguf_adapter.is_adapter(gguf.open(path))
-    except FormatError:
-        is_adapter = False
-    if not is_adapter:
-        reason = "the file is no adapter, and is left as it is: name another one"
-        raise FileExistsError(errno.EEXIST, reason, files.name(path))
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
@@ -253,6 +237,14 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     return product
 
 
+def _float32(where: str, factor: Array) -> Array:
+    with np.errstate(over="ignore"):
+        converted = factor.astype(np.float32, copy=False)
+    if not np.isfinite(converted).all():
+        raise ValueError(f"convert: {where}: a factor holds NaN, an infinity or a value beyond float32")
+    return converted
+
+
 # ---- from llama.cpp ----
 
 
@@ -267,17 +259,11 @@ def adapter_from_gguf(
     """Write llama.cpp's LoRA adapter file as a PEFT adapter directory. ΔW stays the same.
 
     Args:
-        base: as in `adapter_to_gguf`; needed where rows are permuted, for the number of heads.
-        base_model_name_or_path: what the adapter says about the model that it belongs to.
-        overwrite: also in the place of another adapter.
-        any_base: as in `adapter_to_gguf`.
+        base_model_name_or_path: what the adapter says about the model that it belongs to. `nplora.adapters`
+            describes the other arguments, and errors.
     Raises:
-        ValueError: a path is empty, or base is needed, or a file to be written is the adapter or of base.
-        FileExistsError: the directory holds a model or a run; or an adapter, and `overwrite` is not set.
-        UnsupportedError: another kind of adapter, quantised factors, or a family that is not known.
-        FormatError: a file breaks its format, does not fit, all that does not fit is listed, or is of another
-            model.
-        OSError: a file cannot be read, or the disk refuses.
+        ValueError: a file to be written is the adapter or of base. FileExistsError: the directory holds a
+            model or a run. UnsupportedError: the factors are quantised, or the family is not known.
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
@@ -291,7 +277,7 @@ def adapter_from_gguf(
     )
 
 
-def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[Adapter, GgufAdapter]:
+def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
     """llama.cpp's adapter file, as one of base, and what the file itself holds.
 
     Arguments and errors are those of `adapter_from_gguf`.
@@ -304,40 +290,27 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
         raise FormatError(f"{source}: is for {stored.architecture}, {model.source} is {model.architecture}")
     target, problems, deltas = _target(model, stored.architecture), list[str](), dict[str, LoraDelta]()
     for tensor, pair in stored.pairs.items():
+        layer = tensor.removesuffix(".weight")
+        name, embedding = gguf_names.from_gguf(layer), layer == gguf_names.TOKEN_EMBEDDING
+        lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
         with collecting(problems):
-            layer = tensor.removesuffix(".weight")
-            name = gguf_names.from_gguf(layer)
             if name is None or layer == tensor:
                 words = f"no layer of this name is known in {stored.architecture}"
                 raise FormatError(f"{brief(tensor)}: {words}")
-            deltas[name] = _delta(source, name, pair, stored, model, target)
-    target.require(source, (None, stored.base_digest), problems, deltas, any_base)
-    known = None if any_base and model is not None else stored.base_digest
-    digest = (None if model is None else model.digest) or known
-    return Adapter(source, deltas, task_type="CAUSAL_LM", base_digest=digest), stored
-
-
-def _delta(
-    source: str, name: str, pair: Pair, file: GgufAdapter, model: BaseModel | None, target: Target
-) -> LoraDelta:
-    stored = gguf_names.to_gguf(name) or ""
-    embedding = stored == gguf_names.TOKEN_EMBEDDING
-    lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
-    target.place_of(name, letters.weight_shape(lora_a.shape, lora_b.shape, embedding), embedding, False)
+            shape = letters.weight_shape(lora_a.shape, lora_b.shape, embedding)
+            target.place_of(name, shape, embedding, False)
+            if model is None and gguf_names.is_permuted(stored.architecture, layer):
+                raise ValueError(
+                    f"{source}: the rows of {tensor} are permuted by heads: base (--base MODEL) is needed, "
+                    "which has their number"
+                )
+            if heads := model and model.permuted_heads(layer):
+                lora_b = gguf_names.deinterleave(lora_b, heads)
+            a, b = letters.from_peft(lora_a, lora_b, embedding)
+            alpha = stored.alpha or pair.rank
+            deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
+    adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)
+    target.require(adapter, problems, any_base)
     if model is not None:
-        if heads := model.permuted_heads(stored):
-            lora_b = gguf_names.deinterleave(lora_b, heads)
-    elif gguf_names.is_permuted(file.architecture, stored):
-        raise ValueError(
-            f"{source}: the rows of {stored}.weight are permuted by heads: base (--base MODEL), which "
-            "tells their number, is needed"
-        )
-    a, b = letters.from_peft(lora_a, lora_b, embedding)
-    return LoraDelta.of_alpha(a, b, file.alpha or pair.rank, False, None, embedding)
-
-
-def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
-    inputs = [] if adapter is None else [("adapter", path) for path in peft_adapter.files_of(adapter)]
-    if base is not None:
-        inputs += [("base", path) for path in model_directory.files_of(base)]
-    files.require_not_read("convert", outputs, inputs)
+        adapter.base_digest = model.digest or (None if any_base else stored.base_digest)
+    return adapter, stored

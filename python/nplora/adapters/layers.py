@@ -1,8 +1,7 @@
 """Adapters and the LoRA layers of models: taken from them, loaded into them, put on plain layers."""
 
 import contextlib
-import dataclasses
-import os
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.adapters import gguf_files, peft_files
-from nplora.adapters.adapter import Adapter
+from nplora.adapters import peft_files
+from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import brief, counted, nearest_names
@@ -23,8 +22,8 @@ from nplora.formats.files import StrPath
 from nplora.formats.peft_config import short_number
 from nplora.lora.delta import LoraDelta
 from nplora.nn import Embedding, Linear, LoRAEmbedding, LoRALayer, LoRALinear
-from nplora.nn.module import Commit, Module, layer_stream
-from nplora.weights import buffers
+from nplora.nn.module import Module, layer_stream
+from nplora.weights import FrozenWeight, buffers
 
 Array = NDArray[Any]
 
@@ -39,38 +38,29 @@ def save_adapter(
 ) -> None:
     """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
 
-    The directory is made if needed. Both files are complete on the disk before either takes its name, so a
-    full or unwritable disk leaves an older adapter as it was. `load_adapter` finds either the old adapter or
-    the new one, also while the files are replaced and after a crash. The files keep the permissions of those
-    that they replace. Temporary files that a crash left there are removed.
-
-    Layers of init="pissa" or "olora" are written as plain LoRA of twice the rank for the weight that they
-    were given, as PEFT's `path_initial_model_for_weight_conversion` does.
+    The directory is made if needed. `load_adapter` finds either the old adapter or the new one, also while
+    the files are replaced, after a crash, and on a full disk. New files keep the permissions of those that
+    they replace. Layers of init="pissa" or "olora" are written as plain LoRA of twice the rank for the weight
+    that they were given, as PEFT's `path_initial_model_for_weight_conversion` does.
 
     Args:
         base_model_name_or_path: what the adapter says about the model that it belongs to.
     Raises:
         ValueError: there is no LoRA layer, a value is NaN or infinite, or PEFT's format cannot say it: layers
             that differ in rsLoRA or DoRA, or a name that PEFT would take for another one too.
-        OSError: the disk refuses; how many bytes were needed is in the message.
+        FileExistsError: the directory holds a model. OSError: the disk refuses.
     """
     adapter = from_model(model, "save_adapter")
     adapter.base_model_name_or_path = base_model_name_or_path
     peft_files.save(adapter, directory)
 
 
-def from_model(model: Module, op: str) -> Adapter:
-    """A model's adapter. Its arrays are the live ones, unless their rows are in another order there."""
+def from_model(model: Module, op: str) -> AdapterContent:
+    """A model's adapter, with the arrays of `LoRALayer.plain_update`."""
     layers, whole = _trained(op, model)
-    deltas = dict[str, LoraDelta]()
-    for name, layer in layers.items():
-        a, b, alpha = layer.plain_update()
-        delta = LoraDelta.of_alpha(a, b, alpha, layer.use_rslora, layer.m, isinstance(layer, LoRAEmbedding))
-        # row order[i] of the adapter is row i of the layer
-        deltas[name] = delta if layer.row_order is None else delta.rows(np.argsort(layer.row_order))
-    return Adapter(
+    return AdapterContent(
         type(model).__name__,
-        deltas,
+        {name: layer.plain_update() for name, layer in layers.items()},
         task_type=model.task_type,
         base_digest=model.base_digest(),
         modules_to_save=whole,
@@ -129,70 +119,36 @@ def load_adapter(
     """Read a PEFT adapter directory into the LoRA layers of a model.
 
     The rank, alpha and rsLoRA of the file win over the layer. Where the rank differs, A and B are new arrays,
-    so an optimiser that holds the old ones must be made anew; otherwise the live arrays are written. Every
-    layer must be in the file and every tensor of the file in the model. Everything is checked before anything
-    changes, sizes before anything is read.
+    so an optimiser that holds the old ones must be made anew; otherwise the live arrays are written. The file
+    and the model must have the same layers: `Adapter.attach` with `replace=True` takes an adapter of others.
+    Everything is checked before anything changes, sizes before anything is read. The arguments and errors are
+    those that `nplora.adapters` describes.
 
-    Args:
-        edited_config: take an adapter_config.json that is not the one that `save_adapter` wrote with the
-            tensors, because it was edited on purpose. Saving the adapter again makes the two a pair.
-        any_base: take an adapter that was saved from another language model of these shapes, as its digest
-            of the model's norms tells. Adapters without one are taken in any case.
     Returns:
         what was loaded, and which settings changed.
     Raises:
-        FormatError: a file breaks its format or does not fit the model, all that does not fit is listed; or
-            it is of another model.
-        CorruptError: adapter_config.json was edited after `save_adapter` wrote it.
-        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
-        RuntimeError: a layer is merged.
-        ValueError: the model has no LoRA layer.
-        OSError: a file cannot be read.
+        RuntimeError: a layer is merged. ValueError: the model has no LoRA layer, or one that began as "pissa"
+            or "olora".
     Warns:
         UserWarning: adapter_config.json has keys that nobody knows.
     """
     layers, whole = _trained("load_adapter", model)
     for layer in layers.values():
         layer.require_unmerged("load_adapter")
-    target = Target(
-        "the model",
-        partial(_place_in, dict(model.named_modules()), LoRALayer, Counter()),
-        model.base_digest(),
-        required=[*layers, *whole],
-        whole=whole,
-    )
+    target = _target(model, live=True, required=[*layers, *whole], whole=whole)
     adapter = peft_files.read(directory, target, edited_config, any_base)
     changes = _changes(layers, adapter)
-    commits = [_adopting(layer, adapter[name]) for name, layer in layers.items()]
+    commits = [layer.prepare_adopt(adapter[name]) for name, layer in layers.items()]
     for name, parameters in adapter.modules_to_save.items():
         commits += [partial(np.copyto, whole[name][key], value) for key, value in parameters.items()]
     _warn_of_unknown(adapter)
     for commit in commits:
         commit()
-    return AdapterReport(
-        adapter.source,
-        (*layers, *whole),
-        changes,
-        adapter.unknown,
-        adapter.base_model_name_or_path,
-    )
+    base = adapter.base_model_name_or_path
+    return AdapterReport(adapter.source, (*layers, *whole), changes, adapter.unknown, base)
 
 
-def _warn_of_unknown(adapter: Adapter) -> None:
-    if adapter.unknown:
-        keys = ", ".join(map(brief, adapter.unknown))
-        config = Path(adapter.source, peft_adapter.CONFIG)
-        warnings.warn(f"{config}: unknown keys are ignored: {keys}", stacklevel=3)
-
-
-def _adopting(layer: LoRALayer, delta: LoraDelta) -> Commit:
-    """Get a layer ready to take an update over; what is returned allocates no arrays and cannot fail."""
-    delta = delta.rows(layer.row_order)
-    factors = {"A": delta.A, "B": delta.B, **({} if delta.m is None else {"m": delta.m})}
-    return layer.prepare_adopt(factors, delta.stated_alpha, delta.use_rslora)
-
-
-def _changes(layers: Mapping[str, LoRALayer], adapter: Adapter) -> tuple[str, ...]:
+def _changes(layers: Mapping[str, LoRALayer], adapter: AdapterContent) -> tuple[str, ...]:
     changed: dict[str, list[str]] = {}
     for name, layer in layers.items():
         delta = adapter[name]
@@ -210,38 +166,39 @@ def _changes(layers: Mapping[str, LoRALayer], adapter: Adapter) -> tuple[str, ..
     )
 
 
-# ---- onto plain layers ----
+def _warn_of_unknown(adapter: AdapterContent) -> None:
+    if adapter.unknown:
+        keys = ", ".join(map(brief, adapter.unknown))
+        config = Path(adapter.source, peft_adapter.CONFIG)
+        warnings.warn(f"{config}: unknown keys are ignored: {keys}", stacklevel=3)
 
 
-def plain_target(model: Module) -> Target:
-    """A model's layers that an adapter can be put on."""
-    place = partial(_place_in, dict(model.named_modules()), (Linear, Embedding, LoRALayer), Counter())
-    return Target("the model", place, model.base_digest(), whole={})
+# ---- new LoRA layers ----
 
 
-def read_for(model: Module, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:
-    """Read a file's adapter for a model's layers: of PEFT, no tensor is read before its shape fits.
-
-    Args:
-        base: the model's file or directory, which llama.cpp's adapters may need.
-    Raises:
-        as `attach_adapter`.
-    """
-    if os.path.isfile(path):
-        return gguf_files.read(path, base, any_base)[0]
-    return peft_files.read(path, plain_target(model), any_base=any_base)
-
-
-def attach(adapter: Adapter, model: Module, any_base: bool = False) -> None:
-    """As `Adapter.attach`."""
+def require_no_adapter(model: Module) -> None:
+    """Raise ValueError if a model has LoRA layers."""
     if on := len(model.adapter_layers()):
-        raise ValueError(f"attach_adapter: the model has an adapter already, on {counted(on, 'layer')}")
+        raise ValueError(
+            f"attach_adapter: the model has an adapter already, on {counted(on, 'layer')}; "
+            "replace=True drops it"
+        )
+
+
+def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool) -> None:
+    """As `Adapter.attach`."""
+    if not replace:
+        require_no_adapter(model)
+    plain = dict[int, Module]()
+    for layer in model.adapter_layers().values():
+        layer.require_unmerged("attach")
+        plain[id(layer)] = layer.frozen()
+    modules = dict(model.named_modules())
     made = new_layers(adapter, model, any_base)
-    plain = dict(model.named_modules())
-    model.exchange({id(plain[name]): layer for name, layer in made.items()})
+    model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
 
-def new_layers(adapter: Adapter, model: Module, any_base: bool = False) -> dict[str, LoRALayer]:
+def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, LoRALayer]:
     """LoRA layers of an adapter over the frozen weights of a model, which is left as it is.
 
     Raises:
@@ -257,61 +214,64 @@ def new_layers(adapter: Adapter, model: Module, any_base: bool = False) -> dict[
             layer = made[name] = _new_layer(modules[name], delta)
             layer.row_order = model.stored_row_order(name)
             layer.restart_dropout(layer_stream(0, name))
-            _adopting(layer, delta)()
+            layer.prepare_adopt(delta)()
     _warn_of_unknown(adapter)
     return made
 
 
 def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRALayer:
     """A LoRA layer of an update's settings over a layer's frozen weight."""
+    settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "rng": 0}
     if isinstance(layer, Embedding | LoRAEmbedding):
-        return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, use_rslora=delta.use_rslora, rng=0)
+        return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
     assert isinstance(layer, Linear | LoRALinear)
-    return LoRALinear(
-        layer.weight,
-        delta.rank,
-        delta.stated_alpha,
-        layer.bias,
-        use_rslora=delta.use_rslora,
-        use_dora=delta.use_dora,
-        rng=0,
-    )
+    settings["use_dora"] = delta.use_dora
+    return LoRALinear(layer.weight, delta.rank, delta.stated_alpha, layer.bias, **settings)
 
 
 @contextlib.contextmanager
 def rollback_on_error(model: Module) -> Iterator[None]:
-    """Take the adapters that the body puts on a model off again where it fails."""
+    """Put back the layers that the body exchanged, if it fails."""
     before = dict(model.named_modules())
     try:
         yield
     except BaseException:
         now = dict(model.named_modules())
-        added = {
-            id(now[name]): before[name] for name in model.adapter_layers() if now[name] is not before[name]
-        }
-        model.exchange(added)
+        changed = [name for name in before.keys() & now.keys() if before[name] is not now[name]]
+        model.exchange({id(now[name]): before[name] for name in changed})
         raise
 
 
-def _place_in(
-    modules: Mapping[str, Module],
-    kinds: type | tuple[type, ...],
-    unknown: Counter[str],
-    layer: str,
-    shape: tuple[int, ...],
-) -> Place | str:
-    """A layer's place among a model's modules, or why it has none. `unknown` counts what was not found."""
-    module = modules.get(layer)
-    if module is None:
-        unknown["layers"] += 1
-        near = nearest_names(layer, filter(None, modules)) if unknown["layers"] <= _MOST_SUGGESTIONS else []
-        return "the model has no such layer" + (
-            f", the nearest names: {', '.join(map(repr, near))}" if near else ""
+# ---- what fits ----
+
+
+def plain_target(model: Module) -> Target:
+    """A model's layers that an adapter can be put on."""
+    return _target(model, live=False, whole={})
+
+
+def _target(model: Module, live: bool, **more: Any) -> Target:
+    """A model's LoRA layers, whose arrays are written, or (not live) all layers that can become one."""
+    modules, asked = dict(model.named_modules()), itertools.count()
+
+    def place(layer: str, shape: tuple[int, ...]) -> Place | str:
+        module = modules.get(layer)
+        if module is None:
+            near = nearest_names(layer, filter(None, modules)) if next(asked) < _MOST_SUGGESTIONS else []
+            words = f", the nearest names: {', '.join(map(repr, near))}" if near else ""
+            return f"the model has no such layer{words}"
+        if not isinstance(module, LoRALayer if live else Linear | Embedding | LoRALayer):
+            wanted = "a LoRA layer" if live else "a linear layer or an embedding"
+            return f"the model has a {type(module).__name__} there, expected {wanted}"
+        if isinstance(module, Linear | Embedding) and module.trainable:
+            return "the model's layer is trained whole"
+        assert isinstance(module.weight, FrozenWeight)
+        embedding = isinstance(module, Embedding | LoRAEmbedding)
+        use_dora = False if embedding else None  # any, of a new layer
+        if live and isinstance(module, LoRALayer):
+            use_dora = module.use_dora
+        return Place(
+            "the model's layer", module.weight.shape, embedding, use_dora, module.weight.compute_dtype
         )
-    if not isinstance(module, kinds):
-        return f"the model's is a {type(module).__name__}, which has no place for it"
-    assert isinstance(module, Linear | Embedding | LoRALayer)
-    place = Place("the model's layer", module.weight.shape, isinstance(module, Embedding | LoRAEmbedding))
-    if isinstance(module, LoRALayer) and kinds is LoRALayer:  # whose arrays are written
-        return dataclasses.replace(place, use_dora=module.use_dora, dtype=module.A.dtype)
-    return place
+
+    return Target("the model", place, model.base_digest(), **more)

@@ -3,16 +3,19 @@
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.adapters.adapter import Adapter, read_adapter
+from nplora.adapters import sources
+from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_report import ModelMerge, least_kept
+from nplora.adapters.sources import Source
 from nplora.formats import (
     bitsandbytes,
     files,
@@ -23,6 +26,7 @@ from nplora.formats import (
     peft_adapter,
     safetensors,
 )
+from nplora.formats.errors import brief
 from nplora.formats.files import Chunk, StrPath
 from nplora.formats.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
 from nplora.formats.output_directory import trained
@@ -36,12 +40,13 @@ Array = NDArray[Any]
 _ENOUGH = 0.9  # of the adapter's ΔW: less is refused, unless it is asked for
 _SAMPLED_ELEMENTS = 1 << 20  # of all tensors together, to estimate what another storage would keep
 _LEAST_SAMPLED = 1 << 14  # of each tensor
-_STORAGE_OF_GGML = {name: storage for storage, name in storages.GGML_NAMES.items()}
+# FrozenWeight's words for how the elements of a file's tensors are stored
+_STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
 
 def merge_adapter(
     base: StrPath,
-    adapter: "StrPath | Adapter",
+    adapter: Source,
     output: StrPath,
     dtype: str = "same",
     any_base: bool = False,
@@ -59,16 +64,14 @@ def merge_adapter(
         output: a file of the base's kind; of a directory also a directory, which then gets the base's
             configuration and tokenizer too. Never the base itself.
         dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
-        any_base: as in `load_adapter`.
-        overwrite: also in the place of other files.
+        any_base: as `nplora.adapters` says.
+        overwrite: replace other files.
         lossy: write the model even if rounding leaves less than 90 % of the adapter's ΔW in it.
     Returns:
         what was written, with a report of how much of ΔW survived the rounding of each weight.
     Raises:
-        FormatError: a file breaks its format, or the adapter is of another model or does not fit this one;
-            all that does not fit is listed, weights in blocks that are not decoded here too. Or a weight to
-            be merged into holds NaN or an infinity.
-        UnsupportedError: a weight to be merged into is in bitsandbytes' 4 bits.
+        FormatError: as `nplora.adapters` says, also for weights in blocks that are not decoded here; or a
+            weight to be merged into holds NaN or an infinity. UnsupportedError: one is in bitsandbytes' NF4.
         UnsafeError: a file beside the base's weights is a link out of the model.
         CorruptError: another program wrote to the base meanwhile.
         ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
@@ -77,13 +80,12 @@ def merge_adapter(
             written.
         FileExistsError: output is, or lies in, a directory with an adapter or a run (a .gguf file may lie
             there); or a file is there and `overwrite` is not set.
-        OSError: a file cannot be read, or the disk refuses.
     """
     files.require_named("merge", base=base, output=output)
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    updates = _placed(model, read_adapter(adapter, facts, any_base=any_base), dtype, any_base)
+    updates = _placed(model, sources.low_rank(adapter, facts, any_base=any_base), dtype, any_base)
     merges = {
         name: _merge(model.tensors[name], name, update, dtype)
         for name, update in updates.items()
@@ -97,12 +99,12 @@ def merge_adapter(
         for file in new:
             files.require_new(file.path, overwrite)
         files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
-        last = new[-1]  # when its last byte is made, every merge is done and no file is in place yet
-        checked = _then(last.chunks, lambda: _require_sound(model, updates, merges, lossy))
-        new[-1] = dataclasses.replace(last, chunks=checked)
+        # When the last byte is made, every merge is done and no file is in place yet.
+        checked = _checked(new[-1].chunks, model, merges, lossy)
+        new[-1] = dataclasses.replace(new[-1], chunks=checked)
         files.replace(new)
     reports = tuple(
-        merges[name].report if name in merges else _unchanged(model.tensors[name], name) for name in updates
+        merges[name].report if name in merges else _unchanged(name, model.tensors[name]) for name in updates
     )
     nbytes = sum(file.nbytes for file in new)
     return ModelMerge(files.name(output), reports, len(model.tensors) - len(reports), nbytes)
@@ -111,28 +113,24 @@ def merge_adapter(
 # ---- how much is kept ----
 
 
-def _then(chunks: Iterable[Chunk], check: Callable[[], None]) -> Iterator[Chunk]:
+def _checked(
+    chunks: Iterable[Chunk], model: ModelFiles, merges: Mapping[str, Merge], lossy: bool
+) -> Iterator[Chunk]:
+    """The chunks, and then a check that the base stayed as it was and that enough of ΔW is kept."""
     yield from chunks
-    check()
-
-
-def _require_sound(
-    model: ModelFiles, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge], lossy: bool
-) -> None:
-    """What can be known only after the last row: the base stayed as it was, and enough of ΔW is kept."""
     for stamp in model.mapped:
         stamp.require_unchanged()
     if not lossy:
-        _require_kept(model, updates, merges)
+        _require_kept(model, merges)
 
 
-def _require_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge]) -> None:
+def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
     """Raise ValueError if too little of ΔW is kept; it names the smallest storage that keeps enough."""
     kept = least_kept(merge.report for merge in merges.values())
     if kept >= _ENOUGH:
         return
     kinds = ", ".join(dict.fromkeys(merge.storage for merge in merges.values()))
-    enough = _smallest_that_keeps(model, updates, merges)
+    enough = _smallest_that_keeps(model, merges)
     remedy = (
         f"--dtype {enough[0]} keeps about {enough[1]:.0%}" if enough else "no other storage type keeps that"
     )
@@ -142,9 +140,7 @@ def _require_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], merges: M
     )
 
 
-def _smallest_that_keeps(
-    model: ModelFiles, updates: Mapping[str, LoraDelta], merges: Mapping[str, Merge]
-) -> tuple[str, float] | None:
+def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tuple[str, float] | None:
     """The smallest storage above the present one that keeps enough of ΔW, and about how much it keeps."""
     shapes = [merge.shape for merge in merges.values()]
 
@@ -155,14 +151,14 @@ def _smallest_that_keeps(
     present = sum(merge.nbytes for merge in merges.values())
     for storage in sorted(fitting, key=size):
         if size(storage) > present or (size(storage) == present and storage in storages.FLOATS):
-            kept = _estimated_kept(model, {name: updates[name] for name in merges}, storage)
+            kept = _estimated_kept(model, {name: merge.update for name, merge in merges.items()}, storage)
             if kept >= _ENOUGH:
                 return storage, kept
     return None
 
 
 def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
-    """What `_least_kept` would be, from evenly spaced rows of each tensor; 0 if a sum is too large for it."""
+    """`least_kept` as evenly spaced rows of each tensor show it; 0 if a sum is too large for the storage."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
     reports = []
     for name, update in updates.items():
@@ -181,10 +177,10 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage
 # ---- where it goes ----
 
 
-def _require_output(model: ModelFiles, base: StrPath, adapter: "StrPath | Adapter", output: StrPath) -> None:
+def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: StrPath) -> None:
     if Path(base).is_dir() and is_directory(output):
         files.require_directory(output)
-    if files.suffix(output) != model.suffix and not (Path(base).is_dir() and is_directory(output)):
+    elif files.suffix(output) != model.suffix:
         hint = "" if model.suffix == ".gguf" else "; nplora convert makes GGUF of safetensors"
         raise ValueError(
             f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}{hint}"
@@ -197,13 +193,13 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: "StrPath | Adapte
         raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))
     index = weights.with_name(model_directory.INDEX)
     if weights.name == model_directory.WEIGHTS and index.exists():
-        raise ValueError(f"merge: {index} tells of other weights than those to be written beside it")
+        raise ValueError(f"merge: {index} lists other weights than those to be written beside it")
 
 
-def _inputs(model: ModelFiles, base: StrPath, adapter: "StrPath | Adapter") -> list[tuple[str, StrPath]]:
+def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
     """The files that are read, and the directories that they are in."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
-    of_adapter = () if isinstance(adapter, Adapter) else (adapter, *peft_adapter.files_of(adapter))
+    of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
 
 
@@ -224,10 +220,10 @@ def _new_directory(path: Path) -> Iterator[None]:
 # ---- what goes where ----
 
 
-def _placed(model: ModelFiles, adapter: Adapter, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
+def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
     """The updates by the names of the model's tensors, with their rows in the order of the file."""
-    if dtype != "same" and dtype not in _storages(model):
-        words = ", ".join(map(repr, ("same", *_storages(model))))
+    if dtype not in (possible := ("same", *_storages(model))):
+        words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
     places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
     for name, _ in places.values():
@@ -240,14 +236,18 @@ def _placed(model: ModelFiles, adapter: Adapter, dtype: str, any_base: bool) -> 
 
 
 def _target(model: ModelFiles) -> Target:
+    taken: dict[str, str] = {}
+
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         name, _ = model.place(layer, shape[0])
         if model.tied and layer.rpartition(".")[2] in ("embed_tokens", "lm_head"):
             return "the model's output shares the weight of its embedding, which would change both"
         if name is None:
             return "no tensor of this layer"
+        if (other := taken.setdefault(name, layer)) != layer:
+            return f"{name} is the tensor of {brief(other)} too"
         tensor = model.tensors[name]
-        if tensor.shape == shape and _storage(tensor) is None:
+        if tensor.shape == shape and _kind(tensor) not in _STORAGES:
             return f"{name} is {_kind(tensor)}, which is not decoded here"
         return Place(name, tensor.shape)
 
@@ -288,21 +288,13 @@ def _kind(tensor: Tensor) -> str:
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 
-def _storage(tensor: Tensor) -> str | None:
-    """FrozenWeight's word for how the elements are stored; None where they cannot be read."""
-    if isinstance(tensor, gguf.Tensor):
-        return _STORAGE_OF_GGML.get(tensor.type)
-    return tensor.dtype if tensor.dtype in storages.FLOATS else None
-
-
-def _unchanged(tensor: Tensor, name: str) -> MergeReport:
-    return MergeReport.unchanged(name, _storage(tensor) or "", tensor.nbytes)
+def _unchanged(name: str, tensor: Tensor) -> MergeReport:
+    return MergeReport.unchanged(name, _STORAGES[_kind(tensor)], tensor.nbytes)
 
 
 def _merge(tensor: Tensor, name: str, update: LoraDelta, dtype: str, sample: Array | None = None) -> Merge:
     """The merge of a tensor, or of a sample of its rows."""
-    storage = _storage(tensor)
-    assert storage is not None
+    storage = _STORAGES[_kind(tensor)]
     d_out, d_in = update.shape
     rows = _bytes(tensor).reshape(d_out, storages.row_nbytes(storage, d_in))
     if sample is not None:

@@ -7,7 +7,7 @@ from nplora.formats.errors import counted
 from nplora.lora.merging import MergeReport, weighted_mean
 from nplora.weights import storages
 
-_TOLD = 3  # tensors in a summary
+_SHOWN = 3  # tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
@@ -69,7 +69,7 @@ class ModelMerge:
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
             f"rounding adds noise in all directions, {noise}",
             "the tensors that keep the least:",
-            *(f"  {report}" for report in worst[:_TOLD]),
+            *(f"  {report}" for report in worst[:_SHOWN]),
         ]
         return "\n".join(lines)
 

@@ -5,17 +5,17 @@ A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_sa
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nplora.adapters import letters
-from nplora.adapters.adapter import Adapter
+from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import ANYTHING, Target, collecting
 from nplora.formats import files, peft_adapter
-from nplora.formats.errors import FormatError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
@@ -30,7 +30,7 @@ T = TypeVar("T", bound=Hashable)
 
 def read(
     directory: StrPath, target: Target = ANYTHING, edited_config: bool = False, any_base: bool = False
-) -> Adapter:
+) -> AdapterContent:
     """The adapter of a directory, for a target; no tensor is read before its shape fits.
 
     Raises:
@@ -39,14 +39,13 @@ def read(
         CorruptError: the directory's adapter_config.json was edited. OSError: a file cannot be read.
     """
     with peft_adapter.reading(directory) as opened:
-        return read_opened(opened, target, edited_config, any_base)
+        return _read(opened, target, edited_config, any_base)
 
 
-def read_opened(
-    opened: PeftAdapter, target: Target = ANYTHING, edited_config: bool = False, any_base: bool = False
-) -> Adapter:
-    """As `read`, of a directory that is open."""
+def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bool) -> AdapterContent:
     config, problems = opened.config, list[str]()
+    has_dora = config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
+    target.require_kind(opened.directory, has_dora, config.modules_to_save)
     tensors = opened.whole()
     passed_over = {tensor for parameters in tensors.values() for tensor in parameters.values()}
     deltas, whole = dict[str, LoraDelta](), dict[str, dict[str, Array]]()
@@ -58,21 +57,33 @@ def read_opened(
         for parameter, tensor in parameters.items():
             with collecting(problems):
                 whole.setdefault(layer, {})[parameter] = _whole(opened, layer, parameter, tensor, target)
-    problems += target.missing([*factors, *tensors])
-    base = config.base_model_name_or_path, opened.base_digest
-    target.require(opened.directory, base, problems, [*deltas, *whole], any_base)
+    missing = [name for name in target.required if name not in factors and name not in tensors]
+    problems += [f"{brief(name)}: the adapter has no such layer" for name in missing]
+    adapter = AdapterContent(
+        opened.directory,
+        deltas,
+        config.base_model_name_or_path,
+        config.task_type,
+        opened.base_digest,
+        whole,
+        config.lora_dropout,
+        config.unknown,
+        uses_expression=isinstance(config.target_modules, str),
+    )
+    target.require(adapter, problems, any_base)
     if not edited_config:
         opened.require_pair()
-    whole |= {name: {} for name in config.modules_to_save if not whole}  # PEFT's names, for messages
-    return Adapter(
-        opened.directory, deltas, base[0], config.task_type, base[1], whole, unknown=config.unknown
-    )
+    if not whole:
+        adapter.modules_to_save = {name: {} for name in config.modules_to_save}  # for messages
+    return adapter
 
 
 def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Target) -> LoraDelta:
     config, entries = opened.config, opened.tensors.entries
     opened.require_rank(name, halves)
     embedding = halves[0].endswith(EMBEDDING[0])
+    if embedding and config.use_dora:  # PEFT rescales the columns of a table, not its rows
+        raise UnsupportedError(f"{brief(name)}: DoRA on an embedding is not read")
     shape_a, shape_b = (entries[half].shape for half in halves)
     shape = letters.weight_shape(shape_a, shape_b, embedding)
     dtype = target.place_of(name, shape, embedding, config.use_dora).dtype
@@ -104,33 +115,31 @@ def _whole(opened: PeftAdapter, layer: str, parameter: str, tensor: str, target:
 # ---- writing ----
 
 
-def save(adapter: Adapter, directory: StrPath | files.Directory) -> None:
+def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
     """Write an adapter. Raises as `save_adapter`."""
     if not adapter:
         raise ValueError(f"save_adapter: {adapter.source} has no layers")
-    named = {
-        f"{name}.{letter}": array
-        for name, delta in adapter.items()
-        for letter, array in (("A", delta.A), ("B", delta.B), ("m", delta.m))
-    }
-    for layer, parameters in adapter.modules_to_save.items():
-        named |= {f"{layer}.{parameter}": array for parameter, array in parameters.items()}
-    for title, array in named.items():
-        if array is not None and not np.isfinite(array).all():
-            raise ValueError(f"save_adapter: {title} holds NaN or an infinity")
     tensors = dict[str, Array]()
     for name, delta in adapter.items():
-        pair = letters.to_peft(delta.A, delta.B, delta.embedding)
+        _require_finite(name, {"A": delta.A, "B": delta.B} | ({} if delta.m is None else {"m": delta.m}))
+        halves = letters.to_peft(delta.A, delta.B, delta.embedding)
         suffixes = EMBEDDING if delta.embedding else LINEAR
-        tensors |= {PREFIX + name + suffix: half for suffix, half in zip(suffixes, pair, strict=True)}
+        tensors |= {PREFIX + name + suffix: half for suffix, half in zip(suffixes, halves, strict=True)}
         if delta.m is not None:
             tensors[PREFIX + name + MAGNITUDE] = delta.m
     for layer, parameters in adapter.modules_to_save.items():
+        _require_finite(layer, parameters)
         tensors |= {f"{PREFIX}{layer}.{parameter}": array for parameter, array in parameters.items()}
     peft_adapter.save(directory, config_of(adapter), tensors, adapter.base_digest)
 
 
-def config_of(adapter: Adapter) -> PeftConfig:
+def _require_finite(layer: str, arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"save_adapter: {layer}.{name} holds NaN or an infinity")
+
+
+def config_of(adapter: AdapterContent) -> PeftConfig:
     """PEFT's configuration of an adapter.
 
     Raises:
@@ -144,7 +153,7 @@ def config_of(adapter: Adapter) -> PeftConfig:
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_targets(list(adapter), adapter.neighbours),
+        target_modules=_targets(adapter),
         modules_to_save=tuple(adapter.modules_to_save),
         use_rslora=_common("use_rslora", adapter),
         use_dora=_common("use_dora", adapter),
@@ -156,15 +165,17 @@ def config_of(adapter: Adapter) -> PeftConfig:
     )
 
 
-def _targets(names: list[str], others: Iterable[str]) -> tuple[str, ...] | str:
+def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
     """The names as a list, or as one expression where the list would hit others (PEFT finds "0" in "1.0")."""
-    if any(other.endswith("." + name) for name in names for other in others):
-        return "|".join(map(re.escape, names))
-    return tuple(names)
+    if adapter.uses_expression or any(
+        other.endswith(f".{name}") for name in adapter for other in adapter.neighbours
+    ):
+        return "|".join(map(re.escape, adapter))
+    return tuple(adapter)
 
 
 def _require_unmistakable(name: str, others: Iterable[str]) -> None:
-    """PEFT takes for a module to save whatever ends in its name or lies in a module of its name."""
+    """PEFT saves each module whose name ends in this one, or that is inside a module of this name."""
     for other in others:
         if other.endswith(name) or f".{name}." in f".{other}.":
             raise ValueError(
@@ -173,7 +184,7 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
             )
 
 
-def _common(setting: str, adapter: Adapter) -> bool:
+def _common(setting: str, adapter: AdapterContent) -> bool:
     """A setting that PEFT has once for the whole adapter."""
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from nplora.adapters import combine, read_for
+from nplora.adapters.layers import require_no_adapter
 from nplora.formats import files
-from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, load_model
 
@@ -26,26 +26,23 @@ def load_with_adapter(
     return lm
 
 
-def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False) -> None:
-    """Put an adapter on a model that has none: on the layers that are in its files.
+def attach_adapter(
+    lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
+) -> None:
+    """Put an adapter on a model as `Adapter.attach` does. Raises as that; as `combine` if there are several.
 
     Args:
         adapter: a PEFT directory, llama.cpp's file, or a list of these, which add up as in `combine`. A pair
             in the list is an adapter and its weight.
-        any_base: as in `load_adapter`.
-    Raises:
-        FormatError: it does not fit the model, which stays as it was, or is of another one. Others as
-            `load_adapter`, or as `combine` where there are several.
-        ValueError: the model has an adapter.
     Warns:
-        UserWarning: an adapter is given more than once. Others as `load_adapter`.
+        UserWarning: an adapter is given more than once, or its adapter_config.json has unknown keys.
     """
-    if on := len(lm.adapter_layers()):
-        raise ValueError(f"attach_adapter: the model has an adapter already, on {counted(on, 'layer')}")
+    if not replace:
+        require_no_adapter(lm)
     given = [adapter] if isinstance(adapter, str | os.PathLike) else adapter
     weighted = [(one, 1.0) if isinstance(one, str | os.PathLike) else one for one in given]
     if len(weighted) == 1 and weighted[0][1] == 1:
-        read_for(lm, weighted[0][0], lm.source, any_base).attach(lm, any_base)
+        read_for(lm, weighted[0][0], lm.source, any_base).attach(lm, any_base, replace)
         return
     alike: dict[str, list[StrPath]] = {}
     for path, _ in weighted:
@@ -53,4 +50,4 @@ def attach_adapter(lm: LanguageModel, adapter: Adapters, any_base: bool = False)
     for same in alike.values():
         if (n := len(same)) > 1:
             warnings.warn(f"{files.name(same[0])} is given {n} times, and added {n} times", stacklevel=3)
-    combine(weighted, base=lm.source, any_base=any_base).attach(lm, any_base)
+    combine(weighted, base=lm.source, any_base=any_base).attach(lm, any_base, replace)

@@ -189,6 +189,7 @@ def loads(raw: bytes, source: str) -> PeftConfig:
     config = PeftConfig(
         r=_rank(fields.get("r", 8), f"{source}: r"),
         lora_alpha=_number(fields.get("lora_alpha", 8), f"{source}: lora_alpha"),
+        target_modules=_targets(fields.get("target_modules")),
         modules_to_save=tuple(take("modules_to_save", None, _is_names, "a list of names") or ()),
         use_rslora=take("use_rslora", False, _is_bool, "true or false"),
         use_dora=take("use_dora", False, _is_bool, "true or false"),
@@ -200,6 +201,13 @@ def loads(raw: bytes, source: str) -> PeftConfig:
     )
     known = _PASSED_OVER | _MUST_BE_OFF | _CHECKED | PeftConfig.__dataclass_fields__.keys()
     return replace(config, unknown=tuple(key for key in fields if key not in known))
+
+
+def _targets(value: object) -> tuple[str, ...] | str:
+    """An expression, or names. Nothing is looked up by them, so values of other kinds are passed over."""
+    if isinstance(value, str):
+        return value
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:

@@ -8,6 +8,7 @@ change it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -54,11 +55,12 @@ class NamedAdapters(Generic[Model]):
         return MappingProxyType(self._adapters)
 
     def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool) -> None:
-        """Keep an adapter that fits the model under a new name."""
+        """Keep a copy of an adapter that fits the model under a new name."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"load_adapter: name is {name!r}, expected a text that is not empty")
-        made = lm.with_adapter(adapter, any_base)
+        adapter = copy.deepcopy(adapter)
         with self._lock:
+            made = lm.with_adapter(adapter, any_base)
             if name in self._adapters:
                 raise ValueError(f"load_adapter: there is an adapter {name!r}; call delete_adapter first")
             self._adapters = {**self._adapters, name: adapter}

@@ -23,6 +23,8 @@ class LoraDelta:
         embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
         alpha, use_rslora: how a file or a layer states the scale, for adapters that are saved again.
             alpha None: rank · scale.
+    Raises:
+        ValueError: the shapes do not fit each other.
     """
 
     A: Array
@@ -32,6 +34,13 @@ class LoraDelta:
     embedding: bool = False
     alpha: float | None = None
     use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        a, b = self.A.shape, self.B.shape
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+            raise ValueError(f"LoraDelta: A has shape {a}, B {b}, expected (d_out, r) and (r, d_in)")
+        if self.m is not None and self.m.shape != a[:1]:
+            raise ValueError(f"LoraDelta: m has shape {self.m.shape}, expected {a[:1]}")
 
     @classmethod
     def of_alpha(

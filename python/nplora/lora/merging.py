@@ -113,9 +113,9 @@ class Merge:
                 f"merge: {name}: rows of {shape[1]} are no whole blocks of "
                 f"{storages.block_elements(storage)}, which {storage} needs"
             )
-        self.name, self.shape, self.storage = name, shape, storage
+        self.name, self.shape, self.update, self.storage = name, shape, update, storage
         self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])
-        self._read, self._update = read, update
+        self._read = read
         self._asked = self._lost = self._along = 0.0  # ‖ΔW‖², ‖error‖², ⟨error, ΔW⟩
         self._weight = 0.0  # ‖W‖²
         self._worst = (-1.0, 0, 0)
@@ -130,7 +130,7 @@ class Merge:
         for block in storages.row_blocks(d_out, d_in):
             first = block.start
             before = self._read(first, block.stop)
-            merged = self._update.apply(before, first)
+            merged = self.update.apply(before, first)
             try:
                 raw = storages.encode(merged, self.storage)
             except ValueError as error:
@@ -147,7 +147,7 @@ class Merge:
 
     def _count(self, before: Array, after: Array, first: int) -> None:
         n, d_in = before.shape
-        delta = self._update.delta(before, first)
+        delta = self.update.delta(before, first)
         lost = after.astype(np.float64)
         lost -= before
         lost -= delta

@@ -135,6 +135,8 @@ class LoRAEmbedding(LoRALayer):
     ) -> None:
         super().__init__(freeze("LoRAEmbedding", W, dtype), rank, alpha, init, use_rslora, rng)
 
+    is_embedding = True
+
     def _draw_b(self, rng: np.random.Generator) -> Array:
         return rng.normal(0, 1, self.B.shape)
 

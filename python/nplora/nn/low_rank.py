@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
@@ -76,6 +75,7 @@ class LoRALayer(Prepared, AdapterLayer):
     dm = LiveArray[Array | None]()
 
     inits: tuple[str, ...] = ("zero", "gaussian")
+    is_embedding = False
 
     _dropout = 0.0
     row_order: Array | None = None
@@ -175,22 +175,26 @@ class LoRALayer(Prepared, AdapterLayer):
             "compute": self.weight.compute,
         }
 
-    def prepare_adopt(self, factors: Mapping[str, Array], alpha: float, use_rslora: bool) -> Commit:
-        """Get ready to take over A, B and, with DoRA, m. Another rank exchanges the buffers of A and B."""
+    def prepare_adopt(self, delta: LoraDelta) -> Commit:
+        """Get ready to take over an update whose rows are as on disk. It has magnitudes if the layer has.
+
+        Another rank exchanges the buffers of A and B. What is returned allocates no arrays and cannot fail.
+        """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
-        rank = len(factors["B"])
+        delta = delta.rows(self.row_order)
         fresh: dict[str, Array | None] = {}
-        if rank != self.rank:
-            a, b = factors["A"].copy(), factors["B"].copy()
+        if delta.rank != self.rank:
+            a, b = (factor.astype(self.A.dtype, order="C") for factor in (delta.A, delta.B))
             fresh = {"A": a, "B": b, "dA": np.zeros_like(a)}
             fresh["dB"] = None if self.freeze_B else np.zeros_like(b)
 
         def commit() -> None:
             vars(self).update(fresh)
-            for name, value in factors.items():
-                np.copyto(vars(self)[name], value)
-            self._alpha, self._use_rslora = alpha, use_rslora
+            for name, value in (("A", delta.A), ("B", delta.B), ("m", delta.m)):
+                if value is not None:
+                    np.copyto(vars(self)[name], value)
+            self._alpha, self._use_rslora = delta.stated_alpha, delta.use_rslora
             self.forget_prepared()
 
         return commit
@@ -202,17 +206,20 @@ class LoRALayer(Prepared, AdapterLayer):
                 "use a layer of init='zero' with the whole one"
             )
 
-    def plain_update(self) -> tuple[Array, Array, float]:
-        """A, B and alpha of plain LoRA for the weight that the layer was given: its live arrays.
+    def plain_update(self) -> LoraDelta:
+        """Plain LoRA's update of the weight that the layer was given, its rows as on disk.
 
-        Where a part A₀B₀ of that was taken, W_rest + s·AB = W + s·[A, -A₀][B; B₀]: rank 2r, as PEFT converts
-        such adapters. The rounding of W_rest to its storage is left out.
+        Its arrays are the live ones, unless rows change places or a part A₀B₀ of the weight was taken. Then
+        W_rest + s·AB = W + s·[A, -A₀][B; B₀]: rank 2r, as PEFT converts such adapters. The rounding of W_rest
+        to its storage is left out.
         """
-        if self._taken is None:
-            return self.A, self.B, self.alpha
-        a0, b0 = self._taken
-        alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)
-        return np.concatenate([self.A, -a0], axis=1), np.concatenate([self.B, b0]), alpha
+        a, b, alpha = self.A, self.B, self.alpha
+        if self._taken is not None:
+            a, b = np.concatenate([a, -self._taken[0]], axis=1), np.concatenate([b, self._taken[1]])
+            alpha *= math.sqrt(2) if self.use_rslora else 2
+        delta = LoraDelta.of_alpha(a, b, alpha, self.use_rslora, self.m, self.is_embedding)
+        # row order[i] of the adapter is row i of the layer
+        return delta if self.row_order is None else delta.rows(np.argsort(self.row_order))
 
     # ---- starting values and randomness ----
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.adapters import Adapter
+from nplora.formats.errors import FormatError
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -170,6 +172,45 @@ def test_an_adapter_saved_by_peft_gives_the_same_output_here(case: str, tmp_path
     assert difference(model(IDS), torch_output(wrapped)) < TOLERANCE
     model.merge()
     assert difference(model(IDS), torch_output(wrapped.merge_and_unload())) < TOLERANCE
+
+
+def test_an_adapter_of_all_layers_replaces_one_of_fewer_as_peft_selects_it(tmp_path: Path) -> None:
+    """PEFT keeps both and computes with the one that was selected last; here the model has one at a time."""
+    configs = {
+        "few": peft.LoraConfig(r=2, target_modules=["blocks.1"]),
+        "all": peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(TorchNet(), config)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        wrapped.save_pretrained(tmp_path / name)
+    theirs = peft.PeftModel.from_pretrained(TorchNet(), tmp_path / "few")
+    model = Net({})
+    Adapter.read(tmp_path / "few").attach(model)
+    outputs = [model(IDS)]
+    assert difference(outputs[0], torch_output(theirs)) < TOLERANCE
+    theirs.load_adapter(tmp_path / "all", "all")
+    theirs.set_adapter("all")
+    Adapter.read(tmp_path / "all").attach(model, replace=True)
+    outputs.append(model(IDS))
+    assert difference(outputs[1], torch_output(theirs)) < TOLERANCE
+    Adapter.read(tmp_path / "few").attach(model, replace=True)
+    np.testing.assert_array_equal(model(IDS), outputs[0])
+    assert difference(outputs[0], outputs[1]) > 0.01
+
+
+def test_dora_on_an_embedding_is_refused(tmp_path: Path) -> None:
+    """PEFT has a magnitude for each column of a table. Of a square one, they would pass for those of rows."""
+    for vocab in (WIDTH, VOCAB):
+        net = torch.nn.Sequential(torch.nn.Embedding(vocab, WIDTH))
+        config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        peft.get_peft_model(net, config).save_pretrained(tmp_path)
+        with pytest.raises(FormatError, match="'0': DoRA on an embedding"):
+            nplora.read_adapter(tmp_path)
 
 
 def test_names_that_peft_would_confuse_reach_the_right_layers(tmp_path: Path) -> None:

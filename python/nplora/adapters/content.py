@@ -1,0 +1,66 @@
+"""What an adapter holds, wherever it is kept.
+
+Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nplora.formats.errors import UnsupportedError, brief, counted
+from nplora.lora.delta import LoraDelta
+
+
+@dataclass(eq=False, repr=False)
+class AdapterContent(Mapping[str, LoraDelta]):
+    """The data of an adapter: layer's name -> `LoraDelta`.
+
+    Attributes:
+        source: where it comes from, as messages name it.
+        base_model_name_or_path: what it says about its base model, or None.
+        task_type: PEFT's word for what the model is for, or None.
+        base_digest: `formats.model_digest.of` its base model, or None.
+        modules_to_save: the arrays of the layers that are trained whole: layer -> parameter -> array.
+        dropout: LoRA dropout probability of most layers.
+        unknown: keys of adapter_config.json that nobody knows.
+        neighbours: the names of the model's other modules, as far as they are known.
+        uses_expression: whether its file names the layers by a regular expression, not by a list.
+    """
+
+    source: str
+    deltas: Mapping[str, LoraDelta]
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    base_digest: str | None = None
+    modules_to_save: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    dropout: float = 0.0
+    unknown: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    uses_expression: bool = False
+
+    def __post_init__(self) -> None:
+        self.deltas, self.modules_to_save = dict(self.deltas), dict(self.modules_to_save or {})
+
+    def __getitem__(self, name: str) -> LoraDelta:
+        return self.deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, {counted(len(self), 'layer')})"
+
+    @property
+    def use_dora(self) -> bool:
+        return any(delta.use_dora for delta in self.values())
+
+    def require_low_rank(self) -> None:
+        """Raise UnsupportedError if there are layers that are trained whole."""
+        if self.modules_to_save:
+            names = ", ".join(map(brief, self.modules_to_save))
+            raise UnsupportedError(f"{self.source}: trained whole: {names}; these are no low-rank updates")

@@ -1,0 +1,44 @@
+"""Adapters as callers give them: a directory, a file, a model with LoRA layers, or one in memory."""
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from nplora.adapters import gguf_files, layers, peft_files
+from nplora.adapters.content import AdapterContent
+from nplora.adapters.fitting import ANYTHING, Target
+from nplora.formats import files
+from nplora.formats.files import StrPath
+from nplora.nn.module import Module
+
+Source: TypeAlias = StrPath | Module | AdapterContent
+
+
+def read(
+    path: StrPath,
+    base: StrPath | None = None,
+    edited_config: bool = False,
+    any_base: bool = False,
+    target: Target = ANYTHING,
+) -> AdapterContent:
+    """The adapter in a PEFT directory, or in llama.cpp's file."""
+    files.require_named("read_adapter", source=path)
+    if Path(path).exists() and not Path(path).is_dir():
+        return gguf_files.read(path, base, any_base)[0]
+    return peft_files.read(path, target, edited_config, any_base)
+
+
+def low_rank(
+    source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
+) -> AdapterContent:
+    """The adapter of any source. Raises as `read_adapter`."""
+    if isinstance(source, Module):
+        source = layers.from_model(source, "read_adapter")
+    elif isinstance(source, str | os.PathLike):
+        source = read(source, base, edited_config, any_base)
+    elif not isinstance(source, AdapterContent):
+        raise TypeError(
+            f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
+        )
+    source.require_low_rank()
+    return source

@@ -17,11 +17,13 @@ import pytest
 import nplora
 from nplora import adapters, cli
 from nplora.cli import info
-from nplora.formats import base_model, gguf, gguf_names, peft_adapter, peft_config, safetensors
+from nplora.formats import gguf, gguf_rows, peft_adapter, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
 from nplora.formats.name_pattern import NamePattern
 from nplora.formats.peft_config import Patterns, PeftConfig
+from nplora.models import base_model, families
+from nplora.models.families import Family
 from taken import assert_nothing_is_lost
 
 Array = np.ndarray[Any, Any]
@@ -653,31 +655,35 @@ def test_no_file_that_a_conversion_reads_is_replaced(
 # ---- names, rows and base models ----
 
 
-@pytest.mark.parametrize("architecture", ["LLAMA", "QWEN2", "QWEN3"])
-def test_names_are_those_of_llama_cpp(architecture: str) -> None:
-    theirs = oracle.get_tensor_name_map(oracle.MODEL_ARCH[architecture], 12)
-    for name, stored in STORED.items():
-        assert gguf_names.to_gguf(name) == theirs.get_name(name) == stored.removesuffix(".weight")
-        assert gguf_names.from_gguf(stored.removesuffix(".weight")) == name
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
+def test_names_are_those_of_llama_cpp(family: Family) -> None:
+    numbers = {name: number for number, name in oracle.MODEL_ARCH_NAMES.items()}
+    theirs = oracle.get_tensor_name_map(numbers[family.architecture], 12)
+    inside = [f"model.layers.{i}.{name}" for i in (0, 11) for name in (*family.layers, *family.norms)]
+    for name in ("model.embed_tokens", "lm_head", "model.norm", *inside):
+        stored = family.gguf_layer(name)
+        assert stored is not None
+        assert stored == theirs.get_name(name)
+        assert family.hf_layer(stored) == name
     for name in (
-        "model.layers.01.mlp.up_proj",
-        "model.layers.x.mlp.up_proj",
-        "layers.0.mlp.up_proj",
+        "model.layers.01.mlp.down_proj",
+        "model.layers.x.mlp.down_proj",
+        "layers.0.mlp.down_proj",
         "",
         "model",
     ):
-        assert gguf_names.to_gguf(name) is None
-    for stored in ("blk.0.attn_rot", "blk.00.attn_q", "blk.0", "output_norm", ""):
-        assert gguf_names.from_gguf(stored) is None
+        assert family.gguf_layer(name) is None
+    for stored in ("blk.0.attn_rot", "blk.00.attn_q", "blk.0", "out", ""):
+        assert family.hf_layer(stored) is None
 
 
 def test_rows_are_permuted_there_and_back() -> None:
     rows = np.arange(24.0)[:, None]
     np.testing.assert_array_equal(
-        gguf_names.interleave(rows, HEADS), in_llama_order(rows, "blk.0.attn_q.weight")
+        gguf_rows.interleave(rows, HEADS), in_llama_order(rows, "blk.0.attn_q.weight")
     )
-    np.testing.assert_array_equal(gguf_names.deinterleave(gguf_names.interleave(rows, HEADS), HEADS), rows)
-    assert gguf_names.interleave(np.zeros((0, 3)), 2).shape == (0, 3)
+    np.testing.assert_array_equal(gguf_rows.deinterleave(gguf_rows.interleave(rows, HEADS), HEADS), rows)
+    assert gguf_rows.interleave(np.zeros((0, 3)), 2).shape == (0, 3)
 
 
 @pytest.mark.parametrize(

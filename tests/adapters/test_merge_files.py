@@ -17,10 +17,11 @@ from test_gguf_files import HEADS, KV_HEADS, in_llama_order
 import nplora
 from nplora import cli
 from nplora.adapters import Adapter, merge_files
-from nplora.formats import gguf, model_files, safetensors
+from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
 from nplora.lora.delta import LoraDelta
+from nplora.models import model_files
 from nplora.weights import storages
 from taken import assert_nothing_is_lost
 

@@ -11,7 +11,7 @@ import nplora
 import small_models
 from nf4_tensors import stored
 from nplora.cli import info
-from nplora.formats import gguf, gguf_adapter, gguf_names, peft_adapter, safetensors
+from nplora.formats import gguf, gguf_adapter, peft_adapter, safetensors
 from nplora.formats.errors import FormatError, TruncatedError, UnsupportedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
@@ -311,13 +311,13 @@ def test_what_other_commands_refuse_is_said_of_models_and_adapters(tmp_path: Pat
     told = "eval, generate, merge, combine and convert refuse it"
     assert info.describe(adapter).splitlines()[1] == f"{start}{told}; {known}"
     for path in (model, tmp_path / "hf"):
-        with pytest.raises(UnsupportedError, match="'gemma9', expected one of llama"):
+        with pytest.raises(UnsupportedError, match="'gemma9', expected one of"):
             nplora.load_model(path)
     with pytest.raises(UnsupportedError, match="the layers of 'gemma9' are not known"):
         nplora.read_adapter(adapter)
     lm = small_models.load(tmp_path)
     assert "does not know" not in info.describe(tmp_path / "small.gguf")
-    assert lm.config.model_type in gguf_names.ARCHITECTURES
+    assert lm.config.model_type == "llama"
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:

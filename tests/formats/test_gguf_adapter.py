@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from hostile import refused
-from nplora.formats import base_model, gguf, gguf_adapter
+from nplora.formats import gguf, gguf_adapter
 from nplora.formats.errors import FormatError, UnsupportedError
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf_adapter import GgufAdapter, Pair
+from nplora.models import base_model
 
 Q = "blk.0.attn_q.weight"
 EMBEDDING = "token_embd.weight"

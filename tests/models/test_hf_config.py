@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 import small_models
-from nplora.formats import base_model
-from nplora.models import hf_config
+from nplora.models import base_model, hf_config
 from nplora.models.config import ModelConfig
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

@@ -24,11 +24,12 @@ from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.sources import Source
-from nplora.formats import base_model, files, model_digest
+from nplora.formats import files
 from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import weighted_mean
+from nplora.models import base_model, model_digest
 
 Array = NDArray[Any]
 

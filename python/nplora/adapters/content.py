@@ -21,7 +21,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         source: where it comes from, as messages name it.
         base_model_name_or_path: what it says about its base model, or None.
         task_type: PEFT's word for what the model is for, or None.
-        base_digest: `formats.model_digest.of` its base model, or None.
+        base_digest: `models.model_digest.of` its base model, or None.
         modules_to_save: the arrays of the layers that are trained whole: layer -> parameter -> array.
         dropout: LoRA dropout probability of most layers.
         unknown: keys of adapter_config.json that nobody knows.

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.adapters.content import AdapterContent
-from nplora.formats import model_digest
 from nplora.formats.errors import FormatError, brief, counted, in_places
+from nplora.models import model_digest
 
 _KINDS = ("a linear layer", "an embedding")
 

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from nplora.adapters import letters, peft_files
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target, collecting
-from nplora.formats import base_model, files, gguf, gguf_adapter, gguf_names, model_directory, peft_adapter
-from nplora.formats.base_model import BaseModel
+from nplora.formats import files, gguf, gguf_adapter, gguf_rows, model_directory, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
-from nplora.formats.gguf_adapter import GgufAdapter, Pair
+from nplora.formats.gguf_adapter import EMBEDDING, GgufAdapter, Pair
 from nplora.formats.output_directory import require_no_other
 from nplora.lora.delta import LoraDelta
+from nplora.models import base_model, families
+from nplora.models.base_model import BaseModel
+from nplora.models.families import Family
 
 Array = NDArray[Any]
 
@@ -98,22 +100,22 @@ def convert_adapter(
     return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
 
 
-def _target(model: BaseModel | None, architecture: str) -> Target:
-    """A base model's layers, or those of an architecture if no model is known."""
+def _target(model: BaseModel | None, family: Family) -> Target:
+    """A base model's layers, or those of a family if no model is known."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
-        stored = gguf_names.to_gguf(layer)
+        stored = family.gguf_layer(layer)
         if stored is None:
-            return f"no layer of this name is known in {architecture}"
-        weight, is_embedding = f"{stored}.weight", stored == gguf_names.TOKEN_EMBEDDING
+            return f"no layer of this name is known in {family.architecture}"
+        weight = f"{stored}.weight"
         if shapes is not None and weight not in shapes:
             return f"{title} has no tensor {weight}"
-        heads = None if model is None else model.permuted_heads(stored)
-        if heads is not None and shape[0] % (2 * heads):
+        heads = 0 if model is None else model.permuted_heads(layer)
+        if heads and shape[0] % (2 * heads):
             return f"{shape[0]} rows do not make {heads} heads of pairs of rows"
-        return Place(weight, None if shapes is None else shapes[weight], is_embedding)
+        return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING)
 
     return Target(title, place, digest, require_kind=_require_sums)
 
@@ -162,7 +164,7 @@ def adapter_to_gguf(
     """
     files.require_named("convert", directory=directory)
     model = _base_of(path, directory, base, any_base, overwrite)
-    adapter = peft_files.read(directory, _target(model, model.architecture), edited_config, any_base)
+    adapter = peft_files.read(directory, _target(model, model.family), edited_config, any_base)
     return _write(adapter, path, model, any_base)
 
 
@@ -171,7 +173,7 @@ def save(
 ) -> AdapterConversion:
     """Write an adapter in memory as `adapter_to_gguf` does."""
     model = _base_of(path, None, base, any_base, overwrite)
-    _target(model, model.architecture).check(adapter, any_base)
+    _target(model, model.family).check(adapter, any_base)
     return _write(adapter, path, model, any_base)
 
 
@@ -204,17 +206,19 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
     folded = tuple(name for name in adapter if wanted[name] != alpha)
     pairs = dict[str, Pair]()
     for name, delta in adapter.items():
-        stored, where = gguf_names.to_gguf(name) or "", f"{adapter.source}: {name}"
+        where = f"{adapter.source}: {name}"
         lora_a, lora_b = letters.to_peft(delta.A, delta.B, delta.embedding)
-        if heads := model.permuted_heads(stored):
-            lora_b = gguf_names.interleave(lora_b, heads)
+        if heads := model.permuted_heads(name):
+            lora_b = gguf_rows.interleave(lora_b, heads)
         if name in folded:
             lora_b = _folded(where, lora_b, wanted[name] / _rounded(alpha))
         lora_a, lora_b = _float32(where, lora_a), _float32(where, lora_b)
-        pairs[f"{stored}.weight"] = Pair(lora_a.T if delta.embedding else lora_a, lora_b)
+        pairs[model.family.gguf_tensor(f"{name}.weight") or ""] = Pair(
+            lora_a.T if delta.embedding else lora_a, lora_b
+        )
     digest = model.digest or (None if any_base else adapter.base_digest)
-    gguf_adapter.save(path, GgufAdapter(model.architecture, alpha, pairs, base_digest=digest))
-    return AdapterConversion(files.name(path), model.architecture, tuple(adapter), alpha, folded)
+    gguf_adapter.save(path, GgufAdapter(model.family.architecture, alpha, pairs, base_digest=digest))
+    return AdapterConversion(files.name(path), model.family.architecture, tuple(adapter), alpha, folded)
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
@@ -283,15 +287,18 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
     Arguments and errors are those of `adapter_from_gguf`.
     """
     stored, source = gguf_adapter.load(path), files.name(path)
-    if stored.architecture not in gguf_names.ARCHITECTURES.values():
+    family = families.find_architecture(stored.architecture)
+    if family is None:
         raise UnsupportedError(f"{source}: the layers of {brief(stored.architecture)} are not known")
     model = None if base is None else base_model.read(base, any_base)
-    if model is not None and model.architecture != stored.architecture:
-        raise FormatError(f"{source}: is for {stored.architecture}, {model.source} is {model.architecture}")
-    target, problems, deltas = _target(model, stored.architecture), list[str](), dict[str, LoraDelta]()
+    if model is not None and model.family.architecture != stored.architecture:
+        raise FormatError(
+            f"{source}: is for {stored.architecture}, {model.source} is {model.family.architecture}"
+        )
+    target, problems, deltas = _target(model, family), list[str](), dict[str, LoraDelta]()
     for tensor, pair in stored.pairs.items():
         layer = tensor.removesuffix(".weight")
-        name, embedding = gguf_names.from_gguf(layer), layer == gguf_names.TOKEN_EMBEDDING
+        name, embedding = family.hf_layer(layer), tensor == EMBEDDING
         lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
         with collecting(problems):
             if name is None or layer == tensor:
@@ -299,13 +306,13 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
                 raise FormatError(f"{brief(tensor)}: {words}")
             shape = letters.weight_shape(lora_a.shape, lora_b.shape, embedding)
             target.place_of(name, shape, embedding, False)
-            if model is None and gguf_names.is_permuted(stored.architecture, layer):
+            if model is None and family.permuted_heads(name, 1, 1):
                 raise ValueError(
                     f"{source}: the rows of {tensor} are permuted by heads: base (--base MODEL) is needed, "
                     "which has their number"
                 )
-            if heads := model and model.permuted_heads(layer):
-                lora_b = gguf_names.deinterleave(lora_b, heads)
+            if heads := model and model.permuted_heads(name):
+                lora_b = gguf_rows.deinterleave(lora_b, heads)
             a, b = letters.from_peft(lora_a, lora_b, embedding)
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)

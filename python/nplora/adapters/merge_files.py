@@ -20,18 +20,17 @@ from nplora.formats import (
     bitsandbytes,
     files,
     gguf,
-    model_digest,
     model_directory,
-    model_files,
     peft_adapter,
     safetensors,
 )
 from nplora.formats.errors import brief
 from nplora.formats.files import Chunk, StrPath
-from nplora.formats.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import Merge, MergeReport
+from nplora.models import model_digest, model_files
+from nplora.models.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
 from nplora.weights import storages
 from nplora.weights.nonfinite import require_finite
 
@@ -251,7 +250,7 @@ def _target(model: ModelFiles) -> Target:
             return f"{name} is {_kind(tensor)}, which is not decoded here"
         return Place(name, tensor.shape)
 
-    return Target(model.source, place, model_digest.of_tensors(model.tensors))
+    return Target(model.source, place, model_digest.of_tensors(model.tensors, model.family))
 
 
 def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:

@@ -19,7 +19,6 @@ from nplora.formats import (
     files,
     gguf,
     gguf_adapter,
-    gguf_names,
     model_directory,
     peft_adapter,
     safetensors,
@@ -33,6 +32,7 @@ from nplora.formats.gguf.ggml_types import GGML_TYPES
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.peft_adapter import PeftAdapter
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.models import families
 from nplora.trainer.checkpoint import is_checkpoint
 from nplora.weights import storages
 
@@ -43,7 +43,8 @@ _LONGEST_VALUE = 60
 _NF4 = "nf4"
 _RANK = 8  # for which parameters are counted
 _OUTPUTS = ("output", "lm_head")
-_KNOWN_IN_GGUF = frozenset(gguf_names.ARCHITECTURES.values())
+_KNOWN_IN_GGUF = frozenset(family.architecture for family in families.FAMILIES)
+_KNOWN = frozenset(family.model_type for family in families.FAMILIES)
 
 
 def describe(path: StrPath) -> str:
@@ -97,16 +98,17 @@ class _Tensor(NamedTuple):
 
 def _gguf(file: GgufFile, size: int) -> str:
     tensors = [_Tensor(name, e.type.name, e.shape, e.nbytes) for name, e in file.entries.items()]
+    architecture = file.metadata.get("general.architecture")
     return _text(
         f"{file.source}: GGUF version {file.version}, {counted(len(file), 'tensor')}, {size:,} bytes",
         _unknown(
-            file.metadata.get("general.architecture"),
+            architecture,
             _KNOWN_IN_GGUF,
             "finetune, eval, generate, merge and convert",
         ),
         metadata=[(key, _value(file.metadata[key])) for key in file.metadata],
         **_listed(tensors, _is_read),
-        **_trainable({_target(t.name): t.shape for t in tensors if _is_float(t.type)}),
+        **_trainable({_target(t.name, architecture): t.shape for t in tensors if _is_float(t.type)}),
     )
 
 
@@ -118,10 +120,11 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
     return f"this nplora does not know architecture {brief(family)}: {commands} refuse it; known: {families}"
 
 
-def _target(stored: str) -> str:
+def _target(stored: str, architecture: object) -> str:
     """A tensor's layer as --targets names it, where that knows it."""
     layer = stored.removesuffix(".weight")
-    return gguf_names.from_gguf(layer) or layer
+    family = families.find_architecture(architecture) if isinstance(architecture, str) else None
+    return (family or families.FAMILIES[0]).hf_layer(layer) or layer
 
 
 def _is_float(name: str) -> bool:
@@ -165,7 +168,7 @@ def _model(directory: StrPath) -> str:
     return _text(
         f"{files.name(directory)}: a model of architecture {family}, "
         f"{counted(len(tensors), 'tensor')}, {nbytes:,} bytes",
-        _unknown(said.get("model_type"), gguf_names.ARCHITECTURES, "finetune, eval, generate and convert"),
+        _unknown(said.get("model_type"), _KNOWN, "finetune, eval, generate and convert"),
         config=[(key, _value(value)) for key, value in said.items()],
         **_matrices(tensors),
     )
@@ -287,7 +290,7 @@ def _llama_cpp(file: GgufFile) -> str:
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),
         f"alpha {adapter.alpha:g}, scale = {'alpha / rank' if adapter.alpha else '1'}",
-        targets=_targets(map(_target, adapter.pairs)),
+        targets=_targets(_target(name, adapter.architecture) for name in adapter.pairs),
         layers=layers,
         others=[(name,) for name in adapter.passed_over],
     )

@@ -12,10 +12,6 @@ from nplora.formats.files import StrPath
 
 MAX_CONFIG = 16 << 20
 
-# The heads of keys and values of a family, by model_type, where config.json is silent, as in transformers;
-# another family has as many as there are query heads.
-_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-
 
 class Fields:
     """An object of a JSON file. What is null counts as missing, but for `integer_or_null`.
@@ -97,17 +93,3 @@ def read_fields(path: StrPath) -> Fields:
     if not isinstance(values, dict):
         raise FormatError(f"{source}: {brief(values)}, expected an object")
     return Fields(source, values)
-
-
-def attention_heads(fields: Fields) -> tuple[int, int]:
-    """How many query heads a model has, and how many of keys and values.
-
-    Raises:
-        FormatError: they are missing, are no integers, or there is no query head.
-    """
-    heads = fields.integer("num_attention_heads")
-    if heads < 1:
-        raise FormatError(f"{fields.source}: num_attention_heads is {heads}, expected at least 1")
-    default = _KEY_VALUE_HEADS.get(fields.string("model_type"), heads)
-    kv_heads = fields.integer_or_null("num_key_value_heads", default)
-    return heads, heads if kv_heads is None else kv_heads

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import bfloat16, files, gguf, model_digest
+from nplora.formats import base_digest, bfloat16, files, gguf
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
-from nplora.formats.gguf_names import TOKEN_EMBEDDING
 
-EMBEDDING = f"{TOKEN_EMBEDDING}.weight"
+EMBEDDING = "token_embd.weight"
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
@@ -56,7 +55,7 @@ class GgufAdapter:
     Attributes:
         pairs: by the name of the base model's tensor.
         passed_over: tensors of norms, which llama.cpp passes over too.
-        base_digest: `model_digest.of` the base model, if it is known.
+        base_digest: `models.model_digest.of` the base model, if it is known.
     """
 
     architecture: str
@@ -106,7 +105,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
     pairs = {name: _pair(file, name) for name in adapted}
     digest = None
     if _BASE_DIGEST in file.metadata:
-        digest = model_digest.parsed(file.metadata.string(_BASE_DIGEST), f"{file.source}: {_BASE_DIGEST}")
+        digest = base_digest.parsed(file.metadata.string(_BASE_DIGEST), f"{file.source}: {_BASE_DIGEST}")
     return GgufAdapter(file.metadata.string("general.architecture"), alpha, pairs, passed_over, digest)
 
 

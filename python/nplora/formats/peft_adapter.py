@@ -24,9 +24,9 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 
 from nplora.formats import (
+    base_digest,
     bfloat16,
     files,
-    model_digest,
     model_directory,
     peft_config,
     run_files,
@@ -62,7 +62,7 @@ class PeftAdapter:
         tensors: read when asked for, while the directory is open.
         config: the one that was saved with the tensors, unless the file was edited.
         paired: False if the file was edited, as far as is known.
-        base_digest: `model_digest.of` the base model, if it is known.
+        base_digest: `models.model_digest.of` the base model, if it is known.
     """
 
     directory: str
@@ -178,7 +178,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         config = peft_config.loads(text, str(config_path))
         digest = tensors.metadata.get(BASE_DIGEST)
         if digest is not None:
-            digest = model_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
+            digest = base_digest.parsed(digest, f"{tensors_path}: {BASE_DIGEST}")
         yield PeftAdapter(files.name(directory), config, tensors, paired, digest)
 
 

@@ -15,13 +15,12 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import Adapter, new_layers, read_for
-from nplora.formats import model_digest
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
 from nplora.lm.generation import Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
-from nplora.models import families, head, stepwise
+from nplora.models import families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved

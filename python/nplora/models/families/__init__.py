@@ -10,7 +10,16 @@ from nplora.models.families.mistral import Mistral
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
 
-__all__ = ["FAMILIES", "Family", "TensorSpec", "by_architecture", "by_model_type", "of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "TensorSpec",
+    "by_architecture",
+    "by_model_type",
+    "find",
+    "find_architecture",
+    "of",
+]
 
 FAMILIES: tuple[Family, ...] = (
     Llama(),
@@ -34,6 +43,16 @@ def by_architecture(source: str, name: str) -> Family:
 def of(config: ModelConfig) -> Family:
     """The family of a model."""
     return by_model_type(config.source, config.model_type)
+
+
+def find(model_type: str) -> Family | None:
+    """The family of a model_type, if it is known."""
+    return next((family for family in FAMILIES if family.model_type == model_type), None)
+
+
+def find_architecture(architecture: str) -> Family | None:
+    """The first family of an architecture, if it is known."""
+    return next((family for family in FAMILIES if family.architecture == architecture), None)
 
 
 def _find(source: str, field: str, known: dict[str, Family], name: str) -> Family:

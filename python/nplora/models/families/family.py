@@ -254,6 +254,12 @@ class Family:
         stored = self.layers.get(match[2]) or self.norms.get(match[2])
         return None if stored is None else f"blk.{match[1]}.{stored}"
 
+    def gguf_tensor(self, name: str) -> str | None:
+        """GGUF's name of a tensor, such as "model.layers.0.input_layernorm.weight"."""
+        layer, _, kind = name.rpartition(".")
+        stored = self.gguf_layer(layer)
+        return None if stored is None else f"{stored}.{kind}"
+
     def hf_layer(self, stored: str) -> str | None:
         """The other way round."""
         match = _BLOCK.fullmatch(stored)

@@ -7,12 +7,14 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from nplora.formats import base_model, files, gguf, gguf_names, model_directory, safetensors
-from nplora.formats.config_json import read_fields
+from nplora.formats import files, gguf, gguf_rows, model_directory, safetensors
+from nplora.formats.config_json import Fields, read_fields
 from nplora.formats.files import NewFile, Stamp, StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.header import MAGIC
 from nplora.formats.sharded import ShardedFile
+from nplora.models import base_model, families
+from nplora.models.families import Family
 
 Array = NDArray[Any]
 Tensor: TypeAlias = gguf.Tensor | safetensors.Tensor
@@ -25,6 +27,7 @@ class ModelFiles:
 
     Attributes:
         suffix: of the kind of file: ".gguf" or ".safetensors".
+        family: the description of the model's family; that of Llama where it is not known.
         place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
         new_files: what is to be written for these tensors, of which some may be streams of the file's kind.
         tied: whether the output shares the embedding's weight.
@@ -35,6 +38,7 @@ class ModelFiles:
     source: str
     suffix: str
     tensors: Mapping[str, Tensor]
+    family: Family
     place: Callable[[str, int], tuple[str | None, Array | None]]
     new_files: Callable[[StrPath, Mapping[str, Any]], list[NewFile]]
     tied: bool
@@ -70,18 +74,19 @@ def _open_gguf(path: StrPath) -> ModelFiles:
     facts = base_model.read(path) if "general.architecture" in file.metadata else None
 
     def place(layer: str, rows: int) -> tuple[str | None, Array | None]:
-        stored = gguf_names.to_gguf(layer)
+        stored = None if facts is None else facts.family.gguf_layer(layer)
         if facts is None or stored is None:
             return _first_of(file, f"{layer}.weight", layer), None
-        heads = facts.permuted_heads(stored)
-        order = None if heads is None or rows % (2 * heads) else gguf_names.row_order(rows, heads)
+        heads = facts.permuted_heads(layer)
+        order = None if not heads or rows % (2 * heads) else gguf_rows.row_order(rows, heads)
         return _first_of(file, f"{stored}.weight"), order
 
     def new_files(output: StrPath, tensors: Mapping[str, Any]) -> list[NewFile]:
         return [gguf.new_file(output, tensors, file_type.redescribe(file.metadata.typed(), file, tensors))]
 
     tied = facts is not None and "output.weight" not in file
-    return ModelFiles(file.source, ".gguf", file, place, new_files, tied, file.mapped)
+    family = families.FAMILIES[0] if facts is None else facts.family
+    return ModelFiles(file.source, ".gguf", file, family, place, new_files, tied, file.mapped)
 
 
 def _open_safetensors(base: StrPath) -> ModelFiles:
@@ -98,15 +103,17 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
         weights = safetensors.new_file(weights_path(output), tensors, metadata)
         return [weights, *model_directory.companions(Path(base), Path(output))]
 
-    tied = _is_tied(model_directory.of(base), file)
+    config = model_directory.of(base) / model_directory.CONFIG
+    fields = read_fields(config) if config.exists() else Fields(files.name(config), {})
+    family = families.find(fields.string("model_type", "")) or families.FAMILIES[0]
+    tied = _is_tied(fields, file)
     shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
-    return ModelFiles(file.source, ".safetensors", file, place, new_files, tied, file.mapped, shards)
+    return ModelFiles(file.source, ".safetensors", file, family, place, new_files, tied, file.mapped, shards)
 
 
-def _is_tied(directory: Path, names: Mapping[str, Any]) -> bool:
+def _is_tied(fields: Fields, names: Mapping[str, Any]) -> bool:
     """As config.json says: a tied model may have a head in its file, which nobody reads."""
-    config = directory / model_directory.CONFIG
-    if config.exists() and read_fields(config).boolean("tie_word_embeddings", False):
+    if fields.boolean("tie_word_embeddings", False):
         return True
     return "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 

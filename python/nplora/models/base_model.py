@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nplora.formats import files, gguf, gguf_adapter, model_digest, model_directory
-from nplora.formats.config_json import attention_heads, read_fields
-from nplora.formats.errors import FormatError, NotFetchedError, UnsupportedError, brief
+from nplora.formats import files, gguf, gguf_adapter, model_directory
+from nplora.formats.config_json import read_fields
+from nplora.formats.errors import FormatError, NotFetchedError
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
-from nplora.formats.gguf_names import ARCHITECTURES, is_permuted, tensor_to_gguf
 from nplora.formats.model_directory import CONFIG
+from nplora.models import families, model_digest
+from nplora.models.families import Family
 
 MAX_HEADS = 1 << 16
 
@@ -23,24 +24,22 @@ class BaseModel:
 
     Attributes:
         source: the file that told them.
-        architecture: GGUF's name for the model's family.
+        family: the description of the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
         shapes: of its tensors, by GGUF's names; None where the file does not tell.
         digest: `model_digest.of` its norms; None where the file has none, or it is not known.
     """
 
     source: str
-    architecture: str
+    family: Family
     heads: int
     kv_heads: int
     shapes: Mapping[str, tuple[int, ...]] | None
     digest: str | None = None
 
-    def permuted_heads(self, name: str) -> int | None:
-        """The heads by which GGUF permutes the rows of a layer of this name in GGUF; None if it does not."""
-        if not is_permuted(self.architecture, name):
-            return None
-        return self.heads if name.endswith("attn_q") else self.kv_heads
+    def permuted_heads(self, layer: str) -> int:
+        """By how many heads GGUF has the rows of a layer, by Hugging Face's name, in another order, or 0."""
+        return self.family.permuted_heads(layer, self.heads, self.kv_heads)
 
 
 def read(path: StrPath, any_base: bool = False) -> BaseModel:
@@ -54,7 +53,8 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
     config = _config_of(path)
     if config is None:
         return _from_gguf(path)
-    return dataclasses.replace(_from_config(config), digest=_digest_beside(config, any_base))
+    model = _from_config(config)
+    return dataclasses.replace(model, digest=_digest_beside(config, model.family, any_base))
 
 
 def digest_of(path: StrPath, any_base: bool = False) -> str | None:
@@ -72,9 +72,9 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
     """
     config = _config_of(path)
     if config is None:
-        return model_digest.of_tensors(_open_gguf(path)[0])
-    read_fields(config).string("model_type")
-    return _digest_beside(config, any_base)
+        return model_digest.of_tensors(_open_gguf(path)[0], families.FAMILIES[0])
+    family = families.find(read_fields(config).string("model_type")) or families.FAMILIES[0]
+    return _digest_beside(config, family, any_base)
 
 
 def _config_of(path: StrPath) -> Path | None:
@@ -84,21 +84,20 @@ def _config_of(path: StrPath) -> Path | None:
     return Path(path) if files.suffix(path) == ".json" else None
 
 
-def _digest_beside(config: Path, any_base: bool) -> str | None:
+def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
     """The digest by the weights that lie beside a config.json, if there are any."""
     if config.name != CONFIG or model_directory.weights_of(config.parent) is None:
         return None
     try:
-        return model_digest.of_tensors(model_directory.open_tensors(config.parent, wanted=_is_norm))
+        tensors = model_directory.open_tensors(
+            config.parent, wanted=lambda name: model_digest.is_norm(family.gguf_tensor(name) or "")
+        )
+        return model_digest.of_tensors(tensors, family)
     except (NotFetchedError, FileNotFoundError):
-        told = "weights are missing, so whether the adapter is of this model is not known"
+        words = "weights are missing, so whether the adapter is of this model is not known"
         if not any_base:
-            warnings.warn(f"{files.name(config.parent)}: {told}", stacklevel=4)
+            warnings.warn(f"{files.name(config.parent)}: {words}", stacklevel=4)
         return None
-
-
-def _is_norm(name: str) -> bool:
-    return model_digest.is_norm(tensor_to_gguf(name) or "")
 
 
 def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
@@ -111,26 +110,18 @@ def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
 
 def _from_gguf(path: StrPath) -> BaseModel:
     file, architecture = _open_gguf(path)
-    if architecture not in ARCHITECTURES.values():
-        known = ", ".join(sorted(set(ARCHITECTURES.values())))
-        raise UnsupportedError(
-            f"{file.source}: general.architecture is {brief(architecture)}, expected one of {known}"
-        )
+    family = families.by_architecture(file.source, architecture)
     heads = file.metadata.integer(f"{architecture}.attention.head_count")
     kv_heads = file.metadata.integer(f"{architecture}.attention.head_count_kv", heads)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    digest = model_digest.of_tensors(file)
-    return _checked(BaseModel(file.source, architecture, heads, kv_heads, shapes, digest))
+    digest = model_digest.of_tensors(file, family)
+    return _checked(BaseModel(file.source, family, heads, kv_heads, shapes, digest))
 
 
 def _from_config(path: Path) -> BaseModel:
     fields = read_fields(path)
-    family = fields.string("model_type")
-    if family not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{fields.source}: model_type is {brief(family)}, expected one of {', '.join(ARCHITECTURES)}"
-        )
-    return _checked(BaseModel(fields.source, ARCHITECTURES[family], *attention_heads(fields), None))
+    family = families.by_model_type(fields.source, fields.string("model_type"))
+    return _checked(BaseModel(fields.source, family, *family.attention_heads(fields), None))
 
 
 def _checked(model: BaseModel) -> BaseModel:

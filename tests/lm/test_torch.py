@@ -202,7 +202,7 @@ def test_ten_steps_of_training_have_the_losses_of_torch(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_an_adapter_trained_here_answers_alike_in_peft_and_comes_back(
     family: str, form: str, tmp_path: Path, figure: Figure
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.models.config import ModelConfig
 from nplora.models.families.family import Family, TensorSpec
+from nplora.models.families.gemma3 import Gemma3
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
 from nplora.models.families.qwen2 import Qwen2
@@ -26,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     Mistral(),
     Qwen2(),
     Qwen3(),
+    Gemma3(),
 )
 
 

@@ -1,0 +1,142 @@
+"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and others as Gemma3ForCausalLM.
+
+Norms stand before and after the halves, and normalise each head of q and k. In Hugging Face's files the
+weight of a norm is w where 1 + w is meant. Every sixth layer sees all tokens; the others have a window, and
+rotate by another base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nplora.formats.config_json import Fields
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.gguf import GgufFile
+from nplora.models.block import Half
+from nplora.models.config import ModelConfig
+from nplora.models.families import config_fields, gguf_fields
+from nplora.models.families.config_fields import NO_WINDOW
+from nplora.models.families.family import Family
+from nplora.models.families.gguf_fields import ArchitectureMetadata
+from nplora.models.rope import RopeConfig, require_theta
+
+_PATTERN = 6  # every sixth layer sees everything
+_LOCAL_THETA = 10_000.0
+_LARGEST = 62  # the layers of the 27B model, for which llama.cpp divides scores by another number
+
+
+class Gemma3(Family):
+    model_type = "gemma3_text"
+    architecture = "gemma3"
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+    }
+    halves = (
+        Half("self_attn", before="input_layernorm", after="post_attention_layernorm"),
+        Half("mlp", before="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+    )
+    head_dim = 256
+    key_value_heads = 4
+    rope_theta = 1_000_000.0
+    ties_embeddings = True
+    activation_field = "hidden_activation"
+    hidden_act = "gelu_pytorch_tanh"
+    norm_offset = 1.0
+
+    def read_config(self, fields: Fields) -> ModelConfig:
+        config_fields.require_absent(fields, "final_logit_softcapping", "attn_logit_softcapping")
+        if fields.boolean("use_bidirectional_attention", False):
+            raise UnsupportedError(
+                f"{fields.source}: use_bidirectional_attention: only causal models are read"
+            )
+        config = config_fields.with_attention_bias(super().read_config(fields), fields)
+        pattern = fields.integer(
+            "sliding_window_pattern", fields.integer("_sliding_window_pattern", _PATTERN)
+        )
+        return dataclasses.replace(
+            config,
+            sliding_windows=config_fields.windows(
+                fields, _kinds(fields.source, config.num_hidden_layers, pattern)
+            ),
+            local_rope=self._local_rope(fields),
+            query_pre_attn_scalar=config_fields.positive(fields, "query_pre_attn_scalar", 256),
+            embedding_multiplier=math.sqrt(config.hidden_size),
+        )
+
+    def read_rope_fields(self, fields: Fields) -> RopeConfig:
+        config_fields.require_whole_rotation(fields)
+        if "rope_parameters" in fields:
+            found = fields.object("rope_parameters").object("full_attention")
+        else:
+            found = fields.object("rope_scaling")
+        return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
+
+    def _local_rope(self, fields: Fields) -> RopeConfig:
+        """That of the layers with a window, which is never scaled in files of before rope_parameters."""
+        found = fields.object("rope_parameters").object("sliding_attention")
+        return config_fields.rope(found, fields.number("rope_local_base_freq", _LOCAL_THETA))
+
+    def read_metadata(self, file: GgufFile) -> ModelConfig:
+        config, data = super().read_metadata(file), ArchitectureMetadata(file, self.architecture)
+        window, layers = config.sliding_windows[0], config.num_hidden_layers
+        slides = gguf_fields.sliding_layers(data, layers, _PATTERN)
+        local = require_theta(file.source, data.number("rope.freq_base_swa", _LOCAL_THETA))
+        return dataclasses.replace(
+            config,
+            sliding_windows=tuple(window if sliding else NO_WINDOW for sliding in slides),
+            local_rope=RopeConfig(local),
+            query_pre_attn_scalar=_implied_scalar(config),
+            embedding_multiplier=math.sqrt(config.hidden_size),
+        )
+
+    def metadata(self, config: ModelConfig) -> dict[str, Any]:
+        if config.query_pre_attn_scalar != _implied_scalar(config):
+            raise UnsupportedError(
+                f"{config.source}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, in GGUF it is "
+                f"{_implied_scalar(config)}"
+            )
+        local = config.local_rope or config.rope
+        if (local.linear_factor, local.llama3) != (1.0, None):
+            raise UnsupportedError(
+                f"{config.source}: the rotation of layers with a window is scaled, in GGUF it is not"
+            )
+        return super().metadata(config) | {"rope.freq_base_swa": np.float32(local.theta)}
+
+    def metadata_window(self, config: ModelConfig) -> int:
+        window = max(config.sliding_windows)
+        kinds = _kinds(config.source, config.num_hidden_layers, _PATTERN)
+        if config.sliding_windows != tuple(
+            window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
+        ):
+            raise UnsupportedError(
+                f"{config.source}: in GGUF every sixth layer of Gemma 3 sees everything, and no other"
+            )
+        return window
+
+    def norm_widths(self, config: ModelConfig) -> dict[str, int]:
+        head = dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
+        return super().norm_widths(config) | head
+
+
+def _kinds(source: str, layers: int, pattern: int) -> list[str]:
+    """The kind of each layer, where every `pattern`-th sees everything."""
+    if pattern < 1:
+        raise FormatError(f"{source}: every {pattern}th layer sees everything, expected at least 1")
+    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+
+
+def _implied_scalar(config: ModelConfig) -> int:
+    """query_pre_attn_scalar of a GGUF file, which does not say it."""
+    if config.num_hidden_layers == _LARGEST:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim

@@ -1,0 +1,113 @@
+"""Gemma 3 270M from its packages, a Q4_K_M file, against transformers and PEFT with the dequantised weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench.bench_plan import Setting
+
+import nplora
+
+Array = np.ndarray[Any, Any]
+SENTENCE = (
+    "The quick brown fox jumps over the lazy dog. "
+    "It is a well known English sentence that contains every letter of the alphabet."
+)
+LOSS = 3.0371  # of transformers in float32
+TEXTS = (
+    SENTENCE,
+    "Grüße, 世界! 12,345.67  \n\n\tdef f(x):\n    return x**2  # <b>&amp;</b>",
+    " a",
+    "",
+    "👩‍🔬 ﬁ Å",
+)
+START = "The capital of France is"
+CONTINUATION = (
+    " the capital of the country of France. It is the largest city in France and the second largest city"
+)
+
+
+@pytest.fixture(scope="module")
+def lm(gemma3: Path) -> nplora.LanguageModel:
+    pytest.importorskip("tokenizers")
+    return nplora.load_model(gemma3)
+
+
+@pytest.fixture(scope="module")
+def ids(lm: nplora.LanguageModel) -> Array:
+    return np.array(lm.tokenizer.encode(SENTENCE, add_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def theirs(gemma3: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        gemma3.parent, gguf_file=gemma3.name, dtype=torch.float32
+    )
+
+
+def test_the_loss_of_a_sentence_and_a_continuation(lm: nplora.LanguageModel, ids: Array) -> None:
+    assert len(ids) == 26
+    assert lm.loss(ids, ids) == pytest.approx(LOSS, abs=1e-3)
+    assert lm.generate(START, max_new_tokens=20) == CONTINUATION
+
+
+def test_tokens_are_those_of_transformers(lm: nplora.LanguageModel, gemma3: Path, theirs: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gemma3.parent, gguf_file=gemma3.name)
+    for text in TEXTS:
+        assert lm.tokenizer.encode(text, add_special_tokens=True) == tokenizer(text).input_ids, text
+
+
+def test_an_adapter_is_carried_to_llama_cpp_s_file_and_back(gemma3: Path, tmp_path: Path) -> None:
+    lm = nplora.load_model(gemma3)
+    lm.add_lora(rank=4, init="gaussian", layers="last:4")
+    nplora.save_adapter(lm, tmp_path / "peft")
+    nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", gemma3)
+    nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back", gemma3)
+    there, back = (nplora.read_adapter(tmp_path / name) for name in ("peft", "back"))
+    assert there.keys() == back.keys()
+    for name, delta in there.items():
+        np.testing.assert_array_equal(back[name].A, delta.A)
+        np.testing.assert_array_equal(back[name].B, delta.B)
+        assert back[name].scale == delta.scale
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_logits_and_ten_steps_are_those_of_peft(
+    gemma3: Path, ids: Array, theirs: Any, tmp_path: Path
+) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    lm, tokens = nplora.load_model(gemma3), torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits[0].numpy()
+    assert np.abs(lm.logits(ids) - expected).max() <= 1e-3 * np.abs(expected).max()
+
+    lm.add_lora(rank=8, alpha=16, seed=1)
+    nplora.save_adapter(lm, tmp_path / "start")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
+    settings = {"lr": 1e-3, "weight_decay": 0.01}
+    optimizer = nplora.AdamW(**settings)
+    their_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
+    for _ in range(10):
+        loss = model(tokens, labels=tokens).loss
+        their_optimizer.zero_grad()
+        loss.backward()
+        their_optimizer.step()
+        assert lm.train_step(ids, ids, optimizer) == pytest.approx(loss.item(), abs=1e-3)
+    assert loss.item() < 1
+    nplora.save_adapter(lm, tmp_path / "end")
+    model.load_adapter(tmp_path / "end", "ours")
+    model.set_adapter("ours")
+    with torch.no_grad():
+        expected = model(tokens).logits[0].numpy()
+    assert np.abs(lm.logits(ids) - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_the_peak_of_a_run_is_the_predicted_one(gemma3: Path) -> None:
+    for options in ({}, {"compute": "bfloat16", "layers": "last:6"}):
+        found = Setting(2, 256, options={"model": str(gemma3), **options}).measure(2)
+        assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)

@@ -1,4 +1,4 @@
-"""Gemma 3 270M from its packages, a Q4_K_M file, against transformers and PEFT with the dequantised weights."""
+"""Gemma 3 270M from its packages, in Q4_K_M, against transformers and PEFT with the dequantised weights."""
 
 from pathlib import Path
 from typing import Any

@@ -58,9 +58,22 @@ class Fields:
         return value
 
     def strings(self, name: str, count: int) -> list[str]:
+        return self._list(name, count, (str,), f"a list of {count} texts")
+
+    def integers(self, name: str, count: int) -> list[int]:
+        return self._list(name, count, (int,), f"a list of {count} integers")
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        return [float(item) for item in self._list(name, count, (int, float), f"a list of {count} numbers")]
+
+    def _list(self, name: str, count: int, kinds: tuple[type, ...], expected: str) -> list[Any]:
         value = self._get(name, None)
-        if not isinstance(value, list) or len(value) != count or any(type(item) is not str for item in value):
-            self._refuse(name, f"a list of {count} texts")
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or any(type(item) not in kinds for item in value)
+        ):
+            self._refuse(name, expected)
         return value
 
     def object(self, name: str) -> Fields:

@@ -78,6 +78,7 @@ FAMILIES: dict[str, Kind] = {
         norm_offset=1.0,
         metadata=write_window,
     ),
+    "smollm3": Kind("SmolLM3", {"num_hidden_layers": 5}, permutes=True),
 }
 
 # GGUF cannot say what these are, as llama.cpp computes a family.
@@ -93,6 +94,15 @@ UNKNOWN_TO_GGUF = {
             "tie_word_embeddings": False,
             "attention_bias": True,
             "initializer_range": 0.1,
+        },
+    ),
+    "smollm3 with a window": Kind(
+        "SmolLM3",
+        {
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
         },
     ),
 }

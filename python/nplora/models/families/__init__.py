@@ -10,6 +10,7 @@ from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
+from nplora.models.families.smollm3 import SmolLM3
 
 __all__ = [
     "FAMILIES",
@@ -28,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen2(),
     Qwen3(),
     Gemma3(),
+    SmolLM3(),
 )
 
 

@@ -1,0 +1,56 @@
+"""SmolLM3 (Bakouch et al. 2025): Llama in which every fourth layer does not rotate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nplora.formats.config_json import Fields
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.gguf import GgufFile
+from nplora.models.config import ModelConfig
+from nplora.models.families import config_fields
+from nplora.models.families.family import Family
+
+_INTERVAL = 4
+
+
+class SmolLM3(Family):
+    model_type = "smollm3"
+    architecture = "smollm3"
+    permutes_rows = True
+    key_value_heads = 4
+    rope_theta = 2_000_000.0
+    ties_embeddings = True
+
+    def read_config(self, fields: Fields) -> ModelConfig:
+        config = config_fields.with_attention_bias(super().read_config(fields), fields)
+        layers = config.num_hidden_layers
+        unrotated = _every(layers, fields.integer("no_rope_layer_interval", _INTERVAL), fields.source)
+        if "no_rope_layers" in fields:  # 1 where a layer rotates
+            rotates = fields.integers("no_rope_layers", layers)
+            unrotated = frozenset(i for i in range(layers) if not rotates[i])
+        windows = config.sliding_windows
+        if fields.boolean("use_sliding_window", False) and fields.integer_or_null("sliding_window", None):
+            kinds = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
+            windows = config_fields.windows(fields, kinds)
+        mlp_bias = fields.boolean("mlp_bias", False)
+        return dataclasses.replace(config, unrotated=unrotated, sliding_windows=windows, mlp_bias=mlp_bias)
+
+    def read_metadata(self, file: GgufFile) -> ModelConfig:
+        config = super().read_metadata(file)
+        return dataclasses.replace(config, unrotated=_every(config.num_hidden_layers, _INTERVAL, file.source))
+
+    def metadata(self, config: ModelConfig) -> dict[str, Any]:
+        if config.unrotated != _every(config.num_hidden_layers, _INTERVAL, config.source):
+            raise UnsupportedError(
+                f"{config.source}: in GGUF every fourth layer of SmolLM3 does not rotate, and no other"
+            )
+        return super().metadata(config)
+
+
+def _every(layers: int, interval: int, source: str) -> frozenset[int]:
+    """The layers that do not rotate, where every `interval`-th does not."""
+    if interval < 1:
+        raise FormatError(f"{source}: no_rope_layer_interval is {interval}, expected at least 1")
+    return frozenset(i for i in range(layers) if (i + 1) % interval == 0)

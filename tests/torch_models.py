@@ -56,6 +56,13 @@ def write_window(writer: Any, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
 
 
+def write_multipliers(writer: Any, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
 FAMILIES: dict[str, Kind] = {
     "llama": Kind("Llama", permutes=True),
     "llama3": Kind("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, permutes=True),
@@ -79,6 +86,18 @@ FAMILIES: dict[str, Kind] = {
         metadata=write_window,
     ),
     "smollm3": Kind("SmolLM3", {"num_hidden_layers": 5}, permutes=True),
+    "granite": Kind(
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 1.7,
+            "attention_bias": True,
+        },
+        permutes=True,
+        metadata=write_multipliers,
+    ),
 }
 
 # GGUF cannot say what these are, as llama.cpp computes a family.

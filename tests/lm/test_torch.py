@@ -160,8 +160,11 @@ def test_a_gated_unit_of_gelu_is_that_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_dora_embedding_and_head_are_those_of_torch(form: str, tmp_path: Path) -> None:
-    theirs, ours = loaded("llama", form, tmp_path)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_gradients_of_dora_embedding_and_head_are_those_of_torch(
+    family: str, form: str, tmp_path: Path
+) -> None:
+    theirs, ours = loaded(family, form, tmp_path)
     model = adapted(theirs, ours, tmp_path, target_modules=["q_proj", "down_proj"], use_dora=True)
     ids = some_ids()
     model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
@@ -169,7 +172,7 @@ def test_gradients_of_dora_embedding_and_head_are_those_of_torch(form: str, tmp_
     ours.forward_backward(batch, 1 / batch.num_targets)
     assert_gradients_agree(ours, gradients_of(model, ours), TOLERANCE)
 
-    theirs, ours = loaded("llama", form, tmp_path)
+    theirs, ours = loaded(family, form, tmp_path)
     model = adapted(theirs, ours, tmp_path, target_modules=["k_proj", "embed_tokens", "lm_head"])
     model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.backward()
     ours.forward_backward(batch, 1 / batch.num_targets)

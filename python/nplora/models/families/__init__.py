@@ -6,6 +6,7 @@ from nplora.formats.errors import UnsupportedError, brief
 from nplora.models.config import ModelConfig
 from nplora.models.families.family import Family, TensorSpec
 from nplora.models.families.gemma3 import Gemma3
+from nplora.models.families.granite import Granite
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
 from nplora.models.families.qwen2 import Qwen2
@@ -30,6 +31,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3(),
     Gemma3(),
     SmolLM3(),
+    Granite(),
 )
 
 

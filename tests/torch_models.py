@@ -98,6 +98,7 @@ FAMILIES: dict[str, Kind] = {
         permutes=True,
         metadata=write_multipliers,
     ),
+    "olmo2": Kind("Olmo2"),
 }
 
 # GGUF cannot say what these are, as llama.cpp computes a family.

@@ -9,6 +9,7 @@ from nplora.models.families.gemma3 import Gemma3
 from nplora.models.families.granite import Granite
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
+from nplora.models.families.olmo2 import Olmo2
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
 from nplora.models.families.smollm3 import SmolLM3
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     Gemma3(),
     SmolLM3(),
     Granite(),
+    Olmo2(),
 )
 
 

@@ -1,5 +1,6 @@
 """Small random models of every family, made by transformers, and the same weights as a GGUF file."""
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,16 @@ def write_multipliers(writer: Any, config: Any) -> None:
     writer.add_logit_scale(config.logits_scaling)
 
 
+def write_long_rope(writer: Any, config: Any) -> None:
+    rope = config.rope_parameters
+    original = config.original_max_position_embeddings
+    stretch = config.max_position_embeddings / original
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(stretch) / math.log(original)))
+    for length in ("long", "short"):
+        writer.add_tensor(f"rope_factors_{length}.weight", np.float32(rope[f"{length}_factor"]))
+
+
 FAMILIES: dict[str, Kind] = {
     "llama": Kind("Llama", permutes=True),
     "llama3": Kind("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, permutes=True),
@@ -99,6 +110,17 @@ FAMILIES: dict[str, Kind] = {
         metadata=write_multipliers,
     ),
     "olmo2": Kind("Olmo2"),
+    "phi3": Kind("Phi3", {"sliding_window": 6}, metadata=write_window),
+    "phi3 in part": Kind("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "phi3 with longrope": Kind(
+        "Phi3",
+        {
+            "original_max_position_embeddings": 16,  # shorter than most texts of the tests
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4},
+        },
+        metadata=write_long_rope,
+    ),
 }
 
 # GGUF cannot say what these are, as llama.cpp computes a family.
@@ -145,6 +167,8 @@ def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
     options = {**SIZES, **kind.options, **SHAPES[shape]}
     if kind.name == "Gemma3":  # the number that llama.cpp implies
         options.setdefault("query_pre_attn_scalar", options["head_dim"])
+    if "partial_rotary_factor" in options:
+        rotate_in_part(options)
     config = getattr(transformers, config_class(kind))(**options)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
@@ -153,6 +177,21 @@ def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def rotate_in_part(options: dict[str, Any]) -> None:
+    """Let an even number of values of a head rotate; with factors for each pair, where the model has such."""
+    rope, heads = options.get("rope_parameters", {}), options["num_attention_heads"]
+    if rope:  # transformers takes only hidden_size / heads for the width of a head then
+        options["head_dim"] = 8
+        options["hidden_size"] = 8 * heads
+    head_dim = options.get("head_dim") or options["hidden_size"] // heads
+    pairs = int(head_dim * options["partial_rotary_factor"]) // 2
+    options["partial_rotary_factor"] = 2 * pairs / head_dim
+    if rope:
+        numbers = 1 + np.arange(pairs)
+        factors = {"short_factor": list(1 + 0.1 * numbers), "long_factor": list(2.0 + numbers)}
+        options["rope_parameters"] = {**rope, **factors, "partial_rotary_factor": 2 * pairs / head_dim}
 
 
 def config_class(kind: Kind) -> str:

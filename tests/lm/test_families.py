@@ -114,7 +114,7 @@ def greedy(theirs: Any, prompt: Array, count: int) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(family: str, shape: str, tmp_path: Path) -> None:
     """With a cache, past a window's length; and its logits are those of a pass without one."""
     theirs, ours = model_of(family, shape, 5, tmp_path)
-    prompt = ids_for(theirs, 1, 9)[0]
+    prompt = ids_for(theirs, 1, 17 if "longrope" in family else 9)[0]  # which a cache rotates as a long text
     cache, found, ids = ours.new_cache(1, 40), list[int](), prompt
     for _ in range(20):
         logits = ours.decode(ids[None], [0], cache)[0]
@@ -123,6 +123,23 @@ def test_greedy_tokens_are_those_of_transformers(family: str, shape: str, tmp_pa
         found.append(int(logits.argmax()))
         ids = np.array(found[-1:])
     assert found == greedy(theirs, prompt, 20)
+
+
+def test_each_packed_text_rotates_by_its_own_length(tmp_path: Path) -> None:
+    """With LongRoPE: a text within the original context by other factors than a longer one beside it."""
+    theirs, ours = model_of("phi3 with longrope", "as usual", 7, tmp_path)
+    texts = [ids_for(theirs, 1, length)[0] for length in (12, 30, 16, 17)]
+    expected = []
+    for text in texts:
+        tokens = torch.from_numpy(text)[None]
+        with torch.no_grad():
+            wanted = theirs(tokens, labels=tokens)
+        assert relative(ours.logits(text), wanted.logits[0].numpy()) <= 2e-5
+        expected.append(wanted.loss.item() * (len(text) - 1))
+    batch = pack([(text, text) for text in texts])
+    assert ours.loss_packed(batch) * batch.num_targets == pytest.approx(sum(expected), rel=1e-5)
+    cache = ours.new_cache(1, 16)
+    assert relative(ours.decode(texts[0][None], [0], cache)[0], ours.logits(texts[0])[-1]) <= 2e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)

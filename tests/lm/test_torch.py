@@ -22,7 +22,6 @@ pytestmark = [
 ]
 
 Array = np.ndarray[Any, Any]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = list(torch_models.FAMILIES)
 FORMS = ["safetensors", "gguf"]
 
@@ -49,7 +48,10 @@ def loaded(family: str, form: str, directory: Path, **options: Any) -> tuple[Any
 
 def adapted(theirs: Any, ours: LanguageModel, directory: Path, **options: Any) -> Any:
     """PEFT's model with random factors, which ours has loaded."""
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": LINEARS, **options}
+    linears = {
+        name.rpartition(".")[2] for name, _ in theirs.named_modules() if "layers" in name and "_proj" in name
+    }
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": sorted(linears), **options}
     model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,6 +10,7 @@ from nplora.models.families.granite import Granite
 from nplora.models.families.llama import Llama
 from nplora.models.families.mistral import Mistral
 from nplora.models.families.olmo2 import Olmo2
+from nplora.models.families.phi3 import Phi3
 from nplora.models.families.qwen2 import Qwen2
 from nplora.models.families.qwen3 import Qwen3
 from nplora.models.families.smollm3 import SmolLM3
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     SmolLM3(),
     Granite(),
     Olmo2(),
+    Phi3(),
 )
 
 

@@ -203,6 +203,7 @@ def config_json_seeds() -> Seeds:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
+    long = {"type": "longrope", "short_factor": [1.5], "long_factor": [2]}
     windows = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
     switches = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}
     sizes = {"num_key_value_heads": 1, "head_dim": 2, "rms_norm_eps": 1e-5}
@@ -214,6 +215,15 @@ def config_json_seeds() -> Seeds:
         "mistral": dumps(small | nf4 | {"model_type": "mistral", "sliding_window": None}),
         "qwen2": dumps(small | windows | {"model_type": "qwen2"}),
         "qwen3": dumps(small | {"model_type": "qwen3", "layer_types": ["sliding_attention"], **windows}),
+        "gemma3": dumps(
+            small | {"model_type": "gemma3_text", "sliding_window": 4, "rope_local_base_freq": 5.0}
+        ),
+        "smollm3": dumps(small | {"model_type": "smollm3", "no_rope_layers": [0]}),
+        "granite": dumps(small | {"model_type": "granite", "logits_scaling": 2.0, "attention_bias": True}),
+        "olmo2": dumps(small | {"model_type": "olmo2"}),
+        "phi3": dumps(
+            small | {"model_type": "phi3", "rope_scaling": long, "original_max_position_embeddings": 4}
+        ),
     }
 
 

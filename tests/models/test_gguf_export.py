@@ -290,7 +290,7 @@ def byte_level_tokenizer(pre: str) -> Any:
     return backend
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "gpt-4o"])
 def test_a_byte_level_tokenizer_goes_along(pre: str, rng: np.random.Generator, tmp_path: Path) -> None:
     backend = byte_level_tokenizer(pre)
     directory = hf_directory(tmp_path / "hf", rng)
@@ -378,8 +378,6 @@ OTHERS: dict[str, tuple[str, Any, str]] = {
         "gpt-2", attribute("", "normalizer", lambda t: t.normalizers.Lowercase()), "normalizer is"),
     "NFC for GPT-2": ("gpt-2", attribute("", "normalizer", lambda t: t.normalizers.NFC()), "normalizer is"),
     "no NFC for Qwen2": ("qwen2", attribute("", "normalizer", lambda t: None), "normalizer is None"),
-    "merges for Llama 3": (
-        "llama-bpe", attribute("model", "ignore_merges", lambda t: False), "ignore_merges is False"),
     "no merges for GPT-2": (
         "gpt-2", attribute("model", "ignore_merges", lambda t: True), "ignore_merges is True"),
     "dropout": ("gpt-2", attribute("model", "dropout", lambda t: 0.5), "dropout is 0.5"),

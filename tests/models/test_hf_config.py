@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 import small_models
-from nplora.models import base_model, hf_config
+from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.models import base_model, families, hf_config
 from nplora.models.config import ModelConfig
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = [family.model_type for family in families.FAMILIES]
 NOTHING = object()  # in the place of a field: it is not there
 
 
@@ -35,7 +36,7 @@ def test_both_readers_take_the_heads_that_transformers_takes(
     family: str, kv_heads: object, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    if family == "mistral" and kv_heads is None:
+    if family in ("mistral", "gemma3_text") and kv_heads is None:
         expected = 32  # before version 5; since then an error
         path = write(tmp_path, family, num_key_value_heads=None)
     else:
@@ -54,10 +55,14 @@ def test_the_windows_are_those_of_transformers(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     path = write(tmp_path, family, sliding_window=window, use_sliding_window=use)
+    if family == "gemma3_text" and window is None:  # whose layers with a window rotate by another base
+        with pytest.raises(UnsupportedError, match="a layer of type 'sliding_attention'"):
+            hf_config.read(path)
+        return
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    told = getattr(theirs, "sliding_window", None) if family != "llama" else None
-    kinds = theirs.layer_types if family.startswith("qwen") else ["sliding_attention"] * 30
-    expected = tuple((told or 0) if kind == "sliding_attention" else 0 for kind in kinds)
+    size = getattr(theirs, "sliding_window", None) if family not in ("llama", "granite", "olmo2") else None
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 30
+    expected = tuple((size or 0) if kind == "sliding_attention" else 0 for kind in kinds)
     assert hf_config.read(path).sliding_windows == expected
 
 
@@ -71,3 +76,85 @@ def test_a_qwen_with_windows_has_them_of_4096_tokens_from_layer_28(tmp_path: Pat
     for family in ("qwen2", "qwen3"):
         windows = read(tmp_path, family, use_sliding_window=True).sliding_windows
         assert windows == (0,) * 28 + (4096,) * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_does_not_say_is_what_transformers_takes(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    absent = dict.fromkeys(("rms_norm_eps", "tie_word_embeddings", "rope_theta", "head_dim"), NOTHING)
+    path = write(tmp_path, family, **absent)
+    ours, theirs = hf_config.read(path), transformers.AutoConfig.from_pretrained(tmp_path)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 256 // 32)
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rope.theta == rope["rope_theta"]
+    for name, default in (("attention_multiplier", None), ("embedding_multiplier", 1), ("logits_scaling", 1)):
+        if family != "gemma3_text":
+            assert getattr(ours, name) == getattr(theirs, name, default)
+    rotates = getattr(theirs, "no_rope_layers", [1] * 30)
+    assert ours.unrotated == {i for i in range(30) if not rotates[i]}
+
+
+OLD_GEMMA3 = {  # as files of before version 5 of transformers say it
+    "rope_theta": 2e6,
+    "rope_local_base_freq": 5e3,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "sliding_window_pattern": 3,
+    "sliding_window": 7,
+}
+
+
+def test_an_old_file_of_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = read(tmp_path, "gemma3_text", **OLD_GEMMA3)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    full, sliding = (theirs.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+    assert (ours.rope.theta, ours.rope.linear_factor) == (full["rope_theta"], full["factor"]) == (2e6, 8)
+    assert ours.local_rope is not None
+    assert (ours.local_rope.theta, ours.local_rope.linear_factor) == (sliding["rope_theta"], 1)
+    kinds = ["sliding_attention" if window else "full_attention" for window in ours.sliding_windows]
+    assert kinds == theirs.layer_types
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "only causal models are read"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "expected at least 1"),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "'yarn', expected 'default', 'linear' or 'llama3'",
+        ),
+        ("smollm3", {"no_rope_layer_interval": 0}, "expected at least 1"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "expected a list of 30 integers"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0, expected above 0"),
+        ("granite", {"logits_scaling": 1e9}, "logits_scaling is 1000000000.0"),
+        ("phi3", {"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0, expected in (0, 1]"),
+        ("phi3", {"rope_scaling": {"type": "yarn"}}, "'yarn', expected 'default' or 'longrope'"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"}},
+            "short_factor is missing, expected a list of 4 numbers",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 4, "long_factor": [1, 1, 1, 0]}},
+            "is not above 0",
+        ),
+        (
+            "phi3",
+            {"original_max_position_embeddings": 1, "rope_scaling": {"type": "su"}},
+            "is 1, expected above 1",
+        ),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(
+    family: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError) as caught:
+        read(tmp_path, family, **changes)
+    assert words in str(caught.value)
+    assert "config.json" in str(caught.value)

@@ -209,6 +209,12 @@ def merged_by_hand(word: str) -> list[str]:
         ("smollm", ["hello", " hello", "  ", " ", "1", "2", "3", "4", " ", "½", "'s", "!"]),
         ("qwen2", ["hello", " hello", "  ", " ", "1", "2", "3", "4", "'s", "!"]),
         ("llama-bpe", ["hello", " hello", "  ", " ", "123", "4", "'s", "!"]),
+        ("dbrx", ["hello", " hello", "  ", " ", "123", "4", "'s", "!"]),
+        ("smaug-bpe", ["hello", " hello", "  ", " ", "123", "4", "'s", "!"]),
+        ("olmo", ["hello", " hello", "  ", " 1234", " ½", "'s", "!"]),
+        ("refact", ["hello", " hello", "  ", " ", "1", "2", "3", "4", " ", "½", "'s", "!"]),
+        ("starcoder", ["hello", " hello", "  ", " ", "1", "2", "3", "4", " ", "½", "'s", "!"]),
+        ("gpt-4o", ["hello", "World's", " HTTPServer", "  ", " ", "123", "4", "!"]),
     ],
 )
 def test_text_is_cut_by_the_models_own_rule(pre: str, words: list[str]) -> None:

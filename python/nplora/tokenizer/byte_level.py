@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from nplora.formats.errors import UnsupportedError, brief
-from nplora.tokenizer.gguf_vocabulary import SPLITS
+from nplora.tokenizer.gguf_vocabulary import IGNORES_MERGES, SINGLE_DIGITS, SPLITS
 
 # What the model may say of itself; nothing, at best.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -37,14 +37,15 @@ def require_known(fields: dict[str, Any], source: str) -> str:
     model = fields.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         _refuse(source, "the model", model.get("type") if isinstance(model, dict) else model)
-    pre = _pre(steps(fields, "pre_tokenizer"))
+    ignores_merges = bool(model.get("ignore_merges", False))
+    pre = _pre(steps(fields, "pre_tokenizer"), ignores_merges)
     if pre is None:
         _refuse(source, "pre_tokenizer", fields.get("pre_tokenizer"))
     for name, known in _PLAIN.items():
         if model.get(name) not in known:
             _refuse(source, name, model[name])
-    if bool(model.get("ignore_merges", False)) != (pre == "llama-bpe"):
-        _refuse(source, "ignore_merges", model.get("ignore_merges", False))
+    if ignores_merges != (pre in IGNORES_MERGES):
+        _refuse(source, "ignore_merges", ignores_merges)
     for part, kinds in (("normalizer", ["NFC"] if pre == "qwen2" else []), ("decoder", ["ByteLevel"])):
         if [step.get("type") for step in steps(fields, part)] != kinds:
             _refuse(source, part, fields.get(part))
@@ -93,7 +94,7 @@ def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
     return found
 
 
-def _pre(cuts: list[dict[str, Any]]) -> str | None:
+def _pre(cuts: list[dict[str, Any]], ignores_merges: bool) -> str | None:
     kinds = [cut.get("type") for cut in cuts]
     last = cuts[-1] if cuts else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
@@ -102,12 +103,15 @@ def _pre(cuts: list[dict[str, Any]]) -> str | None:
     if kinds == ["ByteLevel"] and use_regex:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and cuts[0].get("individual_digits") and use_regex:
-        return "smollm"
+        return SINGLE_DIGITS[0]
     if kinds == ["Split", "ByteLevel"] and not use_regex and not cuts[0].get("invert", False):
         pattern = cuts[0].get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         isolated = cuts[0].get("behavior") == "Isolated"
-        return next((n for n, split in SPLITS.items() if split and split == regex and isolated), None)
+        named = [name for name, split in SPLITS.items() if split and split == regex and isolated]
+        return next(
+            (n for n in named if ignores_merges == (n in IGNORES_MERGES)), named[0] if named else None
+        )
     return None
 
 

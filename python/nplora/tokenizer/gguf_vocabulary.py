@@ -28,13 +28,25 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT_4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SINGLE_DIGITS = ("smollm", "refact", "starcoder")  # every digit is set apart first
 SPLITS = {
     "default": None,
     "gpt-2": None,
-    "smollm": None,  # after every digit was set apart
+    "olmo": None,
+    **dict.fromkeys(SINGLE_DIGITS, None),
     "llama-bpe": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "gpt-4o": _GPT_4O,
 }
+IGNORES_MERGES = {"llama-bpe"}  # a piece that is a token needs no merges
 _BEGINS_WITH_BOS = {"llama-bpe"}  # of the byte-level ones, where the file does not say
 
 
@@ -131,11 +143,11 @@ class _Vocabulary:
                 f"{self.source}: {KEY}pre is {brief(pre)}, read are {', '.join(map(repr, SPLITS))}"
             )
         model = package.models.BPE(
-            vocab=self.ids, merges=list(self._merges()), ignore_merges=pre == "llama-bpe", fuse_unk=False
+            vocab=self.ids, merges=list(self._merges()), ignore_merges=pre in IGNORES_MERGES, fuse_unk=False
         )
         backend = package.Tokenizer(model)
         split, cut = SPLITS[pre], package.pre_tokenizers
-        steps = [cut.Digits(individual_digits=True)] if pre == "smollm" else []
+        steps = [cut.Digits(individual_digits=True)] if pre in SINGLE_DIGITS else []
         if split is not None:
             steps.append(cut.Split(package.Regex(split), behavior="isolated"))
         steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=split is None))

@@ -26,8 +26,17 @@ import pytest
 import nplora
 from nplora.formats import files, safetensors
 from nplora.formats.errors import CorruptError, UnsafeError, UnsupportedError
-from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, checkpoint, fingerprint
-from nplora.trainer import run as run_module
+from nplora.trainer import (
+    Callback,
+    EpochRecord,
+    History,
+    Run,
+    StepRecord,
+    Trainer,
+    checkpoint,
+    fingerprint,
+    run_checkpoints,
+)
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.run_directory import RunDirectory
 
@@ -417,7 +426,7 @@ def test_epochs_shorter_than_a_second_share_a_checkpoint(
             self.steps.append(run.step)
 
     def saved(seconds: float, directory: Path) -> list[int]:
-        monkeypatch.setattr(run_module, "EPOCH_CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(run_checkpoints, "EPOCH_CHECKPOINT_SECONDS", seconds)
         count = Count()
         fit(trainer_of(net(), callbacks=[count]), epochs=3, checkpoint_dir=directory)
         return count.steps
@@ -472,7 +481,7 @@ def test_a_checkpoint_is_made_after_the_first_step_and_when_the_last_one_is_old(
     count = Saves()
     trainer = trainer_of(net(rng=0), callbacks=[clock, count])
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.time, "monotonic", clock)
+        patched.setattr(run_checkpoints.time, "monotonic", clock)
         history = fit(trainer, epochs=3, checkpoint_dir=tmp_path, **often)
     assert count.steps == saved
     assert outcome(trainer, history) == expected  # whenever checkpoints are made
@@ -706,7 +715,7 @@ def test_a_diverged_run_without_an_earlier_checkpoint_is_refused(tmp_path: Path)
         exploding(0.09, tmp_path, 100)
     older = min((tmp_path / name for name in NAMES), key=lambda path: checkpoint.read(path).serial)
     older.unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint from before is left; --overwrite"):
+    with pytest.raises(ValueError, match=r"no earlier checkpoint is left; --overwrite"):
         exploding(0.001, tmp_path, 100, resume=True)
 
 
@@ -1087,13 +1096,35 @@ def test_another_instruction_set_is_told(stopped: Path, tmp_path: Path) -> None:
     assert [warning.filename for warning in warned] == [__file__]
 
 
+def test_every_warning_of_a_resumed_run_names_the_line_that_calls_fit(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    newer = newest_file(directory)
+    [older] = {directory / name for name in NAMES} - {newer}
+    other = dataclasses.replace(checkpoint.read(older), isa="abacus", history={}, epochs=[])
+    columns = {name: array[:1] for name, array in checkpoint.read(older).history.items()}
+    files.replace([checkpoint.new_file(older, dataclasses.replace(other, history=columns))])
+    raw = bytearray(newer.read_bytes())
+    damage_tensor(raw)
+    newer.write_bytes(raw)
+    (directory / ".checkpoint-1.safetensors.0123456789ab.tmp").touch()
+    (directory / "log.jsonl").unlink()
+    trainer = trainer_of(net(), optimizer=nplora.AdamW(lr=0.01))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(trainer, checkpoint_dir=directory, resume=True)
+    found = [str(warning.message) for warning in warned]
+    parts = ("left unfinished", "the other checkpoint is used", "the log is", "other settings", "abacus")
+    assert [part for part, text in zip(parts, found, strict=True) if part in text] == list(parts)
+    assert {warning.filename for warning in warned} == {__file__}
+
+
 def test_another_run_is_not_written_over_by_accident(
     stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     directory = copy_of(stopped, tmp_path)
     before = {name: (directory / name).read_bytes() for name in NAMES}
     with pytest.raises(
-        FileExistsError, match=r"holds a run \(step 12\): resume=True goes on with it, overwrite"
+        FileExistsError, match=r"holds a run \(step 12\): resume=True continues it, overwrite"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before

@@ -9,6 +9,7 @@ from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.evaluation import evaluate_batches
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
 
 _EVENT = "before"
@@ -65,10 +66,7 @@ class Before(Callback):
         told = run.logged(_EVENT)
         if told.get("data") not in (None, self._checked) and not self.was_finished:
             now = "none" if self._checked is None else "others"
-            warnings.warn(
-                f"the run was evaluated on validation data, and goes on with {now}",
-                stacklevel=8,  # the line that calls `finetune`
-            )
+            warn_user(f"the run was evaluated on validation data, and goes on with {now}")
         if (
             self._checked is not None
             and told.get("data") == self._checked

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from nplora import _core
 from nplora.formats import files, safetensors, strict_json
 from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.runtime.user_warning import warn_user
 
 SCHEMA = 1
 
@@ -70,10 +70,9 @@ class Checkpoint:
             ("nplora", self.version, config["version"]),
         ):
             if then != now:
-                warnings.warn(
+                warn_user(
                     f"the checkpoint was made with {what} {then}, this is {now}: "
-                    "the run goes on with results that are equal up to rounding, not to the bit",
-                    stacklevel=7,  # the line that calls `Trainer.fit`
+                    "the results of the run will be equal up to rounding, not to the bit"
                 )
 
 

@@ -53,6 +53,12 @@ def factors(model: Module) -> dict[str, Array]:
     return arrays
 
 
+def set_factors(model: Module, values: Mapping[str, Array]) -> None:
+    """Write these values into the arrays that `factors` lists."""
+    for name, array in factors(model).items():
+        array[...] = values[name]
+
+
 def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
     """One sentence for every array that is missing, unknown, or of another shape or dtype."""
     problems = [f"{name} is missing" for name in wanted if name not in found]

@@ -22,7 +22,6 @@ import json
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +39,7 @@ from nplora.formats.errors import (
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, holds_run
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
 
@@ -191,9 +191,7 @@ class RunDirectory:
     def _remove_unfinished(self) -> None:
         for file in files.unfinished(self._directory.fd, run_files.NAMES):
             os.unlink(file, dir_fd=self._directory.fd)
-            warnings.warn(
-                f"{self.path / file}: left unfinished by a run that was killed, removed", stacklevel=4
-            )
+            warn_user(f"{self.path / file}: left unfinished by a run that was killed, removed")
 
     @functools.cached_property
     def newest(self) -> Checkpoint | None:
@@ -236,9 +234,7 @@ class RunDirectory:
             )
         if self.newest is not None:
             for problem in self.damaged:
-                warnings.warn(
-                    f"{problem}; the other checkpoint is used, of step {self.newest.step}", stacklevel=5
-                )
+                warn_user(f"{problem}; the other checkpoint is used, of step {self.newest.step}")
             self._finish_dropping(self.newest)
         return self.newest
 

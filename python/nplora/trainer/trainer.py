@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,13 +15,15 @@ from nplora.nn import losses, optim
 from nplora.nn.losses import CrossEntropy, LossFunction
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import check_rows, evaluate, predict
+from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
-from nplora.trainer.run import Plan, Run
+from nplora.trainer.run import Run
 from nplora.trainer.run_directory import RunDirectory
 
 Array = npt.NDArray[Any]
@@ -157,38 +158,26 @@ class Trainer:
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
-        plan = self._plan(
+        config = self._fit_config(
             x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every, save_minutes
         )
-        if plan.total_steps is not None and 0 < plan.total_steps <= self.warmup_steps:
-            warnings.warn(
-                f"{_OP}: the learning rate rises for {self.warmup_steps} steps, and the run ends after "
-                f"{plan.total_steps}",
-                stacklevel=2,
-            )
         self._check_model()
-        for batches in (plan.batches, plan.validation):
+        for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
                 self._check_labels(batches)
-        line = progress_line(self.progress)
-        run = Run(self, plan, self.callbacks + ([line] if line else []))
-        try:
-            if checkpoint_dir is None:
-                if resume or overwrite or checkpoint_every is not None:
-                    raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
-                return run.execute(None, resume=False)
-            if resume and overwrite:
-                raise ValueError(f"{_OP}: resume and overwrite exclude each other")
-            with RunDirectory(checkpoint_dir, overwrite) as directory:
-                if directory.occupied and not (resume or overwrite):
-                    raise FileExistsError(
-                        f"{_OP}: {directory.path} holds a run{_at(directory)}: "
-                        "resume=True goes on with it, overwrite=True drops it"
-                    )
-                return run.execute(directory, resume)
-        finally:
-            if line is not None:
-                line.close()
+        if checkpoint_dir is None:
+            if resume or overwrite or checkpoint_every is not None:
+                raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
+            return self._run(config, None, resume=False)
+        if resume and overwrite:
+            raise ValueError(f"{_OP}: resume and overwrite exclude each other")
+        with RunDirectory(checkpoint_dir, overwrite) as directory:
+            if directory.occupied and not (resume or overwrite):
+                raise FileExistsError(
+                    f"{_OP}: {directory.path} holds a run{_at(directory)}: "
+                    "resume=True continues it, overwrite=True drops it"
+                )
+            return self._run(config, directory, resume)
 
     def evaluate(
         self, x: Any, y: npt.ArrayLike | None = None, *, batch_size: int = _EVALUATION_ROWS
@@ -225,9 +214,17 @@ class Trainer:
         else:
             self.model.backward(gradient, saved)
 
+    def _run(self, config: FitConfig, directory: RunDirectory | None, resume: bool) -> History:
+        line = progress_line(self.progress)
+        try:
+            return Run(self, config, self.callbacks + ([line] if line else []), directory).execute(resume)
+        finally:
+            if line is not None:
+                line.close()
+
     # ---- checks before the first step ----
 
-    def _plan(
+    def _fit_config(
         self,
         x: Any,
         y: Any,
@@ -239,7 +236,7 @@ class Trainer:
         patience: int | None,
         checkpoint_every: int | None,
         save_minutes: float,
-    ) -> Plan:
+    ) -> FitConfig:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         epochs = 1 if epochs is None and steps is None else epochs
@@ -259,7 +256,7 @@ class Trainer:
                 "give steps, or batches that have a len"
             )
         several = epochs is None or epochs > 1
-        return Plan(
+        config = FitConfig(
             batches=batches,
             validation=None
             if validation is None
@@ -271,6 +268,10 @@ class Trainer:
             checkpoint_every=checkpoint_every,
             save_seconds=60 * minutes or math.inf,
         )
+        if total is not None and 0 < total <= self.warmup_steps:
+            rises = f"the learning rate rises for {self.warmup_steps} steps"
+            warn_user(f"{_OP}: {rises}, and the run ends after {total}")
+        return config
 
     def _check_model(self) -> None:
         optim.require(_OP, self.optimizer)  # which may have been exchanged since

@@ -33,7 +33,7 @@ from nplora.finetuning import (
     TokenLoss,
     TokenProgress,
     attach_adapter,
-    before,
+    baseline,
     evaluate,
     finetune,
     load_with_adapter,
@@ -452,7 +452,7 @@ def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Pat
 def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Moving(before.Before):
+    class Moving(baseline.Before):
         def on_fit_start(self, run: Run) -> None:
             super().on_fit_start(run)
             os.chdir("/")
@@ -476,7 +476,7 @@ def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Failing(before.Before):
+    class Failing(baseline.Before):
         def on_step_end(self, run: Run, record: StepRecord) -> None:
             raise ArithmeticError("the machine is gone")
 
@@ -632,9 +632,9 @@ def test_what_was_before_is_not_computed_again(
     def fail(*arguments: Any) -> None:
         raise AssertionError("evaluated before training")
 
-    monkeypatch.setattr(before, "evaluate_batches", fail)
+    monkeypatch.setattr(baseline, "evaluate_batches", fail)
     with monkeypatch.context() as within:
-        within.setattr(before, "generate", fail)
+        within.setattr(baseline, "generate", fail)
         with pytest.raises(ValueError, match="rank was 2, is 3"):
             finetune(model, data, **{**options, "rank": 3}, steps=8, resume=True)
     with pytest.warns(UserWarning, match="total_steps was 4, is 8"):
@@ -824,7 +824,7 @@ def test_ctrl_c_in_the_samples_before_training_leaves_room_for_the_next_run(
 ) -> None:
     options = {**QUICK, "epochs": 1, "sample": ("1+1=",)}
     with monkeypatch.context() as within:
-        within.setattr(before, "generate", interrupt)
+        within.setattr(baseline, "generate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(model, data, tmp_path / "out", **options)
     assert len(finetune(model, data, tmp_path / "out", **options).history.steps) == 5

@@ -1,6 +1,6 @@
 """Fine-tuning a language model on a file of text, and its evaluation: what the commands do."""
 
-from nplora.finetuning.attaching import attach_adapter, load_with_adapter
+from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planned import plan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nplora.finetuning.attaching import Adapters, attach_adapter
+from nplora.finetuning.attach import Adapters, attach_adapter
 from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
-from nplora.finetuning.inputs import checks_of, opened, require_vocabulary
+from nplora.finetuning.load import checks_of, opened, require_vocabulary
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files
 from nplora.formats.files import StrPath

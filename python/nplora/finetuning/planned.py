@@ -8,7 +8,7 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import Adapter
 from nplora.finetuning.data import Dataset
-from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
+from nplora.finetuning.load import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import (
     Adapters,

@@ -15,9 +15,9 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
-from nplora.finetuning.before import Before, answers_of
+from nplora.finetuning.baseline import Before, answers_of
 from nplora.finetuning.data import Dataset
-from nplora.finetuning.inputs import batches_of, checks_of, continued, opened_all
+from nplora.finetuning.load import batches_of, checks_of, continued, opened_all
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planned import adapters_of, fixed_compute, planned, resumed, warning_of
 from nplora.finetuning.planning import Candidate, Wishes

@@ -35,10 +35,10 @@ from nplora.finetuning import (
     attach_adapter,
     baseline,
     evaluate,
+    execution,
     finetune,
     load_with_adapter,
     plan,
-    planned,
     run,
 )
 from nplora.finetuning.data import TokenBatches, read_dataset
@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
                     raise KeyboardInterrupt
 
         monkeypatch.setattr(run, "speaks", lambda progress: True)
-        monkeypatch.setattr(run, "TokenProgress", StopAt)
+        monkeypatch.setattr(run, "TokenProgress", lambda loss, stops=StopAt: stops())
         stopped = finetune(model, data, output, **options)
         monkeypatch.undo()
         assert stopped.history.interrupted
@@ -221,10 +221,27 @@ def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> Non
     assert report.loss_before is report.loss_after is None
 
 
-def test_blocks_computed_again_give_the_same_adapter(model: Path, data: Path, tmp_path: Path) -> None:
-    for again in (False, True):
-        finetune(model, data, tmp_path / str(again), checkpoint_blocks=again, **QUICK)
+def test_recomputed_activations_give_the_same_adapter(model: Path, data: Path, tmp_path: Path) -> None:
+    for recompute in (False, True):
+        finetune(model, data, tmp_path / str(recompute), recompute=recompute, **QUICK)
     assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
+
+
+def test_the_old_name_of_recompute_still_works(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (FinetuneOptions(checkpoint_blocks=True), FinetuneOptions(recompute=True)):
+        assert options.recompute
+        assert dataclasses.replace(options, lr=1e-3).recompute
+    assert not FinetuneOptions().recompute
+    assert not FinetuneOptions(checkpoint_blocks=False).recompute
+    assert plan(model, data, checkpoint_blocks=True).chosen.recompute
+    for name in ("--recompute", "--checkpoint-blocks"):
+        assert cli.main(["plan", str(model), "--data", str(data), name]) == 0
+        assert capsys.readouterr().out.startswith("float32, activations recomputed: ")
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    assert "checkpoint-blocks" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -452,7 +469,7 @@ def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Pat
 def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Moving(baseline.Before):
+    class Moving(baseline.Baseline):
         def on_fit_start(self, run: Run) -> None:
             super().on_fit_start(run)
             os.chdir("/")
@@ -460,7 +477,7 @@ def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
 
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(run, "Before", Moving)
+        patched.setattr(run, "Baseline", Moving)
         report = finetune(model, data, "out", **QUICK)
     assert report.output == tmp_path / "moved"
     assert f"{tmp_path / 'moved'}/ holds the adapter" in str(report)
@@ -476,7 +493,7 @@ def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Failing(baseline.Before):
+    class Failing(baseline.Baseline):
         def on_step_end(self, run: Run, record: StepRecord) -> None:
             raise ArithmeticError("the machine is gone")
 
@@ -484,7 +501,7 @@ def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
     finetune(model, data, out, **QUICK)
     was = files_of(out)
     with monkeypatch.context() as patched:
-        patched.setattr(run, "Before", Failing)
+        patched.setattr(run, "Baseline", Failing)
         with pytest.raises(ArithmeticError):
             finetune(model, data, out, **QUICK, seed=5, overwrite=True)
     for line in (
@@ -554,9 +571,9 @@ def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
 def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (choice, planned):
+    for module in (choice, execution):
         monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
-    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a way of computing that fits"
+    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a plan that fits"
     with pytest.warns(UserWarning, match=told):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
     small = plan(model, data, **QUICK)
@@ -581,7 +598,7 @@ def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TokenBatches, "members", counted)
-    monkeypatch.setattr(run, "batches_of", stop)
+    monkeypatch.setattr(run, "training_batches", stop)
     (data / "valid.jsonl").unlink()
     with pytest.raises(KeyboardInterrupt):
         finetune(model, data, tmp_path / "out", steps=1000)
@@ -608,7 +625,7 @@ def test_a_run_that_was_to_go_on_and_starts_says_so(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
-    told = f"{tmp_path / 'out'}: no run to go on with, a new one starts\n"
+    told = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
     assert cli.main(line) == 0
     assert told in capsys.readouterr().err
     assert cli.main(line) == 0
@@ -644,7 +661,7 @@ def test_what_was_before_is_not_computed_again(
     (data / "valid.jsonl").write_text('{"text": "other"}\n')
     with (
         pytest.warns(UserWarning, match="total_steps was 8, is 9"),
-        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with others$") as told,
+        pytest.warns(UserWarning, match="evaluated on validation data, and continues with others$") as told,
     ):
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
     assert __file__ in {warning.filename for warning in told}
@@ -653,7 +670,7 @@ def test_what_was_before_is_not_computed_again(
     (data / "valid.jsonl").unlink()
     with (
         pytest.warns(UserWarning, match="total_steps was 9, is 10"),
-        pytest.warns(UserWarning, match="evaluated on validation data, and goes on with none$"),
+        pytest.warns(UserWarning, match="evaluated on validation data, and continues without any$"),
     ):
         finetune(model, data, **options, steps=10, resume=True)
     finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
@@ -670,7 +687,7 @@ def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
     whole = finetune(model, data, tmp_path / "whole", **options)
     with monkeypatch.context() as within:
         within.setattr(run, "speaks", lambda progress: True)
-        within.setattr(run, "TokenProgress", Stop)
+        within.setattr(run, "TokenProgress", lambda loss: Stop())
         assert not finetune(model, data, tmp_path / "cut", **options).history.steps
     again = finetune(model, data, tmp_path / "cut", **options, resume=True)
     assert (again.loss_before, again.samples) == (whole.loss_before, whole.samples)
@@ -722,7 +739,7 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
     options = {**QUICK, "epochs": None, "steps": 9, "schedule": "constant", "save_every": 3}
     with monkeypatch.context() as stopped:
         stopped.setattr(run, "speaks", lambda progress: True)
-        stopped.setattr(run, "TokenProgress", lambda: StopAfter(3))
+        stopped.setattr(run, "TokenProgress", lambda loss: StopAfter(3))
         finetune(model, data, evaluated, **options)
     real = TokenLoss.forward_backward
     bad = {"calls": 5}
@@ -1102,8 +1119,8 @@ def test_a_run_cannot_continue_from_what_is_no_adapter_of_the_model(
     start = tmp_path / "start"
     other = save_small_llama(tmp_path / "other.gguf", vocab=300)
     for target, options, error, words in (
-        (model, {"rank": 3}, ValueError, "finetune: rank is the adapter's where a run continues from one"),
-        (model, {"targets": "q_proj"}, ValueError, "finetune: targets is the adapter's"),
+        (model, {"rank": 3}, ValueError, "finetune: rank is decided by the adapter to continue from"),
+        (model, {"targets": "q_proj"}, ValueError, "finetune: targets is decided by the adapter"),
         (model, {"adapter": ""}, ValueError, "adapter"),
         (model, {"adapter": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
         (other, {}, FormatError, "'lm_head': for a weight"),
@@ -1196,7 +1213,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 20 examples" in done.stderr
-    assert re.search(r"^step 1/10, loss [\d.]+, \d+ learned tokens/s, ", done.stderr, re.MULTILINE)
+    assert re.search(r"^step 1/10, loss [\d.]+, \d+ tokens/s \(\d+ trained\), ", done.stderr, re.MULTILINE)
     assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
     assert re.search(
         r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
@@ -1386,9 +1403,9 @@ def test_a_file_to_evaluate_on_is_enough_for_eval(model: Path, data: Path) -> No
 @pytest.mark.parametrize(
     ("columns", "shown"),
     [
-        (200, "step 30/36000, loss 3.0000 (mean of 20 steps), 50 learned tokens/s, MB, 19:59:00 left"),
-        (80, "step 30/36000, loss 3.0000, 50 learned tokens/s, MB, 19:59:00 left"),
-        (65, "step 30/36000, loss 3.0000, 50 learned tokens/s, 19:59:00 left"),
+        (200, "step 30/36000, loss 3.0000 (mean of 20 steps), 125 tokens/s (50 trained), MB, 19:59:00 left"),
+        (80, "step 30/36000, loss 3.0000, 125 tokens/s (50 trained), MB, 19:59:00 left"),
+        (72, "step 30/36000, loss 3.0000, 125 tokens/s (50 trained), 19:59:00 left"),
         (50, "step 30/36000, loss 3.0000, 19:59:00 left"),
         (30, "step 30/36000, loss 3.0000"),
         (10, "step 30/3"),
@@ -1401,11 +1418,13 @@ def test_the_progress_line_fits_its_terminal(
     drawn.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", drawn)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
-    progress = TokenProgress()
+    loss = TokenLoss()
+    progress = TokenProgress(loss)
     run = types.SimpleNamespace(total_steps=36_000)
     for step in range(1, 31):
         record = StepRecord(step, 1, 3.0, 100, 1e-3, 1.0, 2.0)
         progress._drawn = -math.inf
+        loss.tokens += 250
         progress.on_step_end(run, record)  # type: ignore[arg-type]
     last = drawn.getvalue().rpartition("\r")[2].rstrip()
     assert re.sub(r"\d+ MB", "MB", last) == shown

@@ -16,21 +16,22 @@ from bench import bench_plan
 
 import nplora
 from nplora import cli
-from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planned
+from nplora.finetuning import FinetuneOptions, TokenLoss, execution, finetune, plan
 from nplora.finetuning.data import read_dataset
 from nplora.finetuning.planning import (
     Adapters,
+    Alternative,
     BudgetError,
-    Candidate,
-    Pass,
+    ExecutionPlan,
+    MicroBatch,
     available_memory,
     choice,
     current_memory,
+    memory_plan,
     parse_bytes,
     peak_memory,
     resident,
 )
-from nplora.finetuning.planning.choice import Other
 from nplora.finetuning.planning.memory import Memory, predicted
 from nplora.finetuning.planning.resident import unread
 from nplora.formats.gguf import Typed
@@ -113,14 +114,14 @@ def test_targets_are_those_that_a_packed_batch_counts(model: Path, data: Path) -
 # ---- what is chosen ----
 
 
-def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.finetuning.planning.Plan:
+def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.finetuning.planning.MemoryPlan:
     """A plan of so many megabytes above those that the process has had at most."""
     return plan(model, data, memory=int(peak_memory() + megabytes * MEGABYTE), **options)
 
 
 def test_a_large_budget_changes_nothing(model: Path, data: Path) -> None:
     found = sized(model, data, 10_000)
-    assert found.chosen == Candidate("float32", False, None)
+    assert found.chosen == ExecutionPlan("float32", False, None)
     assert found.memory.total <= found.limit
 
 
@@ -141,19 +142,19 @@ def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
 ) -> None:
     """Ways of 10, 20, ... MB, each of which takes as much longer as it is smaller."""
     sizes = (50, 40, 30, 20, 10)
-    ways = {mb: Candidate("float32", mb < 40, mb) for mb in sizes}
+    plans = {mb: ExecutionPlan("float32", mb < 40, mb) for mb in sizes}
     found = dataclasses.replace(
         plan(model, data),
-        chosen=ways[30],
+        chosen=plans[30],
         seconds=70,
         memory=Memory(30 * MEGABYTE, 0, 0, 0, 0, 0, 0),
-        others=tuple(Other(ways[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
+        others=tuple(Alternative(plans[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
         limit=32 * MEGABYTE,
     )
     assert str(found).splitlines()[-3:] == [
         f"too large: {found.others[1]}",
         f"or: {found.others[2]}",
-        "and 2 other ways: nplora plan --verbose tells all",
+        "and 2 other plans: nplora plan --verbose lists all",
     ]
     assert found.table().splitlines()[-4:] == [
         f"{word}: {other}"
@@ -174,18 +175,18 @@ def test_the_command_tells_all_ways_on_request(
 
 
 def test_what_is_fixed_stays(model: Path, data: Path) -> None:
-    found = sized(model, data, 10_000, compute="bfloat16", checkpoint_blocks=True)
-    assert found.chosen == Candidate("bfloat16", True, None)
-    assert {(other.way.compute, other.way.checkpoint_blocks) for other in found.others} == {
-        ("bfloat16", True)
-    }
+    found = sized(model, data, 10_000, compute="bfloat16", recompute=True)
+    assert found.chosen == ExecutionPlan("bfloat16", True, None)
+    assert {(other.plan.compute, other.plan.recompute) for other in found.others} == {("bfloat16", True)}
 
 
 def test_the_arithmetic_of_a_model_that_is_there_stays(model: Path, data: Path) -> None:
     for compute in ("float32", "bfloat16"):
         lm = load_model(model, compute)
         found = sized(lm, data, 10_000)
-        assert {way.compute for way in (found.chosen, *(other.way for other in found.others))} == {compute}
+        assert {planned.compute for planned in (found.chosen, *(other.plan for other in found.others))} == {
+            compute
+        }
 
 
 def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
@@ -244,8 +245,8 @@ def test_the_command_takes_targets_as_finetune_does(
 
 
 def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:
-    found = plan(model, data, checkpoint_blocks=True, steps=5, accumulate=2)
-    assert (found.chosen, found.others, found.steps) == (Candidate("float32", True, None), (), 5)
+    found = plan(model, data, recompute=True, steps=5, accumulate=2)
+    assert (found.chosen, found.others, found.steps) == (ExecutionPlan("float32", True, None), (), 5)
     assert found.memory.total == sum(vars(found.memory).values())
     assert "at most" in str(found)
 
@@ -253,14 +254,14 @@ def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, dat
 def test_the_list_of_a_runs_batches_is_not_counted_as_memory_of_the_run(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work_of, listed = planned._work_of, []
+    work_of, listed = execution._work_of, []
 
     def long(*arguments: Any) -> Any:
         listed.append(np.ones(50 * MEGABYTE, np.uint8))
         return work_of(*arguments)
 
     before = plan(model, data).memory.process
-    monkeypatch.setattr(planned, "_work_of", long)
+    monkeypatch.setattr(execution, "_work_of", long)
     assert plan(model, data).memory.process - before < 25 * MEGABYTE
 
 
@@ -290,12 +291,12 @@ def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = Memory(226_400_000, 0, 0, 0, 0, 0, 0)
-    assert choice.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
+    assert memory_plan.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
     assert "226 MB at most" in str(
         dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
     )
     monkeypatch.setattr(choice, "needed", lambda *arguments: need)
-    monkeypatch.setattr(choice, "_SPARE", 1.0)
+    monkeypatch.setattr(choice, "_MARGIN", 1.0)
     with pytest.raises(BudgetError, match="needs 227 MB and 0% to spare, 226 MB are allowed"):
         plan(model, data, memory=226_399_999)
 
@@ -334,7 +335,7 @@ def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
 ) -> None:
     """The budget lies above what is in memory now, below what is needed, and that below an earlier peak."""
     choice = "nplora.finetuning.planning.choice"
-    monkeypatch.setattr(f"{choice}._SPARE", 1.0)
+    monkeypatch.setattr(f"{choice}._MARGIN", 1.0)
     monkeypatch.setattr(f"{choice}.current_memory", lambda: 10 * MEGABYTE)
     monkeypatch.setattr(f"{choice}.unread", lambda source: 0)
     data = tmp_path / "long.jsonl"
@@ -414,9 +415,9 @@ def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
 # ---- the model of memory ----
 
 
-def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
+def memory_of(lm: Any, one: MicroBatch, planned: ExecutionPlan, **adapters: Any) -> Any:
     given = {"rank": 8, "targets": "all-linear", "layers": None, "use_dora": False, **adapters}
-    return predicted(lm.config, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
+    return predicted(lm.config, Adapters.of(lm, **given), one, 0, planned, 1, (0, 0))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -437,8 +438,8 @@ def test_kept_activations_are_those_of_a_pass(
 ) -> None:
     """Counted by the arrays that a forward pass hands to the backward pass."""
     lm = load_model(model, compute)
-    one = Pass(256, 256, 128)
-    wanted = memory_of(lm, one, Candidate(compute, again), **adapters).kept
+    one = MicroBatch(256, 256, 128)
+    wanted = memory_of(lm, one, ExecutionPlan(compute, again), **adapters).kept
     lm.add_lora(**{"rank": 8, **adapters})
     lm.model.checkpoint_blocks = again
     batch = pack([(np.arange(128), np.arange(128))] * 2)
@@ -450,10 +451,10 @@ def test_kept_activations_are_those_of_a_pass(
 
 
 def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -> None:
-    lm, one = load_model(model), Pass(256, 256, 128)
-    for way in (Candidate("float32", False), Candidate("float32", True)):
+    lm, one = load_model(model), MicroBatch(256, 256, 128)
+    for planned in (ExecutionPlan("float32", False), ExecutionPlan("float32", True)):
         first, last, every = (
-            memory_of(lm, one, way, layers=layers).work for layers in ("first:1", "last:1", None)
+            memory_of(lm, one, planned, layers=layers).work for layers in ("first:1", "last:1", None)
         )
         assert first == last == every
 
@@ -663,20 +664,20 @@ def test_a_run_with_a_plan_goes_on_to_the_bit(
 ) -> None:
     """Whatever a plan would choose when the run goes on, the first one's pieces and arithmetic stay."""
     options = {"rank": 2, "lr": 1e-2, "batch_examples": 8, "save_every": 2, "memory": "100G"}
-    ways = [Candidate(compute or "float32", True, 24), Candidate("bfloat16", False, None)]
+    plans = [ExecutionPlan(compute or "float32", True, 24), ExecutionPlan("bfloat16", False, None)]
 
-    def scripted(way: Candidate) -> None:
-        real = planned.choose
+    def scripted(planned: ExecutionPlan) -> None:
+        real = execution.choose
 
-        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, *rest: Any) -> Any:
-            found = real(lm, adapters, work, wishes, *rest)
-            if wishes.pieces is not None:  # goes on
+        def choose(lm: Any, adapters: Any, work: Any, constraints: Any, *rest: Any) -> Any:
+            found = real(lm, adapters, work, constraints, *rest)
+            if constraints.micro_tokens is not None:  # goes on
                 return found
-            return type(found)(way, found.memory, found.seconds, found.steps)
+            return type(found)(planned, found.memory, found.seconds, found.steps)
 
-        monkeypatch.setattr(planned, "choose", choose)
+        monkeypatch.setattr(execution, "choose", choose)
 
-    scripted(ways[0])
+    scripted(plans[0])
     finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)
     finetune(model, data, tmp_path / "parts", steps=3, schedule="constant", **options)
     log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]

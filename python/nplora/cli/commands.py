@@ -263,6 +263,9 @@ def _add_options(parser: argparse.ArgumentParser, options: type, shown: str = "h
         hidden = not field.metadata.get(shown, True)
         if kind is bool:
             parser.add_argument(name, action="store_true", help=argparse.SUPPRESS if hidden else text)
+            if alias := field.metadata.get("alias"):
+                old = f"--{alias.replace('_', '-')}"
+                parser.add_argument(old, dest=field.name, action="store_true", help=argparse.SUPPRESS)
             continue
         several = typing.get_origin(kind) is tuple
         plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]

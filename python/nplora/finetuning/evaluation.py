@@ -6,7 +6,7 @@ from typing import Any
 
 from nplora.finetuning.attach import Adapters, attach_adapter
 from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
-from nplora.finetuning.load import checks_of, opened, require_vocabulary
+from nplora.finetuning.load import evaluation_batches, opened, require_vocabulary
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files
 from nplora.formats.files import StrPath
@@ -59,7 +59,7 @@ def evaluate(
     require_vocabulary(lm, dataset)
     speaker(progress)(str(dataset.report))
     told = {name: getattr(dataset.report, name) for name in _TOLD}
-    return evaluate_batches(lm, checks_of(dataset)) | told
+    return evaluate_batches(lm, evaluation_batches(dataset)) | told
 
 
 def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]:

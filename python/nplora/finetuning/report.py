@@ -73,9 +73,11 @@ class FinetuneReport:
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         if len(last) > 1:
             losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
-        rate = self.tokens / max(1e-9, history.seconds)
+        trained = self.tokens / max(1e-9, history.seconds)
+        rate = trained * self.train.tokens / max(1, self.train.learned)  # over whole epochs, this is exact
         lines.append(
-            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "
+            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, "
+            f"{rate:.0f} tokens/s ({trained:.0f} trained), "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
         lines.append(f"trained {self.trained:,} of {self.parameters:,} numbers")

@@ -28,8 +28,8 @@ _HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What one forward and backward pass reads: tokens, those that are learned, the longest sequence."""
+class MicroBatch:
+    """The size of one forward and backward pass: its tokens, its trained tokens, its longest sequence."""
 
     tokens: int
     targets: int
@@ -37,25 +37,23 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A way of computing a step. None of them changes what is learned, but for rounding.
+class ExecutionPlan:
+    """How a step is computed. No plan changes what is trained, except by rounding.
 
     Attributes:
-        compute: arithmetic of the frozen products.
-        checkpoint_blocks: activations are computed again in backward.
-        micro_tokens: a batch is cut into pieces of at most so many tokens; None: it is not.
+        compute: the arithmetic of the frozen products.
+        recompute: activations are recomputed in backward (gradient checkpointing).
+        micro_tokens: a batch is cut into micro-batches of at most this many tokens; None: it is not cut.
     """
 
     compute: str
-    checkpoint_blocks: bool
+    recompute: bool
     micro_tokens: int | None = None
 
     def __str__(self) -> str:
-        kept = "activations computed again" if self.checkpoint_blocks else "activations kept"
-        pieces = (
-            "" if self.micro_tokens is None else f", batches in pieces of up to {self.micro_tokens} tokens"
-        )
-        return f"{self.compute}, {kept}{pieces}"
+        activations = "activations recomputed" if self.recompute else "activations kept"
+        cut = "" if self.micro_tokens is None else f", micro-batches of up to {self.micro_tokens} tokens"
+        return f"{self.compute}, {activations}{cut}"
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,10 @@ class Memory:
     process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
     factors: int = dataclasses.field(metadata={"text": "factors, their gradients and moments"})
-    prefix: int = dataclasses.field(metadata={"text": "what frozen blocks made, for later epochs"})
+    prefix: int = dataclasses.field(metadata={"text": "outputs of frozen blocks, kept for later epochs"})
     kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
-    work: int = dataclasses.field(metadata={"text": "what a block, or head and loss, work in"})
-    scratch: int = dataclasses.field(metadata={"text": "the threads' scratch, small arrays"})
+    work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
+    scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, small arrays"})
 
     @property
     def total(self) -> int:
@@ -168,9 +166,9 @@ class Memory:
 def predicted(
     config: ModelConfig,
     adapters: Adapters,
-    step: Pass,
+    step: MicroBatch,
     evaluated: int,
-    way: Candidate,
+    plan: ExecutionPlan,
     threads: int,
     resident: tuple[int, int],
     prefix_tokens: int = 0,
@@ -178,12 +176,12 @@ def predicted(
     """The peak of training.
 
     Args:
-        step: the largest pass.
+        step: the largest micro-batch.
         evaluated: the tokens of a batch that is evaluated, 0 without any.
         resident: bytes in memory before the adapters are made, and those of the weights not read yet.
         prefix_tokens: for which a `KeptPrefix` holds rows in memory.
     """
-    narrow = way.compute == "bfloat16"
+    narrow = plan.compute == "bfloat16"
     first = adapters.first_block(config.num_hidden_layers)
     blocks = [
         _Block(config, adapters, adapters.of_block(block), step.tokens, narrow)
@@ -191,7 +189,7 @@ def predicted(
     ]
     stream = _FLOAT * config.hidden_size * step.tokens
     head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
-    if way.checkpoint_blocks:
+    if plan.recompute:
         kept = len(blocks) * stream
         works = [max(2 * stream + block.kept + block.backward, block.forward) for block in blocks]
     else:

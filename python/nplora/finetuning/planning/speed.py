@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.planning.memory import Adapters, Pass
+from nplora.finetuning.planning.memory import Adapters, MicroBatch
 from nplora.lm import LanguageModel
 from nplora.models.places import packed_places
 from nplora.models.rope import Rope
@@ -46,11 +46,11 @@ class Speed:
     head: Cost
     operations: float  # floating-point operations a second, of the block's products
 
-    def step(self, lm: LanguageModel, adapters: Adapters, one: Pass, checkpoint_blocks: bool) -> float:
+    def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
         """Seconds of a forward and backward pass."""
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
-        forwards = blocks + (trained if checkpoint_blocks else 0)
+        forwards = blocks + (trained if recompute else 0)
         products = forwards * self.forward.of(one.tokens) + trained * self.backward.of(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])

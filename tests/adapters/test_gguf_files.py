@@ -16,7 +16,7 @@ import pytest
 
 import nplora
 from nplora import adapters, cli
-from nplora.cli import info
+from nplora.cli import description
 from nplora.formats import base_model, gguf, gguf_names, peft_adapter, peft_config, safetensors
 from nplora.formats.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from nplora.formats.gguf import Typed
@@ -499,7 +499,7 @@ def test_many_layers_and_many_patterns_are_refused_before_any_is_matched(
     ):
         nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base_config(tmp_path / "base"))
     with pytest.raises(LimitError):
-        info.describe(tmp_path / "peft")
+        description.describe(tmp_path / "peft")
 
 
 def test_an_adapter_without_factors_is_refused(tmp_path: Path) -> None:

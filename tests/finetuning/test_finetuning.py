@@ -8,10 +8,7 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
@@ -23,6 +20,7 @@ import pytest
 
 import nplora
 import small_models
+from commands import command
 from dead_streams import DEAD
 from hostile import refused
 from nplora import cli
@@ -227,21 +225,13 @@ def test_recomputed_activations_give_the_same_adapter(model: Path, data: Path, t
     assert files_of(tmp_path / "True") == files_of(tmp_path / "False")
 
 
-def test_the_old_name_of_recompute_still_works(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_old_name_of_recompute_still_works(model: Path, data: Path) -> None:
     for options in (FinetuneOptions(checkpoint_blocks=True), FinetuneOptions(recompute=True)):
         assert options.recompute
         assert dataclasses.replace(options, lr=1e-3).recompute
     assert not FinetuneOptions().recompute
     assert not FinetuneOptions(checkpoint_blocks=False).recompute
     assert plan(model, data, checkpoint_blocks=True).chosen.recompute
-    for name in ("--recompute", "--checkpoint-blocks"):
-        assert cli.main(["plan", str(model), "--data", str(data), name]) == 0
-        assert capsys.readouterr().out.startswith("float32, activations recomputed: ")
-    with pytest.raises(SystemExit):
-        cli.main(["finetune", "--help"])
-    assert "checkpoint-blocks" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -621,19 +611,6 @@ def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
     assert again.loss_after == first.loss_after
 
 
-def test_a_run_that_was_to_go_on_and_starts_says_so(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
-    told = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
-    assert cli.main(line) == 0
-    assert told in capsys.readouterr().err
-    assert cli.main(line) == 0
-    done = capsys.readouterr()
-    assert told not in done.err
-    assert "\n1 step in " in done.out
-
-
 def test_what_was_before_is_not_computed_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -812,24 +789,6 @@ def test_the_adapter_is_saved_before_the_samples_and_the_report(
         line = f"finetune {model} --data {data} --output {tmp_path / 'cli'} --rank 2 --lr 0.01 --epochs 1"
         assert cli.main([*line.split(), "--batch-examples", "4"]) == 130
     assert files_of(tmp_path / "cli") == files_of(plain)
-
-
-def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
-    model: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "stdout", DEAD["disk"])
-    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --rank 2 --steps 2"
-    assert cli.main(line.split()) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (
-        "nplora: error: no space left on device; "
-        f"stdout could not be written; {tmp_path / 'out'} holds the adapter"
-    )
-    assert len(files_of(tmp_path / "out")) == 2
 
 
 def interrupt(*arguments: Any) -> str:
@@ -1164,29 +1123,7 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
     assert not (tmp_path / "out").exists()
 
 
-# ---- the commands ----
-
-
-def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "nplora", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, **more)
-
-
-def test_eval_tells_of_all_that_it_does_not_count(model: Path, data: Path) -> None:
-    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
-    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = ["eval", model, "--data", data, "--max-length", 5]
-    done = command(*line, "--skip-bad", "--json")
-    told = json.loads(done.stdout)
-    assert told.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
-    assert told["source"] == str(data / "valid.jsonl")
-    counted = (
-        "1 cut to the largest length; 1 left out, which had nothing to learn within it; 1 bad row skipped"
-    )
-    assert counted in done.stderr
-    done = command(*line, "--skip-bad", "--strict")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "valid.jsonl, line 1: 10 tokens, at most 5 are allowed" in done.stderr
+# ---- progress, answers, and adapters in the wrong place ----
 
 
 def test_a_line_that_is_redrawn_stays_within_the_terminal(
@@ -1203,94 +1140,6 @@ def test_a_line_that_is_redrawn_stays_within_the_terminal(
     drawn = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line.startswith("step ")]
     assert drawn
     assert {re.sub(r"[\d.]+", "0", line) for line in drawn} == {"step 0/0, loss 0, 0:0 left"}
-
-
-def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    done = command(
-        "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
-        "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "train.jsonl: 20 examples" in done.stderr
-    assert re.search(r"^step 1/10, loss [\d.]+, \d+ tokens/s \(\d+ trained\), ", done.stderr, re.MULTILINE)
-    assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
-    assert re.search(
-        r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
-    )
-    config = json.loads((output / "adapter_config.json").read_text())
-    parts = {name.rpartition(".")[2] for name in config["target_modules"]}
-    assert parts == {"q_proj", "v_proj", "o_proj"}
-    assert " left" in done.stderr
-    assert "validation loss " in done.stdout
-    base = json.loads(command("eval", model, "--data", data, "--json").stdout)
-    adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
-    assert adapted["loss"] < base["loss"]
-    assert f"-> {adapted['loss']:.4f}" in done.stdout
-    plain = command("eval", model, "--data", data)
-    assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
-    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
-    answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
-    lm = load_with_adapter(model, output)
-    assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
-    asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
-    assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
-    assert asked.stderr == ""
-    for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
-        line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
-        odd = subprocess.run(line, input=given, capture_output=True)
-        assert odd.returncode == 2
-        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
-    full = command("generate", model, "1" * 58)
-    assert full.stderr == (
-        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
-    )
-    chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
-    assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        ("finetune M --data D --output O --rank 0", 2, "rank is 0"),
-        ("finetune M --data D --output O --rank x", 2, "argument --rank: invalid int value: 'x'"),
-        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
-        ("finetune M --data D", 2, "the following arguments are required: --output"),
-        ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
-        ("finetune M --data no.jsonl --output O", 2, "no such file: no.jsonl"),
-        ("finetune no.gguf --data D --output O", 2, "no such file: no.gguf"),
-        ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
-        ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
-        ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
-        ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
-        ("finetune M --data D --output O --save-minutes -1", 2, "save_minutes is -1.0"),
-        (
-            "finetune M --data D --output O --layers 4",
-            2,
-            "finetune: layers='4', expected 'last:N' or 'first:N'",
-        ),
-        ("finetune . --data D --output O", 2, ".: the directory holds no config.json"),
-        ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
-        ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
-        ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
-        ("eval M --data D --max-length 1", 2, "max_length is 1"),
-        ("eval M --data D --max-length 0", 2, "max_length is 0"),
-        ("eval M --data D --adapter no", 2, "no such file: no\n"),
-        ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
-        ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
-        ("generate M x --temperature -1", 2, "temperature is -1.0"),
-        ("generate M x --top-p 2", 2, "top_p is 2.0"),
-    ],
-)
-def test_a_wrong_command_is_one_line_and_writes_nothing(
-    model: Path, data: Path, tmp_path: Path, arguments: str, status: int, message: str
-) -> None:
-    words = {"M": model, "D": data, "O": tmp_path / "out"}
-    done = command(*(words.get(word, word) for word in arguments.split()))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("nplora: error: ")]
-    assert (done.returncode, done.stdout, len(errors)) == (status, "", 1), done.stderr
-    assert message in f"{errors[0]}\n"
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
@@ -1312,70 +1161,6 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
     assert lm.generate(tuple(chat), 8) == one
     with pytest.raises(ValueError, match="top_k is 0"):
         lm.generate("x", top_k=0)
-
-
-def test_plan_shows_what_changes_a_plan_and_takes_all_of_finetune(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--help"])
-    shown = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
-    assert {"rank", "layers", "batch-tokens", "max-length", "memory", "keep-prefix"} <= shown
-    hidden = {
-        "alpha",
-        "lr",
-        "warmup",
-        "resume",
-        "overwrite",
-        "sample",
-        "output",
-        "save-every",
-        "save-minutes",
-    }
-    assert not shown & hidden
-    others = "--lr 1e-3 --output out --save-every 5 --overwrite --sample x"
-    assert cli.main(f"plan {model} --data {data} --targets q_proj,v_proj {others}".split()) == 0
-    assert "MB at most" in capsys.readouterr().out
-
-
-def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["finetune", "--help"])
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(FinetuneOptions):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert field.metadata["help"].split()[0] in text
-
-
-def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
-    options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
-    for output in (tmp_path / "whole", tmp_path / "cut"):
-        line = [
-            sys.executable,
-            "-m",
-            "nplora",
-            "finetune",
-            model,
-            "--data",
-            data,
-            "--output",
-            output,
-            *options,
-        ]
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if output.name == "cut":
-            log = output / "log.jsonl"
-            while process.poll() is None and not (log.exists() and log.read_text().count('"step"') > 20):
-                time.sleep(0.01)
-            os.kill(process.pid, signal.SIGINT)
-        printed, errors = process.communicate(timeout=120)
-        assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
-    assert b"interrupted: --resume goes on" in printed
-    assert (tmp_path / "cut" / "adapter_model.safetensors").exists()
-    assert files_of(tmp_path / "cut") != files_of(tmp_path / "whole")
-    done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
 def test_an_adapter_in_the_wrong_place_is_told_where_it_goes(model: Path, data: Path, tmp_path: Path) -> None:

@@ -162,18 +162,6 @@ def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
     ]
 
 
-def test_the_command_tells_all_ways_on_request(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["plan", str(model), "--data", str(data), "--memory", "9G", "--batch-examples", "20"]
-    counts = []
-    for more in ([], ["--verbose"]):
-        assert cli.main([*arguments, *more]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        counts.append(sum(line.startswith(("or: ", "too large: ")) for line in lines))
-    assert counts[0] <= 2 < counts[1]
-
-
 def test_what_is_fixed_stays(model: Path, data: Path) -> None:
     found = sized(model, data, 10_000, compute="bfloat16", recompute=True)
     assert found.chosen == ExecutionPlan("bfloat16", True, None)
@@ -235,13 +223,6 @@ def test_a_model_for_inference_is_neither_planned_nor_trained(
             call()
     assert not lm.adapter_layers()
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_takes_targets_as_finetune_does(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["plan", str(model), "--data", str(data), "--targets", "q_proj,v_proj", "--targets", "o_proj"]
-    assert cli.main(arguments) == 0, capsys.readouterr().err
 
 
 def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:

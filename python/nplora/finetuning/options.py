@@ -1,4 +1,4 @@
-"""FinetuneOptions: the options of a fine-tuning run, and the help of each."""
+"""FinetuneOptions and EvaluateOptions: the options of a run and of an evaluation, and the help of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nplora.finetuning.planning import parse_bytes
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
-from nplora.weights import COMPUTES
+from nplora.weights import COMPUTES, INFERENCE_COMPUTES
 
 _OP = "finetune"
 DEFAULT_EXAMPLES = 8
@@ -158,3 +158,22 @@ class FinetuneOptions:
         _check.probability(_OP, "dropout", self.dropout)
         for name in ("weight_decay", "save_minutes"):
             _check.at_least(_OP, name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of an evaluation; `nplora eval --help` prints their help."""
+
+    max_length: int | None = _option(
+        None, "maximum tokens of an example; longer examples are cut (default: the model's context)"
+    )
+    learn: str = _option(
+        "completion", "tokens that count: completions and assistant turns, or all", choices=LEARN
+    )
+    skip_bad: bool = _option(False, "skip and count bad lines of the data")
+    strict: bool = _option(False, "refuse examples that are longer than --max-length")
+    compute: str | None = _option(
+        None,
+        "arithmetic of the frozen products; int8: for quantised weights and few tokens (default: float32)",
+        choices=INFERENCE_COMPUTES,
+    )

@@ -37,7 +37,7 @@ def test_an_option_that_would_do_nothing_is_refused(
 
 
 @pytest.mark.parametrize("line", ["convert a b --dtype bogus", "merge a b --output c --dtype foo"])
-def test_a_storage_type_that_is_not_known_is_refused(line: str) -> None:
+def test_an_unknown_storage_type_is_refused(line: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(line.split())
     assert caught.value.code == 2

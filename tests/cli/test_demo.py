@@ -29,7 +29,7 @@ def test_the_arguments_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_rank_of_0_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_0_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
     for what in (dictionary, digits):
         monkeypatch.setattr(what, "run", lambda output, rank, *_: ranks.append(rank))

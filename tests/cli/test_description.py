@@ -169,8 +169,8 @@ def test_a_model_of_hugging_face_is_described_in_one_file_and_in_several(shards:
     assert lines[-1] == f"all-linear {len(lm.adapter_layers())} layers {lm.num_trainable:,} parameters"
 
 
-def test_matrices_in_nf4_are_described_as_what_they_stand_for(tmp_path: Path) -> None:
-    """As test_bitsandbytes has them; their parts are no tensors of the model."""
+def test_matrices_in_nf4_are_described_as_matrices(tmp_path: Path) -> None:
+    """The matrices of test_bitsandbytes; their parts are not listed as tensors of the model."""
     tensors, _ = stored((5, 64), nested=True)
     tensors = {name.replace("w", "up.weight", 1): array for name, array in tensors.items()}
     safetensors.save(tmp_path / "model.safetensors", tensors | {"norm": np.ones(64, np.float16)})
@@ -188,7 +188,7 @@ def test_matrices_in_nf4_are_described_as_what_they_stand_for(tmp_path: Path) ->
     ]  # fmt: skip
 
 
-def test_an_adapter_beside_a_model_is_the_adapter(tmp_path: Path) -> None:
+def test_a_directory_with_an_adapter_and_a_model_is_described_as_the_adapter(tmp_path: Path) -> None:
     tensors = {f"{PREFIX}q.lora_{half}.weight": factor for half, factor in zip("AB", pair(2), strict=True)}
     peft_adapter.save(tmp_path, PeftConfig(r=2), tensors)
     (tmp_path / "config.json").write_text("{}")
@@ -250,7 +250,7 @@ def test_a_peft_adapter_is_described_with_its_norms(
     ]
 
 
-def test_what_does_not_fit_in_a_peft_adapter_is_told_beside_the_rest(tmp_path: Path) -> None:
+def test_tensors_of_a_peft_adapter_that_do_not_fit_are_listed_too(tmp_path: Path) -> None:
     lora_a, lora_b = pair(2)
     tensors = {f"{PREFIX}{name}.lora_A.weight": lora_a for name in ("good", "rank", "nan")}
     tensors |= {f"{PREFIX}{name}.lora_B.weight": lora_b for name in ("good", "rank", "nan")}
@@ -260,7 +260,7 @@ def test_what_does_not_fit_in_a_peft_adapter_is_told_beside_the_rest(tmp_path: P
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text() + "\n")
     lines = squeezed(description.describe(tmp_path))
-    assert lines[0] == f"{tmp_path}: PEFT's DoRA adapter for a model that is not named"
+    assert lines[0] == f"{tmp_path}: PEFT's DoRA adapter for an unnamed model"
     assert lines[2] == "the configuration is not the one that was saved with the tensors"
     assert row("good", lora_a, lora_b, 4) in lines
     assert lines[-2:] == [
@@ -291,8 +291,8 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
     ]
 
 
-def test_what_other_commands_refuse_is_said_of_models_and_adapters(tmp_path: Path) -> None:
-    """And the commands that the line names do refuse them."""
+def test_the_description_says_which_commands_refuse_a_file(tmp_path: Path) -> None:
+    """The commands that the line names really refuse it."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(small_models.config(model_type="gemma9")))
     safetensors.save(tmp_path / "hf" / "model.safetensors", small_models.hf_tensors())
@@ -301,15 +301,15 @@ def test_what_other_commands_refuse_is_said_of_models_and_adapters(tmp_path: Pat
     adapter = tmp_path / "a.gguf"
     gguf_adapter.save(adapter, GgufAdapter("gemma9", 1.0, {"blk.0.attn_q.weight": Pair(lora_a, lora_b)}))
     start, known = "this nplora does not know architecture 'gemma9': ", "known: llama, qwen2, qwen3"
-    told = "finetune, eval, generate, merge and convert refuse it"
-    assert description.describe(model).splitlines()[1] == f"{start}{told}; {known}"
-    told, known_there = (
+    words = "finetune, eval, generate, merge and convert refuse it"
+    assert description.describe(model).splitlines()[1] == f"{start}{words}; {known}"
+    words, known_there = (
         "finetune, eval, generate and convert refuse it",
         known.replace("a, q", "a, mistral, q"),
     )
-    assert description.describe(tmp_path / "hf").splitlines()[1] == f"{start}{told}; {known_there}"
-    told = "eval, generate, merge, combine and convert refuse it"
-    assert description.describe(adapter).splitlines()[1] == f"{start}{told}; {known}"
+    assert description.describe(tmp_path / "hf").splitlines()[1] == f"{start}{words}; {known_there}"
+    words = "eval, generate, merge, combine and convert refuse it"
+    assert description.describe(adapter).splitlines()[1] == f"{start}{words}; {known}"
     for path in (model, tmp_path / "hf"):
         with pytest.raises(UnsupportedError, match="'gemma9', expected one of llama"):
             nplora.load_model(path)
@@ -329,7 +329,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) 
     assert "  k\\n  v\\x1b]0;title\\x07" in text
 
 
-def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
+def test_any_other_file_is_refused(tmp_path: Path) -> None:
     for name, data in (("text", b"a text of some kind"), ("empty", b""), ("short", b"GG")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(FormatError, match=r"(begins with b'.+'|is empty), expected GGUF or") as caught:
@@ -342,7 +342,7 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
         description.describe(tmp_path)
 
 
-def test_nothing_is_to_be_adapted_in_what_was_trained(tmp_path: Path) -> None:
+def test_adapters_and_checkpoints_have_no_layers_to_adapt(tmp_path: Path) -> None:
     model = nplora.Sequential(nplora.LoRALinear(np.ones((4, 5), np.float32), rank=2))
     nplora.save_adapter(model, tmp_path)
     trainer = nplora.Trainer(model, loss="mse", optimizer=nplora.AdamW(lr=0.1))
@@ -350,6 +350,6 @@ def test_nothing_is_to_be_adapted_in_what_was_trained(tmp_path: Path) -> None:
     checkpoints = list((tmp_path / "run").glob("checkpoint-*.safetensors"))
     assert checkpoints
     for path in (tmp_path / peft_adapter.TENSORS, *checkpoints):
-        told = description.describe(path)
-        assert "types" in told.splitlines()
-        assert "LoRA of rank" not in told
+        text = description.describe(path)
+        assert "types" in text.splitlines()
+        assert "LoRA of rank" not in text

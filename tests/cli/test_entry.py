@@ -95,7 +95,7 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.parametrize("name", ["NPLORA_ISA", "NPLORA_PARALLEL"])
 def test_a_mistake_in_the_environment_is_one_line(name: str, tmp_path: Path) -> None:
-    script = tmp_path / "nplora"  # as pip makes it of the entry point
+    script = tmp_path / "nplora"  # as pip makes it from the entry point
     script.write_text("import sys\nfrom nplora.cli import main\nsys.exit(main())\n")
     environment = os.environ | {name: "foo", "PYTHONPATH": str(Path(nplora.__file__).parents[1])}
     for line in (["-m", "nplora", "info"], [str(script), "info"]):
@@ -128,7 +128,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_while_the_options_are_looked_up_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_parser_is_made_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(words: object) -> None:
         raise KeyboardInterrupt
 
@@ -194,8 +194,8 @@ def test_streams_that_are_closed_leave_no_traceback(
     monkeypatch.setattr(finetuning, "load_with_adapter", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", None)
     assert cli.main(["generate", "m", "-"]) == 2
-    told = "nplora: error: the prompt cannot be read: standard input is closed\n"
-    assert capsys.readouterr().err == told
+    message = "nplora: error: the prompt cannot be read: standard input is closed\n"
+    assert capsys.readouterr().err == message
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["info"]) == 0
 
@@ -217,7 +217,7 @@ def test_a_reader_of_stdout_that_goes_away_leaves_no_file_open(monkeypatch: pyte
 def test_a_signal_that_ends_training_says_what_is_saved(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The notes on the exception, as a run adds them."""
+    """A run adds notes to the exception; they are printed."""
 
     def ended(arguments: Any) -> None:
         end = SystemExit(143)

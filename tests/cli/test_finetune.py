@@ -121,16 +121,16 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.metadata["help"].split()[0] in text
 
 
-def test_a_run_that_was_to_go_on_and_starts_says_so(
+def test_resuming_without_a_run_says_that_a_new_one_starts(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
-    told = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
+    message = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
     assert cli.main(line) == 0
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert cli.main(line) == 0
     done = capsys.readouterr()
-    assert told not in done.err
+    assert message not in done.err
     assert "\n1 step in " in done.out
 
 
@@ -152,7 +152,7 @@ def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
     assert len(files_of(tmp_path / "out")) == 2
 
 
-def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_command_resumes(model: Path, data: Path, tmp_path: Path) -> None:
     options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
     for output in (tmp_path / "whole", tmp_path / "cut"):
         line = [
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_and_the_command_goes_on(model: Path, data: Path, tmp_path:
             os.kill(process.pid, signal.SIGINT)
         printed, errors = process.communicate(timeout=120)
         assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
-    assert b"interrupted: --resume goes on" in printed
+    assert b"interrupted: --resume continues" in printed
     assert (tmp_path / "cut" / "adapter_model.safetensors").exists()
     assert files_of(tmp_path / "cut") != files_of(tmp_path / "whole")
     done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")

@@ -84,7 +84,7 @@ def test_an_empty_path_is_refused_in_python(
     "line", ["finetune m --data d --output {}", "convert a.gguf {}", "combine a --output {}"]
 )
 @pytest.mark.parametrize(("file", "kind"), [("f", "a file"), ("/dev/null", "a character device")])
-def test_a_file_in_the_place_of_a_directory_is_told_first(
+def test_a_file_instead_of_a_directory_is_the_first_error(
     line: str,
     file: str,
     kind: str,
@@ -95,8 +95,8 @@ def test_a_file_in_the_place_of_a_directory_is_told_first(
     monkeypatch.chdir(tmp_path)
     Path("f").write_text("")
     assert cli.main(line.format(file).split()) == 2
-    told = f"nplora: error: {file}: is {kind}, expected a directory: name another one\n"
-    assert capsys.readouterr().err == told
+    message = f"nplora: error: {file}: is {kind}, expected a directory: name another one\n"
+    assert capsys.readouterr().err == message
 
 
 def test_the_storages_are_those_that_can_be_written() -> None:
@@ -107,7 +107,7 @@ def test_the_storages_are_those_that_can_be_written() -> None:
             assert parsed.dtype == dtype
 
 
-# The rooms that the options of these commands come from take time to load.
+# The options of these commands are in rooms that take time to load.
 HEAVY = {"finetune", "plan", "eval", "generate"}
 
 

@@ -43,7 +43,7 @@ def test_the_old_name_of_recompute_is_still_taken_and_not_shown(
     assert "checkpoint-blocks" not in capsys.readouterr().out
 
 
-def test_the_command_tells_all_ways_on_request(
+def test_the_command_lists_all_plans_on_request(
     model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["plan", str(model), "--data", str(data), "--memory", "9G", "--batch-examples", "20"]

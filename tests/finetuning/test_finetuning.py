@@ -1,4 +1,4 @@
-"""Fine-tuning from files to an adapter: options, runs that resume to the bit, evaluation, the commands."""
+"""Fine-tuning from files to an adapter: options, runs that resume to the bit, evaluation."""
 
 import dataclasses
 import errno
@@ -71,7 +71,7 @@ def data(tmp_path: Path) -> Path:
 
 
 QUICK = {"rank": 2, "lr": 1e-2, "batch_examples": 4, "epochs": 4, "save_every": 3}
-GO_ON = {name: value for name, value in QUICK.items() if name != "rank"}  # the adapter has its own
+CONTINUE = {name: value for name, value in QUICK.items() if name != "rank"}  # the adapter decides the rank
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -108,7 +108,7 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
 
 
 def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_path: Path) -> None:
-    """One step over accumulated batches is the step over all of their tokens at once."""
+    """One step over accumulated batches equals the step over all of their tokens at once."""
     runs = []
     for size, accumulate in ((20, 1), (5, 4)):
         output = tmp_path / f"out{size}"
@@ -135,7 +135,7 @@ def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_p
     [{"batch_tokens": 40, "batch_examples": None}, {"accumulate": 2, "dropout": 0.2}],
     ids=["tokens", "accumulated"],
 )
-def test_a_run_that_was_stopped_goes_on_to_the_bit(
+def test_a_run_that_was_stopped_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]
 ) -> None:
     options = {**QUICK, **size, "save_every": 2, "sample": ("1+1=",)}
@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
         monkeypatch.undo()
         assert stopped.history.interrupted
         assert stopped.loss_after is None
-        assert "interrupted: --resume goes on" in str(stopped)
+        assert "interrupted: --resume continues" in str(stopped)
         assert len(stopped.history.steps) == stop
         assert files_of(output) != files_of(tmp_path / "whole")
         resumed = finetune(model, data, output, **options, resume=True)
@@ -175,10 +175,10 @@ def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_
         np.testing.assert_array_equal(layer.B, lm.adapter_layers()[name].B)
 
 
-def test_every_option_reaches_what_it_is_an_option_of(
+def test_every_option_reaches_trainer_optimiser_and_layers(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log's first line tells how trainer, optimiser and layers were set up."""
+    """The first line of the log has the settings of trainer, optimiser and layers."""
     saved: list[int] = []
     save = RunDirectory.save
     monkeypatch.setattr(RunDirectory, "save", lambda d, point: (saved.append(point.step), save(d, point))[1])
@@ -199,7 +199,7 @@ def test_every_option_reaches_what_it_is_an_option_of(
     assert saved == [0, 1, 3, 6, 7]
 
 
-def test_every_option_of_the_data_reaches_their_reader(model: Path, tmp_path: Path) -> None:
+def test_every_option_of_the_data_reaches_the_reader(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "1234", "completion": "5"}, {"text": "x" * 40}, {"nothing": ""}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = finetune(
@@ -235,7 +235,7 @@ def test_the_old_name_of_recompute_still_works(model: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_frozen_blocks_outputs_that_are_kept_give_the_same_adapter(
+def test_kept_outputs_of_frozen_blocks_give_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, where: str
 ) -> None:
     options: dict[str, Any] = {**QUICK, "layers": "last:1", "dropout": 0.1}
@@ -249,7 +249,7 @@ def test_frozen_blocks_outputs_that_are_kept_give_the_same_adapter(
     assert names[0] == names[1]
 
 
-def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
+def test_a_disk_that_is_too_full_for_the_kept_outputs_is_an_error_before_the_run(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:
@@ -265,7 +265,7 @@ def test_a_disk_that_is_too_full_for_what_is_to_be_kept_is_told_before_the_run(
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
-def test_other_starts_learn_go_on_to_the_bit_and_are_saved_for_the_model_as_it_was(
+def test_other_initial_factors_train_resume_to_the_bit_and_are_saved_for_the_unchanged_model(
     model: Path, data: Path, tmp_path: Path, init: str
 ) -> None:
     options = {**QUICK, "init": init}
@@ -296,7 +296,9 @@ def test_other_starts_learn_go_on_to_the_bit_and_are_saved_for_the_model_as_it_w
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_low_bit_blocks_cannot_hold_is_refused(tmp_path: Path, data: Path, init: str) -> None:
+def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
+    tmp_path: Path, data: Path, init: str
+) -> None:
     low = save_small_llama(tmp_path / "low.gguf", "q8_0")
     lm = load_model(low)
     with pytest.raises(
@@ -349,7 +351,7 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sample_may_be_empty_where_the_model_begins_every_text(data: Path, tmp_path: Path) -> None:
+def test_a_sample_may_be_empty_if_the_model_has_a_bos_token(data: Path, tmp_path: Path) -> None:
     begins = {"tokenizer.ggml.bos_token_id": Typed(1, "UINT32"), "tokenizer.ggml.add_bos_token": True}
     model = save_small_llama(tmp_path / "bos.gguf", changes=begins)
     report = finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, sample=[""])
@@ -357,7 +359,7 @@ def test_a_sample_may_be_empty_where_the_model_begins_every_text(data: Path, tmp
     assert [sample.prompt for sample in report.samples] == [""]
 
 
-def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_option_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^finetune: no option 'rnk'; the nearest: rank$"):
         finetune("m", "d", tmp_path, rnk=3)
     with pytest.raises(TypeError, match=r"^plan: no option 'zzzzzz'$"):
@@ -429,7 +431,7 @@ def test_no_file_that_a_run_reads_is_replaced(
     for more in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises((ValueError, FileExistsError), match=name) as raised:
             finetune(model, source, out, valid=data / "valid.jsonl", **QUICK, **more)
-        if "resume" not in more:  # else it is no file of a run, in the first place
+        if "resume" not in more:  # then the first error is that the file is not one of a run
             assert f"{name} is the training data itself, which is left as it is" in str(raised.value)
     assert source.read_bytes() == rows
     assert os.listdir(out) == [name]
@@ -456,7 +458,7 @@ def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Pat
     finetune(model, data, out, **QUICK, resume=True)
 
 
-def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
+def test_an_adapter_is_saved_in_the_directory_of_the_run_even_if_it_moves(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Moving(baseline.Baseline):
@@ -476,7 +478,7 @@ def test_an_adapter_lands_in_the_run_s_directory_wherever_that_is(
     assert files_of(tmp_path / "moved") == files_of(tmp_path / "whole")
 
 
-def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
+def test_the_adapter_of_an_overwritten_run_is_not_used_for_the_new_run(
     model: Path,
     data: Path,
     tmp_path: Path,
@@ -503,8 +505,8 @@ def test_an_adapter_of_a_run_that_was_overwritten_is_not_taken_for_the_new_one(
         ["combine", str(out), "--output", str(tmp_path / "sum")],
     ):
         assert cli.main(line) == 2
-        told = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
-        assert capsys.readouterr().err == f"nplora: error: {out}: {told}\n"
+        message = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        assert capsys.readouterr().err == f"nplora: error: {out}: {message}\n"
     finetune(model, data, out, **QUICK, seed=5, resume=True)
     assert evaluate(model, data, adapter=out)["loss"] > 0
     assert files_of(out) != was
@@ -531,7 +533,7 @@ def test_a_directory_with_a_model_gets_no_adapter(
     assert [path.name for path in out.iterdir()] == [file]
 
 
-def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
@@ -539,11 +541,11 @@ def test_a_run_does_not_go_on_with_other_data(model: Path, data: Path, tmp_path:
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
-def test_a_run_that_cannot_go_on_is_told_once_with_the_way_out(
+def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     finetune(model, data, tmp_path / "out", **QUICK, targets="q_proj,v_proj")
-    way_out = r"; --overwrite \(overwrite=True\) begins anew$"
+    way_out = r"; --overwrite \(overwrite=True\) starts a new run$"
     for changes, message in (
         ({"rank": 3}, r"settings: rank was 2, is 3 in \d layers"),
         (
@@ -563,19 +565,19 @@ def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
 ) -> None:
     for module in (choice, execution):
         monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
-    told = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a plan that fits"
-    with pytest.warns(UserWarning, match=told):
+    words = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a plan that fits"
+    with pytest.warns(UserWarning, match=words):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
     small = plan(model, data, **QUICK)
     monkeypatch.setattr(choice, "available_memory", lambda: None)
     assert "available" not in str(plan(model, data, **QUICK))
-    assert re.search(told, str(small))  # which does not ask again
+    assert re.search(words, str(small))  # it keeps what was available
     finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1}, resume=True)  # nothing is left to do
-    with pytest.warns(UserWarning, match="total_steps"), pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match="total_steps"), pytest.warns(UserWarning, match=words):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 2}, resume=True)
 
 
-def test_what_is_needed_is_told_of_one_epoch_of_a_long_run(
+def test_the_memory_of_a_long_run_is_predicted_from_one_epoch(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epochs, members = list[int](), TokenBatches.members
@@ -600,18 +602,18 @@ def test_targets_may_be_one_text_as_on_the_command_line() -> None:
         assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
 
 
-def test_a_finished_run_that_goes_on_trains_nothing_and_says_so(
+def test_a_finished_run_that_is_resumed_trains_nothing_and_says_so(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    told = "the run is finished: nothing was trained"
+    words = "the run was finished: nothing was trained"
     first = finetune(model, data, tmp_path / "out", **QUICK)
-    again = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
-    assert told not in str(first)
-    assert str(again).splitlines()[0] == told
-    assert again.loss_after == first.loss_after
+    resumed = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
+    assert words not in str(first)
+    assert str(resumed).splitlines()[0] == words
+    assert resumed.loss_after == first.loss_after
 
 
-def test_what_was_before_is_not_computed_again(
+def test_a_resumed_run_does_not_measure_the_baseline_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {
@@ -638,10 +640,10 @@ def test_what_was_before_is_not_computed_again(
     (data / "valid.jsonl").write_text('{"text": "other"}\n')
     with (
         pytest.warns(UserWarning, match="total_steps was 8, is 9"),
-        pytest.warns(UserWarning, match="evaluated on validation data, and continues with others$") as told,
+        pytest.warns(UserWarning, match="evaluated on validation data, and continues with others$") as caught,
     ):
         other = finetune(model, data, **{**options, "sample": ("x",)}, steps=9, resume=True)
-    assert __file__ in {warning.filename for warning in told}
+    assert __file__ in {warning.filename for warning in caught}
     assert (other.loss_before, other.samples[0].before) == (None, "")
     assert f"validation loss {other.loss_after:.4f}\n" in str(other)
     (data / "valid.jsonl").unlink()
@@ -653,7 +655,7 @@ def test_what_was_before_is_not_computed_again(
     finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
 
 
-def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
+def test_a_run_that_resumes_from_its_start_measures_the_baseline(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Callback):
@@ -666,8 +668,8 @@ def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
         within.setattr(run, "speaks", lambda progress: True)
         within.setattr(run, "TokenProgress", lambda loss: Stop())
         assert not finetune(model, data, tmp_path / "cut", **options).history.steps
-    again = finetune(model, data, tmp_path / "cut", **options, resume=True)
-    assert (again.loss_before, again.samples) == (whole.loss_before, whole.samples)
+    resumed = finetune(model, data, tmp_path / "cut", **options, resume=True)
+    assert (resumed.loss_before, resumed.samples) == (whole.loss_before, whole.samples)
 
 
 @pytest.mark.parametrize(
@@ -675,13 +677,13 @@ def test_a_run_that_goes_on_from_its_start_looks_at_what_was_before(
     [
         ({"micro_tokens": "24"}, "micro_tokens was 24, is None"),
         ({"micro_tokens": -1}, "micro_tokens was -1, is None"),
-        ({"layers": [1]}, "does not know those of its layers"),
-        ({"layers": {"a": 1}}, "does not know those of its layers"),
+        ({"layers": [1]}, "does not state the settings of its layers"),
+        ({"layers": {"a": 1}}, "does not state the settings of its layers"),
         ({"layers": {"a": {"compute": ["float32"]}}}, "1 layers had adapters"),
-        (None, "does not know its own"),
+        (None, "does not state its settings"),
     ],
 )
-def test_a_checkpoint_whose_settings_are_none_is_refused(
+def test_a_checkpoint_with_wrong_settings_is_refused(
     model: Path, data: Path, tmp_path: Path, changes: dict[str, Any] | None, message: str
 ) -> None:
     output = tmp_path / "out"
@@ -740,9 +742,9 @@ def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_l
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main([*line.replace("0.01", "0.001").split(), "--resume"]) == 0
-    told = capsys.readouterr().err
-    assert "nplora: warning: " in told
-    assert "lr was 0.01, is 0.001" in told
+    printed = capsys.readouterr().err
+    assert "nplora: warning: " in printed
+    assert "lr was 0.01, is 0.001" in printed
     assert files_of(output) != files_of(evaluated)
     assert [row["step"] for row in steps_of(output)] == list(range(1, 10))
     assert [row["lr"] for row in steps_of(output)] == [0.01] * 3 + [0.001] * 6
@@ -846,7 +848,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def save_factors(directory: Path, factors: dict[str, tuple[int, ...]], **config: Any) -> Path:
-    """An adapter directory of zeros, its tensors of these shapes."""
+    """An adapter directory with zeros in tensors of these shapes."""
     directory.mkdir()
     safetensors.save(
         directory / "adapter_model.safetensors",
@@ -884,7 +886,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
         ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
     ],
 )
-def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
+def test_a_model_is_unchanged_after_an_adapter_that_does_not_fit(
     model: Path, tmp_path: Path, factors: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
 ) -> None:
     lm = load_model(model)
@@ -899,7 +901,7 @@ def test_a_model_is_as_it_was_after_an_adapter_that_does_not_fit(
     assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
 
 
-def test_a_model_is_as_it_was_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_model_is_unchanged_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     lm = load_model(model)
     with pytest.raises(FileExistsError, match="holds a run"):
@@ -992,8 +994,8 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert evaluate(model, data, adapter=adapters)["loss"] == pytest.approx(both, rel=1e-6)
     assert both != pytest.approx(evaluate(model, data, adapter=adapters[1])["loss"], rel=1e-3)
     options = [word for adapter in adapters for word in ("--adapter", adapter)]
-    told = json.loads(command("eval", model, "--data", data, "--json", *options).stdout)
-    assert told["loss"] == pytest.approx(both, rel=1e-6)
+    result = json.loads(command("eval", model, "--data", data, "--json", *options).stdout)
+    assert result["loss"] == pytest.approx(both, rel=1e-6)
     answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
     assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
     with pytest.warns(UserWarning, match=r"a is given 2 times, and added 2 times$"):
@@ -1020,7 +1022,7 @@ def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: 
     for given, words in (
         ([(a, 0.5), (b, -2.0)], [f"{a}:0.5", f"{b}:-2"]),
         ([(b, 0.25)], [f"{b}:0.25"]),
-        ([(a, 1.0)], [str(a)]),  # a path that is there, whatever its end
+        ([(a, 1.0)], [str(a)]),  # an existing path, although it ends like a weight
     ):
         nplora.combine(given).save(tmp_path / "sum", overwrite=True)
         wanted = evaluate(model, data, adapter=tmp_path / "sum")["loss"]
@@ -1034,7 +1036,7 @@ def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: 
 
 
 def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
-    options = {**GO_ON, "lr": 1e-2, "schedule": "constant"}
+    options = {**CONTINUE, "lr": 1e-2, "schedule": "constant"}
     start = load_model(model)
     start.add_lora(rank=3, alpha=5, targets="q_proj", use_rslora=True)
     start.add_lora(rank=2, alpha=9, targets="up_proj", layers="last:1", use_rslora=True, init="gaussian")
@@ -1059,7 +1061,7 @@ def test_a_run_that_continues_from_an_adapter_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     finetune(model, data, tmp_path / "start", **QUICK, targets=("q_proj",))
-    options: dict[str, Any] = {**GO_ON, "epochs": None, "adapter": tmp_path / "start", "dropout": 0.25}
+    options: dict[str, Any] = {**CONTINUE, "epochs": None, "adapter": tmp_path / "start", "dropout": 0.25}
     options |= {"schedule": "constant", "save_every": 2}
     finetune(model, data, tmp_path / "whole", **{**options, "steps": 4})
     finetune(model, data, tmp_path / "out", **{**options, "steps": 2})
@@ -1071,7 +1073,7 @@ def test_a_run_that_continues_from_an_adapter_resumes_to_the_bit(
     assert len({layer.dropout_stream for layer in layers.values()}) == len(layers)
 
 
-def test_a_run_cannot_continue_from_what_is_no_adapter_of_the_model(
+def test_a_run_cannot_continue_from_an_adapter_that_does_not_fit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     finetune(model, data, tmp_path / "start", **QUICK, targets=("lm_head",))
@@ -1085,10 +1087,10 @@ def test_a_run_cannot_continue_from_what_is_no_adapter_of_the_model(
         (other, {}, FormatError, "'lm_head': for a weight"),
     ):
         with pytest.raises(error, match=words):
-            finetune(target, data, tmp_path / "out", **{**GO_ON, "adapter": start, **options})
+            finetune(target, data, tmp_path / "out", **{**CONTINUE, "adapter": start, **options})
     before = files_of(start)
     with pytest.raises(ValueError, match="is the adapter itself, which is left as it is"):
-        finetune(model, data, start, **GO_ON, adapter=start, overwrite=True)
+        finetune(model, data, start, **CONTINUE, adapter=start, overwrite=True)
     assert files_of(start) == before
     assert not (tmp_path / "out").exists()
 
@@ -1163,7 +1165,7 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
         lm.generate("x", top_k=0)
 
 
-def test_an_adapter_in_the_wrong_place_is_told_where_it_goes(model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finetune(model, data, out, **QUICK)
     with pytest.raises(

@@ -1,6 +1,6 @@
-"""What a file or directory holds, as text: GGUF, safetensors, models, and adapters of PEFT and llama.cpp.
+"""What `nplora info` prints of a file or directory: GGUF, safetensors, models and adapters.
 
-Headers are enough for files of weights; of adapters, the factors are read for their norms.
+Of weights only the headers are read; of adapters the factors too, for their norms.
 """
 
 import errno
@@ -41,21 +41,21 @@ Row: TypeAlias = tuple[str, ...]
 
 _LONGEST_VALUE = 60
 _NF4 = "nf4"
-_RANK = 8  # for which parameters are counted
+_RANK = 8  # of the adapter whose parameters are counted
 _OUTPUTS = ("output", "lm_head")
 _KNOWN_IN_GGUF = frozenset(gguf_names.ARCHITECTURES.values())
 
 
 def describe(path: StrPath) -> str:
-    """What is in a file of GGUF or safetensors, an index of such, a model's directory or an adapter.
+    """Describe a GGUF or safetensors file, an index of safetensors files, a model directory or an adapter.
 
     Args:
         path: a file, or the directory of a PEFT adapter or of a Hugging Face model.
     Returns:
-        lines of text. Names and values from the file are shown with control characters escaped.
+        lines of text. In names and values from the file, control characters are escaped.
     Raises:
         ValueError: the path is empty.
-        FormatError: it is none of these, or breaks its format. OSError: it cannot be read.
+        FormatError: it is none of these, or it breaks its format. OSError: it cannot be read.
     """
     files.require_named("info", path=path)
     if Path(path).is_dir():
@@ -111,7 +111,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str) -> str:
-    """A line if these commands refuse a model or adapter of this family, else empty."""
+    """A line that says which commands refuse a model or adapter of this family; empty if it is known."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
     families = ", ".join(sorted(known))
@@ -119,7 +119,7 @@ def _unknown(family: object, known: Collection[str], commands: str) -> str:
 
 
 def _target(stored: str) -> str:
-    """A tensor's layer as --targets names it, where that knows it."""
+    """The layer of a tensor under its name in --targets, if it has one."""
     layer = stored.removesuffix(".weight")
     return gguf_names.from_gguf(layer) or layer
 
@@ -144,7 +144,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether these are an adapter's factors or the checkpoint of a run: nothing in them is to be adapted."""
+    """Whether the file holds an adapter's factors or a checkpoint, which have no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
@@ -157,7 +157,7 @@ def _index(path: StrPath) -> str:
 def _model(directory: StrPath) -> str:
     config = read_fields(Path(directory, model_directory.CONFIG))
     tensors = _tensors(model_directory.open_tensors(directory))
-    family, nbytes = config.string("model_type", "that is not named"), sum(t.nbytes for t in tensors)
+    family, nbytes = config.string("model_type", "(not named)"), sum(t.nbytes for t in tensors)
     said = {
         key: value if isinstance(value, str) else json.dumps(value, allow_nan=False)
         for key, value in config.items()
@@ -177,7 +177,7 @@ def _matrices(tensors: list[_Tensor]) -> dict[str, list[Row]]:
 
 
 def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
-    """The tensors of a file; those of a matrix of bitsandbytes are told as that matrix."""
+    """The tensors of a file. The parts of a bitsandbytes matrix are listed as one matrix."""
     if isinstance(file, SafetensorsFile):
         found = [_Tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()]
     else:
@@ -197,7 +197,7 @@ def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
 def _listed(
     tensors: list[_Tensor], is_read: Callable[[str], bool] = lambda name: True
 ) -> dict[str, list[Row]]:
-    """A line for each tensor, and one for each type."""
+    """A row for each tensor, and one for each type."""
     counts, nbytes = Counter[str](), Counter[str]()
     for tensor in tensors:
         counts[tensor.type] += 1
@@ -215,9 +215,9 @@ def _listed(
 
 
 def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
-    """The matrices that LoRA can adapt, by kind, and what an adapter of rank 8 has to train on them.
+    """The matrices that LoRA can adapt, by kind, and the trained parameters of an adapter of rank 8.
 
-    "all-linear" are, as in PEFT, those that are neither an embedding nor the output.
+    As in PEFT, "all-linear" means all matrices except the embedding and the output.
     """
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     kinds: dict[str, list[str]] = {}
@@ -242,7 +242,7 @@ def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
 
 
 def _value(value: object) -> str:
-    """A metadata value, or how many there are of what."""
+    """A metadata value; of an array, its length and type."""
     if isinstance(value, StringArray):
         return counted(len(value), "string")
     if isinstance(value, np.ndarray):
@@ -266,7 +266,7 @@ def _peft(adapter: PeftAdapter) -> str:
         else:
             layers.append(_layer(name, lora_a, lora_b, config.scale(name)))
     kind, rule = "DoRA" if config.use_dora else "LoRA", "sqrt(rank)" if config.use_rslora else "rank"
-    base = config.base_model_name_or_path or "a model that is not named"
+    base = config.base_model_name_or_path or "an unnamed model"
     return _text(
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
@@ -294,7 +294,7 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
-    """Norms without ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
+    """A row with norms. ΔW is not formed: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
     norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b), "ΔW": delta}
@@ -302,7 +302,7 @@ def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
 
 
 def _targets(layers: Iterable[str]) -> list[Row]:
-    """How many layers there are of each kind."""
+    """The number of layers of each kind."""
     kinds = Counter(layer.rpartition(".")[2] for layer in layers)
     return [(kind, counted(count, "layer")) for kind, count in kinds.items()]
 
@@ -311,7 +311,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """Lines, and tables under their names; what is empty is left out."""
+    """The head lines, and a table under each name; empty lines and tables are left out."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:
@@ -323,5 +323,5 @@ def _text(*head: str, **sections: list[Row]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which could take over a terminal."""
+    """The text with control characters escaped, because they could take over a terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

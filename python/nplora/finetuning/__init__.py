@@ -1,4 +1,4 @@
-"""Fine-tuning a language model on a file of text, and its evaluation: what the commands do."""
+"""Fine-tuning and evaluation of a language model on a file of text."""
 
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import evaluate, evaluate_batches

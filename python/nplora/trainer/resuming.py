@@ -144,7 +144,7 @@ def restored_history(
     try:
         history.restore(checkpoint.history, checkpoint.epochs)
     except (ValueError, TypeError) as error:
-        raise CorruptError(f"{path}: the checkpoint's history is not one: {error}") from error
+        raise CorruptError(f"{path}: the checkpoint's history is not valid: {error}") from error
     unlogged = _add_log(history, checkpoint, directory)
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
@@ -209,7 +209,7 @@ def first_few(sentences: list[str], separator: str) -> str:
 def _changes(then: Any, now: dict[str, Any]) -> str:
     """The settings that differ, without those of layers: "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
-        return "the checkpoint does not know its own"
+        return "the checkpoint does not state its settings"
     names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
     return ", ".join(
         f"{name} is another array"
@@ -227,7 +227,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
     if then is None:
         return ""
     if not isinstance(then, dict) or not all(isinstance(settings, dict) for settings in then.values()):
-        return "the checkpoint does not know those of its layers"
+        return "the checkpoint does not state the settings of its layers"
     if then.keys() != now.keys():
         lost, new = (
             first_few(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))

@@ -80,7 +80,7 @@ class Run:
             self._directory.log({"event": event, **record})
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of this event in the run's log, unchecked; empty if there is none."""
+        """The last line of this event in the run's log, not checked; empty if there is none."""
         if self._directory is None:
             return {}
         return last_logged(self._directory.read_log(self._directory.log_bytes), event)
@@ -145,7 +145,7 @@ class Run:
         history.best_epoch = self._state.early_stopping.restore_best()
         history.ended = self._ended or "complete"
         if history.steps and not any(record.count for record in history.steps):
-            warn_user("Trainer.fit: no label counts in any step, so nothing was learned")
+            warn_user("Trainer.fit: no label counts in any step, so nothing was trained")
         self.log("end", {"ended": history.ended, "step": self.step})
 
     # ---- the loop ----

@@ -77,7 +77,7 @@ class RunCheckpoints:
                 self._directory, checkpoint, self._state, self._settings, self._base, batches
             )
         except ValueError as error:
-            raise type(error)(f"{error}; --overwrite (overwrite=True) begins anew") from error
+            raise type(error)(f"{error}; --overwrite (overwrite=True) starts a new run") from error
         self._state.continue_from(checkpoint, history)
         self._note_saved()
         self._directory.cut_log(checkpoint.log_bytes)
@@ -170,7 +170,7 @@ class RunCheckpoints:
         error.good_step = None if good is None else good.step
         self._directory.log({"event": NONFINITE, **failure_record(step, error, self._settings)})
         if good is None:
-            return "no earlier checkpoint is left: begin anew with a lower lr (--overwrite)"
+            return "no earlier checkpoint is left: start a new run with a lower lr (--overwrite)"
         return self._way_out(good)
 
     def _way_out(self, good: Checkpoint) -> str:
@@ -181,6 +181,6 @@ class RunCheckpoints:
         if good.step and then > _RUINED * first:
             words += (
                 f", where the loss had risen from {first:.4g} to {then:.4g}: "
-                "better begin anew with a lower --lr (--overwrite)"
+                "better start a new run with a lower --lr (--overwrite)"
             )
         return words

@@ -1,6 +1,6 @@
-"""The peak memory of training, as a sum of terms that follow the code of `models`, array by array.
+"""The peak memory of training: a sum of terms that follow the code of `models`, array by array.
 
-Shapes are per token: d the residual stream, q and kv the heads side by side, f the width of the MLP.
+Shapes are per token: d is the residual stream, q and kv are all heads together, f is the width of the MLP.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nplora.nn.principal import PRINCIPAL_INITS
 
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
-_PASS = 4 << 20  # the same, tokens_of_block
-_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: of blocks for each two threads
+_PASS = 4 << 20  # csrc/ops/blocking.h, tokens_of_block
+_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: tokens of the blocks for two threads
 _THREAD = 3 << 19  # the rest of a thread's scratch
-_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read one input
-_HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
+_SAME_CALL = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # they read the same input
+_HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The layers with an adapter, by dotted name with (d_out, d_in)."""
+    """The adapted layers: dotted name and (d_out, d_in)."""
 
     shapes: Mapping[str, tuple[int, int]]
     rank: int
     use_dora: bool = False
-    taken: int = 0  # bytes of new frozen weights, where the factors start as a part of the old ones
+    taken: int = 0  # bytes of new frozen weights, if the initial factors are a part of the old ones
 
     @classmethod
     def of(
@@ -76,7 +76,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """Those that `lm.add_lora` would make. Raises as it does, in op's name, where it would not."""
+        """The layers that `lm.add_lora` would adapt. Raises as it does, in the name of op."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
@@ -85,22 +85,20 @@ class Adapters:
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
-        return dataclasses.replace(
-            made, taken=weights + _FLOAT * made.numbers
-        )  # and the factors at the start
+        return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # with the initial factors
 
     @property
     def numbers(self) -> int:
-        """Trained numbers."""
+        """The number of trained values."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """Bytes of scratch for the factors of one call's layers, and their z and dz, at most.
+        """The most scratch, in bytes, for the factors of the layers of one call, and for their z and dz.
 
-        In csrc/ops/scratch.h they are kLowGradients, kLowLanes, kLanes and kFactor: B in two layouts, of
-        which a lone layer's float32 is one itself, and the sums of its gradient; A, or such sums, and in
-        bfloat16 layouts of A.
+        It is kLowGradients, kLowLanes, kLanes and kFactor in csrc/ops/scratch.h: B in two layouts and the
+        sums of its gradient (the B of a single float32 layer is one of the layouts itself); A, or such sums;
+        and layouts of A in bfloat16.
         """
         ranks: Counter[tuple[str, str]] = Counter()
         inputs: Counter[tuple[str, str]] = Counter()
@@ -108,7 +106,7 @@ class Adapters:
         for name, (d_out, d_in) in self.shapes.items():
             path, _, layer = name.rpartition(".")
             call = path, _SAME_CALL.get(layer, layer)
-            if layer != "embed_tokens":  # which NumPy computes
+            if layer != "embed_tokens":  # NumPy computes that one
                 ranks[call] += self.rank
                 inputs[call] += self.rank * d_in
                 outputs[call] += self.rank * d_out
@@ -119,7 +117,7 @@ class Adapters:
         shared = _PASS // ((_BITS if narrow else _FLOAT) * narrowest)
         of_tokens = of_ranks * min(tokens, max(shared, _TOKENS * math.ceil(threads / 2)))
         if narrow:
-            of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z, dz and their pairs
+            of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z and dz, also in bfloat16 pairs
         return _FLOAT * (of_inputs + of_outputs + of_tokens)
 
     @functools.cached_property
@@ -132,17 +130,17 @@ class Adapters:
         return found
 
     def of_block(self, block: int) -> Mapping[str, tuple[int, int]]:
-        """The adapted layers of a block, by the last part of their names."""
+        """The adapted layers of a block, by the last part of the name."""
         return self._blocks.get(block, {})
 
     def first_block(self, blocks: int) -> int:
-        """The lowest block that keeps something for backward."""
+        """The lowest block that keeps activations for backward."""
         return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, term by term; `total` is what the process has in all."""
+    """Bytes at the peak, term by term; `total` is the memory of the whole process."""
 
     process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})

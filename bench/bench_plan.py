@@ -20,7 +20,7 @@ WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "that", "for", "was", 
 
 @dataclass(frozen=True)
 class Setting:
-    """Rows of `length` tokens, `batch` of them in a step; `answer`: how many are learned, 0 for all."""
+    """Rows of `length` tokens, `batch` of them in a step; `answer`: how many are trained; 0: all."""
 
     batch: int
     length: int
@@ -28,9 +28,9 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        learned = f", {self.answer} learned" if self.answer else ""
+        trained = f", {self.answer} trained" if self.answer else ""
         chosen = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        return f"{self.batch} x {self.length}{learned}{f', {chosen}' if chosen else ''}"
+        return f"{self.batch} x {self.length}{trained}{f', {chosen}' if chosen else ''}"
 
     def write(self, directory: Path) -> Path:
         """The rows as a file."""
@@ -71,7 +71,7 @@ nplora.set_num_threads(given["threads"])
 PLAN = """
 plan = nplora.plan(**given["options"])
 print(json.dumps({
-    "predicted": plan.memory.total, "predicted_seconds": plan.seconds, "way": str(plan.chosen),
+    "predicted": plan.memory.total, "predicted_seconds": plan.seconds, "plan": str(plan.chosen),
 }))
 """
 RUN = """
@@ -93,18 +93,18 @@ def in_fresh_process(code: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 BFLOAT16 = {"compute": "bfloat16"}
-AGAIN = {"checkpoint_blocks": True}
+RECOMPUTE = {"recompute": True}
 SETTINGS = (
     Setting(4, 256),
-    Setting(4, 256, options=AGAIN),
+    Setting(4, 256, options=RECOMPUTE),
     Setting(4, 256, options=BFLOAT16),
-    Setting(4, 256, options=BFLOAT16 | AGAIN),
+    Setting(4, 256, options=BFLOAT16 | RECOMPUTE),
     Setting(1, 64),
     Setting(8, 64, options=BFLOAT16),
     Setting(1, 512, 32),
     Setting(2, 512, 100, BFLOAT16 | {"rank": 32}),
-    Setting(1, 1024, options=AGAIN),
-    Setting(2, 1024, options=BFLOAT16 | AGAIN),
+    Setting(1, 1024, options=RECOMPUTE),
+    Setting(2, 1024, options=BFLOAT16 | RECOMPUTE),
     Setting(8, 128, options={"layers": "last:4"}),
     Setting(4, 256, 16, {"layers": "last:4", "rank": 32} | BFLOAT16),
     Setting(2, 256, options={"targets": ["all-linear", "lm_head"]}),
@@ -133,5 +133,5 @@ def report(setting: Setting, threads: int) -> dict[str, Any]:
     memory = f"{row['predicted'] / 1e6:9.0f} {row['measured'] / 1e6:9.0f}"
     seconds = f"{row['predicted_seconds']:9.2f} {row['seconds']:9.2f}"
     over = [row["predicted"] / row["measured"] - 1, row["predicted_seconds"] / row["seconds"] - 1]
-    print(f"  {memory}  {over[0]:+6.1%}  {seconds}  {over[1]:+5.0%}   {setting}: {row['way']}", flush=True)
+    print(f"  {memory}  {over[0]:+6.1%}  {seconds}  {over[1]:+5.0%}   {setting}: {row['plan']}", flush=True)
     return {"setting": str(setting), **row}

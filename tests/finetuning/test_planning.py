@@ -1,4 +1,4 @@
-"""Plans: what they predict is what runs take, what they choose fits, and runs obey."""
+"""Plans: they predict what runs take, they choose what fits, and runs follow them."""
 
 import dataclasses
 import json
@@ -16,21 +16,22 @@ from bench import bench_plan
 
 import nplora
 from nplora import cli
-from nplora.finetuning import FinetuneOptions, TokenLoss, finetune, plan, planned
+from nplora.finetuning import FinetuneOptions, TokenLoss, execution, finetune, plan
 from nplora.finetuning.data import read_dataset
 from nplora.finetuning.planning import (
     Adapters,
+    Alternative,
     BudgetError,
-    Candidate,
-    Pass,
+    ExecutionPlan,
+    MicroBatch,
     available_memory,
     choice,
     current_memory,
+    memory_plan,
     parse_bytes,
     peak_memory,
     resident,
 )
-from nplora.finetuning.planning.choice import Other
 from nplora.finetuning.planning.memory import Memory, predicted
 from nplora.finetuning.planning.resident import unread
 from nplora.formats.gguf import Typed
@@ -69,23 +70,23 @@ def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> 
     assert 0 < found["predicted_seconds"] < 100
 
 
-# ---- the pieces ----
+# ---- micro-batches ----
 
 
-def test_pieces_hold_the_same_sequences_in_order() -> None:
+def test_micro_batches_have_the_same_sequences_in_order() -> None:
     rng = np.random.default_rng(0)
     sequences = [(rng.integers(100, size=n), rng.integers(100, size=n)) for n in (5, 9, 1, 30, 4, 4, 2)]
     whole = pack(sequences)
-    pieces = whole.pieces(12)
-    assert [len(piece.ids) for piece in pieces] == [5, 10, 30, 10]
-    assert [np.diff(piece.starts).tolist() for piece in pieces] == [[5], [9, 1], [30], [4, 4, 2]]
-    assert all(piece.starts[0] == 0 for piece in pieces)
-    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
-    np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), whole.targets)
-    assert [len(piece.ids) for piece in whole.pieces(None)] == [len(whole.ids)]
+    parts = whole.pieces(12)
+    assert [len(part.ids) for part in parts] == [5, 10, 30, 10]
+    assert [np.diff(part.starts).tolist() for part in parts] == [[5], [9, 1], [30], [4, 4, 2]]
+    assert all(part.starts[0] == 0 for part in parts)
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
+    np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), whole.targets)
+    assert [len(part.ids) for part in whole.pieces(None)] == [len(whole.ids)]
 
 
-def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(model: Path) -> None:
+def test_the_gradient_of_micro_batches_is_that_of_the_batch(model: Path) -> None:
     rng = np.random.default_rng(1)
     lm = load_model(model)
     lm.add_lora(rank=2, seed=3)
@@ -113,18 +114,18 @@ def test_targets_are_those_that_a_packed_batch_counts(model: Path, data: Path) -
 # ---- what is chosen ----
 
 
-def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.finetuning.planning.Plan:
-    """A plan of so many megabytes above those that the process has had at most."""
+def sized(model: Path, data: Path, megabytes: float, **options: Any) -> nplora.finetuning.planning.MemoryPlan:
+    """A plan for this many megabytes more than the peak of the process."""
     return plan(model, data, memory=int(peak_memory() + megabytes * MEGABYTE), **options)
 
 
 def test_a_large_budget_changes_nothing(model: Path, data: Path) -> None:
     found = sized(model, data, 10_000)
-    assert found.chosen == Candidate("float32", False, None)
+    assert found.chosen == ExecutionPlan("float32", False, None)
     assert found.memory.total <= found.limit
 
 
-def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path) -> None:
+def test_the_time_of_a_run_is_printed_in_a_fitting_unit(model: Path, data: Path) -> None:
     found = plan(model, data)
     for steps, seconds, words in (
         (6, 0.43, "6 steps in 3 s"),
@@ -136,24 +137,24 @@ def test_the_time_of_a_run_is_told_in_a_unit_of_its_size(model: Path, data: Path
         assert str(dataclasses.replace(found, steps=steps, seconds=seconds)).splitlines()[0].endswith(words)
 
 
-def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
+def test_the_next_faster_and_the_next_smaller_plan_are_printed_and_all_in_a_table(
     model: Path, data: Path
 ) -> None:
-    """Ways of 10, 20, ... MB, each of which takes as much longer as it is smaller."""
+    """Plans of 10, 20, ... MB; the smaller a plan is, the longer it takes."""
     sizes = (50, 40, 30, 20, 10)
-    ways = {mb: Candidate("float32", mb < 40, mb) for mb in sizes}
+    plans = {mb: ExecutionPlan("float32", mb < 40, mb) for mb in sizes}
     found = dataclasses.replace(
         plan(model, data),
-        chosen=ways[30],
+        chosen=plans[30],
         seconds=70,
         memory=Memory(30 * MEGABYTE, 0, 0, 0, 0, 0, 0),
-        others=tuple(Other(ways[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
+        others=tuple(Alternative(plans[mb], mb * MEGABYTE, 100 - mb) for mb in sizes if mb != 30),
         limit=32 * MEGABYTE,
     )
     assert str(found).splitlines()[-3:] == [
         f"too large: {found.others[1]}",
         f"or: {found.others[2]}",
-        "and 2 other ways: nplora plan --verbose tells all",
+        "and 2 other plans: nplora plan --verbose lists all",
     ]
     assert found.table().splitlines()[-4:] == [
         f"{word}: {other}"
@@ -161,31 +162,19 @@ def test_the_next_faster_and_the_next_smaller_way_are_told_and_all_in_a_table(
     ]
 
 
-def test_the_command_tells_all_ways_on_request(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["plan", str(model), "--data", str(data), "--memory", "9G", "--batch-examples", "20"]
-    counts = []
-    for more in ([], ["--verbose"]):
-        assert cli.main([*arguments, *more]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        counts.append(sum(line.startswith(("or: ", "too large: ")) for line in lines))
-    assert counts[0] <= 2 < counts[1]
-
-
 def test_what_is_fixed_stays(model: Path, data: Path) -> None:
-    found = sized(model, data, 10_000, compute="bfloat16", checkpoint_blocks=True)
-    assert found.chosen == Candidate("bfloat16", True, None)
-    assert {(other.way.compute, other.way.checkpoint_blocks) for other in found.others} == {
-        ("bfloat16", True)
-    }
+    found = sized(model, data, 10_000, compute="bfloat16", recompute=True)
+    assert found.chosen == ExecutionPlan("bfloat16", True, None)
+    assert {(other.plan.compute, other.plan.recompute) for other in found.others} == {("bfloat16", True)}
 
 
-def test_the_arithmetic_of_a_model_that_is_there_stays(model: Path, data: Path) -> None:
+def test_the_arithmetic_of_a_loaded_model_stays(model: Path, data: Path) -> None:
     for compute in ("float32", "bfloat16"):
         lm = load_model(model, compute)
         found = sized(lm, data, 10_000)
-        assert {way.compute for way in (found.chosen, *(other.way for other in found.others))} == {compute}
+        assert {planned.compute for planned in (found.chosen, *(other.plan for other in found.others))} == {
+            compute
+        }
 
 
 def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
@@ -236,16 +225,9 @@ def test_a_model_for_inference_is_neither_planned_nor_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_takes_targets_as_finetune_does(
-    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["plan", str(model), "--data", str(data), "--targets", "q_proj,v_proj", "--targets", "o_proj"]
-    assert cli.main(arguments) == 0, capsys.readouterr().err
-
-
-def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, data: Path) -> None:
-    found = plan(model, data, checkpoint_blocks=True, steps=5, accumulate=2)
-    assert (found.chosen, found.others, found.steps) == (Candidate("float32", True, None), (), 5)
+def test_without_a_budget_the_options_are_only_predicted(model: Path, data: Path) -> None:
+    found = plan(model, data, recompute=True, steps=5, accumulate=2)
+    assert (found.chosen, found.others, found.steps) == (ExecutionPlan("float32", True, None), (), 5)
     assert found.memory.total == sum(vars(found.memory).values())
     assert "at most" in str(found)
 
@@ -253,14 +235,14 @@ def test_without_a_budget_the_options_are_predicted_as_they_are(model: Path, dat
 def test_the_list_of_a_runs_batches_is_not_counted_as_memory_of_the_run(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work_of, listed = planned._work_of, []
+    work_of, listed = execution._work_of, []
 
     def long(*arguments: Any) -> Any:
         listed.append(np.ones(50 * MEGABYTE, np.uint8))
         return work_of(*arguments)
 
     before = plan(model, data).memory.process
-    monkeypatch.setattr(planned, "_work_of", long)
+    monkeypatch.setattr(execution, "_work_of", long)
     assert plan(model, data).memory.process - before < 25 * MEGABYTE
 
 
@@ -286,21 +268,21 @@ def test_nothing_that_fits_is_refused_with_what_would(
     assert capsys.readouterr().err.count("1 MB are allowed") == 2
 
 
-def test_a_need_and_the_room_for_it_differ_in_words_by_however_little(
+def test_a_need_and_the_room_for_it_never_read_the_same(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = Memory(226_400_000, 0, 0, 0, 0, 0, 0)
-    assert choice.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
+    assert memory_plan.shortage(need, 226_399_999).startswith("227 MB are needed, 226 MB are available: ")
     assert "226 MB at most" in str(
         dataclasses.replace(plan(model, data), memory=Memory(226_000_000, *[0] * 6))
     )
     monkeypatch.setattr(choice, "needed", lambda *arguments: need)
-    monkeypatch.setattr(choice, "_SPARE", 1.0)
+    monkeypatch.setattr(choice, "_MARGIN", 1.0)
     with pytest.raises(BudgetError, match="needs 227 MB and 0% to spare, 226 MB are allowed"):
         plan(model, data, memory=226_399_999)
 
 
-def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
+def test_a_resumed_run_may_use_the_margin_of_its_plan(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "peak_memory", lambda: 0)
@@ -308,7 +290,7 @@ def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
     monkeypatch.setattr(choice, "needed", lambda *arguments: Memory(size, 0, 0, 0, 0, 0, 0))
     given = {"data": data, "output": tmp_path / "out", "memory": f"{103 * MEGABYTE}B", "schedule": "constant"}
     finetune(model, **given, steps=1)
-    size = 102 * MEGABYTE  # of another process
+    size = 102 * MEGABYTE  # as in another process
     with pytest.warns(UserWarning, match="total_steps was 1, is 2"):
         assert len(finetune(model, **given, steps=2, resume=True).history.steps) == 2
     with pytest.raises(
@@ -321,7 +303,7 @@ def test_what_a_plan_spares_is_there_for_the_run_when_it_goes_on(
         finetune(model, **given, steps=2, resume=True)
 
 
-def test_a_peak_of_the_past_is_told_from_a_need(
+def test_a_budget_below_an_earlier_peak_has_an_error_of_its_own(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nplora.finetuning.planning.choice.peak_memory", lambda: 9 * 10**9)
@@ -329,12 +311,12 @@ def test_a_peak_of_the_past_is_told_from_a_need(
         plan(model, data, memory="8G")
 
 
-def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
+def test_a_budget_too_small_for_any_process_is_not_blamed_on_an_earlier_peak(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The budget lies above what is in memory now, below what is needed, and that below an earlier peak."""
+    """The budget is above the present memory, below the need, and the need is below an earlier peak."""
     choice = "nplora.finetuning.planning.choice"
-    monkeypatch.setattr(f"{choice}._SPARE", 1.0)
+    monkeypatch.setattr(f"{choice}._MARGIN", 1.0)
     monkeypatch.setattr(f"{choice}.current_memory", lambda: 10 * MEGABYTE)
     monkeypatch.setattr(f"{choice}.unread", lambda source: 0)
     data = tmp_path / "long.jsonl"
@@ -352,7 +334,7 @@ def test_a_need_is_told_where_a_fresh_process_would_have_it_too(
         plan(model, data, memory=least[1024])
 
 
-def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) -> None:
+def test_the_error_names_a_shorter_length_that_fits(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)
 
     def planned(max_length: int) -> subprocess.CompletedProcess[str]:
@@ -371,12 +353,12 @@ def test_a_shorter_length_that_would_fit_is_told(smollm2: Path, tmp_path: Path) 
 
     refused = planned(2048)
     assert refused.returncode == 2
-    told = re.search(
+    found = re.search(
         r"needs \d+ MB and 2% to spare, 370 MB are allowed; --max-length (\d+) would need \d+ MB",
         refused.stderr,
     )
-    assert told, refused.stderr
-    assert planned(int(told[1])).returncode == 0
+    assert found, refused.stderr
+    assert planned(int(found[1])).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -406,7 +388,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["600", 600, "600B", "1.5", 2**20 - 1])
-def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
+def test_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
     with pytest.raises(ValueError, match=r"memory is .*bytes: give a unit, as in 600M, 1\.5G or 512MiB"):
         FinetuneOptions(memory=text)
 
@@ -414,13 +396,13 @@ def test_so_few_bytes_are_taken_for_a_forgotten_unit(text: str | int) -> None:
 # ---- the model of memory ----
 
 
-def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
+def memory_of(lm: Any, one: MicroBatch, planned: ExecutionPlan, **adapters: Any) -> Any:
     given = {"rank": 8, "targets": "all-linear", "layers": None, "use_dora": False, **adapters}
-    return predicted(lm, Adapters.of(lm, **given), one, 0, way, 1, (0, 0))
+    return predicted(lm, Adapters.of(lm, **given), one, 0, planned, 1, (0, 0))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "adapters",
     [
@@ -433,27 +415,27 @@ def memory_of(lm: Any, one: Pass, way: Candidate, **adapters: Any) -> Any:
     ids=["all", "last", "some", "dora", "first"],
 )
 def test_kept_activations_are_those_of_a_pass(
-    model: Path, compute: str, again: bool, adapters: dict[str, Any]
+    model: Path, compute: str, recompute: bool, adapters: dict[str, Any]
 ) -> None:
-    """Counted by the arrays that a forward pass hands to the backward pass."""
+    """Compared with the arrays that a forward pass keeps for the backward pass."""
     lm = load_model(model, compute)
-    one = Pass(256, 256, 128)
-    wanted = memory_of(lm, one, Candidate(compute, again), **adapters).kept
+    one = MicroBatch(256, 256, 128)
+    wanted = memory_of(lm, one, ExecutionPlan(compute, recompute), **adapters).kept
     lm.add_lora(**{"rank": 8, **adapters})
-    lm.model.checkpoint_blocks = again
+    lm.model.recompute = recompute
     batch = pack([(np.arange(128), np.arange(128))] * 2)
     from nplora.models.positions import packed_positions
 
     _, saved = lm.model.run(batch.ids, packed_positions(batch.starts))
     gains = 2 * 4 * sum(len(layer.m) for layer in lm.adapter_layers().values() if layer.m is not None)
-    assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if again else gains), rel=0.01)
+    assert nplora.saved_nbytes(saved.blocks) == pytest.approx(wanted + (0 if recompute else gains), rel=0.01)
 
 
-def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -> None:
-    lm, one = load_model(model), Pass(256, 256, 128)
-    for way in (Candidate("float32", False), Candidate("float32", True)):
+def test_the_working_memory_is_that_of_the_largest_block_wherever_it_is(model: Path) -> None:
+    lm, one = load_model(model), MicroBatch(256, 256, 128)
+    for planned in (ExecutionPlan("float32", False), ExecutionPlan("float32", True)):
         first, last, every = (
-            memory_of(lm, one, way, layers=layers).work for layers in ("first:1", "last:1", None)
+            memory_of(lm, one, planned, layers=layers).work for layers in ("first:1", "last:1", None)
         )
         assert first == last == every
 
@@ -471,7 +453,7 @@ def test_the_work_is_that_of_the_largest_block_wherever_it_stands(model: Path) -
 def test_scratch_is_what_a_call_takes(
     compute: str, n: int, rank: int, layers: int, d_out: int, d_in: int
 ) -> None:
-    """A fresh process's growth in a forward and a backward pass, less what these return."""
+    """Compared with how much a new process grows in a forward and a backward pass, less their results."""
     code = (
         "import numpy as np, nplora\n"
         f"n, r, d_out, d_in, compute = {n}, {rank}, {d_out}, {d_in}, {compute!r}\n"
@@ -500,7 +482,7 @@ def test_scratch_is_what_a_call_takes(
     assert taken - (4 << 20) < scratch < 2.5 * taken  # the rest of a thread's scratch is a few MB
 
 
-def test_scratch_of_a_wide_layer_holds_z_of_more_tokens_where_more_threads_take_them() -> None:
+def test_scratch_of_a_wide_layer_holds_z_of_more_tokens_with_more_threads() -> None:
     wide = Adapters({"model.layers.0.self_attn.q_proj": (16384, 16384)}, 8)
     sizes = [wide.scratch(False, 4096, threads) for threads in (1, 2, 8)]
     assert sizes[1] == sizes[0]
@@ -531,7 +513,7 @@ def test_numbers_of_adapters_are_those_that_are_trained(model: Path) -> None:
 def test_memory_of_a_process_grows_by_what_it_fills() -> None:
     size = 50 * MEGABYTE
     before = current_memory()
-    fresh = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # np.ones may find memory that was used before
+    fresh = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # np.ones might reuse memory
     fresh[...] = 1
     assert current_memory() - before == pytest.approx(size, rel=0.1)
     assert peak_memory() >= current_memory() - MEGABYTE
@@ -561,10 +543,10 @@ def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: P
     assert unread(str(snapshot / list(files)[-1])) == 0
 
 
-def test_mappings_of_files_of_any_name_are_passed_over(
+def test_mappings_of_files_with_odd_names_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a line's end ends a line: a name may hold what `str.splitlines` cuts at, and no text at all."""
+    """Only \\n ends a line. Names may contain any bytes, also those at which `str.splitlines` cuts."""
     monkeypatch.setattr(resident, "_ROOT", tmp_path)
     sizes = b"Size: 8 kB\nRss: 3 kB\n"
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -576,7 +558,7 @@ def test_mappings_of_files_of_any_name_are_passed_over(
         assert unread(str(tmp_path / "w")) == 5 * 1024
 
 
-GROUPS = {  # files below the root, of a process that has 300 kB of its own and 40,000 kB of the machine left
+GROUPS = {  # files below the root; the process has 300 kB of its own, the machine has 40,000 kB left
     "version 2": {
         "proc/self/cgroup": "0::/user/job\n",
         "sys/fs/cgroup/user/job/memory.max": "{limit}\n",
@@ -602,7 +584,7 @@ GROUPS = {  # files below the root, of a process that has 300 kB of its own and 
         "sys/fs/memory.max": "1\n",
         "sys/fs/memory.current": "1\n",
     },
-    "version 2, and lines that are none": {
+    "version 2, and lines that mean nothing": {
         "proc/self/cgroup": "\nno colons\n0:\n0::\n0::job\n0::/\0\n0::/job\n",
         "sys/fs/cgroup/memory.max": "1" * 5000 + "\n",
         "sys/fs/cgroup/memory.current": "\n",
@@ -631,7 +613,7 @@ GROUPS = {  # files below the root, of a process that has 300 kB of its own and 
         "sys/fs/cgroup/hugetlb,memory/job/memory.limit_in_bytes": "{limit}\n",
         "sys/fs/cgroup/hugetlb,memory/job/memory.usage_in_bytes": "3500000\n",
     },
-    "version 1, a container whose group is not to be seen from inside": {
+    "version 1, a container whose group is hidden from inside": {
         "proc/self/cgroup": "4:memory:/docker/0123\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "{limit}\n",
         "sys/fs/cgroup/memory/memory.usage_in_bytes": "3500000\n",
@@ -657,29 +639,29 @@ def test_what_is_available_is_what_the_machine_and_every_group_leave(
         assert available_memory() == left + 300 * 1024
 
 
-# ---- runs obey, and go on to the bit ----
+# ---- runs follow their plan, and resume to the bit ----
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])
-def test_a_run_with_a_plan_goes_on_to_the_bit(
+def test_a_run_with_a_plan_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str | None
 ) -> None:
-    """Whatever a plan would choose when the run goes on, the first one's pieces and arithmetic stay."""
+    """The micro-batches and the arithmetic of the first plan stay, whatever plan would fit later."""
     options = {"rank": 2, "lr": 1e-2, "batch_examples": 8, "save_every": 2, "memory": "100G"}
-    ways = [Candidate(compute or "float32", True, 24), Candidate("bfloat16", False, None)]
+    plans = [ExecutionPlan(compute or "float32", True, 24), ExecutionPlan("bfloat16", False, None)]
 
-    def scripted(way: Candidate) -> None:
-        real = planned.choose
+    def scripted(planned: ExecutionPlan) -> None:
+        real = execution.choose
 
-        def choose(lm: Any, adapters: Any, work: Any, wishes: Any, *rest: Any) -> Any:
-            found = real(lm, adapters, work, wishes, *rest)
-            if wishes.pieces is not None:  # goes on
+        def choose(lm: Any, adapters: Any, work: Any, constraints: Any, *rest: Any) -> Any:
+            found = real(lm, adapters, work, constraints, *rest)
+            if constraints.resuming:
                 return found
-            return type(found)(way, found.memory, found.seconds, found.steps)
+            return type(found)(planned, found.memory, found.seconds, found.steps)
 
-        monkeypatch.setattr(planned, "choose", choose)
+        monkeypatch.setattr(execution, "choose", choose)
 
-    scripted(ways[0])
+    scripted(plans[0])
     finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)
     finetune(model, data, tmp_path / "parts", steps=3, schedule="constant", **options)
     log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""A fine-tuning run that is killed, moved to other threads, or starved of disk; and files that are wrong."""
+"""A run that is killed, uses other numbers of threads, or finds the disk full; and wrong files."""
 
 import json
 import os
@@ -59,17 +59,17 @@ def adapter_of(output: Path) -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
-    """The adapter of a run that nothing happens to."""
+    """The adapter of an undisturbed run."""
     output = tmp_path_factory.mktemp("whole")
     done = run(model, data, output)
     assert done.returncode == 0, done.stderr
     return adapter_of(output)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_adapter(
+def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
-    """SIGKILL at twelve moments, drawn over the run's life after its first step, then once to the end."""
+    """SIGKILL at twelve random moments after the first step, then one run to the end."""
     moments, steps = random.Random(0), list[int]()
     for number in range(12):
         output = tmp_path / f"out{number // 3}"  # three times each
@@ -103,10 +103,10 @@ def test_one_seed_gives_the_same_bytes_on_any_number_of_threads(
     assert adapter_of(tmp_path / "out") == whole
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_told_and_the_run_goes_on_later(
+def test_a_disk_that_fills_up_ends_the_run_which_resumes_later(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
-    """A limit on the size of files stands for the disk: the checkpoints fit, the longer log does not."""
+    """A limit on the size of files stands for a full disk: checkpoints fit, the longer log does not."""
     limit = 2500
 
     def starve() -> None:
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_and_the_run_goes_on_later(
 
 
 @pytest.mark.parametrize("stream", ["stderr", "stdout"])
-def test_a_reader_that_goes_away_costs_no_training(
+def test_a_reader_that_goes_away_does_not_end_training(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes], stream: str
 ) -> None:
     reading, writing = os.pipe()
@@ -153,14 +153,14 @@ ROW = '{"prompt": "1+1=", "completion": "2"}\n'
     [
         (
             {"changes": {"general.architecture": "gpt9"}},
-            r"general.architecture is 'gpt9', expected one of llama, qwen2, qwen3",
+            r"general.architecture is 'gpt9', expected one of ",
         ),
         ({"without": "blk.1.ffn_up.weight"}, r"'blk\.1\.ffn_up\.weight' is missing"),
         ({"changes": {"tokenizer.ggml.pre": "zigzag"}}, r"tokenizer.*zigzag"),
     ],
     ids=["architecture", "tensor", "tokenizer"],
 )
-def test_a_model_that_is_not_known_or_whole_is_one_line_and_writes_nothing(
+def test_an_unknown_or_incomplete_model_is_one_line_and_writes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: dict[str, Any], message: str
 ) -> None:
     model = save_small_llama(tmp_path / "model.gguf", **kept)
@@ -180,7 +180,7 @@ def test_a_model_that_is_not_known_or_whole_is_one_line_and_writes_nothing(
     ],
     ids=["bytes", "empty", "long"],
 )
-def test_data_that_are_wrong_are_told_with_their_line_and_nothing_is_written(
+def test_wrong_data_are_an_error_that_names_the_line_and_nothing_is_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     (tmp_path / "train.jsonl").write_bytes(content)
@@ -195,7 +195,7 @@ def test_without_strict_an_example_longer_than_the_context_is_cut_and_counted(
     (tmp_path / "train.jsonl").write_text(ROW + json.dumps({"text": "x" * 90}) + "\n")
     report = finetune(model, tmp_path, tmp_path / "out", steps=1)
     assert (report.train.truncated, report.train.longest) == (1, 64)
-    assert "1 cut to the largest length" in str(report.train)
+    assert "1 cut to the maximum length" in str(report.train)
 
 
 def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(
@@ -214,7 +214,7 @@ def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(
     )
 
 
-def test_a_run_of_another_model_does_not_go_on(
+def test_a_run_does_not_resume_with_another_model(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(line(model, data, tmp_path / "out")[3:]) == 0

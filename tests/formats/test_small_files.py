@@ -201,13 +201,13 @@ def chat(user: Any, assistant: Any) -> dict[str, Any]:
 
 WORDS = ("word ", LONG // 5)  # a text and how often it comes: made when its test runs
 ROWS: dict[str, tuple[Any, str, str]] = {
-    "words": ({"text": WORDS}, "", "1 cut to the largest length"),
+    "words": ({"text": WORDS}, "", "1 cut to the maximum length"),
     "one word": ({"text": ("a", LONG)}, "", "1 cut"),
     "emoji": ({"text": ("😀", LONG // 4)}, "", "1 cut"),
     "a completion": ({"prompt": "a", "completion": WORDS}, "", "1 cut"),
-    "a prompt": ({"prompt": WORDS, "completion": "a"}, "DataError", "1 with nothing to learn"),
+    "a prompt": ({"prompt": WORDS, "completion": "a"}, "DataError", "1 with nothing to train on"),
     "an answer": (chat("a", WORDS), "", "1 cut"),
-    "a question": (chat(WORDS, "a"), "DataError", "1 with nothing to learn"),
+    "a question": (chat(WORDS, "a"), "DataError", "1 with nothing to train on"),
     "lists": ({"text": "a", "x": ([[]], LONG // 4)}, "LimitError", "values, at most"),
 }
 

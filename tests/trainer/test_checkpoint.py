@@ -1,4 +1,4 @@
-"""Checkpoints: a run stopped anywhere goes on to the same bits, whatever the disk or a kill did to it."""
+"""Checkpoints: a run resumes to the same bits, wherever it stopped and whatever the disk did."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,17 @@ import pytest
 import nplora
 from nplora.formats import files, safetensors
 from nplora.formats.errors import CorruptError, UnsafeError, UnsupportedError
-from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, checkpoint, fingerprint
-from nplora.trainer import run as run_module
+from nplora.trainer import (
+    Callback,
+    EpochRecord,
+    History,
+    Run,
+    StepRecord,
+    Trainer,
+    checkpoint,
+    fingerprint,
+    run_checkpoints,
+)
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.run_directory import RunDirectory
 
@@ -75,7 +84,7 @@ def fit(trainer: Trainer, **arguments: Any) -> History:
 
 
 def outcome(trainer: Trainer, history: History) -> dict[str, Any]:
-    """Everything that two equal runs share, to the bit."""
+    """Everything that must be equal to the bit in two equal runs."""
     steps = [dataclasses.replace(record, seconds=0) for record in history.steps]
     epochs = [dataclasses.replace(record, seconds=0) for record in history.epochs]
     return {
@@ -130,7 +139,7 @@ class Batch(nplora.Module):
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
+def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     step: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     first = trainer_of(net(rng=0), callbacks=[StopAfter(step=step)])
@@ -142,7 +151,7 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("batch", range(1, 27))
-def test_a_run_stopped_in_any_batch_of_an_accumulation_goes_on_to_the_same_bits(
+def test_a_run_stopped_in_any_batch_of_a_step_resumes_to_the_same_bits(
     batch: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     model = Batch(net(rng=0), 0)
@@ -159,7 +168,7 @@ def test_a_run_stopped_in_any_batch_of_an_accumulation_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
-def test_a_run_stopped_at_an_epochs_edge_goes_on_to_the_same_bits(
+def test_a_run_stopped_at_the_end_of_an_epoch_resumes_to_the_same_bits(
     epoch: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     fit(trainer_of(net(rng=0), callbacks=[StopAfter(epoch=epoch)]), checkpoint_dir=tmp_path)
@@ -167,7 +176,7 @@ def test_a_run_stopped_at_an_epochs_edge_goes_on_to_the_same_bits(
     assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
 
 
-def test_a_run_of_an_iterable_goes_on_by_skipping_what_was_used(tmp_path: Path) -> None:
+def test_a_run_of_an_iterable_resumes_by_skipping_the_used_batches(tmp_path: Path) -> None:
     x, y = data()
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
     whole = trainer_of(net(rng=0))
@@ -181,7 +190,7 @@ def test_a_run_of_an_iterable_goes_on_by_skipping_what_was_used(tmp_path: Path) 
         third.fit(batches[:12], steps=17, checkpoint_dir=tmp_path, resume=True)
 
 
-def test_patience_counts_on_where_no_validation_loss_was_finite(tmp_path: Path) -> None:
+def test_a_resumed_run_counts_validation_losses_that_were_not_finite(tmp_path: Path) -> None:
     x, y = data()
     nothing = np.full_like(x[:10], np.nan), y[:10]
 
@@ -240,7 +249,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
         fit(trainer_of(net(), schedule="constant"), epochs=1, checkpoint_dir=tmp_path, resume=True)
 
 
-def test_resuming_where_nothing_is_begins(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+def test_resuming_in_an_empty_directory_begins_a_run(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(net(rng=0))
     assert outcome(trainer, fit(trainer, checkpoint_dir=tmp_path / "a" / "b", resume=True)) == uninterrupted
 
@@ -250,7 +259,7 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     stop = StopAfter(step=8)
     fit(trainer_of(net(rng=0), callbacks=[stop]), checkpoint_dir=directory, checkpoint_every=3)
     with open(directory / "log.jsonl", "a") as log:
-        log.write('{"event":"step","step":9}\n{"event":"st')  # what a killed run might have left
+        log.write('{"event":"step","step":9}\n{"event":"st')  # as a killed run might leave it
     fit(trainer_of(net()), checkpoint_dir=directory, checkpoint_every=3, resume=True)
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
@@ -272,24 +281,24 @@ class Epochs:
         return len(self.batches)
 
 
-def test_a_replaced_damaged_checkpoint_changes_nothing_for_those_that_follow(
+def test_after_a_damaged_checkpoint_was_replaced_two_steps_are_kept_as_usual(
     stopped: Path, tmp_path: Path
 ) -> None:
-    """Later checkpoints of one step replace each other again: the older one is of an earlier step."""
+    """Later checkpoints of the same step replace each other, so the older one is of an earlier step."""
     path = newest_file(copy_of(stopped, tmp_path))
     raw = bytearray(path.read_bytes())
     damage_tensor(raw)
     path.write_bytes(raw)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the damage, and of a run that ends earlier
+        warnings.simplefilter("ignore")  # about the damage, and about the earlier end
         fit(trainer_of(net()), epochs=3, checkpoint_dir=tmp_path, checkpoint_every=3, resume=True)
     states = [json.loads(safetensors.open(tmp_path / name).metadata["state"]) for name in NAMES]
     assert sorted((state["step"], state["epoch"]) for state in states) == [(12, 2), (15, 3)]
 
 
 @pytest.mark.parametrize("stop", [0, 15])
-def test_two_checkpoints_of_one_step_leave_the_one_of_an_earlier_step(stop: int, tmp_path: Path) -> None:
-    """Step 15 ends an epoch, after which a checkpoint follows that of the step: at once, or on resuming."""
+def test_two_checkpoints_of_the_same_step_keep_one_of_an_earlier_step(stop: int, tmp_path: Path) -> None:
+    """Step 15 ends an epoch, so another checkpoint follows that of the step: at once, or on resuming."""
     callbacks = [StopAfter(step=stop)]
     fit(trainer_of(net(rng=0), callbacks=callbacks), epochs=3, checkpoint_dir=tmp_path, checkpoint_every=3)
     if stop:
@@ -299,13 +308,13 @@ def test_two_checkpoints_of_one_step_leave_the_one_of_an_earlier_step(stop: int,
     assert (newest["step"], newest["epoch"], older["step"]) == (15, 3, 12)
 
 
-def test_checkpoints_do_not_grow_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_do_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for epochs in (100, 400):
         trainer = trainer_of(net(rng=0), schedule="constant", accumulate=1)
         trainer.fit(Epochs(), epochs=epochs, checkpoint_dir=tmp_path / str(epochs), checkpoint_every=10**6)
         sizes.append(newest_file(tmp_path / str(epochs)).stat().st_size)
-    assert sizes[1] - sizes[0] < 200  # digits of larger numbers, no records
+    assert sizes[1] - sizes[0] < 200  # larger numbers have more digits; there are no more records
 
 
 def test_the_history_of_a_long_run_is_rebuilt_from_the_log(tmp_path: Path) -> None:
@@ -320,7 +329,7 @@ def test_the_history_of_a_long_run_is_rebuilt_from_the_log(tmp_path: Path) -> No
     assert len(expected["history"][0]) == 300
 
 
-def test_a_checkpoint_that_holds_its_whole_history_goes_on_without_a_log(
+def test_a_checkpoint_with_the_whole_history_resumes_without_a_log(
     stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     directory = copy_of(stopped, tmp_path)
@@ -358,7 +367,7 @@ def lose_a_number(log: bytes) -> bytes:
         (lose_a_number, [1, *range(3, 13)]),
     ],
 )
-def test_a_damaged_log_costs_records_and_not_the_run(
+def test_a_damaged_log_loses_records_but_not_the_run(
     damage: Callable[[bytes], bytes],
     steps: list[int],
     stopped: Path,
@@ -417,7 +426,7 @@ def test_epochs_shorter_than_a_second_share_a_checkpoint(
             self.steps.append(run.step)
 
     def saved(seconds: float, directory: Path) -> list[int]:
-        monkeypatch.setattr(run_module, "EPOCH_CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(run_checkpoints, "EPOCH_CHECKPOINT_SECONDS", seconds)
         count = Count()
         fit(trainer_of(net(), callbacks=[count]), epochs=3, checkpoint_dir=directory)
         return count.steps
@@ -427,7 +436,7 @@ def test_epochs_shorter_than_a_second_share_a_checkpoint(
 
 
 class Clock(Callback):
-    """A clock that moves on at the end of every step and every epoch, by these numbers of seconds."""
+    """A clock that advances by these seconds at the end of every step and every epoch."""
 
     def __init__(self, step: float, epoch: float = 0.0) -> None:
         self.now, self.step, self.epoch = 0.0, step, epoch
@@ -459,7 +468,11 @@ class Saves(Callback):
         ({"checkpoint_every": 40}, Clock(0, 400), [0, 1, 5, 10, 15]),
         ({"checkpoint_every": 40, "save_minutes": 2}, Clock(30), [0, 1, 5, 9, 13, 15]),
         ({"checkpoint_every": 4, "save_minutes": 0}, Clock(1000), [0, 1, 4, 8, 12, 15]),
-        ({"checkpoint_every": 6}, Clock(120), [0, 1, 4, 6, 9, 12, 15, 15]),  # after the step and its epoch
+        (
+            {"checkpoint_every": 6},
+            Clock(120),
+            [0, 1, 4, 6, 9, 12, 15, 15],
+        ),  # one after the step, one after its epoch
         ({}, Clock(120), [0, 1, 4, 5, 8, 10, 13, 15]),
     ],
     ids=["steps", "validations", "two minutes", "no time", "both", "epochs"],
@@ -472,10 +485,10 @@ def test_a_checkpoint_is_made_after_the_first_step_and_when_the_last_one_is_old(
     count = Saves()
     trainer = trainer_of(net(rng=0), callbacks=[clock, count])
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.time, "monotonic", clock)
+        patched.setattr(run_checkpoints.time, "monotonic", clock)
         history = fit(trainer, epochs=3, checkpoint_dir=tmp_path, **often)
     assert count.steps == saved
-    assert outcome(trainer, history) == expected  # whenever checkpoints are made
+    assert outcome(trainer, history) == expected  # checkpoints do not change the run
 
 
 def test_the_time_between_checkpoints_is_not_negative(tmp_path: Path) -> None:
@@ -488,7 +501,7 @@ def test_the_time_between_checkpoints_is_not_negative(tmp_path: Path) -> None:
 
 
 class FailAt(Callback):
-    """Fails in one of the hooks, from a step on."""
+    """Fails in one of the hooks, from this step on."""
 
     def __init__(self, hook: str, step: int) -> None:
         self.step = step
@@ -503,7 +516,7 @@ class FailAt(Callback):
     ("hook", "step", "saved"),
     [("on_step_end", 8, 8), ("on_epoch_end", 8, 10), ("on_checkpoint", 9, 15), ("on_fit_end", 1, STEPS)],
 )
-def test_an_error_of_a_callback_costs_nothing(
+def test_an_error_in_a_callback_loses_nothing(
     hook: str, step: int, saved: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     first = trainer_of(net(rng=0), callbacks=[FailAt(hook, step)])
@@ -518,12 +531,12 @@ def test_an_error_of_a_callback_costs_nothing(
     assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
 
 
-def test_an_error_of_the_data_or_the_validation_costs_nothing(tmp_path: Path) -> None:
+def test_an_error_in_the_data_or_the_validation_loses_nothing(tmp_path: Path) -> None:
     x, y = data()
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
 
     class Broken:
-        """Batches of which one cannot be read, once."""
+        """Batches; one of them cannot be read."""
 
         def __init__(self, at: int) -> None:
             self.at = at
@@ -554,7 +567,7 @@ def test_an_error_of_the_data_or_the_validation_costs_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize("patience", [None, 20])
 @pytest.mark.parametrize("line", ['{"event":"step","step":8,', '{"event":"epoch","epoch":2,'])
-def test_a_log_that_fails_once_costs_nothing(
+def test_a_log_that_fails_once_loses_nothing(
     line: str, patience: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, whole, cut = os.write, trainer_of(net(rng=0)), list[int]()
@@ -583,7 +596,7 @@ def test_a_log_that_fails_once_costs_nothing(
     assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
 
 
-def test_an_error_after_which_nothing_can_be_saved_is_still_that_error(
+def test_an_error_after_which_saving_fails_is_still_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(directory: RunDirectory, point: Checkpoint) -> None:
@@ -620,7 +633,7 @@ def test_an_update_that_failed_halfway_is_not_saved(tmp_path: Path) -> None:
 
 
 class Explodes:
-    """A mean of squares that is NaN for parameters beyond a bound, as a run that diverges has it."""
+    """A mean of squares that is NaN for parameters beyond a bound, as in a run that diverges."""
 
     def __init__(self, model: nplora.Module, bound: float) -> None:
         self.parameter, self.bound = model.parameters()[0].value, bound
@@ -656,10 +669,10 @@ def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
     assert newest(tmp_path).step == 7
     assert raised.value.good_step == good
     [note] = raised.value.__notes__
-    way, _, ruined = note.partition(", where the loss had risen from 0.3936 to ")
-    assert way == f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
+    advice, _, ruined = note.partition(", where the loss had risen from 0.3936 to ")
+    assert advice == f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
     loss = {6: "51.01", 4: "16.01"}.get(good)
-    assert ruined == (f"{loss}: better begin anew with a lower --lr (--overwrite)" if loss else "")
+    assert ruined == (f"{loss}: better start a new run with a lower --lr (--overwrite)" if loss else "")
     disk = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(
         ValueError,
@@ -677,7 +690,7 @@ def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
     assert "nonfinite" not in {record["event"] for record in log}
 
 
-def test_a_run_that_went_back_and_was_killed_does_not_go_on_from_what_led_to_nan(tmp_path: Path) -> None:
+def test_a_run_that_went_back_and_was_killed_does_not_resume_from_what_led_to_nan(tmp_path: Path) -> None:
     with pytest.raises(nplora.NonFiniteLossError):
         exploding(0.09, tmp_path, 100)
 
@@ -706,7 +719,7 @@ def test_a_diverged_run_without_an_earlier_checkpoint_is_refused(tmp_path: Path)
         exploding(0.09, tmp_path, 100)
     older = min((tmp_path / name for name in NAMES), key=lambda path: checkpoint.read(path).serial)
     older.unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint from before is left; --overwrite"):
+    with pytest.raises(ValueError, match=r"no earlier checkpoint is left; --overwrite"):
         exploding(0.001, tmp_path, 100, resume=True)
 
 
@@ -771,7 +784,7 @@ def test_a_log_that_fails_at_the_end_says_that_the_run_is_saved(
     assert raised.value.__notes__ == ["the run is saved at step 5: --resume (resume=True) continues it"]
 
 
-def test_bad_data_are_no_matter_of_the_learning_rate(tmp_path: Path) -> None:
+def test_bad_data_are_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
     x, y = data()
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, ROWS, BATCH)]
     batches[7] = (np.full_like(x[:4], np.nan), y[:4])
@@ -842,7 +855,7 @@ def empty(raw: bytearray) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_header, damage_state, damage_tensor, cut_short, empty])
-def test_a_damaged_checkpoint_is_passed_over_loudly(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     damage: Callable[[bytearray], None], stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     directory = copy_of(stopped, tmp_path)
@@ -851,7 +864,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
     damage(raw)
     path.write_bytes(raw)
     second = trainer_of(net())
-    with pytest.warns(UserWarning, match=rf"{path.name}.*the other checkpoint is used, of step 9"):
+    with pytest.warns(UserWarning, match=rf"{path.name}.*the other checkpoint, of step 9, is used"):
         history = fit(second, checkpoint_dir=directory, resume=True)
     assert outcome(second, history) == uninterrupted
     assert newest(directory).step == STEPS
@@ -869,7 +882,7 @@ def test_a_damaged_checkpoint_is_the_next_to_be_replaced(stopped: Path, tmp_path
     assert [checkpoint.read(directory / name).step for name in NAMES] == [9, 9]
 
 
-def test_the_older_checkpoint_is_not_read_where_the_newer_is_whole(stopped: Path, tmp_path: Path) -> None:
+def test_the_older_checkpoint_is_not_read_if_the_newer_one_is_whole(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     (older,) = {directory / name for name in NAMES} - {newest_file(directory)}
     raw = bytearray(older.read_bytes())
@@ -893,14 +906,14 @@ print(peak_memory(), values)
 """
 
 
-def test_going_on_holds_nothing_twice_but_the_mapped_checkpoint(tmp_path: Path) -> None:
+def test_resuming_holds_only_the_mapped_checkpoint_twice(tmp_path: Path) -> None:
     def peak(steps: int) -> tuple[int, int]:
         command = [sys.executable, "-c", PEAK, str(tmp_path), str(steps)]
         result = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         return int(result[0]), int(result[1])
 
     (first, values), (resumed, _) = peak(1), peak(2)
-    # 12 bytes are mapped, before the first gradient, of 4 bytes, is there. 5 were measured.
+    # For each value 12 bytes are mapped, before the first gradient takes 4. We measured 5.
     assert resumed - first <= 9 * values
 
 
@@ -923,7 +936,7 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped: Path, tmp
         fit(trainer_of(net()), checkpoint_dir=directory)
 
 
-def test_a_checkpoint_of_a_later_schema_is_not_passed_over(
+def test_a_checkpoint_of_a_later_schema_is_not_skipped(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = copy_of(stopped, tmp_path)
@@ -979,12 +992,12 @@ def unchanged_by_failing_resume(
     ("changes", "message"),
     [
         ({"batch": 14}, "batch 14 of an epoch of 13"),
-        ({"epochs": [{}]}, "the checkpoint's history is not one"),
+        ({"epochs": [{}]}, "the checkpoint's history is not valid"),
         ({"epochs": [dict.fromkeys(("epoch", "step", "loss", "val_loss", "val_accuracy", "seconds"), "1")]},
-         "the checkpoint's history is not one"),
+         "the checkpoint's history is not valid"),
     ],
 )  # fmt: skip
-def test_a_position_or_history_that_cannot_be_changes_nothing(
+def test_an_impossible_position_or_history_changes_nothing(
     changes: dict[str, Any], message: str, stopped: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(stopped, tmp_path)
@@ -1009,9 +1022,9 @@ def test_a_checkpoint_of_other_shapes_lists_them_all(stopped: Path, tmp_path: Pa
     )
 
 
-def test_arrays_of_another_rank_are_told_in_five_differences(stopped: Path, tmp_path: Path) -> None:
+def test_arrays_of_another_rank_are_listed_up_to_five(stopped: Path, tmp_path: Path) -> None:
     directory, other = copy_of(stopped, tmp_path), net()
-    settings = newest(directory).settings  # an older checkpoint does not know its layers' ranks
+    settings = newest(directory).settings  # an old checkpoint does not have the ranks of its layers
     settings["fixed"] = {k: v for k, v in settings["fixed"].items() if k != "layers"}
     rewrite(directory, settings=settings)
     for n in (0, 2):
@@ -1028,7 +1041,7 @@ def test_a_moment_of_the_wrong_shape_is_corrupt(stopped: Path, tmp_path: Path) -
     unchanged_by_failing_resume(directory, net(), CorruptError, r"exp_avg\.3\.weight is float32 \(2, 2\)")
 
 
-def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> None:
+def test_a_run_cannot_resume_with_other_data_or_batches(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     x, y = data()
     with pytest.raises(ValueError, match=r"batch_size was 4, is 5; --overwrite"):
@@ -1053,7 +1066,7 @@ def test_other_data_or_batches_cannot_go_on(stopped: Path, tmp_path: Path) -> No
         ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16; --overwrite"),
     ],
 )
-def test_other_settings_of_a_layer_cannot_go_on(
+def test_a_run_cannot_resume_with_other_settings_of_a_layer(
     other: dict[str, Any], message: str, stopped: Path, tmp_path: Path
 ) -> None:
     model = net()
@@ -1063,7 +1076,7 @@ def test_other_settings_of_a_layer_cannot_go_on(
     unchanged_by_failing_resume(copy_of(stopped, tmp_path), model, ValueError, message)
 
 
-def test_a_checkpoint_that_knows_no_settings_of_layers_goes_on(
+def test_a_checkpoint_without_the_settings_of_layers_resumes(
     stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     directory, trainer = copy_of(stopped, tmp_path), trainer_of(net())
@@ -1073,18 +1086,40 @@ def test_a_checkpoint_that_knows_no_settings_of_layers_goes_on(
     assert outcome(trainer, fit(trainer, checkpoint_dir=directory, resume=True)) == uninterrupted
 
 
-def test_other_settings_go_on_with_a_warning(stopped: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_settings_after_a_warning(stopped: Path, tmp_path: Path) -> None:
     trainer = trainer_of(net(), optimizer=nplora.AdamW(lr=0.01))
     with pytest.warns(UserWarning, match=r"other settings: lr was 0\.02, is 0\.01$"):
         fit(trainer, checkpoint_dir=copy_of(stopped, tmp_path), resume=True)
 
 
-def test_another_instruction_set_is_told(stopped: Path, tmp_path: Path) -> None:
+def test_another_instruction_set_is_a_warning(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     rewrite(directory, isa="abacus")
     with pytest.warns(UserWarning, match="instruction set abacus, this is .*equal up to rounding") as warned:
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
     assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_every_warning_of_a_resumed_run_names_the_line_that_calls_fit(stopped: Path, tmp_path: Path) -> None:
+    directory = copy_of(stopped, tmp_path)
+    newer = newest_file(directory)
+    [older] = {directory / name for name in NAMES} - {newer}
+    other = dataclasses.replace(checkpoint.read(older), isa="abacus", history={}, epochs=[])
+    columns = {name: array[:1] for name, array in checkpoint.read(older).history.items()}
+    files.replace([checkpoint.new_file(older, dataclasses.replace(other, history=columns))])
+    raw = bytearray(newer.read_bytes())
+    damage_tensor(raw)
+    newer.write_bytes(raw)
+    (directory / ".checkpoint-1.safetensors.0123456789ab.tmp").touch()
+    (directory / "log.jsonl").unlink()
+    trainer = trainer_of(net(), optimizer=nplora.AdamW(lr=0.01))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(trainer, checkpoint_dir=directory, resume=True)
+    found = [str(warning.message) for warning in warned]
+    parts = ("left unfinished", "the other checkpoint, of step", "the log is", "other settings", "abacus")
+    assert [part for part, text in zip(parts, found, strict=True) if part in text] == list(parts)
+    assert {warning.filename for warning in warned} == {__file__}
 
 
 def test_another_run_is_not_written_over_by_accident(
@@ -1093,7 +1128,7 @@ def test_another_run_is_not_written_over_by_accident(
     directory = copy_of(stopped, tmp_path)
     before = {name: (directory / name).read_bytes() for name in NAMES}
     with pytest.raises(
-        FileExistsError, match=r"holds a run \(step 12\): resume=True goes on with it, overwrite"
+        FileExistsError, match=r"holds a run \(step 12\): resume=True continues it, overwrite"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory)
     assert {name: (directory / name).read_bytes() for name in NAMES} == before
@@ -1128,14 +1163,14 @@ def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
     with (
         RunDirectory(tmp_path),
         pytest.raises(
-            BlockingIOError, match=rf"another run, of process {os.getpid()}, writes to this directory"
+            BlockingIOError, match=rf"another run \(process {os.getpid()}\) writes to this directory"
         ),
     ):
         fit(trainer_of(net()), checkpoint_dir=tmp_path)
-    fit(trainer_of(net()), checkpoint_dir=tmp_path)  # the lock went with the first
+    fit(trainer_of(net()), checkpoint_dir=tmp_path)  # the lock is gone
 
 
-def test_no_lock_is_left_but_by_a_kill_and_that_one_hinders_nobody(tmp_path: Path) -> None:
+def test_only_a_kill_leaves_a_lock_file_and_that_does_not_lock(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("12345\n")
     with RunDirectory(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
@@ -1145,7 +1180,7 @@ def test_no_lock_is_left_but_by_a_kill_and_that_one_hinders_nobody(tmp_path: Pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.jsonl"]
 
 
-def test_a_lock_that_was_taken_away_after_it_was_opened_is_no_lock(
+def test_a_lock_file_that_was_removed_after_it_was_opened_does_not_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, flock = RunDirectory(tmp_path), fcntl.flock
@@ -1179,7 +1214,7 @@ entered, end = 0, time.monotonic() + 1.5
 while time.monotonic() < end:
     try:
         with RunDirectory(sys.argv[1]):
-            os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))  # fails where another one is inside
+            os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))  # fails if another run is inside
             os.unlink(sys.argv[2])
         entered += 1
     except BlockingIOError:
@@ -1188,7 +1223,7 @@ print(entered)
 """
 
 
-def test_never_are_two_in_one_directory(tmp_path: Path) -> None:
+def test_two_runs_are_never_in_one_directory(tmp_path: Path) -> None:
     line = [sys.executable, "-c", ENTER, str(tmp_path / "run"), str(tmp_path / "inside")]
     found = [
         subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "abcd"
@@ -1230,14 +1265,16 @@ def is_refused(directory: Path, error: type[Exception], message: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_that_no_run_made_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+def test_a_file_that_no_run_made_is_left_unchanged(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FOREIGN[name])
-    is_refused(tmp_path, FileExistsError, rf"cannot be written: no run made the {name} in it: move that file")
+    is_refused(
+        tmp_path, FileExistsError, rf"cannot be written: no run made the file {name} in it: move that file"
+    )
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_link_in_a_run_directory_is_not_followed(name: str, stopped: Path, tmp_path: Path) -> None:
-    """A downloaded directory may have links to any of the user's files."""
+    """A downloaded directory may contain links to any file of the user."""
     directory = tmp_path / "run"
     directory.mkdir()
     copy_of(stopped, directory)
@@ -1311,9 +1348,9 @@ class Crash(BaseException):
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[None]:
-    """From the n-th call that changes what is on the disk for good on, every such call fails.
+    """After the first n calls that change the disk for good, every such call fails.
 
-    Returns the calls, as they come.
+    Returns the list of calls, to which they are added.
     """
     calls: list[None] = []
 
@@ -1328,7 +1365,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[None]:
 
     for name in ("fsync", "replace", "ftruncate"):
         monkeypatch.setattr(os, name, crashing(getattr(os, name), Crash()))
-    # What closes files would not close them after another error, as the end of a process does.
+    # An OSError here, because the code that closes files stops at any other error.
     monkeypatch.setattr(os, "unlink", crashing(os.unlink, OSError(errno.EIO, "gone")))
     return calls
 
@@ -1360,7 +1397,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
             nplora.load_adapter(adapted(), directory)
             continue
         if checkpoint.read(newest_file(directory)).step:
-            break  # long after the change
+            break  # the new run is well under way
         states.append("new")
         with pytest.raises(FileNotFoundError, match="a run that has no adapter yet: finish it with --resume"):
             nplora.load_adapter(adapted(), directory)
@@ -1375,7 +1412,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
     assert states.count("new") >= 9
 
 
-def test_no_checkpoint_of_a_run_that_was_overwritten_is_left_beside_the_first_one(
+def test_the_first_checkpoint_of_a_run_that_overwrites_another_drops_both_of_the_other(
     stopped: Path, tmp_path: Path
 ) -> None:
     found: list[int] = []
@@ -1389,7 +1426,7 @@ def test_no_checkpoint_of_a_run_that_was_overwritten_is_left_beside_the_first_on
     assert found == [0, 0]
 
 
-def test_an_adapter_is_dropped_by_a_run_that_overwrites_and_by_no_other(tmp_path: Path) -> None:
+def test_only_a_run_that_overwrites_drops_an_adapter(tmp_path: Path) -> None:
     nplora.save_adapter(adapted(), tmp_path)
     fit(trainer_of(net(), callbacks=[StopAfter(step=2)]), epochs=1, checkpoint_dir=tmp_path)
     nplora.load_adapter(adapted(), tmp_path)
@@ -1402,7 +1439,7 @@ def test_an_adapter_is_dropped_by_a_run_that_overwrites_and_by_no_other(tmp_path
 # ---- the disk ----
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
+def test_a_full_disk_leaves_the_last_checkpoint(
     stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = copy_of(stopped, tmp_path)
@@ -1485,7 +1522,7 @@ def test_ctrl_c_while_a_directory_is_opened_lets_the_next_run_in(
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "lock"])
-def test_a_fifo_in_the_place_of_a_file_is_told(name: str, tmp_path: Path) -> None:
+def test_a_fifo_with_the_name_of_a_file_is_an_error(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     script = f"from nplora.trainer.run_directory import RunDirectory; RunDirectory({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
@@ -1515,7 +1552,7 @@ def test_an_error_of_the_log_names_it(
         fit(trainer_of(net()), checkpoint_dir=tmp_path)
 
 
-def test_a_directory_that_cannot_be_written_is_told_before_training(
+def test_a_directory_that_cannot_be_written_is_an_error_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = net()
@@ -1564,7 +1601,7 @@ def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
     moments = random.Random(20260101)
     runs = (tmp_path / str(n) for n in itertools.count())
     start = time.perf_counter()
-    check_killed_run(next(runs), uninterrupted)  # not killed: how long does a whole run take?
+    check_killed_run(next(runs), uninterrupted)  # not killed: it measures the time of a whole run
     seconds = time.perf_counter() - start
     directory, kills = next(runs), 0
     command = [sys.executable, "-W", "ignore", "-c", NURSERY, str(Path(__file__).parent)]
@@ -1579,7 +1616,7 @@ def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
 
 
 def kill_after(seconds: float, directory: Path, nursery: subprocess.Popen[str]) -> bool:
-    """Have a child begin the run or go on with it, and kill -9 it after a while; whether it was not done."""
+    """Have a child begin or resume the run, and kill it after a while; return False if it was done before."""
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     print(directory, file=nursery.stdin, flush=True)
@@ -1587,11 +1624,11 @@ def kill_after(seconds: float, directory: Path, nursery: subprocess.Popen[str]) 
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-    answer = nursery.stdout.readline()
-    if answer == "done\n":
+    line = nursery.stdout.readline()
+    if line == "done\n":
         nursery.stdout.readline()
         return False
-    assert int(answer) == -signal.SIGKILL
+    assert int(line) == -signal.SIGKILL
     return True
 
 

@@ -1,4 +1,4 @@
-"""plot: a run's log to a PNG, and clear words where there is nothing to draw."""
+"""plot: the log of a run becomes a PNG, and errors say why there is nothing to draw."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
 
 
-def test_a_picture_is_replaced_on_request_alone(
+def test_a_picture_is_replaced_only_on_request(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -57,7 +57,7 @@ def test_a_picture_is_replaced_on_request_alone(
     assert pixels(run / "plot.png").size
 
 
-def test_a_picture_takes_no_place_of_its_log(run: Path) -> None:
+def test_a_picture_does_not_replace_its_log(run: Path) -> None:
     log = (run / "log.jsonl").read_bytes()
     for make in (os.link, os.symlink):
         make(run / "log.jsonl", run / "log.png")
@@ -67,25 +67,25 @@ def test_a_picture_takes_no_place_of_its_log(run: Path) -> None:
     assert (run / "log.jsonl").read_bytes() == log
 
 
-def test_dollars_in_the_name_of_a_directory_are_no_formula(run: Path) -> None:
+def test_dollar_signs_in_the_name_of_a_directory_are_not_a_formula(run: Path) -> None:
     pytest.importorskip("matplotlib")
     plot.plot_run(run.rename(run.with_name(r"cost$\frac$")))
 
 
-def test_the_log_is_read_as_it_was_written(run: Path) -> None:
+def test_the_log_is_read_back(run: Path) -> None:
     steps, epochs = plot.read_log(run / "log.jsonl")
     assert [r["step"] for r in steps] == list(range(1, 16))
     assert [r["step"] for r in epochs] == [5, 10, 15]
     assert all(0 <= r["val_accuracy"] <= 1 for r in epochs)
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(run: Path) -> None:
+def test_a_line_cut_short_by_a_kill_is_skipped(run: Path) -> None:
     with open(run / "log.jsonl", "a") as log:
         log.write('{"event":"step","st')
     assert len(plot.read_log(run / "log.jsonl")[0]) == 15
 
 
-def test_losses_that_are_not_there_are_gaps(run: Path) -> None:
+def test_missing_losses_are_gaps(run: Path) -> None:
     pytest.importorskip("matplotlib")
     (run / "log.jsonl").write_text(
         '{"event":"step","step":1,"loss":1.5,"lr":0.1}\n{"event":"step","step":2,"loss":null,"lr":0.1}\n'
@@ -106,14 +106,16 @@ def test_losses_that_are_not_there_are_gaps(run: Path) -> None:
         ('{"event":"step","step":1,"loss":1,"lr":1e999}\n', "line 1: the number 1e999 is beyond float64"),
     ],
 )
-def test_a_log_of_something_else_is_told_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+def test_a_log_of_another_program_is_an_error_that_names_the_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(DataError, match=rf"log\.jsonl: {message}"):
         plot.plot_run(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plot.pdf", "plot", "plot.png.txt"])
-def test_an_output_that_is_no_png_is_refused(name: str, run: Path) -> None:
+def test_an_output_that_is_not_a_png_is_refused(name: str, run: Path) -> None:
     with pytest.raises(
         ValueError, match=rf"plot: the output is .*{name}, expected a name that ends in \.png$"
     ):
@@ -121,13 +123,13 @@ def test_an_output_that_is_no_png_is_refused(name: str, run: Path) -> None:
     assert not (run / name).exists()
 
 
-def test_what_is_no_run_directory_is_called_so(run: Path) -> None:
+def test_a_path_that_is_not_a_run_directory_is_an_error(run: Path) -> None:
     for place in (run / "nosuch", run / "log.jsonl"):
         with pytest.raises(OSError, match=rf"no run directory, it has no log\.jsonl: '.*{place.name}'"):
             plot.plot_run(place)
 
 
-def test_a_directory_without_a_log_is_told(tmp_path: Path) -> None:
+def test_a_directory_without_a_log_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"log\.jsonl"):
         plot.plot_run(tmp_path)
 

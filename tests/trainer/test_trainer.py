@@ -1,4 +1,4 @@
-"""Trainer: every step against a loop written by hand; accumulation, schedules, stopping, errors, signals."""
+"""Trainer: steps like those of a loop written by hand; accumulation, schedules, stopping, errors, signals."""
 
 import contextlib
 import itertools
@@ -33,7 +33,7 @@ D_IN, HIDDEN, CLASSES = 6, 8, 3
 
 @pytest.fixture(autouse=True)
 def first_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test takes its Ctrl-C for the second one of the test before."""
+    """The Ctrl-C of a test is not the second one after that of the test before."""
     monkeypatch.setattr(Interrupts, "_last", -math.inf)
 
 
@@ -117,7 +117,7 @@ def test_a_callable_returning_loss_and_gradient_is_a_loss() -> None:
     assert history.loss[-1] < history.loss[0]
 
 
-# 30 float64 terms at most are summed in another order: relative differences stay far below 1e-12.
+# At most 30 float64 terms are summed in another order: relative differences stay far below 1e-12.
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_accumulated_batches_of_any_size_make_the_step_of_one_large_batch(loss: str) -> None:
     x, y = data(30)
@@ -146,7 +146,7 @@ def test_a_run_without_a_labelled_row_changes_nothing_and_warns() -> None:
     model, (x, y) = net(), data(8)
     before, optimizer = values(model), nplora.AdamW()
     trainer = trainer_of(model, optimizer=optimizer)
-    with pytest.warns(UserWarning, match="no label counts in any step, so nothing was learned") as caught:
+    with pytest.warns(UserWarning, match="no label counts in any step, so nothing was trained") as caught:
         history = trainer.fit(x, np.full_like(y, -100))
     assert caught[0].filename == __file__
     assert values(model) == before
@@ -181,15 +181,15 @@ def test_the_learning_rate_follows_the_schedule(schedule: str) -> None:
     assert [r.lr for r in history.steps] == [0.5 * optim.schedule(schedule, s, 8, 2) for s in range(8)]
 
 
-def test_a_run_that_ends_before_the_learning_rate_has_risen_is_told() -> None:
+def test_a_run_that_ends_before_the_learning_rate_has_risen_is_a_warning() -> None:
     x, y = data(40)
-    said = "Trainer.fit: the learning rate rises for 4 steps, and the run ends after 4"
+    message = "Trainer.fit: the learning rate rises for 4 steps, and the run ends after 4"
     for steps in (0, 4, 5):  # at its fifth step the rate has risen
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer_of(net(), warmup_steps=4).fit(x, y, steps=steps)
-        assert [str(w.message) for w in told] == ([said] if steps == 4 else [])
-        assert all(w.filename == __file__ for w in told)
+        assert [str(w.message) for w in caught] == ([message] if steps == 4 else [])
+        assert all(w.filename == __file__ for w in caught)
 
 
 # ---- data ----
@@ -204,7 +204,7 @@ def test_an_iterable_of_batches_gives_the_run_of_the_arrays() -> None:
     assert values(a) == values(b)
 
 
-def test_a_generator_lasts_for_one_epoch() -> None:
+def test_a_generator_is_enough_for_one_epoch() -> None:
     x, y = data()
     batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8))
     trainer = trainer_of(net())
@@ -221,7 +221,7 @@ def test_steps_end_the_run_within_an_epoch_and_its_record_is_still_made() -> Non
     assert len(history.steps) == 7
 
 
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_of_an_epoch_depends_only_on_seed_and_epoch() -> None:
     numbers = np.arange(8)
 
     def order(seed: int, epoch: int) -> list[int]:
@@ -275,7 +275,7 @@ def test_predictions_come_in_order_and_without_dropout(n: int) -> None:
 
 
 class Scripted:
-    """Validation data whose targets lie, at the k-th reading, at offsets[k] from the origin."""
+    """Validation data; all targets are offsets[k] when they are read for the k-th time."""
 
     def __init__(self, offsets: list[float]) -> None:
         self.offsets = iter(offsets)
@@ -324,7 +324,7 @@ def test_a_finite_validation_loss_after_others_is_the_best() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 256])
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
-def test_a_single_example_in_the_place_of_rows_is_refused(batch_size: int, dtype: Any) -> None:
+def test_a_single_example_instead_of_rows_is_refused(batch_size: int, dtype: Any) -> None:
     weight = np.eye(D_IN, dtype=np.float32)
     trainer = trainer_of(nplora.LoRALinear(weight, rank=2), loss="mse")
     x = np.ones(D_IN, dtype)
@@ -342,7 +342,7 @@ def test_a_single_example_in_the_place_of_rows_is_refused(batch_size: int, dtype
         narrow.predict(x[:1], batch_size=batch_size)
 
 
-def test_rows_of_a_single_number_are_rows_where_the_model_takes_them() -> None:
+def test_rows_of_a_single_number_are_accepted_if_the_model_accepts_them() -> None:
     class Scalars(nplora.Module):
         def forward(self, x: Any) -> tuple[Array, Any]:
             return np.stack([x, 2 * x], axis=-1), None
@@ -397,7 +397,7 @@ def test_progress_is_shown_on_request(
     assert "epoch 2" in shown.err
     assert installed or "validation loss" in shown.err
     Trainer(net(), progress=False).fit(x, y)
-    Trainer(net()).fit(x, y)  # stderr is no terminal here
+    Trainer(net()).fit(x, y)  # stderr is not a terminal here
     assert capsys.readouterr() == ("", "")
     assert shown.out == ""
 
@@ -432,7 +432,7 @@ def test_a_progress_line_that_nobody_reads_ends_no_run(
 def failing_run(
     model: nplora.Module, x: Any, y: Any, directory: Path, **settings: Any
 ) -> tuple[str, Trainer, dict[str, bytes], dict[str, bytes]]:
-    """Fit until NonFiniteLossError: its message, and parameters and moments after the last whole step."""
+    """Fit until NonFiniteLossError; return its message, and parameters and moments of the last whole step."""
     kept: list[Any] = [values(model), None]
     trainer = trainer_of(model, **settings)
     trainer.optimizer.init(model.parameters())
@@ -492,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
     assert poison.startswith("layer") or "forward" not in vars(model.modules[2])
 
 
-def test_targets_that_are_no_array_are_searched_too() -> None:
+def test_targets_that_are_not_an_array_are_searched_too() -> None:
     x, _ = data(8)
     for y, where in (
         ((np.ones(3), [1.0, np.nan]), "its targets y are not finite"),
@@ -586,7 +586,7 @@ def foreign_optimizer() -> Any:
     return kind()
 
 
-def test_an_optimizer_of_another_package_is_refused_when_it_is_put_in_later() -> None:
+def test_an_optimizer_of_another_package_is_refused_when_it_is_assigned_later() -> None:
     x, y = data(8)
     trainer = trainer_of(net())
     trainer.fit(x, y)
@@ -629,7 +629,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
     "objects": ({}, {"y": np.array([None] * 8)}, ValueError, "dtype object"),
     "not an iterable": ({}, {"x": 5, "y": None}, TypeError, "got a int"),
     "not batches": ({}, {"x": [X], "y": None}, TypeError, "batch 1 is a ndarray of 8"),
-    "no batches": ({}, {"x": [], "y": None}, ValueError, "gave no batch"),
+    "no batches": ({}, {"x": [], "y": None}, ValueError, "the iterable has no batch"),
     "float labels": ({}, {"y": Y * 0.5}, ValueError, "labels have dtype float64"),
     "last axis": ({}, {"x": X[:, :5]}, ValueError, "last axis 5, expected d_in=6"),
     "validation x alone": ({}, {"validation": X}, TypeError, r"validation is an array of shape \(8, 6\)"),
@@ -653,7 +653,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
 
 
 @pytest.mark.parametrize("case", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_bad_arguments_are_told_and_change_nothing(
+def test_bad_arguments_are_errors_that_change_nothing(
     case: tuple[dict[str, Any], dict[str, Any], type[Exception], str],
 ) -> None:
     settings, arguments, error, message = case
@@ -664,16 +664,14 @@ def test_bad_arguments_are_told_and_change_nothing(
     assert values(model) == before
 
 
-def test_progress_is_a_choice_of_three() -> None:
+def test_progress_is_true_false_or_none() -> None:
     with pytest.raises(TypeError, match=r"progress is 'yes', expected True, False or None"):
         Trainer(net(), progress="yes")  # type: ignore[arg-type]
 
 
-def test_a_generator_that_is_read_again_is_told_with_the_epoch() -> None:
+def test_a_generator_that_is_read_twice_is_an_error_that_names_the_epoch() -> None:
     batches = ((X, Y) for _ in range(2))
-    with pytest.raises(
-        ValueError, match=r"epoch 2 finds no batch; a generator can be read only once: instead"
-    ):
+    with pytest.raises(ValueError, match=r"epoch 2 has no batch; a generator can be read only once: instead"):
         trainer_of(net()).fit(batches, epochs=2)
 
 
@@ -685,7 +683,7 @@ class Plain(nplora.Module):
         self.mistake = mistake
 
     def local_parameters(self) -> list[nplora.Parameter]:
-        return [nplora.Parameter("w", self.w.view(), self.dw[:])]  # views of the same elements do
+        return [nplora.Parameter("w", self.w.view(), self.dw[:])]  # views of the same elements are accepted
 
     def forward(self, x: Any) -> Any:
         if self.mistake == "value":
@@ -738,7 +736,7 @@ def test_a_users_loss_with_a_count_is_checked_too() -> None:
             getattr(trainer_of(net(), loss=Wrong()), call)(X, Y)
 
 
-def test_a_model_that_cannot_be_trained_is_told() -> None:
+def test_a_model_that_cannot_be_trained_is_refused() -> None:
     frozen = nplora.Sequential(nplora.Linear(np.ones((CLASSES, D_IN), np.float32)))
     with pytest.raises(ValueError, match="no trainable parameters"):
         trainer_of(frozen).fit(X, Y)
@@ -776,7 +774,7 @@ def interrupted_fit(trainer: Trainer, **arguments: Any) -> History:
     return trainer.fit(x, y, batch_size=8, **{"epochs": 4, **arguments})
 
 
-def test_ctrl_c_returns_what_was_learned() -> None:
+def test_ctrl_c_returns_what_was_trained() -> None:
     class Interrupt(Callback):
         def on_step_end(self, run: Run, record: StepRecord) -> None:
             if record.step == 7:
@@ -834,7 +832,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_callbacks_of_the_end() -> None:
 
         def on_fit_end(self, run: Run) -> None:
             signal.raise_signal(signal.SIGINT)
-            later.append("went on")
+            later.append("continued")
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_fit(trainer_of(net(), callbacks=[Impatient()]))
@@ -898,7 +896,7 @@ def test_ctrl_c_during_an_update_waits_until_it_is_whole() -> None:
     assert values(model) == values(alone)
 
 
-def test_the_handlers_of_signals_are_the_old_ones_afterwards_and_stay_in_charge() -> None:
+def test_signal_handlers_are_called_during_a_run_and_restored_after_it() -> None:
     heard: list[int] = []
 
     class Interrupt(Callback):

@@ -14,7 +14,7 @@ import nplora
 import small_models
 from nplora import _core, cli
 from nplora.adapters import Adapter
-from nplora.finetuning import run
+from nplora.finetuning import execution
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError
 from nplora.lora.delta import LoraDelta
@@ -93,7 +93,7 @@ def test_a_plan_does_not_read_the_matrices_and_a_run_checks_them_once(
     nplora.plan(model, tmp_path / "train.jsonl", **options)
     nplora.load_model(model, check=False)
     assert not checked
-    monkeypatch.setattr(run, "fixed_compute", lambda *given: "bfloat16")  # the model is loaded again for this
+    monkeypatch.setattr(execution, "fixed_compute", lambda *given: "bfloat16")  # so the model is loaded again
     nplora.finetune(model, tmp_path / "train.jsonl", tmp_path / "out", **options)
     assert len(checked) == len(set(checked)) > 0
 

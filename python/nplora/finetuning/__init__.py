@@ -1,15 +1,16 @@
-"""Fine-tuning a language model on a file of text, and its evaluation: what the commands do."""
+"""Fine-tuning and evaluation of a language model on a file of text."""
 
-from nplora.finetuning.attaching import attach_adapter, load_with_adapter
+from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.evaluation import evaluate, evaluate_batches
-from nplora.finetuning.options import FinetuneOptions
-from nplora.finetuning.planned import plan
+from nplora.finetuning.execution import plan
+from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.run import finetune
 from nplora.finetuning.token_loss import TokenLoss
 from nplora.finetuning.token_progress import TokenProgress
 
 __all__ = [
+    "EvaluateOptions",
     "FinetuneOptions",
     "FinetuneReport",
     "Sample",

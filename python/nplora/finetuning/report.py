@@ -1,4 +1,4 @@
-"""What came of a fine-tuning run."""
+"""FinetuneReport: the results of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
 from nplora.trainer import History, StepRecord
 
-RECENT = 20  # steps whose mean loss is told: single batches differ too much
+RECENT = 20  # steps whose mean loss is shown: the losses of single batches differ too much
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:
-    """Over all targets of these steps."""
+    """The mean loss over all trained tokens of these steps."""
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the answers before and after; "" where they are not known."""
+    """A prompt, and the model's answers before and after training; "" if one is not known."""
 
     prompt: str
     before: str
@@ -31,16 +31,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What came of a run; `str(report)` is what the command prints.
+    """The results of a run; the command prints its `str`.
 
     Attributes:
         output: the directory with the adapter.
-        loss_before, loss_after: of the validation data, None without it (and after an interruption); before
-            also where a run that goes on finds it not, or of other data, in its log.
-        history: the trainer's records.
-        trained: numbers in the factors, `parameters`: of the whole model.
-        was_finished: the run was at its end already when it was to go on.
-        tokens: that were learned from, those before a resumed run went on included.
+        train, valid: what the files of data contain.
+        loss_before, loss_after: the validation loss; None without validation data. `loss_before` is also None
+            if the log of a resumed run does not have it, `loss_after` if the run was interrupted.
+        samples: prompts with their answers.
+        history: the records of the trainer.
+        trained, parameters: the number of trained values, and of all values of the model.
+        was_finished: the run that was resumed was finished already.
+        tokens: trained tokens of all steps, including those from before the run was resumed.
     """
 
     output: Path
@@ -65,7 +67,7 @@ class FinetuneReport:
             for sample in self.samples
         ]
         if self.was_finished:
-            lines.insert(0, "the run is finished: nothing was trained")
+            lines.insert(0, "the run was finished: nothing was trained")
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
             lines.append(f"validation loss {before}{self.loss_after:.4f}")
@@ -73,12 +75,14 @@ class FinetuneReport:
         losses = f", loss {history.loss[0]:.4f}" if last else ""
         if len(last) > 1:
             losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
-        rate = self.tokens / max(1e-9, history.seconds)
+        trained = self.tokens / max(1e-9, history.seconds)
+        rate = trained * self.train.tokens / max(1, self.train.learned)  # over whole epochs, this is exact
         lines.append(
-            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.0f} learned tokens/s, "
+            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, "
+            f"{rate:.0f} tokens/s ({trained:.0f} trained), "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
         )
-        lines.append(f"trained {self.trained:,} of {self.parameters:,} numbers")
-        ended = ", interrupted: --resume goes on" if history.interrupted else ""
+        lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
+        ended = ", interrupted: --resume continues" if history.interrupted else ""
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)

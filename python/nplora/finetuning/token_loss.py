@@ -1,4 +1,4 @@
-"""A language model's loss, as the trainer takes it."""
+"""TokenLoss: the loss of a language model, as the trainer calls it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from nplora.trainer import FusedLoss
 
 
 class TokenLoss(FusedLoss):
-    """The mean over all targets of -log p(target); the logits are never there at once.
+    """The mean over all targets of -log p(target), without all logits in memory at once.
 
     Args:
-        micro_tokens: a batch is passed through in pieces of at most so many tokens; None: in one.
+        micro_tokens: a batch is cut into micro-batches of at most this many tokens; None: it is not cut.
+    Attributes:
+        tokens: all tokens of the batches that `forward_backward` was called with, trained or not.
     """
 
     def __init__(self, micro_tokens: int | None = None) -> None:
         self.micro_tokens = micro_tokens
+        self.tokens = 0
 
     def settings(self) -> dict[str, Any]:
         return {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}
@@ -31,7 +34,8 @@ class TokenLoss(FusedLoss):
 
     def forward_backward(self, model: Module, x: PackedBatch, y: Any, factor: float) -> float:
         assert isinstance(model, LanguageModel)
-        return sum(model.forward_backward(piece, factor) for piece in x.pieces(self.micro_tokens))
+        self.tokens += len(x.ids)
+        return sum(model.forward_backward(part, factor) for part in x.pieces(self.micro_tokens))
 
     def evaluate(self, model: Module, x: PackedBatch, y: Any) -> float:
         assert isinstance(model, LanguageModel)

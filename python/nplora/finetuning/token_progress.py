@@ -1,4 +1,4 @@
-"""What is told while a language model learns."""
+"""TokenProgress: a line on stderr while a language model is trained."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ import numpy as np
 
 from nplora.finetuning.planning import peak_memory
 from nplora.finetuning.report import RECENT, mean_loss
+from nplora.finetuning.token_loss import TokenLoss
 from nplora.runtime.stderr import stderr
 from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
+    """Whether progress is printed: if it is asked for, or by default if stderr is a terminal."""
     return sys.stderr is not None and (stderr.isatty() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
+    """What prints a text on stderr, or does nothing."""
     if not speaks(progress):
         return lambda text: None
     return lambda text: print(text, file=stderr, flush=True)
 
 
 class TokenProgress(Callback):
-    """A line on stderr: the mean loss of the last steps, tokens a second, peak memory, the time that is left.
+    """A line with the mean loss of the last steps, tokens per second, peak memory and the time left.
 
-    On a terminal it is redrawn; elsewhere there is a new one from time to time.
+    A terminal shows one line that is redrawn; elsewhere a new line is printed from time to time.
+
+    Args:
+        loss: the loss of the run, which counts the tokens.
+        every: seconds between two lines, if stderr is not a terminal.
     """
 
-    def __init__(self, every: float = 10.0) -> None:
+    def __init__(self, loss: TokenLoss, every: float = 10.0) -> None:
+        self._loss, self._tokens = loss, [loss.tokens]
         self._redraws = stderr.isatty()
         self._every = 0.1 if self._redraws else every
         self._drawn = -np.inf
@@ -40,6 +48,7 @@ class TokenProgress(Callback):
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         self._recent = [*self._recent[1 - RECENT :], record]
+        self._tokens = [*self._tokens[-RECENT:], self._loss.tokens]
         last = record.step == run.total_steps
         if last or time.monotonic() - self._drawn >= self._every:
             self._drawn = time.monotonic()
@@ -54,45 +63,46 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
-        """The line; on a terminal that is too narrow, without what is least needed."""
+        """The line; if the terminal is too narrow, without its least important parts."""
         recent = self._recent
-        seconds = sum(r.seconds for r in recent)
-        rate = sum(r.count for r in recent) / max(1e-9, seconds)
+        seconds = max(1e-9, sum(r.seconds for r in recent))
+        tokens, trained = self._tokens[-1] - self._tokens[0], sum(r.count for r in recent)
         total = "" if run.total_steps is None else f"/{run.total_steps}"
         parts = {
             "step": f"step {record.step}{total}, loss {mean_loss(recent):.4f}",
             "mean": f" (mean of {len(recent)} steps)" if len(recent) > 1 else "",
-            "rate": f", {rate:.0f} learned tokens/s",
+            "rate": f", {tokens / seconds:.0f} tokens/s ({trained / seconds:.0f} trained)",
             "memory": f", {peak_memory() / 1e6:.0f} MB",
         }
         if run.total_steps is not None:
             left = round((run.total_steps - record.step) * seconds / len(recent))
             parts["left"] = f", {_duration(left)} left"
         for name in ("mean", "memory", "rate", "left"):
-            if len("".join(parts.values())) > self._most:
+            if len("".join(parts.values())) > self._columns:
                 parts.pop(name, None)
         return "".join(parts.values())
 
     @property
-    def _most(self) -> int:
-        """The characters that the line may have."""
+    def _columns(self) -> int:
+        """The characters that fit into the line."""
         return shutil.get_terminal_size().columns - 1 if self._redraws else sys.maxsize
 
     def _draw(self, text: str) -> None:
         if self._redraws:
-            text = text[: self._most]
+            text = text[: self._columns]
             print(f"\r{text:<{self._width}}", end="", file=stderr, flush=True)
             self._width = len(text)
         else:
             print(text, file=stderr, flush=True)
 
     def _break(self) -> None:
+        """End the line that is redrawn."""
         if self._width:
             print(file=stderr, flush=True)
             self._width = 0
 
 
 def _duration(seconds: int) -> str:
-    """1:05 for 65 seconds, 2:00:05 for two hours and five."""
+    """1:05 for 65 seconds, 2:00:05 for two hours and five seconds."""
     minutes, rest = divmod(seconds, 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

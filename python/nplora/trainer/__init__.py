@@ -1,4 +1,4 @@
-"""Training: `Trainer`, what it records, and how to hang callbacks into it."""
+"""Training: `Trainer`, the records of a run, and its callbacks."""
 
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback

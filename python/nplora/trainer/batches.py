@@ -1,4 +1,4 @@
-"""Batches: arrays cut and shuffled, or an iterable of a user's, both replayed from any position."""
+"""Batches: arrays that are cut and shuffled, or a user's iterable; both can start at any position."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -16,32 +16,32 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of (x, y) that can be read again, epoch by epoch; `Trainer.fit` takes one as its x."""
+    """A source of pairs (x, y) that can be read epoch by epoch; `Trainer.fit` accepts one as its x."""
 
     @property
     def length(self) -> int | None:
-        """Batches in an epoch, None where nobody knows."""
+        """Batches in an epoch; None if unknown."""
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
         """The batches of an epoch (from 0) after the first `skip`."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, as JSON has it."""
+        """What must be the same when a run is resumed, as JSON."""
 
 
 class ArrayBatches:
     """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
 
-    The order of an epoch is a function of (seed, epoch) alone, so a position in the data is a pair of
-    numbers: nothing has to be replayed. It is the order of the raw numbers of PCG64, which are the same in
-    every NumPy, unlike `Generator.permutation`.
+    The order of an epoch depends on (seed, epoch) only, so a position in the data is a pair of numbers, and
+    nothing has to be replayed. The order is that of PCG64's raw numbers: they are the same in every NumPy
+    version, unlike `Generator.permutation`.
 
     Args:
         op: the caller, for messages.
-        x, y: arrays of one length, at least 1. They are not copied.
-        names: what messages call them.
+        x, y: arrays of the same length, at least 1. They are not copied.
+        names: the names of x and y, for messages.
     Raises:
-        ValueError: x and y have different lengths, none, or hold Python objects.
+        ValueError: x and y have different lengths, have no rows, or hold Python objects.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class ArrayBatches:
 
 
 class IterableBatches:
-    """An iterable of (x, y); iterating it again begins the next epoch, a position is reached by skipping.
+    """An iterable of (x, y). Each epoch iterates over it once more; used batches are skipped.
 
     Args:
-        batches: any iterable. One that can be read only once (a generator) lasts for one epoch.
+        batches: any iterable. A generator, which can be read only once, is enough for one epoch.
     Attributes:
-        once: whether it can be read only once, as a generator.
+        once: whether it can be read only once.
     Raises:
-        TypeError: it is not an iterable.
+        TypeError: `batches` is not an iterable.
     """
 
     def __init__(self, op: str, batches: Iterable[Any]) -> None:
@@ -118,9 +118,7 @@ class IterableBatches:
         iterator = iter(self.batches)
         skipped = sum(1 for _ in itertools.islice(iterator, skip))
         if skipped < skip:
-            raise ValueError(
-                f"{self.op}: the iterable gave {skipped} batches, the checkpoint had used {skip}"
-            )
+            raise ValueError(f"{self.op}: the iterable has {skipped} batches, the checkpoint had used {skip}")
         empty = not skip
         for number, batch in enumerate(iterator, skip + 1):
             if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -134,10 +132,10 @@ class IterableBatches:
             yield batch[0], batch[1]
         if empty:
             kind = type(self.batches).__name__
-            which = f"epoch {epoch + 1} finds no batch" if epoch else "the iterable gave no batch"
+            which = f"epoch {epoch + 1} has no batch" if epoch else "the iterable has no batch"
             raise ValueError(
-                f"{self.op}: {which}; a generator can be read only once: "
-                f"instead of the {kind} give a list, or an object whose __iter__ begins anew"
+                f"{self.op}: {which}; a generator can be read only once: instead of the {kind} "
+                "pass a list, or an object whose __iter__ starts from the beginning"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -145,7 +143,7 @@ class IterableBatches:
 
 
 def batches_of(op: str, x: Any, y: Any, batch_size: int, shuffle: bool = False, seed: int = 0) -> Batches:
-    """Arrays if there is a y, else batches, or an iterable of them."""
+    """The batches of `fit` and `evaluate`: of arrays x and y, or x itself, if y is None."""
     if y is not None:
         return ArrayBatches(op, x, y, batch_size, shuffle, seed)
     if isinstance(x, Batches):
@@ -159,7 +157,7 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
     """The validation data: a tuple of two arrays, or an iterable of batches.
 
     Args:
-        several: it is read more than once, so that a generator will not do.
+        several: the data are read more than once, so a generator is refused.
     """
     if isinstance(validation, Batches):
         return validation
@@ -179,6 +177,6 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
     if several and batches.once:
         raise ValueError(
             f"{op} is a {type(validation).__name__}, which can be read only once, "
-            "but it is evaluated after every epoch: give a list"
+            "but it is evaluated after every epoch: pass a list"
         )
     return batches

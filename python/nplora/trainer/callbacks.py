@@ -1,4 +1,4 @@
-"""Callback: what users hang into a run."""
+"""Callback: code of users that a run calls."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,11 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """The base of callbacks: override the hooks that you need.
+    """The base class of callbacks: override the hooks that you need.
 
-    Each gets the run: `run.model`, `run.history`, `run.total_steps`; `run.stop()` ends it after the present
-    step, as if that had been the last one. An exception ends it too, after a checkpoint.
+    Each hook gets the run, with `run.model`, `run.history`, `run.step` and `run.total_steps`. `run.stop()`
+    ends the run after the current step, as if that were the last one. An exception ends it too, and the run
+    is saved first.
 
         class StopAt(nplora.trainer.Callback):
             def on_step_end(self, run, record):
@@ -21,7 +22,7 @@ class Callback:
     """
 
     def on_fit_start(self, run: "Run") -> None:
-        """Before the first step; after a resumed run took over its checkpoint."""
+        """Before the first step; a resumed run has taken over its checkpoint by then."""
 
     def on_step_end(self, run: "Run", record: StepRecord) -> None:
         """After every update of the parameters."""
@@ -30,7 +31,7 @@ class Callback:
         """After every epoch and its validation."""
 
     def on_checkpoint(self, run: "Run") -> None:
-        """After a checkpoint reached the disk."""
+        """After a checkpoint was written to the disk."""
 
     def on_fit_end(self, run: "Run") -> None:
         """At the end, also after Ctrl-C; not after an error."""

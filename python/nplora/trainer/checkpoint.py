@@ -1,9 +1,8 @@
-"""Checkpoints of a training run: what they hold, and a SHA-256 that shows whether they are whole."""
+"""Checkpoint: the state of a run as a file, with a SHA-256 that shows whether the file is whole."""
 
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from nplora import _core
 from nplora.formats import files, safetensors, strict_json
 from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, brief
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.runtime.user_warning import warn_user
 
 SCHEMA = 1
 
-MARKS = {"schema", "state", "sha256"}  # the metadata of a checkpoint
+MARKS = {"schema", "state", "sha256"}  # the metadata that every checkpoint has
 _GROUPS = ("parameters", "optimizer", "best", "history")
 
 Array = npt.NDArray[Any]
@@ -30,18 +30,18 @@ class Checkpoint:
     """The state of a run between two steps.
 
     Attributes:
-        step, epoch, batch: steps made, epochs finished, and batches used of the epoch under way.
-        total_steps: where the run is to end, if that is known.
-        random_state: the dropout streams, as `Module.random_state` gives them.
-        settings: what the run was started with, to be compared when it is resumed.
-        base: `base_fingerprint` of the model.
+        step, epoch, batch: steps made, epochs finished, and batches used of the current epoch.
+        total_steps: where the run will end; None if unknown.
+        random_state: the dropout streams, as `Module.random_state` returns them.
+        settings: how the run was started; compared when it is resumed.
+        base: the `base_fingerprint` of the model.
         best: the best epoch for early stopping: "loss", "epoch", and "since", the epochs after it.
-        epochs: the records of the last epochs finished.
-        log_bytes: how long the log was, which has the records of all steps and epochs.
+        epochs: the records of the last finished epochs.
+        log_bytes: the length of the log, which holds the records of all steps and epochs.
         parameters, optimizer, best_parameters: arrays by name.
-        history: the columns of the last step records: a checkpoint does not grow with its run.
-        isa, version: the instruction set and the nplora that made it.
-        serial: counts the checkpoints of a directory.
+        history: the columns of the last step records only, so that a checkpoint does not grow with its run.
+        isa, version: the instruction set and the version of nplora that made it.
+        serial: the number of the checkpoint in its directory.
     """
 
     step: int
@@ -63,17 +63,16 @@ class Checkpoint:
     serial: int = 0
 
     def warn_if_moved(self) -> None:
-        """Warn where the bits of the run may change: another instruction set or another nplora."""
+        """Warn if the bits of the run may change: the instruction set or the version of nplora differs."""
         config = _core.config()
         for what, then, now in (
             ("instruction set", self.isa, config["isa"]),
             ("nplora", self.version, config["version"]),
         ):
             if then != now:
-                warnings.warn(
+                warn_user(
                     f"the checkpoint was made with {what} {then}, this is {now}: "
-                    "the run goes on with results that are equal up to rounding, not to the bit",
-                    stacklevel=7,  # the line that calls `Trainer.fit`
+                    "the results of the run will be equal up to rounding, not to the bit"
                 )
 
 
@@ -109,9 +108,10 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 
 
 def read(path: Path) -> Checkpoint:
-    """Check a generation, read array by array, so that the disk's errors are OSErrors; then map it.
+    """Read a checkpoint array by array to check it, then map it.
 
-    A run that goes on has no memory for all arrays.
+    A resumed run may not have the memory for all arrays, so they are mapped. Reading first turns errors of
+    the disk into OSErrors.
 
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
@@ -135,12 +135,12 @@ def read(path: Path) -> Checkpoint:
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file with these metadata is one."""
+    """Whether a safetensors file with these metadata is a checkpoint."""
     return metadata.keys() >= MARKS
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """The number and the step of a generation by its header alone; (0, 0) if there is none.
+    """The serial and the step of a checkpoint, read from its header; (0, 0) if it cannot be read.
 
     Raises:
         UnsupportedError: as `read`.
@@ -169,7 +169,7 @@ def _parsed(state: str, path: Path) -> dict[str, Any]:
 
 
 def _fields(state: object, path: Path) -> dict[str, Any]:
-    """The fields of the JSON object, each of its kind, counts not negative."""
+    """The fields of the state, each checked to be of its kind and in range."""
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")
@@ -206,7 +206,7 @@ def _is_best(best: dict[str, Any]) -> bool:
 
 
 def _digest(state: str, arrays: Iterable[tuple[str, Array]]) -> str:
-    """SHA-256 over the state and every array's name, dtype, shape and bytes; in the order of their names."""
+    """SHA-256 over the state and the name, dtype, shape and bytes of every array, in the order of names."""
     digest = hashlib.sha256(state.encode())
     for name, array in arrays:
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())

@@ -1,4 +1,4 @@
-"""Evaluation: the loss and the accuracy of a model over batches, and its predictions."""
+"""Evaluation: loss and accuracy of a model over batches, and its predictions."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ Array = npt.NDArray[Any]
 
 
 def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
-    """The mean loss, weighted by the loss's count, and for class labels the accuracy; without dropout."""
+    """The mean loss, weighted by what the loss counts, and the accuracy for class labels; without dropout."""
     if isinstance(loss, FusedLoss):
         return _evaluate_fused(model, loss, batches)
     total, count, right, labelled = 0.0, 0, 0, 0
     classes = False
     for x, y in batches.epoch(0, 0):
-        with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told by its value
+        with np.errstate(over="ignore", invalid="ignore"):  # the loss shows whether it is finite
             prediction = model(x)
             value, _ = losses.call(loss, prediction, y)
         weight = loss.count(prediction, y)
@@ -59,12 +59,13 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
 
 
 def check_rows(op: str, model: Module, x: Array) -> None:
-    """Refuse a single example in the place of rows, however many of its numbers make a batch.
+    """Refuse a single example if rows are expected.
 
-    An x of one axis is n rows of a single number each, such as the ids of tokens: the model must take one.
+    An x with one axis holds n rows of a single number each, such as token ids. The model is called with the
+    first of them to see whether it accepts such rows.
 
     Raises:
-        ValueError: the model does not take the first number as a row.
+        ValueError: the model does not accept it.
     """
     if x.ndim != 1 or not len(x):
         return
@@ -79,6 +80,6 @@ def check_rows(op: str, model: Module, x: Array) -> None:
             reason = f"its output has shape {np.shape(y)}"
     if reason:
         raise ValueError(
-            f"{op}: x has shape {x.shape}, {len(x)} rows of one number, and the model does not take "
+            f"{op}: x has shape {x.shape}, {len(x)} rows of one number, and the model does not accept "
             f"such a row ({reason}); a single example is x[None]"
         )

@@ -1,4 +1,4 @@
-"""What identifies a model: a fingerprint of its frozen weights, and the names and shapes of its factors."""
+"""The identity of a model: a fingerprint of its frozen weights, and its factors by name."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,24 +17,22 @@ Array = npt.NDArray[Any]
 
 
 def base_fingerprint(model: Module) -> str:
-    """SHA-256 over names, shapes and a sample of rows of all that is frozen.
+    """SHA-256 over the names, shapes and sampled rows of all frozen arrays.
 
-    It shows that a base model is another one. It does not find every changed bit: reading all of a large
-    model would take longer than the first steps.
+    It distinguishes base models. It does not detect every changed bit: reading all of a large model
+    would take longer than the first steps.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for frozen in module.local_frozen():
-            if (
-                isinstance(module, LoRALayer) and frozen is module.B
-            ):  # part of the checkpoint, not of the base
-                continue
+            if isinstance(module, LoRALayer) and frozen is module.B:
+                continue  # it is in the checkpoint
             digest.update(f"\n{name} {fingerprint(frozen)}".encode())
     return digest.hexdigest()
 
 
 def fingerprint(array: FrozenWeight | Array) -> str:
-    """Dtype, shape and a SHA-256 over at most 64 KiB of evenly spaced rows of an array."""
+    """The dtype and shape of an array, and a SHA-256 over at most 64 KiB of evenly spaced rows."""
     table = array if isinstance(array, FrozenWeight) else np.atleast_1d(array)
     rows = table.shape[0]
     row_bytes = max(1, table.nbytes // max(1, rows))
@@ -45,12 +43,18 @@ def fingerprint(array: FrozenWeight | Array) -> str:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The live arrays that a checkpoint keeps: the parameters, and the B of layers that train A alone."""
+    """The live arrays that a checkpoint keeps: the parameters, and B of layers that train only A."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:
             arrays[f"{name}.B" if name else "B"] = module.B
     return arrays
+
+
+def set_factors(model: Module, values: Mapping[str, Array]) -> None:
+    """Write these values into the arrays that `factors` lists."""
+    for name, array in factors(model).items():
+        array[...] = values[name]
 
 
 def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:

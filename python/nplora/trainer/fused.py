@@ -1,4 +1,4 @@
-"""FusedLoss: a model and its loss in one, where the output that lies between them is too large to be kept."""
+"""FusedLoss: forward, loss and backward in one call, for models whose output is too large to keep."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,19 +7,19 @@ from nplora.nn.module import Module
 
 @runtime_checkable
 class FusedLoss(Protocol):
-    """What `Trainer` takes as a loss where forward, loss and backward are one call."""
+    """A loss for `Trainer` that runs forward, loss and backward in one call."""
 
     def count(self, x: Any, y: Any) -> int:
-        """What the mean runs over: labelled tokens. 0 gives loss 0 and no gradient."""
+        """The number of items that the mean runs over, such as trained tokens; 0: the batch is skipped."""
 
     def forward_backward(self, model: Module, x: Any, y: Any, factor: float) -> float:
-        """The sum of the losses of a batch; adds `factor` times its gradient to those of the parameters."""
+        """Return the sum of the losses of a batch; add `factor` times its gradient to the gradients."""
 
     def evaluate(self, model: Module, x: Any, y: Any) -> float:
         """The mean loss of a batch, without dropout."""
 
     def blame(self, model: Module, x: Any) -> str:
-        """Where the first value that is not finite appears, after a loss that is not."""
+        """After a loss that is not finite: where the first value that is not finite appears."""
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, as JSON has it."""
+        """What must be the same when a run is resumed, as JSON."""

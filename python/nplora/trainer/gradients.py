@@ -1,4 +1,4 @@
-"""The gradients of one step: each batch forward and backward, added up in the model."""
+"""The gradients of one step: each batch runs forward and backward, and the model adds them up."""
 
 import math
 import time
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Gathered:
-    """What the batches of one step have added up to. The gradients are in the model."""
+    """The totals over the batches of one step. Their gradients are in the model."""
 
     batches: int = 0
     count: int = 0
-    first_count: int = 0  # of the first batch that counts: gradients are weighted relative to it
-    loss: float = 0.0  # sum of loss · count
+    first_count: int = 0  # the count of the first batch that has one; gradients are weighted relative to it
+    loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -37,13 +37,13 @@ class Gradients:
         self._trainer, self._model = trainer, trainer.model
         self._parameters = self._model.parameters()
         self._adapters = list(self._model.adapter_layers().values())
-        self._checked = False  # whether the model writes to the arrays that are trained
+        self._checked = False  # that the model writes into the arrays that are trained
 
     def add(self, x: Any, y: Any, gathered: Gathered) -> str:
-        """One batch forward and backward: its gradients, weighted by its count, are added to the others.
+        """Run one batch forward and backward; add its gradients, weighted by its count, to the others.
 
         Returns:
-            the loss and what made it NaN or infinite, as the end of a sentence; empty if the loss is finite.
+            the end of a sentence: the loss, and what made it NaN or infinite. Empty if the loss is finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._trainer.loss
@@ -55,18 +55,18 @@ class Gradients:
         if math.isfinite(value):
             return ""
         for layer, stream in zip(self._adapters, streams, strict=True):
-            layer.dropout_stream = stream  # the search below is to meet the same masks
+            layer.dropout_stream = stream  # so that the search below uses the same masks
         if isinstance(loss, FusedLoss):
             return f"is {value}: {loss.blame(self._model, x)}"
         return f"is {value}: {first_nonfinite(self._model, x, y)}"
 
     def _add(self, loss: Loss, x: Any, y: Any, gathered: Gathered) -> float:
-        """Returns the loss; nothing is added if that is not finite."""
+        """Return the loss; add nothing if it is not finite."""
         with quiet():
             prediction, saved = self._forward(x)
             value, gradient = losses.call(loss, prediction, y)
         count = loss.count(prediction, y) if math.isfinite(value) else 0
-        if count == 0:  # or no row is labelled
+        if count == 0:  # the loss is not finite, or no row is labelled
             return value
         gathered.first_count = gathered.first_count or count
         gathered.count += count
@@ -79,7 +79,7 @@ class Gradients:
         return value
 
     def _add_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: Gathered) -> float:
-        """The same if forward, loss and backward are one call. It returns the sum of the losses."""
+        """The same for a fused loss; return the sum of its losses."""
         count = loss.count(x, y)
         if count == 0:
             return 0.0
@@ -104,7 +104,7 @@ class Gradients:
         return pair[0], pair[1]
 
     def _check_buffers(self) -> None:
-        """Refuse a model that replaced the arrays that are trained by others: it would learn nothing."""
+        """Refuse a model that replaced the trained arrays by new ones, which are not updated."""
         if self._checked:
             return
         now = {p.name: p for p in self._model.parameters()}
@@ -116,14 +116,14 @@ class Gradients:
                 if found is None or not _same_buffer(held, found):
                     raise RuntimeError(
                         f"{type(self._model).__name__}: the {what} of parameter {name!r} is another array "
-                        "after forward and backward: write into the one that is there (self.dw += ..., "
+                        "after forward and backward: write into the existing one (self.dw += ..., "
                         "self.w[...] = ...), do not assign a new one (self.dw = ...)"
                     )
         self._checked = True
 
 
 def _same_buffer(a: Array, b: Array) -> bool:
-    """Whether two arrays are one, or views of the same elements."""
+    """Whether two arrays are the same object, or views of the same elements."""
     return a is b or (a.shape == b.shape and _address(a) == _address(b))
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a record of every step and of every epoch."""
+"""History: the records of all steps and epochs of a run."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from nplora.formats.errors import brief, counted
 
 Array = npt.NDArray[Any]
 
-KEPT = 64  # the records of a kind that a checkpoint holds: some history is left where the log is lost
+KEPT = 64  # step records, and epoch records, in a checkpoint: some history survives the loss of the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class StepRecord:
     """One update of the parameters.
 
     Attributes:
-        step: the number of updates made, this one included.
-        epoch: counts from 1.
-        loss: the mean over the step's batches, weighted by `count`, before the update.
-        count: what the mean runs over: examples, tokens or elements, as the loss has it.
+        step: updates made, including this one.
+        epoch: the epoch, from 1.
+        loss: the mean loss of the step's batches, weighted by `count`, before the update.
+        count: what the mean runs over: the examples, tokens or elements that the loss counts.
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients together, before clipping.
-        seconds: the step took.
+        seconds: the time that the step took.
     """
 
     step: int
@@ -42,14 +42,15 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One pass over the data, or the part of it after which the run ended.
+    """One pass over the data, or the part of a pass after which the run ended.
 
     Attributes:
-        epoch: counts from 1.
-        step: the number of updates made by its end.
-        loss: the mean of its steps' losses, weighted by their counts.
-        val_loss, val_accuracy: of the validation data at its end; None without such data or class labels.
-        seconds: its steps took.
+        epoch: the epoch, from 1.
+        step: updates made by its end.
+        loss: the mean loss of its steps, weighted by their counts.
+        val_loss, val_accuracy: the metrics of the validation data at its end; None without such data, and no
+            accuracy without class labels.
+        seconds: the time that its steps took.
     """
 
     epoch: int
@@ -65,7 +66,7 @@ _KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "
 
 @dataclass
 class History:
-    """The records of a run, those before it was resumed included.
+    """The records of a run, including those from before it was resumed.
 
     Attributes:
         steps, epochs: the records, in order.
@@ -99,7 +100,7 @@ class History:
         return sum(record.seconds for record in self.steps)
 
     def epoch_record(self, epoch: int, validation: Mapping[str, float]) -> EpochRecord:
-        """The record of an epoch (from 1) from those of its steps and the validation's metrics."""
+        """The record of an epoch (from 1), made from the records of its steps and the validation metrics."""
         steps = [record for record in _last(self.steps, epoch) if record.count]
         return EpochRecord(
             epoch=epoch,
@@ -115,26 +116,26 @@ class History:
         steps, epochs = counted(len(self.steps), "step"), counted(len(self.epochs), "epoch")
         return f"History({steps}, {epochs}, ended={self.ended!r}{last})"
 
-    # ---- as a checkpoint and the log keep it ----
+    # ---- in a checkpoint and in the log ----
 
     def step_columns(self) -> dict[str, Array]:
-        """Every field of the last step records as an array: a checkpoint is of one size, the log has all."""
+        """The last step records, one array for each field. The log has all records."""
         kinds = {f.name: np.int64 if f.type is int else np.float64 for f in dataclasses.fields(StepRecord)}
         last = self.steps[-KEPT:]
         return {name: np.array([getattr(r, name) for r in last], kind) for name, kind in kinds.items()}
 
     def epoch_rows(self) -> list[dict[str, Any]]:
-        """The last epoch records as dictionaries for JSON, which has no NaN."""
+        """The last epoch records as dictionaries for JSON, with null for NaN and infinities."""
         return [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             for row in map(dataclasses.asdict, self.epochs[-KEPT:])
         ]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Take over what `step_columns` and `epoch_rows` gave.
+        """Take over what `step_columns` and `epoch_rows` returned.
 
         Raises:
-            ValueError, TypeError: they are not of that form.
+            ValueError, TypeError: the arguments do not have that form.
         """
         names = [f.name for f in dataclasses.fields(StepRecord)]
         if columns.keys() != set(names):
@@ -144,9 +145,9 @@ class History:
         self.steps[:], self.epochs[:] = steps, [_epoch(row) for row in epochs]
 
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
-        """Add what the log has of the steps and epochs up to these; a line that is no record is left out.
+        """Add the records of the log up to this step and this epoch; skip lines that are not records.
 
-        What `restore` brought had a checksum, so it stands where the log says otherwise.
+        The records that `restore` brought win over those of the log, because a checksum protects them.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         for line in log.splitlines():
@@ -162,7 +163,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """What the last line of this event in a log holds; empty where there is none."""
+    """The content of the last line of this event in a log; empty if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
@@ -174,7 +175,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def _logged(line: bytes) -> StepRecord | EpochRecord | None:
-    """The record in a line of the log, None where there is none."""
+    """The record in a line of the log; None if the line is not a record."""
     try:
         row = json.loads(line)
         kind = _KINDS[row["event"]]
@@ -185,7 +186,7 @@ def _logged(line: bytes) -> StepRecord | EpochRecord | None:
 
 
 def _epoch(row: dict[str, Any]) -> EpochRecord:
-    """The record that `epoch_rows` made this row of."""
+    """The record from which `epoch_rows` made this row."""
     record = EpochRecord(**row)
     for f in dataclasses.fields(EpochRecord):
         try:
@@ -196,7 +197,7 @@ def _epoch(row: dict[str, Any]) -> EpochRecord:
 
 
 def _field(kind: Any, value: Any) -> Any:
-    """A number of a record as the log has it: what was not finite is null there."""
+    """A number of a record from the log, where null stands for a number that was not finite."""
     if value is None and kind is not int:
         return math.nan if kind is float else None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -205,7 +206,7 @@ def _field(kind: Any, value: Any) -> Any:
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:
-    """The records of an epoch, which is the last one that has any."""
+    """The records of an epoch; no later epoch has any."""
     start = len(steps)
     while start and steps[start - 1].epoch == epoch:
         start -= 1

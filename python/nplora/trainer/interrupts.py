@@ -1,4 +1,4 @@
-"""Signals during a run: they wait while the parameters or a checkpoint are being written."""
+"""Signals during a run. They wait while parameters or a checkpoint are written."""
 
 import math
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-REPEAT_SECONDS = 0.5  # two Ctrl-C no further apart are one wish to leave the program
+REPEAT_SECONDS = 0.5  # two Ctrl-C within this time mean: leave the program
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -17,7 +17,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """A signal arrived that ends the process.
+    """A signal that ends the process has arrived.
 
     Attributes:
         status: what a shell reports for a process that this signal ended.
@@ -33,19 +33,19 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 class Interrupts:
-    """While entered, a handler of SIGINT, SIGTERM or SIGHUP runs at once, but within `hold()` at its end.
+    """While this is entered, SIGINT, SIGTERM and SIGHUP are handled at once, but within `hold()` at its end.
 
-    The handlers that were there stay in charge: Python's own raises KeyboardInterrupt; a signal that is
-    ignored stays ignored, as SIGHUP is under nohup. SIGTERM and SIGHUP, which by default end the process on
-    the spot, raise Terminated instead if `terminate` is true. Outside the main thread, which alone receives
-    signals, nothing is changed.
+    The handlers stay the same. Python's own handler of SIGINT raises KeyboardInterrupt, and a signal that is
+    ignored stays ignored, like SIGHUP under nohup. If `terminate` is true, SIGTERM and SIGHUP raise
+    Terminated instead of ending the process at once. Only the main thread receives signals; in other threads
+    nothing changes.
 
     Attributes:
-        repeated: whether the last Ctrl-C came so soon after another, perhaps in the run before this one, that
-            it is meant for the whole program.
+        repeated: the last Ctrl-C came so soon after another one, perhaps of the run before, that it is meant
+            for the whole program.
     """
 
-    _last = -math.inf  # when any run heard Ctrl-C
+    _last = -math.inf  # the time of the last Ctrl-C in any run
 
     def __init__(self, terminate: bool) -> None:
         self._signals = (signal.SIGINT, *_ENDING) if terminate else (signal.SIGINT,)
@@ -86,7 +86,7 @@ class Interrupts:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Let what happens in here finish before a signal is heard."""
+        """Finish this block before a signal is handled."""
         self._held += 1
         try:
             yield

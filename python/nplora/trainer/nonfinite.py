@@ -1,4 +1,4 @@
-"""Where NaN and infinities begin: the search that follows a loss or a gradient that is not finite."""
+"""The search for the first NaN or infinity, after a loss or a gradient that is not finite."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,10 +15,10 @@ TARGETS = "its targets y are not finite"
 
 
 def first_nonfinite(model: Module, x: Any, y: Any) -> str:
-    """Where the first value that is not finite appears: in a batch, or in a forward pass that is run again.
+    """Where the first value that is not finite appears: in a batch, or in a repeated forward pass.
 
-    A module counts once its forward has returned, so that the innermost one is named, not those around it.
-    Targets come last: to a loss of one's own, NaN may mark rows without a label.
+    Modules are checked when their forward returns, so the innermost one is named, not those around it.
+    Targets are checked last: a user's loss may mark rows without a label by NaN.
     """
     if _not_finite(x):
         return INPUT
@@ -36,7 +36,7 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
 
 
 def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
-    """Shadow one module's `forward` by one that looks at the output; return how to undo that."""
+    """Replace the `forward` of a module by one that checks the output; return a function that undoes this."""
     attributes, forward = vars(module), module.forward
     before = attributes.get("forward")
 

@@ -1,4 +1,4 @@
-"""The picture of a run: log.jsonl to a PNG."""
+"""The plot of a run: log.jsonl becomes a PNG."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ from nplora.formats.run_files import LOG
 PICTURE = "plot.png"
 
 _MAX_LOG = 1 << 30
-_STEEP = 30  # losses that span more than this factor are drawn on a logarithmic axis
+_STEEP = 30  # losses that span more than this factor get a logarithmic axis
 
 Records = list[dict[str, Any]]
 
@@ -21,17 +21,17 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
     """Draw the losses, the accuracy and the learning rate of a run.
 
     Args:
-        directory: the `checkpoint_dir` of a `Trainer.fit`, finished or not.
+        directory: the `checkpoint_dir` of a run, finished or not.
         output: the PNG; None: plot.png in the directory.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
     Returns:
         the path of the PNG.
     Raises:
-        ModuleNotFoundError: matplotlib, the extra [plot], is not installed.
+        ModuleNotFoundError: matplotlib, from the extra [plot], is not installed.
         ValueError: a path is empty, or the name of the output does not end in .png, or it is the log.
-        FileExistsError: the output is there, and `overwrite` is not set.
-        FileNotFoundError: the directory is not that of a run: it has no log.jsonl.
-        DataError: the log is not one of nplora's, or it has no step yet.
+        FileExistsError: the output exists, and `overwrite` is not set.
+        FileNotFoundError: the directory has no log.jsonl, so it is not the directory of a run.
+        DataError: nplora did not write the log, or the log has no step yet.
         OSError: the PNG cannot be written.
     """
     files.require_named("plot", directory=directory, output=output)
@@ -50,10 +50,11 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
 
 def read_log(path: StrPath) -> tuple[Records, Records]:
-    """The records of the steps and those of the epochs; a last line without its end is left out.
+    """The records of the steps, and those of the epochs. A last line that is cut short is skipped.
 
     Raises:
-        DataError: a line is not a record, with its number; or there is no step. OSError: it cannot be read.
+        DataError: a line is not a record (its number is named), or there is no step yet.
+        OSError: the log cannot be read.
     """
     lines = bytes(files.read(path, _MAX_LOG)).split(b"\n")[:-1]
     found: dict[str, Records] = {"step": [], "epoch": []}
@@ -74,7 +75,7 @@ def read_log(path: StrPath) -> tuple[Records, Records]:
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
-    """Numbers where numbers belong; NaN, and what was not measured, are null."""
+    """Refuse a record whose fields are not numbers; null stands for NaN and for what was not measured."""
     for name in ("step", "loss", *(("lr",) if record["event"] == "step" else ("val_loss", "val_accuracy"))):
         value = record.get(name)
         if value is None and name != "step":
@@ -91,7 +92,7 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """The points of a curve, those that are null left out."""
+    """The points of a curve, without those that are null."""
     points = [(record["step"], record[name]) for record in records if record[name] is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
@@ -123,10 +124,10 @@ def _draw(steps: Records, epochs: Records, title: str) -> bytes:
         if name == "loss":
             axis.legend()
             axis.set_yscale(_scale([value for line in lines for value in line.y]))
-    axes[0].set_title(title, parse_math=False)  # a name may have dollars
+    axes[0].set_title(title, parse_math=False)  # a name may contain dollar signs
     axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")  # a Figure without pyplot is drawn by Agg: no display is needed
+    figure.savefig(buffer, format="png")  # without pyplot, Agg draws it, and no display is needed
     return buffer.getvalue()
 
 

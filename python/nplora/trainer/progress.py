@@ -1,4 +1,4 @@
-"""The progress line: tqdm's where it is installed, else a plain one."""
+"""The progress line: tqdm's if it is installed, else a plain one."""
 
 import sys
 import time
@@ -21,13 +21,14 @@ class ProgressLine(Callback):
         self.close()
 
     def close(self) -> None:
-        """Leave the line as it is; the next output begins below it."""
+        """End the line, so that the next output starts below it."""
 
 
 def progress_line(progress: bool | None) -> ProgressLine | None:
-    """A callback that shows progress on stderr; None: only where stderr is a terminal.
+    """A callback that shows progress on stderr, or None if nothing is to be shown.
 
-    A process that was started with stderr closed has none: nothing is drawn.
+    Args:
+        progress: show it; None: if stderr is a terminal. A process without stderr shows nothing.
     """
     if sys.stderr is None or progress is False or (progress is None and not stderr.isatty()):
         return None
@@ -61,7 +62,7 @@ class TqdmLine(ProgressLine):
 
 
 class PlainLine(ProgressLine):
-    """One line that is redrawn on a terminal; elsewhere one line for every epoch."""
+    """On a terminal, one line that is redrawn; elsewhere, one line for every epoch."""
 
     def __init__(self) -> None:
         self._redraws = stderr.isatty()

@@ -1,50 +1,56 @@
-"""Whether a checkpoint and the run that is to continue from it belong together."""
+"""Resuming: whether a checkpoint fits the run that continues from it, and the history that it brings."""
 
 import json
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.formats.run_files import LOG
 from nplora.nn.losses import CustomLoss, Loss
-from nplora.nn.module import Module
-from nplora.nn.optim import Optimizer
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import differences, factors
+from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import EpochRecord, History, StepRecord, last_logged
 from nplora.trainer.run_directory import RunDirectory
+from nplora.trainer.run_state import RunState
 
-NONFINITE = "nonfinite"  # the line of the log for a loss that was not finite
+if TYPE_CHECKING:
+    from nplora.trainer.trainer import Trainer
+
+NONFINITE = "nonfinite"  # the event of a log line that records a loss that was not finite
 
 _MOST = 5  # differences that a message lists
 _LONGEST_ERROR = 500  # characters of an error that the log keeps
 
 
-def settings_of(
-    data: dict[str, Any],
-    model: Module,
-    loss: Loss | FusedLoss,
-    optimizer: Optimizer,
-    accumulate: int,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """What a checkpoint remembers of how its run was started, as JSON gives it back.
+# ---- the settings that a checkpoint keeps ----
+
+
+def settings_of(trainer: "Trainer", config: FitConfig) -> dict[str, Any]:
+    """How a run was started, as JSON reads it back.
 
     "fixed" must be the same when the run is resumed: it decides what a position in the data and the model's
     arrays mean. "free" may change, with a warning.
     """
+    model, loss, optimizer = trainer.model, trainer.loss, trainer.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
-    layers = {name: layer.settings() for name, layer in model.adapter_layers().items()}
     settings = {
         "fixed": {
-            **data,
+            **config.batches.identity(),
             **(loss.settings() if isinstance(loss, FusedLoss) else {}),
-            "accumulate": accumulate,
+            "accumulate": trainer.accumulate,
             "optimizer": type(optimizer).__name__,
-            "layers": layers,
+            "layers": {name: layer.settings() for name, layer in model.adapter_layers().items()},
         },
-        "free": {"loss": _loss_name(loss), **public, **options},
+        "free": {
+            "loss": _loss_name(loss),
+            **public,
+            "schedule": trainer.schedule,
+            "warmup_steps": trainer.warmup_steps,
+            "clip_norm": trainer.clip_norm,
+            "total_steps": config.total_steps,
+        },
     }
     result: dict[str, Any] = json.loads(
         json.dumps(settings, default=repr),
@@ -59,13 +65,16 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
     return repr(loss) if type(loss).__module__ == "nplora.nn.losses" else type(loss).__qualname__
 
 
+# ---- where a run resumes ----
+
+
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
     """What the log keeps of a loss that was not finite with the parameters of this step."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 
 def _choices(settings: dict[str, Any]) -> str:
-    """The settings that change where a run goes, as one text. A longer run meets the same loss again."""
+    """The settings that change the course of a run, as one text. A longer run meets the same loss again."""
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)
 
@@ -76,11 +85,11 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     The next loss depends on these parameters and the data alone: it would be the same with any learning rate.
 
     Raises:
-        ValueError: the run has the settings that led there, or there is no checkpoint from before.
+        ValueError: the settings are those that led there, or no earlier checkpoint is left.
     """
     try:
         log = directory.read_log(directory.log_bytes)
-    except (FormatError, OSError):  # `restored_history` warns of it
+    except (FormatError, OSError):  # `restored_history` warns about it
         return newest
     failure = last_logged(log[newest.log_bytes :], NONFINITE)
     if not failure:
@@ -89,7 +98,7 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     start = directory.before(newest.step) if is_bad else newest
     reason = f"{directory.path}: the run ended with {str(failure.get('error'))[:_LONGEST_ERROR]}"
     if start is None:
-        raise ValueError(f"{reason}; no checkpoint from before is left")
+        raise ValueError(f"{reason}; no earlier checkpoint is left")
     if failure.get("settings") == _choices(settings):
         raise ValueError(
             f"{reason}; the same settings lead there again. A lower --lr (the optimizer's lr) continues from "
@@ -98,75 +107,95 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     return start
 
 
+# ---- whether the checkpoint fits ----
+
+
 def restored_history(
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    model: Module,
-    optimizer: Optimizer,
+    state: RunState,
     settings: dict[str, Any],
     base: str,
-    total_steps: int | None,
     batches: int | None,
 ) -> tuple[History, list[tuple[str, StepRecord | EpochRecord]]]:
-    """Check all that a checkpoint brings against the run, change nothing, and return the history up to it.
-
-    Also the records that the log lost at its end, with their events: a full disk may have cost them.
+    """Check a checkpoint against the run, change nothing, and return the history up to the checkpoint.
 
     Args:
-        batches: those of an epoch; None if unknown.
+        base: the fingerprint of the run's base model.
+        batches: the batches of an epoch; None if unknown.
+    Returns:
+        the history; and the records, each with its event, that the log lost at its end, as after a full disk.
     Raises:
-        CorruptError: it is of another model, or its arrays do not fit; the first few differences are listed.
-            Or it is of no position in the data.
-        ValueError: the run's data or settings are others, or it ends before the checkpoint's step.
+        CorruptError: the checkpoint is of another model, its arrays do not fit (the first few differences are
+            listed), or its position is not in the data.
+        ValueError: the run has other data or settings, or it ends before the checkpoint's step.
     Warns:
-        UserWarning: settings that may change did, or the machine's instruction set; or the log has lost
-            records, so that they are missing in the history.
+        UserWarning: a setting that may change did, the instruction set differs, or the log lost records,
+            which the history then lacks.
     """
     path = directory.path
     if checkpoint.base != base:
         raise CorruptError(f"{path}: the checkpoint is of another base model: the frozen weights differ")
-    refusal = f"{path}: the checkpoint's run cannot go on with other data or settings"
+    _check_settings(path, checkpoint, settings)
+    _check_position(path, checkpoint, state.total_steps, batches)
+    _check_layers(path, checkpoint, settings)
+    _check_arrays(path, checkpoint, state)
+    history = History()
+    try:
+        history.restore(checkpoint.history, checkpoint.epochs)
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{path}: the checkpoint's history is not valid: {error}") from error
+    unlogged = _add_log(history, checkpoint, directory)
+    changed = _changes(checkpoint.settings.get("free"), settings["free"])
+    if changed:
+        warn_user(f"{path}: the run continues with other settings: {changed}")
+    checkpoint.warn_if_moved()
+    return history, unlogged
+
+
+def _refusal(path: object) -> str:
+    return f"{path}: the run cannot continue with other data or settings"
+
+
+def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """Data, batches and optimiser must be those of the checkpoint's run."""
     fixed = checkpoint.settings.get("fixed")
     if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
-        raise CorruptError(f"{refusal}: the data file, or how it is read, has changed since")
+        raise CorruptError(f"{_refusal(path)}: the data file, or how it is read, has changed since")
     changed = _changes(fixed, settings["fixed"])
     if changed:
-        raise ValueError(f"{refusal}: {changed}")
+        raise ValueError(f"{_refusal(path)}: {changed}")
+
+
+def _check_position(
+    path: object, checkpoint: Checkpoint, total_steps: int | None, batches: int | None
+) -> None:
+    """The checkpoint's position must be in the data, and not behind the end of the run."""
     if total_steps is not None and checkpoint.step > total_steps:
         raise ValueError(
             f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"
         )
     if batches is not None and checkpoint.batch > batches:
         raise CorruptError(f"{path}: the checkpoint is of batch {checkpoint.batch} of an epoch of {batches}")
-    then, now = checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"]
-    changed = _layer_changes(then, now)
-    if not changed:
-        _check_arrays(path, checkpoint, model, optimizer)
+
+
+def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """The adapted layers must have the settings that they had."""
+    changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
     if changed:
-        raise ValueError(f"{refusal}: {changed}")
-    history = History()
-    try:
-        history.restore(checkpoint.history, checkpoint.epochs)
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{path}: the checkpoint's history is not one: {error}") from error
-    unlogged = _add_log(history, checkpoint, directory)
-
-    changed = _changes(checkpoint.settings.get("free"), settings["free"])
-    if changed:
-        warnings.warn(f"{path}: the run goes on with other settings: {changed}", stacklevel=6)
-    checkpoint.warn_if_moved()
-    return history, unlogged
+        raise ValueError(f"{_refusal(path)}: {changed}")
 
 
-def _check_arrays(path: object, checkpoint: Checkpoint, model: Module, optimizer: Optimizer) -> None:
+def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
     """Factors, dropout streams and moments must be those of the model."""
+    model = state.model
     problems = differences(checkpoint.parameters, factors(model))
     if checkpoint.random_state.keys() != model.random_state().keys():
         problems.append("the dropout streams are of other layers")
     verdict = "is of another model" if problems else "does not fit the model"
     if checkpoint.best is not None and checkpoint.best.get("loss") is not None:
         problems += [f"best {p}" for p in differences(checkpoint.best_parameters, factors(model))]
-    problems += optimizer.differences(checkpoint.optimizer, model.parameters())
+    problems += state.optimizer.differences(checkpoint.optimizer, state.parameters)
     if problems:
         raise CorruptError(f"{path}: the checkpoint {verdict}: {first_few(problems, '; ')}")
 
@@ -177,37 +206,10 @@ def first_few(sentences: list[str], separator: str) -> str:
     return separator.join(sentences[:_MOST]) + more
 
 
-def _add_log(
-    history: History, checkpoint: Checkpoint, directory: RunDirectory
-) -> list[tuple[str, StepRecord | EpochRecord]]:
-    """Complete the history from the log, warn where records are lost, return those that the log lacks."""
-    log, reason = b"", "missing, cut or damaged"
-    try:
-        log = directory.read_log(checkpoint.log_bytes)
-    except (FormatError, OSError) as error:
-        reason = f"not readable ({error})"
-    history.add_log(log, checkpoint.step, checkpoint.epoch)
-    found, wanted = len(history.steps) + len(history.epochs), checkpoint.step + checkpoint.epoch
-    if len(log) != checkpoint.log_bytes or found != wanted:
-        warnings.warn(
-            f"{directory.path / LOG}: the log is {reason}: the run goes on, "
-            f"the history has {len(history.steps)} of {checkpoint.step} steps "
-            f"and {len(history.epochs)} of {checkpoint.epoch} epochs",
-            stacklevel=7,
-        )
-    last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))
-    steps = [("step", record) for record in history.steps if record.step > last_step]
-    return [*steps, *(("epoch", record) for record in history.epochs if record.epoch > last_epoch)]
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
-
-
 def _changes(then: Any, now: dict[str, Any]) -> str:
-    """The settings that differ, but for those of layers: "batch_size was 8, is 16"."""
+    """The settings that differ, without those of layers: "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
-        return "the checkpoint does not know its own"
+        return "the checkpoint does not state its settings"
     names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
     return ", ".join(
         f"{name} is another array"
@@ -220,12 +222,12 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
     """The settings of layers that differ: "0.alpha was 16.0, is 64.0", or "rank was 8, is 4 in 205 layers".
 
-    An older checkpoint knows none.
+    An old checkpoint has none: nothing is compared.
     """
     if then is None:
         return ""
     if not isinstance(then, dict) or not all(isinstance(settings, dict) for settings in then.values()):
-        return "the checkpoint does not know those of its layers"
+        return "the checkpoint does not state the settings of its layers"
     if then.keys() != now.keys():
         lost, new = (
             first_few(sorted(a.keys() - b.keys()), ", ") or "none" for a, b in ((then, now), (now, then))
@@ -237,9 +239,38 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
             was, is_now = then[layer].get(name), settings.get(name)
             if was != is_now:
                 changed.setdefault(f"{name} was {was}, is {is_now}", []).append(layer)
-    return first_few([_of(layers, change) for change, layers in changed.items()], ", ")
+    return first_few([_in_layers(change, layers) for change, layers in changed.items()], ", ")
 
 
-def _of(layers: list[str], change: str) -> str:
-    """A change that all layers share is reported once."""
+def _in_layers(change: str, layers: list[str]) -> str:
+    """A change with the layer that it is in, or with how many share it."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")
+
+
+# ---- the history ----
+
+
+def _add_log(
+    history: History, checkpoint: Checkpoint, directory: RunDirectory
+) -> list[tuple[str, StepRecord | EpochRecord]]:
+    """Complete the history from the log, warn if records are lost, and return those that the log lacks."""
+    log, reason = b"", "missing, cut or damaged"
+    try:
+        log = directory.read_log(checkpoint.log_bytes)
+    except (FormatError, OSError) as error:
+        reason = f"not readable ({error})"
+    history.add_log(log, checkpoint.step, checkpoint.epoch)
+    found, wanted = len(history.steps) + len(history.epochs), checkpoint.step + checkpoint.epoch
+    if len(log) != checkpoint.log_bytes or found != wanted:
+        warn_user(
+            f"{directory.path / LOG}: the log is {reason}: the run continues, "
+            f"the history has {len(history.steps)} of {checkpoint.step} steps "
+            f"and {len(history.epochs)} of {checkpoint.epoch} epochs"
+        )
+    last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))
+    steps = [("step", record) for record in history.steps if record.step > last_step]
+    return [*steps, *(("epoch", record) for record in history.epochs if record.epoch > last_epoch)]
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0

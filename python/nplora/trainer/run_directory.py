@@ -4,13 +4,12 @@ It holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
     log.jsonl                                              a line for every step and epoch
-    lock                                                   while a run writes here; its text is the PID
+    lock                                                   while a run writes here; it contains the PID
 
-A checkpoint is written beside its target and renamed over the older generation (`formats.files.replace`), so
-at every moment a whole one is there. A SHA-256 over everything in it tells whether it still is whole. All
-that touches the disk here are the calls of `formats.files` and those of the class `RunDirectory`. That class
-holds the directory open, so a run stays in it when it is renamed. It never follows a link, and writes to no
-file that another program made.
+A checkpoint is written to a temporary file and renamed over the older generation (`formats.files.replace`),
+so there is a whole one at every moment. Its SHA-256 shows whether it is still whole. Only `formats.files` and
+the class `RunDirectory` touch the disk. The class keeps the directory open, so a run stays in it even when it
+is renamed. It never follows a link, and never writes to a file that another program made.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ import json
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +38,7 @@ from nplora.formats.errors import (
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import CHECKPOINTS, LOCK, LOG, holds_run
 from nplora.formats.safetensors import SafetensorsFile
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
 
@@ -48,27 +47,27 @@ _MAX_LOG = 1 << 30
 _LONGEST_LINE = 1 << 16
 
 
-# Whether a file was made by a run, by its name.
+# Checks, by file name, that a run made a file.
 
 
 def _is_log(reader: files.Reader) -> bool:
-    """It begins with a record, or is all that a full disk left of the first one."""
+    """It begins with a record, or it is the part of the first record that fitted on a full disk."""
     head = bytes(reader[:64])
     is_cut = len(reader) < 64 and b"\n" not in head
     return bool(_FIRST_RECORD.match(head)) or (is_cut and b'{"event":"'.startswith(head[:10]))
 
 
 def _is_lock(reader: files.Reader) -> bool:
-    """It is empty or holds a PID."""
+    """It is empty or contains a PID."""
     try:
         text = bytes(reader[:32]).strip()
-    except TruncatedError:  # by the run that locks it now
+    except TruncatedError:  # a run is locking it now
         return True
     return len(reader) <= 32 and (not text or text.isdigit())
 
 
 def _is_generation(reader: files.Reader) -> bool:
-    """A file that is not safetensors may be a damaged checkpoint: `RunDirectory.latest` judges it."""
+    """A file that is not safetensors may be a damaged checkpoint; `RunDirectory.latest` decides."""
     try:
         return bool(SafetensorsFile(reader, "checkpoint").metadata.keys() & MARKS)
     except FormatError:
@@ -79,34 +78,36 @@ _IS_OURS = {LOG: _is_log, LOCK: _is_lock, **dict.fromkeys(CHECKPOINTS, _is_gener
 
 
 class RunDirectory:
-    """A directory that one run writes: made if needed, locked and held open until `close`.
+    """The directory of a run: made if needed, locked and kept open until `close`.
 
     Args:
-        overwrite: a run that begins here drops an adapter that an earlier one left.
+        overwrite: a run that begins here drops the adapter of an earlier run.
     Attributes:
-        newest: the newest whole checkpoint, or None; read when asked for, let go of by the first `save`.
-        damaged: one sentence for each checkpoint that is not whole. Of one that is older than a whole one,
-            only the header is read.
-        occupied: whether there was a checkpoint, whole or damaged.
+        newest: the newest whole checkpoint, or None; read when it is needed, released by the first `save`.
+        damaged: one sentence for each checkpoint that is not whole. If the newer one is whole, only the
+            header of the older one is read.
+        occupied: there was a checkpoint, whole or damaged.
     Raises:
-        BlockingIOError: another run writes there; the message names its PID.
-        UnsupportedError: a later nplora's checkpoint is there.
+        BlockingIOError: another run writes to the directory; the message names its PID.
+        UnsupportedError: a later nplora wrote a checkpoint.
         UnsafeError: a symbolic link has the name of a file of the run.
-        FileExistsError: a file that no run made has such a name. It is left as it is.
+        FileExistsError: a file that no run made has such a name. The file is left unchanged.
         OSError: the directory cannot be made or written.
     Warns:
-        UserWarning: a crashed run left an unfinished file, which is removed.
+        UserWarning: an unfinished file of a crashed run was removed.
     """
 
     def __init__(self, path: StrPath | files.Directory, overwrite: bool = False) -> None:
         self.damaged: list[str] = []
         self._overwrite = overwrite
-        self._serials = [0, 0]  # the generations' numbers
-        self._slot = 0  # the generation to be replaced next
-        self._step = 0  # of the newest generation
-        self._first_log: bytearray | None = None  # of a run that overwrites another, until its checkpoint
+        self._serials = [0, 0]  # the serials of the two generations; 0: none
+        self._slot = 0  # the generation that is replaced next
+        self._step = 0  # the step of the newest generation
+        self._first_log: bytearray | None = (
+            None  # the log of a run that overwrites another, until its checkpoint
+        )
         self._descriptors: list[int] = []
-        self._locked_by = 0  # a process, whose forked children do not unlock
+        self._locked_by = 0  # the PID of the process that locked; its forked children do not unlock
         try:
             if not isinstance(path, files.Directory):
                 os.makedirs(path, exist_ok=True)
@@ -136,17 +137,17 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """Where the directory is now."""
+        """The present path of the directory."""
         return Path(self._directory)
 
     def _require_ours(self) -> None:
-        """Look at every file that the run may write to, before it writes into any."""
+        """Check every file that the run may write to, before it writes to any."""
         for name in {LOG, *CHECKPOINTS}.intersection(os.listdir(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
 
     def _open(self, name: str, flags: int) -> int:
-        # O_NONBLOCK: a FIFO would otherwise be waited for.
+        # O_NONBLOCK: opening a FIFO does not wait.
         flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(name, flags, 0o666, dir_fd=self._directory.fd)
@@ -160,19 +161,19 @@ class RunDirectory:
             what = files.kind_name(kind)
             raise FileExistsError(errno.EEXIST, f"{name} is {what}, expected a regular file")
         if not _IS_OURS[name](files.Reader(descriptor, self.path / name)):
-            reason = f"no run made the {name} in it: move that file, or name another directory"
+            reason = f"no run made the file {name} in it: move that file, or choose another directory"
             raise FileExistsError(errno.EEXIST, reason)
         return descriptor
 
     def _lock(self) -> int:
-        """Lock the file; again if the earlier run removed it after it was opened here."""
+        """Lock the file; repeat this if an earlier run removed the file after it was opened here."""
         while not self._locked_by:
             descriptor = self._open(LOCK, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-                reason = f"another run, of process {pid}, writes to this directory"
+                reason = f"another run (process {pid}) writes to this directory"
                 raise BlockingIOError(error.errno, reason, str(self.path)) from error
             if self._has_lock():
                 self._locked_by = os.getpid()
@@ -181,7 +182,7 @@ class RunDirectory:
         return descriptor
 
     def _has_lock(self) -> bool:
-        """Whether the file that was locked is the one that others find there."""
+        """Whether the locked file is still the one that others find under its name."""
         try:
             found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -191,9 +192,7 @@ class RunDirectory:
     def _remove_unfinished(self) -> None:
         for file in files.unfinished(self._directory.fd, run_files.NAMES):
             os.unlink(file, dir_fd=self._directory.fd)
-            warnings.warn(
-                f"{self.path / file}: left unfinished by a run that was killed, removed", stacklevel=4
-            )
+            warn_user(f"{self.path / file}: left unfinished by a run that was killed; removed")
 
     @functools.cached_property
     def newest(self) -> Checkpoint | None:
@@ -214,7 +213,7 @@ class RunDirectory:
         return newest
 
     def _newest_metadata(self) -> dict[str, str]:
-        """Those of the checkpoint `newest`."""
+        """The metadata of the checkpoint `newest`."""
         slot = 1 - self._slot
         with safetensors.reading(self.path / CHECKPOINTS[slot], follow_links=False) as content:
             return content.metadata
@@ -222,28 +221,26 @@ class RunDirectory:
     def latest(self) -> Checkpoint | None:
         """The checkpoint to continue from; None if there is none.
 
-        If that run had begun to drop what an earlier one left, that is completed.
+        If that run had begun to drop the files of an earlier one, this is completed.
 
         Raises:
             CorruptError: there are checkpoints, but none is whole.
         Warns:
-            UserWarning: one is damaged, and the other is used.
+            UserWarning: the newer checkpoint is damaged, and the older one is used.
         """
         if self.newest is None and self.damaged:
             raise CorruptError(
                 f"{self.path}: no whole checkpoint is left: {'; '.join(self.damaged)}; "
-                "--overwrite (overwrite=True) begins anew"
+                "--overwrite (overwrite=True) starts a new run"
             )
         if self.newest is not None:
             for problem in self.damaged:
-                warnings.warn(
-                    f"{problem}; the other checkpoint is used, of step {self.newest.step}", stacklevel=5
-                )
+                warn_user(f"{problem}; the other checkpoint, of step {self.newest.step}, is used")
             self._finish_dropping(self.newest)
         return self.newest
 
     def before(self, step: int) -> Checkpoint | None:
-        """The whole checkpoint of the latest step before this one; None if there is none."""
+        """The latest whole checkpoint from before this step; None if there is none."""
         found: Checkpoint | None = None
         for name in CHECKPOINTS:
             with contextlib.suppress(FormatError, OSError):
@@ -253,7 +250,7 @@ class RunDirectory:
         return found
 
     def _finish_dropping(self, newest: Checkpoint) -> None:
-        """Put the first log of a run that overwrites another in place, and remove the other's adapter."""
+        """Complete `_drop_other` after a crash: put the new log in its place, and remove the old adapter."""
         log = self._newest_metadata().get(run_files.FIRST_LOG)
         if log is None:
             return
@@ -264,7 +261,7 @@ class RunDirectory:
             self._drop_adapter()
 
     def read_log(self, size: int) -> bytes:
-        """The whole lines among the first `size` bytes of the log, or of what is left of it.
+        """The whole lines among the first `size` bytes of the log; a shorter log has fewer.
 
         Raises:
             FormatError, OSError: it cannot be read.
@@ -273,7 +270,7 @@ class RunDirectory:
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:
-        """Drop what stands in the log after `size` bytes, and before them a last line without its end."""
+        """Cut the log after `size` bytes, or before them if the last line has no end."""
         with files.disk_errors(self.path / LOG, f"the log was to end after byte {size:,}"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
@@ -283,8 +280,8 @@ class RunDirectory:
     def begin(self) -> None:
         """Begin a new run, with an empty log.
 
-        What an earlier run left is dropped with the first checkpoint: its log, both its checkpoints, and the
-        adapter if `overwrite` is set. Until then it stays as it is.
+        The first checkpoint drops the files of an earlier run: its log, both its checkpoints, and its adapter
+        if `overwrite` is set. Until then they stay unchanged.
         """
         if self.occupied or (self._overwrite and peft_adapter.lies_in(self.path)):
             self._first_log, self.log_bytes = bytearray(), 0
@@ -292,12 +289,12 @@ class RunDirectory:
             self.cut_log(0)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint over the older generation, or the first one of a new run over both.
+        """Write a checkpoint over the older generation; the first one of a new run drops both.
 
-        One of the same step as the newest replaces that, so the older one is always of an earlier step.
+        A checkpoint of the same step as the newest one replaces that, so the two are always of two steps.
 
         Raises:
-            OSError: the disk refuses; both generations are as they were, and the message says how many bytes
+            OSError: the disk refuses; both generations are unchanged, and the message says how many bytes
                 were needed.
         """
         if self._first_log is not None:
@@ -305,7 +302,7 @@ class RunDirectory:
         elif checkpoint.step == self._step and any(self._serials) and not self.damaged:
             self._slot = 1 - self._slot
         with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
-            os.fsync(self._log)  # the checkpoint relies on it for the history
+            os.fsync(self._log)  # the history of the checkpoint is in the log
         self._write(checkpoint)
         self._step = checkpoint.step
 
@@ -317,10 +314,10 @@ class RunDirectory:
         self.damaged.clear()  # a damaged checkpoint is the first to be replaced
 
     def _drop_other(self, checkpoint: Checkpoint) -> None:
-        """Write the first checkpoint of a run that overwrites another, and drop what that left.
+        """Write the first checkpoint of a run that overwrites another, and drop the files of the other run.
 
-        The checkpoint carries what `_finish_dropping` needs, so the rename of its file is the moment at which
-        the new run takes the place of the old one.
+        The checkpoint contains what `_finish_dropping` needs, so the new run replaces the old one at the
+        moment when the file of the checkpoint is renamed.
         """
         log = bytes(self._first_log or b"")
         metadata = {run_files.FIRST_LOG: log.decode()}
@@ -337,7 +334,7 @@ class RunDirectory:
         return files.NewFile(self.path / LOG, len(log), [log])
 
     def _reopen_log(self) -> None:
-        """Continue in the log that replaced the one that is open."""
+        """Close the log, and open the file that replaced it."""
         self._descriptors.remove(self._log)
         os.close(self._log)
         self._log = self._open(LOG, os.O_RDWR | os.O_APPEND)
@@ -351,7 +348,7 @@ class RunDirectory:
             os.fsync(self._directory.fd)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON to the log, NaN and infinities as null."""
+        """Append a line of JSON to the log. NaN and infinities become null."""
         line = json.dumps(dict(_finite(record.items())), allow_nan=False, separators=(",", ":"))
         data = f"{line}\n".encode()
         if self._first_log is not None:
@@ -366,7 +363,7 @@ class RunDirectory:
             self.log_bytes += progress.done
 
     def close(self) -> None:
-        """Let the next run in. The lock file is removed while it is locked, so it is this run's own."""
+        """Unlock the directory. The lock file is removed while it is locked, so it is surely our own."""
         if self._locked_by == os.getpid():
             with contextlib.suppress(OSError):
                 if self._has_lock():
@@ -384,7 +381,7 @@ class RunDirectory:
 
 
 def _unwritable(path: StrPath, error: OSError) -> OSError:
-    """The error for a run directory; of the class that fits its number."""
+    """The error for a run directory, of the class that belongs to its number."""
     return OSError(error.errno, f"the run directory cannot be written: {error.strerror}", files.name(path))
 
 

@@ -1,8 +1,7 @@
-"""Trainer: fit a model's trainable arrays to data, with everything that a long run needs."""
+"""Trainer: fits the trainable arrays of a model to data, with all that a long run needs."""
 
 import inspect
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,13 +15,15 @@ from nplora.nn import losses, optim
 from nplora.nn.losses import CrossEntropy, LossFunction
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.evaluation import check_rows, evaluate, predict
+from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
-from nplora.trainer.run import Plan, Run
+from nplora.trainer.run import Run
 from nplora.trainer.run_directory import RunDirectory
 
 Array = npt.NDArray[Any]
@@ -32,24 +33,24 @@ _EVALUATION_ROWS = 256
 
 
 class Trainer:
-    """Trains the trainable arrays of a model; its frozen weights are never touched.
+    """Trains the trainable arrays of a model. Its frozen weights never change.
 
     Args:
         model: a Module.
         loss: "mse", "cross_entropy", "bce", "huber", a callable (prediction, target) -> (loss, gradient), or
-            a `FusedLoss` for a model whose output is too large to be kept.
-        optimizer: AdamW or SGD; None: AdamW(). Its state goes on from one `fit` to the next.
-        schedule: "constant", "linear" or "cosine": what becomes of the learning rate after the warm-up.
-        warmup_steps: steps over which the learning rate rises to the optimiser's `lr`.
-        accumulate: batches that make one step. Their gradients are weighted by what the loss counts (labelled
-            rows, or elements), so the step is that of one large batch; the last step of an epoch may have
-            fewer.
+            a `FusedLoss` for a model whose output is too large to keep.
+        optimizer: AdamW or SGD; None: AdamW(). It keeps its state from one `fit` to the next.
+        schedule: the course of the learning rate after the warm-up: "constant", "linear" or "cosine".
+        warmup_steps: steps during which the learning rate rises to the `lr` of the optimiser.
+        accumulate: batches in one step. Their gradients are weighted by what the loss counts (labelled rows,
+            or elements), so the step equals that of one large batch. The last step of an epoch may have fewer
+            batches.
         clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
-        seed: of the order of the examples. (The model's randomness is its own: `model.seed`.)
+        seed: the seed of the order of the examples. (For the model's own randomness, see `model.seed`.)
         callbacks: `Callback`s, called in this order.
-        progress: show a progress line on stderr; None: if that is a terminal. tqdm's if it is installed.
+        progress: show a progress line on stderr (tqdm's if it is installed); None: if stderr is a terminal.
     Raises:
-        ValueError, TypeError: an argument is none of those above.
+        ValueError, TypeError: an argument is none of the above.
     """
 
     def __init__(
@@ -105,90 +106,78 @@ class Trainer:
     ) -> History:
         """Train, and return the records of the run.
 
-        Ctrl-C ends the run after what was learned so far: with a `checkpoint_dir` it is saved there, and the
-        history is returned with `interrupted` true. A second Ctrl-C while it does that, or within half a
-        second of the first (meant for the program, not for its next `fit`), raises KeyboardInterrupt once the
-        checkpoint is written. SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves
-        parameters and moments as the last whole step left them. After any error that step is saved in the
+        Ctrl-C ends the run early: what was trained so far is saved in the `checkpoint_dir`, if there is one,
+        and the history is returned with `interrupted` true. A second Ctrl-C during this, or within half a
+        second of the first, is meant for the program: it raises KeyboardInterrupt after the checkpoint is
+        written. SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves parameters
+        and moments as they were after the last whole step. After any error that step is saved in the
         `checkpoint_dir`, and a note on the error says so.
 
         Args:
-            x, y: arrays of one length; or x alone, an iterable of batches (x, y) or a `Batches`, of which
-                `batch_size` and `shuffle` are not asked. To go on within an epoch, an iterable is read again
-                and its used batches are skipped, so it must give the same ones; for a second epoch it must
-                begin anew, which a generator cannot.
+            x, y: arrays of the same length; or x alone, an iterable of batches (x, y) or a `Batches`, for
+                which `batch_size` and `shuffle` have no effect. To resume within an epoch, an iterable is
+                read from its beginning and the used batches are skipped, so it must yield the same ones. It
+                is read once per epoch; a generator is enough for one epoch only.
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
-            batch_size: rows of a batch; the last of an epoch may have fewer.
-            shuffle: take the rows in an order of their own in each epoch, drawn from (seed, epoch).
+            batch_size: rows in a batch; the last batch of an epoch may have fewer.
+            shuffle: take the rows in another order in each epoch, drawn from (seed, epoch).
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
-            patience: stop after this many epochs in a row without a lower validation loss (early stopping);
-                one that is NaN or infinite is not lower. The model ends with the factors of the best epoch,
-                however the run ends.
+            patience: stop after this many epochs in a row without a lower validation loss (early stopping).
+                A loss that is NaN or infinite is not lower. However the run ends, the model then has the
+                factors of the best epoch.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
-            checkpoint_every: steps between checkpoints; None: one at an epoch's end, if the one before is at
-                least a second old. There is always one at the beginning, one after the first step and one
+            checkpoint_every: steps between checkpoints; None: one at the end of an epoch, if the last one is
+                at least a second old. There is always one at the beginning, one after the first step and one
                 at the end, also after Ctrl-C.
             save_minutes: the most minutes between two checkpoints; 0: no limit.
             resume: continue from the checkpoint in `checkpoint_dir`, to the same bits as without a stop; if
-                there is none, begin. The history before it is read from `log.jsonl`. A run that
-                ended with NonFiniteLossError continues with other settings only, a lower learning rate, from
-                the checkpoint before the step that led there.
-            overwrite: begin anew where `checkpoint_dir` holds another run. What that left is dropped, an
-                adapter too, when the first checkpoint of the new run is on the disk.
+                there is none, begin. The history before it is read from `log.jsonl`. A run that ended with
+                NonFiniteLossError continues from the checkpoint before the step that led there, and only
+                with other settings, such as a lower learning rate.
+            overwrite: begin a new run in a `checkpoint_dir` that holds another one. The files of the other
+                run, and its adapter, are dropped when the first checkpoint of the new run is on the disk.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
-                and the first layer at fault; parameters and moments stay as the last whole step left them,
-                which is saved. Also where an update made a parameter infinite: that is not saved.
+                and the first layer at fault. Parameters and moments stay as they were after the last whole
+                step, which is saved. Or an update made a parameter infinite; that step is not saved.
             ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
             TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
             RuntimeError: the model replaces its parameters or gradients by other arrays; or a layer is
-                merged, or its adapter switched off.
+                merged, or its adapter is switched off.
             CorruptError: no checkpoint in the directory is whole, or it is of another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
                 that no run made has the name of one of the run's files. UnsafeError: a link has.
             BlockingIOError: another process writes to the directory.
-            OSError: the directory cannot be written, or the disk is full: then the checkpoint before is
-                still there, and the message says how many bytes were needed.
+            OSError: the directory cannot be written, or the disk is full. The last checkpoint is still there,
+                and the message says how many bytes were needed.
         Warns:
-            UserWarning: a damaged checkpoint was passed over for the one before it; settings, instruction set
-                or version are others than the checkpoint's; `log.jsonl` has lost records of the history; the
-                run ends before the learning rate has risen; no label counted in any step.
+            UserWarning: a damaged checkpoint was skipped and the one before it is used; settings, instruction
+                set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; the
+                run ends before the learning rate has risen; no label counts in any step.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
-        plan = self._plan(
+        config = self._fit_config(
             x, y, epochs, steps, batch_size, shuffle, validation, patience, checkpoint_every, save_minutes
         )
-        if plan.total_steps is not None and 0 < plan.total_steps <= self.warmup_steps:
-            warnings.warn(
-                f"{_OP}: the learning rate rises for {self.warmup_steps} steps, and the run ends after "
-                f"{plan.total_steps}",
-                stacklevel=2,
-            )
         self._check_model()
-        for batches in (plan.batches, plan.validation):
+        for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
                 self._check_labels(batches)
-        line = progress_line(self.progress)
-        run = Run(self, plan, self.callbacks + ([line] if line else []))
-        try:
-            if checkpoint_dir is None:
-                if resume or overwrite or checkpoint_every is not None:
-                    raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
-                return run.execute(None, resume=False)
-            if resume and overwrite:
-                raise ValueError(f"{_OP}: resume and overwrite exclude each other")
-            with RunDirectory(checkpoint_dir, overwrite) as directory:
-                if directory.occupied and not (resume or overwrite):
-                    raise FileExistsError(
-                        f"{_OP}: {directory.path} holds a run{_at(directory)}: "
-                        "resume=True goes on with it, overwrite=True drops it"
-                    )
-                return run.execute(directory, resume)
-        finally:
-            if line is not None:
-                line.close()
+        if checkpoint_dir is None:
+            if resume or overwrite or checkpoint_every is not None:
+                raise ValueError(f"{_OP}: resume, overwrite and checkpoint_every need a checkpoint_dir")
+            return self._run(config, None, resume=False)
+        if resume and overwrite:
+            raise ValueError(f"{_OP}: resume and overwrite exclude each other")
+        with RunDirectory(checkpoint_dir, overwrite) as directory:
+            if directory.occupied and not (resume or overwrite):
+                raise FileExistsError(
+                    f"{_OP}: {directory.path} holds a run{_at(directory)}: "
+                    "resume=True continues it, overwrite=True drops it"
+                )
+            return self._run(config, directory, resume)
 
     def evaluate(
         self, x: Any, y: npt.ArrayLike | None = None, *, batch_size: int = _EVALUATION_ROWS
@@ -199,7 +188,7 @@ class Trainer:
             x, y: as in `fit`.
             batch_size: rows at a time.
         Returns:
-            "loss", and for integer labels (...) of predictions (..., C) also "accuracy", the share of the
+            "loss"; for integer labels (...) and predictions (..., C) also "accuracy", the share of the
             labelled rows whose largest prediction is their label.
         Raises:
             ValueError: the data do not fit each other, the loss or the model, or x is a single example.
@@ -214,20 +203,28 @@ class Trainer:
         """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout.
 
         Raises:
-            ValueError: x does not fit the model, or it is a single example where rows belong: pass x[None].
+            ValueError: x does not fit the model, or it is a single example instead of rows: pass x[None].
         """
         return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
 
     def backward(self, gradient: Array, saved: Any) -> None:
-        """The model's backward pass; the lowest layer need not compute the gradient of the data."""
+        """The backward pass of the model, without the gradient of the data if the model can omit it."""
         if self._skips_dx:
             self.model.backward(gradient, saved, need_dx=False)
         else:
             self.model.backward(gradient, saved)
 
+    def _run(self, config: FitConfig, directory: RunDirectory | None, resume: bool) -> History:
+        line = progress_line(self.progress)
+        try:
+            return Run(self, config, self.callbacks + ([line] if line else []), directory).execute(resume)
+        finally:
+            if line is not None:
+                line.close()
+
     # ---- checks before the first step ----
 
-    def _plan(
+    def _fit_config(
         self,
         x: Any,
         y: Any,
@@ -239,7 +236,7 @@ class Trainer:
         patience: int | None,
         checkpoint_every: int | None,
         save_minutes: float,
-    ) -> Plan:
+    ) -> FitConfig:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given; one of them ends the run")
         epochs = 1 if epochs is None and steps is None else epochs
@@ -259,7 +256,7 @@ class Trainer:
                 "give steps, or batches that have a len"
             )
         several = epochs is None or epochs > 1
-        return Plan(
+        config = FitConfig(
             batches=batches,
             validation=None
             if validation is None
@@ -271,9 +268,13 @@ class Trainer:
             checkpoint_every=checkpoint_every,
             save_seconds=60 * minutes or math.inf,
         )
+        if total is not None and 0 < total <= self.warmup_steps:
+            rises = f"the learning rate rises for {self.warmup_steps} steps"
+            warn_user(f"{_OP}: {rises}, and the run ends after {total}")
+        return config
 
     def _check_model(self) -> None:
-        optim.require(_OP, self.optimizer)  # which may have been exchanged since
+        optim.require(_OP, self.optimizer)  # it may have been replaced since
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         for layer in self.model.adapter_layers().values():
@@ -282,7 +283,7 @@ class Trainer:
                 raise RuntimeError(f"{_OP}: the adapters are switched off here, as inside disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
-        """All labels at once, before the first step, where one row tells the number of classes."""
+        """Check all labels before the first step; the output for one row has the number of classes."""
         if isinstance(self.loss, CrossEntropy) and batches.y.dtype.kind in "iu":
             with np.errstate(over="ignore", invalid="ignore"):
                 classes = self.model(batches.x[:1]).shape[-1]

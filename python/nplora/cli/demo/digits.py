@@ -1,4 +1,4 @@
-"""`nplora demo digits`: a network pretrained on handwritten digits is adapted to a changed world."""
+"""`nplora demo digits`: a network that was pretrained on handwritten digits adapts to changed images."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ OUTPUT = "demo-digits"
 
 
 class DigitsNet(Module):
-    """The pretrained network 64-512-512-10, each of its three frozen layers with an adapter."""
+    """The pretrained network 64-512-512-10, with an adapter on each of its three frozen layers."""
 
     def __init__(self, pretrained: SafetensorsFile, rank: int) -> None:
         self.fc1 = _adapted(pretrained, "fc1", rank)
@@ -38,7 +38,7 @@ class DigitsNet(Module):
         self.relu = ReLU()
 
     def forward(self, x: Array) -> tuple[Array, Any]:
-        """Logits (n, 10) of images (n, 64), and what `backward` needs."""
+        """Return the logits (n, 10) of images (n, 64), and what `backward` needs."""
         h, s1 = self.fc1.forward(x)
         h, r1 = self.relu.forward(h)
         h, s2 = self.fc2.forward(h)
@@ -47,7 +47,7 @@ class DigitsNet(Module):
         return y, (s1, r1, s2, r2, s3)
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
-        """Add to the gradients of the factors; return dx (n, 64), or None where need_dx is False."""
+        """Add to the gradients of the factors; return dx (n, 64), or None if need_dx is False."""
         s1, r1, s2, r2, s3 = saved
         dh = self.relu.backward(self.fc3.backward(dy, s3), r2)
         dh = self.relu.backward(self.fc2.backward(dh, s2), r1)
@@ -56,7 +56,7 @@ class DigitsNet(Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) of 0..1 as the old world shows them and as the new one does, and labels (n,)."""
+    """Images (n, 64) with values 0..1 in the old world and in the new one, and labels (n,)."""
 
     old: Array
     new: Array
@@ -65,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of the held-out digits that are read right, in either world."""
+    """The share of the held-out digits that are read correctly in each world."""
 
     old: float
     new: float
@@ -73,11 +73,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How merged and unmerged outputs agree on the held-out digits of the new world.
+    """How well merged and unmerged outputs agree on the held-out digits of the new world.
 
     Attributes:
-        difference, bound: of the one number in a layer's output that comes nearest to its bound: how far
-            merging moves it, and how far rounding alone can.
+        difference, bound: for the number in a layer's output that comes closest to its bound: how far merging
+            moves it, and how far rounding alone can move it.
         logits: the largest difference of the network's outputs.
     """
 
@@ -88,17 +88,17 @@ class MergeCheck:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What `run` found; `str(report)` is what it prints.
+    """The results of the demo, whose `str` it prints.
 
     Attributes:
-        before, after, off: accuracy before training, after it, and after it with the adapter off.
-        examples, held_out: numbers of digits.
-        rank, factors, parameters: rank, trained numbers, and the network's numbers without them.
-        saved_bytes: kept from forward to backward of one batch.
-        seconds, threads: of the training.
+        before, after, off: the accuracy before training, after it, and after it with the adapter off.
+        examples, held_out: the number of digits to train on, and to evaluate on.
+        rank, factors, parameters: the rank, the trained values, and the frozen values of the network.
+        saved_bytes: what one batch keeps from forward to backward.
+        seconds, threads: the time of the training, and its number of threads.
         digests: SHA-256 over all frozen weights and biases, before training and at the very end.
-        merge: merged against unmerged.
-        reloaded_equal: whether a fresh network with the saved adapter gives the same logits, bit for bit.
+        merge: merged outputs compared with unmerged ones.
+        reloaded_equal: a fresh network with the saved adapter has the same logits, bit for bit.
     """
 
     before: Accuracy
@@ -118,12 +118,12 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """Which of the demo's promises do not hold: none, unless there is a bug."""
+        """The promises of the demo that do not hold; empty unless there is a bug."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter leaves a trace when it is off": self.off == self.before,
             "merged and unmerged outputs differ": self.merge.difference <= self.merge.bound,
-            "the reloaded adapter answers differently": self.reloaded_equal,
+            "the reloaded adapter has other logits": self.reloaded_equal,
         }
         return [failure for failure, holds in promises.items() if not holds]
 
@@ -133,8 +133,8 @@ class DemoReport:
 
         untouched = ": W was never touched" if self.digests[0] == self.digests[1] else " DIFFER"
         return f"""\
-A network that reads handwritten digits (64-512-512-10, {self.parameters:,} frozen parameters) finds
-every image turned by a quarter and inverted. LoRA adapts it from {self.examples} examples.
+A network that reads handwritten digits (64-512-512-10, {self.parameters:,} frozen parameters) meets
+images that are rotated by 90 degrees and inverted. LoRA adapts it with {self.examples} examples.
 
   {f"{self.held_out} held-out digits":24}{"before":>8}{"after":>9}{"adapter off":>14}
 {row("new world", self.before.new, self.after.new, self.off.new)}
@@ -158,19 +158,19 @@ def run(
     epochs: int = 80,
     lr: float = 4e-3,
 ) -> DemoReport:
-    """Adapt the pretrained network to digits turned by a quarter and inverted; print what came of it.
+    """Adapt the pretrained network to digits that are rotated by 90° and inverted; print the results.
 
     Args:
         output: directory for the adapter, log.jsonl and, with matplotlib, the plot; made if needed.
-        rank: of each layer's factors.
-        seed: of the starting factors and of the order of the examples.
-        overwrite: drop the run, the adapter and the picture in output, such as an earlier demo's.
-        epochs, lr: passes over the 600 examples, and AdamW's rate at its highest.
+        rank: the rank of the factors of each layer.
+        seed: the seed of the initial factors and of the order of the examples.
+        overwrite: drop the run, the adapter and the plot in output, as of an earlier demo.
+        epochs, lr: passes over the 600 examples, and the peak learning rate of AdamW.
     Returns:
-        all that was printed.
+        the report that was printed.
     Raises:
-        ModuleNotFoundError: scikit-learn, where the digits are, is not installed.
-        FileExistsError: output holds a run, an adapter or a picture, and `overwrite` is not set.
+        ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
+        FileExistsError: output holds a run, an adapter or a plot, and `overwrite` is not set.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
@@ -220,13 +220,13 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """The package's network in float16, with the numbers of the digits that it was trained on and was not."""
+    """The pretrained network in float16, and the numbers of the digits in each split."""
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 
 
 def digits(numbers: Array) -> Digits:
-    """scikit-learn's digits of these numbers, 0..1796, in both worlds.
+    """The digits of scikit-learn with these numbers, 0..1796, in both worlds.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -234,7 +234,7 @@ def digits(numbers: Array) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        message = 'demo: scikit-learn, where the digits are, is not installed: pip install "nplora[demo]"'
+        message = 'demo: scikit-learn, which has the digits, is not installed: pip install "nplora[demo]"'
         raise ModuleNotFoundError(message, name="sklearn") from None
     images, labels = load_digits(return_X_y=True)  # (1797, 64) of 0..16
     old = images[numbers].reshape(-1, 8, 8)
@@ -250,7 +250,7 @@ def adapt(
     epochs: int,
     lr: float,
 ) -> float:
-    """Train the factors on the new world, log into the directory, and return the seconds that it took."""
+    """Train the factors on the new world, log to the directory, and return the time in seconds."""
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(
@@ -259,7 +259,7 @@ def adapt(
         epochs=epochs,
         batch_size=BATCH,
         checkpoint_dir=directory,
-        checkpoint_every=epochs * len(examples.labels),  # never but at the beginning and at the end
+        checkpoint_every=epochs * len(examples.labels),  # only at the beginning and at the end
         overwrite=overwrite,
     )
     if history.interrupted:
@@ -268,13 +268,13 @@ def adapt(
 
 
 def accuracy(model: Module, held_out: Digits) -> Accuracy:
-    """The share of digits whose largest logit is that of their label."""
+    """The share of digits whose label has the largest logit."""
     right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
     return Accuracy(old=float(right[0]), new=float(right[1]))
 
 
 def frozen_digest(model: DigitsNet) -> str:
-    """SHA-256 over the bytes of every frozen weight and bias."""
+    """SHA-256 over the bytes of all frozen weights and biases."""
     digest = hashlib.sha256()
     for layer in (model.fc1, model.fc2, model.fc3):
         digest.update(layer.weight.to_numpy().tobytes())
@@ -283,11 +283,11 @@ def frozen_digest(model: DigitsNet) -> str:
 
 
 def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
-    """Merge, give every layer the inputs that it had unmerged, compare, and unmerge.
+    """Merge, run every layer on the inputs that it had when unmerged, compare, and unmerge.
 
-    Merged or not, a layer computes (W + s A B) h + b, and rounding moves either result by at most
-    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both ways, whatever
-    the order of their sums (Higham 2002, section 3.1).
+    Merged or not, a layer computes (W + s A B) h + b, and rounding moves each result by at most
+    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both, whatever the
+    order of the sums (Higham 2002, section 3.1).
     """
     layers = (model.fc1, model.fc2, model.fc3)
     inputs, outputs, bounds = [x], [], []

@@ -1,4 +1,4 @@
-"""Training text: from the files that people have to tokens, labels and batches of packed sequences."""
+"""Training data: from files of text to tokens, labels and batches of packed sequences."""
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import (

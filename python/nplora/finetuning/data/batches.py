@@ -1,4 +1,4 @@
-"""Batches of a dataset's examples, packed without padding, in an order that (seed, epoch) alone decide."""
+"""Batches of a dataset's examples, packed without padding, in an order that depends on (seed, epoch) only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,20 +12,20 @@ from nplora.models.packing import PackedBatch, pack
 
 Array = npt.NDArray[Any]
 
-EVALUATION_TOKENS = 1024  # the most of a batch that is evaluated, unless one example has more
+EVALUATION_TOKENS = 1024  # the most tokens in a batch of an evaluation, unless one example has more
 
 
 class TokenBatches:
-    """Packed batches of a number of examples, or of as many as a number of tokens holds.
+    """Packed batches with a fixed number of examples, or with as many as fit into a number of tokens.
 
-    With `batch_tokens` the examples are put into batches once, in an order that the seed decides, and each
-    epoch takes the batches in an order of its own, so that every epoch has as many. With `batch_examples`
-    each epoch draws the batches anew. Any batch can be reached without reading those before it.
+    With `batch_tokens`, the examples are put into batches once, in an order that the seed decides, and each
+    epoch takes these batches in another order. So all epochs have the same number of batches. With
+    `batch_examples`, each epoch draws new batches. Any batch can be reached without reading those before it.
 
     Args:
-        batch_tokens: the most tokens of a batch; an example that is longer is one by itself.
-        batch_examples: the examples of a batch; the last may have fewer. One of the two is given.
-        shuffle: False: the order of the file, in every epoch.
+        batch_tokens: the most tokens in a batch; a longer example is a batch by itself.
+        batch_examples: the examples in a batch; the last batch may have fewer. Give one of the two.
+        shuffle: False: every epoch has the order of the file.
     Attributes:
         length: batches in an epoch.
     """
@@ -79,7 +79,7 @@ class TokenBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on, as JSON has it."""
+        """What must be the same when a run is resumed, as JSON."""
         return {
             "data": self.dataset.fingerprint(),
             "batch_tokens": self._tokens,
@@ -100,7 +100,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A permutation by the raw numbers of PCG64, which are the same in every NumPy."""
+        """A permutation by the raw numbers of PCG64, which are the same in every NumPy version."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

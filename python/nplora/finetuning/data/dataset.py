@@ -1,4 +1,4 @@
-"""Dataset: the examples of a file as tokens, with those that are to be learned, and what was found in it."""
+"""Dataset: the examples of a file as tokens, marked if they are trained, and a report about the file."""
 
 from __future__ import annotations
 
@@ -35,36 +35,45 @@ Array = npt.NDArray[Any]
 
 LEARN = ("completion", "all")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
-_TOLD = 3  # bad lines that a report quotes
+_QUOTED = 3  # bad lines that a report quotes
 _MESSAGES = "expected a list of objects with a role and a content"
-_NOTHING = "nothing is to be learned: no assistant's turn of weight 1, or no token before it"
+_NOTHING = "nothing to train on: no assistant turn of weight 1, or no token before it"
 _KINDS = ("messages", "text", "prompt", "completion")
-_CONTEXT = ("tools", "documents")  # what a row gives to the chat template beside its messages
-_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")  # of known templates
+_CONTEXT = ("tools", "documents")  # what the chat template gets besides the messages of a row
+_ROLES = (
+    "system",
+    "user",
+    "assistant",
+    "tool",
+    "developer",
+    "function",
+    "ipython",
+)  # the roles in known templates
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The ids of a row, which of them are learned, and whether its tools or documents are not written."""
+    """The ids of a row, which of them are trained, and whether its tools or documents are unused."""
 
     ids: list[int]
-    learned: list[bool]
+    trained: list[bool]
     unused: bool = False
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a file holds; `str(report)` tells it in a line or two.
+    """What a file contains; its `str` says it in a line or two.
 
     Attributes:
         examples: rows that are used, or windows of a plain text.
-        tokens, learned: of all examples; learned are those with a label that a model can predict.
+        tokens, learned: the tokens of all examples, and the trained tokens among them: those with a label
+            that the model can predict.
         shortest, median, longest: lengths of examples, in tokens.
-        truncated: examples cut to the largest length, `emptied`: those of which nothing to learn was left,
-            which are not used.
-        skipped: bad rows that were passed over, `problems`: the errors of the first few.
-        unused: examples with tools or documents that the model does not see: the chat template does not
-            write them.
+        truncated: examples that were cut to the maximum length.
+        emptied: examples that are not used, because nothing to train on was left after the cut.
+        skipped: bad rows that were skipped. problems: the errors of the first few.
+        unused: examples with tools or documents that the model does not see, because the chat template does
+            not write them.
     """
 
     source: str
@@ -83,29 +92,29 @@ class DataReport:
     def __str__(self) -> str:
         text = (
             f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
-            f"{self.learned:,} of them learned; {self.shortest} to {self.longest} tokens long, "
+            f"{self.learned:,} of them trained; {self.shortest} to {self.longest} tokens long, "
             f"median {self.median}"
         )
         if self.truncated:
-            text += f"; {self.truncated} cut to the largest length"
+            text += f"; {self.truncated} cut to the maximum length"
         if self.emptied:
-            text += f"; {self.emptied} left out, which had nothing to learn within it"
+            text += f"; {self.emptied} left out, with nothing to train on within it"
         if self.skipped:
             text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
         return text
 
 
 class Dataset(Sequence[tuple[Array, Array]]):
-    """Examples (ids, labels), int32 arrays of one length; labels are IGNORED where nothing is to be learned.
+    """Examples (ids, labels), int32 arrays of one length. A label is IGNORED if its token is not trained.
 
-    All tokens lie in one array, 5 bytes each.
+    All examples are in one array, at 5 bytes per token.
 
     Attributes:
-        report: what was found in the file.
+        report: what the file contains.
     """
 
-    def __init__(self, ids: Array, learned: Array, starts: Array, report: DataReport) -> None:
-        self._ids, self._learned, self._starts = ids, learned, starts
+    def __init__(self, ids: Array, trained: Array, starts: Array, report: DataReport) -> None:
+        self._ids, self._trained, self._starts = ids, trained, starts
         self.report = report
 
     def __len__(self) -> int:
@@ -115,9 +124,9 @@ class Dataset(Sequence[tuple[Array, Array]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        piece = slice(self._starts[index], self._starts[index + 1])
-        ids = self._ids[piece]
-        return ids, np.where(self._learned[piece], ids, np.int32(IGNORED))
+        part = slice(self._starts[index], self._starts[index + 1])
+        ids = self._ids[part]
+        return ids, np.where(self._trained[part], ids, np.int32(IGNORED))
 
     @property
     def lengths(self) -> Array:
@@ -126,20 +135,20 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
     @property
     def targets(self) -> Array:
-        """The tokens of each example that are learned: the first is never."""
-        learned = self._learned.astype(np.int64)
-        learned[self._starts[:-1]] = 0
-        return np.asarray(np.add.reduceat(learned, self._starts[:-1]))
+        """The number of trained tokens of each example. The first token of an example is never trained."""
+        trained = self._trained.astype(np.int64)
+        trained[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(trained, self._starts[:-1]))
 
     @property
     def largest_id(self) -> int:
-        """The largest token of all."""
+        """The largest token id."""
         return int(self._ids.max())
 
     def fingerprint(self) -> str:
-        """SHA-256 over all tokens: it tells whether a file, or how it is read, changed."""
+        """SHA-256 over all tokens. It changes with the file, and with how the file is read."""
         digest = hashlib.sha256()
-        for part in (self._ids, self._learned, self._starts):
+        for part in (self._ids, self._trained, self._starts):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
@@ -148,7 +157,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
 
 def find_splits(path: StrPath) -> tuple[Path, Path | None]:
-    """The training file, and the validation file or None: of a directory, its train.* and valid.*.
+    """The training file and the validation file, or None. A directory has them as train.* and valid.*.
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt).
@@ -161,10 +170,10 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
 
 
 def find_evaluated(path: StrPath) -> Path:
-    """The file that a model is evaluated on: of a directory, its valid.*, or its train.* where there is none.
+    """The file that a model is evaluated on; of a directory, valid.*, or train.* if there is no valid.*.
 
     Raises:
-        FileNotFoundError: there is no such file, or neither is there.
+        FileNotFoundError: there is no such file, or the directory has neither.
     """
     given = Path(path)
     if given.is_dir():
@@ -174,7 +183,7 @@ def find_evaluated(path: StrPath) -> Path:
 
 
 def _required(directory: Path, *names: str) -> Path:
-    """The first that is there of these splits."""
+    """The first of these splits that exists."""
     found = next(filter(None, (_split(directory, name) for name in names)), None)
     if found is None:
         wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
@@ -197,31 +206,31 @@ def read_dataset(
 ) -> Dataset:
     """Read a file of training data.
 
-        {"prompt": "…", "completion": "…"}     joined as they are, then EOS; completion and EOS are learned
-        {"messages": [{"role": …, "content": …}]}    by the chat template; the assistant's turns are learned
+        {"prompt": "…", "completion": "…"}     joined unchanged, then EOS; completion and EOS are trained
+        {"messages": [{"role": …, "content": …}]}    the chat template; the assistant's turns are trained
         {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
-        {"text": "…"}                          then EOS; all is learned
-        prompt,completion or text              the same as the columns of a .csv file
+        {"text": "…"}                          text, then EOS; all of it is trained
+        prompt,completion or text              the same as columns of a .csv file
         a plain .txt file                      one text, in windows of max_length tokens
 
-    An assistant's message with "weight": 0 is read, but never learned. A null field counts as missing.
+    An assistant's message with "weight": 0 is read, but not trained. A field that is null counts as missing.
 
     Args:
         path: a .jsonl, .csv or .txt file.
         max_length: examples are cut to this many tokens. A plain text needs it.
-        learn: "completion", as above, or "all": every token, prompts and other turns too.
-        skip_bad: pass over rows that are wrong, and count them.
-        strict: an example of more than max_length tokens is an error.
+        learn: "completion", as above, or "all": every token is trained, also of prompts and other turns.
+        skip_bad: skip and count wrong rows.
+        strict: refuse an example of more than max_length tokens.
     Raises:
-        DataError: a row is not one of those above or two of them, its completion or text is empty, or its
-            prompt where the model has no BOS, a role is not known, a weight is neither 0 nor 1 or not the
-            assistant's, tools or documents are not a list of objects, or it has nothing to learn; the file
-            has no rows. The message names the file and the line.
+        DataError: the file has no rows, or a row is wrong: it is none of the above or two of them; its
+            completion or text is empty, or its prompt, if the model has no BOS; a role is unknown; a weight
+            is neither 0 nor 1, or not of the assistant; tools or documents are not a list of objects; or
+            there is nothing to train on. The message names the file and the line.
         LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is at fault.
-        ValueError: an argument is none of those above, or the model has no EOS or no chat template.
+        ValueError: an argument is none of the above, or the model has no EOS or no chat template.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have tools or documents, and the chat template does not write them.
+        UserWarning: some rows have tools or documents that the chat template does not write.
     """
     op = "read_dataset"
     if max_length is not None:
@@ -233,7 +242,7 @@ def read_dataset(
     encoder = _Encoder(tokenizer, learn == "all", None if plain else max_length)
     builder = _Builder(files.name(path), None if plain else max_length, strict)
     if plain:
-        tokens = itertools.chain.from_iterable(encoder.pieces(read_rows(path)))
+        tokens = itertools.chain.from_iterable(encoder.text_parts(read_rows(path)))
         for window in _windows(tokens, max_length or 0):
             builder.add(_Example(window, [True] * len(window)), builder.source)
         return builder.dataset()
@@ -260,7 +269,7 @@ def read_dataset(
 
 
 def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
-    """Windows that share one token, so that every token but the first is predicted once."""
+    """Windows that share one token with the next, so that each token but the first is predicted once."""
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
         yield window
@@ -268,19 +277,19 @@ def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
 
 
 class _Encoder:
-    """Rows to tokens."""
+    """Turns rows into tokens."""
 
     def __init__(self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None) -> None:
         if tokenizer.eos_id is None:
             raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
-        self._most = None if max_length is None else max_length + 1  # the rest of a longer row is not read
+        self._most = None if max_length is None else max_length + 1  # the rest of a long row is not encoded
 
     def encode(self, row: Row) -> _Example:
         values, where = row.values, row.where
         kinds = [key for key in _KINDS if values.get(key) is not None] or [k for k in _KINDS if k in values]
         if len(kinds) > 1 and kinds != ["prompt", "completion"]:
-            raise DataError(f"{where}: has both {kinds[0]} and {kinds[1]}, which are two kinds of examples")
+            raise DataError(f"{where}: has both {kinds[0]} and {kinds[1]}, two kinds of examples")
         if "messages" in kinds:
             example = self._messages(values, where)
         elif "text" in kinds:
@@ -291,12 +300,12 @@ class _Encoder:
             keys = brief(list(values))
             raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
         is_cut = self._most is not None and len(example.ids) >= self._most
-        if not is_cut and not any(example.learned[1:]):
+        if not is_cut and not any(example.trained[1:]):
             raise DataError(f"{where}: {_NOTHING}")
         return example
 
-    def pieces(self, rows: Iterator[Row]) -> Iterator[list[int]]:
-        """The tokens of one text that comes in pieces, then EOS."""
+    def text_parts(self, rows: Iterator[Row]) -> Iterator[list[int]]:
+        """The tokens of each part of one text, then EOS."""
         for index, row in enumerate(rows):
             text = row.values["text"]
             encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
@@ -308,19 +317,19 @@ class _Encoder:
         return _Example(ids, [True] * len(ids), _has_context(values))
 
     def _completion(self, values: dict[str, Any], where: str) -> _Example:
-        """As one text where the prompt's tokens begin it, as they do when the model is asked; else in two."""
+        """Encode both as one text, or apart if the text's tokens do not begin with the prompt's."""
         prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),
             self._tokenizer.encode_prompt(prompt + completion, self._most),
         )
         if not before:
-            raise DataError(f"{where}: prompt is empty, and the model has no token that begins a text")
+            raise DataError(f"{where}: prompt is empty, and the model has no BOS token")
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode_continuation(completion, self._most)
         ids.append(self._eos)
-        learned = [self._all or place >= len(before) for place in range(len(ids))]
-        return _Example(ids, learned, _has_context(values))
+        trained = [self._all or place >= len(before) for place in range(len(ids))]
+        return _Example(ids, trained, _has_context(values))
 
     def _messages(self, values: dict[str, Any], where: str) -> _Example:
         messages = values["messages"]
@@ -328,23 +337,22 @@ class _Encoder:
             raise DataError(f"{where}: messages is {brief(messages)}, {_MESSAGES}")
         for message in messages:
             _check_message(message, where)
-        if not self._all and not any(map(_is_learned, messages)):
+        if not self._all and not any(map(_is_trained, messages)):
             raise DataError(f"{where}: {_NOTHING}")
         given = {name: _objects(values, name, where) for name in _CONTEXT}
         try:
             chat = self._tokenizer.encode_conversation(messages, **given, most=self._most)
         except ValueError as error:
-            if isinstance(error, FormatError) and not isinstance(
-                error, UnsupportedError
-            ):  # the template's fault
+            is_template = isinstance(error, FormatError) and not isinstance(error, UnsupportedError)
+            if is_template:
                 kind = UnsafeError if isinstance(error, LimitError) else type(error)
                 raise kind(f"{where}: {error}") from error
             raise DataError(f"{where}: {error}") from error
-        learned = [True] * len(chat.ids) if self._all else chat.is_reply
+        trained = [True] * len(chat.ids) if self._all else chat.is_reply
         for index, turn in chat.turns.items():
-            if not _is_learned(messages[index]):
-                learned[turn.start : turn.stop] = [False] * len(turn)
-        return _Example(chat.ids, learned, bool(chat.unused))
+            if not _is_trained(messages[index]):
+                trained[turn.start : turn.stop] = [False] * len(turn)
+        return _Example(chat.ids, trained, bool(chat.unused))
 
 
 def _check_message(message: object, where: str) -> None:
@@ -358,13 +366,13 @@ def _check_message(message: object, where: str) -> None:
     if weight is None:
         return
     if role != "assistant":
-        raise DataError(f"{where}: a message of the {role} has a weight, expected the assistant's only")
+        raise DataError(f"{where}: a message of the {role} has a weight; only the assistant's may have one")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise DataError(f"{where}: a message's weight is {brief(weight)}, expected 0 or 1")
 
 
 def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
-    """The tools or the documents of a row; None where it has none."""
+    """The tools or the documents of a row; None if it has none."""
     value = values.get(name)
     if value is None:
         return None
@@ -374,11 +382,11 @@ def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, An
 
 
 def _has_context(values: dict[str, Any]) -> bool:
-    """Whether a row that is no chat has tools or documents, which nothing writes."""
+    """Whether a row without a chat has tools or documents, which are unused."""
     return any(values.get(name) for name in _CONTEXT)
 
 
-def _is_learned(message: dict[str, Any]) -> bool:
+def _is_trained(message: dict[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -389,7 +397,7 @@ def _says_something(message: dict[str, Any]) -> bool:
 
 def _text(values: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
     if key not in values:
-        raise DataError(f"{where}: {key} is missing, there are {brief(list(values))}")
+        raise DataError(f"{where}: {key} is missing, the row has {brief(list(values))}")
     value = values[key]
     if not isinstance(value, str):
         raise DataError(f"{where}: {key} is {brief(value)}, expected a string")
@@ -399,53 +407,52 @@ def _text(values: dict[str, Any], key: str, where: str, may_be_empty: bool = Fal
 
 
 class _Builder:
-    """Gathers examples."""
+    """Collects examples into a dataset."""
 
     def __init__(self, source: str, max_length: int | None, strict: bool) -> None:
         self.source, self._max_length, self._strict = source, max_length, strict
-        self._ids, self._learned, self._starts = array.array("i"), bytearray(), array.array("q", [0])
+        self._ids, self._trained, self._starts = array.array("i"), bytearray(), array.array("q", [0])
         self._truncated = self._emptied = self._skipped = self._unused = 0
         self._problems: list[str] = []
 
     def add(self, example: _Example, where: str) -> None:
-        ids, learned = example.ids, example.learned
+        ids, trained = example.ids, example.trained
         if self._max_length is not None and len(ids) > self._max_length:
             if self._strict:
                 least = "at least " * (len(ids) <= self._max_length + 2)  # the rest may not have been read
                 count = f"{least}{len(ids):,} tokens"
                 raise DataError(f"{where}: {count}, at most {self._max_length:,} are allowed")
-            ids, learned = ids[: self._max_length], learned[: self._max_length]
-            if not any(learned[1:]):
+            ids, trained = ids[: self._max_length], trained[: self._max_length]
+            if not any(trained[1:]):
                 self._emptied += 1
                 return
             self._truncated += 1
         self._unused += example.unused
         self._ids.extend(ids)
-        self._learned.extend(learned)
+        self._trained.extend(trained)
         self._starts.append(len(self._ids))
 
     def skip(self, error: FormatError) -> None:
         self._skipped += 1
-        if len(self._problems) < _TOLD:
+        if len(self._problems) < _QUOTED:
             self._problems.append(str(error))
 
     def dataset(self) -> Dataset:
         ids, starts = np.array(self._ids, np.int32), np.array(self._starts, np.int64)
-        learned, lengths = np.array(self._learned, np.bool_), np.diff(starts)
+        trained, lengths = np.array(self._trained, np.bool_), np.diff(starts)
         if not len(lengths):
-            skipped = f"{self._skipped} bad ones skipped ({'; '.join(self._problems)})"
+            skipped = f"{counted(self._skipped, 'bad row')} skipped ({'; '.join(self._problems)})"
             reasons = [skipped] * bool(self._skipped)
-            emptied = (
-                f"{self._emptied} with nothing to learn in their first tokens; a larger max_length keeps more"
-            )
+            emptied = f"{self._emptied} with nothing to train on in their first tokens"
+            emptied += "; a larger max_length keeps more"
             reasons += [emptied] * bool(self._emptied)
             raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")
-        first = learned[starts[:-1]].sum()  # nothing predicts the first token
+        first = trained[starts[:-1]].sum()  # the first token of an example is not predicted
         report = DataReport(
             source=self.source,
             examples=len(lengths),
             tokens=len(ids),
-            learned=int(learned.sum() - first),
+            learned=int(trained.sum() - first),
             shortest=int(lengths.min()),
             median=int(np.median(lengths)),
             longest=int(lengths.max()),
@@ -455,4 +462,4 @@ class _Builder:
             problems=tuple(self._problems),
             unused=self._unused,
         )
-        return Dataset(ids, learned, starts, report)
+        return Dataset(ids, trained, starts, report)

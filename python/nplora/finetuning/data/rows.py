@@ -1,7 +1,7 @@
-"""Rows out of files of training data: JSONL, CSV and plain text, each with the number of its line.
+"""Rows of files of training data: JSONL, CSV and plain text, each with the number of its line.
 
-Files are read piece by piece. A line that is not what it should be is a DataError, or a LimitError where it
-is over a limit; both name the file and the line.
+Files are read in parts. A line that is wrong is a DataError, and one that is over a limit a LimitError; both
+name the file and the line.
 """
 
 import csv
@@ -15,7 +15,7 @@ from nplora.formats.errors import DataError, FormatError, LimitError, brief
 from nplora.formats.files import StrPath
 
 MAX_LINE = 1 << 24  # bytes
-_PIECE = 1 << 20
+_PART = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _CSV_COLUMNS = ({"prompt", "completion"}, {"text"})
 
@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         where: its file and line, for messages.
-        values: what it holds; empty where there is an error.
+        values: its fields; empty if there is an error.
     """
 
     where: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
-    """The rows of a file, as its suffix tells: .jsonl, .csv, or .txt, whose pieces are rows {"text": ...}.
+    """The rows of a .jsonl, .csv or .txt file. The parts of a plain text are rows {"text": ...}.
 
     Raises:
         DataError: another suffix, a CSV without the columns, or a plain text that is not UTF-8.
@@ -50,24 +50,24 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
 
 def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
-    """Every line without its end, from 1; an error for one that is too long, after which nothing follows."""
+    """Number (from 1) and content of every line; for a line that is too long an error, which is the last."""
     number, rest = 0, b""
     with files.reading(path) as reader:
-        for begin in range(0, len(reader), _PIECE):
-            *whole, rest = (rest + bytes(reader[begin : begin + _PIECE])).split(b"\n")
+        for begin in range(0, len(reader), _PART):
+            *whole, rest = (rest + bytes(reader[begin : begin + _PART])).split(b"\n")
             for line in whole:
                 number += 1
                 yield number, _bare(line, number)
             if len(rest) > MAX_LINE:
                 where = f"{files.name(path)}, line {number + 1}"
-                yield number + 1, LimitError(f"{where}: over {MAX_LINE:,} bytes, the most that are read")
+                yield number + 1, LimitError(f"{where}: over {MAX_LINE:,} bytes, which is the limit")
                 return
     if rest:
         yield number + 1, _bare(rest, number + 1)
 
 
 def _bare(line: bytes, number: int) -> bytes:
-    """The line without what editors of other systems leave: a byte order mark, a carriage return."""
+    """The line without what editors of other systems add: a byte order mark, a carriage return."""
     return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
 
 
@@ -127,7 +127,7 @@ def _csv(path: StrPath) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """The next record, whose fields may be as long as lines may be; the module's own limit is for all."""
+    """The next record, with fields as long as a line may be. The limit is global, so it is restored."""
     before = csv.field_size_limit(MAX_LINE)
     try:
         return next(reader, None)
@@ -136,21 +136,21 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _text(path: StrPath) -> Iterator[Row]:
-    """Pieces of a text, cut before lines that begin with a letter: there every tokenizer cuts as well.
+    """Parts of a text, cut before lines that begin with a letter, where every tokenizer cuts too.
 
-    What ends its last line is left out.
+    The line ends at the end of the text are dropped.
     """
-    piece, size, first = list[str](), 0, 1
+    part, size, first = list[str](), 0, 1
     for number, line in _lines(path):
         if isinstance(line, LimitError):
             raise line
         text = _decoded(line, f"{files.name(path)}, line {number}") + "\n"
-        if size > _PIECE and text[0].isalpha():
-            yield Row(f"{files.name(path)}, line {first}", {"text": "".join(piece)})
-            piece, size, first = [], 0, number
-        piece.append(text)
+        if size > _PART and text[0].isalpha():
+            yield Row(f"{files.name(path)}, line {first}", {"text": "".join(part)})
+            part, size, first = [], 0, number
+        part.append(text)
         size += len(text)
-    last = "".join(piece).rstrip("\n")
+    last = "".join(part).rstrip("\n")
     if last:
         yield Row(f"{files.name(path)}, line {first}", {"text": last})
 

@@ -1,26 +1,26 @@
-"""What training will take in bytes and seconds, before it runs, and the way of computing that fits."""
+"""What training takes in bytes and seconds, predicted before it runs; and the execution plan that fits."""
 
 from nplora.finetuning.planning.choice import (
     BudgetError,
-    Plan,
-    Wishes,
-    Work,
+    PlanConstraints,
     choose,
     needed,
     resident_memory,
-    shortage,
 )
-from nplora.finetuning.planning.memory import Adapters, Candidate, Memory, Pass, predicted
+from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, MicroBatch, predicted
+from nplora.finetuning.planning.memory_plan import Alternative, MemoryPlan, shortage
 from nplora.finetuning.planning.resident import available_memory, current_memory, parse_bytes, peak_memory
+from nplora.finetuning.planning.work import Work
 
 __all__ = [
     "Adapters",
+    "Alternative",
     "BudgetError",
-    "Candidate",
+    "ExecutionPlan",
     "Memory",
-    "Pass",
-    "Plan",
-    "Wishes",
+    "MemoryPlan",
+    "MicroBatch",
+    "PlanConstraints",
     "Work",
     "available_memory",
     "choose",

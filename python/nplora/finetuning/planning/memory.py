@@ -1,6 +1,6 @@
-"""The peak memory of training, as a sum of terms that follow the code of `models`, array by array.
+"""The peak memory of training: a sum of terms that follow the code of `models`, array by array.
 
-Shapes are per token: d the residual stream, q and kv the heads side by side, f the width of the MLP.
+Shapes are per token: d is the residual stream, q and kv are all heads together, f is the width of the MLP.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nplora.nn.principal import PRINCIPAL_INITS
 
 _FLOAT, _BITS = 4, 2
 _LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
-_PASS = 4 << 20  # the same, tokens_of_block
-_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: of blocks for each two threads
+_PASS = 4 << 20  # csrc/ops/blocking.h, tokens_of_block
+_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: tokens of the blocks for two threads
 _THREAD = 3 << 19  # the rest of a thread's scratch
-_HEAP = 10 << 20  # code read from the disk, small arrays, and what malloc keeps of them
+_HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What one forward and backward pass reads: tokens, those that are learned, the longest sequence."""
+class MicroBatch:
+    """The size of one forward and backward pass: its tokens, its trained tokens, its longest sequence."""
 
     tokens: int
     targets: int
@@ -37,35 +37,33 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A way of computing a step. None of them changes what is learned, but for rounding.
+class ExecutionPlan:
+    """How a step is computed. No plan changes what is trained, except by rounding.
 
     Attributes:
-        compute: arithmetic of the frozen products.
-        checkpoint_blocks: activations are computed again in backward.
-        micro_tokens: a batch is cut into pieces of at most so many tokens; None: it is not.
+        compute: the arithmetic of the frozen products.
+        recompute: activations are recomputed in backward (gradient checkpointing).
+        micro_tokens: a batch is cut into micro-batches of at most this many tokens; None: it is not cut.
     """
 
     compute: str
-    checkpoint_blocks: bool
+    recompute: bool
     micro_tokens: int | None = None
 
     def __str__(self) -> str:
-        kept = "activations computed again" if self.checkpoint_blocks else "activations kept"
-        pieces = (
-            "" if self.micro_tokens is None else f", batches in pieces of up to {self.micro_tokens} tokens"
-        )
-        return f"{self.compute}, {kept}{pieces}"
+        activations = "activations recomputed" if self.recompute else "activations kept"
+        cut = "" if self.micro_tokens is None else f", micro-batches of up to {self.micro_tokens} tokens"
+        return f"{self.compute}, {activations}{cut}"
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The layers with an adapter, by dotted name with (d_out, d_in)."""
+    """The adapted layers: dotted name and (d_out, d_in)."""
 
     shapes: Mapping[str, tuple[int, int]]
     rank: int
     use_dora: bool = False
-    taken: int = 0  # bytes of new frozen weights, where the factors start as a part of the old ones
+    taken: int = 0  # bytes of new frozen weights, if the initial factors are a part of the old ones
     calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the call that computes each layer
 
     @classmethod
@@ -79,7 +77,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """Those that `lm.add_lora` would make. Raises as it does, in op's name, where it would not."""
+        """The layers that `lm.add_lora` would adapt. Raises as it does, in the name of op."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
@@ -89,29 +87,27 @@ class Adapters:
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
-        return dataclasses.replace(
-            made, taken=weights + _FLOAT * made.numbers
-        )  # and the factors at the start
+        return dataclasses.replace(made, taken=weights + _FLOAT * made.numbers)  # with the initial factors
 
     @property
     def numbers(self) -> int:
-        """Trained numbers."""
+        """The number of trained values."""
         magnitudes = sum(d_out for d_out, _ in self.shapes.values()) if self.use_dora else 0
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """Bytes of scratch for the factors of one call's layers, and their z and dz, at most.
+        """The most scratch, in bytes, for the factors of the layers of one call, and for their z and dz.
 
-        In csrc/ops/scratch.h they are kLowGradients, kLowLanes, kLanes and kFactor: B in two layouts, of
-        which a lone layer's float32 is one itself, and the sums of its gradient; A, or such sums, and in
-        bfloat16 layouts of A.
+        It is kLowGradients, kLowLanes, kLanes and kFactor in csrc/ops/scratch.h: B in two layouts and the
+        sums of its gradient (the B of a single float32 layer is one of the layouts itself); A, or such sums;
+        and layouts of A in bfloat16.
         """
         ranks: Counter[str] = Counter()
         inputs: Counter[str] = Counter()
         outputs: Counter[str] = Counter()
         for name, (d_out, d_in) in self.shapes.items():
             call = self.calls.get(name, name)
-            if not name.endswith("embed_tokens"):  # which NumPy computes
+            if not name.endswith("embed_tokens"):  # NumPy computes that one
                 ranks[call] += self.rank
                 inputs[call] += self.rank * d_in
                 outputs[call] += self.rank * d_out
@@ -122,7 +118,7 @@ class Adapters:
         shared = _PASS // ((_BITS if narrow else _FLOAT) * narrowest)
         of_tokens = of_ranks * min(tokens, max(shared, _TOKENS * math.ceil(threads / 2)))
         if narrow:
-            of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z, dz and their pairs
+            of_outputs, of_tokens = 2 * of_outputs, 3 * of_tokens  # z and dz, also in bfloat16 pairs
         return _FLOAT * (of_inputs + of_outputs + of_tokens)
 
     @functools.cached_property
@@ -140,21 +136,21 @@ class Adapters:
         return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}))
 
     def first_block(self, blocks: int) -> int:
-        """The lowest block that keeps something for backward."""
+        """The lowest block that keeps activations for backward."""
         return 0 if "model.embed_tokens" in self.shapes else min(self._blocks, default=blocks)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, term by term; `total` is what the process has in all."""
+    """Bytes at the peak, term by term; `total` is the memory of the whole process."""
 
     process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
     factors: int = dataclasses.field(metadata={"text": "factors, their gradients and moments"})
-    prefix: int = dataclasses.field(metadata={"text": "what frozen blocks made, for later epochs"})
+    prefix: int = dataclasses.field(metadata={"text": "outputs of frozen blocks, kept for later epochs"})
     kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
-    work: int = dataclasses.field(metadata={"text": "what a block, or head and loss, work in"})
-    scratch: int = dataclasses.field(metadata={"text": "the threads' scratch, small arrays"})
+    work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
+    scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, small arrays"})
 
     @property
     def total(self) -> int:
@@ -170,9 +166,9 @@ class Memory:
 def predicted(
     lm: LanguageModel,
     adapters: Adapters,
-    step: Pass,
+    step: MicroBatch,
     evaluated: int,
-    way: Candidate,
+    plan: ExecutionPlan,
     threads: int,
     resident: tuple[int, int],
     prefix_tokens: int = 0,
@@ -180,18 +176,18 @@ def predicted(
     """The peak of training.
 
     Args:
-        step: the largest pass.
+        step: the largest micro-batch.
         evaluated: the tokens of a batch that is evaluated, 0 without any.
         resident: bytes in memory before the adapters are made, and those of the weights not read yet.
         prefix_tokens: for which a `PrefixCache` holds rows in memory.
     """
-    narrow, config, layers = way.compute == "bfloat16", lm.config, lm.model.layers
+    narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers
     first = adapters.first_block(len(layers))
     blocks = [layers[i].footprint(adapters.of_block(i), narrow) for i in range(first, len(layers))]
     width = _FLOAT * config.hidden_size
     stream = width * step.tokens
     head = _head(config, step.targets) + 2 * stream  # the stream's gradient, and its last row
-    if way.checkpoint_blocks:
+    if plan.recompute:
         kept = len(blocks) * width
         works = [max(2 * width + block.saved + block.backward, block.forward) for block in blocks]
     else:

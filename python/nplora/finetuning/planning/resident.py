@@ -1,4 +1,4 @@
-"""Bytes of this process: in memory now, at most until now, and mapped but not read yet."""
+"""The memory of this process: now, at its peak, available to it, and mapped but not read yet."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _UNITS = {
 }
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _KIBIBYTE = 1024
-_LEAST_PLAIN = 1 << 20  # of a number without a unit: what is less was meant in another one
+_LEAST_PLAIN = 1 << 20  # a smaller number without a unit was surely not meant in bytes
 _ROOT = Path("/")
 _NUMBER = r"(\d{1,19})"
-_GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # controllers, none in version 2, and the path
+_GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # the controllers (none in version 2) and the path
 _CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def parse_bytes(memory: int | str) -> int:
-    """600M, 1.5G, 512MiB or a number of bytes.
+    """The bytes of 600M, 1.5G, 512MiB, or of a plain number.
 
     Raises:
-        ValueError: it is none of these, not above 0, or a small number whose unit was forgotten.
+        ValueError: it is none of these, not above 0, or so small a number that its unit was forgotten.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?", str(memory).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
@@ -46,30 +46,34 @@ def parse_bytes(memory: int | str) -> int:
 
 
 def current_memory() -> int:
-    """Bytes in memory now, mapped files included."""
+    """Bytes in memory now, including mapped files."""
     return _status("VmRSS") or _largest()
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may come to have, with those it has; None where the system does not tell.
+    """The most bytes that this process may have, including those it has; None if the system does not say.
 
-    The machine and every control group (container) that the process is in may set the limit.
+    The limit is the lowest of those of the machine and of every control group (container) of the process.
     """
     free = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
-    own = _status("RssAnon") + _status("RssShmem")  # pages of files are free already
+    own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
     return min(free) + own if free else None
 
 
 def peak_memory() -> int:
-    """The most bytes that the process had in memory at a time, mapped files included.
+    """The most bytes that the process has had in memory, including mapped files.
 
-    Not by `getrusage` where the system tells it otherwise: there a child begins with its parent's peak.
+    `getrusage` is the fallback only: by it, a child process begins with the peak of its parent.
     """
     return _status("VmHWM") or _largest()
 
 
 def unread(source: str) -> int:
-    """Bytes that are mapped of a model, its file or the weights beside its config.json, and not read yet."""
+    """Bytes of a model that are mapped but not read yet.
+
+    Args:
+        source: the model's file, or its config.json, which is in the directory of the weights.
+    """
     beside = Path(source).parent.glob("*.safetensors")
     weights = {os.path.realpath(path) for path in (Path(source), *beside)}
     found, reading = 0, False
@@ -83,11 +87,11 @@ def unread(source: str) -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What each limit of the process's groups leaves, caches counted as free."""
+    """The bytes that each limit of the process's groups leaves. Caches count as free."""
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
-        elif "memory" in controllers.split(","):  # total: with the groups below, as version 2 has it always
+        elif "memory" in controllers.split(","):  # total: includes the groups below, as in version 2
             limits, use, total = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
         else:
             continue
@@ -114,10 +118,10 @@ def _sizes(path: str, name: str) -> Iterator[int]:
 
 
 def _text(path: StrPath) -> str:
-    """As the kernel wrote it: a file's name may hold any byte but a line's end."""
+    """A file of the kernel as text; empty if it is not there. File names in it may be any bytes."""
     try:
         return os.fsdecode((_ROOT / path).read_bytes())
-    except (OSError, ValueError):  # not Linux, or no such group; ValueError: no name of a file
+    except (OSError, ValueError):  # not Linux, or no such group; ValueError: not a file name
         return ""
 
 

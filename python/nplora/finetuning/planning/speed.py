@@ -1,4 +1,4 @@
-"""How fast this machine computes a model: measured, in about a second, on a block and the head."""
+"""How fast this machine computes a model, measured on one block and the head in about a second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.planning.memory import Adapters, Pass
+from nplora.finetuning.planning.memory import Adapters, MicroBatch
 from nplora.lm import LanguageModel
 from nplora.models.positions import packed_positions
 from nplora.nn.module import Module
@@ -19,15 +19,15 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
-_HEAD_ROWS = 64  # of the head's longer timing: the logits of more would take more memory than some plans
-_FEW, _MANY = 32, 256  # tokens of the two timings, which part the cost of a call from that of a token
-_ATTENTION = 4, 10  # floating-point operations a score and element of a head: two products, five in backward
-_LOW_RANK = 2.0  # products with a small inner dimension run at about half the rate of the frozen ones
+_HEAD_ROWS = 64  # rows in the longer timing of the head: more logits would take more memory than some plans
+_FEW, _MANY = 32, 256  # tokens in the two timings that separate the cost of a call from that of a token
+_ATTENTION = 4, 10  # operations per score and element of a head: two products forward, five backward
+_LOW_RANK = 2.0  # products with the factors run at about half the rate of the frozen products
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds a call and a token."""
+    """Seconds per call and per token."""
 
     call: float
     token: float
@@ -38,18 +38,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one arithmetic: a block forward and backward, and the head in both."""
+    """The speed of one arithmetic: a block forward, a block backward, and the head in both directions."""
 
     forward: Cost
     backward: Cost
     head: Cost
-    operations: float  # floating-point operations a second, of the block's products
+    operations: float  # floating-point operations per second in the products of a block
 
-    def step(self, lm: LanguageModel, adapters: Adapters, one: Pass, checkpoint_blocks: bool) -> float:
-        """Seconds of a forward and backward pass."""
+    def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
+        """Seconds of a forward and a backward pass."""
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
-        forwards = blocks + (trained if checkpoint_blocks else 0)
+        forwards = blocks + (trained if recompute else 0)
         products = forwards * self.forward.of(one.tokens) + trained * self.backward.of(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
@@ -58,7 +58,7 @@ class Speed:
 
 
 def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
-    """The speed of each arithmetic, with the threads of now."""
+    """The speed of each arithmetic, with the present number of threads."""
     block = lm.model.layers[0]
     config = lm.config
     x = np.random.default_rng(0).standard_normal((_MANY, config.hidden_size), np.float32)
@@ -89,7 +89,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...]) -> dict[str, Speed]:
 
 
 def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str) -> Speed:
-    """Of the frozen products alone."""
+    """The speed of the frozen products only."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
@@ -108,7 +108,7 @@ def _matrices(module: Module) -> list[FrozenWeight]:
 def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
-    """Of one product with each of the weights, from the times for two numbers of rows."""
+    """The cost of one product with each weight, from its times for two numbers of rows."""
     few, many = (_seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)
@@ -122,7 +122,7 @@ def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: 
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The shorter of two, after one that warms up."""
+    """The shorter time of two runs, after one that warms up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,7 +1,8 @@
-"""The model and the text of a run, and the batches that it learns from."""
+"""What a run reads: the model, the text, and the adapter that it continues from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from nplora.adapters import Adapter, read_for
@@ -15,17 +16,48 @@ from nplora.lm.generation import prompt_ids
 from nplora.weights import COMPUTES
 
 
-def opened_all(
+@dataclass
+class RunInputs:
+    """What a run reads.
+
+    Attributes:
+        lm: the model, without an adapter.
+        train, held_out: the examples to train on, and those to evaluate on, if any.
+        start: the adapter to continue from, if any.
+    """
+
+    lm: LanguageModel
+    train: Dataset
+    held_out: Dataset | None
+    start: Adapter | None
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        return [dataset for dataset in (self.train, self.held_out) if dataset is not None]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all examples."""
+        return sum(dataset.report.tokens for dataset in self.datasets)
+
+    def reload(self, model: StrPath, compute: str) -> None:
+        """Load the model again with another arithmetic; the memory of the old one is released first."""
+        del self.lm
+        self.lm = load_model(model, compute, check=False)  # it was checked before
+
+
+def read_inputs(
     op: str,
     model: StrPath | LanguageModel,
     data: StrPath,
     valid: StrPath | None,
     options: FinetuneOptions,
     check: bool = True,
-) -> tuple[LanguageModel, Dataset, Dataset | None]:
-    """The model, what it learns from and what it is evaluated on. The samples fit the model.
+) -> RunInputs:
+    """Read all that a run with these options needs, and check that it fits together.
 
-    `check` is as in `load_model`.
+    Args:
+        check: as in `load_model`.
     """
     files.require_named(op, data=data, valid=valid)
     train_path, found = find_splits(data)
@@ -40,19 +72,13 @@ def opened_all(
         raise ValueError(f"{op}: the model has an adapter already, on {on}")
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
-    train = read(lm, train_path, options)
-    return lm, train, None if valid_path is None else read(lm, valid_path, options)
-
-
-def continued(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | None:
-    """The adapter that a run continues from, if there is one. Raises as `attach_adapter`."""
-    if options.adapter is None:
-        return None
-    files.require_named(op, adapter=options.adapter)
-    return read_for(lm, options.adapter, lm.source)
+    train = _read(lm, train_path, options)
+    held_out = None if valid_path is None else _read(lm, valid_path, options)
+    return RunInputs(lm, train, held_out, _start(op, lm, options))
 
 
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
+    """The model, loaded unless it is one already."""
     if not isinstance(model, LanguageModel):
         return load_model(model, compute or COMPUTES[0], check=check)
     if compute is not None:
@@ -60,7 +86,7 @@ def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: 
     return model
 
 
-def read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
+def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
     dataset = read_dataset(
         path,
         lm.tokenizer,
@@ -74,6 +100,7 @@ def read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
 
 
 def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
+    """Refuse a text with a token that the model does not have."""
     if dataset.largest_id >= lm.config.vocab_size:
         raise FormatError(
             f"{dataset.report.source}: its text has token {dataset.largest_id} of {lm.tokenizer}, "
@@ -81,7 +108,15 @@ def require_vocabulary(lm: LanguageModel, dataset: Dataset) -> None:
         )
 
 
-def batches_of(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
+def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | None:
+    """The adapter that the run continues from, if any."""
+    if options.adapter is None:
+        return None
+    files.require_named(op, adapter=options.adapter)
+    return read_for(lm, options.adapter, lm.source)
+
+
+def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     examples = options.batch_examples
     if examples is None and options.batch_tokens is None:
         examples = DEFAULT_EXAMPLES
@@ -90,6 +125,5 @@ def batches_of(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:
     )
 
 
-def checks_of(dataset: Dataset) -> TokenBatches:
-    """The batches of an evaluation."""
+def evaluation_batches(dataset: Dataset) -> TokenBatches:
     return TokenBatches(dataset, batch_tokens=EVALUATION_TOKENS, shuffle=False)

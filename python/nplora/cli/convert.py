@@ -1,0 +1,59 @@
+"""`nplora convert`"""
+
+import argparse
+import os
+
+from nplora.cli.errors import UsageError
+from nplora.cli.parser import STORAGES, add_any_base, path
+
+HELP = (
+    "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model (Llama, "
+    "Mistral, Qwen2, Qwen3) from a Hugging Face directory to GGUF. Tokenizers are converted if they are "
+    "byte-level BPE."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "adapter (a directory or a .gguf file), or model (a directory or its model.safetensors)"
+    parser.add_argument("source", metavar="SOURCE", type=path, help=text)
+    text = "what is written: a .gguf file or a directory"
+    parser.add_argument("target", metavar="TARGET", type=path, help=text)
+    storages = tuple(name for name in STORAGES if name != "float64")
+    text = "storage type of a model's matrices (default: same)"
+    parser.add_argument("--dtype", choices=storages, help=text)
+    text = "model of the adapter: a GGUF file, config.json or its directory"
+    parser.add_argument("--base", metavar="MODEL", type=path, help=text)
+    add_any_base(parser)
+    text = "replace TARGET, or the adapter in that directory"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora.models import gguf_export
+
+    convert = _convert_model if gguf_export.is_model(arguments.source) else _convert_adapter
+    convert(arguments)
+
+
+def _convert_model(arguments: argparse.Namespace) -> None:
+    from nplora.models import gguf_export
+
+    if arguments.base is not None:
+        raise UsageError("--base is for an adapter, SOURCE is a model")
+    if arguments.any_base:
+        raise UsageError("--any-base is for an adapter, SOURCE is a model")
+    dtype = arguments.dtype or "same"
+    print(gguf_export.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
+
+
+def _convert_adapter(arguments: argparse.Namespace) -> None:
+    from nplora import adapters
+
+    if arguments.dtype is not None:
+        os.stat(arguments.source)  # a file that is missing is the first thing to report
+        raise UsageError("--dtype is for a Hugging Face model, and SOURCE is not one")
+    print(
+        adapters.convert_adapter(
+            arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite
+        )
+    )

@@ -1,0 +1,63 @@
+"""`nplora generate`"""
+
+import argparse
+import os
+import sys
+import warnings
+from typing import Any
+
+from nplora.cli.errors import UsageError, show_warning
+from nplora.cli.parser import add_adapters, add_compute, add_model, add_options, checked, given_options
+
+HELP = "Print the text that a language model generates after a prompt."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.lm.generation import Sampling
+
+    add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; -: read it from standard input")
+    add_adapters(parser)
+    text = "put the prompt into the model's chat template"
+    parser.add_argument("--chat", action="store_true", help=text)
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    add_compute(parser)
+    add_options(parser, Sampling)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+    from nplora.lm.generation import Sampling, stream
+
+    if arguments.system is not None and not arguments.chat:
+        raise UsageError("--system is a message of a chat, which needs --chat")
+    sampling = checked(Sampling, given_options(arguments, Sampling))
+    lm = finetuning.load_with_adapter(
+        arguments.model, arguments.adapter, arguments.compute, arguments.any_base
+    )
+    with warnings.catch_warnings(record=True) as found:  # printed below the text, not in it
+        for piece in stream(lm, _prompt(arguments), sampling):
+            print(piece, end="", flush=True)
+    print(flush=True)
+    for warning in found:
+        show_warning(warning.message)
+
+
+def _prompt(arguments: argparse.Namespace) -> Any:
+    """The text, or the chat if one is asked for."""
+    text = _text(arguments.prompt)
+    if not arguments.chat:
+        return text
+    said = [("system", arguments.system), ("user", text)]
+    return [{"role": role, "content": content} for role, content in said if content is not None]
+
+
+def _text(given: str) -> str:
+    """The prompt of the command line, or for "-" that of standard input."""
+    if given == "-" and sys.stdin is None:
+        raise ValueError("the prompt cannot be read: standard input is closed")
+    text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return text.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8, at byte {error.start}") from error

@@ -1,0 +1,31 @@
+"""`nplora plan`"""
+
+import argparse
+
+from nplora.cli.parser import add_data, add_model, add_options, checked, given_options, path
+
+HELP = (
+    "Predict the memory and the time of finetune; with --memory, find a plan that fits. Nothing is trained."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nplora.finetuning import FinetuneOptions
+
+    parser.epilog = "The other options of finetune are accepted too; they change nothing here."
+    add_model(parser)
+    add_data(parser)
+    parser.add_argument("--valid", metavar="FILE", type=path, help="validation file, as for finetune")
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--verbose", action="store_true", help="with --memory: list all plans")
+    add_options(parser, FinetuneOptions, shown="planned")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora import finetuning
+    from nplora.finetuning import FinetuneOptions
+
+    options = given_options(arguments, FinetuneOptions)
+    checked(FinetuneOptions, options)
+    found = finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options)
+    print(found.table() if arguments.verbose else found)

@@ -1,0 +1,20 @@
+"""`nplora plot`"""
+
+import argparse
+
+from nplora.cli.parser import path
+
+HELP = "Draw the losses and the learning rate of a run as a PNG."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", type=path, help="directory with the run's log.jsonl")
+    text = "the PNG (default: RUN_DIR/plot.png)"
+    parser.add_argument("--output", metavar="FILE", type=path, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing PNG")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nplora.trainer import plot
+
+    print(plot.plot_run(arguments.run, arguments.output, arguments.overwrite))

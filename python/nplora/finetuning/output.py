@@ -1,0 +1,50 @@
+"""The output directory of a run: what must not be in it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from nplora.finetuning.load import RunInputs
+from nplora.finetuning.options import FinetuneOptions
+from nplora.formats import files, model_directory, peft_adapter, run_files
+from nplora.formats.files import StrPath
+from nplora.formats.run_files import holds_run
+from nplora.trainer.run_directory import RunDirectory
+
+
+def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | None) -> None:
+    """Refuse a directory in which the run would write to a file that it reads.
+
+    Args:
+        adapter: the adapter that the run continues from.
+    """
+    names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
+    read = [("model", path) for path in model_directory.files_of(inputs.lm.config.source)]
+    read.append(("training data", Path(inputs.train.report.source)))
+    if adapter is not None:
+        read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
+    if inputs.held_out is not None:
+        read.append(("validation data", Path(inputs.held_out.report.source)))
+    files.require_not_read("finetune", [Path(output, name) for name in names], read)
+
+
+def require_free(output: StrPath, options: FinetuneOptions) -> None:
+    """Refuse a directory in use, or one with a model, or with a run or an adapter that is to be kept."""
+    model_directory.require_no_model(output)
+    if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the directory holds an adapter and no run: --overwrite (overwrite=True) replaces it",
+            os.fspath(output),
+        )
+    peft_adapter.require_ours(output, options.overwrite)
+    if holds_run(output) and not (options.resume or options.overwrite):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the directory holds a run: --resume (resume=True) continues it, --overwrite drops it",
+            os.fspath(output),
+        )
+    with RunDirectory(output):  # it can be locked and written
+        pass

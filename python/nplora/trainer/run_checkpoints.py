@@ -1,0 +1,186 @@
+"""RunCheckpoints: when a run is saved, what it resumes from, and what is saved when it fails."""
+
+import dataclasses
+import math
+import time
+from typing import TYPE_CHECKING
+
+from nplora.nn.losses import NonFiniteLossError
+from nplora.trainer.checkpoint import Checkpoint
+from nplora.trainer.fingerprint import base_fingerprint
+from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.interrupts import Interrupts
+from nplora.trainer.nonfinite import nonfinite_parameters
+from nplora.trainer.resuming import (
+    NONFINITE,
+    failure_record,
+    first_few,
+    restored_history,
+    settings_of,
+    starting_point,
+)
+from nplora.trainer.run_directory import RunDirectory
+from nplora.trainer.run_state import RunState
+
+if TYPE_CHECKING:
+    from nplora.trainer.trainer import Trainer
+
+EPOCH_CHECKPOINT_SECONDS = 1.0  # short epochs share a checkpoint: two of them are at least this far apart
+RESUME_HINT = "--resume (resume=True) continues it"
+
+_RUINED = 3.0  # at this many times the first loss, the factors are not worth continuing from
+
+
+class RunCheckpoints:
+    """The checkpoints of one run in its directory.
+
+    Args:
+        directory: open and locked for this run.
+        interrupts: what holds signals back while a checkpoint is written.
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        config: FitConfig,
+        state: RunState,
+        directory: RunDirectory,
+        interrupts: Interrupts,
+    ) -> None:
+        self._config, self._state, self._directory = config, state, directory
+        self._interrupts = interrupts
+        self._base = base_fingerprint(state.model)
+        self._settings = settings_of(trainer, config)
+        self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
+        self._saved_at = -math.inf
+
+    # ---- the beginning ----
+
+    def begin(self) -> None:
+        """Begin a new run: its log; the first checkpoint comes with `save`."""
+        self._directory.begin()
+        start = {"total_steps": self._state.total_steps, "settings": self._settings}
+        self._directory.log({"event": "start", **start})
+
+    def resume(self) -> bool:
+        """Continue the run in the directory; return whether there is one.
+
+        Raises:
+            ValueError: it cannot be continued with these data and settings. CorruptError: it is damaged.
+        """
+        newest, batches = self._directory.latest(), self._config.batches.length
+        if newest is None:
+            return False
+        try:
+            checkpoint = starting_point(self._directory, newest, self._settings)
+            history, unlogged = restored_history(
+                self._directory, checkpoint, self._state, self._settings, self._base, batches
+            )
+        except ValueError as error:
+            raise type(error)(f"{error}; --overwrite (overwrite=True) starts a new run") from error
+        self._state.continue_from(checkpoint, history)
+        self._note_saved()
+        self._directory.cut_log(checkpoint.log_bytes)
+        for event, record in unlogged:
+            self._directory.log({"event": event, **dataclasses.asdict(record)})
+        self._directory.log({"event": "resume", "step": self._state.step})
+        if checkpoint is not newest:
+            self._saved = None
+            self.save()  # so that it becomes the newest
+        self._directory.newest = None  # its arrays are taken over
+        return True
+
+    # ---- during the run ----
+
+    def is_due_after_step(self) -> bool:
+        every, step = self._config.checkpoint_every, self._state.step
+        is_due = step == 1 or (every is not None and step % every == 0)
+        return is_due or self._age() >= self._config.save_seconds
+
+    def is_due_after_epoch(self) -> bool:
+        by_epochs = self._config.checkpoint_every is None
+        return self._age() >= (EPOCH_CHECKPOINT_SECONDS if by_epochs else self._config.save_seconds)
+
+    def save(self) -> bool:
+        """Write a checkpoint; return False if there is nothing new to save.
+
+        Raises:
+            NonFiniteLossError: the last update made a parameter infinite; nothing is written.
+            OSError: the disk refuses; the checkpoints before are still there.
+        """
+        state = self._state
+        if state.updating or self._saved == state.position:
+            return False
+        bad = nonfinite_parameters(state.parameters, gradients=False)
+        if bad:
+            state.divergence = NonFiniteLossError(
+                f"step {state.step} made {first_few(bad, ', ')} not finite; it is not saved: "
+                "a lower lr may help"
+            )
+            raise state.divergence
+        with self._interrupts.hold():
+            self._directory.save(state.checkpoint(self._settings, self._base))
+            self._note_saved()
+        return True
+
+    def _note_saved(self) -> None:
+        self._saved, self._saved_at = self._state.position, time.monotonic()
+
+    def _age(self) -> float:
+        """Seconds since the newest checkpoint."""
+        return time.monotonic() - self._saved_at
+
+    # ---- after an error ----
+
+    def save_after(self, error: Exception) -> None:
+        """Save the last whole step before an error leaves the run; a note on the error says what is saved."""
+        if self._saved is None:
+            return
+        with self._interrupts.hold():
+            error.add_note(self._saved_after(error, self._saved[0]))
+
+    def _saved_after(self, error: Exception, saved: int) -> str:
+        """Save the last whole step if the disk allows it; return words for what is saved.
+
+        Args:
+            saved: the step of the newest checkpoint.
+        """
+        state, problem = self._state, ""
+        state.roll_back()
+        state.reopen_epoch()
+        try:
+            self._directory.cut_log(self._directory.log_bytes)  # drops a line that was cut short
+            diverged = error is state.divergence
+            if not (diverged and nonfinite_parameters(state.parameters, gradients=False)):
+                saved = state.step if self.save() else saved
+            if diverged and isinstance(error, NonFiniteLossError):
+                return self._log_divergence(error)
+        except Exception as second:
+            problem = f", step {state.step} could not be saved ({second})"
+        hint = "" if isinstance(error, NonFiniteLossError) else f": {RESUME_HINT}"
+        return f"the run is saved at step {saved}{problem}{hint}"
+
+    def _log_divergence(self, error: NonFiniteLossError) -> str:
+        """Log that the present parameters lead to this error, whatever the settings are; return a way out.
+
+        A resumed run then starts from the checkpoint before them, and only with other settings.
+        """
+        step = self._state.step
+        good = self._directory.before(step)
+        error.good_step = None if good is None else good.step
+        self._directory.log({"event": NONFINITE, **failure_record(step, error, self._settings)})
+        if good is None:
+            return "no earlier checkpoint is left: start a new run with a lower lr (--overwrite)"
+        return self._way_out(good)
+
+    def _way_out(self, good: Checkpoint) -> str:
+        """How to continue from this checkpoint, and whether that is worth it."""
+        words = f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
+        losses = {record.step: record.loss for record in self._state.history.steps}
+        first, then = losses.get(1, math.nan), losses.get(good.step + 1, math.nan)
+        if good.step and then > _RUINED * first:
+            words += (
+                f", where the loss had risen from {first:.4g} to {then:.4g}: "
+                "better start a new run with a lower --lr (--overwrite)"
+            )
+        return words

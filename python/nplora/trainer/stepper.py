@@ -1,0 +1,98 @@
+"""Stepper: batches in, updates of the parameters out."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.optim import schedule
+from nplora.trainer.gradients import Gathered, Gradients
+from nplora.trainer.history import StepRecord
+from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
+from nplora.trainer.resuming import first_few
+from nplora.trainer.run_state import RunState
+
+if TYPE_CHECKING:
+    from nplora.trainer.trainer import Trainer
+
+
+class Stepper:
+    """Makes the steps of a run: adds up the gradients of some batches, clips them, and updates."""
+
+    def __init__(self, trainer: "Trainer", state: RunState) -> None:
+        self._trainer, self._state = trainer, state
+        self._gradients = Gradients(trainer)
+        self._gathered = Gathered()
+
+    def begin(self) -> None:
+        """Begin a step: its time is measured from here."""
+        self._gathered = Gathered()
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether the step has a batch."""
+        return self._gathered.batches > 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the step has all of its batches."""
+        return self._gathered.batches == self._trainer.accumulate
+
+    def add(self, x: Any, y: Any) -> None:
+        """Run one batch forward and backward.
+
+        Raises:
+            NonFiniteLossError: its loss is NaN or infinite.
+        """
+        problem = self._gradients.add(x, y, self._gathered)
+        if problem:
+            batch = self._state.batch + self._gathered.batches
+            raise self._nonfinite(f"the loss of batch {batch} {problem}")
+
+    def update(self) -> StepRecord:
+        """Clip, update the parameters, and move the state on.
+
+        Raises:
+            NonFiniteLossError: a gradient is NaN or infinite; nothing is changed.
+        """
+        state, trainer, gathered = self._state, self._trainer, self._gathered
+        factor = schedule(trainer.schedule, state.step, state.total_steps or 0, trainer.warmup_steps)
+        lr = state.optimizer.lr * factor
+        norm = self._clip_and_update(lr)
+        state.count_step(gathered.batches)
+        record = StepRecord(
+            step=state.step,
+            epoch=state.epoch + 1,
+            loss=gathered.loss / max(1, gathered.count),
+            count=gathered.count,
+            lr=lr,
+            grad_norm=norm,
+            seconds=time.perf_counter() - gathered.started,
+        )
+        state.history.steps.append(record)
+        return record
+
+    def _clip_and_update(self, lr: float) -> float:
+        """Update the parameters; return the norm of the gradient before it was clipped."""
+        state, gathered, clip_norm = self._state, self._gathered, self._trainer.clip_norm
+        if not gathered.count:
+            return 0.0
+        scale = gathered.first_count / gathered.count
+        max_norm = math.inf if clip_norm is None else clip_norm
+        state.updating = True
+        norm = state.optimizer.step(state.parameters, lr=lr, grad_scale=scale, max_norm=max_norm)
+        assert norm is not None, "an optimizer's step returns the norm if it is given a max_norm"
+        if not math.isfinite(norm):
+            state.updating = False
+            names = nonfinite_parameters(state.parameters, gradients=True)
+            raise self._nonfinite(f"the loss is finite, the gradient of {first_few(names, ', ')} is not")
+        return norm
+
+    def _nonfinite(self, what: str) -> NonFiniteLossError:
+        """The error; the present parameters are blamed unless the data are, or no step was made yet."""
+        state = self._state
+        blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))
+        hint = "; a lower lr may help" if blamed else ""
+        error = NonFiniteLossError(f"step {state.step + 1} (epoch {state.epoch + 1}): {what}{hint}")
+        state.divergence = error if blamed else None
+        return error

@@ -1,0 +1,29 @@
+"""`nplora eval`"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from commands import command
+from nplora.finetuning import evaluate
+
+
+def test_eval_reports_the_examples_that_it_does_not_count(model: Path, data: Path) -> None:
+    rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
+    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["eval", model, "--data", data, "--max-length", 5]
+    done = command(*line, "--skip-bad", "--json")
+    result = json.loads(done.stdout)
+    assert result.items() >= {"examples": 2, "truncated": 1, "emptied": 1, "skipped": 1}.items()
+    assert result["source"] == str(data / "valid.jsonl")
+    counted = "1 cut to the maximum length; 1 left out, with nothing to train on within it; 1 bad row skipped"
+    assert counted in done.stderr
+    done = command(*line, "--skip-bad", "--strict")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "valid.jsonl, line 1: 10 tokens, at most 5 are allowed" in done.stderr
+
+
+def test_an_unknown_option_of_evaluate_is_an_error_that_names_the_nearest(model: Path, data: Path) -> None:
+    with pytest.raises(TypeError, match=r"^evaluate: no option 'max_lenth'; the nearest: max_length$"):
+        evaluate(model, data, max_lenth=3)

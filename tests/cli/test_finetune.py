@@ -1,0 +1,183 @@
+"""`nplora finetune`: options, errors, interruption; with `eval` and `generate` on what it leaves."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from commands import command
+from dead_streams import DEAD
+from nplora import cli
+from nplora.finetuning import FinetuneOptions, load_with_adapter
+from nplora.lm import load_model
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = command(
+        "finetune", model, "--data", data, "--output", output, "--rank", 2, "--lr", 0.01, "--epochs", 2,
+        "--targets", "q_proj,v_proj", "--targets", "o_proj", "--sample", "1+1=", "--batch-examples", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl: 20 examples" in done.stderr
+    assert re.search(r"^step 1/10, loss [\d.]+, \d+ tokens/s \(\d+ trained\), ", done.stderr, re.MULTILINE)
+    assert re.search(r"^step 10/10, loss [\d.]+ \(mean of 10 steps\), ", done.stderr, re.MULTILINE)
+    assert re.search(
+        r", loss [\d.]+ in the first step, [\d.]+ in the last 10 on average$", done.stdout, re.MULTILINE
+    )
+    config = json.loads((output / "adapter_config.json").read_text())
+    parts = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert parts == {"q_proj", "v_proj", "o_proj"}
+    assert " left" in done.stderr
+    assert "validation loss " in done.stdout
+    base = json.loads(command("eval", model, "--data", data, "--json").stdout)
+    adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
+    assert adapted["loss"] < base["loss"]
+    assert f"-> {adapted['loss']:.4f}" in done.stdout
+    plain = command("eval", model, "--data", data)
+    assert plain.stdout == f"loss {base['loss']:.4f} over {base['tokens']:,} tokens\n"
+    assert plain.stderr.startswith(f"{data / 'valid.jsonl'}: 4 examples, ")
+    answer = command("generate", model, "1+1=", "--adapter", output, "--max-new-tokens", 5)
+    lm = load_with_adapter(model, output)
+    assert answer.stdout == f"{lm.generate('1+1=', 5)}\n"
+    asked = command("generate", model, "-", "--max-new-tokens", 5, input="1+1=")
+    assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
+    assert asked.stderr == ""
+    for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
+        line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
+        odd = subprocess.run(line, input=given, capture_output=True)
+        assert odd.returncode == 2
+        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
+    full = command("generate", model, "1" * 58)
+    assert full.stderr == (
+        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
+    )
+    chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
+    assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("finetune M --data D --output O --rank 0", 2, "rank is 0"),
+        ("finetune M --data D --output O --rank x", 2, "argument --rank: invalid int value: 'x'"),
+        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
+        ("finetune M --data D", 2, "the following arguments are required: --output"),
+        ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
+        ("finetune M --data no.jsonl --output O", 2, "no such file: no.jsonl"),
+        ("finetune no.gguf --data D --output O", 2, "no such file: no.gguf"),
+        ("finetune M --data D --output O --rank 100000000", 2, "rank is 100000000, expected at most 65536"),
+        ("finetune M --data D --output O --dropout 2", 2, "dropout is 2.0"),
+        ("finetune M --data D --output O --weight-decay nan", 2, "weight_decay is nan"),
+        ("finetune M --data D --output O --weight-decay -1", 2, "weight_decay is -1.0"),
+        ("finetune M --data D --output O --save-minutes -1", 2, "save_minutes is -1.0"),
+        (
+            "finetune M --data D --output O --layers 4",
+            2,
+            "finetune: layers='4', expected 'last:N' or 'first:N'",
+        ),
+        ("finetune . --data D --output O", 2, ".: the directory holds no config.json"),
+        ("finetune M --data D --output O --layers first:0", 2, "layers='first:0', expected 'last:N'"),
+        ("finetune M --data D --output O --targets nope", 2, "no layer 'nope'"),
+        ("finetune M --data D --output O --targets q_proj,nope", 2, "no layer 'nope'"),
+        ("eval M --data D --max-length 1", 2, "max_length is 1"),
+        ("eval M --data D --max-length 0", 2, "max_length is 0"),
+        ("eval M --data D --adapter no", 2, "no such file: no\n"),
+        ("finetune M --data D --output O --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
+        ("plan M --data D --memory 600", 2, "memory is '600', 600 bytes: give a unit, as in"),
+        ("generate M x --temperature -1", 2, "temperature is -1.0"),
+        ("generate M x --top-p 2", 2, "top_p is 2.0"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_writes_nothing(
+    model: Path, data: Path, tmp_path: Path, arguments: str, status: int, message: str
+) -> None:
+    words = {"M": model, "D": data, "O": tmp_path / "out"}
+    done = command(*(words.get(word, word) for word in arguments.split()))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("nplora: error: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (status, "", 1), done.stderr
+    assert message in f"{errors[0]}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(FinetuneOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["help"].split()[0] in text
+
+
+def test_resuming_without_a_run_says_that_a_new_one_starts(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
+    message = f"{tmp_path / 'out'}: no run to resume, a new one starts\n"
+    assert cli.main(line) == 0
+    assert message in capsys.readouterr().err
+    assert cli.main(line) == 0
+    done = capsys.readouterr()
+    assert message not in done.err
+    assert "\n1 step in " in done.out
+
+
+def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdout", DEAD["disk"])
+    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --rank 2 --steps 2"
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "nplora: error: no space left on device; "
+        f"stdout could not be written; {tmp_path / 'out'} holds the adapter"
+    )
+    assert len(files_of(tmp_path / "out")) == 2
+
+
+def test_ctrl_c_saves_and_the_command_resumes(model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
+    for output in (tmp_path / "whole", tmp_path / "cut"):
+        line = [
+            sys.executable,
+            "-m",
+            "nplora",
+            "finetune",
+            model,
+            "--data",
+            data,
+            "--output",
+            output,
+            *options,
+        ]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if output.name == "cut":
+            log = output / "log.jsonl"
+            while process.poll() is None and not (log.exists() and log.read_text().count('"step"') > 20):
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == (130 if output.name == "cut" else 0), errors.decode()
+    assert b"interrupted: --resume continues" in printed
+    assert (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert files_of(tmp_path / "cut") != files_of(tmp_path / "whole")
+    done = command("finetune", model, "--data", data, "--output", tmp_path / "cut", *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")

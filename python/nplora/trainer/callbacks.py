@@ -1,11 +1,7 @@
 """Callback: code of users that a run calls."""
 
-from typing import TYPE_CHECKING
-
 from nplora.trainer.history import EpochRecord, StepRecord
-
-if TYPE_CHECKING:
-    from nplora.trainer.run import Run
+from nplora.trainer.run import Run
 
 
 class Callback:
@@ -21,17 +17,17 @@ class Callback:
                     run.stop()
     """
 
-    def on_fit_start(self, run: "Run") -> None:
+    def on_fit_start(self, run: Run) -> None:
         """Before the first step; a resumed run has taken over its checkpoint by then."""
 
-    def on_step_end(self, run: "Run", record: StepRecord) -> None:
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
         """After every update of the parameters."""
 
-    def on_epoch_end(self, run: "Run", record: EpochRecord) -> None:
+    def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """After every epoch and its validation."""
 
-    def on_checkpoint(self, run: "Run") -> None:
+    def on_checkpoint(self, run: Run) -> None:
         """After a checkpoint was written to the disk."""
 
-    def on_fit_end(self, run: "Run") -> None:
+    def on_fit_end(self, run: Run) -> None:
         """At the end, also after Ctrl-C; not after an error."""

@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
@@ -12,11 +12,9 @@ from nplora.nn.losses import Loss
 from nplora.nn.module import quiet
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.nonfinite import first_nonfinite
+from nplora.trainer.training_setup import TrainingSetup
 
 Array = npt.NDArray[Any]
-
-if TYPE_CHECKING:
-    from nplora.trainer.trainer import Trainer
 
 
 @dataclass
@@ -33,8 +31,8 @@ class Gathered:
 class Gradients:
     """Computes the gradients of a model, batch by batch."""
 
-    def __init__(self, trainer: "Trainer") -> None:
-        self._trainer, self._model = trainer, trainer.model
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._setup, self._model = setup, setup.model
         self._parameters = self._model.parameters()
         self._adapters = list(self._model.adapter_layers().values())
         self._checked = False  # that the model writes into the arrays that are trained
@@ -46,7 +44,7 @@ class Gradients:
             the end of a sentence: the loss, and what made it NaN or infinite. Empty if the loss is finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
-        loss = self._trainer.loss
+        loss = self._setup.loss
         gathered.batches += 1
         if isinstance(loss, FusedLoss):
             value = self._add_fused(loss, x, y, gathered)
@@ -74,7 +72,7 @@ class Gradients:
         if count != gathered.first_count:
             gradient = gradient * gradient.dtype.type(count / gathered.first_count)
         with quiet():
-            self._trainer.backward(gradient, saved)
+            self._setup.backward(gradient, saved)
         self._check_buffers()
         return value
 

@@ -2,14 +2,12 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nplora.runtime.stderr import stderr
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EpochRecord, StepRecord
-
-if TYPE_CHECKING:
-    from nplora.trainer.run import Run
+from nplora.trainer.run import Run
 
 _INTERVAL = 0.1  # seconds between two redraws
 
@@ -17,7 +15,7 @@ _INTERVAL = 0.1  # seconds between two redraws
 class ProgressLine(Callback):
     """A callback that draws on stderr, until `close`."""
 
-    def on_fit_end(self, run: "Run") -> None:
+    def on_fit_end(self, run: Run) -> None:
         self.close()
 
     def close(self) -> None:
@@ -46,12 +44,12 @@ class TqdmLine(ProgressLine):
         self._tqdm = tqdm
         self._bar: Any = None
 
-    def on_fit_start(self, run: "Run") -> None:
+    def on_fit_start(self, run: Run) -> None:
         self._bar = self._tqdm(
             total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True, file=stderr
         )
 
-    def on_step_end(self, run: "Run", record: StepRecord) -> None:
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
         self._bar.set_postfix_str(f"epoch {record.epoch}, loss {record.loss:.4f}", refresh=False)
         self._bar.update()
 
@@ -69,13 +67,13 @@ class PlainLine(ProgressLine):
         self._width = 0
         self._drawn = -_INTERVAL
 
-    def on_step_end(self, run: "Run", record: StepRecord) -> None:
+    def on_step_end(self, run: Run, record: StepRecord) -> None:
         now = time.monotonic()
         if self._redraws and (now - self._drawn >= _INTERVAL or record.step == run.total_steps):
             self._draw(_text(run, record.step, record.epoch, f"loss {record.loss:.4f}"))
             self._drawn = now
 
-    def on_epoch_end(self, run: "Run", record: EpochRecord) -> None:
+    def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         validation = "" if record.val_loss is None else f", validation loss {record.val_loss:.4f}"
         text = _text(run, record.step, record.epoch, f"loss {record.loss:.4f}{validation}")
         if self._redraws:
@@ -93,6 +91,6 @@ class PlainLine(ProgressLine):
         self._width = len(text)
 
 
-def _text(run: "Run", step: int, epoch: int, rest: str) -> str:
+def _text(run: Run, step: int, epoch: int, rest: str) -> str:
     total = "" if run.total_steps is None else f"/{run.total_steps}"
     return f"step {step}{total}, epoch {epoch}, {rest}"

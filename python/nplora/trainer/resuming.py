@@ -1,7 +1,7 @@
 """Resuming: whether a checkpoint fits the run that continues from it, and the history that it brings."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.formats.run_files import LOG
@@ -14,9 +14,7 @@ from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import EpochRecord, History, StepRecord, last_logged
 from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
-
-if TYPE_CHECKING:
-    from nplora.trainer.trainer import Trainer
+from nplora.trainer.training_setup import TrainingSetup
 
 NONFINITE = "nonfinite"  # the event of a log line that records a loss that was not finite
 
@@ -27,28 +25,28 @@ _LONGEST_ERROR = 500  # characters of an error that the log keeps
 # ---- the settings that a checkpoint keeps ----
 
 
-def settings_of(trainer: "Trainer", config: FitConfig) -> dict[str, Any]:
+def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """How a run was started, as JSON reads it back.
 
     "fixed" must be the same when the run is resumed: it decides what a position in the data and the model's
     arrays mean. "free" may change, with a warning.
     """
-    model, loss, optimizer = trainer.model, trainer.loss, trainer.optimizer
+    model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
     settings = {
         "fixed": {
             **config.batches.identity(),
             **(loss.settings() if isinstance(loss, FusedLoss) else {}),
-            "accumulate": trainer.accumulate,
+            "accumulate": setup.accumulate,
             "optimizer": type(optimizer).__name__,
             "layers": {name: layer.settings() for name, layer in model.adapter_layers().items()},
         },
         "free": {
             "loss": _loss_name(loss),
             **public,
-            "schedule": trainer.schedule,
-            "warmup_steps": trainer.warmup_steps,
-            "clip_norm": trainer.clip_norm,
+            "schedule": setup.schedule,
+            "warmup_steps": setup.warmup_steps,
+            "clip_norm": setup.clip_norm,
             "total_steps": config.total_steps,
         },
     }

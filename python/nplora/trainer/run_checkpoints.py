@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING
 
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.checkpoint import Checkpoint
@@ -21,9 +20,7 @@ from nplora.trainer.resuming import (
 )
 from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
-
-if TYPE_CHECKING:
-    from nplora.trainer.trainer import Trainer
+from nplora.trainer.training_setup import TrainingSetup
 
 EPOCH_CHECKPOINT_SECONDS = 1.0  # short epochs share a checkpoint: two of them are at least this far apart
 RESUME_HINT = "--resume (resume=True) continues it"
@@ -41,7 +38,7 @@ class RunCheckpoints:
 
     def __init__(
         self,
-        trainer: "Trainer",
+        setup: TrainingSetup,
         config: FitConfig,
         state: RunState,
         directory: RunDirectory,
@@ -50,7 +47,7 @@ class RunCheckpoints:
         self._config, self._state, self._directory = config, state, directory
         self._interrupts = interrupts
         self._base = base_fingerprint(state.model)
-        self._settings = settings_of(trainer, config)
+        self._settings = settings_of(setup, config)
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
         self._saved_at = -math.inf
 

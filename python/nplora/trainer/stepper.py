@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.optim import schedule
@@ -11,17 +11,15 @@ from nplora.trainer.history import StepRecord
 from nplora.trainer.nonfinite import INPUT, TARGETS, nonfinite_parameters
 from nplora.trainer.resuming import first_few
 from nplora.trainer.run_state import RunState
-
-if TYPE_CHECKING:
-    from nplora.trainer.trainer import Trainer
+from nplora.trainer.training_setup import TrainingSetup
 
 
 class Stepper:
     """Makes the steps of a run: adds up the gradients of some batches, clips them, and updates."""
 
-    def __init__(self, trainer: "Trainer", state: RunState) -> None:
-        self._trainer, self._state = trainer, state
-        self._gradients = Gradients(trainer)
+    def __init__(self, setup: TrainingSetup, state: RunState) -> None:
+        self._setup, self._state = setup, state
+        self._gradients = Gradients(setup)
         self._gathered = Gathered()
 
     def begin(self) -> None:
@@ -36,7 +34,7 @@ class Stepper:
     @property
     def is_full(self) -> bool:
         """Whether the step has all of its batches."""
-        return self._gathered.batches == self._trainer.accumulate
+        return self._gathered.batches == self._setup.accumulate
 
     def add(self, x: Any, y: Any) -> None:
         """Run one batch forward and backward.
@@ -55,8 +53,8 @@ class Stepper:
         Raises:
             NonFiniteLossError: a gradient is NaN or infinite; nothing is changed.
         """
-        state, trainer, gathered = self._state, self._trainer, self._gathered
-        factor = schedule(trainer.schedule, state.step, state.total_steps or 0, trainer.warmup_steps)
+        state, setup, gathered = self._state, self._setup, self._gathered
+        factor = schedule(setup.schedule, state.step, state.total_steps or 0, setup.warmup_steps)
         lr = state.optimizer.lr * factor
         norm = self._clip_and_update(lr)
         state.count_step(gathered.batches)
@@ -74,7 +72,7 @@ class Stepper:
 
     def _clip_and_update(self, lr: float) -> float:
         """Update the parameters; return the norm of the gradient before it was clipped."""
-        state, gathered, clip_norm = self._state, self._gathered, self._trainer.clip_norm
+        state, gathered, clip_norm = self._state, self._gathered, self._setup.clip_norm
         if not gathered.count:
             return 0.0
         scale = gathered.first_count / gathered.count

@@ -1,6 +1,5 @@
 """Trainer: fits the trainable arrays of a model to data, with all that a long run needs."""
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,10 +10,10 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.formats import files
 from nplora.formats.files import StrPath
-from nplora.nn import losses, optim
+from nplora.nn import optim
 from nplora.nn.losses import CrossEntropy, LossFunction
 from nplora.nn.module import Module
-from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
+from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback
@@ -23,8 +22,9 @@ from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
-from nplora.trainer.run import Run
 from nplora.trainer.run_directory import RunDirectory
+from nplora.trainer.training_run import TrainingRun
+from nplora.trainer.training_setup import TrainingSetup
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +32,7 @@ _OP = "Trainer.fit"
 _EVALUATION_ROWS = 256
 
 
-class Trainer:
+class Trainer(TrainingSetup):
     """Trains the trainable arrays of a model. Its frozen weights never change.
 
     Args:
@@ -67,25 +67,11 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
     ) -> None:
-        if not isinstance(model, Module):
-            raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
-        self.model = model
-        self.loss = loss if isinstance(loss, FusedLoss) else losses.get(loss)
-        self.optimizer = AdamW() if optimizer is None else optimizer
-        optim.require("Trainer", self.optimizer)
-        self.schedule = _check.choice("Trainer", "schedule", schedule, SCHEDULES)
-        self.warmup_steps = _check.integer("Trainer", "warmup_steps", warmup_steps, least=0)
-        self.accumulate = _check.integer("Trainer", "accumulate", accumulate, least=1)
-        self.clip_norm = None if clip_norm is None else _check.number("Trainer", "clip_norm", clip_norm)
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
-        self.seed = _check.integer("Trainer", "seed", seed, least=0)
+        super().__init__(model, loss, optimizer, schedule, warmup_steps, accumulate, clip_norm, seed)
         self.callbacks = _callbacks(callbacks)
         if not isinstance(progress, bool | None):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
         self.progress = progress
-        parameters = inspect.signature(model.backward).parameters
-        self._skips_dx = "need_dx" in parameters
 
     def fit(
         self,
@@ -207,17 +193,12 @@ class Trainer:
         """
         return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
 
-    def backward(self, gradient: Array, saved: Any) -> None:
-        """The backward pass of the model, without the gradient of the data if the model can omit it."""
-        if self._skips_dx:
-            self.model.backward(gradient, saved, need_dx=False)
-        else:
-            self.model.backward(gradient, saved)
-
     def _run(self, config: FitConfig, directory: RunDirectory | None, resume: bool) -> History:
         line = progress_line(self.progress)
         try:
-            return Run(self, config, self.callbacks + ([line] if line else []), directory).execute(resume)
+            return TrainingRun(self, config, self.callbacks + ([line] if line else []), directory).execute(
+                resume
+            )
         finally:
             if line is not None:
                 line.close()

@@ -1,0 +1,176 @@
+"""Run: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nplora.runtime.user_warning import warn_user
+from nplora.trainer.callbacks import Callback
+from nplora.trainer.evaluation import evaluate
+from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.history import History
+from nplora.trainer.interrupts import Interrupts, Terminated
+from nplora.trainer.run import Run
+from nplora.trainer.run_checkpoints import RESUME_HINT, RunCheckpoints
+from nplora.trainer.run_directory import RunDirectory
+from nplora.trainer.run_state import RunState
+from nplora.trainer.stepper import Stepper
+from nplora.trainer.training_setup import TrainingSetup
+
+
+class TrainingRun(Run):
+    """One call of `Trainer.fit`, from its beginning to its end."""
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        config: FitConfig,
+        callbacks: list[Callback],
+        directory: RunDirectory | None = None,
+    ) -> None:
+        state = RunState(setup.model, setup.optimizer, config.total_steps, config.patience)
+        super().__init__(state, directory)
+        self._setup, self._config, self._callbacks = setup, config, callbacks
+        self._stepper = Stepper(setup, state)
+        self._checkpoints: RunCheckpoints | None = None
+        self._interrupts = Interrupts(terminate=directory is not None)
+
+    def execute(self, resume: bool) -> History:
+        """Train until the end, Ctrl-C or an error."""
+        try:
+            with self._interrupts, self._saved_after_an_error():
+                self._train_until_interrupted(resume)
+                with self._interrupts.hold():
+                    self._finish()
+                self._call("on_fit_end")
+        except Terminated as signal:
+            end = SystemExit(signal.status)
+            end.__notes__ = getattr(signal, "__notes__", [])
+            raise end from None
+        except BaseException:
+            self._state.roll_back()
+            raise
+        return self.history
+
+    def _train_until_interrupted(self, resume: bool) -> None:
+        """Train. The first Ctrl-C ends the run as its last step would; what ends the process is raised."""
+        try:
+            with self._interrupts.hold():
+                self._begin(resume)
+            self._train()
+        except (KeyboardInterrupt, SystemExit, Terminated) as reason:
+            self._save_interrupted()
+            if not isinstance(reason, KeyboardInterrupt) or self._interrupts.repeated:
+                if self._directory is not None:
+                    reason.add_note(f"the run is saved at step {self.step}: {RESUME_HINT}")
+                raise
+
+    def _begin(self, resume: bool) -> None:
+        """Take over the directory's checkpoint, or write the first one: the disk is tried before any work."""
+        self._state.prepare()
+        if self._directory is None:
+            return
+        self._checkpoints = RunCheckpoints(
+            self._setup, self._config, self._state, self._directory, self._interrupts
+        )
+        if resume and self._checkpoints.resume():
+            self._stop_if_patience_is_lost()
+        else:
+            self._checkpoints.begin()
+            self._save()
+
+    def _save_interrupted(self) -> None:
+        with self._interrupts.hold():
+            self._ended = "interrupted"
+            self._state.roll_back()
+            self._state.reopen_epoch()
+            saved = self._checkpoints is not None and self._checkpoints.save()
+        if saved:
+            self._call("on_checkpoint")
+
+    def _finish(self) -> None:
+        history = self.history
+        history.best_epoch = self._state.early_stopping.restore_best()
+        history.ended = self._ended or "complete"
+        if history.steps and not any(record.count for record in history.steps):
+            warn_user("Trainer.fit: no label counts in any step, so nothing was trained")
+        self.log("end", {"ended": history.ended, "step": self.step})
+
+    # ---- the loop ----
+
+    def _train(self) -> None:
+        self._call("on_fit_start")
+        while not self._is_over():
+            if self._make_steps_of_epoch():
+                self._close_epoch(complete=True)
+                if self._checkpoints is not None and self._checkpoints.is_due_after_epoch():
+                    self._save()
+        self._save()
+        if self.batch:  # the run ended within an epoch; a resumed run closes that epoch later
+            self._close_epoch(complete=False)
+
+    def _is_over(self) -> bool:
+        config = self._config
+        return (
+            self._ended is not None
+            or (config.steps is not None and self.step >= config.steps)
+            or (config.epochs is not None and self.epoch >= config.epochs)
+        )
+
+    def _make_steps_of_epoch(self) -> bool:
+        """Make the steps of an epoch, or the rest of them; return False if the run is over before."""
+        stepper = self._stepper
+        stepper.begin()
+        for x, y in self._config.batches.epoch(self.epoch, self.batch):
+            stepper.add(x, y)
+            if stepper.is_full:
+                self._update()
+                if self._is_over():
+                    return False
+                stepper.begin()
+        if stepper.has_batches:
+            self._update()
+        return not self._is_over()
+
+    def _update(self) -> None:
+        with self._interrupts.hold():
+            record = self._stepper.update()
+            self.log("step", dataclasses.asdict(record))
+        self._call("on_step_end", record)
+        if self._checkpoints is not None and self._checkpoints.is_due_after_step():
+            self._save()
+
+    def _close_epoch(self, complete: bool) -> None:
+        """Validate, record the epoch, and go to the next one if this one is complete."""
+        validation = self._config.validation
+        metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
+        with self._interrupts.hold():
+            record = self._state.close_epoch(metrics)
+            self.log("epoch", dataclasses.asdict(record))
+            self._stop_if_patience_is_lost()
+            if complete:
+                self._state.next_epoch()
+        self._call("on_epoch_end", record)
+
+    def _stop_if_patience_is_lost(self) -> None:
+        if self._ended is None and self._state.early_stopping.is_over:
+            self._ended = "patience"
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _save(self) -> None:
+        """Write a checkpoint if there is a directory and something new to save."""
+        if self._checkpoints is not None and self._checkpoints.save():
+            self._call("on_checkpoint")
+
+    @contextmanager
+    def _saved_after_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._checkpoints is not None:
+                self._checkpoints.save_after(error)
+            raise

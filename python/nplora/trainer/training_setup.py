@@ -1,0 +1,52 @@
+"""What a trainer trains, and how: the model, the loss, the optimizer, and what a step consists of."""
+
+import inspect
+from typing import Any
+
+import numpy.typing as npt
+
+from nplora import _check
+from nplora.nn import losses, optim
+from nplora.nn.module import Module
+from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
+from nplora.trainer.fused import FusedLoss
+
+Array = npt.NDArray[Any]
+
+
+class TrainingSetup:
+    """The settings of a `Trainer`, which documents and takes them."""
+
+    def __init__(
+        self,
+        model: Module,
+        loss: str | LossFunction | FusedLoss,
+        optimizer: Optimizer | None,
+        schedule: str,
+        warmup_steps: int,
+        accumulate: int,
+        clip_norm: float | None,
+        seed: int,
+    ) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"Trainer: model is a {type(model).__name__}, expected a Module")
+        self.model = model
+        self.loss = loss if isinstance(loss, FusedLoss) else losses.get(loss)
+        self.optimizer = AdamW() if optimizer is None else optimizer
+        optim.require("Trainer", self.optimizer)
+        self.schedule = _check.choice("Trainer", "schedule", schedule, SCHEDULES)
+        self.warmup_steps = _check.integer("Trainer", "warmup_steps", warmup_steps, least=0)
+        self.accumulate = _check.integer("Trainer", "accumulate", accumulate, least=1)
+        self.clip_norm = None if clip_norm is None else _check.number("Trainer", "clip_norm", clip_norm)
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"Trainer: clip_norm is {clip_norm}, expected above 0 or None")
+        self.seed = _check.integer("Trainer", "seed", seed, least=0)
+        parameters = inspect.signature(model.backward).parameters
+        self._skips_dx = "need_dx" in parameters
+
+    def backward(self, gradient: Array, saved: Any) -> None:
+        """The backward pass of the model, without the gradient of the data if the model can omit it."""
+        if self._skips_dx:
+            self.model.backward(gradient, saved, need_dx=False)
+        else:
+            self.model.backward(gradient, saved)

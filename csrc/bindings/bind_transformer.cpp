@@ -70,17 +70,20 @@ void register_elements(py::module_& m) {
       arg("dx").noconvert(), arg("accumulate"), "dx = [dx +] the gradient of x");
   m.def(
       "rope",
-      [](Floats x, const Integers& positions, const Floats& table, bool interleaved, bool inverse) {
+      [](Floats x, const Integers& positions, const Floats& table, bool interleaved, bool inverse,
+         size_t head_dim) {
         const auto to = write(x);
         const auto angles = read(table);
-        const size_t dim = angles.cols;
-        require(dim > 0 && dim % 2 == 0 && to.cols % dim == 0,
-                "x must have heads of the table's width, an even number");
-        const auto places = within("positions", positions, to.rows, 0, int64_t(angles.rows));
-        without_gil([&] { rope(to, places.data(), {angles.data, dim, interleaved}, inverse); });
+        const size_t rotary_dim = angles.cols;
+        require(head_dim > 0 && to.cols % head_dim == 0, "x must have a width of heads * head_dim");
+        require(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= head_dim,
+                "table must have an even width of at most head_dim");
+        const auto rows = within("positions", positions, to.rows, 0, int64_t(angles.rows));
+        without_gil(
+            [&] { rope(to, head_dim, rows.data(), {angles.data, rotary_dim, interleaved}, inverse); });
       },
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
-      arg("inverse"), "Rotary positions in place");
+      arg("inverse"), arg("head_dim"), "Rotary positions in place");
   m.def(
       "gated",
       [](const std::string& act, const Floats& gate, const Floats& up, Floats out) {

@@ -310,9 +310,11 @@ struct Transformer {
   void (*rms_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
                             float* dx, bool accumulate);
 
-  // The pairs (a, b) of x (heads, 2 * half) become (a cos - b sin, b cos + a sin), in each head those of elements i and half + i,
-  // or 2i and 2i + 1 where interleaved.   table is half cosines, then half sines; inverse: the sines count negative.
-  void (*rotate)(size_t heads, size_t half, const float* table, bool interleaved, bool inverse, float* x);
+  // The pairs (a, b) of x (heads, head_dim) become (a cos - b sin, b cos + a sin). A pair is elements i and half + i of a head, or
+  // 2i and 2i + 1 where interleaved. The elements of a head after its first 2 * half are neither read nor written.
+  // table is half cosines, then half sines; inverse: the sines count negative.
+  void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
+                 bool inverse, float* x);
 
   // out = act(gate) * up, for each Activation.
   void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);

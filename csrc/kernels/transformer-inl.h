@@ -48,9 +48,10 @@ inline void rotate_head(size_t half, size_t distance, const float* __restrict ta
   }
 }
 
-inline void rotate(size_t heads, size_t half, const float* table, bool interleaved, bool inverse, float* x) {
+inline void rotate(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
+                   bool inverse, float* x) {
   const float sign = inverse ? -1.0f : 1.0f;
-  for (; heads > 0; --heads, x += 2 * half)
+  for (; heads > 0; --heads, x += head_dim)
     if (interleaved)
       rotate_head<2>(half, 1, table, sign, x);
     else

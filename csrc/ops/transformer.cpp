@@ -54,11 +54,11 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
   });
 }
 
-void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inverse) {
-  const size_t dim = table.head_dim;
+void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse) {
+  const size_t heads = x.cols / head_dim, half = table.rotary_dim / 2;
   for_rows(x.rows, x.cols, kRotationOperations, [&](size_t i) {
-    kernel().rotate(x.cols / dim, dim / 2, table.data + size_t(positions[i]) * dim, table.interleaved,
-                    inverse, x.row(i));
+    const float* angles = table.data + size_t(positions[i]) * table.rotary_dim;
+    kernel().rotate(heads, head_dim, half, angles, table.interleaved, inverse, x.row(i));
   });
 }
 

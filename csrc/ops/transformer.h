@@ -17,17 +17,18 @@ void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<floa
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
-// The angles of rotary positions: row p of data is head_dim / 2 cosines, then as many sines. interleaved: the pairs are neighbours;
-// else they are half a head apart.
+// The angles of rotary positions: row p of data is rotary_dim / 2 cosines, then as many sines. interleaved: the elements of a pair
+// are neighbours; else they are rotary_dim / 2 apart.
 struct RotaryTable {
   const float* data;
-  size_t head_dim;
+  size_t rotary_dim;
   bool interleaved;
 };
 
 // Each pair (a, b) of each head of x (n, heads * head_dim) becomes (a cos - b sin, b cos + a sin), by row positions[i] of the table
-// (Su et al. 2021, equation 34). inverse turns back, which is the gradient.
-void rope(Matrix<float> x, const int64_t* positions, RotaryTable table, bool inverse);
+// (Su et al. 2021, equation 34). The pairs are in the first rotary_dim elements of a head; the rest stay as they are.
+// inverse turns back, which is the gradient.
+void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse);
 
 using kernels::Activation;
 

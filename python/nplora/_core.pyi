@@ -235,11 +235,12 @@ def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
     """dx = [dx +] the gradient of x; the weight is frozen."""
 
-def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool) -> None:
+def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool, head_dim: int) -> None:
     """Rotate the heads of x (n, heads · head_dim) in place by rows `positions` (int64) of the table.
 
-    table: (max_positions, head_dim), head_dim / 2 cosines, then as many sines. The elements of a pair are
-    head_dim / 2 apart, or neighbours where interleaved. inverse: turn back, which is the gradient.
+    table: (max_positions, rotary_dim), rotary_dim / 2 cosines, then as many sines; rotary_dim is at most
+    head_dim. The first rotary_dim values of each head rotate, the rest stay as they are. The values of a pair
+    are rotary_dim / 2 apart, or neighbours if interleaved. inverse: turn back, which is the gradient.
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:

@@ -94,30 +94,54 @@ def rotary_table(angles: Array) -> Array:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("n", "heads", "dim"), [(0, 2, 4), (1, 1, 2), (5, 3, 6), (9, 2, 16), (33, 9, 64), (7, 1, 250)]
+    ("n", "heads", "head_dim", "rotary_dim"),
+    [
+        (0, 2, 4, 4),
+        (1, 1, 2, 2),
+        (5, 3, 6, 6),
+        (9, 2, 16, 16),
+        (33, 9, 64, 64),
+        (7, 1, 250, 250),
+        (0, 2, 4, 2),
+        (1, 1, 3, 2),
+        (5, 3, 7, 6),
+        (9, 2, 37, 10),
+        (33, 9, 64, 48),
+        (200, 5, 128, 96),  # Phi-4-mini's heads, on two threads
+        (7, 1, 251, 190),
+    ],
 )
-def test_rope_turns_pairs_forward_and_back(
-    n: int, heads: int, dim: int, interleaved: bool, rng: np.random.Generator
+def test_rope_turns_the_first_pairs_of_each_head_forward_and_back(
+    n: int, heads: int, head_dim: int, rotary_dim: int, interleaved: bool, rng: np.random.Generator
 ) -> None:
-    angles = rng.uniform(-40, 40, (50, dim // 2))
-    table, positions, x = rotary_table(angles), rng.integers(0, 50, n), normal(rng, n, heads * dim)
+    angles = rng.uniform(-40, 40, (50, rotary_dim // 2))
+    table, positions, x = rotary_table(angles), rng.integers(0, 50, n), normal(rng, n, heads, head_dim)
     turned = x.copy()
-    _core.rope(turned, positions, table, interleaved, False)
-    exact = reference.rope(x.reshape(n, heads, dim).astype(np.float64), angles[positions], interleaved)
-    size = reference.rope(np.square(x.reshape(n, heads, dim)).astype(np.float64), 0 * angles[positions], True)
+    rows = turned.reshape(n, heads * head_dim)
+    _core.rope(rows, positions, table, interleaved, False, head_dim)
+    head = x[..., :rotary_dim].astype(np.float64)
+    exact = reference.rope(head, angles[positions], interleaved)
+    size = reference.rope(np.square(head), 0 * angles[positions], True)
     longest = 2 * np.sqrt(size.max(initial=0))  # of a pair
-    assert (np.abs(turned.reshape(exact.shape) - exact) <= 4 * U * longest).all()
-    _core.rope(turned, positions, table, interleaved, True)
+    assert (np.abs(turned[..., :rotary_dim] - exact) <= 4 * U * longest).all()
+    np.testing.assert_array_equal(turned[..., rotary_dim:], x[..., rotary_dim:])
+    _core.rope(rows, positions, table, interleaved, True, head_dim)
     assert (np.abs(turned - x) <= 8 * U * longest).all()
 
 
-def test_rope_refuses_positions_that_the_table_has_not() -> None:
+def test_rope_refuses_positions_and_widths_that_do_not_fit() -> None:
     x, table = np.ones((2, 4), np.float32), rotary_table(np.zeros((3, 2)))
     for bad in (3, -1):
         with pytest.raises(ValueError, match=f"positions holds {bad}, expected at least 0 and below 3"):
-            _core.rope(x, np.array([0, bad]), table, False, False)
-    with pytest.raises(ValueError, match="heads of the table's width"):
-        _core.rope(x, np.array([0, 1]), rotary_table(np.zeros((3, 3))), False, False)
+            _core.rope(x, np.array([0, bad]), table, False, False, head_dim=4)
+    places = np.array([0, 1])
+    for rotary_dim in (0, 3, 6):
+        table = np.ones((3, rotary_dim), np.float32)
+        with pytest.raises(ValueError, match="table must have an even width of at most head_dim"):
+            _core.rope(x, places, table, False, False, head_dim=4)
+    for head_dim in (0, 3, 8):
+        with pytest.raises(ValueError, match=r"x must have a width of heads \* head_dim"):
+            _core.rope(x, places, np.ones((3, 2), np.float32), False, False, head_dim=head_dim)
     assert (x == 1).all()
 
 
@@ -501,7 +525,7 @@ thread.start()
 for _ in range(300):
     try:
         if sys.argv[1] == "rope":
-            _core.rope(rows, indices, table, False, False)
+            _core.rope(rows, indices, table, False, False, 16)
         else:
             _core.cross_entropy(rows, indices, 1.0, losses, True)
     except ValueError:

@@ -221,32 +221,40 @@ void test_rms_norm_backward(const KernelTable& table) {
 void test_rotate(const KernelTable& table) {
   Random random(37);
   for (size_t half = 1; half <= 42; ++half)
-    for (size_t heads : {0, 1, 2, 3, 5, 9, 11, 12, 13, 14, 15, 16}) {
-      check::count_shape("rotate");
-      for (Data data : {Data::kIntegers, Data::kUniform})
-        for (Place place : kPlaces)
-          for (bool interleaved : {false, true})
-            for (bool inverse : {false, true}) {
-              check::Case one("%s rotate heads %zu half %zu interleaved %d inverse %d, %s, %s", table.isa,
-                              heads, half, interleaved, inverse, name_of(data), name_of(place));
-              const Values before = draw<float>(random, heads * 2 * half, data),
-                           angles = draw<float>(random, 2 * half, data);
-              Row<float> x(place, before), row(place, angles);
-              table.transformer.rotate(heads, half, row.data(), interleaved, inverse, x.data());
-              for (size_t h = 0; h < heads; ++h)
-                for (size_t i = 0; i < half; ++i) {
-                  const size_t first = h * 2 * half + (interleaved ? 2 * i : i),
-                               second = first + (interleaved ? 1 : half);
-                  const double a = before[first], b = before[second], cosine = angles[i],
-                               sine = inverse ? -angles[half + i] : angles[half + i];
-                  const double error = data == Data::kIntegers ? 0 : 3 * kUnit * (std::abs(a) + std::abs(b));
-                  expect_near(first, x[first], a * cosine - b * sine, error);
-                  expect_near(second, x[second], b * cosine + a * sine, error);
+    for (size_t heads : {0, 1, 2, 3, 5, 9, 11, 12, 13, 14, 15, 16})
+      for (size_t unrotated : {0, 1, 21}) {  // elements at the end of each head
+        const size_t head_dim = 2 * half + unrotated;
+        check::count_shape("rotate");
+        for (Data data : {Data::kIntegers, Data::kUniform})
+          for (Place place : kPlaces)
+            for (bool interleaved : {false, true})
+              for (bool inverse : {false, true}) {
+                check::Case one("%s rotate heads %zu of %zu half %zu interleaved %d inverse %d, %s, %s",
+                                table.isa, heads, head_dim, half, interleaved, inverse, name_of(data),
+                                name_of(place));
+                const Values before = draw<float>(random, heads * head_dim, data),
+                             angles = draw<float>(random, 2 * half, data);
+                Row<float> x(place, before), row(place, angles);
+                table.transformer.rotate(heads, head_dim, half, row.data(), interleaved, inverse, x.data());
+                for (size_t h = 0; h < heads; ++h) {
+                  const size_t head = h * head_dim;
+                  for (size_t i = 0; i < half; ++i) {
+                    const size_t first = head + (interleaved ? 2 * i : i),
+                                 second = first + (interleaved ? 1 : half);
+                    const double a = before[first], b = before[second], cosine = angles[i],
+                                 sine = inverse ? -angles[half + i] : angles[half + i];
+                    const double error =
+                        data == Data::kIntegers ? 0 : 3 * kUnit * (std::abs(a) + std::abs(b));
+                    expect_near(first, x[first], a * cosine - b * sine, error);
+                    expect_near(second, x[second], b * cosine + a * sine, error);
+                  }
+                  for (size_t i = head + 2 * half; i < head + head_dim; ++i)
+                    expect_near(i, x[i], before[i], 0);
                 }
-              check::expect(x.gaps_intact(), "wrote outside x");
-              check::expect(row.untouched(angles), "wrote to the table");
-            }
-    }
+                check::expect(x.gaps_intact(), "wrote outside x");
+                check::expect(row.untouched(angles), "wrote to the table");
+              }
+      }
 }
 
 // ---- gated units ----

@@ -65,7 +65,7 @@ class Rope:
 
     def __init__(self, config: RopeConfig, head_dim: int, interleaved: bool) -> None:
         self._frequencies = config.frequencies(head_dim)
-        self._interleaved = interleaved
+        self._head_dim, self._interleaved = head_dim, interleaved
         self._table = np.empty((0, head_dim), np.float32)
 
     def table(self, length: int) -> Array:
@@ -78,7 +78,7 @@ class Rope:
 
     def rotate(self, x: Array, positions: Array, table: Array, inverse: bool = False) -> None:
         """Turn the heads of x (n, heads · head_dim) in place; `inverse` turns back, which is the gradient."""
-        _core.rope(x, positions, table, self._interleaved, inverse)
+        _core.rope(x, positions, table, self._interleaved, inverse, self._head_dim)
 
 
 def require_theta(source: str, theta: float) -> float:

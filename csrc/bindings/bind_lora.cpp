@@ -7,9 +7,9 @@
 
 #include "bindings/low_rank.h"
 #include "bindings/named_tuple.h"
+#include "ops/kernel_plan.h"
 #include "ops/lora.h"
 #include "ops/merge.h"
-#include "ops/plan.h"
 
 namespace nplora::bindings {
 
@@ -154,15 +154,13 @@ std::string operations(double count) {
 
 std::string update_in_words(Update update, const UpdateCost& cost) {
   if (update == Update::kNone) return "no update";
-  const std::string steps = operations(cost.steps), folded = operations(cost.folded);
-  if (update == Update::kFolded)
-    return "the update is added to blocks of W (" + folded + " operations, " + steps +
-           " as steps of the depth)";
-  return "the update is " + steps + " operations as steps of the depth (" + folded +
-         " if added to blocks of W)";
+  const std::string separate = operations(cost.separate), merged = operations(cost.merged);
+  if (update == Update::kMergedOnTheFly)
+    return "the update is merged into W on the fly (" + merged + " operations, " + separate + " if separate)";
+  return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// The decisions of ops/plan.h in words.
+// The decisions of ops/kernel_plan.h in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and at most what an array can have");
@@ -170,9 +168,9 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
   const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;
   const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
-  const char* paths[] = {"few rows: W is read once as it lies, lanes hold tokens and phases of the depth",
-                         "tokens in the lanes: x and y are transposed",
-                         "outputs in the lanes: blocks of W are transposed"};
+  const char* paths[] = {
+      "few rows: W is read once in place, lanes hold tokens, each interleaved along the depth",
+      "tokens in the lanes: x and y are transposed", "outputs in the lanes: blocks of W are transposed"};
   const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
   py::dict plan;
   plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
@@ -181,8 +179,8 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
                                              : "float64";
   plan["forward"] = std::string(paths[path]) + "; " +
                     update_in_words(forward_update(shape, keep_z), forward_cost(shape, keep_z));
-  plan["backward"] =
-      "inputs in the lanes: W as it lies; " + update_in_words(backward_update(shape), backward_cost(shape));
+  plan["backward"] = "inputs in the lanes: W is read in place; " +
+                     update_in_words(backward_update(shape), backward_cost(shape));
   return plan;
 }
 

@@ -8,10 +8,10 @@
 #include "ops/blocking.h"
 #include "ops/dropout.h"
 #include "ops/elements.h"
-#include "ops/fold.h"
+#include "ops/kernel_plan.h"
 #include "ops/lora.h"
+#include "ops/merge_on_the_fly.h"
 #include "ops/outer.h"
-#include "ops/plan.h"
 #include "ops/scratch.h"
 
 namespace nplora {
@@ -20,7 +20,7 @@ using kernels::Bf16;
 using kernels::Bf16Pair;
 using kernels::Fetch;
 using kernels::kPanelColumns;
-using kernels::kSteps;
+using kernels::kValuesPerElement;
 using kernels::Strided;
 using kernels::Sum;
 
@@ -31,8 +31,8 @@ Matrix<const T> at(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// The gradients of a stack, computed in elements E from blocks of W in elements W, a pass of tokens at a time: dz, then dx and
-// the sums of dA and dB, so that dy and x are read from memory once. The sums of all passes are added to dA and dB at the end:
+// The gradients of a stack, computed in elements E from blocks of W in elements W, a token block at a time: dz, then dx and the
+// sums of dA and dB, so that dy and x are read from memory once. The sums of all token blocks are added to dA and dB at the end:
 // a call that is interrupted adds nothing.
 template <class E, class W>
 class Backward {
@@ -44,13 +44,14 @@ class Backward {
     joined_.reserve(stack.size());  // they stay where they are
     for (const BackwardPart<T>& p : stack) {
       const size_t rank = p.low.rank();
-      const Update update = backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kSteps<E>,
-                                             p.low.dropout > 0, is_blocks(p.w.storage)});
-      const bool adds = rank && dx.data && update == Update::kSteps, wants_db = rank && p.db.data;
+      const Update update =
+          backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kValuesPerElement<E>,
+                           p.low.dropout > 0, is_blocks(p.w.storage)});
+      const bool adds = rank && dx.data && update == Update::kSeparate, wants_db = rank && p.db.data;
       parts_.push_back(
           {p, update, adds || wants_db ? join(p.low, adds, wants_db) : nullptr, rank && p.da.data});
       work_ += flops(tokens_, p.w.d_out, dx.data ? p.w.d_in : 2 * rank);
-      folds_ |= dx.data && update == Update::kFolded;
+      merges_ |= dx.data && update == Update::kMergedOnTheFly;
       if (makes_two_panels(p.w, is_shared())) group_ = kDecodedColumns;
     }
   }
@@ -58,26 +59,27 @@ class Backward {
   void run() {
     const size_t threads = useful_threads(work_);
     // A block of W that is added to serves all tokens; else more threads take more tokens at a time.
-    pass_ = std::min(tokens_, (group_ > kPanelColumns ? 2 : 1) * kTokenBlock * ceil_div(threads, 2));
+    block_tokens_ = std::min(tokens_, (group_ > kPanelColumns ? 2 : 1) * kTaskTokens * ceil_div(threads, 2));
     for (const Part& p : parts_)
-      if (dx_.data && p.update == Update::kFolded)
-        pass_ = std::max(pass_, tokens_of_block(tokens_, p.arrays.w.d_out, sizeof(E) / kSteps<E>));
+      if (dx_.data && p.update == Update::kMergedOnTheFly)
+        block_tokens_ = std::max(
+            block_tokens_, tokens_of_l3_block(tokens_, p.arrays.w.d_out, sizeof(E) / kValuesPerElement<E>));
     reserve();
     std::vector<FactorTask> factor_tasks = cut_factors();
-    for (size_t first = 0; first < tokens_; first += pass_) {
-      const Range pass{first, std::min(pass_, tokens_ - first)};
-      if (!joined_.empty() || kSteps<E> > 1)
-        for_pieces(pass.count, kPassUnit, threads, [&](Range some) { prepare(pass, some); });
-      const double work = work_ * double(pass.count) / double(tokens_);
-      const Grid grid(
-          {dx_.data ? pass.count : 0, kPassUnit, folds_ || group_ > kPanelColumns ? pass.count : kTokenBlock},
-          {dx_.cols, group_, round_up(dx_.cols, group_)}, work, threads);
+    for (size_t first = 0; first < tokens_; first += block_tokens_) {
+      const Range token_block{first, std::min(block_tokens_, tokens_ - first)};
+      if (!joined_.empty() || kValuesPerElement<E> > 1)
+        for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) { prepare(token_block, some); });
+      const double work = work_ * double(token_block.count) / double(tokens_);
+      const Grid grid({dx_.data ? token_block.count : 0, kTokenUnit,
+                       merges_ || group_ > kPanelColumns ? token_block.count : kTaskTokens},
+                      {dx_.cols, group_, round_up(dx_.cols, group_)}, work, threads);
       const size_t products = dx_.data ? grid.tasks() : 0;
       parallel_for(products + factor_tasks.size(), threads, Interruptible::kYes, [&](size_t i) {
         if (i < products)
-          multiply(pass, grid.tokens(i), grid.side(i));
+          multiply(token_block, grid.tokens(i), grid.side(i));
         else
-          add_factor(pass, factor_tasks[i - products]);
+          add_factor(token_block, factor_tasks[i - products]);
       });
     }
     add_sums();
@@ -91,7 +93,7 @@ class Backward {
     const LowRank<T>* dropped = nullptr;  // the part that drops elements
     size_t rank = 0;                      // of all parts
     Matrix<const E> b{};                  // their B one below the other, (rank, d_in), or its rows in pairs
-    T* dz = nullptr;                      // of a pass, (n, rank)
+    T* dz = nullptr;                      // of a token block, (n, rank)
     E *elements = nullptr, *rows = nullptr;  // dz, and dz transposed, (rank, n / 2), where E is pairs
     T* db = nullptr;                         // sums, (rank, d_in)
   };
@@ -102,8 +104,8 @@ class Backward {
     Joined* joined;  // null where nobody wants dz
     bool wants_da;
     size_t column = 0;    // of the joined dz, the part's first
-    E* dy = nullptr;      // of a pass, where E is not the type of the arrays
-    E* z_rows = nullptr;  // of a pass, transposed (r, n / 2), where E is pairs
+    E* dy = nullptr;      // of a token block, where E is not the type of the arrays
+    E* z_rows = nullptr;  // of a token block, transposed (r, n / 2), where E is pairs
     Matrix<const E> a{};  // A (d_out, r), or its rows in pairs
     T* da = nullptr;      // sums, (r, d_out)
 
@@ -130,56 +132,56 @@ class Backward {
     for (Part& p : parts_)
       if (p.joined) p.column = std::exchange(p.joined->rank, p.joined->rank + p.rank());
     divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLanes,
-                         [this](Pieces<T>& t, Pieces<E>& e) { divide(t, e); });
+                         [this](Arena<T>& t, Arena<E>& e) { divide(t, e); });
     for (Part& p : parts_)
-      if (p.joined) p.a = steps_of<E>(p.arrays.low.a, const_cast<E*>(p.a.data));
+      if (p.joined) p.a = pairs_down_columns<E>(p.arrays.low.a, const_cast<E*>(p.a.data));
     for (Joined& each : joined_)
       if (each.adds) bring_b(each);
   }
-  void divide(Pieces<T>& t, Pieces<E>& e) {
-    constexpr bool kPairs = kSteps<E> > 1;
+  void divide(Arena<T>& t, Arena<E>& e) {
+    constexpr bool kPairs = kValuesPerElement<E> > 1;
     for (Joined& each : joined_) {
-      each.dz = t.take(pass_ * each.rank);
+      each.dz = t.take(block_tokens_ * each.rank);
       if (each.wants_db) each.db = t.take(each.rank * d_in_);
       if (each.adds) each.b.data = e.take(depth_of<E>(each.rank) * d_in_);
-      if (kPairs && each.adds) each.elements = e.take(pass_ * depth_of<E>(each.rank));
-      if (kPairs && each.wants_db) each.rows = e.take(each.rank * depth_of<E>(pass_));
+      if (kPairs && each.adds) each.elements = e.take(block_tokens_ * depth_of<E>(each.rank));
+      if (kPairs && each.wants_db) each.rows = e.take(each.rank * depth_of<E>(block_tokens_));
     }
     for (Part& p : parts_) {
       if (p.wants_da) p.da = t.take(p.rank() * p.arrays.w.d_out);
       if (!kPairs) continue;
       if (p.joined) p.a.data = e.take(p.dy_depth() * p.rank());
-      if (p.joined || dx_.data) p.dy = e.take(pass_ * p.dy_depth());
-      if (p.wants_da) p.z_rows = e.take(p.rank() * depth_of<E>(pass_));
+      if (p.joined || dx_.data) p.dy = e.take(block_tokens_ * p.dy_depth());
+      if (p.wants_da) p.z_rows = e.take(p.rank() * depth_of<E>(block_tokens_));
     }
   }
 
   // B of all joined parts, one below the other. That of a single one is used as it lies.
   void bring_b(Joined& all) const {
-    E* piece = const_cast<E*>(all.b.data);  // divide took it, for this to write
+    E* room = const_cast<E*>(all.b.data);  // divide took it, for this to write
     T* stack = nullptr;
     for (const Part& p : parts_) {
       if (p.joined != &all) continue;
       const Matrix<const T>& its = p.arrays.low.b;
       if (its.rows == all.rank) {
-        all.b = steps_of<E>(its, piece);
+        all.b = pairs_down_columns<E>(its, room);
         return;
       }
-      if constexpr (kSteps<E> == 1)
-        stack = piece;
+      if constexpr (kValuesPerElement<E> == 1)
+        stack = room;
       else if (!stack)
         stack = scratch<T>(Scratch::kFactor, all.rank * d_in_);
       for (size_t i = 0; i < its.rows; ++i) std::copy_n(its.row(i), d_in_, stack + (p.column + i) * d_in_);
     }
-    all.b = steps_of<E>({stack, all.rank, d_in_, d_in_}, piece);
+    all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
   }
 
-  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a pass: a few at a time, which are in L2 when they are projected.
-  void prepare(Range pass, Range some) const {
-    for (size_t i = 0; i < some.count; i += kPassUnit) {
-      const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
-      for (const Part& p : parts_) prepare(p, pass, few);
-      if constexpr (kSteps<E> > 1)
+  // dz, and, where E is pairs, dy, z and dz in them, of some tokens of a token block: a few at a time, which are in L2 when they are projected.
+  void prepare(Range token_block, Range some) const {
+    for (size_t i = 0; i < some.count; i += kTokenUnit) {
+      const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
+      for (const Part& p : parts_) prepare(p, token_block, few);
+      if constexpr (kValuesPerElement<E> > 1)
         for (const Joined& each : joined_) {
           const size_t rank = each.rank, depth = depth_of<E>(rank);
           const Matrix<T> dz{each.dz + few.first * rank, few.count, rank, rank};
@@ -188,9 +190,9 @@ class Backward {
         }
     }
   }
-  void prepare(const Part& p, Range pass, Range few) const {
-    const Range tokens{pass.first + few.first, few.count};
-    if constexpr (kSteps<E> > 1) {
+  void prepare(const Part& p, Range token_block, Range few) const {
+    const Range tokens{token_block.first + few.first, few.count};
+    if constexpr (kValuesPerElement<E> > 1) {
       if (p.dy)
         elements_of<E>(at(p.arrays.dy, tokens, {0, p.arrays.dy.cols}), p.dy + few.first * p.dy_depth(),
                        p.dy_depth());
@@ -199,8 +201,8 @@ class Backward {
     if (!p.joined) return;
     const size_t stride = p.joined->rank;
     const Matrix<T> dz{p.joined->dz + few.first * stride + p.column, few.count, p.rank(), stride};
-    add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, pass, few), p.a.data, p.a.stride, dz.data,
-                   stride, false, rows_behind(p.arrays.dy, tokens));
+    add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, token_block, few), p.a.data, p.a.stride,
+                   dz.data, stride, false, rows_behind(p.arrays.dy, tokens));
     for (size_t i = 0; i < dz.rows; ++i)
       for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
   }
@@ -209,37 +211,38 @@ class Backward {
   void transpose_pairs(Matrix<const T> z, E* out, Range few) const {
     T* rows = scratch<T>(Scratch::kFactor, z.cols * few.count);
     transpose(z, rows, few.count);
-    elements_of<E>({rows, z.cols, few.count, few.count}, out + few.first / kSteps<E>, depth_of<E>(pass_));
+    elements_of<E>({rows, z.cols, few.count, few.count}, out + few.first / kValuesPerElement<E>,
+                   depth_of<E>(block_tokens_));
   }
 
-  // dy, and dz, of some tokens of a pass, in elements E.
-  Strided<E> dy_of(const Part& p, Range pass, Range some) const {
-    if constexpr (kSteps<E> > 1)
+  // dy, and dz, of some tokens of a token block, in elements E.
+  Strided<E> dy_of(const Part& p, Range token_block, Range some) const {
+    if constexpr (kValuesPerElement<E> > 1)
       return {p.dy + some.first * p.dy_depth(), p.dy_depth(), 1};
     else
-      return {p.arrays.dy.row(pass.first + some.first), p.arrays.dy.stride, 1};
+      return {p.arrays.dy.row(token_block.first + some.first), p.arrays.dy.stride, 1};
   }
   Strided<E> dz_of(const Joined& all, size_t first) const {
     const size_t depth = depth_of<E>(all.rank);
-    if constexpr (kSteps<E> > 1)
+    if constexpr (kValuesPerElement<E> > 1)
       return {all.elements + first * depth, depth, 1};
     else
       return {all.dz + first * depth, depth, 1};
   }
 
   // dx[tokens, cols], a group of panels at a time.
-  void multiply(Range pass, Range some, Range cols) const {
-    const Matrix<T> dx{dx_.row(pass.first + some.first), some.count, dx_.cols, dx_.stride};
+  void multiply(Range token_block, Range some, Range cols) const {
+    const Matrix<T> dx{dx_.row(token_block.first + some.first), some.count, dx_.cols, dx_.stride};
     for (size_t c = 0; c < cols.count; c += group_) {
       const Range group{cols.first + c, std::min(group_, cols.count - c)};
       const auto add_low_rank = [&](Range panel, Range few) {
         for (const Joined& each : joined_)
-          if (each.adds) low_rank(each, pass, {some.first + few.first, few.count}, panel, dx, few);
+          if (each.adds) low_rank(each, token_block, {some.first + few.first, few.count}, panel, dx, few);
       };
       bool accumulate = false;
       for (const Part& p : parts_) {
         const bool last = &p == &parts_.back();
-        frozen(p, dy_of(p, pass, some), group, dx, accumulate, [&](Range panel, Range few) {
+        frozen(p, dy_of(p, token_block, some), group, dx, accumulate, [&](Range panel, Range few) {
           if (last) add_low_rank(panel, few);
         });
         accumulate = true;
@@ -278,17 +281,17 @@ class Backward {
   void multiply(const Part& p, Strided<E> dy, Range rows, Range panel, ColumnBlock<W> block, Matrix<T> dx,
                 bool accumulate, const After& after) const {
     if constexpr (std::is_same_v<W, T>)
-      if (p.update == Update::kFolded)
-        block = fold<T>(p.arrays.low, rows, panel, block,
-                        scratch<T>(Scratch::kDecoded, kDepthBlock * kPanelColumns));
+      if (p.update == Update::kMergedOnTheFly)
+        block = merged_block<T>(p.arrays.low, rows, panel, block,
+                                scratch<T>(Scratch::kDecoded, kDepthBlock * kPanelColumns));
     const bool last = rows.first + rows.count == p.arrays.w.d_out;
     const size_t chunk = last ? kFewTokens : dx.rows;
     for (size_t i = 0; i < dx.rows; i += chunk) {
       const Range few{i, std::min(chunk, dx.rows - i)};
       const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
-      outer_tile<E, W>()(
+      gemm_outputs_in_lanes<E, W>()(
           few.count, panel.count, depth,
-          {dy.data + i * dy.row_stride + rows.first / kSteps<E>, dy.row_stride, 1}, block.data,
+          {dy.data + i * dy.row_stride + rows.first / kValuesPerElement<E>, dy.row_stride, 1}, block.data,
           block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
           i == 0 ? following(p.arrays.w, rows, panel, few.count, block.data) : kernels::kFetchRowsAhead);
       if (last) after(panel, few);
@@ -303,14 +306,16 @@ class Backward {
     const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
     if (rows.count == 0) return {};
     if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
-    if (k.piece_bytes > 0 && block == stored_at(w, rows.first, panel.first)) return kernels::kFetchRowsAhead;
+    if (k.l1_block_bytes > 0 && block == stored_at(w, rows.first, panel.first))
+      return kernels::kFetchRowsAhead;
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
     return {stored_at(w, rows.first + rows.count, panel.first), lines,
             std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3)};
   }
 
-  // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the pass.
-  void low_rank(const Joined& all, Range pass, Range some, Range panel, Matrix<T> dx, Range few) const {
+  // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the token_block.
+  void low_rank(const Joined& all, Range token_block, Range some, Range panel, Matrix<T> dx,
+                Range few) const {
     const size_t depth = depth_of<E>(all.rank);
     T* out = dx.row(few.first) + panel.first;
     if (!all.dropped)
@@ -320,8 +325,8 @@ class Backward {
                            panel.count};
     add_product<E>(few.count, panel.count, depth, dz_of(all, some.first), all.b.data + panel.first,
                    all.b.stride, update.data, panel.count, false);
-    drop_rows<T>(all.dropped->dropout, all.dropped->key, pass.first + some.first, panel.first, dx_.cols,
-                 update, update);
+    drop_rows<T>(all.dropped->dropout, all.dropped->key, token_block.first + some.first, panel.first,
+                 dx_.cols, update, update);
     for (size_t j = 0; j < few.count; ++j)
       for (size_t c = 0; c < panel.count; ++c) out[j * dx.stride + c] += update.row(j)[c];
   }
@@ -339,15 +344,16 @@ class Backward {
     return tasks;
   }
 
-  // The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols], over a pass, in steps
+  // The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols], over a token block, in steps
   // that keep the rows of dy or x in cache.
-  void add_factor(Range pass, const FactorTask& task) const {
+  void add_factor(Range token_block, const FactorTask& task) const {
     const Part* part = task.part;
     const Joined* joined = task.joined;
     const size_t rank = part ? part->rank() : joined->rank, stride = part ? part->arrays.w.d_out : d_in_;
     T* sum = (part ? part->da : joined->db) + task.cols.first;
-    for (size_t i = 0; i < pass.count; i += kSumDepth) {
-      const Range some{i, std::min(kSumDepth, pass.count - i)}, tokens{pass.first + i, some.count};
+    for (size_t i = 0; i < token_block.count; i += kSumDepth) {
+      const Range some{i, std::min(kSumDepth, token_block.count - i)},
+          tokens{token_block.first + i, some.count};
       Matrix<const T> right = at(part ? part->arrays.dy : x_, tokens, task.cols);
       if (joined && joined->dropped) {
         const Matrix<T> dropped{scratch<T>(Scratch::kDropped, some.count * right.cols), some.count,
@@ -357,7 +363,7 @@ class Backward {
         right = dropped;
       }
       const bool accumulate = tokens.first > 0;
-      if constexpr (kSteps<E> == 1) {
+      if constexpr (kValuesPerElement<E> == 1) {
         const Matrix<const T> left = part ? at(part->arrays.z, tokens, {0, rank})
                                           : Matrix<const T>{joined->dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
@@ -370,12 +376,12 @@ class Backward {
           convert.pair_bits(
               some.count, right.cols,
               reinterpret_cast<const uint16_t*>(part->dy + i * part->dy_depth()) + task.cols.first,
-              kSteps<E> * part->dy_depth(), w);
+              kValuesPerElement<E> * part->dy_depth(), w);
         else
           convert.pair_rows(some.count, right.cols, right.data, right.stride, w);
-        const E* rows = (part ? part->z_rows : joined->rows) + i / kSteps<E>;
-        add_product<E>(rank, right.cols, depth, {rows, depth_of<E>(pass_), 1}, w, right.cols, sum, stride,
-                       accumulate);
+        const E* rows = (part ? part->z_rows : joined->rows) + i / kValuesPerElement<E>;
+        add_product<E>(rank, right.cols, depth, {rows, depth_of<E>(block_tokens_), 1}, w, right.cols, sum,
+                       stride, accumulate);
       }
     }
   }
@@ -397,9 +403,9 @@ class Backward {
   const Matrix<const T> x_;
   const Matrix<T> dx_;
   const size_t tokens_, d_in_;
-  size_t pass_ = 0, group_ = kPanelColumns;  // tokens and columns at a time
+  size_t block_tokens_ = 0, group_ = kPanelColumns;  // tokens and columns at a time
   double work_ = 0;
-  bool folds_ = false;
+  bool merges_ = false;
   std::vector<Joined> joined_;
   std::vector<Part> parts_;
 };
@@ -415,7 +421,7 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // So many tokens leave it to outer_tile to pair the rows of W. Where it does so in a copy, each kFewTokens would need their own:
+    // So many tokens leave it to gemm_outputs_in_lanes to pair the rows of W. Where it does so in a copy, each kFewTokens would need their own:
     // more tokens share one that is made before.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
@@ -438,12 +444,13 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
     for (size_t first = 0; first < a.rows; first += kSumDepth) {
-      const Range pass{first, std::min(kSumDepth, a.rows - first)};
-      for (size_t n = 0; n < pass.count; ++n)
+      const Range token_block{first, std::min(kSumDepth, a.rows - first)};
+      for (size_t n = 0; n < token_block.count; ++n)
         for (size_t j = 0; j < rows.count; ++j)
-          scaled[n * kRowBlock + j] = T(scale) * a.row(pass.first + n)[rows.first + j];
-      add_product<T>(rows.count, cols.count, pass.count, {scaled, 1, kRowBlock}, at(b, pass, cols).data,
-                     b.stride, out.row(rows.first) + cols.first, out.stride, true);
+          scaled[n * kRowBlock + j] = T(scale) * a.row(token_block.first + n)[rows.first + j];
+      add_product<T>(rows.count, cols.count, token_block.count, {scaled, 1, kRowBlock},
+                     at(b, token_block, cols).data, b.stride, out.row(rows.first) + cols.first, out.stride,
+                     true);
     }
   });
 }

@@ -152,15 +152,15 @@ std::string operations(double count) {
   return text;
 }
 
-std::string update_in_words(Update update, const UpdateCost& cost) {
-  if (update == Update::kNone) return "no update";
-  const std::string separate = operations(cost.separate), merged = operations(cost.merged);
-  if (update == Update::kMergedOnTheFly)
+std::string in_words(const KernelPlan& plan) {
+  if (plan.update == Update::kNone) return "no update";
+  const std::string separate = operations(plan.cost.separate), merged = operations(plan.cost.merged);
+  if (plan.update == Update::kMergedOnTheFly)
     return "the update is merged into W on the fly (" + merged + " operations, " + separate + " if separate)";
   return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// The decisions of ops/kernel_plan.h in words.
+// The KernelPlan of both passes in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and at most what an array can have");
@@ -177,10 +177,8 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
                         : element_bytes == 2 ? "bfloat16, summed in float32"
                         : element_bytes == 4 ? "float32"
                                              : "float64";
-  plan["forward"] = std::string(paths[path]) + "; " +
-                    update_in_words(forward_update(shape, keep_z), forward_cost(shape, keep_z));
-  plan["backward"] = "inputs in the lanes: W is read in place; " +
-                     update_in_words(backward_update(shape), backward_cost(shape));
+  plan["forward"] = std::string(paths[path]) + "; " + in_words(plan_forward(shape, keep_z));
+  plan["backward"] = "inputs in the lanes: W is read in place; " + in_words(plan_backward(shape));
   return plan;
 }
 

@@ -64,14 +64,22 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines. None by default. gemm_outputs_in_lanes takes
-// `each` of them at each step of its work, at most as many as it reads; the products with blocks spread them over their rows.
+// Memory that a kernel brings into the cache while it works: none, whole cache lines, or the rows of w that it reads later.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
+
+  static constexpr Fetch none() { return {}; }
+
+  // gemm_outputs_in_lanes takes `each` lines at each step of its work, at most as many as it reads of w, and rows ahead when too
+  // few are left. The products with blocks spread the lines over their rows, and do not read `each`.
+  static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
+    return {static_cast<const char*>(from), lines, each};
+  }
+
+  // The rows of w that come kFetchAhead later, or in the next L1 block (see l1_block_bytes). For gemm_outputs_in_lanes.
+  static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
-// Instead, the rows of w that come kFetchAhead behind, or in the next L1 block (see l1_block_bytes).
-inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 
 // How far ahead in memory W is fetched where it is read once: 10 bytes a cycle arrive, over 500 cycles after the request, and
 // after twice as many where others use the same path.

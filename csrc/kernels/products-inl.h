@@ -123,9 +123,14 @@ template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
+// The Fetch of wide tiles, which take one line at each step, and none instead of rows ahead: `each` is the distance in bytes
+// from one line to the next.
+inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
+  return Fetch::memory(from, lines, bytes);
+}
+
 // What a tile fetches at each step: lines of a Fetch; or, if too few are left, of the rows of w that come kFetchAhead after the
-// columns that it multiplies, because other lines would be fetched from L2 in vain. Wide tiles do not fetch rows ahead, but one
-// line at each step; gemm_outputs_in_lanes_l1_blocks sets how many bytes it comes after the last one: `each`.
+// columns that it multiplies, because other lines would be fetched from L2 in vain.
 struct FetchSteps {
   const char* at;
   size_t step, line;
@@ -323,14 +328,14 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;
-  if (fetch.each > 0) fetch.each = kCacheLine;
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // rows ahead
+  if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Fewer readings than a row has lines cannot fetch all of the next block. The hardware does, if it is not disturbed by fetching
   // a part of it, and better in blocks of 6 KB (for 4 rows on a Zen 4 a quarter faster than in those of 12 KB). A single reading
   // needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
-    fetch = {};
+    fetch = Fetch::none();
     blocks = readings == 1 ? 1 : 4 * blocks;
   }
   const size_t rows = ceil_div(left, blocks);
@@ -338,8 +343,7 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
     p.depth = smaller(left, rows);
     left -= p.depth;
     const W* next = p.w + p.depth * p.w_stride;
-    if (streams)
-      fetch = {reinterpret_cast<const char*>(next), readings * p.depth, ceil_div(row_bytes, readings)};
+    if (streams) fetch = lines_apart(next, readings * p.depth, ceil_div(row_bytes, readings));
     gemm_outputs_in_lanes_groups<E, W, kPanelVectors>(m, p, fetch);
     p.a.data += p.depth * p.a.step_stride;
     p.w = next;
@@ -422,7 +426,7 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
     for (size_t j = full * kPanelColumns; j < n; j += kPanelColumns) {
       const size_t width = smaller(n - j, kPanelColumns);
       gemm_outputs_in_lanes<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j,
-                                  c_stride, true, {});
+                                  c_stride, true, Fetch::none());
     }
   }
 }

@@ -168,7 +168,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
             .store(pairs + i / 2 * kPanelColumns + j);
       }
     gemm_outputs_in_lanes(m, n, (rows + 1) / 2, {a.data + k / 2 * a.step_stride, a.row_stride, a.step_stride},
-                          pairs, kPanelColumns, c, c_stride, accumulate || k > 0, {});
+                          pairs, kPanelColumns, c, c_stride, accumulate || k > 0, Fetch::none());
     k += rows;
   } while (k < depth);
 }

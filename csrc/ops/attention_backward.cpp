@@ -49,7 +49,7 @@ void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, cons
   for (size_t j = 0; j < dim; j += width)
     kernels::table().f32.gemm_outputs_in_lanes(keys, std::min(width, dim - j), lanes,
                                                {weights, kTileLanes, 1}, rows + j, dim, sums + j, stride,
-                                               true, {});
+                                               true, kernels::Fetch::none());
 }
 
 // The tile's part of delta, which is computed where `first`.

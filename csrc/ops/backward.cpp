@@ -45,8 +45,9 @@ class Backward {
     for (const BackwardPart<T>& p : stack) {
       const size_t rank = p.low.rank();
       const Update update =
-          backward_update({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kValuesPerElement<E>,
-                           p.low.dropout > 0, is_blocks(p.w.storage)});
+          plan_backward({tokens_, p.w.d_out, p.w.d_in, rank, sizeof(E) / kValuesPerElement<E>,
+                         p.low.dropout > 0, is_blocks(p.w.storage)})
+              .update;
       const bool adds = rank && dx.data && update == Update::kSeparate, wants_db = rank && p.db.data;
       parts_.push_back(
           {p, update, adds || wants_db ? join(p.low, adds, wants_db) : nullptr, rank && p.da.data});
@@ -293,7 +294,7 @@ class Backward {
           few.count, panel.count, depth,
           {dy.data + i * dy.row_stride + rows.first / kValuesPerElement<E>, dy.row_stride, 1}, block.data,
           block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
-          i == 0 ? following(p.arrays.w, rows, panel, few.count, block.data) : kernels::kFetchRowsAhead);
+          i == 0 ? following(p.arrays.w, rows, panel, few.count, block.data) : Fetch::rows_ahead());
       if (last) after(panel, few);
     }
   }
@@ -304,13 +305,12 @@ class Backward {
   static Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
     const kernels::Tiles<E>& k = kernels::table().tiles<E>();
     const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
-    if (rows.count == 0) return {};
-    if (!w.packed || tiles < 2) return kernels::kFetchRowsAhead;
-    if (k.l1_block_bytes > 0 && block == stored_at(w, rows.first, panel.first))
-      return kernels::kFetchRowsAhead;
+    if (rows.count == 0) return Fetch::none();
+    if (!w.packed || tiles < 2) return Fetch::rows_ahead();
+    if (k.l1_block_bytes > 0 && block == stored_at(w, rows.first, panel.first)) return Fetch::rows_ahead();
     const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
-    return {stored_at(w, rows.first + rows.count, panel.first), lines,
-            std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3)};
+    return Fetch::memory(stored_at(w, rows.first + rows.count, panel.first), lines,
+                         std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3));
   }
 
   // dx[few, panel] += undrop(dz B[:, panel]); `some` are the same tokens, counted in the token_block.
@@ -367,7 +367,7 @@ class Backward {
         const Matrix<const T> left = part ? at(part->arrays.z, tokens, {0, rank})
                                           : Matrix<const T>{joined->dz + i * rank, some.count, rank, rank};
         add_product<E>(rank, right.cols, some.count, {left.data, 1, left.stride}, right.data, right.stride,
-                       sum, stride, accumulate, kernels::kFetchRowsAhead);
+                       sum, stride, accumulate, Fetch::rows_ahead());
       } else {
         const kernels::Conversions& convert = kernels::table().convert;
         const size_t depth = depth_of<E>(some.count);

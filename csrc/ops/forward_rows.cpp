@@ -37,7 +37,7 @@ class RowsForward {
                              sizeof(E) / kValuesPerElement<E>,
                              part.low.dropout > 0,
                              is_blocks(part.w.storage)};
-      const Update update = forward_update(shape, keep_z);
+      const Update update = plan_forward(shape, keep_z).update;
       const bool projects = part.low.rank() && (keep_z || update == Update::kSeparate);
       updates_.push_back({part, update, projects ? join(part.low) : nullptr});
     }
@@ -220,7 +220,7 @@ class RowsForward {
     gemm_outputs_in_lanes<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
                                   {x.data + cols.first / kValuesPerElement<E>, x.row_stride, 1}, block,
                                   kPanelColumns, y, u.part.y.stride, cols.first > 0,
-                                  kernels::kFetchRowsAhead);
+                                  kernels::Fetch::rows_ahead());
     if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
   }
 
@@ -258,7 +258,7 @@ class RowsForward {
         const LowRank<T>& low = u.part.low;
         gemm_outputs_in_lanes<E, E>()(cols.count, rows.count, low.rank(),
                                       {low.b.data + cols.first, 1, low.b.stride}, u.a + rows.first,
-                                      u.part.w.d_out, block, kPanelColumns, true, {});
+                                      u.part.w.d_out, block, kPanelColumns, true, kernels::Fetch::none());
       }
   }
 

@@ -63,11 +63,10 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
 // The memory of the factors that the update of rows of W reads: their A, and a share of B, which another worker may read.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
-  if (low.rank() == 0 || rows.count == 0) return {{}, {}};
+  if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
   constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
   const auto lines = [&](const T* from, size_t n) {
-    return Fetch{reinterpret_cast<const char*>(from),
-                 ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine)};
+    return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
   };
   const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
   return {lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first),

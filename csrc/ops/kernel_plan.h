@@ -61,33 +61,34 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or, if z is kept for a backward pass, only the second.
-inline UpdateCost forward_cost(const LayerShape& s, bool keep_z) {
-  const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
-  return {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)};
-}
-
-// dz = dy A and dz B. dz is needed for the gradient of B, too.
-inline UpdateCost backward_cost(const LayerShape& s) {
-  const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
-  return {project + expand, project + merge_cost(s, s.d_out)};
-}
+// How one layer of a stack is computed, and what each way costs.
+struct KernelPlan {
+  Update update;
+  UpdateCost cost;
+};
 
 // The cheaper way. Merging on the fly is for float and double: in bfloat16 the rounding of W + scale A B would drown a young
 // update.
-inline Update choose_update(const LayerShape& s, const UpdateCost& cost) {
-  if (s.rank == 0) return Update::kNone;
+inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
+  if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
-  return can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate;
+  return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-inline Update forward_update(const LayerShape& s, bool keep_z) {
-  const Update update = choose_update(s, forward_cost(s, keep_z));
+// z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or, if z is kept for a backward pass, only the second. Only the path that
+// transposes W can merge.
+inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
+  const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
+  KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
   const bool kept = forward_path(s.tokens, s.d_out, s.d_in, s.element_bytes, s.decoded) != ForwardPath::kRows;
-  return kept && update == Update::kMergedOnTheFly ? Update::kSeparate : update;
+  if (kept && plan.update == Update::kMergedOnTheFly) plan.update = Update::kSeparate;
+  return plan;
 }
-inline Update backward_update(const LayerShape& s) {
-  return choose_update(s, backward_cost(s));
+
+// dz = dy A and dz B. dz is needed for the gradient of B, too.
+inline KernelPlan plan_backward(const LayerShape& s) {
+  const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
+  return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});
 }
 
 }  // namespace nplora

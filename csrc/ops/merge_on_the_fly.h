@@ -26,7 +26,7 @@ ColumnBlock<T> merged_block(const LowRank<T>& low, Range rows, Range cols, Colum
     std::copy_n(from.data + i * from.row_stride, cols.count, out + i * cols.count);
   kernels::table().tiles<T>().gemm_outputs_in_lanes(rows.count, cols.count, rank, {scaled, rank, 1},
                                                     low.b.data + cols.first, low.b.stride, out, cols.count,
-                                                    true, {});
+                                                    true, kernels::Fetch::none());
   return {out, cols.count};
 }
 

@@ -23,12 +23,13 @@ const auto& gemm_outputs_in_lanes() {
 // c (m, cols) = [c +] a (m, depth) w (depth, cols).   next is fetched with the first panel of columns, rows ahead with each.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
-                 kernels::Sum<E>* c, size_t c_stride, bool accumulate, kernels::Fetch next = {}) {
+                 kernels::Sum<E>* c, size_t c_stride, bool accumulate,
+                 kernels::Fetch next = kernels::Fetch::none()) {
   using kernels::kPanelColumns;
   for (size_t j = 0; j < cols; j += kPanelColumns) {
     gemm_outputs_in_lanes<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j,
                                   c_stride, accumulate, next);
-    if (next.lines > 0) next = {};
+    if (next.lines > 0) next = kernels::Fetch::none();
   }
 }
 
@@ -36,8 +37,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
 template <class T>
 kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
-  if (m.stride != m.cols || count == 0) return {};
-  return {reinterpret_cast<const char*>(m.row(end)), count * m.cols * sizeof(T) / kCacheLine, 1};
+  if (m.stride != m.cols || count == 0) return kernels::Fetch::none();
+  return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }
 
 // body(i, j) for the elements of a tall matrix (rows, cols), in an order that suits its transpose too: the rows of the transpose

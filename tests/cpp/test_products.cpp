@@ -13,7 +13,6 @@ using nplora::kernels::Bf16;
 using nplora::kernels::Bf16Pair;
 using nplora::kernels::Fetch;
 using nplora::kernels::KernelTable;
-using nplora::kernels::kFetchRowsAhead;
 using nplora::kernels::kPanelColumns;
 using nplora::kernels::kValuesPerElement;
 using nplora::kernels::Panels;
@@ -243,7 +242,7 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
   table.tiles<E>().gemm_outputs_in_lanes(
       p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step}, w.data(), w_stride,
       c.data(), c_stride, p.accumulate,
-      kind % 2 ? Fetch{} : Fetch{reinterpret_cast<const char*>(w.data()), kind % 9 * 20, 1 + kind % 3});
+      kind % 2 ? Fetch::none() : Fetch::memory(w.data(), kind % 9 * 20, 1 + kind % 3));
   p.judge(c.values(), data, table);
   check::expect(c.gaps_intact(), "wrote outside c");
   check::expect(a.untouched(p.a) && w.untouched(p.b), "wrote to an input");
@@ -337,9 +336,9 @@ void test_widening_outer_tile(const KernelTable& table) {
           Placed<Bf16> w(depth, n, {w_stride}, place, bits);
           Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
           table.small<Bf16>().gemm_outputs_in_lanes(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride,
-                                                    c.data(), n + 3, false, {});
+                                                    c.data(), n + 3, false, Fetch::none());
           table.tiles<float>().gemm_outputs_in_lanes(m, n, depth, {a.data(), depth, 1}, values.data(), n,
-                                                     wanted.data(), n + 3, false, {});
+                                                     wanted.data(), n + 3, false, Fetch::none());
           const auto got = c.values(), want = wanted.values();
           for (size_t i = 0; i < got.size(); ++i)
             check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
@@ -372,9 +371,9 @@ void test_pairing_outer_tile(const KernelTable& table) {
           Placed<Bf16> w(depth, n, {w_stride}, place, rows);
           Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
           table.small<Bf16Pair>().gemm_outputs_in_lanes(m, n, depth, {p.a.data(), pairs, 1}, w.data(),
-                                                        w_stride, c.data(), n + 3, false, {});
+                                                        w_stride, c.data(), n + 3, false, Fetch::none());
           table.tiles<Bf16Pair>().gemm_outputs_in_lanes(m, n, pairs, {p.a.data(), pairs, 1}, paired.data(), n,
-                                                        wanted.data(), n + 3, false, {});
+                                                        wanted.data(), n + 3, false, Fetch::none());
           const auto got = c.values(), want = wanted.values();
           for (size_t i = 0; i < got.size(); ++i)
             check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
@@ -411,7 +410,7 @@ void test_dense_panels(const KernelTable& table) {
   for (size_t n : {size_t{20}, size_t{32}, size_t{43}, kPanelColumns})
     for (size_t m : {1, 2, 3, 4, 5, 6, 8, 13})
       for (size_t depth : {0, 1, 64, 128, 129, 300, 515})
-        for (const Fetch& next : {Fetch{}, kFetchRowsAhead, Fetch{memory, 100, 2}}) {
+        for (const Fetch& next : {Fetch::none(), Fetch::rows_ahead(), Fetch::memory(memory, 100, 2)}) {
           const bool accumulate = ++kind % 2;
           check::count_shape(kernel);
           check::Case one("%s %s m %zu n %zu depth %zu fetch %zu %zu accumulate %d", table.isa,
@@ -464,7 +463,7 @@ void test_blocking(const KernelTable& table) {
         for (size_t j = 0; j + 1 < columns.size(); ++j)
           k.gemm_outputs_in_lanes(rows[i + 1] - rows[i], columns[j + 1] - columns[j], steps[s + 1] - steps[s],
                                   {tile, depth, 1}, from + columns[j], n,
-                                  outer.data() + rows[i] * n + columns[j], n, s > 0, {});
+                                  outer.data() + rows[i] * n + columns[j], n, s > 0, Fetch::none());
       }
     check::expect(same_bits(lane, whole),
                   "gemm_tokens_in_lanes in tiles differs from gemm_tokens_in_lanes whole");

@@ -70,8 +70,6 @@ def _timed(name: str, function: Callable[..., Any], spent: dict[str, float]) -> 
 
 
 def _part(name: str, arguments: tuple[Any, ...]) -> str:
-    if name in ("lora_forward", "lora_backward"):
-        weight = arguments[-1][0][0]
-        if weight.shape[0] > HEAD_ROWS:
-            return "head"
+    if name in ("lora_forward", "lora_backward") and arguments[-1][0].weight.shape[0] > HEAD_ROWS:
+        return "head"
     return PARTS.get(name, NEAR)

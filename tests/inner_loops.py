@@ -24,8 +24,8 @@ BRANCH = re.compile(r"(?:b\.\w+|b|cbn?z|tbn?z|j\w+)\s+(?:.*,\s*)?([0-9a-f]+) <")
 
 # The kernels, and the elements that each is built for: of w, or of a and w.
 KERNELS: dict[str, list[tuple[str, ...]]] = {
-    "lane_tile_fixed": [("float",), ("double",), ("Bf16Pair",)],
-    "outer_tile_fixed": [
+    "gemm_tokens_in_lanes_fixed": [("float",), ("double",), ("Bf16Pair",)],
+    "gemm_outputs_in_lanes_fixed": [
         ("float", "float"),
         ("double", "double"),
         ("float", "Bf16"),
@@ -44,9 +44,9 @@ INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\("
 class Loop:
     """An innermost loop that multiplies, in one instance of a kernel.
 
-    The arguments of its template: lane_tile_fixed<float, vectors, rows, stride>,
-    outer_tile_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
-    dots_rows<float, phases, rows> and dots_row_major.
+    The arguments of its template: gemm_tokens_in_lanes_fixed<float, vectors, rows, stride>,
+    gemm_outputs_in_lanes_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
+    dots_rows<float, interleave, rows> and dots_row_major.
     """
 
     isa: str
@@ -96,9 +96,9 @@ class Need:
 
     Multiply-adds set the pace of a loop that holds no more than one other instruction for each: cores start
     at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
-    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 stay at it: lane_tile has 20 others, outer_tile 22,
-    merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch). AVX2's tiles of 12 need up to
-    18 and 22 of the 24 that Zen starts meanwhile; 23, beside bfloat16 that it widens.
+    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 keep that pace: gemm_tokens_in_lanes has 20 others,
+    gemm_outputs_in_lanes 22, merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch).
+    AVX2's tiles of 12 need up to 18 and 22 of the 24 that Zen starts meanwhile; 23 if they widen bfloat16.
     """
 
     multiply_adds: int
@@ -114,7 +114,7 @@ def register_bytes(isa: str) -> int:
     return 16 if isa.startswith("neon") else 32 if isa == "avx2" else 64
 
 
-def lane_tile_step(loop: Loop) -> Need:
+def gemm_tokens_in_lanes_step(loop: Loop) -> Need:
     """Rows of w times vectors of x. NEON splits a single pair by a shift, a vector by a shift and a mask."""
     vectors, rows = loop.sizes
     split = is_split(loop.isa, loop.elements[0])
@@ -123,7 +123,7 @@ def lane_tile_step(loop: Loop) -> Need:
     return Need(rows * vectors * (1 + split), loads + splits + fetches + control)
 
 
-def outer_tile_step(loop: Loop) -> Need:
+def gemm_outputs_in_lanes_step(loop: Loop) -> Need:
     """Rows of a times vectors of w, whose bfloat16 is widened, or read from two rows and paired."""
     rows, vectors = loop.sizes
     element, stored = loop.elements
@@ -148,20 +148,22 @@ def merge_tiles_step(loop: Loop) -> Need:
     rows, vectors = loop.sizes
     loads, fetches = rows + vectors, -(-vectors * register_bytes(loop.isa) // 64)
     fetching = 4  # compared, a branch, counted, a pointer goes on
-    control = 9 if loop.isa == "avx2" else 8  # as in outer_tile_step
+    control = 9 if loop.isa == "avx2" else 8  # as in gemm_outputs_in_lanes_step
     return Need(rows * vectors, loads + fetches + fetching + control)
 
 
 def dots_rows_turn(loop: Loop) -> Need:
-    """Rows of w, a panel wide, in groups of as many elements as there are phases, each with a vector of x."""
-    phases, rows = loop.sizes
+    """Rows of w, a panel wide, in groups of the interleave factor's length, each with a vector of x."""
+    interleave, rows = loop.sizes
     element = loop.elements[0]
     split = is_split(loop.isa, element)
     width = 24 if element == "Bf16Pair" else 48
     size, lanes = {"float": (4, 4), "double": (8, 2), "Bf16": (2, 4), "Bf16Pair": (4, 4)}[element]
-    groups = rows * width // phases
-    loads = groups + width // phases * (1 + split)  # x is read once for all rows, if at all; split already
-    copied = groups if 1 < phases < lanes else 0  # into all lanes
+    groups = rows * width // interleave
+    loads = groups + width // interleave * (
+        1 + split
+    )  # x is read once for all rows, if at all; split already
+    copied = groups if 1 < interleave < lanes else 0  # into all lanes
     widened = groups * ((element == "Bf16") + 2 * split)
     fetches = rows * -(-width * size // 64)
     sums = rows * 8  # four each: one is loaded and stored, three are set to zero and added up
@@ -171,8 +173,8 @@ def dots_rows_turn(loop: Loop) -> Need:
 
 
 NEEDS = {
-    "lane_tile_fixed": lane_tile_step,
-    "outer_tile_fixed": outer_tile_step,
+    "gemm_tokens_in_lanes_fixed": gemm_tokens_in_lanes_step,
+    "gemm_outputs_in_lanes_fixed": gemm_outputs_in_lanes_step,
     "merge_tiles": merge_tiles_step,
     "dots_rows": dots_rows_turn,
     "dots_row_major": dots_rows_turn,

@@ -6,8 +6,9 @@
 
 namespace nplora {
 
-// Every block is a whole number of strips: the pieces in which a row can be cut.
-inline constexpr size_t kStrip = 32;
+// The values of a sub-block. Every block is a whole number of sub-blocks, and a row can be cut between them. A format may
+// have a scale for each half of a sub-block.
+inline constexpr size_t kSubBlock = 32;
 
 // A float16, little-endian.
 struct Half {

@@ -2,12 +2,14 @@
 #include <cstdio>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/low_rank.h"
+#include "bindings/named_tuple.h"
+#include "ops/kernel_plan.h"
 #include "ops/lora.h"
 #include "ops/merge.h"
-#include "ops/plan.h"
 
 namespace nplora::bindings {
 
@@ -35,17 +37,32 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out)
   without_gil([&] { lora_backward<T>({&part, 1}, {}, to); });
 }
 
-// A layer of a stack as it comes from Python: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
-template <class T, class... Rest>
-using Layer = std::tuple<WeightArgument<T>, Array<T>, Array<T>, double, double, uint64_t, Rest...>;
 template <class T>
 using Maybe = std::optional<Array<T>>;
 
+// A layer of a stack as it comes from Python.
 template <class T>
-void forward(const Array<T>& x, std::vector<Layer<T, Maybe<T>, Array<T>, Maybe<T>>> layers) {
+struct ForwardFields {
+  static constexpr const char* kType = "ForwardPart";
+  static constexpr const char* kNames[] = {"weight", "a", "b", "scale", "dropout", "key", "bias", "y", "z"};
+  using Types = std::tuple<WeightArgument<T>, Array<T>, Array<T>, double, double, uint64_t, Maybe<T>,
+                           Array<T>, Maybe<T>>;
+};
+template <class T>
+struct BackwardFields {
+  static constexpr const char* kType = "BackwardPart";
+  static constexpr const char* kNames[] = {"weight", "a",  "b", "scale", "dropout",
+                                           "key",    "dy", "z", "da",    "db"};
+  using Types = std::tuple<WeightArgument<T>, Array<T>, Array<T>, double, double, uint64_t, Array<T>,
+                           Maybe<T>, Maybe<T>, Maybe<T>>;
+};
+
+template <class T>
+void forward(const Array<T>& x, const py::list& layers) {
   const Matrix<const T> from = read(x);
+  auto all = all_fields<ForwardFields<T>>(layers);
   std::vector<ForwardPart<T>> parts;
-  for (auto& [weight, a, b, scale, dropout, key, bias, y, z] : layers) {
+  for (auto& [weight, a, b, scale, dropout, key, bias, y, z] : all) {
     const WeightView w = view<T>(weight);
     const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
     require_shape("x", x, from.rows, w.d_in);
@@ -58,23 +75,29 @@ void forward(const Array<T>& x, std::vector<Layer<T, Maybe<T>, Array<T>, Maybe<T
 }
 
 template <class T>
-void backward(const Maybe<T>& x, Maybe<T> dx,
-              std::vector<Layer<T, Array<T>, Array<T>, Maybe<T>, Maybe<T>>> layers) {
+void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers) {
+  // Without x and dx, pybind11 cannot choose between float and double.
+  if constexpr (std::is_same_v<T, float>)
+    if (!x && !dx && !layers.empty() &&
+        py::isinstance<Array<double>>(py::getattr(layers[0], "dy", py::none())))
+      return backward<double>({}, {}, layers);
+  auto all = all_fields<BackwardFields<T>>(layers);
   std::vector<BackwardPart<T>> parts;
   const Matrix<const T> from = x ? read(*x) : Matrix<const T>{};
   const Matrix<T> to = write(dx);
-  for (auto& [weight, a, b, scale, dropout, key, dy, z, da, db] : layers) {
+  for (auto& [weight, a, b, scale, dropout, key, dy, z, da, db] : all) {
     const WeightView w = view<T>(weight);
     const LowRank<T> low = low_rank(w, a, b, scale, dropout, key);
     const Matrix<const T> gradient = read(dy);
     require_shape("dy", dy, gradient.rows, w.d_out);
-    require_shape("z", z, gradient.rows, low.a.cols);
+    require(z || !da, "z is needed for the gradient of a");
+    if (z) require_shape("z", *z, gradient.rows, low.a.cols);
     require(x || !db, "x is needed for the gradient of b");
     if (x) require_shape("x", *x, gradient.rows, w.d_in);
     if (dx) require_shape("dx", *dx, gradient.rows, w.d_in);
     if (da) require_shape("da", *da, w.d_out, low.a.cols);
     if (db) require_shape("db", *db, low.b.rows, w.d_in);
-    parts.push_back({w, low, gradient, read(z), write(da), write(db)});
+    parts.push_back({w, low, gradient, z ? read(*z) : Matrix<const T>{}, write(da), write(db)});
     require(gradient.rows == parts[0].dy.rows, "the gradients of a stack must have the same number of rows");
     require(w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
   }
@@ -129,17 +152,15 @@ std::string operations(double count) {
   return text;
 }
 
-std::string update_in_words(Update update, const UpdateCost& cost) {
-  if (update == Update::kNone) return "no update";
-  const std::string steps = operations(cost.steps), folded = operations(cost.folded);
-  if (update == Update::kFolded)
-    return "the update is added to blocks of W (" + folded + " operations, " + steps +
-           " as steps of the depth)";
-  return "the update is " + steps + " operations as steps of the depth (" + folded +
-         " if added to blocks of W)";
+std::string in_words(const KernelPlan& plan) {
+  if (plan.update == Update::kNone) return "no update";
+  const std::string separate = operations(plan.cost.separate), merged = operations(plan.cost.merged);
+  if (plan.update == Update::kMergedOnTheFly)
+    return "the update is merged into W on the fly (" + merged + " operations, " + separate + " if separate)";
+  return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// The decisions of ops/plan.h in words.
+// The KernelPlan of both passes in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and at most what an array can have");
@@ -147,19 +168,17 @@ py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool drop
   const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;
   const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
-  const char* paths[] = {"few rows: W is read once as it lies, lanes hold tokens and phases of the depth",
-                         "tokens in the lanes: x and y are transposed",
-                         "outputs in the lanes: blocks of W are transposed"};
+  const char* paths[] = {
+      "few rows: W is read once in place, lanes hold tokens, each interleaved along the depth",
+      "tokens in the lanes: x and y are transposed", "outputs in the lanes: blocks of W are transposed"};
   const auto path = static_cast<size_t>(forward_path(rows, w.d_out, w.d_in, element_bytes, decoded));
   py::dict plan;
   plan["computes in"] = int8                 ? "int8, summed in integers and float32; the update in float32"
                         : element_bytes == 2 ? "bfloat16, summed in float32"
                         : element_bytes == 4 ? "float32"
                                              : "float64";
-  plan["forward"] = std::string(paths[path]) + "; " +
-                    update_in_words(forward_update(shape, keep_z), forward_cost(shape, keep_z));
-  plan["backward"] =
-      "inputs in the lanes: W as it lies; " + update_in_words(backward_update(shape), backward_cost(shape));
+  plan["forward"] = std::string(paths[path]) + "; " + in_words(plan_forward(shape, keep_z));
+  plan["backward"] = "inputs in the lanes: W is read in place; " + in_words(plan_backward(shape));
   return plan;
 }
 
@@ -192,6 +211,8 @@ void register_lora(py::module_& m) {
   using py::arg;
   m.def("explain", &explain, arg("weight"), arg("rows"), arg("rank"), arg("dropout"), arg("keep_z"),
         "How the two passes are computed, in words");
+  register_fields<ForwardFields<float>>(m);
+  register_fields<BackwardFields<float>>(m);
   register_products<float>(m);
   register_products<double>(m);
   register_merge<float, float>(m);

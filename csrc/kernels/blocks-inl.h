@@ -73,7 +73,7 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// Instead of memory, products with some tokens of x: the sums of token t by phase, in chains that alternate from one run of kBytes
+// Instead of memory, products with some tokens of x. The sums of token t are in chains that alternate from one run of kBytes
 // elements to the next, so that a fused multiply-add does not wait for the one before.
 template <size_t kTokens, size_t kChains>
 struct Dot {
@@ -108,7 +108,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// A strip of one scale. One token's sum is multiplied by it: fewer products than codes have. One chain will do then.
+// A sub-block with one scale. For one token the sum is multiplied by it, which takes fewer products than scaling the codes.
+// One chain is enough then.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -124,13 +125,13 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
   }
 }
 
-// ---- one block: what its strips share, and strip j ----
+// ---- one block: what its sub-blocks share, and sub-block j ----
 
-// strip(j, to) puts strip j of the block.
+// sub_block(j, to) puts sub-block j of the block.
 template <class Block>
 struct Decoder;
 
-// Element i of a strip takes bit i of high.
+// Element i of a sub-block takes bit i of high.
 struct HighBits {
   Bytes low, high;
   explicit HighBits(const uint8_t (&bits)[4])
@@ -164,9 +165,9 @@ struct SubScales {
 
 // ---- rows of blocks ----
 
-// Asks for the piece of a row that is decoded kRowsAhead later: pieces are too short for the machine to see a stream.
+// Fetches the columns of a row that are decoded kRowsAhead later: they are too few for the hardware to detect a stream.
 constexpr size_t kRowsAhead = 8;
-inline void fetch_piece(const void* at, size_t bytes) {
+inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
   bytes = smaller(bytes + kCacheLine, kMost);
   for (size_t line = 0; line < bytes; line += kCacheLine)
@@ -176,37 +177,37 @@ inline void fetch_piece(const void* at, size_t bytes) {
 template <class Block>
 void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
             const DecodedRows& to) {
-  constexpr size_t kStrips = Block::kElements / kStrip;
+  constexpr size_t kSubBlocks = Block::kElements / kSubBlock;
   for (size_t row = 0; row < rows; ++row) {
     const Block* in_row =
         reinterpret_cast<const Block*>(static_cast<const uint8_t*>(blocks) + row * row_bytes);
     DecodedRow out{to.data + row * to.stride, to.apart};
-    fetch_piece(reinterpret_cast<const char*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes,
-                cols / kStrip * sizeof(Block) / kStrips);
-    for (size_t strip = first / kStrip, end = (first + cols) / kStrip; strip < end;) {
-      const Decoder<Block> block{in_row[strip / kStrips]};
-      const size_t j = strip % kStrips, n = smaller(kStrips - j, end - strip);
+    fetch_columns(reinterpret_cast<const char*>(in_row + first / Block::kElements) + kRowsAhead * row_bytes,
+                  cols / kSubBlock * sizeof(Block) / kSubBlocks);
+    for (size_t sub_block = first / kSubBlock, end = (first + cols) / kSubBlock; sub_block < end;) {
+      const Decoder<Block> block{in_row[sub_block / kSubBlocks]};
+      const size_t j = sub_block % kSubBlocks, n = smaller(kSubBlocks - j, end - sub_block);
       // Unrolled, so that j is known to each.
 #pragma GCC unroll 8
-      for (size_t i = 0; i < kStrips; ++i)
-        if (i - j < n) block.strip(i, out + (i - j) * kStrip);
-      strip += n;
-      out = out + n * kStrip;
+      for (size_t i = 0; i < kSubBlocks; ++i)
+        if (i - j < n) block.sub_block(i, out + (i - j) * kSubBlock);
+      sub_block += n;
+      out = out + n * kSubBlock;
     }
   }
 }
 
 // ---- the products of a few rows of x with rows of blocks ----
 
-// So many rows are met by all tokens before the next ones are; the same place in the rows that come kFetchAhead later, or more,
-// is fetched meanwhile.
+// All tokens are multiplied with this many rows before the next ones. The same columns of rows that come kFetchAhead or more
+// later are fetched meanwhile.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// What comes beside, into L2: the share of kFewRows rows of those left.
+// Fetches other memory into L2: the share that falls to kFewRows of the rows that are left.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -223,10 +224,10 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// Of blocks of one strip: their factors become floats together, before they are waited for, and are broadcast from memory. Two rows,
-// which meet more tokens, gain nothing by it.
+// Blocks of one sub-block: their factors are converted to float together, ahead of their use, and broadcast from memory. Tiles
+// of two rows, which have more tokens, gain nothing from this.
 template <class Block, size_t kRows>
-  requires(Block::kElements == kStrip && kRows > 2)
+  requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
   static constexpr size_t kFactors = requires(Block b) { b.m; } ? 2 : 1, kBits = kFactors * 8 * sizeof(Half);
   const Block* const (&at)[kRows];
@@ -279,8 +280,8 @@ struct BlockRows {
             __builtin_prefetch(reinterpret_cast<const uint8_t*>(at[r] + i) + ahead + line, 0, 2);
           const Decoder<Block> block = decoders.get(r, i);
 #pragma GCC unroll 8
-          for (size_t j = 0; j < kElements / kStrip; ++j)
-            block.strip(j, to(r, (first + i) * kElements) + j * kStrip);
+          for (size_t j = 0; j < kElements / kSubBlock; ++j)
+            block.sub_block(j, to(r, (first + i) * kElements) + j * kSubBlock);
         }
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) at[r] += n;
@@ -288,7 +289,8 @@ struct BlockRows {
   }
 };
 
-// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Behind the last row it is taken again.
+// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Rows that are missing repeat the
+// last one.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {

@@ -26,7 +26,7 @@ const KernelTable& amx_table() {
     KernelTable made = k_avx512bf16_table;
     made.isa = "amx";
     made.bf16 = k_amx_products.tiles;
-    made.small_pairs.outer_tile = k_amx_products.small_outer_tile;
+    made.small_pairs.gemm_outputs_in_lanes = k_amx_products.small_gemm_outputs_in_lanes;
     made.pairs_in_registers = false;
     return made;
   }();

@@ -1,60 +1,60 @@
-// The products of small batches, for which W is read once as it lies: panel after panel, or, row-major, along its rows. See
+// The products of small batches, which read W once as it is stored: panel after panel, or, row-major, along its rows. See
 // kernel_table.h for the contract.
 //
 // The unit gives:
-//   kDotResident  the most vectors of x (those of one panel) that stay in registers while the rows of W pass by, or else
-//   kDotRows      so many rows share each vector of x;
+//   kDotResident  the most vectors of x (those of one panel) that stay in registers while the rows of W are read;
+//   kDotRows      the rows that share each vector of x otherwise;
 //   kDotSums      sums of a row that run side by side: FMA latency x throughput (4 x 2) over the rows that are in flight.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// The groups of kPhases elements that a full panel's rows are cut into.
-template <class W, size_t kPhases>
-inline constexpr size_t kGroups = kPanelDepth<W> / kPhases;
+// The groups of kInterleave elements that a full panel's rows are cut into.
+template <class W, size_t kInterleave>
+inline constexpr size_t kGroups = kPanelDepth<W> / kInterleave;
 
 // The first n elements of a group.
-template <class E, class W, size_t kPhases>
+template <class E, class W, size_t kInterleave>
 inline Vec<E> load_group_partial(const W* from, size_t n) {
-  if constexpr (kPhases == Vec<E>::kLanes) return Vec<E>::load_partial(from, n);
-  W group[kPhases] = {};
+  if constexpr (kInterleave == Vec<E>::kLanes) return Vec<E>::load_partial(from, n);
+  W group[kInterleave] = {};
   for (size_t i = 0; i < n; ++i) group[i] = from[i];
-  return Vec<E>::template load_group<kPhases>(group);
+  return Vec<E>::template load_group<kInterleave>(group);
 }
 
 // The sums of a row that run side by side: in a panel of few groups there is one, in the order of the groups.
-template <class W, size_t kPhases>
-inline constexpr size_t kSideSums = kGroups<W, kPhases> >= 2 * kDotSums ? kDotSums : 1;
+template <class W, size_t kInterleave>
+inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
-// Two phases, where the instruction set can zip them.
-template <class W, size_t kPhases>
+// An interleave factor of two, if the instruction set can zip the two elements.
+template <class W, size_t kInterleave>
 inline constexpr bool kZipped =
 #if defined(NPLORA_SIMD_AVX512)
-    kPhases == 2 && sizeof(Operand<W>) == 4;
+    kInterleave == 2 && sizeof(Operand<W>) == 4;
 #else
     false;
 #endif
 
 // The sums of kRows rows that run side by side.
-template <class W, size_t kPhases, size_t kRows>
-using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kPhases>];
+template <class W, size_t kInterleave, size_t kRows>
+using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kInterleave>];
 
 // sums[r][0] += a full panel of the row at w[r] times x: in this order wherever W lies. x_at(s) is the x of group s.
-template <class W, size_t kPhases, size_t kRows, class XAt>
+template <class W, size_t kInterleave, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
-                                             RowSums<W, kPhases, kRows>& sums) {
+                                             RowSums<W, kInterleave, kRows>& sums) {
   using T = Sum<W>;
-  constexpr size_t kSums = kSideSums<W, kPhases>;
+  constexpr size_t kSums = kSideSums<W, kInterleave>;
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (size_t i = 1; i < kSums; ++i) sums[r][i] = Vec<T>::zero();
 #pragma GCC unroll 48
-  for (size_t s = 0; s < kGroups<W, kPhases>; ++s) {
+  for (size_t s = 0; s < kGroups<W, kInterleave>; ++s) {
     const auto x = x_at(s);
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r)
-      sums[r][s % kSums] =
-          fma(Vec<Operand<W>>::template load_group<kPhases>(w[r] + s * kPhases), x, sums[r][s % kSums]);
+      sums[r][s % kSums] = fma(Vec<Operand<W>>::template load_group<kInterleave>(w[r] + s * kInterleave), x,
+                               sums[r][s % kSums]);
   }
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
@@ -84,16 +84,16 @@ struct Dots {
 };
 
 // A full panel, kRows rows at a time, while there are so many.
-template <class W, size_t kPhases, size_t kRows>
+template <class W, size_t kInterleave, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using T = Sum<W>;
   using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
-  constexpr bool kResident = kSteps <= kDotResident;
-  Vec<X> x[kResident ? kSteps : 1];
+  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, kInterleave>;
+  constexpr bool kResident = kPanelGroups <= kDotResident;
+  Vec<X> x[kResident ? kPanelGroups : 1];
   if constexpr (kResident)
 #pragma GCC unroll 48
-    for (size_t s = 0; s < kSteps; ++s) {
+    for (size_t s = 0; s < kPanelGroups; ++s) {
       x[s] = Vec<X>::load(p.xs + s * kLanes);
       keep(x[s]);
     }
@@ -105,7 +105,7 @@ inline void dots_rows(Dots<W>& p) {
   };
   for (; p.rows >= kRows; p.rows -= kRows, p.w += kRows * p.row_stride, p.part += kRows * kLanes) {
     const W* w[kRows];
-    RowSums<W, kPhases, kRows> sums;
+    RowSums<W, kInterleave, kRows> sums;
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
       fetch_panel(p.next);
@@ -113,22 +113,22 @@ inline void dots_rows(Dots<W>& p) {
       keep(w[r]);  // else GCC loads an offset for each element from the stack
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
     }
-    add_panel<W, kPhases, kRows>(w, x_at, sums);
+    add_panel<W, kInterleave, kRows>(w, x_at, sums);
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) sums[r][0].store(p.part + r * kLanes);
   }
 }
 
-// The same for two phases that are zipped: two vectors of x become one for either half of the tokens, with
-// the phases of both, so that one load from W serves two products.
+// The same for an interleave factor of two whose elements are zipped: two vectors of x become one for either half of the
+// tokens, with the elements of both, so that one load from W serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
   using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, 4>, kSums = kDotSums / 2;
-  Vec<X> x[kSteps][2];
+  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, 4>, kSums = kDotSums / 2;
+  Vec<X> x[kPanelGroups][2];
 #pragma GCC unroll 12
-  for (size_t s = 0; s < kSteps; ++s) {
+  for (size_t s = 0; s < kPanelGroups; ++s) {
     for (size_t i = 0; i < 2; ++i) x[s][i] = Vec<X>::load(p.xs + (2 * s + i) * kLanes);
     zip_pairs(x[s][0], x[s][1]);
     for (size_t i = 0; i < 2; ++i) keep(x[s][i]);
@@ -139,7 +139,7 @@ inline void dots_zipped(Dots<W>& p) {
 #pragma GCC unroll 4
     for (size_t j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = Vec<T>::zero();
 #pragma GCC unroll 12
-    for (size_t s = 0; s < kSteps; ++s) {
+    for (size_t s = 0; s < kPanelGroups; ++s) {
       const auto w = Vec<X>::template load_group<4>(p.w + 4 * s);
       for (size_t i = 0; i < 2; ++i) sums[s % kSums][i] = fma(w, x[s][i], sums[s % kSums][i]);
     }
@@ -152,49 +152,50 @@ inline void dots_zipped(Dots<W>& p) {
   }
 }
 
-template <class W, size_t kPhases>
+template <class W, size_t kInterleave>
 inline void dots_panel(Dots<W>& p) {
-  if constexpr (kZipped<W, kPhases>) return dots_zipped<W>(p);
-  if constexpr (kGroups<W, kPhases> > kDotResident) dots_rows<W, kPhases, kDotRows>(p);
-  dots_rows<W, kPhases, 1>(p);
+  if constexpr (kZipped<W, kInterleave>) return dots_zipped<W>(p);
+  if constexpr (kGroups<W, kInterleave> > kDotResident) dots_rows<W, kInterleave, kDotRows>(p);
+  dots_rows<W, kInterleave, 1>(p);
 }
 
 // A panel, or a matrix, of fewer columns.
-template <class W, size_t kPhases>
+template <class W, size_t kInterleave>
 inline void dots_narrow(Dots<W> p, size_t width) {
   using T = Sum<W>;
   using X = Operand<W>;
   constexpr size_t kLanes = Vec<T>::kLanes;
-  const size_t groups = width / kPhases, rest = width % kPhases;
+  const size_t groups = width / kInterleave, rest = width % kInterleave;
   for (; p.rows > 0; --p.rows, p.w += p.row_stride, p.part += kLanes) {
     Vec<T> sum = p.accumulate ? Vec<T>::load(p.part) : Vec<T>::zero();
     const W* w = p.w;
     const X* xs = p.xs;
-    for (size_t s = 0; s < groups; ++s, w += kPhases, xs += kLanes)
-      sum = fma(Vec<X>::template load_group<kPhases>(w), Vec<X>::load(xs), sum);
-    if (rest > 0) sum = fma(load_group_partial<X, W, kPhases>(w, rest), Vec<X>::load(xs), sum);
+    for (size_t s = 0; s < groups; ++s, w += kInterleave, xs += kLanes)
+      sum = fma(Vec<X>::template load_group<kInterleave>(w), Vec<X>::load(xs), sum);
+    if (rest > 0) sum = fma(load_group_partial<X, W, kInterleave>(w, rest), Vec<X>::load(xs), sum);
     sum.store(p.part);
   }
 }
 
 // The full panels of a row-major W: kRows rows at a time, while there are so many, run through all of them with their sums in
-// registers. As they go, they fetch the same columns of rows that lie kFetchAhead or more behind, or kRows if those are longer.
-template <class W, size_t kPhases, size_t kRows>
+// registers. Meanwhile they fetch the same columns of rows that come kFetchAhead or more later, or kRows later if rows are
+// longer than that.
+template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
   using X = Operand<W>;
-  constexpr size_t kLanes = Vec<T>::kLanes, kSteps = kGroups<W, kPhases>;
+  constexpr size_t kLanes = Vec<T>::kLanes, kPanelGroups = kGroups<W, kInterleave>;
   const size_t step = kRows * p.row_stride;
   const size_t rows_ahead = ceil_div(kFetchAhead / sizeof(W), step) * kRows;
   for (; p.rows >= kRows; p.rows -= kRows, p.w += step, p.part += kRows * kLanes) {
     const size_t ahead = p.rows > rows_ahead ? rows_ahead * p.row_stride : 0;
-    RowSums<W, kPhases, kRows> sums;
+    RowSums<W, kInterleave, kRows> sums;
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r)
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
     const W* first = p.w;
     const X* xs = p.xs;
-    for (size_t panel = 0; panel < panels; ++panel, first += kPanelDepth<W>, xs += kSteps * kLanes) {
+    for (size_t panel = 0; panel < panels; ++panel, first += kPanelDepth<W>, xs += kPanelGroups * kLanes) {
       const W* w[kRows];
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) {
@@ -202,7 +203,7 @@ inline void dots_row_major(Dots<W>& p, size_t panels) {
         keep(w[r]);
         fetch_panel(w[r] + ahead);
       }
-      add_panel<W, kPhases, kRows>(
+      add_panel<W, kInterleave, kRows>(
           w, [&](size_t s) __attribute__((always_inline)) { return Vec<X>::load(xs + s * kLanes); }, sums);
     }
 #pragma GCC unroll 4
@@ -210,20 +211,20 @@ inline void dots_row_major(Dots<W>& p, size_t panels) {
   }
 }
 
-template <class W, size_t kPhases>
-inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
-                           bool accumulate) {
+template <class W, size_t kInterleave>
+inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
+                             bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
   // Row-major, or a single row. What is zipped keeps x in registers and takes panels, and so do pairs, which more tokens meet.
-  if constexpr (kSteps<W> == 1 && !kZipped<W, kPhases>)
+  if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
-      dots_row_major<W, kPhases, kDotRows>(p, panels);
-      dots_row_major<W, kPhases, 1>(p, panels);
+      dots_row_major<W, kInterleave, kDotRows>(p, panels);
+      dots_row_major<W, kInterleave, 1>(p, panels);
       depth -= panels * kPanelDepth<W>;
       if (depth == 0) return;
       w.data += panels * kPanelDepth<W>;
-      xs += panels * kGroups<W, kPhases> * kLanes;
+      xs += panels * kGroups<W, kInterleave> * kLanes;
       accumulate = true;
     }
   do {  // once without columns, too: part is set to zero
@@ -232,57 +233,57 @@ inline void dots_of_phases(size_t rows, size_t depth, Panels<W> w, const Operand
     const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
     Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
     if (width == kPanelDepth<W>) {
-      if (p.rows > 0) dots_panel<W, kPhases>(p);
+      if (p.rows > 0) dots_panel<W, kInterleave>(p);
       p.rows += last;
       p.next = w.data + w.panel_stride;
-      dots_panel<W, kPhases>(p);
+      dots_panel<W, kInterleave>(p);
     } else {
       p.rows = rows;
-      dots_narrow<W, kPhases>(p, width);
+      dots_narrow<W, kInterleave>(p, width);
     }
     depth -= width;
     w.data += w.panel_stride;
-    xs += width / kPhases * kLanes;
+    xs += width / kInterleave * kLanes;
     accumulate = true;
   } while (depth > 0);
 }
 
-// Calls body.operator()<phases>(), for the numbers of phases that small_phases gives.
-template <class T, size_t kPhases = Vec<T>::kLanes, class Body>
-inline void for_phases(size_t phases, const Body& body) {
-  if (phases == kPhases) return body.template operator()<kPhases>();
-  if constexpr (kPhases > 1 && kPhases * kMostSmallBatch > Vec<T>::kLanes)
-    for_phases<T, kPhases / 2>(phases, body);
+// Calls body.operator()<factor>(), for the factors that kernels::interleave_factor gives.
+template <class T, size_t kInterleave = Vec<T>::kLanes, class Body>
+inline void for_interleave_factor(size_t interleave_factor, const Body& body) {
+  if (interleave_factor == kInterleave) return body.template operator()<kInterleave>();
+  if constexpr (kInterleave > 1 && kInterleave * kMostSmallBatch > Vec<T>::kLanes)
+    for_interleave_factor<T, kInterleave / 2>(interleave_factor, body);
 }
 
 template <class W>
-void dots(size_t phases, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs, Sum<W>* part,
-          bool accumulate) {
-  for_phases<Sum<W>>(phases, [&]<size_t kPhases>() {
-    if constexpr (kPanelDepth<W> % kPhases == 0)
-      dots_of_phases<W, kPhases>(rows, depth, w, xs, part, accumulate);
+void dots(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
+          Sum<W>* part, bool accumulate) {
+  for_interleave_factor<Sum<W>>(interleave_factor, [&]<size_t kInterleave>() {
+    if constexpr (kPanelDepth<W> % kInterleave == 0)
+      dots_interleaved<W, kInterleave>(rows, depth, w, xs, part, accumulate);
   });
 }
 
 // xs (groups, lanes) = x (m, cols): rows behind m and elements behind cols are zero.
-template <class T, size_t kPhases>
+template <class T, size_t kInterleave>
 inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
-  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kPhases;
-  for (size_t c = 0; c < cols; c += kPhases, xs += kLanes)
+  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kInterleave;
+  for (size_t c = 0; c < cols; c += kInterleave, xs += kLanes)
     for (size_t t = 0; t < kTokens; ++t) {
-      const size_t n = t < m ? smaller(cols - c, kPhases) : 0;
+      const size_t n = t < m ? smaller(cols - c, kInterleave) : 0;
       const T* from = x + t * x_stride + c;
-      if (n == kPhases)
-        __builtin_memcpy(xs + t * kPhases, from, kPhases * sizeof(T));
+      if (n == kInterleave)
+        __builtin_memcpy(xs + t * kInterleave, from, kInterleave * sizeof(T));
       else
-        for (size_t i = 0; i < kPhases; ++i) xs[t * kPhases + i] = i < n ? from[i] : T(0);
+        for (size_t i = 0; i < kInterleave; ++i) xs[t * kInterleave + i] = i < n ? from[i] : T(0);
     }
 }
 
 // The same for groups that one register element U holds: a transpose. The m rows behind are fetched: they are next.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
-  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kPhases = kLanes / kTokens;
+  constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
   for (size_t c = 0; c < cols; c += kLanes) {
     const size_t width = smaller(cols - c, kLanes);
     Vec<U> block[kTokens];
@@ -297,29 +298,31 @@ inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_st
     transpose(block);
 #pragma GCC unroll 16
     for (size_t g = 0; g < kTokens; ++g, xs += kLanes) {
-      if (g * kPhases >= width) return;
+      if (g * kInterleave >= width) return;
       __builtin_bit_cast(Vec<T>, block[g]).store(xs);
     }
   }
 }
 
 template <class T>
-void interleave(size_t m, size_t phases, size_t cols, const T* x, size_t x_stride, T* xs) {
-  for_phases<T>(phases, [&]<size_t kPhases>() {
-    if constexpr (kPhases == 1)
+void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs) {
+  for_interleave_factor<T>(interleave_factor, [&]<size_t kInterleave>() {
+    if constexpr (kInterleave == 1)
       interleave_transposed<T, T>(m, cols, x, x_stride, xs);
-    else if constexpr (kPhases * sizeof(T) == sizeof(double))
+    else if constexpr (kInterleave * sizeof(T) == sizeof(double))
       interleave_transposed<T, double>(m, cols, x, x_stride, xs);
     else
-      interleave_groups<T, kPhases>(m, cols, x, x_stride, xs);
+      interleave_groups<T, kInterleave>(m, cols, x, x_stride, xs);
   });
 }
 
-// y (m, rows) = the phases of part (rows, lanes) added up in a tree [+ bias (rows)]: transposed, those of so many rows at once.
+// y (m, rows) = each token's lanes of part (rows, lanes) added up in a tree [+ bias (rows)]. A block of as many rows as there
+// are lanes is transposed, and then summed at once.
 template <class T>
-void sum_parts(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y, size_t y_stride) {
+void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
+               size_t y_stride) {
   constexpr size_t kLanes = Vec<T>::kLanes;
-  for_phases<T>(phases, [&]<size_t kPhases>() {
+  for_interleave_factor<T>(interleave_factor, [&]<size_t kInterleave>() {
     for (size_t j = 0; j < rows; j += kLanes) {
       const size_t count = smaller(rows - j, kLanes);
       Vec<T> block[kLanes];
@@ -329,11 +332,11 @@ void sum_parts(size_t m, size_t phases, size_t rows, const T* part, const T* bia
       transpose(block);
       const Vec<T> offset = bias ? Vec<T>::load_partial(bias + j, count) : Vec<T>::zero();
 #pragma GCC unroll 16
-      for (size_t t = 0; t < kLanes / kPhases; ++t) {
+      for (size_t t = 0; t < kLanes / kInterleave; ++t) {
         if (t >= m) break;
-        Vec<T>* lanes = block + t * kPhases;
+        Vec<T>* lanes = block + t * kInterleave;
 #pragma GCC unroll 4
-        for (size_t half = kPhases / 2; half > 0; half /= 2)
+        for (size_t half = kInterleave / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
           for (size_t i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
         const Vec<T> sum = bias ? lanes[0] + offset : lanes[0];
@@ -379,7 +382,7 @@ inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
   add_first(sums_of_neighbours(products), rows, y);
 }
 
-// y (m, rows) += z (m, kDepth) aᵀ, a block of a's rows after the other for all tokens.
+// y (m, rows) += z (m, kDepth) aᵀ, one block of a's rows at a time for all tokens.
 template <size_t kDepth, class T>
 inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_t z_stride, T* y,
                             size_t y_stride) {
@@ -391,7 +394,7 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
       add_packed_rows<kDepth>(smaller(rows - r, kLanes), a + r * kDepth, zs[t], y + t * y_stride + r);
 }
 
-// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Behind the last row it is taken again.
+// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Rows that are missing repeat the last one.
 template <size_t kTokens, class T>
 inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {

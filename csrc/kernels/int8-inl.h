@@ -1,8 +1,8 @@
 // Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every instruction set. See
 // kernel_table.h for the contract.
 //
-// An element of a block is a * code + b, with a and b for each strip (for each half of one in Q6_K); an element of x is
-// scale * code. The product of two strips is
+// An element of a block is a * code + b, with a and b for each sub-block, or for each half of one; an element of x is
+// scale * code. The product of two sub-blocks is
 //   a scale Σ codes codes + b scale Σ codes of x,
 // whose first sum is an integer, and whose last factor comes with x.
 
@@ -13,7 +13,7 @@ namespace nplora::kernels::NPLORA_ISA {
 // The largest magnitude as the bits of a float, whose order is that of the numbers, NaN above all.
 inline uint32_t largest_bits(const float* x) {
   EightBits most{};
-  for (size_t i = 0; i < kStrip; i += 8) {
+  for (size_t i = 0; i < kSubBlock; i += 8) {
     const EightBits bits = (EightBits)load_eight(x + i) & 0x7FFFFFFFu;
     most = bits > most ? bits : most;
   }
@@ -22,25 +22,25 @@ inline uint32_t largest_bits(const float* x) {
   return largest;
 }
 
-inline void quantize_strip(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
-                           float* half_sums) {
+inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
+                               float* half_sums) {
   constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
   constexpr float kShift = 0x1.8p23f;  // x + kShift is whole, and its low bits are the number
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
-    __builtin_memset(codes, 0, kStrip);
+    __builtin_memset(codes, 0, kSubBlock);
     scale = sum_of_codes = half_sums[0] = half_sums[1] = largest >= kInfinite ? __builtin_nanf("") : 0;
     return;
   }
   scale = __builtin_bit_cast(float, largest) / kLargestCode;
   const float inverse = 1 / scale;
   EightInts total{}, first_half{};
-  for (size_t i = 0; i < kStrip; i += 8) {
+  for (size_t i = 0; i < kSubBlock; i += 8) {
     const Eight shifted = load_eight(x + i) * inverse + kShift;
     const EightInts whole = (EightInts)shifted - __builtin_bit_cast(int32_t, kShift);
     total += whole;
-    if (i == kStrip / 2 - 8) first_half = total;
+    if (i == kSubBlock / 2 - 8) first_half = total;
     for (size_t j = 0; j < 8; ++j) codes[i + j] = static_cast<int8_t>(whole[j]);
   }
   int32_t all = 0, half = 0;
@@ -55,13 +55,14 @@ inline void quantize_strip(const float* x, int8_t* codes, float& scale, float& s
 
 inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
                          float* half_sums) {
-  for (size_t i = 0; i < n; i += kStrip)
-    quantize_strip(x + i, codes + i, scales[i / kStrip], sums[i / kStrip], half_sums + i / kStrip * 2);
+  for (size_t i = 0; i < n; i += kSubBlock)
+    quantize_sub_block(x + i, codes + i, scales[i / kSubBlock], sums[i / kSubBlock],
+                       half_sums + i / kSubBlock * 2);
 }
 
-// ---- one block: a and b of its strips, and the codes of strip j ----
+// ---- one block: a and b of its sub-blocks, and the codes of sub-block j ----
 
-// Of a block of one strip.
+// The factor of a block of one sub-block.
 struct One {
   float v;
   static One load(const float* p) { return {*p}; }
@@ -73,23 +74,23 @@ inline float sum(One x) {
   return x.v;
 }
 
-// Of a block of eight.
-struct EightStrips {
+// The factors of a block of eight.
+struct EightSubBlocks {
   Eight v;
-  static EightStrips load(const float* p) { return {load_eight(p)}; }
+  static EightSubBlocks load(const float* p) { return {load_eight(p)}; }
   Eight at(size_t j) const { return broadcast_eight(v[j]); }
-  friend EightStrips operator*(EightStrips x, EightStrips y) { return {x.v * y.v}; }
-  friend EightStrips operator+(EightStrips x, EightStrips y) { return {x.v + y.v}; }
+  friend EightSubBlocks operator*(EightSubBlocks x, EightSubBlocks y) { return {x.v * y.v}; }
+  friend EightSubBlocks operator+(EightSubBlocks x, EightSubBlocks y) { return {x.v + y.v}; }
 };
-inline float sum(EightStrips x) {
+inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The same for halves of strips; they are met by the scales of x for whole ones.
+// The same for halves of sub-blocks; they are multiplied by the scales of x for whole ones.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }
-  friend Halves operator*(const Halves& x, const EightStrips& y) {
+  friend Halves operator*(const Halves& x, const EightSubBlocks& y) {
     Halves r;
 #pragma GCC unroll 8
     for (size_t j = 0; j < 8; ++j) r.v[j] = x.v[j] * y.v[j];
@@ -104,7 +105,7 @@ inline Halves halves(const float (&factors)[16]) {
   return r;
 }
 
-// Minima of halves of strips, which are met by the sums of x over halves.
+// Minima of halves of sub-blocks, which are multiplied by the sums of x over halves.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -140,51 +141,51 @@ struct Codes;
 // Codes without a sign, and a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true;
-  static EightInts dot_with(Strip codes, Strip x) { return dot(codes, x); }
+  static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
 // Codes that are the elements but for their scale.
 struct Signed {
   static constexpr bool kHasMinimum = false;
-  static EightInts dot_with(Strip codes, Strip x) { return dot_signed(codes, x); }
+  static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
 // Of 16 bytes.
-inline Strip nibbles(const uint8_t* q) {
+inline SubBlock nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
   return join(b, (Bytes)((Words)b >> 4)) & 15;
 }
-inline Strip high_bits(const uint8_t (&bits)[4]) {
+inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   const HighBits high(bits);
   return join(high.low, high.high);
 }
 
-// What the minima b are, and the sums of x that they meet.
+// The type of the minima b, and the sums of x that they are multiplied by.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
-  static Type sums(const Int8Rows& x, size_t strip) { return Type::load(x.sums + strip); }
+  static Type sums(const Int8Rows& x, size_t sub_block) { return Type::load(x.sums + sub_block); }
 };
 template <class Block>
   requires requires { typename Codes<Block>::Minima; }
 struct MinimaOf<Block> {
   using Type = typename Codes<Block>::Minima;
-  static Type sums(const Int8Rows& x, size_t strip) { return Type::load(x.half_sums + 2 * strip); }
+  static Type sums(const Int8Rows& x, size_t sub_block) { return Type::load(x.half_sums + 2 * sub_block); }
 };
 
 // ---- rows ----
 
-// Rows of blocks, of which those that lie `ahead` are fetched meanwhile.
+// Rows of blocks; memory that is `ahead` bytes further is fetched meanwhile.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
   Rows behind(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// y (tokens, all) of kTokens rows of x and at most kRows rows of W. Behind the last row it is taken again.
+// y (tokens, all) of kTokens rows of x and at most kRows rows of W. Rows that are missing repeat the last one.
 template <class Block, size_t kTokens, size_t kRows>
-inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y, size_t all) {
+inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
-  constexpr size_t kStrips = Block::kElements / kStrip;
+  constexpr size_t kSubBlocks = Block::kElements / kSubBlock;
   const uint8_t* at[kRows];
   Eight sums[kRows][kTokens];
   using Minima = typename MinimaOf<Block>::Type;
@@ -198,7 +199,7 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
       minima[r][t] = Minima{};
     }
   }
-  for (size_t strip = 0; strip < strips; strip += kStrips)
+  for (size_t sub_block = 0; sub_block < sub_blocks; sub_block += kSubBlocks)
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r, at[r - 1] += sizeof(Block)) {
       for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
@@ -206,13 +207,14 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
       const Codes<Block> codes{{}, *reinterpret_cast<const Block*>(at[r])};
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {
-        const size_t first = t * strips + strip;
+        const size_t first = t * sub_blocks + sub_block;
         const auto scales = codes.a * Factors::load(x.scales + first);
         if constexpr (Codes<Block>::kHasMinimum)
           minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
 #pragma GCC unroll 8
-        for (size_t j = 0; j < kStrips; ++j) {
-          const EightInts sum = codes.dot_with(codes.strip(j), load_strip(x.codes + (first + j) * kStrip));
+        for (size_t j = 0; j < kSubBlocks; ++j) {
+          const EightInts sum =
+              codes.dot_with(codes.sub_block(j), load_sub_block(x.codes + (first + j) * kSubBlock));
           sums[r][t] += to_floats(sum) * scales.at(j);
         }
       }
@@ -224,15 +226,15 @@ inline void int8_tile(const Rows& w, size_t strips, const Int8Rows& x, float* y,
 
 // m tokens in groups of 4, 2 and 1, which find the rows in L1.
 template <class Block, size_t kTokens>
-inline void int8_tiles(const Rows& w, size_t m, size_t strips, Int8Rows x, float* y, size_t all) {
+inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
   constexpr size_t kRows = 4 / kTokens;
   for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
     for (size_t i = 0; i < w.count; i += kRows)
-      int8_tile<Block, kTokens, kRows>(w.behind(i), strips, x, y + i, all);
-    x = {x.codes + kTokens * strips * kStrip, x.scales + kTokens * strips, x.sums + kTokens * strips,
-         x.half_sums + 2 * kTokens * strips};
+      int8_tile<Block, kTokens, kRows>(w.behind(i), sub_blocks, x, y + i, all);
+    x = {x.codes + kTokens * sub_blocks * kSubBlock, x.scales + kTokens * sub_blocks,
+         x.sums + kTokens * sub_blocks, x.half_sums + 2 * kTokens * sub_blocks};
   }
-  if constexpr (kTokens > 1) int8_tiles<Block, kTokens / 2>(w, m, strips, x, y, all);
+  if constexpr (kTokens > 1) int8_tiles<Block, kTokens / 2>(w, m, sub_blocks, x, y, all);
 }
 
 template <class Block>
@@ -244,7 +246,7 @@ void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t ro
     fetch_share(next, rows - i);
     Rows few = w.behind(i);
     few.count = smaller(kFewRows, few.count);
-    int8_tiles<Block, 4>(few, m, cols / kStrip, x, y + i, rows);
+    int8_tiles<Block, 4>(few, m, cols / kSubBlock, x, y + i, rows);
   }
 }
 

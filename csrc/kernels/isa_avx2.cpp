@@ -1,4 +1,4 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in lane_tile and in outer_tile, where 4 x 3 would
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in gemm_tokens_in_lanes and in gemm_outputs_in_lanes, where 4 x 3 would
 // read W, from L2, half as often again; in a dense panel 2 x 6, for of one line in three the hardware fetches nothing ahead.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
@@ -6,11 +6,11 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
-#include "simd/vec_strips.h"
+#include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
-inline constexpr size_t kTileTokens = 6, kOuterVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
+inline constexpr size_t kTileTokens = 6, kOutputVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::avx2
 

@@ -5,11 +5,11 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
-#include "simd/vec_strips.h"
+#include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::avx512 {
 inline constexpr size_t kTileRows = 12;
-inline constexpr size_t kTileTokens = 8, kOuterVectors = 3, kPanelVectors = kOuterVectors, kNearRows = 4;
+inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors, kNearRows = 4;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 }  // namespace nplora::kernels::avx512
 

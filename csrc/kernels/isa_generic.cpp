@@ -5,11 +5,11 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
-#include "simd/vec_strips.h"
+#include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::generic {
 inline constexpr size_t kTileRows = 4;
-inline constexpr size_t kTileTokens = 4, kOuterVectors = 3, kPanelVectors = kOuterVectors,
+inline constexpr size_t kTileTokens = 4, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
 }  // namespace nplora::kernels::generic

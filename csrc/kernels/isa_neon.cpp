@@ -1,16 +1,16 @@
 // aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators. Beside 24 of them, pairs of bfloat16 leave no register
-// free in outer_tile: 3 vectors are split into 6, by a mask, and 1 holds a scalar pair.
+// free in gemm_outputs_in_lanes: 3 vectors are split into 6, by a mask, and 1 holds a scalar pair.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON
 
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
-#include "simd/vec_strips.h"
+#include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::neon {
 inline constexpr size_t kTileRows = 12;
-inline constexpr size_t kTileTokens = 8, kOuterVectors = 3, kPanelVectors = kOuterVectors,
+inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 }  // namespace nplora::kernels::neon

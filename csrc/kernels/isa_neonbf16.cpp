@@ -7,11 +7,11 @@
 #include "kernels/kernel_table.h"
 #include "simd/vec.h"
 #include "simd/vec_bytes.h"
-#include "simd/vec_strips.h"
+#include "simd/vec_sub_blocks.h"
 
 namespace nplora::kernels::neonbf16 {
 inline constexpr size_t kTileRows = 12;
-inline constexpr size_t kTileTokens = 8, kOuterVectors = 3, kPanelVectors = kOuterVectors,
+inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
 }  // namespace nplora::kernels::neonbf16

@@ -54,27 +54,35 @@ struct SumOf<Bf16Pair> {
 template <class E>
 using Sum = typename SumOf<E>::Type;
 
-// How many steps of the depth one element holds.
+// How many values along the depth one element holds.
 template <class E>
-inline constexpr size_t kSteps = 1;
+inline constexpr size_t kValuesPerElement = 1;
 template <>
-inline constexpr size_t kSteps<Bf16Pair> = 2;
+inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 
 // The elements of a full panel along the depth.
 template <class E>
-inline constexpr size_t kPanelDepth = kPanelColumns / kSteps<E>;
+inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
-// Memory that a kernel brings into the cache while it works: whole cache lines. outer_tile takes `each` of them, at most as many as it
-// reads, at each step of its work, the products with blocks spread them over their rows. None by default.
+// Memory that a kernel brings into the cache while it works: none, whole cache lines, or the rows of w that it reads later.
 struct Fetch {
   const char* at = nullptr;
   size_t lines = 0, each = 0;
-};
-// Instead, the rows of w that come kFetchAhead behind, or in the next piece (see piece_bytes).
-inline constexpr Fetch kFetchRowsAhead{nullptr, 0, 1};
 
-// How far ahead in memory W is fetched where it streams by: 10 bytes a cycle arrive, over 500 cycles after they are asked for,
-// and twice that where they share the way.
+  static constexpr Fetch none() { return {}; }
+
+  // gemm_outputs_in_lanes takes `each` lines at each step of its work, at most as many as it reads of w, and rows ahead when too
+  // few are left. The products with blocks spread the lines over their rows, and do not read `each`.
+  static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
+    return {static_cast<const char*>(from), lines, each};
+  }
+
+  // The rows of w that come kFetchAhead later, or in the next L1 block (see l1_block_bytes). For gemm_outputs_in_lanes.
+  static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
+};
+
+// How far ahead in memory W is fetched where it is read once: 10 bytes a cycle arrive, over 500 cycles after the request, and
+// after twice as many where others use the same path.
 inline constexpr size_t kFetchAhead = 12288;
 
 // Each depth_unit (see Tiles) divides this: a depth that is cut at multiples of so many elements is summed as if it were whole, on
@@ -83,26 +91,30 @@ inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
 // The two products that everything is made of; depth counts elements. Both sum over the depth strictly in order (by fused
-// multiply-adds where the instruction set has them), or each depth_unit elements by themselves first: where the depth is cut at
-// multiples of that, a result does not depend on tile sizes, on blocking or on threads, and is the same from either product.
+// multiply-adds if the instruction set has them), or sum each depth_unit elements by themselves first. If the depth is cut at
+// multiples of depth_unit, a result does not depend on tile sizes, blocking or threads, and both products give the same bits.
 template <class E>
 struct Tiles {
-  size_t lanes;      // tokens in a full lane tile: two vectors (one vector, lanes / 2, serves small batches)
-  size_t tile_rows;  // the number of rows of w that lane_tile likes best (it takes any number)
-  size_t tile_tokens;   // the number of rows of a that outer_tile likes best, where rows of w lie apart
-  size_t tile_columns;  // the columns of w that it takes at a time there: each such group is a pass over w
-  size_t piece_bytes;   // the most of a dense panel that several passes share, from L1; 0: all of it
-  size_t depth_unit;    // of elements; divides kDepthUnit
+  size_t
+      lanes;  // tokens in a full tile of gemm_tokens_in_lanes: two vectors (small batches take one, lanes / 2)
+  size_t
+      tile_rows;  // the number of rows of w for which gemm_tokens_in_lanes is fastest (it takes any number)
+  size_t tile_tokens;   // the same for the rows of a in gemm_outputs_in_lanes, if the rows of w are not dense
+  size_t tile_columns;  // the columns of w that it takes at a time then: w is read once for each such group
+  size_t
+      l1_block_bytes;  // the most of a dense panel that is read several times, from L1, before the rest; 0: all of it
+  size_t depth_unit;  // in elements; divides kDepthUnit
 
   // yt (rows, n_lanes) = [yt +] w (rows, depth) xt (depth, n_lanes).   n_lanes is `lanes` or `lanes / 2`.
-  // Tokens lie in the SIMD lanes, w is broadcast. xt and yt are dense.
-  void (*lane_tile)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt, Sum<E>* yt,
-                    bool accumulate);
+  // Tokens are in the SIMD lanes, w is broadcast. xt and yt are dense.
+  void (*gemm_tokens_in_lanes)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
+                               Sum<E>* yt, bool accumulate);
 
   // c (m, n) = [c +] a (m, depth) w (depth, n),  n <= kPanelColumns.
-  // Columns lie in the SIMD lanes, a is broadcast.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w, size_t w_stride,
-                     Sum<E>* c, size_t c_stride, bool accumulate, const Fetch& next);
+  // The outputs, which are columns of c, are in the SIMD lanes, a is broadcast.
+  void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w,
+                                size_t w_stride, Sum<E>* c, size_t c_stride, bool accumulate,
+                                const Fetch& next);
 };
 
 // The most rows of a small batch; instruction sets with fewer lanes take as many as those.
@@ -120,7 +132,7 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// What lies in memory where the rows of W are met by pairs: single values, which outer_tile pairs.
+// What lies in memory where the rows of W are met by pairs: single values, which gemm_outputs_in_lanes pairs.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -130,33 +142,33 @@ struct StoredOf<Bf16Pair> {
   using Type = Bf16;
 };
 
-// Small batches have fewer rows than a vector has lanes. All lanes work all the same: lane (token * phases + phase) takes those
-// elements k of the depth for which k % phases == phase. The phases for m rows: as many as there are lanes for.
-inline size_t small_phases(size_t m, size_t lanes) {
-  size_t phases = lanes;
-  while (phases > 1 && phases * m > lanes) phases /= 2;
-  return phases;
+// Small batches have fewer rows than a vector has lanes. An interleave factor f puts every lane to work: lane (token * f + i)
+// takes the elements k of the depth for which k % f == i. For m rows it is as large as the lanes allow.
+inline size_t interleave_factor(size_t m, size_t lanes) {
+  size_t factor = lanes;
+  while (factor > 1 && factor * m > lanes) factor /= 2;
+  return factor;
 }
 
-// The products of small batches, for which W is read once, as it is stored, and nothing is transposed.
+// The products of small batches: W is read once, as it is stored, and nothing is transposed.
 template <class W>
 struct SmallProducts {
-  // part (rows, lanes / 2) = [part +] w (rows, depth) xs, by token and phase.   xs is x as interleave leaves it.
-  // Where w has columns its rows lie apart (row_stride > 0). Whether in panels or row-major, a row is summed in the same order.
-  // Pairs of bfloat16 take at most 8 phases.
-  void (*dots)(size_t phases, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
+  // part (rows, lanes / 2) = [part +] w (rows, depth) xs, a sum for each lane.   xs is x as interleave leaves it.
+  // If w has columns, row_stride > 0. A row is summed in the same order in panels and row-major.
+  // Pairs of bfloat16 take an interleave factor of at most 8.
+  void (*dots)(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& w, const Operand<W>* xs,
                Sum<W>* part, bool accumulate);
 
-  // outer_tile of Tiles, its depth counting rows of w.
-  void (*outer_tile)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
-                     const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c, size_t c_stride,
-                     bool accumulate, const Fetch& next);
+  // gemm_outputs_in_lanes of Tiles, its depth counting rows of w.
+  void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
+                                const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
+                                size_t c_stride, bool accumulate, const Fetch& next);
 };
 
 // What AMX adds to another table: the products of pairs.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
-  decltype(SmallProducts<Bf16Pair>::outer_tile) small_outer_tile;
+  decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;
 };
 
 struct AdamWCoefficients {
@@ -182,12 +194,12 @@ struct Products : Tiles<T> {
   // xt (cols, rows) = x (rows, cols) transposed.
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // xs (ceil(cols / phases), lanes / 2) = x (m, cols) by token and phase, with zeros where x has no element. Pairs of bfloat16
-  // are moved as floats are.
-  void (*interleave)(size_t m, size_t phases, size_t cols, const T* x, size_t x_stride, T* xs);
+  // xs (ceil(cols / interleave_factor), lanes / 2) = x (m, cols), each element in its lane, with zeros where x has no element.
+  // Pairs of bfloat16 are moved as floats are.
+  void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
 
-  // y (m, rows) = the sums of the phases of part (rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
-  void (*sum_parts)(size_t m, size_t phases, size_t rows, const T* part, const T* bias, T* y,
+  // y (m, rows) = the sums of each token's lanes of part (rows, lanes / 2), in a fixed tree [+ bias (rows)].   bias may be null.
+  void (*sum_parts)(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
   // y (m, rows) += z (m, depth) aᵀ with a (rows, depth) dense: the update of a small batch, m <= kMostSmallBatch, depth a rank.
@@ -209,7 +221,7 @@ struct Products : Tiles<T> {
   // threshold.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
-  // c (m, n) += a (m, depth) w (depth, n), summed as outer_tile does.   a is dense; panels holds w, kPanelColumns columns each and the
+  // c (m, n) += a (m, depth) w (depth, n), summed as gemm_outputs_in_lanes does.   a is dense; panels holds w, kPanelColumns columns each and the
   // last what is left, each dense. Where c streams by, it is fetched ahead.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
@@ -255,7 +267,7 @@ struct DecodedRows {
 // bits on every instruction set.
 struct BlockDecoders {
   // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.   first and cols are multiples
-  // of kStrip. One kernel for each format of rows, in the order of BlockFormat.
+  // of kSubBlock. One kernel for each format of rows, in the order of BlockFormat.
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
@@ -266,9 +278,9 @@ struct BlockDecoders {
 
 // The products of small batches with low-bit blocks, decoded in registers: W is read once, as it lies.
 struct BlockDots {
-  // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks, by phase: lane i sums the elements k with k % (lanes / 2) == i.
-  // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted. A scale may multiply the sum of its strip:
-  // x beyond 1e34 can overflow there.
+  // part (m, rows, lanes / 2) = x (m, cols) times rows of blocks: lane i sums the elements k with k % (lanes / 2) == i.
+  // cols is a multiple of the block's elements. In the order of BlockFormat, kNf4 excepted. A scale may multiply the sum of its
+  // sub-block: x beyond 1e34 can overflow there.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
@@ -277,8 +289,9 @@ struct BlockDots {
                    size_t x_stride, float* part, const Fetch& next);
 };
 
-// Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each strip, sums = scale * Σ codes, and half_sums
-// the same over each half of a strip. The arrays are (m, cols), (m, cols / kStrip) twice and (m, 2 * cols / kStrip).
+// Rows of x in int8: element i of a row is about codes[i] * scale, with a scale for each sub-block, sums = scale * Σ codes, and
+// half_sums the same over each half of a sub-block. The arrays are (m, cols), (m, cols / kSubBlock) twice and
+// (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -286,7 +299,7 @@ struct Int8Rows {
 
 // The products of small batches with low-bit blocks in integers.
 struct Int8Products {
-  // One row of n elements, n a multiple of kStrip: scale = max |x| / 127, codes = x / scale to the nearest. A strip that is below
+  // One row of n elements, n a multiple of kSubBlock: scale = max |x| / 127, codes = x / scale to the nearest. A sub-block that is below
   // 2^-119 everywhere counts as zero, and one that holds NaN or infinity as NaN.
   void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums, float* half_sums);
 
@@ -374,7 +387,7 @@ struct KernelTable {
   Int8Products int8;
   Transformer transformer;
 
-  // Whether small_pairs.outer_tile pairs the rows of w in registers, rather than in a copy that each call makes anew.
+  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of w in registers, rather than in a copy that each call makes anew.
   bool pairs_in_registers = true;
 
   template <class T>

@@ -1,21 +1,23 @@
 // The products and the transposes around them: one body for every instruction set. See kernel_table.h for the contract.
 //
 // The unit gives its tile sizes:
-//   kTileRows    rows of w in lane_tile: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register file;
-//   kTileTokens, kOuterVectors  rows of a and vectors of w in outer_tile and merge: kTileTokens * kOuterVectors accumulators,
-//     kOuterVectors of w and 1 broadcast do the same;
-//   kPanelVectors  vectors of w that a tile of outer_tile takes in a dense panel, beside fewer rows of a: a whole row of floats, or as
-//     many as elsewhere;
-//   kNearRows    rows of a that outer_tile reaches from one address, by multiples of their stride. GCC keeps those multiples that
-//     find no general register in vector registers, and bringing one back takes a multiply-add's place (3-4 % of the time);
-// Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) asks for.
+//   kTileRows    rows of w in gemm_tokens_in_lanes: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register
+//     file;
+//   kTileTokens, kOutputVectors  rows of a and vectors of w in gemm_outputs_in_lanes and merge: kTileTokens * kOutputVectors
+//     accumulators, kOutputVectors of w and 1 broadcast fit it too;
+//   kPanelVectors  vectors of w that a tile of gemm_outputs_in_lanes takes in a dense panel, with fewer rows of a: a whole row
+//     of floats, or as many as elsewhere;
+//   kNearRows    rows of a that gemm_outputs_in_lanes reaches from one address, by multiples of their stride. GCC keeps
+//     multiples for which it has no general register in vector registers, and moving one back takes the place of a
+//     multiply-add (3-4 % of the time);
+// Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) requires.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
+// ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
 template <class E>
-struct LaneTile {
+struct TokensInLanes {
   size_t depth;
   Panels<E> w;
   const E* xt;
@@ -23,11 +25,12 @@ struct LaneTile {
   bool accumulate;
 };
 
-// Stride is the row stride of w where it is known while compiling (a full panel), else 0. In a panel the rows of the next tile follow
-// in memory, out of the step that the hardware would fetch ahead in. They are fetched evenly, at most a line each step. Tiles of fewer
-// than 24 sums fetch into L2: on a Zen 4, 16 rows of x that meet a cold W gain a quarter by it, AVX2's 32 a tenth, larger tiles nothing.
+// kStride is the row stride of w if it is known at compile time (a full panel), else 0. In a panel the rows of the next tile come
+// next in memory, where the hardware does not prefetch them. They are fetched evenly, at most a line at each step. Tiles of
+// fewer than 24 sums fetch into L2: on a Zen 4, 16 rows of x with a cold W gain a quarter by it, AVX2's 32 rows a tenth, larger
+// tiles nothing.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_fixed(LaneTile<E> p) {
+inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
   constexpr size_t kLanes = Vec<T>::kLanes, kWidth = kVectors * kLanes;
   constexpr size_t kFetchStep = smaller(kCacheLine, kRows * sizeof(E));
@@ -70,16 +73,16 @@ inline void lane_tile_fixed(LaneTile<E> p) {
 
 // Picks the instance for rows <= kRows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
-inline void lane_tile_upto(size_t rows, LaneTile<E> p) {
-  if (rows == kRows) return lane_tile_fixed<E, kVectors, kRows, kStride>(p);
-  if constexpr (kRows > 1) lane_tile_upto<E, kVectors, kRows - 1, kStride>(rows, p);
+inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
+  if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
+  if constexpr (kRows > 1) gemm_tokens_in_lanes_upto<E, kVectors, kRows - 1, kStride>(rows, p);
 }
 
 template <class E, size_t kVectors, size_t kStride>
-inline void lane_tile_rows(size_t rows, LaneTile<E> p) {
+inline void gemm_tokens_in_lanes_rows(size_t rows, TokensInLanes<E> p) {
   while (rows > 0) {
     const size_t tile = smaller(rows, kTileRows);
-    lane_tile_upto<E, kVectors, kTileRows, kStride>(tile, p);
+    gemm_tokens_in_lanes_upto<E, kVectors, kTileRows, kStride>(tile, p);
     rows -= tile;
     p.w.data += tile * p.w.row_stride;
     p.yt += tile * kVectors * Vec<E>::kLanes;
@@ -87,45 +90,55 @@ inline void lane_tile_rows(size_t rows, LaneTile<E> p) {
 }
 
 template <class E>
-void lane_tile(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt, Sum<E>* yt,
-               bool accumulate) {
-  const LaneTile<E> p{depth, w, xt, yt, accumulate};
+void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
+                          Sum<E>* yt, bool accumulate) {
+  const TokensInLanes<E> p{depth, w, xt, yt, accumulate};
   const bool full_panel = w.row_stride == kPanelDepth<E>;
   if (n_lanes == Vec<E>::kLanes)
-    full_panel ? lane_tile_rows<E, 1, kPanelDepth<E>>(rows, p) : lane_tile_rows<E, 1, 0>(rows, p);
+    full_panel ? gemm_tokens_in_lanes_rows<E, 1, kPanelDepth<E>>(rows, p)
+               : gemm_tokens_in_lanes_rows<E, 1, 0>(rows, p);
   else
-    full_panel ? lane_tile_rows<E, 2, kPanelDepth<E>>(rows, p) : lane_tile_rows<E, 2, 0>(rows, p);
+    full_panel ? gemm_tokens_in_lanes_rows<E, 2, kPanelDepth<E>>(rows, p)
+               : gemm_tokens_in_lanes_rows<E, 2, 0>(rows, p);
 }
 
-// ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
+// ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// The rows of w that one element E of a meets: two where W holds single bfloat16 values, which are paired in registers.
+// The rows of w that one element E of a is multiplied with: two if W holds single bfloat16 values, which are paired in
+// registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// The rows of a in a full tile of so many vectors.
+// The rows of a in a full tile with this many vectors.
 constexpr size_t rows_beside(size_t vectors) {
-  return smaller(kTileTokens, kTileTokens * kOuterVectors / vectors);
+  return smaller(kTileTokens, kTileTokens * kOutputVectors / vectors);
 }
 
-// The most of a dense panel that is taken at a time where its tiles are wide. They have so few rows (AVX2: 2 x 6 sums, 6 cycles for 192
-// bytes of w) that w has to come from L1, which has 32 KB or more: room for the rows of a and c, too. Pairs, which AVX2 splits for each
-// row of a, take no wide tiles.
+// The size of an L1 block: the most of a dense panel that is taken at a time by wide tiles. They have so few rows (AVX2: 2 x 6
+// sums, 6 cycles for 192 bytes of w) that w has to come from L1, whose 32 KB or more hold the rows of a and c, too. Pairs, which
+// AVX2 splits for each row of a, take no wide tiles.
 template <class E>
-inline constexpr size_t kPieceBytes = kSteps<E> == 1 && kPanelVectors > kOuterVectors ? size_t{24} << 10 : 0;
+inline constexpr size_t kL1BlockBytes =
+    kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// What a tile fetches at each step: lines of a Fetch; or, where too few are left, of the rows of w that lie kFetchAhead behind the
-// columns that it multiplies, for the others would take the way from L2 in vain. Wide tiles fetch no rows ahead, but a line at each
-// step, of which outer_tile_pieces tells how many bytes it lies behind the last one: `each`.
+// The Fetch of wide tiles, which take one line at each step, and none instead of rows ahead: `each` is the distance in bytes
+// from one line to the next.
+inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
+  return Fetch::memory(from, lines, bytes);
+}
+
+// What a tile fetches at each step: lines of a Fetch; or, if too few are left, of the rows of w that come kFetchAhead after the
+// columns that it multiplies, because other lines would be fetched from L2 in vain.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The lines that it fetches at each step at most: as many as it reads. Two rows of w of which it reads a line each at most lie apart.
+// The most lines that it fetches at each step: as many as it reads. Two rows of w from which it reads at most a line each are
+// separate lines.
 template <class W>
-inline constexpr size_t kRowBytes = kOuterVectors * Vec<Sum<W>>::kLanes * sizeof(W);
+inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
 inline constexpr size_t kFetched =
     kRowBytes<W> > kCacheLine ? ceil_div(kRowsOf<E, W> * kRowBytes<W>, kCacheLine) : kRowsOf<E, W>;
@@ -152,7 +165,7 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
 
 // w holds elements E, or W, which are widened to E or paired; depth counts its rows.
 template <class E, class W>
-struct OuterTile {
+struct OutputsInLanes {
   size_t n, depth;
   Strided<E> a;
   const W* w;
@@ -162,16 +175,16 @@ struct OuterTile {
   bool accumulate;
 };
 
-// Tiles of kRows rows, one after the other; one alone where rows of w are paired, which leaves no register for a loop.
-// n is kVectors full vectors, or, where kPartial, fewer by less than one vector.
+// Tiles of kRows rows, one after the other; only one if rows of w are paired, which leaves no register for a loop.
+// n is kVectors full vectors, or, if kPartial, fewer by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& fetch) {
+inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
-  OuterTile<E, W> p = tile;  // its own: the caller's copy would stay in memory
+  OutputsInLanes<E, W> p = tile;  // its own: the caller's copy would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
-  constexpr bool kWide = kVectors > kOuterVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // L1 has no room for a second piece
+  constexpr bool kWide = kVectors > kOutputVectors;
+  constexpr int kLocality = kWide ? 2 : 3;  // L1 has no room for a second block
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -267,68 +280,71 @@ inline void outer_tile_fixed(size_t tiles, const OuterTile<E, W>& tile, Fetch& f
 
 // Picks the instance for a tile of rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
-inline void outer_tile_upto(size_t rows, const OuterTile<E, W>& p, Fetch& fetch) {
-  if (rows == kRows) return outer_tile_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
-  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
+inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
+  if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
+  if constexpr (kRows > 1) gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
 // All m rows, in full tiles and one of what is left.
 template <class E, class W, size_t kVectors, bool kPartial>
-inline void outer_tile_rows(size_t m, OuterTile<E, W> p, Fetch& fetch) {
+inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = rows_beside(kVectors);
   const size_t step = kRowsOf<E, W> > 1 ? 1 : m / kRows;
   for (size_t left = m / kRows; left > 0; left -= step) {
-    outer_tile_fixed<E, W, kRows, kVectors, kPartial>(step, p, fetch);
+    gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(step, p, fetch);
     p.a.data += step * kRows * p.a.row_stride;
     p.c += step * kRows * p.c_stride;
   }
-  if constexpr (kRows > 1) outer_tile_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
+  if constexpr (kRows > 1)
+    gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
 }
 
 // Picks the instance for n <= kVectors full vectors.
 template <class E, class W, size_t kVectors>
-inline void outer_tile_columns(size_t m, const OuterTile<E, W>& p, Fetch& fetch) {
+inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   if (p.n == kVectors * kLanes)
-    outer_tile_rows<E, W, kVectors, false>(m, p, fetch);
+    gemm_outputs_in_lanes_rows<E, W, kVectors, false>(m, p, fetch);
   else if (p.n > (kVectors - 1) * kLanes)
-    outer_tile_rows<E, W, kVectors, true>(m, p, fetch);
+    gemm_outputs_in_lanes_rows<E, W, kVectors, true>(m, p, fetch);
   else if constexpr (kVectors > 1)
-    outer_tile_columns<E, W, kVectors - 1>(m, p, fetch);
+    gemm_outputs_in_lanes_columns<E, W, kVectors - 1>(m, p, fetch);
 }
 
-// All columns, so many vectors at a time.
+// All columns, kVectors vectors at a time.
 template <class E, class W, size_t kVectors>
-inline void outer_tile_groups(size_t m, OuterTile<E, W> p, Fetch& fetch) {
+inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   for (size_t left = p.n; left > 0; left -= p.n, p.w += p.n, p.c += p.n) {
     p.n = smaller(left, kVectors * Vec<E>::kLanes);
-    outer_tile_columns<E, W, kVectors>(m, p, fetch);
+    gemm_outputs_in_lanes_columns<E, W, kVectors>(m, p, fetch);
   }
 }
 
-// A dense panel, in pieces of about one size. Where it is to fetch rows ahead, each piece fetches the next one, spread over its passes.
+// A dense panel, in L1 blocks of about one size. Each block is read once for each tile of rows and group of columns. If the
+// caller asks for rows ahead, each block fetches the next one, spread over these readings.
 template <class E, class W>
-inline void outer_tile_pieces(size_t m, OuterTile<E, W> p, Fetch fetch) {
+inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
-  const size_t passes = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
-  size_t left = p.depth, pieces = left > 0 ? ceil_div(left * row_bytes, kPieceBytes<E>) : 1;
-  bool streams = passes > 0 && fetch.each > 0 && fetch.lines == 0;
-  if (fetch.each > 0) fetch.each = kCacheLine;
-  // Fewer passes than a row has lines cannot fetch all of the next piece. The hardware does, if it is not disturbed by a part of that, and
-  // better in pieces of 6 KB (for 4 rows on a Zen 4 a quarter faster than in those of 12 KB). A single pass needs no pieces.
-  if (streams && passes * kCacheLine < row_bytes) {
+  const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
+  size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // rows ahead
+  if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
+  // Fewer readings than a row has lines cannot fetch all of the next block. The hardware does, if it is not disturbed by fetching
+  // a part of it, and better in blocks of 6 KB (for 4 rows on a Zen 4 a quarter faster than in those of 12 KB). A single reading
+  // needs no blocks.
+  if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
-    fetch = {};
-    pieces = passes == 1 ? 1 : 4 * pieces;
+    fetch = Fetch::none();
+    blocks = readings == 1 ? 1 : 4 * blocks;
   }
-  const size_t rows = ceil_div(left, pieces);
+  const size_t rows = ceil_div(left, blocks);
   do {  // once without rows of w, too: c is set to zero
     p.depth = smaller(left, rows);
     left -= p.depth;
     const W* next = p.w + p.depth * p.w_stride;
-    if (streams) fetch = {reinterpret_cast<const char*>(next), passes * p.depth, ceil_div(row_bytes, passes)};
-    outer_tile_groups<E, W, kPanelVectors>(m, p, fetch);
+    if (streams) fetch = lines_apart(next, readings * p.depth, ceil_div(row_bytes, readings));
+    gemm_outputs_in_lanes_groups<E, W, kPanelVectors>(m, p, fetch);
     p.a.data += p.depth * p.a.step_stride;
     p.w = next;
     p.accumulate = true;
@@ -336,23 +352,25 @@ inline void outer_tile_pieces(size_t m, OuterTile<E, W> p, Fetch fetch) {
 }
 
 template <class E, class W>
-void outer_tile(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* w, size_t w_stride, Sum<E>* c,
-                size_t c_stride, bool accumulate, const Fetch& following) {
-  const OuterTile<E, W> p{n, depth, a, w, w_stride, c, c_stride, accumulate};
+void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a, const W* w, size_t w_stride,
+                           Sum<E>* c, size_t c_stride, bool accumulate, const Fetch& following) {
+  const OutputsInLanes<E, W> p{n, depth, a, w, w_stride, c, c_stride, accumulate};
   Fetch fetch = following;
-  if constexpr (kPieceBytes<E> > 0)
-    if (w_stride == n && n > kOuterVectors * Vec<E>::kLanes) return outer_tile_pieces(m, p, fetch);
-  outer_tile_groups<E, W, kOuterVectors>(m, p, fetch);
+  if constexpr (kL1BlockBytes<E> > 0)
+    if (w_stride == n && n > kOutputVectors * Vec<E>::kLanes)
+      return gemm_outputs_in_lanes_l1_blocks(m, p, fetch);
+  gemm_outputs_in_lanes_groups<E, W, kOutputVectors>(m, p, fetch);
 }
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
-// At most so many panels ahead c is fetched where it streams by. Into L2: rows a multiple of 4 KB apart share their places in L1.
+// If c is read and written once, it is fetched at most this many panels ahead. Into L2: rows a multiple of 4 KB apart share
+// their places in L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// A row of full tiles along count panels. It is outer_tile, but for fetching c, at each step a row of a tile: all of its rows at once
-// would wait for each other, and a small rank has few steps to hide that. Behind the last panel the rows below follow. The sizes are
-// parameters for tests/inner_loops.py, which reads them in the name.
+// A row of full tiles along count panels. It differs from gemm_outputs_in_lanes in that it fetches c, a row of a tile at each
+// step: all rows at once would wait for each other, and a small rank has few steps to hide that. After the last panel come the
+// rows below. The sizes are template parameters because tests/inner_loops.py reads them in the name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
@@ -404,19 +422,19 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
   for (size_t rows; m > 0; m -= rows, a += rows * depth, c += rows * c_stride) {
     rows = smaller(m, kTileTokens);
     const size_t full = rows == kTileTokens ? n / kPanelColumns : 0;
-    merge_tiles<T, kTileTokens, kOuterVectors>(full, depth, a, panels, c, c_stride, streams);
+    merge_tiles<T, kTileTokens, kOutputVectors>(full, depth, a, panels, c, c_stride, streams);
     for (size_t j = full * kPanelColumns; j < n; j += kPanelColumns) {
       const size_t width = smaller(n - j, kPanelColumns);
-      outer_tile<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j, c_stride, true,
-                       {});
+      gemm_outputs_in_lanes<T, T>(rows, width, depth, {a, depth, 1}, panels + j * depth, width, c + j,
+                                  c_stride, true, Fetch::none());
     }
   }
 }
 
 // ---- transposes into and out of the lanes ----
 
-// xt (cols, n_lanes) = x (rows, cols) transposed; lanes behind rows are zero. So many rows are more than the hardware follows:
-// they are fetched kAhead columns before, at their ends those of the n_lanes rows behind.
+// xt (cols, n_lanes) = x (rows, cols) transposed; lanes without a row are zero. The hardware does not follow this many rows:
+// they are fetched kAhead columns before, and at their ends the next n_lanes rows.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);

@@ -7,8 +7,14 @@ namespace nplora::kernels::NPLORA_ISA {
 
 template <class E>
 constexpr Tiles<E> make_tiles() {
-  return {2 * Vec<E>::kLanes, kTileRows, kTileTokens,  kOuterVectors * Vec<E>::kLanes,
-          kPieceBytes<E>,     1,         lane_tile<E>, outer_tile<E, E>};
+  return {2 * Vec<E>::kLanes,
+          kTileRows,
+          kTileTokens,
+          kOutputVectors * Vec<E>::kLanes,
+          kL1BlockBytes<E>,
+          1,
+          gemm_tokens_in_lanes<E>,
+          gemm_outputs_in_lanes<E, E>};
 }
 
 template <class T>
@@ -19,7 +25,7 @@ constexpr Products<T> make_products() {
 
 template <class W>
 constexpr SmallProducts<W> make_small() {
-  return {dots<W>, outer_tile<Operand<W>, typename StoredOf<W>::Type>};
+  return {dots<W>, gemm_outputs_in_lanes<Operand<W>, typename StoredOf<W>::Type>};
 }
 
 #define NPLORA_DECODE(name, Name) decode<Block##Name>,

@@ -1,8 +1,9 @@
 // The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the contract.
 //
-// Six registers hold sums: two rows of three tiles for outer_tile, three of two for lane_tile. Each step of up to kTileSide pairs
-// brings the tiles of a and b through the other two. A tile takes 8 cycles to be loaded and 16 to be multiplied; six products need
-// seven loads. The pairs of a step are summed by themselves before they are added; subnormals count as zero.
+// Six registers hold sums: two rows of three tiles for gemm_outputs_in_lanes, three of two for gemm_tokens_in_lanes. Each step of
+// up to kTileSide pairs brings the tiles of a and b through the other two. A tile takes 8 cycles to be loaded and 16 to be
+// multiplied; six products need seven loads. The pairs of a step are summed by themselves before they are added; subnormals
+// count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -76,9 +77,9 @@ struct CopiedStep {
   }
 };
 
-// ---- outer_tile: c (m, n) = [c +] a (m, depth) w (depth, n) ----
+// ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-struct OuterPass {
+struct OutputTiles {
   size_t depth;
   Strided<Bf16Pair> a;
   const Bf16Pair* w;
@@ -91,9 +92,9 @@ struct OuterPass {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// So many tiles, the last of rows x columns: set_shapes has been told.
+// kRows x kColumns tiles, the last of rows x columns, as set_shapes was called for.
 template <int kRows, int kColumns>
-inline void outer_pass(size_t rows, size_t columns, OuterPass p) {
+inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto go_on = [&p](size_t steps) {
     p.depth -= steps;
     p.a.data += steps * p.a.step_stride;
@@ -117,40 +118,42 @@ inline void outer_pass(size_t rows, size_t columns, OuterPass p) {
   store_sums<kRows, kColumns>(p.c, p.c_stride);
 }
 
-// All rows of a, with so many tiles of columns.
+// All rows of a, with kColumns tiles of columns.
 template <int kColumns>
-inline void outer_rows(size_t m, size_t columns, OuterPass p) {
+inline void output_rows(size_t m, size_t columns, OutputTiles p) {
   const auto go_on = [&](size_t rows) {
     m -= rows;
     p.a.data += rows * p.a.row_stride;
     p.c += rows * p.c_stride;
   };
   if (m >= kTileSide) set_shapes(kTileSide, columns, p.steps());
-  for (; m >= 2 * kTileSide; go_on(2 * kTileSide)) outer_pass<2, kColumns>(kTileSide, columns, p);
-  for (; m >= kTileSide; go_on(kTileSide)) outer_pass<1, kColumns>(kTileSide, columns, p);
+  for (; m >= 2 * kTileSide; go_on(2 * kTileSide)) output_tiles<2, kColumns>(kTileSide, columns, p);
+  for (; m >= kTileSide; go_on(kTileSide)) output_tiles<1, kColumns>(kTileSide, columns, p);
   if (m == 0) return;
   set_shapes(m, columns, p.steps());
-  outer_pass<1, kColumns>(m, columns, p);
+  output_tiles<1, kColumns>(m, columns, p);
 }
 
-inline void outer_tile(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a, const Bf16Pair* w,
-                       size_t w_stride, float* c, size_t c_stride, bool accumulate, const Fetch&) {
-  OuterPass p{depth, a, w, w_stride, c, c_stride, accumulate};
+inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
+                                  const Bf16Pair* w, size_t w_stride, float* c, size_t c_stride,
+                                  bool accumulate, const Fetch&) {
+  OutputTiles p{depth, a, w, w_stride, c, c_stride, accumulate};
   const size_t full = n / kTileSide, rest = n % kTileSide;
-  if (full == 3) outer_rows<3>(m, kTileSide, p);
-  if (full == 2) outer_rows<2>(m, kTileSide, p);
-  if (full == 1) outer_rows<1>(m, kTileSide, p);
+  if (full == 3) output_rows<3>(m, kTileSide, p);
+  if (full == 2) output_rows<2>(m, kTileSide, p);
+  if (full == 1) output_rows<1>(m, kTileSide, p);
   p.w += full * kTileSide;
   p.c += full * kTileSide;
-  if (rest > 0) outer_rows<1>(m, rest, p);
+  if (rest > 0) output_rows<1>(m, rest, p);
   release_tiles();
 }
 
-// The same where w holds single values: so many of its rows at a time are paired in a copy, which stays in L1.
+// The same if w holds single values: kPairedRows of its rows at a time are paired in a copy, which stays in L1.
 inline constexpr size_t kPairedRows = 256;
 
-inline void paired_outer_tile(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a, const Bf16* w,
-                              size_t w_stride, float* c, size_t c_stride, bool accumulate, const Fetch&) {
+inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
+                                         const Bf16* w, size_t w_stride, float* c, size_t c_stride,
+                                         bool accumulate, const Fetch&) {
   constexpr size_t kLanes = Vec<Bf16>::kLanes;
   alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
   size_t k = 0;
@@ -164,18 +167,18 @@ inline void paired_outer_tile(size_t m, size_t n, size_t depth, const Strided<Bf
         Vec<Bf16Pair>::pair_rows(Vec<Bf16>::load_partial(at, count), second)
             .store(pairs + i / 2 * kPanelColumns + j);
       }
-    outer_tile(m, n, (rows + 1) / 2, {a.data + k / 2 * a.step_stride, a.row_stride, a.step_stride}, pairs,
-               kPanelColumns, c, c_stride, accumulate || k > 0, {});
+    gemm_outputs_in_lanes(m, n, (rows + 1) / 2, {a.data + k / 2 * a.step_stride, a.row_stride, a.step_stride},
+                          pairs, kPanelColumns, c, c_stride, accumulate || k > 0, Fetch::none());
     k += rows;
   } while (k < depth);
 }
 
-// ---- lane_tile: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
+// ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
-// Of a panelled w every third step lies in two panels, half in each: it is copied.
+// If w is in panels, every third step is half in one panel and half in the next: it is copied.
 template <int kRows, int kColumns>
-inline void lane_pass(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
-                      bool accumulate) {
+inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
+                        bool accumulate) {
   constexpr size_t kLanes = kColumns * kTileSide, kPanel = kPanelDepth<Bf16Pair>, kHalf = kTileSide / 2;
   static_assert(kPanel == kTileSide + kHalf);
   const size_t all_rows = (kRows - 1) * kTileSide + rows;
@@ -206,8 +209,8 @@ inline void lane_pass(size_t rows, size_t depth, const Panels<Bf16Pair>& w, cons
 }
 
 template <int kColumns>
-inline void lane_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16Pair* xt, float* yt,
-                      bool accumulate) {
+inline void token_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16Pair* xt, float* yt,
+                       bool accumulate) {
   const auto go_on = [&](size_t done) {
     rows -= done;
     w.data += done * w.row_stride;
@@ -215,17 +218,18 @@ inline void lane_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16P
   };
   if (rows >= kTileSide) set_shapes(kTileSide, kTileSide, kTileSide);
   for (; rows >= 3 * kTileSide; go_on(3 * kTileSide))
-    lane_pass<3, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
-  for (; rows >= kTileSide; go_on(kTileSide)) lane_pass<1, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
+    token_tiles<3, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
+  for (; rows >= kTileSide; go_on(kTileSide))
+    token_tiles<1, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
   if (rows == 0) return;
   set_shapes(rows, kTileSide, kTileSide);
-  lane_pass<1, kColumns>(rows, depth, w, xt, yt, accumulate);
+  token_tiles<1, kColumns>(rows, depth, w, xt, yt, accumulate);
 }
 
-inline void lane_tile(size_t n_lanes, size_t rows, size_t depth, const Panels<Bf16Pair>& w,
-                      const Bf16Pair* xt, float* yt, bool accumulate) {
-  n_lanes == kTileSide ? lane_rows<1>(rows, depth, w, xt, yt, accumulate)
-                       : lane_rows<2>(rows, depth, w, xt, yt, accumulate);
+inline void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panels<Bf16Pair>& w,
+                                 const Bf16Pair* xt, float* yt, bool accumulate) {
+  n_lanes == kTileSide ? token_rows<1>(rows, depth, w, xt, yt, accumulate)
+                       : token_rows<2>(rows, depth, w, xt, yt, accumulate);
   release_tiles();
 }
 

@@ -47,8 +47,9 @@ void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, cons
                size_t stride) {
   const size_t width = round_up(ceil_div(dim, ceil_div(dim, kernels::kPanelColumns)), 16);
   for (size_t j = 0; j < dim; j += width)
-    kernels::table().f32.outer_tile(keys, std::min(width, dim - j), lanes, {weights, kTileLanes, 1}, rows + j,
-                                    dim, sums + j, stride, true, {});
+    kernels::table().f32.gemm_outputs_in_lanes(keys, std::min(width, dim - j), lanes,
+                                               {weights, kTileLanes, 1}, rows + j, dim, sums + j, stride,
+                                               true, kernels::Fetch::none());
 }
 
 // The tile's part of delta, which is computed where `first`.

@@ -122,15 +122,16 @@ void for_key_tiles(Span keys, const Body& body) {
 
 // scores (keys, kTileLanes) = k (keys, head_dim) times the queries in the lanes (head_dim, kTileLanes).
 inline void score(size_t lanes, Matrix<const float> k, const float* queries, float* scores) {
-  kernels::table().f32.outer_tile(k.rows, lanes, k.cols, {k.data, k.stride, 1}, queries, kTileLanes, scores,
-                                  kTileLanes, false, {});
+  kernels::table().f32.gemm_outputs_in_lanes(k.rows, lanes, k.cols, {k.data, k.stride, 1}, queries,
+                                             kTileLanes, scores, kTileLanes, false, kernels::Fetch::none());
 }
 
 // sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, keys) weights (keys, kTileLanes).
 inline void add_weighted(size_t lanes, Matrix<const float> v, const float* weights, float* sums,
                          bool accumulate) {
-  kernels::table().f32.outer_tile(v.cols, lanes, v.rows, {v.data, 1, v.stride}, weights, kTileLanes, sums,
-                                  kTileLanes, accumulate, {});
+  kernels::table().f32.gemm_outputs_in_lanes(v.cols, lanes, v.rows, {v.data, 1, v.stride}, weights,
+                                             kTileLanes, sums, kTileLanes, accumulate,
+                                             kernels::Fetch::none());
 }
 
 }  // namespace nplora

@@ -1,4 +1,4 @@
-// Activations and factors in the elements that the products compute in: as they are, or as pairs of bfloat16.
+// Activations and factors in the elements that the products compute in: unchanged, or as pairs of bfloat16.
 #pragma once
 
 #include <cstddef>
@@ -10,17 +10,17 @@
 
 namespace nplora {
 
-// The elements of E that n steps of a depth fill.
+// The elements E that n values along the depth fill.
 template <class E>
 size_t depth_of(size_t n) {
-  return ceil_div(n, kernels::kSteps<E>);
+  return ceil_div(n, kernels::kValuesPerElement<E>);
 }
 
 // xt (depth, n_lanes) = x (rows, cols) transposed.
 template <class E>
 void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   const auto& k = kernels::table().products<kernels::Sum<E>>();
-  if constexpr (kernels::kSteps<E> == 1) {
+  if constexpr (kernels::kValuesPerElement<E> == 1) {
     k.to_lanes(n_lanes, x.rows, x.cols, x.data, x.stride, xt);
   } else {
     float* chunk = scratch<float>(Scratch::kPairing, kernels::kPanelColumns * n_lanes);
@@ -32,8 +32,8 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   }
 }
 
-// Row-major m (rows, cols) in elements E, each row `depth` elements behind the one before; pairs run along the rows, an odd end
-// is paired with zero.
+// Row-major m (rows, cols) in elements E, with `depth` elements from one row to the next; pairs run along the rows, and an odd
+// last value is paired with zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {
   for (size_t i = 0; i < m.rows; ++i) {
@@ -43,10 +43,10 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// The same where floats need no conversion: m as it is, or in `out`.
+// The same, but floats need no conversion: m itself, or `out`.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
-  if constexpr (kernels::kSteps<E> == 1) {
+  if constexpr (kernels::kValuesPerElement<E> == 1) {
     return {m.data, m.stride, 1};
   } else {
     elements_of<E>(m, out, depth_of<E>(m.cols));
@@ -54,10 +54,11 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Row-major m (rows, cols) in elements E whose pairs run down the columns: (depth_of(rows), cols), in `out`. Floats are m as it is.
+// Row-major m (rows, cols) in elements E whose pairs run down the columns: (depth_of(rows), cols), in `out`. For floats it is m
+// itself.
 template <class E>
-Matrix<const E> steps_of(Matrix<const kernels::Sum<E>> m, E* out) {
-  if constexpr (kernels::kSteps<E> == 1) {
+Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
+  if constexpr (kernels::kValuesPerElement<E> == 1) {
     return m;
   } else {
     kernels::table().convert.pair_rows(m.rows, m.cols, m.data, m.stride, out);

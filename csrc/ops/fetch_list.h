@@ -18,7 +18,7 @@ class FetchList {
   // The next of so many shares that are left: most of it in one piece, and the rest, where the first memory ends within it.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
-    std::array<kernels::Fetch, 2> taken{take(left_[0], n), {}};
+    std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};
     taken[1] = take(left_[1], n - taken[0].lines);
     if (taken[0].lines < taken[1].lines) std::swap(taken[0], taken[1]);
     return taken;
@@ -26,7 +26,7 @@ class FetchList {
 
  private:
   static kernels::Fetch take(kernels::Fetch& from, size_t lines) {
-    const kernels::Fetch taken{from.at, std::min(lines, from.lines)};
+    const auto taken = kernels::Fetch::memory(from.at, std::min(lines, from.lines));
     from.at += taken.lines * kCacheLine;
     from.lines -= taken.lines;
     return taken;

@@ -1,10 +1,10 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]: picks the way.
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]: chooses how to compute it.
 #include "ops/forward.h"
 
 #include <type_traits>
 
 #include "base/parallel.h"
-#include "ops/plan.h"
+#include "ops/kernel_plan.h"
 
 namespace nplora {
 
@@ -21,7 +21,7 @@ SmallElement small_element(const WeightView& w, size_t tokens) {
   return w.storage == Storage::kBfloat16 ? SmallElement::kBf16 : SmallElement::kOwn;
 }
 
-// Neighbours that read W alike go together.
+// Neighbours that read W alike are computed together.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -53,7 +53,8 @@ void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
     outputs += part.w.d_out;
     decoded &= is_blocks(part.w.storage);
   }
-  forward_path(x.rows, outputs, x.cols, sizeof(E) / kernels::kSteps<E>, decoded) == ForwardPath::kLanes
+  forward_path(x.rows, outputs, x.cols, sizeof(E) / kernels::kValuesPerElement<E>, decoded) ==
+          ForwardPath::kLanes
       ? forward_lanes<E>(parts, x, threads)
       : forward_rows<E>(parts, x, threads);
 }

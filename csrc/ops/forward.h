@@ -1,4 +1,4 @@
-// The three ways to compute the forward pass, which one is taken where (plan.h), and what they share.
+// The three ways to compute the forward pass, between which kernel_plan.h chooses, and what they share.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace nplora {
 
-// Up to small_batch rows. W is read once, as elements W in the order it lies in, and nothing is transposed.
+// Up to small_batch rows. W is read once, as elements W in the order of memory, and nothing is transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
@@ -20,7 +20,7 @@ template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// Outputs in the SIMD lanes: blocks of W are transposed, and may have the update folded in.
+// Outputs in the SIMD lanes: blocks of W are transposed, and the update may be merged into them on the fly.
 template <class E>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads);
@@ -61,7 +61,7 @@ class StackRows {
     return sum;
   }
 
-  // Calls body(PartRows) for the pieces of a range of blocks.
+  // Calls body(PartRows) for the rows of each part in a range of blocks.
   template <class Body>
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;

@@ -9,7 +9,7 @@ namespace nplora {
 
 using kernels::Bf16Pair;
 using kernels::kPanelColumns;
-using kernels::kSteps;
+using kernels::kValuesPerElement;
 using kernels::Panels;
 using kernels::Products;
 using kernels::Strided;
@@ -18,8 +18,8 @@ using kernels::Tiles;
 
 namespace {
 
-// Tokens in the SIMD lanes, computed in elements E. First x is brought into the lanes and z is computed, for as many tokens as
-// a pass takes; then the rows of W go over all of them. The update z Aᵀ is added in the type of the sums.
+// Tokens in the SIMD lanes, computed in elements E. First x is brought into the lanes and z is computed, for a block of tokens;
+// then the rows of W are multiplied with all of them. The update z Aᵀ is added in the type of the sums.
 template <class E>
 class LanesForward {
  public:
@@ -36,20 +36,20 @@ class LanesForward {
   }
 
   void run(size_t threads) {
-    pass_ =
-        std::min(tokens_of_pass(x_.rows, x_.cols, sizeof(E) / kSteps<E>), kTokenBlock * ceil_div(threads, 2));
+    block_tokens_ = std::min(tokens_of_block(x_.rows, x_.cols, sizeof(E) / kValuesPerElement<E>),
+                             kTaskTokens * ceil_div(threads, 2));
     reserve();
     const StackRows<T> rows(parts_);
-    for (size_t first = 0; first < x_.rows; first += pass_) {
-      const Range pass{first, std::min(pass_, x_.rows - first)};
-      const size_t blocks = ceil_div(pass.count, lanes_);
+    for (size_t first = 0; first < x_.rows; first += block_tokens_) {
+      const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
+      const size_t blocks = ceil_div(token_block.count, lanes_);
       for_pieces(blocks, 1, threads, [&](Range mine) {
-        for (size_t b = 0; b < mine.count; ++b) prepare(pass, mine.first + b);
+        for (size_t b = 0; b < mine.count; ++b) prepare(token_block, mine.first + b);
       });
-      const Grid grid({blocks, 1, kTokenBlock / lanes_}, {rows.blocks(), 1, rows.blocks()},
-                      flops_of(parts_, pass.count), threads);
+      const Grid grid({blocks, 1, kTaskTokens / lanes_}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, token_block.count), threads);
       parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
-        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(pass, grid.tokens(i), piece); });
+        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(token_block, grid.tokens(i), piece); });
       });
     }
   }
@@ -58,36 +58,36 @@ class LanesForward {
   struct Update {
     const ForwardPart<T>& part;
     Strided<E> b;  // in elements E
-    T* zt;         // of a pass, (blocks, r, lanes)
+    T* zt;         // of a token block, (blocks, r, lanes)
   };
 
   void reserve() {
     size_t ranks = 0;
     for (const Update& update : updates_) ranks += update.part.low.rank();
-    xt_ = scratch<E>(Scratch::kLanes, pass_ * depth_);
-    T* zt = scratch<T>(Scratch::kLowLanes, pass_ * ranks);
-    E* b = kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, ranks * depth_);
+    xt_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
+    T* zt = scratch<T>(Scratch::kLowLanes, block_tokens_ * ranks);
+    E* b = kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, ranks * depth_);
     for (Update& update : updates_) {
       const size_t rank = update.part.low.rank();
       if (rank == 0) continue;
       update.zt = zt;
       update.b = elements_or_self<E>(update.part.low.b, b);
-      zt += pass_ * rank;
-      b += kSteps<E> == 1 ? 0 : rank * depth_;
+      zt += block_tokens_ * rank;
+      b += kValuesPerElement<E> == 1 ? 0 : rank * depth_;
     }
   }
 
-  // The lanes of so many tokens: half of them where that is enough, as for the last block of most batches.
+  // The lanes that this many tokens take: half of all if that is enough, as for the last block of most batches.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
-  Range lane_block(Range pass, size_t b) const {
-    const Range block = nth_block(pass.count, lanes_, b);
-    return {pass.first + block.first, block.count};
+  Range lane_block(Range token_block, size_t b) const {
+    const Range block = nth_block(token_block.count, lanes_, b);
+    return {token_block.first + block.first, block.count};
   }
 
   // xt and, of all parts, zt and z for one block of tokens.
-  void prepare(Range pass, size_t b) const {
-    const Range tokens = lane_block(pass, b);
+  void prepare(Range token_block, size_t b) const {
+    const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
     lanes_of<E>(width(tokens.count), rows_of(x_, tokens), lanes);
     for (const Update& update : updates_)
@@ -104,28 +104,29 @@ class LanesForward {
       xt = dropped_xt;
     }
     T* zt = update.zt + b * rank * lanes_;
-    tiles_.lane_tile(lanes, rank, depth_, {update.b.data, update.b.row_stride, kPanelColumns / kSteps<E>}, xt,
-                     zt, false);
+    tiles_.gemm_tokens_in_lanes(lanes, rank, depth_,
+                                {update.b.data, update.b.row_stride, kPanelColumns / kValuesPerElement<E>},
+                                xt, zt, false);
     if (part.z.data)
       k_.from_lanes(lanes, tokens.count, rank, zt, nullptr, part.z.row(tokens.first), part.z.stride);
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // y of some rows of a part, for a range of the lane blocks of a pass.
-  void multiply(Range pass, Range blocks, PartRows piece) const {
+  // y of some rows of a part, for a range of the lane blocks of a token block.
+  void multiply(Range token_block, Range blocks, PartRows piece) const {
     const Update& update = updates_[piece.part];
     const ForwardPart<T>& part = update.part;
     const size_t rank = part.low.rank();
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
       const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};
-      frozen(part, pass, rows, blocks, yt, [&](size_t b, T* out) {
-        const Range tokens = lane_block(pass, b);
+      frozen(part, token_block, rows, blocks, yt, [&](size_t b, T* out) {
+        const Range tokens = lane_block(token_block, b);
         const size_t lanes = width(tokens.count);
         if (rank)
-          k_.lane_tile(lanes, rows.count, rank,
-                       {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
-                       update.zt + b * rank * lanes_, out, true);
+          k_.gemm_tokens_in_lanes(lanes, rows.count, rank,
+                                  {part.low.a.row(rows.first), part.low.a.stride, kPanelColumns},
+                                  update.zt + b * rank * lanes_, out, true);
         k_.from_lanes(lanes, tokens.count, rows.count, out, bias_at(part, rows.first),
                       part.y.row(tokens.first) + rows.first, part.y.stride);
       });
@@ -134,12 +135,13 @@ class LanesForward {
 
   // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when that is done but still in L1.
   template <class After>
-  void frozen(const ForwardPart<T>& part, Range pass, Range rows, Range blocks, T* yt,
+  void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // Pairs are cut at multiples of kDepthCut only: a full panel that is left goes with the narrower one behind it, if there is one.
-    const size_t full = kSteps<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
+    // Pairs are cut at multiples of kDepthCut only: a full panel that is left is taken together with the narrower one after it,
+    // if there is one.
+    const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
     do {  // once without columns, too: yt is set to zero
@@ -147,9 +149,9 @@ class LanesForward {
       const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {
         T* out = yt + b * kRowBlock * lanes_;
-        const size_t lanes = width(lane_block(pass, blocks.first + b).count);
-        const E* xt = xt_ + (blocks.first + b) * depth_ * lanes_ + col / kSteps<E> * lanes;
-        tiles_.lane_tile(lanes, rows.count, depth_of<E>(cols), panels, xt, out, col > 0);
+        const size_t lanes = width(lane_block(token_block, blocks.first + b).count);
+        const E* xt = xt_ + (blocks.first + b) * depth_ * lanes_ + col / kValuesPerElement<E> * lanes;
+        tiles_.gemm_tokens_in_lanes(lanes, rows.count, depth_of<E>(cols), panels, xt, out, col > 0);
         if (col + cols == w.d_in) after(blocks.first + b, out);
       }
       col += cols;
@@ -161,7 +163,7 @@ class LanesForward {
   const Products<T>& k_;
   const Tiles<E>& tiles_;
   const size_t lanes_, depth_;
-  size_t pass_ = 0;
+  size_t block_tokens_ = 0;
   std::vector<Update> updates_;
   E* xt_ = nullptr;
 };

@@ -5,21 +5,21 @@
 #include "base/parallel.h"
 #include "ops/elements.h"
 #include "ops/forward.h"
+#include "ops/kernel_plan.h"
 #include "ops/outer.h"
-#include "ops/plan.h"
 
 namespace nplora {
 
 using kernels::Bf16Pair;
 using kernels::kPanelColumns;
-using kernels::kSteps;
+using kernels::kValuesPerElement;
 using kernels::Panels;
 using kernels::Strided;
 using kernels::Sum;
 
 namespace {
 
-// A block of Wᵀ is made once for all tokens of a task, and the update may be folded in.
+// A block of Wᵀ is made once for all tokens of a task, and the update may be merged into it on the fly.
 template <class E>
 class RowsForward {
  public:
@@ -27,55 +27,56 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // they stay where they are
+    joined_.reserve(parts.size());  // pointers to them stay valid
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{x.rows,
                              part.w.d_out,
                              x.cols,
                              part.low.rank(),
-                             sizeof(E) / kSteps<E>,
+                             sizeof(E) / kValuesPerElement<E>,
                              part.low.dropout > 0,
                              is_blocks(part.w.storage)};
-      const Update update = forward_update(shape, keep_z);
-      const bool projects = part.low.rank() && (keep_z || update == Update::kSteps);
+      const Update update = plan_forward(shape, keep_z).update;
+      const bool projects = part.low.rank() && (keep_z || update == Update::kSeparate);
       updates_.push_back({part, update, projects ? join(part.low) : nullptr});
     }
   }
 
   void run(size_t threads) {
-    pass_ = tokens_of_block(x_.rows, x_.cols, sizeof(E) / kSteps<E>);
+    block_tokens_ = tokens_of_l3_block(x_.rows, x_.cols, sizeof(E) / kValuesPerElement<E>);
     reserve();
     const StackRows<T> rows(parts_);
-    for (size_t first = 0; first < x_.rows; first += pass_) {
-      const Range pass{first, std::min(pass_, x_.rows - first)};
-      if (!joined_.empty() || kSteps<E> > 1)
-        for_pieces(pass.count, kPassUnit, threads, [&](Range some) { prepare(pass, some); });
-      const Grid grid({pass.count, kPassUnit, pass.count}, {rows.blocks(), 1, rows.blocks()},
-                      flops_of(parts_, pass.count), threads);
+    for (size_t first = 0; first < x_.rows; first += block_tokens_) {
+      const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
+      if (!joined_.empty() || kValuesPerElement<E> > 1)
+        for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) { prepare(token_block, some); });
+      const Grid grid({token_block.count, kTokenUnit, token_block.count}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, token_block.count), threads);
       parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
-        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(pass, grid.tokens(i), piece); });
+        rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(token_block, grid.tokens(i), piece); });
       });
     }
   }
 
  private:
-  // Parts whose z are columns of one product, which reads x once. Those with dropout stand alone: each drops other elements of x.
+  // Parts whose z are columns of one product, which reads x once. Each part with dropout has a product of its own, because it
+  // drops other elements of x.
   struct Joined {
     const LowRank<T>* dropped = nullptr;  // the part that drops elements
     size_t rank = 0;                      // of all parts
     E* b = nullptr;                       // their Bᵀ side by side, (depth, rank)
-    T* z = nullptr;                       // of a pass, (n, rank)
+    T* z = nullptr;                       // of a token block, (n, rank)
   };
 
   struct PartUpdate {
     const ForwardPart<T>& part;
     Update update;
-    Joined* joined;             // null where nobody wants z
+    Joined* joined;             // null if z is not needed
     size_t column = 0;          // of the joined z, the part's first
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
-    Matrix<const E> a_steps{};  // the same in elements E
-    E* z_elements = nullptr;    // the part's z of a pass, where E is not its type
+    Matrix<const E> a_pairs{};  // the same in elements E
+    E* z_elements = nullptr;    // the part's z of a token block in elements E, if E is another type
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -92,21 +93,21 @@ class RowsForward {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
     divide_scratch<T, E>(Scratch::kLowGradients, Scratch::kLowLanes,
-                         [this](Pieces<T>& t, Pieces<E>& e) { divide(t, e); });
-    if constexpr (kSteps<E> > 1) x_elements_ = scratch<E>(Scratch::kLanes, pass_ * depth_);
+                         [this](Arena<T>& t, Arena<E>& e) { divide(t, e); });
+    if constexpr (kValuesPerElement<E> > 1) x_elements_ = scratch<E>(Scratch::kLanes, block_tokens_ * depth_);
     for (PartUpdate& u : updates_)
       if (u.rank()) bring(u);
   }
-  void divide(Pieces<T>& t, Pieces<E>& e) {
+  void divide(Arena<T>& t, Arena<E>& e) {
     for (Joined& each : joined_) {
-      each.z = t.take(pass_ * each.rank);
+      each.z = t.take(block_tokens_ * each.rank);
       each.b = e.take(depth_ * each.rank);
     }
     for (PartUpdate& u : updates_) {
       u.a = t.take(u.rank() * u.part.w.d_out);
-      if (kSteps<E> == 1 || !u.joined) continue;
-      u.z_elements = e.take(pass_ * depth_of<E>(u.rank()));
-      u.a_steps.data = e.take(depth_of<E>(u.rank()) * u.part.w.d_out);
+      if (kValuesPerElement<E> == 1 || !u.joined) continue;
+      u.z_elements = e.take(block_tokens_ * depth_of<E>(u.rank()));
+      u.a_pairs.data = e.take(depth_of<E>(u.rank()) * u.part.w.d_out);
     }
   }
   void bring(PartUpdate& u) const {
@@ -115,53 +116,54 @@ class RowsForward {
     transpose(low.a, u.a, d_out);
     for (size_t i = 0; i < rank * d_out; ++i) u.a[i] *= T(low.scale);
     if (!u.joined) return;
-    u.a_steps = steps_of<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_steps.data));
-    const Strided<E> b =
-        elements_or_self<E>(low.b, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
+    u.a_pairs = pairs_down_columns<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_pairs.data));
+    const Strided<E> b = elements_or_self<E>(
+        low.b, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
     // Pairs are moved as floats are.
     transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // z, and x in elements E, of some tokens of a pass: a few at a time, which are in L2 when they are projected.
-  void prepare(Range pass, Range some) const {
-    for (size_t i = 0; i < some.count; i += kPassUnit) {
-      const Range few{some.first + i, std::min(kPassUnit, some.count - i)};
-      if constexpr (kSteps<E> > 1)
-        elements_of<E>(rows_of(x_, {pass.first + few.first, few.count}), x_elements_ + few.first * depth_,
-                       depth_);
-      for (const Joined& each : joined_) project(each, pass, few);
+  // z, and x in elements E, of some tokens of a token block: a few at a time, which are in L2 when they are projected.
+  void prepare(Range token_block, Range some) const {
+    for (size_t i = 0; i < some.count; i += kTokenUnit) {
+      const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
+      if constexpr (kValuesPerElement<E> > 1)
+        elements_of<E>(rows_of(x_, {token_block.first + few.first, few.count}),
+                       x_elements_ + few.first * depth_, depth_);
+      for (const Joined& each : joined_) project(each, token_block, few);
       for (const PartUpdate& u : updates_)
-        if (u.joined) keep(u, pass, few);
+        if (u.joined) keep(u, token_block, few);
     }
   }
 
-  // z of a few tokens of a pass.
-  void project(const Joined& all, Range pass, Range few) const {
-    const Range tokens{pass.first + few.first, few.count};
+  // z of a few tokens of a token block.
+  void project(const Joined& all, Range token_block, Range few) const {
+    const Range tokens{token_block.first + few.first, few.count};
     const Strided<E> x =
-        all.dropped ? elements_or_self<E>(
-                          dropped(*all.dropped, x_, tokens),
-                          kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
-                    : elements(pass, few.first);
+        all.dropped ? elements_or_self<E>(dropped(*all.dropped, x_, tokens),
+                                          kValuesPerElement<E> == 1
+                                              ? nullptr
+                                              : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
+                    : elements(token_block, few.first);
     add_product<E>(few.count, all.rank, depth_, x, all.b, all.rank, all.z + few.first * all.rank, all.rank,
                    false, rows_behind(x_, tokens));
   }
 
-  // Copies a part's z of a few tokens of a pass to the caller, and into elements E for the update.
-  void keep(const PartUpdate& u, Range pass, Range few) const {
+  // Copies a part's z of a few tokens to the caller, and into elements E for the update.
+  void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
-    if constexpr (kSteps<E> > 1)
+    if constexpr (kValuesPerElement<E> > 1)
       elements_of<E>(z, u.z_elements + few.first * depth_of<E>(z.cols), depth_of<E>(z.cols));
     if (u.part.z.data)
       for (size_t i = 0; i < few.count; ++i)
-        std::copy_n(z.row(i), z.cols, u.part.z.row(pass.first + few.first + i));
+        std::copy_n(z.row(i), z.cols, u.part.z.row(token_block.first + few.first + i));
   }
 
-  Strided<E> elements(Range pass, size_t first) const {
-    if constexpr (kSteps<E> == 1)
-      return {x_.row(pass.first + first), x_.stride, 1};
+  Strided<E> elements(Range token_block, size_t first) const {
+    if constexpr (kValuesPerElement<E> == 1)
+      return {x_.row(token_block.first + first), x_.stride, 1};
     else
       return {x_elements_ + first * depth_, depth_, 1};
   }
@@ -169,15 +171,15 @@ class RowsForward {
   // z of the tokens from `first` on, in elements E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
     const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
-    if constexpr (kSteps<E> == 1)
+    if constexpr (kValuesPerElement<E> == 1)
       return {u.joined->z + first * stride + u.column, stride, 1};
     else
       return {u.z_elements + first * depth, depth, 1};
   }
 
-  // y of some rows of a part, for some tokens of a pass. The blocks of a few panels are made at a time, so that x is brought into L2
-  // once for all of them.
-  void multiply(Range pass, Range some, PartRows piece) const {
+  // y of some rows of a part, for some tokens of a token block. The blocks of a few panels are made at a time, so that x is
+  // brought into L2 once for all of them.
+  void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
     const size_t most =
@@ -193,7 +195,7 @@ class RowsForward {
         for (size_t i = 0; i < some.count; i += kFewTokens) {
           const Range few{some.first + i, std::min(kFewTokens, some.count - i)};
           for_panels_of(rows, [&](size_t p, Range panel) {
-            multiply(u, pass, few, panel, cols, blocks + p * block_size);
+            multiply(u, token_block, few, panel, cols, blocks + p * block_size);
           });
         }
         col += cols.count;
@@ -210,13 +212,15 @@ class RowsForward {
     }
   }
 
-  // y (few, rows) = [y +] x[:, cols] block, and the update behind the last columns.
-  void multiply(const PartUpdate& u, Range pass, Range few, Range rows, Range cols, const E* block) const {
-    const Strided<E> x = elements(pass, few.first);
-    T* y = u.part.y.row(pass.first + few.first) + rows.first;
-    outer_tile<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
-                       {x.data + cols.first / kSteps<E>, x.row_stride, 1}, block, kPanelColumns, y,
-                       u.part.y.stride, cols.first > 0, kernels::kFetchRowsAhead);
+  // y (few, rows) = [y +] x[:, cols] block, and after the last columns the update.
+  void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
+                const E* block) const {
+    const Strided<E> x = elements(token_block, few.first);
+    T* y = u.part.y.row(token_block.first + few.first) + rows.first;
+    gemm_outputs_in_lanes<E, E>()(few.count, rows.count, depth_of<E>(cols.count),
+                                  {x.data + cols.first / kValuesPerElement<E>, x.row_stride, 1}, block,
+                                  kPanelColumns, y, u.part.y.stride, cols.first > 0,
+                                  kernels::Fetch::rows_ahead());
     if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
   }
 
@@ -224,20 +228,20 @@ class RowsForward {
   void add_update(const PartUpdate& u, Range few, Range rows, T* y) const {
     const ForwardPart<T>& part = u.part;
     const size_t rank = part.low.rank();
-    if (u.update == Update::kSteps)
+    if (u.update == Update::kSeparate)
       add_product<E>(few.count, rows.count, depth_of<E>(rank), z_of(u, few.first),
-                     u.a_steps.data + rows.first, u.a_steps.stride, y, part.y.stride, true);
+                     u.a_pairs.data + rows.first, u.a_pairs.stride, y, part.y.stride, true);
     static constexpr T kOne = 1;
     if (part.bias)
       add_product<T>(few.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
                      true);
   }
 
-  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, with the update folded in where it is to be.
+  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, and the update if it is merged on the fly.
   void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
-    // What is read as it lies need not be cut.
+    // What is read in place need not be cut.
     const size_t most = is_blocks(w.storage)          ? kDecodedColumns
                         : !w.packed && in_place<E>(w) ? std::max<size_t>(1, cols.count)
                                                       : kPanelColumns;
@@ -245,22 +249,23 @@ class RowsForward {
     for (size_t c = 0; c < cols.count; c += most) {
       const size_t width = std::min(most, cols.count - c);
       const Panels<E> panel = row_block(w, rows, {cols.first + c, width}, false, decoded);
-      E* out = block + c / kSteps<E> * kPanelColumns;
+      E* out = block + c / kValuesPerElement<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
                  panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats are
     }
-    if constexpr (kSteps<E> == 1)
-      if (u.update == Update::kFolded) {
+    if constexpr (kValuesPerElement<E> == 1)
+      if (u.update == Update::kMergedOnTheFly) {
         const LowRank<T>& low = u.part.low;
-        outer_tile<E, E>()(cols.count, rows.count, low.rank(), {low.b.data + cols.first, 1, low.b.stride},
-                           u.a + rows.first, u.part.w.d_out, block, kPanelColumns, true, {});
+        gemm_outputs_in_lanes<E, E>()(cols.count, rows.count, low.rank(),
+                                      {low.b.data + cols.first, 1, low.b.stride}, u.a + rows.first,
+                                      u.part.w.d_out, block, kPanelColumns, true, kernels::Fetch::none());
       }
   }
 
   const std::span<const ForwardPart<T>> parts_;
   const Matrix<const T> x_;
   const size_t depth_;
-  size_t pass_ = 0;
+  size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
   E* x_elements_ = nullptr;

@@ -15,7 +15,7 @@ using kernels::Bf16;
 using kernels::Bf16Pair;
 using kernels::Fetch;
 using kernels::kPanelColumns;
-using kernels::kSteps;
+using kernels::kValuesPerElement;
 using kernels::Operand;
 using kernels::Products;
 using kernels::Strided;
@@ -23,26 +23,26 @@ using kernels::Sum;
 
 namespace {
 
-// x, and the lanes that it is brought into once for all parts of a stack.
+// x, and how it is interleaved once for all parts of a stack.
 template <class T>
 struct SmallBatch {
   Matrix<const T> x;
   const Products<T>& k = kernels::table().products<T>();
-  size_t lanes = k.lanes / 2, phases = kernels::small_phases(x.rows, lanes);
+  size_t lanes = k.lanes / 2, interleave_factor = kernels::interleave_factor(x.rows, lanes);
 
   // Room for rows of so many columns.
   template <class E>
   size_t size(size_t cols) const {
-    return lanes * ceil_div(depth_of<E>(cols), phases);
+    return lanes * ceil_div(depth_of<E>(cols), interleave_factor);
   }
 
-  // out = m by token and phase, in elements E. Pairs are moved as floats are.
+  // out = m interleaved, in elements E. Pairs are moved as floats are.
   template <class E>
   const E* interleave(Matrix<const T> m, E* out) const {
     const size_t depth = depth_of<E>(m.cols);
-    const Strided<E> rows =
-        elements_or_self<E>(m, kSteps<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
-    k.interleave(m.rows, phases, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
+    const Strided<E> rows = elements_or_self<E>(
+        m, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kPairing, m.rows * depth));
+    k.interleave(m.rows, interleave_factor, depth, reinterpret_cast<const T*>(rows.data), rows.row_stride,
                  reinterpret_cast<T*>(out));
     return out;
   }
@@ -50,24 +50,23 @@ struct SmallBatch {
 
 // x in int8.
 kernels::Int8Rows quantized(Matrix<const float> x) {
-  const size_t strips = x.cols / kStrip;
+  const size_t sub_blocks = x.cols / kSubBlock;
   auto* codes = scratch<int8_t>(Scratch::kCodes, x.rows * x.cols);
-  float* scales = scratch<float>(Scratch::kCodeScales, 4 * x.rows * strips);
-  float *sums = scales + x.rows * strips, *half_sums = sums + x.rows * strips;
+  float* scales = scratch<float>(Scratch::kCodeScales, 4 * x.rows * sub_blocks);
+  float *sums = scales + x.rows * sub_blocks, *half_sums = sums + x.rows * sub_blocks;
   for (size_t t = 0; t < x.rows; ++t)
-    kernels::table().int8.quantize(x.cols, x.row(t), codes + t * x.cols, scales + t * strips,
-                                   sums + t * strips, half_sums + t * 2 * strips);
+    kernels::table().int8.quantize(x.cols, x.row(t), codes + t * x.cols, scales + t * sub_blocks,
+                                   sums + t * sub_blocks, half_sums + t * 2 * sub_blocks);
   return {codes, scales, sums, half_sums};
 }
 
-// What the update of rows of W reads of the factors: their A, and a share of B, which may be another worker's to read.
+// The memory of the factors that the update of rows of W reads: their A, and a share of B, which another worker may read.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
-  if (low.rank() == 0 || rows.count == 0) return {{}, {}};
+  if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
   constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
   const auto lines = [&](const T* from, size_t n) {
-    return Fetch{reinterpret_cast<const char*>(from),
-                 ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine)};
+    return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
   };
   const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
   return {lines(low.b.data + first, size * (rows.first + rows.count) / low.a.rows - first),
@@ -79,8 +78,8 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// A part. W is read once, as elements W: panel after panel, while the partial sums of its rows stay in cache, or as it lies. The update
-// comes behind, when its factors have arrived; it is computed in the type of the sums.
+// A part. W is read once, as elements W: panel after panel, while the partial sums of its rows stay in cache, or in place. The
+// update comes last, when its factors have arrived; it is computed in the type of the sums.
 template <class W>
 class SmallForward {
  public:
@@ -94,7 +93,7 @@ class SmallForward {
         x_(batch.x),
         k_(batch.k),
         lanes_(batch.lanes),
-        phases_(batch.phases),
+        interleave_factor_(batch.interleave_factor),
         rank_(part.low.rank()),
         xs_(xs),
         codes_(codes),
@@ -102,7 +101,7 @@ class SmallForward {
 
   size_t rank() const { return rank_; }
 
-  // y[:, rows] = x Wᵀ [+ bias]. What the update reads of the factors is asked for meanwhile.
+  // y[:, rows] = x Wᵀ [+ bias]. The factors that the update reads are fetched meanwhile.
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -118,8 +117,8 @@ class SmallForward {
     for (const Fetch& some : factors(part_.low, rows).share(1)) fetch(some);
     T* sums = scratch<T>(Scratch::kSums, rows.count * lanes_);
     frozen(rows, sums);
-    k_.sum_parts(x_.rows, phases_, rows.count, sums, bias_at(part_, rows.first), part_.y.data + rows.first,
-                 part_.y.stride);
+    k_.sum_parts(x_.rows, interleave_factor_, rows.count, sums, bias_at(part_, rows.first),
+                 part_.y.data + rows.first, part_.y.stride);
   }
 
   // z[:, ranks] = scale * drop(x) B[ranks]ᵀ; the caller's z, where it is wanted, is without the scale.
@@ -131,11 +130,12 @@ class SmallForward {
           batch_.template interleave<X>(dropped(part_.low, x_, {0, n}),
                                         scratch<X>(Scratch::kDroppedLanes, batch_.template size<X>(x_.cols)));
     const Strided<X> b = elements_or_self<X>(
-        rows_of(part_.low.b, ranks),
-        kSteps<X> == 1 ? nullptr : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
+        rows_of(part_.low.b, ranks), kValuesPerElement<X> == 1
+                                         ? nullptr
+                                         : scratch<X>(Scratch::kFactor, ranks.count * depth_of<X>(x_.cols)));
     T* sums = scratch<T>(Scratch::kSums, ranks.count * lanes_);
     dots<X>(b, {0, ranks.count}, depth_of<X>(x_.cols), xs, sums);
-    k_.sum_parts(n, phases_, ranks.count, sums, nullptr, z_ + ranks.first, rank_);
+    k_.sum_parts(n, interleave_factor_, ranks.count, sums, nullptr, z_ + ranks.first, rank_);
     for (size_t t = 0; t < n; ++t) {
       T* row = z_ + t * rank_ + ranks.first;
       if (part_.z.data) std::copy_n(row, ranks.count, part_.z.row(t) + ranks.first);
@@ -150,13 +150,13 @@ class SmallForward {
   }
 
  private:
-  // Calls body(some) for the rows, at most so many at a time.
+  // Calls body(some) for the rows, at most `most` at a time.
   template <class Body>
   static void for_blocks(Range rows, size_t most, const Body& body) {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
-  // The same where W lies in blocks, which are decoded in registers or met in int8.
+  // The same if W is in low-bit blocks, which are decoded in registers or multiplied in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -178,7 +178,7 @@ class SmallForward {
   template <class E>
   void dots(Strided<E> m, Range rows, size_t depth, const E* xs, T* sums) const {
     kernels::table().small<E>().dots(
-        phases_, rows.count, depth,
+        interleave_factor_, rows.count, depth,
         {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, sums, false);
   }
 
@@ -193,7 +193,7 @@ class SmallForward {
                [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
   }
 
-  // The same, at most so many columns at a time.
+  // The same, at most `most` columns at a time.
   void stream(Range rows, size_t most, W* decoded, T* part) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
@@ -201,9 +201,9 @@ class SmallForward {
     size_t c = 0;
     do {  // once without columns, too: part is set to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
-      kernels::table().small<W>().dots(phases_, rows.count, depth_of<X>(cols),
-                                       row_block(w, rows, {c, cols}, false, decoded),
-                                       xs_ + c / kSteps<X> / phases_ * lanes_, part, c > 0);
+      kernels::table().small<W>().dots(
+          interleave_factor_, rows.count, depth_of<X>(cols), row_block(w, rows, {c, cols}, false, decoded),
+          xs_ + c / kValuesPerElement<X> / interleave_factor_ * lanes_, part, c > 0);
       c += cols;
     } while (c < w.d_in);
   }
@@ -212,16 +212,16 @@ class SmallForward {
   const SmallBatch<T>& batch_;
   const Matrix<const T> x_;
   const Products<T>& k_;
-  const size_t lanes_, phases_, rank_;
-  const X* const xs_;               // x, by token and phase
-  const kernels::Int8Rows& codes_;  // x in int8, where W meets it so
+  const size_t lanes_, interleave_factor_, rank_;
+  const X* const xs_;               // x, interleaved
+  const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied so
   T* const z_;                      // (n, r), times the scale
 };
 
 // The fewest rows of B that one of several workers takes: kernels sum up to four side by side.
 constexpr size_t kLeastRanks = 4;
 
-// Counts what has ended, even by an exception: others wait for it.
+// Counts work that has ended, even by an exception: others wait for it.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -233,7 +233,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// Reading W, and decoding it, takes the time of so many of its operations.
+// Reading and decoding W takes as long as this many times its operations.
 constexpr double kReadingCost = 2;
 
 }  // namespace
@@ -274,8 +274,9 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
-  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to what
-  // it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is heard between them.
+  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to the
+  // rows that it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is noticed
+  // between them.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -4,7 +4,7 @@
 
 #include "base/parallel.h"
 #include "base/range.h"
-#include "ops/fold.h"
+#include "ops/merge_on_the_fly.h"
 #include "ops/scratch.h"
 
 namespace nplora {

@@ -1,4 +1,4 @@
-// Products by outer_tile, whose rows are tokens (or a rank) and whose columns lie in the SIMD lanes.
+// Products by gemm_outputs_in_lanes, whose rows are tokens (or a rank) and whose columns are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>
@@ -11,37 +11,38 @@
 namespace nplora {
 
 template <class E, class W>
-const auto& outer_tile() {
+const auto& gemm_outputs_in_lanes() {
   if constexpr (std::is_same_v<E, W>)
-    return kernels::table().tiles<E>().outer_tile;
-  else if constexpr (kernels::kSteps<E> > 1)
-    return kernels::table().small<E>().outer_tile;
+    return kernels::table().tiles<E>().gemm_outputs_in_lanes;
+  else if constexpr (kernels::kValuesPerElement<E> > 1)
+    return kernels::table().small<E>().gemm_outputs_in_lanes;
   else
-    return kernels::table().small<W>().outer_tile;
+    return kernels::table().small<W>().gemm_outputs_in_lanes;
 }
 
-// c (m, cols) = [c +] a (m, depth) w (depth, cols).   next is fetched with the first panel of columns, or rows ahead with each.
+// c (m, cols) = [c +] a (m, depth) w (depth, cols).   next is fetched with the first panel of columns, rows ahead with each.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
-                 kernels::Sum<E>* c, size_t c_stride, bool accumulate, kernels::Fetch next = {}) {
+                 kernels::Sum<E>* c, size_t c_stride, bool accumulate,
+                 kernels::Fetch next = kernels::Fetch::none()) {
   using kernels::kPanelColumns;
   for (size_t j = 0; j < cols; j += kPanelColumns) {
-    outer_tile<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j, c_stride,
-                       accumulate, next);
-    if (next.lines > 0) next = {};
+    gemm_outputs_in_lanes<E, E>()(m, std::min(kPanelColumns, cols - j), depth, a, w + j, w_stride, c + j,
+                                  c_stride, accumulate, next);
+    if (next.lines > 0) next = kernels::Fetch::none();
   }
 }
 
-// The rows of m behind `some`, up to as many: fetched while those are worked on. None where rows lie apart.
+// The rows of m after `some`, at most as many, to be fetched while `some` are worked on. None if m is not dense.
 template <class T>
 kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
-  if (m.stride != m.cols || count == 0) return {};
-  return {reinterpret_cast<const char*>(m.row(end)), count * m.cols * sizeof(T) / kCacheLine, 1};
+  if (m.stride != m.cols || count == 0) return kernels::Fetch::none();
+  return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }
 
-// body(i, j) for the elements of a tall matrix (rows, cols), in the order that suits its transpose too: the rows of that lie far
-// apart, often in the same places of L1, so that of each a whole line is finished at a time.
+// body(i, j) for the elements of a tall matrix (rows, cols), in an order that suits its transpose too: the rows of the transpose
+// are far apart, often in the same places of L1, so a whole line of each is finished at a time.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;

@@ -11,19 +11,21 @@ namespace nplora {
 // What a buffer is for. Buffers of different uses are live at the same time; none outlives its call. The most that each
 // takes, in elements, with L lanes (at most 32) and r the sum of a stack's ranks:
 enum class Scratch {
-  kLanes,  // x of a pass in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy, z and dz of a pass in pairs, and factors
-  kLowLanes,  // z of a pass in lanes or pairs: r for each token; and a stack's factors: r (d_in + d_out); B in panels
-  kLowGradients,  // z or dz of a pass: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
-  kSums,          // outputs before they are written: L / 2 for each of kStreamedRows, or of r
-  kWeight,        // decoded or transposed pieces of W: kBlocksBytes, or 48 kStreamedRows
-  kDecoded,       // a piece of W before it is transposed, or with an update added: 48 kDepthBlock
-  kFewRows,       // a few of its rows before they are in pairs: 18 KB
-  kFactor,  // B in pairs, or before it is: r d_in; z or dz of a few tokens transposed: 32 r; scaled rows of A: kDepthBlock r
+  // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy, z and dz in pairs, and factors
+  kLanes,
+  kLowLanes,  // z of a token block in lanes or pairs: r for each token; a stack's factors: r (d_in + d_out); B in panels
+  kLowGradients,  // z or dz of a token block: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
+  kSums,     // outputs before they are written: L / 2 for each of kStreamedRows, or of r
+  kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows
+  kDecoded,  // a block of W before it is transposed, or with an update added: 48 kDepthBlock
+  kFewRows,  // a few of its rows before they are in pairs: 18 KB
+  // B in pairs, or before it is: r d_in; z or dz of a few tokens transposed: 32 r; scaled rows of A: kDepthBlock r
+  kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // and those in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are in lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
-  kCodeScales,    // and the scales and sums of its strips: 32 d_in / 32
+  kCodeScales,    // and the scales and sums of its sub-blocks: 32 d_in / 32
   kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
   kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
   kCount
@@ -51,9 +53,9 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// A buffer that is given out piece by piece; without one, the pieces are null, and only counted.
+// A buffer that is given out part by part; without one, the parts are null, and only counted.
 template <class T>
-struct Pieces {
+struct Arena {
   T* data = nullptr;
   size_t used = 0;
 
@@ -64,11 +66,11 @@ struct Pieces {
   }
 };
 
-// divide(pieces of T, pieces of E) runs twice: it counts, and then takes them from two buffers of that size.
+// divide(arena of T, arena of E) runs twice: to count, and then to take parts of two buffers of that size.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
-  Pieces<T> t;
-  Pieces<E> e;
+  Arena<T> t;
+  Arena<E> e;
   divide(t, e);
   t = {scratch<T>(use_t, t.used)};
   e = {scratch<E>(use_e, e.used)};

@@ -55,7 +55,7 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
   });
 }
 
-// out (rows, cols) = a piece of blocks, whose columns begin and end with a strip (but in NF4).
+// out (rows, cols) = W[rows, cols] of low-bit blocks; the columns begin and end with a sub-block (but in NF4).
 void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out) {
   const kernels::BlockDecoders& blocks = kernels::table().blocks;
   if (w.storage == Storage::kNf4)
@@ -65,23 +65,23 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The columns that are decoded for those that are wanted, and how many come before these.
-struct Strips {
+// The columns that are decoded to have the wanted ones, and how many come before these.
+struct WholeSubBlocks {
   Range cols;
   size_t before;
 };
-Strips strips_of(const WeightView& w, Range cols) {
+WholeSubBlocks sub_blocks_of(const WeightView& w, Range cols) {
   if (w.storage == Storage::kNf4) return {cols, 0};
-  const size_t before = cols.first % kStrip;
-  return {{cols.first - before, round_up(before + cols.count, kStrip)}, before};
+  const size_t before = cols.first % kSubBlock;
+  return {{cols.first - before, round_up(before + cols.count, kSubBlock)}, before};
 }
 
-// The rows of a decoded piece do not lie a multiple of 4 KB apart, where they would share their places in L1.
+// Decoded rows are not a multiple of 4 KB apart, where they would share their places in L1.
 size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
 }
 
-// Calls body(first, rows, values) for a few rows of a piece at a time, an even number of them, whose values (rows, cols) fit into L1.
+// Calls body(first, rows, values) for a few rows at a time, an even number of them, whose values (rows, cols) fit into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB
@@ -98,7 +98,7 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Asks for a piece of a few rows of W as it lies, where it is too short for the machine to see a stream, or before one begins.
+// Fetches columns of a few rows of W in place: too few for the hardware to detect a stream, or before a stream begins.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -111,13 +111,13 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// The same for the columns behind a piece, which are next.
+// The same for the columns after these, which come next.
 void fetch_behind(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// The same for the row that comes two behind row i of a block: a row has up to 8 KB, so that three fit into L1.
+// The same for the row two after row i of a block: a row has up to 8 KB, so that three fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
@@ -188,11 +188,11 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, bool shared, T*
   if (stays<T>(w, shared)) return stored_rows<T>(w, rows, cols);
   if constexpr (std::is_same_v<T, float>)
     if (is_blocks(w.storage)) {
-      const Strips strips = strips_of(w, cols);
-      fetch_behind(w, rows, strips.cols);
-      const size_t stride = decoded_stride(strips.cols.count, sizeof(T));
-      decode(w, rows, strips.cols, {scratch, stride});
-      return {scratch + strips.before, stride, kPanelColumns};
+      const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
+      fetch_behind(w, rows, sub_blocks.cols);
+      const size_t stride = decoded_stride(sub_blocks.cols.count, sizeof(T));
+      decode(w, rows, sub_blocks.cols, {scratch, stride});
+      return {scratch + sub_blocks.before, stride, kPanelColumns};
     }
   widen_block(w, rows, cols, scratch);
   return {scratch, std::min(kPanelColumns, cols.count), rows.count * kPanelColumns};
@@ -203,8 +203,8 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
   return stored_rows<Bf16>(w, rows, cols);
 }
 
-// A full panel of bfloat16 is a panel of pairs as it lies. The last one may have rows of odd width: it is copied, with one before it
-// where both are wanted, like other storage, row by row with a zero behind an odd end.
+// A full panel of bfloat16 is a panel of pairs in place. The last one may have rows of odd width: it is copied like other storage,
+// row by row with a zero after an odd end, together with the one before it if both are wanted.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -214,16 +214,16 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
   }
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
-    const Strips strips = strips_of(w, cols);
-    fetch_behind(w, rows, strips.cols);
-    const size_t pairs = ceil_div(strips.cols.count, 2);
+    const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
+    fetch_behind(w, rows, sub_blocks.cols);
+    const size_t pairs = ceil_div(sub_blocks.cols.count, 2);
     for_few_rows(rows, 2 * pairs, [&](size_t i, Range few, float* values) {
-      if (strips.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
-      decode(w, few, strips.cols, {values, 2 * pairs});
+      if (sub_blocks.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
+      decode(w, few, sub_blocks.cols, {values, 2 * pairs});
       convert.narrow_bfloat16(2 * few.count * pairs, values,
                               reinterpret_cast<uint16_t*>(scratch + i * pairs));
     });
-    return {scratch + strips.before / 2, pairs, kPanelPairs};
+    return {scratch + sub_blocks.before / 2, pairs, kPanelPairs};
   }
   const size_t row_stride = ceil_div(std::min(kPanelColumns, cols.count), 2);
   for (size_t i = 0; i < rows.count; ++i) {
@@ -248,7 +248,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// How a piece lies in scratch: two whole panels one behind the other, or rows of all its columns.
+// The layout of a column block in scratch: two whole panels one after the other, or rows of all its columns.
 struct Panelling {
   size_t panels, width;
 
@@ -261,7 +261,7 @@ struct Panelling {
   Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
 };
 
-// Calls body(first, rows) for a few rows of a piece at a time, an even number of them, while those behind them are fetched.
+// Calls body(first, rows) for a few rows at a time, an even number of them, while the next ones are fetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
   constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1 with those behind them

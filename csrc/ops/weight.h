@@ -1,5 +1,5 @@
-// The frozen matrix W (d_out, d_in): owned and packed in its storage format, or as it lies in memory of the caller's, often a mapped
-// file: a row-major array, or low-bit blocks, which are decoded a piece at a time and never as a whole.
+// The frozen matrix W (d_out, d_in): owned and packed in its storage format, or in the caller's memory, often a mapped file, as a
+// row-major array or as low-bit blocks, which are decoded a part at a time and never as a whole.
 #pragma once
 
 #include <cstdint>
@@ -43,27 +43,27 @@ inline size_t full_columns(size_t d_in) {
 // Where element (row, col) of packed W lies, col a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether the pieces of W lie in memory as elements E: else they are decoded.
+// Whether W is in memory as elements E: else it is decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
-// The elements of scratch that a piece of so many columns may take for each of its rows: blocks are decoded in whole strips, and rows
-// are kept apart in the cache.
+// The elements of scratch that this many columns of W may take for each row: blocks are decoded in whole sub-blocks, and rows are
+// kept apart in the cache.
 inline constexpr size_t scratch_columns(size_t cols) {
   return cols + kernels::kPanelColumns;
 }
 
-// A piece of W in elements E, its first column a multiple of kPanelColumns: in place where W is stored so, else decoded into
-// scratch (rows * scratch_columns(cols) elements). Where many tokens share it, what is not packed is copied, too: its rows may lie a
-// power of two apart, and would have to share a few places in the cache. Bf16 is for that storage only, in place. Bf16Pair pairs
-// neighbours along a row: lane_tile runs along the rows of W.
+// Rows and columns of W in elements E, the first column a multiple of kPanelColumns: in place if W is stored so, else decoded into
+// scratch (rows * scratch_columns(cols) elements). If many tokens share them, they are copied, too, unless W is packed: the rows
+// may be a power of two apart, and would have to share a few places in the cache. Bf16 is for that storage only, in place.
+// Bf16Pair pairs neighbours along a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The same for outer_tile, which runs down the columns of W, so that Bf16Pair pairs neighbours there. cols is one panel; or, where
-// makes_two_panels says so, up to kDecodedColumns from a multiple of it on: two panels are made one behind the other, for of rows with
-// gaps the machine would fetch the gaps, too (NF4 keeps them where d_in is no multiple of 16).
-inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole strips
+// The same for gemm_outputs_in_lanes, which reads down the columns of W, so that Bf16Pair pairs neighbours there. cols is one
+// panel; or, if makes_two_panels, up to kDecodedColumns from a multiple of it on. Two panels are stored one after the other,
+// because the hardware would fetch the gaps between rows, too (NF4 keeps the gaps if d_in is no multiple of 16).
+inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
 }
@@ -84,15 +84,15 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, k
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
-// Whether dots_of_blocks takes W: blocks of which each row is a whole number.
+// Whether dots_of_blocks takes W: low-bit blocks, with a whole number of them in each row.
 bool dots_blocks(const WeightView& w);
 
-// Whether small batches meet W in int8.
+// Whether small batches are multiplied with W in int8.
 inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// part (m, rows, lanes / 2) = x W[rows] by phase, as BlockDots computes it.
+// part (m, rows, lanes / 2) = x W[rows], a sum for each lane, as BlockDots computes it.
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 

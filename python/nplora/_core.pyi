@@ -6,7 +6,7 @@ a (d_out, r), b (r, d_in), z (n, r). Outputs are given by the caller and written
 the GIL.
 """
 
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy import ndarray
@@ -72,15 +72,26 @@ def matmul_t(w: Weight, dy: Array, out: Array) -> None:
 def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
     """out (p, q) += scale · aᵀ b with a (n, p), b (n, q)."""
 
-def lora_forward(
-    x: Array,
-    layers: list[
-        tuple[Weight, Array, Array, float, float, int, Array | None, Array, Array | None]
-    ],  # w, a, b, scale, dropout, key, bias, y, z
-) -> None:
+class ForwardPart(NamedTuple):
+    """A layer in a forward pass, and the arrays that the pass fills: y (n, d_out) and z (None: not wanted).
+
+    scale 0 leaves a and b unread (z = 0). key: of the dropout mask.
+    """
+
+    weight: Weight
+    a: Array
+    b: Array
+    scale: float
+    dropout: float
+    key: int
+    bias: Array | None
+    y: Array
+    z: Array | None
+
+def lora_forward(x: Array, layers: list[ForwardPart]) -> None:
     """z = drop(x) Bᵀ; y = x Wᵀ + scale · z Aᵀ [+ bias], for layers that read the same x.
 
-    drop is the identity where dropout is 0; scale 0 leaves a and b unread (z = 0). z None: not wanted.
+    drop is the identity if dropout is 0.
     """
 
 @final
@@ -92,16 +103,27 @@ class InferenceLayer:
 def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
     """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""
 
-def lora_backward(
-    x: Array | None,
-    dx: Array | None,
-    layers: list[
-        tuple[Weight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
-    ],  # w, a, b, scale, dropout, key, dy, z, da, db
-) -> None:
+class BackwardPart(NamedTuple):
+    """A layer in a backward pass, and the gradients that the pass adds to: da and db (None: not wanted).
+
+    dropout, key and z are those of the forward pass; z may be None if da is.
+    """
+
+    weight: Weight
+    a: Array
+    b: Array
+    scale: float
+    dropout: float
+    key: int
+    dy: Array
+    z: Array | None
+    da: Array | None
+    db: Array | None
+
+def lora_backward(x: Array | None, dx: Array | None, layers: list[BackwardPart]) -> None:
     """dz = scale · dy A; dx = Σ dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
 
-    None: not computed. x may be None if every db is.
+    dx None: not wanted. x may be None if every db is.
     """
 
 def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:

@@ -91,7 +91,8 @@ def test_lora_forward_and_backward_match_the_oracle(
     case = Case(shape, storage, compute, dropout)
     x, a, b, bias, dy = (case.arrays[name] for name in ("x", "a", "b", "bias", "dy"))
     y, z = np.full((n, d_out), np.nan, case.dtype), np.full((n, r), np.nan, case.dtype)
-    _core.lora_forward(x, [(case.weight, a, b, SCALE, dropout, KEY, bias, y, z)])
+    update = {"weight": case.weight, "a": a, "b": b, "scale": SCALE, "dropout": dropout, "key": KEY}
+    _core.lora_forward(x, [_core.ForwardPart(**update, bias=bias, y=y, z=z)])
 
     dropped = (x * case.mask).astype(np.float64)
     x64, w64 = case.seen("x", case.rounded), case.seen("w", case.rounded)
@@ -108,7 +109,7 @@ def test_lora_forward_and_backward_match_the_oracle(
     case.assert_close(y, x64 @ w64.T + SCALE * (low @ b64.T) @ a64.T + bias, magnitude, d_in + r, off)
 
     dx, da, db = np.full((n, d_in), np.nan, case.dtype), np.ones_like(a), np.ones_like(b)
-    _core.lora_backward(x, dx, [(case.weight, a, b, SCALE, dropout, KEY, dy, z, da, db)])
+    _core.lora_backward(x, dx, [_core.BackwardPart(**update, dy=dy, z=z, da=da, db=db)])
     dy64, a64, x64 = (case.seen(name, case.rounded) for name in ("dy", "a", "x"))
     z64 = to_bfloat16(z) if case.rounded else z.astype(np.float64)
     # dz is rounded to bfloat16 too, from sums that may lie on either side of a rounding's edge.
@@ -139,11 +140,12 @@ def test_scale_zero_leaves_the_factors_unread() -> None:
     x, w = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
     a, b = np.full((5, 2), np.nan, np.float32), np.full((2, 4), np.nan, np.float32)
     y, z = np.empty((3, 5), np.float32), np.empty((3, 2), np.float32)
-    _core.lora_forward(x, [(w, a, b, 0.0, 0.0, 0, None, y, z)])
+    update = {"weight": w, "a": a, "b": b, "scale": 0.0, "dropout": 0.0, "key": 0}
+    _core.lora_forward(x, [_core.ForwardPart(**update, bias=None, y=y, z=z)])
     assert (y == 4).all()
     assert (z == 0).all()
     dx, da, db = np.empty_like(x), np.zeros_like(a), np.zeros_like(b)
-    _core.lora_backward(x, dx, [(w, a, b, 0.0, 0.0, 0, y, z, da, db)])
+    _core.lora_backward(x, dx, [_core.BackwardPart(**update, dy=y, z=z, da=da, db=db)])
     assert (dx == 20).all()
     assert not da.any()
     assert not db.any()
@@ -252,6 +254,62 @@ def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
         with pytest.raises(ValueError, match="overlap"):
             _core.sgd_step(parameters, None, 0.1, 0.1, np.zeros(2, bool), 0.0, 0.0, False, 1.0, None)
     assert (p == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_backward_pass_computes_what_is_asked_for_alone(dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    x, w, a, b, dy = (
+        rng.integers(-8, 9, size).astype(dtype) for size in ((7, 5), (6, 5), (6, 2), (2, 5), (7, 6))
+    )
+    z = x @ b.T
+    part = _core.BackwardPart(
+        weight=w,
+        a=a,
+        b=b,
+        scale=1.0,
+        dropout=0.0,
+        key=0,
+        dy=dy,
+        z=z,
+        da=np.zeros_like(a),
+        db=np.zeros_like(b),
+    )
+    _core.lora_backward(None, None, [part._replace(db=None)])
+    np.testing.assert_array_equal(part.da, dy.T @ z)
+    _core.lora_backward(x, None, [part._replace(z=None, da=None)])
+    np.testing.assert_array_equal(part.db, (dy @ a).T @ x)
+    dx = np.empty_like(x)
+    _core.lora_backward(None, dx, [part._replace(z=None, da=None, db=None)])
+    np.testing.assert_array_equal(dx, dy @ w + dy @ a @ b)
+    with pytest.raises(ValueError, match="z is needed for the gradient of a"):
+        _core.lora_backward(x, dx, [part._replace(z=None)])
+    with pytest.raises(ValueError, match="x is needed for the gradient of b"):
+        _core.lora_backward(None, dx, [part])
+
+
+def test_a_part_of_a_stack_names_the_field_that_does_not_fit() -> None:
+    x, w = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
+    a, b, y = np.ones((5, 2), np.float32), np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)
+    update = {"weight": w, "a": a, "b": b, "scale": 1.0, "dropout": 0.0, "key": 0}
+    forward = _core.ForwardPart(**update, bias=None, y=np.zeros_like(y), z=None)
+    for name, bad in (
+        ("a", a.astype(np.float64)),
+        ("b", None),
+        ("key", -1),
+        ("y", y.T.copy().T),
+        ("weight", 3),
+    ):
+        with pytest.raises(TypeError, match=f"ForwardPart: {name} has not the expected type"):
+            _core.lora_forward(x, [forward._replace(**{name: bad})])
+    with pytest.raises(TypeError, match="expected a ForwardPart"):
+        _core.lora_forward(x, [tuple(forward)[:-1]])
+    assert not forward.y.any()
+    backward = _core.BackwardPart(**update, dy=y, z=np.ones((3, 2), np.float32), da=None, db=None)
+    with pytest.raises(TypeError, match="BackwardPart: dy has not the expected type"):
+        _core.lora_backward(x, None, [backward._replace(dy=y.astype(np.float16))])
+    with pytest.raises(TypeError, match="expected a BackwardPart"):
+        _core.lora_backward(x, None, [None])
 
 
 def test_explain_refuses_rows_that_no_array_has() -> None:

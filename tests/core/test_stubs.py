@@ -45,6 +45,11 @@ def stub_members(body: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
 STUB = ast.parse(Path(nplora.__file__).with_name("_core.pyi").read_text())
 STUB_FUNCTIONS = stub_members(STUB.body)
 STUB_CLASSES = {node.name: stub_members(node.body) for node in STUB.body if isinstance(node, ast.ClassDef)}
+STUB_TUPLES = {
+    node.name: tuple(field.target.id for field in node.body if isinstance(field, ast.AnnAssign))
+    for node in STUB.body
+    if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["NamedTuple"]
+}
 
 
 def compiled_signatures(doc: str | None) -> set[Signature]:
@@ -68,7 +73,14 @@ def test_a_function_has_the_parameters_of_its_stub(name: str) -> None:
     assert compiled_signatures(getattr(_core, name).__doc__) == {signature(STUB_FUNCTIONS[name])}
 
 
-@pytest.mark.parametrize("name", sorted(STUB_CLASSES))
+@pytest.mark.parametrize("name", sorted(STUB_TUPLES))
+def test_a_named_tuple_has_the_fields_of_its_stub(name: str) -> None:
+    compiled = getattr(_core, name)
+    assert compiled._fields == STUB_TUPLES[name]
+    assert (compiled.__name__, compiled.__module__) == (name, "nplora._core")
+
+
+@pytest.mark.parametrize("name", sorted(STUB_CLASSES.keys() - STUB_TUPLES.keys()))
 def test_a_class_has_the_members_of_its_stub(name: str) -> None:
     compiled, stub = getattr(_core, name), STUB_CLASSES[name]
     assert public(dir(compiled)) == public(list(stub))

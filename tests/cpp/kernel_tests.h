@@ -36,7 +36,7 @@ inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
 
 // Lines to fetch, which need not be there.
 inline nplora::kernels::Fetch lines_at(const void* from, size_t lines) {
-  return {static_cast<const char*>(from), lines};
+  return nplora::kernels::Fetch::memory(from, lines);
 }
 
 void test_products(const nplora::kernels::KernelTable& table);

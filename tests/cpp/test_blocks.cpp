@@ -27,7 +27,7 @@ void draw_scales(Random& random, auto& block) {
 }
 
 struct Shape {
-  size_t rows, row_blocks, first, strips, gap;
+  size_t rows, row_blocks, first, sub_blocks, gap;
 };
 
 // Where decoded rows go: one behind the other, or those of two panels apart.
@@ -49,10 +49,10 @@ template <class Block>
 void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, bool two_panels, Random& random,
                 Place place) {
   const char* name = kBlockFormats[static_cast<size_t>(format)].name;
-  check::Case one("%s decode %s rows %zu of %zu blocks, strips %zu from %zu, gap %zu, %s, %s", table.isa,
-                  name, s.rows, s.row_blocks, s.strips, s.first, s.gap, two_panels ? "two panels" : "rows",
-                  name_of(place));
-  const size_t row_bytes = s.row_blocks * sizeof(Block), cols = s.strips * kStrip;
+  check::Case one("%s decode %s rows %zu of %zu blocks, sub-blocks %zu from %zu, gap %zu, %s, %s", table.isa,
+                  name, s.rows, s.row_blocks, s.sub_blocks, s.first, s.gap,
+                  two_panels ? "two panels" : "rows", name_of(place));
+  const size_t row_bytes = s.row_blocks * sizeof(Block), cols = s.sub_blocks * kSubBlock;
   std::vector<Block> blocks(s.rows * s.row_blocks);
   std::vector<uint8_t> bytes(s.rows * row_bytes);
   for (Block& block : blocks) {
@@ -65,11 +65,11 @@ void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, bo
   Placed<uint8_t> from(s.rows, row_bytes, {row_bytes + s.gap}, place, bytes);
   const Output output(s.rows, cols, s.gap, two_panels);
   Placed<float> to(s.rows, cols, output.layout, place);
-  table.blocks.decode[static_cast<size_t>(format)](s.rows, s.first * kStrip, cols, from.data(),
+  table.blocks.decode[static_cast<size_t>(format)](s.rows, s.first * kSubBlock, cols, from.data(),
                                                    row_bytes + s.gap, output.of(to));
   for (size_t row = 0; row < s.rows; ++row)
     for (size_t c = 0; c < cols; ++c) {
-      const size_t col = s.first * kStrip + c;
+      const size_t col = s.first * kSubBlock + c;
       const Block& block = blocks[row * s.row_blocks + col / Block::kElements];
       const float wanted = static_cast<float>(element(block, col % Block::kElements));
       check::expect(same(to(row, c), wanted), "row %zu column %zu is %.9g, wanted %.9g", row, col,
@@ -80,21 +80,22 @@ void run_decode(const KernelTable& table, BlockFormat format, const Shape& s, bo
 
 template <class Block>
 void test_decode(const KernelTable& table, BlockFormat format) {
-  constexpr size_t kStrips = Block::kElements / kStrip;
+  constexpr size_t kSubBlocks = Block::kElements / kSubBlock;
   Random random(100 + static_cast<uint64_t>(format));
   const auto run = [&](const Shape& shape) {
     check::count_shape(std::string("decode ") + kBlockFormats[static_cast<size_t>(format)].name);
     for (Place place : kPlaces) {
       run_decode<Block>(table, format, shape, false, random, place);
-      if (shape.strips * kStrip <= 2 * kPanelColumns)
+      if (shape.sub_blocks * kSubBlock <= 2 * kPanelColumns)
         run_decode<Block>(table, format, shape, true, random, place);
     }
   };
   for (size_t rows = 0; rows <= 5; ++rows)
-    for (size_t row_blocks = 1; row_blocks <= (kStrips == 1 ? 13 : 3); ++row_blocks)
-      for (size_t first = 0; first < row_blocks * kStrips; ++first)
-        for (size_t strips = 0; first + strips <= row_blocks * kStrips; strips += 1 + strips / 4)
-          run({rows, row_blocks, first, strips, (rows + first) % 4});
+    for (size_t row_blocks = 1; row_blocks <= (kSubBlocks == 1 ? 13 : 3); ++row_blocks)
+      for (size_t first = 0; first < row_blocks * kSubBlocks; ++first)
+        for (size_t sub_blocks = 0; first + sub_blocks <= row_blocks * kSubBlocks;
+             sub_blocks += 1 + sub_blocks / 4)
+          run({rows, row_blocks, first, sub_blocks, (rows + first) % 4});
 }
 
 // ---- NF4 ----
@@ -250,7 +251,7 @@ void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Rand
                 "wrote outside its output");
 }
 
-// Of blocks of one strip, 16 are taken at a time.
+// Of blocks of one sub-block, 16 are taken at a time.
 const std::vector<size_t> kFewBlocks{0, 1, 2, 3, 5, 7}, kManyBlocks{0, 1, 2, 3, 5, 16, 17, 33};
 
 void for_dot_shapes(const std::string& kernel, const std::vector<size_t>& counts, const auto& run) {
@@ -267,7 +268,7 @@ void test_dots_of(const KernelTable& table, BlockFormat format) {
   Random random(300 + static_cast<uint64_t>(format));
   for_dot_shapes(
       std::string("dots ") + kBlockFormats[static_cast<size_t>(format)].name,
-      Block::kElements == kStrip ? kManyBlocks : kFewBlocks,
+      Block::kElements == kSubBlock ? kManyBlocks : kFewBlocks,
       [&](const DotShape& shape, Place place) { run_dots<Block>(table, format, shape, random, place); });
 }
 

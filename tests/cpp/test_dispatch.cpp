@@ -97,10 +97,12 @@ void test_dispatch() {
   for (size_t i = 1; i < count; ++i) {
     const KernelTable &table = *tables[i], &lesser = *tables[i - 1];
     check::Case one("dispatch: the products of pairs of %s", table.isa);
-    check::expect(table.bf16.lane_tile != lesser.bf16.lane_tile, "lane_tile is that of %s", lesser.isa);
-    check::expect(table.bf16.outer_tile != lesser.bf16.outer_tile, "outer_tile is that of %s", lesser.isa);
-    check::expect(table.small_pairs.outer_tile != lesser.small_pairs.outer_tile,
-                  "outer_tile of single values is that of %s", lesser.isa);
+    check::expect(table.bf16.gemm_tokens_in_lanes != lesser.bf16.gemm_tokens_in_lanes,
+                  "gemm_tokens_in_lanes is that of %s", lesser.isa);
+    check::expect(table.bf16.gemm_outputs_in_lanes != lesser.bf16.gemm_outputs_in_lanes,
+                  "gemm_outputs_in_lanes is that of %s", lesser.isa);
+    check::expect(table.small_pairs.gemm_outputs_in_lanes != lesser.small_pairs.gemm_outputs_in_lanes,
+                  "gemm_outputs_in_lanes of single values is that of %s", lesser.isa);
     check::expect(table.pairs_in_registers == (std::strcmp(table.isa, "amx") != 0), "pairs in registers: %d",
                   table.pairs_in_registers);
   }

@@ -1,4 +1,4 @@
-// dots, interleave and sum_parts: the products of small batches, whose lanes hold tokens and phases.
+// dots, interleave and sum_parts: the products of small batches, whose lanes hold interleaved tokens.
 #include <bit>
 #include <string>
 #include <type_traits>
@@ -10,14 +10,14 @@
 
 using nplora::kernels::Bf16;
 using nplora::kernels::Bf16Pair;
+using nplora::kernels::interleave_factor;
 using nplora::kernels::KernelTable;
 using nplora::kernels::kMostSmallBatch;
 using nplora::kernels::kPanelColumns;
 using nplora::kernels::kPanelDepth;
-using nplora::kernels::kSteps;
+using nplora::kernels::kValuesPerElement;
 using nplora::kernels::Operand;
 using nplora::kernels::Panels;
-using nplora::kernels::small_phases;
 using nplora::kernels::Sum;
 
 namespace {
@@ -48,7 +48,7 @@ size_t small_batch(const KernelTable& table) {
 template <class W>
 std::vector<Sum<W>> draw_exact(Random& random, size_t n, Data data) {
   std::vector<Sum<W>> values = draw<Sum<W>>(random, n, data);
-  if constexpr (sizeof(W) == 2 || kSteps<W> == 2)
+  if constexpr (sizeof(W) == 2 || kValuesPerElement<W> == 2)
     for (float& value : values) value = std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xFFFF0000u);
   return values;
 }
@@ -57,7 +57,7 @@ template <class E>
 E as_element(const Sum<E>* steps) {
   if constexpr (std::is_same_v<E, Bf16>)
     return Bf16(std::bit_cast<uint32_t>(steps[0]) >> 16);
-  else if constexpr (kSteps<E> == 2)
+  else if constexpr (kValuesPerElement<E> == 2)
     return Bf16Pair(std::bit_cast<uint32_t>(steps[0]) >> 16 |
                     (std::bit_cast<uint32_t>(steps[1]) & 0xFFFF0000u));
   else
@@ -67,26 +67,26 @@ E as_element(const Sum<E>* steps) {
 template <class E>
 std::vector<E> as_elements(const std::vector<Sum<E>>& values) {
   std::vector<E> out;
-  for (size_t i = 0; i < values.size(); i += kSteps<E>) out.push_back(as_element<E>(&values[i]));
+  for (size_t i = 0; i < values.size(); i += kValuesPerElement<E>) out.push_back(as_element<E>(&values[i]));
   return out;
 }
 
-// Lane (t * phases + p) of row j is the sum of w[j][k] x[t][k] over the k with k % phases == p. w lies in panels (kind odd), or
+// Lane (t * factor + i) of row j is the sum of w[j][k] x[t][k] over the k with k % factor == i. w is in panels (kind odd), or
 // row-major. depth counts elements.
 template <class W>
 void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, size_t depth, size_t kind,
               Data data, Place place) {
   using T = Sum<W>;
   using X = Operand<W>;
-  constexpr size_t kPanel = kPanelDepth<W>, kPerElement = kSteps<W>;
+  constexpr size_t kPanel = kPanelDepth<W>, kPerElement = kValuesPerElement<W>;
   const size_t lanes = vector_lanes<T>(table);
-  size_t phases = small_phases(m, lanes);
-  if (kPanel % phases != 0) phases /= 2;  // pairs take 8 at most
-  const size_t tokens = lanes / phases, groups = (depth + phases - 1) / phases, steps = depth * kPerElement;
+  size_t factor = interleave_factor(m, lanes);
+  if (kPanel % factor != 0) factor /= 2;  // pairs take 8 at most
+  const size_t tokens = lanes / factor, groups = (depth + factor - 1) / factor, steps = depth * kPerElement;
   const bool accumulate = kind % 7 < 3, panels = kind % 2 && depth % kPanel == 0;
-  check::Case one("%s dots of %s, m %zu phases %zu rows %zu depth %zu %s accumulate %d, %s, %s", table.isa,
-                  element<W>(), m, phases, rows, depth, panels ? "in panels" : "row-major", accumulate,
-                  name_of(data), name_of(place));
+  check::Case one("%s dots of %s, m %zu interleave %zu rows %zu depth %zu %s accumulate %d, %s, %s",
+                  table.isa, element<W>(), m, factor, rows, depth, panels ? "in panels" : "row-major",
+                  accumulate, name_of(data), name_of(place));
   const std::vector<T> w0 = draw_exact<W>(random, rows * steps, data),
                        x0 = draw_exact<X>(random, m * steps, data),
                        part0 = draw<T>(random, rows * lanes, data);
@@ -104,12 +104,12 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
   std::vector<X> by_token(groups * lanes, X(0));
   for (size_t t = 0; t < m; ++t)
     for (size_t k = 0; k < depth; ++k)
-      by_token[k / phases * lanes + t * phases + k % phases] = x_elements[t * depth + k];
+      by_token[k / factor * lanes + t * factor + k % factor] = x_elements[t * depth + k];
   Row<X> xs(place, by_token);
   Placed<T> part(rows, lanes, {lanes}, place);
   if (accumulate) std::copy(part0.begin(), part0.end(), part.data());
   table.small<W>().dots(
-      phases, rows, depth,
+      factor, rows, depth,
       panels ? Panels<W>{w.data(), kPanel, rows * kPanel} : Panels<W>{w.data(), depth + gap, kPanel},
       xs.data(), part.data(), accumulate);
 
@@ -122,11 +122,11 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
   const size_t roundings = 2 * groups * kPerElement + 4;
   const Wide<T> loss = flushes ? std::numeric_limits<T>::min() : std::numeric_limits<T>::denorm_min();
   for (size_t j = 0; j < rows; ++j)
-    for (size_t lane = 0; lane < m * phases && lane < tokens * phases; ++lane) {
+    for (size_t lane = 0; lane < m * factor && lane < tokens * factor; ++lane) {
       Wide<T> exact = accumulate ? part0[j * lanes + lane] : T(0), terms = std::abs(exact);
-      for (size_t k = lane % phases; k < depth; k += phases)
+      for (size_t k = lane % factor; k < depth; k += factor)
         for (size_t i = k * kPerElement; i < (k + 1) * kPerElement; ++i) {
-          const Wide<T> term = Wide<T>(seen(w0[j * steps + i])) * seen(x0[lane / phases * steps + i]);
+          const Wide<T> term = Wide<T>(seen(w0[j * steps + i])) * seen(x0[lane / factor * steps + i]);
           exact += term;
           terms += std::abs(term);
         }
@@ -150,7 +150,7 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
           w_elements[j * depth + k];
   std::vector<T> again = accumulate ? part0 : std::vector<T>(rows * lanes);
   table.small<W>().dots(
-      phases, rows, depth,
+      factor, rows, depth,
       panels ? Panels<W>{other.data(), depth, kPanel} : Panels<W>{other.data(), kPanel, rows * kPanel},
       xs.data(), again.data(), accumulate);
   for (size_t i = 0; i < again.size(); ++i)
@@ -179,16 +179,16 @@ void test_dots_of(const KernelTable& table) {
 template <class T>
 void run_interleave(const KernelTable& table, Random& random, size_t m, size_t cols, size_t gap,
                     Place place) {
-  const size_t lanes = vector_lanes<T>(table), phases = small_phases(m, lanes),
-               groups = (cols + phases - 1) / phases;
-  check::Case one("%s interleave<%s> m %zu phases %zu cols %zu stride %zu, %s", table.isa, type_name<T>(), m,
-                  phases, cols, cols + gap, name_of(place));
+  const size_t lanes = vector_lanes<T>(table), factor = interleave_factor(m, lanes),
+               groups = (cols + factor - 1) / factor;
+  check::Case one("%s interleave<%s> m %zu interleave %zu cols %zu stride %zu, %s", table.isa, type_name<T>(),
+                  m, factor, cols, cols + gap, name_of(place));
   const std::vector<T> x0 = draw<T>(random, m * cols, Data::kSpecial);
   Placed<T> x(m, cols, {cols + gap}, place, x0), out(groups, lanes, {lanes}, place);
-  table.products<T>().interleave(m, phases, cols, x.data(), cols + gap, out.data());
+  table.products<T>().interleave(m, factor, cols, x.data(), cols + gap, out.data());
   for (size_t g = 0; g < groups; ++g)
     for (size_t lane = 0; lane < lanes; ++lane) {
-      const size_t t = lane / phases, c = g * phases + lane % phases;
+      const size_t t = lane / factor, c = g * factor + lane % factor;
       const T want = t < m && c < cols ? x0[t * cols + c] : T(0);
       check::expect(same(out(g, lane), want), "lane %zu of group %zu is wrong", lane, g);
     }
@@ -211,21 +211,21 @@ void test_interleave(const KernelTable& table) {
 template <class T>
 void run_sum_parts(const KernelTable& table, Random& random, size_t m, size_t rows, size_t gap,
                    bool with_bias, Data data, Place place) {
-  const size_t lanes = vector_lanes<T>(table), phases = small_phases(m, lanes);
-  check::Case one("%s sum_parts<%s> m %zu phases %zu rows %zu stride %zu bias %d, %s, %s", table.isa,
-                  type_name<T>(), m, phases, rows, rows + gap, with_bias, name_of(data), name_of(place));
+  const size_t lanes = vector_lanes<T>(table), factor = interleave_factor(m, lanes);
+  check::Case one("%s sum_parts<%s> m %zu interleave %zu rows %zu stride %zu bias %d, %s, %s", table.isa,
+                  type_name<T>(), m, factor, rows, rows + gap, with_bias, name_of(data), name_of(place));
   const std::vector<T> values = draw<T>(random, rows * lanes, data), offsets = draw<T>(random, rows, data);
   Placed<T> part(rows, lanes, {lanes}, place, values), y(m, rows, {rows + gap}, place);
   Row<T> bias(place, offsets);
-  table.products<T>().sum_parts(m, phases, rows, part.data(), with_bias ? bias.data() : nullptr, y.data(),
+  table.products<T>().sum_parts(m, factor, rows, part.data(), with_bias ? bias.data() : nullptr, y.data(),
                                 rows + gap);
-  const Wide<T> bound = gamma<T>(phases);
+  const Wide<T> bound = gamma<T>(factor);
   for (size_t i = 0; i < m; ++i)
     for (size_t j = 0; j < rows; ++j) {
       Wide<T> exact = with_bias ? offsets[j] : T(0), terms = std::abs(exact);
-      for (size_t p = 0; p < phases; ++p) {
-        exact += values[j * lanes + i * phases + p];
-        terms += std::abs(Wide<T>(values[j * lanes + i * phases + p]));
+      for (size_t p = 0; p < factor; ++p) {
+        exact += values[j * lanes + i * factor + p];
+        terms += std::abs(Wide<T>(values[j * lanes + i * factor + p]));
       }
       if (data == Data::kIntegers || !std::isfinite(exact))
         check::expect(equal(y(i, j), T(exact)), "element (%zu, %zu) is %g, wanted %g", i, j, double(y(i, j)),

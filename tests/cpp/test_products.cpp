@@ -1,4 +1,4 @@
-// lane_tile, outer_tile and merge: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and,
+// gemm_tokens_in_lanes, gemm_outputs_in_lanes and merge: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and,
 // where the instruction set leaves one, against the one order of rounding that the contract allows.
 #include <cstring>
 #include <string>
@@ -13,9 +13,8 @@ using nplora::kernels::Bf16;
 using nplora::kernels::Bf16Pair;
 using nplora::kernels::Fetch;
 using nplora::kernels::KernelTable;
-using nplora::kernels::kFetchRowsAhead;
 using nplora::kernels::kPanelColumns;
-using nplora::kernels::kSteps;
+using nplora::kernels::kValuesPerElement;
 using nplora::kernels::Panels;
 using nplora::kernels::Strided;
 using nplora::kernels::Sum;
@@ -25,18 +24,18 @@ namespace {
 
 template <class E>
 constexpr const char* element_name() {
-  return kSteps<E> == 2 ? "bfloat16" : type_name<Sum<E>>();
+  return kValuesPerElement<E> == 2 ? "bfloat16" : type_name<Sum<E>>();
 }
 
 template <class E>
 Pairs pairs(const KernelTable& table) {
-  return kSteps<E> == 2 ? pairs_of(table) : Pairs::kAsFloats;
+  return kValuesPerElement<E> == 2 ? pairs_of(table) : Pairs::kAsFloats;
 }
 
 // The element that holds these steps of the depth, exactly: values for pairs are bfloat16 already.
 template <class E>
 E element(Sum<E> value, [[maybe_unused]] Sum<E> next) {
-  if constexpr (kSteps<E> == 1)
+  if constexpr (kValuesPerElement<E> == 1)
     return value;
   else
     return Bf16Pair(std::bit_cast<uint32_t>(value) >> 16 | (std::bit_cast<uint32_t>(next) & 0xFFFF0000u));
@@ -45,7 +44,7 @@ E element(Sum<E> value, [[maybe_unused]] Sum<E> next) {
 template <class E>
 std::vector<Sum<E>> draw_steps(Random& random, size_t n, Data data) {
   std::vector<Sum<E>> values = draw<Sum<E>>(random, n, data);
-  if constexpr (kSteps<E> == 2)
+  if constexpr (kValuesPerElement<E> == 2)
     for (float& value : values) {
       // The smallest subnormal of bfloat16 instead of float's; any other value keeps its upper half.
       if (value == std::numeric_limits<float>::denorm_min()) value = 0x1p-133f;
@@ -58,7 +57,7 @@ std::vector<Sum<E>> draw_steps(Random& random, size_t n, Data data) {
 template <class E>
 struct Product {
   using T = Sum<E>;
-  static constexpr size_t kPerElement = kSteps<E>;
+  static constexpr size_t kPerElement = kValuesPerElement<E>;
 
   size_t m, n, depth;  // depth in elements
   bool accumulate;
@@ -160,7 +159,7 @@ std::vector<size_t> depths() {
 // The ways in which w (rows, depth) is stored: panels dense, panels apart, row-major with a gap, row-major dense.
 template <class E>
 Layout weight_layout(size_t kind, size_t rows, size_t depth) {
-  constexpr size_t kPanel = kPanelColumns / kSteps<E>;
+  constexpr size_t kPanel = kPanelColumns / kValuesPerElement<E>;
   switch (kind % 4) {
     case 0:
       return {kPanel, 1, kPanel, std::max<size_t>(1, rows) * kPanel};
@@ -176,14 +175,16 @@ Layout weight_layout(size_t kind, size_t rows, size_t depth) {
 template <class E>
 void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Layout layout, Place place) {
   check::Case one(
-      "%s lane_tile<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate %d, %s, %s",
+      "%s gemm_tokens_in_lanes<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate "
+      "%d, %s, %s",
       table.isa, element_name<E>(), p.n, p.m, p.depth, layout.row_stride, layout.panel_stride, p.accumulate,
       name_of(data), name_of(place));
   Placed<E> w(p.m, p.depth, layout, place, p.a), xt(p.depth, p.n, {p.n}, place, p.b);
   Placed<Sum<E>> yt(p.m, p.n, {p.n}, place);
   if (p.accumulate) std::copy(p.c.begin(), p.c.end(), yt.data());
-  table.tiles<E>().lane_tile(p.n, p.m, p.depth, Panels<E>{w.data(), layout.row_stride, layout.panel_stride},
-                             xt.data(), yt.data(), p.accumulate);
+  table.tiles<E>().gemm_tokens_in_lanes(p.n, p.m, p.depth,
+                                        Panels<E>{w.data(), layout.row_stride, layout.panel_stride},
+                                        xt.data(), yt.data(), p.accumulate);
   p.judge(yt.values(), data, table);
   check::expect(yt.gaps_intact(), "wrote outside yt");
   check::expect(w.untouched(p.a) && xt.untouched(p.b), "wrote to an input");
@@ -192,7 +193,7 @@ void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Lay
 template <class E>
 void test_lane_tile(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
-  const std::string kernel = std::string("lane_tile of ") + element_name<E>();
+  const std::string kernel = std::string("gemm_tokens_in_lanes of ") + element_name<E>();
   Random random(1);
   size_t kind = 0;
   for (size_t lanes : {k.lanes / 2, k.lanes})
@@ -228,7 +229,8 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
   const Layout a_layout = outer_layout(kind, p.m, p.depth);
   const size_t w_stride = p.n + kind % 3 * 7, c_stride = p.n + kind % 5;
   check::Case one(
-      "%s outer_tile<%s> m %zu n %zu depth %zu a strides %zu %zu w_stride %zu c_stride %zu accumulate %d, "
+      "%s gemm_outputs_in_lanes<%s> m %zu n %zu depth %zu a strides %zu %zu w_stride %zu c_stride %zu "
+      "accumulate %d, "
       "%s, %s",
       table.isa, element_name<E>(), p.m, p.n, p.depth, a_layout.row_stride, a_layout.step, w_stride, c_stride,
       p.accumulate, name_of(data), name_of(place));
@@ -237,10 +239,10 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
   if (p.accumulate)
     for (size_t i = 0; i < p.m; ++i)
       for (size_t j = 0; j < p.n; ++j) c.data()[i * c_stride + j] = p.c[i * p.n + j];
-  table.tiles<E>().outer_tile(
+  table.tiles<E>().gemm_outputs_in_lanes(
       p.m, p.n, p.depth, Strided<E>{a.data(), a_layout.row_stride, a_layout.step}, w.data(), w_stride,
       c.data(), c_stride, p.accumulate,
-      kind % 2 ? Fetch{} : Fetch{reinterpret_cast<const char*>(w.data()), kind % 9 * 20, 1 + kind % 3});
+      kind % 2 ? Fetch::none() : Fetch::memory(w.data(), kind % 9 * 20, 1 + kind % 3));
   p.judge(c.values(), data, table);
   check::expect(c.gaps_intact(), "wrote outside c");
   check::expect(a.untouched(p.a) && w.untouched(p.b), "wrote to an input");
@@ -249,7 +251,7 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
 template <class E>
 void test_outer_tile(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
-  const std::string kernel = std::string("outer_tile of ") + element_name<E>();
+  const std::string kernel = std::string("gemm_outputs_in_lanes of ") + element_name<E>();
   const std::vector<size_t> all_depths = depths();
   Random random(2);
   size_t kind = 0;
@@ -318,10 +320,10 @@ void test_widening_outer_tile(const KernelTable& table) {
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {0, 1, 2, 3, 5, 8, 9})
       for (size_t depth : {0, 1, 7, 515}) {  // more than a piece
-        check::count_shape("outer_tile of widened bfloat16");
+        check::count_shape("gemm_outputs_in_lanes of widened bfloat16");
         const size_t w_stride = n + ++kind % 3 * 7;
-        check::Case one("%s outer_tile of widened bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,
-                        n, depth, w_stride);
+        check::Case one("%s gemm_outputs_in_lanes of widened bfloat16 m %zu n %zu depth %zu w_stride %zu",
+                        table.isa, m, n, depth, w_stride);
         const std::vector<float> a = draw<float>(random, m * depth, Data::kUniform);
         std::vector<float> values = draw<float>(random, depth * n, Data::kSpecial);
         std::vector<Bf16> bits;
@@ -333,10 +335,10 @@ void test_widening_outer_tile(const KernelTable& table) {
         for (Place place : kPlaces) {
           Placed<Bf16> w(depth, n, {w_stride}, place, bits);
           Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
-          table.small<Bf16>().outer_tile(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride, c.data(),
-                                         n + 3, false, {});
-          table.tiles<float>().outer_tile(m, n, depth, {a.data(), depth, 1}, values.data(), n, wanted.data(),
-                                          n + 3, false, {});
+          table.small<Bf16>().gemm_outputs_in_lanes(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride,
+                                                    c.data(), n + 3, false, Fetch::none());
+          table.tiles<float>().gemm_outputs_in_lanes(m, n, depth, {a.data(), depth, 1}, values.data(), n,
+                                                     wanted.data(), n + 3, false, Fetch::none());
           const auto got = c.values(), want = wanted.values();
           for (size_t i = 0; i < got.size(); ++i)
             check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
@@ -346,17 +348,17 @@ void test_widening_outer_tile(const KernelTable& table) {
       }
 }
 
-// Rows of bfloat16 that outer_tile pairs give the bits that pairs in memory give.
+// Rows of bfloat16 that gemm_outputs_in_lanes pairs give the bits that pairs in memory give.
 void test_pairing_outer_tile(const KernelTable& table) {
   Random random(8);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {0, 1, 2, 5, 8, 9})
       for (size_t depth : {0, 1, 2, 13, 515}) {
-        check::count_shape("outer_tile of paired bfloat16");
+        check::count_shape("gemm_outputs_in_lanes of paired bfloat16");
         const size_t w_stride = n + ++kind % 3 * 7, pairs = (depth + 1) / 2;
-        check::Case one("%s outer_tile of paired bfloat16 m %zu n %zu depth %zu w_stride %zu", table.isa, m,
-                        n, depth, w_stride);
+        check::Case one("%s gemm_outputs_in_lanes of paired bfloat16 m %zu n %zu depth %zu w_stride %zu",
+                        table.isa, m, n, depth, w_stride);
         const Product<Bf16Pair> p(random, m, n, pairs, false, Data::kUniform, table);
         std::vector<Bf16> rows(depth * n);
         std::vector<Bf16Pair> paired = p.b;
@@ -368,10 +370,10 @@ void test_pairing_outer_tile(const KernelTable& table) {
         for (Place place : kPlaces) {
           Placed<Bf16> w(depth, n, {w_stride}, place, rows);
           Placed<float> c(m, n, {n + 3}, place), wanted(m, n, {n + 3}, place);
-          table.small<Bf16Pair>().outer_tile(m, n, depth, {p.a.data(), pairs, 1}, w.data(), w_stride,
-                                             c.data(), n + 3, false, {});
-          table.tiles<Bf16Pair>().outer_tile(m, n, pairs, {p.a.data(), pairs, 1}, paired.data(), n,
-                                             wanted.data(), n + 3, false, {});
+          table.small<Bf16Pair>().gemm_outputs_in_lanes(m, n, depth, {p.a.data(), pairs, 1}, w.data(),
+                                                        w_stride, c.data(), n + 3, false, Fetch::none());
+          table.tiles<Bf16Pair>().gemm_outputs_in_lanes(m, n, pairs, {p.a.data(), pairs, 1}, paired.data(), n,
+                                                        wanted.data(), n + 3, false, Fetch::none());
           const auto got = c.values(), want = wanted.values();
           for (size_t i = 0; i < got.size(); ++i)
             check::expect(same(got[i], want[i]), "element %zu is %g, wanted %g", i, double(got[i]),
@@ -401,14 +403,14 @@ template <class W>
 void test_dense_panels(const KernelTable& table) {
   using T = Sum<W>;
   const std::string kernel =
-      std::string("outer_tile of dense ") + (sizeof(W) == 2 ? "bfloat16" : type_name<T>());
+      std::string("gemm_outputs_in_lanes of dense ") + (sizeof(W) == 2 ? "bfloat16" : type_name<T>());
   static const char memory[100 * 64] = {};
   Random random(9);
   size_t kind = 0;
   for (size_t n : {size_t{20}, size_t{32}, size_t{43}, kPanelColumns})
     for (size_t m : {1, 2, 3, 4, 5, 6, 8, 13})
       for (size_t depth : {0, 1, 64, 128, 129, 300, 515})
-        for (const Fetch& next : {Fetch{}, kFetchRowsAhead, Fetch{memory, 100, 2}}) {
+        for (const Fetch& next : {Fetch::none(), Fetch::rows_ahead(), Fetch::memory(memory, 100, 2)}) {
           const bool accumulate = ++kind % 2;
           check::count_shape(kernel);
           check::Case one("%s %s m %zu n %zu depth %zu fetch %zu %zu accumulate %d", table.isa,
@@ -426,8 +428,8 @@ void test_dense_panels(const KernelTable& table) {
             const Place place = kPlaces[kind / 2 % std::size(kPlaces)];
             Placed<W> w(depth, n, {w_stride}, place, rows);
             Placed<T> c(m, n, {n + 3}, place, sums);
-            table.small<W>().outer_tile(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride, c.data(),
-                                        n + 3, accumulate, next);
+            table.small<W>().gemm_outputs_in_lanes(m, n, depth, {a.data(), depth, 1}, w.data(), w_stride,
+                                                   c.data(), n + 3, accumulate, next);
             check::expect(c.gaps_intact() && w.untouched(rows), "wrote outside c");
             return c.values();
           };
@@ -438,7 +440,7 @@ void test_dense_panels(const KernelTable& table) {
 // Both kernels compute c (m, n) = a (m, depth) b (depth, n) whole, then in random tiles; all results agree.
 template <class E>
 void test_blocking(const KernelTable& table) {
-  constexpr size_t kPanel = kPanelColumns / kSteps<E>;
+  constexpr size_t kPanel = kPanelColumns / kValuesPerElement<E>;
   const Tiles<E>& k = table.tiles<E>();
   const std::string kernel = std::string("blocking of ") + element_name<E>();
   Random random(3);
@@ -448,7 +450,7 @@ void test_blocking(const KernelTable& table) {
     check::count_shape(kernel);
     const Product<E> p(random, m, n, depth, false, Data::kUniform, table);
     std::vector<Sum<E>> whole(m * n), outer(m * n), lane(m * n);
-    k.lane_tile(n, m, depth, {p.a.data(), depth, kPanel}, p.b.data(), whole.data(), false);
+    k.gemm_tokens_in_lanes(n, m, depth, {p.a.data(), depth, kPanel}, p.b.data(), whole.data(), false);
 
     const std::vector<size_t> rows = cuts(random, m), columns = cuts(random, n),
                               steps = cuts(random, depth, k.depth_unit);
@@ -456,22 +458,25 @@ void test_blocking(const KernelTable& table) {
       for (size_t i = 0; i + 1 < rows.size(); ++i) {
         const E* tile = p.a.data() + rows[i] * depth + steps[s];
         const E* from = p.b.data() + steps[s] * n;
-        k.lane_tile(n, rows[i + 1] - rows[i], steps[s + 1] - steps[s], {tile, depth, kPanel}, from,
-                    lane.data() + rows[i] * n, s > 0);
+        k.gemm_tokens_in_lanes(n, rows[i + 1] - rows[i], steps[s + 1] - steps[s], {tile, depth, kPanel}, from,
+                               lane.data() + rows[i] * n, s > 0);
         for (size_t j = 0; j + 1 < columns.size(); ++j)
-          k.outer_tile(rows[i + 1] - rows[i], columns[j + 1] - columns[j], steps[s + 1] - steps[s],
-                       {tile, depth, 1}, from + columns[j], n, outer.data() + rows[i] * n + columns[j], n,
-                       s > 0, {});
+          k.gemm_outputs_in_lanes(rows[i + 1] - rows[i], columns[j + 1] - columns[j], steps[s + 1] - steps[s],
+                                  {tile, depth, 1}, from + columns[j], n,
+                                  outer.data() + rows[i] * n + columns[j], n, s > 0, Fetch::none());
       }
-    check::expect(same_bits(lane, whole), "lane_tile in tiles differs from lane_tile whole");
-    check::expect(same_bits(outer, whole), "outer_tile in tiles differs from lane_tile whole");
+    check::expect(same_bits(lane, whole),
+                  "gemm_tokens_in_lanes in tiles differs from gemm_tokens_in_lanes whole");
+    check::expect(same_bits(outer, whole),
+                  "gemm_outputs_in_lanes in tiles differs from gemm_tokens_in_lanes whole");
 
     std::vector<E> panels((depth + kPanel - 1) / kPanel * m * kPanel);
     for (size_t i = 0; i < m; ++i)
       for (size_t s = 0; s < depth; ++s)
         panels[(s / kPanel * m + i) * kPanel + s % kPanel] = p.a[i * depth + s];
-    k.lane_tile(n, m, depth, {panels.data(), kPanel, m * kPanel}, p.b.data(), lane.data(), false);
-    check::expect(same_bits(lane, whole), "lane_tile over panels differs from lane_tile over rows");
+    k.gemm_tokens_in_lanes(n, m, depth, {panels.data(), kPanel, m * kPanel}, p.b.data(), lane.data(), false);
+    check::expect(same_bits(lane, whole),
+                  "gemm_tokens_in_lanes over panels differs from gemm_tokens_in_lanes over rows");
 
     const size_t half = n / 2;  // one vector of tokens at a time
     std::vector<E> part(depth * half);
@@ -479,10 +484,10 @@ void test_blocking(const KernelTable& table) {
     for (size_t first : {size_t{0}, half}) {
       for (size_t s = 0; s < depth; ++s)
         std::copy_n(p.b.data() + s * n + first, half, part.data() + s * half);
-      k.lane_tile(half, m, depth, {p.a.data(), depth, kPanel}, part.data(), narrow.data(), false);
+      k.gemm_tokens_in_lanes(half, m, depth, {p.a.data(), depth, kPanel}, part.data(), narrow.data(), false);
       for (size_t i = 0; i < m; ++i)
         check::expect(std::memcmp(&narrow[i * half], &whole[i * n + first], half * sizeof(Sum<E>)) == 0,
-                      "lane_tile on %zu lanes differs from lane_tile on %zu", half, n);
+                      "gemm_tokens_in_lanes on %zu lanes differs from gemm_tokens_in_lanes on %zu", half, n);
     }
   }
 }

@@ -37,9 +37,10 @@ def factors(n: int, d_out: int, d_in: int, r: int) -> tuple[F32, F32, F32, F32]:
 def step(x: F32, w: _core.PackedWeight | F32, a: F32, b: F32) -> list[F32]:
     """Every output of one forward and backward pass, and of a merge."""
     y, z = np.empty((len(x), len(a)), np.float32), np.empty((len(x), len(b)), np.float32)
-    _core.lora_forward(x, [(w, a, b, 0.5, 0.1, 7, None, y, z)])
+    update = {"weight": w, "a": a, "b": b, "scale": 0.5, "dropout": 0.1, "key": 7}
+    _core.lora_forward(x, [_core.ForwardPart(**update, bias=None, y=y, z=z)])
     dx, da, db = np.empty_like(x), np.zeros_like(a), np.zeros_like(b)
-    _core.lora_backward(x, dx, [(w, a, b, 0.5, 0.1, 7, y, z, da, db)])
+    _core.lora_backward(x, dx, [_core.BackwardPart(**update, dy=y, z=z, da=da, db=db)])
     merged = np.zeros((len(a), b.shape[1]), np.float32)
     _core.merge_lora(merged, a, b, 0.5, "float32")
     return [y, z, dx, da, db, merged]

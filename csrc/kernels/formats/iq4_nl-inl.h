@@ -54,7 +54,7 @@ struct Decoder<BlockIQ4_NL> {
   Vec<float> d = broadcast(b.d);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     put_iq4(b.q, d, to);
   }
 };
@@ -64,7 +64,7 @@ struct Codes<BlockIQ4_NL> : Signed {
   using Factors = One;
   const BlockIQ4_NL& block;
   Factors a{to_float(block.d)};
-  Strip strip(size_t) const { return lookup(kIQ4.as_bytes(), nibbles(block.q)); }
+  SubBlock sub_block(size_t) const { return lookup(kIQ4.as_bytes(), nibbles(block.q)); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -5,8 +5,8 @@
 
 namespace nplora {
 
-// Eight sub-blocks j of one strip each: (d (scale - 32)) kIQ4Levels[q]. Strip j lies at 16 j of q, as in IQ4_NL. Scales have six bits:
-// the low four in the nibbles of byte j / 2 of scales_low, the high two at bit 2 j of the 16-bit number scales_high.
+// Eight sub-blocks: (d (scale - 32)) kIQ4Levels[q]. Sub-block j begins at 16 j of q, as in IQ4_NL. Scales have six bits: the low
+// four in the nibbles of byte j / 2 of scales_low, the high two at bit 2 j of the 16-bit number scales_high.
 struct BlockIQ4_XS {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};
@@ -46,17 +46,17 @@ struct Decoder<BlockIQ4_XS> {
   }
 
   template <class To>
-  void strip(size_t j, To to) const {
+  void sub_block(size_t j, To to) const {
     put_iq4(b.q + j * kBytes, Vec<float>::broadcast(scales[j]), to);
   }
 };
 
 template <>
 struct Codes<BlockIQ4_XS> : Signed {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   const BlockIQ4_XS& block;
   Factors a = scales_of(block);
-  Strip strip(size_t j) const { return lookup(kIQ4.as_bytes(), nibbles(block.q + j * kBytes)); }
+  SubBlock sub_block(size_t j) const { return lookup(kIQ4.as_bytes(), nibbles(block.q + j * kBytes)); }
   static Factors scales_of(const BlockIQ4_XS& block) {
     float scales[16];
     put_scales(block, scales);

@@ -70,7 +70,7 @@ inline void decode_nf4_run(const uint8_t* codes, size_t i, size_t n, float absma
     --n;
   };
   if (i % 2 != 0 && n > 0) one();
-  for (; n >= kStrip; n -= kStrip, i += kStrip, to = to + kStrip) {
+  for (; n >= kSubBlock; n -= kSubBlock, i += kSubBlock, to = to + kSubBlock) {
     const Bytes q = load_bytes(codes + i / 2);
     const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
     put(lookup(levels, in_order.low), d, to);
@@ -84,7 +84,7 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   constexpr size_t kElements = BlockNf4::kElements;
   const Levels levels(kLevels.v);
   for (size_t row = 0; row < rows; ++row) {
-    fetch_piece(w.codes + (first + (row + kRowsAhead) * row_step) / 2, cols / 2);
+    fetch_columns(w.codes + (first + (row + kRowsAhead) * row_step) / 2, cols / 2);
     DecodedRow out{to.data + row * to.stride, to.apart};
     for (size_t c = 0; c < cols;) {
       const size_t i = first + row * row_step + c, n = smaller(cols - c, kElements - i % kElements);
@@ -112,7 +112,7 @@ struct Nf4Rows {
         __builtin_prefetch(codes + ahead, 0, 2);
         const Vec<float> d = Vec<float>::broadcast(absmax_of(w, element / kElements));
 #pragma GCC unroll 2
-        for (size_t j = 0; j < kElements; j += kStrip) {
+        for (size_t j = 0; j < kElements; j += kSubBlock) {
           const Bytes q = load_bytes(codes + j / 2);
           const BytePair in_order = interleave(high_nibbles(q), low_nibbles(q));
           put(lookup(levels, in_order.low), lookup(levels, in_order.high), d, to(r, i) + j);

@@ -4,8 +4,8 @@
 
 namespace nplora {
 
-// Sixteen sub-blocks of 16: (d scale) q - (dmin min), with the scale in the low nibble of a byte of scales and the minimum in the high
-// one. Strip 4 h + t lies at 32 h of q, at bit 2 t.
+// Eight sub-blocks: (d scale) q - (dmin min), with a scale and a minimum for each half of a sub-block: the low and the high
+// nibble of a byte of scales. Sub-block 4 h + t begins at 32 h of q, at bit 2 t.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -20,7 +20,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// d scale and -dmin min of the sub-blocks.
+// d scale and -dmin min of the halves of sub-blocks.
 struct Q2Scales {
   float d[16], m[16];
 
@@ -42,11 +42,11 @@ struct Decoder<BlockQ2_K> {
   }
 
   template <class To>
-  void strip(size_t j, To to) const {
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.q + j / 4 * kStrip + i);
-      const size_t sub = 2 * j + i / kBytes;
-      const auto d = Vec<float>::broadcast(scales.d[sub]), m = Vec<float>::broadcast(scales.m[sub]);
+  void sub_block(size_t j, To to) const {
+    for (size_t i = 0; i < kSubBlock; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 4 * kSubBlock + i);
+      const size_t half = 2 * j + i / kBytes;
+      const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
       // A permutation reads four bits of its index: this code and, above it, another one, which changes nothing.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
@@ -62,13 +62,15 @@ struct Decoder<BlockQ2_K> {
 
 template <>
 struct Codes<BlockQ2_K> : Unsigned {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   using Minima = HalfMinima;
   const BlockQ2_K& block;
   Q2Scales scales{block};
   Halves a = halves(scales.d);
   Minima b = Minima::load(scales.m);
-  Strip strip(size_t j) const { return move(load_strip(block.q + j / 4 * kStrip), j % 4 * 2, 0, 3); }
+  SubBlock sub_block(size_t j) const {
+    return move(load_sub_block(block.q + j / 4 * kSubBlock), j % 4 * 2, 0, 3);
+  }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -4,9 +4,9 @@
 
 namespace nplora {
 
-// Sixteen sub-blocks of 16: (d (scale - 32)) (q - 4). Strip 4 h + t has its low two bits at 32 h of low, at bit 2 t; strip j its high one
-// in high, at bit j. Scales have six bits. Scale i has its low four in the nibbles of byte i % 8, low ones for i < 8, and its high two in
-// byte 8 + i % 4, at bit 2 (i / 4).
+// Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. Sub-block 4 h + t has its low two bits
+// at 32 h of low, at bit 2 t; sub-block j has its high bit in high, at bit j. Scales have six bits. Scale i has its low four in
+// the nibbles of byte i % 8, low ones for i < 8, and its high two in byte 8 + i % 4, at bit 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -47,9 +47,9 @@ struct Decoder<BlockQ3_K> {
   }
 
   template <class To>
-  void strip(size_t j, To to) const {
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.low + j / 4 * kStrip + i), high = load_bytes(b.high + i);
+  void sub_block(size_t j, To to) const {
+    for (size_t i = 0; i < kSubBlock; i += kBytes) {
+      const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
       const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
       // A permutation reads four bits of its index: this code and, above it, a bit that changes nothing.
@@ -67,12 +67,12 @@ struct Decoder<BlockQ3_K> {
 
 template <>
 struct Codes<BlockQ3_K> : Signed {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   const BlockQ3_K& block;
   Halves a = scales_of(block);
-  Strip strip(size_t j) const {
-    const Strip q = load_strip(block.low + j / 4 * kStrip);
-    return (move(q, j % 4 * 2, 0, 3) | move(load_strip(block.high), j, 2, 4)) - 4;
+  SubBlock sub_block(size_t j) const {
+    const SubBlock q = load_sub_block(block.low + j / 4 * kSubBlock);
+    return (move(q, j % 4 * 2, 0, 3) | move(load_sub_block(block.high), j, 2, 4)) - 4;
   }
   static Halves scales_of(const BlockQ3_K& block) {
     float scales[16];

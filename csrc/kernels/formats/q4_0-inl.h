@@ -24,7 +24,7 @@ struct Decoder<BlockQ4_0> {
   Vec<float> d = broadcast(b.d);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     const Nibbles values(8, d);
     const Bytes q = load_bytes(b.q);
     put(low(values, q), to);
@@ -37,7 +37,7 @@ struct Codes<BlockQ4_0> : Unsigned {
   using Factors = One;
   const BlockQ4_0& block;
   Factors a{to_float(block.d)}, b{-8 * a.v};
-  Strip strip(size_t) const { return nibbles(block.q); }
+  SubBlock sub_block(size_t) const { return nibbles(block.q); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -24,7 +24,7 @@ struct Decoder<BlockQ4_1> {
   Vec<float> d = broadcast(b.d), m = broadcast(b.m);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     const Nibbles values(d, m);
     const Bytes q = load_bytes(b.q);
     put(low(values, q), to);
@@ -38,7 +38,7 @@ struct Codes<BlockQ4_1> : Unsigned {
   const BlockQ4_1& block;
   TwoFloats both = two_floats(block);
   Factors a{both.first}, b{both.second};
-  Strip strip(size_t) const { return nibbles(block.q); }
+  SubBlock sub_block(size_t) const { return nibbles(block.q); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

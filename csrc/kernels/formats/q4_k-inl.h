@@ -4,9 +4,9 @@
 
 namespace nplora {
 
-// Eight sub-blocks j of one strip each: (d scale_j) q - (dmin min_j). Scales and minima have six bits; j < 4: scale_j in the low
-// bits of byte j, min_j in those of byte 4 + j; j >= 4: their low four bits in the nibbles of byte 4 + j, their high two on top of
-// bytes j - 4 and j. The 32 bytes at 32 (j / 2) of q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), j even.
+// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits; j < 4: scale_j in the low bits of byte j,
+// min_j in those of byte 4 + j; j >= 4: their low four bits in the nibbles of byte 4 + j, their high two on top of bytes j - 4
+// and j. The 32 bytes at 32 (j / 2) of q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), j even.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};
@@ -29,10 +29,10 @@ struct Decoder<BlockQ4_K> {
   explicit Decoder(const BlockQ4_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
 
   template <class To>
-  void strip(size_t j, To to) const {
+  void sub_block(size_t j, To to) const {
     const Nibbles values(scales.scale(j), scales.minus_min(j));
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i);
+    for (size_t i = 0; i < kSubBlock; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 2 * kSubBlock + i);
       put(j % 2 == 0 ? low(values, q) : high(values, q), to + i);
     }
   }
@@ -40,12 +40,12 @@ struct Decoder<BlockQ4_K> {
 
 template <>
 struct Codes<BlockQ4_K> : Unsigned {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   const BlockQ4_K& block;
   SubScales scales{block.d, block.dmin, block.scales};
   Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
-  Strip strip(size_t j) const {
-    const Strip q = load_strip(block.q + j / 2 * kStrip);
+  SubBlock sub_block(size_t j) const {
+    const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock);
     return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
   }
 };

@@ -25,7 +25,7 @@ struct Decoder<BlockQ5_0> {
   Vec<float> d = broadcast(b.d);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     const HighBits bits(b.high);
     put(widen((low_nibbles(q) | bits.low) - 16), widen((high_nibbles(q) | bits.high) - 16), d, to);
@@ -37,7 +37,7 @@ struct Codes<BlockQ5_0> : Unsigned {
   using Factors = One;
   const BlockQ5_0& block;
   Factors a{to_float(block.d)}, b{-16 * a.v};
-  Strip strip(size_t) const { return nibbles(block.q) | high_bits(block.high); }
+  SubBlock sub_block(size_t) const { return nibbles(block.q) | high_bits(block.high); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

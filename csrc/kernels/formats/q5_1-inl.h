@@ -25,7 +25,7 @@ struct Decoder<BlockQ5_1> {
   Vec<float> d = broadcast(b.d), m = broadcast(b.m);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     const Bytes q = load_bytes(b.q);
     const HighBits bits(b.high);
     put(widen(low_nibbles(q) | bits.low), d, m, to);
@@ -39,7 +39,7 @@ struct Codes<BlockQ5_1> : Unsigned {
   const BlockQ5_1& block;
   TwoFloats both = two_floats(block);
   Factors a{both.first}, b{both.second};
-  Strip strip(size_t) const { return nibbles(block.q) | high_bits(block.high); }
+  SubBlock sub_block(size_t) const { return nibbles(block.q) | high_bits(block.high); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

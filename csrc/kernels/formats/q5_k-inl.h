@@ -28,10 +28,10 @@ struct Decoder<BlockQ5_K> {
   explicit Decoder(const BlockQ5_K& block) : b(block), scales(b.d, b.dmin, b.scales) { scales.keep(); }
 
   template <class To>
-  void strip(size_t j, To to) const {
+  void sub_block(size_t j, To to) const {
     const Vec<float> d = scales.scale(j), m = scales.minus_min(j);
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.q + j / 2 * kStrip + i), high = load_bytes(b.high + i);
+    for (size_t i = 0; i < kSubBlock; i += kBytes) {
+      const Bytes q = load_bytes(b.q + j / 2 * kSubBlock + i), high = load_bytes(b.high + i);
       put(widen((j % 2 == 0 ? low_nibbles(q) : high_nibbles(q)) | move(high, j, 4, 16)), d, m, to + i);
     }
   }
@@ -39,13 +39,14 @@ struct Decoder<BlockQ5_K> {
 
 template <>
 struct Codes<BlockQ5_K> : Unsigned {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   const BlockQ5_K& block;
   SubScales scales{block.d, block.dmin, block.scales};
   Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
-  Strip strip(size_t j) const {
-    const Strip q = load_strip(block.q + j / 2 * kStrip), low = j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
-    return low | move(load_strip(block.high), j, 4, 16);
+  SubBlock sub_block(size_t j) const {
+    const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock),
+                   low = j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);
+    return low | move(load_sub_block(block.high), j, 4, 16);
   }
 };
 

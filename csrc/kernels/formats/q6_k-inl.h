@@ -4,8 +4,8 @@
 
 namespace nplora {
 
-// Sixteen sub-blocks of 16: (d scale) (q - 32). Strip 4 h + t has its low four bits at 64 h + 32 (t % 2) of low, in the low nibbles
-// for t < 2, else in the high ones; its high two at 32 h of high, at bit 2 t.
+// Eight sub-blocks: (d scale) (q - 32), with a scale for each half of a sub-block. Sub-block 4 h + t has its low four bits at
+// 64 h + 32 (t % 2) of low, in the low nibbles for t < 2, else in the high ones; its high two at 32 h of high, at bit 2 t.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};
@@ -32,11 +32,11 @@ struct Decoder<BlockQ6_K> {
   }
 
   template <class To>
-  void strip(size_t j, To to) const {
+  void sub_block(size_t j, To to) const {
     const size_t half = j / 4, t = j % 4;
-    for (size_t i = 0; i < kStrip; i += kBytes) {
-      const Bytes q = load_bytes(b.low + half * 64 + t % 2 * kStrip + i),
-                  high = load_bytes(b.high + half * kStrip + i);
+    for (size_t i = 0; i < kSubBlock; i += kBytes) {
+      const Bytes q = load_bytes(b.low + half * 64 + t % 2 * kSubBlock + i),
+                  high = load_bytes(b.high + half * kSubBlock + i);
       const Bytes code = (t < 2 ? low_nibbles(q) : high_nibbles(q)) | move(high, 2 * t, 4, 48);
       put(widen(code - 32), Vec<float>::broadcast(scales[2 * j + i / kBytes]), to + i);
     }
@@ -45,14 +45,14 @@ struct Decoder<BlockQ6_K> {
 
 template <>
 struct Codes<BlockQ6_K> : Signed {
-  using Factors = EightStrips;
+  using Factors = EightSubBlocks;
   const BlockQ6_K& block;
   Halves a = scales_of(block);
-  Strip strip(size_t j) const {
+  SubBlock sub_block(size_t j) const {
     const size_t half = j / 4, t = j % 4;
-    const Strip q = load_strip(block.low + half * 64 + t % 2 * kStrip);
-    const Strip low = t < 2 ? q & 15 : move(q, 4, 0, 15);
-    return (low | move(load_strip(block.high + half * kStrip), 2 * t, 4, 48)) - 32;
+    const SubBlock q = load_sub_block(block.low + half * 64 + t % 2 * kSubBlock);
+    const SubBlock low = t < 2 ? q & 15 : move(q, 4, 0, 15);
+    return (low | move(load_sub_block(block.high + half * kSubBlock), 2 * t, 4, 48)) - 32;
   }
   static Halves scales_of(const BlockQ6_K& block) {
     float scales[16];

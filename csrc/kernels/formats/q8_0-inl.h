@@ -24,7 +24,7 @@ struct Decoder<BlockQ8_0> {
   Vec<float> d = broadcast(b.d);
 
   template <class To>
-  void strip(size_t, To to) const {
+  void sub_block(size_t, To to) const {
     put(widen(load_bytes(b.q)), widen(load_bytes(b.q + kBytes)), d, to);
   }
 };
@@ -34,7 +34,7 @@ struct Codes<BlockQ8_0> : Signed {
   using Factors = One;
   const BlockQ8_0& block;
   Factors a{to_float(block.d)};
-  Strip strip(size_t) const { return load_strip(block.q); }
+  SubBlock sub_block(size_t) const { return load_sub_block(block.q); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -1,24 +1,24 @@
-// Sub-blocks with minima: (d scale) q - dmin minimum.
+// Scale groups with minima: (d scale) q - dmin minimum.
 #pragma once
 
-#include "ops/quantizers/sub_blocks.h"
+#include "ops/quantizers/scale_groups.h"
 
 namespace nplora {
 
-template <size_t kSubBlocks, size_t kSubSize, int kLargest>
+template <size_t kGroupCount, size_t kGroupSize, int kLargest>
 struct AffineBlock {
-  static constexpr size_t kSubs = kSubBlocks, kSize = kSubSize;
+  static constexpr size_t kGroups = kGroupCount, kSize = kGroupSize;
   static constexpr float kLargestScale = kLargest;  // and the largest minimum
   float d = 0, dmin = 0;
-  float scale[kSubs] = {}, minimum[kSubs] = {};
+  float scale[kGroups] = {}, minimum[kGroups] = {};
   double error = 0;
 
   CodeGrid grid(size_t j) const { return {d * scale[j], -(dmin * minimum[j])}; }
 };
 
-// The best of some grids with m <= 0 for one sub-block, of any numbers.
+// The best of some grids with m <= 0 for one group, with any numbers.
 template <size_t n>
-CodeGrid fit_sub_block(const float* x, Codes codes) {
+CodeGrid fit_group(const float* x, Codes codes) {
   const auto [least, most] = std::minmax_element(x, x + n);
   const float low = std::min(*least, 0.0f), range = *most - low;
   CodeGrid best{range / codes.last, low};
@@ -41,7 +41,7 @@ CodeGrid fit_sub_block(const float* x, Codes codes) {
 template <class Affine>
 void settle(const float* x, Codes codes, Affine& b) {
   b.error = 0;
-  for (size_t j = 0; j < b.kSubs; ++j) {
+  for (size_t j = 0; j < b.kGroups; ++j) {
     const float scale = b.scale[j], minimum = b.minimum[j];
     float error = INFINITY;
     for (float s = std::max(scale - 1, 0.0f); s <= std::min(scale + 1, Affine::kLargestScale); ++s)
@@ -61,7 +61,7 @@ void settle(const float* x, Codes codes, Affine& b) {
 template <class Affine>
 bool refit(const float* x, Codes codes, Affine& b) {
   double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // over s = scale q, m = minimum
-  for (size_t j = 0; j < b.kSubs; ++j) {
+  for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
     ss += b.scale[j] * b.scale[j] * k.qq;
     sm += b.scale[j] * b.minimum[j] * k.q;
@@ -79,16 +79,16 @@ bool refit(const float* x, Codes codes, Affine& b) {
 template <class Affine>
 Affine best_affine(const float* x, Codes codes) {
   Affine best;
-  CodeGrid fits[Affine::kSubs];
+  CodeGrid fits[Affine::kGroups];
   float largest_d = 0, largest_m = 0;
-  for (size_t j = 0; j < best.kSubs; ++j) {
-    fits[j] = fit_sub_block<Affine::kSize>(x + j * best.kSize, codes);
+  for (size_t j = 0; j < best.kGroups; ++j) {
+    fits[j] = fit_group<Affine::kSize>(x + j * best.kSize, codes);
     largest_d = std::max(largest_d, fits[j].d);
     largest_m = std::max(largest_m, -fits[j].m);
   }
   best.d = unit_of(largest_d, Affine::kLargestScale);
   best.dmin = unit_of(largest_m, Affine::kLargestScale);
-  for (size_t j = 0; j < best.kSubs; ++j) {
+  for (size_t j = 0; j < best.kGroups; ++j) {
     best.scale[j] = std::clamp(ratio(fits[j].d, best.d), 0.0f, Affine::kLargestScale);
     best.minimum[j] = std::clamp(ratio(-fits[j].m, best.dmin), 0.0f, Affine::kLargestScale);
   }
@@ -111,7 +111,7 @@ void quantize_six_bits(size_t blocks, const float* x, Block* out, Codes codes) {
     *out = {};
     out->d = to_half(b.d);
     out->dmin = to_half(b.dmin);
-    for (size_t j = 0; j < b.kSubs; ++j) {
+    for (size_t j = 0; j < b.kGroups; ++j) {
       const auto s = static_cast<unsigned>(b.scale[j]), m = static_cast<unsigned>(b.minimum[j]);
       const auto put = [&](size_t byte, unsigned bits) {
         out->scales[byte] = static_cast<uint8_t>(out->scales[byte] | bits);

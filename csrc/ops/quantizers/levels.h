@@ -7,10 +7,10 @@
 
 namespace nplora {
 
-// Sub-blocks of kSize values, each d times one of kLevels, which ascend.
-template <size_t kSubSize, const int8_t (&kLevels)[16]>
+// Groups of kSize values, each d times one of kLevels, which ascend.
+template <size_t kGroupSize, const int8_t (&kLevels)[16]>
 struct LevelCodes {
-  static constexpr size_t kSize = kSubSize;
+  static constexpr size_t kSize = kGroupSize;
 
   // The number of the level that is nearest to x.
   static int code(float x) {

@@ -10,14 +10,14 @@ void quantize_blocks(size_t blocks, const float* x, BlockQ2_K* out) {
     *out = {};
     out->d = to_half(b.d);
     out->dmin = to_half(b.dmin);
-    for (size_t j = 0; j < b.kSubs; ++j) {
+    for (size_t j = 0; j < b.kGroups; ++j) {
       out->scales[j] =
           static_cast<uint8_t>(static_cast<unsigned>(b.scale[j]) | static_cast<unsigned>(b.minimum[j]) << 4);
       const Encoder code(b.grid(j), kCodes);
       for (size_t i = 0; i < b.kSize; ++i) {
-        const size_t at = j * b.kSize + i, strip = at / kStrip;
-        uint8_t& codes = out->q[strip / 4 * kStrip + at % kStrip];
-        codes = static_cast<uint8_t>(codes | static_cast<unsigned>(code(x[at])) << (strip % 4 * 2));
+        const size_t at = j * b.kSize + i, sub_block = at / kSubBlock;
+        uint8_t& codes = out->q[sub_block / 4 * kSubBlock + at % kSubBlock];
+        codes = static_cast<uint8_t>(codes | static_cast<unsigned>(code(x[at])) << (sub_block % 4 * 2));
       }
     }
   }

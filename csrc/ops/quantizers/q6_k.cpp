@@ -5,7 +5,7 @@ namespace nplora {
 namespace {
 
 struct Format : IntegerCodes<16, -32, 31> {
-  static constexpr size_t kSubs = 16;
+  static constexpr size_t kGroups = 16;
   static constexpr float kLeastScale = -128, kMostScale = 127;
 };
 
@@ -13,7 +13,7 @@ ScaledBlock<Format> best_block(const float* x) {
   constexpr int kReach = 8;  // of the largest scales: the extreme at codes 31 ... 34
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodes.last, Format::kMostScale);
-  for (size_t j = 0; j < best.kSubs; ++j) {
+  for (size_t j = 0; j < best.kGroups; ++j) {
     const float scale = ratio(absmax(best.kSize, x + j * best.kSize) / -Format::kCodes.first, best.d);
     best.settle(x, j, {scale, -scale}, kReach);
   }
@@ -28,15 +28,17 @@ void quantize_blocks(size_t blocks, const float* x, BlockQ6_K* out) {
     const ScaledBlock<Format> b = best_block(x);
     *out = {};
     out->d = to_half(b.d);
-    for (size_t j = 0; j < b.kSubs; ++j) {
+    for (size_t j = 0; j < b.kGroups; ++j) {
       out->scales[j] = static_cast<int8_t>(b.scale[j]);
       const Encoder code({b.d * b.scale[j]}, Format::kCodes);
       for (size_t i = 0; i < b.kSize; ++i) {
-        const size_t at = j * b.kSize + i, half = at / 128, strip = at % 128 / kStrip, l = at % kStrip;
+        const size_t at = j * b.kSize + i, half = at / 128, sub_block = at % 128 / kSubBlock,
+                     l = at % kSubBlock;
         const auto q = static_cast<unsigned>(code(x[at]) - Format::kCodes.first);
-        uint8_t &low = out->low[64 * half + strip % 2 * kStrip + l], &high = out->high[half * kStrip + l];
-        low = static_cast<uint8_t>(low | (q & 15) << (strip / 2 * 4));
-        high = static_cast<uint8_t>(high | (q >> 4) << (2 * strip));
+        uint8_t &low = out->low[64 * half + sub_block % 2 * kSubBlock + l],
+                &high = out->high[half * kSubBlock + l];
+        low = static_cast<uint8_t>(low | (q & 15) << (sub_block / 2 * 4));
+        high = static_cast<uint8_t>(high | (q >> 4) << (2 * sub_block));
       }
     }
   }

@@ -1,31 +1,31 @@
-// Sub-blocks without minima: (d scale) q.
+// Scale groups without minima: (d scale) q.
 #pragma once
 
 #include <initializer_list>
 
-#include "ops/quantizers/sub_blocks.h"
+#include "ops/quantizers/scale_groups.h"
 
 namespace nplora {
 
-// Sub-blocks of kSize values whose codes q are the integers from kFirst to kLast.
-template <size_t kSubSize, int kFirst, int kLast>
+// Groups of kSize values whose codes q are the integers from kFirst to kLast.
+template <size_t kGroupSize, int kFirst, int kLast>
 struct IntegerCodes {
-  static constexpr size_t kSize = kSubSize;
+  static constexpr size_t kSize = kGroupSize;
   static constexpr Codes kCodes{kFirst, kLast};
 
   static float error(const float* x, float d) { return squared_error<kSize>(x, {d}, kCodes); }
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodes); }
 };
 
-// Format: its codes (kSize, error, sums); kSubs; and the range of its scales, kLeastScale to kMostScale.
+// Format: its codes (kSize, error, sums); kGroups; and the range of its scales, kLeastScale to kMostScale.
 template <class Format>
 struct ScaledBlock {
-  static constexpr size_t kSubs = Format::kSubs, kSize = Format::kSize;
+  static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
   float d = 0;
-  float scale[kSubs] = {};
+  float scale[kGroups] = {};
   double error = 0;
 
-  // Gives sub-block j the best integer within `reach` of those that are named, and adds its error.
+  // Gives group j the best integer within `reach` of those that are named, and adds its error.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
     float least = INFINITY;
     for (float near : scales)
@@ -52,7 +52,7 @@ template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {
     double xs = 0, ss = 0;
-    for (size_t j = 0; j < best.kSubs; ++j) {
+    for (size_t j = 0; j < best.kGroups; ++j) {
       const Moments k = Format::sums(x + j * best.kSize, best.d * best.scale[j]);
       xs += best.scale[j] * k.xq;
       ss += best.scale[j] * best.scale[j] * k.qq;
@@ -61,7 +61,7 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
     ScaledBlock<Format> other = best;
     other.d = round_to_half(float(xs / ss));
     other.error = 0;
-    for (size_t j = 0; j < other.kSubs; ++j) other.settle(x, j, {other.scale[j]}, 1);
+    for (size_t j = 0; j < other.kGroups; ++j) other.settle(x, j, {other.scale[j]}, 1);
     if (!(other.error < best.error)) break;
     best = other;
   }
@@ -69,7 +69,7 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
 }
 
 // The best block of several d, whose multiples lie apart by fractions of a step of the largest scale. `extreme` is the code at which the
-// largest magnitude of a sub-block is looked for first: integers near to that scale are tried, of either sign.
+// largest magnitude of a group is looked for first: integers near to that scale are tried, of either sign.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;
@@ -78,7 +78,7 @@ ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, in
   for (int i = 0; i < kStarts; ++i) {
     ScaledBlock<Format> block;
     block.d = round_to_half(unit * (1 - float(i) / (kStarts * Format::kMostScale)));
-    for (size_t j = 0; j < block.kSubs; ++j) {
+    for (size_t j = 0; j < block.kGroups; ++j) {
       const float scale = ratio(absmax(block.kSize, x + j * block.kSize) / extreme, block.d);
       block.settle(x, j, {scale, -scale}, reach);
     }

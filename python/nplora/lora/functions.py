@@ -51,7 +51,10 @@ def lora_forward(
     scale = _check.scale(op, scale, dtype)
     n = len(rows)
     y_rows, z_rows = y.reshape(n, d_out), z.reshape(n, a.shape[1])
-    _core.lora_forward(rows, [(w, a, b, scale, 0.0, 0, added, y_rows, z_rows)])
+    part = _core.ForwardPart(
+        weight=w, a=a, b=b, scale=scale, dropout=0.0, key=0, bias=added, y=y_rows, z=z_rows
+    )
+    _core.lora_forward(rows, [part])
     return y, z
 
 
@@ -116,7 +119,10 @@ def lora_backward(
         else buffers.output(op, "dB", db_out, b.shape, dtype, *taken)
     )
     dx_rows = None if dx is None else dx.reshape(n, d_in)
-    _core.lora_backward(x_rows, dx_rows, [(w, a, b, scale, 0.0, 0, dy_rows, z_rows, da, db)])
+    part = _core.BackwardPart(
+        weight=w, a=a, b=b, scale=scale, dropout=0.0, key=0, dy=dy_rows, z=z_rows, da=da, db=db
+    )
+    _core.lora_backward(x_rows, dx_rows, [part])
     return dx, da, db
 
 

@@ -18,11 +18,6 @@ from nplora.weights import FrozenWeight, buffers, freeze
 
 Array = npt.NDArray[Any]
 
-# A layer's part of a call of the core: w, a, b, scale, dropout, key; then bias, y, z, or dy, z, da, db.
-CoreWeight = _core.PackedWeight | Array
-ForwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array | None, Array, Array | None]
-BackwardPart = tuple[CoreWeight, Array, Array, float, float, int, Array, Array, Array | None, Array | None]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearSaved(Saved):
@@ -121,10 +116,23 @@ class Linear(Prepared, Module):
 
     # ---- as a part of a stack ----
 
-    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LinearSaved]:
+    def forward_part(
+        self, rows: Array, lead: tuple[int, ...]
+    ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
-        part = core_weight(self.weight), *self._factors, 0.0, 0.0, 0, self.bias, y, None
+        a, b = self._factors
+        part = _core.ForwardPart(
+            weight=core_weight(self.weight),
+            a=a,
+            b=b,
+            scale=0.0,
+            dropout=0.0,
+            key=0,
+            bias=self.bias,
+            y=y,
+            z=None,
+        )
         keep = self.trainable and not inferring()
         return part, y, LinearSaved(lead, rows if keep else None, layer=self)
 
@@ -150,12 +158,13 @@ class Linear(Prepared, Module):
             _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
         return rows.reshape(math.prod(saved.lead), d_out)
 
-    def backward_part(self, rows: Array, saved: LinearSaved) -> BackwardPart:
+    def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
         """This layer's part of a call of the core; adds to dweight and dbias where trainable."""
         self._add_gradients(rows, saved)
-        d_out, d_in = self.shape
-        a, b, z = (np.empty(shape, self._dtype) for shape in ((d_out, 0), (0, d_in), (len(rows), 0)))
-        return core_weight(self.weight), a, b, 0.0, 0.0, 0, rows, z, None, None
+        weight, (a, b) = core_weight(self.weight), self._factors
+        return _core.BackwardPart(
+            weight=weight, a=a, b=b, scale=0.0, dropout=0.0, key=0, dy=rows, z=None, da=None, db=None
+        )
 
     def __repr__(self) -> str:
         return f"Linear({self.shape}, trainable={self.trainable})"

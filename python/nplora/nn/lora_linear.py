@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.nn.linear import BackwardPart, ForwardPart, Linear
+from nplora.nn.linear import Linear
 from nplora.nn.low_rank import LoRALayer
 from nplora.nn.module import Gradient, Saved, inferring, quiet
 from nplora.nn.principal import PRINCIPAL_INITS
@@ -149,7 +149,9 @@ class LoRALinear(LoRALayer):
         _core.lora_forward(rows, [part])
         return self.finish_forward(y, saved)
 
-    def forward_part(self, rows: Array, lead: tuple[int, ...]) -> tuple[ForwardPart, Array, LoRALinearSaved]:
+    def forward_part(
+        self, rows: Array, lead: tuple[int, ...]
+    ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
         """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
@@ -162,7 +164,10 @@ class LoRALinear(LoRALayer):
             key = self._next_key() if dropout else 0
             x = None if self.freeze_B else rows
             saved = LoRALinearSaved(lead, dropout=dropout, key=key, x=x, z=z, layer=self)
-        return (weight, self.A, self.B, scale, dropout, key, bias, y, z), y, saved
+        part = _core.ForwardPart(
+            weight=weight, a=self.A, b=self.B, scale=scale, dropout=dropout, key=key, bias=bias, y=y, z=z
+        )
+        return part, y, saved
 
     def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
         """What the core computes with: weight, scale of the update, and bias, which DoRA adds later."""
@@ -247,19 +252,21 @@ class LoRALinear(LoRALayer):
         for name, array, width in (("x", saved.x, d_in), ("z", saved.z, self.rank), ("u", saved.u, d_out)):
             _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
 
-    def backward_part(self, du: Array, saved: LoRALinearSaved) -> BackwardPart:
+    def backward_part(self, du: Array, saved: LoRALinearSaved) -> _core.BackwardPart:
         """This layer's part of a call of the core; adds to dm."""
+        weight, a, b = self.weight.packed, self.A, self.B
         if saved.z is None:
-            z = np.empty((len(du), self.rank), du.dtype)  # unread
-            return self.weight.packed, self.A, self.B, 0.0, 0.0, 0, du, z, None, None
+            return _core.BackwardPart(
+                weight=weight, a=a, b=b, scale=0.0, dropout=0.0, key=0, dy=du, z=None, da=None, db=None
+            )
         if saved.u is not None:  # y = gain ∘ u, gain = m · inverse_norm
             assert self.dm is not None
             with quiet():
                 self.dm += np.einsum("no,no->o", du, saved.u) * saved.inverse_norm
                 du = du * saved.gain
-        return (
-            self.weight.packed, self.A, self.B, self.scale, saved.dropout, saved.key,
-            du, saved.z, self.dA, self.dB,
+        return _core.BackwardPart(
+            weight=weight, a=a, b=b, scale=self.scale, dropout=saved.dropout, key=saved.key,
+            dy=du, z=saved.z, da=self.dA, db=self.dB,
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.nn import losses, optim
+from nplora.nn.losses import LossFunction
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, AdamW, Optimizer
 from nplora.trainer.fused import FusedLoss

@@ -1,4 +1,4 @@
-// Blocks of W with scale A B added, for the products of large batches.
+// Updates merged on the fly: blocks of W with scale A B added, for the products of large batches.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// Rows of A are scaled once for each block: `out` (rows, r).
+// out (rows, r) = scale A[rows].
 template <class T>
 const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   for (size_t i = 0; i < rows.count; ++i)
@@ -19,13 +19,14 @@ const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
 
 // A block of W, at most a panel wide, with scale A[rows] B[:, cols] added, in `out` (rows, cols).
 template <class T>
-ColumnBlock<T> fold(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
+ColumnBlock<T> merged_block(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
   const size_t rank = low.a.cols;
   const T* scaled = scaled_rows(low.a, rows, low.scale, scratch<T>(Scratch::kFactor, rows.count * rank));
   for (size_t i = 0; i < rows.count; ++i)
     std::copy_n(from.data + i * from.row_stride, cols.count, out + i * cols.count);
-  kernels::table().tiles<T>().outer_tile(rows.count, cols.count, rank, {scaled, rank, 1},
-                                         low.b.data + cols.first, low.b.stride, out, cols.count, true, {});
+  kernels::table().tiles<T>().gemm_outputs_in_lanes(rows.count, cols.count, rank, {scaled, rank, 1},
+                                                    low.b.data + cols.first, low.b.stride, out, cols.count,
+                                                    true, kernels::Fetch::none());
   return {out, cols.count};
 }
 

@@ -1,5 +1,6 @@
-// Formats with a float16 scale of small integers, each of which scales a sub-block (ggml's K types). A grid is fitted to every sub-block
-// alone; then the integers near it are tried, and the float16 is fitted to what they chose, in turns.
+// Formats with a float16 scale of small integers, each of which scales a group of values (ggml's K types): a sub-block, or half
+// of one. A grid is fitted to every group alone; then the integers near it are tried, and the float16 is fitted to what they
+// chose, in turns.
 #pragma once
 
 #include <algorithm>

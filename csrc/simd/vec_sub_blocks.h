@@ -1,6 +1,7 @@
-// Strips: 32 bytes, which are multiplied as integers and summed in eight lanes. See vec.h for the rules of kernel units.
+// The codes of sub-blocks: 32 bytes, which are multiplied as integers and summed in eight lanes. See vec.h for the rules of
+// kernel units.
 //
-//   load_strip(p), join(low, high), lookup(levels, s) as of bytes
+//   load_sub_block(p), join(low, high), lookup(levels, s) as of bytes
 //   dot(u, x)          lane i = the sum of u * x over four of the elements, all from the first half for i < 4, else from the
 //                      second.   u is at most 127, and not negative; x is at least -127
 //   dot_signed(w, x)   the same for any w
@@ -13,15 +14,15 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-typedef uint8_t Strip __attribute__((vector_size(kStrip)));
-typedef int8_t SignedStrip __attribute__((vector_size(kStrip)));
-typedef uint16_t StripWords __attribute__((vector_size(kStrip)));
-typedef int32_t EightInts __attribute__((vector_size(kStrip)));
-typedef uint32_t EightBits __attribute__((vector_size(kStrip)));
-typedef float Eight __attribute__((vector_size(kStrip)));
+typedef uint8_t SubBlock __attribute__((vector_size(kSubBlock)));
+typedef int8_t SignedSubBlock __attribute__((vector_size(kSubBlock)));
+typedef uint16_t SubBlockWords __attribute__((vector_size(kSubBlock)));
+typedef int32_t EightInts __attribute__((vector_size(kSubBlock)));
+typedef uint32_t EightBits __attribute__((vector_size(kSubBlock)));
+typedef float Eight __attribute__((vector_size(kSubBlock)));
 
-inline Strip load_strip(const void* p) {
-  Strip s;
+inline SubBlock load_sub_block(const void* p) {
+  SubBlock s;
   __builtin_memcpy(&s, p, sizeof s);
   return s;
 }
@@ -45,21 +46,21 @@ inline float sum(Eight v) {
 }
 
 // As move of bytes does.
-inline Strip move(Strip s, size_t from, size_t to, uint8_t mask) {
-  return (Strip)(from <= to ? (StripWords)s << (to - from) : (StripWords)s >> (from - to)) & mask;
+inline SubBlock move(SubBlock s, size_t from, size_t to, uint8_t mask) {
+  return (SubBlock)(from <= to ? (SubBlockWords)s << (to - from) : (SubBlockWords)s >> (from - to)) & mask;
 }
 
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
 
-inline Strip join(Bytes low, Bytes high) {
-  return (Strip)_mm256_set_m128i((__m128i)high, (__m128i)low);
+inline SubBlock join(Bytes low, Bytes high) {
+  return (SubBlock)_mm256_set_m128i((__m128i)high, (__m128i)low);
 }
 
-inline Strip lookup(Bytes levels, Strip s) {
-  return (Strip)_mm256_shuffle_epi8((__m256i)join(levels, levels), (__m256i)s);
+inline SubBlock lookup(Bytes levels, SubBlock s) {
+  return (SubBlock)_mm256_shuffle_epi8((__m256i)join(levels, levels), (__m256i)s);
 }
 
-inline EightInts dot(Strip u, Strip x) {
+inline EightInts dot(SubBlock u, SubBlock x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
 #else  // two products of 127 * 127 fit into 16 bits
@@ -67,20 +68,20 @@ inline EightInts dot(Strip u, Strip x) {
 #endif
 }
 // The sign of w goes to x. 128, of which two products fit too, is an unsigned byte.
-inline EightInts dot_signed(Strip w, Strip x) {
-  return dot((Strip)_mm256_abs_epi8((__m256i)w), (Strip)_mm256_sign_epi8((__m256i)x, (__m256i)w));
+inline EightInts dot_signed(SubBlock w, SubBlock x) {
+  return dot((SubBlock)_mm256_abs_epi8((__m256i)w), (SubBlock)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
 
 #else
 
-inline Strip join(Bytes low, Bytes high) {
-  Strip s;
+inline SubBlock join(Bytes low, Bytes high) {
+  SubBlock s;
   __builtin_memcpy(&s, &low, sizeof low);
   __builtin_memcpy(reinterpret_cast<char*>(&s) + sizeof low, &high, sizeof high);
   return s;
 }
 
-inline Strip lookup(Bytes levels, Strip s) {
+inline SubBlock lookup(Bytes levels, SubBlock s) {
   Bytes halves[2];
   __builtin_memcpy(halves, &s, sizeof s);
   return join(lookup(levels, halves[0]), lookup(levels, halves[1]));
@@ -93,7 +94,7 @@ inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));
 }
-inline EightInts dot_signed(Strip w, Strip x) {
+inline EightInts dot_signed(SubBlock w, SubBlock x) {
   int8x16_t from[4];
   __builtin_memcpy(from, &w, sizeof w);
   __builtin_memcpy(from + 2, &x, sizeof x);
@@ -105,9 +106,9 @@ inline EightInts dot_signed(Strip w, Strip x) {
 
 #else
 
-inline EightInts dot_signed(Strip w, Strip x) {
+inline EightInts dot_signed(SubBlock w, SubBlock x) {
   int32_t sums[8] = {};
-  for (size_t i = 0; i < kStrip; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
+  for (size_t i = 0; i < kSubBlock; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
   EightInts r;
   __builtin_memcpy(&r, sums, sizeof r);
   return r;
@@ -115,7 +116,7 @@ inline EightInts dot_signed(Strip w, Strip x) {
 
 #endif
 
-inline EightInts dot(Strip u, Strip x) {
+inline EightInts dot(SubBlock u, SubBlock x) {
   return dot_signed(u, x);
 }
 

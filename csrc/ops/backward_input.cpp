@@ -1,0 +1,163 @@
+#include "ops/backward_input.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "ops/blocking.h"
+#include "ops/dropout.h"
+#include "ops/merge_on_the_fly.h"
+#include "ops/outer.h"
+
+namespace nplora {
+
+using kernels::Bf16;
+using kernels::Bf16Pair;
+using kernels::Fetch;
+using kernels::kPanelColumns;
+using kernels::kValuesPerElement;
+using kernels::Strided;
+
+namespace {
+
+// The memory of packed W that is read after a block: the same panel's next rows, or the next panel. The first tokens fetch it in
+// tiles (but a single tile only reads its own block, and for an L1 block in place the next one is fetched); those after them
+// fetch rows of the block, which is in L2, into L1.
+template <class E>
+Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
+  const kernels::Tiles<E>& k = kernels::table().tiles<E>();
+  const size_t tiles = ceil_div(tokens, k.tile_tokens) * ceil_div(kPanelColumns, k.tile_columns);
+  if (rows.count == 0) return Fetch::none();
+  if (!w.packed || tiles < 2) return Fetch::rows_ahead();
+  if (k.l1_block_bytes > 0 && block == stored_at(w, rows.first, panel.first)) return Fetch::rows_ahead();
+  const size_t lines = rows.count * kPanelColumns * bytes_per_element(w.storage) / kCacheLine;
+  return Fetch::memory(stored_at(w, rows.first + rows.count, panel.first), lines,
+                       std::clamp<size_t>(ceil_div(lines, tiles * depth_of<E>(rows.count)), 1, 3));
+}
+
+}  // namespace
+
+template <class E, class W>
+InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
+  for (const Part& p : stack.parts()) {
+    merges_ |= stack.dx().data && p.update == Update::kMergedOnTheFly;
+    if (makes_two_panels(p.arrays.w, is_shared())) group_ = kDecodedColumns;
+  }
+}
+
+// double's two panels would not stay in L2.
+template <class E, class W>
+bool InputGradient<E, W>::is_shared() const {
+  return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
+}
+
+// A block of W that is added to serves all tokens of a token block; else more threads take more tokens at a time.
+template <class E, class W>
+size_t InputGradient<E, W>::block_tokens(size_t threads) const {
+  const size_t tokens = stack_.tokens();
+  size_t most = std::min(tokens, (group_ > kPanelColumns ? 2 : 1) * kTaskTokens * ceil_div(threads, 2));
+  for (const Part& p : stack_.parts())
+    if (stack_.dx().data && p.update == Update::kMergedOnTheFly)
+      most = std::max(most, tokens_of_l3_block(tokens, p.arrays.w.d_out, sizeof(E) / kValuesPerElement<E>));
+  return most;
+}
+
+template <class E, class W>
+size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
+  return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
+}
+
+// A group of panels at a time. dz B is added to each panel of dx after the last part's dy W.
+template <class E, class W>
+void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
+  const Matrix<T> all = stack_.dx();
+  const Matrix<T> dx{all.row(token_block.first + some.first), some.count, all.cols, all.stride};
+  for (size_t c = 0; c < cols.count; c += group_) {
+    const Range group{cols.first + c, std::min(group_, cols.count - c)};
+    bool accumulate = false;
+    for (const Part& p : stack_.parts()) {
+      const bool last = &p == &stack_.parts().back();
+      add_frozen(p, stack_.dy_of(p, token_block, some), group, dx, accumulate, [&](Range panel, Range few) {
+        if (!last) return;
+        for (const Joined& each : stack_.joined())
+          if (each.adds) add_low_rank(each, token_block, {some.first + few.first, few.count}, panel, dx, few);
+      });
+      accumulate = true;
+    }
+  }
+}
+
+// dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens) for some tokens at a time, when they are done but still in L1.
+template <class E, class W>
+template <class After>
+void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
+                                     const After& after) const {
+  const WeightView& w = p.arrays.w;
+  const size_t width = makes_two_panels(w, is_shared()) ? kDecodedColumns : kPanelColumns;
+  W* made = scratch<W>(Scratch::kWeight, kDepthBlock * width);
+  for (size_t g = 0; g < group.count; g += width) {
+    const Range cols{group.first + g, std::min(width, group.count - g)};
+    size_t o = 0;
+    do {  // once without rows, too: dx is set to zero
+      const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
+      const ColumnBlock<W> block = column_block(w, rows, cols, is_shared(), made);
+      for (size_t c = 0; c < cols.count; c += kPanelColumns) {
+        const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
+        const ColumnBlock<W> its{block.data + c / kPanelColumns * block.panel_stride, block.row_stride};
+        add_block(p, dy, rows, panel, its, dx, accumulate || o > 0, after);
+      }
+      o += rows.count;
+    } while (o < w.d_out);
+  }
+}
+
+// dx[:, panel] = [dx +] dy[:, rows] block, with the update merged into it on the fly if it is not separate.
+template <class E, class W>
+template <class After>
+void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Range panel,
+                                    ColumnBlock<W> block, Matrix<T> dx, bool accumulate,
+                                    const After& after) const {
+  if constexpr (std::is_same_v<W, T>)
+    if (p.update == Update::kMergedOnTheFly)
+      block = merged_block<T>(p.arrays.low, rows, panel, block,
+                              scratch<T>(Scratch::kDecoded, kDepthBlock * kPanelColumns));
+  const bool last = rows.first + rows.count == p.arrays.w.d_out;
+  const size_t chunk = last ? kFewTokens : dx.rows;
+  for (size_t i = 0; i < dx.rows; i += chunk) {
+    const Range few{i, std::min(chunk, dx.rows - i)};
+    const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;
+    gemm_outputs_in_lanes<E, W>()(
+        few.count, panel.count, depth,
+        {dy.data + i * dy.row_stride + rows.first / kValuesPerElement<E>, dy.row_stride, 1}, block.data,
+        block.row_stride, dx.row(i) + panel.first, dx.stride, accumulate,
+        i == 0 ? following<E>(p.arrays.w, rows, panel, few.count, block.data) : Fetch::rows_ahead());
+    if (last) after(panel, few);
+  }
+}
+
+// dx[few, panel] += undrop(dz B[:, panel]). `some` are the same tokens, counted in the token block; `few` counts rows of dx.
+template <class E, class W>
+void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
+                                       Matrix<T> dx, Range few) const {
+  const size_t depth = depth_of<E>(all.rank);
+  const Strided<E> dz = stack_.dz_of(all, some.first);
+  T* out = dx.row(few.first) + panel.first;
+  if (!all.dropped)
+    return add_product<E>(few.count, panel.count, depth, dz, all.b.data + panel.first, all.b.stride, out,
+                          dx.stride, true);
+  const Matrix<T> update{scratch<T>(Scratch::kDropped, few.count * panel.count), few.count, panel.count,
+                         panel.count};
+  add_product<E>(few.count, panel.count, depth, dz, all.b.data + panel.first, all.b.stride, update.data,
+                 panel.count, false);
+  drop_rows<T>(all.dropped->dropout, all.dropped->key, token_block.first + some.first, panel.first,
+               stack_.dx().cols, update, update);
+  for (size_t j = 0; j < few.count; ++j)
+    for (size_t c = 0; c < panel.count; ++c) out[j * dx.stride + c] += update.row(j)[c];
+}
+
+template class InputGradient<float, float>;
+template class InputGradient<float, Bf16>;
+template class InputGradient<double, double>;
+template class InputGradient<Bf16Pair, Bf16>;
+template class InputGradient<Bf16Pair, Bf16Pair>;
+
+}  // namespace nplora

@@ -1,0 +1,94 @@
+// Which way a product and its update are computed. Decided by counting operations, never by timing, by the number of threads or
+// by the instruction set, so that results do not change with them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "ops/blocking.h"
+#include "ops/weight.h"
+
+namespace nplora {
+
+enum class ForwardPath {
+  kSmall,  // up to small_batch rows: nothing is transposed
+  kLanes,  // x and y are transposed
+  kRows,   // W is transposed, which pays for large batches
+};
+
+// A block of W that was just decoded is in L1: transposing it is this many times cheaper than transposing x and y.
+inline constexpr size_t kDecodedGain = 6;
+
+inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
+                                bool decoded) {
+  const size_t most_small = element_bytes == sizeof(double) ? small_batch<double>() : small_batch<float>();
+  if (tokens <= most_small) return ForwardPath::kSmall;
+  const size_t shared = std::min(tokens, tokens_of_l3_block(tokens, d_in, element_bytes));
+  return (decoded ? kDecodedGain : 1) * shared * (d_in + d_out) > d_in * d_out ? ForwardPath::kRows
+                                                                               : ForwardPath::kLanes;
+}
+
+// Whether a product of this many rows runs in pairs of bfloat16.
+inline bool computes_pairs(const WeightView& w, size_t tokens) {
+  return w.compute != Compute::kFloat && tokens > kFloatBatch;
+}
+
+enum class Update {
+  kNone,      // there is none
+  kSeparate,  // z (backward: dz) is computed, and z Aᵀ (dz B) is added to the product
+  kMergedOnTheFly,  // scale A B is added to each block of W while it is in cache, and the product runs as without an update
+};
+
+struct LayerShape {
+  size_t tokens, d_out, d_in, rank;
+  size_t element_bytes;  // of the type that it is computed in: 8, 4, or 2 for bfloat16
+  bool dropout;          // the update reads another x than W does
+  bool decoded;          // W is in low-bit blocks
+};
+
+// A block of W is copied before the update is added to it: that costs about this many operations for each element.
+inline constexpr double kCopyOperations = 8;
+
+// The cost of each way to apply the update, in floating-point operations beyond the bare product.
+struct UpdateCost {
+  double separate, merged;
+};
+
+// The cost of merging on the fly, for tokens with rows of `width` elements.
+inline double merge_cost(const LayerShape& s, size_t width) {
+  const size_t blocks = ceil_div(s.tokens, tokens_of_l3_block(s.tokens, width, s.element_bytes));
+  return double(blocks) *
+         (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
+}
+
+// How one layer of a stack is computed, and what each way costs.
+struct KernelPlan {
+  Update update;
+  UpdateCost cost;
+};
+
+// The cheaper way. Merging on the fly is for float and double: in bfloat16 the rounding of W + scale A B would drown a young
+// update.
+inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
+  if (s.rank == 0) return {Update::kNone, cost};
+  const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
+  return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
+}
+
+// z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or, if z is kept for a backward pass, only the second. Only the path that
+// transposes W can merge.
+inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
+  const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
+  KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
+  const bool kept = forward_path(s.tokens, s.d_out, s.d_in, s.element_bytes, s.decoded) != ForwardPath::kRows;
+  if (kept && plan.update == Update::kMergedOnTheFly) plan.update = Update::kSeparate;
+  return plan;
+}
+
+// dz = dy A and dz B. dz is needed for the gradient of B, too.
+inline KernelPlan plan_backward(const LayerShape& s) {
+  const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
+  return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});
+}
+
+}  // namespace nplora

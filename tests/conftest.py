@@ -12,7 +12,7 @@ import nplora
 from figures import Figure
 from nplora.cli.demo import dictionary
 
-_FIGURES = pytest.StashKey[dict[str, float]]()
+_FIGURE = "figure"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,14 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _Skipped:
-    """Writes the ids of skipped tests, and of files that were skipped as a whole."""
+    """Writes the ids of skipped tests, and of files that were skipped as a whole.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.write_text("")
+    With pytest-xdist, the first worker sees the files, and the process that started it the tests.
+    """
+
+    def __init__(self, path: Path, worker: str | None) -> None:
+        self.path, self.worker = path, worker
+        if worker is None:
+            path.write_text("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.keep(report)
+        if self.worker is None:
+            self.keep(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.keep(report)
@@ -38,9 +43,31 @@ class _Skipped:
                 file.write(f"{report.nodeid}\n")
 
 
+class _Figures:
+    """Collects what tests measured, also those that pytest-xdist runs in other processes."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for what, value in (value for kind, value in report.user_properties if kind == _FIGURE):
+            key = f"{Path(report.nodeid.partition('::')[0]).name}: {what}"
+            self.largest[key] = max(value, self.largest.get(key, value))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.largest:
+            terminalreporter.section("the largest figures that tests measured")
+        for what, value in sorted(self.largest.items()):
+            terminalreporter.write_line(f"{what}: {value:.6g}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.skipped:
-        config.pluginmanager.register(_Skipped(config.option.skipped))
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if config.option.skipped and worker in (None, "gw0"):
+        config.pluginmanager.register(_Skipped(config.option.skipped, worker))
+    config.pluginmanager.register(_Figures())
 
 
 @pytest.fixture
@@ -51,22 +78,12 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """figure(what, value) has the largest value of all tests of a file told at the end of the run."""
-    told, file = request.config.stash.setdefault(_FIGURES, {}), request.path.name
+    """figure(what, value): the largest value of all tests of a file is printed at the end of the run."""
 
-    def tell(what: str, value: float) -> None:
-        key = f"{file}: {what}"
-        told[key] = max(float(value), told.get(key, float(value)))
+    def report(what: str, value: float) -> None:
+        request.node.user_properties.append((_FIGURE, (what, float(value))))
 
-    return tell
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    told = terminalreporter.config.stash.get(_FIGURES, {})
-    if told:
-        terminalreporter.section("the largest figures that tests measured")
-    for what, value in sorted(told.items()):
-        terminalreporter.write_line(f"{what}: {value:.6g}")
+    return report
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ class Decoder(Module):
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             kept = saved.blocks.pop()
             if isinstance(kept, BlockInput):
-                kept = kept.context.run(_again, block, kept, saved.positions)
+                kept = kept.context.run(_recomputed, block, kept, saved.positions)
             dx = block.run_backward(dx, kept, saved.positions, need_dx=whole or bool(saved.blocks))
         if whole:
             self.embed_tokens.backward(
@@ -166,7 +166,7 @@ def _run_through(blocks: list[DecoderBlock], x: Array, positions: PackedPosition
     return x
 
 
-def _again(block: DecoderBlock, kept: BlockInput, positions: PackedPositions) -> BlockSaved:
+def _recomputed(block: DecoderBlock, kept: BlockInput, positions: PackedPositions) -> BlockSaved:
     """The block's forward pass once more, with the dropout masks of the first time."""
     now = block.random_state()
     block.set_random_state(kept.streams)

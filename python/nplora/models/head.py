@@ -32,9 +32,9 @@ def loss_and_gradient(
 
     Adds to the gradients of an adapted head. Rows without a target cost nothing: their gradient is 0.
     """
-    learned = np.flatnonzero(targets != IGNORED)
+    trained = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
-    for rows in chunks(learned, head.weight.shape[0]):
+    for rows in chunks(trained, head.weight.shape[0]):
         chunk_loss, dx[rows] = _chunk_gradient(model, head, x[rows], targets[rows], factor)
         total += chunk_loss
     return total, dx

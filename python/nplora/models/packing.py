@@ -14,7 +14,7 @@ from nplora import _check
 
 Array = npt.NDArray[Any]
 
-IGNORED = -100  # the label of a token that is not to be learned, as in torch and transformers
+IGNORED = -100  # the label of a token that is not trained on, as in torch and transformers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class PackedBatch:
     Attributes:
         ids: int64 (n,), the tokens of all sequences.
         starts: int64 (sequences + 1,), where each sequence begins; the last entry is n.
-        targets: int64 (n,), the token that follows each one, IGNORED where nothing is to be learned.
+        targets: int64 (n,), the token that follows each one, IGNORED where nothing is trained.
     Raises:
         TypeError: an array does not hold integers.
         ValueError: an array has not one axis, targets are not as many as ids, or starts do not ascend from 0
@@ -56,7 +56,7 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The tokens to be learned: what a mean loss divides by."""
+        """The trained tokens: the number that a mean loss divides by."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None) -> list[PackedBatch]:

@@ -113,7 +113,7 @@ class _Memory:
 
 
 class _Disk:
-    """The room is reserved at the beginning, so that a full disk is told before any work."""
+    """The room is reserved at the beginning, so that a full disk is reported before any work."""
 
     def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
         self._row_bytes, self._directory = 4 * width, directory

@@ -57,27 +57,27 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """figure(what, value) has the largest value of all tests of a file told at the end of the run."""
-    told, file = request.config.stash.setdefault(_FIGURES, {}), request.path.name
+    """figure(what, value) has the largest value of the tests of a file printed at the end of the run."""
+    largest, file = request.config.stash.setdefault(_FIGURES, {}), request.path.name
 
-    def tell(what: str, value: float) -> None:
+    def report(what: str, value: float) -> None:
         key = f"{file}: {what}"
-        told[key] = max(float(value), told.get(key, float(value)))
+        largest[key] = max(float(value), largest.get(key, float(value)))
 
-    return tell
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    told = terminalreporter.config.stash.get(_FIGURES, {})
-    if told:
+    largest = terminalreporter.config.stash.get(_FIGURES, {})
+    if largest:
         terminalreporter.section("the largest figures that tests measured")
-    for what, value in sorted(told.items()):
+    for what, value in sorted(largest.items()):
         terminalreporter.write_line(f"{what}: {value:.6g}")
 
 
 @pytest.fixture
 def thread_limit() -> Iterator[None]:
-    """Lets the test set the number of threads, up to eight where there is OpenMP, and restores it."""
+    """Let the test set the number of threads, up to eight with OpenMP, and restore it."""
     before = nplora.get_num_threads()
     with threadpoolctl.threadpool_limits(8, user_api="openmp"):
         yield
@@ -86,7 +86,7 @@ def thread_limit() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The file of a real model, SmolLM2-135M in Q4_1, where its package is installed."""
+    """The file of a real model, SmolLM2-135M in Q4_1, if its package is installed."""
     try:
         return dictionary.find_model()
     except ModuleNotFoundError as error:

@@ -1215,7 +1215,7 @@ def test_the_progress_line_fits_its_terminal(
     monkeypatch.setattr(sys, "stderr", drawn)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
     loss = TokenLoss()
-    progress = TokenProgress(loss)
+    progress = TokenProgress(loss=loss)
     run = types.SimpleNamespace(total_steps=36_000)
     for step in range(1, 31):
         record = StepRecord(step, 1, 3.0, 100, 1e-3, 1.0, 2.0)
@@ -1224,3 +1224,9 @@ def test_the_progress_line_fits_its_terminal(
         progress.on_step_end(run, record)  # type: ignore[arg-type]
     last = drawn.getvalue().rpartition("\r")[2].rstrip()
     assert re.sub(r"\d+ MB", "MB", last) == shown
+
+
+def test_progress_without_the_loss_shows_the_trained_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    run = types.SimpleNamespace(total_steps=2)
+    TokenProgress(0.0).on_step_end(run, StepRecord(1, 1, 3.0, 100, 1e-3, 1.0, 2.0))  # type: ignore[arg-type]
+    assert capsys.readouterr().err.startswith("step 1/2, loss 3.0000, 50 trained tokens/s, ")

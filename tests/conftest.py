@@ -70,6 +70,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Figures())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on real models are slow."""
+    for item in items:
+        if {"smollm2", "gemma3"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator that starts the same way in every test."""
@@ -88,7 +95,7 @@ def figure(request: pytest.FixtureRequest) -> Figure:
 
 @pytest.fixture
 def thread_limit() -> Iterator[None]:
-    """Lets the test set the number of threads, up to eight where there is OpenMP, and restores it."""
+    """Let the test set the number of threads, up to eight with OpenMP, and restore it."""
     before = nplora.get_num_threads()
     with threadpoolctl.threadpool_limits(8, user_api="openmp"):
         yield
@@ -118,7 +125,7 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The file of a real model, SmolLM2-135M in Q4_1, where its package is installed."""
+    """The file of a real model, SmolLM2-135M in Q4_1, if its package is installed."""
     try:
         return dictionary.find_model()
     except ModuleNotFoundError as error:

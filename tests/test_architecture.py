@@ -1,6 +1,7 @@
 """The walls of the house: which room may know which, read off imports and #includes."""
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -72,7 +73,8 @@ def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[st
     yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def imports(file: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def imports(file: Path) -> list[tuple[str, bool]]:
     """Every imported name, and whether the import runs with the module's own import."""
     tree = ast.parse(file.read_text(), str(file))
     inner = {
@@ -81,9 +83,12 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for node in ast.walk(function)
     }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield from ((name, id(node) not in inner) for name in imported_names(node, file))
+    return [
+        (name, id(node) not in inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in imported_names(node, file)
+    ]
 
 
 def rooms_imported_by(file: Path) -> set[str]:

@@ -119,6 +119,7 @@ def delta(adapter: Adapter) -> dict[str, Array]:
     return {name: update.scale * update.A @ update.B for name, update in adapter.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
 def test_every_cut_and_every_damaged_byte_give_format_errors_or_an_adapter(kind: str, tmp_path: Path) -> None:
     if kind == "gguf":

@@ -485,6 +485,7 @@ def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_pa
     assert nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base, edited_config=True).alpha == 8
 
 
+@pytest.mark.slow
 def test_many_layers_and_many_patterns_are_refused_before_any_is_matched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

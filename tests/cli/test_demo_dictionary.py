@@ -20,6 +20,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_learns_shows_and_saves(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +41,7 @@ def test_the_demo_learns_shows_and_saves(
     assert f"loss {report.run.loss_before:.2f} before, {adapted:.2f} after" in printed
 
 
+@pytest.mark.slow
 def test_nothing_is_replaced_without_overwrite(model: Path, tmp_path: Path) -> None:
     finetuning.finetune(model, dictionary.DATA, tmp_path, rank=2, steps=1)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("[acl]*")}
@@ -55,6 +57,7 @@ def test_nothing_is_replaced_without_overwrite(model: Path, tmp_path: Path) -> N
     dictionary.run(tmp_path, rank=2, overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_promise_that_does_not_hold_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

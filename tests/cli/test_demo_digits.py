@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 import nplora
 from nplora.cli.demo import digits as demo
 
+pytestmark = pytest.mark.slow
+
 PRETRAINED = Path(nplora.__file__).parent / "cli/demo" / "digits.safetensors"
 LAYERS = ("fc1", "fc2", "fc3")
 HELD_OUT = 360

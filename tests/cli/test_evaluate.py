@@ -9,6 +9,7 @@ from commands import command
 from nplora.finetuning import evaluate
 
 
+@pytest.mark.slow
 def test_eval_reports_the_examples_that_it_does_not_count(model: Path, data: Path) -> None:
     rows = [{"text": "x" * 9}, {"prompt": "y" * 9, "completion": "z"}, {"nothing": ""}, {"text": "z"}]
     (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,6 +24,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = command(
@@ -102,12 +103,24 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     ],
 )
 def test_a_wrong_command_is_one_line_and_writes_nothing(
-    model: Path, data: Path, tmp_path: Path, arguments: str, status: int, message: str
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    status: int,
+    message: str,
 ) -> None:
-    words = {"M": model, "D": data, "O": tmp_path / "out"}
-    done = command(*(words.get(word, word) for word in arguments.split()))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("nplora: error: ")]
-    assert (done.returncode, done.stdout, len(errors)) == (status, "", 1), done.stderr
+    monkeypatch.chdir(tmp_path)
+    words = {"M": str(model), "D": str(data), "O": str(tmp_path / "out")}
+    try:
+        found = cli.main([words.get(word, word) for word in arguments.split()])
+    except SystemExit as end:  # of argparse
+        found = end.code
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("nplora: error: ")]
+    assert (found, printed.out, len(errors)) == (status, "", 1), printed.err
     assert message in f"{errors[0]}\n"
     assert not (tmp_path / "out").exists()
 
@@ -152,6 +165,7 @@ def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
     assert len(files_of(tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_command_resumes(model: Path, data: Path, tmp_path: Path) -> None:
     options = ["--rank", "2", "--lr", "0.01", "--steps", "400", "--batch-examples", "4"]
     for output in (tmp_path / "whole", tmp_path / "cut"):

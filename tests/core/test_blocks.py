@@ -132,6 +132,7 @@ def test_floats_of_a_file_have_the_bits_of_gguf(
         figure(f"random tensors of {name} with the bits of gguf", count + 1)
 
 
+@pytest.mark.slow
 def test_every_tensor_of_a_real_model_decodes_to_the_bits_of_gguf(smollm2: Path, figure: Figure) -> None:
     decoded = set()
     for tensor in gguf.GGUFReader(smollm2).tensors:
@@ -293,6 +294,7 @@ def real_weights() -> list[Floats]:
     return [array.reshape(-1, 256) for array in matrices]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_real_weights_are_quantised_as_well_as_promised(
     name: str, real_weights: list[Floats], figure: Figure

@@ -38,6 +38,7 @@ def unit_bound(compute: str, rows: int, depth: int) -> float:
 # ---- products ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_equal_those_of_the_decoded_matrix(
@@ -95,6 +96,7 @@ def test_empty_matrices_work(name: str, shape: tuple[int, int]) -> None:
     assert fw.to_numpy().shape == shape
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("thread_limit")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FORMATS)
@@ -474,6 +476,7 @@ def test_two_processes_share_the_pages_of_a_model(smollm2: Path, figure: Figure)
 # ---- real models ----
 
 
+@pytest.mark.slow
 def test_a_real_model_is_decoded_as_the_oracle_decodes_it(smollm2: Path) -> None:
     oracle = pytest.importorskip("gguf")
     file = gguf.open(smollm2)
@@ -484,6 +487,7 @@ def test_a_real_model_is_decoded_as_the_oracle_decodes_it(smollm2: Path) -> None
             np.testing.assert_array_equal(fw.to_numpy().view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_same_numbers(smollm2: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")

@@ -90,6 +90,7 @@ def test_no_space_comes_before_a_completion_that_begins_a_word(
     assert ids.tolist()[: len(words.encode_prompt(prompt))] == words.encode_prompt(prompt)
 
 
+@pytest.mark.slow
 def test_no_space_is_added_to_a_long_plain_text(tmp_path: Path) -> None:
     words = from_gguf(opened(sentencepiece()))
     text = "ab\n" * 400_000  # longer than a part
@@ -274,6 +275,7 @@ def test_byte_order_marks_and_carriage_returns_are_ignored(tmp_path: Path) -> No
     assert len(read_dataset(tmp_path / "data.jsonl", tokenizer())) == 1
 
 
+@pytest.mark.slow
 def test_lines_longer_than_a_part_of_the_file_are_whole(tmp_path: Path) -> None:
     texts = ["ab" * 700_000, "c", "d" * 1_048_576, "e"]
     found = read(tmp_path, *({"text": text} for text in texts))
@@ -303,6 +305,7 @@ def test_a_plain_text_comes_in_windows_that_share_a_token(tmp_path: Path) -> Non
     assert dataset.report.learned == len(whole) - 1
 
 
+@pytest.mark.slow
 def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
     tokens = [*byte_level()["tokenizer.ggml.tokens"], "ĊĠ"]  # an end of a line and a space
     words = tokenizer(tokens=tokens, token_type=None, merges=["Ċ Ġ"])
@@ -360,6 +363,7 @@ LONG_TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
 @pytest.mark.parametrize("words", ["gpt-2", "llama-bpe", "qwen2", "sentencepiece"])
 def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
@@ -522,7 +526,9 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
         (b'"prompt,completion\na,b\n', "line 1: a quote is not closed"),
         (b'text\n"a"b\n', "line 2: ',' expected after '\"'"),
         (b"text\n\xff\n", "line 2: not UTF-8 at byte 0"),
-        (b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit"),
+        pytest.param(
+            b'text\n"' + b"a\n" * 9_000_000, "field larger than field limit", marks=pytest.mark.slow
+        ),
         (b"prompt,completion\na,\n", "line 2: completion is empty"),
         (b"prompt,completion,text\na,b,c\n", "line 2: has both text and prompt"),
         (b"messages,text\na,b\n", "line 2: has both messages and text"),

@@ -130,6 +130,7 @@ def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_p
     assert runs[0][1].steps[0].grad_norm == pytest.approx(global_norm(lm.parameters()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size",
     [{"batch_tokens": 40, "batch_examples": None}, {"accumulate": 2, "dropout": 0.2}],
@@ -264,6 +265,7 @@ def test_a_disk_that_is_too_full_for_the_kept_outputs_is_an_error_before_the_run
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
 def test_other_initial_factors_train_resume_to_the_bit_and_are_saved_for_the_unchanged_model(
     model: Path, data: Path, tmp_path: Path, init: str
@@ -377,6 +379,7 @@ def test_nothing_is_written_for_bad_data(model: Path, data: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     was = files_of(tmp_path / "out")
@@ -478,6 +481,7 @@ def test_an_adapter_is_saved_in_the_directory_of_the_run_even_if_it_moves(
     assert files_of(tmp_path / "moved") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_adapter_of_an_overwritten_run_is_not_used_for_the_new_run(
     model: Path,
     data: Path,
@@ -613,6 +617,7 @@ def test_a_finished_run_that_is_resumed_trains_nothing_and_says_so(
     assert resumed.loss_after == first.loss_after
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_measure_the_baseline_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -655,6 +660,7 @@ def test_a_resumed_run_does_not_measure_the_baseline_again(
     finetune(model, data, **options, steps=10, resume=True)  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_from_its_start_measures_the_baseline(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -901,6 +907,7 @@ def test_a_model_is_unchanged_after_an_adapter_that_does_not_fit(
     assert list(lm.adapter_layers()) == ["model.layers.0.self_attn.q_proj"]
 
 
+@pytest.mark.slow
 def test_a_model_is_unchanged_after_a_run_that_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     lm = load_model(model)
@@ -984,6 +991,7 @@ def test_an_adapter_of_llama_cpp_is_put_on_a_hugging_face_model(
     np.testing.assert_allclose(fresh.logits([1, 2, 3]), lm.logits([1, 2, 3]), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> None:
     adapters = [tmp_path / "a", tmp_path / "b.gguf"]
     finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
@@ -1013,6 +1021,7 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert not lm.adapter_layers()
 
 
+@pytest.mark.slow
 def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     finetune(model, data, tmp_path / "a", **QUICK, targets=("q_proj",))
     finetune(model, data, tmp_path / "b", **QUICK, targets=("q_proj", "up_proj"), seed=1)
@@ -1206,7 +1215,7 @@ def test_the_progress_line_fits_its_terminal(
     monkeypatch.setattr(sys, "stderr", drawn)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
     loss = TokenLoss()
-    progress = TokenProgress(loss)
+    progress = TokenProgress(loss=loss)
     run = types.SimpleNamespace(total_steps=36_000)
     for step in range(1, 31):
         record = StepRecord(step, 1, 3.0, 100, 1e-3, 1.0, 2.0)
@@ -1215,3 +1224,9 @@ def test_the_progress_line_fits_its_terminal(
         progress.on_step_end(run, record)  # type: ignore[arg-type]
     last = drawn.getvalue().rpartition("\r")[2].rstrip()
     assert re.sub(r"\d+ MB", "MB", last) == shown
+
+
+def test_progress_without_the_loss_shows_the_trained_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    run = types.SimpleNamespace(total_steps=2)
+    TokenProgress(0.0).on_step_end(run, StepRecord(1, 1, 3.0, 100, 1e-3, 1.0, 2.0))  # type: ignore[arg-type]
+    assert capsys.readouterr().err.startswith("step 1/2, loss 3.0000, 50 trained tokens/s, ")

@@ -60,6 +60,7 @@ def data(tmp_path: Path) -> Path:
 # ---- predictions and runs ----
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 @pytest.mark.parametrize("setting", bench_plan.TESTED, ids=str)
 def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
@@ -246,6 +247,7 @@ def test_the_list_of_a_runs_batches_is_not_counted_as_memory_of_the_run(
     assert plan(model, data).memory.process - before < 25 * MEGABYTE
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_refused_with_what_would(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +336,7 @@ def test_a_budget_too_small_for_any_process_is_not_blamed_on_an_earlier_peak(
         plan(model, data, memory=least[1024])
 
 
+@pytest.mark.slow
 def test_the_error_names_a_shorter_length_that_fits(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)
 
@@ -440,6 +443,7 @@ def test_the_working_memory_is_that_of_the_largest_block_wherever_it_is(model: P
         assert first == last == every
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("n", "rank", "layers", "d_out", "d_in"),
@@ -642,6 +646,7 @@ def test_what_is_available_is_what_the_machine_and_every_group_leave(
 # ---- runs follow their plan, and resume to the bit ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [None, "bfloat16"])
 def test_a_run_with_a_plan_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str | None

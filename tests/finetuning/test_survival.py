@@ -20,6 +20,8 @@ from nplora.adapters import save_adapter
 from nplora.finetuning import finetune
 from small_llama import save_small_llama
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tokenizers")
 
 OPTIONS = ["--rank", "2", "--lr", "0.01", "--batch-examples", "4", "--epochs", "16", "--dropout", "0.1"]

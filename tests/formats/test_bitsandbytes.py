@@ -184,6 +184,7 @@ def test_an_adapter_of_the_embedding_alone_merges_beside_matrices_in_nf4(tmp_pat
         np.testing.assert_array_equal(new[name].array, old[name].array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_bitsandbytes_writes_is_what_it_reads(nested: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

@@ -27,6 +27,7 @@ SMALL_FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("reader", "name"), SMALL_FILES)
 def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_can_be_used(

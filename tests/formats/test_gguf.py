@@ -402,6 +402,7 @@ print(json.dumps([seconds, opened, anonymous() - before, len(tokens), len(merges
 """
 
 
+@pytest.mark.slow
 def test_opening_smollm2_takes_no_time_and_no_memory(smollm2: Path) -> None:
     """The better of three runs: another process may take the processor."""
     runs = [
@@ -419,6 +420,7 @@ def test_opening_smollm2_takes_no_time_and_no_memory(smollm2: Path) -> None:
     assert counts == [49152, 48900, 49152 + 2 * 17]  # type 1, but 3 for the special ones
 
 
+@pytest.mark.slow
 def test_smollm2_is_read_as_the_oracle_reads_it(smollm2: Path) -> None:
     file, theirs = gguf.open(smollm2), oracle.GGUFReader(smollm2)
     assert [

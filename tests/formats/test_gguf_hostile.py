@@ -283,6 +283,7 @@ def test_a_hostile_file_gives_its_exact_error_quickly_in_little_memory(name: str
             gguf.open(path, mmap=mmap)
 
 
+@pytest.mark.slow
 def test_as_many_tensors_as_the_limit_allows_are_read_in_little_memory() -> None:
     data = container(tensors=MANY)
     tracemalloc.start()
@@ -370,6 +371,7 @@ def contents(file: gguf.GgufFile) -> list[tuple[object, ...]]:
     return [(t.name, t.type, t.shape, t.data.tobytes()) for t in file.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small_files())
 def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts(
     name: str, tmp_path: Path

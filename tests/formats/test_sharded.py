@@ -151,6 +151,7 @@ def test_a_damaged_shard_is_named(directory: Path) -> None:
         sharded.open(index(directory, {"a": "one.safetensors", "c": "two.safetensors"}))
 
 
+@pytest.mark.slow
 def test_every_cut_and_every_damaged_byte_of_an_index_give_format_errors_or_a_model(directory: Path) -> None:
     path = index(directory, {"a": "one.safetensors", "c": "two.safetensors"})
 

@@ -13,6 +13,8 @@ from nplora.formats.gguf import Typed
 from nplora.tokenizer import from_directory, from_gguf
 from vocabularies import BYTES, byte_level, opened
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tokenizers")
 
 MOST_SECONDS, MOST_BYTES = 2.0, 300 << 20

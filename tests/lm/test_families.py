@@ -19,7 +19,10 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 torch_models = pytest.importorskip("torch_models")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's own
+]
 
 Array = np.ndarray[Any, Any]
 FAMILIES = list(torch_models.FAMILIES)

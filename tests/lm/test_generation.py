@@ -253,6 +253,7 @@ def test_the_same_seed_gives_the_same_text_in_any_batch(lm: Echo) -> None:
     assert generate(lm, ["hello"], Sampling(max_new_tokens=20, temperature=1.0, seed=6))[0] != both[0]
 
 
+@pytest.mark.slow
 def test_tokens_come_as_often_as_their_share(rng: np.random.Generator) -> None:
     scores = np.array([0.0, 1.0, 2.0, -np.inf, 0.5])
     for temperature in (0.5, 1.0, 2.0):

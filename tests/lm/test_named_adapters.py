@@ -147,6 +147,7 @@ def test_an_adapter_that_cannot_be_named_or_does_not_fit_changes_nothing(
     assert not other.adapters
 
 
+@pytest.mark.slow
 def test_threads_with_two_adapters_and_none_do_not_see_each_other(
     model: Path, paths: dict[str, Path]
 ) -> None:

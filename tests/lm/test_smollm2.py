@@ -12,6 +12,8 @@ from nplora.models import stepwise
 from nplora.models.packing import pack
 from nplora.nn.module import inference
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 SENTENCE = (
     "The quick brown fox jumps over the lazy dog. "

@@ -18,6 +18,7 @@ pytest.importorskip("gguf")
 torch_models = pytest.importorskip("torch_models")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's own
 ]
 

@@ -74,6 +74,7 @@ def ids(rng: np.random.Generator) -> Array:
     return rng.integers(0, VOCAB, (2, 40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_converted_model_gives_the_logits_of_transformers(name: str, ids: Array, tmp_path: Path) -> None:
     expected = torch_logits(torch_model(tmp_path / "hf", name), ids)
@@ -82,6 +83,7 @@ def test_a_converted_model_gives_the_logits_of_transformers(name: str, ids: Arra
     np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3 of the usual heads"])
 def test_transformers_reads_the_file_to_the_same_model(name: str, ids: Array, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

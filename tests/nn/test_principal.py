@@ -57,6 +57,7 @@ def test_olora_takes_the_first_columns_of_the_qr(rng: np.random.Generator) -> No
     np.testing.assert_allclose(layer.A.T @ layer.A, np.eye(RANK), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_a_gap_the_factors_are_as_good_as_the_best(rng: np.random.Generator) -> None:
     """A random matrix: the singular values lie close together, so directions mix, but little is lost."""
     W = rng.standard_normal((300, 200)).astype(np.float32)
@@ -127,6 +128,7 @@ def test_a_trained_layer_is_saved_as_plain_lora_for_the_whole_weight(
     assert relative(update.scale * update.A.astype(np.float64) @ update.B, delta) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_search_makes_no_matrix_of_the_weights_shape(rng: np.random.Generator) -> None:
     weight = nplora.FrozenWeight(decaying(rng, 900, 700), "bfloat16")
     tracemalloc.start()
@@ -184,6 +186,7 @@ def peft_model(W: Array, init: str) -> tuple[Any, Any]:
     return model, model.base_model.model[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_start_is_that_of_peft(init: str, rng: np.random.Generator) -> None:
     W = decaying(rng).astype(np.float32)

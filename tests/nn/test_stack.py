@@ -98,6 +98,7 @@ def unlike_layers(dtype: str, compute: str, d_in: int = D_IN) -> list[LoRALinear
     return layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_dx", [True, False])
 @pytest.mark.parametrize("n", [3, 7, 40, 100, 300])
 @pytest.mark.parametrize(
@@ -607,6 +608,7 @@ def test_a_refused_stack_adds_nothing() -> None:
     assert not any(parameter.grad.any() for layer in stacked for parameter in layer.local_parameters())
 
 
+@pytest.mark.slow
 def test_a_few_rows_meet_many_large_layers() -> None:
     # Several times kTaskFlops: cut for Ctrl-C, into more pieces than there are threads.
     rng = np.random.default_rng(0)

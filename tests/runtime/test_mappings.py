@@ -105,6 +105,7 @@ def test_a_forked_child_ends_alone(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{BUS_ERROR}\n", message(path))
 
 
+@pytest.mark.slow
 def test_other_mappings_and_signals_go_to_the_handler_from_before(tmp_path: Path) -> None:
     path = small_models.write(tmp_path / "small.gguf")
     (tmp_path / "other").write_bytes(bytes(1 << 20))

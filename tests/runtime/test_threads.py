@@ -54,6 +54,7 @@ def threads():
     _core.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(1, 300, 500, 4), (37, 577, 1531, 8), (512, 192, 576, 8), (700, 96, 48, 65)]
 )
@@ -104,6 +105,7 @@ def test_limits_of_threads_are_honoured() -> None:
     assert done.stdout.strip() == "5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pool", "openmp"])
 def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
     code = (
@@ -189,6 +191,7 @@ def seconds_until_heard(setting: str, call: str, **environment: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_long_product_within_200_ms() -> None:
     assert seconds_to_interrupt(60_000, 2048, 2048) < 0.2
 
@@ -198,6 +201,7 @@ def test_ctrl_c_is_heard_within_one_block_of_tokens() -> None:
     assert seconds_to_interrupt(256, 32768, 4096, NPLORA_ISA="generic", OMP_NUM_THREADS="1") < 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_heard_in_a_small_batch() -> None:
     # 600 weights that two rows meet in one call: 3 s.
     setting = (
@@ -209,6 +213,7 @@ def test_ctrl_c_is_heard_in_a_small_batch() -> None:
     assert seconds_until_heard(setting, call, NPLORA_ISA="generic", OMP_NUM_THREADS="1") < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pool", "openmp"])
 def test_a_program_ends_in_order_while_a_daemon_thread_computes(kind: str) -> None:
     code = (
@@ -222,6 +227,7 @@ def test_a_program_ends_in_order_while_a_daemon_thread_computes(kind: str) -> No
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pool", "openmp"])
 def test_workers_round_as_the_caller_does(kind: str) -> None:
     code = (
@@ -251,6 +257,7 @@ def test_workers_leave_signals_to_the_program() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_inside_a_signal_handler_neither_hangs_nor_lies() -> None:
     code = (
         "import os, signal, sys, warnings; warnings.simplefilter('ignore')\n"
@@ -331,6 +338,7 @@ def test_a_read_only_output_is_refused() -> None:
     assert not out.any()
 
 
+@pytest.mark.slow
 def test_a_signal_handler_may_call_the_core_in_the_middle_of_a_call() -> None:
     code = (
         "import signal, test_threads as t\n"

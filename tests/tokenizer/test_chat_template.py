@@ -241,6 +241,7 @@ def bounded(seconds: float) -> Iterator[None]:
     assert peak < MOST_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_stopped(name: str) -> None:
     long = name in ("split", "a format of a large text")
@@ -273,6 +274,7 @@ SLOW_TO_COMPILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_TO_COMPILE)
 def test_compiling_has_its_end(name: str) -> None:
     assert len(SLOW_TO_COMPILE[name]) <= MAX_TEMPLATE
@@ -280,6 +282,7 @@ def test_compiling_has_its_end(name: str) -> None:
         render(SLOW_TO_COMPILE[name])
 
 
+@pytest.mark.slow
 def test_what_takes_long_to_compile_is_stopped() -> None:
     with pytest.raises(UnsafeError, match=r"model: the chat template takes more than 2\.0 s .* to compile"):
         render(SLOW_TO_COMPILE["loops"])
@@ -378,6 +381,7 @@ def test_one_process_renders_all_templates() -> None:
     assert process() is first
 
 
+@pytest.mark.slow
 def test_after_the_end_of_its_process_a_template_renders() -> None:
     assert render("{{ 1 }}") == "1"
     first = process()
@@ -481,6 +485,7 @@ def test_an_interrupted_rendering_gives_no_answer_to_the_next() -> None:
     assert render("{{ 2 }}") == "2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGVTALRM])
 def test_signals_that_are_held_off_here_still_end_the_process(number: signal.Signals) -> None:
     chat_template._PROCESS.stop()
@@ -495,6 +500,7 @@ def test_signals_that_are_held_off_here_still_end_the_process(number: signal.Sig
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_forked_process_has_a_process_of_its_own(busy: bool) -> None:
     def render_for_long() -> None:
@@ -540,6 +546,7 @@ def test_the_process_ends_with_its_parent(end: str) -> None:
     assert time.monotonic() < last
 
 
+@pytest.mark.slow
 def test_limits_grow_with_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_RENDERING", 0.001)
     chat = [{"role": "user", "content": "ab " * 33_000}]

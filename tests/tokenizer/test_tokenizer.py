@@ -83,6 +83,7 @@ def oracle(smollm2: Path) -> Any:
     return tokenizer
 
 
+@pytest.mark.slow
 def test_the_real_models_tokens_are_those_of_transformers(real: Tokenizer, oracle: Any) -> None:
     for text in CORPUS:
         expected = oracle(text, add_special_tokens=False).input_ids
@@ -128,6 +129,7 @@ print(private() - before)
 """
 
 
+@pytest.mark.slow
 def test_opening_a_model_and_its_tokens_takes_little_memory(smollm2: Path) -> None:
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("needs Linux")
@@ -390,6 +392,7 @@ def eager_threads() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager_threads")
 def test_children_that_are_forked_while_threads_encode_encode_too() -> None:
     tokenizer = from_gguf(opened(byte_level()))
@@ -774,6 +777,7 @@ def test_a_tiny_file_does_not_ask_for_a_pair_of_every_two_pieces_of_its_tokens()
         from_gguf(file)
 
 
+@pytest.mark.slow
 def test_loading_many_special_tokens_takes_time_in_proportion() -> None:
     tokens = [f"<|{number}|>" for number in range(20_000)]  # each in a call of its own: minutes
     kinds = [3] + [1] * (len(TOKENS) - 2) + [4] + [3, 4] * 10_000

@@ -138,6 +138,7 @@ class Batch(nplora.Module):
 # ---- stopped and resumed ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     step: int, uninterrupted: dict[str, Any], tmp_path: Path
@@ -150,6 +151,7 @@ def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(1, 27))
 def test_a_run_stopped_in_any_batch_of_a_step_resumes_to_the_same_bits(
     batch: int, uninterrupted: dict[str, Any], tmp_path: Path
@@ -308,6 +310,7 @@ def test_two_checkpoints_of_the_same_step_keep_one_of_an_earlier_step(stop: int,
     assert (newest["step"], newest["epoch"], older["step"]) == (15, 3, 12)
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for epochs in (100, 400):
@@ -906,6 +909,7 @@ print(peak_memory(), values)
 """
 
 
+@pytest.mark.slow
 def test_resuming_holds_only_the_mapped_checkpoint_twice(tmp_path: Path) -> None:
     def peak(steps: int) -> tuple[int, int]:
         command = [sys.executable, "-c", PEAK, str(tmp_path), str(steps)]
@@ -1223,6 +1227,7 @@ print(entered)
 """
 
 
+@pytest.mark.slow
 def test_two_runs_are_never_in_one_directory(tmp_path: Path) -> None:
     line = [sys.executable, "-c", ENTER, str(tmp_path / "run"), str(tmp_path / "inside")]
     found = [
@@ -1370,6 +1375,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[None]:
     return calls
 
 
+@pytest.mark.slow
 def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1491,6 +1497,7 @@ def short_run(directory: Path, resume: bool) -> tuple[Trainer, History]:
     return trainer, fit(trainer, epochs=1, checkpoint_dir=directory, checkpoint_every=2, resume=resume)
 
 
+@pytest.mark.slow
 def test_an_error_at_any_write_fsync_or_rename_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1595,6 +1602,7 @@ for directory in map(str.rstrip, sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_50_random_moments_ends_in_the_same_bits(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:

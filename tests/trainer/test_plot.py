@@ -30,6 +30,7 @@ def pixels(png: Path) -> Any:
     return image.imread(png)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert plot.plot_run(run) == run / "plot.png"
@@ -41,6 +42,7 @@ def test_a_run_becomes_a_png(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.png").read_bytes() == (run / "plot.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_picture_is_replaced_only_on_request(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +69,7 @@ def test_a_picture_does_not_replace_its_log(run: Path) -> None:
     assert (run / "log.jsonl").read_bytes() == log
 
 
+@pytest.mark.slow
 def test_dollar_signs_in_the_name_of_a_directory_are_not_a_formula(run: Path) -> None:
     pytest.importorskip("matplotlib")
     plot.plot_run(run.rename(run.with_name(r"cost$\frac$")))

@@ -81,6 +81,7 @@ def taken(mebibytes):
     return run.stdout.split()
 
 
+@pytest.mark.slow
 def test_idle_memory_never_adds_to_the_most_that_was_in_use():
     out = in_fresh_process("""
 for size in (64, 100, 30, 7, 128, 90, 127):
@@ -146,6 +147,7 @@ def one_thread():
     nplora.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("tokens", [1, 8, 100, 1000])
 def test_a_step_allocates_nothing_after_warm_up(tokens):

@@ -58,6 +58,8 @@ def choose_execution(
 ) -> ExecutionPlan:
     """How `finetune` computes its steps. With `memory`, that is chosen to fit, and the plan is printed.
 
+    The model of the inputs is loaded again if the plan has another arithmetic than it was loaded with.
+
     Args:
         earlier: the run that is resumed; its micro-batches stay.
         say: prints a text.
@@ -80,6 +82,9 @@ def choose_execution(
     )
     found = _planned(inputs, adapters, options, constraints)
     say(str(found))
+    if found.chosen.compute != inputs.lm.compute:
+        assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model stays"
+        inputs.reload(model, found.chosen.compute)
     return found.chosen
 
 

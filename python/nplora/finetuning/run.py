@@ -89,9 +89,6 @@ def finetune(
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_not_read(place, inputs, chosen.adapter)
     execution = choose_execution(model, inputs, chosen, earlier, say)
-    if execution.compute != inputs.lm.compute:
-        assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model stays"
-        inputs.reload(model, execution.compute)
     for dataset in inputs.datasets:
         say(str(dataset.report))
 
@@ -111,7 +108,7 @@ def finetune(
                 say(f"{files.name(output)}: no run to resume, a new one starts")
             baseline.measure()
         loss = TokenLoss(execution.micro_tokens)
-        callbacks = [baseline, *([TokenProgress(loss)] if speaks(progress) else [])]
+        callbacks = [baseline, *([TokenProgress(loss=loss)] if speaks(progress) else [])]
         base = None if isinstance(model, LanguageModel) else os.fspath(model)
         with _saved_as_of_a_good_step(lm, directory, base):
             history = _train(_trainer(lm, loss, chosen, callbacks), batches, validation, chosen, directory)

@@ -34,12 +34,12 @@ class TokenProgress(Callback):
     A terminal shows one line that is redrawn; elsewhere a new line is printed from time to time.
 
     Args:
-        loss: the loss of the run, which counts the tokens.
         every: seconds between two lines, if stderr is not a terminal.
+        loss: the loss of the run, which counts all tokens; None: only the trained tokens are shown.
     """
 
-    def __init__(self, loss: TokenLoss, every: float = 10.0) -> None:
-        self._loss, self._tokens = loss, [loss.tokens]
+    def __init__(self, every: float = 10.0, loss: TokenLoss | None = None) -> None:
+        self._loss, self._tokens = loss, [0 if loss is None else loss.tokens]
         self._redraws = stderr.isatty()
         self._every = 0.1 if self._redraws else every
         self._drawn = -np.inf
@@ -48,7 +48,8 @@ class TokenProgress(Callback):
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         self._recent = [*self._recent[1 - RECENT :], record]
-        self._tokens = [*self._tokens[-RECENT:], self._loss.tokens]
+        if self._loss is not None:
+            self._tokens = [*self._tokens[-RECENT:], self._loss.tokens]
         last = record.step == run.total_steps
         if last or time.monotonic() - self._drawn >= self._every:
             self._drawn = time.monotonic()
@@ -66,12 +67,11 @@ class TokenProgress(Callback):
         """The line; if the terminal is too narrow, without its least important parts."""
         recent = self._recent
         seconds = max(1e-9, sum(r.seconds for r in recent))
-        tokens, trained = self._tokens[-1] - self._tokens[0], sum(r.count for r in recent)
         total = "" if run.total_steps is None else f"/{run.total_steps}"
         parts = {
             "step": f"step {record.step}{total}, loss {mean_loss(recent):.4f}",
             "mean": f" (mean of {len(recent)} steps)" if len(recent) > 1 else "",
-            "rate": f", {tokens / seconds:.0f} tokens/s ({trained / seconds:.0f} trained)",
+            "rate": f", {self._rate(seconds)}",
             "memory": f", {peak_memory() / 1e6:.0f} MB",
         }
         if run.total_steps is not None:
@@ -81,6 +81,13 @@ class TokenProgress(Callback):
             if len("".join(parts.values())) > self._columns:
                 parts.pop(name, None)
         return "".join(parts.values())
+
+    def _rate(self, seconds: float) -> str:
+        """The tokens per second of the last steps, which took these seconds."""
+        trained = sum(record.count for record in self._recent) / seconds
+        if self._loss is None:
+            return f"{trained:.0f} trained tokens/s"
+        return f"{(self._tokens[-1] - self._tokens[0]) / seconds:.0f} tokens/s ({trained:.0f} trained)"
 
     @property
     def _columns(self) -> int:

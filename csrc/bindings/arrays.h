@@ -126,6 +126,7 @@ void register_inference(py::module_& m);
 void register_optimizer(py::module_& m);
 void register_elementwise(py::module_& m);
 void register_runtime(py::module_& m);
+void register_constants(py::module_& m);
 void register_blocks(py::module_& m);
 void register_transformer(py::module_& m);
 

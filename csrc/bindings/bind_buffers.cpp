@@ -24,7 +24,6 @@ py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& sh
 }
 
 void register_buffers(py::module_& m) {
-  m.attr("_least_buffer_bytes") = kLeastBufferBytes;
   m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
         "An array with undefined contents, in memory that earlier ones have left");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() =
       "The compiled core of nplora. Strict about shapes, dtypes and order; use the functions of `nplora`.";
   nplora::bindings::register_runtime(m);
+  nplora::bindings::register_constants(m);
   nplora::bindings::register_buffers(m);
   nplora::bindings::register_weight(m);
   nplora::bindings::register_lora(m);

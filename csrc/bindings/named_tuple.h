@@ -40,14 +40,19 @@ std::vector<typename Fields::Types> all_fields(const py::list& layers) {
   return all;
 }
 
-// Adds the class to the module.
+// Adds a class of named tuples to the module.
+inline py::object make_named_tuple(py::module_& m, const char* type, const py::list& names) {
+  const py::object make = py::module_::import("collections").attr("namedtuple");
+  py::object made = make(type, names, py::arg("module") = m.attr("__name__"));
+  m.attr(type) = made;
+  return made;
+}
+
 template <class Fields>
 void register_fields(py::module_& m) {
   py::list names;
   for (const char* name : Fields::kNames) names.append(name);
-  m.attr(Fields::kType) =
-      py::module_::import("collections")
-          .attr("namedtuple")(Fields::kType, names, py::arg("module") = m.attr("__name__"));
+  make_named_tuple(m, Fields::kType, names);
 }
 
 }  // namespace nplora::bindings

@@ -117,8 +117,9 @@ struct Tiles {
                                 const Fetch& next);
 };
 
-// The most rows of a small batch; instruction sets with fewer lanes take as many as those.
-inline constexpr size_t kMostSmallBatch = 8;
+// The most rows of a small batch: as many as there are lanes, from kLeastSmallBatch on every instruction set (for floats) to
+// kMostSmallBatch.
+inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
 
 // The elements that x is multiplied in where W holds W: bfloat16 is widened, pairs are met by pairs.
 template <class W>

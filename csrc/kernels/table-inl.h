@@ -61,6 +61,8 @@ constexpr Transformer make_transformer() {
           softmax_backward};
 }
 
+static_assert(Vec<float>::kLanes >= kLeastSmallBatch);
+
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           make_products<float>(),

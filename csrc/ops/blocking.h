@@ -68,8 +68,9 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
 // The same if blocks of W are transposed or added to: the tokens of each stay in a core's share of L3.
+inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
-  return tokens_of_block(tokens, width, element_bytes, size_t{4} << 20);
+  return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
 }
 
 // The pieces of work that is shared evenly: a thread that starts late, or is slower, takes fewer, and Ctrl-C is noticed between

@@ -246,8 +246,6 @@ def dequantize_nested_nf4(
 ) -> None:
     """The same with a quantised absmax."""
 
-_least_buffer_bytes: int
-
 def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ...
 def release_buffers() -> None: ...
 def allocations() -> int: ...
@@ -331,6 +329,22 @@ def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, g
     gradient: logits (n, vocab) become factor · (softmax - one_hot), 0 where ignored. ValueError: a target out
     of range.
     """
+
+class Constants(NamedTuple):
+    """Numbers of the core, the same on every machine."""
+
+    cache_line: int  # bytes
+    least_buffer_bytes: int  # smaller arrays are left to NumPy
+    least_small_batch: int  # rows of float32 that are a small batch on every instruction set
+    most_small_batch: int  # up to this many rows, products may sum in another order than for more rows
+    float_batch: int  # up to this many rows, products are not rounded to bfloat16
+    task_tokens: int  # the most tokens of one task
+    lanes_bytes: int  # the most bytes of x in scratch, in lanes or in pairs
+    l3_block_bytes: int  # the most bytes of the tokens that share a transposed block of W
+    nf4_group: int  # absmax that share a scale when they are quantised
+    nf4_book: int  # levels of a quantised absmax
+
+constants: Constants
 
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...

@@ -45,6 +45,9 @@ def stub_members(body: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
 STUB = ast.parse(Path(nplora.__file__).with_name("_core.pyi").read_text())
 STUB_FUNCTIONS = stub_members(STUB.body)
 STUB_CLASSES = {node.name: stub_members(node.body) for node in STUB.body if isinstance(node, ast.ClassDef)}
+STUB_VALUES = {
+    node.target.id: ast.unparse(node.annotation) for node in STUB.body if isinstance(node, ast.AnnAssign)
+}
 STUB_TUPLES = {
     node.name: tuple(field.target.id for field in node.body if isinstance(field, ast.AnnAssign))
     for node in STUB.body
@@ -65,7 +68,12 @@ def public(names: list[str]) -> set[str]:
 
 
 def test_the_stub_names_what_the_compiled_module_has() -> None:
-    assert public(dir(_core)) == set(STUB_FUNCTIONS) | set(STUB_CLASSES)
+    assert public(dir(_core)) == set(STUB_FUNCTIONS) | set(STUB_CLASSES) | set(STUB_VALUES)
+
+
+def test_values_have_the_types_of_their_stub() -> None:
+    assert {name: type(getattr(_core, name)).__name__ for name in STUB_VALUES} == STUB_VALUES
+    assert all(type(value) is int and value > 0 for value in _core.constants)
 
 
 @pytest.mark.parametrize("name", sorted(STUB_FUNCTIONS))

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _core
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
-# Up to so many rows, products may sum in another order (csrc/ops/blocking.h, plan.h); above, a row's values
-# are the same to the bit whatever stands beside it. Smaller batches are neither kept nor answered from here.
-SMALL_BATCH = 8
+# Up to this many rows, products may sum in another order. With more rows, a row's values are the same bits
+# whatever the other rows are. Batches of at most this size are neither kept nor found.
+SMALL_BATCH = _core.constants.most_small_batch
 
 
 class _Store(Protocol):

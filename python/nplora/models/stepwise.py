@@ -17,7 +17,7 @@ from nplora.nn import Linear, LoRALinear
 
 Array = npt.NDArray[Any]
 
-_FEW = 4  # tokens at a time, which are a small batch on every instruction set
+_FEW = _core.constants.least_small_batch  # tokens at a time
 
 
 def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-_LINE = 64  # bytes of a cache line
+_LINE = _core.constants.cache_line
 
 _name_of = operator.itemgetter(0)  # of a Parameter
 

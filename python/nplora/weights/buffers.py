@@ -21,7 +21,7 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     never take more than memory in use has taken at most; `release` returns what is idle.
     """
     dtype = np.dtype(dtype)
-    if math.prod(shape) * dtype.itemsize < _core._least_buffer_bytes:  # malloc's caches are as fast
+    if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:  # malloc's caches are as fast
         return np.empty(shape, dtype)
     return _core.empty(dtype, shape)
 
@@ -52,7 +52,7 @@ def release() -> None:
     _core.release_buffers()
 
 
-_LINE = 64  # bytes of a cache line
+_LINE = _core.constants.cache_line
 
 
 class _Shelf:

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 COMPUTES = ("float32", "bfloat16")
 INFERENCE_COMPUTES = (*COMPUTES, "int8")
-_UNROUNDED_ROWS = 4
+_UNROUNDED_ROWS = _core.constants.float_batch
 
 # The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
 # 16 bits, which float64 reaches by way of float32, less half a unit of that.
@@ -408,8 +408,9 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
 
 def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
     """NF4's second quantisation: codes, levels, scales, and the offset as an array of no axes."""
-    codes, levels = np.empty(absmax.size, np.uint8), np.empty(256, np.float32)
-    scales = np.empty(-(-absmax.size // 256), np.float32)
+    group, book = _core.constants.nf4_group, _core.constants.nf4_book
+    codes, levels = np.empty(absmax.size, np.uint8), np.empty(book, np.float32)
+    scales = np.empty(-(-absmax.size // group), np.float32)
     offset = _core.quantize_absmax(absmax, codes, levels, scales)
     return codes, levels, scales, np.asarray(offset, np.float32)
 

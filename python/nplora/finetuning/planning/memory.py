@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from nplora import _core
 from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
 from nplora.models.footprint import NOT_ADAPTED, Adapted
@@ -20,10 +21,10 @@ from nplora.models.head import most_rows
 from nplora.nn.principal import PRINCIPAL_INITS
 
 _FLOAT, _BITS = 4, 2
-_LANES = 8 << 20  # csrc/ops/blocking.h, kLanesBytes
-_PASS = 4 << 20  # csrc/ops/blocking.h, tokens_of_block
-_TOKENS = 2 * 256  # csrc/ops/backward.cpp, pass_: tokens of the blocks for two threads
-_THREAD = 3 << 19  # the rest of a thread's scratch
+_LANES = _core.constants.lanes_bytes
+_PASS = _core.constants.l3_block_bytes
+_TOKENS = 2 * _core.constants.task_tokens  # of a token block in backward, for each two threads
+_THREAD = 3 << 19  # the rest of a thread's scratch, rounded up
 _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
 

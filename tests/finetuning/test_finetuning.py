@@ -1230,3 +1230,21 @@ def test_progress_without_the_loss_shows_the_trained_tokens(capsys: pytest.Captu
     run = types.SimpleNamespace(total_steps=2)
     TokenProgress(0.0).on_step_end(run, StepRecord(1, 1, 3.0, 100, 1e-3, 1.0, 2.0))  # type: ignore[arg-type]
     assert capsys.readouterr().err.startswith("step 1/2, loss 3.0000, 50 trained tokens/s, ")
+
+
+def test_an_adapter_is_a_path_a_pair_or_a_list_of_these(model: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(lm, tmp_path / "a")
+    pair, ids = (tmp_path / "a", 0.5), [[1, 2, 3]]
+    expected = load_with_adapter(model, [pair]).logits(ids)
+    assert np.array_equal(load_with_adapter(model, pair).logits(ids), expected)
+    assert not np.array_equal(load_with_adapter(model, tmp_path / "a").logits(ids), expected)
+    for wrong in (
+        {tmp_path / "a": 0.5},
+        [(tmp_path / "a", "half")],
+        [3],
+        nplora.read_adapter(tmp_path / "a"),
+    ):
+        with pytest.raises(TypeError, match="expected a path, a pair"):
+            load_with_adapter(model, wrong)  # type: ignore[arg-type]

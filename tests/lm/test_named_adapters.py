@@ -251,3 +251,14 @@ def test_a_named_adapter_is_what_a_model_s_was_when_it_got_the_name(
     nplora.combine([(paths["few"], 1), (paths["ends"], 1)]).attach(both)
     lm.set_adapter(["before", "ends"])
     assert answers(lm) == answers(both)
+
+
+def test_merging_while_a_named_adapter_is_selected_is_refused(model: Path, paths: dict[str, Path]) -> None:
+    """It would merge the layers of the model's own, and not the adapter that calls use."""
+    lm = named(model, paths)
+    lm.set_adapter("few")
+    for merge in (lm.merge, lm.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"'few': a named adapter .*; set_adapter\(None\) first"):
+            merge()
+    lm.set_adapter(None)
+    assert lm.merge() == []

@@ -20,6 +20,7 @@ from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
 from nplora.lm.generation import Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
+from nplora.lora.merging import MergeReport
 from nplora.models import families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
@@ -245,6 +246,16 @@ class LanguageModel(Module):
         """This model, or the one with the named adapters that this context has selected."""
         return self._named.model(self, op, self._named.selected)
 
+    def merge(self, dtype: str | None = None) -> list[MergeReport]:
+        """As `Module.merge`. Raises RuntimeError, too, where a named adapter is selected: it stays one."""
+        self._require_none_selected("merge")
+        return super().merge(dtype)
+
+    def merge_and_unload(self) -> Module:
+        """As `Module.merge_and_unload`. Raises RuntimeError, too, where a named adapter is selected."""
+        self._require_none_selected("merge_and_unload")
+        return super().merge_and_unload()
+
     # ---- inference ----
 
     def logits(self, token_ids: npt.ArrayLike) -> Array:
@@ -440,7 +451,7 @@ class LanguageModel(Module):
         if names := self._named.selected:
             raise RuntimeError(
                 f"{op}: {', '.join(map(repr, names))}: a named adapter is for inference; set_adapter(None) "
-                "first, or attach it to the model to train it"
+                "first, or attach it to the model"
             )
 
     # ---- what comes in ----

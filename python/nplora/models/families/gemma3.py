@@ -88,6 +88,8 @@ class Gemma3(Family):
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
         config, data = super().read_metadata(file), ArchitectureMetadata(file, self.architecture)
+        for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+            gguf_fields.require_number(data, name, 0.0)
         window, layers = config.sliding_windows[0], config.num_hidden_layers
         slides = gguf_fields.sliding_layers(data, layers, _PATTERN)
         local = require_theta(file.source, data.number("rope.freq_base_swa", _LOCAL_THETA))

@@ -69,13 +69,17 @@ class Phi3(Family):
         return data.integer("rope.dimension_count", head_dim)
 
     def read_rope(self, data: ArchitectureMetadata, dim: int) -> RopeConfig:
-        rope = gguf_fields.rope(data, dim, self.rope_theta)
-        if not self.rope_tensors & data.file.keys():
-            return rope
+        is_long = gguf_fields.scaling_kind(data) == "longrope"
+        if not is_long and not self.rope_tensors & data.file.keys():
+            return gguf_fields.rope(data, dim, self.rope_theta)
         long, short = (gguf_fields.pair_factors(data.file, name, dim) for name in (_LONG, _SHORT))
         length = data.integer("rope.scaling.original_context_length")
         factor = data.number("rope.scaling.attn_factor", 1.0)
-        return dataclasses.replace(rope, long=_long(data.source, length, short, long, factor))
+        return RopeConfig(
+            gguf_fields.base(data, self.rope_theta),
+            gguf_fields.linear_factor(data, "longrope"),
+            long=_long(data.source, length, short, long, factor),
+        )
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         long, metadata = config.rope.long, super().metadata(config)

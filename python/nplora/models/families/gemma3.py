@@ -75,10 +75,9 @@ class Gemma3(Family):
 
     def read_rope_fields(self, fields: Fields) -> RopeConfig:
         config_fields.require_whole_rotation(fields)
+        found = config_fields.rope_fields(fields)
         if "rope_parameters" in fields:
-            found = fields.object("rope_parameters").object("full_attention")
-        else:
-            found = fields.object("rope_scaling")
+            found = found.object("full_attention")
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:

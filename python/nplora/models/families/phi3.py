@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.config_json import Fields
-from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.gguf import Typed
 from nplora.models.config import MAX_POSITIONS, ModelConfig
 from nplora.models.families import config_fields, gguf_fields
@@ -111,15 +111,12 @@ def _rope(fields: Fields, found: Fields, config: ModelConfig, dim: int) -> RopeC
     if kind == "default":
         return config.rope
     if kind not in ("longrope", "su"):
-        raise UnsupportedError(f"{found.source}: {kind!r}, expected 'default' or 'longrope'")
-    length = found.integer(
-        "original_max_position_embeddings", fields.integer("original_max_position_embeddings", _LENGTH)
-    )
+        raise UnsupportedError(f"{found.source}: {brief(kind)}, expected 'default' or 'longrope'")
+    name = "original_max_position_embeddings"
+    length = fields.integer(name, found.integer(name, _LENGTH))
     if not 1 < length <= MAX_POSITIONS:
-        raise FormatError(
-            f"{fields.source}: original_max_position_embeddings is {length:,}, expected above 1"
-        )
-    stretch = config.max_position_embeddings / length
+        raise FormatError(f"{fields.source}: {name} is {length:,}, expected above 1")
+    stretch = config_fields.positive(found, "factor", config.max_position_embeddings / length)
     factor = math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
     short, long = (np.array(found.numbers(f"{name}_factor", dim // 2)) for name in ("short", "long"))
     factor = found.number("attention_factor", factor)

@@ -9,7 +9,7 @@ import pytest
 import small_models
 from nplora.formats import gguf
 from nplora.formats.errors import FormatError, UnsupportedError
-from nplora.models import gguf_config
+from nplora.models import base_model, gguf_config
 from nplora.models.config import ModelConfig
 
 PAIRS = small_models.DIM // 2
@@ -43,6 +43,20 @@ def test_a_granite_without_rotation_rotates_nowhere(tmp_path: Path) -> None:
     layers = frozenset(range(small_models.LAYERS))
     assert read(tmp_path, "granite", rope__scaling__finetuned=False).unrotated == layers
     assert read(tmp_path, "llama", rope__scaling__finetuned=False).unrotated == frozenset()
+
+
+def test_heads_may_be_listed_for_each_layer(tmp_path: Path) -> None:
+    """As files of Granite 4's dense models list them; `base_model` reads them too."""
+    same, other = np.int32([2, 2, 2]), np.int32([2, 0, 2])
+    assert read(tmp_path, "granite", attention__head_count_kv=same).num_key_value_heads == 2
+    assert base_model.read(tmp_path / "m.gguf").kv_heads == 2
+    with pytest.raises(UnsupportedError, match="head_count_kv differs between layers"):
+        read(tmp_path, "granite", attention__head_count_kv=other)
+    with pytest.raises(UnsupportedError, match="head_count_kv differs between layers"):
+        base_model.read(tmp_path / "m.gguf")
+    for wrong in (np.int32([]), np.float32([2, 2, 2])):
+        with pytest.raises(FormatError, match="expected an integer"):
+            read(tmp_path, "granite", attention__head_count_kv=wrong)
 
 
 def test_a_phi_may_name_longrope(tmp_path: Path) -> None:

@@ -46,6 +46,21 @@ class ArchitectureMetadata:
         return self.key(name) in self.file.metadata
 
 
+def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
+    """How many heads of keys and values there are. A list has the number for each layer.
+
+    Raises:
+        UnsupportedError: the layers differ.
+    """
+    name = "attention.head_count_kv"
+    listed = data.file.metadata.get(data.key(name))
+    if not isinstance(listed, np.ndarray) or listed.dtype.kind not in "iu" or not len(listed):
+        return data.integer(name, default)
+    if (listed != listed[0]).any():
+        raise UnsupportedError(f"{data.source}: {data.key(name)} differs between layers")
+    return int(listed[0])
+
+
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
     """Which layers have the sliding window: those that the file lists, or all but every `pattern`-th."""
     name = "attention.sliding_window_pattern"

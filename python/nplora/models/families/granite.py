@@ -1,4 +1,8 @@
-"""Granite 3 and 4, dense (IBM 2024): Llama with multipliers of embeddings, halves, scores and logits."""
+"""Granite 3, dense (IBM 2024): Llama with multipliers of embeddings, halves, scores and logits.
+
+llama.cpp's converter makes this architecture of Granite 4's dense models too. In Hugging Face's files these
+are another family, "granitemoehybrid", which is not read.
+"""
 
 from __future__ import annotations
 

@@ -73,6 +73,13 @@ def test_a_phi_may_name_longrope(tmp_path: Path) -> None:
         ("gemma3", (), {"attn_logit_softcapping": 50.0}, UnsupportedError, "attn_logit_softcapping is 50"),
         ("llama", (), {"rope__scaling__attn_factor": 1.5}, UnsupportedError, "attn_factor is 1.5"),
         ("phi3", (), {"rope__scaling__attn_factor": 1.5}, UnsupportedError, "attn_factor is 1.5"),
+        (
+            "phi3",
+            (LONG, SHORT),
+            {"rope__scaling__original_context_length": 1},
+            FormatError,
+            "phi3.rope.scaling.original_context_length is 1, expected 2 to 1,073,741,824",
+        ),
         ("phi3", (LONG,), {}, FormatError, f"tensor {SHORT} is missing"),
         ("phi3", (SHORT,), {}, FormatError, f"tensor {LONG} is missing"),
         ("phi3", (), {"rope__scaling__type": "longrope"}, FormatError, f"tensor {LONG} is missing"),

@@ -188,7 +188,19 @@ def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None
         ("smollm3", {"no_rope_layer_interval": 0}, "expected at least 1"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "expected a list of 30 integers"),
         ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0, expected above 0"),
-        ("granite", {"logits_scaling": 1e9}, "logits_scaling is 1000000000.0"),
+        ("granite", {"logits_scaling": 1e9}, "is 1000000000.0, expected above 0 and below 1,000,000"),
+        ("granite", {"logits_scaling": 1e30}, "logits_scaling is 1e+30, expected above 0 and below 1e30"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1e30}}, "expected above 0 and below 1e30"),
+        (
+            "phi3",
+            {"original_max_position_embeddings": 1 << 40, "rope_scaling": {"type": "su"}},
+            "is 1,099,511,627,776, expected 2 to 1,073,741,824",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1e30] * 4, "long_factor": [1] * 4}},
+            "a factor of the rotation is 1e+30, expected above 0 and below 1e30",
+        ),
         ("phi3", {"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0, expected in (0, 1]"),
         ("phi3", {"rope_scaling": {"type": "yarn"}}, "'yarn', expected 'default' or 'longrope'"),
         (
@@ -199,12 +211,12 @@ def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None
         (
             "phi3",
             {"rope_scaling": {"type": "longrope", "short_factor": [1] * 4, "long_factor": [1, 1, 1, 0]}},
-            "is not above 0",
+            "a factor of the rotation is 0, expected above 0",
         ),
         (
             "phi3",
             {"original_max_position_embeddings": 1, "rope_scaling": {"type": "su"}},
-            "is 1, expected above 1",
+            "is 1, expected 2 to 1,073,741,824",
         ),
     ],
 )

@@ -23,10 +23,10 @@ class BaseModel:
     """A base model's facts.
 
     Attributes:
-        source: the file that told them.
+        source: the file that they were read from.
         family: the description of the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
-        shapes: of its tensors, by GGUF's names; None where the file does not tell.
+        shapes: of its tensors, by GGUF's names; None where the file does not say them.
         digest: `model_digest.of` its norms; None where the file has none, or it is not known.
     """
 

@@ -18,7 +18,7 @@ from nplora.weights import buffers
 Array = npt.NDArray[Any]
 
 # Up to so many rows, products may sum in another order (csrc/ops/blocking.h, plan.h); above, a row's values
-# are the same to the bit whatever stands beside it. Smaller batches are neither kept nor answered from here.
+# are the same to the bit whatever stands beside it. Smaller batches are neither kept nor looked up.
 SMALL_BATCH = 8
 
 
@@ -37,7 +37,7 @@ class PrefixCache:
     sequence: so it is found by them, whatever they are packed with, to the bit as if computed again.
 
     Args:
-        blocks: how many blocks lie below: those kept for another number are no answer.
+        blocks: how many blocks are below the first adapted one. A model with another number does not use it.
         capacity: the most tokens of all sequences; what comes later is not kept.
         width: numbers of a token, `hidden_size`.
         directory: where an unnamed file holds the rows, which is gone when the process is, however it ends;
@@ -113,7 +113,7 @@ class _Memory:
 
 
 class _Disk:
-    """The room is reserved at the beginning, so that a full disk is told before any work."""
+    """The room is reserved at the beginning, so that a full disk is found before any work."""
 
     def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
         self._row_bytes, self._directory = 4 * width, directory

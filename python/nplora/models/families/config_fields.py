@@ -96,7 +96,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
     """A number above 0."""
     value = fields.number(name, default)
     if not 0 < value < 1e30:
-        raise FormatError(f"{fields.source}: {name} is {value}, expected above 0")
+        raise FormatError(f"{fields.source}: {name} is {value}, expected above 0 and below 1e30")
     return value
 
 

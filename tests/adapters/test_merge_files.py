@@ -720,6 +720,19 @@ def test_a_head_that_nobody_reads_is_not_merged(rng: np.random.Generator, tmp_pa
             nplora.merge_adapter(source, random_adapter(rng), tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "smollm3"])
+def test_a_head_in_the_file_of_a_family_that_ties_is_not_merged(
+    family: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """config.json does not say whether it is tied, as that of Gemma 3; then the family says it."""
+    base = hf_directory(tmp_path / "base", rng, np.float32)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config | {"model_type": family}))
+    with pytest.raises(FormatError, match=r"in 2 places:(\n.*the model's output shares the weight.*){2}"):
+        nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.safetensors")
+
+
 def test_a_layer_that_a_tied_model_has_not_is_told_so(rng: np.random.Generator, tmp_path: Path) -> None:
     base = base_gguf(tmp_path / "base.gguf", rng, "float32", tied=True)
     adapter = Adapter("a", {"model.layers.9.mlp.up_proj": random_adapter(rng)["model.layers.0.mlp.up_proj"]})

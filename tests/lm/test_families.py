@@ -145,6 +145,22 @@ def test_each_packed_text_rotates_by_its_own_length(tmp_path: Path) -> None:
     assert relative(ours.decode(texts[0][None], [0], cache)[0], ours.logits(texts[0])[-1]) <= 2e-5
 
 
+def test_a_text_in_a_batch_rotates_as_it_does_alone(tmp_path: Path) -> None:
+    """With LongRoPE: a short prompt beside one beyond the original context keeps the short factors."""
+    theirs, ours = model_of("phi3 with longrope", "as usual", 8, tmp_path)
+    short, long = (ids_for(theirs, 1, length)[0] for length in (5, 30))
+    cache = ours.new_cache(2, 40)
+    cache.limits[0] = 16
+    found = [ours.decode(ids[None], [slot], cache)[0] for slot, ids in enumerate((short, long))]
+    for ids, logits in zip((short, long), found, strict=True):
+        assert relative(logits, ours.logits(ids)[-1]) <= 2e-5
+    tokens = np.array([int(logits.argmax()) for logits in found])
+    for ids, token, logits in zip((short, long), tokens, ours.decode(tokens, [0, 1], cache), strict=True):
+        assert relative(logits, ours.logits(np.append(ids, token))[-1]) <= 2e-5
+    with pytest.raises(ValueError, match="17 tokens in a slot, the cache has room for 16"):
+        ours.decode(np.zeros((1, 11), int), [0], cache)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gguf_is_the_same_model(family: str, shape: str, tmp_path: Path) -> None:

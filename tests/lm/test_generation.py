@@ -46,7 +46,9 @@ class Echo:
         return found.astype(np.float32)
 
     def new_cache(self, slots: int, capacity: int) -> Any:
-        return types.SimpleNamespace(ids=[[] for _ in range(slots)], capacity=capacity)
+        limits = np.full(slots, capacity)
+        self.cache = types.SimpleNamespace(ids=[[] for _ in range(slots)], capacity=capacity, limits=limits)
+        return self.cache
 
     def decode(self, token_ids: Any, slots: Any, cache: Any) -> Any:
         ids = np.asarray(token_ids)
@@ -384,3 +386,15 @@ def test_narrowing_greedy_choices_is_told_to_have_no_effect() -> None:
             Sampling(**options)
     for options in ({"top_k": 1, "top_p": 1.0}, {"top_p": 0.9, "temperature": 0.1}):  # no warning
         Sampling(**options)
+
+
+def test_each_sequence_of_a_batch_may_become_as_long_as_alone(lm: Echo) -> None:
+    """LongRoPE rotates by that length, so a long prompt must not change the answer to a short one."""
+    prompts = ["ab", "abc " * 10]
+    counts = [len(lm.tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    generate(lm, prompts, Sampling(max_new_tokens=4))
+    assert lm.cache.limits.tolist() == [count + 4 for count in counts]
+    lm.config.max_position_embeddings = counts[1] + 2
+    with pytest.warns(UserWarning, match="context"):
+        generate(lm, prompts, Sampling(max_new_tokens=4))
+    assert lm.cache.limits.tolist() == [counts[0] + 4, counts[1] + 2]

@@ -117,9 +117,66 @@ def test_an_old_file_of_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path)
     assert kinds == theirs.layer_types
 
 
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"original_max_position_embeddings": 16, "rope_scaling": LONG_ROPE},
+        {"original_max_position_embeddings": 16, "rope_scaling": LONG_ROPE | {"factor": 3.0}},
+        {
+            "original_max_position_embeddings": 16,
+            "rope_scaling": LONG_ROPE | {"original_max_position_embeddings": 64},
+        },
+        {"original_max_position_embeddings": 16, "rope_scaling": LONG_ROPE | {"attention_factor": 1.5}},
+        {"rope_scaling": LONG_ROPE},
+    ],
+    ids=["plain", "with a factor", "two lengths", "with an attention factor", "no length"],
+)
+def test_longrope_is_read_as_transformers_reads_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    ours = read(tmp_path, "phi3", **changes).rope.long
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    _, factor = rope_utils.ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu")
+    assert ours is not None
+    assert ours.attention_factor == pytest.approx(factor)
+    assert ours.original_length == theirs.rope_parameters["original_max_position_embeddings"]
+
+
+def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None:
+    """Also without use_sliding_window, as transformers masks by layer_types alone."""
+    kinds = ["sliding_attention", "full_attention"] * 15
+    config = read(tmp_path, "smollm3", layer_types=kinds, sliding_window=7)
+    assert config.sliding_windows == (7, 0) * 15
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor is not 1",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor is not 1",
+        ),
+        *(
+            (
+                family,
+                {
+                    "rope_parameters": {"rope_theta": 1e4, "full_attention": {}},
+                    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                },
+                "rope_parameters and rope_scaling are both set",
+            )
+            for family in ("llama", "gemma3_text", "phi3")
+        ),
+        ("phi3", {"rope_scaling": {"type": "x" * 10_000}}, "x…, expected 'default' or 'longrope'"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "only causal models are read"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "expected at least 1"),
@@ -131,7 +188,19 @@ def test_an_old_file_of_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path)
         ("smollm3", {"no_rope_layer_interval": 0}, "expected at least 1"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "expected a list of 30 integers"),
         ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0, expected above 0"),
-        ("granite", {"logits_scaling": 1e9}, "logits_scaling is 1000000000.0"),
+        ("granite", {"logits_scaling": 1e9}, "is 1000000000.0, expected above 0 and below 1,000,000"),
+        ("granite", {"logits_scaling": 1e30}, "logits_scaling is 1e+30, expected above 0 and below 1e30"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1e30}}, "expected above 0 and below 1e30"),
+        (
+            "phi3",
+            {"original_max_position_embeddings": 1 << 40, "rope_scaling": {"type": "su"}},
+            "is 1,099,511,627,776, expected 2 to 1,073,741,824",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1e30] * 4, "long_factor": [1] * 4}},
+            "a factor of the rotation is 1e+30, expected above 0 and below 1e30",
+        ),
         ("phi3", {"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0, expected in (0, 1]"),
         ("phi3", {"rope_scaling": {"type": "yarn"}}, "'yarn', expected 'default' or 'longrope'"),
         (
@@ -142,12 +211,12 @@ def test_an_old_file_of_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path)
         (
             "phi3",
             {"rope_scaling": {"type": "longrope", "short_factor": [1] * 4, "long_factor": [1, 1, 1, 0]}},
-            "is not above 0",
+            "a factor of the rotation is 0, expected above 0",
         ),
         (
             "phi3",
             {"original_max_position_embeddings": 1, "rope_scaling": {"type": "su"}},
-            "is 1, expected above 1",
+            "is 1, expected 2 to 1,073,741,824",
         ),
     ],
 )

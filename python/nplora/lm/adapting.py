@@ -45,8 +45,8 @@ def targeted(
     """The dotted names of the layers meant, in the model's order.
 
     Raises:
-        ValueError: a target names no layer (the nearest names are told) or one that has an adapter; `layers`
-            names none of the blocks; or nothing is named.
+        ValueError: a target names no layer (the nearest names are listed) or one that has an adapter; or
+            `layers` names none of the blocks; or nothing is named.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)

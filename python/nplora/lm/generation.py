@@ -113,8 +113,9 @@ def stream_all(
     ]
     if not answers or not sampling.max_new_tokens:
         return
-    longest = max(len(answer.ids) for answer in answers)
-    cache = lm.new_cache(len(answers), min(context, longest + sampling.max_new_tokens))
+    limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
+    cache = lm.new_cache(len(answers), max(limits))
+    cache.limits[:] = limits
     for answer in answers:
         scores = _read_prompt(lm, answer.ids, answer.slot, cache)
         yield from answer.advance(scores, cache.capacity)

@@ -416,7 +416,7 @@ class LanguageModel(Module):
         count = ids.shape[1]
         cache.require_room(rows, count)
         with inference():
-            positions = cache_positions(rows, cache.lengths[rows], count, cache.capacity)
+            positions = cache_positions(rows, cache.lengths[rows], cache.limits[rows], count)
             x = self.model.run_cached(ids.reshape(-1), positions, cache)
             logits = self.lm_head.forward(self.model.read_out(x[count - 1 :: count].copy()))[0]
         self.require_unchanged()

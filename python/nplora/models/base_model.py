@@ -13,9 +13,9 @@ from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
 from nplora.formats.model_directory import CONFIG
 from nplora.models import families, model_digest
-from nplora.models.families import Family
-
-MAX_HEADS = 1 << 16
+from nplora.models.config import MAX_HEADS
+from nplora.models.families import Family, gguf_fields
+from nplora.models.families.gguf_fields import ArchitectureMetadata
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BaseModel:
         source: the file that they were read from.
         family: the description of the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
-        shapes: of its tensors, by GGUF's names; None where the file does not tell.
+        shapes: of its tensors, by GGUF's names; None where the file does not say them.
         digest: `model_digest.of` its norms; None where the file has none, or it is not known.
     """
 
@@ -111,8 +111,9 @@ def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
 def _from_gguf(path: StrPath) -> BaseModel:
     file, architecture = _open_gguf(path)
     family = families.by_architecture(file.source, architecture)
-    heads = file.metadata.integer(f"{architecture}.attention.head_count")
-    kv_heads = file.metadata.integer(f"{architecture}.attention.head_count_kv", heads)
+    data = ArchitectureMetadata(file, architecture)
+    heads = data.integer("attention.head_count")
+    kv_heads = gguf_fields.heads_of_keys(data, heads)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     digest = model_digest.of_tensors(file, family)
     return _checked(BaseModel(file.source, family, heads, kv_heads, shapes, digest))

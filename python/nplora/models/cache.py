@@ -20,6 +20,8 @@ class KVCache:
     Attributes:
         slots, capacity: how many sequences, and how many tokens of each.
         lengths: int64 (slots,), the tokens that each holds. Writing a smaller number forgets the last ones.
+        limits: int64 (slots,), how many tokens each may come to hold, `capacity` at first. LongRoPE rotates a
+            sequence by this length: set it before the first token, where it is known to be less.
         keys, values: for each layer an array (slots, capacity, kv_heads · head_dim); memory is taken as it is
             filled.
         owner: the model that fills it, with the named adapters that were selected then; None: any model.
@@ -33,6 +35,7 @@ class KVCache:
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.num_hidden_layers)]
         self.lengths = np.zeros(self.slots, np.int64)
+        self.limits = np.full(self.slots, self.capacity)
 
     def reset(self) -> None:
         """Forget every sequence."""
@@ -43,9 +46,10 @@ class KVCache:
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"decode: slots are {slots.tolist()}, expected each one once")
-        most = int(self.lengths[slots].max(initial=0)) + count
-        if most > self.capacity:
-            raise ValueError(f"decode: {most} tokens in a slot, the cache has room for {self.capacity}")
+        for slot in slots:
+            most, limit = self.lengths[slot] + count, min(self.limits[slot], self.capacity)
+            if most > limit:
+                raise ValueError(f"decode: {most} tokens in a slot, the cache has room for {limit}")
 
     @property
     def nbytes(self) -> int:

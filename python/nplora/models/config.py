@@ -103,7 +103,8 @@ class ModelConfig:
         for name in _FACTORS:
             value = getattr(self, name)
             if value is not None and not 0 < value < _MAX_FACTOR:
-                raise FormatError(f"{self.source}: {name} is {value}, expected above 0")
+                bounds = f"above 0 and below {_MAX_FACTOR:,.0f}"
+                raise FormatError(f"{self.source}: {name} is {value}, expected {bounds}")
         if not 0 < self.rms_norm_eps < 1:
             raise FormatError(f"{self.source}: rms_norm_eps is {self.rms_norm_eps}, expected in (0, 1)")
 

@@ -106,14 +106,14 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
     config = model_directory.of(base) / model_directory.CONFIG
     fields = read_fields(config) if config.exists() else Fields(files.name(config), {})
     family = families.find(fields.string("model_type", "")) or families.FAMILIES[0]
-    tied = _is_tied(fields, file)
+    tied = _is_tied(fields, file, family)
     shards = file.shards if isinstance(file, ShardedFile) else frozenset[str]()
     return ModelFiles(file.source, ".safetensors", file, family, place, new_files, tied, file.mapped, shards)
 
 
-def _is_tied(fields: Fields, names: Mapping[str, Any]) -> bool:
-    """As config.json says: a tied model may have a head in its file, which nobody reads."""
-    if fields.boolean("tie_word_embeddings", False):
+def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:
+    """As config.json and the family say: a tied model may have a head in its file, which nobody reads."""
+    if fields.boolean("tie_word_embeddings", family.ties_embeddings):
         return True
     return "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 

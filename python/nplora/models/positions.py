@@ -40,7 +40,8 @@ class CachePositions:
         lengths: in_sequence + 1, the tokens that each row sees.
         cells: the index of the rows' keys and values in an array (slots, capacity, ...).
         longest: the length of the longest sequence, with the new tokens.
-        capacity: how many tokens a slot has room for.
+        limits: int64 (m,), the length that each row's sequence may come to have. By it all of its tokens
+            rotate, the first one too.
     """
 
     slots: Array
@@ -48,11 +49,11 @@ class CachePositions:
     lengths: Array
     cells: tuple[Any, Any]
     longest: int
-    capacity: int
+    limits: Array
 
-    def sequence_lengths(self) -> int:
-        """The length that a sequence may come to have: by it all of its tokens rotate, the first one too."""
-        return self.capacity
+    def sequence_lengths(self) -> Array:
+        """The length of each row's sequence, (m,)."""
+        return self.limits
 
 
 def packed_positions(starts: Array) -> PackedPositions:
@@ -62,12 +63,16 @@ def packed_positions(starts: Array) -> PackedPositions:
     return PackedPositions(starts, in_sequence, int(counts.max(initial=0)))
 
 
-def cache_positions(slots: Array, lengths: Array, count: int, capacity: int) -> CachePositions:
-    """The positions of the next `count` tokens of the sequences in `slots`, which hold `lengths` tokens."""
+def cache_positions(slots: Array, lengths: Array, limits: Array, count: int) -> CachePositions:
+    """The positions of the next `count` tokens of the sequences in `slots`.
+
+    Args:
+        lengths, limits: how many tokens these sequences hold, and may come to hold.
+    """
     in_sequence = (lengths[:, None] + np.arange(count)).reshape(-1)
     rows = np.repeat(slots, count)
     cells: tuple[Any, Any] = (rows, in_sequence)
     if len(slots) == 1:  # a run, which NumPy reaches faster
         cells = int(slots[0]), slice(int(in_sequence[0]), int(in_sequence[-1]) + 1)
     longest = int(in_sequence.max(initial=-1)) + 1
-    return CachePositions(rows, in_sequence, in_sequence + 1, cells, longest, capacity)
+    return CachePositions(rows, in_sequence, in_sequence + 1, cells, longest, np.repeat(limits, count))

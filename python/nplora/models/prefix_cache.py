@@ -38,7 +38,7 @@ class PrefixCache:
     sequence: so it is found by them, whatever they are packed with, to the bit as if computed again.
 
     Args:
-        blocks: how many blocks lie below: those kept for another number are no answer.
+        blocks: how many blocks are below the first adapted one. A model with another number does not use it.
         capacity: the most tokens of all sequences; what comes later is not kept.
         width: numbers of a token, `hidden_size`.
         directory: where an unnamed file holds the rows, which is gone when the process is, however it ends;

@@ -28,7 +28,7 @@ def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batc
         for start in range(int(first), int(end), _FEW):
             rows = slice(start, min(start + _FEW, int(end)))
             count = rows.stop - rows.start
-            positions = cache_positions(slot, cache.lengths, count, cache.capacity)
+            positions = cache_positions(slot, cache.lengths, cache.limits, count)
             x = model.run_cached(batch.ids[rows], positions, cache)
             cache.lengths[:] += count
             total += _head_loss(model, lm_head, x, batch.targets[rows])

@@ -1,4 +1,4 @@
-"""Run: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
+"""TrainingRun: one call of `Trainer.fit`, from its first step or a checkpoint to its end."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -52,14 +52,21 @@ def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:
 
 def require_whole_rotation(fields: Fields) -> None:
     """Refuse heads that rotate in part. Raises UnsupportedError."""
-    factor = fields.number("partial_rotary_factor", 1.0)
-    if rope_fields(fields).number("partial_rotary_factor", factor) != 1:
-        raise UnsupportedError(f"{fields.source}: partial_rotary_factor is not 1: heads rotate as a whole")
+    for found in (fields, rope_fields(fields)):
+        if found.number("partial_rotary_factor", 1.0) != 1:
+            raise UnsupportedError(f"{found.source}: partial_rotary_factor is not 1: heads rotate as a whole")
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """`rope_parameters`, or `rope_scaling` as before version 5 of transformers; perhaps empty."""
-    return fields.object("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
+    """`rope_parameters`, or `rope_scaling` as before version 5 of transformers; perhaps empty.
+
+    Raises:
+        FormatError: both are set, and differ.
+    """
+    new, old = fields.object("rope_parameters"), fields.object("rope_scaling")
+    if new.items() and old.items() and dict(new.items()) != dict(old.items()):
+        raise FormatError(f"{fields.source}: rope_parameters and rope_scaling are both set, and differ")
+    return new if new.items() else old
 
 
 def rope_kind(found: Fields) -> str:
@@ -69,6 +76,7 @@ def rope_kind(found: Fields) -> str:
 
 def rope(found: Fields, theta: float) -> RopeConfig:
     """The rotation that these fields describe; theta: its base, where they do not say it."""
+    require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)
     if kind == "default":
@@ -88,7 +96,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
     """A number above 0."""
     value = fields.number(name, default)
     if not 0 < value < 1e30:
-        raise FormatError(f"{fields.source}: {name} is {value}, expected above 0")
+        raise FormatError(f"{fields.source}: {name} is {value}, expected above 0 and below 1e30")
     return value
 
 

@@ -168,7 +168,7 @@ class Family:
             intermediate_size=data.integer("feed_forward_length"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=data.integer("attention.head_count_kv", heads),
+            num_key_value_heads=gguf_fields.heads_of_keys(data, heads),
             head_dim=head_dim,
             rms_norm_eps=data.number("attention.layer_norm_rms_epsilon"),
             max_position_embeddings=data.integer("context_length"),

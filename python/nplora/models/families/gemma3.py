@@ -75,10 +75,9 @@ class Gemma3(Family):
 
     def read_rope_fields(self, fields: Fields) -> RopeConfig:
         config_fields.require_whole_rotation(fields)
+        found = config_fields.rope_fields(fields)
         if "rope_parameters" in fields:
-            found = fields.object("rope_parameters").object("full_attention")
-        else:
-            found = fields.object("rope_scaling")
+            found = found.object("full_attention")
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:
@@ -88,6 +87,8 @@ class Gemma3(Family):
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
         config, data = super().read_metadata(file), ArchitectureMetadata(file, self.architecture)
+        for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+            gguf_fields.require_number(data, name, 0.0)
         window, layers = config.sliding_windows[0], config.num_hidden_layers
         slides = gguf_fields.sliding_layers(data, layers, _PATTERN)
         local = require_theta(file.source, data.number("rope.freq_base_swa", _LOCAL_THETA))

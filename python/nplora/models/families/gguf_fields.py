@@ -36,11 +36,29 @@ class ArchitectureMetadata:
     def number(self, name: str, default: float | None = None) -> float:
         return self.file.metadata.number(self.key(name), default)
 
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        return self.file.metadata.boolean(self.key(name), default)
+
     def string(self, name: str, default: str | None = None) -> str:
         return self.file.metadata.string(self.key(name), default)
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self.file.metadata
+
+
+def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
+    """How many heads of keys and values there are. A list has the number for each layer.
+
+    Raises:
+        UnsupportedError: the layers differ.
+    """
+    name = "attention.head_count_kv"
+    listed = data.file.metadata.get(data.key(name))
+    if not isinstance(listed, np.ndarray) or listed.dtype.kind not in "iu" or not len(listed):
+        return data.integer(name, default)
+    if (listed != listed[0]).any():
+        raise UnsupportedError(f"{data.source}: {data.key(name)} differs between layers")
+    return int(listed[0])
 
 
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
@@ -70,23 +88,56 @@ def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None
         )
 
 
+def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
+    """Refuse an entry that is another number, which nplora does not compute. Raises UnsupportedError."""
+    found = data.number(name, value)
+    if found != value:
+        raise UnsupportedError(
+            f"{data.source}: {data.key(name)} is {found:g}, nplora computes {value:g} only"
+        )
+
+
+def scaling_kind(data: ArchitectureMetadata) -> str:
+    """How the rotation is scaled: linearly, if the file does not say it."""
+    return data.string("rope.scaling.type", "linear")
+
+
 def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
     """The rotation of `dim` values of each head; theta: its base, where the file does not say it."""
-    theta = require_theta(data.source, data.number("rope.freq_base", theta))
-    kind = data.string("rope.scaling.type", "none")
-    if kind not in _KINDS:
-        raise UnsupportedError(
-            f"{data.source}: {data.key('rope.scaling.type')} is {brief(kind)}, expected 'none' or 'linear'"
-        )
-    factor = data.number("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    require_number(data, "rope.scaling.attn_factor", 1.0)
+    factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
+    return RopeConfig(base(data, theta), linear_factor(data), factors=factors)
+
+
+def base(data: ArchitectureMetadata, theta: float) -> float:
+    """The base of the rotation; theta where the file does not say it."""
+    return require_theta(data.source, data.number("rope.freq_base", theta))
+
+
+def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
+    """What all frequencies are divided by. `rope.scale_linear` is the entry's older name.
+
+    Args:
+        others: kinds of scaling that the family has too.
+    Raises:
+        UnsupportedError: the rotation is scaled in another way.
+    """
+    kind, known = scaling_kind(data), (*_KINDS, *others)
+    if kind not in known:
+        name, words = data.key("rope.scaling.type"), " or ".join(map(repr, known))
+        raise UnsupportedError(f"{data.source}: {name} is {brief(kind)}, expected {words}")
+    if kind == "none":
+        return 1.0
+    factor = data.number("rope.scaling.factor", data.number("rope.scale_linear", 1.0))
     if not 0 < factor < 1e30:
         raise FormatError(f"{data.source}: {data.key('rope.scaling.factor')} is {factor}, expected above 0")
-    factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
-    return RopeConfig(theta, factor, factors=factors)
+    return factor
 
 
 def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
     """The tensor that says what the frequency of each pair of `dim` rotating values is divided by."""
+    if name not in file:
+        raise FormatError(f"{file.source}: tensor {name} is missing")
     tensor = file[name]
     if tensor.type != "F32" or tensor.shape != (dim // 2,):
         found = f"{tensor.type} {tensor.shape}, expected F32 {(dim // 2,)}"

@@ -1,4 +1,8 @@
-"""Granite 3 and 4, dense (IBM 2024): Llama with multipliers of embeddings, halves, scores and logits."""
+"""Granite 3, dense (IBM 2024): Llama with multipliers of embeddings, halves, scores and logits.
+
+llama.cpp's converter makes this architecture of Granite 4's dense models too. In Hugging Face's files these
+are another family, "granitemoehybrid", which is not read.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,11 @@ class Granite(Family):
     def read_metadata(self, file: GgufFile) -> ModelConfig:
         """A multiplier that is missing or 0 is none; that of scores is then 1 / sqrt(head_dim)."""
         data = ArchitectureMetadata(file, self.architecture)
+        config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}
-        return _multiplied(
-            super().read_metadata(file), {name: value for name, value in found.items() if value}
-        )
+        if not data.boolean("rope.scaling.finetuned", True):  # which switches the rotation off
+            config = dataclasses.replace(config, unrotated=frozenset(range(config.num_hidden_layers)))
+        return _multiplied(config, {name: value for name, value in found.items() if value})
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         multipliers = {key: np.float32(getattr(config, name)) for name, key in _MULTIPLIERS.items()}

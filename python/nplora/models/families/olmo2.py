@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from nplora.formats.config_json import Fields
+from nplora.formats.errors import UnsupportedError
+from nplora.formats.gguf import GgufFile
 from nplora.models.block import Half
 from nplora.models.config import ModelConfig
 from nplora.models.families import config_fields
@@ -29,6 +31,13 @@ class Olmo2(Family):
 
     def read_config(self, fields: Fields) -> ModelConfig:
         return config_fields.with_attention_bias(super().read_config(fields), fields)
+
+    def read_metadata(self, file: GgufFile) -> ModelConfig:
+        """OLMo 3 has the same architecture in GGUF; every fourth of its layers has no window."""
+        config = super().read_metadata(file)
+        if any(config.sliding_windows):
+            raise UnsupportedError(f"{file.source}: a sliding window, as OLMo 3 has it, expected none")
+        return config
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:
         heads = {"self_attn.q_norm": config.heads_width, "self_attn.k_norm": config.key_value_width}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.config_json import Fields
-from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.gguf import Typed
 from nplora.models.config import MAX_POSITIONS, ModelConfig
 from nplora.models.families import config_fields, gguf_fields
@@ -25,6 +25,7 @@ from nplora.models.rope import LongRope, RopeConfig, require_theta
 Array = npt.NDArray[Any]
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_ORIGINAL = "rope.scaling.original_context_length"
 _LENGTH = 4096  # the original context where config.json does not say it
 
 
@@ -69,13 +70,18 @@ class Phi3(Family):
         return data.integer("rope.dimension_count", head_dim)
 
     def read_rope(self, data: ArchitectureMetadata, dim: int) -> RopeConfig:
-        rope = gguf_fields.rope(data, dim, self.rope_theta)
-        if not self.rope_tensors & data.file.keys():
-            return rope
+        is_long = gguf_fields.scaling_kind(data) == "longrope"
+        if not is_long and not self.rope_tensors & data.file.keys():
+            return gguf_fields.rope(data, dim, self.rope_theta)
         long, short = (gguf_fields.pair_factors(data.file, name, dim) for name in (_LONG, _SHORT))
-        length = data.integer("rope.scaling.original_context_length")
+        length = data.integer(_ORIGINAL)
+        _require_length(data.source, data.key(_ORIGINAL), length)
         factor = data.number("rope.scaling.attn_factor", 1.0)
-        return dataclasses.replace(rope, long=_long(data.source, length, short, long, factor))
+        return RopeConfig(
+            gguf_fields.base(data, self.rope_theta),
+            gguf_fields.linear_factor(data, "longrope"),
+            long=_long(data.source, length, short, long, factor),
+        )
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         long, metadata = config.rope.long, super().metadata(config)
@@ -84,7 +90,7 @@ class Phi3(Family):
         length = Typed(long.original_length, "UINT32")
         factor = np.float32(long.attention_factor)
         return metadata | {
-            "rope.scaling.original_context_length": length,
+            _ORIGINAL: length,
             "rope.scaling.attn_factor": factor,
         }
 
@@ -107,23 +113,27 @@ def _rope(fields: Fields, found: Fields, config: ModelConfig, dim: int) -> RopeC
     if kind == "default":
         return config.rope
     if kind not in ("longrope", "su"):
-        raise UnsupportedError(f"{found.source}: {kind!r}, expected 'default' or 'longrope'")
-    length = found.integer(
-        "original_max_position_embeddings", fields.integer("original_max_position_embeddings", _LENGTH)
-    )
-    if not 1 < length <= MAX_POSITIONS:
-        raise FormatError(
-            f"{fields.source}: original_max_position_embeddings is {length:,}, expected above 1"
-        )
-    stretch = config.max_position_embeddings / length
+        raise UnsupportedError(f"{found.source}: {brief(kind)}, expected 'default' or 'longrope'")
+    name = "original_max_position_embeddings"
+    length = fields.integer(name, found.integer(name, _LENGTH))
+    _require_length(fields.source, name, length)
+    stretch = config_fields.positive(found, "factor", config.max_position_embeddings / length)
     factor = math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
     short, long = (np.array(found.numbers(f"{name}_factor", dim // 2)) for name in ("short", "long"))
     factor = found.number("attention_factor", factor)
     return dataclasses.replace(config.rope, long=_long(fields.source, length, short, long, factor))
 
 
+def _require_length(source: str, name: str, length: int) -> None:
+    """Refuse an original context that cannot be."""
+    if not 1 < length <= MAX_POSITIONS:
+        raise FormatError(f"{source}: {name} is {length:,}, expected 2 to {MAX_POSITIONS:,}")
+
+
 def _long(source: str, length: int, short: Array, long: Array, factor: float) -> LongRope:
-    values = np.concatenate([short, long, [factor]])
-    if not ((values > 0) & (values < 1e30)).all() or not 1 < length <= MAX_POSITIONS:
-        raise FormatError(f"{source}: a factor or the original length of the rotation is not above 0")
+    for value in (*short, *long, factor):
+        if not 0 < value < 1e30:
+            raise FormatError(
+                f"{source}: a factor of the rotation is {value:g}, expected above 0 and below 1e30"
+            )
     return LongRope(length, short, long, factor)

@@ -30,10 +30,10 @@ class SmolLM3(Family):
         if "no_rope_layers" in fields:  # 1 where a layer rotates
             rotates = fields.integers("no_rope_layers", layers)
             unrotated = frozenset(i for i in range(layers) if not rotates[i])
-        windows = config.sliding_windows
-        if fields.boolean("use_sliding_window", False) and fields.integer_or_null("sliding_window", None):
-            kinds = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
-            windows = config_fields.windows(fields, kinds)
+        has_window = fields.boolean("use_sliding_window", False) and "sliding_window" in fields
+        slides = unrotated if has_window else frozenset[int]()
+        kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(layers)]
+        windows = config_fields.windows(fields, kinds)
         mlp_bias = fields.boolean("mlp_bias", False)
         return dataclasses.replace(config, unrotated=unrotated, sliding_windows=windows, mlp_bias=mlp_bias)
 

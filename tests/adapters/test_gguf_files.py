@@ -518,7 +518,7 @@ def test_the_heads_are_asked_for_where_rows_are_permuted(tmp_path: Path) -> None
     nplora.adapter_to_gguf(
         write_peft(tmp_path / "peft", alike(), factors(alike())), tmp_path / "a.gguf", base
     )
-    with pytest.raises(ValueError, match=r"permuted by heads: base \(--base MODEL\) is needed") as caught:
+    with pytest.raises(ValueError, match=r"number of heads: name the model, base \(--base MODEL\)") as caught:
         nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back")
     assert type(caught.value) is ValueError
     with pytest.raises(FormatError, match=r"is for llama, .* is qwen2"):
@@ -569,7 +569,7 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"peft: the model that it is for is needed: base, --base MODEL"):
+    with pytest.raises(ValueError, match=r"peft: name the model that it was trained on: base, --base MODEL"):
         adapters.convert_adapter(directory, file)
     with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
         adapters.convert_adapter(directory, back, base)

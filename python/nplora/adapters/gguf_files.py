@@ -95,7 +95,7 @@ def convert_adapter(
         raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
     if base is None:
         raise ValueError(
-            f"convert: {files.name(source)}: the model that it is for is needed: base, --base MODEL"
+            f"convert: {files.name(source)}: name the model that it was trained on: base, --base MODEL"
         )
     return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
 
@@ -308,8 +308,8 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
             target.place_of(name, shape, embedding, False)
             if model is None and family.permuted_heads(name, 1, 1):
                 raise ValueError(
-                    f"{source}: the rows of {tensor} are permuted by heads: base (--base MODEL) is needed, "
-                    "which has their number"
+                    f"{source}: the order of the rows of {tensor} depends on the model's number of heads: "
+                    "name the model, base (--base MODEL)"
                 )
             if heads := model and model.permuted_heads(name):
                 lora_b = gguf_rows.deinterleave(lora_b, heads)

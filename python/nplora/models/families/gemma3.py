@@ -103,13 +103,13 @@ class Gemma3(Family):
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         if config.query_pre_attn_scalar != _implied_scalar(config):
             raise UnsupportedError(
-                f"{config.source}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, in GGUF it is "
-                f"{_implied_scalar(config)}"
+                f"{config.source}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which GGUF "
+                f"cannot say: it implies {_implied_scalar(config)}"
             )
         local = config.local_rope or config.rope
         if (local.linear_factor, local.llama3) != (1.0, None):
             raise UnsupportedError(
-                f"{config.source}: the rotation of layers with a window is scaled, in GGUF it is not"
+                f"{config.source}: the rotation of layers with a window is scaled, which GGUF cannot say"
             )
         return super().metadata(config) | {"rope.freq_base_swa": np.float32(local.theta)}
 
@@ -120,7 +120,8 @@ class Gemma3(Family):
             window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
         ):
             raise UnsupportedError(
-                f"{config.source}: in GGUF every sixth layer of Gemma 3 sees everything, and no other"
+                f"{config.source}: GGUF can describe Gemma 3 only if every sixth layer, and no other, sees "
+                "all tokens (layer_types)"
             )
         return window
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "; of a directory, valid.jsonl is read if it exists")
+    add_data(parser, "valid.jsonl, or else train.jsonl")
     add_adapters(parser)
     add_options(parser, EvaluateOptions)
     text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'

@@ -114,8 +114,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=path, help=text)
 
 
-def add_data(parser: argparse.ArgumentParser, more: str = "") -> None:
-    text = f".jsonl, .csv or .txt file, or directory with train.jsonl and valid.jsonl{more}"
+def add_data(parser: argparse.ArgumentParser, directory: str = "train.jsonl and perhaps valid.jsonl") -> None:
+    text = f".jsonl, .csv or .txt file; or directory with {directory}"
     parser.add_argument("--data", metavar="FILE", type=path, required=True, help=text)
 
 
@@ -198,11 +198,11 @@ def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "he
 def _help_of(field: "dataclasses.Field[Any]") -> str:
     """The help of a field, which names other fields in backticks: `max_length` becomes --max-length."""
     text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
-    several, default = isinstance(field.default, tuple), field.default
-    text += " (repeatable)" if several else ""
-    if default in (None, ()) or isinstance(default, bool):
-        return text
-    return f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    default = field.default
+    if isinstance(default, tuple):
+        text += "" if "repeatable" in text else " (repeatable)"
+        default = " ".join(default)
+    return text if default is None or default is False or default == "" else f"{text} (default: {default})"
 
 
 def _add_switch(group: argparse._ActionsContainer, field: "dataclasses.Field[Any]", text: str) -> None:
@@ -217,11 +217,11 @@ def _add_value(
 ) -> None:
     several = typing.get_origin(kind) is tuple
     plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]
-    named = field.metadata.get("kind", "")
-    metavar = "PATH" if named else plain[0].__name__.upper().replace("STR", "TEXT")
+    kind_name = field.metadata.get("kind", "")
+    metavar = field.metadata.get("metavar", plain[0].__name__.upper().replace("STR", "TEXT"))
     group.add_argument(
         _option(field.name),
-        type=_KINDS.get(named, plain[0]),
+        type=_KINDS.get(kind_name, plain[0]),
         action="append" if several else "store",
         choices=field.metadata.get("choices"),
         metavar=None if field.metadata.get("choices") else metavar,

@@ -61,10 +61,13 @@ class FinetuneOptions:
     rank: int = _option(_ADAPTER, 8, "rank of the LoRA factors")
     alpha: float = _unplanned(_ADAPTER, 16.0, "LoRA alpha: the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _option(
-        _ADAPTER, ("all-linear",), "layers that get an adapter: all-linear, or names as in q_proj,v_proj"
+        _ADAPTER,
+        ("all-linear",),
+        "layers that get an adapter: all-linear, or names as in q_proj,v_proj",
+        metavar="NAMES",
     )
     layers: str | None = _option(
-        _ADAPTER, None, "blocks that get an adapter: last:N or first:N (default: all)"
+        _ADAPTER, None, "blocks that get an adapter: last:N or first:N (default: all)", metavar="BLOCKS"
     )
     dropout: float = _unplanned(_ADAPTER, 0.0, "LoRA dropout probability")
     use_rslora: bool = _unplanned(_ADAPTER, False, "scale the update by alpha / sqrt(rank) (rsLoRA)")
@@ -81,6 +84,7 @@ class FinetuneOptions:
         None,
         "adapter to continue from, with its layers, ranks and alphas: PEFT directory or llama.cpp file",
         kind="adapter",
+        metavar="PATH",
     )
     any_base: bool = _option(
         _ADAPTER, False, "accept an `adapter` that was trained on another model with the same shapes"
@@ -134,6 +138,7 @@ class FinetuneOptions:
         _SPEED,
         None,
         "memory limit of the whole process, as in 600M or 1.5G: the fastest plan that fits is used",
+        metavar="SIZE",
     )
     keep_prefix: str = _option(
         _SPEED,
@@ -147,7 +152,7 @@ class FinetuneOptions:
     resume: bool = _unplanned(_RUN, False, "continue the run in the output directory, to the same bits")
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
-        _RUN, (), "prompt to complete before and after training; plain text, not a chat"
+        _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
     )
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
     op: InitVar[str] = "finetune"  # begins the messages of errors

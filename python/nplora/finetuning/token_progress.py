@@ -17,7 +17,7 @@ from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether progress is printed: as asked for, or by default on a terminal and in a notebook."""
+    """Whether progress is printed: if asked for, or by default if stderr is a terminal or a notebook's."""
     return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 

@@ -1,6 +1,6 @@
 """The examples in docstrings: each runs, and prints what the docstring shows.
 
-An example begins with the names `np` and `nplora`, in a directory of its own that holds
+An example knows the names of its module, and `np`, `nplora` and `os`. It runs in its own directory, with
 
     model.gguf      a small Llama with a tokenizer and a chat template; its context is 64 tokens
     adapter/        a PEFT adapter for it, of rank 2
@@ -12,6 +12,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import pkgutil
 import shutil
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_an_example_prints_what_its_docstring_shows(
         pytest.importorskip("tokenizers")
     shutil.copytree(small_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    test.globs = {"np": np, "nplora": nplora}
+    test.globs |= {"np": np, "nplora": nplora, "os": os}
     report = io.StringIO()
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.write)
     assert not report.getvalue(), report.getvalue()

@@ -1,4 +1,21 @@
-"""nplora: LoRA fine-tuning on CPUs, from NumPy."""
+"""nplora: LoRA fine-tuning on CPUs, from NumPy.
+
+Fine-tune a language model, and generate text with the adapter:
+
+    >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", lr=1e-2, epochs=2)
+    >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
+    >>> text = lm.generate("1+1=", max_new_tokens=4)
+
+Train a layer on NumPy arrays:
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.standard_normal((64, 8)), rng.standard_normal((64, 4))
+    >>> model = nplora.Sequential(nplora.LoRALinear(rng.standard_normal((4, 8)), rank=2, rng=0))
+    >>> trainer = nplora.Trainer(model, "mse", nplora.AdamW(lr=1e-2))
+    >>> history = trainer.fit(x, y, epochs=20, batch_size=16)
+    >>> history.loss[-1] < history.loss[0]
+    True
+"""
 
 import os
 import sys

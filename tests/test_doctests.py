@@ -26,7 +26,9 @@ import nplora
 from small_llama import save_small_llama
 
 # Every public name of these modules (their __all__) has an example. Add yours.
-WITH_EXAMPLES = ["nplora.finetuning", "nplora.finetuning.data"]
+WITH_EXAMPLES = [
+    "nplora.finetuning", "nplora.finetuning.data", "nplora.nn", "nplora.lm"
+]  # fmt: skip
 
 _NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core
 _NEEDS_TOKENIZERS = "model.gguf"

@@ -102,10 +102,6 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
     return f"; did you mean {show(near[0])}{_OTHER_UNITS.get(name, '')}?" if near else ""
 
 
-def _unexpected(op: str, name: str, known: Iterable[str]) -> TypeError:
-    return TypeError(f"{op}: unexpected keyword {name!r}{suggestion(name, known)}")
-
-
 def keywords(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function, so that an unknown keyword is a TypeError that names the one that was meant."""
     known = inspect.signature(function).parameters
@@ -115,24 +111,10 @@ def keywords(function: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **named: P.kwargs) -> T:
         for name in named:
             if name not in known:
-                raise _unexpected(op, name, known)
+                raise TypeError(f"{op}: unexpected keyword {name!r}{suggestion(name, known)}")
         return function(*args, **named)
 
     return checked
-
-
-def options(op: str, kind: Callable[..., T], given: dict[str, Any]) -> T:
-    """An object of a dataclass, made of keywords.
-
-    Raises:
-        TypeError: it has no field of a keyword's name; the message names the one that was meant. Others as
-            the class.
-    """
-    known = inspect.signature(kind).parameters
-    for name in given:
-        if name not in known:
-            raise _unexpected(op, name, known)
-    return kind(**given)
 
 
 # ---- numbers and words ----

@@ -18,6 +18,7 @@ from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
 
 
+@_check.keywords
 def load_model(
     path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
 ) -> LanguageModel:

@@ -154,9 +154,7 @@ def test_training_is_refused_with_what_to_do_instead() -> None:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "nf4"])
 def test_a_layer_that_would_not_compute_in_int8_is_refused(dtype: str | None) -> None:
-    words = (
-        r"LoRALinear: compute='int8' is for GGUF's blocks, W would be stored as .*; dtype='q8_0' makes some"
-    )
+    words = r"LoRALinear: compute='int8' is for GGUF's blocks, W would be stored as .*; dtype='q8_0' gives"
     with pytest.raises(ValueError, match=words):
         LoRALinear(normal(8, 64), rank=2, dtype=dtype, compute="int8")
     assert LoRALinear(normal(8, 64), rank=2, dtype="q8_0", compute="int8").weight.meets_int8

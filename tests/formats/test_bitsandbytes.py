@@ -68,7 +68,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     "absmax of another type": (
         {f"{NAME}.absmax": np.zeros(6, np.uint8)}, {}, FormatError, "expected 6 values of float32"),
     "NaN": ({f"{NAME}.absmax": np.full(6, np.nan, np.float32)}, {}, FormatError, "holds NaN"),
-    "other levels": ({f"{NAME}.quant_map": LEVELS[::-1]}, {}, UnsupportedError, "levels of its own"),
+    "other levels": ({f"{NAME}.quant_map": LEVELS[::-1]}, {}, UnsupportedError, "its own 4-bit levels"),
     "no shape": ({}, {"shape": None}, FormatError, "its shape is None"),
     "a negative shape": ({}, {"shape": [-3, -128]}, FormatError, r"its shape is \[-3, -128\]"),
     "a vast shape": ({}, {"shape": [1 << 40, 1 << 40]}, LimitError, "values, at most"),
@@ -159,7 +159,7 @@ def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp
     lm = nplora.load_model(tmp_path / "nf4")
     lm.add_lora(rank=2)
     nplora.save_adapter(lm, tmp_path / "adapter")
-    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; take the model of floats"
+    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; use the unquantised model"
     with pytest.raises(UnsupportedError, match=found.format("merge into")):
         nplora.merge_adapter(tmp_path / kind, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(UnsupportedError, match=found.format("convert")):

@@ -95,7 +95,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         UnsupportedError,
         "adapter.type is 'ia3', only 'lora' is read",
     ),
-    "an adapter that waits for tokens": (
+    "an activated LoRA (aLoRA)": (
         lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.uint32([1])}),
         UnsupportedError,
         "adapter.alora.invocation_tokens",

@@ -231,7 +231,11 @@ HOSTILE = {
         LimitError,
         "tensor 'v': 4,611,686,018,427,387,904 bytes from 4,611,686,018,427,387,904 on end beyond 2^63",
     ),
-    "an unknown type": (one(kind=99), UnsupportedError, "tensor 'w': type 99, which is not one of ggml's"),
+    "an unknown type": (
+        one(kind=99),
+        UnsupportedError,
+        "tensor 'w': type 99, which is not a type that nplora knows",
+    ),
     "a removed type": (one(kind=4), UnsupportedError, "type 4"),
     "a negative type": (one(kind=-1), UnsupportedError, "type -1"),
     "rows that are no whole blocks": (

@@ -60,10 +60,10 @@ def test_a_file_of_literal_bytes_is_written() -> None:
 HOSTILE = {
     "no bytes": (b"", TruncatedError, "0 bytes"),
     "less than 8 bytes": (b"\x01\x00\x00", TruncatedError, "3 bytes"),
-    "Git LFS's pointer": (
+    "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         NotFetchedError,
-        "Git LFS's pointer to the file, which git lfs pull fetches",
+        "is a Git LFS pointer; fetch the file with git lfs pull",
     ),
     "a GGUF file": (b"GGUF" + bytes(99), FormatError, "is a GGUF file, expected safetensors"),
     "header longer than the file": (b"\x40" + bytes(7) + b"{}", TruncatedError, "64 bytes"),

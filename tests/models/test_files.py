@@ -65,7 +65,7 @@ def test_tensors_that_are_missing_or_too_many_are_all_named(tmp_path: Path) -> N
         "'blk.1.attn_q.weight' is missing, the nearest names: blk.1.attn_qq.weight" in s for s in lines
     )
     assert any("'blk.0.ffn_up.weight' has shape (63, 32), expected (64, 32)" in line for line in lines)
-    assert any("'blk.1.attn_qq.weight' has no place in llama" in line for line in lines)
+    assert any("'blk.1.attn_qq.weight' is not used by llama" in line for line in lines)
 
 
 def test_a_bias_that_some_layers_have_is_not_passed_over(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a factor of 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, FormatError, "factor is 0"),
     "a vocabulary of 2^40": ({"vocab_size": 2**40}, FormatError, "vocab_size is 1,099,511,627,776"),
     "layer types": ({"model_type": "qwen2", "layer_types": ["full_attention", "x", "full_attention"]},
-                    UnsupportedError, "a layer of type 'x'"),
+                    UnsupportedError, "a layer has type 'x'"),
     "no bias": ({"attention_bias": True}, FormatError, "'model.layers.0.self_attn.q_proj.bias' is missing"),
 }  # fmt: skip
 

@@ -146,7 +146,7 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     found = read(tmp_path / "model.gguf")
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
-    told = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} and not {dtype}: they have rows that are no whole"
+    told = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
     short_rows = SHORT_ROWS.get(wanted, wanted)
     assert (told.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
     layer, stored = "model.layers.1", "blk.1"
@@ -208,10 +208,13 @@ def test_what_cannot_be_said_in_gguf_is_refused(rng: np.random.Generator, tmp_pa
     with pytest.raises(UnsupportedError, match=r"layers with sliding windows of \[0, 8\] tokens"):
         nplora.model_to_gguf(mixed, tmp_path / "model.gguf")
     gelu = hf_directory(tmp_path / "gelu", rng, hidden_act="gelu_pytorch_tanh")
-    with pytest.raises(UnsupportedError, match=r"hidden_act is gelu_pytorch_tanh, in GGUF llama has silu"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"hidden_act is gelu_pytorch_tanh, which GGUF cannot express: its llama has silu",
+    ):
         nplora.model_to_gguf(gelu, tmp_path / "model.gguf")
     plain = hf_directory(tmp_path / "plain", rng)
-    with pytest.raises(ValueError, match=r"a model becomes a \.gguf file, got"):
+    with pytest.raises(ValueError, match=r"a model is converted to a \.gguf file, got"):
         nplora.model_to_gguf(plain, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"dtype='nf4' is not available; possible: 'same', 'float32'"):
         nplora.model_to_gguf(plain, tmp_path / "model.gguf", "nf4")
@@ -419,7 +422,7 @@ def test_what_only_a_trial_shows_is_left_out_too(rng: np.random.Generator, tmp_p
     directory = hf_directory(tmp_path / "hf", rng)
     backend.save(str(directory / "tokenizer.json"))
     report = nplora.model_to_gguf(directory, tmp_path / "model.gguf")
-    assert "'zebra' would be other tokens from GGUF" in str(report)
+    assert "'zebra' would become other tokens in GGUF" in str(report)
 
 
 @pytest.mark.parametrize(

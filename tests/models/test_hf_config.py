@@ -56,7 +56,7 @@ def test_the_windows_are_those_of_transformers(
     transformers = pytest.importorskip("transformers")
     path = write(tmp_path, family, sliding_window=window, use_sliding_window=use)
     if family == "gemma3_text" and window is None:  # whose layers with a window rotate by another base
-        with pytest.raises(UnsupportedError, match="a layer of type 'sliding_attention'"):
+        with pytest.raises(UnsupportedError, match="a layer has type 'sliding_attention'"):
             hf_config.read(path)
         return
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)

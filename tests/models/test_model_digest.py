@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model_is_not_converted_but_on_request(
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
         assert cli.main(arguments) == 2
-        assert "--any-base, in Python any_base=True, takes it all the same" in capsys.readouterr().err
+        assert "--any-base (any_base=True in Python) accepts it anyway" in capsys.readouterr().err
         assert not target.exists()
         assert cli.main([*arguments, "--any-base"]) == 0
         assert read_adapter(target, other).base_digest == digest(other)  # whose heads its rows are by
@@ -311,7 +311,7 @@ def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path
 def test_git_lfs_s_pointer_is_named_in_the_place_of_any_file(name: str, tmp_path: Path) -> None:
     base = hf_model(tmp_path / "hf")
     (base / name).write_bytes(LFS)
-    with pytest.raises(FormatError, match=rf"{name}: Git LFS's pointer to the file"):
+    with pytest.raises(FormatError, match=rf"{name}: is a Git LFS pointer"):
         print(nplora.load_model(base / name if name.endswith("gguf") else base).tokenizer)
 
 

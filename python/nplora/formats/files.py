@@ -393,7 +393,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
                 _write_new(file, place, temporaries[-1], _permissions(target.name, place))
             for place, temporary, target in zip(places, temporaries, targets, strict=True):
                 os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
-                with disk_errors(target.parent, f"{target.name} is saved, but a power cut may undo that"):
+                with disk_errors(target.parent, f"{target.name} is in place, but a power cut may undo that"):
                     os.fsync(place)  # makes the renames reach the disk in order
         except BaseException:
             for place, temporary in zip(places, temporaries, strict=False):

@@ -48,6 +48,7 @@ PREFIX = "base_model.model."  # precedes each layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
+BASE_COPY = ".base_layer.weight"  # PEFT copies the frozen weight of an adapted embedding or head
 _MOST_REPLACED = 100  # how often to read a pair again because another process replaced it during the read
 MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
 _LONG_NAME = 256  # characters; a name with more counts as several layers
@@ -90,14 +91,17 @@ class PeftAdapter:
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
         """The tensor names of each layer's two factors. Tensors that form no pair are added to `problems`.
 
-        DoRA's magnitudes and the tensors in `passed_over` are skipped.
+        DoRA's magnitudes and the tensors in `passed_over` are skipped. So are PEFT's copies of the frozen
+        weights
+        of adapted layers: they equal the base model's.
 
         Raises:
             LimitError: there are too many layers and patterns to look up ranks in reasonable time.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
-            if tensor in passed_over or (self.config.use_dora and tensor.endswith(MAGNITUDE)):
+            is_magnitude = self.config.use_dora and tensor.endswith(MAGNITUDE)
+            if tensor in passed_over or is_magnitude or self._is_base_copy(tensor):
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
@@ -112,6 +116,18 @@ class PeftAdapter:
                 problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
         self._limit_patterns(sum(1 + len(name) // _LONG_NAME for name in found))
         return found
+
+    def _is_base_copy(self, tensor: str) -> bool:
+        """Whether a tensor has the name of a frozen weight, and the shape of its layer's factors."""
+        stem = tensor.removesuffix(BASE_COPY)
+        if stem == tensor:
+            return False
+        entries = self.tensors.entries
+        for (name_a, name_b), is_table in ((LINEAR, False), (EMBEDDING, True)):
+            if stem + name_a in entries and stem + name_b in entries:
+                of_b, of_a = entries[stem + name_b].shape[:1], entries[stem + name_a].shape[-1:]
+                return entries[tensor].shape == (of_a + of_b if is_table else of_b + of_a)
+        return False
 
     def _limit_patterns(self, layers: int) -> None:
         """Limit the work of comparing each layer with all patterns that are not just one name."""

@@ -1,4 +1,4 @@
-"""The checks of what users pass in that no other test reaches."""
+"""Checks of user input that no other test reaches."""
 
 from fractions import Fraction
 from typing import Any
@@ -62,7 +62,7 @@ def test_overlap_is_exact_where_it_can_be_told_and_assumed_where_not() -> None:
     x = np.zeros((8, 8))
     assert not _check.overlap(x[:, :4], x[:, 4:])
     assert _check.overlap(x[:, :5], x[:, 4:])
-    # Two lattices in one buffer whose common points are hard to find.
+    # Two lattices in one buffer, with common points that are hard to find.
     flat = np.zeros(10**6, np.uint8)
     shape, strides = (30, 30, 30, 30), (12345, 2341, 271, 23)
     hard = np.lib.stride_tricks.as_strided(flat, shape, strides)

@@ -1,4 +1,4 @@
-"""GGUF that nobody vouches for: every hostile row with its exact error, every cut and every damaged byte."""
+"""Hostile GGUF files: the exact error of each, every truncation and every damaged byte."""
 
 import contextlib
 import struct
@@ -296,7 +296,7 @@ def test_as_many_tensors_as_the_limit_allows_are_read_in_little_memory() -> None
     seconds = time.perf_counter() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 5  # most of it is tracemalloc's
+    assert seconds < 5  # tracemalloc takes most of it
     assert peak < 64 << 20
 
 
@@ -309,7 +309,7 @@ def test_a_file_may_end_with_its_metadata() -> None:
             gguf.loads(data[:-1])
 
 
-def test_counts_are_held_against_the_smallest_entries() -> None:
+def test_counts_are_compared_with_the_smallest_entries() -> None:
     smallest = container((scalar("UINT8", b"\7", b"k"),))[: 24 + 14]
     assert gguf.loads(smallest).metadata == {"k": 7}
     with pytest.raises(LimitError, match="1 metadata entries, the 13 bytes that follow hold 0"):
@@ -366,7 +366,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def contents(file: gguf.GgufFile) -> list[tuple[object, ...]]:
-    """All that is in a file: every value is read."""
+    """Everything in a file: every value is read."""
     for key in file.metadata:
         list(np.atleast_1d(np.asarray(file.metadata[key], object)))
     for tensor in file.values():
@@ -377,7 +377,7 @@ def contents(file: gguf.GgufFile) -> list[tuple[object, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small_files())
-def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts(
+def test_damaged_files_give_only_format_errors_and_the_oracle_accepts_what_we_accept(
     name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "damaged.gguf"

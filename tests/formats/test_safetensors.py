@@ -1,4 +1,4 @@
-"""safetensors: literal bytes, every hostile row with its exact error, and the PyPI package as the oracle."""
+"""safetensors: literal bytes, the exact error of each hostile file, and the PyPI package as the oracle."""
 
 import errno
 import fcntl
@@ -165,7 +165,7 @@ def test_a_boolean_other_than_0_and_1_is_refused() -> None:
         tensors["w"]
 
 
-def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, kind in [
         (tmp_path / "fifo", "a FIFO"),
@@ -193,7 +193,7 @@ def test_hostile_headers_are_read_in_linear_time() -> None:
         begin = time.perf_counter()
         with pytest.raises(FormatError):
             safetensors.loads(container(header))
-        assert time.perf_counter() - begin < 5  # a quadratic reader takes hours
+        assert time.perf_counter() - begin < 5  # a quadratic reader would take hours
 
 
 def test_a_missing_name_is_a_key_error_with_the_nearest_names() -> None:
@@ -287,7 +287,7 @@ def test_an_array_keeps_the_mapping_alive(tmp_path: Path) -> None:
 
 def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
     path = tmp_path / "big.safetensors"
-    size = 1 << 40  # sparse: a terabyte that nobody could read
+    size = 1 << 40  # sparse: a terabyte, which nothing could read
     header = "{" + entry("U8", f"[{size}]", f"[0,{size}]") + "}"
     path.write_bytes(container(header))
     try:
@@ -319,7 +319,9 @@ def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
         ({"__metadata__": np.zeros(2)}, "cannot be the name"),
     ],
 )
-def test_what_the_format_cannot_hold_is_a_type_error(tensors: dict[str, np.ndarray], words: str) -> None:
+def test_tensors_that_the_format_cannot_hold_are_type_errors(
+    tensors: dict[str, np.ndarray], words: str
+) -> None:
     with pytest.raises(TypeError, match=words):
         safetensors.dumps(tensors)
 
@@ -339,7 +341,7 @@ def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> Non
     safetensors.save(path, {"w": np.zeros(4)})
     old = safetensors.open(path)["w"].numpy()
     safetensors.save(path, {"w": np.ones(4)})
-    np.testing.assert_array_equal(old, np.zeros(4))  # the mapped old file lives on
+    np.testing.assert_array_equal(old, np.zeros(4))  # the mapped old file still exists
     np.testing.assert_array_equal(safetensors.open(path)["w"].numpy(), np.ones(4))
     assert os.listdir(tmp_path) == ["a.safetensors"]
     umask = os.umask(0)
@@ -354,7 +356,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (10_000, limits[1])
-    )  # the system cuts a write short, then refuses
+    )  # the system shortens a write, then refuses
     try:
         with pytest.raises(OSError, match=r"80,072 bytes were to be written, 10,000 were") as caught:
             safetensors.save(path, {"w": np.ones(10_000)})
@@ -495,7 +497,7 @@ def test_a_file_beyond_the_memory_is_named(tmp_path: Path) -> None:
 
 
 def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:
-    """Cut, flipped, spliced and header-only damage, half of it in the header."""
+    """Truncated, flipped, spliced and header-only damage, half of it in the header."""
     result = []
     for _ in range(count):
         damaged = bytearray(data)
@@ -514,7 +516,7 @@ def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:
                     del damaged[place:]
             if not damaged:
                 break
-        if rng.random() < 0.5 and len(damaged) >= 8:  # a true header length, so that the JSON is reached
+        if rng.random() < 0.5 and len(damaged) >= 8:  # a correct header length, so that the JSON is parsed
             damaged[:8] = (len(damaged) - 8 - 40).to_bytes(8, "little", signed=True)
         result.append(bytes(damaged))
     return result
@@ -531,7 +533,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def contents(data: bytes) -> dict[str, tuple[tuple[int, ...], bytes]]:
-    """All that is in a file: every tensor is read."""
+    """Everything in a file: every tensor is read."""
     return {name: (t.shape, t.numpy().tobytes()) for name, t in safetensors.loads(data).items()}
 
 
@@ -547,7 +549,7 @@ def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_the_oracle_
         assert found == oracle_contents(data)
 
 
-def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts() -> None:
+def test_damaged_files_give_only_format_errors_and_the_oracle_accepts_what_we_accept() -> None:
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "é": np.arange(4, dtype=np.int16),

@@ -263,7 +263,7 @@ def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
 
 
 def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the time that cached outputs of the frozen blocks save from the second epoch; return the figures."""
+    """Print the time that caching the frozen blocks' outputs saves from the second epoch; return figures."""
     if model_file() is None:
         return []
     print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds per step")

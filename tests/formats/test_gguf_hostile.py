@@ -291,9 +291,9 @@ def test_a_hostile_file_gives_its_exact_error_quickly_in_little_memory(name: str
 def test_as_many_tensors_as_the_limit_allows_are_read_in_little_memory() -> None:
     data = container(tensors=MANY)
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(gguf.loads(data)) == 1 << 16
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 5  # tracemalloc takes most of it

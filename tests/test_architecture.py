@@ -107,7 +107,7 @@ def test_every_module_has_its_place_in_the_order_of_rooms() -> None:
 
 
 @pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_python_room_imports_only_what_stands_above_it(file: Path) -> None:
+def test_a_python_room_imports_only_rooms_above_it(file: Path) -> None:
     allowed = set(PYTHON_ROOMS[: PYTHON_ROOMS.index(room_of(file))])
     assert rooms_imported_by(file) <= allowed, "imports a room below its own"
 
@@ -142,7 +142,7 @@ def test_these_rooms_do_not_know_each_other(pair: tuple[str, str]) -> None:
 FAMILY_BASES = {"__init__", "family", "config_fields", "gguf_fields"}
 
 
-def test_a_family_is_imported_by_the_registry_of_families_alone() -> None:
+def test_only_the_registry_imports_a_family() -> None:
     directory = PACKAGE / "models" / "families"
     families = {file.stem for file in directory.glob("*.py")} - FAMILY_BASES
     assert families >= {"llama", "mistral", "qwen2", "qwen3"}
@@ -152,7 +152,7 @@ def test_a_family_is_imported_by_the_registry_of_families_alone() -> None:
         assert not found & families, file
 
 
-def test_only_numpy_is_needed_and_extras_are_imported_where_they_are_used() -> None:
+def test_only_numpy_is_required_and_extras_are_imported_inside_functions() -> None:
     for file in python_files():
         for name, at_import in imports(file):
             package = name.partition(".")[0]
@@ -225,7 +225,7 @@ def kernel_units() -> list[Path]:
     return sorted(CSRC.glob("kernels/isa_*.cpp"))
 
 
-def test_every_cpp_file_lies_in_a_room() -> None:
+def test_every_cpp_file_is_in_a_room() -> None:
     assert cpp_files()
     assert {cpp_room(file) for file in cpp_files()} == set(CSRC_ROOMS)
 
@@ -238,7 +238,7 @@ def test_a_cpp_room_includes_only_rooms_of_a_lower_number(file: Path) -> None:
         assert CSRC_ROOMS.index(name.partition("/")[0]) <= number, f'"{name}" is in a higher room'
 
 
-def test_base_uses_the_standard_library_and_the_system_alone() -> None:
+def test_base_uses_only_the_standard_library_and_the_system() -> None:
     for file in cpp_files():
         if cpp_room(file) == "base":
             assert all(name.startswith("base/") for name in includes(file)[0]), file
@@ -264,11 +264,11 @@ def test_openmp_is_used_in_base_parallel_only() -> None:
             assert str(file.relative_to(CSRC)) == "base/parallel.cpp"
 
 
-def test_kernels_and_operations_start_no_threads_of_their_own() -> None:
+def test_kernels_and_operations_start_no_threads() -> None:
     assert {name.partition("/")[0] for name in including(THREADS)} <= {"base", "bindings"}
 
 
-def test_there_is_a_unit_for_each_instruction_set_in_a_namespace_of_its_own() -> None:
+def test_each_instruction_set_has_a_unit_with_its_own_namespace() -> None:
     names = {unit.stem for unit in kernel_units()}
     assert names >= {
         f"isa_{isa}" for isa in ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
@@ -316,7 +316,7 @@ def test_every_block_format_has_one_file_and_one_quantiser_and_is_in_the_list() 
     assert included == {"base/block.h", *(f"kernels/formats/{name}-inl.h" for name in names)}
 
 
-def test_block_formats_are_known_by_the_list_alone() -> None:
+def test_only_the_list_knows_the_block_formats() -> None:
     types = "|".join(format_list().values())
     for file in cpp_files():
         path = str(file.relative_to(CSRC))

@@ -71,7 +71,7 @@ def test_modules_that_are_imported_lazily_are_available() -> None:
     assert run.stdout.splitlines() == ["[]", "[]", "<class 'nplora.trainer.callbacks.Callback'>"]
 
 
-def test_import_leaves_the_floating_point_mode_alone() -> None:
+def test_import_does_not_change_the_floating_point_mode() -> None:
     """A subnormal survives. -ffast-math would set flush-to-zero when the library is loaded."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -87,7 +87,7 @@ def test_the_command_is_installed_under_its_name() -> None:
     assert [(e.name, e.value) for e in installed.entry_points] == [("nplora", "nplora.cli:main")]
 
 
-def test_the_licences_of_what_a_wheel_contains_come_with_it() -> None:
+def test_a_wheel_contains_the_licences_of_its_parts() -> None:
     texts = {path.name: path.read_text() for name in PROJECT["license-files"] for path in ROOT.glob(name)}
     assert "Redistributions in binary form" in texts["LICENSE"]
     assert "Wenzel Jakob" in texts["pybind11.txt"]

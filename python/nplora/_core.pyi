@@ -355,7 +355,7 @@ def config() -> dict[str, Any]:
 def watch_mapping(mapping: Any, message: bytes) -> int:
     """Watch a mapping: a SIGBUS in it writes the message to stderr and ends the process with status 135.
 
-    The earlier handler is called in between. Returns a number for `unwatch_mapping`.
+    Before that, the handler that was installed earlier is called. Returns a number for `unwatch_mapping`.
     """
 
 def unwatch_mapping(number: int) -> None:

@@ -518,7 +518,7 @@ def test_zeros_and_the_smallest_numbers_survive_nf4() -> None:
         assert (out >= 0).all()
 
 
-def test_nf4_refuses_what_is_not_finite_and_what_does_not_fit() -> None:
+def test_nf4_refuses_values_that_are_not_finite_and_arrays_that_do_not_fit() -> None:
     values = np.ones((10, 30), np.float32)
     values[7, 3] = np.inf
     with pytest.raises(ValueError, match="row 7 holds inf, expected finite values"):

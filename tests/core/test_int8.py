@@ -107,7 +107,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert len(results) == 1
 
 
-def test_copies_compute_alike() -> None:
+def test_copies_compute_the_same_results() -> None:
     fw = FrozenWeight(normal(8, 256), "q5_k", "int8")
     for other in (copy.deepcopy(fw), pickle.loads(pickle.dumps(fw)), fw.like(normal(8, 256))):
         assert other.compute == "int8"

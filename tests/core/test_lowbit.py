@@ -428,7 +428,7 @@ print(len(weights), private() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
-def test_the_weights_of_a_model_take_next_to_no_memory_of_their_own(smollm2: Path, figure: Figure) -> None:
+def test_the_mapped_weights_of_a_model_take_almost_no_private_memory(smollm2: Path, figure: Figure) -> None:
     count, grown = map(int, run(MAPPED, smollm2))
     assert count == 211
     assert grown <= 0.01 * smollm2.stat().st_size

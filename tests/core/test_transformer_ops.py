@@ -151,7 +151,7 @@ ACTS = ("silu", "gelu_pytorch_tanh")
 
 
 def sigmoid_error(act: str, g: Array) -> Array:
-    """A bound on the relative error of σ(p): of exp and two operations, and of GELU's p."""
+    """A bound on the relative error of σ(p), from exp, two operations, and GELU's p."""
     p = np.abs(g if act == "silu" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
     return np.asarray(EXP + 4 * U + (0 if act == "silu" else 4 * U) * p * (g < 0))
 
@@ -333,7 +333,7 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [Case((1, 2, 3), 3, 1, 2), Case((5, 17), 2, 2, 16)], ids=str)
-def test_attention_of_huge_scores_has_gradients_within_the_bound_of_weights_up_to_one(case: Case) -> None:
+def test_gradients_of_attention_with_huge_scores_stay_bounded(case: Case) -> None:
     """The last bit of a score of 1e10 is 1,024. Backward computes it in another order and may exceed lse."""
     run = Attention(case)
     run.q *= 1e5

@@ -168,7 +168,7 @@ def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_an_adapter_of_the_embedding_alone_merges_beside_matrices_in_nf4(tmp_path: Path) -> None:
+def test_an_adapter_of_only_the_embedding_merges_into_a_model_with_nf4_matrices(tmp_path: Path) -> None:
     write_models(tmp_path)
     lm = nplora.load_model(tmp_path / "nf4")
     before = lm.logits(IDS)

@@ -44,7 +44,7 @@ def test_a_file_of_literal_bytes_is_read() -> None:
     assert not tensor.numpy().flags.writeable
 
 
-def test_version_2_is_read_alike() -> None:
+def test_version_2_is_read_like_version_3() -> None:
     file = gguf.loads(LITERAL[:4] + b"\x02" + LITERAL[5:])
     assert file.version == 2
     assert bytes(file["w"].data) == VALUES

@@ -457,7 +457,7 @@ def test_a_left_over_is_not_removed_while_another_save_is_under_way(tmp_path: Pa
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_a_tensor_is_read_when_asked_for_and_its_size_is_known_before(tmp_path: Path) -> None:
+def test_a_tensor_is_read_on_access_and_its_size_is_known_before(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     safetensors.save(path, {"w": np.arange(6.0).reshape(2, 3), "empty": np.zeros((0, 4), np.int8)})
     with safetensors.reading(path) as tensors:
@@ -542,7 +542,9 @@ def oracle_contents(data: bytes) -> dict[str, tuple[tuple[int, ...], bytes]]:
 
 
 @pytest.mark.parametrize("name", small_files())
-def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_the_oracle_reads(name: str) -> None:
+def test_every_cut_and_every_damaged_byte_give_format_errors_or_the_content_that_the_oracle_reads(
+    name: str,
+) -> None:
     versions = list(accepted(small_files()[name], contents))
     assert versions or name == "nothing"
     for data, found in versions:

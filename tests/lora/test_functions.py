@@ -363,7 +363,7 @@ def test_stochastic_rounding_takes_the_neighbour_that_philox_chooses(
     assert np.mean(got != exact.view(np.uint32)) > 0.9
 
 
-def test_stochastic_rounding_depends_on_its_seed_alone(thread_limit: None, rng: np.random.Generator) -> None:
+def test_stochastic_rounding_depends_only_on_its_seed(thread_limit: None, rng: np.random.Generator) -> None:
     W = rng.standard_normal((501, 333)).astype(np.float16)
     A, B = rng.standard_normal((501, 7), np.float32), rng.standard_normal((7, 333), np.float32)
 

@@ -66,7 +66,7 @@ def test_the_report_says_how_much_of_the_update_the_storage_kept(
 
 
 @pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k"])
-def test_a_trained_adapter_is_reported_alike(base: str, rng: np.random.Generator, figure: Figure) -> None:
+def test_a_trained_adapter_is_reported_correctly(base: str, rng: np.random.Generator, figure: Figure) -> None:
     layer = nplora.LoRALinear(nplora.FrozenWeight(rng.standard_normal((D_OUT, D_IN)), base), 4, rng=0)
     x = rng.standard_normal((64, D_IN), np.float32)
     wanted = layer.forward(x)[0] + x @ rng.standard_normal((D_IN, D_OUT), np.float32) / 8

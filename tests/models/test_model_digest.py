@@ -208,7 +208,9 @@ def test_an_adapter_of_another_model_is_converted_only_on_request(
         assert "--any-base (any_base=True in Python) accepts it anyway" in capsys.readouterr().err
         assert not target.exists()
         assert cli.main([*arguments, "--any-base"]) == 0
-        assert read_adapter(target, other).base_digest == digest(other)  # its heads set the order of the rows
+        assert read_adapter(target, other).base_digest == digest(
+            other
+        )  # the heads of `other` determine the order of rows
 
 
 def test_an_adapter_of_another_model_s_shapes_is_not_converted(
@@ -363,7 +365,7 @@ def assert_refused(
     assert not (tmp_path / "sum").exists()
 
 
-def test_a_base_that_is_no_model_is_refused(
+def test_a_base_that_is_not_a_model_is_refused(
     adapter: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)

@@ -460,7 +460,7 @@ def test_a_missing_jinja2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         render("{{ 1 }}")
 
 
-def test_an_interrupted_rendering_gives_no_answer_to_the_next() -> None:
+def test_an_interrupted_rendering_does_not_affect_the_next() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -502,7 +502,7 @@ def test_signals_that_are_blocked_here_still_end_the_process(number: signal.Sign
 
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_forked_process_has_a_process_of_its_own(busy: bool) -> None:
+def test_a_forked_process_starts_its_own_rendering_process(busy: bool) -> None:
     def render_for_long() -> None:
         with pytest.raises(UnsafeError, match="CPU time"):
             render(ENDLESS["a tree of calls"])

@@ -303,7 +303,7 @@ def test_a_byte_level_model_begins_with_bos_where_its_family_does(model: str, be
     assert told.encode("x", add_special_tokens=True) == [0] * (not begins) + told.encode("x")
 
 
-def test_a_run_of_unknown_characters_is_one_unknown_token_where_there_are_no_bytes() -> None:
+def test_without_byte_tokens_a_run_of_unknown_characters_is_one_unknown_token() -> None:
     tokens = ["<unk>", "<s>", "</s>", *PIECES]
     values = sentencepiece(
         tokens=tokens,
@@ -333,7 +333,7 @@ def test_a_text_begins_with_bos_whatever_its_letters(bos: str) -> None:
     assert tokenizer.encode("ab", add_special_tokens=True) == [1, *tokenizer.encode("ab")]
 
 
-def test_without_a_prefix_the_text_is_as_it_is() -> None:
+def test_without_a_prefix_the_text_is_unchanged() -> None:
     tokenizer = from_gguf(
         opened(sentencepiece(add_space_prefix=False, add_bos_token=False, add_eos_token=True))
     )
@@ -357,7 +357,7 @@ def test_an_endless_run_of_broken_bytes_is_output_at_last() -> None:
     assert "�" in "".join(pieces[:100])
 
 
-def test_special_tokens_are_letters_unless_asked_for_and_user_defined_ones_always_tokens() -> None:
+def test_special_tokens_are_plain_text_unless_requested_but_user_defined_ones_are_always_tokens() -> None:
     tokenizer = from_gguf(opened(byte_level()))
     assert tokenizer.encode("<|end|>", parse_special=True) == [0]
     assert 0 not in tokenizer.encode("<|end|>")

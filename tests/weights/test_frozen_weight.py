@@ -32,7 +32,7 @@ def as_stored(W: Any, storage: str) -> Any:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_to_numpy_gives_back_what_was_stored(storage: str, rng: np.random.Generator) -> None:
+def test_to_numpy_returns_the_stored_values(storage: str, rng: np.random.Generator) -> None:
     W = weight(rng)
     fw = FrozenWeight(W, dtype=storage)
     back = fw.to_numpy()

@@ -98,7 +98,7 @@ def test_a_plan_does_not_read_the_matrices_and_a_run_checks_them_once(
     assert len(checked) == len(set(checked)) > 0
 
 
-def test_a_weight_is_merged_into_only_if_it_is_finite(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_only_into_a_finite_weight(tmp_path: Path) -> None:
     """Tensors that are not merged may hold anything: files of other models have masks of infinities."""
     bad = np.ones((4, 32), np.float32)
     bad[2, 7] = np.inf
@@ -170,7 +170,7 @@ NOT_WRITTEN = {
 }
 
 
-def test_no_json_is_written_that_may_hold_nan() -> None:
+def test_written_json_never_holds_nan() -> None:
     package, found = Path(nplora.__file__).parent, 0
     for file in package.rglob("*.py"):
         if file.relative_to(package).as_posix() in NOT_WRITTEN:

@@ -430,7 +430,7 @@ def _permissions(target: str, directory: int) -> int | None:
 
 @contextlib.contextmanager
 def _parent(target: Path, held: Directory | None) -> Iterator[int]:
-    """Open the target's directory for this call alone, because a lock belongs to one open descriptor."""
+    """Open the target's directory anew for each call, because a lock belongs to one open descriptor."""
     with disk_errors(target, "its directory cannot be opened"):
         directory = Directory(target.parent if held is None else held)
     with directory:

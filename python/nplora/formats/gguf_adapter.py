@@ -78,7 +78,7 @@ def load(path: StrPath) -> GgufAdapter:
     """Read an adapter file.
 
     Raises:
-        FormatError: the file is no adapter, or factors are missing, do not fit together or are not finite.
+        FormatError: the file is not an adapter; or factors are missing, not finite, or do not fit together.
         UnsupportedError: the file holds another kind of adapter, or quantised factors.
         OSError: the file cannot be read.
     """

@@ -38,7 +38,7 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """The values kept by each block from the first adapted one. `run_backward` takes them from the end."""
+    """The values that the adapted blocks and those above keep. `run_backward` takes them from the end."""
 
     positions: PackedPositions
     embedding: Any

@@ -79,7 +79,7 @@ class MLP(Module):
     def run_backward(
         self, dy: Array, saved: MLPSaved, x: Array | None, positions: object, need_dx: bool
     ) -> Gradient:
-        """Add to the factors' gradients. Returns dx (n, d), or None without need_dx. Overwrites `saved`."""
+        """Add to the factors' gradients. Returns dx (n, d), or None if not need_dx. Overwrites `saved`."""
         deeper = need_dx or self.reads_x
         gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
         hidden = self._gated(gate, up) if self.down_proj.local_parameters() else None

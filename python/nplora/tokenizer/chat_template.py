@@ -122,5 +122,7 @@ def _plain(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part, change) for part in value]
     if not isinstance(value, bool | int | float | None):
-        raise TypeError(f"a message of a chat holds a {type(value).__name__}, expected what JSON can hold")
+        raise TypeError(
+            f"a message of a chat holds a {type(value).__name__}, expected a value that JSON can represent"
+        )
     return value

@@ -151,7 +151,7 @@ class Tokenizer:
             text: the text.
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
                 BOS; some add nothing.
-            parse_special: read "<|im_end|>" and the like as the special tokens that they name, as needed for
+            parse_special: read names such as "<|im_end|>" as special tokens, as needed for
                 the output of `apply_chat_template`. Off (use that for untrusted text), they are plain text.
             most: how many tokens are needed. For a long text, only the first `most` are returned; the rest of
                 the text is not read. For a short text, all tokens are returned, which may be more.

@@ -60,9 +60,9 @@ class FrozenWeight:
               formats and `matmul_t` compute as with "bfloat16".
         double_quant: also quantise NF4's absmax to 8 bits. A value then takes 4.13 bits instead of 4.5.
     Raises:
-        ValueError: W does not have two axes; dtype or compute is not one of the above; a float64 weight is
-            asked for another compute; d_in is not a multiple of the block length; a value is not finite or
-            too large for the blocks; or double_quant is used with another storage than "nf4".
+        ValueError: W does not have two axes; dtype or compute is not one of the above; compute is not
+            "float32" for a float64 weight; d_in is not a multiple of the block length; a value is not finite
+            or too large for the blocks; or double_quant is used with another storage than "nf4".
         TypeError: W does not hold floats, or dtype is not a dtype.
     Warns:
         UserWarning: finite values exceed the storage's range and become infinite.

@@ -94,7 +94,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         found = "big-endian" if swapped else f"version {version}"
-        raise UnsupportedError(f"{source}: {found}, little-endian versions 2 and 3 are read")
+        raise UnsupportedError(f"{source}: {found}, expected little-endian version 2 or 3")
     rest = size - START.size
     for count, limit, least, what in (
         (n_tensors, MAX_TENSORS, _LEAST_TENSOR, "tensors"),
@@ -202,7 +202,9 @@ def _parse_scalar(cursor: _Cursor, kind: str, what: str) -> Scalar:
         return cursor.unpack(_SCALARS[kind], what)[0]
     (value,) = cursor.unpack(_BOOL, what)
     if value > 1:
-        raise FormatError(f"{cursor.source}: {what} is a BOOL of {value} at byte {cursor.at - 1:,}")
+        raise FormatError(
+            f"{cursor.source}: {what}: the BOOL at byte {cursor.at - 1:,} is {value}, expected 0 or 1"
+        )
     return bool(value)
 
 
@@ -216,7 +218,7 @@ def _parse_array(cursor: _Cursor, kind: str, what: str) -> ArrayEntry:
         return ArrayEntry(kind, count, begin)
     cursor.skip(count * VALUE_DTYPES[kind].itemsize, what)
     if kind == "BOOL" and count and np.frombuffer(cursor.data, np.uint8, count, begin).max() > 1:
-        raise FormatError(f"{cursor.source}: {what} has a BOOL other than 0 and 1")
+        raise FormatError(f"{cursor.source}: {what} holds a BOOL other than 0 and 1")
     return ArrayEntry(kind, count, begin)
 
 

@@ -25,6 +25,10 @@ class LoraDelta:
             stands for rank · scale.
     Raises:
         ValueError: the shapes do not fit together.
+
+    >>> delta = LoraDelta(A=np.ones((3, 1)), B=np.ones((1, 2)), scale=0.5)
+    >>> delta.rank, delta.shape, delta.stated_alpha
+    (1, (3, 2), 0.5)
     """
 
     A: Array

@@ -103,6 +103,19 @@ def model_to_gguf(
             value does not fit in it.
         FileExistsError: the file exists, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk fails.
+
+    >>> import json
+    >>> from nplora.formats import safetensors
+    >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "max_position_embeddings": 16}
+    >>> counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
+    >>> Path("toy-model").mkdir(exist_ok=True)
+    >>> _ = Path("toy-model/config.json").write_text(json.dumps({"model_type": "llama", **sizes, **counts}))
+    >>> config = hf_config.read("toy-model/config.json")
+    >>> tensors = {spec.name: np.ones(spec.shape, np.float32) for spec in families.of(config).tensors(config)}
+    >>> safetensors.save("toy-model/model.safetensors", tensors)
+    >>> print(model_to_gguf("toy-model", "toy.gguf", dtype="float16", overwrite=True))
+    toy.gguf: llama, 11 tensors: 8 F16, 3 F32
+    without a tokenizer: there is no tokenizer.json
     """
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)

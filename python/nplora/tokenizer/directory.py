@@ -40,6 +40,13 @@ def from_directory(path: StrPath) -> Tokenizer:
         LimitError: there are too many tokens or special tokens.
         UnsafeError: the tokenizer could run for ever, or make a very long text from a short one.
         ModuleNotFoundError: the package `tokenizers` is not installed.
+
+    >>> import tokenizers
+    >>> Path("toy").mkdir(exist_ok=True)
+    >>> model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    >>> tokenizers.Tokenizer(model).save("toy/tokenizer.json")
+    >>> from_directory("toy").encode("abba")
+    [2, 1, 0]
     """
     directory = Path(path)
     backend = _backend(directory / "tokenizer.json")

@@ -315,6 +315,9 @@ class FrozenWeight:
 
         Raises:
             TypeError: GGUF has no such type ("nf4").
+
+        >>> FrozenWeight(np.ones((2, 32), np.float32), dtype="q4_0").to_gguf("w")
+        Tensor('w', Q4_0, (2, 32))
         """
         from nplora.formats import gguf
         from nplora.formats.errors import brief

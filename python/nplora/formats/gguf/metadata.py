@@ -25,6 +25,11 @@ class Typed:
         value: a scalar, or a list or array of them.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
             "BOOL" or "STRING". For a list or array: the type of its elements.
+
+    >>> from nplora.formats import gguf
+    >>> file = gguf.loads(gguf.dumps({}, {"n": Typed(32, "UINT32"), "names": ["a", "b"]}))
+    >>> file.metadata.types
+    {'n': 'UINT32', 'names': 'STRING'}
     """
 
     value: Any
@@ -46,7 +51,13 @@ class ArrayEntry:
 
 
 class StringArray(Sequence[str]):
-    """An array of strings in the file. Each string is decoded on access; FormatError if it is not UTF-8."""
+    """An array of strings in the file. Each string is decoded on access; FormatError if it is not UTF-8.
+
+    >>> from nplora.formats import gguf
+    >>> names = gguf.loads(gguf.dumps({}, {"names": ["a", "b", "c"]})).metadata["names"]
+    >>> len(names), names[0], names[1:]
+    (3, 'a', ['b', 'c'])
+    """
 
     def __init__(self, data: memoryview, entry: ArrayEntry, where: str) -> None:
         self._data, self._entry, self._where = data, entry, where
@@ -105,6 +116,11 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
 
     The methods below return a value of one required type. They raise FormatError if the value is missing and
     there is no default, if it has another type, or if an array has another count.
+
+    >>> from nplora.formats import gguf
+    >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata
+    >>> metadata["general.name"], len(metadata["sizes"]), metadata.string("general.type", "model")
+    ('toy', 3, 'model')
     """
 
     def __init__(

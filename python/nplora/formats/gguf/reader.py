@@ -99,7 +99,12 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
 
 
 def loads(data: bytes | bytearray | memoryview) -> GgufFile:
-    """Like `open`, for bytes in memory. They must not change while the file is in use."""
+    """Like `open`, for bytes in memory. They must not change while the file is in use.
+
+    >>> from nplora.formats import gguf
+    >>> list(loads(gguf.dumps({"w": np.zeros(3)})))
+    ['w']
+    """
     view = memoryview(data).toreadonly()
     return GgufFile(view, "<bytes>", parse(view, "<bytes>"))
 

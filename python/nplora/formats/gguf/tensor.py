@@ -18,6 +18,11 @@ class Stream:
     Attributes:
         type, shape: as in `Tensor`.
         chunks: a function that returns the bytes in order. It is called once.
+
+    >>> from nplora.formats import gguf
+    >>> zeros = gguf.Stream("F32", (2, 3), lambda: [bytes(12), bytes(12)])
+    >>> gguf.loads(gguf.dumps({"w": zeros}))["w"].numpy().tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
 
     type: str
@@ -36,6 +41,12 @@ class Tensor:
         data: the bytes as uint8. Bytes from a file are read-only and keep the file mapped.
         offset: the position of the bytes in the file, or None.
         source: the file's name for messages.
+
+    >>> import nplora
+    >>> weight = nplora.FrozenWeight(np.ones((2, 32), np.float32), dtype="q8_0")
+    >>> tensor = weight.to_gguf("w")
+    >>> tensor, tensor.nbytes
+    (Tensor('w', Q8_0, (2, 32)), 68)
     """
 
     name: str

@@ -79,7 +79,11 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
 
 
 def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes that `save` would write."""
+    """The bytes that `save` would write.
+
+    >>> dumps({}, {"general.name": "toy"})[:4]
+    b'GGUF'
+    """
     return b"".join(new_file("<bytes>", tensors, metadata).chunks)
 
 
@@ -87,6 +91,8 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None
     """The file that `save` writes, for a caller that replaces several files together.
 
     Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
+
+    >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
     values = {key: _typed(key, value) for key, value in (metadata or {}).items()}
     _require_few("tensors", len(tensors), MAX_TENSORS)

@@ -92,7 +92,7 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for a name. This takes time proportional to the inexact patterns: call it once per name."""
+        """The value for a name. The time is proportional to the inexact patterns: call it once per name."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default

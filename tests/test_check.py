@@ -38,7 +38,7 @@ def test_arrays_without_real_numbers_are_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["text", b"text", None, {"text"}, ["text", 1], iter(["text"])])
-def test_texts_are_in_a_list(value: Any) -> None:
+def test_texts_must_be_in_a_list(value: Any) -> None:
     assert _check.texts("op", "t", ["a", "b"]) == ("a", "b")
     with pytest.raises(TypeError, match=r"^op: t is .*, expected a list of texts$"):
         _check.texts("op", "t", value)

@@ -142,7 +142,7 @@ def test_an_adapter_and_a_bias_are_added_in_float32() -> None:
     assert np.allclose(layer(x), wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_training_is_refused_with_what_to_do_instead() -> None:
+def test_training_is_refused_with_an_alternative() -> None:
     layer = LoRALinear(FrozenWeight(normal(8, 64), "q4_1", "int8"), rank=2)
     y, saved = layer.forward(normal(3, 64))
     with pytest.raises(RuntimeError, match=r"compute='int8' is for inference; to train, .*'bfloat16'"):

@@ -133,12 +133,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "different ranks": (
         lambda tensors, _: tensors.update({B: np.ones((6, 3))}),
         FormatError,
-        f"'{Q}': .lora_a has shape (2, 5), .lora_b (6, 3), expected one rank",
+        f"'{Q}': .lora_a has shape (2, 5), .lora_b (6, 3), expected equal ranks",
     ),
     "different ranks in an embedding": (
         lambda tensors, _: tensors.update({EMBEDDING + ".lora_a": np.ones((3, 9))}),
         FormatError,
-        f"'{EMBEDDING}': .lora_a has shape (3, 9), .lora_b (5, 3), expected one rank",
+        f"'{EMBEDDING}': .lora_a has shape (3, 9), .lora_b (5, 3), expected equal ranks",
     ),
     "rank 0": (
         lambda tensors, _: tensors.update({A: np.ones((0, 5)), B: np.ones((6, 0))}),

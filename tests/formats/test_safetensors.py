@@ -305,15 +305,15 @@ def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
         ({"w": np.array(["text"])}, "'w' is str"),
         (
             {"w": safetensors.Tensor("w", "float64", np.zeros(2, np.float32))},
-            "says float64 and holds float32",
+            "is declared float64, but holds float32",
         ),
         (
             {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.float16))},
-            "says bfloat16 and holds float16",
+            "is declared bfloat16, but holds float16",
         ),
         (
             {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.int16))},
-            "says bfloat16 and holds int16",
+            "is declared bfloat16, but holds int16",
         ),
         ({1: np.zeros(2)}, "1 cannot be the name"),
         ({"__metadata__": np.zeros(2)}, "cannot be the name"),

@@ -428,14 +428,14 @@ def test_a_large_answer_does_not_affect_the_next_template(monkeypatch: pytest.Mo
     assert process() is first
 
 
-def test_messages_that_cannot_be_given_to_a_template_are_refused() -> None:
+def test_messages_that_cannot_be_passed_to_a_template_are_refused() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="nests too deep"):
         chat_template.plain(deep)
     for value in (deep, 10**5000):
-        with pytest.raises(ValueError, match="model: the messages cannot be given to a template"):
+        with pytest.raises(ValueError, match="model: the messages cannot be passed to a template"):
             render("{{ 1 }}", [{"role": "user", "content": value}])
 
 

@@ -314,7 +314,7 @@ def test_without_byte_tokens_a_run_of_unknown_characters_is_one_unknown_token() 
     assert [tokens[id_] for id_ in tokenizer.encode("abé😀xab")] == ["▁ab", "<unk>", "ab"]
 
 
-def test_no_merge_makes_a_control_token_of_letters() -> None:
+def test_plain_text_never_merges_to_a_control_token() -> None:
     values = sentencepiece()
     tokens = [*values["tokenizer.ggml.tokens"], "<", "s>"]
     values["tokenizer.ggml.tokens"] = tokens
@@ -702,7 +702,7 @@ def test_steps_that_make_a_text_much_longer_are_refused(tmp_path: Path, part: st
         from_directory(made)
 
 
-def test_a_text_that_a_models_rules_do_not_fit_is_an_error_of_the_file(tmp_path: Path) -> None:
+def test_text_that_a_model_cannot_encode_is_an_error_of_its_file(tmp_path: Path) -> None:
     model = tokenizers.models.Unigram([("a", 0.0)])  # without an unknown token
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     tokenizer = from_directory(tmp_path)
@@ -767,7 +767,7 @@ def test_hostile_metadata_is_refused(
         from_gguf(file)
 
 
-def test_a_tiny_file_does_not_ask_for_a_pair_of_every_two_pieces_of_its_tokens() -> None:
+def test_a_tiny_file_cannot_request_a_huge_number_of_pairs() -> None:
     runs = [letter * count for letter in "abcdefghijklmnop" for count in range(1, 129)]
     metadata = sentencepiece(
         tokens=["<unk>", "<s>", "</s>", *runs],

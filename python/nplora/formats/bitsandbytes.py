@@ -108,7 +108,7 @@ def read(file: File, name: str) -> Nf4:
         _require(where, state, "nested_blocksize", GROUP)
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or isinstance(offset, bool) or abs(offset) > _MAX_OFFSET:
-            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a number of float32")
+            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a float32 number")
         nested = Nested(
             _part(file, f"{name}.nested_quant_map", "float32", NESTED_LEVELS),
             _part(file, f"{name}.nested_absmax", "float32", -(-blocks // GROUP)),

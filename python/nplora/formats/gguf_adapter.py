@@ -84,7 +84,7 @@ def load(path: StrPath) -> GgufAdapter:
     """
     if files.suffix(path) == ".safetensors":
         raise FormatError(
-            f"{files.name(path)}: PEFT's adapter is given as its directory, {Path(path).parent}"
+            f"{files.name(path)}: is one file of a PEFT adapter; pass its directory, {Path(path).parent}"
         )
     return from_file(gguf.open(path))
 
@@ -152,7 +152,7 @@ def _pair(file: GgufFile, name: str) -> Pair:
     if rank != lora_b.shape[1]:
         raise FormatError(
             f"{file.source}: {brief(name)}: .lora_a has shape {lora_a.shape}, .lora_b {lora_b.shape}, "
-            "expected one rank"
+            "expected equal ranks"
         )
     return Pair(lora_a, lora_b)
 

@@ -309,7 +309,9 @@ def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array |
         array = array.view(np.uint16)
     wanted = _DTYPES[_TAGS[dtype]][1]
     if array.dtype.newbyteorder("<") != wanted:
-        raise TypeError(f"safetensors.save: tensor {name!r} says {dtype} and holds {array.dtype.name}")
+        raise TypeError(
+            f"safetensors.save: tensor {name!r} is declared {dtype}, but holds {array.dtype.name}"
+        )
     return _TAGS[dtype], array
 
 

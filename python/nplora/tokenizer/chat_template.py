@@ -75,7 +75,9 @@ class ChatTemplate:
             variables = plain(variables)
             data = json.dumps(variables).encode()
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"{self.source}: the messages cannot be given to a template: {error}") from error
+            raise ValueError(
+                f"{self.source}: the messages cannot be passed to a template: {error}"
+            ) from error
         limits = {
             "compiling": _COMPILING,
             "rendering": _RENDERING + _RENDERING_A_BYTE * len(data),

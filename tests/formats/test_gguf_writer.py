@@ -103,7 +103,7 @@ def test_the_oracle_reads_every_type_of_tensor_that_is_written(tmp_path: Path) -
     ]
 
 
-def test_a_file_made_from_another_is_the_same_file() -> None:
+def test_a_copy_made_from_a_file_has_the_same_bytes() -> None:
     metadata = {key: value for key, (value, _, _) in VALUES.items()} | {"none": Typed([], "INT8")}
     data = gguf.dumps(ARRAYS | {"q": Tensor("q", "Q4_K", (3, 512), BLOCKS)}, metadata)
     file = gguf.loads(data)

@@ -331,7 +331,7 @@ def test_metadata_that_is_not_text_is_a_type_error() -> None:
         safetensors.dumps({}, {"step": 3})  # type: ignore[dict-item]
 
 
-def test_a_file_without_tensors_survives() -> None:
+def test_a_file_without_tensors_is_written_and_read() -> None:
     assert safetensors.dumps({}) == oracle_numpy.save({})
     assert len(safetensors.loads(safetensors.dumps({}, {"a": "b"}))) == 0
 

@@ -183,11 +183,11 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         OSError: a file cannot be read.
     """
     files.require_named("adapter", directory=directory)
-    os.stat(directory)  # a missing directory is reported itself, rather than a file inside it
+    os.stat(directory)  # names the directory in the error if it is missing, rather than a file in it
     files.require_directory(directory)
     require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
-    os.stat(config_path)  # if both files are missing, the configuration is reported
+    os.stat(config_path)  # names the configuration in the error if both files are missing
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")
     with contextlib.ExitStack() as opened:

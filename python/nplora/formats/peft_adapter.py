@@ -224,7 +224,7 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """Open the tensors. Returns them, the configuration's text, and whether it is known to be another's.
+    """Open the tensors and read the configuration. The last value is False if they are known not to match.
 
     The tensors are opened first, because a save replaces them before the configuration. While they are still
     at their path, the configuration is not newer. Otherwise, both are read again.

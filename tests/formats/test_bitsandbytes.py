@@ -131,12 +131,12 @@ def write_models(directory: Path) -> None:
                 state = json.loads(packed[key].tobytes())
                 packed[key] = as_bytes(state | {"nested_offset": state["nested_offset"] * 0.2})
     config = small_models.config()
-    told = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     fp4 = {name.replace("__nf4", "__fp4"): tensor for name, tensor in packed.items()}
     for kind, tensors, extra in (
         ("plain", plain, {}),
-        ("nf4", packed, {"quantization_config": told | {"bnb_4bit_quant_type": "nf4"}}),
-        ("fp4", fp4, {"quantization_config": told | {"bnb_4bit_quant_type": "fp4"}}),
+        ("nf4", packed, {"quantization_config": settings | {"bnb_4bit_quant_type": "nf4"}}),
+        ("fp4", fp4, {"quantization_config": settings | {"bnb_4bit_quant_type": "fp4"}}),
     ):
         (directory / kind).mkdir()
         (directory / kind / "config.json").write_text(json.dumps(config | extra))

@@ -146,9 +146,9 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     found = read(tmp_path / "model.gguf")
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
-    told = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
+    words = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
     short_rows = SHORT_ROWS.get(wanted, wanted)
-    assert (told.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
+    assert (words.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
     layer, stored = "model.layers.1", "blk.1"
     for name, gguf_name, storage, heads in (
         ("model.embed_tokens.weight", "token_embd.weight", wanted, 0),

@@ -246,8 +246,10 @@ def bounded(seconds: float) -> Iterator[None]:
 def test_an_endless_template_is_stopped(name: str) -> None:
     long = name in ("split", "a format of a large text")
     chat = [{"role": "user", "content": "ab " * 100_000 if long else "Hi"}]
-    told = r"(takes more than 0\.5 s of CPU time|takes too much memory|nests too deep|asks for too much: .*)$"
-    with bounded(MOST_SECONDS), pytest.raises(UnsafeError, match=f"model: the chat template {told}"):
+    reasons = (
+        r"(takes more than 0\.5 s of CPU time|takes too much memory|nests too deep|asks for too much: .*)$"
+    )
+    with bounded(MOST_SECONDS), pytest.raises(UnsafeError, match=f"model: the chat template {reasons}"):
         render(ENDLESS[name], chat)
 
 
@@ -513,13 +515,13 @@ def test_a_forked_process_starts_its_own_rendering_process(busy: bool) -> None:
     if busy:
         thread.start()
         wait_until(chat_template._PROCESS._lock.locked)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         child = os.fork()
         if child == 0:
             signal.alarm(10)
             try:
-                os._exit(render("{{ 2 }}") != "2" or process().pid == first or bool(told))
+                os._exit(render("{{ 2 }}") != "2" or process().pid == first or bool(shown))
             finally:
                 os._exit(2)
     assert os.waitpid(child, 0)[1] == 0

@@ -299,8 +299,8 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
 def test_a_byte_level_model_begins_with_bos_where_its_family_does(model: str, begins: bool) -> None:
     tokenizer = from_gguf(opened(byte_level(pre=model, bos_token_id=0)))
     assert tokenizer.encode("x", add_special_tokens=True) == [0] * begins + tokenizer.encode("x")
-    told = from_gguf(opened(byte_level(pre=model, bos_token_id=0, add_bos_token=not begins)))
-    assert told.encode("x", add_special_tokens=True) == [0] * (not begins) + told.encode("x")
+    explicit = from_gguf(opened(byte_level(pre=model, bos_token_id=0, add_bos_token=not begins)))
+    assert explicit.encode("x", add_special_tokens=True) == [0] * (not begins) + explicit.encode("x")
 
 
 def test_without_byte_tokens_a_run_of_unknown_characters_is_one_unknown_token() -> None:

@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model_is_not_converted_but_on_request(
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
         assert cli.main(arguments) == 2
-        assert "--any-base, in Python any_base=True, takes it all the same" in capsys.readouterr().err
+        assert "use --any-base (any_base=True) to accept it anyway" in capsys.readouterr().err
         assert not target.exists()
         assert cli.main([*arguments, "--any-base"]) == 0
         assert read_adapter(target, other).base_digest == digest(other)  # whose heads its rows are by
@@ -296,7 +296,7 @@ def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path
     nplora.combine([(adapter, 1)], base=base)
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(
-        ValueError, match=r"/other', sha256 .* is another model than the adapters' \(.*give that"
+        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; name that"
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):
@@ -389,7 +389,9 @@ def test_a_base_of_a_family_that_is_not_known_is_no_obstacle_to_a_sum(adapter: P
     base = hf_model(tmp_path / "hf", weights=changed(small_models.hf_tensors(), seed=1))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(ValueError, match=r"is another model than the adapters'"):  # the names of norms alike
+    with pytest.raises(
+        ValueError, match=r"but the adapters belong to another model"
+    ):  # the names of norms alike
         nplora.combine([(adapter, 1)], base=base)
     unknown = Adapter("unknown", dict(read_adapter(adapter)))
     nplora.combine([(unknown, 1), (unknown, 1)], base=base)
@@ -423,7 +425,7 @@ def test_adapters_of_different_models_are_not_added_up_but_on_request(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
     foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # the same name
-    with pytest.raises(ValueError, match=r"combine: the adapters are of different models") as caught:
+    with pytest.raises(ValueError, match=r"combine: the adapters belong to different models") as caught:
         nplora.combine([(adapter, 1), (foreign, 1)])
     for path, base in ((adapter, model), (foreign, other)):
         assert f"{path}: {str(model)!r}, sha256 {digest(base)[:12]}" in str(caught.value)

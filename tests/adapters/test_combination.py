@@ -231,7 +231,8 @@ def test_the_command_combines_and_reports(
     lines = capsys.readouterr().out.splitlines()
     error = f"{combined.errors['q']:.3g}"
     assert lines == [
-        f"{tmp_path / 'both'}: 1 layer of rank 2, 40 numbers, relative error {error} over all layers; the largest:",
+        f"{tmp_path / 'both'}: 1 layer of rank 2, 40 numbers, relative error {error} over all layers; "
+        "the largest:",
         f"  q  rank   2  relative error {error}",
     ]
     assert cli.main(["combine", *arguments, "--verbose"]) == 0

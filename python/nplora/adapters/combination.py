@@ -58,7 +58,8 @@ class Combination(AdapterContent):
         if not self.error:
             return f"{size}, nothing is cut off"
         worst = self.table(heapq.nlargest(_SHOWN, self, key=self.errors.__getitem__))
-        return f"{size}, relative error {self.error:.3g} over all layers; the largest:\n{textwrap.indent(worst, '  ')}"
+        table = textwrap.indent(worst, "  ")
+        return f"{size}, relative error {self.error:.3g} over all layers; the largest:\n{table}"
 
 
 def combine(

@@ -1,4 +1,4 @@
-"""The checks of what users pass in that no other test reaches."""
+"""Checks of user input that no other test reaches."""
 
 from fractions import Fraction
 from typing import Any
@@ -29,7 +29,7 @@ def test_a_number_is_finite(value: Any) -> None:
 @pytest.mark.parametrize(
     "value", [None, object(), [[1], [1, 2]], "text", [1 + 1j], np.array(["2020"], "M8[Y]")]
 )
-def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
+def test_arrays_without_real_numbers_are_refused(value: Any) -> None:
     with pytest.raises(
         (TypeError, ValueError),
         match=r"op: x (has dtype .*, expected real numbers|is None, expected an array|is inhomogeneous)",
@@ -38,7 +38,7 @@ def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["text", b"text", None, {"text"}, ["text", 1], iter(["text"])])
-def test_texts_are_in_a_list(value: Any) -> None:
+def test_texts_must_be_in_a_list(value: Any) -> None:
     assert _check.texts("op", "t", ["a", "b"]) == ("a", "b")
     with pytest.raises(TypeError, match=r"^op: t is .*, expected a list of texts$"):
         _check.texts("op", "t", value)
@@ -58,11 +58,11 @@ def test_an_unaligned_array_is_copied_to_an_aligned_one() -> None:
     assert _check.floats("op", "x", x, np.float32).flags.aligned
 
 
-def test_overlap_is_exact_where_it_can_be_told_and_assumed_where_not() -> None:
+def test_overlap_is_exact_if_it_is_easy_to_find_and_assumed_otherwise() -> None:
     x = np.zeros((8, 8))
     assert not _check.overlap(x[:, :4], x[:, 4:])
     assert _check.overlap(x[:, :5], x[:, 4:])
-    # Two lattices in one buffer whose common points are hard to find.
+    # Two lattices in one buffer, whose common points are hard to find.
     flat = np.zeros(10**6, np.uint8)
     shape, strides = (30, 30, 30, 30), (12345, 2341, 271, 23)
     hard = np.lib.stride_tricks.as_strided(flat, shape, strides)
@@ -88,14 +88,14 @@ def test_ragged_lists_are_refused_by_the_name_of_the_argument() -> None:
             check([[1], [1, 2]])
 
 
-def test_unsigned_integers_beyond_int64_are_named_as_they_are() -> None:
+def test_unsigned_integers_beyond_int64_are_reported_unchanged() -> None:
     with pytest.raises(ValueError, match=r"op: n holds 18446744073709551615, expected at most 2\*\*63 - 1"):
         _check.integers("op", "n", np.array([3, 2**64 - 1], np.uint64))
     np.testing.assert_array_equal(_check.integers("op", "n", np.array([3], np.uint64)), [3])
 
 
 @pytest.mark.parametrize(("seed", "error"), [("a", TypeError), (-1, ValueError), (1.5, TypeError)])
-def test_a_generator_is_made_of_an_integer_of_at_least_zero(seed: Any, error: type[Exception]) -> None:
+def test_a_seed_is_an_integer_of_at_least_zero(seed: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"op: rng is .*, expected a numpy Generator, an integer of at least 0"):
         _check.generator("op", seed)
     given = np.random.default_rng(3)

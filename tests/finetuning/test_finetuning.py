@@ -1182,7 +1182,8 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     ):
         nplora.load_adapter(load_model(model), out)
     tensors = out / "adapter_model.safetensors"
-    with pytest.raises(FormatError, match=f"^{tensors}: PEFT's adapter is given as its directory, {out}$"):
+    words = f"^{tensors}: is one file of a PEFT adapter; pass its directory, {out}$"
+    with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(
         FileNotFoundError, match=r"holds no config\.json, but an adapter: give its model, and"

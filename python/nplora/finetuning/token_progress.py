@@ -17,8 +17,8 @@ from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether progress is printed: if it is asked for, or by default if stderr is a terminal."""
-    return sys.stderr is not None and (stderr.isatty() if progress is None else progress)
+    """Whether progress is printed: if asked for, or by default if stderr is a terminal or a notebook's."""
+    return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
@@ -40,7 +40,7 @@ class TokenProgress(Callback):
 
     def __init__(self, every: float = 10.0, loss: TokenLoss | None = None) -> None:
         self._loss, self._tokens = loss, [0 if loss is None else loss.tokens]
-        self._redraws = stderr.isatty()
+        self._redraws = stderr.is_watched()
         self._every = 0.1 if self._redraws else every
         self._drawn = -np.inf
         self._width = 0

@@ -1,12 +1,66 @@
 """Checks of user input that no other test reaches."""
 
+import inspect
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
+import nplora
 from nplora import _check
+
+# ---- keywords ----
+
+NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nplora.LoRALinear(np.eye(2), r=1), "LoRALinear: unexpected keyword 'r'; did you mean rank?"),
+        (lambda: nplora.LoRAEmbedding(np.eye(2), lora_alpha=1), "'lora_alpha'; did you mean alpha?"),
+        (
+            lambda: nplora.AdamW(learning_rate=1),
+            "AdamW: unexpected keyword 'learning_rate'; did you",
+        ),
+        (lambda: nplora.SGD(learning_rate=1), "SGD: unexpected keyword 'learning_rate'; did you mean lr?"),
+        (lambda: nplora.Trainer(NET, lr_scheduler_type="cosine"), "did you mean schedule?"),
+        (lambda: nplora.Trainer(NET, gradient_accumulation_steps=2), "did you mean accumulate?"),
+        (lambda: nplora.Trainer(NET, warmup_ratio=0.1), "did you mean warmup_steps, a number of steps?"),
+        (lambda: nplora.Trainer(NET, max_grad_norm=1.0), "did you mean clip_norm?"),
+        (
+            lambda: nplora.Trainer(NET).fit(None, num_train_epochs=2),
+            "Trainer.fit: unexpected keyword 'num",
+        ),
+        (lambda: nplora.Trainer(NET).fit(None, per_device_train_batch_size=2), "did you mean batch_size?"),
+        (lambda: nplora.Trainer(NET).fit(None, output_dir="out"), "did you mean checkpoint_dir?"),
+        (lambda: nplora.LanguageModel.add_lora(None, target_modules="q_proj"), "did you mean targets?"),
+        (lambda: nplora.LanguageModel.generate(None, "x", max_tokens=3), "did you mean max_new_tokens?"),
+        (lambda: nplora.load_model("m", torch_dtype="bfloat16"), "did you mean compute?"),
+    ],
+)
+def test_a_keyword_of_another_library_is_refused_with_ours(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_the_keywords_of_a_checked_function_stay_visible() -> None:
+    @_check.keywords
+    def f(a: int, *, rank: int = 8) -> int:
+        """Add."""
+        return a + rank
+
+    assert f(1) + f(1, rank=2) + f(a=1) == 9 + 3 + 9
+    assert (str(inspect.signature(f)), f.__doc__) == ("(a: int, *, rank: int = 8) -> int", "Add.")
+    with pytest.raises(TypeError, match=r"f: unexpected keyword 'zzz'$"):
+        f(1, zzz=3)  # type: ignore[call-arg]
+    assert {"rank", "alpha"} <= inspect.signature(nplora.LoRALinear).parameters.keys()
+
+
+# ---- values ----
 
 
 @pytest.mark.parametrize("value", [1, 1.5, np.float32(2), np.int8(3), Fraction(1, 2)])

@@ -17,7 +17,6 @@ version = release = nplora.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["README.md"]
 nitpicky = False  # docstrings name types in their own short form
 language = "en"
 

@@ -52,7 +52,7 @@ def _layer() -> nplora.Sequential:
 
 
 def another_file() -> None:
-    Path("model.gguf").write_text("<!DOCTYPE html>\n<html>the page of a web site that was saved as a model</html>\n")
+    Path("model.gguf").write_text("<!DOCTYPE html>\n<html>a web page that was saved as a model</html>\n")
     nplora.load_model("model.gguf")
 
 
@@ -82,7 +82,7 @@ def git_lfs_pointer() -> None:
 
 def a_pickle() -> None:
     Path("adapter").mkdir()
-    Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16}))
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
     Path("adapter/adapter_model.bin").write_bytes(b"\x80\x04.")
     nplora.load_adapter(_layer(), "adapter")
 
@@ -98,7 +98,9 @@ def a_line_without_completion() -> None:
     Path("train.jsonl").write_text(
         '{"prompt": "When are you open?", "completion": "From ten to six."}\n{"prompt": "On Sundays?"}\n'
     )
-    tokenizer = SimpleNamespace(eos_id=0, bos_id=None, source="model.gguf", encode=lambda text, *_, **__: [1, 2])
+    tokenizer = SimpleNamespace(
+        eos_id=0, bos_id=None, source="model.gguf", encode=lambda text, *_, **__: [1, 2]
+    )
     nplora.data.read_dataset("train.jsonl", tokenizer)
 
 

@@ -15,7 +15,6 @@ The parts are Markdown, so that links to their headings are checked as all other
 import argparse
 import ast
 import dataclasses
-import importlib
 import inspect
 import re
 import sys
@@ -25,9 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import error_messages
-
 import nplora
-from nplora import _core
 from nplora.cli.parser import COMMANDS, parser_of
 from nplora.formats.gguf.ggml_types import GGML_TYPES
 from nplora.models.families import FAMILIES
@@ -97,7 +94,10 @@ def weights() -> str:
     text = table((*titles, "rows that are no whole blocks"), rows)
     known = {*storages.GGML_BLOCKS, *storages.GGML_FLOATS}
     others = [f"`{name}`" for name, kind in GGML_TYPES.items() if name not in known and kind.dtype is None]
-    return f"{text}\nGGUF files may hold other types. nplora lists and copies them, and does not decode them: {', '.join(others)}.\n"
+    return (
+        f"{text}\nGGUF files may hold other types. nplora lists and copies them, but does not decode them: "
+        f"{', '.join(others)}.\n"
+    )
 
 
 def _shorter(name: str) -> str | None:
@@ -236,7 +236,7 @@ PARTS: dict[str, Callable[..., str]] = {
 
 
 def signature_of(value: Any) -> str | None:
-    """The arguments of a function as its source has them: `npt.ArrayLike`, not the union that it stands for."""
+    """The arguments of a function as its source has them: `ArrayLike`, not the union that it stands for."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(value)))
         tree = ast.parse(source).body[0]
@@ -277,7 +277,11 @@ def _fields_as_arguments(owner: type) -> str:
     given = []
     for field in dataclasses.fields(owner):
         if field.init:
-            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            kind = (
+                field.type
+                if isinstance(field.type, str)
+                else getattr(field.type, "__name__", str(field.type))
+            )
             has_default = field.default is not dataclasses.MISSING
             given.append(f"{field.name}: {kind}" + (f" = {field.default!r}" if has_default else ""))
     return _short_types(f"({', '.join(given)})")
@@ -285,14 +289,16 @@ def _fields_as_arguments(owner: type) -> str:
 
 # ---- docstrings: plain text, so nothing in them is markup ----
 
-_SECTION = re.compile(r"(Args|Arguments|Attributes|Examples?|Notes?|Raises|Returns|Warns|Warnings?|Yields):\s*")
+_SECTION = re.compile(
+    r"(Args|Arguments|Attributes|Examples?|Notes?|Raises|Returns|Warns|Warnings?|Yields):\s*"
+)
 
 
 def as_rst(lines: list[str]) -> list[str]:
     """A docstring's lines as reStructuredText that Napoleon reads.
 
-    Text in `backticks` becomes code. An indented part outside of a section, such as a formula, becomes a literal
-    block. All other markup is escaped.
+    Text in `backticks` becomes code. An indented part outside of a section, such as a formula, becomes a
+    literal block. All other markup is escaped.
     """
     out: list[str] = []
     in_section = in_doctest = in_block = False
@@ -307,7 +313,7 @@ def as_rst(lines: list[str]) -> list[str]:
             if in_section and out and out[-1]:
                 out.append("")
         in_doctest = in_doctest or text.startswith(">>>")
-        if in_doctest or in_section and indent == 0:
+        if in_doctest or (in_section and indent == 0):
             out.append(line)
             continue
         if indent and not in_section:

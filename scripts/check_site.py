@@ -2,8 +2,8 @@
 
     python scripts/check_site.py build/docs
 
-Links within the site must name an existing file, and an existing anchor in it. Links to other hosts are listed,
-not followed. A script, style sheet, font or picture of another host is an error.
+Links within the site must name an existing file, and an existing anchor in it. Links to other hosts are
+listed, not followed. A script, style sheet, font or picture of another host is an error.
 """
 
 import argparse
@@ -41,7 +41,9 @@ class _Page(HTMLParser):
         if tag in ("a", "area") and "href" in given:
             self.links.append((line, given["href"]))
         for name in _FETCHED.get(tag, ()):
-            if name in given and not (tag == "link" and given.get("rel") in ("canonical", "author", "license")):
+            if name in given and not (
+                tag == "link" and given.get("rel") in ("canonical", "author", "license")
+            ):
                 self.fetched += [(line, address.split()[0]) for address in _addresses(name, given[name])]
         self.fetched += [(line, address) for address in in_styles(given.get("style", ""))]
         self._in_style = tag == "style"
@@ -110,13 +112,12 @@ class Site:
         target = target / "index.html" if target.is_dir() else target
         if not target.is_file():
             self._report(path, line, f"no such file: {address}")
-        elif parts.fragment and target in self.pages:
-            if unquote(parts.fragment) not in self.pages[target].anchors:
-                self._report(path, line, f"no such anchor: {address}")
+        elif target in self.pages and unquote(parts.fragment) not in {"", *self.pages[target].anchors}:
+            self._report(path, line, f"no such anchor: {address}")
 
     def _check_text(self, path: Path) -> None:
         text = path.read_text("utf-8", errors="replace")
-        found = in_styles(text) if path.suffix == ".css" else [a for a in _IN_SCRIPTS.findall(text)]
+        found = in_styles(text) if path.suffix == ".css" else _IN_SCRIPTS.findall(text)
         for address in found:
             self._check_fetched(path, 0, address.partition("#")[0].partition("?")[0] or "data:")
 

@@ -39,7 +39,11 @@ def split(text: str) -> list[str]:
     sentences = [""]
     for word in text.split():
         before = sentences[-1].split()
-        ends = before and before[-1].rstrip("\"')*`")[-1:] in tuple(".!?") and before[-1] not in _ENDS_NO_SENTENCE
+        ends = (
+            before
+            and before[-1].rstrip("\"')*`")[-1:] in tuple(".!?")
+            and before[-1] not in _ENDS_NO_SENTENCE
+        )
         if ends and not word[0].islower():
             sentences.append("")
         sentences[-1] += f" {word}"
@@ -67,11 +71,11 @@ class _Texts(ast.NodeVisitor):
     def __init__(self) -> None:
         self.found: list[tuple[int, str]] = []
 
-    def visit_Constant(self, node: ast.Constant) -> None:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str):
             self.found += paragraphs(node.value, node.lineno)
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:  # noqa: N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         parts = [part.value if isinstance(part, ast.Constant) else "{…}" for part in node.values]
         self.found += paragraphs("".join(map(str, parts)), node.lineno)
 
@@ -131,7 +135,7 @@ def _prose(text: str) -> Iterator[tuple[int, str]]:
         bare = line.strip()
         mark = re.match(r"`{3,}|~{3,}", bare)
         is_code = bool(fence or mark)
-        if mark and (not fence or bare.startswith(fence) and not bare.strip(fence[0])):
+        if mark and (not fence or (bare.startswith(fence) and not bare.strip(fence[0]))):
             fence = "" if fence else mark[0]
         is_prose = bare and not is_code and not bare.startswith(("|", "#", "<", ":::", "![", "[!["))
         entry = re.match(r"(?:[-*+]|\d+\.|:) +", bare)

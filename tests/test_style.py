@@ -4,19 +4,30 @@ import re
 from pathlib import Path
 
 import pytest
-
 from scripts import sentences
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 110
 PLACES = (".ci", "bench", "csrc", "docs", "examples", "python", "scripts", "tests")
-MARKS = {".py": "#", ".pyi": "#", ".h": "//", ".cpp": "//", ".txt": "#", ".toml": "#", ".sh": "#", "": "#", ".css": "/*"}
+MARKS = {
+    ".py": "#",
+    ".pyi": "#",
+    ".h": "//",
+    ".cpp": "//",
+    ".txt": "#",
+    ".toml": "#",
+    ".sh": "#",
+    "": "#",
+    ".css": "/*",
+}
 
 
 def written_files() -> list[Path]:
     found = [path for path in ROOT.iterdir() if path.is_file()]
     found += [path for place in PLACES for path in (ROOT / place).rglob("*") if path.is_file()]
-    return sorted(p for p in found if p.suffix in MARKS and not {"__pycache__", "build", "LICENSES"} & {*p.parts})
+    return sorted(
+        p for p in found if p.suffix in MARKS and not {"__pycache__", "build", "LICENSES"} & {*p.parts}
+    )
 
 
 def long_comments(text: str, mark: str) -> list[int]:
@@ -79,7 +90,8 @@ x = 1
 """
     found = [(line, words.strip()) for line, words in sentences._prose(text)]
     assert found == [
-        (3, "A paragraph of two lines. `some_code` is one word, and a [link] two."), (8, "an entry"), (9, "another")
+        (3, "A paragraph of two lines. `some_code` is one word, and a [link] two."),
+        (8, "an entry"), (9, "another"),
     ]  # fmt: skip
 
 

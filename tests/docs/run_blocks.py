@@ -1,7 +1,7 @@
-"""Run the blocks of a page as one session. The blocks come as JSON on standard input, what each printed goes out.
+"""Run the blocks of a page as one session: blocks as JSON on standard input, results on standard output.
 
-A block is {"where": ..., "language": "python" or "sh", "text": ...}. The session stops at the first block that
-fails; the last answer then has its error.
+A block is {"where": ..., "language": "python" or "sh", "text": ...}. Its result is {"printed": ..., "error":
+...}. The session stops at the first block that fails. The last result then has its error.
 """
 
 import contextlib

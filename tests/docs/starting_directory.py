@@ -1,7 +1,7 @@
 """The directory in which the blocks of a page run. `python tests/docs/starting_directory.py DIR` makes one.
 
-It holds `train.jsonl` and `valid.jsonl` (chats), `hf-model/` (a tiny Llama of random numbers in Hugging Face's
-files, with a byte-level BPE tokenizer and a chat template), and `model.gguf` (the same model).
+It holds `train.jsonl` and `valid.jsonl` (chats), `hf-model/` (a tiny Llama of random numbers in Hugging
+Face's files, with a byte-level BPE tokenizer and a chat template), and `model.gguf` (the same model).
 """
 
 import argparse
@@ -20,7 +20,8 @@ DATA = ("train.jsonl", "valid.jsonl")
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, CONTEXT = 512, 256, 512, 4, 4, 2, 512
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -2,22 +2,18 @@
 
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+import error_messages
+import generated
 import nplora
 from nplora.cli.parser import COMMANDS
 from nplora.formats import errors
 from nplora.models.families import FAMILIES
 from nplora.weights import storages
 from pages import ROOT
-
-sys.path.append(str(ROOT / "docs"))
-
-import error_messages
-import generated
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -55,7 +51,13 @@ def test_the_command_reference_has_every_command_and_option() -> None:
     text = generated.commands()
     for name in COMMANDS:
         assert f"\n## nplora {name}\n" in f"\n{text}"
-    for option in ("--data FILE", "--resume", "--init {zero,gaussian,pissa,olora}", "--targets TEXT", "MODEL"):
+    for option in (
+        "--data FILE",
+        "--resume",
+        "--init {zero,gaussian,pissa,olora}",
+        "--targets TEXT",
+        "MODEL",
+    ):
         assert f"`{option}`\n: " in text
     assert "nplora finetune MODEL --data FILE --output DIR [options]" in text
     assert "==SUPPRESS==" not in text

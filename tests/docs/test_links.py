@@ -1,17 +1,13 @@
 """Links: in the sources of all pages, and how scripts/check_site.py finds bad ones in the built pages."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-from pages import PAGES, ROOT, blocks_of_text
 from scripts.check_site import Site
 
-sys.path.append(str(ROOT / "docs"))
-
 import generated
+from pages import PAGES, ROOT, blocks_of_text
 
 SOURCES = [page for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"] if page.exists()]
 _LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)")
@@ -64,7 +60,8 @@ def site(directory: Path, body: str, **others: str) -> Site:
 def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
     body = (
         '<a href="#here">x</a><h1 id="here">h</h1><a href="b.html#there">y</a><a href="https://e.org/x">z</a>'
-        '<link rel="stylesheet" href="s.css?v=1"><script src="a.js"></script><img src="data:image/png;base64,AA">'
+        '<link rel="stylesheet" href="s.css?v=1"><script src="a.js"></script>'
+        '<img src="data:image/png;base64,AA">'
     )
     others = {
         "b.html": '<p id="there">', "s.css": "p{background:url(data:x)}", "a.js": "x='http://www.w3.org/2000/svg'"
@@ -81,7 +78,10 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
         ('<a href="#no">x</a>', "no such anchor: #no"),
         ('<script src="https://cdn.org/x.js"></script>', "is loaded from elsewhere: https://cdn.org/x.js"),
         ('<script src="//cdn.org/x.js"></script>', "is loaded from elsewhere: //cdn.org/x.js"),
-        ('<link rel="stylesheet" href="https://fonts.org/f">', "is loaded from elsewhere: https://fonts.org/f"),
+        (
+            '<link rel="stylesheet" href="https://fonts.org/f">',
+            "is loaded from elsewhere: https://fonts.org/f",
+        ),
         ('<img src="https://img.org/badge.svg">', "is loaded from elsewhere: https://img.org/badge.svg"),
         ("<style>@import 'https://f.org/a.css';</style>", "is loaded from elsewhere: https://f.org/a.css"),
         ('<p style="background: url(https://f.org/a.png)">', "is loaded from elsewhere: https://f.org/a.png"),

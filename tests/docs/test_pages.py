@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ PAGE_NAMES = {page.stem: page for page in PAGES}
 BLOCKS = {name: blocks_of(page) for name, page in PAGE_NAMES.items()}
 README = BLOCKS["README"]
 SHELL = [block for blocks in BLOCKS.values() for block in blocks if block.language == "sh"]
-SECONDS = 120  # for one page
+SECONDS = 120  # for the blocks of a page
 
 # What the machine that runs the tests has not: repositories, package managers, other programs.
 NOT_HERE = {
@@ -58,30 +59,44 @@ def run(blocks: list[Block], directory: Path) -> str:
     A block that fails ends the run.
     """
     blocks = [block for block in blocks if block.runs]
-    session = subprocess.run(
+    session = json.dumps([{"where": b.where, "language": b.language, "text": b.text} for b in blocks])
+    problems = []
+    for block, result in zip(blocks, json.loads(output_of_session(session, directory)), strict=False):
+        if result["error"]:
+            problems.append(f"{block.where}: the block fails\n{result['error']}")
+        elif block.language == "python" and result["printed"].splitlines() != block.output.splitlines():
+            lines = difflib.unified_diff(
+                block.output.splitlines(), result["printed"].splitlines(), "the page", "printed", lineterm=""
+            )
+            problems.append("\n".join([f"{block.where}: the block prints something else", *lines]))
+    return "\n\n".join(problems)
+
+
+def output_of_session(session: str, directory: Path) -> str:
+    """What run_blocks.py prints. If it takes too long, it ends with all processes that it started."""
+    process = subprocess.Popen(
         [sys.executable, "-W", "error", str(Path(__file__).with_name("run_blocks.py"))],
-        input=json.dumps([{"where": b.where, "language": b.language, "text": b.text} for b in blocks]),
         cwd=directory,
         env=os.environ
         | {
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "PYTHONPATH": str(Path(nplora.__file__).parents[1]),
         },
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
-        timeout=SECONDS,
+        start_new_session=True,
     )
-    assert session.returncode == 0, session.stderr
-    problems = []
-    for block, answer in zip(blocks, json.loads(session.stdout.splitlines()[-1]), strict=False):
-        if answer["error"]:
-            problems.append(f"{block.where}: the block fails\n{answer['error']}")
-        elif block.language == "python" and answer["printed"].splitlines() != block.output.splitlines():
-            lines = difflib.unified_diff(
-                block.output.splitlines(), answer["printed"].splitlines(), "the page", "printed", lineterm=""
-            )
-            problems.append("\n".join([f"{block.where}: the block prints something else", *lines]))
-    return "\n\n".join(problems)
+    try:
+        output, errors = process.communicate(session, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the blocks take more than {SECONDS} s")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    return output
 
 
 @pytest.mark.slow

@@ -330,11 +330,19 @@ def as_rst(lines: list[str]) -> list[str]:
 
 def _inline(text: str) -> str:
     """A line of text. What stands in backticks is code, and the rest is no markup."""
-    pieces = re.split(r"(`+[^`]+`+)", text)
-    return "".join(
-        f"``{piece.strip('`')}``" if piece.startswith("`") else re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", piece)
-        for piece in pieces
-    )
+    out = ""
+    for piece in re.split(r"(`+[^`]+`+)", text):
+        if piece.startswith("`"):
+            out += f"{_apart(out[-1:])}``{piece.strip('`')}``"
+        else:
+            plain = re.sub(r"([*|`\\]|_(?=\W|$))", r"\\\1", piece)
+            out += _apart(plain[:1]) * bool(out) + plain
+    return out
+
+
+def _apart(letter: str) -> str:
+    """What separates code from a letter beside it; nothing is printed for it."""
+    return "\\ " if letter.isalnum() else ""
 
 
 def _set_docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:

@@ -38,4 +38,4 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
-pygments_style = "friendly"
+highlight_language = "text"  # what a Python block prints

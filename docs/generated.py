@@ -212,7 +212,8 @@ def asked_for(text: str) -> tuple[set[str], set[str]]:
 
 def _documented(path: str, value: Any) -> str:
     if isinstance(value, type):
-        return _rst(f".. autoclass:: {path}\n   :members:\n   :show-inheritance:")
+        bases = "" if value.__bases__ == (object,) else "\n   :show-inheritance:"
+        return _rst(f".. autoclass:: {path}\n   :members:{bases}")
     if inspect.isroutine(value):
         return _rst(f".. autofunction:: {path}")
     return _rst(f".. autodata:: {path}\n   :no-value:")
@@ -270,7 +271,7 @@ def _set_signature(
     arguments, _, result = found.partition(") -> ")
     if not result:
         return arguments, ""
-    return f"{arguments})", "" if what == "class" else f" -> {result}"
+    return f"{arguments})", "" if what == "class" else result
 
 
 def _fields_as_arguments(owner: type) -> str:
@@ -298,7 +299,8 @@ def as_rst(lines: list[str]) -> list[str]:
     """A docstring's lines as reStructuredText that Napoleon reads.
 
     Text in `backticks` becomes code. An indented part outside of a section, such as a formula, becomes a
-    literal block. All other markup is escaped.
+    literal block. All other markup is escaped. "Returns" becomes a field here, because Napoleon would take the
+    words before a colon for a type.
     """
     out: list[str] = []
     in_section = in_doctest = in_block = False
@@ -313,7 +315,10 @@ def as_rst(lines: list[str]) -> list[str]:
             if in_section and out and out[-1]:
                 out.append("")
         in_doctest = in_doctest or text.startswith(">>>")
-        if in_doctest or (in_section and indent == 0):
+        if in_section and indent == 0:
+            out.append(":returns:" if text == "Returns:" else line)
+            continue
+        if in_doctest:
             out.append(line)
             continue
         if indent and not in_section:
@@ -363,8 +368,15 @@ def _fill_page(app: Any, name: str, source: list[str]) -> None:
     source[0] = fill(source[0])
 
 
+def _set_dashes(app: Any, tree: Any) -> None:
+    """Write a dash between an argument and its text. Sphinx writes two hyphens, for smart quotes to join."""
+    for node in list(tree.findall(lambda node: isinstance(node, str) and node.startswith(" -- "))):
+        node.parent.replace(node, type(node)(" \N{EN DASH} " + node[4:]))
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", _fill_page)
+    app.connect("doctree-read", _set_dashes)
     app.connect("autodoc-process-signature", _set_signature)
     app.connect("autodoc-process-docstring", _set_docstring, priority=100)  # before Napoleon
     return {"parallel_read_safe": True}

@@ -138,7 +138,7 @@ Returns:
         "Args:",
         r"    x: array (..., d_in), ``float32`` or \*.",
         "",
-        "Returns:",
+        ":returns:",
         "    ``y``.",
     ]
 

@@ -20,10 +20,10 @@ from nplora.cli.demo.dictionary import DictionaryReport
 PICTURE = Path(__file__).parents[1] / "docs" / "_static" / "finetune.svg"
 SHOWN = ("friend", "democracy")  # of the words that the demo asks for
 
-WIDTH, HEIGHT = 760, 500
-LEFT, RIGHT, TOP, BOTTOM = 62, 330, 96, 420  # the axes of the curve
+WIDTH, HEIGHT = 760, 548
+LEFT, RIGHT, TOP, BOTTOM = 62, 330, 96, 470  # the axes of the curve
 LOW, HIGH = 3.0, 5.0  # of the loss
-SMOOTHED = 30  # steps in the running mean
+SMOOTHED = 15  # steps in the running mean
 TEXT_LEFT, LINE = 372, 26
 CHARACTERS = 37  # in a line of an answer
 MOST_LINES = 3
@@ -51,7 +51,7 @@ def drawn(report: DictionaryReport) -> str:
         f"<title>{escape(_summary(report))}</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="card" x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="12"/>',
-        _text(24, 42, "nplora demo: SmolLM2 learns The Devil’s Dictionary on a CPU", "title"),
+        _text(24, 42, "SmolLM2 learns The Devil’s Dictionary on a CPU", "title"),
         *_axes(len(losses)),
         _line("step", np.arange(1, len(losses) + 1), losses, len(losses), 1),
         _line("mean", *_running_mean(losses), len(losses), 3),
@@ -90,7 +90,8 @@ def _axes(steps: int) -> list[str]:
     for step in (0, steps):
         parts.append(_text(_x(step, steps), BOTTOM + 26, str(step), "quiet", "middle"))
     parts.append(_text((LEFT + RIGHT) / 2, BOTTOM + 26, "step", "quiet", "middle"))
-    parts.append(_text(LEFT, TOP - 16, "loss", "quiet"))
+    parts.append(_text(LEFT - 38, TOP - 16, "loss", "quiet"))
+    parts.append(_text(RIGHT, TOP - 16, "training", "after", "end"))
     return parts
 
 

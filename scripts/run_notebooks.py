@@ -19,7 +19,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     there = {"metadata": {"path": path.parent}}
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", record_timing=False, resources=there
+        notebook, timeout=1200, kernel_name="python3", record_timing=False, resources=there
     )
     client.execute()
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}

@@ -64,7 +64,7 @@ def execute(notebook: str) -> None:
     pytest.importorskip("ipykernel")
     run_cells = (
         "import sys, nbformat, nbclient; "
-        "nbclient.NotebookClient(nbformat.read(sys.argv[1], 4), timeout=300, kernel_name='python3').execute()"
+        "nbclient.NotebookClient(nbformat.read(sys.argv[1], 4), timeout=600, kernel_name='python3').execute()"
     )
     assert nbclient
     assert nbformat
@@ -73,7 +73,7 @@ def execute(notebook: str) -> None:
         env=os.environ | {"PYTHONPATH": str(Path(nplora.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=700,
     )
     assert done.returncode == 0, done.stderr
 

@@ -21,6 +21,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import error_messages
@@ -299,8 +300,8 @@ def as_rst(lines: list[str]) -> list[str]:
     """A docstring's lines as reStructuredText that Napoleon reads.
 
     Text in `backticks` becomes code. An indented part outside of a section, such as a formula, becomes a
-    literal block. All other markup is escaped. "Returns" becomes a field here, because Napoleon would take the
-    words before a colon for a type.
+    literal block. All other markup is escaped. "Returns" becomes a field here, because Napoleon would take
+    the words before a colon for a type.
     """
     out: list[str] = []
     in_section = in_doctest = in_block = False
@@ -312,7 +313,7 @@ def as_rst(lines: list[str]) -> list[str]:
             continue
         if indent == 0:
             in_section, in_block = bool(_SECTION.fullmatch(text)), False
-            if in_section and out and out[-1]:
+            if out and ((in_section and out[-1]) or out[-1].startswith(" ")):
                 out.append("")
         in_doctest = in_doctest or text.startswith(">>>")
         if in_section and indent == 0:
@@ -368,6 +369,11 @@ def _fill_page(app: Any, name: str, source: list[str]) -> None:
     source[0] = fill(source[0])
 
 
+def _outdated(app: Any, env: Any, *changes: Any) -> list[str]:
+    """Pages with generated parts are always read again: the code may have changed."""
+    return [name for name in env.found_docs if _PART.search(Path(env.doc2path(name)).read_text("utf-8"))]
+
+
 def _set_dashes(app: Any, tree: Any) -> None:
     """Write a dash between an argument and its text. Sphinx writes two hyphens, for smart quotes to join."""
     for node in list(tree.findall(lambda node: isinstance(node, str) and node.startswith(" -- "))):
@@ -375,6 +381,7 @@ def _set_dashes(app: Any, tree: Any) -> None:
 
 
 def setup(app: Any) -> dict[str, bool]:
+    app.connect("env-get-outdated", _outdated)
     app.connect("source-read", _fill_page)
     app.connect("doctree-read", _set_dashes)
     app.connect("autodoc-process-signature", _set_signature)

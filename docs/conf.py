@@ -19,6 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "gener
 source_suffix = {".md": "markdown"}
 nitpicky = False  # docstrings name types in their own short form
 language = "en"
+smartquotes = False  # quotes in docstrings belong to code
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -37,4 +38,4 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
-pygments_style = "friendly"
+highlight_language = "text"  # what a Python block prints

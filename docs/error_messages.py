@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -94,13 +95,9 @@ def an_edited_configuration() -> None:
     nplora.load_adapter(_layer(), "adapter")
 
 
-def a_line_without_completion() -> None:
-    Path("train.jsonl").write_text(
-        '{"prompt": "When are you open?", "completion": "From ten to six."}\n{"prompt": "On Sundays?"}\n'
-    )
-    tokenizer = SimpleNamespace(
-        eos_id=0, bos_id=None, source="model.gguf", encode=lambda text, *_, **__: [1, 2]
-    )
+def unknown_fields() -> None:
+    Path("train.jsonl").write_text('{"question": "When are you open?", "answer": "From ten to six."}\n')
+    tokenizer: Any = SimpleNamespace(eos_id=0)  # the line is refused before it is encoded
     nplora.data.read_dataset("train.jsonl", tokenizer)
 
 
@@ -136,7 +133,7 @@ MISTAKES: dict[str, Mistake] = {
     "NotFetchedError": git_lfs_pointer,
     "UnsafeError": a_pickle,
     "CorruptError": an_edited_configuration,
-    "DataError": a_line_without_completion,
+    "DataError": unknown_fields,
     "NonFiniteLossError": numbers_that_are_not_finite,
     "ValueError": a_wrong_shape,
     "TypeError": an_integer_weight,

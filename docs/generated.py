@@ -21,6 +21,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import error_messages
@@ -212,7 +213,8 @@ def asked_for(text: str) -> tuple[set[str], set[str]]:
 
 def _documented(path: str, value: Any) -> str:
     if isinstance(value, type):
-        return _rst(f".. autoclass:: {path}\n   :members:\n   :show-inheritance:")
+        bases = "" if value.__bases__ == (object,) else "\n   :show-inheritance:"
+        return _rst(f".. autoclass:: {path}\n   :members:{bases}")
     if inspect.isroutine(value):
         return _rst(f".. autofunction:: {path}")
     return _rst(f".. autodata:: {path}\n   :no-value:")
@@ -270,7 +272,7 @@ def _set_signature(
     arguments, _, result = found.partition(") -> ")
     if not result:
         return arguments, ""
-    return f"{arguments})", "" if what == "class" else f" -> {result}"
+    return f"{arguments})", "" if what == "class" else result
 
 
 def _fields_as_arguments(owner: type) -> str:
@@ -298,7 +300,8 @@ def as_rst(lines: list[str]) -> list[str]:
     """A docstring's lines as reStructuredText that Napoleon reads.
 
     Text in `backticks` becomes code. An indented part outside of a section, such as a formula, becomes a
-    literal block. All other markup is escaped.
+    literal block. All other markup is escaped. "Returns" becomes a field here, because Napoleon would take
+    the words before a colon for a type.
     """
     out: list[str] = []
     in_section = in_doctest = in_block = False
@@ -310,10 +313,13 @@ def as_rst(lines: list[str]) -> list[str]:
             continue
         if indent == 0:
             in_section, in_block = bool(_SECTION.fullmatch(text)), False
-            if in_section and out and out[-1]:
+            if out and ((in_section and out[-1]) or out[-1].startswith(" ")):
                 out.append("")
         in_doctest = in_doctest or text.startswith(">>>")
-        if in_doctest or (in_section and indent == 0):
+        if in_section and indent == 0:
+            out.append(":returns:" if text == "Returns:" else line)
+            continue
+        if in_doctest:
             out.append(line)
             continue
         if indent and not in_section:
@@ -330,11 +336,19 @@ def as_rst(lines: list[str]) -> list[str]:
 
 def _inline(text: str) -> str:
     """A line of text. What stands in backticks is code, and the rest is no markup."""
-    pieces = re.split(r"(`+[^`]+`+)", text)
-    return "".join(
-        f"``{piece.strip('`')}``" if piece.startswith("`") else re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", piece)
-        for piece in pieces
-    )
+    out = ""
+    for piece in re.split(r"(`+[^`]+`+)", text):
+        if piece.startswith("`"):
+            out += f"{_apart(out[-1:])}``{piece.strip('`')}``"
+        else:
+            plain = re.sub(r"([*|`\\]|_(?=\W|$))", r"\\\1", piece)
+            out += _apart(plain[:1]) * bool(out) + plain
+    return out
+
+
+def _apart(letter: str) -> str:
+    """What separates code from a letter beside it; nothing is printed for it."""
+    return "\\ " if letter.isalnum() else ""
 
 
 def _set_docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
@@ -355,8 +369,21 @@ def _fill_page(app: Any, name: str, source: list[str]) -> None:
     source[0] = fill(source[0])
 
 
+def _outdated(app: Any, env: Any, *changes: Any) -> list[str]:
+    """Pages with generated parts are always read again: the code may have changed."""
+    return [name for name in env.found_docs if _PART.search(Path(env.doc2path(name)).read_text("utf-8"))]
+
+
+def _set_dashes(app: Any, tree: Any) -> None:
+    """Write a dash between an argument and its text. Sphinx writes two hyphens, for smart quotes to join."""
+    for node in list(tree.findall(lambda node: isinstance(node, str) and node.startswith(" -- "))):
+        node.parent.replace(node, type(node)(" \N{EN DASH} " + node[4:]))
+
+
 def setup(app: Any) -> dict[str, bool]:
+    app.connect("env-get-outdated", _outdated)
     app.connect("source-read", _fill_page)
+    app.connect("doctree-read", _set_dashes)
     app.connect("autodoc-process-signature", _set_signature)
     app.connect("autodoc-process-docstring", _set_docstring, priority=100)  # before Napoleon
     return {"parallel_read_safe": True}

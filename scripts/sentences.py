@@ -122,7 +122,8 @@ def _comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def from_docs() -> Iterator[Sentence]:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
+    pages += sorted((ROOT / "docs").glob("*.md"))
     for file in pages:
         if file.exists():
             yield from _sentences(file, _prose(file.read_text()))

@@ -14,14 +14,14 @@ from typing import Any
 
 
 def main() -> None:
-    answers: list[dict[str, str]] = []
+    results: list[dict[str, str]] = []
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in json.load(sys.stdin):
         run = run_python if block["language"] == "python" else run_shell
-        answers.append(run(block["text"], block["where"], names))
-        if answers[-1]["error"]:
+        results.append(run(block["text"], block["where"], names))
+        if results[-1]["error"]:
             break
-    print(json.dumps(answers))
+    print(json.dumps(results))
 
 
 def run_python(text: str, where: str, names: dict[str, Any]) -> dict[str, str]:

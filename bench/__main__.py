@@ -53,7 +53,7 @@ def main() -> None:
     names = NAMES if options.only is None else options.only
     results: dict[str, Any] = {"machine": machine(), "ceilings": [ceilings_of(n) for n in threads]}
     for name in names:
-        results |= measure(name, options.quick, threads)
+        results |= measure(name, options.quick, threads, options.formats)
     if options.wheel is not None:
         results["wheel"] = bench_import.run_wheel(options.wheel)
     if options.json is not None:
@@ -62,14 +62,14 @@ def main() -> None:
         plot.plot(results, options.plot)
 
 
-def measure(name: str, quick: bool, threads: list[int]) -> dict[str, Any]:
+def measure(name: str, quick: bool, threads: list[int], formats: list[str] | None = None) -> dict[str, Any]:
     match name:
         case "product":
             return {name: [row for n in threads for row in bench_product.run(quick, n)]}
         case "rows":
             return {name: [row for n in threads for row in bench_product.run_rows(quick, n)]}
         case "lowbit":
-            return {name: [row for n in threads for row in bench_lowbit.run(quick, n)]}
+            return {name: [row for n in threads for row in bench_lowbit.run(quick, n, formats)]}
         case "lora_step":
             return {name: [row for n in threads for row in bench_lora_step.run(quick, n)]}
         case "merge":
@@ -108,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         help="few rounds, only with the most threads: shows that everything runs; do not quote the figures",
     )
     parser.add_argument("--only", choices=NAMES, nargs="+", help="run only these benchmarks")
+    parser.add_argument("--formats", nargs="+", help="in lowbit, time only these block formats, such as q4_k")
     parser.add_argument("--wheel", type=Path, help="also print the size of this wheel")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="plot the products to this file (.png, .svg, ...)")

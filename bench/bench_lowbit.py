@@ -116,12 +116,13 @@ def batch_figures(case: Case, threads: int, result: Result) -> list[dict[str, An
     return rows
 
 
-def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the rates on `threads` threads, and return them."""
+def run(quick: bool, threads: int, formats: list[str] | None = None) -> list[dict[str, Any]]:
+    """Print the rates of block formats (all if None) on `threads` threads; return them."""
     found: list[dict[str, Any]] = []
     from nplora import _core
 
-    storages = ("q8_0",) if quick else tuple(_core.block_formats())  # other weights take long to quantise
+    # The weights of other formats take long to make.
+    storages = tuple(formats or (("q8_0",) if quick else _core.block_formats()))
     runtimes = Runtimes(threads)
     for compute in ("float32", "bfloat16"):
         case = Case(storages, compute)

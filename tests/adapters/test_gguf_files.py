@@ -350,7 +350,7 @@ def rewritten(directory: Path, change: Callable[[dict[str, Any]], object]) -> Pa
 def test_dora_is_refused_with_the_reason(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()), use_dora=True)
     with pytest.raises(
-        UnsupportedError, match=r"DoRA rescales the rows of W [+] ΔW, and llama.cpp only adds"
+        UnsupportedError, match=r"uses DoRA, which rescales the rows of W [+] ΔW\. llama\.cpp only adds"
     ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base"))
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
@@ -363,7 +363,9 @@ def test_dora_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 def test_layers_trained_whole_are_refused(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()), modules_to_save=("score",))
-    with pytest.raises(UnsupportedError, match=r"trained whole: 'score'; llama.cpp's adapters hold low-rank"):
+    with pytest.raises(
+        UnsupportedError, match=r"fully trained layers \('score'\); a llama\.cpp adapter can only hold"
+    ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base"))
 
 
@@ -395,9 +397,10 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
         "tensor 'stray' is no factor of a layer",
         "tensor 'stray.lora_A.weight' is no factor of a layer",
         f"tensor '{PREFIX}model.layers.0.mlp.bias' is no factor of a layer",
-        "'model.layers.0.self_attn.rotary': no layer of this name is known in llama",
+        "'model.layers.0.self_attn.rotary': llama has no layer of this name",
         "'model.layers.0.mlp.up_proj': lora_A has shape (3, 20), lora_B (28, 4), expected rank 4",
-        "'model.layers.0.mlp.gate_proj': for a weight (28, 21), and blk.0.ffn_gate.weight is (28, 20)",
+        "'model.layers.0.mlp.gate_proj': the adapter is for a weight (28, 21), "
+        "but blk.0.ffn_gate.weight is (28, 20)",
         f"tensor '{PREFIX}model.layers.0.mlp.down_proj.lora_B.weight' holds NaN or an infinity",
         f"tensor '{PREFIX}model.layers.0.self_attn.o_proj.lora_B.weight' is int8, expected floats",
         "'lm_head': lora_A has shape (4, 20, 1), lora_B (40, 4), expected rank 4",
@@ -429,7 +432,9 @@ def test_an_embedding_with_the_factors_of_a_linear_layer_is_refused(tmp_path: Pa
     with pytest.raises(FormatError, match=r"the layer has factors of another kind too"):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
     rewritten(directory, lambda tensors: [tensors.pop(f"{name}.lora_embedding_{half}") for half in "AB"])
-    with pytest.raises(FormatError, match=r"for a linear layer, and token_embd\.weight is an embedding"):
+    with pytest.raises(
+        FormatError, match=r"the adapter has a linear layer, but token_embd\.weight is an embedding"
+    ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 
@@ -438,13 +443,17 @@ def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> N
     fields = {"model_type": "llama", "num_attention_heads": 5}
     (base / "config.json").write_text(json.dumps(fields))
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
-    with pytest.raises(FormatError, match=r"q_proj': 24 rows do not make 5 heads of pairs of rows"):
+    with pytest.raises(
+        FormatError, match=r"q_proj': 24 rows cannot be divided into pairs of rows for 5 heads"
+    ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 
 
 def test_a_directory_of_neither_an_adapter_nor_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FormatError, match=r"empty: holds neither config\.json nor adapter_config\.json"):
+    with pytest.raises(
+        FormatError, match=r"empty: the directory holds neither config\.json nor adapter_config\.json"
+    ):
         adapters.convert_adapter(tmp_path / "empty", tmp_path / "x.gguf")
 
 
@@ -471,7 +480,9 @@ def test_a_fold_beyond_float32_is_refused(tmp_path: Path) -> None:
     settings = Settings(alike().rank, alike().alpha | {"lm_head": 1e38})
     pairs = factors(settings) | {"lm_head": (np.ones((4, WIDTH), "f4"), np.full((VOCAB, 4), 1e20, "f4"))}
     directory = write_peft(tmp_path / "peft", settings, pairs)
-    with pytest.raises(FormatError, match=r"lm_head: lora_B times .* is beyond float32"):
+    with pytest.raises(
+        FormatError, match=r"lm_head: folding its scale into lora_B \(times .*\) exceeds float32"
+    ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base"))
 
 
@@ -518,7 +529,9 @@ def test_the_heads_are_asked_for_where_rows_are_permuted(tmp_path: Path) -> None
     nplora.adapter_to_gguf(
         write_peft(tmp_path / "peft", alike(), factors(alike())), tmp_path / "a.gguf", base
     )
-    with pytest.raises(ValueError, match=r"number of heads: name the model, base \(--base MODEL\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"number of heads; name the base model with --base MODEL \(base\)"
+    ) as caught:
         nplora.adapter_from_gguf(tmp_path / "a.gguf", tmp_path / "back")
     assert type(caught.value) is ValueError
     with pytest.raises(FormatError, match=r"is for llama, .* is qwen2"):
@@ -532,7 +545,7 @@ def test_an_adapter_of_a_family_that_is_not_known_is_refused(tmp_path: Path) -> 
     path = of_llama_cpp(tmp_path / "a.gguf", 1.0, attn_q=1)
     file = gguf.open(path)
     gguf.save(path, dict(file), file.metadata.typed() | {"general.architecture": "mamba"})
-    with pytest.raises(UnsupportedError, match=r"the layers of 'mamba' are not known"):
+    with pytest.raises(UnsupportedError, match=r"nplora does not know the architecture 'mamba'"):
         nplora.adapter_from_gguf(path, tmp_path / "back")
 
 
@@ -540,13 +553,13 @@ def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", patterned(), factors(patterned()))
     report = nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base", "qwen2"))
     assert str(report) == (
-        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\nthe scale of 3 layers is folded into lora_b"
+        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\nfolded the scale of 3 layers into lora_b"
     )
     file = gguf.open(tmp_path / "a.gguf")
     norm = {"blk.0.attn_norm.weight": np.ones(WIDTH, np.float32)}
     gguf.save(tmp_path / "b.gguf", dict(file) | norm, file.metadata.typed())
     assert str(nplora.adapter_from_gguf(tmp_path / "b.gguf", tmp_path / "back")) == (
-        f"{tmp_path}/back: 10 layers of qwen2, alpha 6\npassed over: 'blk.0.attn_norm.weight'"
+        f"{tmp_path}/back: 10 layers of qwen2, alpha 6\nignored tensors: 'blk.0.attn_norm.weight'"
     )
 
 
@@ -554,7 +567,7 @@ def test_layers_of_a_gguf_adapter_that_are_not_known_are_listed(tmp_path: Path) 
     path = of_llama_cpp(tmp_path / "a.gguf", 1.0, attn_q=1, ssm_in=1, attn_rot=2)
     with pytest.raises(FormatError, match=r"does not fit its architecture in 2 places") as caught:
         nplora.adapter_from_gguf(path, tmp_path / "back")
-    assert "'blk.0.ssm_in.weight': no layer of this name is known in qwen2" in str(caught.value)
+    assert "'blk.0.ssm_in.weight': qwen2 has no layer of this name" in str(caught.value)
 
 
 # ---- what the command does ----
@@ -569,12 +582,14 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"peft: name the model that it was trained on: base, --base MODEL"):
+    with pytest.raises(ValueError, match=r"peft: a GGUF adapter needs its base model; use --base MODEL"):
         adapters.convert_adapter(directory, file)
-    with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*/back'"):
+    with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*/back'"):
         adapters.convert_adapter(directory, back, base)
     for name in ("b.gguf", "b.GGUF", "b.safetensors"):
-        with pytest.raises(ValueError, match=rf"only GGUF adapters are converted, .* name '.*/{name}'"):
+        with pytest.raises(
+            ValueError, match=rf"is a file\. A GGUF adapter can be converted to a directory, .*/{name}'"
+        ):
             adapters.convert_adapter(file, tmp_path / name, base)
 
 
@@ -586,12 +601,12 @@ def test_a_model_is_not_replaced_by_an_adapter(tmp_path: Path, capsys: pytest.Ca
     cut.write_bytes(base.read_bytes()[:100])
     for target in (base, tmp_path / "link.gguf", other, cut):
         before = target.read_bytes()
-        with pytest.raises(FileExistsError, match="the file is no adapter, and is left as it is"):
+        with pytest.raises(FileExistsError, match="the file exists and is not an adapter"):
             nplora.adapter_to_gguf(directory, target, base, overwrite=True)
         assert cli.main(["convert", str(directory), str(target), "--base", str(base), "--overwrite"]) == 2
-        assert f"{target}: the file is no adapter" in capsys.readouterr().err
+        assert f"{target}: the file exists and is not an adapter" in capsys.readouterr().err
         assert target.read_bytes() == before
-    with pytest.raises(ValueError, match=r"an adapter becomes a \.gguf file, got '.*config\.json'"):
+    with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*config\.json'"):
         nplora.adapter_to_gguf(directory, base_config(tmp_path / "hf") / "config.json", tmp_path / "hf")
 
 

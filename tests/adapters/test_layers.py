@@ -74,7 +74,7 @@ def test_a_layer_with_a_new_rank_trains_on(options: dict[str, Any], tmp_path: Pa
     ("model", "words"),
     [
         (nplora.Sequential(nplora.ReLU()), "has no LoRA layer$"),
-        (nplora.LoRALinear(np.ones((4, 4)), rank=1), "is itself a LoRALinear"),
+        (nplora.LoRALinear(np.ones((4, 4)), rank=1), "is a single LoRALinear"),
     ],
 )
 def test_a_model_that_peft_cannot_name_is_refused(model: nplora.Module, words: str, tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_layers_that_the_adapter_or_the_model_lacks_and_other_kinds_are_named(tm
     save_adapter(Net(), tmp_path)
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 4 places:",
-        "  'blocks.0': for a weight (7, 6), and the model's layer is (7, 5)",
+        "  'blocks.0': the adapter is for a weight (7, 6), but the model's layer is (7, 5)",
         "  'blocks.1': the model has a ReLU there, expected a LoRA layer",
-        "  'emb': for an embedding, and the model's layer is a linear layer",
+        "  'emb': the adapter has an embedding, but the model's layer is a linear layer",
         "  'more': the adapter has no such layer",
     ]
     model = Other()
@@ -170,7 +170,7 @@ def test_arrays_of_layers_trained_whole_that_do_not_fit_are_named(tmp_path: Path
     save_adapter(model(3, bias=np.zeros(3)), tmp_path)
     words = (
         "in 2 places:\n"
-        "  '1': the model has no 'bias' there that is trained whole\n"
+        "  '1': the model has no fully trained 'bias' in this layer\n"
         f"  tensor '{PREFIX}1.weight' has shape (3, 6), expected (4, 6)"
     )
     with refused(FormatError, words, tmp_path):
@@ -249,7 +249,7 @@ def test_an_adapter_is_attached_at_its_own_ranks(
     assert ranks == [2, 3]
     np.testing.assert_array_equal(model(x), trained(x))
     assert repr(model) == repr(trained)
-    with pytest.raises(ValueError, match="the model has an adapter already, on 2 layers"):
+    with pytest.raises(ValueError, match="the model already has an adapter, on 2 layers"):
         Adapter.read(tmp_path).attach(model)
 
 
@@ -264,7 +264,7 @@ def test_a_model_without_the_layers_is_left_as_it_was() -> None:
 def test_a_layer_that_is_trained_whole_gets_no_adapter() -> None:
     head = nplora.Linear(np.ones((4, 6)), trainable=True)
     model = nplora.Sequential(nplora.Linear(np.ones((6, 5))), nplora.ReLU(), head)
-    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model's layer is trained whole"):
+    with pytest.raises(FormatError, match=r"in 1 place:\n  '2': the model's layer is fully trained"):
         Adapter.from_model(adapted_net()).attach(model)
     assert model[2] is head
 
@@ -343,7 +343,7 @@ def test_a_replacement_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest
     unfit = Adapter("unfit", {"0": adapter["0"], "9": adapter["2"]})
     with pytest.raises(FormatError, match="'9': the model has no such layer"):
         unfit.attach(model, replace=True)
-    with pytest.raises(ValueError, match="adapter already, on 1 layer; replace=True drops it"):
+    with pytest.raises(ValueError, match="already has an adapter, on 1 layer; replace=True removes it"):
         adapter.attach(model)
     real = buffers.value_and_gradient
     for good_calls in range(4):
@@ -384,7 +384,7 @@ def test_a_language_model_takes_an_adapter_in_the_place_of_another(tmp_path: Pat
     model.add_lora(rank=3, targets="q_proj", layers="last:1", init="gaussian")
     with pytest.raises(FormatError, match=r"'.*k_proj': the model has a Linear there, expected a LoRA layer"):
         nplora.load_adapter(model, tmp_path / "all")
-    with pytest.raises(ValueError, match="has an adapter already, on 1 layer; replace=True"):
+    with pytest.raises(ValueError, match="already has an adapter, on 1 layer; replace=True"):
         attach_adapter(model, tmp_path / "all")
     attach_adapter(model, tmp_path / "all", replace=True)
     assert model.adapter_layers().keys() == alone.adapter_layers().keys()

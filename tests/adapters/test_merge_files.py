@@ -177,9 +177,9 @@ def test_a_merge_that_loses_the_update_is_refused_and_leaves_nothing(
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     said = re.fullmatch(
-        r"nplora: error: merge: q4_1 would keep ([\d.]+)% of the adapter's change \(ΔW\), "
+        r"nplora: error: merge: rounding to q4_1 would keep ([\d.]+)% of the adapter's change \(ΔW\), "
         r"expected at least 90%; --dtype (\w+) keeps about (\d+)%; "
-        r"--lossy \(lossy=True\) merges nevertheless\n",
+        r"--lossy \(lossy=True\) merges anyway\n",
         err,
     )
     assert said is not None, err
@@ -238,9 +238,7 @@ def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
     """float32 sums lose it, whatever they are stored in."""
     small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
-    with pytest.raises(
-        ValueError, match=r"float32 would keep -?0\.0% .*; no other storage type keeps that; --lo"
-    ):
+    with pytest.raises(ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps more; --lo"):
         nplora.merge_adapter(
             tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
         )
@@ -438,7 +436,9 @@ def test_the_base_is_never_written_to(shards: int, rng: np.random.Generator, tmp
     for output in (base, f"{base}/../base", tmp_path / "link"):
         with pytest.raises(ValueError, match="is the base itself, which is left as it is"):
             nplora.merge_adapter(base, adapter, output)
-    with pytest.raises(ValueError, match="is the base itself" if shards == 1 else "lists other weights"):
+    with pytest.raises(
+        ValueError, match="is the base itself" if shards == 1 else "already lists other weights"
+    ):
         nplora.merge_adapter(base, adapter, base / "model.safetensors")
     for shard in base.glob("model-*.safetensors"):
         with pytest.raises(ValueError, match="is the base itself"):
@@ -455,7 +455,7 @@ def test_an_index_of_other_weights_is_not_left_beside_new_ones(
     base = hf_directory(tmp_path / "base", rng, np.float32)
     other = hf_directory(tmp_path / "other", rng, np.float32, 3)
     for output in (other, other / "model.safetensors"):
-        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json lists other weights"):
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json already lists other weights"):
             nplora.merge_adapter(base, random_adapter(rng), output)
     assert not (other / "model.safetensors").exists()
 
@@ -470,10 +470,10 @@ def test_a_model_takes_no_place_of_an_adapter(rng: np.random.Generator, tmp_path
         output = tmp_path / name.partition(".")[0]
         output.mkdir()
         (output / name).touch()
-        with pytest.raises(FileExistsError, match=f"the directory holds {found}; name another one"):
+        with pytest.raises(FileExistsError, match=f"the directory holds {found}; choose another one"):
             nplora.merge_adapter(base, adapter, output)
         for file in ("model.safetensors", name if name.endswith(".safetensors") else "any.safetensors"):
-            with pytest.raises(FileExistsError, match=f"the directory holds {found}; name another one"):
+            with pytest.raises(FileExistsError, match=f"the directory holds {found}; choose another one"):
                 nplora.merge_adapter(base, adapter, output / file, overwrite=True)
         assert [path.name for path in output.iterdir()] == [name]
     file = base_gguf(tmp_path / "base.gguf", rng, "float32")
@@ -649,22 +649,23 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(rng: np.random.Gener
     with pytest.raises(FormatError) as error:
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
     assert "wrong: the adapter does not fit" in str(error.value)
-    assert "in 2 places:\n  'lm_head': for a weight (7, 256), and output.weight is (50, 256)" in str(
-        error.value
+    assert (
+        "in 2 places:\n  'lm_head': the adapter is for a weight (7, 256), but output.weight is (50, 256)"
+        in str(error.value)
     )
-    assert "'model.layers.1.self_attn.q_proj': no tensor of this layer" in str(error.value)
+    assert "'model.layers.1.self_attn.q_proj': the model has no tensor for this layer" in str(error.value)
     good = random_adapter(rng)
     for output, dtype, message in (
-        ("out.safetensors", "same", "becomes a .gguf file"),
-        ("out", "same", "becomes a .gguf file"),
-        ("out.gguf", "q3", "dtype='q3' is not available in .gguf; possible: 'same', 'float32'"),
+        ("out.safetensors", "same", "can only become a .gguf file"),
+        ("out", "same", "can only become a .gguf file"),
+        ("out.gguf", "q3", "a .gguf file cannot hold dtype='q3'; possible: 'same', 'float32'"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
             nplora.merge_adapter(base, good, tmp_path / output, dtype)
         assert "nplora convert" not in str(refused.value)
     net = tmp_path / "net.safetensors"
     safetensors.save(net, {"lm_head": np.zeros((50, WIDTH), np.float32)})
-    with pytest.raises(ValueError, match=r"'q8_0' is not available in \.safetensors"):
+    with pytest.raises(ValueError, match=r"a \.safetensors file cannot hold dtype='q8_0'"):
         nplora.merge_adapter(net, good, tmp_path / "out.safetensors", "q8_0")
     huge = Adapter(
         "huge", {"lm_head": LoraDelta(np.full((50, 1), 1e30, np.float32), np.ones((1, WIDTH)), 1e30)}
@@ -684,7 +685,7 @@ def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_d
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", "q4_k")
     fitting = [name for name in storages.GGML_NAMES if storages.block_elements(name) <= 32]
     assert str(error.value) == (
-        "merge: dtype q4_k needs rows of whole blocks of 256, and blk.1.attn_q.weight has rows of 64; "
+        "merge: dtype q4_k needs rows of a multiple of 256 elements, but blk.1.attn_q.weight has rows of 64; "
         f"possible: same, {', '.join(fitting)}"
     )
 
@@ -693,7 +694,7 @@ def test_two_layers_of_one_tensor_are_refused(rng: np.random.Generator, tmp_path
     base, layer = base_gguf(tmp_path / "base.gguf", rng, "float32"), "model.layers.0.self_attn.q_proj"
     adapter = Adapter("twice", dict.fromkeys((layer, "blk.0.attn_q"), random_adapter(rng)[layer]))
     with pytest.raises(
-        FormatError, match=rf"'blk\.0\.attn_q': blk\.0\.attn_q\.weight is the tensor of '{layer}' too"
+        FormatError, match=rf"'blk\.0\.attn_q': its tensor blk\.0\.attn_q\.weight also belongs to '{layer}'"
     ):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
 
@@ -703,7 +704,7 @@ def test_a_file_of_another_kind_is_not_taken_for_a_directory(
     name: str, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     base = hf_directory(tmp_path / "base", rng, np.float32)
-    with pytest.raises(ValueError, match=rf"base.* becomes a \.safetensors file, got '.*/{name}'"):
+    with pytest.raises(ValueError, match=rf"base.* can only become a \.safetensors file, got '.*/{name}'"):
         nplora.merge_adapter(base, random_adapter(rng), tmp_path / name)
     assert not (tmp_path / name).exists()
     nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.SafeTensors")
@@ -716,7 +717,9 @@ def test_a_head_that_nobody_reads_is_not_merged(rng: np.random.Generator, tmp_pa
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     for source in (base, base / "model.safetensors"):
-        with pytest.raises(FormatError, match=r"in 2 places:(\n.*the model's output shares the weight.*){2}"):
+        with pytest.raises(
+            FormatError, match=r"in 2 places:(\n.*embedding and its output share one weight.*){2}"
+        ):
             nplora.merge_adapter(source, random_adapter(rng), tmp_path / "out.safetensors")
 
 
@@ -729,14 +732,16 @@ def test_a_head_in_the_file_of_a_family_that_ties_is_not_merged(
     config = json.loads((base / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     (base / "config.json").write_text(json.dumps(config | {"model_type": family}))
-    with pytest.raises(FormatError, match=r"in 2 places:(\n.*the model's output shares the weight.*){2}"):
+    with pytest.raises(
+        FormatError, match=r"in 2 places:(\n.*embedding and its output share one weight.*){2}"
+    ):
         nplora.merge_adapter(base, random_adapter(rng), tmp_path / "out.safetensors")
 
 
 def test_a_layer_that_a_tied_model_has_not_is_told_so(rng: np.random.Generator, tmp_path: Path) -> None:
     base = base_gguf(tmp_path / "base.gguf", rng, "float32", tied=True)
     adapter = Adapter("a", {"model.layers.9.mlp.up_proj": random_adapter(rng)["model.layers.0.mlp.up_proj"]})
-    with pytest.raises(FormatError, match=r"up_proj': no tensor of this layer"):
+    with pytest.raises(FormatError, match=r"up_proj': the model has no tensor for this layer"):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
 
 
@@ -748,9 +753,7 @@ def test_a_weight_that_serves_twice_is_not_merged(
         base = base_gguf(tmp_path / "base.gguf", rng, "float32", tied=True)
     else:
         base = hf_directory(tmp_path / "base", rng, np.float32, tied=True) / "model.safetensors"
-    with pytest.raises(
-        FormatError, match=r"in 2 places:\n.*the model's output shares the weight of its embedding"
-    ):
+    with pytest.raises(FormatError, match=r"in 2 places:\n.*embedding and its output share one weight"):
         nplora.merge_adapter(base, random_adapter(rng), tmp_path / f"out.{kind}")
 
 
@@ -758,7 +761,7 @@ def test_blocks_that_are_not_decoded_are_refused(rng: np.random.Generator, tmp_p
     blocks = np.zeros(50 * 74, np.uint8)
     gguf.save(tmp_path / "base.gguf", {"lm_head": gguf.Tensor("lm_head", "IQ2_XS", (50, WIDTH), blocks)})
     adapter = Adapter("a", {"lm_head": random_adapter(rng)["lm_head"]})
-    with pytest.raises(FormatError, match="'lm_head': lm_head is IQ2_XS, which is not decoded here"):
+    with pytest.raises(FormatError, match="'lm_head': lm_head has type IQ2_XS, which nplora cannot decode"):
         nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf")
 
 
@@ -805,7 +808,7 @@ def test_the_command_merges_and_reports(
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--dtype", "int4"])
     assert "argument --dtype: invalid choice: 'int4'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="dtype='int4' is not available"):
+    with pytest.raises(ValueError, match="cannot hold dtype='int4'"):
         nplora.merge_adapter(base, tmp_path / "adapter", tmp_path / "o.gguf", "int4")
 
 

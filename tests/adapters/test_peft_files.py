@@ -142,7 +142,7 @@ def test_a_name_that_peft_would_confuse_with_a_trained_layer_is_refused(tmp_path
             self.head = nplora.Linear(np.zeros((2, 2)), trainable=True)
             self.overhead = nplora.LoRALinear(np.zeros((2, 2)), rank=1)
 
-    with pytest.raises(ValueError, match="would take 'overhead' for the trained layer 'head'"):
+    with pytest.raises(ValueError, match="the trained layer 'head' would match 'overhead' too"):
         save_adapter(Confusing(), tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -161,7 +161,7 @@ def test_targets_become_an_expression_where_a_list_would_hit_others(tmp_path: Pa
 def test_what_peft_has_once_for_all_layers_must_not_differ(setting: str, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [{setting: True}, {setting: False}]
     model = nplora.Sequential(*(nplora.LoRALinear(np.ones((4, 4)), rank=1, **kw) for kw in options))
-    with pytest.raises(ValueError, match=f"one {setting} for all layers, Sequential has 0 True, 1 False"):
+    with pytest.raises(ValueError, match=f"one {setting} for all layers, but Sequential has 0 True, 1 False"):
         save_adapter(model, tmp_path)
 
 

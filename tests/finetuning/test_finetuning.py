@@ -309,7 +309,7 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
     ):
         lm.add_lora(init=init)
     assert not lm.adapter_layers()
-    with pytest.raises(ValueError, match=r"q8_0 cannot hold what remains: .*; choose 'zero', or a model"):
+    with pytest.raises(ValueError, match=r"stored in q8_0; use init='zero', or load the unquantised model"):
         finetune(low, data, tmp_path / "out", init=init)
     assert not (tmp_path / "out").exists()
 
@@ -879,7 +879,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
         (
             LINEAR | {f"{Q}.lora_A.weight": (2, 31)},
             {},
-            "for a weight (32, 31), and the model's layer is (32, 32)",
+            "for a weight (32, 31), but the model's layer is (32, 32)",
         ),
         (
             {name.replace("model.layers.0.self_attn.", ""): shape for name, shape in LINEAR.items()},
@@ -890,7 +890,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
         (
             {f"{Q}.lora_embedding_A": (2, 32), f"{Q}.lora_embedding_B": (32, 2)},
             {},
-            "for an embedding, and the model's layer is a linear layer",
+            "the adapter has an embedding, but the model's layer is a linear layer",
         ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
         ({"x": (1,)}, {}, "tensor 'x' is no factor of a layer"),
@@ -920,7 +920,7 @@ def test_a_model_is_unchanged_after_a_run_that_is_refused(model: Path, data: Pat
     assert not lm.adapter_layers()
     finetune(lm, data, tmp_path / "out", **QUICK, overwrite=True)
     for targets in ("all-linear", "lm_head"):
-        with pytest.raises(ValueError, match="finetune: the model has an adapter already, on 14 layers"):
+        with pytest.raises(ValueError, match="finetune: the model already has an adapter, on 14 layers"):
             finetune(lm, data, tmp_path / "other", **QUICK, targets=(targets,))
 
 
@@ -1018,7 +1018,7 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     lm = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
     words = (
         r"the combined adapter: the adapter does not fit the model in 1 place:\n"
-        r"  'lm_head': for a weight \(\d+, 32\), and the model's layer is \(200, 32\)"
+        r"  'lm_head': the adapter is for a weight \(\d+, 32\), but the model's layer is \(200, 32\)"
     )
     with pytest.raises(FormatError, match=words):
         attach_adapter(lm, [tmp_path / "a", tmp_path / "head"])
@@ -1097,7 +1097,7 @@ def test_a_run_cannot_continue_from_an_adapter_that_does_not_fit(
         (model, {"targets": "q_proj"}, ValueError, "finetune: targets is decided by the adapter"),
         (model, {"adapter": ""}, ValueError, "adapter"),
         (model, {"adapter": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
-        (other, {}, FormatError, "'lm_head': for a weight"),
+        (other, {}, FormatError, "'lm_head': the adapter is for a weight"),
     ):
         with pytest.raises(error, match=words):
             finetune(target, data, tmp_path / "out", **{**CONTINUE, "adapter": start, **options})
@@ -1192,7 +1192,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json, but an adapter: give its model, and"
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: load its base model, and"
     ):
         load_model(out)
 

@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model_is_converted_only_on_request(
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
         assert cli.main(arguments) == 2
-        assert "--any-base (any_base=True in Python) accepts it anyway" in capsys.readouterr().err
+        assert "use --any-base (any_base=True) to accept it anyway" in capsys.readouterr().err
         assert not target.exists()
         assert cli.main([*arguments, "--any-base"]) == 0
         assert read_adapter(target, other).base_digest == digest(
@@ -298,7 +298,7 @@ def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Pa
     nplora.combine([(adapter, 1)], base=base)
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(
-        ValueError, match=r"/other', sha256 .* is another model than the adapters' \(.*give that"
+        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; name that"
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):
@@ -391,7 +391,9 @@ def test_adapters_of_an_unknown_family_can_be_combined(adapter: Path, tmp_path: 
     base = hf_model(tmp_path / "hf", weights=changed(small_models.hf_tensors(), seed=1))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(ValueError, match=r"is another model than the adapters'"):  # with equal names of norms
+    with pytest.raises(
+        ValueError, match=r"but the adapters belong to another model"
+    ):  # the names of norms alike
         nplora.combine([(adapter, 1)], base=base)
     unknown = Adapter("unknown", dict(read_adapter(adapter)))
     nplora.combine([(unknown, 1), (unknown, 1)], base=base)
@@ -424,8 +426,8 @@ def test_a_combination_of_any_bases_has_their_common_digest(adapter: Path, model
 def test_adapters_of_different_models_are_combined_only_on_request(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # with the same name
-    with pytest.raises(ValueError, match=r"combine: the adapters are of different models") as caught:
+    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # the same name
+    with pytest.raises(ValueError, match=r"combine: the adapters belong to different models") as caught:
         nplora.combine([(adapter, 1), (foreign, 1)])
     for path, base in ((adapter, model), (foreign, other)):
         assert f"{path}: {str(model)!r}, sha256 {digest(base)[:12]}" in str(caught.value)

@@ -727,8 +727,8 @@ def test_repr_shows_the_options() -> None:
     assert "dropout" not in repr(layer)
     layer.merge()
     assert "merged=True" in repr(layer)
-    rounded = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", compute="bfloat16")
-    assert "compute='bfloat16', init='gaussian', num_trainable=16)" in repr(rounded)
+    rounded = nplora.LoRALinear(np.eye(4), rank=2, init="pissa", compute="bfloat16")
+    assert "compute='bfloat16', init='pissa', num_trainable=16)" in repr(rounded)
     with pytest.raises(ValueError, match="dropout"):
         layer.dropout = 1.0
 

@@ -1,31 +1,34 @@
 """LoRA adapters: in memory, in PEFT's directories, in llama.cpp's files, and in models.
 
-What several functions here have in common:
+Arguments and errors that several functions here share:
 
-    base: the model that the adapter is for: its GGUF file, its config.json, or the directory with that. If it
-        has tensors, names and shapes are checked against them. llama.cpp's files of the Llama family, whose
-        rows are permuted, cannot be read without it.
-    any_base: take an adapter that was saved from another language model of these shapes, as its digest of the
-        model's norms shows. Adapters without a digest are taken in any case.
-    edited_config: take an adapter_config.json that is not the one that `save_adapter` wrote with the tensors,
-        because it was edited on purpose. Saving the adapter again makes the two a pair.
+    base: the base model of the adapter: a GGUF file, a config.json, or the directory that holds one. If
+        tensors are there, the adapter's names and shapes are checked against them. A llama.cpp file for the
+        Llama family cannot be read without the base model, because the order of its rows depends on the
+        heads.
+    any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
+        keeps a digest of its base model's norms, and another digest is otherwise an error. An adapter without
+        a digest is always accepted.
+    edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. Saving the
+        adapter again records the edited file as the right one.
     overwrite: replace another adapter.
 
-    FormatError: a file breaks its format, or the adapter is of another model or does not fit; then all that
-        does not fit is listed. UnsupportedError: the kind of adapter is not known here, or its layers that
-        are trained whole, or DoRA, cannot be used so. UnsafeError: the weights are a pickle, or the
-        configuration could run or hang. CorruptError: adapter_config.json was edited.
-    ValueError: a path is empty, or base is needed.
-    FileExistsError: there is something that is not replaced, or not without `overwrite`.
-    OSError: a file cannot be read, or the disk refuses; how many bytes were needed is in the message.
+    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit. The
+        message lists everything that does not fit. UnsupportedError: nplora does not know this kind of
+        adapter, or cannot use its fully trained layers or its DoRA magnitudes here. UnsafeError: the weights
+        are a pickle, or the configuration could run code or hang. CorruptError: adapter_config.json was
+        edited.
+    ValueError: a path is empty, or `base` is missing.
+    FileExistsError: the output exists and is never replaced, or is replaced only with `overwrite`.
+    OSError: a file cannot be read or written. On a full disk the message says how many bytes were needed.
 """
 
 from nplora.adapters.adapter import Adapter, CombinedAdapter, combine, read_adapter, read_for
 from nplora.adapters.gguf_files import AdapterConversion, adapter_from_gguf, adapter_to_gguf, convert_adapter
 from nplora.adapters.layers import AdapterReport, load_adapter, new_layers, rollback_on_error, save_adapter
 from nplora.adapters.merge_files import merge_adapter
-from nplora.adapters.merge_report import ModelMerge
 from nplora.lora.delta import LoraDelta
+from nplora.lora.model_merge import ModelMerge
 
 __all__ = [
     "Adapter",

@@ -1,4 +1,4 @@
-"""An adapter in memory, wherever it comes from: PEFT's directory, llama.cpp's file, a model."""
+"""An adapter in memory. It is read from a PEFT directory, a llama.cpp file or a model."""
 
 from __future__ import annotations
 
@@ -8,65 +8,87 @@ from typing import Any
 from nplora.adapters import combination, gguf_files, layers, merge_files, peft_files, sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.gguf_files import AdapterConversion
-from nplora.adapters.merge_report import ModelMerge
 from nplora.adapters.sources import Source
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import require_no_other
+from nplora.lora.model_merge import ModelMerge
 from nplora.nn.module import Module
 
 
 class Adapter(AdapterContent):
-    """An adapter in memory: layer's name -> `LoraDelta`, with the attributes of `AdapterContent`."""
+    """An adapter in memory: a mapping of layer name to `LoraDelta`. `AdapterContent` lists the attributes.
+
+    >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
+    >>> nplora.save_adapter(model, "adapter")
+    >>> adapter = nplora.adapters.Adapter.read("adapter")
+    >>> adapter
+    Adapter('adapter', 1 layer)
+    >>> adapter["0"].A.shape, adapter["0"].B.shape, adapter["0"].scale
+    ((4, 2), (2, 4), 8.0)
+    >>> plain = nplora.Sequential(nplora.Linear(np.eye(4, dtype=np.float32)))
+    >>> adapter.attach(plain)
+    """
 
     @staticmethod
     def of(content: AdapterContent) -> Adapter:
-        """An adapter of this content."""
+        """Make an adapter of this content."""
         return content if isinstance(content, Adapter) else Adapter(**vars(content))
 
     @staticmethod
     def from_model(model: Module) -> Adapter:
-        """The adapter of a model, whose live arrays it holds. Raises ValueError if there is no LoRA layer."""
+        """Take the adapter of a model. Its factors are the model's live arrays, not copies.
+
+        Raises:
+            ValueError: the model has no LoRA layer.
+        """
         return Adapter.of(layers.from_model(model, "read_adapter"))
 
     @staticmethod
     def read(
         source: StrPath, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
     ) -> Adapter:
-        """Read a PEFT directory or llama.cpp's file, as `read_adapter`. Layers may be trained whole."""
+        """Read a PEFT directory or a llama.cpp file.
+
+        This is `read_adapter`, except that the adapter may hold fully trained layers.
+        """
         return Adapter.of(sources.read(source, base, edited_config, any_base))
 
     def save(
         self, path: StrPath, overwrite: bool = False, base: StrPath | None = None, any_base: bool = False
     ) -> AdapterConversion | None:
-        """Write a PEFT adapter directory, or with a base llama.cpp's file. Then `adapter_to_gguf` says more.
+        """Write a PEFT adapter directory or, with `base`, a llama.cpp file as `adapter_to_gguf` does.
 
+        Returns:
+            a report of the conversion to a llama.cpp file; None for a directory.
         Raises:
-            as `save_adapter`. FileExistsError: the directory holds a run; or an adapter, without `overwrite`.
-            ValueError: there is no layer, or the path ends in .gguf and there is no base.
+            the errors of `save_adapter`; and
+            FileExistsError: the directory holds a training run, or an adapter and `overwrite` is not set.
+            ValueError: the adapter has no layers, or the path ends in .gguf and `base` is missing.
         """
         if base is not None:
             return gguf_files.save(self, path, base, any_base, overwrite)
         if files.suffix(path) == ".gguf":
-            raise ValueError(f"Adapter.save: {files.name(path)}: base, the model of the adapter, is needed")
+            raise ValueError(f"Adapter.save: {files.name(path)}: a GGUF adapter needs base, the base model")
         require_no_other(path, overwrite)
         peft_files.save(self, path)
         return None
 
     def attach(self, model: Module, any_base: bool = False, replace: bool = False) -> None:
-        """Put the adapter on a model, over its frozen weights. After an error the model is as it was.
+        """Put the adapter on a model, as new LoRA layers over its frozen weights.
 
-        The new layers have no dropout.
+        The new layers have no dropout. If an error is raised, the model is unchanged.
 
         Args:
-            replace: take the place of the adapter that the model has, on whatever layers that is. Its LoRA
-                layers are dropped, and optimisers that hold their arrays must be made anew. (`load_adapter`
-                writes into the layers that are there instead.)
+            replace: first remove the adapter that the model has, whichever layers it adapts. An optimiser
+                that holds the arrays of the removed layers must be made anew. (`load_adapter` keeps the
+                layers and writes into their arrays instead.)
         Raises:
-            ValueError: the model has an adapter, and `replace` is not set; or a layer that is replaced began
-                as "pissa" or "olora", which took a part of its weight.
-            RuntimeError: a layer that is replaced is merged.
-            FormatError: the adapter does not fit the model, has layers trained whole, or is of another model.
+            ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
+                with init="pissa" or "olora", which changed its frozen weight.
+            RuntimeError: a layer to be replaced is merged.
+            FormatError: the adapter does not fit the model, belongs to another model, or has fully trained
+                layers.
         """
         layers.attach(self, model, any_base, replace)
 
@@ -77,35 +99,45 @@ class Adapter(AdapterContent):
         base: StrPath | None = None,
         any_base: bool = False,
     ) -> CombinedAdapter:
-        """The adapter whose ΔW is Σ weight · ΔW of those given, in every layer that any of them adapts.
+        """Add up adapters: in every layer, the new ΔW is the sum of weight · ΔW.
 
-        Their ranks, alphas, rules of scaling and targets may differ. The sum is computed in float64 and has,
-        in each layer, the lowest rank that holds it exactly. For base see `nplora.adapters`.
+        The adapters may differ in ranks, alphas, rsLoRA and targets. The sum is computed in float64. Each
+        layer gets the smallest rank that holds its sum exactly. `nplora.adapters` describes `base`.
 
         Args:
-            adapters: pairs of an adapter and its weight, any finite number. An adapter is what `read_adapter`
-                takes: a PEFT directory, llama.cpp's file, a model, or what an earlier call returned.
-            rank: cut the ranks to at most this, by the largest singular values; see `errors` of the result.
-            any_base: add up adapters of different models too. Models differ if the digests of their norms do,
-                which adapters of language models keep here, or without these the last parts of the names that
-                adapters have for them; what is not known differs from nothing.
+            adapters: pairs of an adapter and its weight. A weight is any finite number. An adapter is a PEFT
+                directory, a llama.cpp file, a model, or an `Adapter`.
+            rank: the largest rank of a layer. Larger sums keep their largest singular values, and the
+                result's `errors` says what that costs.
+            any_base: also add up adapters of different base models. Two base models count as different if
+                the adapters hold different digests of their norms. If a digest is missing, the last part of
+                the base models' names is compared. A missing name counts as equal to any.
         Returns:
-            an adapter whose scales are 1.
+            an adapter whose layers all have scale 1.
         Raises:
-            as `read_adapter`. UnsupportedError: an adapter has DoRA, whose rescaled rows do not add up.
-            ValueError: there are no adapters, a weight is not finite, rank is below 1, a sum is beyond
-                float32, or adapters are of different models or do not fit each other.
-            TypeError: adapters are no pairs.
+            the errors of `read_adapter`; and
+            UnsupportedError: an adapter uses DoRA, which rescales rows, so its changes do not add up.
+            ValueError: there are no adapters, a weight is not finite, `rank` is below 1, a sum is beyond
+                float32, or the adapters belong to different models or do not fit each other.
+            TypeError: `adapters` is not a list of pairs.
+
+        >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, rng=0))
+        >>> model[0].A[...] = 1
+        >>> half = nplora.combine([(model, 0.75), (model, -0.25)])
+        >>> half["0"].rank, half["0"].scale
+        (1, 1.0)
+        >>> bool(np.allclose(half["0"].A @ half["0"].B, model[0].delta_weight() / 2))
+        True
         """
         return CombinedAdapter(**vars(combination.combine(adapters, rank, base, any_base)))
 
     def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
-        """Write a model with this adapter merged into it, as `merge_adapter`, with its options."""
+        """Write a model with this adapter merged into it. The options are those of `merge_adapter`."""
         return merge_files.merge_adapter(base, self, output, **options)
 
 
 class CombinedAdapter(combination.Combination, Adapter):
-    """What `combine` gives."""
+    """A weighted sum of adapters, as `combine` returns it."""
 
 
 combine = Adapter.combine
@@ -114,18 +146,18 @@ combine = Adapter.combine
 def read_adapter(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> Adapter:
-    """The updates of an adapter from any source. Other arguments and errors: see `nplora.adapters`.
+    """Read an adapter from any source. `nplora.adapters` describes the other arguments and errors.
 
     Args:
-        source: a PEFT adapter directory, llama.cpp's adapter file, a model with LoRA layers (whose live
-            arrays the updates then are), or an `Adapter`, which is returned.
+        source: a PEFT adapter directory, a llama.cpp adapter file, a model with LoRA layers (the result then
+            holds the model's live arrays), or an `Adapter`, which is returned unchanged.
     Raises:
-        UnsupportedError: it holds layers trained whole. ValueError: the model has no LoRA layer.
-        TypeError: source is of another kind.
+        UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
+        TypeError: `source` is something else.
     """
     return Adapter.of(sources.low_rank(source, base, edited_config, any_base))
 
 
 def read_for(model: Module, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:
-    """A file's adapter for a model's layers, as `Adapter.read`; shapes are checked before values are read."""
+    """Read an adapter file for a model. Shapes are checked before any values are read."""
     return Adapter.of(sources.read(path, base, any_base=any_base, target=layers.plain_target(model)))

@@ -1,13 +1,4 @@
-"""The weighted sum of several adapters as one adapter, in the space of the factors.
-
-Per layer, with the scales s and weights w,
-
-    Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
-
-exactly: weighting the factors themselves, as is often done, adds cross terms AᵢBⱼ. With A = Qₐ Rₐ and
-Bᵀ = Q_b R_b, the singular values of A·B are those of Rₐ R_bᵀ (R, R), so the smallest rank that holds the sum,
-and the best approximation of any lower one (Eckart and Young 1936), cost no matrix of the weight's shape.
-"""
+"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` adds up one layer."""
 
 import heapq
 import math
@@ -15,10 +6,6 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nplora import _check
 from nplora.adapters import sources
@@ -29,9 +16,8 @@ from nplora.formats.errors import UnsupportedError, counted, in_places
 from nplora.formats.files import StrPath
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import weighted_mean
+from nplora.lora.weighted_sum import weighted_sum
 from nplora.models import base_model, model_digest
-
-Array = NDArray[Any]
 
 _SHOWN = 3  # layers in a summary
 
@@ -41,8 +27,8 @@ class Combination(AdapterContent):
     """A weighted sum of adapters.
 
     Attributes:
-        errors: layer -> ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ in the Frobenius norm, by truncation; 0 where nothing
-            was cut off. Factors are then rounded to float32.
+        errors: layer -> ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ in the Frobenius norm, by truncation alone. It is 0 if
+            nothing was cut off. Rounding the factors to float32 is not counted.
         norms: layer -> ‖exact ΔW‖.
     """
 
@@ -51,12 +37,12 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of all layers' ΔW together."""
+        """The relative error of ΔW over all layers together."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 
     def table(self, layers: Iterable[str] | None = None) -> str:
-        """A line for each layer."""
+        """A table with one line for each layer."""
         names = list(self if layers is None else layers)
         width = max(map(len, names), default=0)
         return "\n".join(
@@ -72,7 +58,8 @@ class Combination(AdapterContent):
         if not self.error:
             return f"{size}, nothing is cut off"
         worst = self.table(heapq.nlargest(_SHOWN, self, key=self.errors.__getitem__))
-        return f"{size}, relative error {self.error:.3g} in all; the largest:\n{textwrap.indent(worst, '  ')}"
+        table = textwrap.indent(worst, "  ")
+        return f"{size}, relative error {self.error:.3g} over all layers; the largest:\n{table}"
 
 
 def combine(
@@ -81,7 +68,7 @@ def combine(
     base: StrPath | None = None,
     any_base: bool = False,
 ) -> Combination:
-    """As `Adapter.combine`."""
+    """Do what `Adapter.combine` describes."""
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
     files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)
@@ -90,12 +77,12 @@ def combine(
         for source, weight in _pairs(adapters)
     ]
     if not weighted:
-        raise ValueError("combine: no adapters")
+        raise ValueError("combine: got no adapters, expected at least one")
     for adapter, _ in weighted:
         if adapter.use_dora:
             raise UnsupportedError(
-                f"combine: {adapter.source} has DoRA, which rescales the rows of W + ΔW by their norms: such "
-                "updates do not add up; merge it into the model instead"
+                f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its changes do "
+                "not add up; merge it into the model instead"
             )
     contents = [adapter for adapter, _ in weighted]
     if not any_base:
@@ -104,7 +91,7 @@ def combine(
     deltas, errors, norms = {}, {}, {}
     for name in dict.fromkeys(name for adapter in contents for name in adapter):
         terms = [(adapter[name], weight) for adapter, weight in weighted if name in adapter]
-        deltas[name], errors[name], norms[name] = _sum(name, terms, limit)
+        deltas[name], errors[name], norms[name] = weighted_sum(name, terms, limit)
     digests = {adapter.base_digest for adapter in contents}
     return Combination(
         "the combined adapter",
@@ -133,23 +120,23 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
     if base is not None and base_digest is not None and len(known - {None}) == 1 and base_digest not in known:
         theirs = next(model_digest.described(name, digest) for _, name, digest in bases if digest is not None)
         raise ValueError(
-            f"combine: the base {model_digest.described(files.name(base), base_digest)} is another model "
-            f"than the adapters' ({theirs}): give that one; {model_digest.TAKEN}"
+            f"combine: base is {model_digest.described(files.name(base), base_digest)}, but the adapters "
+            f"belong to another model ({theirs}); name that model, or {model_digest.TAKEN}"
         )
     if base is not None:
         bases.append((files.name(base), None, base_digest))
     if max(len(found - {None}) for found in ({digest for *_, digest in bases}, names)) > 1:
         lines = "".join(f"\n  {source}: {model_digest.described(*about)}" for source, *about in bases)
-        raise ValueError(f"combine: the adapters are of different models ({model_digest.TAKEN}):{lines}")
+        raise ValueError(f"combine: the adapters belong to different models ({model_digest.TAKEN}):{lines}")
 
 
 def _last_part(name: str | None) -> str | None:
-    """The end of a path or of a name on Hugging Face. The rest may differ between two copies of a model."""
+    """The last part of a path or of a Hub name. The rest may differ between two copies of a model."""
     return Path(name or "").name.casefold() or None
 
 
 def _require_alike(adapters: list[AdapterContent]) -> None:
-    """Each layer has one shape and one kind in all of them."""
+    """Raise ValueError if a layer differs in shape or kind between the adapters."""
     first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:
@@ -168,31 +155,3 @@ def _kind(update: LoraDelta) -> str:
 def _agreed(words: Iterable[str | None]) -> str | None:
     found = set(words)
     return found.pop() if len(found) == 1 else None
-
-
-def _sum(
-    name: str, terms: list[tuple[LoraDelta, float]], limit: int | None
-) -> tuple[LoraDelta, float, float]:
-    """The update of Σ weight · scale · A·B, the relative error of cutting it to rank `limit`, its norm."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
-        b = np.concatenate([weight * update.scale * update.B.astype(np.float64) for update, weight in terms])
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"combine: a factor of {name} holds NaN or an infinity")
-    q_a, r_a = np.linalg.qr(a)
-    q_b, r_b = np.linalg.qr(b.T)
-    u, s, vt = np.linalg.svd(r_a @ r_b.T)
-    # Rounding moves singular values by this much; what is below is 0 in the exact sum.
-    noise = np.linalg.norm(r_a) * np.linalg.norm(r_b) * max(a.shape + b.shape) * np.finfo(np.float64).eps
-    s = np.where(s > noise, s, 0)
-    exact = max(1, np.count_nonzero(s))
-    kept = exact if limit is None else min(exact, limit)
-    root = np.sqrt(s[:kept])
-    total = float(np.linalg.norm(s[:exact]))
-    error = float(np.linalg.norm(s[kept:exact])) / total if total else 0.0
-    with np.errstate(over="ignore"):
-        left = (q_a @ (u[:, :kept] * root)).astype(np.float32)
-        right = ((root[:, None] * vt[:kept]) @ q_b.T).astype(np.float32)
-    if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise ValueError(f"combine: the sum of {name} is beyond float32")
-    return LoraDelta(left, right, 1.0, None, terms[0][0].embedding), error, total

@@ -1,4 +1,4 @@
-"""What an adapter holds, wherever it is kept.
+"""The content of an adapter, independent of the file it is kept in.
 
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
@@ -15,18 +15,18 @@ from nplora.lora.delta import LoraDelta
 
 @dataclass(eq=False, repr=False)
 class AdapterContent(Mapping[str, LoraDelta]):
-    """The data of an adapter: layer's name -> `LoraDelta`.
+    """The data of an adapter: a mapping of layer name to `LoraDelta`.
 
     Attributes:
-        source: where it comes from, as messages name it.
-        base_model_name_or_path: what it says about its base model, or None.
-        task_type: PEFT's word for what the model is for, or None.
-        base_digest: `models.model_digest.of` its base model, or None.
-        modules_to_save: the arrays of the layers that are trained whole: layer -> parameter -> array.
-        dropout: LoRA dropout probability of most layers.
-        unknown: keys of adapter_config.json that nobody knows.
-        neighbours: the names of the model's other modules, as far as they are known.
-        uses_expression: whether its file names the layers by a regular expression, not by a list.
+        source: the file, directory or model it comes from, as messages name it.
+        base_model_name_or_path: the name of the base model, or None.
+        task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
+        base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
+        modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
+        dropout: the LoRA dropout probability of most layers.
+        unknown: the unknown keys of adapter_config.json.
+        neighbours: the names of the model's other modules, if known.
+        uses_expression: whether the file selects layers by a regular expression instead of a list.
     """
 
     source: str
@@ -60,7 +60,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
         return any(delta.use_dora for delta in self.values())
 
     def require_low_rank(self) -> None:
-        """Raise UnsupportedError if there are layers that are trained whole."""
+        """Raise UnsupportedError if the adapter holds fully trained layers."""
         if self.modules_to_save:
             names = ", ".join(map(brief, self.modules_to_save))
-            raise UnsupportedError(f"{self.source}: trained whole: {names}; these are no low-rank updates")
+            raise UnsupportedError(
+                f"{self.source}: the adapter holds fully trained layers ({names}), expected low-rank factors"
+            )

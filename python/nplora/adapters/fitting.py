@@ -1,4 +1,4 @@
-"""What an adapter is put on or written for, and the one check of whether it fits."""
+"""The one check of whether an adapter fits its target: a model, or a file of weights."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,14 +17,14 @@ _KINDS = ("a linear layer", "an embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """The weight that a layer's update is for. Anything fits an attribute that is None.
+    """The weight that an adapter's layer belongs to. An attribute of None accepts anything.
 
     Attributes:
-        title: how messages name the weight.
+        title: the weight's name in messages.
         shape: (d_out, d_in).
-        embedding: whether it is a table of rows.
-        use_dora: whether its update has magnitudes.
-        dtype: of the factors.
+        embedding: whether the weight is an embedding table.
+        use_dora: whether the layer has DoRA magnitudes.
+        dtype: the dtype of the factors.
     """
 
     title: str = ""
@@ -36,16 +36,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Target:
-    """What adapters are to fit.
+    """The model or file that an adapter must fit.
 
     Attributes:
-        title: how messages name it; empty if anything fits.
-        place: the place of a layer's update (d_out, d_in) by its name, or the reason why there is none.
-        digest: `model_digest.of` its norms, or None.
-        required: layers that the adapter must have.
-        whole: live arrays of the layers that are trained whole, by layer and parameter; None: any are taken.
-        require_kind: raises UnsupportedError for an adapter of this source that the target cannot hold, by
-            whether it has DoRA and by its layers that are trained whole.
+        title: the target's name in messages; empty if every adapter fits.
+        place: a function of a layer's name and shape (d_out, d_in). It returns the layer's place, or the
+            reason why there is none.
+        digest: the digest of the target's norms (`model_digest.of`), or None.
+        required: the layers that the adapter must have.
+        whole: the live arrays of fully trained layers, by layer and parameter. None accepts any.
+        require_kind: a function of an adapter's source, whether it has DoRA, and its fully trained layers. It
+            raises UnsupportedError if the target cannot hold them.
     """
 
     title: str = ""
@@ -56,15 +57,17 @@ class Target:
     require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
-        """The place of an update. Raises FormatError if there is none that it fits."""
+        """Find the place of a layer. Raises FormatError if there is none, or if the layer does not fit it."""
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")
         if place.embedding not in (None, embedding):
             wanted, found = _KINDS[embedding], _KINDS[not embedding]
-            raise FormatError(f"{brief(layer)}: for {wanted}, and {place.title} is {found}")
+            raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
         if place.shape not in (None, shape):
-            raise FormatError(f"{brief(layer)}: for a weight {shape}, and {place.title} is {place.shape}")
+            raise FormatError(
+                f"{brief(layer)}: the adapter is for a weight {shape}, but {place.title} is {place.shape}"
+            )
         if place.use_dora not in (None, use_dora):
             raise FormatError(
                 f"{brief(layer)}: use_dora is {use_dora} in the adapter and {place.use_dora} in the layer"
@@ -72,7 +75,7 @@ class Target:
         return place
 
     def check(self, adapter: AdapterContent, any_base: bool) -> None:
-        """Raise FormatError for an adapter that does not fit, is of another model, or has no layers."""
+        """Raise FormatError if an adapter does not fit, belongs to another model, or has no layers."""
         self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save)
         problems = list[str]()
         for name, delta in adapter.items():
@@ -81,12 +84,12 @@ class Target:
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
-        """As `check`, with the problems that were found while the adapter was read."""
+        """Do the rest of `check`, given the problems that were found while the adapter was read."""
         base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used for {reasons}:{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
             raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")
@@ -101,7 +104,7 @@ ANYTHING = Target()
 
 @contextlib.contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Continue after what does not fit, so that all of it can be listed."""
+    """Add a FormatError of the body to `problems` and continue, so that a message can list all of them."""
     try:
         yield
     except FormatError as error:

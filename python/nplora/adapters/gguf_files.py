@@ -1,12 +1,12 @@
-"""LoRA adapters of language models in llama.cpp's file, and from PEFT's directory there and back.
+"""LoRA adapters of language models in llama.cpp's format, and conversion from and to PEFT directories.
 
-Both call the factors lora_a and lora_b (see `letters`). Three things differ:
+Both formats call the factors lora_a and lora_b (see `letters`). Three things differ:
 
     names      PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight"
-    rows       in architecture llama, the rows of q and k, and so those of their lora_b, are permuted
+    rows       in architecture llama, the rows of q and k, and so of their lora_b, are permuted
     scale      PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer;
-               llama.cpp has alpha / r with one alpha, and takes alpha = 0 for a scale of 1. What that cannot
-               say is folded into lora_b.
+               llama.cpp has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1. The
+               scale of any other layer is folded into lora_b.
 """
 
 import errno
@@ -35,20 +35,20 @@ from nplora.models.families import Family
 
 Array = NDArray[Any]
 
-_LEAST_ALPHA = 2.0**-126  # smaller ones lose digits in float32
+_LEAST_ALPHA = 2.0**-126  # smaller numbers lose digits in float32
 
 
 @dataclass(frozen=True)
 class AdapterConversion:
-    """What a conversion wrote.
+    """A summary of a conversion.
 
     Attributes:
-        target: the file or directory.
+        target: the file or directory that was written.
         architecture: GGUF's name for the base model's family.
-        layers: the adapted layers, by PEFT's names.
-        alpha: the one of the new adapter (of most layers, where they differ).
+        layers: the names of the adapted layers, in PEFT's form.
+        alpha: the alpha of the new adapter. If layers differ, the most common one.
         folded: the layers whose scale was folded into lora_b.
-        passed_over: the source's tensors that are no factors; llama.cpp does not use them either.
+        passed_over: tensors of the source that are not LoRA factors. llama.cpp ignores them too.
     """
 
     target: str
@@ -62,9 +62,9 @@ class AdapterConversion:
         layers = counted(len(self.layers), "layer")
         lines = [f"{self.target}: {layers} of {self.architecture}, alpha {self.alpha:g}"]
         if self.folded:
-            lines.append(f"the scale of {counted(len(self.folded), 'layer')} is folded into lora_b")
+            lines.append(f"folded the scale of {counted(len(self.folded), 'layer')} into lora_b")
         if self.passed_over:
-            lines.append(f"passed over: {', '.join(map(brief, self.passed_over))}")
+            lines.append(f"ignored tensors: {', '.join(map(brief, self.passed_over))}")
         return "\n".join(lines)
 
 
@@ -75,46 +75,49 @@ def convert_adapter(
     any_base: bool = False,
     overwrite: bool = False,
 ) -> AdapterConversion:
-    """`adapter_to_gguf` of a directory, `adapter_from_gguf` of a file: what the command does.
+    """Convert a PEFT directory with `adapter_to_gguf`, or a llama.cpp file with `adapter_from_gguf`.
+
+    `nplora convert` calls this.
 
     Raises:
-        ValueError: the target has the name of another kind of file. FormatError: the directory is that of no
-            adapter, and of no model either. FileNotFoundError: of a run without an adapter. Others as these.
+        ValueError: the target's name does not fit its kind. FormatError: the directory holds neither an
+            adapter nor a model. FileNotFoundError: it holds a training run that has no adapter yet. The other
+            errors are those of the two functions.
     """
     files.require_named("convert", source=source, target=target, base=base)
     if not Path(source).is_dir():
         if files.suffix(target) in (".gguf", ".safetensors") and Path(source).exists():
             raise ValueError(
-                f"convert: {files.name(source)} is a file, and of files only GGUF adapters are converted, "
-                f"to a directory; got the file name {files.name(target)!r}"
+                f"convert: {files.name(source)} is a file. A GGUF adapter can be converted to a directory, "
+                f"but the output {files.name(target)!r} is the name of a file"
             )
         return adapter_from_gguf(source, target, base, overwrite=overwrite, any_base=any_base)
     configs = (model_directory.CONFIG, peft_adapter.CONFIG)
     if not any(Path(source, name).exists() for name in configs):
         peft_adapter.require_finished(source)
-        raise FormatError(f"{files.name(source)}: holds neither {configs[0]} nor {configs[1]}")
+        raise FormatError(f"{files.name(source)}: the directory holds neither {configs[0]} nor {configs[1]}")
     if base is None:
         raise ValueError(
-            f"convert: {files.name(source)}: name the model that it was trained on: base, --base MODEL"
+            f"convert: {files.name(source)}: a GGUF adapter needs its base model; use --base MODEL (base)"
         )
     return adapter_to_gguf(source, target, base, any_base=any_base, overwrite=overwrite)
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """A base model's layers, or those of a family if no model is known."""
+    """The layers of a base model, or of a family if there is no model."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         stored = family.gguf_layer(layer)
         if stored is None:
-            return f"no layer of this name is known in {family.architecture}"
+            return f"{family.architecture} has no layer of this name"
         weight = f"{stored}.weight"
         if shapes is not None and weight not in shapes:
             return f"{title} has no tensor {weight}"
         heads = 0 if model is None else model.permuted_heads(layer)
         if heads and shape[0] % (2 * heads):
-            return f"{shape[0]} rows do not make {heads} heads of pairs of rows"
+            return f"{shape[0]} rows cannot be divided into pairs of rows for {heads} heads"
         return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING)
 
     return Target(title, place, digest, require_kind=_require_sums)
@@ -123,13 +126,14 @@ def _target(model: BaseModel | None, family: Family) -> Target:
 def _require_sums(source: str, has_dora: bool, whole: Collection[str]) -> None:
     if has_dora:
         raise UnsupportedError(
-            f"{source}: DoRA rescales the rows of W + ΔW, and llama.cpp only adds ΔW to W: "
+            f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
     if whole:
         names = ", ".join(map(brief, whole))
         raise UnsupportedError(
-            f"{source}: trained whole: {names}; llama.cpp's adapters hold low-rank factors alone"
+            f"{source}: the adapter holds fully trained layers ({names}); a llama.cpp adapter can only hold "
+            "low-rank factors"
         )
 
 
@@ -151,16 +155,16 @@ def adapter_to_gguf(
     any_base: bool = False,
     overwrite: bool = False,
 ) -> AdapterConversion:
-    """Write a PEFT adapter directory as a LoRA adapter file for llama.cpp, with factors in float32.
+    """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    llama.cpp, with a user's scale of 1, adds the ΔW that PEFT adds, but for the rounding of one float32
-    factor where a scale is folded. The file keeps the digest of the base's norms, if they are there. The
-    arguments and errors are those that `nplora.adapters` describes.
+    With the default scale of 1, llama.cpp then adds the same ΔW as PEFT. If a layer's scale is folded into
+    its factor, ΔW differs by the rounding of that factor to float32. The file keeps the digest of the base
+    model's norms, if it is known. `nplora.adapters` describes the arguments and the other errors.
 
     Raises:
-        ValueError: path is no .gguf file, or it is a file of the adapter or of base. FileExistsError: it is a
-            model. UnsupportedError: the adapter has DoRA or layers trained whole, or the base model's family
-            is not known.
+        ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
+        FileExistsError: `path` is a model. UnsupportedError: the adapter has DoRA or fully trained layers, or
+            nplora does not know the base model's family.
     """
     files.require_named("convert", directory=directory)
     model = _base_of(path, directory, base, any_base, overwrite)
@@ -171,7 +175,7 @@ def adapter_to_gguf(
 def save(
     adapter: AdapterContent, path: StrPath, base: StrPath, any_base: bool, overwrite: bool
 ) -> AdapterConversion:
-    """Write an adapter in memory as `adapter_to_gguf` does."""
+    """Write an adapter in memory as a llama.cpp file, as `adapter_to_gguf` does."""
     model = _base_of(path, None, base, any_base, overwrite)
     _target(model, model.family).check(adapter, any_base)
     return _write(adapter, path, model, any_base)
@@ -180,12 +184,12 @@ def save(
 def _base_of(
     path: StrPath, adapter: StrPath | None, base: StrPath, any_base: bool, overwrite: bool
 ) -> BaseModel:
-    """The base model, after a check of whether the path may be written."""
+    """Check that the path may be written, then read the facts of the base model."""
     files.require_named("convert", path=path, base=base)
     if files.suffix(path) != ".gguf":
-        raise ValueError(f"convert: an adapter becomes a .gguf file, got {files.name(path)!r}")
+        raise ValueError(f"convert: the output must end in .gguf, got {files.name(path)!r}")
     if Path(path).is_file() and Path(path).stat().st_size and not _is_adapter(path):
-        reason = "the file is no adapter, and is left as it is: name another one"
+        reason = "the file exists and is not an adapter; choose another name"
         raise FileExistsError(errno.EEXIST, reason, files.name(path))
     _require_not_read([path], adapter, base)
     files.require_new(path, overwrite)
@@ -200,7 +204,7 @@ def _is_adapter(path: StrPath) -> bool:
 
 
 def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: bool) -> AdapterConversion:
-    """Write an adapter that fits."""
+    """Write an adapter that was checked to fit."""
     wanted = {name: delta.scale * delta.rank for name, delta in adapter.items()}
     alpha = _common_alpha(wanted.values())
     folded = tuple(name for name in adapter if wanted[name] != alpha)
@@ -222,13 +226,13 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that gives most layers their scale. It is never 0, which llama.cpp takes for a scale of 1."""
+    """The alpha that most layers need. It is never 0, which llama.cpp reads as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 
 
 def _rounded(alpha: float) -> float:
-    """As the file holds it."""
+    """The number as the file holds it, rounded to float32."""
     with np.errstate(over="ignore", under="ignore"):
         return float(np.float32(alpha))
 
@@ -237,7 +241,7 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
         product = (lora_b.astype(np.float64) * factor).astype(np.float32)
     if not np.isfinite(product).all():
-        raise FormatError(f"{where}: lora_B times {factor:g}, which its scale needs, is beyond float32")
+        raise FormatError(f"{where}: folding its scale into lora_B (times {factor:g}) exceeds float32")
     return product
 
 
@@ -260,14 +264,15 @@ def adapter_from_gguf(
     overwrite: bool = False,
     any_base: bool = False,
 ) -> AdapterConversion:
-    """Write llama.cpp's LoRA adapter file as a PEFT adapter directory. ΔW stays the same.
+    """Convert a llama.cpp LoRA adapter file to a PEFT adapter directory. ΔW stays the same.
 
     Args:
-        base_model_name_or_path: what the adapter says about the model that it belongs to. `nplora.adapters`
-            describes the other arguments, and errors.
+        base_model_name_or_path: the name of the base model, to be stored with the adapter. `nplora.adapters`
+            describes the other arguments and errors.
     Raises:
-        ValueError: a file to be written is the adapter or of base. FileExistsError: the directory holds a
-            model or a run. UnsupportedError: the factors are quantised, or the family is not known.
+        ValueError: a file to be written is the adapter or a file of the base model.
+        FileExistsError: the directory holds a model or a training run.
+        UnsupportedError: the factors are quantised, or nplora does not know the model's family.
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)
@@ -282,18 +287,21 @@ def adapter_from_gguf(
 
 
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
-    """llama.cpp's adapter file, as one of base, and what the file itself holds.
+    """Read a llama.cpp adapter file for a base model. Returns the adapter, and the content of the file.
 
-    Arguments and errors are those of `adapter_from_gguf`.
+    The arguments and errors are those of `adapter_from_gguf`.
     """
     stored, source = gguf_adapter.load(path), files.name(path)
     family = families.find_architecture(stored.architecture)
     if family is None:
-        raise UnsupportedError(f"{source}: the layers of {brief(stored.architecture)} are not known")
+        raise UnsupportedError(
+            f"{source}: nplora does not know the architecture {brief(stored.architecture)}"
+        )
     model = None if base is None else base_model.read(base, any_base)
     if model is not None and model.family.architecture != stored.architecture:
         raise FormatError(
-            f"{source}: is for {stored.architecture}, {model.source} is {model.family.architecture}"
+            f"{source}: the adapter is for {stored.architecture}, but {model.source} is "
+            f"{model.family.architecture}"
         )
     target, problems, deltas = _target(model, family), list[str](), dict[str, LoraDelta]()
     for tensor, pair in stored.pairs.items():
@@ -302,14 +310,13 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
         lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
         with collecting(problems):
             if name is None or layer == tensor:
-                words = f"no layer of this name is known in {stored.architecture}"
-                raise FormatError(f"{brief(tensor)}: {words}")
+                raise FormatError(f"{brief(tensor)}: {stored.architecture} has no layer of this name")
             shape = letters.weight_shape(lora_a.shape, lora_b.shape, embedding)
             target.place_of(name, shape, embedding, False)
             if model is None and family.permuted_heads(name, 1, 1):
                 raise ValueError(
-                    f"{source}: the order of the rows of {tensor} depends on the model's number of heads: "
-                    "name the model, base (--base MODEL)"
+                    f"{source}: the order of the rows of {tensor} depends on the number of heads; "
+                    "name the base model with --base MODEL (base)"
                 )
             if heads := model and model.permuted_heads(name):
                 lora_b = gguf_rows.deinterleave(lora_b, heads)

@@ -1,4 +1,4 @@
-"""Adapters and the LoRA layers of models: taken from them, loaded into them, put on plain layers."""
+"""Adapters and a model's LoRA layers: take an adapter from them, load one into them, make new ones."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = NDArray[Any]
 
-_MOST_SUGGESTIONS = 10  # unknown names for which the nearest ones are looked up
+_MOST_SUGGESTIONS = 10  # unknown names that get a suggestion
 
 
 # ---- from a model ----
@@ -36,19 +36,25 @@ _MOST_SUGGESTIONS = 10  # unknown names for which the nearest ones are looked up
 def save_adapter(
     model: Module, directory: StrPath | files.Directory, base_model_name_or_path: str | None = None
 ) -> None:
-    """Write the factors of every LoRA layer, and every layer trained whole, as a PEFT adapter directory.
+    """Save a model's LoRA layers and fully trained layers as a PEFT adapter directory.
 
-    The directory is made if needed. `load_adapter` finds either the old adapter or the new one, also while
-    the files are replaced, after a crash, and on a full disk. New files keep the permissions of those that
-    they replace. Layers of init="pissa" or "olora" are written as plain LoRA of twice the rank for the weight
-    that they were given, as PEFT's `path_initial_model_for_weight_conversion` does.
+    The directory is made if needed. The files are replaced in one step: a reader finds the old adapter or
+    the new one, even during the save, after a crash, and on a full disk. New files keep the permissions of
+    the files they replace. A layer with init="pissa" or "olora" is saved as plain LoRA of twice the rank for
+    its original weight, as PEFT's `path_initial_model_for_weight_conversion` does.
 
     Args:
-        base_model_name_or_path: what the adapter says about the model that it belongs to.
+        base_model_name_or_path: the name of the base model, to be stored with the adapter.
     Raises:
-        ValueError: there is no LoRA layer, a value is NaN or infinite, or PEFT's format cannot say it: layers
-            that differ in rsLoRA or DoRA, or a name that PEFT would take for another one too.
-        FileExistsError: the directory holds a model. OSError: the disk refuses.
+        ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
+            the adapter, because layers differ in rsLoRA or DoRA, or PEFT would match a layer's name to
+            another layer too.
+        FileExistsError: the directory holds a model. OSError: a file cannot be written.
+
+    >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
+    >>> nplora.save_adapter(model, "adapter")
+    >>> sorted(os.listdir("adapter"))
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     adapter = from_model(model, "save_adapter")
     adapter.base_model_name_or_path = base_model_name_or_path
@@ -56,7 +62,7 @@ def save_adapter(
 
 
 def from_model(model: Module, op: str) -> AdapterContent:
-    """A model's adapter, with the arrays of `LoRALayer.plain_update`."""
+    """Take the adapter of a model. Its arrays are those of `LoRALayer.plain_update`."""
     layers, whole = _trained(op, model)
     return AdapterContent(
         type(model).__name__,
@@ -70,7 +76,7 @@ def from_model(model: Module, op: str) -> AdapterContent:
 
 
 def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, dict[str, Array]]]:
-    """The LoRA layers, and the arrays of the layers that are trained whole, by name."""
+    """The LoRA layers, and the arrays of the fully trained layers, by name."""
     layers, whole = dict[str, LoRALayer](), dict[str, dict[str, Array]]()
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -79,11 +85,11 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
             whole[name] = {parameter.name: parameter.value for parameter in parameters}
     kind = type(model).__name__
     if not layers:
-        way = ": add_lora() first, or load both with finetuning.load_with_adapter"
-        raise ValueError(f"{op}: the {kind} has no LoRA layer{way if hasattr(model, 'add_lora') else ''}")
+        hint = ": call add_lora() first, or load both with finetuning.load_with_adapter"
+        raise ValueError(f"{op}: the {kind} has no LoRA layer{hint if hasattr(model, 'add_lora') else ''}")
     if "" in layers or "" in whole:
         raise ValueError(
-            f"{op}: the model is itself a {kind}, and PEFT names layers in a model: use Sequential"
+            f"{op}: the model is a single {kind}, which has no name for PEFT's format; put it in a Sequential"
         )
     return layers, whole
 
@@ -93,14 +99,14 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `load_adapter` took from a directory.
+    """What `load_adapter` read from a directory.
 
     Attributes:
-        directory: where it was read.
-        layers: the names of the layers that received values.
-        changes: where the file's rank, alpha or rsLoRA replaced the layers', one sentence for all alike.
-        dropped: keys of adapter_config.json that nobody knows, ignored with a warning.
-        base_model_name_or_path: what the file says about its base model.
+        directory: the directory.
+        layers: the names of the layers that were loaded.
+        changes: the changes of rank, alpha or rsLoRA that the file made, one line for each kind of change.
+        dropped: unknown keys of adapter_config.json. They are ignored with a warning.
+        base_model_name_or_path: the name of the base model in the file, or None.
     """
 
     directory: str
@@ -116,21 +122,28 @@ class AdapterReport:
 def load_adapter(
     model: Module, directory: StrPath, edited_config: bool = False, any_base: bool = False
 ) -> AdapterReport:
-    """Read a PEFT adapter directory into the LoRA layers of a model.
+    """Load a PEFT adapter directory into the LoRA layers of a model.
 
-    The rank, alpha and rsLoRA of the file win over the layer. Where the rank differs, A and B are new arrays,
-    so an optimiser that holds the old ones must be made anew; otherwise the live arrays are written. The file
-    and the model must have the same layers: `Adapter.attach` with `replace=True` takes an adapter of others.
-    Everything is checked before anything changes, sizes before anything is read. The arguments and errors are
-    those that `nplora.adapters` describes.
+    The layers take the rank, alpha and rsLoRA of the file. If the rank stays the same, the values are written
+    into the live arrays A and B. Otherwise A and B become new arrays, and an optimiser that holds the old
+    ones must be made anew. The file and the model must have the same layers; for other layers, use
+    `Adapter.attach` with `replace=True`. Everything is checked before anything changes, and sizes are
+    checked before anything is read. `nplora.adapters` describes the arguments and the other errors.
 
     Returns:
-        what was loaded, and which settings changed.
+        the loaded layers and the changed settings.
     Raises:
-        RuntimeError: a layer is merged. ValueError: the model has no LoRA layer, or one that began as "pissa"
-            or "olora".
+        RuntimeError: a layer is merged.
+        ValueError: the model has no LoRA layer, or a layer was made with init="pissa" or "olora".
     Warns:
-        UserWarning: adapter_config.json has keys that nobody knows.
+        UserWarning: adapter_config.json has unknown keys.
+
+    >>> small = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=1, rng=0))
+    >>> nplora.save_adapter(small, "adapter")
+    >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
+    >>> print(nplora.load_adapter(model, "adapter"))
+    adapter: 1 layer loaded
+    0: rank 2 -> 1
     """
     layers, whole = _trained("load_adapter", model)
     for layer in layers.values():
@@ -180,13 +193,13 @@ def require_no_adapter(model: Module) -> None:
     """Raise ValueError if a model has LoRA layers."""
     if on := len(model.adapter_layers()):
         raise ValueError(
-            f"attach_adapter: the model has an adapter already, on {counted(on, 'layer')}; "
-            "replace=True drops it"
+            f"attach_adapter: the model already has an adapter, on {counted(on, 'layer')}; "
+            "replace=True removes it"
         )
 
 
 def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool) -> None:
-    """As `Adapter.attach`."""
+    """Do what `Adapter.attach` describes."""
     if not replace:
         require_no_adapter(model)
     plain = dict[int, Module]()
@@ -199,10 +212,10 @@ def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool
 
 
 def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -> dict[str, LoRALayer]:
-    """LoRA layers of an adapter over the frozen weights of a model, which is left as it is.
+    """Make the LoRA layers of an adapter over a model's frozen weights. The model itself does not change.
 
     Raises:
-        FormatError: the adapter does not fit the model, or is of another one.
+        FormatError: the adapter does not fit the model, or belongs to another model.
     """
     adapter.require_low_rank()
     plain_target(model).check(adapter, any_base)
@@ -220,7 +233,7 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
 
 
 def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRALayer:
-    """A LoRA layer of an update's settings over a layer's frozen weight."""
+    """Make a LoRA layer with the settings of an update, over the frozen weight of a layer."""
     settings: dict[str, Any] = {"use_rslora": delta.use_rslora, "rng": 0}
     if isinstance(layer, Embedding | LoRAEmbedding):
         return LoRAEmbedding(layer.weight, delta.rank, delta.stated_alpha, **settings)
@@ -231,7 +244,7 @@ def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRAL
 
 @contextlib.contextmanager
 def rollback_on_error(model: Module) -> Iterator[None]:
-    """Put back the layers that the body exchanged, if it fails."""
+    """If the body fails, put back the layers that it replaced."""
     before = dict(model.named_modules())
     try:
         yield
@@ -246,7 +259,7 @@ def rollback_on_error(model: Module) -> Iterator[None]:
 
 
 def plain_target(model: Module) -> Target:
-    """A model's layers that an adapter can be put on."""
+    """The layers of a model that an adapter can be attached to."""
     return _target(model, live=False, whole={})
 
 
@@ -264,7 +277,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             wanted = "a LoRA layer" if live else "a linear layer or an embedding"
             return f"the model has a {type(module).__name__} there, expected {wanted}"
         if isinstance(module, Linear | Embedding) and module.trainable:
-            return "the model's layer is trained whole"
+            return "the model's layer is fully trained"
         assert isinstance(module.weight, FrozenWeight)
         embedding = isinstance(module, Embedding | LoRAEmbedding)
         use_dora = False if embedding else None  # any, of a new layer

@@ -1,6 +1,6 @@
-"""The one place where this project's letters meet those of PEFT and llama.cpp, which are exchanged.
+"""The one place that converts between this project's A and B and those of PEFT and llama.cpp.
 
-Here the update is scale · A B with A (d_out, r) and B (r, d_in). The paper and PEFT swap the two letters:
+Here the update is scale · A B with A (d_out, r) and B (r, d_in). The paper, PEFT and llama.cpp swap the two:
 
     here             PEFT, a linear layer       PEFT, an embedding
     A (d_out, r)     lora_B (d_out, r)          lora_embedding_A (r, vocab), transposed
@@ -15,15 +15,15 @@ Array = NDArray[Any]
 
 
 def from_peft(lora_a: Array, lora_b: Array, embedding: bool) -> tuple[Array, Array]:
-    """A and B."""
+    """A and B, from lora_A and lora_B."""
     return (lora_a.T, lora_b.T) if embedding else (lora_b, lora_a)
 
 
 def to_peft(a: Array, b: Array, embedding: bool) -> tuple[Array, Array]:
-    """lora_A and lora_B."""
+    """lora_A and lora_B, from A and B."""
     return (a.T, b.T) if embedding else (b, a)
 
 
 def weight_shape(lora_a: tuple[int, ...], lora_b: tuple[int, ...], embedding: bool) -> tuple[int, int]:
-    """(d_out, d_in) of the weight, by the shapes of lora_A and lora_B."""
+    """The shape (d_out, d_in) of the weight, from the shapes of lora_A and lora_B."""
     return (lora_a[1], lora_b[0]) if embedding else (lora_b[0], lora_a[1])

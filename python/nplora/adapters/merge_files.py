@@ -1,4 +1,4 @@
-"""An adapter merged into a model's file: a block of rows at a time, while the new file is written."""
+"""Merge an adapter into a model's file, a block of rows at a time while the new file is written."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
-from nplora.adapters.merge_report import ModelMerge, least_kept
 from nplora.adapters.sources import Source
 from nplora.formats import (
     bitsandbytes,
@@ -29,6 +28,7 @@ from nplora.formats.files import Chunk, StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import Merge, MergeReport
+from nplora.lora.model_merge import ModelMerge, least_kept
 from nplora.models import model_digest, model_files
 from nplora.models.model_files import ModelFiles, Stream, Tensor, is_directory, weights_path
 from nplora.weights import storages
@@ -36,10 +36,10 @@ from nplora.weights.nonfinite import require_finite
 
 Array = NDArray[Any]
 
-_ENOUGH = 0.9  # of the adapter's ΔW: less is refused, unless it is asked for
-_SAMPLED_ELEMENTS = 1 << 20  # of all tensors together, to estimate what another storage would keep
-_LEAST_SAMPLED = 1 << 14  # of each tensor
-# FrozenWeight's words for how the elements of a file's tensors are stored
+_ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller accepts less
+_SAMPLED_ELEMENTS = 1 << 20  # of all tensors together, to estimate how much another storage type would keep
+_LEAST_SAMPLED = 1 << 14  # elements of each tensor
+# The storage type of a tensor in a file -> FrozenWeight's name for it
 _STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
 
@@ -52,33 +52,34 @@ def merge_adapter(
     overwrite: bool = False,
     lossy: bool = False,
 ) -> ModelMerge:
-    """Write a model with an adapter merged into it: W + ΔW from float32 sums, every other byte as it was.
+    """Write a model with an adapter merged into it: W + ΔW for adapted weights, copies of everything else.
 
-    No weight is held as a whole: each is read, summed, stored and compared a block of rows at a time. The
-    file is complete on the disk before it takes its name.
+    Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
+    time, never a whole weight. The output file is complete on the disk before it appears under its name.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
-        adapter: a PEFT directory, llama.cpp's file or an `Adapter`; DoRA too.
-        output: a file of the base's kind; of a directory also a directory, which then gets the base's
-            configuration and tokenizer too. Never the base itself.
-        dtype: the storage of the merged weights: "same", or one of `FrozenWeight`'s that the file's kind has.
-        any_base: as `nplora.adapters` says.
-        overwrite: replace other files.
-        lossy: write the model even if rounding leaves less than 90 % of the adapter's ΔW in it.
+        adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
+        output: a file of the same kind as the base. If the base is a directory, this may be a directory too,
+            which also gets the base's configuration and tokenizer. It cannot be the base itself.
+        dtype: the storage type of the merged weights: "same" as the base, or a type of `FrozenWeight` that
+            this kind of file can hold.
+        any_base: described in `nplora.adapters`.
+        overwrite: replace existing files.
+        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW.
     Returns:
-        what was written, with a report of how much of ΔW survived the rounding of each weight.
+        a summary of the written model, with a report for each weight of how much of ΔW rounding kept.
     Raises:
-        FormatError: as `nplora.adapters` says, also for weights in blocks that are not decoded here; or a
-            weight to be merged into holds NaN or an infinity. UnsupportedError: one is in bitsandbytes' NF4.
-        UnsafeError: a file beside the base's weights is a link out of the model.
-        CorruptError: another program wrote to the base meanwhile.
-        ValueError: output or dtype is not of the base's kind, output is the base or the adapter or has an
-            index of other weights, a sum is too large for the storage, or (without `lossy`) the storage would
-            keep less than 90 % of ΔW; the message names the smallest storage that keeps more. Nothing is
-            written.
-        FileExistsError: output is, or lies in, a directory with an adapter or a run (a .gguf file may lie
-            there); or a file is there and `overwrite` is not set.
+        FormatError: as in `nplora.adapters`; or nplora cannot decode the type of a weight; or a weight to be
+            merged holds NaN or an infinity. UnsupportedError: a weight is in bitsandbytes' NF4.
+        UnsafeError: a file beside the base's weights is a link that leads out of the model.
+        CorruptError: another program wrote to the base during the merge.
+        ValueError: `output` or `dtype` does not fit the kind of the base; `output` is the base or the
+            adapter, or holds an index of other weights; a sum is too large for the storage type; or the
+            storage type would keep less than 90 % of ΔW and `lossy` is not set. The message then names the
+            smallest type that keeps more. Nothing is written.
+        FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
+            training run (a .gguf file may be written there).
     """
     files.require_named("merge", base=base, output=output)
     model = model_files.open(base)
@@ -98,7 +99,7 @@ def merge_adapter(
         for file in new:
             files.require_new(file.path, overwrite)
         files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
-        # When the last byte is made, every merge is done and no file is in place yet.
+        # The check runs after the last byte is computed and before any file appears under its name.
         checked = _checked(new[-1].chunks, model, merges, lossy)
         new[-1] = dataclasses.replace(new[-1], chunks=checked)
         files.replace(new)
@@ -115,7 +116,7 @@ def merge_adapter(
 def _checked(
     chunks: Iterable[Chunk], model: ModelFiles, merges: Mapping[str, Merge], lossy: bool
 ) -> Iterator[Chunk]:
-    """The chunks, and then a check that the base stayed as it was and that enough of ΔW is kept."""
+    """Yield the chunks, then check that the base did not change and that enough of ΔW is kept."""
     yield from chunks
     for stamp in model.mapped:
         stamp.require_unchanged()
@@ -124,23 +125,21 @@ def _checked(
 
 
 def _require_kept(model: ModelFiles, merges: Mapping[str, Merge]) -> None:
-    """Raise ValueError if too little of ΔW is kept; it names the smallest storage that keeps enough."""
+    """Raise ValueError if too little of ΔW is kept. The message names the smallest type that keeps enough."""
     kept = least_kept(merge.report for merge in merges.values())
     if kept >= _ENOUGH:
         return
     kinds = ", ".join(dict.fromkeys(merge.storage for merge in merges.values()))
     enough = _smallest_that_keeps(model, merges)
-    remedy = (
-        f"--dtype {enough[0]} keeps about {enough[1]:.0%}" if enough else "no other storage type keeps that"
-    )
+    remedy = f"--dtype {enough[0]} keeps about {enough[1]:.0%}" if enough else "no other type keeps more"
     raise ValueError(
-        f"merge: {kinds} would keep {kept:.1%} of the adapter's change (ΔW), expected at least "
-        f"{_ENOUGH:.0%}; {remedy}; --lossy (lossy=True) merges nevertheless"
+        f"merge: rounding to {kinds} would keep {kept:.1%} of the adapter's change (ΔW), "
+        f"expected at least {_ENOUGH:.0%}; {remedy}; --lossy (lossy=True) merges anyway"
     )
 
 
 def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tuple[str, float] | None:
-    """The smallest storage above the present one that keeps enough of ΔW, and about how much it keeps."""
+    """The smallest larger storage type that keeps enough of ΔW, and about how much it keeps."""
     shapes = [merge.shape for merge in merges.values()]
 
     def size(storage: str) -> int:
@@ -157,7 +156,7 @@ def _smallest_that_keeps(model: ModelFiles, merges: Mapping[str, Merge]) -> tupl
 
 
 def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage: str) -> float:
-    """`least_kept` as evenly spaced rows of each tensor show it; 0 if a sum is too large for the storage."""
+    """Estimate `least_kept` from evenly spaced rows of each tensor. 0 if a sum is too large for the type."""
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // len(updates))
     reports = []
     for name, update in updates.items():
@@ -173,30 +172,30 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta], storage
     return least_kept(reports)
 
 
-# ---- where it goes ----
+# ---- the output ----
 
 
 def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: StrPath) -> None:
     if Path(base).is_dir() and is_directory(output):
         files.require_directory(output)
     elif files.suffix(output) != model.suffix:
-        hint = "" if model.suffix == ".gguf" else "; nplora convert makes GGUF of safetensors"
+        hint = "" if model.suffix == ".gguf" else "; nplora convert turns safetensors into GGUF"
         raise ValueError(
-            f"merge: {model.source} becomes a {model.suffix} file, got {files.name(output)!r}{hint}"
+            f"merge: {model.source} can only become a {model.suffix} file, got {files.name(output)!r}{hint}"
         )
     weights = weights_path(output)
     files.require_not_read("merge", [output, weights], _inputs(model, base, adapter))
     found = trained(weights.parent)
-    if found is not None and model.suffix != ".gguf":  # a file of whatever name would be taken for theirs
-        reason = f"the directory holds {found}; name another one"
+    if found is not None and model.suffix != ".gguf":  # any file of weights would be taken for theirs
+        reason = f"the directory holds {found}; choose another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))
     index = weights.with_name(model_directory.INDEX)
     if weights.name == model_directory.WEIGHTS and index.exists():
-        raise ValueError(f"merge: {index} lists other weights than those to be written beside it")
+        raise ValueError(f"merge: {index} already lists other weights; choose another directory")
 
 
 def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
-    """The files that are read, and the directories that they are in."""
+    """The files that the merge reads, and their directories."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
@@ -204,7 +203,7 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[None]:
-    """A directory that is gone again, if it is new, where the body fails."""
+    """Make the directory. If the body fails and the directory is new, remove it again."""
     is_new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
@@ -216,14 +215,14 @@ def _new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-# ---- what goes where ----
+# ---- which tensor each layer belongs to ----
 
 
 def _placed(model: ModelFiles, adapter: AdapterContent, dtype: str, any_base: bool) -> dict[str, LoraDelta]:
-    """The updates by the names of the model's tensors, with their rows in the order of the file."""
+    """The updates, keyed by the names of the model's tensors, with rows in the order of the file."""
     if dtype not in (possible := ("same", *_storages(model))):
         words = ", ".join(map(repr, possible))
-        raise ValueError(f"merge: dtype={dtype!r} is not available in {model.suffix}; possible: {words}")
+        raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
     places = {layer: model.place(layer, delta.shape[0]) for layer, delta in adapter.items()}
     for name, _ in places.values():
         if name is not None:
@@ -240,33 +239,33 @@ def _target(model: ModelFiles) -> Target:
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         name, _ = model.place(layer, shape[0])
         if model.tied and layer.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            return "the model's output shares the weight of its embedding, which would change both"
+            return "the model's embedding and its output share one weight, so a merge would change both"
         if name is None:
-            return "no tensor of this layer"
+            return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
-            return f"{name} is the tensor of {brief(other)} too"
+            return f"its tensor {name} also belongs to {brief(other)}"
         tensor = model.tensors[name]
         if tensor.shape == shape and _kind(tensor) not in _STORAGES:
-            return f"{name} is {_kind(tensor)}, which is not decoded here"
+            return f"{name} has type {_kind(tensor)}, which nplora cannot decode"
         return Place(name, tensor.shape)
 
     return Target(model.source, place, model_digest.of_tensors(model.tensors, model.family))
 
 
 def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:
-    """Refuse a dtype whose blocks do not fill the rows, and name those that do."""
+    """Raise ValueError if the rows are not whole blocks of the dtype. The message names those that fit."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:
         fitting = [name for name in _storages(model) if all(storages.fits(name, d_in) for d_in in rows)]
         raise ValueError(
-            f"merge: dtype {dtype} needs rows of whole blocks of {storages.block_elements(dtype)}, "
-            f"and {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"
+            f"merge: dtype {dtype} needs rows of a multiple of {storages.block_elements(dtype)} elements, "
+            f"but {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"
         )
 
 
 def _storages(model: ModelFiles) -> tuple[str, ...]:
-    """The storages that the model's kind of file has."""
+    """The storage types that the model's kind of file can hold."""
     return tuple(storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS)
 
 

@@ -1,6 +1,6 @@
-"""Adapters as PEFT keeps them: a directory of adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format: a directory with adapter_config.json and adapter_model.safetensors.
 
-A layer that is trained whole (`trainable=True`) goes into PEFT's `modules_to_save`, all its arrays with it.
+A fully trained layer (`trainable=True`) is stored under PEFT's `modules_to_save`, with all its arrays.
 """
 
 import re
@@ -31,12 +31,12 @@ T = TypeVar("T", bound=Hashable)
 def read(
     directory: StrPath, target: Target = ANYTHING, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """The adapter of a directory, for a target; no tensor is read before its shape fits.
+    """Read an adapter directory for a target. The shape of a tensor is checked before its values are read.
 
     Raises:
-        FormatError: a file breaks its format, or the adapter does not fit, all that does not fit is listed;
-            or it is of another model.
-        CorruptError: the directory's adapter_config.json was edited. OSError: a file cannot be read.
+        FormatError: a file breaks its format, or the adapter belongs to another model or does not fit; the
+            message lists everything that does not fit.
+        CorruptError: adapter_config.json was edited. OSError: a file cannot be read.
     """
     with peft_adapter.reading(directory) as opened:
         return _read(opened, target, edited_config, any_base)
@@ -82,15 +82,15 @@ def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Targ
     config, entries = opened.config, opened.tensors.entries
     opened.require_rank(name, halves)
     embedding = halves[0].endswith(EMBEDDING[0])
-    if embedding and config.use_dora:  # PEFT rescales the columns of a table, not its rows
-        raise UnsupportedError(f"{brief(name)}: DoRA on an embedding is not read")
+    if embedding and config.use_dora:  # PEFT rescales columns here, not rows
+        raise UnsupportedError(f"{brief(name)}: DoRA on an embedding is not supported")
     shape_a, shape_b = (entries[half].shape for half in halves)
     shape = letters.weight_shape(shape_a, shape_b, embedding)
     dtype = target.place_of(name, shape, embedding, config.use_dora).dtype
     m, magnitude = None, PREFIX + name + MAGNITUDE
     if config.use_dora:
         if magnitude not in entries:
-            raise FormatError(f"tensor {brief(magnitude, 200)} is missing, which DoRA needs")
+            raise FormatError(f"DoRA needs the tensor {brief(magnitude, 200)}, which is missing")
         if entries[magnitude].shape != shape[:1]:
             found = entries[magnitude].shape
             raise FormatError(f"{brief(name)}: magnitudes of shape {found}, expected {shape[:1]}")
@@ -101,12 +101,12 @@ def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Targ
 
 
 def _whole(opened: PeftAdapter, layer: str, parameter: str, tensor: str, target: Target) -> Array:
-    """An array of a layer that is trained whole."""
+    """Read an array of a fully trained layer."""
     if target.whole is None:
         return opened.array(tensor)
     live, shape = target.whole.get(layer, {}).get(parameter), opened.tensors.entries[tensor].shape
     if live is None:
-        raise FormatError(f"{brief(layer)}: {target.title} has no {parameter!r} there that is trained whole")
+        raise FormatError(f"{brief(layer)}: {target.title} has no fully trained {parameter!r} in this layer")
     if live.shape != shape:
         raise FormatError(f"tensor {brief(tensor, 200)} has shape {shape}, expected {live.shape}")
     return opened.array(tensor, live.dtype)
@@ -116,7 +116,7 @@ def _whole(opened: PeftAdapter, layer: str, parameter: str, tensor: str, target:
 
 
 def save(adapter: AdapterContent, directory: StrPath | files.Directory) -> None:
-    """Write an adapter. Raises as `save_adapter`."""
+    """Write an adapter directory. Raises the errors of `save_adapter`."""
     if not adapter:
         raise ValueError(f"save_adapter: {adapter.source} has no layers")
     tensors = dict[str, Array]()
@@ -140,10 +140,10 @@ def _require_finite(layer: str, arrays: Mapping[str, Array]) -> None:
 
 
 def config_of(adapter: AdapterContent) -> PeftConfig:
-    """PEFT's configuration of an adapter.
+    """Build PEFT's configuration of an adapter.
 
     Raises:
-        ValueError: PEFT's format cannot say it.
+        ValueError: PEFT's format cannot express the adapter.
     """
     for name in adapter.modules_to_save:
         _require_unmistakable(name, [*adapter, *(other for other in adapter.neighbours if other != name)])
@@ -166,7 +166,10 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 
 
 def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
-    """The names as a list, or as one expression where the list would hit others (PEFT finds "0" in "1.0")."""
+    """The layer names as a list, or as one regular expression if the list would match other layers too.
+
+    PEFT matches by the end of the name: "0" matches "1.0".
+    """
     if adapter.uses_expression or any(
         other.endswith(f".{name}") for name in adapter for other in adapter.neighbours
     ):
@@ -175,22 +178,25 @@ def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
 
 
 def _require_unmistakable(name: str, others: Iterable[str]) -> None:
-    """PEFT saves each module whose name ends in this one, or that is inside a module of this name."""
+    """Raise ValueError if PEFT would save another module under this name too.
+
+    PEFT saves every module whose name ends in `name`, and everything inside a module of that name.
+    """
     for other in others:
         if other.endswith(name) or f".{name}." in f".{other}.":
             raise ValueError(
-                f"save_adapter: PEFT's modules_to_save would take {other!r} for the trained layer {name!r}; "
-                "rename one of them"
+                f"save_adapter: in PEFT's modules_to_save, the trained layer {name!r} would match {other!r} "
+                "too; rename one of them"
             )
 
 
 def _common(setting: str, adapter: AdapterContent) -> bool:
-    """A setting that PEFT has once for the whole adapter."""
+    """A setting that PEFT's format has once for all layers."""
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
         found = ", ".join(f"{name} {value}" for name, value in values.items())
         raise ValueError(
-            f"save_adapter: PEFT's format has one {setting} for all layers, {adapter.source} has {found}"
+            f"save_adapter: PEFT's format has one {setting} for all layers, but {adapter.source} has {found}"
         )
     return next(iter(values.values()))
 

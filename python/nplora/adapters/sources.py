@@ -1,4 +1,4 @@
-"""Adapters as callers give them: a directory, a file, a model with LoRA layers, or one in memory."""
+"""Adapters as callers give them: a directory, a file, a model with LoRA layers, or an `Adapter`."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def read(
     any_base: bool = False,
     target: Target = ANYTHING,
 ) -> AdapterContent:
-    """The adapter in a PEFT directory, or in llama.cpp's file."""
+    """Read a PEFT directory or a llama.cpp file."""
     files.require_named("read_adapter", source=path)
     if Path(path).exists() and not Path(path).is_dir():
         return gguf_files.read(path, base, any_base)[0]
@@ -31,14 +31,14 @@ def read(
 def low_rank(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """The adapter of any source. Raises as `read_adapter`."""
+    """Read an adapter from any source. Raises the errors of `read_adapter`."""
     if isinstance(source, Module):
         source = layers.from_model(source, "read_adapter")
     elif isinstance(source, str | os.PathLike):
         source = read(source, base, edited_config, any_base)
     elif not isinstance(source, AdapterContent):
         raise TypeError(
-            f"read_adapter: got {source!r}, expected a PEFT directory, llama.cpp's file, a model, an Adapter"
+            f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model, an Adapter"
         )
     source.require_low_rank()
     return source

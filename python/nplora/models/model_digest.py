@@ -19,7 +19,7 @@ from nplora.models.families import Family
 
 _FLOATS = ("F64", "F32", "F16", "float64", "float32", "float16", "BF16", "bfloat16")
 _SHOWN = 12  # hexadecimal digits
-TAKEN = "--any-base (any_base=True in Python) accepts it anyway"
+TAKEN = "use --any-base (any_base=True) to accept it anyway"
 
 
 def is_norm(name: str) -> bool:

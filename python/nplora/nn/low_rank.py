@@ -379,7 +379,7 @@ class LoRALayer(Prepared, AdapterLayer):
         parts.append(f"dtype={self.weight.dtype!r}")
         if self.weight.rounds:
             parts.append(f"compute={self.weight.compute!r}")
-        if self.init != "zero":
+        if self._taken is not None:  # the weight is not the whole one
             parts.append(f"init={self.init!r}")
         if self.dropout:
             parts.append(f"dropout={self.dropout:g}")

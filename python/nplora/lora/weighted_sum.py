@@ -1,0 +1,55 @@
+"""The weighted sum of several updates of one weight, in the space of the factors.
+
+With the scales s and the weights w of the updates,
+
+    Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
+
+This is exact. Adding up the factors themselves, as is often done, adds cross terms AᵢBⱼ. With A = Qₐ Rₐ and
+Bᵀ = Q_b R_b, the singular values of A·B are those of Rₐ R_bᵀ (R, R). They give the smallest rank that holds
+the sum, and the best approximation of any lower rank (Eckart and Young 1936), without a (d_out, d_in) matrix.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nplora.lora.delta import LoraDelta
+
+
+def weighted_sum(
+    name: str, terms: Sequence[tuple[LoraDelta, float]], limit: int | None
+) -> tuple[LoraDelta, float, float]:
+    """Add up weight · ΔW of several updates, and cut the sum to rank `limit`.
+
+    Args:
+        name: the layer's name, for messages.
+        terms: pairs of an update and its weight. All updates are for the same weight, and none has DoRA.
+        limit: the largest rank of the sum, or None for the smallest rank that holds it exactly.
+    Returns:
+        the sum, with scale 1 and factors in float32;
+        ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm, by truncation alone; and ‖exact sum‖.
+    Raises:
+        ValueError: a factor holds NaN or an infinity, or the sum is beyond float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        a = np.concatenate([update.A for update, _ in terms], axis=1, dtype=np.float64)
+        b = np.concatenate([weight * update.scale * update.B.astype(np.float64) for update, weight in terms])
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"combine: a factor of {name} holds NaN or an infinity")
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(b.T)
+    u, s, vt = np.linalg.svd(r_a @ r_b.T)
+    # Rounding moves singular values by this much. Smaller ones are 0 in the exact sum.
+    noise = np.linalg.norm(r_a) * np.linalg.norm(r_b) * max(a.shape + b.shape) * np.finfo(np.float64).eps
+    s = np.where(s > noise, s, 0)
+    exact = max(1, np.count_nonzero(s))
+    kept = exact if limit is None else min(exact, limit)
+    root = np.sqrt(s[:kept])
+    total = float(np.linalg.norm(s[:exact]))
+    error = float(np.linalg.norm(s[kept:exact])) / total if total else 0.0
+    with np.errstate(over="ignore"):
+        left = (q_a @ (u[:, :kept] * root)).astype(np.float32)
+        right = ((root[:, None] * vt[:kept]) @ q_b.T).astype(np.float32)
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        raise ValueError(f"combine: the sum of {name} is beyond float32")
+    return LoraDelta(left, right, 1.0, None, terms[0][0].embedding), error, total

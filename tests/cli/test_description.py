@@ -1,4 +1,4 @@
-"""What `nplora info FILE` prints."""
+"""The text that `nplora info FILE` prints."""
 
 import json
 from pathlib import Path

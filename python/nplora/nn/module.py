@@ -216,7 +216,23 @@ class Module:
     # ---- what this module holds itself, apart from its children ----
 
     def local_parameters(self) -> list[Parameter]:
-        """The trainable arrays of this module alone, without its children."""
+        """The trainable arrays of this module alone, without its children. A layer of your own overrides it.
+
+        >>> import nplora, numpy as np
+        >>> class Scale(nplora.Module):
+        ...     def __init__(self, d):
+        ...         self.w, self.dw = np.ones(d, np.float32), np.zeros(d, np.float32)
+        ...     def local_parameters(self):
+        ...         return [nplora.Parameter("w", self.w, self.dw)]
+        ...     def forward(self, x):
+        ...         return x * self.w, x
+        ...     def backward(self, dy, x, need_dx=True):
+        ...         self.dw += (dy * x).sum(axis=0)
+        ...         return dy * self.w if need_dx else None
+        >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), Scale(4))
+        >>> [parameter.name for parameter in net.parameters()]
+        ['0.A', '0.B', '1.w']
+        """
         return []
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
@@ -286,7 +302,13 @@ class Module:
 
     @property
     def num_trainable(self) -> int:
-        """The number of trainable elements."""
+        """The number of trainable elements.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(64), rank=2)
+        >>> layer.num_trainable, layer.num_parameters
+        (256, 4352)
+        """
         return sum(p.value.size for p in self.parameters())
 
     @property

@@ -1,4 +1,4 @@
-"""`python -m bench`: every benchmark, each contestant checked before it is timed."""
+"""`python -m bench`: runs every benchmark. The result of each contestant is checked before it is timed."""
 
 import argparse
 import json
@@ -105,17 +105,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="few rounds, on the most threads alone: shows that all runs, not to be quoted",
+        help="few rounds, only with the most threads: shows that everything runs; do not quote the figures",
     )
-    parser.add_argument("--only", choices=NAMES, nargs="+", help="these benchmarks alone")
-    parser.add_argument("--wheel", type=Path, help="print the size of this wheel too")
+    parser.add_argument("--only", choices=NAMES, nargs="+", help="run only these benchmarks")
+    parser.add_argument("--wheel", type=Path, help="also print the size of this wheel")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--plot", type=Path, help="draw the products to this file (.png, .svg, ...)")
+    parser.add_argument("--plot", type=Path, help="plot the products to this file (.png, .svg, ...)")
     return parser.parse_args()
 
 
 def machine() -> dict[str, Any]:
-    """Print and return what the figures depend on. nplora is asked here, where nothing is timed."""
+    """Print and return the facts that the figures depend on. nplora is asked in this untimed process."""
     import nplora
 
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -141,10 +141,10 @@ def numpy_blas() -> str:
 
 
 def ceilings_of(threads: int) -> dict[str, Any]:
-    """Print what the machine can do at most, as it is now."""
+    """Print the most that the machine can do at present."""
     path = ceilings.library()
     if path is None:
-        print("no C++ compiler: ceilings are not measured")
+        print("there is no C++ compiler, so ceilings are not measured")
         return {"threads": threads}
     bf16 = ceilings.bf16_dots(path, threads)
     rates = {
@@ -155,8 +155,8 @@ def ceilings_of(threads: int) -> dict[str, Any]:
     }
     dots = f", {rates['bf16'] / 1e9:.0f} by bfloat16 dot products" if rates["bf16"] else ""
     print(
-        f"{on_threads(threads)}: {rates['FMA'] / 1e9:.0f} GFLOP/s by FMA{dots}; memory is read at "
-        f"{rates['read'] / 1e9:.1f} GB/s, read and written in place at {rates['rewrite'] / 1e9:.1f} GB/s"
+        f"{on_threads(threads)}: {rates['FMA'] / 1e9:.0f} GFLOP/s with FMA{dots}; memory is read at "
+        f"{rates['read'] / 1e9:.1f} GB/s, and read and written in place at {rates['rewrite'] / 1e9:.1f} GB/s"
     )
     return {"threads": threads, **rates}
 

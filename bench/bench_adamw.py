@@ -1,4 +1,4 @@
-"""An AdamW step over the factors of a language model, against torch's fused one and an expert's NumPy."""
+"""An AdamW step over the factors of a language model, against torch's fused step and expert NumPy code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def check(step: Callable[[], object], values: list[np.ndarray], grads: list[np.n
     ]
     step()
     for value, want in zip(values, exact, strict=True):
-        # a handful of roundings of the value, and the moments' own, relative to a move of lr
+        # a few roundings of the value and of the moments, relative to a move of lr
         if np.max(np.abs(value - want) - 2.0**-22 * np.abs(want)) > LR * 2.0**-12:
             raise AssertionError("AdamW: a contestant's first step is wrong")
 
@@ -103,7 +103,7 @@ def numpy_adamw() -> Calls:
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
-    """Print the race on `threads` threads; return its figures."""
+    """Print the race on `threads` threads, and return its figures."""
     path = ceilings.library()
     contestants = [
         Contestant("nplora.AdamW", nplora_adamw, (threads, path), ceilings=("bound",)),
@@ -117,7 +117,7 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
     print(f"\nAdamW, {count / 1e6:.2f} million values in {len(SHAPES)} tensors, {on_threads(threads)}")
     mine, bound = ("nplora.AdamW", "step"), ("nplora.AdamW", "bound")
     seconds = result.median(*mine)
-    moved = 28 * count  # bytes: value, gradient and two moments read, all but the gradient written
+    moved = 28 * count  # bytes: value, gradient and two moments are read, all but the gradient written
     share = result.share(moved, mine, bound) if bound in result else None
     of_bound = f", {share:.1%} of a stream in place" if share is not None else ""
     print(

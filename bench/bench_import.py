@@ -1,4 +1,4 @@
-"""What `import nplora` costs over `import numpy`, and what a wheel weighs."""
+"""The time of `import nplora` compared with `import numpy`, and the size of a wheel."""
 
 import subprocess
 import sys
@@ -12,14 +12,14 @@ STATEMENTS = {"numpy": "import numpy", "nplora": "import numpy, nplora"}
 
 
 def interpreter_seconds(statement: str) -> float:
-    """Wall time of a fresh interpreter that runs `statement`."""
+    """The wall time of a new interpreter that runs `statement`."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - start
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Print the medians of interleaved fresh interpreters; return the figures."""
+    """Print the medians of interleaved new interpreters, and return the figures."""
     turns: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for turn in range(6 if quick else 21):
         for name, statement in STATEMENTS.items():
@@ -29,16 +29,16 @@ def run(quick: bool) -> dict[str, Any]:
     medians = {name: median(seconds) for name, seconds in turns.items()}
     over = medians["nplora"] - medians["numpy"]
     verdict = f"wanted at most {WANTED_SECONDS * 1e3:.0f}: {'met' if over <= WANTED_SECONDS else 'MISSED'}"
-    print(f"\nimport, fresh interpreters, median of {len(turns['numpy'])}")
+    print(f"\nimport in new interpreters, median of {len(turns['numpy'])}")
     for name, seconds in medians.items():
         print(f"  import {name:15}{seconds * 1e3:9.1f} ms")
-    print(f"  nplora over numpy     {over * 1e3:9.1f} ms ({verdict})")
+    print(f"  nplora above numpy    {over * 1e3:9.1f} ms ({verdict})")
     print(f"  ratio: {medians['nplora'] / medians['numpy']:.2f} times import numpy")
     return {"seconds": medians, "over": over}
 
 
 def run_wheel(wheel: Path) -> dict[str, Any]:
-    """Print the wheel's size against the limit; return the bytes."""
+    """Print the wheel's size and its limit, and return the bytes."""
     size = wheel.stat().st_size
     verdict = f"wanted at most {WANTED_BYTES / 1e6:.0f}: {'met' if size <= WANTED_BYTES else 'MISSED'}"
     print(f"\nwheel {wheel.name}")

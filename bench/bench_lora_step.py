@@ -1,4 +1,4 @@
-"""A step of LoRALinear, forward and backward, against its two bare products, an expert's NumPy and PEFT."""
+"""A LoRALinear step, forward and backward, against its two plain products, expert NumPy code and PEFT."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Runtimes, assert_within_r
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 BATCHES, RANKS, SCALE = (512, 2048), (8, 16, 64), 2.0
-NUMPY_RANK = 8  # NumPy takes part at this rank
+NUMPY_RANK = 8  # NumPy is timed only at this rank
 
 Results = tuple[Any, ...]  # y, dx, dA, dB
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """The operations of a step over those of its two products with W."""
+        """The operations of a step, divided by those of its two products with W."""
         return 1 + 6 * self.rank * (self.d_in + self.d_out) / (4 * self.d_in * self.d_out)
 
     def arrays(self) -> list[np.ndarray]:
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def check(case: Case, results: Results) -> None:
-    """y, dx, dA and dB of one step; some rows of the first two."""
+    """Check y, dx, dA and dB of one step; only some rows of the first two."""
     n, d_out, d_in, _, dtype = case
     x, dy, W, A, B = (value.astype(np.float64) for value in case.arrays())
     rows = np.linspace(0, n - 1, 4).astype(int)
@@ -80,7 +80,7 @@ def nplora_step(case: Case, threads: int) -> Calls:
 
 
 def numpy_terms(case: Case) -> Calls:
-    """Contract through the rank, keep every buffer, scale the small side."""
+    """Multiply through the rank, keep every buffer, and scale the smaller factor."""
     x, dy, W, A, B = case.arrays()
     y, t = np.empty((2, *dy.shape), np.float32)
     dx, u = np.empty((2, *x.shape), np.float32)
@@ -106,8 +106,8 @@ def numpy_terms(case: Case) -> Calls:
 
 
 def numpy_stacked(case: Case) -> Calls:
-    """One buffer [W A; B 0] holds all weights: y = [x z] [W A]ᵀ and dx = [dy dz] [W; B] are one product each,
-    without a temporary or an addition; x and dy are copied into their wide buffers."""
+    """One buffer [W A; B 0] holds all weights. y = [x z] [W A]ᵀ and dx = [dy dz] [W; B] are then one product
+    each, without a temporary or an addition. x and dy are copied into wide buffers."""
     x0, dy0, W, A0, B0 = case.arrays()
     n, d_out, d_in, rank, _ = case
     block = np.zeros((d_out + rank, d_in + rank), np.float32)
@@ -137,7 +137,7 @@ def numpy_stacked(case: Case) -> Calls:
 
 
 def peft_step(case: Case, threads: int) -> Calls:
-    """PEFT's own Linear, base and factors in the case's dtype, gradients kept between the steps."""
+    """PEFT's own Linear, with base and factors in the case's dtype. Gradients are kept between steps."""
     import torch
 
     torch.set_num_threads(threads)
@@ -194,8 +194,8 @@ def cases(quick: bool) -> list[Case]:
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the races on `threads` threads; return their figures."""
-    print(f"\nLoRALinear forward + backward, {on_threads(threads)}: its time over that of W alone")
+    """Print the races on `threads` threads, and return their figures."""
+    print(f"\nLoRALinear forward + backward, {on_threads(threads)}: its time divided by that of W alone")
     print(f"  {'rows':>5} {'W':>10} {'r':>3} {'dtype':9}{'ms':>8} {'over W':>7} {'floor':>6}  × as fast as")
     rows = []
     runtimes = Runtimes(threads)

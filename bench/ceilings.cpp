@@ -1,5 +1,6 @@
-// Loops with a known count of operations or bytes: the most that this machine can do. bench/ceilings.py compiles and calls them.
-// Each runs on threads of its own, one to a processor, that start together; what it returns is operations or bytes a second.
+// Loops with a known number of operations or bytes. They measure the most that this machine can do.
+// bench/ceilings.py compiles and calls them. Each loop runs on its own threads, one per processor.
+// The threads start together. The result is operations or bytes per second.
 #include <pthread.h>
 #include <sched.h>
 
@@ -28,9 +29,10 @@ constexpr int kBytes = 16;
 #endif
 typedef float Lanes __attribute__((vector_size(kBytes), aligned(4), may_alias));
 constexpr long kLanes = kBytes / 4;
-constexpr int kAccumulators = 12;  // covers latency 4 x 2 a cycle (8), and leaves registers free of AVX2's 16
+constexpr int kAccumulators =
+    12;  // hides latency: 4 cycles x 2 per cycle = 8; leaves some of AVX2's 16 registers free
 
-volatile float sink;  // keeps the sums
+volatile float sink;  // keeps the compiler from removing the sums
 
 void pin(long thread) {
   cpu_set_t allowed, one;
@@ -41,7 +43,7 @@ void pin(long thread) {
   pthread_setaffinity_np(pthread_self(), sizeof one, &one);
 }
 
-// Runs body(i) on each thread; returns `amount` over the seconds from the common start to the last end.
+// Runs body(i) on each thread. Returns `amount` divided by the seconds from the common start to the last end.
 template <class Body>
 double rate(long threads, double amount, const Body& body) {
   using Clock = std::chrono::steady_clock;
@@ -66,7 +68,7 @@ double rate(long threads, double amount, const Body& body) {
   return amount / std::chrono::duration<double>(end - start).count();
 }
 
-// 2 * kAccumulators * kLanes floating-point operations an iteration, nothing in memory.
+// 2 * kAccumulators * kLanes floating-point operations per iteration, without memory access.
 void fma_loop(long iterations) {
   volatile float factor_source = 0.999f, term_source = 0.001f;
   const Lanes factor = Lanes{} + factor_source, term = Lanes{} + term_source;
@@ -85,7 +87,7 @@ void fma_loop(long iterations) {
 
 #if defined(__AMX_BF16__)
 
-constexpr long kBf16Operations = 2 * 16 * 16 * 32 / 2;  // of an instruction; half of kAccumulators are there
+constexpr long kBf16Operations = 2 * 16 * 16 * 32 / 2;  // per instruction, with half of kAccumulators
 
 void bf16_loop(long iterations) {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -124,7 +126,7 @@ void bf16_loop(long iterations) {
 #elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 
 #if defined(__AVX512BF16__)
-constexpr long kBf16Operations = 4 * 16;  // of one instruction
+constexpr long kBf16Operations = 4 * 16;  // per instruction
 typedef __m512 Bf16Sum;
 Bf16Sum bf16_dot(Bf16Sum sum, __m512i x) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(x));
@@ -148,7 +150,7 @@ bfloat16x8_t bf16_ones() {
 void bf16_loop(long iterations) {
   const auto ones = bf16_ones();
   Bf16Sum sums[kAccumulators];
-  // Equal ones would be merged into one.
+  // The compiler would merge equal ones into one.
 #pragma GCC unroll 16
   for (int i = 0; i < kAccumulators; ++i) sums[i] = Bf16Sum{} + static_cast<float>(i + 1);
   for (long k = 0; k < iterations; ++k) {
@@ -189,19 +191,19 @@ extern "C" double multiply_add(long threads, long iterations) {
               [&](long) { fma_loop(iterations); });
 }
 
-// 0 where there is no such instruction.
+// 0 if there is no such instruction.
 extern "C" double bf16_dots(long threads, long iterations) {
   return rate(threads, 1.0 * kAccumulators * kBf16Operations * iterations * threads,
               [&](long) { bf16_loop(iterations); });
 }
 
-// Reads `count` floats once, a share of them (a multiple of 8 * 16) on each thread.
+// Reads `count` floats once. Each thread reads a share of them (a multiple of 8 * 16).
 extern "C" double read_once(long threads, const float* values, long count) {
   const long share = count / threads;
   return rate(threads, 4.0 * share * threads, [&](long i) { read_loop(values + i * share, share); });
 }
 
-// Reads and writes them in place: every byte counts twice.
+// Reads and writes `count` floats in place. Every byte counts twice.
 extern "C" double rewrite(long threads, float* values, long count) {
   const long share = count / threads;
   return rate(threads, 8.0 * share * threads, [&](long i) { rewrite_loop(values + i * share, share); });

@@ -1,4 +1,4 @@
-"""What the machine can do at most: compiled loops, run in the process that is measured against them."""
+"""The most that the machine can do: compiled loops, run in the process that is compared with them."""
 
 import atexit
 import ctypes
@@ -15,7 +15,7 @@ import numpy as np
 FMA_ITERATIONS = 300_000  # a few milliseconds
 STREAMED = 64 * 2**20  # float32 values: 256 MiB, beyond every cache
 
-# Where NPLORA_ISA asks for less than the machine has, so do the ceilings.
+# If NPLORA_ISA asks for less than the machine has, the ceilings use less too.
 MARCH = {
     "generic": "x86-64",
     "avx2": "x86-64-v3",
@@ -24,12 +24,12 @@ MARCH = {
 }
 
 Ceiling = Callable[[], float]
-"""Measures now; returns floating-point operations or bytes a second."""
+"""Measures when called. Returns floating-point operations, or bytes, per second."""
 
 
 @cache
 def library() -> str | None:
-    """Path of the compiled loops, or None where there is no C++ compiler (then no ceiling is printed)."""
+    """The path of the compiled loops, or None without a C++ compiler (then no ceiling is printed)."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
@@ -50,7 +50,7 @@ def multiply_add(path: str, threads: int) -> Ceiling:
 
 
 def bf16_dots(path: str, threads: int) -> Ceiling | None:
-    """Dot products of bfloat16 pairs in registers, or None where the machine has no such instruction."""
+    """Dot products of bfloat16 pairs in registers; None if the machine has no such instruction."""
     loop = _loop(path, "bf16_dots", ctypes.c_long, ctypes.c_long)
     return (lambda: loop(threads, FMA_ITERATIONS)) if loop(1, 1) > 0 else None
 

@@ -13,7 +13,7 @@ def has_peft() -> bool:
 
 
 def peft_linear(W: Any, A: Any, B: Any, alpha: int) -> Any:
-    """PEFT's LoRA on a torch Linear, of W, A and B (torch tensors of one dtype, letters as in nplora)."""
+    """PEFT's LoRA on a torch Linear, from W, A and B (torch tensors of one dtype; letters as in nplora)."""
     import torch
     from peft import LoraConfig
     from peft.tuners.lora import Linear

@@ -1,4 +1,4 @@
-"""The picture of a run's products: the share of the machine's peak over the batch, nplora and its peers."""
+"""The plot of a run's products: the share of the machine's peak by batch size, for nplora and its peers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ SHAPE = (1536, 576)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the products on the fewest threads with W of SHAPE (or the smallest shape there is) to `path`."""
+    """Plot the products with the fewest threads, with W of SHAPE (or the smallest shape), to `path`."""
     from matplotlib.figure import Figure
 
     threads = min(row["threads"] for row in results["product"])
     rows = [row for row in results["product"] if row["threads"] == threads and row["of_bound"] is not None]
     if not rows:
-        print(f"{path} is not drawn: without ceilings there is no share of them")
+        print(f"{path} is not written: it would show shares of ceilings, and none were measured")
         return
     shapes = {(row["d_out"], row["d_in"]) for row in rows}
     shape = SHAPE if SHAPE in shapes else min(shapes)
@@ -24,7 +24,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for line, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         for ax, direction in zip(line, ("forward", "backward"), strict=True):
             seen = {
-                row["batch"]: row  # cold before warm: where both were timed, the cold one is drawn
+                row["batch"]: row  # cold rows replace warm ones, so the cold one is drawn if both were timed
                 for row in reversed(rows)
                 if (row["dtype"], row["direction"], row["d_out"], row["d_in"]) == (dtype, direction, *shape)
             }

@@ -1,8 +1,9 @@
-"""Races: contestants turn by turn, each runtime in a process of its own, medians over the turns.
+"""Races: contestants take turns, each runtime in its own process. Results are medians over the turns.
 
-Processes, because OpenBLAS's workers spin for about 100 ms after a product and would disturb whoever runs
-next in the same process. Turn by turn, because a shared machine drifts and the drift should hit all alike. A
-pause before each turn on several threads, so that the spinning of the contestant before has ended.
+Each runtime has its own process because OpenBLAS's workers spin for about 100 ms after a product, which would
+disturb the next call in that process. Contestants take turns because a shared machine's speed drifts, and the
+drift should affect all alike. Before each turn with several threads there is a pause, so that the earlier
+contestant's workers have stopped spinning.
 """
 
 import atexit
@@ -20,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-PAUSE = 0.2  # seconds before each turn on several threads: longer than OpenBLAS's workers spin
-END = 2.0  # seconds that a process has to leave by itself
-BUSY = 0.05  # share of the CPUs taken by other programs above which the figures are not to be quoted
+PAUSE = 0.2  # seconds before each turn with several threads: longer than OpenBLAS's workers spin
+END = 2.0  # seconds that a process gets to end by itself
+BUSY = 0.05  # figures are not to be quoted if other programs take more than this share of the CPUs
 BF16_UNIT = 2.0**-8  # the unit roundoff of bfloat16
-LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold the peer below what it can do
+LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # variables that could slow down the peer
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -32,9 +33,9 @@ Calls = dict[str, Call]
 
 @dataclass(frozen=True)
 class Contestant:
-    """An entry of a race. `prepare(*arguments)` builds data, checks results, returns the calls by cell.
+    """An entry of a race. `prepare(*arguments)` builds data, checks results, and returns the calls by cell.
 
-    A cell whose name is in `ceilings` is not timed: it measures, and returns operations or bytes a second.
+    A cell that is named in `ceilings` is not timed. It measures and returns operations or bytes per second.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Result:
-    """What was seen: a value a turn, by contestant and cell; seconds, or for ceilings a rate."""
+    """One value per turn, by contestant and cell: seconds, or a rate for ceilings."""
 
     turns: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
@@ -59,24 +60,24 @@ class Result:
         return median(self.turns[name, cell])
 
     def ratio(self, numerator: tuple[str, str], denominator: tuple[str, str]) -> float:
-        """The median of the ratios in each turn."""
+        """The median over the turns of the ratio in each turn."""
         pairs = zip(self.turns[numerator], self.turns[denominator], strict=True)
         return median(a / b for a, b in pairs)
 
     def share(self, operations: float, timed: tuple[str, str], ceiling: tuple[str, str]) -> float:
-        """Operations (or bytes) a second over the ceiling's, the median of the turns."""
+        """Operations (or bytes) per second divided by the ceiling's, as the median over the turns."""
         pairs = zip(self.turns[timed], self.turns[ceiling], strict=True)
         return median(operations / seconds / rate for seconds, rate in pairs)
 
 
 _lanes: dict[
     tuple[str, int], tuple[Any, Connection]
-] = {}  # the processes, by runtime and threads of its BLAS
+] = {}  # the processes, by runtime and the number of BLAS threads
 
 
 @atexit.register
 def _end_lanes() -> None:
-    """End each process by the end of its pipe, or by force where Ctrl-C left it in a long call."""
+    """End each process by closing its pipe, or by force if Ctrl-C left it in a long call."""
     for process, connection in _lanes.values():
         connection.close()
         process.join(timeout=END)
@@ -84,15 +85,15 @@ def _end_lanes() -> None:
 
 
 class Runtimes:
-    """The processes that contestants run in: started when asked for, they serve every race."""
+    """The processes of the contestants. They are started on first use and serve every race."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
     def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
-        """`rounds` turns each, in which every call is timed for about so many seconds, three times at least.
+        """Run `rounds` turns. In each, every call is timed for about `seconds`, and at least three times.
 
-        Says so where other programs kept the machine busy.
+        Prints a warning if other programs kept the machine busy.
         """
         for contestant in contestants:
             self._ask(contestant.runtime, ("prepare", contestant))
@@ -108,7 +109,7 @@ class Runtimes:
             self._ask(contestant.runtime, ("drop", contestant.name))
         busy, total = (now - then for now, then in zip(_ticks_of_others(), before, strict=True))
         if busy > BUSY * total:
-            print(f"\nother programs took {busy / total:.0%} of the CPUs meanwhile: not to be quoted", end="")
+            print(f"\nother programs took {busy / total:.0%} of the CPUs: do not quote these figures", end="")
         return result
 
     def _ask(self, runtime: str, question: tuple[Any, ...]) -> Any:
@@ -167,7 +168,7 @@ def _serve(connection: Connection) -> None:
                     )
                 case ("drop", name):
                     del entries[name]
-                    calls = {}  # or the last contestant's data would stay
+                    calls = {}  # frees the last contestant's data
                     connection.send(None)
         except EOFError:
             return
@@ -176,7 +177,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _time(call: Call, budget: float) -> float:
-    """Median seconds of a call, after one that wakes the threads and warms the caches."""
+    """Median seconds of a call, after one call that wakes the threads and warms the caches."""
     start = time.perf_counter()
     call()
     once = time.perf_counter() - start
@@ -193,7 +194,7 @@ def _rate(ceiling: Callable[[], Any]) -> float:
 
 
 def _ticks_of_others() -> tuple[int, int]:
-    """Ticks that the CPUs spent on other processes than a race's, and all ticks, since the start (Linux)."""
+    """CPU ticks spent on processes other than a race's, and all ticks, since the start (Linux)."""
     user, nice, system, idle, iowait, *rest = map(
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     )
@@ -203,7 +204,7 @@ def _ticks_of_others() -> tuple[int, int]:
 
 
 def _ticks_of(pid: int) -> int:
-    """Ticks that a process has run, in user mode and in the kernel."""
+    """CPU ticks of a process, in user mode and in the kernel."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(after_name[11]) + int(after_name[12])
 

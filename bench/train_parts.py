@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: the core's functions, timed one by one in a fresh process."""
+"""The time of each part of a training step. The core's functions are timed one by one in a new process."""
 
 import time
 from collections import defaultdict
@@ -16,13 +16,13 @@ PARTS = {
     "cross_entropy": "loss",
     "adamw_step": "optimiser",
 }
-NEAR = "norms, rotation, SwiGLU, conversion"  # whatever else the core does
+NEAR = "norms, rotation, SwiGLU, conversion"  # all other functions of the core
 PYTHON = "Python and NumPy"
 HEAD_ROWS = 10_000  # a weight with more outputs is the head's
 
 
 def measure(make_step: Callable[..., Callable[[], float]], setting: Any, threads: int) -> dict[str, float]:
-    """Print and return each part's share of a step of `make_step(setting, threads)`, the median of some."""
+    """Print and return each part's share of a step of `make_step(setting, threads)`, as a median."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_report, args=(there, make_step, setting, threads))
@@ -30,8 +30,8 @@ def measure(make_step: Callable[..., Callable[[], float]], setting: Any, threads
     there.close()
     shares: dict[str, float] = here.recv()
     process.join()
-    told = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda s: -s[1]))
-    print(f"  {setting.name:>10} {setting.dtype:9} {told}")
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda s: -s[1]))
+    print(f"  {setting.name:>10} {setting.dtype:9} {parts}")
     return shares
 
 

@@ -1,4 +1,4 @@
-"""Commands, run as a user runs them."""
+"""Runs commands as a user does."""
 
 import subprocess
 import sys
@@ -6,6 +6,6 @@ from typing import Any
 
 
 def command(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """`nplora` with these arguments in a process of its own."""
+    """Run `nplora` with these arguments in its own process."""
     line = [sys.executable, "-m", "nplora", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, **more)

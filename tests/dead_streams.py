@@ -1,4 +1,4 @@
-"""Streams that cannot be written: their reader is gone, their disk is full, they are closed."""
+"""Streams that cannot be written: the reader is gone, the disk is full, or they are closed."""
 
 import errno
 import io

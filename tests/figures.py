@@ -2,4 +2,4 @@
 
 from collections.abc import Callable
 
-Figure = Callable[[str, float], None]  # what is measured, and its value
+Figure = Callable[[str, float], None]  # the name of the figure, and its value

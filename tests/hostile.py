@@ -1,4 +1,4 @@
-"""How readers are held against files that nobody vouches for: exact errors, little time, little memory."""
+"""Checks of readers on untrusted files: exact errors, little time, little memory."""
 
 import itertools
 import time
@@ -13,13 +13,13 @@ from nplora.formats.errors import FormatError
 
 T = TypeVar("T")
 
-MOST_SECONDS = 1.0  # of CPU time: other programs may keep this one waiting
+MOST_SECONDS = 1.0  # of CPU time, because other programs may delay this one
 MOST_BYTES = 64 << 20
 
 
 @contextmanager
 def refused(error: type[Exception], words: str, source: object = "") -> Iterator[None]:
-    """The body must raise exactly this error, whose text holds `words` and begins with `source`, at once."""
+    """The body must quickly raise exactly this error. Its text contains `words` and begins with `source`."""
     tracemalloc.start()
     try:
         begin = time.process_time()
@@ -37,7 +37,7 @@ def refused(error: type[Exception], words: str, source: object = "") -> Iterator
 
 
 def damaged(data: bytes) -> Iterator[bytes]:
-    """Every truncation, and every byte set to 00, 7F, 80 and FF."""
+    """Every truncation, and every byte replaced by 00, 7F, 80 and FF."""
     for length in range(len(data)):
         yield data[:length]
     for place, value in itertools.product(range(len(data)), (0x00, 0x7F, 0x80, 0xFF)):
@@ -46,7 +46,7 @@ def damaged(data: bytes) -> Iterator[bytes]:
 
 
 def accepted(data: bytes, read: Callable[[bytes], T]) -> Iterator[tuple[bytes, T]]:
-    """The damaged versions that are read, and what they give. Others are refused, and all at once."""
+    """The damaged versions that are accepted, with the results. The others must be refused quickly."""
     refusals = 0
     for version in damaged(data):
         begin = time.process_time()

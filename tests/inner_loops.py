@@ -1,8 +1,8 @@
-"""Reads the machine code of the hot loops: nothing is spilled, and little stands beside the multiply-adds.
+"""Checks the machine code of the hot loops: no spills, and few instructions besides the multiply-adds.
 
     python tests/inner_loops.py [--prefix aarch64-linux-gnu-] BINARY
 
-BINARY holds kernel units and was built with -g1: the names of inlined functions tell whose loop it is.
+BINARY holds kernel units and was built with -g1, so that the names of inlined functions identify each loop.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-# Instructions as GNU objdump prints them for aarch64 and, in AT&T's order, for x86-64.
+# Instructions as GNU objdump prints them for aarch64 and (in AT&T syntax) for x86-64.
 MULTIPLY_ADD = re.compile(r"(fmla|bfdot)\s+v|vfmadd\d+p[sd]|vdpbf16ps")
 VECTOR = re.compile(r"[\s{][qdsv]\d|%[xyz]mm\d")
 VECTOR_STORE = re.compile(r"st\w+\s+\{?[qdsv]\d|v\w+\s+%[xyz]mm\d+,[^,]*\(")
@@ -22,7 +22,7 @@ MOVED = re.compile(r"(vmov[qd]\s+%xmm|kmov[qd]\s+%k)\d+,%[re]\w+$|fmov\s+[xw]\d+
 STACK = re.compile(r"\[sp\b|\(%rsp\b|-0x[0-9a-f]+\(%rbp\)")
 BRANCH = re.compile(r"(?:b\.\w+|b|cbn?z|tbn?z|j\w+)\s+(?:.*,\s*)?([0-9a-f]+) <")
 
-# The kernels, and the elements that each is built for: of w, or of a and w.
+# The kernels, and the element types that each is built for: of w, or of a and w.
 KERNELS: dict[str, list[tuple[str, ...]]] = {
     "gemm_tokens_in_lanes_fixed": [("float",), ("double",), ("Bf16Pair",)],
     "gemm_outputs_in_lanes_fixed": [
@@ -42,9 +42,9 @@ INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\("
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop that multiplies, in one instance of a kernel.
+    """An innermost loop with multiplications, in one instance of a kernel.
 
-    The arguments of its template: gemm_tokens_in_lanes_fixed<float, vectors, rows, stride>,
+    The template arguments are: gemm_tokens_in_lanes_fixed<float, vectors, rows, stride>,
     gemm_outputs_in_lanes_fixed<float, float, rows, vectors, partial>, merge_tiles<float, rows, vectors>,
     dots_rows<float, interleave, rows> and dots_row_major.
     """
@@ -65,7 +65,7 @@ class Loop:
 
     @property
     def is_regular(self) -> bool:
-        """Whether w lies in full panels and full vectors."""
+        """Whether w consists of full panels and full vectors."""
         return self.arguments[-1] not in {"0", "true"}
 
     @property
@@ -74,12 +74,12 @@ class Loop:
 
     @property
     def on_stack(self) -> list[str]:
-        """What reads or writes vectors there."""
+        """Instructions that read or write vectors on the stack."""
         return [line for line in self.instructions if VECTOR.search(line) and STACK.search(line)]
 
     @property
     def moved(self) -> list[str]:
-        """What brings back numbers that vector or mask registers keep: it takes a multiply-add's place."""
+        """Instructions that move values out of vector or mask registers. They take a multiply-add's place."""
         return [line for line in self.instructions if MOVED.match(line)]
 
     @property
@@ -87,17 +87,17 @@ class Loop:
         return any(VECTOR_STORE.match(line) and not STACK.search(line) for line in self.instructions)
 
 
-# ---- how many instructions a loop needs ----
+# ---- the number of instructions that a loop needs ----
 
 
 @dataclass(frozen=True)
 class Need:
-    """The multiply-adds in one turn of a loop, and what it can't do without beside them.
+    """The multiply-adds in one iteration of a loop, and the other instructions that it cannot avoid.
 
-    Multiply-adds set the pace of a loop that holds no more than one other instruction for each: cores start
-    at least twice as many instructions as multiply-adds in a cycle (Cortex-A76 and Neoverse N1: 4 and 2;
-    Neoverse V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 keep that pace: gemm_tokens_in_lanes has 20 others,
-    gemm_outputs_in_lanes 22, merge_tiles 24 (with longer vectors than NEON's up to two more, that fetch).
+    Multiply-adds determine the speed of a loop with at most one other instruction for each: cores start at
+    least twice as many instructions as multiply-adds per cycle (Cortex-A76 and Neoverse N1: 4 and 2; Neoverse
+    V1: 8 and 4; Zen 4: 6 and 2). Tiles of 24 achieve that: gemm_tokens_in_lanes has 20 others,
+    gemm_outputs_in_lanes 22, merge_tiles 24 (vectors longer than NEON's need up to two more for prefetching).
     AVX2's tiles of 12 need up to 18 and 22 of the 24 that Zen starts meanwhile; 23 if they widen bfloat16.
     """
 
@@ -106,7 +106,7 @@ class Need:
 
 
 def is_split(isa: str, element: str) -> bool:
-    """Whether pairs are multiplied as floats: in two multiply-adds, each pair being split before."""
+    """Whether pairs are multiplied as floats: split first, then two multiply-adds."""
     return element == "Bf16Pair" and not isa.endswith("bf16")
 
 
@@ -115,45 +115,45 @@ def register_bytes(isa: str) -> int:
 
 
 def gemm_tokens_in_lanes_step(loop: Loop) -> Need:
-    """Rows of w times vectors of x. NEON splits a single pair by a shift, a vector by a shift and a mask."""
+    """Rows of w times vectors of x. NEON splits one pair with a shift, a vector with a shift and a mask."""
     vectors, rows = loop.sizes
     split = is_split(loop.isa, loop.elements[0])
     loads, splits, fetches = rows + vectors, split * (rows + 2 * vectors), 1
-    control = 5  # three pointers go on (w, x, the fetches), one is compared, a branch
+    control = 5  # three pointers advance (w, x, prefetches), one comparison, a branch
     return Need(rows * vectors * (1 + split), loads + splits + fetches + control)
 
 
 def gemm_outputs_in_lanes_step(loop: Loop) -> Need:
-    """Rows of a times vectors of w, whose bfloat16 is widened, or read from two rows and paired."""
+    """Rows of a times vectors of w. bfloat16 in w is widened, or read from two rows and paired."""
     rows, vectors = loop.sizes
     element, stored = loop.elements
     split = is_split(loop.isa, element)
     paired = (element, stored) == ("Bf16Pair", "Bf16")
     loads, splits = rows + vectors * (1 + paired), split * (rows + 2 * vectors)
     row = vectors * register_bytes(loop.isa) // (2 if stored == "Bf16" else 1)  # bytes of w
-    if loop.isa == "avx2":  # the rows of a wide tile span several lines, of which it fetches one
+    if loop.isa == "avx2":  # the rows of a wide tile span several cache lines, of which it prefetches one
         row = min(row, 64)
     fetches = -(-(1 + paired) * row // 64) if row > 64 else 1 + paired
-    # AVX-512 pairs by a permutation that overwrites the register with its order, which is copied before.
+    # AVX-512 pairs with a permutation that overwrites the register of indices, which must be copied before.
     widened = vectors * (2 if paired and loop.isa == "avx512bf16" else 1) if stored == "Bf16" else 0
-    # Three pointers go on (a, w, the fetches), the depth is counted, a branch. The rows of a lie at multiples
-    # of a stride that only the caller knows: of all these numbers up to three are added up in each step, or
-    # read from the stack. AVX2's machines have half as many registers for them.
+    # Three pointers advance (a, w, prefetches), the depth is counted, a branch. Only the caller knows the
+    # stride of a's rows. So up to three of these offsets are added in each step, or read from the stack: AVX2
+    # has half as many registers for them.
     control = 9 if loop.isa == "avx2" and rows > 3 else 8
     return Need(rows * vectors * (1 + split), loads + splits + widened + fetches + control)
 
 
 def merge_tiles_step(loop: Loop) -> Need:
-    """Rows of a times vectors of w, and a row of the tile that comes later, as long as there is one."""
+    """Rows of a times vectors of w, and one row of a later tile, as long as there is one."""
     rows, vectors = loop.sizes
     loads, fetches = rows + vectors, -(-vectors * register_bytes(loop.isa) // 64)
-    fetching = 4  # compared, a branch, counted, a pointer goes on
+    fetching = 4  # a comparison, a branch, a count, a pointer advances
     control = 9 if loop.isa == "avx2" else 8  # as in gemm_outputs_in_lanes_step
     return Need(rows * vectors, loads + fetches + fetching + control)
 
 
 def dots_rows_turn(loop: Loop) -> Need:
-    """Rows of w, a panel wide, in groups of the interleave factor's length, each with a vector of x."""
+    """Rows of w, one panel wide, in groups as long as the interleave factor, each with a vector of x."""
     interleave, rows = loop.sizes
     element = loop.elements[0]
     split = is_split(loop.isa, element)
@@ -162,13 +162,13 @@ def dots_rows_turn(loop: Loop) -> Need:
     groups = rows * width // interleave
     loads = groups + width // interleave * (
         1 + split
-    )  # x is read once for all rows, if at all; split already
-    copied = groups if 1 < interleave < lanes else 0  # into all lanes
+    )  # x is read once for all rows, if at all; it is already split
+    copied = groups if 1 < interleave < lanes else 0  # to all lanes
     widened = groups * ((element == "Bf16") + 2 * split)
     fetches = rows * -(-width * size // 64)
-    sums = rows * 8  # four each: one is loaded and stored, three are set to zero and added up
-    # Row-major, sums are loaded and stored outside the loop: their room is that of a pointer to each row.
-    control = 6  # four pointers go on (w, the rows ahead, the fetches, the sums), a count, a branch
+    sums = rows * 8  # four for each row: one is loaded and stored, three are set to zero and added
+    # In row-major layout, sums are loaded and stored outside the loop. Row pointers take their registers.
+    control = 6  # four pointers advance (w, the next rows, prefetches, sums), a count, a branch
     return Need(groups * (1 + split), loads + copied + widened + fetches + sums + control)
 
 
@@ -203,7 +203,7 @@ def functions(binary: str, prefix: str) -> Iterator[list[tuple[int, str]]]:
 
 
 def innermost_loops(body: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """The pieces between a branch and its target before it that hold no other such piece."""
+    """The code between a branch and its earlier target that contains no other such code."""
     index = {address: i for i, (address, _) in enumerate(body)}
     pieces = set()
     for last, (_, line) in enumerate(body):
@@ -216,7 +216,7 @@ def innermost_loops(body: list[tuple[int, str]]) -> Iterator[list[tuple[int, str
 
 
 def frames(binary: str, prefix: str, addresses: list[int]) -> dict[int, list[str]]:
-    """The function at each address, and those that it is inlined into, innermost first."""
+    """The function at each address, and the functions that it is inlined into, innermost first."""
     found: dict[int, list[str]] = defaultdict(list)
     address = 0
     for line in run(f"{prefix}addr2line", "-aifC", "-e", binary, text="\n".join(map(hex, addresses))):
@@ -245,15 +245,15 @@ def multiplying_loops(binary: str, prefix: str) -> Iterator[Loop]:
 
 
 def checked_elements(isa: str, kernel: str) -> list[tuple[str, ...]]:
-    """All on NEON. On x86 the operands of dots may lie in memory, which leaves little to count, and pairs
-    that are split are spilled: tiles small enough for all the halves are hardly faster."""
+    """All elements on NEON. On x86, operands of dots can be in memory, so there is little to count, and split
+    pairs are spilled: tiles small enough to hold all halves would hardly be faster."""
     if isa.startswith("neon"):
         return KERNELS[kernel]
     return [e for e in KERNELS[kernel] if kernel not in DOTS and not is_split(isa, e[0])]
 
 
 def full_tiles(loops: list[Loop]) -> list[Loop]:
-    """Of the loops of a kernel those over the steps of its largest tiles; all of dots."""
+    """The loops over the steps of a kernel's largest tiles; all loops for dots."""
     if loops and loops[0].kernel in DOTS:
         return loops
     tiles = [loop for loop in loops if loop.is_regular and not loop.stores_results]
@@ -262,7 +262,7 @@ def full_tiles(loops: list[Loop]) -> list[Loop]:
 
 
 def complaint(loop: Loop) -> str | None:
-    # GCC splits the x of dots before the loop and keeps the halves where it finds place: those it only reads.
+    # GCC splits the x of dots before the loop, keeps the halves wherever it finds room, and only reads them.
     spills = [line for line in loop.on_stack if loop.kernel not in DOTS or VECTOR_STORE.match(line)]
     if spills:
         return f"{len(spills)} spilled vectors, such as {spills[0]}"
@@ -279,7 +279,7 @@ def complaint(loop: Loop) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("binary")
-    parser.add_argument("--prefix", default="", help="of objdump and addr2line")
+    parser.add_argument("--prefix", default="", help="prefix of objdump and addr2line")
     options = parser.parse_args()
     found: dict[tuple[str, str, tuple[str, ...]], list[Loop]] = defaultdict(list)
     for loop in multiplying_loops(options.binary, options.prefix):
@@ -297,7 +297,7 @@ def main() -> int:
                 for text in complaints:
                     print(f"FAILED {name} {text}")
                 most = max((len(loop.instructions) / loop.multiply_adds for loop in loops), default=0)
-                print(f"{name}: at most {most:.2f} instructions for a multiply-add")
+                print(f"{name}: at most {most:.2f} instructions for each multiply-add")
                 passed += max(0, len(loops) - len(complaints))
                 failed += len(complaints)
     print(f"{passed} passed, {failed} failed")

@@ -23,7 +23,7 @@ def as_bytes(state: object) -> Array:
 
 
 def stored(shape: tuple[int, int], nested: bool, seed: int = 0) -> tuple[dict[str, Array], Array]:
-    """The tensors of a random matrix as bitsandbytes names them, and what they stand for."""
+    """The tensors of a random matrix, named as in bitsandbytes, and the values that they represent."""
     rng = np.random.default_rng(seed)
     size = shape[0] * shape[1]
     blocks = -(-size // 64)

@@ -1,4 +1,4 @@
-"""The oracle: every operation of nplora in plain float64 NumPy, and the bounds that float32 is held to.
+"""The oracle: every operation of nplora in plain float64 NumPy, and the error bounds for float32.
 
 Names and shapes are the project's: W (d_out, d_in), A (d_out, r), B (r, d_in), x (n, d_in).
 """
@@ -55,7 +55,7 @@ def merge(W: Array, A: Array, B: Array, scale: float) -> Array:
 
 
 def row_norms(W: Array) -> Array:
-    """‖W_o‖ of each row."""
+    """‖W_o‖ for each row."""
     return np.asarray(np.sqrt(np.square(np.asarray(W, np.float64)).sum(axis=1)))
 
 
@@ -70,7 +70,7 @@ def dora_forward(
     bias: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
-    """y = (m / norm) ∘ u [+ bias] with u of `lora_forward`; the norm is given, as backward holds it fixed."""
+    """y = (m / norm) ∘ u [+ bias] with u of `lora_forward`. The caller gives the norm."""
     u, _ = lora_forward(x, W, A, B, scale, None, mask)
     y = u * (np.asarray(m, np.float64) / norm)
     return y if bias is None else y + bias
@@ -97,7 +97,7 @@ def philox4x32(counter: Array, key: int) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], probability: float, key: int) -> Array:
-    """What each element is multiplied by: 0 where its word of Philox is too small, else 1 / (1 - p)."""
+    """The factor of each element: 0 if its word of Philox is too small, else 1 / (1 - p)."""
     n = math.prod(shape)
     words = philox4x32(np.arange((n + 3) // 4, dtype=np.uint64), key).reshape(-1)[:n]
     dropped = words < math.floor(probability * 2**32)
@@ -130,7 +130,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return np.asarray(weight * x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps))
 
 
-# ---- the pieces of a transformer ----
+# ---- the operations of a transformer ----
 
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> Array:
@@ -154,7 +154,7 @@ def rope(x: Array, angles: Array, interleaved: bool) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    """x (1 + tanh u) / 2 (Hendrycks and Gimpel 2016), as x / (1 + exp(-2 u)), where nothing cancels."""
+    """x (1 + tanh u) / 2 (Hendrycks and Gimpel 2016), as x / (1 + exp(-2 u)), which avoids cancellation."""
     with np.errstate(over="ignore"):
         return np.asarray(x / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
@@ -165,7 +165,7 @@ def gated(act: str, gate: Array, up: Array) -> Array:
 
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    """dgate and dup, by σ' = σ (1 - σ) p' for act(g) = g σ(p)."""
+    """dgate and dup, using σ' = σ (1 - σ) p' for act(g) = g σ(p)."""
     root = 2 * np.sqrt(2 / np.pi)
     inner, its_slope = root * (gate + 0.044715 * gate**3), root * (1 + 3 * 0.044715 * gate**2)
     if act == "silu":
@@ -177,13 +177,13 @@ def gated_backward(act: str, dout: Array, gate: Array, up: Array) -> tuple[Array
 
 
 def sees(queries: int, keys: int, window: int) -> Array:
-    """Which key a query sees, (queries, keys): the last query is the last key; window 0: all before it."""
+    """Which key a query sees, (queries, keys). The last query is the last key. window 0: all earlier keys."""
     distance = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
     return np.asarray((distance >= 0) & ((distance < window) if window else True))
 
 
 def attention(q: Array, k: Array, v: Array, scale: float, window: int) -> tuple[Array, Array, Array]:
-    """out, lse and the weights p of one head of one sequence, by the whole matrix of scores."""
+    """out, lse and the weights p of one head of one sequence, using the full matrix of scores."""
     scores = np.where(sees(len(q), len(k), window), scale * q @ k.T, -np.inf)
     lse = np.logaddexp.reduce(scores, axis=1)
     p = np.exp(scores - lse[:, None])
@@ -193,7 +193,7 @@ def attention(q: Array, k: Array, v: Array, scale: float, window: int) -> tuple[
 def attention_backward(
     dout: Array, q: Array, k: Array, v: Array, scale: float, window: int
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv of `attention`, by the Jacobian of softmax: ds = p ∘ (dp - Σ p dp)."""
+    """dq, dk and dv of `attention`, using the Jacobian of softmax: ds = p ∘ (dp - Σ p dp)."""
     _, _, p = attention(q, k, v, scale, window)
     dp = dout @ v.T
     ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
@@ -201,7 +201,7 @@ def attention_backward(
 
 
 def grouped_heads(x: Array, heads: int, starts: Array) -> list[list[Array]]:
-    """x (n, heads · d) by sequence and head: views of (tokens, d) float64."""
+    """x (n, heads · d) by sequence and head: float64 views of (tokens, d)."""
     by_head = np.asarray(x, np.float64).reshape(len(x), heads, x.shape[1] // heads)
     return [[by_head[first:end, head] for head in range(heads)] for first, end in pairwise(starts)]
 
@@ -277,11 +277,11 @@ def gradient_error(
     directions: int = 100,
     step: float = 1e-5,
 ) -> float:
-    """The largest relative error of a gradient against central differences, over random directions.
+    """The largest relative error of a gradient against central differences, in random directions.
 
     Args:
-        loss: evaluated at the present content of the arrays.
-        pairs: (array, its gradient), float64; the arrays are moved and put back.
+        loss: evaluated with the current content of the arrays.
+        pairs: (array, its gradient), float64. The arrays are changed and restored.
     """
     before = [value.copy() for value, _ in pairs]
 

@@ -1,4 +1,4 @@
-"""A Llama of random numbers with a byte-level tokenizer, as a GGUF file."""
+"""A Llama with random weights and a byte-level tokenizer, as a GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ def save_small_llama(
     changes: dict[str, Any] | None = None,
     vocab: int | None = None,
 ) -> Path:
-    """Write the model; it answers at random, and learns fast.
+    """Write the model. Its output is random, and it learns fast.
 
     Args:
-        storage: of its matrices.
-        without: a tensor that is left out.
-        changes: metadata that stand in the place of its own.
-        vocab: its rows, where they are not the tokenizer's.
+        storage: the storage of its matrices.
+        without: a tensor to leave out.
+        changes: metadata that replace its own.
+        vocab: the number of rows of its embedding, if it differs from the tokenizer's.
     """
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {

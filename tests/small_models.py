@@ -1,4 +1,4 @@
-"""Small random models as files, without torch: metadata and tensors to be changed before they are written."""
+"""Small random models as files, without torch. Tests can change metadata and tensors before writing them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ DIM = WIDTH // HEADS
 
 
 def tensors(seed: int = 0) -> dict[str, Array]:
-    """By GGUF's names, in the order of Hugging Face's rows: what is random needs no permutation."""
+    """Tensors by GGUF name, with rows in Hugging Face's order. Random rows need no permutation."""
     rng = np.random.default_rng(seed)
     shapes = {"token_embd.weight": (VOCAB, WIDTH), "output.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -36,7 +36,7 @@ def tensors(seed: int = 0) -> dict[str, Array]:
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
-    """Of architecture llama. A key of `changes` has __ for a dot; None takes an entry away."""
+    """The metadata of a Llama model. In `changes`, __ stands for a dot, and None removes an entry."""
     entries: dict[str, Any] = {
         "general.architecture": "llama",
         "llama.block_count": LAYERS,
@@ -67,7 +67,7 @@ def load(directory: Path, **options: Any) -> LanguageModel:
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """A config.json of the same sizes."""
+    """A config.json with the same sizes."""
     return {
         "model_type": "llama",
         "vocab_size": VOCAB,

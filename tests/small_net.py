@@ -1,4 +1,4 @@
-"""Small nets for tests of adapters."""
+"""Small networks for tests of adapters."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Net(nplora.Module):
-    """Embedding, two linear layers, a head: every kind of thing that an adapter file holds."""
+    """Embedding, two linear layers and a head: every kind of layer that an adapter file can contain."""
 
     def __init__(self, rank: int = 3, alpha: float = 6, embedding: bool = True, **options: Any) -> None:
         rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ IDS = np.arange(11)
 
 
 def state(model: nplora.Module) -> dict[str, bytes]:
-    """All that loading may change, to be compared bit by bit."""
+    """Everything that loading may change, for comparison bit by bit."""
     found = {p.name: p.value.tobytes() for p in model.parameters()}
     for name, layer in model.adapter_layers().items():
         assert isinstance(layer, nplora.LoRALayer)
@@ -74,7 +74,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 
 def adapted_net(**options: Any) -> nplora.Module:
-    """Two layers of different ranks, the second with rows in another order than in files."""
+    """Two layers of different ranks. The second has its rows in another order than in files."""
     rng = np.random.default_rng(0)
     first = nplora.LoRALinear(rng.normal(size=(6, 5)), 2, 0.1, init="gaussian", rng=1, **options)
     second = nplora.LoRALinear(rng.normal(size=(4, 6)), 3, 7, init="gaussian", rng=2, **options)

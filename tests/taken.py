@@ -1,4 +1,4 @@
-"""What every command that writes a file must do where something has the file's name already."""
+"""What each writing command must do if its output's name is already taken."""
 
 import os
 from collections.abc import Callable
@@ -10,12 +10,12 @@ FOREIGN = b"a file that nplora did not make"
 
 
 def assert_nothing_is_lost(target: Path, write: Callable[[bool], object], replaces: bool = True) -> None:
-    """Hold a writer of one file against a foreign file, links, a directory and a FIFO of that name.
+    """Test a writer of one file against an existing file, links, a directory and a FIFO of that name.
 
     Args:
-        target: the file, which is not there.
+        target: the file, which does not exist yet.
         write: writes it; its argument is `overwrite`.
-        replaces: whether it replaces a foreign file with `overwrite`.
+        replaces: whether it replaces an existing file with `overwrite`.
     """
     foreign = target.with_name("foreign")
     foreign.write_bytes(FOREIGN)

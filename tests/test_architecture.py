@@ -1,4 +1,4 @@
-"""The walls of the house: which room may know which, read off imports and #includes."""
+"""The walls of the house: which room may import which, read from imports and #includes."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "python" / "nplora"
 
-# A room imports only what stands before it here. A new module takes its place here too.
+# A room may import only rooms that come before it here. A new module needs a place here too.
 PYTHON_ROOMS = [
     "_core",
     "_check",
@@ -35,7 +35,7 @@ PYTHON_ROOMS = [
 ]
 STRANGERS = [("trainer", "models"), ("trainer", "lm"), ("formats", "_core")]  # neither imports the other
 
-# What a room may import beside the standard library and NumPy, and only inside a function: extras.
+# The packages that a room may import, only inside functions, besides the standard library and NumPy: extras.
 OPTIONAL_PACKAGES = {
     "runtime": {"threadpoolctl"},
     "tokenizer": {"jinja2", "tokenizers"},
@@ -43,7 +43,7 @@ OPTIONAL_PACKAGES = {
     "cli": {"sklearn"},
 }
 
-PROGRAM = "renderer.py"  # of a process that is started where the extra is used
+PROGRAM = "renderer.py"  # runs in a separate process, which needs the extra
 
 CSRC_ROOMS = ["base", "simd", "kernels", "ops", "bindings"]
 INTRINSICS = {"immintrin.h", "xmmintrin.h", "emmintrin.h", "x86intrin.h", "cpuid.h", "arm_neon.h"}
@@ -62,7 +62,7 @@ def room_of(file: Path) -> str:
 
 
 def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[str]:
-    """The absolute dotted names that an import statement names."""
+    """The absolute dotted names in an import statement."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
@@ -75,7 +75,7 @@ def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[st
 
 @functools.cache
 def imports(file: Path) -> list[tuple[str, bool]]:
-    """Every imported name, and whether the import runs with the module's own import."""
+    """Every imported name, and whether it is imported when the module is."""
     tree = ast.parse(file.read_text(), str(file))
     inner = {
         id(node)
@@ -92,7 +92,7 @@ def imports(file: Path) -> list[tuple[str, bool]]:
 
 
 def rooms_imported_by(file: Path) -> set[str]:
-    """The rooms of the package that a file imports; "__init__" stands for the package as a whole."""
+    """The rooms of the package that a file imports. "__init__" stands for the package itself."""
     rooms = set()
     for name, _ in imports(file):
         package, _, rest = name.partition(".")
@@ -107,9 +107,9 @@ def test_every_module_has_its_place_in_the_order_of_rooms() -> None:
 
 
 @pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_python_room_imports_only_what_stands_above_it(file: Path) -> None:
+def test_a_python_room_imports_only_rooms_above_it(file: Path) -> None:
     allowed = set(PYTHON_ROOMS[: PYTHON_ROOMS.index(room_of(file))])
-    assert rooms_imported_by(file) <= allowed, "imports a room that stands below it"
+    assert rooms_imported_by(file) <= allowed, "imports a room below its own"
 
 
 def test_there_are_few_rooms() -> None:
@@ -122,13 +122,13 @@ def module_of(file: Path) -> str:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports for types and imports inside functions count, too."""
+    """Imports for types and imports inside functions count too."""
     modules = {module_of(file): file for file in python_files()}
     graph = {}
     for module, file in modules.items():
         names = {name for name, _ in imports(file)} if module != "nplora" else set()
         graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} - {"nplora"}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which lists the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which lists the cycle
 
 
 @pytest.mark.parametrize("pair", STRANGERS, ids="-".join)
@@ -138,11 +138,11 @@ def test_these_rooms_do_not_know_each_other(pair: tuple[str, str]) -> None:
             assert not rooms_imported_by(file) & set(pair), file
 
 
-# What all families share.
+# The modules that all families share.
 FAMILY_BASES = {"__init__", "family", "config_fields", "gguf_fields"}
 
 
-def test_a_family_is_imported_by_the_registry_of_families_alone() -> None:
+def test_only_the_registry_imports_a_family() -> None:
     directory = PACKAGE / "models" / "families"
     families = {file.stem for file in directory.glob("*.py")} - FAMILY_BASES
     assert families >= {"llama", "mistral", "qwen2", "qwen3"}
@@ -152,7 +152,7 @@ def test_a_family_is_imported_by_the_registry_of_families_alone() -> None:
         assert not found & families, file
 
 
-def test_only_numpy_is_needed_and_extras_are_imported_where_they_are_used() -> None:
+def test_only_numpy_is_required_and_extras_are_imported_inside_functions() -> None:
     for file in python_files():
         for name, at_import in imports(file):
             package = name.partition(".")[0]
@@ -169,7 +169,7 @@ def test_no_room_reads_files_that_hold_code() -> None:
         )
 
 
-# What `nplora demo` runs, and what `nplora info` prints, with the norms of an adapter.
+# Imports for `nplora demo` and for `nplora info`, which prints the norms of an adapter.
 COMPUTES = {"demo/dictionary.py", "demo/digits.py", "description.py"}
 
 
@@ -194,12 +194,12 @@ def cpp_room(file: Path) -> str:
 
 
 def code_of(file: Path) -> str:
-    """The text without its comments."""
+    """The text without comments."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.DOTALL)
 
 
 def includes(file: Path) -> tuple[set[str], set[str]]:
-    """What a file includes: "ours" and <system>."""
+    """The includes of a file: "ours" and <system>."""
     found = re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', code_of(file), flags=re.MULTILINE)
     return {name for mark, name in found if mark == '"'}, {name for mark, name in found if mark == "<"}
 
@@ -210,7 +210,7 @@ def including(headers: set[str]) -> set[str]:
 
 
 def unit_sources(unit: Path) -> set[Path]:
-    """A kernel unit and every file of ours that it includes, directly or not."""
+    """A kernel unit and every file of ours that it includes, directly or indirectly."""
     seen: set[Path] = set()
     waiting = [unit]
     while waiting:
@@ -225,7 +225,7 @@ def kernel_units() -> list[Path]:
     return sorted(CSRC.glob("kernels/isa_*.cpp"))
 
 
-def test_every_cpp_file_lies_in_a_room() -> None:
+def test_every_cpp_file_is_in_a_room() -> None:
     assert cpp_files()
     assert {cpp_room(file) for file in cpp_files()} == set(CSRC_ROOMS)
 
@@ -235,10 +235,10 @@ def test_a_cpp_room_includes_only_rooms_of_a_lower_number(file: Path) -> None:
     number = CSRC_ROOMS.index(cpp_room(file))
     for name in includes(file)[0]:
         assert (CSRC / name).is_file(), f'"{name}" is not written as "room/file"'
-        assert CSRC_ROOMS.index(name.partition("/")[0]) <= number, f'"{name}" lies in a higher room'
+        assert CSRC_ROOMS.index(name.partition("/")[0]) <= number, f'"{name}" is in a higher room'
 
 
-def test_base_uses_the_standard_library_and_the_system_alone() -> None:
+def test_base_uses_only_the_standard_library_and_the_system() -> None:
     for file in cpp_files():
         if cpp_room(file) == "base":
             assert all(name.startswith("base/") for name in includes(file)[0]), file
@@ -264,11 +264,11 @@ def test_openmp_is_used_in_base_parallel_only() -> None:
             assert str(file.relative_to(CSRC)) == "base/parallel.cpp"
 
 
-def test_kernels_and_operations_start_no_threads_of_their_own() -> None:
+def test_kernels_and_operations_start_no_threads() -> None:
     assert {name.partition("/")[0] for name in including(THREADS)} <= {"base", "bindings"}
 
 
-def test_there_is_a_unit_for_each_instruction_set_in_a_namespace_of_its_own() -> None:
+def test_each_instruction_set_has_a_unit_with_its_own_namespace() -> None:
     names = {unit.stem for unit in kernel_units()}
     assert names >= {
         f"isa_{isa}" for isa in ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
@@ -280,7 +280,7 @@ def test_there_is_a_unit_for_each_instruction_set_in_a_namespace_of_its_own() ->
 
 @pytest.mark.parametrize("unit", kernel_units(), ids=lambda unit: unit.stem)
 def test_a_kernel_unit_shares_no_inline_code_with_another(unit: Path) -> None:
-    """The linker keeps one copy of a shared inline function: perhaps one that older machines can't run."""
+    """The linker keeps one copy of a shared inline function, which older machines may be unable to run."""
     for file in unit_sources(unit):
         ours, system = includes(file)
         assert all(
@@ -301,7 +301,7 @@ def test_the_build_never_trades_exactness_for_speed() -> None:
 
 
 def format_list() -> dict[str, str]:
-    """The formats of rows in the list of kernels/formats.h: their names, and those of their C++ types."""
+    """The formats in the list of kernels/formats.h: their names, and the names of their C++ types."""
     text = (CSRC / "kernels/formats.h").read_text()
     listed = text[text.index("#define NPLORA_ROW_FORMATS") : text.index("enum class BlockFormat")]
     return dict(re.findall(r"\bX\((\w+), (\w+)\)", listed))
@@ -316,7 +316,7 @@ def test_every_block_format_has_one_file_and_one_quantiser_and_is_in_the_list() 
     assert included == {"base/block.h", *(f"kernels/formats/{name}-inl.h" for name in names)}
 
 
-def test_block_formats_are_known_by_the_list_alone() -> None:
+def test_only_the_list_knows_the_block_formats() -> None:
     types = "|".join(format_list().values())
     for file in cpp_files():
         path = str(file.relative_to(CSRC))
@@ -331,7 +331,7 @@ def test_block_formats_are_known_by_the_list_alone() -> None:
             assert not named, path
 
 
-# What a file of GGUF may hold, decoded or not; and one format that a text or a rule recommends.
+# Types that GGUF files may contain, decoded or not; and one format that a text or a rule recommends.
 FORMAT_TABLES = {"formats/gguf/ggml_types.py", "formats/gguf/file_type.py"}
 RECOMMENDED = "q8_0"
 

@@ -1,12 +1,66 @@
-"""The checks of what users pass in that no other test reaches."""
+"""Checks of user input that no other test reaches."""
 
+import inspect
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
+import nplora
 from nplora import _check
+
+# ---- keywords ----
+
+NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nplora.LoRALinear(np.eye(2), r=1), "LoRALinear: unexpected keyword 'r'; did you mean rank?"),
+        (lambda: nplora.LoRAEmbedding(np.eye(2), lora_alpha=1), "'lora_alpha'; did you mean alpha?"),
+        (
+            lambda: nplora.AdamW(learning_rate=1),
+            "AdamW: unexpected keyword 'learning_rate'; did you",
+        ),
+        (lambda: nplora.SGD(learning_rate=1), "SGD: unexpected keyword 'learning_rate'; did you mean lr?"),
+        (lambda: nplora.Trainer(NET, lr_scheduler_type="cosine"), "did you mean schedule?"),
+        (lambda: nplora.Trainer(NET, gradient_accumulation_steps=2), "did you mean accumulate?"),
+        (lambda: nplora.Trainer(NET, warmup_ratio=0.1), "did you mean warmup_steps, a number of steps?"),
+        (lambda: nplora.Trainer(NET, max_grad_norm=1.0), "did you mean clip_norm?"),
+        (
+            lambda: nplora.Trainer(NET).fit(None, num_train_epochs=2),
+            "Trainer.fit: unexpected keyword 'num",
+        ),
+        (lambda: nplora.Trainer(NET).fit(None, per_device_train_batch_size=2), "did you mean batch_size?"),
+        (lambda: nplora.Trainer(NET).fit(None, output_dir="out"), "did you mean checkpoint_dir?"),
+        (lambda: nplora.LanguageModel.add_lora(None, target_modules="q_proj"), "did you mean targets?"),
+        (lambda: nplora.LanguageModel.generate(None, "x", max_tokens=3), "did you mean max_new_tokens?"),
+        (lambda: nplora.load_model("m", torch_dtype="bfloat16"), "did you mean compute?"),
+    ],
+)
+def test_a_keyword_of_another_library_is_refused_with_ours(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_the_keywords_of_a_checked_function_stay_visible() -> None:
+    @_check.keywords
+    def f(a: int, *, rank: int = 8) -> int:
+        """Add."""
+        return a + rank
+
+    assert f(1) + f(1, rank=2) + f(a=1) == 9 + 3 + 9
+    assert (str(inspect.signature(f)), f.__doc__) == ("(a: int, *, rank: int = 8) -> int", "Add.")
+    with pytest.raises(TypeError, match=r"f: unexpected keyword 'zzz'$"):
+        f(1, zzz=3)  # type: ignore[call-arg]
+    assert {"rank", "alpha"} <= inspect.signature(nplora.LoRALinear).parameters.keys()
+
+
+# ---- values ----
 
 
 @pytest.mark.parametrize("value", [1, 1.5, np.float32(2), np.int8(3), Fraction(1, 2)])
@@ -29,7 +83,7 @@ def test_a_number_is_finite(value: Any) -> None:
 @pytest.mark.parametrize(
     "value", [None, object(), [[1], [1, 2]], "text", [1 + 1j], np.array(["2020"], "M8[Y]")]
 )
-def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
+def test_arrays_without_real_numbers_are_refused(value: Any) -> None:
     with pytest.raises(
         (TypeError, ValueError),
         match=r"op: x (has dtype .*, expected real numbers|is None, expected an array|is inhomogeneous)",
@@ -38,7 +92,7 @@ def test_what_holds_no_real_numbers_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["text", b"text", None, {"text"}, ["text", 1], iter(["text"])])
-def test_texts_are_in_a_list(value: Any) -> None:
+def test_texts_must_be_in_a_list(value: Any) -> None:
     assert _check.texts("op", "t", ["a", "b"]) == ("a", "b")
     with pytest.raises(TypeError, match=r"^op: t is .*, expected a list of texts$"):
         _check.texts("op", "t", value)
@@ -58,11 +112,11 @@ def test_an_unaligned_array_is_copied_to_an_aligned_one() -> None:
     assert _check.floats("op", "x", x, np.float32).flags.aligned
 
 
-def test_overlap_is_exact_where_it_can_be_told_and_assumed_where_not() -> None:
+def test_overlap_is_exact_if_it_is_easy_to_find_and_assumed_otherwise() -> None:
     x = np.zeros((8, 8))
     assert not _check.overlap(x[:, :4], x[:, 4:])
     assert _check.overlap(x[:, :5], x[:, 4:])
-    # Two lattices in one buffer whose common points are hard to find.
+    # Two lattices in one buffer, whose common points are hard to find.
     flat = np.zeros(10**6, np.uint8)
     shape, strides = (30, 30, 30, 30), (12345, 2341, 271, 23)
     hard = np.lib.stride_tricks.as_strided(flat, shape, strides)
@@ -88,14 +142,14 @@ def test_ragged_lists_are_refused_by_the_name_of_the_argument() -> None:
             check([[1], [1, 2]])
 
 
-def test_unsigned_integers_beyond_int64_are_named_as_they_are() -> None:
+def test_unsigned_integers_beyond_int64_are_reported_unchanged() -> None:
     with pytest.raises(ValueError, match=r"op: n holds 18446744073709551615, expected at most 2\*\*63 - 1"):
         _check.integers("op", "n", np.array([3, 2**64 - 1], np.uint64))
     np.testing.assert_array_equal(_check.integers("op", "n", np.array([3], np.uint64)), [3])
 
 
 @pytest.mark.parametrize(("seed", "error"), [("a", TypeError), (-1, ValueError), (1.5, TypeError)])
-def test_a_generator_is_made_of_an_integer_of_at_least_zero(seed: Any, error: type[Exception]) -> None:
+def test_a_seed_is_an_integer_of_at_least_zero(seed: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"op: rng is .*, expected a numpy Generator, an integer of at least 0"):
         _check.generator("op", seed)
     given = np.random.default_rng(3)

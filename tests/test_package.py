@@ -1,4 +1,4 @@
-"""What a user installs: versions that agree, types, and an import that brings nothing along."""
+"""What a user installs: versions that agree, types, and an import that loads nothing else."""
 
 import importlib.metadata
 import re
@@ -42,7 +42,7 @@ def test_numpy_is_the_only_required_dependency() -> None:
     assert [re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["dependencies"]] == ["numpy"]
 
 
-def test_import_brings_only_numpy_along() -> None:
+def test_import_loads_only_numpy() -> None:
     code = (
         "import sys, numpy; before = set(sys.modules); import nplora; "
         "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
@@ -51,14 +51,14 @@ def test_import_brings_only_numpy_along() -> None:
     assert set(run.stdout.split()) <= {"nplora", "numpy"} | sys.stdlib_module_names
 
 
-def test_import_leaves_files_models_and_training_for_later() -> None:
+def test_import_does_not_load_files_models_and_training() -> None:
     code = "import sys, nplora; print(*(m for m in sys.modules if m.startswith('nplora.')))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     late = ("formats", "models", "tokenizer", "trainer", "adapters", "data", "cli")
     assert not [m for m in run.stdout.split() if m.split(".")[1] in late]
 
 
-def test_modules_that_import_leaves_for_later_are_there_when_asked_for() -> None:
+def test_modules_that_are_imported_lazily_are_available() -> None:
     late = {name: name for name in ("trainer", "finetuning", "formats", "adapters", "models", "tokenizer")}
     late |= {"data": "finetuning.data", "generate": "lm.generation", "plot": "trainer.plot"}
     code = (
@@ -71,8 +71,8 @@ def test_modules_that_import_leaves_for_later_are_there_when_asked_for() -> None
     assert run.stdout.splitlines() == ["[]", "[]", "<class 'nplora.trainer.callbacks.Callback'>"]
 
 
-def test_import_leaves_the_floating_point_mode_alone() -> None:
-    """A subnormal survives: no flush-to-zero, as -ffast-math would set at load."""
+def test_import_does_not_change_the_floating_point_mode() -> None:
+    """A subnormal survives. -ffast-math would set flush-to-zero when the library is loaded."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", "True"]
@@ -87,7 +87,7 @@ def test_the_command_is_installed_under_its_name() -> None:
     assert [(e.name, e.value) for e in installed.entry_points] == [("nplora", "nplora.cli:main")]
 
 
-def test_the_licences_of_what_a_wheel_contains_come_with_it() -> None:
+def test_a_wheel_contains_the_licences_of_its_parts() -> None:
     texts = {path.name: path.read_text() for name in PROJECT["license-files"] for path in ROOT.glob(name)}
     assert "Redistributions in binary form" in texts["LICENSE"]
     assert "Wenzel Jakob" in texts["pybind11.txt"]
@@ -100,7 +100,7 @@ def test_the_licences_of_what_a_wheel_contains_come_with_it() -> None:
     except importlib.metadata.PackageNotFoundError:  # run from the checkout
         return
     if Path(str(installed.locate_file("nplora/__init__.py"))).resolve() != Path(nplora.__file__).resolve():
-        return  # from a checkout beside what is installed
+        return  # a checkout is used instead of the installed package
     shipped = {f.name: f.read_text() for f in installed.files or [] if "licenses" in f.parts}
     assert shipped == texts
 

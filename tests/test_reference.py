@@ -1,4 +1,4 @@
-"""The oracle itself: held against published answers and against torch."""
+"""The oracle itself, compared with published values and with torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 import reference
 
 
-def test_philox_gives_the_published_answers() -> None:
-    # Random123's kat_vectors, "philox4x32 10", the two whose upper counter words are zero or can be made so.
+def test_philox_gives_the_published_values() -> None:
+    # Random123's kat_vectors, "philox4x32 10": the two whose upper counter words are zero or can be made so.
     words = reference.philox4x32(np.array([0], np.uint64), 0)
     assert [f"{w:08x}" for w in words[0]] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 

@@ -20,8 +20,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.25,  # large enough that every part of the model shows in its logits
-    "pad_token_id": None,  # transformers has no gradient for its row
+    "initializer_range": 0.25,  # large enough that every part of the model affects its logits
+    "pad_token_id": None,  # transformers computes no gradient for its row
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -36,14 +36,14 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of models.
+    """A kind of model.
 
     Attributes:
-        name: of transformers' classes, without Config and ForCausalLM.
-        options: of the configuration.
-        norm_offset: what llama.cpp's converter adds to the weights of norms.
-        permutes: whether it brings rows of q and k that rotate together side by side.
-        metadata: writes what else the converter writes.
+        name: the prefix of transformers' classes (before Config and ForCausalLM).
+        options: options of the configuration.
+        norm_offset: the value that llama.cpp's converter adds to norm weights.
+        permutes: whether the converter puts rows of q and k that rotate together side by side.
+        metadata: writes the converter's other metadata.
     """
 
     name: str
@@ -88,7 +88,7 @@ FAMILIES: dict[str, Kind] = {
     "gemma3": Kind(
         "Gemma3",
         {
-            "num_hidden_layers": 7,  # the sixth one sees everything
+            "num_hidden_layers": 7,  # the sixth one sees all tokens
             "head_dim": 10,
             "sliding_window": 5,
             "initializer_range": 0.1,
@@ -123,7 +123,7 @@ FAMILIES: dict[str, Kind] = {
     ),
 }
 
-# GGUF cannot say what these are, as llama.cpp computes a family.
+# GGUF cannot express these models, because llama.cpp computes all models of a family in the same way.
 UNKNOWN_TO_GGUF = {
     "llama with gelu": Kind("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "gemma3 with another pattern": Kind(
@@ -161,11 +161,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
-    """A random model in float32, biases and norms random too."""
+    """A random model in float32. Its biases and norms are random too."""
     kind = KINDS[family]
     torch.manual_seed(zlib.crc32(family.encode()) + seed)
     options = {**SIZES, **kind.options, **SHAPES[shape]}
-    if kind.name == "Gemma3":  # the number that llama.cpp implies
+    if kind.name == "Gemma3":  # the value that llama.cpp implies
         options.setdefault("query_pre_attn_scalar", options["head_dim"])
     if "partial_rotary_factor" in options:
         rotate_in_part(options)
@@ -180,9 +180,9 @@ def make(family: str, shape: str = "as usual", seed: int = 0) -> Any:
 
 
 def rotate_in_part(options: dict[str, Any]) -> None:
-    """Let an even number of values of a head rotate; with factors for each pair, where the model has such."""
+    """Let an even number of values of a head rotate, with factors for each pair if the model has them."""
     rope, heads = options.get("rope_parameters", {}), options["num_attention_heads"]
-    if rope:  # transformers takes only hidden_size / heads for the width of a head then
+    if rope:  # transformers then accepts only hidden_size / heads as the width of a head
         options["head_dim"] = 8
         options["hidden_size"] = 8 * heads
     head_dim = options.get("head_dim") or options["hidden_size"] // heads
@@ -201,7 +201,7 @@ def config_class(kind: Kind) -> str:
 
 
 def write_gguf(model: Any, path: Path, kind: Kind) -> None:
-    """What llama.cpp's converter writes of a model."""
+    """Write a model as llama.cpp's converter does."""
     config = model.config
     names = {"mistral": "llama", "gemma3_text": "gemma3"}
     architecture = names.get(config.model_type, config.model_type)
@@ -250,7 +250,7 @@ def write_gguf(model: Any, path: Path, kind: Kind) -> None:
 
 
 def save(model: Any, directory: Path, form: str, family: str) -> Path:
-    """As "safetensors", "shards" or "gguf"; what load_model takes."""
+    """Save a model as "safetensors", "shards" or "gguf". Returns the path for load_model."""
     if form == "gguf":
         write_gguf(model, directory / "model.gguf", KINDS[family])
         return directory / "model.gguf"

@@ -1,4 +1,4 @@
-"""Small tokenizers as the metadata of GGUF files, made of their parts."""
+"""Small tokenizers as the metadata of GGUF files, made from parts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from nplora.formats.gguf import GgufFile, Typed
 
 
 def byte_characters() -> dict[int, str]:
-    """GPT-2's letters for the 256 bytes (Radford et al. 2019, encoder.py)."""
+    """GPT-2's characters for the 256 bytes (Radford et al. 2019, encoder.py)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in plain)
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -49,7 +49,7 @@ PIECES = {
 
 
 def sentencepiece(**changes: Any) -> dict[str, Any]:
-    """The metadata of a small model of SentencePiece's kind."""
+    """The metadata of a small SentencePiece model."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     values = {
         "tokenizer.ggml.model": "llama",

@@ -1,9 +1,9 @@
-"""The compiled core: strict shapes, dtypes and C order (the friendly checks live in `_check.py`).
+"""The compiled core. It requires exact shapes, dtypes and C order; `_check.py` makes the friendly checks.
 
-Every array is C-contiguous and float32, unless the weight is float64: then all of them are float64.
+Every array is C-contiguous. Arrays are float32, unless the weight is float64: then all of them are float64.
 A weight `w` is a `PackedWeight` or a C-contiguous (d_out, d_in) array. x is (n, d_in), dy (n, d_out),
-a (d_out, r), b (r, d_in), z (n, r). Outputs are given by the caller and written in place. Every call releases
-the GIL.
+a (d_out, r), b (r, d_in), z (n, r). The caller gives the output arrays, which are written in place. Every
+call releases the GIL.
 """
 
 from typing import Any, NamedTuple, final
@@ -15,25 +15,25 @@ Array = ndarray[Any, Any]
 
 @final
 class PackedWeight:
-    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels; or, by
-    the static methods, as it lies in arrays: they are kept alive, read in place, and must not change."""
+    """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels. The
+    static methods instead use the given arrays in place. They keep them alive; they must not change."""
 
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
 
-        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, W and B (backward or on
-        many rows, all of an update) are rounded, sums are float32; or "int8": up to a small batch of x meets
-        GGUF's blocks in int8, all else is "bfloat16".
+        compute: "float" (float32, or float64 for "float64"), or "bfloat16": x, dy, W and B are rounded (in
+        backward or for many rows, all parts of an update), sums are float32; or "int8": a small batch of x is
+        multiplied with GGUF's blocks in int8, and everything else computes as "bfloat16".
         """
     @staticmethod
     def of_array(w: Array, storage: str, compute: str) -> PackedWeight:
         """w: (d_out, d_in) float32, float64, or uint16 bit patterns."""
     @staticmethod
     def of_blocks(blocks: Array, storage: str, d_in: int, compute: str) -> PackedWeight:
-        """blocks: (d_out, bytes) uint8, in any of `block_formats` but NF4."""
+        """blocks: (d_out, bytes) uint8, in any format of `block_formats` except NF4."""
     @staticmethod
     def of_nf4(codes: Array, absmax: Array, d_out: int, d_in: int, compute: str) -> PackedWeight:
-        """As `quantize_nf4` makes them of (d_out, d_in) values."""
+        """codes and absmax: as `quantize_nf4` makes them from (d_out, d_in) values."""
     @staticmethod
     def of_nested_nf4(
         codes: Array,
@@ -45,7 +45,7 @@ class PackedWeight:
         d_in: int,
         compute: str,
     ) -> PackedWeight:
-        """The same, the absmax as `quantize_absmax` makes them."""
+        """Like `of_nf4`, with an absmax that `quantize_absmax` has quantised."""
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -73,9 +73,9 @@ def add_outer(a: Array, b: Array, scale: float, out: Array) -> None:
     """out (p, q) += scale · aᵀ b with a (n, p), b (n, q)."""
 
 class ForwardPart(NamedTuple):
-    """A layer in a forward pass, and the arrays that the pass fills: y (n, d_out) and z (None: not wanted).
+    """One layer of a forward pass, and the arrays to fill: y (n, d_out) and z (None: not needed).
 
-    scale 0 leaves a and b unread (z = 0). key: of the dropout mask.
+    scale 0 leaves a and b unread (z = 0). key: the key of the dropout mask.
     """
 
     weight: Weight
@@ -96,7 +96,7 @@ def lora_forward(x: Array, layers: list[ForwardPart]) -> None:
 
 @final
 class InferenceLayer:
-    """A layer for `infer`: it keeps the weight and the arrays, and reads them as they are then."""
+    """A layer for `infer`. It keeps the weight and the arrays, and reads their values at each call."""
 
     def __init__(self, weight: Weight, a: Array, b: Array, scale: float, bias: Array | None) -> None: ...
 
@@ -104,9 +104,9 @@ def infer(x: Array, layers: list[InferenceLayer]) -> list[Array]:
     """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x."""
 
 class BackwardPart(NamedTuple):
-    """A layer in a backward pass, and the gradients that the pass adds to: da and db (None: not wanted).
+    """One layer of a backward pass, and the gradients to add to: da and db (None: not needed).
 
-    dropout, key and z are those of the forward pass; z may be None if da is.
+    dropout, key and z are those of the forward pass. z may be None if da is None.
     """
 
     weight: Weight
@@ -123,24 +123,24 @@ class BackwardPart(NamedTuple):
 def lora_backward(x: Array | None, dx: Array | None, layers: list[BackwardPart]) -> None:
     """dz = scale · dy A; dx = Σ dy W + undrop(dz B); da += scale · dyᵀ z; db += dzᵀ drop(x).
 
-    dx None: not wanted. x may be None if every db is.
+    dx None: not needed. x may be None if every db is None.
     """
 
 def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:
-    """How the forward and the backward pass are computed, and why, in words."""
+    """How the forward and backward pass are computed, and why, in words."""
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: int | None = None) -> None:
-    """W += scale · A B in place; with a 64-bit key (uint16 alone) rounded stochastically.
+    """W += scale · A B in place. With a 64-bit key (uint16 only), the sums are rounded stochastically.
 
     w: (d_out, d_in) float32, float64 or uint16 ("bfloat16", "float16"); rows contiguous, any row stride.
-    a and b are float32 (float64 if w is). The chance of element i (flat) is that of dropout.
+    a and b are float32 (float64 if w is). Element i (flat) uses the same random word as in `dropout`.
     """
 
 def dropout(x: Array, probability: float, key: int, out: Array) -> None:
     """out = x where kept, scaled by 1 / (1 - probability).
 
-    Element i (flat) is decided by Philox4x32-10 at counter i // 4, word i % 4, key `key` (64 bits): dropped
-    where the word < floor(probability · 2³²).
+    Element i (flat) depends on Philox4x32-10 at counter i // 4, word i % 4, with the 64-bit `key`. It is
+    dropped if the word < floor(probability · 2³²).
     """
 
 def gelu(x: Array, tanh: bool, out: Array) -> None: ...
@@ -162,9 +162,9 @@ def adamw_step(
 ) -> float | None:
     """One AdamW step in place (Loshchilov & Hutter 2019).
 
-    A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool) marks those of rate
-    lr_of_a. With a max_norm, grad_scale is lowered to keep the norm of all gradients together at most that;
-    the norm before is returned, and where it is not finite nothing is written.
+    A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool) marks parameters with
+    rate lr_of_a. With max_norm, grad_scale is lowered so that the norm of all gradients together is at most
+    max_norm. Returns the norm before that. If it is not finite, nothing is written.
     """
 
 def sgd_step(
@@ -179,7 +179,7 @@ def sgd_step(
     grad_scale: float,
     max_norm: float | None,
 ) -> float | None:
-    """One SGD step in place; the rest as in adamw_step."""
+    """One SGD step in place. The other arguments are those of adamw_step."""
 
 def sum_of_squares(arrays: tuple[Array, ...]) -> float: ...
 def widen(bits: Array, storage: str, out: Array) -> None:
@@ -189,85 +189,85 @@ def narrow(values: Array, storage: str, out: Array) -> None:
     """float32 to uint16 bit patterns, round to nearest even."""
 
 def first_nonfinite(values: Array, storage: str) -> int:
-    """The flat index of the first NaN or infinity, or -1; values as in `PackedWeight.of_array`, any shape."""
+    """The flat index of the first NaN or infinity, or -1. Shapes are free; dtypes as in `of_array`."""
 
 class BlockFormat:
-    """A low-bit format: what its file in csrc/kernels/formats says."""
+    """A low-bit format, as its file in csrc/kernels/formats defines it."""
 
     @property
     def name(self) -> str:
-        """As `FrozenWeight.dtype` has it: ggml's name in lower case, or "nf4"."""
+        """The name as in `FrozenWeight.dtype`: ggml's name in lower case, or "nf4"."""
 
     @property
     def ggml_name(self) -> str | None: ...
     @property
     def elements(self) -> int:
-        """Values in a block."""
+        """Values per block."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a block (of "nf4" without its absmax)."""
+        """Bytes per block (for "nf4", without its absmax)."""
 
     @property
     def scale_offsets(self) -> tuple[int, ...]:
-        """The bytes of a block at which its float16 scales begin."""
+        """The offsets in a block at which its float16 scales begin."""
 
     @property
     def shorter(self) -> str | None:
-        """The format that llama.cpp takes for rows that are not whole blocks of this one."""
+        """The format that llama.cpp uses instead for rows that are not whole blocks of this one."""
 
 def block_formats() -> dict[str, BlockFormat]:
-    """The low-bit formats by their names, "nf4" last."""
+    """The low-bit formats by name, "nf4" last."""
 
 def quantize(values: Array, format: str, blocks: Array) -> None:
-    """float32 (rows, cols) to uint8 (rows, bytes of cols values), near to the least squared error.
+    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values), near the least squared error.
 
-    "q8_0" has ggml's bits; "q4_0" ... "q5_1" have no block with a larger error than ggml's. ValueError, which
-    names the row, and nothing is written, where a value is not finite or too large. Any format but "nf4".
+    "q8_0" gives ggml's bits. No block of "q4_0" ... "q5_1" has a larger error than ggml's. All formats except
+    "nf4". Raises ValueError with the row if a value is not finite or too large; then nothing is written.
     """
 
 def dequantize(blocks: Array, format: str, out: Array) -> None:
-    """The reverse: out is float32 (rows, cols), the bits of the format's float32 arithmetic."""
+    """The inverse of `quantize`. out is float32 (rows, cols), computed by the format's float32 formula."""
 
 def quantize_nf4(values: Array, codes: Array, absmax: Array) -> None:
-    """float32 (rows, cols) to NF4 of all n = rows · cols values: uint8 (⌈n / 2⌉), float32 (⌈n / 64⌉)."""
+    """Quantise float32 (rows, cols), n = rows · cols, to NF4: uint8 (⌈n / 2⌉) and float32 (⌈n / 64⌉)."""
 
 def quantize_absmax(absmax: Array, codes: Array, book: Array, scales: Array) -> float:
-    """The second quantisation: absmax ≈ book[codes] · scales[block // 256] + the number returned.
+    """The second quantisation: absmax ≈ book[codes] · scales[block // 256] + the returned offset.
 
-    codes: uint8, one for each absmax; book: float32 (256,), written; scales: float32, one for 256 absmax.
+    codes: uint8, one per absmax. book: float32 (256,), written. scales: float32, one per 256 absmax.
     """
 
 def dequantize_nf4(codes: Array, absmax: Array, out: Array) -> None:
-    """NF4 to float32 of any shape."""
+    """Decode NF4 to float32 of any shape."""
 
 def dequantize_nested_nf4(
     codes: Array, absmax_codes: Array, book: Array, scales: Array, offset: float, out: Array
 ) -> None:
-    """The same with a quantised absmax."""
+    """Like `dequantize_nf4`, with a quantised absmax."""
 
 def empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ndarray[Any, Any]: ...
 def release_buffers() -> None: ...
 def allocations() -> int: ...
 def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
-    """y = weight ∘ x / sqrt(mean x² + eps); x and y (n, d), weight (d,), all float32 as in what follows."""
+    """y = weight ∘ x / sqrt(mean x² + eps). x and y are (n, d), weight (d,). All are float32 from here on."""
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
-    """dx = [dx +] the gradient of x; the weight is frozen."""
+    """dx = [dx +] the gradient of x. The weight is frozen."""
 
 def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool, head_dim: int) -> None:
-    """Rotate the heads of x (n, heads · head_dim) in place by rows `positions` (int64) of the table.
+    """Rotate the heads of x (n, heads · head_dim) in place, using the rows `positions` (int64) of the table.
 
-    table: (max_positions, rotary_dim), rotary_dim / 2 cosines, then as many sines; rotary_dim is at most
-    head_dim. The first rotary_dim values of each head rotate, the rest stay as they are. The values of a pair
-    are rotary_dim / 2 apart, or neighbours if interleaved. inverse: turn back, which is the gradient.
+    table: (max_positions, rotary_dim): rotary_dim / 2 cosines, then as many sines. rotary_dim is at most
+    head_dim. The first rotary_dim values of each head rotate; the others stay as they are. The values of a
+    pair are rotary_dim / 2 apart, or neighbours if interleaved. inverse rotates back: that is the gradient.
     """
 
 def gated(act: str, gate: Array, up: Array, out: Array) -> None:
     """out = act(gate) ∘ up, all (n, f); act is "silu" or "gelu_pytorch_tanh"."""
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """The gradients of both; dgate may be gate, and dup up."""
+    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up."""
 
 def attention(
     q: Array,
@@ -283,8 +283,8 @@ def attention(
 ) -> None:
     """Causal attention within packed sequences, tile by tile.
 
-    q, out: (n, heads · head_dim); k, v: (n, kv_heads · head_dim); starts: int64, where the sequences begin
-    and the last one ends. window: the keys that a query sees, itself the last of them; 0: all before it.
+    q, out: (n, heads · head_dim). k, v: (n, kv_heads · head_dim). starts: int64, the start of each sequence
+    and the end of the last. window: how many keys a query sees, including its own; 0: all keys up to its own.
     lse (n, heads): log Σ exp(scale q kᵀ), for `attention_backward`.
     """
 
@@ -318,30 +318,31 @@ def attention_cached(
     window: int,
     out: Array,
 ) -> None:
-    """Row i of q sees the first lengths[i] tokens of slots[i], of which it is the last (int64, both).
+    """Row i of q sees the first lengths[i] tokens of slots[i]. Its own token is the last of them.
 
+    slots and lengths are int64.
     keys, values: (slots, capacity, kv_heads · head_dim).
     """
 
 def cross_entropy(logits: Array, targets: Array, factor: float, losses: Array, gradient: bool) -> None:
     """losses (n,) float64 = log Σ exp(logits) - logits[target], 0 where the target (int64) is -100.
 
-    gradient: logits (n, vocab) become factor · (softmax - one_hot), 0 where ignored. ValueError: a target out
-    of range.
+    If gradient is True, logits (n, vocab) become factor · (softmax - one_hot), 0 for ignored rows. Raises
+    ValueError if a target is out of range.
     """
 
 class Constants(NamedTuple):
-    """Numbers of the core, the same on every machine."""
+    """Constants of the core, the same on every machine."""
 
     cache_line: int  # bytes
-    least_buffer_bytes: int  # smaller arrays are left to NumPy
-    least_small_batch: int  # rows of float32 that are a small batch on every instruction set
+    least_buffer_bytes: int  # NumPy allocates smaller arrays
+    least_small_batch: int  # this many rows of float32 are a small batch on every instruction set
     most_small_batch: int  # up to this many rows, products may sum in another order than for more rows
     float_batch: int  # up to this many rows, products are not rounded to bfloat16
     task_tokens: int  # the most tokens of one task
     lanes_bytes: int  # the most bytes of x in scratch, in lanes or in pairs
     l3_block_bytes: int  # the most bytes of the tokens that share a transposed block of W
-    nf4_group: int  # absmax that share a scale when they are quantised
+    nf4_group: int  # quantised absmax that share one scale
     nf4_book: int  # levels of a quantised absmax
 
 constants: Constants
@@ -352,13 +353,13 @@ def config() -> dict[str, Any]:
     """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
 
 def watch_mapping(mapping: Any, message: bytes) -> int:
-    """From now on a SIGBUS in this memory writes the message to stderr and ends the process with status 135.
+    """Watch a mapping: a SIGBUS in it writes the message to stderr and ends the process with status 135.
 
-    The handler that was there before is called in between. Returns a number for `unwatch_mapping`.
+    Before that, the handler that was installed earlier is called. Returns a number for `unwatch_mapping`.
     """
 
 def unwatch_mapping(number: int) -> None:
-    """The mapping is gone. Other numbers are ignored."""
+    """Stop watching a mapping. Unknown numbers are ignored."""
 
 def available_isas() -> list[str]:
-    """What NPLORA_ISA may name on this machine, best last; Linux may still refuse the registers of amx."""
+    """The values of NPLORA_ISA for this machine, best last. Linux may still refuse the registers of amx."""

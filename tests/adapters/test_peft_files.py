@@ -250,7 +250,7 @@ def memory_limit(more: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (None, r"the first 8 bytes \(b'zz nonse'\) tell of a header of 7,310,308,045,020,494,458 bytes"),
+        (None, r"the first 8 bytes \(b'zz nonse'\) announce a header of 7,310,308,045,020,494,458 bytes"),
         (
             [f"{PREFIX}blocks.0.lora_A.weight", f"{PREFIX}blocks.0.lora_B.weight"],
             r"lora_A has shape \(4294967296,\), lora_B \(0,\), expected rank 3",
@@ -608,3 +608,23 @@ def test_nan_and_infinity_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_adapter: blocks\.1\.A holds NaN"):
         save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_peft_s_copy_of_a_frozen_weight_is_ignored_if_it_fits_the_factors(tmp_path: Path) -> None:
+    """PEFT writes such copies for an adapted head ((d_out, d_in)) or embedding ((vocab, dim))."""
+    model = perturbed(Net(), 1)
+    save_adapter(model, tmp_path)
+    wide, table = model.blocks[0].weight.shape, model.emb.weight.shape
+    copies = {
+        f"{PREFIX}blocks.0.base_layer.weight": np.zeros(wide, np.float32),
+        f"{PREFIX}emb.base_layer.weight": np.zeros(table, np.float32),
+    }
+    rewrite(tmp_path, lambda tensors: tensors.update(copies))
+    loaded = Net()
+    load_adapter(loaded, tmp_path, edited_config=True)
+    assert state(loaded) == state(model)
+    for name, copy in copies.items():
+        rewrite(tmp_path, lambda tensors, name=name, copy=copy: tensors.update({name: copy[1:]}))
+        with pytest.raises(FormatError, match=f"tensor '{name}' is no factor of a layer"):
+            load_adapter(Net(), tmp_path, edited_config=True)
+        rewrite(tmp_path, lambda tensors, name=name: tensors.pop(name))

@@ -1,1 +1,1 @@
-"""What nplora must survive: a table of attacks on its commands, `PYTHONPATH=tests python -m attack`."""
+"""Attacks that nplora's commands must survive: `PYTHONPATH=tests python -m attack`."""

@@ -1,6 +1,6 @@
-"""Attack nplora and print a table of how it held: `PYTHONPATH=tests python -m attack [WORD]...`
+"""Attack nplora and print a table of the results: `PYTHONPATH=tests python -m attack [WORD]...`
 
-A row of the table is a kind of attack. Words choose the rows whose names contain one of them.
+A row of the table is a kind of attack. Words select the rows whose names contain one of them.
 """
 
 import multiprocessing
@@ -20,12 +20,12 @@ LEAST_KILLS = 200
 
 
 class Outcome(NamedTuple):
-    """How nplora held in one case.
+    """The result of one case.
 
     Attributes:
-        attacks: how many were made.
-        seconds: how long they took together.
-        problem: what went wrong; empty where nplora held.
+        attacks: the number of attacks.
+        seconds: their total time.
+        problem: a description of the failure; empty if nplora survived.
         note: a measurement.
     """
 
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     note: str
 
 
-_cases: list[Case] = []  # the workers, which are forks, find them here
+_cases: list[Case] = []  # forked workers find the cases here
 
 
 def attempt(number: int) -> Outcome:

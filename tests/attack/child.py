@@ -1,6 +1,6 @@
-"""Commands of nplora in forked children, which may be killed, starved of disk or cut off from their terminal.
+"""Commands of nplora in forked children, which may be killed, run out of disk space or lose their terminal.
 
-A forked child has everything imported already, so a short training run takes a quarter of a second.
+A forked child has imported everything already, so a short training run takes a quarter of a second.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from typing import IO, Any
 import nplora.finetuning  # noqa: F401  here, so that no child has to import it
 from nplora import cli
 
-SECONDS = 60  # a child that takes longer hangs
+SECONDS = 60  # a child that takes longer counts as hanging
 
 Action = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """The exit status of a child (below 0: the signal that ended it), and what it printed."""
+    """The exit status of a child (negative: the signal that ended it), and its output."""
 
     status: int
     stdout: str
@@ -48,7 +48,7 @@ def command(
 
 
 def call(body: Callable[[], int], prepare: Action | None = None, kill_after: float | None = None) -> Ended:
-    """Run a function in a forked child. It returns the exit status."""
+    """Run a function in a forked child. The function returns the exit status."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if pid == 0:
@@ -60,7 +60,7 @@ def call(body: Callable[[], int], prepare: Action | None = None, kill_after: flo
 
 
 def wait(pid: int, seconds: float = SECONDS) -> int:
-    """The exit status of a child. One that does not end in time is killed, and an AssertionError."""
+    """The exit status of a child. A child that does not end in time is killed: an AssertionError."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, state = os.waitpid(pid, os.WNOHANG)
@@ -105,10 +105,10 @@ DiskAction = Callable[[str, tuple[Any, ...]], None]
 
 
 class Disk:
-    """Counts the calls of this process that change the disk, and does something before one of them.
+    """Counts the calls of this process that change the disk, and performs an action before one of them.
 
     Attributes:
-        names: of the functions that were called, in order.
+        names: the functions that were called, in order.
     """
 
     def __init__(self, at: int = 0, action: DiskAction | None = None) -> None:
@@ -132,13 +132,13 @@ class Disk:
 
 
 def edges(names: Sequence[str]) -> list[int]:
-    """The numbers, from 1, of all calls but those in the midst of a row of writes."""
+    """The numbers, from 1, of all calls except those inside a sequence of writes."""
     around = zip(["", *names], names, [*names[1:], ""], strict=False)
     return [number for number, three in enumerate(around, 1) if set(three) != {"write"}]
 
 
 def kill(name: str, arguments: tuple[Any, ...]) -> None:
-    """SIGKILL this process; a write has written half of its bytes by then."""
+    """SIGKILL this process. A write has written half of its bytes by then."""
     if name == "write":
         data = memoryview(arguments[1]).cast("B")
         os.writev(arguments[0], [data[: len(data) // 2]])
@@ -154,7 +154,7 @@ def disk_broken(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 def at_step(step: int, action: Action) -> None:
-    """From now on, do something just before the record of this step is written to a run's log."""
+    """Perform an action just before the record of this step is written to a run's log."""
     write, start = os.write, f'{{"event":"step","step":{step},'.encode()
 
     def watched(fd: int, data: Any) -> int:

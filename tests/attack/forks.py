@@ -1,4 +1,4 @@
-"""Forks while other threads are at work: the child must be able to do the same, and never wait for a lock."""
+"""Forks while other threads work. The child must be able to do the same work without waiting for a lock."""
 
 import os
 import threading
@@ -13,12 +13,12 @@ from small_llama import save_small_llama
 
 FORKS = 50  # of each kind
 THREADS = 2
-SECONDS = 10.0  # a child that takes longer hangs
+SECONDS = 10.0  # a child that takes longer counts as hanging
 CHAT = [{"role": "user", "content": "hello 123"}]
 
 
 def fork_beside(work: Callable[[], object]) -> int:
-    """Fork while threads are at the work, which each child does too. Returns how often."""
+    """Fork while threads do the work. Each child does it too. Returns the number of forks."""
     over = threading.Event()
     expected = work()
 

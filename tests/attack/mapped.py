@@ -1,4 +1,4 @@
-"""A model file that somebody changes while a run reads it through a mapping."""
+"""A model file that another program changes while a run reads it through a mapping."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from attack.case import Case
 from attack.child import Ended, at_step, command
 from small_llama import save_small_llama
 
-STEP = 3  # at which the file changes
+STEP = 3  # the step at which the file changes
 OPTIONS = ["--rank", "2", "--batch-examples", "4", "--steps", "6", "--save-every", "2"]
 
 
@@ -32,7 +32,7 @@ def replace(model: Path) -> None:
 
 
 class Mapped:
-    """A model of blocks, which stay in their file."""
+    """A model in blocks, which stay in their file."""
 
     def __init__(self, room: Path) -> None:
         self.room = room
@@ -61,7 +61,7 @@ class Mapped:
         self.check_resumed(model, output)
 
     def overwritten(self) -> None:
-        """The next checkpoint is not written: nobody knows what the steps since the last one learned from."""
+        """The next checkpoint is not written: the steps since the last one may have used wrong data."""
         ended, model, output = self.changed_while_training(overwrite)
         assert ended.status == 2, f"exit status {ended.status}: {ended.stderr}"
         assert len(ended.errors) == 1, ended.stderr
@@ -69,7 +69,7 @@ class Mapped:
         self.check_resumed(model, output)
 
     def replaced(self) -> None:
-        """The mapping keeps the file that it is of."""
+        """The mapping keeps the original file."""
         ended, _, output = self.changed_while_training(replace)
         assert ended.status == 0, ended.stderr
         assert (output / "adapter_model.safetensors").exists()

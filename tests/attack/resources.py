@@ -1,4 +1,4 @@
-"""Small files that would take much memory or time. Each is refused, or read within the limits."""
+"""Small files that could take much memory or time. Each is refused, or read within the limits."""
 
 import json
 import subprocess
@@ -14,10 +14,10 @@ from small_llama import save_small_llama
 
 MOST_SECONDS = 4.0  # of CPU time: each takes less than 2, but other processes share the core
 MOST_BYTES = 300 << 20
-TRIES = 4  # other processes on the same core make some of them slow
+TRIES = 4  # other processes on the same core make some tries slow
 
-# Runs a command of nplora, then prints its CPU seconds and its peak memory in KiB to stderr. What the system
-# reports as a child's peak would include the memory of the process that it was forked from.
+# Runs a command of nplora, then prints its CPU seconds and its peak memory in KiB to stderr. The peak that
+# the system reports for a child would include the memory of the process that it was forked from.
 PROGRAM = """
 import re, sys, time
 from pathlib import Path
@@ -42,9 +42,9 @@ def measured(arguments: list[str], status: int) -> tuple[float, int]:
 
 
 def hold(make: Callable[[Path], list[str]], status: int, place: Path) -> str:
-    """Make a file and run a command on it. Returns what the fastest of a few tries took."""
+    """Make a file and run a command on it. Returns the result of the fastest of a few tries."""
     place.mkdir()
-    made = call(lambda: print(json.dumps(make(place))) or 0)  # in a child, whose memory goes with it
+    made = call(lambda: print(json.dumps(make(place))) or 0)  # in a child, whose memory is freed when it ends
     assert made.status == 0, made.stderr
     tries: list[tuple[float, int]] = []
     while len(tries) < TRIES and not (tries and min(tries)[0] <= MOST_SECONDS):
@@ -64,7 +64,7 @@ def safetensors_file(path: Path, header: bytes) -> None:
 
 
 def metadata_entries(place: Path) -> list[str]:
-    """Six million entries of metadata."""
+    """Six million metadata entries."""
     entries = ",".join(f'"{n}":""' for n in range(6_000_000))
     safetensors_file(place / "many.safetensors", b'{"__metadata__":{' + entries.encode() + b"}}")
     return ["info", str(place / "many.safetensors")]
@@ -86,7 +86,7 @@ def lists_in_index(place: Path) -> list[str]:
 
 
 def patterns(place: Path) -> list[str]:
-    """An adapter of 60,000 layers, and a pattern of ranks for each."""
+    """An adapter of 60,000 layers, with a rank pattern for each."""
     names = [f"model.layers.{n}.mlp.up_proj" for n in range(60_000)]
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": names}
     config["rank_pattern"] = {f".*{n}.mlp.up_proj": 1 for n in range(60_000)}

@@ -1,6 +1,6 @@
-"""A short training run that is killed, starved of disk, hung up on or cut off from its terminal.
+"""A short training run that is killed, runs out of disk space, gets SIGHUP or loses its terminal.
 
-Each time `--resume` must end with the adapter of a run that nothing happened to.
+Afterwards, `--resume` must always end with the adapter of an undisturbed run.
 """
 
 import itertools
@@ -26,12 +26,12 @@ OPTIONS = ["--rank", "2", "--lr", "0.01", "--batch-examples", "4", "--steps", st
 OPTIONS += ["--save-every", "2"]
 STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 WEIGHTS = "adapter_model.safetensors"
-CHAINS, KILLS = 12, 10  # rows of runs that are killed at random moments, and kills in each
-RATES = {"1e6": True, "1e9": True, "1e30": False}  # learning rates that diverge; True: after a good step
+CHAINS, KILLS = 12, 10  # runs that are killed at random moments, and kills of each
+RATES = {"1e6": True, "1e9": True, "1e30": False}  # learning rates that diverge; True: after one good step
 
 
 class Runs:
-    """A model, its data, and what a run makes of them that nothing happens to."""
+    """A model, its data, and the result of an undisturbed run."""
 
     def __init__(self, room: Path) -> None:
         self._outputs = (room / f"out-{os.getpid()}-{n}" for n in itertools.count())
@@ -51,7 +51,7 @@ class Runs:
         return ["finetune", *paths, *OPTIONS, *more]
 
     def _calls(self, output: Path) -> list[str]:
-        """Make a run. Returns the names of its calls that change the disk."""
+        """Perform a run. Returns the names of its calls that change the disk."""
 
         def body() -> int:
             disk = Disk()
@@ -83,7 +83,7 @@ class Runs:
         self.check_resumed(output)
 
     def kill_overwriting(self, number: int) -> None:
-        """An adapter of another rank is there. It must never pass for the new run's."""
+        """An adapter of another rank exists. It must never be taken for the new run's."""
         output = self.output()
         ended = command([*self.line(output), "--rank", "4"])
         assert ended.status == 0, ended.stderr
@@ -93,14 +93,14 @@ class Runs:
         used = command(["eval", str(self.model), "--data", str(self.data), "--adapter", str(output)])
         if used.status == 0:
             found = adapter(output)
-            assert found in (old, self.expected), "an adapter that nobody trained"
-            assert found != old or _rank_of_run(output) == 4, "the old adapter passes for the new run's"
+            assert found in (old, self.expected), "the adapter is neither the old one nor the new one"
+            assert found != old or _rank_of_run(output) == 4, "the old adapter is taken for the new run's"
         else:
             assert len(used.errors) == 1, used.stderr
         self.check_resumed(output, "--overwrite")
 
     def kill_again_and_again(self, seed: int) -> int:
-        """Kill one run at random moments, and another one where it ended before."""
+        """Kill one run at random moments, and start another after it has ended."""
         output, moments, kills = self.output(), random.Random(seed), 0
         while kills < KILLS:
             ended = command(self.line(output, "--resume"), kill_after=moments.uniform(0.01, 0.25))
@@ -127,7 +127,7 @@ class Runs:
         self.check_resumed(output)
 
     def cut_off_at(self, step: int, make: Callable[[], tuple[int, int]], stream: int, status: int) -> None:
-        """The reader of a stream goes away. The run makes all of its steps."""
+        """The reader of a stream goes away. The run must still make all of its steps."""
 
         def prepare() -> None:
             reader, writer = make()
@@ -150,7 +150,7 @@ class Runs:
         saved = adapter(output) if learned else {}
         assert all(np.isfinite(np.frombuffer(data, np.float32)).all() for data in saved.values())
         again = command(self.line(output, "--lr", rate, "--resume"))
-        assert again.status in (1, 2), "--resume takes the rate that failed"
+        assert again.status in (1, 2), "--resume accepts the rate that failed"
         assert not learned or adapter(output) == saved
         lower = command(self.line(output, "--resume"))
         assert lower.status == 0, lower.stderr

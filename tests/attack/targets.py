@@ -1,4 +1,4 @@
-"""Files of others, links, directories and FIFOs where a command is to write. All must stay as they are."""
+"""Existing files, links, directories and FIFOs where a command wants to write. All must stay unchanged."""
 
 import hashlib
 import itertools
@@ -24,7 +24,7 @@ RUN = ("log.jsonl", "lock", "checkpoint-0.safetensors", "checkpoint-1.safetensor
 STRANGE = b"the only copy of somebody's thesis\n"
 
 
-# ---- what can be in a target's place ----
+# ---- things that may exist at a target's path ----
 
 
 def _file(target: Path, elsewhere: Path) -> None:
@@ -82,7 +82,7 @@ class Targets:
         safetensors.save(self.directory / "model.safetensors", small_models.hf_tensors())
 
     def lines(self) -> dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]]:
-        """For each command: its arguments for an output, and the names that it writes below this output."""
+        """For each command: its arguments for an output, and the names that it writes under this output."""
         model, data, run, adapter = map(str, (self.model, self.data, self.run, self.adapter))
         gguf, directory = str(self.gguf_adapter), str(self.directory)
         base, merge = ["--base", model], ["merge", model, adapter, "--output"]
@@ -101,7 +101,7 @@ class Targets:
     def obstruct(
         self, line: Callable[[Path], list[str]], name: str, obstacle: Callable[[Path, Path], None]
     ) -> None:
-        """The command must refuse, and change nothing at all."""
+        """The command must refuse and must change nothing."""
         room = Path(tempfile.mkdtemp(dir=self.room))
         output = room / "out"
         target = output / name if name else next(Path(a) for a in line(output) if a.startswith(str(output)))
@@ -152,7 +152,7 @@ class Targets:
 
 
 def snapshot(room: Path) -> dict[str, tuple[int, bytes, int]]:
-    """Kind, content and time of everything below a directory."""
+    """The kind, content and time of everything below a directory."""
     found = {}
     for path in sorted(room.rglob("*")):
         status = path.lstat()

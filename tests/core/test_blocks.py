@@ -1,4 +1,4 @@
-"""Low-bit blocks: decoded to the bits of the gguf package, quantised at least as well as by it."""
+"""Low-bit blocks: decoded to the same bits as the gguf package, and quantised at least as well as by it."""
 
 import importlib.util
 import warnings
@@ -24,8 +24,8 @@ Bytes = NDArray[np.uint8]
 FORMATS = [name for name, of in _core.block_formats().items() if of.ggml_name is not None]
 LEGACY = ["q4_0", "q4_1", "q5_0", "q5_1"]
 K_TYPES = [name for name in FORMATS if name.endswith("_k")]
-LEAST_GAIN = {"q3_k": 0.92}  # its few codes leave the extreme of outliers little choice
-# Held against a plain search, block by block.
+LEAST_GAIN = {"q3_k": 0.92}  # it has few codes, so outliers leave it little choice
+# Compared with a plain search, block by block.
 SEARCHED = [name for name in FORMATS if name in ("iq4_nl", "q3_k", "q2_k", "iq4_xs")]
 IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 
@@ -53,7 +53,7 @@ def dequantize(blocks: Bytes, name: str) -> Floats:
 
 
 def assert_same_bits(got: Floats, expected: Floats) -> None:
-    """To the bit, signs of zeros included; any NaN is as good as another."""
+    """Equal to the bit, including the signs of zeros. Any NaN equals any other."""
     nan = np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
@@ -63,7 +63,7 @@ def assert_same_bits(got: Floats, expected: Floats) -> None:
 
 
 def scales(rng: np.random.Generator, n: int) -> NDArray[np.float16]:
-    """float16 of every kind: any bits, and many zeros, subnormals, largest numbers, of both signs."""
+    """float16 of every kind: random bits, and many zeros, subnormals and largest numbers of both signs."""
     kinds = np.array([0.0, 2.0**-24, 2.0**-15, 2.0**-14, 1.0, 65504.0, np.inf, np.nan], np.float16)
     kind = rng.choice(kinds, n) * rng.choice(np.array([-1, 1], np.float16), n)
     return np.where(rng.random(n) < 0.5, kind, rng.integers(0, 2**16, n, np.uint16).view(np.float16))
@@ -87,13 +87,13 @@ def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_scale_offsets_are_those_of_all_float16_numbers_of_a_block(name: str) -> None:
+def test_scale_offsets_list_every_float16_of_a_block(name: str) -> None:
     of = _core.block_formats()[name]
     for at in of.scale_offsets:
         block = np.full((1, of.nbytes), 0x55, np.uint8)
         block[0, at : at + 2] = 0, 0x7E  # NaN
         assert np.isnan(dequantize(block, name)).all()
-    block = np.full((1, of.nbytes), 0xFF, np.uint8)  # NaN, were it a float16
+    block = np.full((1, of.nbytes), 0xFF, np.uint8)  # would be NaN if read as float16
     for at in of.scale_offsets:
         block[0, at : at + 2] = 0, 0x3C
     assert np.isfinite(dequantize(block, name)).all()
@@ -164,7 +164,7 @@ WEIGHTS = [
 
 
 def squared_error(values: Floats, decoded: Floats, block: int) -> NDArray[np.float64]:
-    """Of each block."""
+    """The squared error of each block."""
     errors = (values.astype(np.float64) - decoded) ** 2
     return errors.reshape(-1, block).sum(1)
 
@@ -175,25 +175,25 @@ def gguf_error(values: Floats, name: str) -> NDArray[np.float64]:
 
 
 def stored(x: Any) -> Any:
-    """Rounded to float16."""
+    """x rounded to float16."""
     return x.astype(np.float16).astype(np.float64)
 
 
 def nearest(x: Any, d: Any, first: int, last: int) -> Any:
-    """The codes of x over d."""
+    """The codes of x / d."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.clip(np.rint(np.where(d == 0, 0, x / d)), first, last)
 
 
 def extreme_of(x: Any) -> Any:
-    """The number of the largest magnitude on the last axis, which stays."""
+    """The largest magnitude on the last axis, with its sign. The axis is kept."""
     return np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)
 
 
 def search_error(values: Floats, name: str) -> NDArray[np.float64]:
-    """Of each block under a plain search: the best of some scales for each sub-block, by least squares.
+    """The squared error of each block after a plain search over a few scales per sub-block, by least squares.
 
-    The scales are then rounded to integers under the largest of them.
+    The scales are then rounded to integers, relative to the largest of them.
     """
     if name == "q2_k":
         return min_max_error(values, name)
@@ -223,7 +223,7 @@ def search_error(values: Floats, name: str) -> NDArray[np.float64]:
 
 
 def min_max_error(values: Floats, name: str) -> NDArray[np.float64]:
-    """Of each block under plain min-max rounding: its extremes scale a sub-block, the largest scale all."""
+    """The squared error of each block after min-max rounding: its extremes scale a sub-block."""
     x = values.astype(np.float64)
     if name in ("q6_k", "q3_k"):
         codes, scales = (32, 128) if name == "q6_k" else (4, 32)
@@ -252,7 +252,7 @@ def test_no_block_has_a_larger_error_than_that_of_gguf(
     values = data.draw(rng, (40, 512)).astype(np.float32)
     ours = squared_error(values, dequantize(quantize(values, name), name), 32)
     theirs = gguf_error(values, name)
-    # Our errors were compared in float32, as sums of 32 squares.
+    # nplora compares its errors in float32, as sums of 32 squares.
     assert (ours <= theirs * (1 + 40 * 2.0**-24)).all()
     assert ours.sum() < 0.99 * theirs.sum()
 
@@ -313,7 +313,7 @@ def test_real_weights_are_quantised_as_well_as_promised(
     figure(f"mean squared error of {name} on MiniLM over {other}", ours / theirs)
 
 
-# The unit under which a format's first guess is exact: its scale is a float16, or 63 of them.
+# The unit for which a format's first guess is exact: its scale is a float16, or 63 of them.
 UNITS = {"q8_0": 0.25, "q4_k": 63 / 256, "q5_k": 63 / 256}
 
 
@@ -343,7 +343,7 @@ def test_zeros_and_numbers_at_the_ends_of_the_range_keep_their_size(name: str) -
         "iq4_xs": 31 * 113 * 65504,
     }[name]
     ramp = np.linspace(-1, 1, 256, dtype=np.float32)
-    # Of the coarsest grid of 4 bits, 15 steps over [-1, 1] being 0.133; of 2 and 3 bits, with some clipping.
+    # The coarsest grid has 4 bits: 15 steps over [-1, 1] are 0.133 each. With 2 or 3 bits, some values clip.
     step = {"q3_k": 0.16, "q2_k": 0.1, "iq4_nl": 0.11, "iq4_xs": 0.11}.get(name, 0.08)
     for size in (largest, 1.0, 2.0**-10, 2.0**-24, 1e-30, 1e-42, 0.0):
         for values in (ramp, np.abs(ramp), -np.abs(ramp), np.ones_like(ramp), -np.ones_like(ramp)):
@@ -356,7 +356,7 @@ def test_zeros_and_numbers_at_the_ends_of_the_range_keep_their_size(name: str) -
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_can_not_be_stored_is_refused_by_its_row_and_nothing_is_written(name: str) -> None:
+def test_values_that_cannot_be_stored_are_refused_with_their_row_and_nothing_is_written(name: str) -> None:
     of = _core.block_formats()[name]
     elements, size = of.elements, of.nbytes
     values = np.ones((400, 2 * elements), np.float32)
@@ -439,7 +439,7 @@ def quantize_nf4(values: Floats) -> tuple[Bytes, Floats]:
 
 
 def nibbles(codes: Bytes, n: int) -> Bytes:
-    """Element 2 i in the high nibble of byte i."""
+    """Element 2 i is in the high nibble of byte i."""
     return np.stack([codes >> 4, codes & 15], 1).ravel()[:n]
 
 
@@ -450,7 +450,7 @@ class Nested(NamedTuple):
     offset: float
 
     def absmax(self) -> Floats:
-        """Rounded after each operation."""
+        """The absmax, rounded after each operation."""
         scaled = self.book[self.codes] * self.scales.repeat(256)[: len(self.codes)]
         return scaled + np.float32(self.offset)
 
@@ -475,7 +475,7 @@ def test_nf4_takes_the_nearest_level_over_the_absmax(
     chosen = np.take_along_axis(distance, nibbles(codes, n)[:, None].astype(int), 1)[:, 0]
     assert (chosen <= distance.min(1) + 2.0**-22).all()  # x / absmax takes two roundings
     if n % 2:
-        assert codes[-1] & 15 == 7, "zero beside an odd end"
+        assert codes[-1] & 15 == 7, "zero after an odd end"
 
 
 @pytest.mark.parametrize("shape", NF4_SHAPES)
@@ -518,7 +518,7 @@ def test_zeros_and_the_smallest_numbers_survive_nf4() -> None:
         assert (out >= 0).all()
 
 
-def test_nf4_refuses_what_is_not_finite_and_what_does_not_fit() -> None:
+def test_nf4_refuses_values_that_are_not_finite_and_arrays_that_do_not_fit() -> None:
     values = np.ones((10, 30), np.float32)
     values[7, 3] = np.inf
     with pytest.raises(ValueError, match="row 7 holds inf, expected finite values"):
@@ -555,7 +555,7 @@ def test_nf4_has_the_bits_of_bitsandbytes(shape: tuple[int, int], rng: np.random
     second = state.state2
     nested = Nested(state.absmax.numpy(), second.code.numpy(), second.absmax.numpy(), float(state.offset))
     np.testing.assert_array_equal(nest(absmax).book, nested.book)
-    # Their mean is summed in float32, ours in double: a step of the book more or less.
+    # bitsandbytes sums the mean in float32, nplora in double: codes may differ by one.
     assert np.abs(nest(absmax).codes.astype(int) - nested.codes).max() <= 1
     _core.dequantize_nested_nf4(codes, nested.codes, nested.book, nested.scales, nested.offset, out)
     assert_same_bits(out, functional.dequantize_4bit(packed, state).numpy())

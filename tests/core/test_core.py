@@ -11,7 +11,7 @@ from nplora import _core
 
 Array = NDArray[np.floating]
 
-# (n, d_out, d_in, r): empty sides, one row, both sides of the small path, panels that do not divide.
+# (n, d_out, d_in, r): empty sides, one row, both sides of the small path, panels that do not divide evenly.
 SHAPES = [
     *[(0, 5, 4, 2), (5, 0, 4, 1), (5, 4, 0, 1), (3, 5, 6, 0), (1, 1, 1, 1), (1, 100, 200, 8), (5, 7, 3, 2)],
     *[(8, 577, 97, 3), (9, 97, 577, 3), (16, 48, 48, 8), (17, 49, 97, 4), (33, 100, 577, 9)],
@@ -34,7 +34,7 @@ def to_bfloat16(x: Array) -> Array:
 
 
 class Case:
-    """One set of inputs, with the values that the products see in float64."""
+    """One set of inputs, and the values that the products use, in float64."""
 
     def __init__(self, shape: tuple[int, int, int, int], storage: str, compute: str, dropout: float) -> None:
         n, d_out, d_in, r = shape
@@ -61,7 +61,7 @@ class Case:
         self.dropout = dropout
         self.mask = np.empty((n, d_in), self.dtype)
         _core.dropout(np.ones_like(self.mask), dropout, KEY, self.mask)
-        # Up to 4 rows are computed in float whatever was asked for: they wait for memory, not for arithmetic.
+        # Up to 4 rows are always computed in float: memory limits their speed, not arithmetic.
         self.rounded = compute == "bfloat16" and n > 4
 
     def seen(self, name: str, rounded: bool) -> Array:
@@ -71,7 +71,7 @@ class Case:
     def bound(self, products: Array, depth: int) -> Array:
         """gamma_k sum |a| |b|: each fused step errs by at most half a unit in the last place of its sum."""
         eps = float(np.finfo(self.dtype).eps)
-        # vdpbf16ps rounds both products of a pair and takes subnormals as zero.
+        # vdpbf16ps rounds both products of a pair and treats subnormals as zero.
         return 2 * (depth + 4) * eps * products + (1e-30 if self.rounded else 0)
 
     def assert_close(
@@ -103,7 +103,7 @@ def test_lora_forward_and_backward_match_the_oracle(
     magnitude = (
         np.abs(x64) @ np.abs(w64.T) + SCALE * (np.abs(low) @ np.abs(b64.T)) @ np.abs(a64.T) + np.abs(bias)
     )
-    # On many rows z and scale A are rounded to bfloat16 too.
+    # For many rows, z and scale A are rounded to bfloat16 too.
     unit = 2.0**-8 if case.rounded else 0.0
     off = 2 * unit * SCALE * np.abs(low @ b64.T) @ np.abs(a64.T)
     case.assert_close(y, x64 @ w64.T + SCALE * (low @ b64.T) @ a64.T + bias, magnitude, d_in + r, off)
@@ -112,7 +112,7 @@ def test_lora_forward_and_backward_match_the_oracle(
     _core.lora_backward(x, dx, [_core.BackwardPart(**update, dy=dy, z=z, da=da, db=db)])
     dy64, a64, x64 = (case.seen(name, case.rounded) for name in ("dy", "a", "x"))
     z64 = to_bfloat16(z) if case.rounded else z.astype(np.float64)
-    # dz is rounded to bfloat16 too, from sums that may lie on either side of a rounding's edge.
+    # dz is rounded to bfloat16 too. Its sums may be on either side of a rounding boundary.
     dz, dz_magnitude = SCALE * dy64 @ a64, SCALE * np.abs(dy64) @ np.abs(a64)
     off = unit * (np.abs(dz) @ np.abs(b64)) * case.mask
     magnitude = np.abs(dy64) @ np.abs(w64) + (dz_magnitude @ np.abs(b64)) * case.mask
@@ -166,7 +166,7 @@ def test_nan_and_infinity_reach_the_outputs_that_they_touch(n: int) -> None:
 
 @pytest.mark.parametrize("storage", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 48), (7, 97), (100, 130)])
-def test_a_packed_weight_unpacks_to_what_went_in(storage: str, shape: tuple[int, int]) -> None:
+def test_a_packed_weight_unpacks_to_the_original(storage: str, shape: tuple[int, int]) -> None:
     w = (
         np.random.default_rng(0)
         .standard_normal(shape)
@@ -247,7 +247,7 @@ def test_misaligned_arrays_are_refused() -> None:
         _core.merge_lora(odd, np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), 1.0, "float32")
 
 
-def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
+def test_an_optimiser_refuses_the_same_buffer_twice() -> None:
     p, g = np.ones(10, np.float32), np.ones(10, np.float32)
     for twice in ((p, p), (p[:6], p[5:]), (p[5:], p[:6])):
         parameters = tuple(("", array, g[: len(array)]) for array in twice)
@@ -257,7 +257,7 @@ def test_an_optimiser_refuses_a_buffer_that_it_is_given_twice() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_backward_pass_computes_what_is_asked_for_alone(dtype: type) -> None:
+def test_a_backward_pass_computes_only_the_requested_gradients(dtype: type) -> None:
     rng = np.random.default_rng(3)
     x, w, a, b, dy = (
         rng.integers(-8, 9, size).astype(dtype) for size in ((7, 5), (6, 5), (6, 2), (2, 5), (7, 6))
@@ -288,7 +288,7 @@ def test_a_backward_pass_computes_what_is_asked_for_alone(dtype: type) -> None:
         _core.lora_backward(None, dx, [part])
 
 
-def test_a_part_of_a_stack_names_the_field_that_does_not_fit() -> None:
+def test_an_error_in_a_stack_names_the_wrong_field() -> None:
     x, w = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
     a, b, y = np.ones((5, 2), np.float32), np.ones((2, 4), np.float32), np.ones((3, 5), np.float32)
     update = {"weight": w, "a": a, "b": b, "scale": 1.0, "dropout": 0.0, "key": 0}
@@ -312,7 +312,7 @@ def test_a_part_of_a_stack_names_the_field_that_does_not_fit() -> None:
         _core.lora_backward(x, None, [None])
 
 
-def test_explain_refuses_rows_that_no_array_has() -> None:
+def test_explain_refuses_impossible_numbers_of_rows() -> None:
     weight = _core.PackedWeight(np.ones((3, 4), np.float32), "float32")
     for rows in (0, 2**63, 2**64 - 1):
         with pytest.raises(ValueError, match=f"explain: rows is {rows}, expected at least 1"):

@@ -1,4 +1,4 @@
-"""Weights lie side by side in huge pages, take no memory for it, and give back what they took."""
+"""Weights are placed next to each other in huge pages, use no extra memory, and return it when freed."""
 
 import mmap
 import os
@@ -41,7 +41,7 @@ def run(code: str) -> list[int]:
 
 
 def collapses() -> bool:
-    """Whether the system moves small pages into a huge one of 2 MB when asked to."""
+    """Whether the system can merge small pages into a huge page of 2 MB on request."""
     if not ENABLED.exists():
         return False
     of_size = ENABLED.parent / "hugepages-2048kB/enabled"
@@ -71,10 +71,10 @@ def test_weights_smaller_than_a_huge_page_take_their_storage_in_whole_pages(coun
 
 
 @needs_smaps
-@pytest.mark.skipif(not collapses(), reason="the system makes no huge page when asked to")
+@pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
 def test_weights_smaller_than_a_huge_page_share_them() -> None:
     huge, nbytes = run("kept = [nplora.FrozenWeight(W) for _ in range(48)]\nprint(grown()[1], 48 * W.nbytes)")
-    assert huge >= 0.5 * nbytes  # where the system is short of huge pages some may be refused
+    assert huge >= 0.5 * nbytes  # the system may refuse some huge pages when it is short of them
 
 
 @needs_smaps
@@ -105,8 +105,8 @@ print(grown()[0], W.nbytes)
 
 
 @needs_smaps
-@pytest.mark.skipif(not collapses(), reason="the system makes no huge page when asked to")
-def test_what_takes_the_place_of_a_freed_weight_is_left_alone() -> None:
+@pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
+def test_memory_mapped_in_a_freed_weight_s_place_is_left_alone() -> None:
     code = """
 import ctypes, mmap
 def ends():
@@ -130,8 +130,8 @@ print(filled, grown()[0], 3 * size)
 
 
 @pytest.mark.parametrize("rows", [1030, 1024])
-@pytest.mark.skipif(not collapses(), reason="the system makes no huge page when asked to")
-def test_a_weight_behind_a_freed_one_or_of_whole_huge_pages_begins_a_huge_page(rows: int) -> None:
+@pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
+def test_a_weight_after_a_freed_one_or_of_whole_huge_pages_starts_on_a_huge_page(rows: int) -> None:
     code = f"""
 def advised():
     text = open("/proc/self/smaps").read()
@@ -150,7 +150,7 @@ print(advised() - before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_makes_weights_whatever_its_parents_threads_were_at() -> None:
+def test_a_forked_child_can_make_weights_while_threads_of_its_parent_make_some() -> None:
     code = """
 import os, signal, threading
 W = W[:, :64]
@@ -180,7 +180,7 @@ def test_weights_of_all_sizes_keep_their_values_while_others_come_and_go() -> No
         together.wait()
         kept: dict[int, nplora.FrozenWeight] = {}
         for i in range(150):
-            # From some KB, which malloc holds, to more than what is shared.
+            # From a few KB, which malloc provides, to sizes above the shared ones.
             rows = int(2 ** rng.uniform(1, 15 if i % 10 else 16))
             kept[i] = nplora.FrozenWeight(np.full((rows, 64), seed + i, np.float32))
             while sum(weight.nbytes for weight in kept.values()) > 24 * MEBIBYTE:

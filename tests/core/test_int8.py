@@ -1,4 +1,4 @@
-"""compute="int8": a few rows of x in 8 bits, as NumPy rounds them; what is left to bfloat16; refusals."""
+"""compute="int8": a few rows of x in 8 bits, rounded as in NumPy; cases that use bfloat16; refusals."""
 
 import copy
 import pickle
@@ -22,14 +22,14 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def rounded(x: Array) -> Array:
-    """x as int8 holds it: 127 steps to the largest magnitude of each 32 values."""
+    """x rounded as int8 stores it: 127 steps up to the largest magnitude of each 32 values."""
     strips = x.astype(np.float64).reshape(len(x), -1, 32)
     scale = np.abs(strips).max(axis=2, keepdims=True) / 127
     return (np.rint(strips / np.where(scale == 0, 1, scale)) * scale).reshape(x.shape)
 
 
 def bound(x: Array, W: Array) -> Array:
-    """Sums of products of float32; codes of 4 and 5 bits are summed with their offset of 8 or 16."""
+    """The error of sums of float32 products. Codes of 4 and 5 bits are summed with an offset of 8 or 16."""
     return 2.0**-24 * 64 * np.abs(x) @ (np.abs(W) + np.abs(W).max()).T
 
 
@@ -44,7 +44,7 @@ def test_a_few_rows_are_rounded_to_eight_bits_and_no_further(storage: str, rows:
 
 
 @pytest.mark.parametrize("rows", range(1, 11))
-def test_explain_tells_up_to_how_many_rows_are_int8(rows: int) -> None:
+def test_explain_says_up_to_how_many_rows_are_int8(rows: int) -> None:
     W, x = normal(70, 512, seed=1), normal(rows, 512)
     fw = FrozenWeight(W, "q5_0", "int8")
     got = fw.matmul(x)
@@ -66,7 +66,7 @@ def test_the_error_of_rounding_x_is_below_one_percent(storage: str) -> None:
     assert np.linalg.norm(error) < 0.01 * np.linalg.norm(exact)
 
 
-def test_strips_of_zeros_and_of_tiny_numbers_give_zero_and_a_nan_stays() -> None:
+def test_blocks_of_zeros_and_of_tiny_numbers_give_zero_and_a_nan_stays() -> None:
     fw = FrozenWeight(normal(5, 64), "q4_0", "int8")
     x = np.zeros((3, 64), np.float32)
     x[1, :32] = 1e-40
@@ -107,14 +107,14 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert len(results) == 1
 
 
-def test_copies_compute_alike() -> None:
+def test_copies_compute_the_same_results() -> None:
     fw = FrozenWeight(normal(8, 256), "q5_k", "int8")
     for other in (copy.deepcopy(fw), pickle.loads(pickle.dumps(fw)), fw.like(normal(8, 256))):
         assert other.compute == "int8"
     assert "compute='int8'" in repr(fw)
 
 
-def test_products_that_are_asked_for_unrounded_are() -> None:
+def test_unrounded_products_are_not_rounded() -> None:
     W, x = normal(40, 256), normal(6, 256, seed=1)
     int8, exact = FrozenWeight(W, "q4_k", "int8"), FrozenWeight(W, "q4_k")
     assert np.array_equal(int8.matmul_unrounded(x[:4]), exact.matmul(x[:4]))
@@ -130,7 +130,7 @@ def test_unrounded_products_take_rows_of_any_shape(compute: str, lead: tuple[int
     W = fw.to_numpy().astype(np.float64)
     for got, wanted in ((fw.matmul_unrounded(x), x @ W.T), (fw.matmul_t_unrounded(dy), dy @ W)):
         assert got.shape == wanted.shape
-        assert np.allclose(got, wanted, rtol=0, atol=1e-3)  # bfloat16 is off by 0.05
+        assert np.allclose(got, wanted, rtol=0, atol=1e-3)  # bfloat16 would be off by 0.05
 
 
 def test_an_adapter_and_a_bias_are_added_in_float32() -> None:
@@ -142,7 +142,7 @@ def test_an_adapter_and_a_bias_are_added_in_float32() -> None:
     assert np.allclose(layer(x), wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_training_is_refused_with_what_to_do_instead() -> None:
+def test_training_is_refused_with_an_alternative() -> None:
     layer = LoRALinear(FrozenWeight(normal(8, 64), "q4_1", "int8"), rank=2)
     y, saved = layer.forward(normal(3, 64))
     with pytest.raises(RuntimeError, match=r"compute='int8' is for inference; to train, .*'bfloat16'"):
@@ -154,15 +154,13 @@ def test_training_is_refused_with_what_to_do_instead() -> None:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "nf4"])
 def test_a_layer_that_would_not_compute_in_int8_is_refused(dtype: str | None) -> None:
-    words = (
-        r"LoRALinear: compute='int8' is for GGUF's blocks, W would be stored as .*; dtype='q8_0' makes some"
-    )
+    words = r"LoRALinear: compute='int8' is for GGUF's blocks, W would be stored as .*; dtype='q8_0' gives"
     with pytest.raises(ValueError, match=words):
         LoRALinear(normal(8, 64), rank=2, dtype=dtype, compute="int8")
     assert LoRALinear(normal(8, 64), rank=2, dtype="q8_0", compute="int8").weight.meets_int8
 
 
-def test_explain_tells_which_rows_are_int8() -> None:
+def test_explain_says_which_rows_are_int8() -> None:
     layer = LoRALinear(FrozenWeight(normal(8, 64), "q4_1", "int8"), rank=2)
     with inference():
         assert layer.explain(1, training=False).startswith(

@@ -29,8 +29,8 @@ def random(rng: np.random.Generator, *shape: int) -> Any:
 
 
 def unit_bound(compute: str, rows: int, depth: int) -> float:
-    """The relative error of a product of `depth` steps, over the sum of its terms' magnitudes."""
-    # bfloat16 rounds both operands to 8 bits: each product is off by a little over 2^-8.
+    """The relative error of a product of `depth` steps, relative to the sum of its terms' magnitudes."""
+    # bfloat16 rounds both operands to 8 bits, so each product is off by a little over 2^-8.
     rounded = 2.001 * 2**-8 if compute == "bfloat16" and rows > 4 else 0.0
     return rounded + reference.gamma(2 * depth)
 
@@ -158,7 +158,7 @@ def test_lora_gradients_equal_those_of_the_decoded_matrix(
 
 
 @pytest.mark.parametrize("n", [2, 700])
-def test_a_large_batch_folds_the_update_into_decoded_pieces(n: int, rng: np.random.Generator) -> None:
+def test_a_large_batch_merges_the_update_on_the_fly(n: int, rng: np.random.Generator) -> None:
     d_out, d_in, r = 120, 192, 64
     fw = FrozenWeight(random(rng, d_out, d_in), "q8_0")
     A, B = random(rng, d_out, r), random(rng, r, d_in)
@@ -271,7 +271,7 @@ def test_float64_and_half_arrays_are_quantised_as_float32(rng: np.random.Generat
         ((np.ones((2, 32)), "q8_0", "int4"), "compute='int4' is not available"),
     ],
 )
-def test_what_blocks_cannot_hold_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_weights_that_blocks_cannot_hold_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FrozenWeight(*arguments)
 
@@ -301,7 +301,7 @@ def test_every_type_of_a_gguf_file_is_used_in_place(model: Path, rng: np.random.
     for name in (*floats, *(block.upper() for block in GGUF_FORMATS)):
         fw = FrozenWeight.from_gguf(file, name)
         assert fw.dtype == floats.get(name, name.lower())
-        assert np.shares_memory(fw._arrays[0], file[name].data), "no copy"
+        assert np.shares_memory(fw._arrays[0], file[name].data), "the matrix was copied"
         assert fw.nbytes == file[name].nbytes
         W = fw.to_numpy()
         if name in floats:
@@ -322,7 +322,7 @@ def test_a_weight_keeps_its_file_mapped(model: Path) -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fw)).to_numpy(), wanted)
 
 
-def test_what_a_gguf_file_holds_otherwise_is_refused(model: Path) -> None:
+def test_other_tensors_of_a_gguf_file_are_refused(model: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"model\.gguf: tensor 'I32' is I32, expected one of F32, "):
         FrozenWeight.from_gguf(model, "I32")
     with pytest.raises(ValueError, match=r"tensor 'vector' has shape \(4,\), expected \(d_out, d_in\)"):
@@ -338,7 +338,7 @@ def test_what_a_gguf_file_holds_otherwise_is_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 256), (3, 0), (0, 0)])
-def test_a_matrix_without_elements_is_one(shape: tuple[int, int]) -> None:
+def test_a_matrix_without_elements_works(shape: tuple[int, int]) -> None:
     for storage, kind in storages.GGML_NAMES.items():
         file = gguf.loads(gguf.dumps({"w": gguf.Tensor("w", kind, shape, np.empty(0, np.uint8))}))
         fw = FrozenWeight.from_gguf(file, "w")
@@ -350,7 +350,7 @@ def test_a_matrix_without_elements_is_one(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(77, 101), (1100, 250)])  # the second is cut along both sides
+@pytest.mark.parametrize("shape", [(77, 101), (1100, 250)])  # the second is divided along both axes
 def test_matrices_of_a_safetensors_file_are_used_in_place(
     tmp_path: Path, shape: tuple[int, int], compute: str, rng: np.random.Generator
 ) -> None:
@@ -368,8 +368,8 @@ def test_matrices_of_a_safetensors_file_are_used_in_place(
     for name in tensors:
         fw = FrozenWeight.from_safetensors(file, name, compute)
         assert (fw.dtype, fw.compute) == (name, "float64" if name == "float64" else compute)
-        if name == "float32":  # of rows of odd length, some of the narrower types are not aligned
-            assert np.shares_memory(fw._arrays[0], file[name].array), "no copy"
+        if name == "float32":  # with rows of odd length, some narrower types are not aligned
+            assert np.shares_memory(fw._arrays[0], file[name].array), "the matrix was copied"
         packed = FrozenWeight(fw.to_numpy(), name, compute)
         for n in (1, 2, 4, 7, 17, 60, 400):
             x, dy = random(rng, n, shape[1]), random(rng, n, shape[0])
@@ -428,7 +428,7 @@ print(len(weights), private() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
-def test_the_weights_of_a_model_take_next_to_no_memory_of_their_own(smollm2: Path, figure: Figure) -> None:
+def test_the_mapped_weights_of_a_model_take_almost_no_private_memory(smollm2: Path, figure: Figure) -> None:
     count, grown = map(int, run(MAPPED, smollm2))
     assert count == 211
     assert grown <= 0.01 * smollm2.stat().st_size
@@ -467,8 +467,8 @@ def test_two_processes_share_the_pages_of_a_model(smollm2: Path, figure: Figure)
     finally:
         for process in two:
             process.communicate("\n")
-    assert resident * 1024 >= 49152 * 576 // 32 * 34, "the whole table was read"
-    assert proportional <= 0.55 * resident, "each page counts half"
+    assert resident * 1024 >= 49152 * 576 // 32 * 34, "not the whole table was read"
+    assert proportional <= 0.55 * resident, "pages are not shared"
     assert dirty == 0
     figure("proportional over resident pages of two processes", proportional / resident)
 

@@ -1,4 +1,4 @@
-"""`_core.pyi` says what the compiled module is: the same names, parameters and optional arguments."""
+"""`_core.pyi` matches the compiled module: the same names, parameters and optional arguments."""
 
 import ast
 import inspect
@@ -56,7 +56,7 @@ STUB_TUPLES = {
 
 
 def compiled_signatures(doc: str | None) -> set[Signature]:
-    """The signatures that pybind11 writes into a docstring: a line each, numbered where there are several."""
+    """The signatures that pybind11 writes into a docstring: one per line, numbered if there are several."""
     lines = re.findall(r"^(?:\d+\. )?(\w+\(.*\)(?: -> .+)?)$", doc or "", flags=re.MULTILINE)
     assert lines, f"no signature in {doc!r}"
     functions = [ast.parse(f"def {line}: ...").body[0] for line in lines if "*args, **kwargs" not in line]
@@ -67,7 +67,7 @@ def public(names: list[str]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_the_stub_names_what_the_compiled_module_has() -> None:
+def test_the_stub_has_the_names_of_the_compiled_module() -> None:
     assert public(dir(_core)) == set(STUB_FUNCTIONS) | set(STUB_CLASSES) | set(STUB_VALUES)
 
 
@@ -94,16 +94,16 @@ def test_a_class_has_the_members_of_its_stub(name: str) -> None:
     assert public(dir(compiled)) == public(list(stub))
     for member, node in stub.items():
         value = inspect.getattr_static(compiled, member)
-        value = getattr(value, "__func__", value)  # of a static method
+        value = getattr(value, "__func__", value)  # for a static method
         if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
             (found,) = compiled_signatures(f"{member}{value.fget.__doc__}")
             stated = signature(node).returns
-            if found.returns == "str":  # a text of C++, of which only the stub says that it may be None
+            if found.returns == "str":  # C++ text; only the stub says that it may be None
                 stated = stated.removesuffix(" | None")
             assert found.returns == stated, member
         else:
             stated = signature(node)
-            found_here = {  # what C++ returns as an object, the stub knows better
+            found_here = {  # C++ returns an object; the stub is more precise
                 s._replace(returns=stated.returns) if s.returns == "object" else s
                 for s in compiled_signatures(value.__doc__)
             }

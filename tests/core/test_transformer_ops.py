@@ -1,4 +1,4 @@
-"""The compiled pieces of a language model against float64 NumPy, on awkward shapes."""
+"""The core's operations for language models against float64 NumPy, on awkward shapes."""
 
 import math
 import subprocess
@@ -28,7 +28,7 @@ def wide(*arrays: Array) -> list[Array]:
 
 
 def unwritten(*shape: int) -> Array:
-    """NaN everywhere: an element that is not written fails its test."""
+    """NaN everywhere, so that a test fails if an element is not written."""
     return np.full(shape, np.nan, np.float32)
 
 
@@ -122,7 +122,7 @@ def test_rope_turns_the_first_pairs_of_each_head_forward_and_back(
     head = x[..., :rotary_dim].astype(np.float64)
     exact = reference.rope(head, angles[positions], interleaved)
     size = reference.rope(np.square(head), 0 * angles[positions], True)
-    longest = 2 * np.sqrt(size.max(initial=0))  # of a pair
+    longest = 2 * np.sqrt(size.max(initial=0))  # the length of a pair
     assert (np.abs(turned[..., :rotary_dim] - exact) <= 4 * U * longest).all()
     np.testing.assert_array_equal(turned[..., rotary_dim:], x[..., rotary_dim:])
     _core.rope(rows, positions, table, interleaved, True, head_dim)
@@ -151,7 +151,7 @@ ACTS = ("silu", "gelu_pytorch_tanh")
 
 
 def sigmoid_error(act: str, g: Array) -> Array:
-    """A bound on the relative error of σ(p): that of exp and two operations, and that of GELU's p."""
+    """A bound on the relative error of σ(p), from exp, two operations, and GELU's p."""
     p = np.abs(g if act == "silu" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
     return np.asarray(EXP + 4 * U + (0 if act == "silu" else 4 * U) * p * (g < 0))
 
@@ -254,7 +254,7 @@ CASES = [
 
 
 class Attention:
-    """Inputs and results of one case, and the oracle's."""
+    """Inputs and results of one case, and the oracle's results."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -304,7 +304,7 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
                 queries, gradient = q[sequence][head], dout[sequence][head]
                 arguments = queries, keys, values, run.scale, case.window
                 exact, exact_lse, p = reference.attention(*arguments)
-                # a score errs by so much (its sum, the scaled query, lse beside it), p by as much relatively
+                # a score has this error (its sum, the scaled query, lse beside it), p the same relative error
                 score = reference.gamma(case.dim + 3) * run.scale * np.abs(queries) @ np.abs(keys).T
                 score = np.where(reference.sees(t, t, case.window), score, 0)
                 off = score.max(axis=1) * 2 + EXP + reference.gamma(t + 8)
@@ -315,7 +315,7 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
                 dkeys += ek
                 dvalues += ev
                 dp = np.abs(gradient) @ np.abs(values).T
-                # ds = p (dp - delta): either errs relative to its sum of magnitudes
+                # ds = p (dp - delta): both have errors relative to their sums of magnitudes
                 delta = (np.abs(gradient) * (p @ np.abs(values))).sum(axis=1, keepdims=True)
                 ds = run.scale * p * (dp + delta) * (4 * off[:, None] + reference.gamma(2 * case.dim + 8))
                 assert (
@@ -333,7 +333,7 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [Case((1, 2, 3), 3, 1, 2), Case((5, 17), 2, 2, 16)], ids=str)
-def test_attention_of_huge_scores_has_gradients_within_the_bound_of_weights_up_to_one(case: Case) -> None:
+def test_gradients_of_attention_with_huge_scores_stay_bounded(case: Case) -> None:
     """The last bit of a score of 1e10 is 1,024. Backward computes it in another order and may exceed lse."""
     run = Attention(case)
     run.q *= 1e5
@@ -372,8 +372,8 @@ def test_attention_backward_of_the_oracle_is_the_slope_of_its_forward(
     )
 
 
-def test_attention_is_transformers_sliding_window(rng: np.random.Generator) -> None:
-    """window = 1: a query sees itself alone."""
+def test_attention_has_the_sliding_window_of_transformers(rng: np.random.Generator) -> None:
+    """With window = 1, a query sees only itself."""
     run = Attention(Case((20,), 2, 2, 8, 1))
     run.forward()
     np.testing.assert_allclose(run.out, run.v, rtol=1e-6)
@@ -408,7 +408,7 @@ def test_nan_and_infinity_reach_their_own_sequence_and_no_other(name: str, value
         assert np.isfinite(a).all()
         assert np.array_equal(a[others], b[others])
     assert not all(np.isfinite(a[30:100]).all() for a in spoilt.results())
-    if name == "v" or (name == "k" and np.isnan(value)):  # which all tokens behind see
+    if name == "v" or (name == "k" and np.isnan(value)):  # which all later tokens see
         assert (~np.isfinite(spoilt.out[30:100])).any(axis=1).all()
 
 
@@ -433,8 +433,8 @@ def test_large_scores_do_not_overflow() -> None:
     "case", [Case((150,), 9, 3, 64), Case((90,), 4, 2, 20, 11), Case((600,), 1, 1, 32)], ids=str
 )
 @pytest.mark.parametrize("pieces", [1, 4, 1000])
-def test_cached_attention_gives_what_the_whole_sequence_gives(case: Case, pieces: int) -> None:
-    """A prompt in one piece, in a few, and token by token, for several sequences whose rows alternate."""
+def test_cached_attention_equals_attention_over_the_whole_sequence(case: Case, pieces: int) -> None:
+    """A prompt in one part, a few parts, and token by token, for several sequences with alternating rows."""
     first, second = Attention(case, seed=1), Attention(case, seed=2)
     for run in (first, second):
         run.forward()
@@ -474,7 +474,7 @@ def test_decoding_matches_the_whole_matrix(group: int, dim: int, rng: np.random.
             assert (np.abs(out[i, at] - exact[0]) <= bound[0]).all()
 
 
-def test_attention_refuses_what_does_not_fit() -> None:
+def test_attention_refuses_arrays_that_do_not_fit() -> None:
     run = Attention(Case((4,), 2, 1, 4))
     rest = run.out, run.lse
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads"):
@@ -500,7 +500,7 @@ def test_attention_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("window", [5, 2**40, 2**62, 2**63 - 1])
-def test_a_window_of_more_than_all_tokens_is_none(window: int) -> None:
+def test_a_window_longer_than_the_sequence_has_no_effect(window: int) -> None:
     narrow, whole = (Attention(Case((5,), 4, 2, 8, window=w)) for w in (window, 0))
     narrow.forward(), whole.forward()
     np.testing.assert_array_equal(narrow.out, whole.out)
@@ -536,7 +536,7 @@ thread.join()
 
 
 @pytest.mark.parametrize("kernel", ["rope", "cross_entropy"])
-def test_indices_that_another_thread_writes_to_reach_no_memory_outside(kernel: str) -> None:
+def test_indices_changed_by_another_thread_never_reach_memory_outside(kernel: str) -> None:
     subprocess.run([sys.executable, "-c", WRITER, kernel], check=True, timeout=60)
 
 
@@ -556,7 +556,7 @@ def test_cross_entropy_and_its_gradient_match_the_oracle(
     _core.cross_entropy(given, targets, 0.25, losses, gradient)
     if not gradient:
         assert np.array_equal(given, logits)
-    off = EXP + reference.gamma(min(vocab, 2048) + 8)  # exp(x - max) errs by |x - max| u more
+    off = EXP + reference.gamma(min(vocab, 2048) + 8)  # exp(x - max) has an additional error of |x - max| u
     for i, target in enumerate(targets):
         if target == -100:
             assert losses[i] == 0
@@ -590,7 +590,7 @@ def test_cross_entropy_propagates_nan_and_infinity_in_their_row() -> None:
         assert np.isnan(logits[1]).all()
         assert np.isfinite(losses[[0, 2]]).all()
         assert np.isfinite(logits[[0, 2]]).all()
-    logits = np.array([[0, -np.inf, 0]], np.float32)  # a token that is ruled out
+    logits = np.array([[0, -np.inf, 0]], np.float32)  # one token is ruled out
     _core.cross_entropy(logits, np.array([0]), 1.0, losses[:1], True)
     np.testing.assert_allclose(losses[0], math.log(2), rtol=1e-7)
     assert logits[0, 1] == 0
@@ -605,7 +605,7 @@ def test_cross_entropy_refuses_targets_out_of_range() -> None:
 
 
 @pytest.mark.usefixtures("thread_limit")
-def test_the_other_pieces_have_the_same_bits_on_any_number_of_threads(rng: np.random.Generator) -> None:
+def test_the_other_operations_have_the_same_bits_on_any_number_of_threads(rng: np.random.Generator) -> None:
     x, weight, gate, up = (
         normal(rng, 300, 577),
         normal(rng, 577),

@@ -1,4 +1,4 @@
-"""QLoRA's NF4 in safetensors files: read by the levels' definition here, and as bitsandbytes wrote it."""
+"""QLoRA's NF4 in safetensors files: compared with the definition of the levels, and with bitsandbytes."""
 
 import json
 import warnings
@@ -68,11 +68,11 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     "absmax of another type": (
         {f"{NAME}.absmax": np.zeros(6, np.uint8)}, {}, FormatError, "expected 6 values of float32"),
     "NaN": ({f"{NAME}.absmax": np.full(6, np.nan, np.float32)}, {}, FormatError, "holds NaN"),
-    "other levels": ({f"{NAME}.quant_map": LEVELS[::-1]}, {}, UnsupportedError, "levels of its own"),
+    "other levels": ({f"{NAME}.quant_map": LEVELS[::-1]}, {}, UnsupportedError, "its own 4-bit levels"),
     "no shape": ({}, {"shape": None}, FormatError, "its shape is None"),
     "a negative shape": ({}, {"shape": [-3, -128]}, FormatError, r"its shape is \[-3, -128\]"),
     "a vast shape": ({}, {"shape": [1 << 40, 1 << 40]}, LimitError, "values, at most"),
-    "a shape beside the codes": ({}, {"shape": [3, 1280]}, FormatError, "expected 1,920 values of uint8"),
+    "a shape beyond the codes": ({}, {"shape": [3, 1280]}, FormatError, "expected 1,920 values of uint8"),
     "three axes": ({}, {"shape": [3, 64, 2]}, ValueError, r"expected \(d_out, d_in\)"),
     "larger blocks": ({}, {"blocksize": 128}, UnsupportedError, "blocksize is 128, expected 64"),
     "a state of numbers": ({STATE: as_bytes([1])}, {}, FormatError, r"quant_state is \[1\]"),
@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_named(fault: str, tmp_path: Path) -> None:
+def test_each_fault_is_named(fault: str, tmp_path: Path) -> None:
     changes, state_changes, error, message = FAULTS[fault]
     tensors = stored((3, 128), nested=False)[0]
     state = json.loads(tensors[STATE].tobytes()) | state_changes
@@ -116,7 +116,7 @@ IDS = np.arange(12) % small_models.VOCAB
 
 
 def write_models(directory: Path) -> None:
-    """A model as QLoRA has it, matrices in NF4 and the rest in floats; the same called FP4; and "plain"."""
+    """Three models: "nf4" as QLoRA stores it, the same labelled as FP4, and "plain" with the values."""
     plain, packed = dict(small_models.hf_tensors()), dict[str, Array]()
     for seed, (name, value) in enumerate(list(plain.items())):
         packed[name] = value
@@ -131,19 +131,19 @@ def write_models(directory: Path) -> None:
                 state = json.loads(packed[key].tobytes())
                 packed[key] = as_bytes(state | {"nested_offset": state["nested_offset"] * 0.2})
     config = small_models.config()
-    told = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     fp4 = {name.replace("__nf4", "__fp4"): tensor for name, tensor in packed.items()}
     for kind, tensors, extra in (
         ("plain", plain, {}),
-        ("nf4", packed, {"quantization_config": told | {"bnb_4bit_quant_type": "nf4"}}),
-        ("fp4", fp4, {"quantization_config": told | {"bnb_4bit_quant_type": "fp4"}}),
+        ("nf4", packed, {"quantization_config": settings | {"bnb_4bit_quant_type": "nf4"}}),
+        ("fp4", fp4, {"quantization_config": settings | {"bnb_4bit_quant_type": "fp4"}}),
     ):
         (directory / kind).mkdir()
         (directory / kind / "config.json").write_text(json.dumps(config | extra))
         small_models.write_tensors(directory / kind / "model.safetensors", tensors)
 
 
-def test_a_language_model_in_nf4_answers_as_its_values_do(tmp_path: Path) -> None:
+def test_a_language_model_in_nf4_computes_with_its_decoded_values(tmp_path: Path) -> None:
     write_models(tmp_path)
     plain, lm = (nplora.load_model(tmp_path / kind) for kind in ("plain", "nf4"))
     assert lm.model.layers[1].mlp.up_proj.weight.dtype == "nf4"
@@ -159,7 +159,7 @@ def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp
     lm = nplora.load_model(tmp_path / "nf4")
     lm.add_lora(rank=2)
     nplora.save_adapter(lm, tmp_path / "adapter")
-    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; take the model of floats"
+    found = r"_proj\.weight' is in bitsandbytes' 4 bits, which nplora does not {}; use the unquantised model"
     with pytest.raises(UnsupportedError, match=found.format("merge into")):
         nplora.merge_adapter(tmp_path / kind, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(UnsupportedError, match=found.format("convert")):
@@ -168,7 +168,7 @@ def test_matrices_in_4_bits_are_neither_merged_into_nor_converted(kind: str, tmp
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_an_adapter_of_the_embedding_alone_merges_beside_matrices_in_nf4(tmp_path: Path) -> None:
+def test_an_adapter_of_only_the_embedding_merges_into_a_model_with_nf4_matrices(tmp_path: Path) -> None:
     write_models(tmp_path)
     lm = nplora.load_model(tmp_path / "nf4")
     before = lm.logits(IDS)
@@ -186,12 +186,12 @@ def test_an_adapter_of_the_embedding_alone_merges_beside_matrices_in_nf4(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_bitsandbytes_writes_is_what_it_reads(nested: bool, tmp_path: Path) -> None:
+def test_files_of_bitsandbytes_are_read_as_it_reads_them(nested: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         functional = pytest.importorskip("bitsandbytes.functional")
-    # Rows of whole blocks: of others bitsandbytes 0.50 does not read on CPUs what it wrote.
+    # Only rows of whole blocks: on CPUs, bitsandbytes 0.50 cannot read back others that it wrote.
     values = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.05
     codes, state = functional.quantize_4bit(
         values, quant_type="nf4", blocksize=64, compress_statistics=nested

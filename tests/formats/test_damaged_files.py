@@ -1,4 +1,4 @@
-"""Every reader on every cut and every damaged byte of small files: a FormatError, or what can be used."""
+"""Every reader on every truncation and every damaged byte of small files: FormatError or usable content."""
 
 import pytest
 
@@ -30,7 +30,7 @@ SMALL_FILES = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("reader", "name"), SMALL_FILES)
-def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_can_be_used(
+def test_every_cut_and_every_damaged_byte_give_format_errors_or_usable_content(
     reader: str, name: str
 ) -> None:
     data = SEEDS[reader]()[name]

@@ -1,4 +1,4 @@
-"""GGUF read: literal bytes, PyPI's gguf as the oracle, and a real model's file."""
+"""Reading GGUF: literal bytes, PyPI's gguf as the oracle, and a real model's file."""
 
 import gc
 import json
@@ -44,7 +44,7 @@ def test_a_file_of_literal_bytes_is_read() -> None:
     assert not tensor.numpy().flags.writeable
 
 
-def test_version_2_is_read_alike() -> None:
+def test_version_2_is_read_like_version_3() -> None:
     file = gguf.loads(LITERAL[:4] + b"\x02" + LITERAL[5:])
     assert file.version == 2
     assert bytes(file["w"].data) == VALUES
@@ -53,7 +53,7 @@ def test_version_2_is_read_alike() -> None:
 def test_the_types_of_tensors_are_those_of_the_oracle() -> None:
     known = {kind.name: (kind.number, kind.block, kind.block_nbytes) for kind in GGML_TYPES.values()}
     theirs = {kind.name: (kind.value, *oracle.GGML_QUANT_SIZES[kind]) for kind in oracle.GGMLQuantizationType}
-    # The oracle still has two float32 in Q8_1. ggml has two float16: static_assert(sizeof(block_q8_1) == 36).
+    # The oracle still gives Q8_1 two float32. ggml has two float16: static_assert(sizeof(block_q8_1) == 36).
     assert theirs.pop("Q8_1") == (9, 32, 40)
     assert known.pop("Q8_1") == (9, 32, 36)
     newest = max(kind.number for kind in GGML_TYPES.values())  # a newer oracle may know newer types
@@ -92,7 +92,7 @@ def plain_arrays() -> dict[str, Array]:
 
 
 def quantised(name: str, rows: int = 3) -> Array:
-    """Blocks of arbitrary bytes, two to a row."""
+    """Blocks of random bytes, two in each row."""
     rng = np.random.default_rng(GGML_TYPES[name].number)
     return rng.integers(0, 256, (rows, 2 * GGML_TYPES[name].block_nbytes), dtype=np.uint8)
 
@@ -146,7 +146,7 @@ def test_a_file_of_the_oracle_is_read_as_it_was_written(mmap: bool, alignment: i
     assert len(file) == len(plain_arrays()) + 1 + len(QUANTISED)
 
 
-def test_the_oracle_reads_what_it_wrote_as_we_do(tmp_path: Path) -> None:
+def test_the_oracle_reads_its_own_file_as_we_do(tmp_path: Path) -> None:
     path = written_by_oracle(tmp_path / "a.gguf")
     file, theirs = gguf.open(path), oracle.GGUFReader(path)
     assert [
@@ -165,7 +165,7 @@ def test_the_oracle_reads_what_it_wrote_as_we_do(tmp_path: Path) -> None:
 # ---- tensors ----
 
 
-def test_a_quantised_tensor_names_what_uses_its_blocks() -> None:
+def test_the_error_for_a_quantised_tensor_names_the_reader_of_its_blocks() -> None:
     file = gguf.loads(gguf.dumps({"w": gguf.Tensor("w", "Q4_0", (3, 64), quantised("Q4_0"))}))
     with pytest.raises(UnsupportedError, match=r"<bytes>: tensor 'w' is Q4_0, .*FrozenWeight\.from_gguf"):
         file["w"].numpy()
@@ -221,7 +221,7 @@ def test_strings_are_found_by_number_and_by_slice() -> None:
         array[100]
 
 
-def test_text_that_is_not_utf8_is_refused_where_it_stands() -> None:
+def test_text_that_is_not_utf8_is_refused_with_its_position() -> None:
     data = gguf.dumps({}, {"words": ["good", "bad!"]}).replace(b"bad!", b"ba\xffd")
     words = gguf.loads(data).metadata.strings("words")
     assert words[0] == "good"
@@ -229,7 +229,7 @@ def test_text_that_is_not_utf8_is_refused_where_it_stands() -> None:
         list(words)
 
 
-def test_a_getter_takes_its_own_type_alone() -> None:
+def test_a_getter_accepts_only_its_own_type() -> None:
     metadata = gguf.loads(
         gguf.dumps(
             {},
@@ -274,11 +274,11 @@ def test_a_getter_takes_its_own_type_alone() -> None:
         assert words in str(caught.value)
 
 
-# ---- files, mappings and what is remembered ----
+# ---- files, mappings and the cache ----
 
 
 def settled(path: Path) -> Path:
-    """As if the file had lain there for a while."""
+    """Make the file look as if it was written some time ago."""
     os.utime(path, ns=(0, time.time_ns() - 60_000_000_000))
     return path
 
@@ -321,7 +321,7 @@ def test_a_file_opened_for_each_tensor_is_mapped_once_and_parsed_once(
     assert gguf.open(path, mmap=False)["7"].numpy()[0] == 7
 
 
-def test_what_is_remembered_is_forgotten_when_the_file_changes(tmp_path: Path) -> None:
+def test_the_cache_drops_a_file_that_changes(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     gguf.save(path, {"one": np.arange(4)})
     assert list(gguf.open(settled(path))) == ["one"]
@@ -330,13 +330,13 @@ def test_what_is_remembered_is_forgotten_when_the_file_changes(tmp_path: Path) -
     assert list(gguf.open(path)) == ["two"]
     path.write_bytes(
         path.read_bytes().replace(b"two", b"six")
-    )  # in place, the same size, perhaps the same tick
+    )  # in place, with the same size, perhaps in the same clock tick
     assert list(gguf.open(path)) == ["six"]
     np.testing.assert_array_equal(before, np.arange(4))
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path) -> None:
-    """Written in place, the same size, in the same tick of the file system's clock."""
+def test_a_file_that_has_just_changed_is_not_cached(tmp_path: Path) -> None:
+    """The file is written in place, with the same size, in the same tick of the file system's clock."""
     path, now = tmp_path / "a.gguf", time.time_ns()
     gguf.save(path, {"two": np.arange(4)})
     os.utime(path, ns=(now, now))
@@ -346,14 +346,14 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path) -> None:
     assert list(gguf.open(path)) == ["six"]
 
 
-def test_few_files_are_remembered(tmp_path: Path) -> None:
+def test_the_cache_holds_few_files(tmp_path: Path) -> None:
     for i in range(20):
         gguf.save(tmp_path / f"{i}.gguf", {"w": np.arange(i)})
         gguf.open(settled(tmp_path / f"{i}.gguf"))
     assert len(gguf.reader._known) == 8
 
 
-def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, kind in [
         (tmp_path / "fifo", "a FIFO"),
@@ -368,7 +368,7 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
-    path, size = tmp_path / "big.gguf", 1 << 40  # sparse: a terabyte that nobody could read
+    path, size = tmp_path / "big.gguf", 1 << 40  # sparse: a terabyte, which nothing could read
     head = gguf.dumps({"w": np.zeros(1, np.int8)})
     at = head.index(b"w\x01\0\0\0") + 5
     path.write_bytes(head[:at] + size.to_bytes(8, "little") + head[at + 8 :])
@@ -404,7 +404,7 @@ print(json.dumps([seconds, opened, anonymous() - before, len(tokens), len(merges
 
 @pytest.mark.slow
 def test_opening_smollm2_takes_no_time_and_no_memory(smollm2: Path) -> None:
-    """The better of three runs: another process may take the processor."""
+    """The best of three runs, because another process may take the CPU."""
     runs = [
         json.loads(
             subprocess.run(

@@ -1,4 +1,4 @@
-"""llama.cpp's adapter files: what is read, and what is refused before any of it is used."""
+"""llama.cpp's adapter files: what is read, and errors that are raised before any of it is used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +53,13 @@ def edited(path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object])
     return path
 
 
-def test_norms_are_passed_over_and_told(tmp_path: Path) -> None:
+def test_norms_are_skipped_and_reported(tmp_path: Path) -> None:
     name = "blk.0.attn_norm.weight"
     path = edited(tmp_path / "a.gguf", lambda tensors, _: tensors.update({name: np.ones(5, np.float32)}))
     assert gguf_adapter.load(path).passed_over == (name,)
 
 
-def test_a_type_that_is_no_text_is_refused_where_a_model_is_expected(tmp_path: Path) -> None:
+def test_a_general_type_that_is_not_text_is_refused_for_a_model(tmp_path: Path) -> None:
     for kind in (np.uint32([1, 2]), Typed(["adapter", "model"], "STRING")):
         path = tmp_path / "a.gguf"
         gguf.save(path, {Q: np.ones((2, 2), np.float32)}, {"general.type": kind})
@@ -95,7 +95,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         UnsupportedError,
         "adapter.type is 'ia3', only 'lora' is read",
     ),
-    "an adapter that waits for tokens": (
+    "an activated LoRA (aLoRA)": (
         lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.uint32([1])}),
         UnsupportedError,
         "adapter.alora.invocation_tokens",
@@ -125,7 +125,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         FormatError,
         f"tensor '{A}' is missing, its other half is there",
     ),
-    "a tensor of no pair": (
+    "a tensor that belongs to no pair": (
         lambda tensors, _: tensors.update({Q: np.ones((6, 5))}),
         FormatError,
         f"tensor '{Q}', expected a name in .lora_a or .lora_b",
@@ -133,19 +133,19 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "different ranks": (
         lambda tensors, _: tensors.update({B: np.ones((6, 3))}),
         FormatError,
-        f"'{Q}': .lora_a has shape (2, 5), .lora_b (6, 3), expected one rank",
+        f"'{Q}': .lora_a has shape (2, 5), .lora_b (6, 3), expected equal ranks",
     ),
     "different ranks in an embedding": (
         lambda tensors, _: tensors.update({EMBEDDING + ".lora_a": np.ones((3, 9))}),
         FormatError,
-        f"'{EMBEDDING}': .lora_a has shape (3, 9), .lora_b (5, 3), expected one rank",
+        f"'{EMBEDDING}': .lora_a has shape (3, 9), .lora_b (5, 3), expected equal ranks",
     ),
     "rank 0": (
         lambda tensors, _: tensors.update({A: np.ones((0, 5)), B: np.ones((6, 0))}),
         FormatError,
         f"tensor '{A}' has shape (0, 5), expected two dimensions of at least 1",
     ),
-    "nothing, but of a shape beyond float32": (
+    "no values, but a shape beyond float32": (
         lambda tensors, _: tensors.update({A: np.ones((1 << 61, 0), np.float16)}),
         FormatError,
         f"tensor '{A}' has shape (2305843009213693952, 0), expected two dimensions of at least 1",
@@ -170,12 +170,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
         UnsupportedError,
         f"tensor '{A}' is I8, expected one of F32, F16, BF16, F64",
     ),
-    "a digest that is none": (
+    "a digest that is not one": (
         lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "\x1b[31m\nall is well"}),
         FormatError,
         "nplora.base_norms.sha256 is '\\x1b[31m\\nall is well', expected 64 hexadecimal digits",
     ),
-    "a digest of a line more": (
+    "a digest with another line": (
         lambda _, metadata: metadata.update({"nplora.base_norms.sha256": "a" * 64 + "\n"}),
         FormatError,
         "expected 64 hexadecimal digits",

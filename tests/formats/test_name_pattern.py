@@ -1,4 +1,4 @@
-"""The patterns of adapter_config.json: `re` is the oracle for the syntax that is read."""
+"""The patterns of adapter_config.json, with `re` as the oracle for the supported syntax."""
 
 import random
 import re
@@ -135,7 +135,7 @@ def test_matching_takes_linear_time(text: str) -> None:
     name = Name("a" * 100)
     begin = time.perf_counter()
     pattern.matches(name)
-    assert time.perf_counter() - begin < 0.5  # a backtracking matcher takes years
+    assert time.perf_counter() - begin < 0.5  # a backtracking matcher would take years
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_matching_takes_linear_time(text: str) -> None:
         ("", None),
     ],
 )
-def test_a_pattern_that_is_one_name_says_which(text: str, name: str | None) -> None:
+def test_a_pattern_that_matches_only_one_name_knows_it(text: str, name: str | None) -> None:
     assert NamePattern(text, "here").only_name == name
 
 

@@ -51,7 +51,7 @@ def test_the_text_has_peft_s_keys_sorted_and_indented_by_two() -> None:
     )
 
 
-def test_what_is_written_is_read_back() -> None:
+def test_a_written_configuration_is_read_back() -> None:
     config = PeftConfig(
         r=3, lora_alpha=2.5, modules_to_save=("head",), use_rslora=True, use_dora=True, lora_dropout=0.1
     )
@@ -179,7 +179,7 @@ SMALL_FILES = {
 
 @pytest.mark.parametrize("name", SMALL_FILES)
 def test_every_cut_and_every_damaged_byte_give_format_errors_or_a_configuration(name: str) -> None:
-    """What is read is checked as a whole: it can be written and read again."""
+    """Accepted content is valid as a whole: it can be written and read again."""
 
     def loaded(data: bytes) -> PeftConfig:
         return peft_config.loads(data, "adapter_config.json")

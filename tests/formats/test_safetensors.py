@@ -1,4 +1,4 @@
-"""safetensors: literal bytes, every hostile row with its exact error, and the PyPI package as the oracle."""
+"""safetensors: literal bytes, the exact error of each hostile file, and the PyPI package as the oracle."""
 
 import errno
 import fcntl
@@ -60,10 +60,10 @@ def test_a_file_of_literal_bytes_is_written() -> None:
 HOSTILE = {
     "no bytes": (b"", TruncatedError, "0 bytes"),
     "less than 8 bytes": (b"\x01\x00\x00", TruncatedError, "3 bytes"),
-    "Git LFS's pointer": (
+    "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         NotFetchedError,
-        "Git LFS's pointer to the file, which git lfs pull fetches",
+        "is a Git LFS pointer; fetch the file with git lfs pull",
     ),
     "a GGUF file": (b"GGUF" + bytes(99), FormatError, "is a GGUF file, expected safetensors"),
     "header longer than the file": (b"\x40" + bytes(7) + b"{}", TruncatedError, "64 bytes"),
@@ -165,7 +165,7 @@ def test_a_boolean_other_than_0_and_1_is_refused() -> None:
         tensors["w"]
 
 
-def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, kind in [
         (tmp_path / "fifo", "a FIFO"),
@@ -193,7 +193,7 @@ def test_hostile_headers_are_read_in_linear_time() -> None:
         begin = time.perf_counter()
         with pytest.raises(FormatError):
             safetensors.loads(container(header))
-        assert time.perf_counter() - begin < 5  # a quadratic reader takes hours
+        assert time.perf_counter() - begin < 5  # a quadratic reader would take hours
 
 
 def test_a_missing_name_is_a_key_error_with_the_nearest_names() -> None:
@@ -287,7 +287,7 @@ def test_an_array_keeps_the_mapping_alive(tmp_path: Path) -> None:
 
 def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
     path = tmp_path / "big.safetensors"
-    size = 1 << 40  # sparse: a terabyte that nobody could read
+    size = 1 << 40  # sparse: a terabyte, which nothing could read
     header = "{" + entry("U8", f"[{size}]", f"[0,{size}]") + "}"
     path.write_bytes(container(header))
     try:
@@ -305,21 +305,23 @@ def test_a_mapped_file_is_not_read_before_it_is_used(tmp_path: Path) -> None:
         ({"w": np.array(["text"])}, "'w' is str"),
         (
             {"w": safetensors.Tensor("w", "float64", np.zeros(2, np.float32))},
-            "says float64 and holds float32",
+            "is declared float64, but holds float32",
         ),
         (
             {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.float16))},
-            "says bfloat16 and holds float16",
+            "is declared bfloat16, but holds float16",
         ),
         (
             {"w": safetensors.Tensor("w", "bfloat16", np.zeros(2, np.int16))},
-            "says bfloat16 and holds int16",
+            "is declared bfloat16, but holds int16",
         ),
         ({1: np.zeros(2)}, "1 cannot be the name"),
         ({"__metadata__": np.zeros(2)}, "cannot be the name"),
     ],
 )
-def test_what_the_format_cannot_hold_is_a_type_error(tensors: dict[str, np.ndarray], words: str) -> None:
+def test_tensors_that_the_format_cannot_hold_are_type_errors(
+    tensors: dict[str, np.ndarray], words: str
+) -> None:
     with pytest.raises(TypeError, match=words):
         safetensors.dumps(tensors)
 
@@ -329,7 +331,7 @@ def test_metadata_that_is_not_text_is_a_type_error() -> None:
         safetensors.dumps({}, {"step": 3})  # type: ignore[dict-item]
 
 
-def test_a_file_without_tensors_survives() -> None:
+def test_a_file_without_tensors_is_written_and_read() -> None:
     assert safetensors.dumps({}) == oracle_numpy.save({})
     assert len(safetensors.loads(safetensors.dumps({}, {"a": "b"}))) == 0
 
@@ -339,7 +341,7 @@ def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> Non
     safetensors.save(path, {"w": np.zeros(4)})
     old = safetensors.open(path)["w"].numpy()
     safetensors.save(path, {"w": np.ones(4)})
-    np.testing.assert_array_equal(old, np.zeros(4))  # the mapped old file lives on
+    np.testing.assert_array_equal(old, np.zeros(4))  # the mapped old file still exists
     np.testing.assert_array_equal(safetensors.open(path)["w"].numpy(), np.ones(4))
     assert os.listdir(tmp_path) == ["a.safetensors"]
     umask = os.umask(0)
@@ -354,7 +356,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (10_000, limits[1])
-    )  # the system cuts a write short, then refuses
+    )  # the system shortens a write, then refuses
     try:
         with pytest.raises(OSError, match=r"80,072 bytes were to be written, 10,000 were") as caught:
             safetensors.save(path, {"w": np.ones(10_000)})
@@ -455,7 +457,7 @@ def test_a_left_over_is_not_removed_while_another_save_is_under_way(tmp_path: Pa
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_a_tensor_is_read_when_asked_for_and_its_size_is_known_before(tmp_path: Path) -> None:
+def test_a_tensor_is_read_on_access_and_its_size_is_known_before(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     safetensors.save(path, {"w": np.arange(6.0).reshape(2, 3), "empty": np.zeros((0, 4), np.int8)})
     with safetensors.reading(path) as tensors:
@@ -495,7 +497,7 @@ def test_a_file_beyond_the_memory_is_named(tmp_path: Path) -> None:
 
 
 def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:
-    """Cut, flipped, spliced and header-only damage, half of it in the header."""
+    """Truncated, flipped, spliced and header-only damage, half of it in the header."""
     result = []
     for _ in range(count):
         damaged = bytearray(data)
@@ -514,7 +516,7 @@ def mutations(data: bytes, count: int, rng: random.Random) -> list[bytes]:
                     del damaged[place:]
             if not damaged:
                 break
-        if rng.random() < 0.5 and len(damaged) >= 8:  # a true header length, so that the JSON is reached
+        if rng.random() < 0.5 and len(damaged) >= 8:  # a correct header length, so that the JSON is parsed
             damaged[:8] = (len(damaged) - 8 - 40).to_bytes(8, "little", signed=True)
         result.append(bytes(damaged))
     return result
@@ -531,7 +533,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def contents(data: bytes) -> dict[str, tuple[tuple[int, ...], bytes]]:
-    """All that is in a file: every tensor is read."""
+    """Everything in a file: every tensor is read."""
     return {name: (t.shape, t.numpy().tobytes()) for name, t in safetensors.loads(data).items()}
 
 
@@ -540,14 +542,16 @@ def oracle_contents(data: bytes) -> dict[str, tuple[tuple[int, ...], bytes]]:
 
 
 @pytest.mark.parametrize("name", small_files())
-def test_every_cut_and_every_damaged_byte_give_format_errors_or_what_the_oracle_reads(name: str) -> None:
+def test_every_cut_and_every_damaged_byte_give_format_errors_or_the_content_that_the_oracle_reads(
+    name: str,
+) -> None:
     versions = list(accepted(small_files()[name], contents))
     assert versions or name == "nothing"
     for data, found in versions:
         assert found == oracle_contents(data)
 
 
-def test_damaged_files_give_format_errors_only_and_what_is_accepted_the_oracle_accepts() -> None:
+def test_damaged_files_give_only_format_errors_and_the_oracle_accepts_what_we_accept() -> None:
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "é": np.arange(4, dtype=np.int16),

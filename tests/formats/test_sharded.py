@@ -1,4 +1,4 @@
-"""Models in several files: the index is read, and its names stay inside the directory."""
+"""Models in several files: the index is read, and the names in it stay inside the directory."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_shard_that_is_a_link_is_refused(directory: Path, mmap: bool) -> None:
         sharded.open(index(directory, {"a": "link.safetensors"}), mmap=mmap)
     assert (
         len(safetensors.open(directory / "link.safetensors", mmap=mmap)) == 2
-    )  # the user's own link is followed
+    )  # the link that the user gave is followed
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -71,7 +71,7 @@ def test_the_links_of_hugging_faces_cache_are_followed_and_no_others(
     (snapshot / "one.safetensors").symlink_to("../../blobs/89ab")
     file = sharded.open(index(snapshot, {"a": "one.safetensors"}), mmap)
     np.testing.assert_array_equal(file["a"].numpy(), np.arange(2))
-    (blobs / "cdef").symlink_to(directory / "two.safetensors")  # a link that leads on, out of the cache
+    (blobs / "cdef").symlink_to(directory / "two.safetensors")  # a link that leads out of the cache
     for target in ("../../blobs/cdef", directory / "two.safetensors", "../../../two.safetensors"):
         (snapshot / "two.safetensors").unlink(missing_ok=True)
         (snapshot / "two.safetensors").symlink_to(target)
@@ -129,7 +129,7 @@ def test_an_index_over_32_mib_is_not_read(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_what_is_not_a_regular_file_is_refused(directory: Path, mmap: bool) -> None:
+def test_only_regular_files_are_read(directory: Path, mmap: bool) -> None:
     os.mkfifo(directory / "fifo")
     (directory / "nested").mkdir()
     for name, kind in (("fifo", "a FIFO"), ("nested", "a directory")):
@@ -160,7 +160,7 @@ def test_every_cut_and_every_damaged_byte_of_an_index_give_format_errors_or_a_mo
         try:
             return set(sharded.open(path))
         except FileNotFoundError as error:
-            raise FormatError("the damage made another plain name of a shard's") from error
+            raise FormatError("the damage gave a shard another plain name") from error
 
     versions = list(accepted(path.read_bytes(), names))
     assert versions

@@ -1,4 +1,4 @@
-"""Small files that ask for large memory or long work: each is refused or read within 2 s and 300 MB."""
+"""Small files that ask for much memory or long work: each is refused, or read within 2 s and 300 MB."""
 
 import json
 import subprocess
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("tokenizers")
 
 MOST_SECONDS, MOST_BYTES = 2.0, 300 << 20
-TRIES = 3  # other processes on the same core make some of them slow
+TRIES = 3  # other processes on the same core make some tries slow
 LONG = 16_000_000  # characters of a row, near the limit of a line
 
-# What is imported and started once is not counted.
+# Imports and process starts are not counted.
 MEASURE = """
 import json, re, sys, time, warnings
 from pathlib import Path
@@ -62,7 +62,7 @@ print(json.dumps([*found, used()[0] - seconds, (used()[1] - size) << 10]))
 
 
 def measured(kind: str, path: Path) -> tuple[str, str]:
-    """The error of reading a file and its words, or "" and what was read: in little time and memory."""
+    """The name and text of the error, or "" and the content, after checking time and memory."""
     command = [sys.executable, "-c", MEASURE, kind, str(path)]
     for _ in range(TRIES):
         done = subprocess.run(
@@ -81,7 +81,7 @@ def container(path: Path, header: bytes) -> Path:
     return path
 
 
-# What a header begins with, what comes how often, how it ends, and the words of the error.
+# The start of a header, a repeated part, how often it repeats, the end, and a part of the error's text.
 HEADERS = {
     "metadata": ('{"__metadata__":{', '"a":"",', 3_000_000, '"b":""}}', "3,000,001 values at depth 2"),
     "lists": ('{"a":{"shape":[', "[],", 8_000_000, "1]}}", "8,000,001 values at depth 3"),
@@ -95,7 +95,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_header_of_very_many_values_is_refused_before_they_are_made(name: str, tmp_path: Path) -> None:
+def test_a_header_of_very_many_values_is_refused_before_any_is_created(name: str, tmp_path: Path) -> None:
     begin, unit, count, end, expected = HEADERS[name]
     header = begin.encode() + unit.encode() * count + end.encode()
     error, words = measured("safetensors", container(tmp_path / "a.safetensors", header))
@@ -201,7 +201,7 @@ def chat(user: Any, assistant: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
-WORDS = ("word ", LONG // 5)  # a text and how often it comes: made when its test runs
+WORDS = ("word ", LONG // 5)  # a text and how often it repeats; made when its test runs
 ROWS: dict[str, tuple[Any, str, str]] = {
     "words": ({"text": WORDS}, "", "1 cut to the maximum length"),
     "one word": ({"text": ("a", LONG)}, "", "1 cut"),
@@ -215,7 +215,7 @@ ROWS: dict[str, tuple[Any, str, str]] = {
 
 
 def made(value: Any) -> Any:
-    """The row, with its long texts."""
+    """The row with its long texts."""
     if isinstance(value, tuple):
         return value[0] * value[1]
     if isinstance(value, dict):
@@ -224,7 +224,7 @@ def made(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_very_long_row_is_read_no_further_than_it_is_needed(name: str, tmp_path: Path) -> None:
+def test_only_the_needed_part_of_a_very_long_row_is_read(name: str, tmp_path: Path) -> None:
     row, expected, words = ROWS[name]
     (tmp_path / "a.jsonl").write_text(json.dumps(made(row), ensure_ascii=False) + "\n")
     error, found = measured("rows", tmp_path / "a.jsonl")

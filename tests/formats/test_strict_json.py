@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for: what the standard library would let through is refused."""
+"""Untrusted JSON: what the standard library would accept, but RFC 8259 does not allow, is refused."""
 
 import json
 from typing import Any
@@ -66,7 +66,7 @@ def test_numbers_of_more_than_100_characters_are_refused() -> None:
         (b"]" * 99 + b"[" * 99, "not JSON"),
     ],
 )
-def test_what_is_not_json_is_refused(raw: bytes, words: str) -> None:
+def test_invalid_json_is_refused(raw: bytes, words: str) -> None:
     with pytest.raises(FormatError, match=words) as caught:
         strict_json.loads(raw, "here")
     assert caught.type is FormatError

@@ -1,7 +1,7 @@
 """Fuzzes a reader: python tests/fuzz/fuzz.py READER [--planted-bug] [OPTIONS] CORPUS...
 
-READER is one of readers.READERS, OPTIONS are libFuzzer's. Any exception but a FormatError is a finding,
-Rust's panics too, and so is a hang.
+READER is one of readers.READERS; OPTIONS are libFuzzer's. A finding is any exception except FormatError, also
+a Rust panic, or a hang.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ with atheris.instrument_imports(include=["nplora", "jinja2.parser"]):
     from nplora.tokenizer import chat_template, directory, gguf_vocabulary, split_pattern
     from nplora.trainer import checkpoint
 
-    readers.jinja()  # which imports it
+    readers.jinja()  # imports it
 
 
 def passed_over(*_: object) -> None:
-    """In the place of a check."""
+    """Replaces a check."""
 
 
 def require_at_most(config: ModelConfig, name: str, value: int, most: int) -> None:
-    """In the place of ModelConfig._require: sizes below 1 pass; of larger ones memory would be short."""
+    """Replaces ModelConfig._require. It lets sizes below 1 pass; larger ones would take too much memory."""
     if value > most:
         raise FormatError(f"{config.source}: {name} is {value:,}")
 
 
-# The bug of each reader: what, its name, and what stands in its place.
+# The planted bug of each reader: an object, the name of its attribute, and the replacement.
 PLANTED: dict[str, tuple[Any, str, Any]] = {
     "gguf": (header, "_check_layout", passed_over),
     "safetensors": (safetensors, "_check_layout", passed_over),

@@ -1,7 +1,7 @@
-"""The readers of files that nobody vouches for, each as a function of bytes: what is fuzzed, and cut up.
+"""The readers of untrusted files, each as a function of bytes, for fuzzing and damage tests.
 
-Each may raise a FormatError and nothing else, and checks what it accepted. Where a reader takes several
-files, zero bytes lie between them.
+Each may raise FormatError and nothing else, and checks the content that it accepted. If a reader takes
+several files, zero bytes separate them.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ BASE = b'{"model_type": "llama", "num_attention_heads": 2}'
 
 @functools.cache
 def directory() -> Path:
-    """Where files lie for readers that take a path; TMPDIR says on which file system."""
+    """The directory for readers that take a path. TMPDIR chooses its file system."""
     return Path(tempfile.mkdtemp(prefix="fuzz-"))
 
 
@@ -53,7 +53,7 @@ constant_file = functools.cache(file)
 
 
 def read_gguf(data: bytes) -> None:
-    """What is accepted can be written and read again."""
+    """Accepted content can be written and read again."""
     content = gguf.loads(data)
     for key in content.metadata:
         value = content.metadata[key]
@@ -68,7 +68,7 @@ def read_gguf(data: bytes) -> None:
 
 
 def read_safetensors(data: bytes) -> None:
-    """What is accepted can be written and read again."""
+    """Accepted content can be written and read again."""
     content = safetensors.loads(data)
     for name, entry in content.entries.items():
         assert content[name].numpy().shape == entry.shape
@@ -83,7 +83,7 @@ def read_safetensors(data: bytes) -> None:
 
 def read_shard_index(data: bytes) -> None:
     constant_file("a.safetensors", SHARD)
-    with contextlib.suppress(OSError):  # another plain name, of which there is no file
+    with contextlib.suppress(OSError):  # another plain name, for which there is no file
         assert set(sharded.open(file("model.safetensors.index.json", data))) <= {"a"}
 
 
@@ -157,7 +157,7 @@ def _use(tokenizer: Tokenizer) -> None:
 
 
 def read_split_pattern(data: bytes) -> None:
-    """A search for a pattern that is accepted comes to its end, before Oniguruma gives up and Rust panics."""
+    """A search for an accepted pattern ends before Oniguruma gives up and Rust panics."""
     pattern = data.decode(errors="replace")
     if split_pattern.is_safe(pattern):
         text = "a" * 40 + pattern + " \n"
@@ -170,7 +170,7 @@ def read_split_pattern(data: bytes) -> None:
 
 
 def read_chat_template(data: bytes) -> None:
-    """It is parsed here too, for the fuzzer to see how: it does not see into the process that renders."""
+    """The template is also parsed here, because the fuzzer cannot see into the rendering process."""
     from jinja2.parser import Parser
 
     text = data.decode(errors="replace")
@@ -195,14 +195,14 @@ def read_checkpoint(data: bytes) -> None:
     raw, _, log = data.partition(b"\0")
     state = checkpoint._fields(strict_json.loads(raw, "the state"), directory())
     history = History()
-    with contextlib.suppress(ValueError, TypeError):  # what resuming takes for a CorruptError
+    with contextlib.suppress(ValueError, TypeError):  # resuming turns these into CorruptError
         history.restore(COLUMNS, state["epochs"])
     history.add_log(log, state["step"], state["epoch"])
     assert all(0 < record.step <= state["step"] for record in history.steps)
 
 
 def read_rows(data: bytes) -> None:
-    """A letter that tells the kind of file, then a file of training data."""
+    """A letter for the kind of file, then a file of training data."""
     suffix = {b"c": ".csv", b"t": ".txt"}.get(data[:1], ".jsonl")
     path = file(f"train{suffix}", data[1:])
     for ids, labels in read_dataset(path, _tokenizer(), max_length=8, skip_bad=True):

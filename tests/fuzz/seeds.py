@@ -1,6 +1,6 @@
 """Writes the seed corpus of a reader: python tests/fuzz/seeds.py READER DIRECTORY.
 
-Without arguments it names the readers.
+Without arguments, it prints the readers' names.
 """
 
 import json
@@ -21,7 +21,7 @@ Seeds = dict[str, bytes]
 
 
 def dumps(*values: object) -> bytes:
-    """Texts of JSON, zero bytes between them."""
+    """Values as JSON texts, separated by zero bytes."""
     return b"\0".join(json.dumps(value).encode() for value in values)
 
 
@@ -29,7 +29,7 @@ def dumps(*values: object) -> bytes:
 
 
 def gguf_seeds() -> Seeds:
-    """Small files that hold each type of value and of tensor, and the shapes of models and adapters."""
+    """Small files with every type of value and of tensor, and with the shapes of models and adapters."""
     numbers = {kind.lower(): Typed(1, kind) for kind in VALUE_LETTERS if kind != "BOOL"}
     arrays = {kind.lower(): Typed([1, 0], kind) for kind in VALUE_LETTERS if kind != "BOOL"}
     words = {"words": ["a", "naïve", ""], "truths": [True, False], "none": Typed([], "STRING"), "yes": True}
@@ -260,7 +260,7 @@ def gguf_tokenizer_seeds() -> Seeds:
 
 
 def tokenizer_json_seeds() -> Seeds:
-    """Each kind of model and of step that the package `tokenizers` knows of."""
+    """Every kind of model and of step in the package `tokenizers`."""
     vocabulary = {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "<s>": 4}
     bpe = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]]}
     models = {

@@ -1,4 +1,4 @@
-"""LoraDelta: what is refused."""
+"""LoraDelta: wrong shapes are refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The low-rank update on bare arrays: forward, backward, merge."""
+"""The low-rank update on plain arrays: forward, backward, merge."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def test_lora_backward_stays_within_the_error_bound(dtype: Any, rng: np.random.G
 
 @pytest.mark.parametrize("n", [0, 1, 3, 9, 60])
 @pytest.mark.parametrize("empty", ["d_out", "d_in", "neither"])
-def test_a_side_without_elements_is_one(n: int, empty: str, rng: np.random.Generator) -> None:
+def test_empty_dimensions_work(n: int, empty: str, rng: np.random.Generator) -> None:
     d_out, d_in = (0 if empty == side else 5 for side in ("d_out", "d_in"))
     shapes = {"x": (n, d_in), "W": (d_out, d_in), "A": (d_out, 2), "B": (2, d_in), "dy": (n, d_out)}
     p = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
@@ -99,7 +99,7 @@ def test_small_integers_are_exact(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(result, want)
 
 
-def test_z_is_computed_again_where_it_is_not_given(rng: np.random.Generator) -> None:
+def test_z_is_computed_again_if_it_is_not_given(rng: np.random.Generator) -> None:
     p = problem(rng)
     _, z = nplora.lora_forward(p["x"], p["W"], p["A"], p["B"])
     given = nplora.lora_backward(p["dy"], p["x"], z, p["W"], p["A"], p["B"])
@@ -133,7 +133,7 @@ def test_the_frozen_product_is_skipped_on_request(rng: np.random.Generator) -> N
     np.testing.assert_array_equal(lean[2], full[2])
 
 
-def test_the_output_goes_where_out_says(rng: np.random.Generator) -> None:
+def test_out_receives_the_result(rng: np.random.Generator) -> None:
     p, out = problem(rng), np.empty((N, D_OUT), np.float32)
     y, _ = nplora.lora_forward(p["x"], p["W"], p["A"], p["B"], out=out)
     assert y is out
@@ -206,7 +206,7 @@ def test_merge_happens_in_the_callers_buffer(storage: str, rng: np.random.Genera
     before = W.astype(np.float64)
     assert nplora.merge_lora(W, p["A"], p["B"], 0.25) is W
     bound = reference.merge(np.abs(before), np.abs(p["A"]), np.abs(p["B"]), 0.25)
-    u = float(ml_dtypes.finfo(W.dtype).eps) / 2  # rounded once at the end; subnormals of float16 by 2^-25
+    u = float(ml_dtypes.finfo(W.dtype).eps) / 2  # rounded once at the end; float16's subnormals by 2^-25
     k = reference.gamma(2 * RANK + 2, np.float64 if storage == "float64" else np.float32)
     assert np.all(
         np.abs(W.astype(np.float64) - reference.merge(before, p["A"], p["B"], 0.25))
@@ -224,7 +224,7 @@ def test_bit_patterns_of_bfloat16_merge_as_the_numbers_they_are(rng: np.random.G
 
 
 @pytest.mark.parametrize("storage", ["float32", "float64", "float16", "bfloat16"])
-def test_rows_may_lie_any_distance_apart(storage: str, rng: np.random.Generator) -> None:
+def test_rows_may_have_any_stride(storage: str, rng: np.random.Generator) -> None:
     p = problem(rng)
     dense = stored(p["W"], storage)
     big = np.zeros((2 * D_OUT, D_IN + 9), dense.dtype)
@@ -237,7 +237,7 @@ def test_rows_may_lie_any_distance_apart(storage: str, rng: np.random.Generator)
     assert not big[:, 4 + D_IN :].any()
 
 
-def test_factors_may_lie_in_the_buffer_beside_the_weight(rng: np.random.Generator) -> None:
+def test_factors_may_share_a_buffer_with_the_weight(rng: np.random.Generator) -> None:
     p = problem(rng)
     big = np.zeros((D_OUT, D_IN + RANK), np.float32)
     W, A = big[:, :D_IN], big[:, D_IN:]
@@ -285,7 +285,7 @@ def misaligned(W: Array) -> Array:
         (lambda W: W[:, :-1].copy(), ValueError, r"B has shape \(5, 53\), expected \(r=5, d_in=52\)"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_merged_in_place_is_refused_with_the_reason(
+def test_weights_that_cannot_be_merged_in_place_are_refused_with_the_reason(
     make: Callable[[Array], Any], error: type[Exception], message: str, rng: np.random.Generator
 ) -> None:
     p = problem(rng)
@@ -321,9 +321,10 @@ def test_overlapping_factors_are_refused(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.parametrize("magnitude", [1.0, 2.0**-17], ids=["normal", "subnormal float16"])
 def test_stochastic_rounding_is_unbiased(storage: str, magnitude: float, rng: np.random.Generator) -> None:
-    """Nearest loses an update of a fifth of a step in every element; the stochastic mean keeps it.
+    """An update of a fifth of a step: nearest loses it in every element, the stochastic mean keeps it.
 
-    Of n independent elements, up with probability 0.2, the mean is within 5 sqrt(0.2 * 0.8 / n) steps.
+    With n independent elements, rounded up with probability 0.2, the mean is within 5 sqrt(0.2 * 0.8 / n)
+    steps.
     """
     n = 400
     W = np.full((n, n), magnitude).astype(np.dtype(storage))
@@ -340,7 +341,7 @@ def test_stochastic_rounding_is_unbiased(storage: str, magnitude: float, rng: np
 
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
-def test_stochastic_rounding_takes_the_neighbour_that_its_word_of_philox_decides(
+def test_stochastic_rounding_takes_the_neighbour_that_philox_chooses(
     storage: str, rng: np.random.Generator
 ) -> None:
     p = problem(rng)
@@ -358,11 +359,11 @@ def test_stochastic_rounding_takes_the_neighbour_that_its_word_of_philox_decides
     normal = np.abs(exact) >= 2.0**-14
     assert normal.mean() > 0.99
     got = W.astype(np.float32).view(np.uint32)
-    assert np.mean(got[normal] == expected[normal]) > 0.999  # where the sums have the same bits
+    assert np.mean(got[normal] == expected[normal]) > 0.999  # wherever the sums have the same bits
     assert np.mean(got != exact.view(np.uint32)) > 0.9
 
 
-def test_stochastic_rounding_depends_on_its_seed_alone(thread_limit: None, rng: np.random.Generator) -> None:
+def test_stochastic_rounding_depends_only_on_its_seed(thread_limit: None, rng: np.random.Generator) -> None:
     W = rng.standard_normal((501, 333)).astype(np.float16)
     A, B = rng.standard_normal((501, 7), np.float32), rng.standard_normal((7, 333), np.float32)
 
@@ -377,20 +378,22 @@ def test_stochastic_rounding_depends_on_its_seed_alone(thread_limit: None, rng: 
     assert merged(2) not in results
 
 
-def test_stochastic_rounding_leaves_what_needs_none(rng: np.random.Generator) -> None:
+def test_stochastic_rounding_leaves_exact_values_unchanged(rng: np.random.Generator) -> None:
     special = np.array([[np.inf, -np.inf, np.nan, 65504.0, 0.0, 2.0**-24, 1.0]], np.float16)
     A, B = np.ones((1, 1)), np.zeros((1, special.shape[1]))
     for seed in range(20):
         got = nplora.merge_lora(special.copy(), A, B, rounding="stochastic", rng=seed)
         np.testing.assert_array_equal(got.view(np.uint16), special.view(np.uint16))
     huge = nplora.merge_lora(special.copy(), A, np.full_like(B, 15.0), rounding="stochastic", rng=0)
-    assert huge[0, 3] == 65504  # to nearest: the neighbour above is infinity
+    assert huge[0, 3] == 65504  # rounded to nearest, because the neighbour above is infinity
     for dtype in (np.float32, np.float64):
-        with pytest.raises(ValueError, match=r"rounding='stochastic' with a W of float(32|64); float16 or"):
+        with pytest.raises(
+            ValueError, match=r"rounding='stochastic' with a W of float(32|64), expected float16 or"
+        ):
             nplora.merge_lora(np.eye(3, dtype=dtype), np.ones((3, 1)), np.ones((1, 3)), rounding="stochastic")
 
 
-def test_merge_knows_two_roundings_and_the_formats_own_name(rng: np.random.Generator) -> None:
+def test_merge_refuses_another_rounding_or_dtype(rng: np.random.Generator) -> None:
     p = problem(rng)
     with pytest.raises(ValueError, match="rounding='up' is not available; possible: 'nearest', 'stochastic'"):
         nplora.merge_lora(p["W"], p["A"], p["B"], rounding="up")
@@ -399,7 +402,7 @@ def test_merge_knows_two_roundings_and_the_formats_own_name(rng: np.random.Gener
     nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float32")
 
 
-# ---- what all of them refuse ----
+# ---- errors of all these functions ----
 
 
 @pytest.mark.parametrize(
@@ -417,7 +420,7 @@ def test_merge_knows_two_roundings_and_the_formats_own_name(rng: np.random.Gener
         ({"out": np.ones((3, 37), np.float32)}, r"out has shape \(3, 37\), expected \(11, 37\)"),
     ],
 )
-def test_lora_forward_refuses_what_does_not_fit(
+def test_lora_forward_refuses_arguments_that_do_not_fit(
     change: dict[str, Any], message: str, rng: np.random.Generator
 ) -> None:
     p = {k: v for k, v in problem(rng).items() if k != "dy"} | {"scale": 1.0} | change
@@ -438,7 +441,7 @@ def test_lora_forward_refuses_what_does_not_fit(
         ({"out": (None, None, np.ones((5, 3), np.float32))}, ValueError, r"dB has shape \(5, 3\)"),
     ],
 )
-def test_lora_backward_refuses_what_does_not_fit(
+def test_lora_backward_refuses_arguments_that_do_not_fit(
     change: dict[str, Any], error: type[Exception], message: str, rng: np.random.Generator
 ) -> None:
     p = {k: v for k, v in problem(rng).items() if k != "bias"} | {"z": None} | change

@@ -1,4 +1,4 @@
-"""Layers merged into a storage of choice: the report against NumPy and the gguf package, and the way back."""
+"""Merging layers into a chosen storage: the report against NumPy and the gguf package, and unmerging."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def layer_of(rng: np.random.Generator, dtype: str, size: float = 0.02, **setting
 
 
 def decoded(weight: nplora.FrozenWeight) -> Array:
-    """float64, of low-bit blocks by PyPI's gguf."""
+    """The weight in float64. PyPI's gguf decodes low-bit blocks."""
     if weight.dtype not in BLOCKS:
         return weight.to_numpy().astype(np.float64)
     kind = oracle.GGMLQuantizationType[weight.dtype.upper()]
@@ -57,7 +57,7 @@ def check_report(layer: nplora.LoRALinear, report: MergeReport, storage: str, fi
 
 @pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k", "float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["same", *BLOCKS, *FLOATS])
-def test_the_report_tells_how_much_of_the_update_the_storage_kept(
+def test_the_report_says_how_much_of_the_update_the_storage_kept(
     base: str, dtype: str, rng: np.random.Generator, figure: Figure
 ) -> None:
     layer = layer_of(rng, base)
@@ -66,7 +66,7 @@ def test_the_report_tells_how_much_of_the_update_the_storage_kept(
 
 
 @pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k"])
-def test_a_trained_adapter_is_reported_alike(base: str, rng: np.random.Generator, figure: Figure) -> None:
+def test_a_trained_adapter_is_reported_correctly(base: str, rng: np.random.Generator, figure: Figure) -> None:
     layer = nplora.LoRALinear(nplora.FrozenWeight(rng.standard_normal((D_OUT, D_IN)), base), 4, rng=0)
     x = rng.standard_normal((64, D_IN), np.float32)
     wanted = layer.forward(x)[0] + x @ rng.standard_normal((D_IN, D_OUT), np.float32) / 8
@@ -94,9 +94,9 @@ def test_finer_storages_keep_more(name: str, rng: np.random.Generator) -> None:
     assert errors[0] > 1 > 1e-4 > errors[-1]
 
 
-def test_an_error_that_is_noise_is_told_from_an_update_that_is_lost(rng: np.random.Generator) -> None:
-    """A tenth of a step is lost in the blocks that the weight lies in; in finer ones that lie otherwise it is
-    not, though their rounding is as large as the update."""
+def test_the_report_distinguishes_noise_from_a_lost_update(rng: np.random.Generator) -> None:
+    """An update of a tenth of a step is lost in the weight's own blocks. In finer blocks with other edges
+    it is not, although their rounding is as large as the update."""
     layer = layer_of(rng, "q4_1", size=0.01)
     (same,) = layer.merge("same")
     layer.unmerge()
@@ -117,7 +117,7 @@ def test_the_same_float_storage_has_the_bits_of_a_plain_merge(dtype: str, rng: n
 
 @pytest.mark.parametrize("dtype", ["same", "q8_0", "float32"])
 @pytest.mark.parametrize("base", ["q4_1", "q4_k", "nf4", "float16"])
-def test_the_merged_weight_answers_and_the_original_comes_back(
+def test_the_merged_weight_is_used_and_unmerge_restores_the_original(
     base: str, dtype: str, rng: np.random.Generator
 ) -> None:
     layer = layer_of(rng, base)
@@ -137,7 +137,7 @@ def test_nf4_is_merged_to_the_bits_that_the_sum_is_quantised_to(rng: np.random.G
     np.testing.assert_array_equal(layer._merged.to_numpy(), again.to_numpy())
 
 
-def test_dora_is_compared_with_what_it_asks_for(rng: np.random.Generator) -> None:
+def test_dora_is_compared_with_its_exact_change(rng: np.random.Generator) -> None:
     layer = layer_of(rng, "float32", use_dora=True)
     layer.m[...] *= rng.uniform(0.5, 2, D_OUT)
     expected = decoded(layer.weight) + update(layer)
@@ -155,12 +155,14 @@ def test_a_model_is_merged_as_a_whole_with_a_report_for_each_layer(rng: np.rando
     model = nplora.Sequential(
         layer_of(rng, "q4_1"), nplora.ReLU(), nplora.LoRALinear(np.eye(48, D_OUT), 2, rng=0)
     )
-    with pytest.raises(ValueError, match="merge: 2: rows of 40 are no whole blocks of 32, which q8_0 needs"):
+    with pytest.raises(
+        ValueError, match="merge: 2: rows of 40 elements are not whole blocks of 32, which q8_0 needs"
+    ):
         model.merge("q8_0")
     assert not model[0].merged
     reports = model.merge("same")
     assert [(report.name, report.storage) for report in reports] == [("0", "q4_1"), ("2", "float32")]
-    assert reports[1].error == 0  # A is 0: nothing was asked for, and nothing changed
+    assert reports[1].error == 0  # A is 0: nothing was to change, and nothing changed
     plain = model.merge_and_unload()
     assert plain[0].weight.dtype == "q4_1"
     assert str(reports[0]).startswith(f"0: q4_1, 12,800 bytes, {reports[0].kept:.1%} of ΔW kept, noise ")
@@ -200,11 +202,11 @@ def test_an_update_of_zero_leaves_the_weight_to_the_bit(
 def test_an_update_of_zero_times_infinity_is_not_zero(rng: np.random.Generator) -> None:
     layer = layer_of(rng, "float32")
     layer.A[...], layer.B[0, 0] = 0, np.inf
-    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="not finite any more"):
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="would become infinite or NaN"):
         layer.merge("same")
 
 
-def test_what_no_storage_can_hold_is_refused(rng: np.random.Generator) -> None:
+def test_sums_that_no_storage_can_hold_are_refused(rng: np.random.Generator) -> None:
     layer = layer_of(rng, "q8_0")
     for dtype, message in (
         ("float64", "dtype='float64', but the layer computes in float32"),
@@ -215,14 +217,16 @@ def test_what_no_storage_can_hold_is_refused(rng: np.random.Generator) -> None:
     layer.A[7, 0] = 3e38
     layer.B[0, :] = 1e3
     for dtype in ("same", "float32", "float16"):
-        with pytest.raises(ValueError, match=r"row 7|512 finite values are not finite any more in float"):
+        with pytest.raises(
+            ValueError, match=r"row 7|512 finite values would become infinite or NaN in float"
+        ):
             layer.merge(dtype)
     assert not layer.merged
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_k", "q4_1", "nf4"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_what_a_principal_start_leaves_is_stored_as_the_weight_was(
+def test_the_residual_of_a_principal_start_keeps_the_storage_of_the_weight(
     dtype: str, init: str, rng: np.random.Generator
 ) -> None:
     given = nplora.FrozenWeight(rng.standard_normal((D_OUT, D_IN)), dtype)

@@ -1,4 +1,4 @@
-"""Files that describe no model, or none that is known here: each error names the file and what is wrong."""
+"""Files that describe no model, or an unknown one: each error names the file and the fault."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("fault", GGUF_FAULTS)
-def test_metadata_that_make_no_sense_are_refused(fault: str, tmp_path: Path) -> None:
+def test_impossible_metadata_are_refused(fault: str, tmp_path: Path) -> None:
     changes, error, message = GGUF_FAULTS[fault]
     path = small_models.write(tmp_path / "m.gguf", small_models.metadata(**changes))
     with refused(error, message, path):
@@ -65,10 +65,10 @@ def test_tensors_that_are_missing_or_too_many_are_all_named(tmp_path: Path) -> N
         "'blk.1.attn_q.weight' is missing, the nearest names: blk.1.attn_qq.weight" in s for s in lines
     )
     assert any("'blk.0.ffn_up.weight' has shape (63, 32), expected (64, 32)" in line for line in lines)
-    assert any("'blk.1.attn_qq.weight' has no place in llama" in line for line in lines)
+    assert any("'blk.1.attn_qq.weight' is not used by llama" in line for line in lines)
 
 
-def test_a_bias_that_some_layers_have_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_bias_that_only_some_layers_have_is_not_ignored(tmp_path: Path) -> None:
     weights = small_models.tensors()
     weights["blk.1.attn_q.bias"] = np.ones(small_models.WIDTH, np.float32)
     with pytest.raises(FormatError, match=r"'blk.1.attn_q.bias' has no place"):
@@ -110,7 +110,7 @@ def test_a_block_whose_scale_is_not_finite_is_named(name: str, at: int, value: f
         nplora.load_model(path)
 
 
-def test_all_tensors_of_types_that_are_not_read_are_in_one_error(tmp_path: Path) -> None:
+def test_one_error_lists_all_tensors_of_unreadable_types(tmp_path: Path) -> None:
     weights: dict[str, Any] = dict(small_models.tensors())
     names = [f"blk.{i}.ffn_down.weight" for i in range(LAYERS)]
     for name in names:
@@ -156,13 +156,13 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a factor of 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, FormatError, "factor is 0"),
     "a vocabulary of 2^40": ({"vocab_size": 2**40}, FormatError, "vocab_size is 1,099,511,627,776"),
     "layer types": ({"model_type": "qwen2", "layer_types": ["full_attention", "x", "full_attention"]},
-                    UnsupportedError, "a layer of type 'x'"),
+                    UnsupportedError, "a layer has type 'x'"),
     "no bias": ({"attention_bias": True}, FormatError, "'model.layers.0.self_attn.q_proj.bias' is missing"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", CONFIG_FAULTS)
-def test_a_config_that_makes_no_sense_is_refused(fault: str, tmp_path: Path) -> None:
+def test_an_impossible_config_is_refused(fault: str, tmp_path: Path) -> None:
     changes, error, message = CONFIG_FAULTS[fault]
     (tmp_path / "config.json").write_text(json.dumps(small_models.config(**changes)))
     small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
@@ -198,7 +198,7 @@ def test_a_directory_of_float16_or_float64_loads(mmap: bool, tmp_path: Path) -> 
     assert (found[np.float16] != found[np.float32]).any()
 
 
-def test_scaling_of_positions_is_read_as_before_and_since_transformers_5(tmp_path: Path) -> None:
+def test_rope_scaling_is_read_from_files_of_transformers_4_and_5(tmp_path: Path) -> None:
     small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
 
     def logits(**fields: Any) -> Array:
@@ -225,7 +225,7 @@ def test_scaling_of_positions_is_read_as_before_and_since_transformers_5(tmp_pat
 
 @pytest.mark.parametrize("mmap", [True, False])
 def test_a_file_of_many_types_computes_as_its_values(mmap: bool, tmp_path: Path) -> None:
-    """Layers that read one input may be stored differently."""
+    """Layers that read one input may have different storage."""
     types = {
         "token_embd": "q8_0", "output": "q5_0", "attn_q": "q4_0", "attn_k": "q5_1", "attn_v": "q8_0",
         "ffn_gate": "q4_1", "ffn_up": "F16",
@@ -253,7 +253,7 @@ def test_a_file_of_many_types_computes_as_its_values(mmap: bool, tmp_path: Path)
         np.testing.assert_allclose(p.value, q.value, rtol=0, atol=1e-4 * np.abs(q.value).max())
 
 
-def test_the_tokenizer_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_the_tokenizer_is_read_on_first_use(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(small_models.config()))
     small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
     lm = nplora.load_model(tmp_path)

@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata say of a model, as llama.cpp reads them."""
+"""The model that a GGUF file's metadata describe, as llama.cpp reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ ORIGINAL = {"rope__scaling__original_context_length": 32}
 
 
 def read(directory: Path, architecture: str, factors: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
-    """The model of a file with these entries changed; their names stand without the architecture."""
+    """The model of a file with these entries changed. Entry names are given without the architecture."""
     entries = {
         key.replace("llama", architecture): value for key, value in small_models.metadata().items()
     } | {"general.architecture": architecture}
@@ -28,7 +28,7 @@ def read(directory: Path, architecture: str, factors: tuple[str, ...] = (), **ch
 
 
 def test_a_scaling_factor_without_a_type_is_linear(tmp_path: Path) -> None:
-    """llama.cpp's default of rope.scaling.type; its older name of the factor is read too."""
+    """This is llama.cpp's default of rope.scaling.type. Its older name of the factor is read too."""
     assert read(tmp_path, "llama", rope__scaling__factor=4.0).rope.linear_factor == 4
     assert read(tmp_path, "llama", rope__scale_linear=8.0).rope.linear_factor == 8
     unscaled = {"rope__scaling__type": "none", "rope__scaling__factor": 4.0}
@@ -37,7 +37,7 @@ def test_a_scaling_factor_without_a_type_is_linear(tmp_path: Path) -> None:
 
 
 def test_a_granite_without_rotation_rotates_nowhere(tmp_path: Path) -> None:
-    """Of Granite alone, rope.scaling.finetuned says whether it rotates."""
+    """Only in Granite, rope.scaling.finetuned says whether the heads rotate."""
     assert read(tmp_path, "granite").unrotated == frozenset()
     assert read(tmp_path, "granite", rope__scaling__finetuned=True).unrotated == frozenset()
     layers = frozenset(range(small_models.LAYERS))
@@ -46,7 +46,7 @@ def test_a_granite_without_rotation_rotates_nowhere(tmp_path: Path) -> None:
 
 
 def test_heads_may_be_listed_for_each_layer(tmp_path: Path) -> None:
-    """As files of Granite 4's dense models list them; `base_model` reads them too."""
+    """Files of Granite 4's dense models have such lists. `base_model` reads them too."""
     same, other = np.int32([2, 2, 2]), np.int32([2, 0, 2])
     assert read(tmp_path, "granite", attention__head_count_kv=same).num_key_value_heads == 2
     assert base_model.read(tmp_path / "m.gguf").kv_heads == 2
@@ -87,7 +87,7 @@ def test_a_phi_may_name_longrope(tmp_path: Path) -> None:
         ("llama", (), {"rope__scaling__type": "longrope"}, UnsupportedError, "expected 'none' or 'linear'"),
     ],
 )
-def test_what_is_not_computed_is_refused(
+def test_unsupported_settings_are_refused(
     architecture: str,
     factors: tuple[str, ...],
     changes: dict[str, Any],

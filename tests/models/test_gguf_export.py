@@ -1,4 +1,4 @@
-"""Models from Hugging Face's files to GGUF: read back by transformers, PyPI's gguf and nplora itself."""
+"""Models converted from Hugging Face's files to GGUF, read back by transformers, PyPI's gguf and nplora."""
 
 import json
 import os
@@ -45,19 +45,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral with a window": {"sliding_window": 7},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
-    "qwen3 of the usual heads": {"head_dim": 128},  # transformers' reader knows no others
+    "qwen3 with the usual heads": {"head_dim": 128},  # transformers' reader knows no others
 }
 
 
 def torch_model(directory: Path, name: str, dtype: str = "float32") -> Any:
-    """A small random model of transformers, saved."""
+    """A small random model of transformers, saved to a directory."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     family = name.split()[0].capitalize()
     torch.manual_seed(0)
     settings = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[name])
     model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases are 1 and 0 at first: any order would do
+        for parameter in model.parameters():  # all norms are 1 and biases 0, which hides a wrong order
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     return model
@@ -99,7 +99,7 @@ def test_transformers_reads_the_file_to_the_same_model(name: str, ids: Array, tm
 
 
 def hf_directory(directory: Path, rng: np.random.Generator, family: str = "llama", **changes: Any) -> Path:
-    """A model of random weights, of the names and shapes that nplora asks for."""
+    """A model with random weights, with the names and shapes that nplora expects."""
     directory.mkdir()
     dtype = changes.pop("dtype", np.float32)
     fields = SIZES | {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 5e5} | changes
@@ -112,7 +112,7 @@ def hf_directory(directory: Path, rng: np.random.Generator, family: str = "llama
 
 
 def read(path: Path) -> dict[str, tuple[str, Array]]:
-    """Type and values of every tensor, by PyPI's gguf."""
+    """The type and values of every tensor, read by PyPI's gguf."""
     return {
         t.name: (t.tensor_type.name, dequantize(t.data, t.tensor_type).reshape(t.shape[::-1].tolist()))
         for t in oracle.GGUFReader(path).tensors
@@ -120,7 +120,7 @@ def read(path: Path) -> dict[str, tuple[str, Array]]:
 
 
 def rows_in_order(values: Array, heads: int) -> Array:
-    """Row 2 i of a head is its row i, and 2 i + 1 the one half a head behind."""
+    """Row 2 i of a head is the head's row i. Row 2 i + 1 is the row half a head later."""
     half = len(values) // heads // 2
     moved = np.full_like(values, np.nan)
     for head in range(heads):
@@ -130,7 +130,7 @@ def rows_in_order(values: Array, heads: int) -> Array:
     return moved
 
 
-# What llama.cpp takes where rows are no whole blocks of 256.
+# The types that llama.cpp uses for rows that are not whole blocks of 256.
 SHORT_ROWS = {
     "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl",
 }  # fmt: skip
@@ -146,9 +146,9 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     found = read(tmp_path / "model.gguf")
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
-    told = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} and not {dtype}: they have rows that are no whole"
+    words = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
     short_rows = SHORT_ROWS.get(wanted, wanted)
-    assert (told.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
+    assert (words.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (dtype in SHORT_ROWS)
     layer, stored = "model.layers.1", "blk.1"
     for name, gguf_name, storage, heads in (
         ("model.embed_tokens.weight", "token_embd.weight", wanted, 0),
@@ -201,17 +201,20 @@ def test_the_hyperparameters_have_llama_cpps_keys(rng: np.random.Generator, tmp_
     } | {f"llama.{key}": ("UINT32", value) for key, value in sizes.items()}
 
 
-def test_what_cannot_be_said_in_gguf_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_settings_that_gguf_cannot_express_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
     mixed = hf_directory(
         tmp_path / "mixed", rng, "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1
     )
     with pytest.raises(UnsupportedError, match=r"layers with sliding windows of \[0, 8\] tokens"):
         nplora.model_to_gguf(mixed, tmp_path / "model.gguf")
     gelu = hf_directory(tmp_path / "gelu", rng, hidden_act="gelu_pytorch_tanh")
-    with pytest.raises(UnsupportedError, match=r"hidden_act is gelu_pytorch_tanh, in GGUF llama has silu"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"hidden_act is gelu_pytorch_tanh, which GGUF cannot express: its llama has silu",
+    ):
         nplora.model_to_gguf(gelu, tmp_path / "model.gguf")
     plain = hf_directory(tmp_path / "plain", rng)
-    with pytest.raises(ValueError, match=r"a model becomes a \.gguf file, got"):
+    with pytest.raises(ValueError, match=r"a model is converted to a \.gguf file, got"):
         nplora.model_to_gguf(plain, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"dtype='nf4' is not available; possible: 'same', 'float32'"):
         nplora.model_to_gguf(plain, tmp_path / "model.gguf", "nf4")
@@ -232,7 +235,9 @@ def test_what_cannot_be_said_in_gguf_is_refused(rng: np.random.Generator, tmp_pa
     assert not list(tmp_path.glob("*.gguf*")) + list(tmp_path.glob(".*"))
 
 
-def test_what_has_the_name_of_the_new_model_is_not_lost(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_an_existing_file_with_the_name_of_the_new_model_is_not_lost(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
     directory = hf_directory(tmp_path / "hf", rng, dtype=np.float16)
     target = tmp_path / "out" / "model.gguf"
     target.parent.mkdir()
@@ -247,7 +252,7 @@ def test_what_has_the_name_of_the_new_model_is_not_lost(rng: np.random.Generator
     assert source.read_bytes() == before
 
 
-def test_the_command_tells_models_from_adapters(
+def test_the_command_distinguishes_models_from_adapters(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = hf_directory(tmp_path / "hf", rng, dtype=np.float16)
@@ -267,7 +272,7 @@ def test_the_command_tells_models_from_adapters(
 
 
 def byte_level_tokenizer(pre: str) -> Any:
-    """A tokenizer that cuts text as `pre` says, trained on a little of it."""
+    """A tokenizer that splits text as `pre` says, trained on a short text."""
     tokenizers = pytest.importorskip("tokenizers")
     cut = tokenizers.pre_tokenizers
     split = gguf_vocabulary.SPLITS[pre]
@@ -293,7 +298,7 @@ def byte_level_tokenizer(pre: str) -> Any:
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "gpt-4o"])
-def test_a_byte_level_tokenizer_goes_along(pre: str, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_is_included(pre: str, rng: np.random.Generator, tmp_path: Path) -> None:
     backend = byte_level_tokenizer(pre)
     directory = hf_directory(tmp_path / "hf", rng)
     backend.save(str(directory / "tokenizer.json"))
@@ -323,7 +328,7 @@ def test_a_byte_level_tokenizer_goes_along(pre: str, rng: np.random.Generator, t
 def test_a_text_begins_and_ends_as_in_tokenizer_json(
     pre: str, single: str, config: dict[str, bool], rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    """Whatever llama.cpp's default for `pre` is, and whatever the class of another library would do."""
+    """It does not depend on llama.cpp's default for `pre`, nor on the tokenizer class of another library."""
     processors = pytest.importorskip("tokenizers").processors
     backend = byte_level_tokenizer(pre)
     template = processors.TemplateProcessing(single=single, special_tokens=[("<|end|>", 0), ("<|start|>", 1)])
@@ -361,7 +366,7 @@ def added_token(**switches: bool) -> Any:
 
 
 def attribute(part: str, name: str, make: Any) -> Any:
-    """Sets a part of the tokenizer, or a switch of its model, to what `make` makes of the package."""
+    """Sets a part of the tokenizer, or a setting of its model, to the result of `make`."""
 
     def change(tokenizers: Any, backend: Any) -> None:
         setattr(backend if part == "" else getattr(backend, part), name, make(tokenizers))
@@ -391,14 +396,16 @@ OTHERS: dict[str, tuple[str, Any, str]] = {
     "a word": ("gpt-2", added_token(single_word=True), "single_word of token '<wide>' is True"),
     "before NFC": ("qwen2", added_token(normalized=True), "normalized of token '<wide>' is True"),
     "Bert's ends": ("gpt-2", bert_like, "post_processor is"),
-    "another beginning": ("gpt-2", template_of("<|end|> $A"), "gets tokens \\[0\\], which are not bos_token"),
+    "another beginning": ("gpt-2", template_of("<|end|> $A"), "gets the tokens \\[0\\], expected only bos"),
     "two": ("gpt-2", template_of("$A <|end|> <|end|>"), "gets tokens \\[0, 0\\], which are not eos_token"),
     "the text twice": ("gpt-2", template_of("$A $A"), "post_processor is"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_tokenizer_is_left_out_and_told(other: str, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_an_unsupported_tokenizer_is_left_out_and_reported(
+    other: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
     pre, change, message = OTHERS[other]
     backend = byte_level_tokenizer(pre)
     change(pytest.importorskip("tokenizers"), backend)
@@ -412,14 +419,14 @@ def test_another_tokenizer_is_left_out_and_told(other: str, rng: np.random.Gener
     assert not any(key.startswith("tokenizer") for key in gguf.open(tmp_path / "model.gguf").metadata)
 
 
-def test_what_only_a_trial_shows_is_left_out_too(rng: np.random.Generator, tmp_path: Path) -> None:
-    """GGUF keeps added tokens in the vocabulary, where Llama 3's rule finds one that is a word of its own."""
+def test_a_tokenizer_that_fails_the_trial_is_left_out_too(rng: np.random.Generator, tmp_path: Path) -> None:
+    """GGUF keeps added tokens in the vocabulary. Llama 3's rule then finds one that is a whole word."""
     backend = byte_level_tokenizer("llama-bpe")
     backend.add_special_tokens(["zebra"])
     directory = hf_directory(tmp_path / "hf", rng)
     backend.save(str(directory / "tokenizer.json"))
     report = nplora.model_to_gguf(directory, tmp_path / "model.gguf")
-    assert "'zebra' would be other tokens from GGUF" in str(report)
+    assert "'zebra' would become other tokens in GGUF" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +468,7 @@ def test_a_merged_file_is_the_merged_model(
         layer.A[...] = rng.standard_normal(layer.A.shape) / 50
     nplora.save_adapter(lm, tmp_path / "adapter")
     live, saved = nplora.read_adapter(lm), nplora.read_adapter(tmp_path / "adapter")
-    for name, update in saved.items():  # rows of q and k lie in the order of Hugging Face in both
+    for name, update in saved.items():  # rows of q and k have Hugging Face's order in both
         np.testing.assert_array_equal(live[name].A, update.A)
     before = lm.logits(ids)
     reports = lm.merge(dtype)

@@ -1,4 +1,4 @@
-"""What a config.json says, and what it does not say: transformers' own reading of it is the oracle."""
+"""The meaning of a config.json and of its missing fields, with transformers' own reader as the oracle."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from nplora.models import base_model, families, hf_config
 from nplora.models.config import ModelConfig
 
 FAMILIES = [family.model_type for family in families.FAMILIES]
-NOTHING = object()  # in the place of a field: it is not there
+NOTHING = object()  # as the value of a field: the field is missing
 
 
 def write(directory: Path, family: str, **changes: Any) -> Path:
-    """A config.json of 32 heads and 30 layers, of which the families' defaults are possible."""
+    """A config.json with 32 heads and 30 layers, for which the families' defaults are possible."""
     fields = small_models.config(
         model_type=family, num_attention_heads=32, hidden_size=256, num_hidden_layers=30
     )
@@ -31,13 +31,13 @@ def read(directory: Path, family: str, **changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kv_heads", [NOTHING, None, 4], ids=["absent", "null", "told"])
-def test_both_readers_take_the_heads_that_transformers_takes(
+@pytest.mark.parametrize("kv_heads", [NOTHING, None, 4], ids=["absent", "null", "given"])
+def test_both_readers_find_the_heads_that_transformers_finds(
     family: str, kv_heads: object, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     if family in ("mistral", "gemma3_text") and kv_heads is None:
-        expected = 32  # before version 5; since then an error
+        expected = 32  # before transformers 5; since then, it is an error
         path = write(tmp_path, family, num_key_value_heads=None)
     else:
         path = write(tmp_path, family, num_key_value_heads=kv_heads)
@@ -48,15 +48,15 @@ def test_both_readers_take_the_heads_that_transformers_takes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [NOTHING, None, 7], ids=["absent", "null", "told"])
-@pytest.mark.parametrize("use", [NOTHING, False, True], ids=["of course", "off", "on"])
+@pytest.mark.parametrize("window", [NOTHING, None, 7], ids=["absent", "null", "given"])
+@pytest.mark.parametrize("use", [NOTHING, False, True], ids=["absent", "off", "on"])
 def test_the_windows_are_those_of_transformers(
     family: str, window: object, use: object, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     path = write(tmp_path, family, sliding_window=window, use_sliding_window=use)
-    if family == "gemma3_text" and window is None:  # whose layers with a window rotate by another base
-        with pytest.raises(UnsupportedError, match="a layer of type 'sliding_attention'"):
+    if family == "gemma3_text" and window is None:  # its layers with a window rotate with another base
+        with pytest.raises(UnsupportedError, match="a layer has type 'sliding_attention'"):
             hf_config.read(path)
         return
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_the_windows_are_those_of_transformers(
     assert hf_config.read(path).sliding_windows == expected
 
 
-def test_what_mistral_does_not_say_is_what_mistral_7b_has(tmp_path: Path) -> None:
+def test_missing_fields_of_mistral_are_those_of_mistral_7b(tmp_path: Path) -> None:
     config = read(tmp_path, "mistral")
     assert (config.num_key_value_heads, set(config.sliding_windows)) == (8, {4096})
     assert set(read(tmp_path, "mistral", sliding_window=None).sliding_windows) == {0}
@@ -79,7 +79,7 @@ def test_a_qwen_with_windows_has_them_of_4096_tokens_from_layer_28(tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_config_does_not_say_is_what_transformers_takes(family: str, tmp_path: Path) -> None:
+def test_missing_fields_have_the_defaults_of_transformers(family: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     absent = dict.fromkeys(("rms_norm_eps", "tie_word_embeddings", "rope_theta", "head_dim"), NOTHING)
     path = write(tmp_path, family, **absent)
@@ -96,7 +96,7 @@ def test_what_a_config_does_not_say_is_what_transformers_takes(family: str, tmp_
     assert ours.unrotated == {i for i in range(30) if not rotates[i]}
 
 
-OLD_GEMMA3 = {  # as files of before version 5 of transformers say it
+OLD_GEMMA3 = {  # as in files from before transformers 5
     "rope_theta": 2e6,
     "rope_local_base_freq": 5e3,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -146,7 +146,7 @@ def test_longrope_is_read_as_transformers_reads_it(changes: dict[str, Any], tmp_
 
 
 def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None:
-    """Also without use_sliding_window, as transformers masks by layer_types alone."""
+    """Also without use_sliding_window, because transformers masks only by layer_types."""
     kinds = ["sliding_attention", "full_attention"] * 15
     config = read(tmp_path, "smollm3", layer_types=kinds, sliding_window=7)
     assert config.sliding_windows == (7, 0) * 15
@@ -220,7 +220,7 @@ def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None
         ),
     ],
 )
-def test_what_a_family_does_not_compute_is_refused(
+def test_unsupported_settings_of_a_family_are_refused(
     family: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError) as caught:

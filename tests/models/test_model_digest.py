@@ -1,4 +1,4 @@
-"""What tells models apart: the same whatever the storage of a model's matrices, and asked for of adapters."""
+"""The digest that identifies models: equal for all storages of a model, checked when adapters are used."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from nplora.weights import storages
 
 
 def changed(arrays: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
-    """The tensors of a model with its matrices in this storage; its norms are moved by another seed."""
+    """The tensors of a model with its matrices in this storage. Another seed changes its norms."""
     rng = np.random.default_rng(seed)
     made = dict(arrays)
     for name, array in arrays.items():
@@ -103,7 +103,7 @@ def test_adapters_and_training_leave_the_digest(model: Path) -> None:
 
 
 def uses(model: Path, adapter: Path, output: Path) -> list[Callable[..., Any]]:
-    """All that put an adapter on a model."""
+    """All functions that put an adapter on a model."""
 
     def load(**options: Any) -> None:
         lm = nplora.load_model(model)
@@ -118,7 +118,7 @@ def uses(model: Path, adapter: Path, output: Path) -> list[Callable[..., Any]]:
     ]
 
 
-def test_an_adapter_of_another_model_is_refused_with_both_digests_and_taken_on_request(
+def test_an_adapter_of_another_model_is_refused_with_both_digests_and_accepted_on_request(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
     for use in uses(other, adapter, tmp_path / "out.gguf"):
@@ -140,14 +140,14 @@ def test_an_adapter_fits_its_model_in_any_storage_and_kind_of_file(adapter: Path
         use()
 
 
-def test_an_adapter_without_a_digest_is_taken(other: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_digest_is_accepted(other: Path, adapter: Path, tmp_path: Path) -> None:
     file = safetensors.open(adapter / "adapter_model.safetensors", mmap=False)
     safetensors.save(adapter / "adapter_model.safetensors", dict(file), {"format": "pt"})
     for use in uses(other, adapter, tmp_path / "out.gguf"):
         use()
 
 
-def test_shapes_that_differ_are_told_with_the_digests(adapter: Path, model: Path, tmp_path: Path) -> None:
+def test_shapes_that_differ_are_reported_with_the_digests(adapter: Path, model: Path, tmp_path: Path) -> None:
     weights = changed(small_models.tensors(), seed=1)
     wide = {
         n: np.resize(a, [2 * s if s == small_models.WIDTH else s for s in a.shape])
@@ -171,7 +171,7 @@ def test_shapes_that_differ_are_told_with_the_digests(adapter: Path, model: Path
         assert digest(path)[:12] in text
 
 
-def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
+def test_an_adapter_keeps_the_digest_of_its_model_in_a_gguf_file_and_in_a_combination(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
     file, back = tmp_path / "a.gguf", tmp_path / "back"
@@ -188,7 +188,7 @@ def test_an_adapter_remembers_its_model_in_llama_cpp_s_file_and_in_a_sum(
 
 
 @pytest.mark.parametrize("kind", ["gguf", "hf"])
-def test_an_adapter_of_another_model_is_not_converted_but_on_request(
+def test_an_adapter_of_another_model_is_converted_only_on_request(
     kind: str, model: Path, other: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "hf":
@@ -205,10 +205,12 @@ def test_an_adapter_of_another_model_is_not_converted_but_on_request(
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
         assert cli.main(arguments) == 2
-        assert "--any-base, in Python any_base=True, takes it all the same" in capsys.readouterr().err
+        assert "--any-base (any_base=True in Python) accepts it anyway" in capsys.readouterr().err
         assert not target.exists()
         assert cli.main([*arguments, "--any-base"]) == 0
-        assert read_adapter(target, other).base_digest == digest(other)  # whose heads its rows are by
+        assert read_adapter(target, other).base_digest == digest(
+            other
+        )  # the heads of `other` determine the order of rows
 
 
 def test_an_adapter_of_another_model_s_shapes_is_not_converted(
@@ -243,7 +245,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 
 
 @pytest.mark.parametrize("weights", ["none", "pointer", "pickle", "shard missing", "link to nothing"])
-def test_a_base_without_its_weights_is_one_that_is_not_known(
+def test_a_base_without_weights_counts_as_unknown(
     weights: str, model: Path, adapter: Path, tmp_path: Path
 ) -> None:
     base = hf_model(tmp_path / "hf")
@@ -252,7 +254,7 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
         tensors.write_bytes(LFS)
     else:
         tensors.unlink()
-    if weights == "link to nothing":  # in a cache that is fetched by half
+    if weights == "link to nothing":  # in a cache that is only half downloaded
         tensors.symlink_to("nowhere")
     if weights == "pickle":
         (base / "pytorch_model.bin").touch()
@@ -261,10 +263,10 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
     for any_base in (False, True):
         file = tmp_path / f"{any_base}.gguf"
-        with told_of_missing_weights(not any_base and weights in MISSING):
+        with warns_of_missing_weights(not any_base and weights in MISSING):
             nplora.adapter_to_gguf(adapter, file, base, any_base=any_base)
             nplora.combine([(adapter, 1), (adapter, 1)], base=base, any_base=any_base)
-        with told_of_missing_weights(weights in MISSING):
+        with warns_of_missing_weights(weights in MISSING):
             assert read_adapter(file, base).base_digest == (None if any_base else digest(model))
             nplora.adapter_from_gguf(file, tmp_path / f"{any_base}", base, any_base=any_base)
             nplora.combine([(adapter, 1), (file, 1)], base=base)
@@ -273,13 +275,13 @@ def test_a_base_without_its_weights_is_one_that_is_not_known(
 MISSING = ("pointer", "shard missing", "link to nothing")
 
 
-def told_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
+def warns_of_missing_weights(expected: bool = True) -> AbstractContextManager[Any]:
     words = "hf: weights are missing, so whether the adapter is of this model is not known"
     return pytest.warns(UserWarning, match=words) if expected else nullcontext()
 
 
 def sharded_model(directory: Path, weights: dict[str, Any], matrices: str = "matrices.safetensors") -> Path:
-    """The norms in a shard of their own."""
+    """The norms are in their own shard."""
     hf_model(directory, weights=weights)
     (directory / "model.safetensors").unlink()
     norms = {name: array for name, array in weights.items() if array.ndim == 1}
@@ -289,7 +291,7 @@ def sharded_model(directory: Path, weights: dict[str, Any], matrices: str = "mat
     return directory
 
 
-def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path, tmp_path: Path) -> None:
+def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Path, tmp_path: Path) -> None:
     weights = small_models.hf_tensors()
     base = sharded_model(tmp_path / "hf", weights)
     other = sharded_model(tmp_path / "other", changed(weights, seed=1))
@@ -303,15 +305,15 @@ def test_the_shards_with_the_norms_are_enough_to_tell_another_base(adapter: Path
         with pytest.raises(FormatError, match=r"the adapter is of another model"):
             nplora.adapter_to_gguf(adapter, tmp_path / "b.gguf", named)
     (base / "norms.safetensors").write_bytes(LFS)
-    with told_of_missing_weights():
+    with warns_of_missing_weights():
         nplora.combine([(adapter, 1)], base=base)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "config.json", "tokenizer.json"])
-def test_git_lfs_s_pointer_is_named_in_the_place_of_any_file(name: str, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_named_whichever_file_it_replaces(name: str, tmp_path: Path) -> None:
     base = hf_model(tmp_path / "hf")
     (base / name).write_bytes(LFS)
-    with pytest.raises(FormatError, match=rf"{name}: Git LFS's pointer to the file"):
+    with pytest.raises(FormatError, match=rf"{name}: is a Git LFS pointer"):
         print(nplora.load_model(base / name if name.endswith("gguf") else base).tokenizer)
 
 
@@ -363,7 +365,7 @@ def assert_refused(
     assert not (tmp_path / "sum").exists()
 
 
-def test_a_base_that_is_no_model_is_refused(
+def test_a_base_that_is_not_a_model_is_refused(
     adapter: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
@@ -385,20 +387,20 @@ def test_a_base_that_is_no_model_is_refused(
     assert not (tmp_path / "sum").exists()
 
 
-def test_a_base_of_a_family_that_is_not_known_is_no_obstacle_to_a_sum(adapter: Path, tmp_path: Path) -> None:
+def test_adapters_of_an_unknown_family_can_be_combined(adapter: Path, tmp_path: Path) -> None:
     base = hf_model(tmp_path / "hf", weights=changed(small_models.hf_tensors(), seed=1))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(ValueError, match=r"is another model than the adapters'"):  # the names of norms alike
+    with pytest.raises(ValueError, match=r"is another model than the adapters'"):  # with equal names of norms
         nplora.combine([(adapter, 1)], base=base)
     unknown = Adapter("unknown", dict(read_adapter(adapter)))
     nplora.combine([(unknown, 1), (unknown, 1)], base=base)
     (base / "model.safetensors").write_bytes(LFS)
-    with told_of_missing_weights():
+    with warns_of_missing_weights():
         nplora.combine([(adapter, 1), (unknown, 1)], base=base)
 
 
-def test_adapters_are_not_added_up_for_another_base(
+def test_adapters_are_not_combined_for_another_base(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.gguf"
@@ -412,17 +414,17 @@ def test_adapters_are_not_added_up_for_another_base(
         nplora.combine([(source, 1)], base=other, any_base=True)
 
 
-def test_a_sum_of_any_bases_has_the_digest_that_all_have(adapter: Path, model: Path) -> None:
+def test_a_combination_of_any_bases_has_their_common_digest(adapter: Path, model: Path) -> None:
     unknown = Adapter("unknown", dict(read_adapter(adapter)))
     assert nplora.combine([(adapter, 1), (unknown, 1)]).base_digest == digest(model)
     assert nplora.combine([(adapter, 1), (unknown, 1)], any_base=True).base_digest is None
     assert nplora.combine([(adapter, 1), (adapter, 1)], any_base=True).base_digest == digest(model)
 
 
-def test_adapters_of_different_models_are_not_added_up_but_on_request(
+def test_adapters_of_different_models_are_combined_only_on_request(
     model: Path, other: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # the same name
+    foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(model))  # with the same name
     with pytest.raises(ValueError, match=r"combine: the adapters are of different models") as caught:
         nplora.combine([(adapter, 1), (foreign, 1)])
     for path, base in ((adapter, model), (foreign, other)):
@@ -430,7 +432,7 @@ def test_adapters_of_different_models_are_not_added_up_but_on_request(
     both = nplora.combine([(adapter, 1), (foreign, 1)], any_base=True)
     assert (both.base_digest, both.base_model_name_or_path) == (None, str(model))
     renamed = saved(nplora.load_model(model), tmp_path / "renamed", "elsewhere/of-another-name")
-    both = nplora.combine([(adapter, 1), (renamed, 1)])  # one digest: the names do not matter
+    both = nplora.combine([(adapter, 1), (renamed, 1)])  # with one digest, the names do not matter
     assert (both.base_digest, both.base_model_name_or_path) == (digest(model), None)
     both.save(tmp_path / "both")
     attach_adapter(nplora.load_model(model), tmp_path / "both")
@@ -450,7 +452,7 @@ def test_adapters_of_different_models_are_not_added_up_but_on_request(
         (None, None, False),
     ],
 )
-def test_without_digests_the_last_part_of_the_names_tells_different_models(
+def test_without_digests_the_last_part_of_the_names_distinguishes_models(
     one: str | None, two: str | None, differ: bool
 ) -> None:
     update = nplora.lora.LoraDelta(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
@@ -465,7 +467,7 @@ def test_without_digests_the_last_part_of_the_names_tells_different_models(
         nplora.combine(pair)
 
 
-def test_the_commands_refuse_and_take_on_request(
+def test_the_commands_refuse_and_accept_on_request(
     model: Path, other: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     foreign = saved(nplora.load_model(other), tmp_path / "foreign", str(other))

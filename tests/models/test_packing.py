@@ -1,4 +1,4 @@
-"""Packed sequences: where each begins, and what each token is to predict."""
+"""Packed sequences: where each begins, and which token each position must predict."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The frozen blocks' outputs, kept from one epoch to the next: the same bits, wherever they are kept."""
+"""The cached outputs of the frozen blocks: the same bits, in memory or on disk."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def keeping(lm: LanguageModel, directory: Path | None = None, capacity: int = 10
 
 
 def passes(lm: LanguageModel, batches: list[PackedBatch]) -> list[Any]:
-    """Losses and gradients, from the same dropout masks."""
+    """Losses and gradients, with the same dropout masks."""
     lm.seed(0)
     results: list[Any] = []
     for batch in batches:
@@ -57,7 +57,7 @@ def never(*arguments: Any, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_kept_outputs_give_the_same_bits_in_any_packing_and_spare_the_frozen_blocks(
+def test_cached_outputs_give_the_same_bits_in_any_packing_without_the_frozen_blocks(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     a, b, c, d = sequences(9, 1, 33, 70)
@@ -74,7 +74,7 @@ def test_kept_outputs_give_the_same_bits_in_any_packing_and_spare_the_frozen_blo
         lm.loss_packed(first[0])
 
 
-def test_batches_that_are_summed_in_another_order_are_neither_kept_nor_answered(lm: LanguageModel) -> None:
+def test_small_batches_are_neither_stored_nor_looked_up(lm: LanguageModel) -> None:
     small, other = sequences(SMALL_BATCH, 30)
     wanted = passes(lm, [packed(small)])
     prefix = keeping(lm)
@@ -85,8 +85,8 @@ def test_batches_that_are_summed_in_another_order_are_neither_kept_nor_answered(
     assert passes(lm, [packed(small)]) == wanted
 
 
-def test_rows_of_larger_batches_do_not_depend_on_what_stands_beside_them() -> None:
-    """What the whole is founded on, at sizes that take each of the ways of the products."""
+def test_rows_of_larger_batches_do_not_depend_on_the_other_rows() -> None:
+    """The cache relies on this. The sizes use each code path of the products."""
     rng = np.random.default_rng(0)
     for d_out, d_in, dtype, compute in (
         (96, 64, "float32", "float32"),
@@ -103,7 +103,7 @@ def test_rows_of_larger_batches_do_not_depend_on_what_stands_beside_them() -> No
             np.testing.assert_array_equal(weight.matmul(x[begin:end]), whole[begin:end])
 
 
-def test_what_there_is_no_room_for_is_computed(lm: LanguageModel) -> None:
+def test_sequences_beyond_the_capacity_are_computed(lm: LanguageModel) -> None:
     a, b = sequences(20, 30)
     wanted = passes(lm, [packed(a), packed(b), packed(b, a)])
     prefix = keeping(lm, capacity=20)
@@ -111,7 +111,7 @@ def test_what_there_is_no_room_for_is_computed(lm: LanguageModel) -> None:
     assert prefix.nbytes == 20 * 4 * small_models.WIDTH
 
 
-def test_outputs_of_other_blocks_are_no_answer(lm: LanguageModel) -> None:
+def test_outputs_of_other_blocks_are_not_used(lm: LanguageModel) -> None:
     [a] = sequences(20)
     keeping(lm)
     passes(lm, [packed(a)])
@@ -144,7 +144,7 @@ def test_a_system_that_moves_few_bytes_at_a_time_moves_all(
     prefix.close()
 
 
-def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders, and what templates that nobody vouches for may not do."""
+"""Chat templates: rendering compared with transformers, and the limits for untrusted templates."""
 
 import contextlib
 import datetime
@@ -33,7 +33,7 @@ CHAT = [
     {"role": "user", "content": "Add 2 and 2", "extra": {"tools": [1, 2.5, None, True]}},
 ]
 
-# Each uses what the templates of the model families use.
+# Each template uses features that the model families' templates use.
 TEMPLATES = {
     "chatml": """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']
  + '<|im_end|>' + '\n'}}{% endfor %}
@@ -97,7 +97,7 @@ def render(template: str, messages: Any = (), **variables: Any) -> str:
     return ChatTemplate(template, "model").render(list(messages), **variables)
 
 
-def test_the_time_is_told() -> None:
+def test_the_template_gets_the_time() -> None:
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
     then = datetime.datetime(2024, 7, 26, 3, 4, 5)
     assert render("{{ strftime_now('%d %b %Y %X') }}", now=then) == "26 Jul 2024 03:04:05"
@@ -132,7 +132,7 @@ def test_a_template_may_refuse_the_messages() -> None:
         ("{% if 1 %}" * 150 + "{% endif %}" * 150, "is not Jinja"),
     ],
 )
-def test_what_is_not_a_template_is_refused(template: str, message: str) -> None:
+def test_an_invalid_template_is_refused(template: str, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         render(template)
 
@@ -153,7 +153,7 @@ SHARED = (
 
 ENDLESS = {
     "a loop": "{% for i in range(1000000000) %}x{% endfor %}",
-    "a longest text": "{{ 'a' * 10 ** 19 }}",
+    "the longest text": "{{ 'a' * 10 ** 19 }}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops over one list": "{% set x = range(999) %}{% for i in x %}{% for j in x %}{% for k in x %}"
     "{% endfor %}{% endfor %}{% endfor %}",
@@ -223,7 +223,7 @@ ENDLESS = {
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """The body takes no more CPU time, in the process of templates and here, and little memory here."""
+    """The body takes limited CPU time, here and in the rendering process, and little memory here."""
 
     def used() -> float:
         chat_template._PROCESS.stop()
@@ -243,16 +243,18 @@ def bounded(seconds: float) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_without_end_is_stopped(name: str) -> None:
+def test_an_endless_template_is_stopped(name: str) -> None:
     long = name in ("split", "a format of a large text")
     chat = [{"role": "user", "content": "ab " * 100_000 if long else "Hi"}]
-    told = r"(takes more than 0\.5 s of CPU time|takes too much memory|nests too deep|asks for too much: .*)$"
-    with bounded(MOST_SECONDS), pytest.raises(UnsafeError, match=f"model: the chat template {told}"):
+    reasons = (
+        r"(takes more than 0\.5 s of CPU time|takes too much memory|nests too deep|asks for too much: .*)$"
+    )
+    with bounded(MOST_SECONDS), pytest.raises(UnsafeError, match=f"model: the chat template {reasons}"):
         render(ENDLESS[name], chat)
 
 
 def filled(unit: str) -> str:
-    """The longest template of copies of it."""
+    """The longest template made of copies of a text."""
     return unit * (MAX_TEMPLATE // len(unit))
 
 
@@ -276,14 +278,14 @@ SLOW_TO_COMPILE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_TO_COMPILE)
-def test_compiling_has_its_end(name: str) -> None:
+def test_compiling_is_limited(name: str) -> None:
     assert len(SLOW_TO_COMPILE[name]) <= MAX_TEMPLATE
     with bounded(4), contextlib.suppress(ValueError):
         render(SLOW_TO_COMPILE[name])
 
 
 @pytest.mark.slow
-def test_what_takes_long_to_compile_is_stopped() -> None:
+def test_a_template_that_takes_long_to_compile_is_stopped() -> None:
     with pytest.raises(UnsafeError, match=r"model: the chat template takes more than 2\.0 s .* to compile"):
         render(SLOW_TO_COMPILE["loops"])
 
@@ -323,12 +325,12 @@ def test_a_chat_of_many_short_messages_is_not_taken_for_an_endless_one() -> None
         "{{ joiner.__call__ }}",
     ],
 )
-def test_what_lies_outside_the_sandbox_is_out_of_reach(template: str) -> None:
+def test_a_template_cannot_leave_the_sandbox(template: str) -> None:
     with refused(UnsafeError, "the chat template is not safe: it reaches for", "model: "):
         render(template, CHAT)
 
 
-def test_texts_have_no_format_by_whatever_way() -> None:
+def test_the_method_format_is_unreachable() -> None:
     from nplora.tokenizer import renderer
 
     for name in ("format", "format_map"):
@@ -336,7 +338,7 @@ def test_texts_have_no_format_by_whatever_way() -> None:
 
 
 @pytest.mark.parametrize("template", ["{% include 'x' %}", "{% import 'x' as x %}", "{% extends 'x' %}"])
-def test_a_template_reads_no_other(template: str) -> None:
+def test_a_template_cannot_read_another(template: str) -> None:
     with refused(UnsafeError, "the chat template is not safe: it reaches for another template", "model: "):
         render(template)
 
@@ -382,7 +384,7 @@ def test_one_process_renders_all_templates() -> None:
 
 
 @pytest.mark.slow
-def test_after_the_end_of_its_process_a_template_renders() -> None:
+def test_a_template_renders_after_its_process_has_ended() -> None:
     assert render("{{ 1 }}") == "1"
     first = process()
     first.kill()
@@ -403,11 +405,11 @@ def test_a_broken_program_is_not_the_templates_fault(monkeypatch: pytest.MonkeyP
         render("{{ 1 }}")
     chat_template._PROCESS.stop()
     monkeypatch.setattr("nplora.tokenizer.render_process._PROGRAM", tmp_path / "none.py")
-    with pytest.raises(OSError, match=r"would have to run .*none\.py"):
+    with pytest.raises(OSError, match=r"cannot run .*none\.py"):
         render("{{ 1 }}")
 
 
-def test_what_a_template_leaves_behind_does_not_add_up() -> None:
+def test_memory_that_templates_leave_behind_does_not_add_up() -> None:
     ring = "{% set n = namespace() %}{% set n.n = n %}{% set n.x = 'a' * 20000000 %}x"
     for _ in range(12):
         assert render(ring) == "x"
@@ -415,11 +417,11 @@ def test_what_a_template_leaves_behind_does_not_add_up() -> None:
     assert pages * resource.getpagesize() < 100 << 20
 
 
-def test_warnings_of_python_do_not_hold_up_a_template() -> None:
+def test_warnings_of_python_do_not_block_a_template() -> None:
     assert render("{% if 0 %}" + "{{1[:]}}" * 2000 + "{% endif %}ok") == "ok"
 
 
-def test_a_large_answer_takes_nothing_from_the_next_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_answer_does_not_affect_the_next_template(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_MEMORY", 10 << 20)
     chat = [{"role": "user", "content": "a" * 3_000_000}]
     assert len(render("{{ messages[0].content * 12 }}", chat)) == 36_000_000
@@ -428,18 +430,18 @@ def test_a_large_answer_takes_nothing_from_the_next_template(monkeypatch: pytest
     assert process() is first
 
 
-def test_messages_that_cannot_be_given_to_a_template_are_refused() -> None:
+def test_messages_that_cannot_be_passed_to_a_template_are_refused() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="nests too deep"):
         chat_template.plain(deep)
     for value in (deep, 10**5000):
-        with pytest.raises(ValueError, match="model: the messages cannot be given to a template"):
+        with pytest.raises(ValueError, match="model: the messages cannot be passed to a template"):
             render("{{ 1 }}", [{"role": "user", "content": value}])
 
 
-def test_paths_that_are_no_texts_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_sys_path_that_are_not_text_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     chat_template._PROCESS.stop()
     monkeypatch.setattr(sys, "path", [*sys.path, None, "a\0b", Path("/")])
     assert render("{{ 1 }}") == "1"
@@ -449,7 +451,7 @@ def test_paths_that_are_no_texts_are_not_handed_on(monkeypatch: pytest.MonkeyPat
 def test_a_python_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
     chat_template._PROCESS.stop()
     monkeypatch.setattr(sys, "executable", executable)
-    with pytest.raises(OSError, match=executable or "sys.executable '' would have to run"):
+    with pytest.raises(OSError, match=executable or "sys.executable '' cannot run"):
         render("{{ 1 }}")
 
 
@@ -460,7 +462,7 @@ def test_a_missing_jinja2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         render("{{ 1 }}")
 
 
-def test_an_interrupted_rendering_gives_no_answer_to_the_next() -> None:
+def test_an_interrupted_rendering_does_not_affect_the_next() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -487,7 +489,7 @@ def test_an_interrupted_rendering_gives_no_answer_to_the_next() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGVTALRM])
-def test_signals_that_are_held_off_here_still_end_the_process(number: signal.Signals) -> None:
+def test_signals_that_are_blocked_here_still_end_the_process(number: signal.Signals) -> None:
     chat_template._PROCESS.stop()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     before = signal.signal(number, signal.SIG_IGN)
@@ -502,7 +504,7 @@ def test_signals_that_are_held_off_here_still_end_the_process(number: signal.Sig
 
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_forked_process_has_a_process_of_its_own(busy: bool) -> None:
+def test_a_forked_process_starts_its_own_rendering_process(busy: bool) -> None:
     def render_for_long() -> None:
         with pytest.raises(UnsafeError, match="CPU time"):
             render(ENDLESS["a tree of calls"])
@@ -513,13 +515,13 @@ def test_a_forked_process_has_a_process_of_its_own(busy: bool) -> None:
     if busy:
         thread.start()
         wait_until(chat_template._PROCESS._lock.locked)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         child = os.fork()
         if child == 0:
             signal.alarm(10)
             try:
-                os._exit(render("{{ 2 }}") != "2" or process().pid == first or bool(told))
+                os._exit(render("{{ 2 }}") != "2" or process().pid == first or bool(shown))
             finally:
                 os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
@@ -540,7 +542,7 @@ def test_the_process_ends_with_its_parent(end: str) -> None:
     assert done.stderr == b""
     last = time.monotonic() + 5
     while Path(f"/proc/{int(done.stdout)}/cmdline").is_file() and time.monotonic() < last:
-        if not Path(f"/proc/{int(done.stdout)}/cmdline").read_bytes():  # nobody reaps it
+        if not Path(f"/proc/{int(done.stdout)}/cmdline").read_bytes():  # a zombie that no parent collects
             break
         time.sleep(0.01)
     assert time.monotonic() < last

@@ -1,4 +1,4 @@
-"""Large results reuse the memory of earlier ones: a training step allocates nothing."""
+"""Large results reuse the memory of earlier ones, so a training step allocates nothing."""
 
 import resource
 import subprocess
@@ -18,7 +18,7 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
-def test_an_array_takes_the_memory_that_the_one_before_has_left():
+def test_an_array_reuses_the_memory_of_the_one_before():
     first = buffers.empty((512, 1024), np.float32)
     where = address(first)
     del first
@@ -63,7 +63,7 @@ def test_a_size_that_no_memory_holds_is_a_memory_error():
 
 
 def in_fresh_process(code):
-    """What the code prints; `rss()` gives it the resident MiB above those at its start."""
+    """Run code in a new process. Returns its output. `rss()` gives the growth of resident memory in MiB."""
     prelude = """
 import gc, nplora, numpy as np
 from nplora.weights import buffers
@@ -140,7 +140,7 @@ def layers_of(width):
 
 @pytest.fixture
 def one_thread():
-    """A thread allocates what it keeps for a kind of task when it first gets one: when, is up to chance."""
+    """Each thread allocates memory when it first gets a task of some kind. The time of that is random."""
     threads = nplora.get_num_threads()
     nplora.set_num_threads(1)
     yield
@@ -175,7 +175,7 @@ def test_a_step_allocates_nothing_after_warm_up(tokens):
         step()
     assert _core.allocations() == allocated
     new_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    assert new_faults < 64  # pages; a fresh y of 1000 tokens alone has 500
+    assert new_faults < 64  # pages; a new y of 1000 tokens alone has 500
 
 
 def test_factors_made_side_by_side_share_two_buffers_of_zeros():

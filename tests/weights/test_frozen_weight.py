@@ -1,4 +1,4 @@
-"""FrozenWeight: storage, products, and what it refuses."""
+"""FrozenWeight: storage, products, and refused arguments."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ def as_stored(W: Any, storage: str) -> Any:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_to_numpy_gives_back_what_was_stored(storage: str, rng: np.random.Generator) -> None:
+def test_to_numpy_returns_the_stored_values(storage: str, rng: np.random.Generator) -> None:
     W = weight(rng)
     fw = FrozenWeight(W, dtype=storage)
     back = fw.to_numpy()
@@ -103,7 +103,7 @@ def test_any_float_array_is_accepted_and_copied(rng: np.random.Generator) -> Non
     assert fw.to_numpy().any()
 
 
-def test_a_dtype_may_be_named_by_numpy(rng: np.random.Generator) -> None:
+def test_numpy_dtypes_are_accepted(rng: np.random.Generator) -> None:
     W = weight(rng)
     assert FrozenWeight(W, dtype=np.float16).dtype == "float16"
     assert FrozenWeight(W, dtype=np.dtype(np.float64)).dtype == "float64"
@@ -124,7 +124,7 @@ def test_bfloat16_products_round_their_operands_and_sum_in_float32(rng: np.rando
     assert fw.like(W).compute == pickle.loads(pickle.dumps(fw)).compute == "bfloat16"
     np.testing.assert_array_equal(fw.to_numpy(), W)
     error = np.abs(fw.matmul(x) - x.astype(np.float64) @ W.T.astype(np.float64))
-    # Each operand is off by 2^-9 of itself, so is a product by a little over 2^-8.
+    # Each operand is off by 2^-9 of its value, so each product by a little over 2^-8.
     bound = (2.001 * 2**-9 + reference.gamma(2 * 53)) * (np.abs(x).astype(np.float64) @ np.abs(W).T)
     assert np.all(error <= bound)
     assert FrozenWeight(W).compute == "float32"
@@ -268,7 +268,7 @@ def test_values_that_become_infinite_are_counted_in_a_warning(
     storage: str, fits: float, too_large: float
 ) -> None:
     W = np.array([[fits, -fits, np.inf], [np.nan, 0.0, 1.0]])
-    assert np.isinf(FrozenWeight(W, storage).to_numpy()).sum() == 1, "infinity itself is no overflow"
+    assert np.isinf(FrozenWeight(W, storage).to_numpy()).sum() == 1, "infinity itself is not an overflow"
     W[1] = too_large, -too_large, -np.inf
     message = rf"FrozenWeight: 2 finite values of W, the largest {too_large:.6g}, are infinite in {storage}"
     with pytest.warns(UserWarning, match=message.replace("+", r"\+")) as caught:
@@ -289,7 +289,7 @@ def test_a_dtype_of_none_is_float32_everywhere() -> None:
 
 
 @pytest.mark.parametrize("dtype", [5, object(), [1]])
-def test_what_names_no_dtype_is_refused_by_the_name_of_the_argument(dtype: Any) -> None:
+def test_an_invalid_dtype_is_refused_with_the_name_of_the_argument(dtype: Any) -> None:
     with pytest.raises(TypeError, match=r"FrozenWeight: dtype is .*, expected one of 'float32', 'float64'"):
         FrozenWeight(np.ones((2, 2)), dtype)
     with pytest.raises(TypeError, match="Linear: dtype is "):
@@ -319,14 +319,14 @@ def test_a_ragged_weight_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("thread_limit")
-def test_a_number_of_threads_is_one_that_the_core_can_hold() -> None:
+def test_impossible_numbers_of_threads_are_refused() -> None:
     with pytest.raises(ValueError, match="set_num_threads: n is 1180591620717411303424, expected at most"):
         nplora.set_num_threads(2**70)
     nplora.set_num_threads(2**31 - 1)
 
 
 def test_arrays_that_do_not_fit_are_refused_by_the_core_and_others_kept_alive() -> None:
-    """Every overload is tried: the ones that do not fit must leave no trace."""
+    """Every overload is tried. Those that do not fit must leave no trace."""
     of_array, of_blocks = _core.PackedWeight.of_array, _core.PackedWeight.of_blocks
     for dtype, storage in ((np.float32, "float32"), (np.float64, "float64"), (np.uint16, "bfloat16")):
         array = np.ones((3, 4), dtype)

@@ -1,4 +1,4 @@
-"""NaN and infinities in a model's file: named before anything is computed, and never printed as JSON."""
+"""NaN and infinities in a model's file are reported before any computation, and never printed as JSON."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def patterns(values: Array) -> Array:
 
 @pytest.mark.parametrize("storage", DTYPES)
 def test_the_first_value_that_is_not_finite_is_found(storage: str, rng: np.random.Generator) -> None:
-    """Among the largest and the smallest finite values; 300,000 of them are several tasks."""
+    """It is placed among the largest and smallest finite values; 300,000 of them are several tasks."""
     limits, size = ml_dtypes.finfo(DTYPES[storage]), 300_000
     finite = np.array([limits.max, limits.min, limits.smallest_subnormal, 0, -0.0, 1], DTYPES[storage])
     values = finite[rng.integers(0, len(finite), size)]
@@ -98,8 +98,8 @@ def test_a_plan_does_not_read_the_matrices_and_a_run_checks_them_once(
     assert len(checked) == len(set(checked)) > 0
 
 
-def test_a_weight_is_merged_into_only_if_it_is_finite(tmp_path: Path) -> None:
-    """What is not touched may hold what it likes: other models' files have masks of infinities."""
+def test_an_adapter_is_merged_only_into_a_finite_weight(tmp_path: Path) -> None:
+    """Tensors that are not merged may hold anything: files of other models have masks of infinities."""
     bad = np.ones((4, 32), np.float32)
     bad[2, 7] = np.inf
     safetensors.save(tmp_path / "base.safetensors", {"bad.weight": bad, "good.weight": np.ones_like(bad)})
@@ -137,7 +137,7 @@ def test_eval_of_a_loss_that_is_not_finite_fails_and_prints_json_of_null(
     assert cli.main([*given, *(["--json"] if as_json else [])]) == 1
     out, err = capsys.readouterr()
     if as_json:
-        result = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        result = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
         assert result["loss"] is None
         assert result["tokens"] > 0
     else:
@@ -154,14 +154,14 @@ def test_settings_that_are_not_finite_are_logged_as_text(tmp_path: Path) -> None
 
     model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2))
     x = np.ones((8, 4), np.float32)
-    for _ in range(2):  # the second one compares its settings with those of the checkpoint
+    for _ in range(2):  # the second run compares its settings with the checkpoint's
         trainer = nplora.Trainer(model, "mse", Capped())
         trainer.fit(x, x, epochs=1, checkpoint_dir=tmp_path, resume=True)
     start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])
     assert start["settings"]["free"]["cap"] == "Infinity"
 
 
-# Calls that need no allow_nan=False: what they give is read back at once, or is what a chat template prints.
+# Calls that need no allow_nan=False: their output is read back at once, or is printed by a chat template.
 NOT_WRITTEN = {
     "trainer/resuming.py",
     "formats/strict_json.py",
@@ -170,7 +170,7 @@ NOT_WRITTEN = {
 }
 
 
-def test_no_json_is_written_that_may_hold_nan() -> None:
+def test_written_json_never_holds_nan() -> None:
     package, found = Path(nplora.__file__).parent, 0
     for file in package.rglob("*.py"):
         if file.relative_to(package).as_posix() in NOT_WRITTEN:

@@ -1,4 +1,4 @@
-"""File formats: bytes to {name: tensor} and back. Nothing here knows a layer."""
+"""File formats: bytes to {name: tensor} and back. This room knows nothing of layers."""
 
 from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import (

@@ -1,4 +1,4 @@
-"""The digest of a base model, as the files of adapters have it."""
+"""The digest of a base model, as adapter files store it."""
 
 import re
 
@@ -6,10 +6,10 @@ from nplora.formats.errors import FormatError, brief
 
 
 def parsed(text: str, where: str) -> str:
-    """A digest as a file has it, which nobody vouches for.
+    """Check the text of a digest from an untrusted file, and return it.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the text is not 64 hexadecimal digits.
     """
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise FormatError(f"{where} is {brief(text)}, expected 64 hexadecimal digits")

@@ -1,11 +1,11 @@
-"""bitsandbytes' 4-bit matrices (QLoRA's NF4), which take several tensors of a safetensors file.
+"""4-bit matrices of bitsandbytes (QLoRA's NF4). Each takes several tensors of a safetensors file.
 
     NAME                                uint8 (ceil(n / 2), 1): the codes of n values, row after row
-    NAME.absmax                         float32, one for each 64 values; uint8 where quantised a second time
+    NAME.absmax                         float32, one for each 64 values; uint8 if quantised a second time
     NAME.quant_map                      float32 (16,), the levels
     NAME.nested_absmax                  float32, one for each 256 absmax        } of the second
     NAME.nested_quant_map               float32 (256,), its levels              } quantisation
-    NAME.quant_state.bitsandbytes__nf4  uint8: JSON that tells shape and sizes of blocks
+    NAME.quant_state.bitsandbytes__nf4  uint8: JSON with the shape and the block sizes
 
 Source: bitsandbytes.functional.QuantState.as_dict(packed=True).
 """
@@ -54,8 +54,8 @@ class Nf4:
     """A matrix in NF4: value = levels[code] * absmax of its block of 64.
 
     Attributes:
-        codes: uint8 (ceil(n / 2),), the first value of two in the upper half.
-        absmax: float32 (ceil(n / 64),); their codes, uint8, where they are `nested`.
+        codes: uint8 (ceil(n / 2),). The upper four bits hold the first of two values.
+        absmax: float32 (ceil(n / 64),), or uint8 codes of it if `nested` is set.
         levels: float32 (16,).
     """
 
@@ -67,36 +67,36 @@ class Nf4:
 
 
 def holds(file: Container[str], name: str) -> bool:
-    """Whether a tensor is stored so, in whatever 4-bit type."""
+    """Whether a tensor is stored in one of bitsandbytes' 4-bit types."""
     return f"{name}{_MAP}" in file
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError where a tensor is in bitsandbytes' 4 bits, telling what is not done with it."""
+    """Raise UnsupportedError if a tensor is in bitsandbytes' 4 bits; `deed` names the refused operation."""
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} is in bitsandbytes' 4 bits, which nplora does not {deed}; "
-            "take the model of floats that it was made from"
+            "use the unquantised model that it was made from"
         )
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """Of the tensors of a file, those that belong to such a matrix and are not the matrix, with its name."""
+    """The tensors in a file that hold auxiliary data of a 4-bit matrix, each with the matrix's name."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}
 
 
 def shape(file: File, name: str) -> tuple[int, ...]:
-    """The shape of a matrix, as its state tells it. Raises as `read`."""
+    """The shape of a matrix, read from its quantisation state. Raises like `read`."""
     return _shape(*_state(file, name))
 
 
 def read(file: File, name: str) -> Nf4:
-    """The parts of a matrix, views of the file.
+    """The parts of a matrix, as views of the file.
 
     Raises:
-        UnsupportedError: it is not NF4, or its blocks are not of 64 values (the absmax' of 256).
+        UnsupportedError: the matrix is not NF4, or its block size is not 64 (256 for absmax).
         FormatError: a part is missing, has another dtype or shape, or is not finite.
     """
     where, state = _state(file, name)
@@ -108,7 +108,7 @@ def read(file: File, name: str) -> Nf4:
         _require(where, state, "nested_blocksize", GROUP)
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or isinstance(offset, bool) or abs(offset) > _MAX_OFFSET:
-            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a number of float32")
+            raise FormatError(f"{where}: nested_offset is {brief(offset)}, expected a float32 number")
         nested = Nested(
             _part(file, f"{name}.nested_quant_map", "float32", NESTED_LEVELS),
             _part(file, f"{name}.nested_absmax", "float32", -(-blocks // GROUP)),
@@ -124,7 +124,7 @@ def read(file: File, name: str) -> Nf4:
 
 
 def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
-    """How messages name a matrix, and what its state holds."""
+    """The matrix's name for messages, and its quantisation state."""
     where = f"{file.source}: tensor {brief(name)}"
     if f"{name}{_STATE}nf4" not in file:
         kinds = [part.partition(_STATE)[2] for part in file if part.startswith(f"{name}{_STATE}")]
@@ -159,7 +159,7 @@ def _require(where: str, state: dict[str, Any], name: str, expected: int) -> Non
 
 
 def _part(file: File, name: str, dtype: str, size: int) -> Array:
-    """A part as a flat array."""
+    """One part as a flat array."""
     where = f"{file.source}: tensor {brief(name)}"
     if name not in file:
         raise FormatError(f"{where} is missing")

@@ -1,4 +1,4 @@
-"""A model's config.json: its fields, each of the type that is asked for."""
+"""A model's config.json: reads its fields and checks their types."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MAX_CONFIG = 16 << 20
 
 
 class Fields:
-    """An object of a JSON file. What is null counts as missing, but for `integer_or_null`.
+    """The fields of a JSON object. A null field counts as missing, except for `integer_or_null`.
 
-    The methods raise FormatError where a field is missing (without a default) or of another type.
+    The methods raise FormatError if a field has the wrong type, or is missing and has no default.
     """
 
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self.source, self._values = source, values
 
     def items(self) -> ItemsView[str, Any]:
-        """All of them, of any type."""
+        """All fields, of any type."""
         return self._values.items()
 
     def __contains__(self, name: str) -> bool:
@@ -36,7 +36,7 @@ class Fields:
         return value
 
     def integer_or_null(self, name: str, default: int | None) -> int | None:
-        """An integer; None where it is null; the default where there is nothing at all."""
+        """An integer; None if the field is null; `default` if the field is missing."""
         return self.integer(name) if name in self else None if name in self._values else default
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -77,7 +77,7 @@ class Fields:
         return value
 
     def object(self, name: str) -> Fields:
-        """An object in here; where the field is missing, an empty one."""
+        """A nested object; an empty one if the field is missing."""
         value = self._get(name, {})
         if not isinstance(value, dict):
             self._refuse(name, "an object")
@@ -96,10 +96,11 @@ class Fields:
 
 
 def read_fields(path: StrPath) -> Fields:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds one object.
 
     Raises:
-        FormatError: it is not JSON, or holds something else. OSError: it cannot be read.
+        FormatError: the file is not JSON, or its top-level value is not an object.
+        OSError: the file cannot be read.
     """
     source = files.name(path)
     values = strict_json.loads(bytes(files.read(Path(path), MAX_CONFIG)), source)

@@ -1,6 +1,6 @@
-"""Files on disk: read or mapped if they are regular, and written so that nobody ever sees half a file.
+"""Files on disk. Only regular files are read or mapped, and no reader ever sees a half-written file.
 
-Every call to the file system that nplora's formats make is in this module.
+All file-system calls of nplora's formats are in this module.
 """
 
 import contextlib
@@ -41,30 +41,30 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link to nothing",
 }
-OTHER_OR = "name another one, or --overwrite (overwrite=True)"  # a way out of what would be replaced
+OTHER_OR = "name another one, or --overwrite (overwrite=True)"  # ends messages about existing output
 _LEAST_MAPPED = 1 << 20
 _HASHED_AT_ONCE = 1 << 20
-_COARSEST_TICK_NS = 2_000_000_000  # FAT counts in 2 seconds, Linux's own in at most 10 ms
+_COARSEST_TICK_NS = 2_000_000_000  # FAT stores times in steps of 2 s; Linux file systems in at most 10 ms
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def kind_name(kind: int) -> str:
-    """What stat.S_IFMT tells, in words."""
+    """The kind of file that stat.S_IFMT returned, in words."""
     return _KINDS.get(kind, "something else")
 
 
 def suffix(path: StrPath) -> str:
-    """The last suffix of a path, in lower case: ".gguf" also of MODEL.GGUF."""
+    """The last suffix of a path in lower case, so MODEL.GGUF gives ".gguf"."""
     return Path(path).suffix.lower()
 
 
 def name(path: StrPath) -> str:
-    """The path as messages show it."""
+    """The path as text, for messages."""
     return os.fsdecode(path)
 
 
 def require_named(op: str, **paths: StrPath | None) -> None:
-    """Refuse an empty path, as an unset variable gives: it would be the working directory."""
+    """Refuse an empty path. An unset shell variable gives one, and it would mean the working directory."""
     for what, path in paths.items():
         if path is not None and not os.fspath(path):
             raise ValueError(f"{op}: {what} is an empty path")
@@ -72,7 +72,7 @@ def require_named(op: str, **paths: StrPath | None) -> None:
 
 @contextlib.contextmanager
 def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
-    # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise wait for ever.
+    # Without O_NONBLOCK, opening a FIFO that has no writer would wait for ever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
         fd = os.open(path, flags)
@@ -90,7 +90,7 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is the one that it was, as well as a file system can."""
+    """Identifies one version of a file. Equal stamps mean an unchanged file, up to clock resolution."""
 
     name: str
     device: int
@@ -100,13 +100,13 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether another write could not leave the same stamp: clocks of file systems tick coarsely."""
+        """Whether a later write must change the stamp. File-system clocks tick coarsely."""
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
-        """Raise CorruptError if the file was written to since: what was computed from its mapping is wrong.
+        """Raise CorruptError if the file was modified after this stamp: results from its mapping are wrong.
 
-        A file that was renamed over it is another file, and the mapping still shows the old one.
+        If another file was renamed over this one, the mapping still shows the old content. That is no error.
         """
         try:
             found = os.stat(self.name)
@@ -124,7 +124,7 @@ class Stamp(NamedTuple):
 
 
 class Reader:
-    """A regular file held open: `reader[begin:end]` is that piece of it, and nothing else is read."""
+    """An open regular file. `reader[begin:end]` reads those bytes and nothing else."""
 
     def __init__(self, fd: int, path: StrPath) -> None:
         self._fd = fd
@@ -150,16 +150,17 @@ class Reader:
         return data.toreadonly()
 
     def is_at(self, path: StrPath) -> bool:
-        """Whether a path still leads to this file, which another may have replaced."""
+        """Whether `path` still leads to this file. Another file may have replaced it."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except OSError:
             return False
 
     def map(self) -> mmap.mmap | memoryview:
-        """A read-only mapping of the whole file, which outlives the reader. An empty file has none: b"".
+        """A read-only mapping of the whole file, valid after the reader closes. b"" for an empty file.
 
-        If the file is cut short later, whoever reads beyond its end is ended by a message: `mappings.watch`.
+        If the file is truncated later, reading beyond its new end terminates the process with a message
+        (see `mappings.watch`).
         """
         if not self._size:
             return memoryview(b"")
@@ -172,29 +173,31 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Writable bytes. Many are a mapping of their own: malloc might keep them when they are let go of."""
+    """Writable memory. Large sizes get their own mapping, because malloc may not return freed memory."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
 @contextlib.contextmanager
 def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
-    """Hold a regular file open, to be read piece by piece.
+    """Hold a regular file open, to be read in parts.
 
     Raises:
-        FormatError: a directory, FIFO or device. NotFetchedError: Git LFS's pointer to the file.
-        UnsafeError: a symbolic link, if they are not followed.
-        TruncatedError: it shrank meanwhile. MemoryError: a piece that does not fit in memory.
-        OSError: it cannot be opened or read.
+        FormatError: the path is a directory, FIFO or device.
+        NotFetchedError: the file is a Git LFS pointer.
+        UnsafeError: the path is a symbolic link and `follow_links` is False.
+        TruncatedError: the file shrank while it was read.
+        MemoryError: the requested bytes do not fit in memory.
+        OSError: the file cannot be opened or read.
     """
     with _open_regular(path, follow_links) as fd:
         reader = Reader(fd, path)
         if reader[: len(_LFS)] == _LFS:
-            raise NotFetchedError(f"{name(path)}: Git LFS's pointer to the file, which git lfs pull fetches")
+            raise NotFetchedError(f"{name(path)}: is a Git LFS pointer; fetch the file with git lfs pull")
         yield reader
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """The bytes of a regular file, read-only. Raises as `reading`, and LimitError for more than `limit`."""
+    """All bytes of a regular file, read-only. Raises like `reading`; LimitError above `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
@@ -202,7 +205,7 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
 
 
 def sha256(path: StrPath) -> str:
-    """The SHA-256 of a regular file, in hexadecimal digits. It is read in pieces. Raises as `read`."""
+    """The SHA-256 of a regular file as hexadecimal digits. Reads the file in parts. Raises like `read`."""
     digest = hashlib.sha256()
     with reading(path) as reader:
         for begin in range(0, len(reader), _HASHED_AT_ONCE):
@@ -211,9 +214,9 @@ def sha256(path: StrPath) -> str:
 
 
 def cached(path: Path) -> Path:
-    """Where a link in Hugging Face's cache leads, snapshots/REVISION/NAME to blobs/DIGEST; else the path.
+    """The target of a link in Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST), else `path`.
 
-    For names that come with a model, of which no other link is followed.
+    Use it for file names that come from a model. No other links are followed for those.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -222,7 +225,7 @@ def cached(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written: where, how many bytes, and the bytes, which may be made one chunk at a time."""
+    """A file to write: its path, its size, and its bytes, which may be produced one chunk at a time."""
 
     path: StrPath
     nbytes: int
@@ -230,18 +233,18 @@ class NewFile:
 
 
 def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]:
-    """The chunks, which must come to so many bytes: a header that says so is written already."""
+    """Pass the chunks through and check their total size, because the header already states it."""
     done = 0
     for chunk in chunks:
         done += memoryview(chunk).nbytes
         yield chunk
     if done != nbytes:
-        raise ValueError(f"{where}: {done:,} bytes came, expected {nbytes:,}")
+        raise ValueError(f"{where}: got {done:,} bytes, expected {nbytes:,}")
 
 
 @dataclass
 class Progress:
-    """How far a file is written; its text ends the message of an error."""
+    """How many bytes of a file are written. Its text ends the message of an OSError."""
 
     nbytes: int
     done: int = 0
@@ -252,7 +255,7 @@ class Progress:
 
 @contextlib.contextmanager
 def disk_errors(path: StrPath, note: object) -> Iterator[None]:
-    """Give an OSError of the body the file that it is about, and `note`: a text, or a `Progress` by then."""
+    """Add the file's name and `note` to an OSError. A `Progress` note reports its state at that time."""
     try:
         yield
     except OSError as error:
@@ -260,17 +263,17 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """The path from the root. ".." stays in it: behind a link, that is not the name before it."""
+    """The path from the root. ".." is kept: behind a symbolic link it is not the parent by name."""
     return str(Path(path).absolute())
 
 
 class Directory(os.PathLike[str]):
-    """A directory held open: it stays the same one, whatever it is renamed to and wherever the process moves.
+    """A directory held open. It stays the same directory when it is renamed or the process changes directory.
 
-    As a path, it is where the directory is now.
+    As a path, it is the directory's current location.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the directory cannot be opened.
     """
 
     def __init__(self, path: "StrPath | Directory") -> None:
@@ -289,7 +292,7 @@ class Directory(os.PathLike[str]):
             return False
 
     def seen_from(self, path: StrPath) -> Path:
-        """The path that was given, as long as it leads to the directory; else where the directory is now."""
+        """`path` itself while it leads to this directory, else the directory's current location."""
         return Path(path if self.is_at(path) else self)
 
     def __fspath__(self) -> str:
@@ -312,7 +315,7 @@ class Directory(os.PathLike[str]):
 
 
 def require_directory(path: StrPath) -> None:
-    """Raise NotADirectoryError where something other than a directory has the name of one to be written."""
+    """Raise NotADirectoryError if an output directory's path exists and is something else."""
     if os.path.exists(path) and not os.path.isdir(path):
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
         reason = f"is {kind}, expected a directory: name another one"
@@ -320,10 +323,10 @@ def require_directory(path: StrPath) -> None:
 
 
 def require_new(path: StrPath, overwrite: bool) -> None:
-    """Raise FileExistsError for a path that is taken, unless it is a file and may be replaced.
+    """Raise FileExistsError if the path exists, unless it is a file and `overwrite` is set.
 
     Raises:
-        IsADirectoryError: it is a directory, which nothing replaces.
+        IsADirectoryError: the path is a directory. A directory is never replaced.
     """
     if not os.path.lexists(path):
         return
@@ -333,11 +336,12 @@ def require_new(path: StrPath, overwrite: bool) -> None:
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
-    """Refuse to write over a file that the same call reads, under whatever name, link or hard link.
+    """Refuse to overwrite a file that the same call reads, even through a symbolic or hard link.
 
     Args:
-        inputs: what each is called in the message, and its path. A path that does not exist is passed over.
+        inputs: for each input, its description for the message and its path. Missing paths are ignored.
     Raises:
+        ValueError: an output is also an input.
         ValueError: an output is an input.
     """
     read = [(what, found) for what, path in inputs if (found := _stat(path)) is not None]
@@ -356,19 +360,20 @@ def _stat(path: StrPath) -> os.stat_result | None:
 
 
 def replace(files: Sequence[NewFile], directory: Directory | None = None) -> None:
-    """Write each file beside its target, then rename them over their targets in the order given.
+    """Write each file to a temporary name beside its target, then rename them all in the given order.
 
-    Nothing is renamed before every byte of every file is on the disk, so a full disk leaves all the old
-    files. A crash between two renames leaves the later files old. A new file has the permissions of the one
-    that it replaces. A link is itself replaced, and the file that it leads to stays as it is. The next call
-    removes what a crash left beside a target, unless another call is at work in that directory.
+    No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
+    After a crash between two renames, the later files are still the old ones. A new file takes the
+    permissions of the file that it replaces. If a target is a symbolic link, the link is replaced and the
+    linked file stays unchanged. The next call removes temporary files that a crash left, unless another call
+    is writing in the same directory.
 
     Args:
-        directory: the directory of all these files, held open. Their paths are then for messages only, and
-            the last part of each is a name in that directory.
+        directory: the open directory that holds all these files. The files' paths then serve for messages
+            only; their last components are the names in the directory.
     Raises:
-        OSError: a target is there and is not a regular file or a link to one, or the disk refuses; the
-            temporary files are gone and the message says how many bytes were needed.
+        OSError: a target exists and is not a regular file (or a link to one), or the disk fails. The
+            temporary files are then removed, and the message says how many bytes were needed.
     """
     targets = [Path(file.path) for file in files]
     temporaries: list[str] = []
@@ -389,7 +394,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
             for place, temporary, target in zip(places, temporaries, targets, strict=True):
                 os.replace(temporary, target.name, src_dir_fd=place, dst_dir_fd=place)
                 with disk_errors(target.parent, f"{target.name} is in place, but a power cut may undo that"):
-                    os.fsync(place)  # renames reach the disk in their order
+                    os.fsync(place)  # makes the renames reach the disk in order
         except BaseException:
             for place, temporary in zip(places, temporaries, strict=False):
                 with contextlib.suppress(OSError):
@@ -398,7 +403,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Refuse what a rename would destroy: a FIFO or a device would become a regular file."""
+    """Refuse a target that is not a regular file. A rename would turn a FIFO or device into one."""
     place = target if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)
@@ -416,7 +421,7 @@ def _require_replaceable(target: Path, directory: int | None = None) -> None:
 
 
 def _permissions(target: str, directory: int) -> int | None:
-    """Those of the file that is to be replaced, if there is one."""
+    """The permissions of the file that will be replaced, or None if there is none."""
     try:
         return os.stat(target, dir_fd=directory).st_mode & 0o777
     except OSError:
@@ -425,7 +430,7 @@ def _permissions(target: str, directory: int) -> int | None:
 
 @contextlib.contextmanager
 def _parent(target: Path, held: Directory | None) -> Iterator[int]:
-    """The directory of a target, opened for this call alone: a lock belongs to what was opened."""
+    """Open the target's directory anew for each call, because a lock belongs to one open descriptor."""
     with disk_errors(target, "its directory cannot be opened"):
         directory = Directory(target.parent if held is None else held)
     with directory:
@@ -433,7 +438,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """The temporary files that calls of `replace` left for these targets, or that are being written."""
+    """Temporary files of `replace` for these targets: left by a crash, or being written now."""
     return [
         file
         for file in sorted(os.listdir(directory))
@@ -442,10 +447,10 @@ def unfinished(directory: int, targets: Container[str]) -> list[str]:
 
 
 def _clear_and_share(directory: int, targets: set[str]) -> None:
-    """Remove the temporary files that a crash left, then hold a shared lock against those who do the same.
+    """Remove temporary files that a crash left, then hold a shared lock so that no other call removes ours.
 
-    A file that another call is writing looks like a left-over, so nothing is removed where a lock is held, or
-    where the file system has none.
+    A file that another call is writing looks like a leftover. So nothing is removed while another call holds
+    the lock, or if the file system has no locks.
     """
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -473,7 +478,7 @@ def _write_new(file: NewFile, directory: int, temporary: str, permissions: int |
 
 
 def write(fd: int, chunk: Chunk, progress: Progress) -> None:
-    """Write all of a chunk, however little the system takes at a time, and count it."""
+    """Write the whole chunk, however few bytes the system accepts per call, and count them."""
     rest = memoryview(chunk)
     while rest:
         count = os.write(fd, rest)

@@ -1,14 +1,14 @@
-"""llama.cpp's LoRA adapter: a GGUF file of the factors for some tensors of a base model.
+"""llama.cpp's LoRA adapter: a GGUF file with factors for some tensors of a base model.
 
     general.type            "adapter"
-    general.architecture    the base model's, "llama" for example
+    general.architecture    the base model's, for example "llama"
     adapter.type            "lora"
     adapter.lora.alpha      float32
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-As in PEFT, lora_a is this project's B and lora_b its A. llama.cpp adds user_scale * s * lora_b @ lora_a to W,
-where s is alpha / r, or 1 where alpha is 0 or missing. For token_embd.weight, lora_a is stored transposed,
-(vocab, r), and lora_b is (dim, r). Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
+As in PEFT, lora_a is this project's B and lora_b its A. llama.cpp adds user_scale * s * lora_b @ lora_a to W.
+s is alpha / r, or 1 if alpha is 0 or missing. For token_embd.weight, lora_a is stored transposed, (vocab, r),
+and lora_b is (dim, r). Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
 import math
@@ -29,7 +29,7 @@ EMBEDDING = "token_embd.weight"
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_BASE_DIGEST = "nplora.base_norms.sha256"  # ours; llama.cpp passes over it
+_BASE_DIGEST = "nplora.base_norms.sha256"  # our own key; llama.cpp ignores it
 _SUFFIXES = (".lora_a", ".lora_b")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -50,12 +50,12 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class GgufAdapter:
-    """An adapter file's content.
+    """The content of an adapter file.
 
     Attributes:
-        pairs: by the name of the base model's tensor.
-        passed_over: tensors of norms, which llama.cpp passes over too.
-        base_digest: `models.model_digest.of` the base model, if it is known.
+        pairs: the factors, by the name of the base model's tensor.
+        passed_over: norm tensors, which are ignored here and in llama.cpp.
+        base_digest: `models.model_digest.of` the base model, or None if the file has none.
     """
 
     architecture: str
@@ -65,12 +65,12 @@ class GgufAdapter:
     base_digest: str | None = None
 
     def scale(self, name: str) -> float:
-        """What llama.cpp multiplies the product of a pair with, before the user's scale."""
+        """The factor that llama.cpp multiplies a pair's product by, before the user's own scale."""
         return self.alpha / self.pairs[name].rank if self.alpha else 1.0
 
 
 def is_adapter(file: GgufFile) -> bool:
-    """Whether the file says that it is one. FormatError: what it says is no text."""
+    """Whether the file declares itself an adapter. Raises FormatError if general.type is not text."""
     return "general.type" in file.metadata and file.metadata.string("general.type") == "adapter"
 
 
@@ -78,18 +78,19 @@ def load(path: StrPath) -> GgufAdapter:
     """Read an adapter file.
 
     Raises:
-        FormatError: it is no adapter, a pair is not whole, does not fit together or is not finite.
-        UnsupportedError: another kind of adapter, or factors that are quantised. OSError: it cannot be read.
+        FormatError: the file is not an adapter; or factors are missing, not finite, or do not fit together.
+        UnsupportedError: the file holds another kind of adapter, or quantised factors.
+        OSError: the file cannot be read.
     """
     if files.suffix(path) == ".safetensors":
         raise FormatError(
-            f"{files.name(path)}: PEFT's adapter is given as its directory, {Path(path).parent}"
+            f"{files.name(path)}: is one file of a PEFT adapter; pass its directory, {Path(path).parent}"
         )
     return from_file(gguf.open(path))
 
 
 def from_file(file: GgufFile) -> GgufAdapter:
-    """As `load`, of a file that is open."""
+    """Like `load`, for an open file."""
     kind = file.metadata.string("general.type")
     if kind != "adapter":
         raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
@@ -97,7 +98,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
     if kind != "lora":
         raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, only 'lora' is read")
     if _INVOCATION in file.metadata:
-        raise UnsupportedError(f"{file.source}: {_INVOCATION}: an adapter that waits for tokens is not read")
+        raise UnsupportedError(f"{file.source}: {_INVOCATION}: activated LoRA (aLoRA) is not supported")
     alpha = float(file.metadata.number(_ALPHA, 0.0))
     if not math.isfinite(alpha):
         raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
@@ -110,7 +111,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
 
 
 def save(path: StrPath, adapter: GgufAdapter) -> None:
-    """Write an adapter file, as `gguf.save` writes."""
+    """Write an adapter file. Raises like `gguf.save`."""
     metadata = {
         "general.architecture": adapter.architecture,
         "general.type": "adapter",
@@ -126,7 +127,7 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
 
 
 def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
-    """The base model's tensors that have both factors, and the tensors that are passed over."""
+    """The base model's tensors that have both factors, and the norm tensors that are ignored."""
     adapted: dict[str, None] = {}
     passed_over = []
     for name in file:
@@ -151,7 +152,7 @@ def _pair(file: GgufFile, name: str) -> Pair:
     if rank != lora_b.shape[1]:
         raise FormatError(
             f"{file.source}: {brief(name)}: .lora_a has shape {lora_a.shape}, .lora_b {lora_b.shape}, "
-            "expected one rank"
+            "expected equal ranks"
         )
     return Pair(lora_a, lora_b)
 

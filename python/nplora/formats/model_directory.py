@@ -1,7 +1,8 @@
-"""A model's files by Hugging Face's names: config.json, and safetensors in one file or in shards."""
+"""A model's files under Hugging Face's names: config.json, and safetensors in one file or in shards."""
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,12 @@ INDEX = "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# OWNER/NAME, perhaps as an address, and perhaps with the quantisation that Ollama takes after a colon.
+_HUB_NAME = re.compile(
+    r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?"
+    r"([a-z\d][\w.-]*/([a-z\d][\w.-]*))(?::\w+)?/?",
+    re.ASCII | re.IGNORECASE,
+)
 
 Tensors: TypeAlias = SafetensorsFile | ShardedFile
 
@@ -26,13 +33,36 @@ def is_index(path: StrPath) -> bool:
     return files.name(path).lower().endswith(".safetensors.index.json")
 
 
+def require_no_hub_name(path: StrPath) -> None:
+    """Refuse the name of a model on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M".
+
+    A path that exists is taken as a path, and a name that ends like a file as the name of a file.
+
+    Raises:
+        FileNotFoundError: it is such a name; the message says how to get the model's files.
+    """
+    found = _HUB_NAME.fullmatch(files.name(path))
+    if found is None or files.suffix(path) in (".gguf", ".safetensors", ".json") or os.path.lexists(path):
+        return
+    name, local = found.groups()
+    fetched = f"{name} --local-dir {local}", local
+    if "gguf" in name.lower():
+        fetched = f"{name} FILE.gguf --local-dir {local}", f"{local}/FILE.gguf"
+    raise FileNotFoundError(
+        errno.ENOENT,
+        "no such file or directory; if it is a model on the Hugging Face Hub, get its files by "
+        f"hf download {fetched[0]} (pip install huggingface_hub), then give {fetched[1]}",
+        files.name(path),
+    )
+
+
 def of(path: StrPath) -> Path:
-    """The directory that is a model, or that a model's file or index is in."""
+    """The model's directory: the path itself, or the directory that holds the given file or index."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The files that a model is read from: weights (without the shards), configuration and tokenizer."""
+    """The files that a model is read from: weights (except the shards), configuration and tokenizer."""
     directory, found = of(path), [Path(path)]
     if files.suffix(path) != ".gguf" and directory.is_dir():
         found += [file for file in directory.iterdir() if files.suffix(file) in _COMPANIONS]
@@ -41,10 +71,10 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_no_model(directory: StrPath) -> None:
-    """Refuse a directory that an adapter would make a model's and an adapter's at once.
+    """Refuse to save an adapter into a model's directory, because it would then be both.
 
     Raises:
-        FileExistsError: it holds a configuration or weights of a model.
+        FileExistsError: the directory holds a model's configuration or weights.
     """
     found = [path.name for name in (CONFIG, "model*.safetensors") for path in Path(directory).glob(name)]
     if found:
@@ -55,11 +85,13 @@ def require_no_model(directory: StrPath) -> None:
 def open_tensors(
     path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True
 ) -> Tensors:
-    """The tensors of a file, of an index or, as in transformers, of a directory's one file or else its index.
+    """Open a model's tensors from a file, an index, or a directory.
+
+    In a directory, the single weights file comes before the index, as in transformers.
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: of an index, as there; one file has all of its tensors.
+        wanted: as in `sharded.open`, for an index. A single file always has all of its tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
@@ -70,7 +102,7 @@ def open_tensors(
 
 
 def weights_of(directory: Path) -> Path | None:
-    """A directory's one file of weights or else its index; None: it has neither."""
+    """A directory's single weights file, else its index; None if it has neither."""
     return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 
@@ -85,10 +117,11 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """What lies beside a model's weights and belongs to it, as it is to lie in another directory.
+    """Copies of the files beside a model's weights (configuration, tokenizer), for another directory.
 
     Raises:
-        UnsafeError: it is a link, and not one of Hugging Face's cache. LimitError: it is too large.
+        UnsafeError: a file is a symbolic link, and not one of Hugging Face's cache.
+        LimitError: a file is too large.
     """
     found = []
     for path in sorted(source.iterdir()):

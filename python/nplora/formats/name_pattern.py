@@ -1,13 +1,14 @@
 """The patterns of PEFT's `rank_pattern` and `alpha_pattern`: a small, safe subset of regular expressions.
 
-PEFT hands a file's patterns to a backtracking engine, where `(a+)+$` runs for ever. Here only a listed syntax
-is read, and matching follows all the ways through a pattern at once, in time linear in pattern x name.
+PEFT passes a file's patterns to a backtracking engine, where `(a+)+$` can run for ever. This module accepts
+only the syntax below. It follows all alternatives of a pattern at once, so matching takes time linear in
+pattern length x name length.
 
-    letters, digits, _ - / : space     themselves; any other ASCII sign after a backslash
+    letters, digits, _ - / : space     themselves; any other ASCII punctuation after a backslash
     .   \\d   \\w   [a-z0-9_]   [^.]      one character
     *   +   ?   (also *? +? ??)         after one character, never after a group
-    (a|b)   (?:a|b)                     a choice, at most 8 deep
-    ^   $                               the ends of the name
+    (a|b)   (?:a|b)                     alternatives, nested at most 8 deep
+    ^   $                               the start and end of the name
 """
 
 import functools
@@ -27,7 +28,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name, with the positions of each of its characters as the bits of an integer."""
+    """A module's name. For each character, the bits of an integer mark its positions in the name."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -40,8 +41,8 @@ class Name:
         return sum({self.places[character] for character in characters if character in self.places})
 
 
-# A set of positions is an int, as in `Name`. `follow` gives those that one piece of a pattern reaches from
-# `starts`.
+# A set of positions is an integer, as in `Name`. `follow` returns the positions that one part of a pattern
+# can reach from `starts`.
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The character, if it can be no other and stands once."""
+        """The character, if this part matches exactly one character; else an empty string."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -62,7 +63,7 @@ class _Character:
             allowed = name.everywhere & ~allowed
         reached = starts & allowed
         if self.repeat in ("*", "+"):
-            # The carry of the sum runs from each start to the end of the allowed characters that follow it.
+            # The addition's carry runs from each start to the end of the allowed characters that follow it.
             reached = ((allowed + reached ^ allowed) | reached) & allowed
         reached <<= 1
         return reached | starts if self.repeat in ("*", "?") else reached
@@ -97,7 +98,7 @@ _Piece = _Character | _End | _Choice
 
 @functools.lru_cache(256)
 def _letter(character: str) -> _Character:
-    """A character that stands for itself, once. Patterns share them."""
+    """A character that matches itself once. All patterns share these objects."""
     return _Character(frozenset(character), False)
 
 
@@ -105,7 +106,8 @@ class NamePattern:
     """A compiled pattern.
 
     Raises:
-        UnsafeError: it uses syntax outside the list above. LimitError: it is longer than 512 characters.
+        UnsafeError: the pattern uses syntax outside the list above.
+        LimitError: the pattern is longer than 512 characters.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -122,7 +124,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """The one name that matches, if the pattern is `^` and plain or escaped characters."""
+        """The only name that matches, if the pattern is `^` followed by plain or escaped characters."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None
@@ -130,18 +132,18 @@ class NamePattern:
         return "".join(letters) if len(letters) == len(pieces) - 1 and all(letters) else None
 
     def matches(self, name: Name) -> bool:
-        """As PEFT: `(.*\\.)?(pattern)$` matches the name from its beginning."""
+        """Whether a name matches, as in PEFT: `(.*\\.)?(pattern)$` from the start of the name."""
         starts = 1 | name.where(".") << 1
         return bool(self._root.follow(name, starts) & name.end)
 
     def _refuse(self) -> NoReturn:
         where = f"character {self._position + 1} of the pattern {brief(self.text)}"
         raise UnsafeError(
-            f"{self._source}: {where} is outside the syntax that is read (no repeated groups, no flags)"
+            f"{self._source}: {where} is outside the supported syntax (no repeated groups, no flags)"
         )
 
     def _next(self, expected: str = "") -> str:
-        """Take the next character, or the next only if it is one of `expected`."""
+        """Take the next character. With `expected`, take it only if it is one of those."""
         character = self.text[self._position : self._position + 1]
         if expected and (not character or character not in expected):
             return ""
@@ -187,7 +189,7 @@ class NamePattern:
             characters, negated = self._next(), False
         repeat = self._next("*+?")
         if repeat:
-            self._next("?")  # lazy or greedy, the same names match
+            self._next("?")  # lazy and greedy repeats match the same names
         elif len(characters) == 1 and not negated:
             return _letter(characters)
         return _Character(frozenset(characters), negated, repeat)

@@ -1,4 +1,4 @@
-"""Whether a command may write into a directory: what training left there."""
+"""Checks whether a command may write into a directory that earlier training may have used."""
 
 import errno
 
@@ -8,17 +8,18 @@ from nplora.formats.run_files import holds_run
 
 
 def trained(directory: StrPath) -> str | None:
-    """Words for what training left in a directory: checkpoints, or an adapter alone; None if neither."""
+    """What training left in a directory, in words: a run, an adapter alone, or None."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None
 
 
 def require_untouched(directory: StrPath) -> None:
-    """Refuse a directory in which training left something.
+    """Refuse a directory that holds a run or an adapter.
 
     Raises:
-        NotADirectoryError: it is something else. FileExistsError: training left something in it.
+        NotADirectoryError: the path is not a directory.
+        FileExistsError: the directory holds a run or an adapter.
     """
     files.require_directory(directory)
     found = trained(directory)
@@ -27,10 +28,11 @@ def require_untouched(directory: StrPath) -> None:
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
-    """Refuse to put an adapter beside the checkpoints of a run, or to replace another one unasked.
+    """Refuse to save an adapter beside a run's checkpoints, or to replace an adapter without `overwrite`.
 
     Raises:
-        ValueError: the directory's name is empty. NotADirectoryError: it is something else.
+        ValueError: the directory's name is empty.
+        NotADirectoryError: the path is not a directory.
         FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
     """
     files.require_named("adapter", output=directory)

@@ -1,13 +1,13 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
-Two files cannot be replaced at one moment. So the tensors' file carries, in its metadata, the whole
-configuration that belongs to it, the SHA-256 of that, and the SHA-256 of the configuration that it replaces.
-The rename of the tensors' file is the moment at which a new adapter takes the place of an old one: a reader
-that then finds the replaced configuration uses the one in the metadata. A configuration that is neither of
-the two was edited by hand.
+Two files cannot be replaced at the same instant. So the tensors' file carries in its metadata a copy of its
+configuration, the SHA-256 of that copy, and the SHA-256 of the configuration that the save replaces. Renaming
+the tensors' file is the moment at which the new adapter replaces the old one. A reader that then still finds
+the old configuration uses the copy in the metadata. A configuration that matches neither digest was edited by
+hand.
 
-The metadata also hold a digest of the base model (`model_digest`). PEFT ignores all of these and writes none
-of them; without them nothing is compared.
+The metadata also hold a digest of the base model (`model_digest`). PEFT ignores these entries and does not
+write them. If they are missing, nothing is compared.
 """
 
 import contextlib
@@ -44,25 +44,26 @@ PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"
 REPLACED_DIGEST = "replaced_adapter_config.sha256"
 BASE_DIGEST = "base_norms.sha256"
-PREFIX = "base_model.model."  # stands before a layer's name
+PREFIX = "base_model.model."  # precedes each layer's name
 LINEAR = (".lora_A.weight", ".lora_B.weight")  # (r, d_in) and (d_out, r)
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")  # (r, vocab) and (dim, r)
 MAGNITUDE = ".lora_magnitude_vector"
-_MOST_REPLACED = 100  # times that a pair is read again because another process replaced it meanwhile
+BASE_COPY = ".base_layer.weight"  # PEFT copies the frozen weight of an adapted embedding or head
+_MOST_REPLACED = 100  # how often to read a pair again because another process replaced it during the read
 MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
 _LONG_NAME = 256  # characters; a name with more counts as several layers
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An opened directory.
+    """An open adapter directory.
 
     Attributes:
-        directory: as messages name it.
-        tensors: read when asked for, while the directory is open.
-        config: the one that was saved with the tensors, unless the file was edited.
-        paired: False if the file was edited, as far as is known.
-        base_digest: `models.model_digest.of` the base model, if it is known.
+        directory: the directory's name for messages.
+        tensors: the tensors, each read on access while the directory is open.
+        config: the configuration that was saved with the tensors, unless the file was edited.
+        paired: False if the configuration is known to be edited.
+        base_digest: `models.model_digest.of` the base model, or None if the file has none.
     """
 
     directory: str
@@ -72,10 +73,10 @@ class PeftAdapter:
     base_digest: str | None
 
     def whole(self) -> dict[str, dict[str, str]]:
-        """The layers in `modules_to_save`, which are trained whole: layer -> parameter -> tensor's name.
+        """The fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
 
         Raises:
-            LimitError: so many tensors and so many names that comparing them would take long.
+            LimitError: there are too many tensors and names to compare in reasonable time.
         """
         names = [f".{name}." for name in self.config.modules_to_save]
         self._limit(len(self.tensors), "tensors", sum(map(len, names)), "names of modules_to_save")
@@ -88,16 +89,19 @@ class PeftAdapter:
         return found
 
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
-        """The names of each layer's two factors, by the layer's. `problems` gets what makes no pair.
+        """The tensor names of each layer's two factors. Tensors that form no pair are added to `problems`.
 
-        DoRA's magnitudes are passed over, and the tensors of the names given.
+        DoRA's magnitudes and the tensors in `passed_over` are skipped. So are PEFT's copies of the frozen
+        weights
+        of adapted layers: they equal the base model's.
 
         Raises:
-            LimitError: too many layers and patterns; looking up ranks would take long.
+            LimitError: there are too many layers and patterns to look up ranks in reasonable time.
         """
         found: dict[str, tuple[str, str]] = {}
         for tensor in self.tensors:
-            if tensor in passed_over or (self.config.use_dora and tensor.endswith(MAGNITUDE)):
+            is_magnitude = self.config.use_dora and tensor.endswith(MAGNITUDE)
+            if tensor in passed_over or is_magnitude or self._is_base_copy(tensor):
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
@@ -113,8 +117,20 @@ class PeftAdapter:
         self._limit_patterns(sum(1 + len(name) // _LONG_NAME for name in found))
         return found
 
+    def _is_base_copy(self, tensor: str) -> bool:
+        """Whether a tensor has the name of a frozen weight, and the shape of its layer's factors."""
+        stem = tensor.removesuffix(BASE_COPY)
+        if stem == tensor:
+            return False
+        entries = self.tensors.entries
+        for (name_a, name_b), is_table in ((LINEAR, False), (EMBEDDING, True)):
+            if stem + name_a in entries and stem + name_b in entries:
+                of_b, of_a = entries[stem + name_b].shape[:1], entries[stem + name_a].shape[-1:]
+                return entries[tensor].shape == (of_a + of_b if is_table else of_b + of_a)
+        return False
+
     def _limit_patterns(self, layers: int) -> None:
-        """Each layer of the file will be held against all the patterns that are more than one name."""
+        """Limit the work of comparing each layer with all patterns that are not just one name."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
         self._limit(layers, "layers", text, "patterns")
@@ -127,7 +143,7 @@ class PeftAdapter:
             )
 
     def require_rank(self, name: str, halves: tuple[str, str]) -> None:
-        """Raise FormatError if the factors of a layer have another rank than the configuration says."""
+        """Raise FormatError if the rank of a layer's factors differs from the configuration."""
         shape_a, shape_b = (self.tensors.entries[half].shape for half in halves)
         rank = self.config.rank(name)
         if len(shape_a) != 2 or len(shape_b) != 2 or (shape_a[0], shape_b[1]) != (rank, rank):
@@ -136,7 +152,7 @@ class PeftAdapter:
             )
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> NDArray[Any]:
-        """A tensor of any float type as a new array. Raises FormatError if it is not, or not finite."""
+        """A float tensor as a new array. Raises FormatError if it is not of floats, or not finite."""
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
             raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
@@ -159,18 +175,19 @@ class PeftAdapter:
 
 @contextlib.contextmanager
 def reading(directory: StrPath) -> Iterator[PeftAdapter]:
-    """Hold a directory's tensors open, beside the configuration that belongs to them.
+    """Open a directory's tensors together with the configuration that belongs to them.
 
     Raises:
-        FormatError: a file breaks its format. OSError: it cannot be read.
-        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run or hang.
+        FormatError: a file breaks its format.
+        UnsafeError: the weights are a pickle (adapter_model.bin), or the configuration could run code.
+        OSError: a file cannot be read.
     """
     files.require_named("adapter", directory=directory)
-    os.stat(directory)  # the error is to name what is not there, or is a file, and not one in it
+    os.stat(directory)  # names the directory in the error if it is missing, rather than a file in it
     files.require_directory(directory)
     require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))
-    os.stat(config_path)  # the error is to name the configuration first
+    os.stat(config_path)  # names the configuration in the error if both files are missing
     if not tensors_path.exists() and pickle.exists():
         raise UnsafeError(f"{pickle}: a pickle can run any code; expected {TENSORS}")
     with contextlib.ExitStack() as opened:
@@ -183,7 +200,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
 
 
 def require_finished(directory: StrPath) -> None:
-    """Raise FileNotFoundError for a run that has not written its adapter, even beside an earlier run's."""
+    """Raise FileNotFoundError if a run has not written its adapter, even if an older run's adapter exists."""
     if not run_files.holds_run(directory):
         return
     is_whole = all(map(os.path.lexists, files_of(directory)))
@@ -193,13 +210,13 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether the adapter in a directory is one that the run there, which has begun anew, does not keep."""
+    """Whether the adapter in a directory was left by an earlier run that the present run overwrites."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
 
 def tensors_digest(directory: StrPath) -> str | None:
-    """The SHA-256 of the tensors' file in a directory; None: there is none."""
+    """The SHA-256 of the tensors' file in a directory, or None if there is none."""
     path = Path(directory, TENSORS)
     return files.sha256(path) if os.path.lexists(path) else None
 
@@ -207,10 +224,10 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """The tensors, held open, a configuration's text, and whether that belongs to them as far as is known.
+    """Open the tensors and read the configuration. The last value is False if they are known not to match.
 
-    The tensors are opened first. Their file is replaced before the configuration is: as long as it is at its
-    path, the configuration is not newer. Otherwise both are read again.
+    The tensors are opened first, because a save replaces them before the configuration. While they are still
+    at their path, the configuration is not newer. Otherwise, both are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -233,16 +250,17 @@ def lies_in(directory: StrPath) -> bool:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The two files of an adapter's directory, or the one file that an adapter may be in."""
+    """The two files of an adapter directory, or the path itself if it is a file."""
     return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 
 def require_ours(directory: StrPath, overwrite: bool) -> None:
-    """Refuse files that `save` would replace if they are links, or unasked if they are not an adapter's.
+    """Refuse to replace symbolic links, or (without `overwrite`) files that are not a LoRA adapter's.
 
     Raises:
-        UnsafeError: a file is a symbolic link. FormatError: it is a directory, FIFO or device.
-        FileExistsError: a file is not one of an adapter, and `overwrite` is not set.
+        UnsafeError: a file is a symbolic link.
+        FormatError: a file is a directory, FIFO or device.
+        FileExistsError: a file does not belong to an adapter, and `overwrite` is not set.
     """
     for name, is_ours in ((CONFIG, _is_config), (TENSORS, _is_tensors)):
         path = Path(directory, name)
@@ -276,14 +294,15 @@ def save(
     tensors: Tensors,
     base_digest: str | None = None,
 ) -> None:
-    """Write both files, into a directory that is made if needed.
+    """Write both files. The directory is created if needed.
 
-    Both are complete on the disk before either takes its name, the configuration last. At every moment a
-    reader in nplora finds the old adapter or the new one, also after a crash.
+    Both files are complete on disk before either is renamed into place, the configuration last. At every
+    moment, even after a crash, nplora finds either the old adapter or the new one.
 
     Raises:
-        ValueError: the directory's name is empty. NotADirectoryError: it is something else.
-        FileExistsError: it holds a model.
+        ValueError: the directory's name is empty.
+        NotADirectoryError: the path is not a directory.
+        FileExistsError: the directory holds a model.
     """
     files.require_named("adapter", output=directory)
     files.require_directory(directory)
@@ -308,7 +327,7 @@ def save(
 
 
 def _digest_in(directory: files.Directory) -> str | None:
-    """The SHA-256 of a directory's configuration, if it has one that can be read."""
+    """The SHA-256 of a directory's configuration, or None if it has no readable one."""
     try:
         return _digest(bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES)))
     except (FormatError, OSError):

@@ -1,8 +1,8 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: bytes to a validated, immutable record and back.
+"""`adapter_config.json` of a PEFT LoRA adapter: converts bytes to a validated, immutable record and back.
 
-Nothing in the file is run, imported or opened. Keys that PEFT knows and that do not change what a trained
-adapter computes are passed over; keys that would change it are refused; keys that nobody knows are dropped
-and listed in `unknown`.
+Nothing in the file is run, imported or opened. Keys that PEFT writes and that do not change what a trained
+adapter computes are ignored. Keys that would change it are refused. Unknown keys are dropped and listed in
+`unknown`.
 """
 
 import json
@@ -20,10 +20,10 @@ from nplora.formats.errors import FormatError, LimitError, UnsafeError, Unsuppor
 from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
-MAX_PATTERN_TEXT = 1 << 14  # each layer's name is held against all of it
-MAX_EXACT_TEXT = 1 << 18  # patterns that are one name are looked up
+MAX_PATTERN_TEXT = 1 << 14  # each layer's name is compared with all of this text
+MAX_EXACT_TEXT = 1 << 18  # for patterns that match only one name, which are looked up
 
-# PEFT writes these; they tell how the factors were made or trained, not what they compute.
+# PEFT writes these keys. They say how the factors were initialised or trained, not what they compute.
 _PASSED_OVER = frozenset(
     [
         "ensure_weight_tying",
@@ -40,7 +40,7 @@ _PASSED_OVER = frozenset(
         "runtime_config",
     ]
 )
-# Switched on, these change what the adapter computes.
+# If switched on, these change what the adapter computes.
 _MUST_BE_OFF = frozenset(
     [
         "alora_invocation_tokens",
@@ -59,7 +59,7 @@ _MUST_BE_OFF = frozenset(
         "velora_config",
     ]
 )
-# The others ("pissa", "olora", "loftq", ...) change the base model's weights too, and the adapter needs them.
+# The other starts ("pissa", "olora", "loftq", ...) also change the base model's weights.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _CHECKED = frozenset(
     ["peft_type", "auto_mapping", "megatron_core", "trust_remote_code", "bias", "init_lora_weights"]
@@ -72,19 +72,19 @@ Number: TypeAlias = int | float
 
 @dataclass(frozen=True)
 class Patterns:
-    """Values for the modules that differ from the rest: the first pattern that matches a name decides."""
+    """Values for individual modules. The first pattern that matches a module's name decides."""
 
     pairs: tuple[tuple[NamePattern, Number], ...] = ()
 
     @cached_property
     def _exact(self) -> dict[str, int]:
-        """The positions of the patterns that match one name each, by that name."""
+        """The positions of patterns that match exactly one name, by that name."""
         names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
         return {name: position for name, position in reversed(names) if name is not None}
 
     @cached_property
     def inexact(self) -> tuple[tuple[int, NamePattern], ...]:
-        """The other patterns, with their positions."""
+        """The patterns that can match several names, with their positions."""
         return tuple(
             (position, pattern)
             for position, (pattern, _) in enumerate(self.pairs)
@@ -92,14 +92,14 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """Takes time in proportion to the text of the inexact patterns: ask once for each name."""
+        """The value for a name. The time is proportional to the inexact patterns: call it once per name."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
-        """Patterns that match these names and no other ("0" alone would match "1.0" too)."""
+        """Patterns that match exactly these names ("0" alone would also match "1.0")."""
         return Patterns(
             tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
         )
@@ -107,7 +107,7 @@ class Patterns:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What nplora takes from an `adapter_config.json`. `unknown` holds the keys that were dropped."""
+    """The settings that nplora uses from an `adapter_config.json`. `unknown` lists the dropped keys."""
 
     r: int = 8
     lora_alpha: Number = 8
@@ -129,18 +129,18 @@ class PeftConfig:
         return self.alpha_pattern.value(name, self.lora_alpha)
 
     def scale(self, name: str) -> float:
-        """What multiplies the product of a layer's factors."""
+        """The factor that multiplies the product of a layer's A and B."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def short_number(value: float) -> Number:
-    """As people write it: 16, not 16.0."""
+    """A number as people write it: 16, not 16.0."""
     return int(value) if float(value).is_integer() else float(value)
 
 
 def dumps(config: PeftConfig) -> bytes:
-    """The file's text: sorted keys, indented by 2, as PEFT writes it."""
+    """The file's text as PEFT writes it: sorted keys, indented by 2."""
     targets = config.target_modules
     fields = {
         "peft_type": "LORA",
@@ -163,11 +163,13 @@ def dumps(config: PeftConfig) -> bytes:
 
 
 def loads(raw: bytes, source: str) -> PeftConfig:
-    """Read the text of an `adapter_config.json`; `source` names it in the messages.
+    """Read the text of an `adapter_config.json`. `source` names the file in messages.
 
     Raises:
-        FormatError: a value of the wrong kind. LimitError: a rank above 65,536 or too much text in patterns.
-        UnsupportedError: another kind of adapter. UnsafeError: a pattern or a name that could run or hang.
+        FormatError: a value has the wrong type.
+        LimitError: a rank is above 65,536, or the patterns have too much text.
+        UnsupportedError: the file describes another kind of adapter.
+        UnsafeError: a pattern or a name could run code or hang.
     """
     fields = strict_json.loads(raw, source)
     if not isinstance(fields, dict):
@@ -204,20 +206,20 @@ def loads(raw: bytes, source: str) -> PeftConfig:
 
 
 def _targets(value: object) -> tuple[str, ...] | str:
-    """An expression, or names. Nothing is looked up by them, so values of other kinds are passed over."""
+    """A pattern or a list of names. nplora does not match modules with them, so wrong types are ignored."""
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
-    """Refuse what would name code to import or run, and expressions on which another reader would hang."""
+    """Refuse names of code to import or run, and patterns that could hang another reader."""
     mapping = fields.get("auto_mapping")
     if mapping is not None and not _is_plain_module_mapping(mapping):
         raise UnsafeError(
             f"{source}: auto_mapping is {brief(mapping)}; no class or library is taken from a file"
         )
-    if fields.get("megatron_core") not in (None, _MEGATRON):  # PEFT's default, in every file that it writes
+    if fields.get("megatron_core") not in (None, _MEGATRON):  # PEFT writes this default into every file
         raise UnsafeError(
             f"{source}: megatron_core is {brief(fields['megatron_core'])}; no library is taken from a file"
         )
@@ -232,9 +234,9 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
 
 
 def _is_plain_module_mapping(mapping: object) -> bool:
-    """The note that PEFT leaves beside the adapter of a plain torch module. It is never imported here.
+    """Whether `auto_mapping` is the note that PEFT writes for a plain torch module. It is never imported.
 
-    No model's class lives in the standard library, so a note that says so was not left by PEFT.
+    No model's class is in the standard library, so PEFT did not write a note that names one.
     """
     if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
         return False
@@ -257,8 +259,8 @@ def _refuse_unsupported(fields: dict[str, Any], source: str) -> None:
     start = fields.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
         raise UnsupportedError(
-            f"{source}: init_lora_weights is {brief(start)}, whose adapters need a changed base model; "
-            "PEFT converts them (path_initial_model_for_weight_conversion)"
+            f"{source}: init_lora_weights is {brief(start)}, which also changed the base model's weights; "
+            "save the adapter again with PEFT's path_initial_model_for_weight_conversion"
         )
 
 

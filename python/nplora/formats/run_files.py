@@ -1,8 +1,8 @@
-"""The names of a training run's files, and what its newest checkpoint says about the files beside it.
+"""The names of a training run's files, and what its newest checkpoint records about the files beside it.
 
-A run that overwrites an earlier one drops what that left as soon as its own first checkpoint is on the disk.
-This checkpoint carries the new log, and the SHA-256 of the adapter that is dropped. So after a crash between
-these steps it is known which of the files are the earlier run's.
+A run that overwrites an earlier one deletes the earlier files as soon as its own first checkpoint is on disk.
+That checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash between these steps,
+it is known which files belong to the earlier run.
 """
 
 import os
@@ -16,19 +16,19 @@ LOG = "log.jsonl"
 LOCK = "lock"
 CHECKPOINTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
 NAMES = (LOG, LOCK, *CHECKPOINTS)
-# Metadata of a checkpoint; the last two only in the first one of a run that overwrites another.
+# Metadata keys of a checkpoint. Only the first checkpoint of a run that overwrites another has the last two.
 STATE = "state"  # JSON
 FIRST_LOG = "log"
 DROPPED_ADAPTER = "dropped_adapter.sha256"
 
 
 def holds_run(directory: StrPath) -> bool:
-    """Whether a directory has checkpoints, whole or not. Nothing is made, locked or read."""
+    """Whether a directory has checkpoints, damaged or not. Nothing is created, locked or read."""
     return any(os.path.lexists(Path(directory, name)) for name in CHECKPOINTS)
 
 
 def dropped_adapter(directory: StrPath) -> str | None:
-    """The SHA-256 of the adapter that the newest checkpoint of a directory drops, if it drops one."""
+    """The SHA-256 of the adapter that the newest checkpoint marks as an earlier run's, or None."""
     newest: tuple[int, str | None] = (0, None)
     for name in CHECKPOINTS:
         path = Path(directory, name)

@@ -2,11 +2,11 @@
 
     8 bytes     n, the length of the header, little-endian
     n bytes     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
-                and, if wanted, "__metadata__": {"key": "text", ...}
-    the rest    the arrays, row-major and little-endian, without holes; offsets count from here
+                and optionally "__metadata__": {"key": "text", ...}
+    the rest    the arrays, row-major and little-endian, without gaps; offsets count from here
 
-Source: https://github.com/huggingface/safetensors, section Format. Every file accepted here is accepted
-there; here a tensor's entry may hold nothing but its three fields.
+Source: https://github.com/huggingface/safetensors, section Format. The reference implementation accepts every
+file that this reader accepts. This reader is stricter: a tensor's entry has exactly its three fields.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from nplora.formats.files import StrPath
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1 << 17
 MAX_METADATA = 1 << 14  # entries
-_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII: as Python's text it may take four times as many
+_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII; Python may need four times as many for the text
 MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
 
-# File tag: (name here, NumPy's type), in the order in which the reference sorts the data: widest first, so
-# that everything is aligned.
+# Tag in the file: (nplora's name, NumPy's type). The order is that in which the reference implementation
+# sorts the data: widest type first, so that every array is aligned.
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "U64": ("uint64", np.dtype("<u8")),
     "I64": ("int64", np.dtype("<i8")),
@@ -57,7 +57,7 @@ _TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
 _ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-# The most values of a header, by depth: the tensors, their fields, the numbers of their shapes and offsets.
+# The largest number of values in a header, by depth: tensors, their fields, entries of shapes and offsets.
 _MOST_VALUES = (MAX_TENSORS + 1, len(_FIELDS) * MAX_TENSORS + MAX_METADATA, 8 * MAX_TENSORS, 1000)
 
 Array: TypeAlias = NDArray[Any]
@@ -70,9 +70,9 @@ class Tensor:
     """An array and the name of its element type.
 
     Attributes:
-        name: its name in the file.
-        dtype: NumPy's name ("float32", "int8", ...), or "bfloat16", whose bit patterns NumPy sees as uint16.
-        array: the elements; read-only when they come from a file, and then they keep the file mapped.
+        name: the tensor's name in the file.
+        dtype: NumPy's name ("float32", "int8", ...) or "bfloat16", whose bit patterns are stored as uint16.
+        array: the elements. Arrays from a file are read-only and keep the file mapped.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Tensor:
         return self.array.nbytes
 
     def numpy(self) -> Array:
-        """The elements without a copy (bfloat16 as uint16)."""
+        """The elements without a copy (bfloat16 as uint16 bit patterns)."""
         return self.array
 
     def __repr__(self) -> str:
@@ -97,11 +97,11 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A tensor to be saved whose bytes are made while the file is written, a few rows at a time.
+    """A tensor whose bytes are produced while the file is written, a few rows at a time.
 
     Attributes:
         dtype: as in `Tensor`.
-        chunks: called once; gives the bytes in their order.
+        chunks: a function that returns the bytes in order. It is called once.
     """
 
     dtype: str
@@ -115,11 +115,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of a tensor: validated, also against the size of the file.
+    """The header's entry for one tensor, validated and checked against the file's size.
 
     Attributes:
-        tag: the file's word for the element type.
-        begin, end: where it lies, in bytes from the start of the file.
+        tag: the element type as the file names it.
+        begin, end: the tensor's position, in bytes from the start of the file.
     """
 
     tag: str
@@ -129,15 +129,15 @@ class Entry:
 
     @property
     def dtype(self) -> str:
-        """As `Tensor.dtype`."""
+        """The element type, named as in `Tensor.dtype`."""
         return _DTYPES[self.tag][0]
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of an opened file by name, in the header's order, and its `metadata`: text to text.
+    """The tensors of an open file by name, in the header's order, and its `metadata` (text to text).
 
-    `entries` has their shapes and element types, for which no tensor is read. `mapped` is the stamp of the
-    file if it is mapped.
+    `entries` holds the tensors' shapes and element types without reading tensors. `mapped` holds the file's
+    stamp if the file is mapped.
     """
 
     def __init__(self, data: Buffer, source: str, mapped: tuple[files.Stamp, ...] = ()) -> None:
@@ -152,7 +152,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return Tensor(name, entry.dtype, self._array(name, entry))
 
     def load(self) -> None:
-        """Copy the file into memory: from now on nothing is read."""
+        """Copy the file into memory. Nothing is read from disk afterwards."""
         self._data = self._data[:]
 
     def _array(self, name: str, entry: Entry) -> Array:
@@ -182,18 +182,28 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 
 def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> SafetensorsFile:
-    """Open a file and check its header; tensors are made when asked for.
+    """Open a safetensors file and check its header. Tensors are read on access.
 
     Args:
-        mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
-            short, a process that reads it ends with a message and status 135; False copies the file into
-            memory instead, once the header has been checked.
-        follow_links: False refuses a path that is a symbolic link, for names that come from a file.
+        path: the file.
+        mmap: map the file, so that each part is read from disk on first use. If another program truncates a
+            mapped file, a process that reads the lost part ends with a message and status 135. False copies
+            the whole file into memory instead, after the header has been checked.
+        follow_links: False refuses a symbolic link. Use it for paths that come from another file.
     Returns:
-        a mapping name -> `Tensor` with `.metadata`. The arrays are read-only views that keep the mapping
-        alive (a tensor that is not aligned in the file is copied).
+        a mapping from name to `Tensor`, with the file's `.metadata`. The arrays are read-only views that keep
+        the file mapped. A tensor that is not aligned in the file is copied.
     Raises:
-        FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
+        FormatError: the file breaks the format; the subclass says how.
+        OSError: the file cannot be read.
+
+    >>> import nplora
+    >>> nplora.formats.safetensors.save("toy.safetensors", {"w": np.ones((2, 3), np.float32)})
+    >>> file = nplora.formats.safetensors.open("toy.safetensors")
+    >>> list(file), file["w"].dtype, file["w"].shape
+    (['w'], 'float32', (2, 3))
+    >>> float(file["w"].numpy().sum())
+    6.0
     """
     if mmap:
         with files.reading(path, follow_links) as reader:
@@ -205,43 +215,61 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 
 @contextlib.contextmanager
 def reading(path: StrPath, follow_links: bool = True) -> Iterator[SafetensorsFile]:
-    """As `open`, but each tensor is read from the file when asked for, and inside the `with` block only.
+    """Like `open`, but each tensor is read from disk on access, and only inside the `with` block.
 
-    For files that nobody vouches for: `entries` tells the sizes before memory is given to them.
+    Use it for untrusted files: `entries` gives the sizes before any memory is allocated.
     """
     with files.reading(path, follow_links) as reader:
         yield SafetensorsFile(reader, files.name(path))
 
 
 def loads(data: bytes | bytearray | memoryview) -> SafetensorsFile:
-    """As `open`, over bytes in memory, which must not change while the arrays are in use."""
+    """Like `open`, for bytes in memory. They must not change while the arrays are in use.
+
+    >>> loads(dumps({"w": np.arange(3)}))["w"].numpy()
+    array([0, 1, 2])
+    """
     return SafetensorsFile(memoryview(data).cast("B").toreadonly(), "<bytes>")
 
 
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file: beside the target first, then renamed over it, so that a failure leaves the old one.
+    """Write a safetensors file. If the write fails, an existing file stays as it was.
+
+    The bytes go to a temporary file beside the target, which is then renamed.
 
     Args:
-        tensors: name -> array (any strides and byte order; ml_dtypes.bfloat16 too), or `Tensor` to store
-            uint16 bit patterns as bfloat16, or a `Stream`. The key is the name, whatever a `Tensor` calls
-            itself.
+        path: the file to write.
+        tensors: name -> array of any strides and byte order (also ml_dtypes.bfloat16), or a `Tensor` to store
+            uint16 bit patterns as bfloat16, or a `Stream`. The key is the name in the file; a `Tensor`'s own
+            name is ignored.
         metadata: text to text.
     Raises:
-        TypeError: an element type that the format does not have; a name or a metadata entry that is not text.
-        OSError: the disk refuses; how many bytes were needed is in the message.
+        TypeError: the format has no such element type, or a name or metadata entry is not text.
+        OSError: the disk fails; the message says how many bytes were needed.
+
+    >>> import nplora
+    >>> tensors = {"w": np.eye(2, dtype=np.float16), "ids": np.arange(3)}
+    >>> nplora.formats.safetensors.save("toy.safetensors", tensors, {"made by": "hand"})
+    >>> file = nplora.formats.safetensors.open("toy.safetensors")
+    >>> file["w"].dtype, file["ids"].dtype, file.metadata
+    ('float16', 'int64', {'made by': 'hand'})
     """
     files.replace([new_file(path, tensors, metadata)])
 
 
 def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes that `save` writes."""
+    """The bytes that `save` would write.
+
+    >>> dumps({}).endswith(b"{}      ")
+    True
+    """
     return b"".join(new_file("<bytes>", tensors, metadata).chunks)
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
-    """What `save` writes, for a caller that replaces several files together.
+    """The file that `save` writes, for a caller that replaces several files together.
 
-    Contiguous copies are made one tensor at a time; a `Stream` is called when its turn comes.
+    Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
@@ -268,7 +296,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
 
 def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
-    """The file's tag for an array, and the array as NumPy can write it."""
+    """The file's tag for an array, and the array as NumPy writes it."""
     if not isinstance(name, str) or name == _METADATA:
         raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
     if isinstance(value, Stream):
@@ -281,7 +309,9 @@ def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array |
         array = array.view(np.uint16)
     wanted = _DTYPES[_TAGS[dtype]][1]
     if array.dtype.newbyteorder("<") != wanted:
-        raise TypeError(f"safetensors.save: tensor {name!r} says {dtype} and holds {array.dtype.name}")
+        raise TypeError(
+            f"safetensors.save: tensor {name!r} is declared {dtype}, but holds {array.dtype.name}"
+        )
     return _TAGS[dtype], array
 
 
@@ -302,17 +332,17 @@ def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]
 
 
 def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
-    """The JSON object and the offset at which the data begin."""
+    """The header's JSON object, and the offset at which the data begin."""
     if len(data) < 8:
         raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
-    if bytes(data[:4]) == b"GGUF":  # a length of more than a gigabyte, which is never read
+    if bytes(data[:4]) == b"GGUF":  # as a length, this would be more than a gigabyte, beyond the limit
         raise FormatError(f"{source}: is a GGUF file, expected safetensors")
     size = int.from_bytes(data[:8], "little")
     if size > min(MAX_HEADER, len(data) - 8):
-        told = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) tell of a header of {size:,} bytes"
+        found = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) announce a header of {size:,} bytes"
         if size > MAX_HEADER:
-            raise LimitError(f"{told}, at most {MAX_HEADER:,} are read")
-        raise TruncatedError(f"{told}, the file has {len(data) - 8:,} behind them")
+            raise LimitError(f"{found}, at most {MAX_HEADER:,} are read")
+        raise TruncatedError(f"{found}, the file has {len(data) - 8:,} after them")
     raw, where = data[8 : 8 + size], f"{source}: header"
     if bytes(raw[:1]) != b"{":
         raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
@@ -374,7 +404,7 @@ def _integers(value: object, where: str) -> list[int]:
 
 
 def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str) -> None:
-    """The tensors, in the order of their offsets, cover the data exactly once."""
+    """Check that the tensors, in the order of their offsets, cover the data exactly once."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:

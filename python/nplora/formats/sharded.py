@@ -1,4 +1,4 @@
-"""A model in several safetensors files: `model.safetensors.index.json` tells which holds which tensor."""
+"""A model in several safetensors files. `model.safetensors.index.json` maps each tensor to its file."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from nplora.formats.errors import FormatError, LimitError, UnsafeError, brief, m
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.safetensors import SafetensorsFile, Tensor
 
-MAX_INDEX = 1 << 25  # bytes; an index of 90,000 tensors has 8 million
-MAX_SHARDS = 1_000  # each mapped file holds a file descriptor
+MAX_INDEX = 1 << 25  # bytes; an index of 90,000 tensors takes 8 million
+MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """The tensors of all the shards by name, in the index's order, and the index's `metadata`."""
+    """The tensors of all shards by name, in the index's order, and the index's `metadata`."""
 
     def __init__(self, source: str, shards: dict[str, SafetensorsFile], metadata: dict[str, Any]) -> None:
         self.source = source
@@ -37,24 +37,25 @@ class ShardedFile(Mapping[str, Tensor]):
 
     @property
     def shards(self) -> frozenset[str]:
-        """The files that the tensors are in."""
+        """The files that hold the tensors."""
         return frozenset(shard.source for shard in self._shards.values())
 
     @property
     def mapped(self) -> tuple[Stamp, ...]:
-        """The stamps of the shards that are mapped."""
+        """The stamps of the mapped shards."""
         return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 
 def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:
-    """Open the index and every shard that it names.
+    """Open an index and every shard that it names.
 
     Args:
-        path: the `*.safetensors.index.json`; its shards lie beside it.
+        path: the `*.safetensors.index.json`. Its shards are in the same directory.
         mmap: as in `safetensors.open`.
-        wanted: whether a tensor of this name is; shards without any are not opened.
+        wanted: returns whether a tensor of this name is needed. Shards without needed tensors stay closed.
     Raises:
-        UnsafeError: a shard's name leaves the directory, or the shard is a link, but in Hugging Face's cache.
+        UnsafeError: a shard's name leaves the directory, or the shard is a symbolic link (except in Hugging
+            Face's cache).
         FormatError: the index or a shard breaks its format, or a shard lacks a tensor.
         OSError: a file cannot be read.
     """

@@ -1,6 +1,6 @@
-"""JSON as RFC 8259 and serde_json have it, for text that nobody vouches for.
+"""JSON as defined by RFC 8259 and serde_json, for untrusted text.
 
-Python's own parser takes NaN, duplicate keys, lone surrogates and any depth; the readers must not.
+Python's own parser accepts NaN, duplicate keys, lone surrogates and any depth. These readers must not.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nplora.formats.errors import FormatError, LimitError, brief
 
 MAX_DEPTH = 64
-MAX_VALUES = 1 << 19  # of one text: as Python's objects they take up to 200 MB
+MAX_VALUES = 1 << 19  # per text; as Python objects they take up to 200 MB
 _MAX_DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PIECE = 1 << 18  # bytes that are measured together
@@ -29,15 +29,16 @@ Array = npt.NDArray[Any]
 
 
 def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> Any:
-    """The value of UTF-8 JSON text. Objects keep their order.
+    """Parse UTF-8 JSON text. Objects keep their order.
 
     Args:
-        source: what the messages call the text, usually the file's path.
-        most: how many values are read. A sequence: how many at each depth, those of the outermost array or
-            object first, and the last number for all that is deeper. They are counted before any is made.
+        source: the text's name in messages, usually the file's path.
+        most: the largest number of values. A sequence limits the values at each depth, outermost first; its
+            last number limits all deeper values together. Values are counted before any object is created.
     Raises:
-        FormatError: not UTF-8, not JSON, a duplicate key, NaN, 1e999, half a surrogate pair.
-        LimitError: nested deeper than 64, more values than are read, or a number of more than 100 characters.
+        FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, 1e999 or half a surrogate
+            pair.
+        LimitError: more than 64 levels, too many values, or a number of more than 100 characters.
     """
     require_size(raw, source, most)
 
@@ -53,7 +54,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     def integer(text: str) -> int | float:
         short(text)
-        return -0.0 if text == "-0" else int(text)  # as serde_json: no integer is -0
+        return -0.0 if text == "-0" else int(text)  # like serde_json, because no integer is -0
 
     def real(text: str) -> float:
         short(text)
@@ -72,7 +73,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
             text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=real
         )
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # finds half a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on half a surrogate pair
     except UnicodeDecodeError as error:
         raise FormatError(f"{source}: not UTF-8 at byte {error.start:,} of the JSON text") from error
     except UnicodeEncodeError as error:
@@ -83,9 +84,9 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
 
 def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
-    """Count the values of a text and measure its nesting, without making any of them. Raises as `loads`."""
+    """Count the values of a text and measure its nesting, without creating objects. Raises like `loads`."""
     short = isinstance(raw, bytes) and isinstance(most, int) and len(raw) <= most
-    if short and bytes(raw).count(b"[") + bytes(raw).count(b"{") <= MAX_DEPTH:  # nothing can be over a limit
+    if short and bytes(raw).count(b"[") + bytes(raw).count(b"{") <= MAX_DEPTH:  # no limit can be exceeded
         return
     deepest, counts = _measured(raw)
     if deepest > MAX_DEPTH:
@@ -102,15 +103,15 @@ def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
 
 
 def _measured(raw: Bytes) -> tuple[int, Array]:
-    """How deep the text nests, and how many values it has at each depth.
+    """The text's nesting depth, and its number of values at each depth.
 
-    Each opening bracket and each comma counts as a value. So an empty array counts as if it held one.
+    Each opening bracket and each comma counts as one value. So an empty array counts as if it held one value.
     """
     counts, deepest, depth = np.zeros(MAX_DEPTH + 2, np.int64), 0, 0
     in_string, rest = False, b""
     for begin in range(0, len(raw), _PIECE):
         text = rest + bytes(raw[begin : begin + _PIECE])
-        if b"\\" in text:  # what a backslash escapes ends no string
+        if b"\\" in text:  # an escaped quote does not end a string
             text = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
         rest = b"\\" * text.endswith(b"\\")
         piece = np.frombuffer(text, np.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -78,9 +78,8 @@ class Sampling:
         if narrowed and self.temperature == 0:
             names = " and ".join(narrowed)
             have = "have" if len(narrowed) > 1 else "has"
-            warnings.warn(
-                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token",
-                stacklevel=3,
+            warn_user(
+                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token"
             )
         if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
             raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
@@ -177,9 +176,8 @@ def stream_all(
         for answer, scores in zip(others, rows, strict=True):
             yield from answer.advance(scores, cache.capacity)
     for count in sorted({answer.count for answer in answers if answer.cut_off}):
-        warnings.warn(
-            f"{_OP}: the text ends after {count:,} tokens because the model's context of {context:,} is full",
-            stacklevel=3,
+        warn_user(
+            f"{_OP}: the text ends after {count:,} tokens because the model's context of {context:,} is full"
         )
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,7 @@ class LanguageModel(Module):
         family = families.of(self.config)
         return model_digest.of({f"{family.gguf_layer(name)}.weight": norm for name, norm in norms.items()})
 
+    @_check.keywords
     def add_lora(
         self,
         rank: int = 8,
@@ -650,6 +651,7 @@ class LanguageModel(Module):
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]: ...
+    @_check.keywords
     def generate(
         self,
         prompt: Prompt | Iterable[Prompt],
@@ -661,7 +663,6 @@ class LanguageModel(Module):
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-        **unknown: Never,
     ) -> str | list[str]:
         """Generate a text after a prompt, or after each of several. By default, always the most likely token.
 
@@ -694,11 +695,8 @@ class LanguageModel(Module):
         Warns:
             UserWarning: the context was full before the text ended, or top_k or top_p has no effect.
         """
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-            "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, **unknown,
-        }  # fmt: skip
-        sampling = _check.options("generate", Sampling, options)
+        options = max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed
+        sampling = Sampling(*options)  # type: ignore[arg-type]  # it makes a tuple of stop
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)

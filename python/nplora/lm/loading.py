@@ -18,6 +18,7 @@ from nplora.tokenizer import Tokenizer
 from nplora.weights import INFERENCE_COMPUTES
 
 
+@_check.keywords
 def load_model(
     path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
 ) -> LanguageModel:
@@ -47,6 +48,7 @@ def load_model(
         OSError: a file cannot be read.
     """
     files.require_named("load_model", path=path)
+    model_directory.require_no_hub_name(path)
     _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
     load = _from_directory if Path(path).is_dir() else _from_gguf
     return load(path, compute, mmap, check)

@@ -1,4 +1,4 @@
-"""LoraDelta: what an adapter adds to one weight."""
+"""LoraDelta: the change that an adapter makes to one weight."""
 
 import dataclasses
 import math
@@ -15,16 +15,20 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta:
-    """What an adapter adds to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
+    """The change that an adapter makes to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
 
     Attributes:
-        m: DoRA's magnitudes (d_out,), to which the rows of W + scale · A·B are rescaled (Liu et al. 2024, eq.
-            5), or None.
-        embedding: whether W is a table of rows (vocab, dim), which PEFT stores in another way.
-        alpha, use_rslora: how a file or a layer states the scale, for adapters that are saved again.
-            alpha None: rank · scale.
+        m: DoRA's magnitudes (d_out,), or None. They become the norms of the rows of W + scale · A·B (Liu et
+            al. 2024, eq. 5).
+        embedding: whether W is an embedding table (vocab, dim), which PEFT stores in its own way.
+        alpha, use_rslora: the scale as a file or layer states it, for saving the adapter again. alpha None
+            stands for rank · scale.
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit together.
+
+    >>> delta = LoraDelta(A=np.ones((3, 1)), B=np.ones((1, 2)), scale=0.5)
+    >>> delta.rank, delta.shape, delta.stated_alpha
+    (1, (3, 2), 0.5)
     """
 
     A: Array
@@ -46,17 +50,17 @@ class LoraDelta:
     def of_alpha(
         cls, a: Array, b: Array, alpha: float, use_rslora: bool, m: Array | None, embedding: bool
     ) -> "LoraDelta":
-        """The update with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        """A LoraDelta with scale alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         scale = alpha / (math.sqrt(len(b)) if use_rslora else len(b))
         return cls(a, b, scale, m, embedding, float(alpha), use_rslora)
 
     @property
     def stated_alpha(self) -> float:
-        """alpha, as a configuration states it beside `use_rslora`."""
+        """The alpha that a configuration states, together with `use_rslora`."""
         return self.scale * self.rank if self.alpha is None else self.alpha
 
     def rows(self, order: Array | None) -> "LoraDelta":
-        """The update of the rows order[0], order[1], ... of W; None: of all, as they are."""
+        """The change of rows order[0], order[1], ... of W. None: all rows in their order."""
         if order is None:
             return self
         return dataclasses.replace(self, A=self.A[order], m=None if self.m is None else self.m[order])
@@ -71,18 +75,18 @@ class LoraDelta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of W: (d_out, d_in)."""
+        """The shape of W: (d_out, d_in)."""
         return len(self.A), self.B.shape[1]
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0, so that a weight that keeps its storage is left alone, not rounded anew."""
+        """Whether ΔW is 0. A weight that keeps its storage is then left alone instead of rounded again."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Rows first, first + 1, ... of W updated, in their dtype; `rows` is left as it is."""
+        """Rows first, first + 1, ... of the updated W, in the dtype of `rows`, which is not changed."""
         merged = rows.copy()
         part = slice(first, first + len(rows))
         a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))
@@ -90,7 +94,7 @@ class LoraDelta:
         return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
 
     def delta(self, rows: Array, first: int) -> Array:
-        """What is asked to be added to these rows, float64."""
+        """The exact change of these rows, float64."""
         part, w = slice(first, first + len(rows)), rows.astype(np.float64)
         if self.scale == 0:
             delta = np.zeros_like(w)

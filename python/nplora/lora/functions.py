@@ -1,4 +1,4 @@
-"""The low-rank update on bare arrays: forward, backward, merge. Layers do the same with what they own."""
+"""LoRA on plain arrays: forward, backward, merge. Layers do the same with the arrays that they own."""
 
 from __future__ import annotations
 
@@ -24,21 +24,26 @@ def lora_forward(
 ) -> tuple[Array, Array]:
     """Apply a frozen weight plus its low-rank update.
 
-    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as here)
+    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3; A and B named as in nplora)
 
     Args:
         x: array (..., d_in).
         fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). A float64 weight computes in
             float64, any other in float32.
         A, B: arrays (d_out, r) and (r, d_in).
-        scale: 0 leaves A and B unread.
+        scale: the factor of the update. With 0, A and B are not read.
         bias: array (d_out,) or None.
-        out: array (..., d_out) to write y into, C-contiguous, not overlapping any input.
+        out: array (..., d_out) to write y to. It must be C-contiguous and must not overlap any input.
     Returns:
-        y (..., d_out) and z (..., r); `lora_backward` takes z.
+        y (..., d_out) and z (..., r). `lora_backward` takes z.
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
         TypeError: an array does not hold numbers, or out has another dtype.
+
+    >>> x, W = np.ones((1, 2)), np.eye(2)
+    >>> y, z = lora_forward(x, W, A=[[2.0], [0.0]], B=[[1.0, 1.0]], scale=0.5)
+    >>> y, z
+    (array([[3., 1.]]), array([[2.]]))
     """
     op = "lora_forward"
     w, d_out, d_in, dtype = _operand(op, fw)
@@ -69,24 +74,31 @@ def lora_backward(
     out: tuple[Array | None, Array | None, Array | None] | None = None,
     need_dx: bool = True,
 ) -> tuple[Array | Any, Array, Array]:  # Any: see module.Gradient
-    """The gradients of `lora_forward`; no gradient of W is formed.
+    """Compute the gradients of `lora_forward`. No gradient of W is formed.
 
     dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
-    of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+    for the forward pass  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
 
     Args:
         dy: array (..., d_out).
-        x: array (..., d_in), as given to the forward pass.
-        z: array (..., r), as the forward pass returned it; None: it is computed again.
+        x: array (..., d_in), the input of the forward pass.
+        z: array (..., r), as the forward pass returned it. None computes it again.
         fw, A, B, scale: as in the forward pass.
-        out: (dx, dA, dB), each an array or None. dx is overwritten; dA and dB are ADDED TO. None: fresh
-            arrays.
+        out: (dx, dA, dB), each an array or None. dx is overwritten. The gradients are ADDED to dA and dB.
+            None creates a new array.
         need_dx: False skips the product with the frozen weight.
     Returns:
-        dx (..., d_in) (None where need_dx is False), dA (d_out, r), dB (r, d_in).
+        dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
         TypeError: an array does not hold numbers, or one in out has another dtype.
+
+    >>> x, W, A, B = np.ones((1, 2)), np.eye(2), np.array([[2.0], [0.0]]), np.array([[1.0, 1.0]])
+    >>> y, z = lora_forward(x, W, A, B)
+    >>> dx, dA, dB = lora_backward(np.array([[1.0, 0.0]]), x, z, W, A, B)
+    >>> dx, dA, dB
+    (array([[3., 2.]]), array([[2.],
+           [0.]]), array([[2., 2.]]))
     """
     op = "lora_backward"
     w, d_out, d_in, dtype = _operand(op, fw)
@@ -136,28 +148,36 @@ def merge_lora(
     rounding: str = "nearest",
     rng: np.random.Generator | int | None = None,
 ) -> Array:
-    """W += scale · A·B in place, in the caller's buffer, without a temporary of W's size.
+    """Add a low-rank update to a weight in place: W += scale · A·B.
 
-    Everything is checked first; then the merge runs to its end.
+    All arguments are checked before W is written. No temporary array of W's size is made.
 
     Args:
         W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
-            patterns with dtype="bfloat16"). Rows must be contiguous; they may lie any distance apart.
-        A, B: arrays (d_out, r) and (r, d_in), not overlapping W.
-        scale: 0 leaves A and B unread.
-        dtype: the name of W's format; needed only for bit patterns.
-        rounding: "nearest": sums are float32 (float64 for float64) and rounded once, to nearest even; those
-            beyond 65504 are infinite in float16, and no longer told from another by `unmerge_lora`.
-            "stochastic", for float16 and bfloat16: up or down by chance, so that the mean of W is the sum:
-            many merges of updates that are small against the steps of W do not get lost. What is beyond the
-            largest finite number is rounded to nearest.
-        rng: the chance of "stochastic"; the same integer gives the same bits, on any number of threads.
+            patterns with dtype="bfloat16"). Each row must be contiguous; the stride between rows is free.
+        A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
+        scale: the factor of the update. With 0, A and B are not read.
+        dtype: the name of W's format. Only bit patterns need it.
+        rounding: how sums (float32; float64 for float64) are rounded to W's format.
+
+            - "nearest": to nearest, ties to even. In float16, sums above 65504 become infinite, and
+              `unmerge_lora` cannot restore them.
+            - "stochastic", for float16 and bfloat16: up or down at random, so that the expected value is the
+              exact sum. Many merges of updates smaller than W's precision are then not lost. Sums beyond the
+              largest finite number are rounded to nearest.
+        rng: random generator or seed for "stochastic". The same seed gives the same bits with any number of
+            threads.
     Returns:
         W.
     Raises:
-        TypeError: W is not an array, or is byte-swapped, or does not hold one of those formats.
-        ValueError: W is read-only, not aligned, overlaps A or B, or has strided or overlapping rows; a shape
-            does not fit; scale is not finite; W, in float32 or float64, is not rounded stochastically.
+        TypeError: W is not an array, is byte-swapped, or has another format.
+        ValueError: W is read-only, not aligned or overlaps A or B; its rows are strided or overlap;
+            a shape does not fit; scale is not finite; or "stochastic" is used with float32 or float64.
+
+    >>> W = np.eye(2, dtype=np.float32)
+    >>> merge_lora(W, A=[[2.0], [0.0]], B=[[1.0, 1.0]], scale=0.5)
+    array([[2., 1.],
+           [0., 1.]], dtype=float32)
     """
     return _merge("merge_lora", W, A, B, scale, 1, dtype, rounding, rng)
 
@@ -172,9 +192,16 @@ def unmerge_lora(
     rounding: str = "nearest",
     rng: np.random.Generator | int | None = None,
 ) -> Array:
-    """W -= scale · A·B in place: undoes `merge_lora` up to rounding (a layer's `unmerge` is exact).
+    """Subtract a low-rank update from a weight in place: W -= scale · A·B.
 
-    Arguments, result and errors are those of `merge_lora`.
+    This reverses `merge_lora` up to rounding. (A layer's `unmerge` restores the weight exactly.) The
+    arguments, the result and the errors are those of `merge_lora`.
+
+    >>> W = np.eye(2, dtype=np.float32)
+    >>> A, B = [[2.0], [0.0]], [[1.0, 1.0]]
+    >>> unmerge_lora(merge_lora(W, A, B), A, B)
+    array([[1., 0.],
+           [0., 1.]], dtype=float32)
     """
     return _merge("unmerge_lora", W, A, B, scale, -1, dtype, rounding, rng)
 
@@ -199,7 +226,7 @@ def _merge(
     if rounding == "stochastic":
         if target.itemsize != 2:
             raise ValueError(
-                f"{op}: rounding='stochastic' with a W of {storage}; float16 or bfloat16 is rounded so"
+                f"{op}: rounding='stochastic' with a W of {storage}, expected float16 or bfloat16"
             )
         key = int(_check.generator(op, rng).integers(2**64, dtype=np.uint64))
     _core.merge_lora(target, a, b, sign * _check.scale(op, scale, factor_dtype), storage, key)
@@ -207,7 +234,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """The weight as the core takes it, its shape, and the dtype that everything is computed in."""
+    """The weight as the core takes it, its shape, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)
@@ -219,7 +246,7 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """Those that are arrays: an output must not overlap them."""
+    """The values that are arrays. An output must not overlap them."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

@@ -1,7 +1,7 @@
-"""W + scale · A·B in a storage of its own, a block of rows at a time, and how much of the update it kept.
+"""Merges W + scale · A·B into a chosen storage, a block of rows at a time, and measures what is kept.
 
-Low-bit blocks have steps that may be larger than the update, so a merge can lose it: the new weight is made
-from a float32 sum, never in place, and compared with what was asked for.
+The steps of low-bit blocks can be larger than the update, so a merge can lose it. The new weight is therefore
+made from a float32 sum, never in place, and is compared with the exact result.
 """
 
 import math
@@ -21,20 +21,21 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of an update when it was merged into one weight.
+    """How much of an update is left after it was merged into one weight.
+
+    The effective ΔW below is the difference between the merged weight, as stored, and the original.
 
     Attributes:
-        name: of the layer or tensor.
-        storage, nbytes: of the merged weight.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm, where the effective ΔW is what the merged
-            weight, as stored, is beyond the original. Where ΔW is 0: 0, or infinite if another storage
-            changed the weight.
-        kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the share of ΔW that is there. Near 1 the error is noise of the
-            rounding, which hardly matters to the outputs; near 0 rounding went back to the original and has
-            swallowed the update. 1 where ΔW is 0.
-        worst_block: the row and the first column of the block of elements with the largest relative error, of
-            the storage's own length (a whole row where elements stand alone).
-        worst_error: that error.
+        name: the name of the layer or tensor.
+        storage, nbytes: storage and size of the merged weight.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0: 0, or infinite if a change of
+            storage changed the weight.
+        kept: ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², the kept share of ΔW; 1 if ΔW is 0. Near 1, the error is rounding
+            noise, which hardly changes the outputs. Near 0, rounding has restored the original weight, and
+            the update is lost.
+        worst_block: row and first column of the block with the largest relative error. A block has the
+            storage's own length; it is a whole row for unquantised storage.
+        worst_error: the relative error of that block.
         norm: ‖ΔW‖.
         weight_norm: ‖W‖ of the original.
     """
@@ -51,17 +52,17 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖: what rounding adds, not what is lost."""
+        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖. Rounding adds it; it is no loss."""
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod
     def unchanged(cls, name: str, storage: str, nbytes: int) -> "MergeReport":
-        """The one of a weight that stays as it is, since ΔW is 0."""
+        """The report of a weight that stays as it is because ΔW is 0."""
         return cls(name, storage, nbytes, 0.0, 1.0, (0, 0), 0.0)
 
     @classmethod
     def of_all(cls, name: str, reports: "Sequence[MergeReport]") -> "MergeReport":
-        """The one of several merged weights together, without a worst block."""
+        """The report of several merged weights together, without a worst block."""
         norms = [report.norm for report in reports]
         error = math.sqrt(weighted_mean(norms, [report.error**2 for report in reports], 0.0))
         kept = weighted_mean(norms, [report.kept for report in reports], 1.0)
@@ -82,8 +83,10 @@ class MergeReport:
 
 
 def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
-    """The mean over several updates of what is kept of each, or of squared errors, weighted by ‖ΔW‖²; of
-    updates that are all 0: `nothing`."""
+    """The mean of kept shares (or squared errors) over several updates, weighted by ‖ΔW‖².
+
+    `nothing` is returned if all updates are 0.
+    """
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
     if not weighted:
         return nothing
@@ -91,12 +94,12 @@ def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: floa
 
 
 class Merge:
-    """One weight's merge: `rows()` gives the new weight's bytes once, and `report` is known afterwards.
+    """One weight's merge. `rows()` returns the new weight's bytes once; `report` is complete afterwards.
 
     Args:
-        read: rows first ... last - 1 of W (n, d_in), float32 or float64.
+        read: reads rows first ... last - 1 of W (n, d_in), float32 or float64.
     Raises:
-        ValueError: the storage needs rows of whole blocks, and these are not.
+        ValueError: the storage needs rows of whole blocks, and W's rows are not.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Merge:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
         if not storages.fits(storage, shape[1]):
             raise ValueError(
-                f"merge: {name}: rows of {shape[1]} are no whole blocks of "
+                f"merge: {name}: rows of {shape[1]} elements are not whole blocks of "
                 f"{storages.block_elements(storage)}, which {storage} needs"
             )
         self.name, self.shape, self.update, self.storage = name, shape, update, storage
@@ -121,10 +124,10 @@ class Merge:
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
-        """Blocks of rows in order: the first one's number, and the bytes, uint8 (n, row_nbytes).
+        """Blocks of rows in order: the number of the first row, and the bytes, uint8 (n, row_nbytes).
 
         Raises:
-            ValueError: a sum is not finite where W is, or too large for the storage.
+            ValueError: a sum is not finite although W is, or it is too large for the storage.
         """
         d_out, d_in = self.shape
         for block in storages.row_blocks(d_out, d_in):
@@ -139,7 +142,7 @@ class Merge:
             lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
             if lost:
                 raise ValueError(
-                    f"merge: {self.name}: {lost} finite values are not finite any more "
+                    f"merge: {self.name}: {lost} finite values would become infinite or NaN "
                     f"in {self.storage}; nothing is merged"
                 )
             self._count(before, after, first)
@@ -187,12 +190,12 @@ class Merge:
 def merge_weight(
     name: str, weight: FrozenWeight, update: LoraDelta, storage: str
 ) -> tuple[FrozenWeight, MergeReport]:
-    """A new weight of W + scale · A·B in a storage, and what it kept; W is decoded a few rows at a time.
+    """Merge an update into a new weight of the given storage. W is decoded a few rows at a time.
 
     Args:
-        storage: "same", or one of `FrozenWeight`'s that computes in W's dtype.
+        storage: "same", or a storage of `FrozenWeight` that computes in W's dtype.
     Raises:
-        ValueError: as `Merge`, or the storage computes in another dtype.
+        ValueError: as in `Merge`, or the storage computes in another dtype.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)
@@ -211,6 +214,6 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """√(lost / asked), and 0 where nothing was lost."""
+    """√(lost / asked), and 0 if nothing was lost."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

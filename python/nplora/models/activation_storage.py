@@ -1,4 +1,4 @@
-"""Activations that wait for backward: in bfloat16 where the products compute in it, which halves them."""
+"""Activations kept for backward: in bfloat16 if the products compute in it, which takes half the memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Array = npt.NDArray[Any]
 
 
 def keeps_bits(layer: Linear | LoRALinear) -> bool:
-    """Whether what a layer reads or gives is kept as bfloat16 bits."""
+    """Whether a layer's inputs and outputs are kept as bfloat16 bits."""
     return getattr(layer.weight, "compute", None) == "bfloat16"
 
 
 def narrowed(values: Array) -> Array:
-    """The bits (uint16) of float32 values, rounded to bfloat16."""
+    """Round float32 values to bfloat16. Returns the bits as uint16."""
     bits = buffers.empty(values.shape, np.uint16)
     _core.narrow(values, "bfloat16", bits)
     return bits
 
 
 def widened(bits: Array) -> Array:
-    """And back."""
+    """Convert bfloat16 bits to float32."""
     values = buffers.empty(bits.shape, np.float32)
     _core.widen(bits, "bfloat16", values)
     return values

@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and shared heads of keys and values, by hand both ways."""
+"""Causal self-attention with rotary positions and grouped heads of keys and values, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ AnyLinear = Linear | LoRALinear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionSaved(Saved):
-    """What backward needs beside x (n, d), which it gets again: n tokens, heads side by side in each row.
+    """The arrays that backward needs besides its input x (n, d): n tokens, heads side by side in each row.
 
-    q and k are rotated; where they are normalised, they are as before the norm, and both are computed again.
-    They stay float32, for lse belongs to them as they are; out may be bfloat16 bits.
+    q and k are stored after the rotation. If they are normalised, they are stored before the norm, and norm
+    and rotation are computed again. They stay float32, because lse was computed from them. out may be
+    bfloat16 bits.
     """
 
     q: Array
@@ -43,17 +44,17 @@ class AttentionSaved(Saved):
 
 
 class Attention(Module):
-    """softmax(q kᵀ · scale) v over the tokens up to each one      (Vaswani et al. 2017)
+    """softmax(q kᵀ · scale) v, where each token sees itself and earlier tokens      (Vaswani et al. 2017)
 
-    q_proj, k_proj and v_proj read x in one call; or one qkv_proj has their rows one below the other. Each of
-    the `num_key_value_heads` heads of k and v serves a group of heads of q (Ainslie et al. 2023). q_norm and
-    k_norm, where they are there, normalise pieces of q and k as long as their weights before the rotation: a
-    head, or all heads.
+    q_proj, k_proj and v_proj read x in one call. Alternatively, one qkv_proj contains the rows of all three.
+    Each of the `num_key_value_heads` heads of k and v serves a group of heads of q (Ainslie et al. 2023).
+    The optional q_norm and k_norm normalise q and k before the rotation, in segments as long as their
+    weights: one head, or all heads.
 
     Args:
-        layer: which one of `config`'s this is.
-        rope: the rotation; None: there is none.
-        modules: the projections, and the norms, by their names.
+        layer: this layer's index in `config`.
+        rope: the rotation, or None.
+        modules: the projections and the norms, by name.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Attention(Module):
 
     @property
     def reads_x(self) -> bool:
-        """Whether a trained factor's gradient needs x."""
+        """Whether the gradient of a trained factor needs x."""
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
@@ -83,7 +84,7 @@ class Attention(Module):
         return tuple(getattr(self, name) for name in self.reading)
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, AttentionSaved]:
-        """y (n, d) for x (n, d)."""
+        """Compute y (n, d) from x (n, d)."""
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)
         rotated_q, rotated_k = self._rotated(q, k, positions)
@@ -99,7 +100,7 @@ class Attention(Module):
     def run_backward(
         self, dy: Array, saved: AttentionSaved, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the gradients of the factors; dx (n, d), or None where need_dx is False."""
+        """Add to the factors' gradients. Returns dx (n, d), or None if need_dx is False."""
         deeper = need_dx or self.reads_x
         out = widened(saved.out) if self._narrow else saved.out
         dout = stack_backward((self.o_proj,), [dy], saved.o.with_x(out), deeper)
@@ -115,7 +116,7 @@ class Attention(Module):
         return stack_backward(self._inputs, self._joined(dq, dk, dv), saved.qkv.with_x(x), need_dx)
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """y (m, d) for the newest m tokens, whose keys and values are put in the cache first."""
+        """Compute y (m, d) for the m newest tokens. Their keys and values are first stored in the cache."""
         q, k, v = self._split(stack_infer(self._inputs, x))
         q, k = self._rotated(q, k, positions)
         keys[positions.cells], values[positions.cells] = k, v
@@ -126,7 +127,7 @@ class Attention(Module):
         return stack_infer((self.o_proj,), out)[0]
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """What the passes take; narrow: the products run in bfloat16."""
+        """The memory that forward and backward take. narrow: the products compute in bfloat16."""
         d, (q, kv) = self.o_proj.weight.shape[0], self._widths
         lse, joint = self._heads[0], (q + 2 * kv if len(self.reading) == 1 else 0)
         normed = q + kv if self.q_norm is not None else 0
@@ -139,20 +140,20 @@ class Attention(Module):
         return Footprint(saved + low, forward, backward)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
-        """q, k and v, of one array or of three."""
+        """Split one array into q, k and v; three arrays are returned as they are."""
         if len(outputs) == 3:
             return outputs
         q, kv = self._widths
         return [np.ascontiguousarray(part) for part in np.split(outputs[0], [q, q + kv], axis=1)]
 
     def _joined(self, *parts: Array) -> Sequence[Array]:
-        """And back."""
+        """The inverse of `_split`."""
         return parts if len(self.reading) == 3 else [np.concatenate(parts, axis=1)]
 
     def _rotated(
         self, q: Array, k: Array, positions: PackedPositions | CachePositions
     ) -> tuple[Array, Array]:
-        """q and k turned by their positions: in place, unless they are normalised first."""
+        """Rotate q and k by their positions, after the optional norms. Without norms this works in place."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = piecewise_norm_forward(self.q_norm, q), piecewise_norm_forward(self.k_norm, k)
         if self._rope is not None:
@@ -163,7 +164,7 @@ class Attention(Module):
     def _rotated_backward(
         self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """The gradients before the rotation, and before the norms."""
+        """Turn gradients after the rotation into gradients before it, and before the norms."""
         if self._rope is not None:
             for rows in (dq, dk):
                 self._rope.rotate(rows, positions, inverse=True)

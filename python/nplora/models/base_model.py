@@ -1,4 +1,4 @@
-"""What the conversion of an adapter needs to know of its base model: family, heads and, at best, shapes."""
+"""The facts about a base model that converting an adapter needs: family, heads and, if known, shapes."""
 
 import dataclasses
 import warnings
@@ -20,14 +20,14 @@ from nplora.models.families.gguf_fields import ArchitectureMetadata
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model's facts.
+    """Facts about a base model.
 
     Attributes:
-        source: the file that they were read from.
+        source: the file that the facts were read from.
         family: the description of the model's family.
         heads, kv_heads: the number of heads of q, and of k and v.
-        shapes: of its tensors, by GGUF's names; None where the file does not say them.
-        digest: `model_digest.of` its norms; None where the file has none, or it is not known.
+        shapes: the tensors' shapes by GGUF name, or None if the file does not contain them.
+        digest: `model_digest.of` the norms, or None if it is not known.
     """
 
     source: str
@@ -38,17 +38,17 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """By how many heads GGUF has the rows of a layer, by Hugging Face's name, in another order, or 0."""
+        """The number of heads whose rows GGUF reorders in a layer (named as in Hugging Face); 0 for none."""
         return self.family.permuted_heads(layer, self.heads, self.kv_heads)
 
 
 def read(path: StrPath, any_base: bool = False) -> BaseModel:
-    """The facts from a model's GGUF file, its config.json, or the directory with that.
+    """Read the facts from a GGUF model, a config.json, or a directory with a config.json.
 
     Args:
         any_base: as in `digest_of`.
     Raises:
-        UnsupportedError: a family whose layers are not known here. The rest as `digest_of`.
+        UnsupportedError: nplora does not know the family. Otherwise as in `digest_of`.
     """
     config = _config_of(path)
     if config is None:
@@ -58,17 +58,18 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
 
 
 def digest_of(path: StrPath, any_base: bool = False) -> str | None:
-    """`BaseModel.digest` alone, of a model of any family.
+    """Read only `BaseModel.digest`, for a model of any family.
 
-    A directory needs no weights, and they may be a pickle: not known, then.
+    A directory may have no weights, or weights in a pickle. The digest is then None.
 
     Args:
-        any_base: nobody asks whether an adapter is of this model.
+        any_base: do not warn about a missing digest, because the caller accepts any base model.
     Raises:
-        FormatError: it is no model, or a file breaks its format. OSError: a file cannot be read.
+        FormatError: the path is not a model, or a file breaks its format.
+        OSError: a file cannot be read.
     Warns:
-        UserWarning: Git LFS's pointer lies in the place of the directory's weights, or a file of them is
-            missing; not with any_base.
+        UserWarning: the directory's weights are a Git LFS pointer, or one of their files is missing. Not with
+            any_base.
     """
     config = _config_of(path)
     if config is None:
@@ -78,14 +79,15 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
 
 
 def _config_of(path: StrPath) -> Path | None:
-    """The configuration that a path means; None where it means a GGUF file."""
+    """The config.json that a path refers to; None if it refers to a GGUF file."""
+    model_directory.require_no_hub_name(path)
     if Path(path).is_dir():
         return Path(path, CONFIG)
     return Path(path) if files.suffix(path) == ".json" else None
 
 
 def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
-    """The digest by the weights that lie beside a config.json, if there are any."""
+    """The digest of the weights in the directory of a config.json, or None if it has none."""
     if config.name != CONFIG or model_directory.weights_of(config.parent) is None:
         return None
     try:
@@ -101,7 +103,7 @@ def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
 
 
 def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
-    """A model's file and its architecture."""
+    """Open a GGUF model. Returns it with its architecture."""
     file = gguf.open(path)
     if gguf_adapter.is_adapter(file):
         raise FormatError(f"{file.source}: an adapter, expected a model")

@@ -1,4 +1,4 @@
-"""A block of the decoder: halves that each add to the residual stream, forward, backward and cached."""
+"""A block of the decoder: half-blocks that each add to the residual stream, forward, backward and cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class Mixer(Protocol):
-    """What a half-block computes from its input x (n, d): attention, an MLP, or another one.
+    """The computation of a half-block on its input x (n, d): attention, an MLP, or another one.
 
     Attributes:
         reading: the names of the layers that read x, in one call.
@@ -34,23 +34,23 @@ class Mixer(Protocol):
     def reads_x(self) -> bool: ...
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """y (n, d), and what `run_backward` needs beside x."""
+        """Compute y (n, d), and the values that `run_backward` needs besides x."""
 
     def run_backward(
         self, dy: Array, saved: Any, x: Array | None, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the gradients of the factors; dx (n, d), or None where need_dx is False."""
+        """Add to the factors' gradients. Returns dx (n, d), or None if need_dx is False."""
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """y (m, d) of the newest tokens; the layer's arrays in the cache remember them."""
+        """Compute y (m, d) of the newest tokens. The layer's arrays in the cache store their state."""
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """What the passes take for each token; narrow: the products run in bfloat16."""
+        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Half:
-    """x + scale · after(mixer(before(x))), by the names of the block's modules; None: no norm is there."""
+    """x + scale · after(mixer(before(x))). The fields name the block's modules; None means no norm."""
 
     mixer: str
     before: str | None = None
@@ -60,12 +60,12 @@ class Half:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HalfSaved(Saved):
-    """What backward needs of a half.
+    """The values of a half-block that backward needs.
 
     Attributes:
-        x: the residual stream before it, perhaps as bfloat16 bits.
-        y: what the mixer gave, likewise, where a norm follows; else None.
-        mixer: what the mixer keeps.
+        x: the residual stream before the half-block, possibly as bfloat16 bits.
+        y: the mixer's output (possibly as bits) if a norm follows it, else None.
+        mixer: the values that the mixer keeps.
     """
 
     x: Array
@@ -75,16 +75,17 @@ class HalfSaved(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSaved(Saved):
-    """What backward needs of each half."""
+    """The values of each half-block that backward needs."""
 
     halves: tuple[HalfSaved, ...]
 
 
 class DecoderBlock(Module):
-    """Halves, one after the other, each adding to the residual stream (n, d).
+    """Half-blocks in sequence. Each adds to the residual stream (n, d).
 
     Args:
-        modules: mixers and norms, by the names that the halves say.
+        halves: the half-blocks.
+        modules: mixers and norms, by the names that the half-blocks use.
         narrow: keep activations in bfloat16.
     """
 
@@ -94,7 +95,7 @@ class DecoderBlock(Module):
         self._halves, self._narrow = tuple(halves), narrow
 
     def run(self, x: Array, positions: PackedPositions) -> tuple[Array, BlockSaved]:
-        """y (n, d), and what `run_backward` needs."""
+        """Compute y (n, d), and the values that `run_backward` needs."""
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged
         for half in self._halves:
@@ -107,9 +108,9 @@ class DecoderBlock(Module):
     def run_backward(
         self, dy: Array, saved: BlockSaved, positions: PackedPositions, need_dx: bool
     ) -> Gradient:
-        """Add to the gradients of the factors; dx in dy's place, or None where need_dx is False.
+        """Add to the factors' gradients. Returns dx in dy's memory, or None if need_dx is False.
 
-        The norms' outputs are computed again, where a factor's gradient needs them.
+        The norms' outputs are computed again if a factor's gradient needs them.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]
@@ -123,7 +124,7 @@ class DecoderBlock(Module):
     def _half_backward(
         self, half: Half, dy: Array, kept: HalfSaved, positions: PackedPositions, need_dx: bool
     ) -> None:
-        """dy becomes the gradient of the half's x, if that is needed."""
+        """Turn dy into the gradient of the half-block's x, in place, if need_dx is True."""
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
         dmixed = self._added_backward(half, dy, None if kept.y is None else widen(kept.y))
@@ -138,14 +139,14 @@ class DecoderBlock(Module):
             norm_backward(before, dread, x, dy, accumulate=True)
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """y (m, d) of the newest tokens, in x's place."""
+        """Compute y (m, d) of the newest tokens, in x's memory."""
         for half in self._halves:
             y = self._mixer(half).run_cached(self._read(half, x), positions, keys, values)
             x = self._added(half, y, x)
         return x
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """What the passes take for each token; narrow: the products run in bfloat16."""
+        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
         saved = forward = backward = 0
         for half in self._halves:
             mixer, stream = self._mixer(half).footprint(adapted, narrow), FLOAT * self._width
@@ -157,7 +158,7 @@ class DecoderBlock(Module):
 
     @property
     def mixers(self) -> dict[str, Mixer]:
-        """The mixers by their names."""
+        """The mixers by name."""
         return {half.mixer: self._mixer(half) for half in self._halves}
 
     @property
@@ -173,12 +174,12 @@ class DecoderBlock(Module):
         return None if name is None else getattr(self, name)
 
     def _read(self, half: Half, x: Array) -> Array:
-        """What the mixer reads of the residual stream."""
+        """The mixer's input: the residual stream after the first norm."""
         norm = self._norm(half.before)
         return x if norm is None else norm_forward(norm, x)
 
     def _added(self, half: Half, y: Array, x: Array) -> Array:
-        """x + scale · after(y), in y's memory or in that of the norm's output."""
+        """x + scale · after(y), in the memory of y or of the norm's output."""
         norm = self._norm(half.after)
         y = y if norm is None else norm_forward(norm, y)
         if half.scale != 1:
@@ -186,7 +187,7 @@ class DecoderBlock(Module):
         return np.add(y, x, out=y)
 
     def _added_backward(self, half: Half, dy: Array, y: Array | None) -> Array:
-        """The gradient of y."""
+        """The gradient of the mixer's output y."""
         norm = self._norm(half.after)
         if half.scale != 1:
             dy = dy * np.float32(half.scale)

@@ -1,4 +1,4 @@
-"""A decoder put together from its family's description and its files."""
+"""Builds a decoder from its family's description and its files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nplora.nn import Embedding, Linear, RMSNorm
 
 
 def decoder(config: ModelConfig, weights: Weights) -> tuple[Decoder, Linear]:
-    """A model's decoder and head from its files."""
+    """Build a model's decoder and head from its files."""
     require_tensors(weights, config)
     family, blocks = families.of(config), list[DecoderBlock]()
     tensors = {tensor.name: tensor for tensor in family.tensors(config)}

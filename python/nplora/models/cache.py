@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, which spare a decoder computing them again for each new one."""
+"""Caches the keys and values of earlier tokens, so that a decoder does not compute them again."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Array = npt.NDArray[Any]
 
 
 class KVCache:
-    """Room for the sequences of a batch, each in a slot of its own.
+    """Memory for a batch of sequences, each in its own slot.
 
     Attributes:
-        slots, capacity: how many sequences, and how many tokens of each.
-        lengths: int64 (slots,), the tokens that each holds. Writing a smaller number forgets the last ones.
-        limits: int64 (slots,), how many tokens each may come to hold, `capacity` at first. LongRoPE rotates a
-            sequence by this length: set it before the first token, where it is known to be less.
-        keys, values: for each layer an array (slots, capacity, kv_heads · head_dim); memory is taken as it is
-            filled.
-        owner: the model that fills it, with the named adapters that were selected then; None: any model.
+        slots, capacity: the number of sequences, and of tokens in each.
+        lengths: int64 (slots,), the number of tokens that each slot holds. Lowering it drops the last tokens.
+        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
+            rotates a sequence by this length. If it is known to be smaller, set it before the first token.
+        keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). Memory is used only as
+            the arrays are filled.
+        owner: the model that fills the cache, with its selected named adapters; None allows any model.
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, owner: Module | None = None) -> None:
@@ -38,11 +38,11 @@ class KVCache:
         self.limits = np.full(self.slots, self.capacity)
 
     def reset(self) -> None:
-        """Forget every sequence."""
+        """Drop all sequences."""
         self.lengths[:] = 0
 
     def require_room(self, slots: Array, count: int) -> None:
-        """Check that each of these slots, named once, has room for `count` more tokens."""
+        """Check that each slot is named once and has room for `count` more tokens."""
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"decode: slots are {slots.tolist()}, expected each one once")
@@ -53,5 +53,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when full."""
+        """Bytes of the arrays when full."""
         return sum(array.nbytes for array in (*self.keys, *self.values))

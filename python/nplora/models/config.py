@@ -1,4 +1,4 @@
-"""What defines a decoder-only language model, whatever file describes it."""
+"""The configuration of a decoder-only language model, independent of its file type."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from nplora.formats.errors import FormatError
 from nplora.models.rope import RopeConfig
 
-# Beyond what any model has; a file that says more is wrong, and nothing is allocated for it.
+# Limits that no model reaches. A file with larger values is wrong, and nothing is allocated for it.
 MAX_LAYERS = 4096
 MAX_HEADS = 1 << 16
 MAX_HEAD_DIM = 4096
@@ -27,26 +27,26 @@ _FACTORS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches, by the names of Hugging Face's config.json.
+    """Sizes and switches, named as in Hugging Face's config.json.
 
     Attributes:
         source: the file that they were read from.
-        model_type: the family, by its name in `models.families`.
-        max_position_embeddings: the length of the context that the model was trained for.
+        model_type: the family's name in `models.families`.
+        max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, how many tokens a query sees, itself included; 0: all before it.
-        local_rope: the rotation in layers with a sliding window, where it is another one.
-        unrotated: the layers that do not rotate.
-        rotary_dim: how many values of a head rotate, the first ones; None: all of them.
-        qkv_bias, o_bias, mlp_bias: which linear layers have a bias.
-        hidden_act: what the MLP applies to its gate: "silu", or "gelu_pytorch_tanh", GELU by tanh.
-        query_pre_attn_scalar: scores are divided by its square root; None: by that of head_dim.
-        attention_multiplier: what scores are multiplied by, if not by that.
-        embedding_multiplier: what embeddings are multiplied by.
-        residual_multiplier: what the halves of a block add is multiplied by.
-        logits_scaling: what logits are divided by.
-        interleaved: whether the pairs that rotate are neighbours in a head, as some GGUF files store them,
-            or half of the rotating part apart.
+        sliding_windows: for each layer, how many tokens a query sees, including its own; 0: all earlier ones.
+        local_rope: the rotation in layers with a sliding window, or None if it is the same.
+        unrotated: the layers without rotation.
+        rotary_dim: how many values of a head rotate, from the first; None: all of them.
+        qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
+        hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
+        query_pre_attn_scalar: scores are divided by its square root. None: by the square root of head_dim.
+        attention_multiplier: the factor of the scores, which replaces that division; or None.
+        embedding_multiplier: the factor of the embeddings.
+        residual_multiplier: the factor of each half-block's output.
+        logits_scaling: the divisor of the logits.
+        interleaved: whether the values of a rotating pair are neighbours, as some GGUF files store them.
+            False: they are half the rotating part apart.
     """
 
     source: str
@@ -114,29 +114,29 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What scores are multiplied by, 1 / sqrt(head_dim) by default."""
+        """The factor of the scores, by default 1 / sqrt(head_dim)."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
         return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
     @property
     def heads_width(self) -> int:
-        """The heads of q side by side."""
+        """The total width of q's heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
-        """The heads of k, or of v, side by side."""
+        """The total width of k's heads, which equals that of v's."""
         return self.num_key_value_heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig | None:
-        """The rotation in a layer; None: there is none."""
+        """The rotation in a layer, or None."""
         if layer in self.unrotated:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
 
 
 def require_layers(source: str, count: int) -> None:
-    """Refuse a number of layers that cannot be, before anything is made for each of them."""
+    """Refuse an impossible number of layers before anything is allocated for them."""
     if not 1 <= count <= MAX_LAYERS:
         raise FormatError(f"{source}: {count:,} layers, expected 1 to {MAX_LAYERS:,}")

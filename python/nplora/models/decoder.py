@@ -1,4 +1,4 @@
-"""The stack of blocks between the embedding and the last norm, and what of it is kept for backward."""
+"""The stack of blocks between the embedding and the last norm, and the activations kept for backward."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """What is kept of a block that is computed again.
+    """The input of a block that backward will compute again.
 
     Attributes:
-        x: its input.
-        streams: where its dropout streams stood.
-        context: knows which adapters were disabled.
+        x: the block's input.
+        streams: the state of its dropout streams at that time.
+        context: the context variables, which record the disabled adapters.
     """
 
     x: Array
@@ -38,7 +38,7 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """What each adapted block kept, and those above it; `run_backward` takes them from the end."""
+    """The values that the adapted blocks and those above keep. `run_backward` takes them from the end."""
 
     positions: PackedPositions
     embedding: Any
@@ -46,15 +46,15 @@ class DecoderSaved(Saved):
 
 
 class Decoder(Module):
-    """Token embedding, blocks, last norm. The norm is computed with the head, for the rows that are needed.
+    """Token embedding, blocks and last norm. The norm is computed with the head, only for the rows needed.
 
-    Blocks below the lowest adapted one keep nothing and get no gradient.
+    Blocks below the lowest adapted one keep nothing and compute no gradient.
 
     Attributes:
-        recompute: keep the input of each block only, and compute the rest again in backward (gradient
-            checkpointing, Chen et al. 2016): a third more work, a tenth of the memory. Gradients are the same
-            bits.
-        prefix: what the blocks below the lowest adapted one made of sequences met before, or None.
+        recompute: keep only each block's input and compute the rest again in backward (gradient
+            checkpointing, Chen et al. 2016). This takes a third more work and a tenth of the memory. The
+            gradients are identical to the bit.
+        prefix: the cached outputs of the blocks below the lowest adapted one, or None.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Decoder(Module):
         self.recompute = on
 
     def infer(self, ids: Array, positions: PackedPositions) -> Array:
-        """The residual stream (n, d) after the last block; to be called in `inference()`."""
+        """Compute the residual stream (n, d) after the last block. Call it inside `inference()`."""
         first = self.first_adapted()
         x = self._run_frozen(first, ids, positions)[0]
         return _run_through(self.layers[first:], x, positions)
 
     def run(self, ids: Array, positions: PackedPositions) -> tuple[Array, DecoderSaved]:
-        """The same in training, and what `run_backward` needs."""
+        """Like `infer`, for training. Also returns the values that `run_backward` needs."""
         first = self.first_adapted()
         x, embedding = self._run_frozen(first, ids, positions)
         blocks: list[BlockSaved | BlockInput] = []
@@ -102,7 +102,7 @@ class Decoder(Module):
         return x, DecoderSaved(positions, embedding, blocks)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
-        """Add to the gradients of all factors; dx (n, d), the residual stream's gradient, is used up."""
+        """Add to the gradients of all factors. dx (n, d), the residual stream's gradient, is overwritten."""
         whole = bool(self.embed_tokens.local_parameters())
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             kept = saved.blocks.pop()
@@ -115,14 +115,14 @@ class Decoder(Module):
             )
 
     def run_cached(self, ids: Array, positions: CachePositions, cache: KVCache) -> Array:
-        """The residual stream (m, d) of the newest tokens."""
+        """Compute the residual stream (m, d) of the newest tokens."""
         x = self._embedded(ids)[0]
         for block, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = block.run_cached(x, positions, keys, values)
         return x
 
     def read_out(self, x: Array) -> Array:
-        """What the head reads of the residual stream x (n, d): its norm, over `logits_scaling`."""
+        """The head's input: the norm of the residual stream x (n, d), divided by `logits_scaling`."""
         y = norm_forward(self.norm, x)
         return y if self._readout == 1 else np.multiply(y, self._readout, out=y)
 
@@ -133,7 +133,7 @@ class Decoder(Module):
         return dx
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) that enters block `first`, and what the embedding kept."""
+        """The residual stream (n, d) that enters block `first`, and the values kept by the embedding."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:
@@ -146,14 +146,14 @@ class Decoder(Module):
         return x, embedding
 
     def _embedded(self, ids: Array) -> tuple[Array, Any]:
-        """The embeddings (n, d), and what their backward pass needs."""
+        """The embeddings (n, d), and the values that their backward needs."""
         x, saved = self.embed_tokens.forward(ids)
         if self._multiplier != 1:
             np.multiply(x, self._multiplier, out=x)
         return x, saved
 
     def first_adapted(self) -> int:
-        """The lowest block that needs a gradient; the number of blocks where none does."""
+        """The index of the lowest block that needs a gradient, or the number of blocks if none does."""
         if self.embed_tokens.local_parameters():
             return 0
         adapted = (index for index, block in enumerate(self.layers) if block.parameters())
@@ -167,7 +167,7 @@ def _run_through(blocks: list[DecoderBlock], x: Array, positions: PackedPosition
 
 
 def _recomputed(block: DecoderBlock, kept: BlockInput, positions: PackedPositions) -> BlockSaved:
-    """The block's forward pass once more, with the dropout masks of the first time."""
+    """Run the block's forward pass again, with the dropout masks of the first run."""
     now = block.random_state()
     block.set_random_state(kept.streams)
     saved = block.run(kept.x, positions)[1]

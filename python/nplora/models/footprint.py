@@ -1,4 +1,4 @@
-"""How much memory a pass takes in a block, as the layers that take it say: for plans before training."""
+"""The memory that blocks need for each token. The layers compute it themselves, for plans before training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FLOAT, BITS = 4, 2  # bytes of float32 and of bfloat16
 
 @dataclass(frozen=True)
 class Adapted:
-    """The layers of a block that have an adapter, or will have one.
+    """The layers of a block that have or will have an adapter.
 
     Attributes:
-        outputs: d_out of each, by the last part of its name: "q_proj".
+        outputs: d_out of each such layer, by the last part of its name: "q_proj".
     """
 
     rank: int
@@ -25,7 +25,7 @@ class Adapted:
         return not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
-        """Bytes a token that their adapters keep: z, and DoRA's outputs before they are rescaled."""
+        """Bytes per token that these layers' adapters keep: z, and with DoRA the outputs before rescaling."""
         found = [self.outputs[name] for name in names if name in self.outputs]
         return FLOAT * (self.rank * len(found) + (sum(found) if self.use_dora else 0))
 
@@ -35,12 +35,12 @@ NOT_ADAPTED = Adapted(1, False, {})
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes for each token of a pass.
+    """Bytes per token.
 
     Attributes:
-        saved: what is kept for the backward pass.
-        forward: the most in the forward pass, with what is kept.
-        backward: the most in the backward pass, beside what was kept and the gradients of input and output.
+        saved: kept for the backward pass.
+        forward: the peak in the forward pass, including `saved`.
+        backward: the peak in the backward pass, besides `saved` and the gradients of input and output.
     """
 
     saved: int
@@ -49,5 +49,5 @@ class Footprint:
 
 
 def stored(narrow: bool) -> int:
-    """Bytes of a value that is kept as `activation_storage` does it."""
+    """Bytes of a kept value, as in `activation_storage`."""
     return BITS if narrow else FLOAT

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, as llama.cpp has them: to a ModelConfig."""
+"""Reads the metadata of a GGUF file, in llama.cpp's form, into a ModelConfig."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from nplora.models.config import ModelConfig
 
 
 def read(file: GgufFile) -> ModelConfig:
-    """The model that the metadata, and the names of tensors, describe.
+    """The model that the metadata and the tensors' names describe.
 
     Raises:
-        UnsupportedError: an architecture or scaling that is not known here.
-        FormatError: an entry is missing, of another type, or makes no sense; or the file is no model.
+        UnsupportedError: nplora does not know the architecture or the scaling of its rotation.
+        FormatError: an entry is missing, has another type or an impossible value; or the file is not a model.
     """
     kind = file.metadata.string("general.type", "model")
     if kind != "model":

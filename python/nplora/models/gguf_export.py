@@ -1,7 +1,7 @@
-"""A language model from Hugging Face's files to GGUF: names, rows in its order, types, hyperparameters.
+"""Converts a language model from Hugging Face's files to GGUF: names, row order, types, hyperparameters.
 
-The file is written as it is read, a few rows at a time. Its tokenizer goes with it where that is byte-level
-BPE of a kind that llama.cpp has a name for.
+The file is written while the source is read, a few rows at a time. The tokenizer is included if it is a
+byte-level BPE that llama.cpp has a name for.
 """
 
 from collections import Counter
@@ -35,14 +35,15 @@ DTYPES = ("same", *(name for name in storages.GGML_NAMES if name != "float64"))
 
 @dataclass(frozen=True)
 class ModelConversion:
-    """What `model_to_gguf` wrote.
+    """The result of `model_to_gguf`.
 
     Attributes:
-        target: the file.
+        target: the written file.
         architecture: GGUF's name for the model's family.
-        types: how many tensors there are of each of ggml's types.
-        why_no_tokenizer: why the tokenizer is not in the file; empty where it is.
-        short: words where rows of matrices are no whole blocks of the type asked for; else empty.
+        types: the number of tensors of each ggml type.
+        why_no_tokenizer: why the file has no tokenizer; empty if it has one.
+        short: a sentence about matrices that could not get the requested type, because their rows are not
+            whole blocks of it; empty if there are none.
     """
 
     target: str
@@ -69,7 +70,7 @@ class ModelConversion:
 
 
 def is_model(source: StrPath) -> bool:
-    """Whether this is a model of Hugging Face's kind: a safetensors file, an index, or a directory of one."""
+    """Whether this is a Hugging Face model: a safetensors file, an index, or a directory with one."""
     path = Path(source)
     if path.is_dir():
         return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
@@ -79,31 +80,48 @@ def is_model(source: StrPath) -> bool:
 def model_to_gguf(
     source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
 ) -> ModelConversion:
-    """Write a model of one of the families in `nplora.models.families` as a GGUF file.
+    """Convert a Hugging Face model to a GGUF file.
 
-    Matrices get the type asked for, or where their rows are no whole blocks of it the next that fits, as in
-    llama.cpp; norms and biases are float32. Rows of q and k are permuted where the architecture wants that.
+    The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
+    If their rows are not whole blocks of it, they get the next type that fits, as in llama.cpp. Norms and
+    biases are float32. Rows of q and k are permuted if the architecture requires that.
 
     Args:
-        source: a directory with config.json and model.safetensors in one file or in shards, or the file or
-            index in such a directory.
-        dtype: "same", "float32", "float16", "bfloat16", or the lower-case name of ggml's type: "q8_0",
-            "q4_k", ... (`nplora convert --help` lists them).
-        overwrite: also in the place of another file.
+        source: a directory with config.json and model.safetensors (one file or shards), or the file or index
+            in such a directory.
+        path: the GGUF file to write.
+        dtype: "same", "float32", "float16", "bfloat16", or ggml's type name in lower case: "q8_0", "q4_k",
+            ... (`nplora convert --help` lists them).
+        overwrite: replace an existing file.
+    Returns:
+        the conversion's summary.
     Raises:
-        UnsupportedError: a family, or something in config.json, that is not known here or not in GGUF; or
-            matrices in bitsandbytes' 4 bits.
-        FormatError: a file breaks its format or is not the model that config.json describes; or a weight is
-            NaN or infinite.
-        ValueError: path is no .gguf file or is one of the model's files, dtype is not available, or a value
-            does not fit in it.
-        FileExistsError: the file is there, and `overwrite` is not set.
-        OSError: a file cannot be read, or the disk refuses.
+        UnsupportedError: nplora or GGUF does not support the family or a setting of config.json; or matrices
+            are in bitsandbytes' 4 bits.
+        FormatError: a file breaks its format, does not match config.json, or has a NaN or infinite weight.
+        ValueError: path is not a .gguf file or is one of the model's files, dtype is not available, or a
+            value does not fit in it.
+        FileExistsError: the file exists, and `overwrite` is not set.
+        OSError: a file cannot be read, or the disk fails.
+
+    >>> import json
+    >>> from nplora.formats import safetensors
+    >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "max_position_embeddings": 16}
+    >>> counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
+    >>> Path("toy-model").mkdir(exist_ok=True)
+    >>> _ = Path("toy-model/config.json").write_text(json.dumps({"model_type": "llama", **sizes, **counts}))
+    >>> config = hf_config.read("toy-model/config.json")
+    >>> tensors = {spec.name: np.ones(spec.shape, np.float32) for spec in families.of(config).tensors(config)}
+    >>> safetensors.save("toy-model/model.safetensors", tensors)
+    >>> print(model_to_gguf("toy-model", "toy.gguf", dtype="float16", overwrite=True))
+    toy.gguf: llama, 11 tensors: 8 F16, 3 F32
+    without a tokenizer: there is no tokenizer.json
     """
     op = "model_to_gguf"
     _check.choice(op, "dtype", dtype, DTYPES)
     if files.suffix(path) != ".gguf":
-        raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+        raise ValueError(f"{op}: a model is converted to a .gguf file, got {files.name(path)!r}")
+    model_directory.require_no_hub_name(source)
     files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
     files.require_new(path, overwrite)
     directory = model_directory.of(source)
@@ -124,7 +142,7 @@ def model_to_gguf(
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The tokenizer's metadata, or why there are none."""
+    """The tokenizer's metadata, or the reason why there are none."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:
@@ -152,7 +170,7 @@ def _tensors(file: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[s
 
 
 def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Vectors are float32, as ggml adds and multiplies them; a matrix's rows must be whole blocks."""
+    """The storage of a tensor. Vectors are float32, as ggml computes with them; rows must be whole blocks."""
     if len(shape) == 1:
         return "float32"
     wanted = given if dtype == "same" else dtype
@@ -164,14 +182,14 @@ def _storage(given: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _short(tensors: dict[str, gguf.Stream], dtype: str) -> str:
-    """Words for the matrices that did not get the type asked for."""
+    """A sentence about the matrices that did not get the requested type; empty if there are none."""
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
     others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
     if not others:
         return ""
     kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
-    rows = f"rows that are no whole blocks of {storages.block_elements(dtype)}"
-    return f"{len(others)} of {len(matrices)} matrices are {kinds} and not {dtype}: they have {rows}"
+    rows = f"their rows are not whole blocks of {storages.block_elements(dtype)}"
+    return f"{len(others)} of {len(matrices)} matrices are {kinds} instead of {dtype}: {rows}"
 
 
 def _chunks(tensor: TensorSpec, rows: Array, given: str, storage: str) -> Callable[[], Iterator[memoryview]]:
@@ -206,7 +224,7 @@ def _stored(name: str, values: Array, storage: str) -> Array:
 
 
 def _metadata(name: str, config: ModelConfig) -> dict[str, Any]:
-    """What a GGUF file says about a model, under llama.cpp's keys."""
+    """The metadata that describe a model, under llama.cpp's keys."""
     family = families.of(config)
     metadata = {
         "general.architecture": family.architecture,

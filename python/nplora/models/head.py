@@ -1,4 +1,4 @@
-"""The last norm, the head and the loss, a few rows at a time: all logits are never there at once."""
+"""The last norm, the head and the loss, a few rows at a time, so that memory never holds all logits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 Array = npt.NDArray[Any]
 AnyLinear = Linear | LoRALinear
 
-# Logits of a chunk: small enough to stay near the core between head, loss and the head's gradient, and rows
-# enough that reading the head's weight costs little beside the products. Where more than _MANY_CHUNKS are
-# needed, each is half as large again, and the weight is decoded less often: training that many tokens takes
-# far more memory elsewhere.
+# Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
+# have enough rows that reading the head's weight costs little compared with the products. If more than
+# _MANY_CHUNKS are needed, each is half as large again, so that the weight is decoded less often. Training so
+# many tokens takes far more memory elsewhere anyway.
 _CHUNK_BYTES = 32 << 20
 _MANY_CHUNKS = 4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
@@ -28,9 +28,9 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 def loss_and_gradient(
     model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """The sum of the losses, and `factor` times its gradient of the residual stream x (n, d).
+    """The sum of the losses, and `factor` times its gradient with respect to the residual stream x (n, d).
 
-    Adds to the gradients of an adapted head. Rows without a target cost nothing: their gradient is 0.
+    Adds to the gradients of an adapted head. Rows without a target are skipped: their gradient is 0.
     """
     trained = np.flatnonzero(targets != IGNORED)
     dx, total = np.zeros_like(x), 0.0
@@ -43,7 +43,7 @@ def loss_and_gradient(
 def _chunk_gradient(
     model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """The same for a few rows; a function of its own, so that their logits are gone before the next ones."""
+    """`loss_and_gradient` for a few rows. When it returns, their logits are freed before the next rows."""
     (logits,), saved = stack_forward((head,), model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
@@ -52,13 +52,13 @@ def _chunk_gradient(
 
 
 def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
-    """The sum of the losses alone."""
+    """The sum of the losses, without gradients."""
     pieces = chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0])
     return sum((_chunk_loss(model, head, x[rows], targets[rows]) for rows in pieces), 0.0)
 
 
 def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
-    """The same for a few rows, as `_chunk_gradient`."""
+    """`loss` for a few rows. When it returns, their logits are freed, as in `_chunk_gradient`."""
     logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)
@@ -66,11 +66,11 @@ def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> fl
 
 
 def most_rows(rows: int, vocab: int) -> int:
-    """How many of the rows have their logits in memory at once, at most."""
+    """The largest number of rows whose logits are in memory at once."""
     most = min(max(_CHUNK_BYTES // (4 * vocab), _LEAST_ROWS), _MOST_ROWS)
     return most if rows <= _MANY_CHUNKS * most else min(most + most // 2, _MOST_ROWS)
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """The rows in even pieces: a short last one would read the whole head for a few rows."""
+    """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

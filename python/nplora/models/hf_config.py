@@ -1,4 +1,4 @@
-"""config.json, as transformers writes it: to a ModelConfig."""
+"""Reads a config.json, as transformers writes it, into a ModelConfig."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ def read(path: StrPath) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
-        UnsupportedError: a family, activation, scaling or quantisation that is not known here.
-        FormatError: a field is missing, of another type, or makes no sense. OSError: it cannot be read.
+        UnsupportedError: nplora does not know the family, activation, scaling or quantisation.
+        FormatError: a field is missing, has another type or an impossible value.
+        OSError: the file cannot be read.
     """
     fields = read_fields(path)
     return families.by_model_type(fields.source, fields.string("model_type")).read_config(fields)

@@ -23,7 +23,7 @@ AnyLinear = Linear | LoRALinear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MLPSaved(Saved):
-    """What backward needs beside x, which it gets again: gate and up (n, f), perhaps as bfloat16 bits."""
+    """The arrays that backward needs besides its input x: gate and up (n, f), possibly as bfloat16 bits."""
 
     gate: Array
     up: Array
@@ -32,14 +32,14 @@ class MLPSaved(Saved):
 
 
 class MLP(Module):
-    """SwiGLU or GeGLU. gate_proj and up_proj read x in one call; backward computes act(gate) ∘ up again.
+    """SwiGLU or GeGLU. gate_proj and up_proj read x in one call. Backward computes act(gate) ∘ up again.
 
-    One gate_up_proj may stand for both, with their rows one below the other. Where the products run in
-    bfloat16, gate and up are kept in bfloat16 too: they are most of what is kept.
+    One gate_up_proj can replace both; it contains the rows of gate, then those of up. If the products compute
+    in bfloat16, gate and up are also kept in bfloat16, because they are most of the memory.
 
     Args:
-        act: what is applied to the gate, as `ModelConfig.hidden_act` has it.
-        modules: the projections by their names.
+        act: the activation of the gate, named as in `ModelConfig.hidden_act`.
+        modules: the projections by name.
     """
 
     def __init__(self, act: str, modules: Mapping[str, Module]) -> None:
@@ -54,7 +54,7 @@ class MLP(Module):
 
     @property
     def reads_x(self) -> bool:
-        """Whether a trained factor's gradient needs x."""
+        """Whether the gradient of a trained factor needs x."""
         return any(layer.local_parameters() for layer in self._inputs)
 
     @property
@@ -62,7 +62,7 @@ class MLP(Module):
         return tuple(getattr(self, name) for name in self.reading)
 
     def run(self, x: Array, positions: object = None) -> tuple[Array, MLPSaved]:
-        """y (n, d) for x (n, d)."""
+        """Compute y (n, d) from x (n, d)."""
         outputs, inputs = stack_forward(self._inputs, x)
         gate, up = _split(outputs)
         (y,), down = stack_forward((self.down_proj,), self._gated(gate, up))
@@ -71,7 +71,7 @@ class MLP(Module):
         return y, MLPSaved(gate, up, inputs.with_x(None), down.with_x(None))
 
     def run_cached(self, x: Array, *state: object) -> Array:
-        """The same, keeping nothing."""
+        """Compute y without keeping anything."""
         gate, up = _split(stack_infer(self._inputs, x))
         _core.gated(self._act, gate, up, gate)  # in place
         return stack_infer((self.down_proj,), gate)[0]
@@ -79,7 +79,7 @@ class MLP(Module):
     def run_backward(
         self, dy: Array, saved: MLPSaved, x: Array | None, positions: object, need_dx: bool
     ) -> Gradient:
-        """Add to the gradients of the factors; dx (n, d), or None where need_dx is False. Uses up `saved`."""
+        """Add to the factors' gradients. Returns dx (n, d), or None if not need_dx. Overwrites `saved`."""
         deeper = need_dx or self.reads_x
         gate, up = (widened(saved.gate), widened(saved.up)) if self._narrow else (saved.gate, saved.up)
         hidden = self._gated(gate, up) if self.down_proj.local_parameters() else None
@@ -91,7 +91,7 @@ class MLP(Module):
         return stack_backward(self._inputs, gradients, saved.inputs.with_x(x), need_dx)
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """What the passes take; narrow: the products run in bfloat16."""
+        """The memory per token that forward and backward take. narrow: the products compute in bfloat16."""
         d, f = self.down_proj.weight.shape
         joint = 2 * f if len(self.reading) == 1 else 0
         low = adapted.saved((*self.reading, "down_proj"))
@@ -112,7 +112,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """gate and up, of one array or of two."""
+    """Split one array into gate and up; two arrays are returned as they are."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

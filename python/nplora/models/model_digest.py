@@ -1,7 +1,7 @@
-"""What tells a language model from another one: a digest of its norms, which adapters keep of their base.
+"""A digest of a model's norms. It identifies the model, and adapters store it to recognise their base.
 
-The weights of norms are floats of 16 or 32 bits in every kind of file, whatever the matrices are stored
-in, and are trained with them. Rounded to bfloat16 they are the same in all copies of a model.
+Norm weights are 16- or 32-bit floats in every file, however the matrices are stored, and they are trained
+together with the matrices. Rounded to bfloat16, they are equal in all copies of a model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nplora.models.families import Family
 
 _FLOATS = ("F64", "F32", "F16", "float64", "float32", "float16", "BF16", "bfloat16")
 _SHOWN = 12  # hexadecimal digits
-TAKEN = "--any-base, in Python any_base=True, takes it all the same"
+TAKEN = "--any-base (any_base=True in Python) accepts it anyway"
 
 
 def is_norm(name: str) -> bool:
-    """Whether a tensor counts, by its name in GGUF."""
+    """Whether a tensor (by its GGUF name) is part of the digest."""
     return name == "output_norm.weight" or (name.startswith("blk.") and name.endswith("_norm.weight"))
 
 
 def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
-    """SHA-256 over the norms' names in GGUF and values (d,); None where there are none."""
+    """SHA-256 of the norms' GGUF names and values (d,), or None if there are none."""
     digest = hashlib.sha256()
     for name in sorted(norms):
         with np.errstate(over="ignore"):
@@ -38,7 +38,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """`of` the norms among a model's tensors, as they lie in its file."""
+    """`of` the norms among the tensors of a model's file."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):
@@ -60,19 +60,19 @@ def described(name: str | None, digest: str | None) -> str:
 
 
 def difference(name: str | None, digest: str | None, model: str | None) -> str:
-    """Words where the digests of an adapter's base, named so, and of a model are known and differ."""
+    """A sentence for messages if both digests are known and differ; else an empty string."""
     if digest is None or model is None or digest == model:
         return ""
     return f"the adapter is of another model ({described(name, digest)}; this one has {model[:_SHOWN]})"
 
 
 def refusal(name: str | None, digest: str | None, model: str | None) -> str:
-    """The same, with the way out."""
+    """Like `difference`, followed by how to use the adapter anyway."""
     text = difference(name, digest, model)
     return f"{text}; {TAKEN}" if text else ""
 
 
 def subject(name: str | None, digest: str | None, model: str | None) -> str:
-    """What a sentence begins with that says why the adapter cannot be used."""
+    """The beginning of a sentence that says why the adapter cannot be used."""
     text = difference(name, digest, model)
     return f"{text}, and" if text else "the adapter"

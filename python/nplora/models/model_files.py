@@ -1,4 +1,4 @@
-"""A model's weights in its files, opened so that they can be written again with some tensors made anew."""
+"""Opens a model's weights so that they can be saved again with some tensors replaced."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ Stream: TypeAlias = gguf.Stream | safetensors.Stream
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's opened files.
+    """The open files of a model.
 
     Attributes:
-        suffix: of the kind of file: ".gguf" or ".safetensors".
-        family: the description of the model's family; that of Llama where it is not known.
-        place: the name of the tensor that a layer's weight is in, if there is one, and the order of its rows.
-        new_files: what is to be written for these tensors, of which some may be streams of the file's kind.
+        suffix: the kind of file: ".gguf" or ".safetensors".
+        family: the description of the model's family; Llama's if the family is not known.
+        place: returns the name of the tensor with a layer's weight (or None), and the order of its rows.
+        new_files: returns the files to write for given tensors, some of which may be streams.
         tied: whether the output shares the embedding's weight.
-        mapped: the stamps of the files that the tensors are mapped from.
-        shards: the files that the tensors are in, where the model is an index.
+        mapped: the stamps of the mapped files.
+        shards: the files of the tensors if the model is an index.
     """
 
     source: str
@@ -47,11 +47,13 @@ class ModelFiles:
 
 
 def open(base: StrPath) -> ModelFiles:
-    """The files of a GGUF file, a safetensors file or index, or a Hugging Face directory.
+    """Open a GGUF file, a safetensors file or index, or a Hugging Face directory.
 
     Raises:
-        FormatError: a file breaks its format. OSError: it cannot be read.
+        FormatError: a file breaks its format.
+        OSError: a file cannot be read.
     """
+    model_directory.require_no_hub_name(base)
     if Path(base).is_dir():
         return _open_safetensors(base)
     with files.reading(base) as reader:
@@ -60,12 +62,12 @@ def open(base: StrPath) -> ModelFiles:
 
 
 def is_directory(output: StrPath) -> bool:
-    """Whether a model of this name is a directory."""
+    """Whether a model saved under this name is a directory."""
     return files.suffix(output) not in (".gguf", ".safetensors")
 
 
 def weights_path(output: StrPath) -> Path:
-    """The file of the weights of a model of this name."""
+    """The file with the weights of a model saved under this name."""
     return Path(output, model_directory.WEIGHTS) if is_directory(output) else Path(output)
 
 
@@ -112,7 +114,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _is_tied(fields: Fields, names: Mapping[str, Any], family: Family) -> bool:
-    """As config.json and the family say: a tied model may have a head in its file, which nobody reads."""
+    """Whether the output is tied, by config.json or the family. A tied model may have an unused head."""
     if fields.boolean("tie_word_embeddings", family.ties_embeddings):
         return True
     return "model.embed_tokens.weight" in names and "lm_head.weight" not in names

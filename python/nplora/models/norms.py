@@ -1,4 +1,4 @@
-"""RMSNorm in the compiled core, for a frozen weight: what it read is all that its gradient needs."""
+"""RMSNorm with a frozen weight in the compiled core. The gradient needs only the norm's input."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Array = npt.NDArray[Any]
 
 
 def norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """y = weight ∘ x / sqrt(mean x² + eps) of each row of x (n, d)."""
+    """Compute y = weight ∘ x / sqrt(mean x² + eps) for each row of x (n, d)."""
     y = buffers.empty_like(x)
     _core.rms_norm(x, norm.weight, norm.eps, y)
     return y
 
 
 def norm_backward(norm: RMSNorm, dy: Array, x: Array, dx: Array, accumulate: bool = False) -> None:
-    """dx = [dx +] the gradient of x; its factor 1 / sqrt(...) is computed again."""
+    """dx = [dx +] the gradient of x. The factor 1 / sqrt(...) is computed again."""
     _core.rms_norm_backward(dy, x, norm.weight, norm.eps, dx, accumulate)
 
 
 def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """The same for each piece of x's rows that is as long as the norm's weight: for each head, say."""
+    """Normalise each segment of x's rows that is as long as the norm's weight, for example each head."""
     return norm_forward(norm, x.reshape(-1, len(norm.weight))).reshape(x.shape)
 
 
 def piecewise_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
-    """The gradient of x."""
+    """The gradient of x in `piecewise_norm_forward`."""
     dx = buffers.empty_like(x)
     dim = len(norm.weight)
     norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))

@@ -1,4 +1,4 @@
-"""Sequences of tokens one behind the other, without padding: what a language model reads."""
+"""Packed sequences of tokens: one after another, without padding. Language models read these."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ IGNORED = -100  # the label of a token that is not trained on, as in torch and t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Several sequences in one run of tokens.
+    """Several sequences in one row of tokens.
 
     Attributes:
         ids: int64 (n,), the tokens of all sequences.
-        starts: int64 (sequences + 1,), where each sequence begins; the last entry is n.
-        targets: int64 (n,), the token that follows each one, IGNORED where nothing is trained.
+        starts: int64 (sequences + 1,), the start of each sequence; the last entry is n.
+        targets: int64 (n,), the token after each token, or IGNORED where nothing is trained.
     Raises:
         TypeError: an array does not hold integers.
-        ValueError: an array has not one axis, targets are not as many as ids, or starts do not ascend from 0
-            to n.
+        ValueError: an array does not have one axis, targets and ids differ in length, or starts do not ascend
+            from 0 to n.
+
+    >>> import nplora
+    >>> batch = pack([([5, 6, 7], [5, 6, 7]), ([8, 9], [-100, 9])])
+    >>> batch.ids, batch.starts, batch.targets
+    (array([5, 6, 7, 8, 9]), array([0, 3, 5]), array([   6,    7, -100,    9, -100]))
     """
 
     ids: Array
@@ -51,18 +56,18 @@ class PackedBatch:
 
     @property
     def positions(self) -> Array:
-        """int64 (n,): the place of each token in its own sequence."""
+        """int64 (n,): the position of each token in its own sequence."""
         return np.asarray(np.arange(len(self.ids)) - np.repeat(self.starts[:-1], np.diff(self.starts)))
 
     @property
     def num_targets(self) -> int:
-        """The trained tokens: the number that a mean loss divides by."""
+        """The number of trained tokens, by which a mean loss divides."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None) -> list[PackedBatch]:
-        """The same sequences in batches of at most so many tokens, in order; None: in one.
+        """The same sequences in batches of at most `most_tokens` tokens, in order. None: all in one batch.
 
-        A sequence that is longer is a batch by itself.
+        A longer sequence gets its own batch.
         """
         cuts = cut(np.diff(self.starts), most_tokens)
         return [self._piece(first, last) for first, last in itertools.pairwise(cuts)]
@@ -74,7 +79,7 @@ class PackedBatch:
 
 
 def cut(lengths: Array, most_tokens: int | None) -> list[int]:
-    """Where sequences are cut into batches of at most so many tokens: the first of each, and the end."""
+    """Divide sequences into batches of at most `most_tokens` tokens: the first index of each, and the end."""
     cuts, size = [0], 0
     for index, length in enumerate(lengths.tolist()):
         if most_tokens is not None and size and size + length > most_tokens:
@@ -85,10 +90,10 @@ def cut(lengths: Array, most_tokens: int | None) -> list[int]:
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:
-    """Pack pairs (ids, labels) of integer sequences of one length; labels as in transformers, unshifted.
+    """Pack pairs (ids, labels) of integer sequences. Labels are unshifted, as in transformers.
 
     Raises:
-        ValueError: the labels of a sequence are not as many as its tokens.
+        ValueError: the ids and labels of a sequence differ in length, or have more than one axis.
     """
     ids, targets, starts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [0]
     for index, (tokens, labels) in enumerate(sequences):
@@ -96,7 +101,7 @@ def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatc
         if tokens.ndim != 1 or tokens.shape != labels.shape:
             raise ValueError(
                 f"pack: sequence {index} has ids of shape {tokens.shape} and labels of shape {labels.shape}, "
-                "expected two of one length"
+                "expected one length"
             )
         ids.append(tokens)
         targets += [labels[1:], np.full(min(1, len(tokens)), IGNORED)]

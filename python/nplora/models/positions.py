@@ -1,4 +1,4 @@
-"""The positions of a pass's rows in their sequences: packed in a run, or in the slots of a cache."""
+"""The positions of rows in their sequences, either packed or in the slots of a cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedPositions:
-    """Packed sequences.
+    """The positions of packed sequences.
 
     Attributes:
-        starts: int64 (sequences + 1,), where each begins; the last entry is the number of rows n.
+        starts: int64 (sequences + 1,), the start of each sequence; the last entry is the number of rows n.
         in_sequence: int64 (n,), the position of each row in its own sequence.
         longest: the length of the longest sequence.
     """
@@ -26,22 +26,22 @@ class PackedPositions:
     longest: int
 
     def sequence_lengths(self) -> Array:
-        """The length of each row's sequence, (n,)."""
+        """int64 (n,): the length of each row's sequence."""
         counts = np.diff(self.starts)
         return np.repeat(counts, counts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CachePositions:
-    """New tokens of the sequences in a cache.
+    """The positions of new tokens of sequences in a cache.
 
     Attributes:
-        slots, in_sequence: int64 (m,), the sequence of each row and its position there.
-        lengths: in_sequence + 1, the tokens that each row sees.
+        slots, in_sequence: int64 (m,), each row's slot, and its position in that slot's sequence.
+        lengths: in_sequence + 1, the number of tokens that each row sees.
         cells: the index of the rows' keys and values in an array (slots, capacity, ...).
-        longest: the length of the longest sequence, with the new tokens.
-        limits: int64 (m,), the length that each row's sequence may come to have. By it all of its tokens
-            rotate, the first one too.
+        longest: the length of the longest sequence, including the new tokens.
+        limits: int64 (m,), the length that each row's sequence may reach. All its tokens rotate by this
+            length, even the first.
     """
 
     slots: Array
@@ -52,7 +52,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """The length of each row's sequence, (m,)."""
+        """int64 (m,): the length by which each row's sequence rotates."""
         return self.limits
 
 
@@ -67,12 +67,12 @@ def cache_positions(slots: Array, lengths: Array, limits: Array, count: int) -> 
     """The positions of the next `count` tokens of the sequences in `slots`.
 
     Args:
-        lengths, limits: how many tokens these sequences hold, and may come to hold.
+        lengths, limits: the number of tokens that these sequences hold and may hold.
     """
     in_sequence = (lengths[:, None] + np.arange(count)).reshape(-1)
     rows = np.repeat(slots, count)
     cells: tuple[Any, Any] = (rows, in_sequence)
-    if len(slots) == 1:  # a run, which NumPy reaches faster
+    if len(slots) == 1:  # consecutive cells, which NumPy indexes faster with a slice
         cells = int(slots[0]), slice(int(in_sequence[0]), int(in_sequence[-1]) + 1)
     longest = int(in_sequence.max(initial=-1)) + 1
     return CachePositions(rows, in_sequence, in_sequence + 1, cells, longest, np.repeat(limits, count))

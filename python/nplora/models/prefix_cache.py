@@ -1,4 +1,4 @@
-"""What the frozen blocks below the lowest adapter make of each sequence, kept from one epoch to the next."""
+"""Caches the outputs of the frozen blocks below the lowest adapter, from one epoch to the next."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
-# Up to this many rows, products may sum in another order. With more rows, a row's values are the same bits
-# whatever the other rows are. Batches of at most this size are neither kept nor found.
+# Up to this many rows, products may sum in another order. With more rows, the bits of a row's values do not
+# depend on the other rows. So batches of at most this size are neither stored nor looked up.
 SMALL_BATCH = _core.constants.most_small_batch
 
 
@@ -32,24 +32,26 @@ class _Store(Protocol):
 
 
 class PrefixCache:
-    """The residual stream that enters the first adapted block, for sequences met before.
+    """The residual stream that enters the first adapted block, for sequences seen before.
 
-    It depends on the tokens of a sequence alone, for all below is frozen and attention stays within a
-    sequence: so it is found by them, whatever they are packed with, to the bit as if computed again.
+    It depends only on a sequence's own tokens, because all blocks below are frozen and attention stays within
+    a sequence. So it is looked up by the tokens, however they are packed. The result is identical, to the
+    bit, to computing it again.
 
     Args:
-        blocks: how many blocks are below the first adapted one. A model with another number does not use it.
-        capacity: the most tokens of all sequences; what comes later is not kept.
-        width: numbers of a token, `hidden_size`.
-        directory: where an unnamed file holds the rows, which is gone when the process is, however it ends;
-            None: they stay in memory.
+        blocks: the number of blocks below the first adapted one. A model with another number ignores the
+            cache.
+        capacity: the largest number of tokens of all sequences. Later sequences are not stored.
+        width: values per token, `hidden_size`.
+        directory: where to create an unnamed file for the rows. The file disappears when the process ends,
+            for whatever reason. None: the rows stay in memory.
     Raises:
-        OSError: the directory cannot be written, or the disk has no room; the message says for how much.
+        OSError: the directory is not writable, or the disk is too small. The message says how much is needed.
     """
 
     def __init__(self, blocks: int, capacity: int, width: int, directory: StrPath | None = None) -> None:
         self.blocks, self._capacity, self._width = blocks, capacity, width
-        self._starts: dict[bytes, int] = {}  # tokens -> the first of their rows
+        self._starts: dict[bytes, int] = {}  # tokens -> the number of their first row
         self._used = 0
         self._store: _Store = (
             _Memory(capacity, width) if directory is None else _Disk(capacity, width, directory)
@@ -57,11 +59,11 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Of the rows that are kept."""
+        """Bytes of the stored rows."""
         return 4 * self._used * self._width
 
     def find(self, ids: Array, starts: Array) -> Array | None:
-        """The rows (n, width), fresh, of packed sequences that begin at `starts`; None if one is unknown."""
+        """The rows (n, width) of packed sequences, as a new array; None if one sequence is not stored."""
         if len(ids) <= SMALL_BATCH:
             return None
         places = [self._starts.get(ids[begin:end].tobytes()) for begin, end in _spans(starts)]
@@ -74,7 +76,7 @@ class PrefixCache:
         return rows
 
     def keep(self, ids: Array, starts: Array, rows: Array) -> None:
-        """Remember the rows (n, width) of packed sequences, as many of them as there is room for."""
+        """Store the rows (n, width) of packed sequences, as far as there is room."""
         if len(ids) <= SMALL_BATCH:
             return
         for begin, end in _spans(starts):
@@ -85,7 +87,7 @@ class PrefixCache:
                 self._used += end - begin
 
     def close(self) -> None:
-        """Let go of the rows, and of their file."""
+        """Free the rows and their file."""
         self._starts.clear()
         self._capacity = self._used = 0
         self._store.close()
@@ -114,7 +116,7 @@ class _Memory:
 
 
 class _Disk:
-    """The room is reserved at the beginning, so that a full disk is reported before any work."""
+    """Reserves the whole file at the start, so that a full disk is reported before any work."""
 
     def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
         self._row_bytes, self._directory = 4 * width, directory
@@ -129,7 +131,7 @@ class _Disk:
 
     def read(self, start: int, out: Array) -> None:
         rest, offset = _bytes(out), start * self._row_bytes
-        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be read again"):
+        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be read back"):
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], offset)
                 if not count:
@@ -141,7 +143,7 @@ class _Disk:
             _bytes(np.ascontiguousarray(rows)),
             start * self._row_bytes,
         )
-        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be kept"):
+        with files.disk_errors(self._directory, "the frozen blocks' outputs cannot be stored"):
             while rest:
                 count = os.pwrite(self._file.fileno(), rest, offset)
                 rest, offset = rest[count:], offset + count

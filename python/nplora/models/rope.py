@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021): their table, and how contexts are stretched."""
+"""Rotary position embeddings (Su et al. 2021): the table of angles, and methods for longer contexts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nplora.models.positions import CachePositions, PackedPositions
 
 Array = npt.NDArray[Any]
 
-_FIRST_ROWS = 256  # of a table, which then doubles as positions need it
+_FIRST_ROWS = 256  # rows of a new table, which doubles when positions need it
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's stretch: slow rotations are slowed by `factor`, fast ones kept, a ramp between them."""
+    """Llama 3.1's scaling: slow rotations are divided by `factor`, fast ones kept, with a ramp between."""
 
     factor: float
     low_freq_factor: float
@@ -28,7 +28,7 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
     def factors(self, frequencies: Array) -> Array:
-        """What each frequency is divided by."""
+        """The divisor of each frequency."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = np.clip(ramp, 0, 1)
@@ -37,12 +37,12 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LongRope:
-    """LongRoPE (Ding et al. 2024): sequences beyond the original context rotate by other factors.
+    """LongRoPE (Ding et al. 2024): sequences longer than the original context rotate by other factors.
 
     Attributes:
-        original_length: the longest sequence that rotates by the short factors.
-        short, long: what the frequency of each pair is divided by.
-        attention_factor: what q and k are multiplied by as they rotate.
+        original_length: the longest sequence that uses the short factors.
+        short, long: the divisor of each pair's frequency.
+        attention_factor: the factor of q and k when they rotate.
     """
 
     original_length: int
@@ -53,13 +53,14 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RopeConfig:
-    """How fast each pair of a head rotates.
+    """The speed at which each pair of values of a head rotates.
 
     Attributes:
-        theta: pair i of `dim` rotating values rotates by theta^(-2 i / dim) a token, divided by what follows.
-        linear_factor: the same for every pair ("linear" scaling).
+        theta: pair i of `dim` rotating values rotates by theta^(-2 i / dim) radians per token, divided by the
+            factors below.
+        linear_factor: one factor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
-        factors: one for each pair, from GGUF's tensor rope_freqs.weight.
+        factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
         long: LongRoPE's factors.
     """
 
@@ -70,7 +71,7 @@ class RopeConfig:
     long: LongRope | None = None
 
     def frequencies(self, dim: int) -> Array:
-        """Radians a token for each pair, float64 (dim / 2,); with LongRoPE, before its factors."""
+        """Radians per token for each pair, float64 (dim / 2,). LongRoPE's factors are not applied yet."""
         frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
         if self.llama3 is not None:
             frequencies = frequencies / self.llama3.factors(frequencies)
@@ -80,10 +81,10 @@ class RopeConfig:
 
 
 class Rope:
-    """The rotation of the heads of q and k by the positions of their tokens.
+    """Rotates the heads of q and k by the positions of their tokens.
 
     Args:
-        dim: how many values of each head rotate, the first ones.
+        dim: how many values of each head rotate, from the first.
         interleaved: as in `ModelConfig`.
     """
 
@@ -93,7 +94,7 @@ class Rope:
         self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
-        """Turn the heads of x (n, heads · head_dim) in place; `inverse` turns back, which is the gradient."""
+        """Rotate the heads of x (n, heads · head_dim) in place. `inverse` rotates back, as gradients need."""
         rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
         if self._long is not None:
             is_long = positions.sequence_lengths() > self._long.original_length
@@ -101,11 +102,11 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """Rows of dim / 2 cosines, then as many sines, for at least `length` positions.
+        """The table for at least `length` positions. A row has dim / 2 cosines, then as many sines.
 
-        With LongRoPE, the rows of the short factors come first, and the number of these is returned too.
+        With LongRoPE, the rows for the short factors come first; their number is returned too.
         """
-        tables = self._tables  # read once: another thread may exchange them
+        tables = self._tables  # read once, because another thread may replace it
         if len(tables[0]) - tables[1] < length:
             rows = max(_FIRST_ROWS, 1 << (length - 1).bit_length())
             if self._long is None:
@@ -125,7 +126,7 @@ class Rope:
 
 
 def require_theta(source: str, theta: float) -> float:
-    """A base of the rotation that makes sense."""
+    """Check the base of the rotation and return it."""
     if not 1 <= theta < 1e30:
         raise FormatError(f"{source}: the base of the rotation (rope_theta) is {theta}, expected 1 to 1e30")
     return theta

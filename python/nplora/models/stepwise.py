@@ -1,4 +1,4 @@
-"""The loss as decoding computes it, a few tokens at a time: what compute="int8" costs shows in it."""
+"""The loss computed like decoding, a few tokens at a time. It shows the rounding errors of compute="int8"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FEW = _core.constants.least_small_batch  # tokens at a time
 
 
 def loss(config: ModelConfig, model: Decoder, lm_head: Linear | LoRALinear, batch: PackedBatch) -> float:
-    """The sum of the losses of packed sequences; to be called in `inference()`."""
+    """The sum of the losses of packed sequences. Call it inside `inference()`."""
     total = 0.0
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
         cache, slot = KVCache(config, 1, max(1, int(end - first))), np.zeros(1, np.int64)

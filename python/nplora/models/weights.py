@@ -1,4 +1,4 @@
-"""A model's tensors, from GGUF or safetensors, checked before the first is used."""
+"""A model's tensors, from GGUF or safetensors, checked before any is used."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nplora.weights.nonfinite import require_finite
 
 Array = npt.NDArray[Any]
 
-_MOST_HINTS = 20  # each is a search
+_MOST_HINTS = 20  # each hint is a search
 
 
 class Weights(Protocol):
-    """Where tensors come from.
+    """A source of a model's tensors.
 
     Attributes:
-        mapped: the stamps of the files that are mapped.
+        mapped: the stamps of the mapped files.
     """
 
     source: str
@@ -42,27 +42,27 @@ class Weights(Protocol):
         """A tensor's name in the file."""
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Tensors that may be in the file and that the model does without."""
+        """Names of tensors that the file may contain although the model does not use them."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix as it is stored in the file; a float64 one, which models do not have, as a float32 copy.
+        """A matrix as it is stored in the file. float64, which models do not use, becomes a float32 copy.
 
         Raises:
-            FormatError: a value, or the scale of a block, is NaN or infinite, and the matrices are checked.
+            FormatError: checks are on, and a value or the scale of a block is NaN or infinite.
         """
 
     def vector(self, tensor: TensorSpec) -> Array:
-        """A vector as float32. Raises FormatError where it is not finite."""
+        """A vector as float32. Raises FormatError if a value is not finite."""
 
 
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
-    """Check that the file holds the tensors of the model, of their shapes, and no others.
+    """Check that the file holds all tensors of the model with the right shapes, and no others.
 
-    A tensor too many, a bias for example, is a model that is not the one described: its text would be
-    plausible and wrong.
+    An unexpected tensor, for example a bias, means that the model is not the one described. Its output would
+    then look plausible and be wrong.
 
     Raises:
-        FormatError: it does not; all that does not fit is listed, the nearest names with what is missing.
+        FormatError: the tensors do not match. All problems are listed, missing tensors with similar names.
     """
     tensors = families.of(config).tensors(config)
     found, wanted = weights.shapes(), {weights.stored(tensor): tensor.shape for tensor in tensors}
@@ -75,16 +75,16 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
         elif found[name] != shape:
             problems.append(f"tensor {brief(name)} has shape {found[name]}, expected {shape}")
     left = found.keys() - wanted.keys() - weights.unused(config)
-    problems += [f"tensor {brief(name)} has no place in {config.model_type}" for name in sorted(left)]
+    problems += [f"tensor {brief(name)} is not used by {config.model_type}" for name in sorted(left)]
     if problems:
         raise FormatError(f"{weights.source}: the tensors do not fit the model {in_places(problems)}")
 
 
 def require_decoded(file: GgufFile) -> None:
-    """Check that all types of a file's tensors are read here.
+    """Check that nplora can read all tensor types of a file.
 
     Raises:
-        UnsupportedError: some are not; all their tensors are listed.
+        UnsupportedError: it cannot read some; all tensors of these types are listed.
     """
     known, unknown = storages.GGML_NAMES.values(), dict[str, list[str]]()
     for name, entry in file.entries.items():
@@ -101,7 +101,7 @@ def require_decoded(file: GgufFile) -> None:
 
 
 class GgufWeights:
-    """The tensors of a GGUF file, mapped: matrices stay there in their blocks."""
+    """The tensors of a mapped GGUF file. Matrices stay in the file, in their blocks."""
 
     def __init__(self, file: GgufFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
@@ -131,7 +131,7 @@ class GgufWeights:
 
 
 class SafetensorsWeights:
-    """The tensors of a safetensors file or of several, mapped: matrices stay there."""
+    """The tensors of one or several mapped safetensors files. Matrices stay in the files."""
 
     def __init__(self, file: SafetensorsFile | ShardedFile, compute: str, check: bool = True) -> None:
         self.source, self.mapped = file.source, file.mapped
@@ -150,7 +150,7 @@ class SafetensorsWeights:
         return tensor.name
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Old files hold the rotation's frequencies too, and some a head that is the embedding again."""
+        """Old files also hold the rotation's frequencies, and some hold a head equal to the embedding."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))
@@ -170,7 +170,7 @@ class SafetensorsWeights:
 
 
 def _floats(source: str, name: str, dtype: str, array: Array) -> Array:
-    """A copy in float32."""
+    """Copy an array to float32."""
     where = f"{source}: tensor {brief(name)}"
     if dtype not in storages.FLOATS:
         raise UnsupportedError(f"{where} is {dtype}, expected one of {', '.join(storages.FLOATS)}")

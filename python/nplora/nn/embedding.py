@@ -150,6 +150,7 @@ class LoRAEmbedding(LoRALayer):
         UserWarning: rank is above min(vocab, dim).
     """
 
+    @_check.keywords
     def __init__(
         self,
         W: npt.ArrayLike | FrozenWeight,

@@ -88,6 +88,7 @@ class LoRALinear(LoRALayer):
         UserWarning: rank is above min(d_out, d_in).
     """
 
+    @_check.keywords
     def __init__(
         self,
         W: npt.ArrayLike | FrozenWeight,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
@@ -15,6 +14,7 @@ from nplora.lora.merging import MergeReport, merge_weight
 from nplora.nn.module import AdapterLayer, Commit, Parameter
 from nplora.nn.prepared import Prepared
 from nplora.nn.principal import PRINCIPAL_INITS, principal_factors
+from nplora.runtime.user_warning import warn_user
 from nplora.weights import FrozenWeight, become_infinite, buffers
 
 Array = npt.NDArray[Any]
@@ -112,10 +112,7 @@ class LoRALayer(Prepared, AdapterLayer):
                 f"positive alpha, got rank {rank} and alpha {alpha:g}"
             )
         if rank > min(d_out, d_in):
-            warnings.warn(
-                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}, which is as good",
-                stacklevel=3,
-            )
+            warn_user(f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}, which is as good")
         dtype = weight.compute_dtype
         a, da = buffers.value_and_gradient((d_out, rank), dtype)
         b, db = buffers.value_and_gradient((rank, d_in), dtype)

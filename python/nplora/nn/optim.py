@@ -271,6 +271,7 @@ class AdamW(Optimizer):
 
     _moments = ("exp_avg", "exp_avg_sq")
 
+    @_check.keywords
     def __init__(
         self,
         lr: float = 1e-3,
@@ -330,6 +331,7 @@ class SGD(Optimizer):
         lr_ratio: factor of the learning rate of every A (LoRA+).
     """
 
+    @_check.keywords
     def __init__(
         self,
         lr: float,

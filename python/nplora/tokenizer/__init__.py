@@ -1,4 +1,4 @@
-"""Text to tokens and back, and chats to text, as the model at hand has them. Needs the extra "llm"."""
+"""Converts text to tokens and back, and chats to text, as a given model does. Needs the extra "llm"."""
 
 from nplora.tokenizer.directory import from_directory
 from nplora.tokenizer.gguf_vocabulary import from_gguf

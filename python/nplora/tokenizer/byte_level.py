@@ -1,8 +1,8 @@
-"""Whether a tokenizer.json is the byte-level BPE that `gguf_vocabulary` makes of a file's metadata.
+"""Checks whether a tokenizer.json is a byte-level BPE that GGUF metadata can describe.
 
-GGUF has a name for how text is cut, `pre`, and two switches for BOS and EOS, but no word for the rest of what
-a tokenizer.json may say. So each part must say what `gguf_vocabulary` does, or the file would tell of another
-tokenizer.
+GGUF has a name for the rule that splits text (`pre`) and two switches for BOS and EOS. It cannot express the
+other settings of a tokenizer.json. So each of those must have the value that `gguf_vocabulary` assumes,
+otherwise the GGUF file would describe another tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.tokenizer.gguf_vocabulary import IGNORES_MERGES, SINGLE_DIGITS, SPLITS
 
-# What the model may say of itself; nothing, at best.
+# The values that the model's settings may have. They all mean "not used".
 _PLAIN: dict[str, tuple[object, ...]] = {
     "dropout": (None, 0),
     "unk_token": (None,),
@@ -20,7 +20,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "end_of_word_suffix": (None, ""),
     "byte_fallback": (None, False),
 }
-_SEVERAL = {  # what a Sequence calls its steps
+_SEVERAL = {  # the key of the steps in a Sequence
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
     "decoder": "decoders",
@@ -29,10 +29,10 @@ _SEVERAL = {  # what a Sequence calls its steps
 
 
 def require_known(fields: dict[str, Any], source: str) -> str:
-    """llama.cpp's name for how text is cut before pairs are merged.
+    """Check that GGUF can describe the tokenizer. Returns llama.cpp's name of the rule that splits text.
 
     Raises:
-        UnsupportedError: a part says something that GGUF does not, or that nplora does not know.
+        UnsupportedError: a setting has a value that GGUF cannot express, or that nplora does not know.
     """
     model = fields.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
@@ -53,7 +53,7 @@ def require_known(fields: dict[str, Any], source: str) -> str:
 
 
 def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
-    """Refuse an added token that takes spaces with it, or is looked for in another text. Raises as above."""
+    """Refuse an added token that includes spaces or is matched in normalised text. Raises as above."""
     switches = ("single_word", "lstrip", "rstrip", *(["normalized"] if pre == "qwen2" else []))
     for name in switches:
         if token.get(name):
@@ -61,7 +61,7 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """The tokens that are put before a text, and behind it. Raises as above."""
+    """The tokens that are added before a text and after it. Raises UnsupportedError."""
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
     if not templates:
@@ -83,7 +83,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """What a part does one after the other; nothing where it is null."""
+    """The steps of a part, in order; empty if the part is null."""
     value = fields.get(part)
     if value is None:
         return []
@@ -116,6 +116,4 @@ def _pre(cuts: list[dict[str, Any]], ignores_merges: bool) -> str | None:
 
 
 def _refuse(source: str, part: str, value: object) -> NoReturn:
-    raise UnsupportedError(
-        f"{source}: {part} is {brief(value)}, which no GGUF file that is read here can say"
-    )
+    raise UnsupportedError(f"{source}: {part} is {brief(value)}, which nplora cannot express in a GGUF file")

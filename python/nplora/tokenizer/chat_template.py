@@ -1,8 +1,8 @@
-"""Chat templates: Jinja out of a model's file, which nobody vouches for, rendered within bounds.
+"""Chat templates: Jinja code from a model's file, which is untrusted, rendered within limits.
 
-jinja2's sandbox keeps a template away from Python's internals. It does not keep it from running for ever,
-from filling the memory or from nesting until Python breaks, so templates are rendered in a process of their
-own, whose time and memory the operating system limits.
+jinja2's sandbox keeps a template away from Python's internals. It does not stop a template that runs for
+ever, fills the memory or nests until Python crashes. So templates are rendered in a separate process, whose
+time and memory the operating system limits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from nplora.formats.errors import FormatError, LimitError, UnsafeError
 from nplora.tokenizer.render_process import End, RenderProcess
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
-# Seconds of CPU time: several times what the longest templates in use and many short messages take.
+# Seconds of CPU time. The longest templates in use, with many short messages, take a fraction of these.
 _COMPILING, _RENDERING, _RENDERING_A_BYTE = 2.0, 0.5, 1e-5
 _MEMORY, _MEMORY_A_BYTE = 64 << 20, 64  # a template of MAX_TEMPLATE takes 33 MB to compile, then 14
-_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # of the text: what writes more is stopped as what takes memory
-# What the signal that ended the process tells.
+_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # of the rendered text; longer text counts as too much memory
+# The meaning of the signal that ended the process.
 _ENDS: dict[int, str] = {
     signal.SIGVTALRM: "takes more than {compiling} s of CPU time to compile",
     signal.SIGPROF: "takes more than {rendering:.1f} s of CPU time",
@@ -34,11 +34,11 @@ _PROCESS = RenderProcess()
 
 
 class ChatTemplate:
-    """A template.
+    """A chat template.
 
     Args:
-        text: the template.
-        source: whose it is, for messages.
+        text: the template's Jinja code.
+        source: the name of its file, for messages.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -51,18 +51,21 @@ class ChatTemplate:
         now: datetime.datetime | None = None,
         **variables: Any,
     ) -> str:
-        """The text of a chat.
+        """Render a chat as text.
 
         Args:
-            messages: of strings, numbers, lists and dictionaries.
-            now: the time that the template is told; None: the clock's.
-            variables: whatever else the template may ask for, such as bos_token.
+            messages: made of strings, numbers, lists and dictionaries.
+            add_generation_prompt: end with the start of the assistant's next turn.
+            now: the time that the template sees; None means the current time.
+            variables: other variables of the template, such as bos_token.
         Raises:
-            FormatError: it is not Jinja. LimitError: it is too long.
-            UnsafeError: it reaches for Python's internals, or takes too much time or memory.
-            ValueError: it refuses the messages, or does not find in them what it needs.
-            ModuleNotFoundError: the package `jinja2` is not installed. OSError: no process can be started.
-            RuntimeError: the one that was started cannot render.
+            FormatError: the template is not valid Jinja.
+            LimitError: the template is too long.
+            UnsafeError: the template reaches for Python's internals, or takes too much time or memory.
+            ValueError: the template refuses the messages, or they lack something that it needs.
+            ModuleNotFoundError: the package `jinja2` is not installed.
+            OSError: the rendering process cannot be started.
+            RuntimeError: the rendering process fails.
         """
         if len(self.text) > MAX_TEMPLATE:
             words = f"has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are read"
@@ -70,17 +73,19 @@ class ChatTemplate:
         variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
         try:
             variables = plain(variables)
-            told = json.dumps(variables).encode()
+            data = json.dumps(variables).encode()
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"{self.source}: the messages cannot be given to a template: {error}") from error
+            raise ValueError(
+                f"{self.source}: the messages cannot be passed to a template: {error}"
+            ) from error
         limits = {
             "compiling": _COMPILING,
-            "rendering": _RENDERING + _RENDERING_A_BYTE * len(told),
-            "memory": _MEMORY + _MEMORY_A_BYTE * len(told),
+            "rendering": _RENDERING + _RENDERING_A_BYTE * len(data),
+            "memory": _MEMORY + _MEMORY_A_BYTE * len(data),
         }
         now = now or datetime.datetime.now()
         request = json.dumps({"template": self.text, "now": now.isoformat(), **limits}).encode()
-        answer = _PROCESS.ask(request + b"\n" + told + b"\n", _LENGTH + _LENGTH_A_BYTE * len(told))
+        answer = _PROCESS.ask(request + b"\n" + data + b"\n", _LENGTH + _LENGTH_A_BYTE * len(data))
         if not isinstance(answer, End):
             kind, words = answer
         elif answer.status < 0:
@@ -99,10 +104,11 @@ class ChatTemplate:
 
 
 def plain(value: Any, change: Callable[[str], str] = str) -> Any:
-    """The value, which JSON could hold, as plain Python objects, every text in it changed.
+    """Copy a JSON-like value as plain Python objects, and apply `change` to every string in it.
 
     Raises:
-        TypeError: it is another kind of object. ValueError: it nests too deep.
+        TypeError: the value holds an object that JSON cannot represent.
+        ValueError: it nests too deep.
     """
     try:
         return _plain(value, change)
@@ -118,5 +124,7 @@ def _plain(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part, change) for part in value]
     if not isinstance(value, bool | int | float | None):
-        raise TypeError(f"a message of a chat holds a {type(value).__name__}, expected what JSON can hold")
+        raise TypeError(
+            f"a message of a chat holds a {type(value).__name__}, expected a value that JSON can represent"
+        )
     return value

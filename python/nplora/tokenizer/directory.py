@@ -1,4 +1,4 @@
-"""The tokenizer in a model's directory: tokenizer.json, and what stands beside it."""
+"""Reads the tokenizer of a model's directory: tokenizer.json and the files beside it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,38 @@ from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_errors, b
 
 MAX_TOKENIZER = 100_000_000  # bytes
 MAX_CONFIG = 20_000_000
-# Values of tokenizer.json by depth: its fields; the added tokens and the model's fields; the vocabulary, the
-# merges and the fields of added tokens; the parts of merges. The largest ones in use have 850,000 at depth 3.
+# The largest number of values in tokenizer.json, by depth: its fields; added tokens and the model's fields;
+# vocabulary, merges and fields of added tokens; parts of merges. The largest files in use have 850,000 at
+# depth 3.
 MOST_VALUES = (1000, MAX_SPECIAL + 1000, 3 << 19, 1 << 21, 1 << 16)
-_MOST_SETTINGS = 1 << 20  # values of another file: a token that was added has 8
-MAX_GROWTH = 100  # times as long as it was: what a text may become
+_MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
+MAX_GROWTH = 100  # how many times longer a text may become
 _MAX_TEMPLATE = 1_000_000
-_SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of what a Sequence holds
+_SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of the steps of a Sequence
 
 
 def from_directory(path: StrPath) -> Tokenizer:
     """The tokenizer of a model's directory, as transformers writes it.
 
-    tokenizer.json alone is needed. tokenizer_config.json names BOS, EOS and the chat template (or
-    chat_template.jinja has it), generation_config.json more tokens that end a turn. Padding and truncation
-    that tokenizer.json asks for are switched off: they are the business of who makes batches.
+    Only tokenizer.json is required. tokenizer_config.json names BOS, EOS and the chat template, which may
+    instead be in chat_template.jinja. generation_config.json may name more tokens that end a turn. Settings
+    for padding and truncation in tokenizer.json are ignored, because batches are made elsewhere.
 
+    Args:
+        path: the directory.
     Raises:
         FileNotFoundError: there is no tokenizer.json.
-        FormatError: a file is damaged or says something that is not possible.
-        LimitError: it has more tokens, or more special ones, than are read.
-        UnsafeError: it could run for ever, or make a very long text of a short one.
+        FormatError: a file is damaged or contradicts itself.
+        LimitError: there are too many tokens or special tokens.
+        UnsafeError: the tokenizer could run for ever, or make a very long text from a short one.
         ModuleNotFoundError: the package `tokenizers` is not installed.
+
+    >>> import tokenizers
+    >>> Path("toy").mkdir(exist_ok=True)
+    >>> model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    >>> tokenizers.Tokenizer(model).save("toy/tokenizer.json")
+    >>> from_directory("toy").encode("abba")
+    [2, 1, 0]
     """
     directory = Path(path)
     backend = _backend(directory / "tokenizer.json")
@@ -73,18 +83,18 @@ def _backend(path: Path) -> Any:
 
 
 def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> None:
-    """Refuse what puts a token before or behind a text that is none."""
+    """Refuse a post-processor that adds a token id without a token."""
     for step in steps:
         ids = [step[key][1] for key in ("cls", "sep") if key in step]
         if step.get("type") == "TemplateProcessing":
             ids += [id_ for token in step["special_tokens"].values() for id_ in token["ids"]]
         for id_ in ids:
             if backend.id_to_token(id_) is None:
-                raise FormatError(f"{source}: the {step['type']} adds token {id_}, which is none")
+                raise FormatError(f"{source}: the {step['type']} adds token {id_}, which does not exist")
 
 
 def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
-    """Refuse what could run for ever, or make a very long text or list of tokens out of a short one."""
+    """Refuse steps that could run for ever, or make a very long text or token list from a short text."""
     growth = 1
     for step in steps:
         pattern = step.get("pattern")
@@ -99,7 +109,7 @@ def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a part, which may be sequences of sequences."""
+    """All steps of a part. Sequences may contain sequences."""
     waiting = [part]
     while waiting:
         value = waiting.pop()
@@ -111,7 +121,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """How many times as long a step may make a text, or the tokens."""
+    """How many times longer a step can make a text or its token list."""
     kind = step.get("type")
     if kind == "Replace":
         replaced = step["pattern"].get("String", " ")
@@ -124,7 +134,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is no file."""
+    """Read a JSON object from a file; empty if there is no file."""
     try:
         raw = files.read(path, MAX_CONFIG)
     except FileNotFoundError:
@@ -136,20 +146,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _named(backend: Any, config: dict[str, Any], key: str, source: str) -> int | None:
-    """The id of a token that the configuration names: as a string, or as an object with its content."""
+    """The id of a token that the configuration names, either as a string or as an object with `content`."""
     value = config.get(key)
     name = value.get("content") if isinstance(value, dict) else value
     if name is None:
         return None
     id_: int | None = backend.token_to_id(name) if isinstance(name, str) else None
     if id_ is None:
-        raise FormatError(f"{source}: {key} is {brief(value)}, which is no token")
+        raise FormatError(f"{source}: {key} is {brief(value)}, which is not in the vocabulary")
     return id_
 
 
 def _checked(backend: Any, id_: object, source: str) -> int:
     if type(id_) is not int or not 0 <= id_ < 1 << 32 or backend.id_to_token(id_) is None:
-        raise FormatError(f"{source}: eos_token_id {brief(id_)} of generation_config.json is no token")
+        raise FormatError(
+            f"{source}: eos_token_id {brief(id_)} of generation_config.json is not in the vocabulary"
+        )
     return id_
 
 
@@ -161,7 +173,7 @@ def chat_template(directory: Path, config: dict[str, Any]) -> str | None:
         template = config.get("chat_template")
     except UnicodeDecodeError as error:
         raise FormatError(f"{files.name(path)}: not UTF-8 at byte {error.start:,}") from error
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = {
             entry["name"]: entry.get("template")
             for entry in template
@@ -169,5 +181,5 @@ def chat_template(directory: Path, config: dict[str, Any]) -> str | None:
         }
         template = named.get("default")
     if not isinstance(template, str | None):
-        raise UnsupportedError(f"{files.name(directory)}: chat_template is {brief(template)}")
+        raise UnsupportedError(f"{files.name(directory)}: chat_template is {brief(template)}, expected text")
     return template

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's directory as metadata of a GGUF file: byte-level BPE, from its JSON alone."""
+"""Converts a directory's tokenizer to GGUF metadata. Only byte-level BPE, and only from its JSON files."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SAMPLES = (
 
 
 def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
-    """The metadata of the tokenizer, as llama.cpp has them.
+    """The tokenizer as metadata of a GGUF file, in the form that llama.cpp uses.
 
-    Tokens are filled up to `vocab_size`, the rows of the embedding, with unused ones. Where the package
-    `tokenizers` is there, both are also tried on a few texts.
+    Unused tokens fill the vocabulary up to `vocab_size`, the number of rows of the embedding. If the package
+    `tokenizers` is installed, both tokenizers are compared on a few texts.
 
     Raises:
-        UnsupportedError: the tokenizer is not one that metadata can tell of: another would be read.
-        FormatError: tokenizer.json is damaged, or tells of tokens beyond the vocabulary.
-        FileNotFoundError: there is none.
+        UnsupportedError: metadata cannot describe this tokenizer, so another one would be read back.
+        FormatError: tokenizer.json is damaged, or has token ids beyond the vocabulary.
+        FileNotFoundError: there is no tokenizer.json.
     """
     directory = Path(path)
     source = files.name(directory / "tokenizer.json")
@@ -56,7 +56,7 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     for key, ids in zip(("bos", "eos"), byte_level.ends(fields, source), strict=True):
         if ids and ids != [special.get(key)]:
             raise UnsupportedError(
-                f"{source}: a text gets tokens {brief(ids)}, which are not {_SPECIAL[key]}"
+                f"{source}: a text gets the tokens {brief(ids)}, expected only {_SPECIAL[key]}"
             )
         metadata[f"{KEY}add_{key}_token"] = bool(ids)
     template = chat_template(directory, config)
@@ -67,14 +67,14 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
 
 
 def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
-    """The ids of BOS and the like, as far as tokenizer_config.json names them."""
+    """The ids of BOS, EOS, unknown and padding tokens that tokenizer_config.json names."""
     values = {key: config.get(name) for key, name in _SPECIAL.items()}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
     return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
 
 
 def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) -> None:
-    """Both tokenizers must make the same of some texts. Raises UnsupportedError where they do not."""
+    """Check that both tokenizers give the same tokens for some texts. Raises UnsupportedError if not."""
     try:
         theirs = from_tokenizer_json(directory)
     except ModuleNotFoundError:
@@ -86,7 +86,7 @@ def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) 
             if ours.encode(text, True, parse_special=parse_special) != ids or ours.decode(
                 ids
             ) != theirs.decode(ids):
-                raise UnsupportedError(f"{theirs.source}: {brief(text)} would be other tokens from GGUF")
+                raise UnsupportedError(f"{theirs.source}: {brief(text)} would become other tokens in GGUF")
 
 
 def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
 def _tokens(
     model: dict[str, Any], added: list[dict[str, Any]], vocab_size: int, source: str
 ) -> tuple[list[str], list[int]]:
-    """Every token by its id, and its kind; what no token has is unused."""
+    """All tokens by id, and their kinds. Ids without a token are marked unused."""
     found: dict[int, tuple[str, int]] = {}
     vocab = model.get("vocab")
     if not isinstance(vocab, dict):
@@ -123,7 +123,7 @@ def _tokens(
 
 
 def _merges(model: dict[str, Any], source: str) -> list[str]:
-    """As "left right", which newer files have as two strings."""
+    """The merges as "left right". Newer files write them as two strings."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise FormatError(f"{source}: merges are {brief(merges)}, expected a list")

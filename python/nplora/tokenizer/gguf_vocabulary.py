@@ -1,4 +1,4 @@
-"""The tokenizer in the metadata of a GGUF file."""
+"""Builds the tokenizer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nplora.tokenizer.tokenizer import MAX_SPECIAL, Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
-MAX_PIECE = 1 << 7  # characters of a token of SentencePiece's, all of whose pairs of parts are looked up
-MAX_PAIRS = 1 << 23  # characters of all these pairs together; the largest vocabularies in use have 3 million
+MAX_PIECE = 1 << 7  # characters of a SentencePiece token; all ways to split it in two are looked up
+MAX_PAIRS = 1 << 23  # total characters of all such pairs; the largest vocabularies in use have 3 million
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `token_type`
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-_SPACE = "▁"  # what SentencePiece writes for a space
+_SPACE = "▁"  # SentencePiece's symbol for a space
 
-# How text is cut before pairs are merged, by `pre`. The regular expressions are OpenAI's, as the model's own
-# tokenizer.json has them; None: GPT-2's, which is the default of ByteLevel.
+# For each `pre`, the rule that splits text before pairs are merged. The regular expressions are OpenAI's, as
+# in the models' own tokenizer.json. None means GPT-2's expression, the default of ByteLevel.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ _GPT_4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SINGLE_DIGITS = ("smollm", "refact", "starcoder")  # every digit is set apart first
+SINGLE_DIGITS = ("smollm", "refact", "starcoder")  # every digit is split off first
 SPLITS = {
     "default": None,
     "gpt-2": None,
@@ -46,24 +46,37 @@ SPLITS = {
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
     "gpt-4o": _GPT_4O,
 }
-IGNORES_MERGES = {"llama-bpe"}  # a piece that is a token needs no merges
-_BEGINS_WITH_BOS = {"llama-bpe"}  # of the byte-level ones, where the file does not say
+IGNORES_MERGES = {"llama-bpe"}  # text that is one token needs no merges
+_BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the file does not say
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
-    """The tokenizer of a model's file: byte-level BPE ("gpt2") or SentencePiece's ("llama").
+    """The tokenizer of a GGUF model: byte-level BPE ("gpt2") or SentencePiece ("llama").
 
+    Args:
+        file: an open file, from `formats.gguf.open`.
     Raises:
-        FormatError: what the file says of it is missing, of a wrong type or contradicts itself.
-        LimitError: more tokens, more special ones, or a longer one, than are read.
-        UnsupportedError: another kind of tokenizer, or another rule of cutting text.
+        FormatError: the tokenizer's metadata are missing, have a wrong type or contradict each other.
+        LimitError: there are too many tokens or special tokens, or a token is too long.
+        UnsupportedError: the file has another kind of tokenizer, or another rule to split text.
         ModuleNotFoundError: the package `tokenizers` is not installed.
+
+    >>> from nplora.formats import gguf
+    >>> metadata = {
+    ...     "tokenizer.ggml.model": "gpt2",
+    ...     "tokenizer.ggml.pre": "gpt-2",
+    ...     "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    ...     "tokenizer.ggml.merges": ["a b"],
+    ... }
+    >>> tokenizer = from_gguf(gguf.loads(gguf.dumps({}, metadata)))
+    >>> tokenizer.encode("abba")
+    [2, 1, 0]
     """
     return _Vocabulary(file.metadata, file.source).tokenizer()
 
 
 class _Vocabulary:
-    """The tokens of a file, checked as a whole."""
+    """The tokens of a file, with all checks done."""
 
     def __init__(self, metadata: Metadata, source: str) -> None:
         self.metadata, self.source = metadata, source
@@ -71,13 +84,15 @@ class _Vocabulary:
             raise FormatError(f"{source}: the file has no tokenizer: no metadata '{KEY}model'")
         self.model = metadata.string(f"{KEY}model")
         if self.model not in ("gpt2", "llama"):
-            raise UnsupportedError(f"{source}: a tokenizer {brief(self.model)}, read are 'gpt2' and 'llama'")
+            raise UnsupportedError(
+                f"{source}: the tokenizer is {brief(self.model)}, expected 'gpt2' or 'llama'"
+            )
         self.types = self._read_types()
         self.ids = self._read_ids()
         self.tokens = list(self.ids)
         for id_ in np.flatnonzero(self.types == BYTE):
             if not _BYTE_TOKEN.fullmatch(self.tokens[id_]):
-                raise FormatError(f"{source}: token {id_}, of a byte, is {brief(self.tokens[id_])}")
+                raise FormatError(f"{source}: byte token {id_} is {brief(self.tokens[id_])}, expected <0xNN>")
 
     def tokenizer(self) -> Tokenizer:
         end = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -137,10 +152,10 @@ class _Vocabulary:
         package = backend_package()
         pre = self.metadata.string(f"{KEY}pre", "default")
         if f"{KEY}pre" not in self.metadata:
-            warnings.warn(f"{self.source}: {KEY}pre is missing, text is cut as GPT-2's", stacklevel=5)
+            warnings.warn(f"{self.source}: {KEY}pre is missing, so text is split as for GPT-2", stacklevel=5)
         if pre not in SPLITS:
             raise UnsupportedError(
-                f"{self.source}: {KEY}pre is {brief(pre)}, read are {', '.join(map(repr, SPLITS))}"
+                f"{self.source}: {KEY}pre is {brief(pre)}, expected one of {', '.join(map(repr, SPLITS))}"
             )
         model = package.models.BPE(
             vocab=self.ids, merges=list(self._merges()), ignore_merges=pre in IGNORES_MERGES, fuse_unk=False
@@ -163,12 +178,12 @@ class _Vocabulary:
             for part in (left, right, left + right):
                 if part not in self.ids:
                     raise FormatError(
-                        f"{self.source}: merge {number} is {brief(merge)}, and {brief(part)} is no token"
+                        f"{self.source}: merge {number} is {brief(merge)}, but {brief(part)} is not a token"
                     )
-            yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # strings that are there already
+            yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
     def _sentencepiece(self, unknown: int | None) -> Any:
-        """BPE whose order of merges is that of the scores; characters that are no token become bytes."""
+        """A BPE that merges in the order of the scores. Characters without a token become bytes."""
         package = backend_package()
         scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
         if not np.isfinite(scores).all():
@@ -194,7 +209,7 @@ class _Vocabulary:
         return backend
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
-        """All pairs of tokens that make a token, the best first."""
+        """All pairs of tokens that together form a token, best score first."""
         plain = {token: token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         merges, size = list[tuple[str, str]](), 0
         for id_ in np.argsort(-scores, kind="stable"):
@@ -202,11 +217,11 @@ class _Vocabulary:
             for cut in range(1, len(token) if token in plain else 0):
                 left, right = plain.get(token[:cut]), plain.get(token[cut:])
                 if left is not None and right is not None:
-                    merges.append((left, right))  # strings that are there already
+                    merges.append((left, right))  # existing strings, to save memory
                     size += len(token)
             if size > MAX_PAIRS:
                 raise LimitError(
-                    f"{self.source}: over {len(merges):,} pairs of tokens make a token, too many to be read"
+                    f"{self.source}: over {len(merges):,} pairs of tokens form a token, too many to be read"
                 )
         return merges
 
@@ -220,10 +235,10 @@ class _Vocabulary:
         ):
             chosen = [self.tokens[id_] for id_ in np.flatnonzero(np.isin(self.types, kinds))]
             special = CONTROL in kinds
-            add([added(token, special=special, normalized=False) for token in chosen])  # each call takes long
+            add([added(token, special=special, normalized=False) for token in chosen])  # calls are slow
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Have the text begin with BOS and end with EOS where the file wants that."""
+        """Make the text begin with BOS and end with EOS if the file says so."""
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", False) else {}

@@ -1,4 +1,4 @@
-"""The process of renderer.py, as those who ask it see it."""
+"""Starts and asks the process that runs renderer.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class End(NamedTuple):
-    """Of the process: its status, below 0 the signal, and the last line of what Python said of an error."""
+    """How the process ended: its status (negative for a signal), and the last line of its error output."""
 
     status: int
     words: str
@@ -30,19 +30,19 @@ class _Child(NamedTuple):
 
 
 class RenderProcess:
-    """Started when it is first asked, and again after its end; it ends with its parent.
+    """The rendering process. It is started on first use and again after it ends. It ends with its parent.
 
-    Threads ask it one after the other.
+    Threads take turns.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        self._pair: tuple[socket.socket, ...] = ()  # of a process that is being started
+        self._pair: tuple[socket.socket, ...] = ()  # sockets of a process that is just being started
         os.register_at_fork(after_in_child=self._leave)
 
     def ask(self, question: bytes, length: int) -> tuple[str, str] | End:
-        """The answer, of `length` bytes at most, or how the process ended in its place.
+        """Send a question. Returns the answer (at most `length` bytes), or how the process ended instead.
 
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
@@ -52,19 +52,19 @@ class RenderProcess:
             child = self._running()
             try:
                 child.line.sendall(question)
-                told = _received(child.line, length + 1)
+                answer = _received(child.line, length + 1)
             except (BrokenPipeError, ConnectionResetError):
                 return self._stop()
-            except BaseException:  # Ctrl-C: what comes next would be the answer to this question
+            except BaseException:  # after Ctrl-C, the next question must not receive this answer
                 self._stop()
                 raise
-            if not told.endswith(b"\n"):
+            if not answer.endswith(b"\n"):
                 return self._stop()
-        kind, words = json.loads(told)
+        kind, words = json.loads(answer)
         return kind, words
 
     def stop(self) -> None:
-        """End the process, where it has not ended."""
+        """End the process if it runs."""
         with self._lock:
             self._stop()
 
@@ -92,19 +92,19 @@ class RenderProcess:
             raise ModuleNotFoundError(message, name="jinja2")
         if not sys.executable or getattr(sys, "frozen", False) or not _PROGRAM.is_file():
             raise OSError(
-                f"chat templates are rendered by a process of Python: sys.executable {sys.executable!r} "
-                f"would have to run {_PROGRAM}"
+                f"chat templates are rendered by a separate Python process, but sys.executable "
+                f"{sys.executable!r} cannot run {_PROGRAM}"
             )
         self._pair = ours, theirs = socket.socketpair()
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-W", "ignore", str(_PROGRAM), *_searched()],
                 env={**os.environ, "NO_COLOR": "1"},
-                bufsize=0,  # no buffer, whose lock a fork could leave held for ever
+                bufsize=0,  # a buffer has a lock, which a fork could leave held for ever
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # which Ctrl-C does not reach
+                start_new_session=True,  # so that Ctrl-C does not reach it
             )
         except BaseException:
             ours.close()
@@ -113,31 +113,31 @@ class RenderProcess:
             theirs.close()
             self._pair = ()
         assert isinstance(process.stderr, io.FileIO)
-        os.set_blocking(process.stderr.fileno(), False)  # a fork may hold its other end
+        os.set_blocking(process.stderr.fileno(), False)  # a forked process may keep the other end open
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
-        """After a fork: the process is another one's child, and the lock may be held there for ever."""
+        """After a fork: forget the process, which is not our child, and renew the lock, which may be held."""
         self._lock = threading.Lock()
         for end in self._pair:
             end.close()
         if self._child is not None:
             self._child.line.close()
             self._child.errors.close()
-            self._child.process.returncode = 0  # there is none to wait for
+            self._child.process.returncode = 0  # there is no child to wait for
         self._child, self._pair = None, ()
 
 
 def _searched() -> list[str]:
-    """sys.path, as far as it can be handed on."""
+    """The parts of sys.path that can be passed on."""
     return [path for path in sys.path if isinstance(path, str) and "\0" not in path]
 
 
 def _received(line: socket.socket, most: int) -> bytes:
-    told = bytearray()
-    while not told.endswith(b"\n") and len(told) < most:
+    received = bytearray()
+    while not received.endswith(b"\n") and len(received) < most:
         piece = line.recv(1 << 16)
         if not piece:
             break
-        told += piece
-    return bytes(told)
+        received += piece
+    return bytes(received)

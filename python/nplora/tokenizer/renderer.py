@@ -1,11 +1,11 @@
-"""The program that renders chat templates, in a process of its own that may be killed.
+"""The program that renders chat templates, in a separate process that can be killed.
 
     a line of standard input    {"template", "now", and limits: "compiling" and "rendering" in seconds of CPU
                                 time, "memory" in bytes}
-    the next one                {...}: the template's variables
-    a line of standard output   ["text", what was rendered] or [a kind of refusal, its words]
+    the next line               {...}: the template's variables
+    a line of standard output   ["text", the rendered text] or [kind of refusal, reason]
 
-It is run by its path and knows nothing of the package, so that it starts in a tenth of a second.
+It is started by its path and does not import the package, so that it starts in a tenth of a second.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 if __name__ == "__main__":
     sys.path[:] = sys.argv[1:]
-    os.set_blocking(sys.stderr.fileno(), False)  # nobody reads it before the end of this process
+    os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
 
 import jinja2
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
@@ -30,19 +30,19 @@ from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _LONGEST_REFUSAL = 1000  # characters
-_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' mark of what is learned
+_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' tag for trained tokens
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 class RefusalError(Exception):
-    """What raise_exception raises."""
+    """Raised by a template's raise_exception."""
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox. It raises where jinja2 would go on with an undefined value."""
+    """jinja2's sandbox, which here also raises an error for unsafe attributes instead of hiding them."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # jinja2 hands out its own of these unasked; before 3.1.6, the filter attr would hand out str's.
+        # jinja2 replaces format and format_map itself. Before 3.1.6, the filter attr could still reach them.
         formats = isinstance(obj, str) and attr in ("format", "format_map")
         return not (formats or isinstance(obj, type)) and super().is_safe_attribute(obj, attr, value)
 
@@ -51,7 +51,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 def answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
-    """What the template renders, as "text"; or how it is refused: "unsafe", "format" or "value", and why."""
+    """The rendered text, as "text", or the kind of refusal ("unsafe", "format" or "value") and its reason."""
     try:
         kind, words = _answer(request, variables)
     except RecursionError:
@@ -84,7 +84,7 @@ def _answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, st
 
 @functools.lru_cache(maxsize=1)
 def _compiled(text: str) -> Any:
-    """The template in a sandbox of its own."""
+    """Compile the template in its own sandbox."""
     text = _END_GENERATION.sub(r"{%\1 endif \2%}", _GENERATION.sub(r"{%\1 if true \2%}", text))
     environment = Environment(
         trim_blocks=True,
@@ -102,7 +102,7 @@ def _compiled(text: str) -> Any:
 
 @jinja2.pass_context
 def _unchanged(context: Any, value: Any) -> Any:
-    """Since it takes the context, and nothing is optimized, compiling computes no constants."""
+    """Return the value. Because it takes the context, jinja2 does not compute constants while compiling."""
     return value
 
 
@@ -117,7 +117,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as transformers has it: without HTML's escapes."""
+    """JSON as in transformers, without HTML escapes."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -126,7 +126,7 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 def size() -> int | None:
-    """The bytes that this process has mapped, where the system tells, as Linux does."""
+    """The bytes of memory that this process has mapped; None if the system does not say (Linux does)."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -135,10 +135,10 @@ def size() -> int | None:
 
 
 def main() -> None:
-    """Answer until standard input ends.
+    """Render templates until standard input ends.
 
-    The timers' signals end the process, even in the middle of a long operation of Python's. Memory is limited
-    where the system tells how much the process has.
+    The timers' signals end the process, even in the middle of a long Python operation. Memory is limited if
+    the system reports how much the process uses.
     """
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
@@ -146,22 +146,22 @@ def main() -> None:
     for number in (signal.SIGPROF, signal.SIGVTALRM):
         signal.signal(number, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    gc.freeze()  # what is here to stay
+    gc.freeze()  # these objects stay
     for line in sys.stdin.buffer:
         request, variables = json.loads(line), json.loads(sys.stdin.buffer.readline())
-        gc.collect()  # rings that the last template left would add up
+        gc.collect()  # otherwise reference cycles of earlier templates would add up
         now = size()
         try:
             if now is not None:
-                with contextlib.suppress(ValueError):  # the hard limit is lower
+                with contextlib.suppress(ValueError):  # the hard limit is lower already
                     resource.setrlimit(resource.RLIMIT_AS, (now + request["memory"], hard))
-            told = json.dumps(answer(request, variables)).encode()
+            rendered = json.dumps(answer(request, variables)).encode()
         except MemoryError:
-            os.kill(os.getpid(), signal.SIGKILL)  # as the system does where it has none
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
         for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        sys.stdout.buffer.write(told + b"\n")
+        sys.stdout.buffer.write(rendered + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -1,9 +1,9 @@
-"""Which regular expressions out of a file may be run: those whose search takes no longer than n² steps.
+"""Decides whether a regular expression from a file is safe to run: a search must take about n² steps at most.
 
-A pattern backtracks where a part of it may match in several ways and something that can fail comes after.
-Here that is counted: one part of any length may stand so in an alternative, as in `\\s*[\\r\\n]+`, and few
-choices beside it. Repeated groups must match in one way only; references and what else no tokenizer needs are
-refused.
+A pattern backtracks if one part can match in several ways and a later part can fail. This module counts such
+choices. An alternative may contain one such part of unlimited length, as in `\\s*[\\r\\n]+`, and a few
+bounded choices. Repeated groups must match in only one way. References and other syntax that no tokenizer
+needs are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NoReturn
 MAX_PATTERN = 1000  # characters
 _MAX_DEPTH = 8
 _MAX_CHOICES = 256
-_LONG = 16  # as many repetitions count as any number
+_LONG = 16  # this many repetitions count as unlimited
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d{0,9})(,?)(\d{0,9})\})")
 _ESCAPE = re.compile(
     r"\\(?:[pP]\{\^?\w+\}|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|[^a-zA-Z0-9]|[dDsSwWrntfvbBAzZhH])"
@@ -25,7 +25,7 @@ _LOOKAROUND = re.compile(r"\(\?(?:=|!|<)")
 
 
 def is_safe(pattern: str) -> bool:
-    """Whether a search for the pattern takes at most about n² steps in a text of n characters."""
+    """Whether searching a text of n characters takes at most about n² steps."""
     if len(pattern) > MAX_PATTERN:
         return False
     try:
@@ -37,29 +37,29 @@ def is_safe(pattern: str) -> bool:
 
 
 class _UnknownError(Exception):
-    """The pattern holds what is not known to be harmless."""
+    """The pattern contains syntax that is not known to be harmless."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One character of a kind, an anchor or a group, and how often it may come."""
+    """One character of a kind, an anchor or a group, and how often it may repeat."""
 
     least: int = 1
     most: float = 1
     group: list[list[_Part]] | None = None
-    looks: bool = False  # around itself only: it can fail, however often it comes
+    looks: bool = False  # a lookaround, which can fail however often it repeats
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """In how many ways a part may match, times (the text's length) to the power of `degree`."""
+    """The number of ways in which a part can match: `choices` times (text length) to the power `degree`."""
 
     degree: int
     choices: int
 
 
 def _cost(alternatives: list[list[_Part]], can_fail: bool) -> _Cost:
-    """The cost of a group; `can_fail`: whether what comes after it can."""
+    """The cost of a group. `can_fail`: whether a part after the group can fail."""
     costs = [_cost_of_sequence(parts, can_fail) for parts in alternatives]
     return _Cost(max(cost.degree for cost in costs), sum(cost.choices for cost in costs))
 
@@ -80,13 +80,13 @@ def _cost_of_sequence(parts: list[_Part], can_fail: bool) -> _Cost:
 
 
 class _Reader:
-    """Takes a pattern apart."""
+    """Parses a pattern."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.place = pattern, 0
 
     def alternatives(self, depth: int) -> list[list[_Part]]:
-        """What stands up to the end of a group."""
+        """The alternatives up to the end of a group."""
         if depth > _MAX_DEPTH:
             self._refuse()
         found: list[list[_Part]] = [[]]
@@ -118,7 +118,7 @@ class _Reader:
         return _Part(*self._times())
 
     def _class(self) -> None:
-        """A class of characters, which may hold others."""
+        """A character class, which may contain other classes."""
         depth = 0
         while True:
             start = self.pattern[self.place : self.place + 1]
@@ -137,9 +137,9 @@ class _Reader:
         if found is None:
             return 1, 1
         self.place = found.end()
-        if self.pattern[self.place : self.place + 1] in ("+", "?"):  # possessive, or as few as possible
+        if self.pattern[self.place : self.place + 1] in ("+", "?"):  # possessive or lazy
             self.place += 1
-            if found[0][0] == "{":  # to Oniguruma a repetition of a repetition
+            if found[0][0] == "{":  # Oniguruma reads this as a repetition of a repetition
                 self._refuse()
         if _QUANTIFIER.match(self.pattern, self.place):
             self._refuse()

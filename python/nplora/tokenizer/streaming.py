@@ -1,16 +1,21 @@
-"""Text out of tokens that come one by one."""
+"""Decodes tokens that arrive one by one to text."""
 
 from collections.abc import Callable, Sequence
 
-_REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no character, or not yet
-_LONGEST = 64  # tokens without one whole character at their end; then they are taken to be nonsense
+_REPLACEMENT = "\ufffd"  # a decoder's output for bytes that are not (yet) a whole character
+_LONGEST = 64  # after this many tokens without a whole character, the bytes are output as they are
 
 
 class StreamDecoder:
-    """Gives the text of tokens as they come, never half a character.
+    """Returns the text of tokens as they arrive, never a part of a character.
 
-    A character of UTF-8 may be spread over several tokens, and whether a token begins with a space may depend
-    on its being the first; so the last tokens that were given are decoded again with the new one.
+    One UTF-8 character may span several tokens, and a token may begin with a space only if it is not the
+    first. So the last tokens are decoded again together with each new one. `Tokenizer.stream` makes one.
+
+    >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
+    >>> decoder = StreamDecoder(lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace"))
+    >>> [decoder.push(i) for i in range(4)]
+    ['', '', '€', '5']
     """
 
     def __init__(
@@ -21,11 +26,11 @@ class StreamDecoder:
     ) -> None:
         self._decode, self._skip = decode, skip_special_tokens
         self._ids = list(context)
-        self._context = len(self._ids)  # tokens whose text was given before the others came
-        self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids that were given
+        self._context = len(self._ids)  # tokens whose text was returned before the later ones arrived
+        self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids already returned
 
     def push(self, id_: int) -> str:
-        """The text that this token completes; "" where it completes none."""
+        """Add a token. Returns the text that it completes, which may be empty."""
         self._ids.append(id_)
         text = self._decode(self._ids, self._skip)
         waiting = len(self._ids) - self._context <= _LONGEST
@@ -39,7 +44,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was not completed."""
+        """The remaining text at the end, with U+FFFD for an incomplete character."""
         piece = self._decode(self._ids, self._skip)[self._given :]
         self._ids, self._context, self._given = [], 0, 0
         return piece

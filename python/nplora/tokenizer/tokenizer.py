@@ -1,4 +1,4 @@
-"""Tokenizer: one interface for what a GGUF file or a directory says of a model's text."""
+"""Tokenizer: one interface to the tokenizers of GGUF files and of Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nplora.tokenizer.streaming import StreamDecoder
 Message = Mapping[str, Any]
 Objects = Sequence[Mapping[str, Any]] | None  # tools as JSON schemas, or documents
 
-# Tokens that end a turn or a text in one of the model families, whatever their file calls its "eos".
+# Tokens that end a turn or a text in some model family, whichever token the file names as "eos".
 END_TOKENS = (
     "</s>",
     "<|endoftext|>",
@@ -32,26 +32,26 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
-MAX_SPECIAL = 1 << 17  # tokens that are looked for in a text before it is cut; models of speech have 65,536
-_SPACES = ("▁", "Ġ")  # as the vocabularies of SentencePiece and of byte-level models write a space
-# If the first tokens of a long text are wanted, its beginning is encoded: `_CHARACTERS` a token.
-# The last tokens of a beginning may change with what follows, so they do not count.
+MAX_SPECIAL = 1 << 17  # special tokens, which are searched for in each text; speech models have 65,536
+_SPACES = ("▁", "Ġ")  # a space in SentencePiece vocabularies and in byte-level ones
+# If only the first tokens of a long text are needed, only its beginning is encoded: `_CHARACTERS` per token.
+# The last tokens of a beginning may depend on the text that follows, so `_UNSURE` of them do not count.
 _CHARACTERS, _UNSURE = 8, 1024
 _LINE = re.compile(r"\n(?=[^\W\d_])")
-_SENTINELS = ("\n", "\x01", "\ue000")  # characters that hardly any token continues
-TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates get in training
-# A chat is rendered and encoded twice for every turn of the assistant's: messages times turns, in about 10 s.
+_SENTINELS = ("\n", "\x01", "\ue000")  # characters that hardly any token extends
+TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates see in training
+# A chat is rendered and encoded twice for each assistant turn. This limits messages x turns to about 10 s.
 _MOST_RENDERED = 1 << 19
 _TOKENS_PER_MESSAGE = 64
-# While a template is rendered, a special token that a message spells out is its number between these two.
+# While a template is rendered, a special token in a message's text is replaced by its id between these two.
 _QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"
 _QUOTED = re.compile(f"{_QUOTE}([0-9]+){_UNQUOTE}")
 
-_encoding = threading.Lock()  # one for all tokenizers: the backend holds Python's own lock while it encodes
+_encoding = threading.Lock()  # one for all tokenizers, because the backend holds the GIL while it encodes
 
 
 def _renew_lock() -> None:
-    """After a fork: the thread that held the lock may be missing in the child."""
+    """After a fork, use a new lock. The thread that held the old one may not exist in the child."""
     global _encoding
     _encoding = threading.Lock()
 
@@ -65,8 +65,8 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: the places of the tokens of each assistant's turn, its end included, by the message's index.
-        unused: which of "tools" and "documents" were given and change nothing in what the template writes.
+        turns: for each assistant message, by its index, the positions of its tokens, including its end token.
+        unused: those of "tools" and "documents" that were given but do not change the rendered text.
     """
 
     ids: list[int]
@@ -83,14 +83,31 @@ class Chat:
 class Tokenizer:
     """Encodes and decodes text with a model's own vocabulary and rules.
 
-    Make one with `from_gguf` or `from_directory`.
+    `from_gguf` and `from_directory` create one. A model has its own as `lm.tokenizer`.
 
     Attributes:
-        eos_id: the token that ends a text, None where the model names none.
-        bos_id: the token that begins one, None where the model names none.
-        eos_ids: all tokens after which generation ends: `eos_id` and the ends of turns.
-        vocab_size: one more than the largest id.
-        chat_template: how the model writes a chat, None where it names none.
+        eos_id: the token that ends a text, or None.
+        bos_id: the token that begins a text, or None.
+        eos_ids: all tokens that end generation: `eos_id` and tokens that end a turn.
+        vocab_size: the largest id plus one.
+        chat_template: the model's `ChatTemplate`, or None.
+
+    >>> from nplora.formats import gguf
+    >>> from nplora.tokenizer import from_gguf
+    >>> metadata = {
+    ...     "tokenizer.ggml.model": "gpt2",
+    ...     "tokenizer.ggml.pre": "gpt-2",
+    ...     "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    ...     "tokenizer.ggml.merges": ["a b"],
+    ...     "tokenizer.chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    ... }
+    >>> tokenizer = from_gguf(gguf.loads(gguf.dumps({}, metadata)))
+    >>> tokenizer
+    Tokenizer('<bytes>', 3 tokens)
+    >>> tokenizer.encode("abba"), tokenizer.decode([2, 1, 0])
+    ([2, 1, 0], 'abba')
+    >>> tokenizer.apply_chat_template([{"role": "user", "content": "ab"}])
+    'ab'
     """
 
     def __init__(
@@ -128,24 +145,28 @@ class Tokenizer:
         parse_special: bool = False,
         most: int | None = None,
     ) -> list[int]:
-        """The tokens of a text.
+        """Convert text to tokens.
 
         Args:
-            add_special_tokens: begin (and end) it as the model has it: BOS for many, nothing for some.
-            parse_special: read "<|im_end|>" and its like as the tokens that they name, as in the output of
-                `apply_chat_template`. Off, for text of strangers, they are letters like others.
-            most: how many tokens are wanted. For a long text, the first `most` are returned and the rest is
-                not read. For a short one, all are returned, which may be more.
+            text: the text.
+            add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
+                BOS; some add nothing.
+            parse_special: read names such as "<|im_end|>" as special tokens, as needed for
+                the output of `apply_chat_template`. Off (use that for untrusted text), they are plain text.
+            most: how many tokens are needed. For a long text, only the first `most` are returned; the rest of
+                the text is not read. For a short text, all tokens are returned, which may be more.
+        Returns:
+            list of token ids.
         Raises:
-            ValueError: half a surrogate pair, which UTF-8 cannot hold.
-            FormatError: the model's own rules do not fit the text, such as no token for what is unknown.
+            ValueError: the text holds half a surrogate pair, which UTF-8 cannot represent.
+            FormatError: the model's rules cannot encode the text, for example without an unknown token.
         """
         return self._encode_beginning(text, most, add_special_tokens, parse_special)[0]
 
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
-        """The tokens as `encode` gives them, and whether they are all. If not, over `_UNSURE` more follow."""
+        """Like `encode`; also returns whether all tokens are there. If not, over `_UNSURE` more follow."""
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
         while most is not None and size < len(text):
@@ -156,14 +177,14 @@ class Tokenizer:
         return self._encode(text, add_special_tokens, parse_special), True
 
     def _encode(self, text: str, add_special_tokens: bool, parse_special: bool) -> list[int]:
-        with _encoding:  # the option is one of the backend, for all who use it
+        with _encoding:  # the option below is stored in the backend, for all threads
             self._backend.encode_special_tokens = not parse_special
             with backend_errors(f"{self.source}: the tokenizer fails with {brief(text)}"):
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text to be continued: begun as the model wants it, without an EOS at its end.
+        """The tokens of a text that the model should continue: with the model's BOS, without EOS at the end.
 
         `most` is as in `encode`.
         """
@@ -171,7 +192,7 @@ class Tokenizer:
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
 
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a text that follows another, without the space that some models put before a text.
+        """The tokens of a text that follows another, without the space that some models add before a text.
 
         `most` is as in `encode`.
         """
@@ -186,10 +207,14 @@ class Tokenizer:
         return self.encode(text, most=most)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any], skip_special_tokens: bool = False) -> str:
-        """The text of tokens; bytes that are not UTF-8 become U+FFFD.
+        """Convert tokens to text. Bytes that are not UTF-8 become U+FFFD.
 
+        Args:
+            ids: token ids.
+            skip_special_tokens: leave out special tokens such as BOS.
         Raises:
-            ValueError: an id is not below `vocab_size`. FormatError: the model's own rules fail.
+            ValueError: an id is negative or not below `vocab_size`.
+            FormatError: the model's own rules fail.
         """
         listed = [int(id_) for id_ in ids]
         if listed and (min(listed) < 0 or max(listed) >= self.vocab_size):
@@ -200,10 +225,11 @@ class Tokenizer:
         return text
 
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder that takes token after token and gives whole characters.
+        """A decoder that takes one token after another and returns whole characters.
 
         Args:
-            context: the tokens before the first one, if there are any: their text is not given again.
+            skip_special_tokens: leave out special tokens such as BOS.
+            context: tokens that come before the first one. Their text is not returned.
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 
@@ -217,17 +243,17 @@ class Tokenizer:
         tools: Objects = None,
         documents: Objects = None,
     ) -> str:
-        """A chat as the model writes it: the text of its template.
+        """Write a chat as text, using the model's chat template.
 
         Args:
-            messages: dictionaries with "role" and "content", and whatever else the template knows.
-            add_generation_prompt: end with the beginning of the assistant's next turn.
-            tools: the functions that the assistant may call, as JSON schemas.
-            documents: what the assistant may read, dictionaries with "title" and "text".
+            messages: dictionaries with "role" and "content", and other keys that the template knows.
+            add_generation_prompt: end with the start of the assistant's next turn.
+            tools: functions that the assistant may call, as JSON schemas.
+            documents: texts that the assistant may read, as dictionaries with "title" and "text".
         Raises:
-            ValueError: there is no template, or it refuses the messages; `UnsafeError`, `FormatError`: it is
-                not one to be run.
-            TypeError: a message, a tool or a document is not a dictionary of what JSON can hold.
+            ValueError: the model has no chat template, or the template refuses the messages.
+            UnsafeError, FormatError: the template is not safe, or not valid Jinja.
+            TypeError: a message, tool or document is not a dictionary of values that JSON can represent.
         """
         return self._render(messages, add_generation_prompt, None, _given(tools, documents))
 
@@ -240,7 +266,8 @@ class Tokenizer:
     ) -> str:
         if self.chat_template is None:
             raise ValueError(
-                f"{self.source}: the model has no chat template; a prompt and its completion need none"
+                f"{self.source}: the model has no chat template, which chats ('messages') need; use a model "
+                "that has one, or give 'prompt' and 'completion' instead"
             )
         return self.chat_template.render(
             messages,
@@ -259,7 +286,7 @@ class Tokenizer:
         tools: Objects = None,
         documents: Objects = None,
     ) -> list[int]:
-        """The tokens of a chat. A special token that a message spells out is encoded as its letters.
+        """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
         Arguments and errors are those of `apply_chat_template`.
         """
@@ -276,19 +303,20 @@ class Tokenizer:
         documents: Objects = None,
         most: int | None = None,
     ) -> Chat:
-        """The tokens of a whole chat, and which of them the assistant said.
+        """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
-        The template is rendered up to the beginning and up to the end of each of the assistant's turns; the
-        tokens between are the turn. A template that asks for the time gets `TRAINING_TIME`, so that the
-        same chat has the same tokens tomorrow.
+        The template is rendered up to the start and up to the end of each assistant turn. The tokens in
+        between are the turn. A template that asks for the time gets `TRAINING_TIME`, so that the same chat
+        always has the same tokens.
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
             most: as in `encode`. Turns that begin after these tokens are left out.
         Raises:
-            UnsupportedError: a beginning is not how the whole begins, so that no tokens are the turn's own.
-            ValueError: so many turns in so long a chat that this would take minutes; or as
-                `apply_chat_template`.
+            UnsupportedError: the template changes earlier text when messages follow, so the tokens of a turn
+                are not known.
+            ValueError: the chat has too many turns and tokens, which would take minutes; or as
+                in `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
         quoted = self._quoted(messages)
@@ -297,8 +325,8 @@ class Tokenizer:
         indices = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         if len(indices) * (len(messages) + len(ids) / _TOKENS_PER_MESSAGE) > _MOST_RENDERED:
             raise ValueError(
-                f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to tell its "
-                f"{len(indices):,} assistant's turns apart: split it"
+                f"a chat of {len(messages):,} messages and {len(ids):,} tokens is too long to find its "
+                f"{len(indices):,} assistant turns: split it"
             )
         turns = {}
         for index in indices:
@@ -311,27 +339,27 @@ class Tokenizer:
             )
             self._require_beginning(said, ids, is_whole, f"up to message {index + 1}")
             ends = [place for place in range(len(before), len(said)) if said[place] in self.eos_ids]
-            # what a template writes after the end is never generated
+            # text that a template writes after the end token is never generated
             stop = ends[-1] + 1 if ends and said_whole else len(said)
             turns[index] = range(len(before), min(stop, len(ids)))
         unused = tuple(name for name in given if self._is_unused(name, quoted, given, text))
         return Chat(ids, turns, unused)
 
     def _is_unused(self, name: str, quoted: Sequence[Message], given: dict[str, Any], text: str) -> bool:
-        """Whether the template writes the same text without the tools, or the documents, that are given."""
+        """Whether the template writes the same text without the given tools (or documents)."""
         if not given[name]:
             return False
         try:
             return self._render(quoted, False, TRAINING_TIME, {**given, name: None}) == text
-        except ValueError:  # it needs them
+        except ValueError:  # the template needs them
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
-        """Refuse messages whose tokens are not the first ones of the chat, as far as those were encoded."""
+        """Check that the tokens of the first messages are the first tokens of the chat, as far as encoded."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
-                f"{self.source}: the chat template writes the messages {which} (the assistant's) in another "
-                "way if more follow, so the tokens of that message are not known"
+                f"{self.source}: the chat template writes the messages {which} (the assistant's) differently "
+                "if more messages follow, so the tokens of that message are not known"
             )
 
     def _quoted_given(self, tools: Objects, documents: Objects) -> dict[str, Any]:
@@ -344,7 +372,7 @@ class Tokenizer:
         return [self._quote(message) for message in messages]
 
     def _quote(self, message: Message) -> Message:
-        """The message, every special token in its strings replaced by a sign for it."""
+        """The message, with a placeholder for every special token in its strings."""
         if not isinstance(message, Mapping):
             raise TypeError(f"a message of a chat is {brief(message)}, expected a dictionary")
         quoted: Message = plain(message, self._quote_text)
@@ -355,7 +383,7 @@ class Tokenizer:
         return self._special_pattern.sub(lambda found: f"{_QUOTE}{self._special[found[0]]}{_UNQUOTE}", text)
 
     def _encode_rendered(self, text: str, most: int | None = None) -> tuple[list[int], bool]:
-        """As `_encode_beginning`, of what a template wrote."""
+        """Like `_encode_beginning`, for text that a template wrote."""
         if _QUOTE not in text:
             return self._encode_beginning(text, most, parse_special=True)
         ids = list[int]()
@@ -375,7 +403,7 @@ class Tokenizer:
 
 
 def _pieces(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
-    """The special tokens of a text, and what stands between them."""
+    """The special tokens of a text, and the text between them."""
     end = 0
     for found in special.finditer(text):
         if found.start() > end:
@@ -397,13 +425,13 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """A place to cut: before a line that begins with a letter, as every tokenizer does, or at `size`."""
+    """Where to cut: before a line that begins with a letter (all tokenizers split there), or at `size`."""
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size
 
 
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
-    """The variables of a template beside the messages, checked; as in transformers, None counts as given."""
+    """Check tools and documents, the template's other variables. As in transformers, None counts as given."""
     given = {"tools": tools, "documents": documents}
     for name, value in given.items():
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
@@ -413,10 +441,10 @@ def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
 
 
 def backend_package() -> Any:
-    """The package `tokenizers`.
+    """Import the package `tokenizers`.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message says what to do.
+        ModuleNotFoundError: the package is not installed. The message says how to install it.
     """
     try:
         import tokenizers
@@ -428,7 +456,7 @@ def backend_package() -> Any:
 
 @contextmanager
 def backend_errors(what: str) -> Iterator[None]:
-    """What the package `tokenizers` raises, Rust's panics too, which are no Exceptions, as a FormatError."""
+    """Turn errors of the package `tokenizers` into FormatError, also Rust panics, which are no Exceptions."""
     try:
         yield
     except BaseException as error:

@@ -62,6 +62,7 @@ class Trainer(TrainingSetup):
         ValueError, TypeError: an argument is none of the above.
     """
 
+    @_check.keywords
     def __init__(
         self,
         model: Module,
@@ -82,6 +83,7 @@ class Trainer(TrainingSetup):
             raise TypeError(f"Trainer: progress is {_check.kind(progress)}, expected True, False or None")
         self.progress = progress
 
+    @_check.keywords
     def fit(
         self,
         x: Any,

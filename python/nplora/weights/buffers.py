@@ -1,4 +1,4 @@
-"""Where arrays lie: large ones in memory that is used again, a model's factors side by side."""
+"""Memory of arrays: large arrays reuse freed buffers, and a model's factors share one buffer."""
 
 import contextlib
 import math
@@ -15,10 +15,10 @@ Array = npt.NDArray[Any]
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """np.empty in memory that earlier arrays have left, where they have left any.
+    """np.empty in memory that earlier arrays have freed, if there is some.
 
-    Fresh pages cost the system more time than some products take to fill them. Idle memory and memory in use
-    never take more than memory in use has taken at most; `release` returns what is idle.
+    Fresh pages can cost the system more time than a product takes to fill them. Idle and used memory together
+    never exceed the largest amount that was in use at once. `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:  # malloc's caches are as fast
@@ -27,14 +27,14 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
 
 
 def empty_like(array: Array) -> Array:
-    """`empty` of the shape and dtype of an array."""
+    """`empty` with the shape and dtype of another array."""
     return empty(array.shape, array.dtype)
 
 
 def output(
     op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
 ) -> Array:
-    """`out` for a result of this shape and dtype, or a fresh array where it is None."""
+    """Check `out` as the array for a result of this shape and dtype. None gives a new array."""
     if out is None:
         return empty(shape, dtype)
     array = _check.writable(op, name, out, *readers)
@@ -48,7 +48,7 @@ def output(
 
 
 def release() -> None:
-    """Return the memory that earlier arrays have left to the system."""
+    """Return the memory of freed arrays to the system."""
     _core.release_buffers()
 
 
@@ -56,7 +56,7 @@ _LINE = _core.constants.cache_line
 
 
 class _Shelf:
-    """Zeros, of which arrays are cut one behind the other."""
+    """A buffer of zeros, from which arrays are cut one after another."""
 
     def __init__(self, nbytes: int) -> None:
         whole = np.zeros(nbytes + _LINE, np.uint8)
@@ -76,9 +76,9 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """Inside, values of these bytes lie in one buffer, and their gradients in another.
+    """Within this context, arrays of these sizes share one buffer, and their gradients share another.
 
-    A system that has large pages finds hundreds of small arrays in a few of them.
+    Hundreds of small arrays then need only a few large pages, if the system has them.
     """
     total = sum(map(_whole_lines, sizes))
     token = _shelves.set((_Shelf(total), _Shelf(total)))
@@ -89,7 +89,7 @@ def side_by_side(*sizes: int) -> Iterator[None]:
 
 
 def value_and_gradient(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Two arrays of zeros."""
+    """Two arrays of zeros, one for a value and one for its gradient."""
     found = [shelf.take(shape, dtype) for shelf in _shelves.get() or ()] or [None, None]
     value, gradient = (np.zeros(shape, dtype) if array is None else array for array in found)
     return value, gradient

@@ -1,4 +1,4 @@
-"""FrozenWeight: a matrix that is never trained, packed in its storage format or used as it lies in a file."""
+"""FrozenWeight: a matrix that is never trained, packed in a storage format or used directly in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.weights import buffers, storages
 
-if TYPE_CHECKING:  # the readers take longer to import than all else: only who opens a file needs them
+if TYPE_CHECKING:  # the file readers take most of the import time, and only some callers need them
     from nplora.formats import gguf, safetensors, sharded
     from nplora.formats.files import StrPath
 
@@ -23,8 +23,8 @@ COMPUTES = ("float32", "bfloat16")
 INFERENCE_COMPUTES = (*COMPUTES, "int8")
 _UNROUNDED_ROWS = _core.constants.float_batch
 
-# The least magnitude that becomes infinite: the largest finite value and half a unit in its last place; for
-# 16 bits, which float64 reaches by way of float32, less half a unit of that.
+# The smallest magnitude that becomes infinite: the largest finite value plus half a unit in its last place.
+# float64 reaches the 16-bit types through float32, so half a unit of float32 is subtracted for them.
 _INFINITE_FROM = {
     "float64": np.inf,
     "float32": (2 - 2.0**-24) * 2.0**127,
@@ -34,39 +34,51 @@ _INFINITE_FROM = {
 
 
 class FrozenWeight:
-    """A frozen (d_out, d_in) matrix, packed for the kernels. Immutable; layers may share one.
+    """A frozen (d_out, d_in) matrix, packed for the kernels. It is immutable, and layers may share it.
 
-    One copy serves the forward and the backward product. Sums run in float32 whatever the storage, in float64
-    where the storage is float64. Low-bit blocks are decoded inside the products, a piece at a time.
-    `from_gguf` and `from_safetensors` take a matrix as it lies in a file, without a copy.
+    One copy serves the forward and the backward product. Sums are float32 for every storage except float64,
+    whose sums are float64. The products decode low-bit blocks themselves, a part at a time. `from_gguf` and
+    `from_safetensors` use a matrix directly in its file, without a copy.
 
     Args:
-        W: float array (d_out, d_in), copied. bfloat16 comes as an ml_dtypes array, or as uint16 bit patterns
-            with dtype="bfloat16".
-        dtype: the storage. "float32" (also for None), "float64", "bfloat16" or "float16": narrowing rounds to
-            nearest even. "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, by the lower-case name of
-            ggml's type. "nf4": blocks of 64 over a float32 absmax (Dettmers et al. 2023).
-        compute: "float32", or "bfloat16": x, dy and W (of an update B, and backward or on many rows all) are
-            rounded to bfloat16 for the products, sums stay float32; twice as fast where the machine
-            multiplies bfloat16. Up to 4 rows are computed in float32 either way. A float64 weight computes
-            in float64.
-            "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with a scale for
-            each 32 values, and meet GGUF's blocks in integers. More rows, other storage and `matmul_t` are
-            computed as with "bfloat16".
-        double_quant: quantise NF4's absmax too, to 8 bits: 4.13 bits a value instead of 4.5.
+        W: float array (d_out, d_in), copied. bfloat16 is given as an ml_dtypes array, or as uint16 bit
+            patterns with dtype="bfloat16".
+        dtype: the storage format.
+
+            - "float32" (the default), "float64", "bfloat16" or "float16". Narrowing rounds to nearest, ties
+              to even.
+            - "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, by ggml's type name in lower case.
+            - "nf4": blocks of 64 values with a float32 absmax (Dettmers et al. 2023).
+        compute: the arithmetic of the products. A float64 weight always computes in float64.
+
+            - "float32".
+            - "bfloat16": x, dy, W and an update's B are rounded to bfloat16 (in backward and for many rows,
+              the whole update). Sums stay float32. This is twice as fast if the CPU has bfloat16
+              instructions. Up to 4 rows are still computed in float32.
+            - "int8", for inference: up to 8 rows of x (4 without AVX) are rounded to 8 bits, with one scale
+              for each 32 values, and are multiplied with GGUF's blocks as integers. More rows, other storage
+              formats and `matmul_t` compute as with "bfloat16".
+        double_quant: also quantise NF4's absmax to 8 bits. A value then takes 4.13 bits instead of 4.5.
     Raises:
-        ValueError: W has not two axes, dtype or compute is not one of those above, a float64 weight is asked
-            to compute in bfloat16, d_in is no multiple of the block's length along a row, blocks cannot
-            store a value (it is not finite, or too large), or double_quant is asked of another storage.
-        TypeError: W does not hold floats, or dtype names no dtype.
+        ValueError: W does not have two axes; dtype or compute is not one of the above; compute is not
+            "float32" for a float64 weight; d_in is not a multiple of the block length; a value is not finite
+            or too large for the blocks; or double_quant is used with another storage than "nf4".
+        TypeError: W does not hold floats, or dtype is not a dtype.
     Warns:
-        UserWarning: finite values are beyond the range of the storage and become infinite.
+        UserWarning: finite values exceed the storage's range and become infinite.
+
+    >>> weight = FrozenWeight(np.ones((3, 64), np.float32), dtype="q8_0")
+    >>> weight
+    FrozenWeight(shape=(3, 64), dtype='q8_0', nbytes=204)
+    >>> weight.matmul(np.ones((2, 64), np.float32)).round()
+    array([[64., 64., 64.],
+           [64., 64., 64.]], dtype=float32)
     """
 
     __slots__ = ("_arrays", "_packed")
 
     _packed: _core.PackedWeight
-    _arrays: tuple[Array, ...]  # what the core reads in place: blocks with their scales, or a mapped matrix
+    _arrays: tuple[Array, ...]  # arrays that the core reads in place: blocks with scales, or a mapped matrix
 
     def __init__(
         self,
@@ -99,8 +111,7 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Read these arrays in place: a matrix; blocks; or NF4's codes and absmax, or what stands for the
-        latter where it is quantised too."""
+        """Use these arrays in place: a matrix, blocks, or NF4's parts (5 with a quantised absmax, else 2)."""
         d_out, d_in = shape
         self._arrays = arrays
         if storage == "nf4" and len(arrays) == 2:
@@ -118,15 +129,24 @@ class FrozenWeight:
 
     @classmethod
     def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
-        """A matrix of a GGUF file as it lies there: read by the products, never copied, whatever its type.
+        """A matrix used directly in a GGUF file. It is never copied, whatever its type.
 
-        The weight keeps the file mapped; the system may drop its pages and read them again. `file` is a path,
-        or an opened file, as for many of its tensors.
+        The weight keeps the file mapped. The system may drop pages of it and read them again.
 
+        Args:
+            file: a path, or a file opened with `formats.gguf.open` if several tensors are needed.
+            name: the tensor's name.
+            compute: as in the constructor.
         Raises:
-            UnsupportedError: the tensor's type is not decoded here.
-            FormatError, OSError: as `gguf.open`. KeyError: no tensor of that name; the nearest are told.
-            ValueError: it has not two axes, or compute is not available.
+            UnsupportedError: nplora does not decode the tensor's type.
+            FormatError, OSError: as in `formats.gguf.open`.
+            KeyError: the file has no tensor of that name. The message suggests similar names.
+            ValueError: the tensor does not have two axes, or compute is not available.
+
+        >>> import nplora
+        >>> nplora.formats.gguf.save("toy.gguf", {"w": np.eye(2, dtype=np.float32)})
+        >>> FrozenWeight.from_gguf("toy.gguf", "w").matmul([3.0, 4.0])
+        array([3., 4.], dtype=float32)
         """
         from nplora.formats import UnsupportedError, gguf
 
@@ -151,15 +171,25 @@ class FrozenWeight:
         name: str,
         compute: str = "float32",
     ) -> Self:
-        """A matrix of a safetensors file as it lies there: float32, float64, bfloat16 or float16, not copied;
-        or NF4 of bitsandbytes, with or without double quantisation.
+        """A matrix used directly in a safetensors file: float32, float64, bfloat16, float16 or NF4.
 
-        `file` is a path, or an opened file, as for many of its tensors. The weight keeps it mapped.
+        NF4 is that of bitsandbytes, with or without double quantisation. The weight keeps the file mapped.
 
+        Args:
+            file: a path, or a file opened with `formats.safetensors.open` (or `formats.sharded.open`) if
+                several tensors are needed.
+            name: the tensor's name.
+            compute: as in the constructor.
         Raises:
             UnsupportedError: the tensor holds neither floats nor NF4.
-            FormatError, OSError: as `safetensors.open`. KeyError: no tensor of that name; the nearest are
-            told. ValueError: it has not two axes, or compute is not available.
+            FormatError, OSError: as in `formats.safetensors.open`.
+            KeyError: the file has no tensor of that name. The message suggests similar names.
+            ValueError: the tensor does not have two axes, or compute is not available.
+
+        >>> import nplora
+        >>> nplora.formats.safetensors.save("toy.safetensors", {"w": np.eye(2, dtype=np.float16)})
+        >>> FrozenWeight.from_safetensors("toy.safetensors", "w")
+        FrozenWeight(shape=(2, 2), dtype='float16', nbytes=8)
         """
         from nplora.formats import UnsupportedError, bitsandbytes, safetensors
 
@@ -169,7 +199,7 @@ class FrozenWeight:
             nf4 = bitsandbytes.read(opened, name)
             where = _require_matrix(op, opened.source, name, nf4.shape)
             if not np.array_equal(nf4.levels, _nf4_levels()):
-                raise UnsupportedError(f"{where} has levels of its own, expected those of NF4")
+                raise UnsupportedError(f"{where} has its own 4-bit levels, expected those of NF4")
             arrays: tuple[Array, ...] = (nf4.codes, nf4.absmax)
             if nf4.nested is not None:
                 arrays += (nf4.nested.levels, nf4.nested.scales, np.asarray(nf4.nested.offset, np.float32))
@@ -182,7 +212,7 @@ class FrozenWeight:
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
-        """A matrix from the bytes of its rows, as `storages.encode` makes them; but for NF4 not copied."""
+        """A matrix from the bytes of its rows, as `storages.encode` makes them. Only NF4 is copied."""
         shape = (len(raw), d_in)
         if storage == "nf4":
             arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
@@ -216,14 +246,22 @@ class FrozenWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the matrix takes, in memory or in its file."""
+        """Bytes of the matrix, in memory or in its file."""
         return self._packed.nbytes
 
     def with_compute(self, compute: str) -> FrozenWeight:
-        """The same matrix for products in another arithmetic: shared where it is read in place, else a copy.
+        """The same matrix, with products in another arithmetic.
 
+        It shares the storage if the matrix is read in place, else it is a copy.
+
+        Args:
+            compute: as in the constructor.
         Raises:
             ValueError: compute is not available.
+
+        >>> weight = FrozenWeight(np.ones((3, 64), np.float32), dtype="q8_0")
+        >>> weight.with_compute("int8").compute
+        'int8'
         """
         if compute == self.compute:
             return self
@@ -236,7 +274,7 @@ class FrozenWeight:
 
     @property
     def compute(self) -> str:
-        """What products run in: "bfloat16" (summed in float32), "int8", or the name of `compute_dtype`."""
+        """The products' arithmetic: "bfloat16" (float32 sums), "int8", or the name of `compute_dtype`."""
         return self.compute_dtype.name if self._packed.compute == "float" else self._packed.compute
 
     @property
@@ -246,7 +284,7 @@ class FrozenWeight:
 
     @property
     def meets_int8(self) -> bool:
-        """Whether a few rows of x meet the weight in int8."""
+        """Whether products with few rows of x are computed in int8."""
         return self.compute == "int8" and self.dtype in storages.BLOCKS and self.dtype != "nf4"
 
     @property
@@ -256,28 +294,37 @@ class FrozenWeight:
 
     @property
     def packed(self) -> _core.PackedWeight:
-        """The compiled core's object, for the layers."""
+        """The compiled core's object for this weight."""
         return self._packed
 
     def to_numpy(self) -> Array:
-        """The matrix, decoded, as a fresh (d_out, d_in) array: float64 for float64 storage, else float32
-        (exact)."""
+        """The decoded matrix as a new array (d_out, d_in).
+
+        Its dtype is float64 for float64 storage, else float32. Decoding is exact.
+
+        >>> FrozenWeight(np.eye(2), dtype="bfloat16").to_numpy()
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+        """
         out = np.empty(self.shape, self.compute_dtype)
         self._packed.unpack(out)
         return out
 
     def to_gguf(self, name: str) -> gguf.Tensor | gguf.Stream:
-        """The matrix as `gguf.save` writes it, in its storage: without a copy where it is used as it lies.
+        """The matrix as a tensor for `gguf.save`, in its own storage. Matrices used in place are not copied.
 
         Raises:
             TypeError: GGUF has no such type ("nf4").
+
+        >>> FrozenWeight(np.ones((2, 32), np.float32), dtype="q4_0").to_gguf("w")
+        Tensor('w', Q4_0, (2, 32))
         """
         from nplora.formats import gguf
         from nplora.formats.errors import brief
 
         if self.dtype not in storages.GGML_NAMES:
             known = ", ".join(storages.GGML_NAMES)
-            raise TypeError(f"FrozenWeight.to_gguf: {brief(name)} is {self.dtype}; what GGUF has: {known}")
+            raise TypeError(f"FrozenWeight.to_gguf: {brief(name)} is {self.dtype}, expected one of {known}")
         kind = storages.GGML_NAMES[self.dtype]
         if self._arrays:
             raw = self._arrays[0].reshape(-1).view(np.uint8)
@@ -293,14 +340,23 @@ class FrozenWeight:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:
-            raise ValueError("FrozenWeight: the matrix is packed, an array of it is always a copy")
+            raise ValueError("FrozenWeight: the matrix is packed, so an array of it is always a copy")
         return self.to_numpy() if dtype is None else self.to_numpy().astype(dtype, copy=False)
 
     def matmul(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
-        """x @ W.T: x (..., d_in) gives (..., d_out), written to `out` if given.
+        """Multiply: x @ W.T.
 
+        Args:
+            x: array (..., d_in). It is converted to `compute_dtype` if needed.
+            out: array (..., d_out) to write the result to, C-contiguous; None creates one.
+        Returns:
+            array (..., d_out) in `compute_dtype`.
         Raises:
             ValueError: the last axis of x is not d_in, or out has another shape, is read-only or overlaps x.
+            TypeError: x does not hold numbers, or out has another dtype.
+
+        >>> FrozenWeight([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).matmul([1.0, 10.0])
+        array([21., 43., 65.], dtype=float32)
         """
         d_out, d_in = self.shape
         rows, lead = _check.rows("FrozenWeight.matmul", "x", x, d_in, "d_in", self.compute_dtype)
@@ -309,11 +365,20 @@ class FrozenWeight:
         return y
 
     def matmul_t(self, dy: npt.ArrayLike, out: Array | None = None) -> Array:
-        """dy @ W: dy (..., d_out) gives (..., d_in), written to `out` if given.
+        """Multiply with the transpose: dy @ W.
 
+        Args:
+            dy: array (..., d_out). It is converted to `compute_dtype` if needed.
+            out: array (..., d_in) to write the result to, C-contiguous; None creates one.
+        Returns:
+            array (..., d_in) in `compute_dtype`.
         Raises:
             ValueError: the last axis of dy is not d_out, or out has another shape, is read-only or overlaps
                 dy.
+            TypeError: dy does not hold numbers, or out has another dtype.
+
+        >>> FrozenWeight([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).matmul_t([1.0, 0.0, 1.0])
+        array([6., 8.], dtype=float32)
         """
         d_out, d_in = self.shape
         rows, lead = _check.rows("FrozenWeight.matmul_t", "dy", dy, d_out, "d_out", self.compute_dtype)
@@ -323,20 +388,28 @@ class FrozenWeight:
         return dx
 
     def matmul_unrounded(self, x: npt.ArrayLike) -> Array:
-        """As `matmul`, in float32 where the weight computes in bfloat16 or int8."""
+        """Like `matmul`, but in float32 even if the weight computes in bfloat16 or int8."""
         plain = self.with_compute("float32") if self.meets_int8 else self
         return _few_at_a_time(plain.matmul, x) if plain.rounds else plain.matmul(x)
 
     def matmul_t_unrounded(self, dy: npt.ArrayLike) -> Array:
-        """As `matmul_t`, in float32 where the weight computes in bfloat16 or int8."""
+        """Like `matmul_t`, but in float32 even if the weight computes in bfloat16 or int8."""
         return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
 
     def take(self, ids: npt.ArrayLike) -> Array:
-        """The rows W[ids]: array (..., d_in) for integer ids (...).
+        """Decode the rows W[ids].
 
+        Args:
+            ids: integer array (...).
+        Returns:
+            array (..., d_in) in `compute_dtype`.
         Raises:
             TypeError: ids are not integers.
             ValueError: an id is not in [0, d_out).
+
+        >>> FrozenWeight([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).take([2, 0])
+        array([[5., 6.],
+               [1., 2.]], dtype=float32)
         """
         (d_out, d_in), op = self.shape, "FrozenWeight.take"
         rows = _check.in_range(op, "ids", _check.integers(op, "ids", ids), d_out)
@@ -353,19 +426,19 @@ class FrozenWeight:
 
     @property
     def float_dtype(self) -> str:
-        """The storage of another matrix like this one: "float32" for low-bit blocks, which lose an update."""
+        """The storage for a changed matrix: "float32" for low-bit blocks, which could lose the change."""
         return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
-        """Another matrix, stored as `float_dtype` says and computed as this one."""
+        """A weight of W in the storage `float_dtype`, with this weight's compute."""
         return FrozenWeight(W, self.float_dtype, self._compute_word())
 
     def like_rows(self, raw: Array, storage: str) -> FrozenWeight:
-        """Another matrix from the bytes of its rows, computed as this one."""
+        """A weight from the bytes of its rows, with this weight's compute."""
         return FrozenWeight.of_rows(raw, storage, self.shape[1], self._compute_word())
 
     def _compute_word(self) -> str:
-        """compute as the constructor takes it."""
+        """The `compute` argument that the constructor takes for this weight."""
         return self.compute if self.rounds else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -375,14 +448,14 @@ class FrozenWeight:
 
 
 def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], compute: str) -> FrozenWeight:
-    """A pickled weight: its blocks as they were."""
+    """Unpickle a weight. Its blocks are taken as they were."""
     weight = FrozenWeight.__new__(FrozenWeight)
     weight._hold(storage, shape, arrays, compute)
     return weight
 
 
 def _core_compute(op: str, storage: str, compute: str) -> str:
-    """compute as the core names it: "float" is the weight's own type."""
+    """`compute` under the core's name, where "float" means the weight's own type."""
     _check.choice(op, "compute", compute, INFERENCE_COMPUTES)
     if storage == "float64" and compute != "float32":
         raise ValueError(f"{op}: a float64 weight computes in float64, got compute={compute!r}")
@@ -390,7 +463,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
 
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
-    """float32 W (d_out, d_in) as rows of blocks (d_out, bytes); as NF4's codes and absmax."""
+    """Quantise float32 W (d_out, d_in) to rows of blocks (d_out, bytes), or to NF4's codes and absmax."""
     (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
     try:
         if storage == "nf4":
@@ -407,7 +480,7 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
 
 
 def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
-    """NF4's second quantisation: codes, levels, scales, and the offset as an array of no axes."""
+    """NF4's second quantisation: codes, levels, scales, and the offset as a 0-d array."""
     group, book = _core.constants.nf4_group, _core.constants.nf4_book
     codes, levels = np.empty(absmax.size, np.uint8), np.empty(book, np.float32)
     scales = np.empty(-(-absmax.size // group), np.float32)
@@ -416,7 +489,7 @@ def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
 
 
 def _nf4_levels() -> Array:
-    """What the sixteen codes of NF4 stand for."""
+    """The values of NF4's sixteen codes."""
     codes = np.frombuffer(bytes.fromhex("0123456789abcdef"), np.uint8)
     levels = np.empty(16, np.float32)
     _core.dequantize_nf4(codes, np.ones(1, np.float32), levels)
@@ -424,7 +497,7 @@ def _nf4_levels() -> Array:
 
 
 def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> str:
-    """How messages name a tensor, which must have the two axes of a weight."""
+    """Check that a tensor has the two axes of a weight. Returns its name for messages."""
     from nplora.formats.errors import brief
 
     where = f"{op}: {source}: tensor {brief(name)}"
@@ -434,7 +507,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """The product in batches of rows that are so small that none is rounded to bfloat16."""
+    """Compute the product in batches of few enough rows that none is rounded to bfloat16."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)
@@ -445,11 +518,11 @@ def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array
 def freeze(
     op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
 ) -> FrozenWeight:
-    """W itself if it is a FrozenWeight (shared, computing as it does), else a packed copy."""
+    """W itself if it is a FrozenWeight (shared, with its own compute), else a packed copy."""
     if not isinstance(W, FrozenWeight):
         storage = dtype_name(op, dtype)
         if compute == "int8":
-            _require_blocks(op, storage, f"would be stored as {storage}; dtype='q8_0' makes some")
+            _require_blocks(op, storage, f"would be stored as {storage}; dtype='q8_0' gives such blocks")
         return FrozenWeight(W, storage, compute)
     if dtype is not None and dtype_name(op, dtype) != W.dtype:
         raise ValueError(
@@ -459,7 +532,7 @@ def freeze(
         return W
     if compute == "int8":
         _require_blocks(op, W.dtype, f"is stored as {W.dtype}")
-    way = "" if W.dtype == "float64" else f"; W.with_compute({compute!r}) is one that does"
+    way = "" if W.dtype == "float64" else f"; pass W.with_compute({compute!r}) instead"
     raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}{way}")
 
 
@@ -469,7 +542,7 @@ def _require_blocks(op: str, storage: str, words: str) -> None:
 
 
 def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
-    """ "float32" for "float32", np.float32, np.dtype(np.float32) and None alike; a string as it is."""
+    """ "float32" for "float32", np.float32, np.dtype(np.float32) and None. A string is returned as it is."""
     if dtype is None:
         return "float32"
     try:
@@ -487,13 +560,13 @@ def become_infinite(W: Array, storage: str) -> Array:
         return np.empty(0)
     limit = np.float64(_INFINITE_FROM[storage])
     if max(float(np.fmax.reduce(W, axis=None)), -float(np.fmin.reduce(W, axis=None))) < limit:
-        return np.empty(0)  # as ever: no copy of W was made
+        return np.empty(0)  # the usual case, in which no copy of W is made
     magnitudes = np.abs(W[np.isfinite(W)])
     return magnitudes[magnitudes >= limit]
 
 
 def _values(array: Array, storage: str) -> Array:
-    """W as the core takes it: bit patterns where they are at hand, else float32 (float64 for float64)."""
+    """W as the core takes it: bit patterns if W holds them, else float32 (float64 for float64 storage)."""
     _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:
@@ -501,5 +574,5 @@ def _values(array: Array, storage: str) -> Array:
         raise TypeError(f"FrozenWeight: W has dtype {array.dtype}, expected floats{hint}")
     if bits or (array.dtype.name == storage and array.itemsize == 2 and array.dtype.isnative):
         return np.require(array.view(np.uint16), requirements=("C", "A"))
-    with np.errstate(over="ignore"):  # the constructor warns, and says how many
+    with np.errstate(over="ignore"):  # the constructor warns about infinite values and counts them
         return _check.floats("FrozenWeight", "W", array, np.float64 if storage == "float64" else np.float32)

@@ -1,4 +1,4 @@
-"""Values in a model's file that are NaN or infinite: the first one is named before anything is computed."""
+"""Finds NaN and infinity in a model's file, so that the first one is reported before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _INFINITE = 0x7C00  # float16's exponent, all ones: infinity or NaN
 
 
 def require_finite(source: str, tensor: gguf.Tensor | safetensors.Tensor) -> None:
-    """Read a tensor of floats once, or the scales of its blocks, at about the speed of memory.
+    """Check a tensor of floats, or the scales of its blocks. This takes about as long as reading it once.
 
     Raises:
-        FormatError: a value or scale is NaN or infinite; the message names the file, the tensor and the first
-            place. Tensors of other kinds are not looked at.
+        FormatError: a value or scale is NaN or infinite. The message names the file, the tensor and the first
+            such position. Tensors of other types are not checked.
     """
     if isinstance(tensor, gguf.Tensor) and tensor.type in storages.GGML_BLOCKS:
         _require_finite_scales(source, tensor)

@@ -1,7 +1,8 @@
-"""Rows of a matrix as the bytes of a storage format, and back: what files and weights hold is made here.
+"""Converts rows of a matrix to the bytes of a storage format and back.
 
-A storage is named as `FrozenWeight.dtype` is: "float32", "bfloat16", "q8_0", "q4_k", ... A row of "nf4" is
-here its codes and then its float32 absmax, so that rows can be made one by one; no file has them so.
+A storage has the name of `FrozenWeight.dtype`: "float32", "bfloat16", "q8_0", "q4_k", ... In this module, a
+row of "nf4" is its codes followed by its float32 absmax, so that rows can be made one by one. No file stores
+NF4 in this way.
 """
 
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from nplora import _core
 
 Array = NDArray[Any]
 
-FLOATS = {"float32": "<f4", "float64": "<f8", "float16": "<u2", "bfloat16": "<u2"}  # 16 bits: patterns
+FLOATS = {"float32": "<f4", "float64": "<f8", "float16": "<u2", "bfloat16": "<u2"}  # 16 bits: bit patterns
 FORMATS = _core.block_formats()
-BLOCKS = {name: (of.elements, of.nbytes) for name, of in FORMATS.items()}  # (values, bytes) of a block
+BLOCKS = {name: (of.elements, of.nbytes) for name, of in FORMATS.items()}  # (values, bytes) per block
 BLOCKS["nf4"] = (BLOCKS["nf4"][0], BLOCKS["nf4"][1] + 4)
 STORAGES = (*FLOATS, *BLOCKS)
 
-# ggml's names of the types, and safetensors' of the plain ones, which NumPy has too.
+# ggml's type names. The unquantised ones are also the names in safetensors files.
 GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"} | {
     name: of.ggml_name for name, of in FORMATS.items() if of.ggml_name is not None
 }
@@ -31,17 +32,17 @@ _ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32
 
 
 def block_elements(storage: str) -> int:
-    """Elements that share their scales; 1 where each stands alone."""
+    """Elements in a block that shares scales; 1 for unquantised storage."""
     return BLOCKS[storage][0] if storage in BLOCKS else 1
 
 
 def fits(storage: str, d_in: int) -> bool:
-    """Whether rows of so many elements are whole blocks."""
+    """Whether a row of d_in elements is a whole number of blocks."""
     return d_in % block_elements(storage) == 0
 
 
 def row_nbytes(storage: str, d_in: int) -> int:
-    """Bytes of a row of whole blocks."""
+    """Bytes of a row of d_in elements. The row must be whole blocks."""
     if storage in BLOCKS:
         elements, nbytes = BLOCKS[storage]
         return d_in // elements * nbytes
@@ -49,21 +50,23 @@ def row_nbytes(storage: str, d_in: int) -> int:
 
 
 def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
-    """Slices of the rows, in order: as many as are decoded at a time."""
+    """Slices of the rows, in order. Each covers the rows that are decoded at a time."""
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
     return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 
 
 def compute_dtype(storage: str) -> np.dtype[Any]:
-    """What `decode` gives: float64 for float64, else float32, both exact."""
+    """The dtype that `decode` returns: float64 for float64, else float32. Both are exact."""
     return np.dtype(np.float64 if storage == "float64" else np.float32)
 
 
 def encode(rows: Array, storage: str) -> Array:
-    """uint8 (n, row_nbytes) of float rows (n, d_in), to nearest even or near to the least squared error.
+    """Encode float rows (n, d_in) to uint8 (n, row_nbytes).
+
+    Floats are rounded to nearest even. Low-bit formats minimise the squared error approximately.
 
     Raises:
-        ValueError: a low-bit format is given a value that is not finite, or too large for it.
+        ValueError: a value is not finite, or too large for a low-bit format.
     """
     n, d_in = rows.shape
     if storage == "nf4":
@@ -81,7 +84,7 @@ def encode(rows: Array, storage: str) -> Array:
 
 
 def decode(raw: Array, storage: str, d_in: int) -> Array:
-    """The rows (n, d_in) of contiguous bytes (n, row_nbytes); fresh, in `compute_dtype`."""
+    """Decode contiguous bytes (n, row_nbytes) to a new array (n, d_in) in `compute_dtype`."""
     out = np.empty((len(raw), d_in), compute_dtype(storage))
     if storage == "nf4":
         _core.dequantize_nf4(*split_nf4(raw, d_in), out)
@@ -102,7 +105,7 @@ def _encode_nf4(rows: Array) -> Array:
 
 
 def split_nf4(raw: Array, d_in: int) -> tuple[Array, Array]:
-    """The codes and the absmax of rows of whole blocks, each flat and contiguous."""
+    """Split rows of whole blocks into codes and absmax, each flat and contiguous."""
     codes, absmax = raw[:, : d_in // 2], raw[:, d_in // 2 :]
     return np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax).reshape(-1).view(np.float32)
 

@@ -1,4 +1,4 @@
-"""What a file says of its types as a whole: by the type of most elements, and the version of the blocks."""
+"""The metadata that describe a file's types as a whole: the most common type and the block version."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _NUMBERS = {
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25,
     "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
-_QUANTIZATION_VERSION = 2  # of the layouts of blocks, which have not changed since
+_QUANTIZATION_VERSION = 2  # version of the block layouts; unchanged since
 
 
 class _Tensor(Protocol):
@@ -27,7 +27,7 @@ class _Tensor(Protocol):
 
 
 def main_type(tensors: Mapping[str, _Tensor]) -> str:
-    """What most elements are stored in; there is a tensor."""
+    """The type that most elements are stored in. `tensors` must not be empty."""
     elements = Counter[str]()
     for tensor in tensors.values():
         elements[tensor.type] += prod(tensor.shape)
@@ -35,20 +35,20 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
-    """The metadata that tell it. A type that no number is known of is left to the reader, who guesses it."""
+    """The metadata entries for the file's type. A type without a known number gets no entry."""
     number = _NUMBERS.get(main_type(tensors))
-    told = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
+    entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
     if any(GGML_TYPES[tensor.type].dtype is None for tensor in tensors.values()):
-        told["general.quantization_version"] = Typed(_QUANTIZATION_VERSION, "UINT32")
-    return told
+        entries["general.quantization_version"] = Typed(_QUANTIZATION_VERSION, "UINT32")
+    return entries
 
 
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """The metadata of a file some of whose tensors, of the same names, got another type."""
+    """Update a file's metadata after some of its tensors were stored in another type."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):
-        return describe(after) | metadata  # a mixture, Q4_K_M say, remains one
+        return describe(after) | metadata  # a mixture such as Q4_K_M keeps its entry
     return {key: value for key, value in metadata.items() if key != FILE_TYPE} | describe(after)

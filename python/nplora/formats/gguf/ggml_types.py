@@ -1,4 +1,4 @@
-"""The element types of ggml's tensors, and the value types of GGUF's metadata: their numbers and sizes."""
+"""The element types of ggml tensors and the value types of GGUF metadata, with their numbers and sizes."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class GgmlType:
     """How a tensor's elements are stored.
 
     Attributes:
-        number: what the file says.
-        block: elements in a block; a row of a tensor is a whole number of blocks.
-        block_nbytes: bytes that a block takes.
-        dtype: NumPy's view of the elements (BF16: bit patterns), or None for quantised blocks.
+        number: the type's number in a file.
+        block: elements per block; each row of a tensor is a whole number of blocks.
+        block_nbytes: bytes per block.
+        dtype: the elements' NumPy type (uint16 bit patterns for BF16); None for quantised blocks.
     """
 
     name: str
@@ -26,7 +26,7 @@ class GgmlType:
     dtype: np.dtype[Any] | None = None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor whose rows are whole blocks."""
+        """Bytes of a tensor of this shape. Its rows must be whole blocks."""
         return math.prod(shape) // self.block * self.block_nbytes
 
 
@@ -34,7 +34,7 @@ def _plain(name: str, number: int, dtype: str) -> GgmlType:
     return GgmlType(name, number, 1, np.dtype(dtype).itemsize, np.dtype(dtype))
 
 
-# Numbers that are missing here were removed from ggml. Q8_1 and Q8_K hold activations, in memory only.
+# ggml removed the numbers that are missing here. Q8_1 and Q8_K hold activations in memory only.
 GGML_TYPES = {
     entry.name: entry
     for entry in (
@@ -76,8 +76,8 @@ GGML_TYPES = {
 }
 BY_NUMBER = {entry.number: entry for entry in GGML_TYPES.values()}
 
-# The value types of metadata, in the order of their numbers, and the struct module's letters for those that
-# have one size.
+# The value types of metadata in the order of their numbers, then the struct module's letter for each type
+# of fixed size.
 VALUE_TYPES = (
     "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY",
     "UINT64", "INT64", "FLOAT64",
@@ -99,7 +99,7 @@ VALUE_DTYPES = {name: np.dtype("<" + letter) for name, letter in VALUE_LETTERS.i
 
 
 def elements(data: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The elements whose bytes these are, read-only; a copy only where they are not aligned."""
+    """View bytes as elements, read-only. Copies only if the bytes are not aligned."""
     array = data.view(dtype)
     if not array.flags.aligned:
         array = array.copy()

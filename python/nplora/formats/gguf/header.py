@@ -1,7 +1,7 @@
-"""The header of a GGUF file, checked as a whole: a pure function of the file's bytes.
+"""Parses and checks the whole header of a GGUF file. It is a pure function of the file's bytes.
 
-Sizes are exact integers, held against the limits below and the end of the file before anything is read or
-made.
+Sizes are exact integers. They are compared with the limits below and with the file's size before anything is
+read or allocated.
 """
 
 import math
@@ -20,8 +20,8 @@ VERSIONS = (2, 3)
 MAX_HEADER = 100_000_000  # bytes before the tensors; the largest vocabularies take 20 million
 MAX_TENSORS = 1 << 16
 MAX_METADATA = 1 << 16
-MAX_KEY = (1 << 16) - 1  # bytes, as the specification has it
-MAX_NAME = 1 << 10  # it has 64 for tensors; some programs write longer ones
+MAX_KEY = (1 << 16) - 1  # bytes; the specification's limit
+MAX_NAME = 1 << 10  # the specification allows 64 for tensors; some programs write longer names
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -29,7 +29,7 @@ ALIGNMENT_KEY = "general.alignment"
 
 _MAX_BYTES = 2**63 - 1
 START = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
-_LEAST_METADATA = 14  # bytes of an entry: a key of one letter and a value of one byte
+_LEAST_METADATA = 14  # bytes of the smallest entry: a key of one letter and a value of one byte
 _LEAST_TENSOR = 25
 _TYPE = struct.Struct("<I")
 _SCALARS = {name: struct.Struct("<" + letter) for name, letter in VALUE_LETTERS.items() if name != "BOOL"}
@@ -39,10 +39,10 @@ _TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """What the header says of a tensor: validated, also against the size of the file.
+    """The header's entry for one tensor, validated and checked against the file's size.
 
     Attributes:
-        begin: where its bytes begin, from the start of the file.
+        begin: position of the tensor's first byte, counted from the start of the file.
     """
 
     type: GgmlType
@@ -57,7 +57,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a file but the tensors' bytes."""
+    """Everything in a file except the tensors' bytes."""
 
     version: int
     alignment: int
@@ -67,7 +67,7 @@ class Header:
 
 
 def parse(data: memoryview, source: str) -> Header:
-    """Check everything that can be checked without reading tensors or arrays of strings."""
+    """Check everything that can be checked without reading tensors or string arrays."""
     version, n_tensors, n_metadata = parse_start(data[: START.size], len(data), source)
     cursor = _Cursor(data, source, START.size)
     values, types = _parse_metadata(cursor, n_metadata)
@@ -84,7 +84,7 @@ def parse(data: memoryview, source: str) -> Header:
 
 
 def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, int]:
-    """The version, and the numbers of tensors and of metadata entries."""
+    """Read the version, the number of tensors and the number of metadata entries."""
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         raise FormatError(f"{source}: begins with {bytes(start[:4])!r}, expected {MAGIC!r}{like}")
@@ -94,7 +94,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         found = "big-endian" if swapped else f"version {version}"
-        raise UnsupportedError(f"{source}: {found}, little-endian versions 2 and 3 are read")
+        raise UnsupportedError(f"{source}: {found}, expected little-endian version 2 or 3")
     rest = size - START.size
     for count, limit, least, what in (
         (n_tensors, MAX_TENSORS, _LEAST_TENSOR, "tensors"),
@@ -110,13 +110,13 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
 
 
 class _Cursor:
-    """Reads on through a header, never past the end of the file or MAX_HEADER."""
+    """Advances through a header. It never passes the end of the file or MAX_HEADER."""
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at
 
     def skip(self, count: int, what: str) -> int:
-        """Pass over `count` bytes; where they begin."""
+        """Skip `count` bytes and return the position of the first."""
         begin, end = self.at, self.at + count
         if end > MAX_HEADER:
             raise LimitError(
@@ -147,7 +147,7 @@ class _Cursor:
             ) from error
 
     def name(self, what: str, limit: int) -> str:
-        """A string that is a name: not empty, without NUL."""
+        """Read a string that serves as a name: not empty, without NUL."""
         begin, name = self.at, self.string(what, limit)
         if not name or "\0" in name:
             raise FormatError(
@@ -156,7 +156,7 @@ class _Cursor:
         return name
 
     def skip_strings(self, count: int, what: str) -> None:
-        self.skip(count * LENGTH.size, what)  # what they take at least
+        self.skip(count * LENGTH.size, what)  # checks the smallest possible size first
         self.at -= count * LENGTH.size
         at, last, length = self.at, min(len(self.data), MAX_HEADER) - LENGTH.size, LENGTH.unpack_from
         for _ in range(count):
@@ -202,7 +202,9 @@ def _parse_scalar(cursor: _Cursor, kind: str, what: str) -> Scalar:
         return cursor.unpack(_SCALARS[kind], what)[0]
     (value,) = cursor.unpack(_BOOL, what)
     if value > 1:
-        raise FormatError(f"{cursor.source}: {what} is a BOOL of {value} at byte {cursor.at - 1:,}")
+        raise FormatError(
+            f"{cursor.source}: {what}: the BOOL at byte {cursor.at - 1:,} is {value}, expected 0 or 1"
+        )
     return bool(value)
 
 
@@ -216,7 +218,7 @@ def _parse_array(cursor: _Cursor, kind: str, what: str) -> ArrayEntry:
         return ArrayEntry(kind, count, begin)
     cursor.skip(count * VALUE_DTYPES[kind].itemsize, what)
     if kind == "BOOL" and count and np.frombuffer(cursor.data, np.uint8, count, begin).max() > 1:
-        raise FormatError(f"{cursor.source}: {what} has a BOOL other than 0 and 1")
+        raise FormatError(f"{cursor.source}: {what} holds a BOOL other than 0 and 1")
     return ArrayEntry(kind, count, begin)
 
 
@@ -242,7 +244,7 @@ def _parse_tensor(cursor: _Cursor, number: int) -> tuple[str, GgmlType, tuple[in
         )
     *ne, kind, offset = cursor.unpack(_TENSOR[dimensions], what)
     if kind not in BY_NUMBER:
-        raise UnsupportedError(f"{cursor.source}: {what}: type {kind}, which is not one of ggml's known here")
+        raise UnsupportedError(f"{cursor.source}: {what}: type {kind}, which is not a type that nplora knows")
     return name, BY_NUMBER[kind], tuple(reversed(ne)), offset
 
 
@@ -266,7 +268,7 @@ def _place(
 
 
 def _check_layout(entries: Mapping[str, TensorEntry], size: int, source: str) -> None:
-    """No two tensors share a byte, and the file holds them all."""
+    """Check that no two tensors overlap and that the file holds all of them."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         where = f"{source}: tensor {brief(name)}"

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file: scalars as Python's values, arrays read when they are asked for."""
+"""The metadata of a GGUF file. Scalars are Python values; arrays are read on first use."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from nplora.formats.gguf.ggml_types import VALUE_DTYPES, elements
 Array: TypeAlias = NDArray[Any]
 Scalar: TypeAlias = int | float | bool | str
 
-LENGTH = struct.Struct("<Q")  # stands before every string and every array
+LENGTH = struct.Struct("<Q")  # precedes every string and array
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class Typed:
     Attributes:
         value: a scalar, or a list or array of them.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
-            "BOOL" or "STRING"; for a list or array, that of its elements.
+            "BOOL" or "STRING". For a list or array: the type of its elements.
+
+    >>> from nplora.formats import gguf
+    >>> file = gguf.loads(gguf.dumps({}, {"n": Typed(32, "UINT32"), "names": ["a", "b"]}))
+    >>> file.metadata.types
+    {'n': 'UINT32', 'names': 'STRING'}
     """
 
     value: Any
@@ -33,11 +38,11 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """Where an array lies in the file: validated, but for the text of strings.
+    """The position of an array in the file. Everything is validated except that strings are UTF-8.
 
     Attributes:
-        type: of the elements.
-        begin: of the first element, in bytes from the start of the file.
+        type: the type of the elements.
+        begin: position of the first element, in bytes from the start of the file.
     """
 
     type: str
@@ -46,7 +51,13 @@ class ArrayEntry:
 
 
 class StringArray(Sequence[str]):
-    """An array of strings in the file, each decoded when asked for: a FormatError if it is not UTF-8."""
+    """An array of strings in the file. Each string is decoded on access; FormatError if it is not UTF-8.
+
+    >>> from nplora.formats import gguf
+    >>> names = gguf.loads(gguf.dumps({}, {"names": ["a", "b", "c"]})).metadata["names"]
+    >>> len(names), names[0], names[1:]
+    (3, 'a', ['b', 'c'])
+    """
 
     def __init__(self, data: memoryview, entry: ArrayEntry, where: str) -> None:
         self._data, self._entry, self._where = data, entry, where
@@ -74,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """Where each string begins: what access by number needs, and iteration does not."""
+        """The position of each string. Indexing needs it; iteration does not."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin
@@ -82,7 +93,7 @@ class StringArray(Sequence[str]):
         return begins
 
     def _text(self, index: int, begin: int) -> tuple[str, int]:
-        """The string that begins here, and where it ends."""
+        """The string that begins at `begin`, and the position of its end."""
         end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
         raw = self._data[begin + LENGTH.size : end]
         try:
@@ -97,14 +108,19 @@ class StringArray(Sequence[str]):
 
 
 class Metadata(Mapping[str, Scalar | Array | StringArray]):
-    """Key -> value, in the file's order.
+    """Maps each key to its value, in the order of the file.
 
-    Scalars are Python's int, float, bool and str. An array of numbers is a read-only NumPy array over the
-    file, an array of strings a `StringArray`; neither is read before it is used. `types` has each value's
-    type in the file (of an array, that of its elements).
+    Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy array over the
+    file. An array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each
+    key to its type in the file; for an array, that is the type of its elements.
 
-    The methods below are for readers that need a value of one type: they raise FormatError where it is
-    missing (without a default), of another type or, for arrays, of another count.
+    The methods below return a value of one required type. They raise FormatError if the value is missing and
+    there is no default, if it has another type, or if an array has another count.
+
+    >>> from nplora.formats import gguf
+    >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata
+    >>> metadata["general.name"], len(metadata["sizes"]), metadata.string("general.type", "model")
+    ('toy', 3, 'model')
     """
 
     def __init__(
@@ -133,7 +149,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return key in self._values
 
     def typed(self) -> dict[str, Typed]:
-        """Every value with its type in the file, as `save` takes them."""
+        """All values with their types in the file, as `save` takes them."""
         return {key: Typed(self[key], self.types[key]) for key in self}
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -165,7 +181,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def array(self, key: str, type: str, count: int | None = None) -> Array:
-        """An array of one of the types of `Typed`, of numbers or BOOL."""
+        """An array of numbers or BOOL; `type` is one of the types of `Typed`."""
         return self._array(key, self._array_entry(key, type, count))  # type: ignore[return-value]
 
     def strings(self, key: str, count: int | None = None) -> StringArray:

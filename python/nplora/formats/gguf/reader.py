@@ -1,4 +1,4 @@
-"""Opening GGUF files: tensors and metadata are views of the mapped file."""
+"""Opens GGUF files. Tensors and metadata are views of the mapped file."""
 
 import mmap
 import weakref
@@ -21,10 +21,15 @@ Content: TypeAlias = mmap.mmap | memoryview
 
 
 class GgufFile(Mapping[str, Tensor]):
-    """The tensors of an opened file by name, in the file's order, and its `metadata`.
+    """The tensors of an open file by name, in the file's order, and its `metadata`.
 
-    `entries` has their types, shapes and places, for which no tensor is made. `mapped` is the stamp of the
-    file if it is mapped.
+    `entries` holds the tensors' types, shapes and positions without creating tensors. `mapped` holds the
+    file's stamp if the file is mapped.
+
+    >>> from nplora.formats import gguf
+    >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
+    >>> list(file), file["w"], file.metadata["general.name"]
+    (['w'], Tensor('w', F32, (2, 3)), 'toy')
     """
 
     def __init__(
@@ -56,26 +61,36 @@ class GgufFile(Mapping[str, Tensor]):
 
 
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
-    """Open a file and check its header.
+    """Open a GGUF file and check its header.
 
-    The header is remembered, and the mapping shared with whatever still uses it, until the file's size or
-    time of change differ: opening a file again for each of its tensors costs little.
+    The header is cached, and mappings that are still in use are shared, until the file's size or
+    modification time changes. So opening a file again for each of its tensors is cheap.
 
     Args:
-        mmap: map the file, so that nothing is read before it is used. If another program cuts a mapped file
-            short, a process that reads it ends with a message and status 135; False copies the file into
-            memory instead.
+        path: the file.
+        mmap: map the file, so that each part is read from disk on first use. If another program truncates a
+            mapped file, a process that reads the lost part ends with a message and status 135. False copies
+            the whole file into memory instead.
     Returns:
-        a mapping name -> `Tensor` with `.metadata`. Both keep the file mapped.
+        a mapping from name to `Tensor`, with the file's `.metadata`. Both keep the file mapped.
     Raises:
-        FormatError: the file breaks the format; the subclass says how. OSError: it cannot be read.
+        FormatError: the file breaks the format; the subclass says how.
+        OSError: the file cannot be read.
+
+    >>> import nplora
+    >>> nplora.formats.gguf.save("toy.gguf", {"w": np.ones((2, 3), np.float32)}, {"general.name": "toy"})
+    >>> file = nplora.formats.gguf.open("toy.gguf")
+    >>> file["w"].shape, file["w"].type, file.metadata["general.name"]
+    ((2, 3), 'F32', 'toy')
+    >>> float(file["w"].numpy().sum())
+    6.0
     """
     source = files.name(path)
     with files.reading(path) as reader:
         known = _known.get(reader.stamp)
         data: Content | None = known.mapping() if known and mmap else None
         if data is None:
-            parse_start(reader[: START.size], len(reader), source)  # before nonsense is copied
+            parse_start(reader[: START.size], len(reader), source)  # before a wrong file is copied
             data = reader.map() if mmap else reader[:]
     view = memoryview(data)
     header = known.header if known else parse(view, source)
@@ -84,12 +99,17 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
 
 
 def loads(data: bytes | bytearray | memoryview) -> GgufFile:
-    """As `open`, over bytes in memory, which must not change while the file is in use."""
+    """Like `open`, for bytes in memory. They must not change while the file is in use.
+
+    >>> from nplora.formats import gguf
+    >>> list(loads(gguf.dumps({"w": np.zeros(3)})))
+    ['w']
+    """
     view = memoryview(data).toreadonly()
     return GgufFile(view, "<bytes>", parse(view, "<bytes>"))
 
 
-# ---- what is remembered of files ----
+# ---- the cache of headers and mappings ----
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A tensor of a GGUF file: its bytes, and what they mean."""
+"""A tensor of a GGUF file: its bytes with their type and shape."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,11 +13,16 @@ from nplora.formats.gguf.ggml_types import GGML_TYPES, elements
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A tensor to be saved whose bytes are made while the file is written, a few rows at a time.
+    """A tensor whose bytes are produced while the file is written, a few rows at a time.
 
     Attributes:
         type, shape: as in `Tensor`.
-        chunks: called once; gives the bytes in their order.
+        chunks: a function that returns the bytes in order. It is called once.
+
+    >>> from nplora.formats import gguf
+    >>> zeros = gguf.Stream("F32", (2, 3), lambda: [bytes(12), bytes(12)])
+    >>> gguf.loads(gguf.dumps({"w": zeros}))["w"].numpy().tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
 
     type: str
@@ -27,15 +32,21 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """The elements of a tensor as they lie in the file. Made by hand, it is what `save` takes for raw blocks.
+    """A tensor's elements as they are stored in a file. `save` also takes one, for raw blocks.
 
     Attributes:
-        name: its name in the file.
+        name: the tensor's name in the file.
         type: ggml's name of the element type: "F32", "BF16", "Q4_0", ...
-        shape: as NumPy has it, rows first: ggml's `ne` the other way round.
-        data: the bytes as uint8; those of a file are read-only, and keep it mapped.
-        offset: where the bytes begin in the file, if they come from one.
-        source: the file, as messages name it.
+        shape: the shape as in NumPy, rows first: the reverse of ggml's `ne`.
+        data: the bytes as uint8. Bytes from a file are read-only and keep the file mapped.
+        offset: the position of the bytes in the file, or None.
+        source: the file's name for messages.
+
+    >>> import nplora
+    >>> weight = nplora.FrozenWeight(np.ones((2, 32), np.float32), dtype="q8_0")
+    >>> tensor = weight.to_gguf("w")
+    >>> tensor, tensor.nbytes
+    (Tensor('w', Q8_0, (2, 32)), 68)
     """
 
     name: str
@@ -53,13 +64,13 @@ class Tensor:
         """The elements without a copy, read-only (BF16 as uint16 bit patterns).
 
         Raises:
-            UnsupportedError: the type has no element of its own in NumPy: it is quantised.
+            UnsupportedError: the type is quantised, so NumPy has no element type for it.
         """
         dtype = GGML_TYPES[self.type].dtype
         if dtype is None:
             raise UnsupportedError(
                 f"{self.source}: tensor {brief(self.name)} is {self.type}, which NumPy does not have; "
-                "FrozenWeight.from_gguf reads the blocks that nplora decodes"
+                "FrozenWeight.from_gguf reads the block types that nplora decodes"
             )
         return elements(self.data.reshape(-1), dtype).reshape(self.shape)
 
@@ -69,6 +80,6 @@ class Tensor:
 
 @runtime_checkable
 class HasTensor(Protocol):
-    """What is saved as the tensor that it gives, as a `FrozenWeight` is."""
+    """An object that can be saved as a GGUF tensor, such as a `FrozenWeight`."""
 
     def to_gguf(self, name: str) -> Tensor | Stream: ...

@@ -1,4 +1,4 @@
-"""Writing GGUF version 3, little-endian, as ggml's own writer lays it out."""
+"""Writes GGUF version 3, little-endian, in the layout of ggml's own writer."""
 
 import operator
 import struct
@@ -29,7 +29,7 @@ from nplora.formats.gguf.header import (
 from nplora.formats.gguf.metadata import LENGTH, Typed
 from nplora.formats.gguf.tensor import HasTensor, Stream, Tensor
 
-MAX_NAME = 63  # bytes of a tensor's name; ggml refuses longer ones
+MAX_NAME = 63  # bytes of a tensor's name; ggml refuses longer names
 _UINT32 = struct.Struct("<I")
 _TYPE_OF = {
     "float32": "F32",
@@ -47,32 +47,52 @@ Tensors: TypeAlias = "Mapping[str, ArrayLike | Tensor | Stream | HasTensor]"
 
 
 def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a file: beside the target first, then renamed over it, so that a failure leaves the old one.
+    """Write a GGUF file. If the write fails, an existing file stays as it was.
+
+    The bytes go to a temporary file beside the target, which is then renamed.
 
     Args:
-        tensors: name -> float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64 array of any strides
-            and byte order and at most four axes, or a `Tensor` of raw blocks: `Tensor("w", "Q4_0", (8,
-            64), blocks)`, or a `Stream` of them, or a `FrozenWeight`, in the storage that it has (but
-            "nf4"). The key is the name, whatever a `Tensor` calls itself.
-        metadata: key -> str, bool, list of them, NumPy scalar or array, or `Typed`, which names one of the
-            format's types for a Python int or float. "general.alignment" says where tensors may begin.
+        path: the file to write.
+        tensors: name -> one of
+
+            - an array of float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64, with at most four
+              axes, any strides and any byte order;
+            - a `Tensor` of raw blocks, such as `Tensor("w", "Q4_0", (8, 64), blocks)`, or a `Stream` of them;
+            - a `FrozenWeight`, saved in its own storage type ("nf4" cannot be saved).
+
+            The key is the name in the file. A `Tensor`'s own name is ignored.
+        metadata: key -> str, bool, a list of them, a NumPy scalar or array, or `Typed`, which gives a Python
+            int or float one of the format's types. "general.alignment" sets the alignment of the tensors.
     Raises:
-        TypeError: an element or value type that the format does not have, or that is not determined.
-        ValueError: a name, number, shape or size that the format does not allow.
-        OSError: the disk refuses; how many bytes were needed is in the message.
+        TypeError: the format has no such element or value type, or the value's type is ambiguous.
+        ValueError: the format does not allow a name, number, shape or size.
+        OSError: the disk fails; the message says how many bytes were needed.
+
+    >>> import nplora
+    >>> weight = nplora.FrozenWeight(np.zeros((2, 32), np.float32), dtype="q8_0")
+    >>> nplora.formats.gguf.save("toy.gguf", {"w": weight, "b": np.zeros(2)}, {"general.name": "toy"})
+    >>> file = nplora.formats.gguf.open("toy.gguf")
+    >>> file["w"].type, file["b"].type
+    ('Q8_0', 'F64')
     """
     files.replace([new_file(path, tensors, metadata)])
 
 
 def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes that `save` writes."""
+    """The bytes that `save` would write.
+
+    >>> dumps({}, {"general.name": "toy"})[:4]
+    b'GGUF'
+    """
     return b"".join(new_file("<bytes>", tensors, metadata).chunks)
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
-    """What `save` writes, for a caller that replaces several files together.
+    """The file that `save` writes, for a caller that replaces several files together.
 
-    Contiguous copies are made one tensor at a time; a `Stream` is called when its turn comes.
+    Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
+
+    >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
     values = {key: _typed(key, value) for key, value in (metadata or {}).items()}
     _require_few("tensors", len(tensors), MAX_TENSORS)
@@ -134,7 +154,7 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """A value with the type that it was given or has by itself."""
+    """A value with its given type, or with the type that it determines."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:
@@ -147,13 +167,13 @@ def _typed(key: str, value: Any) -> Typed:
         if len(items) and all(isinstance(item, python_type) for item in items):
             return Typed(value, kind)
     raise TypeError(
-        f"gguf.save: {where} is {brief(value)}, which none or several of the format's types fit: "
+        f"gguf.save: {where} is {brief(value)}, whose type in the file is not determined: "
         'name one, as in Typed(value, "UINT32")'
     )
 
 
 def _value(where: str, typed: Typed) -> bytes:
-    """The type and the value as they stand in the file."""
+    """The type and the value as the file stores them."""
     many = _is_list(typed.value)
     items = typed.value if many else [typed.value]
     if typed.type == "STRING":
@@ -173,7 +193,7 @@ def _is_list(value: object) -> bool:
 
 
 def _numbers(where: str, kind: str, values: Any) -> Array:
-    """The numbers in the type of the file, which must hold them (floats are rounded)."""
+    """Convert numbers to the file's type. Raises if they do not fit; floats are rounded."""
     dtype, array = VALUE_DTYPES[kind], np.asarray(values)
     allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
     if array.ndim != 1 or (array.size and array.dtype.kind not in allowed):
@@ -207,7 +227,7 @@ def _alignment(typed: Typed | None) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as the file has it."""
+    """A tensor as the file stores it."""
 
     kind: GgmlType
     shape: tuple[int, ...]
@@ -248,7 +268,7 @@ def _few_axes(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlType, tuple[int, ...]]:
-    """The type of this name, and a shape that it can have."""
+    """The type with this name, and the shape, checked for whole blocks."""
     if name not in GGML_TYPES:
         raise ValueError(f"{where} is {name!r}, expected one of {', '.join(GGML_TYPES)}")
     kind, shape = GGML_TYPES[name], tuple(map(operator.index, dimensions))
@@ -259,7 +279,7 @@ def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlTyp
 
 
 def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
-    """Type, shape and bytes, which are those that the shape takes."""
+    """The type, shape and bytes of raw blocks. Their number must match the shape."""
     kind, shape = _blocks(where, tensor.type, tensor.shape)
     nbytes = kind.nbytes(shape)
     held = getattr(tensor.data, "dtype", type(tensor.data).__name__)

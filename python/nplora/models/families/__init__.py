@@ -1,4 +1,4 @@
-"""The families by their names in files."""
+"""The model families, found by their names in files."""
 
 from __future__ import annotations
 
@@ -40,12 +40,23 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def by_model_type(source: str, name: str) -> Family:
-    """The family of a config.json's model_type. Raises UnsupportedError, which lists the known ones."""
+    """The family of a config.json's model_type. Raises UnsupportedError, which lists the known families.
+
+    Args:
+        source: the file's name for messages.
+
+    >>> by_model_type("config.json", "qwen3").architecture
+    'qwen3'
+    """
     return _find(source, "model_type", {family.model_type: family for family in FAMILIES}, name)
 
 
 def by_architecture(source: str, name: str) -> Family:
-    """The family of a GGUF file's general.architecture; the first of those that share one."""
+    """The family of a GGUF file's general.architecture. If several share it, the first. Raises as above.
+
+    >>> by_architecture("model.gguf", "llama").model_type
+    'llama'
+    """
     known = {family.architecture: family for family in reversed(FAMILIES)}
     return _find(source, "general.architecture", known, name)
 
@@ -56,12 +67,20 @@ def of(config: ModelConfig) -> Family:
 
 
 def find(model_type: str) -> Family | None:
-    """The family of a model_type, if it is known."""
+    """The family of a model_type, or None.
+
+    >>> find("gpt2") is None
+    True
+    """
     return next((family for family in FAMILIES if family.model_type == model_type), None)
 
 
 def find_architecture(architecture: str) -> Family | None:
-    """The first family of an architecture, if it is known."""
+    """The first family of an architecture, or None.
+
+    >>> find_architecture("gemma3").ties_embeddings
+    True
+    """
     return next((family for family in FAMILIES if family.architecture == architecture), None)
 
 

@@ -1,4 +1,4 @@
-"""What the fields of config.json mean that several families have."""
+"""Reads the fields of config.json that several families share."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from nplora.models.config import ModelConfig
 from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
 
 NO_WINDOW = 0
-_WINDOW = 4096  # where config.json does not say; null is none at all
+_WINDOW = 4096  # the default if config.json has no value; null means no window
 
-# What config.json may say of the MLP's activation, and the core's name for it.
+# The activations that config.json may name, and the core's names for them.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 
 
 def require_readable(fields: Fields) -> None:
-    """Refuse weights that another library quantised, but for NF4. Raises UnsupportedError."""
+    """Refuse weights quantised by other libraries, except NF4. Raises UnsupportedError."""
     if "quantization_config" in fields:
         found = fields.object("quantization_config")
         if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
             raise UnsupportedError(
-                f"{found.source}: of what other libraries quantise, only NF4 of bitsandbytes is read: "
-                "take the model in bfloat16, or as GGUF"
+                f"{found.source}: the weights are quantised, and only NF4 of bitsandbytes is read: use the "
+                "model in bfloat16, or as GGUF"
             )
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Refuse settings that are not computed here. Raises UnsupportedError."""
+    """Refuse settings that nplora does not implement. Raises UnsupportedError."""
     for name in names:
         if name in fields:
-            raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not compute")
+            raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
 
 
 def activation(fields: Fields, name: str, default: str) -> str:
@@ -45,23 +45,23 @@ def activation(fields: Fields, name: str, default: str) -> str:
 
 
 def with_attention_bias(config: ModelConfig, fields: Fields) -> ModelConfig:
-    """The model with biases on q, k, v and o, if `attention_bias` says so."""
+    """The configuration with biases on q, k, v and o if `attention_bias` is true."""
     has_bias = fields.boolean("attention_bias", False)
     return dataclasses.replace(config, qkv_bias=has_bias, o_bias=has_bias)
 
 
 def require_whole_rotation(fields: Fields) -> None:
-    """Refuse heads that rotate in part. Raises UnsupportedError."""
+    """Refuse heads of which only a part rotates. Raises UnsupportedError."""
     for found in (fields, rope_fields(fields)):
         if found.number("partial_rotary_factor", 1.0) != 1:
-            raise UnsupportedError(f"{found.source}: partial_rotary_factor is not 1: heads rotate as a whole")
+            raise UnsupportedError(f"{found.source}: partial_rotary_factor is not 1, which is not supported")
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """`rope_parameters`, or `rope_scaling` as before version 5 of transformers; perhaps empty.
+    """The fields `rope_parameters`, or `rope_scaling` (before transformers 5); possibly empty.
 
     Raises:
-        FormatError: both are set, and differ.
+        FormatError: both are set and differ.
     """
     new, old = fields.object("rope_parameters"), fields.object("rope_scaling")
     if new.items() and old.items() and dict(new.items()) != dict(old.items()):
@@ -70,12 +70,12 @@ def rope_fields(fields: Fields) -> Fields:
 
 
 def rope_kind(found: Fields) -> str:
-    """How the rotation is scaled, by transformers' word."""
+    """The kind of scaling of the rotation, as transformers names it."""
     return found.string("rope_type", found.string("type", "default"))
 
 
 def rope(found: Fields, theta: float) -> RopeConfig:
-    """The rotation that these fields describe; theta: its base, where they do not say it."""
+    """The rotation that these fields describe. `theta` is its base if the fields have none."""
     require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)
@@ -89,7 +89,9 @@ def rope(found: Fields, theta: float) -> RopeConfig:
             raise FormatError(f"{found.source}: low_freq_factor {low} is not below high_freq_factor {high}")
         length = int(positive(found, "original_max_position_embeddings"))
         return RopeConfig(theta, llama3=Llama3Scaling(positive(found, "factor"), low, high, length))
-    raise UnsupportedError(f"{found.source}: {brief(kind)}, expected 'default', 'linear' or 'llama3'")
+    raise UnsupportedError(
+        f"{found.source}: the rotation is scaled by {brief(kind)}, expected 'default', 'linear' or 'llama3'"
+    )
 
 
 def positive(fields: Fields, name: str, default: float | None = None) -> float:
@@ -104,12 +106,12 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window, stated or by default: null alone says that there is none."""
+    """Whether there is a sliding window, explicit or by default. Only null means that there is none."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
 def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The window of each layer by its kind, which `layer_types` may say otherwise."""
+    """The window of each layer by its kind. `layer_types` overrides `kinds`."""
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", len(kinds))
     sizes = {"full_attention": NO_WINDOW}
@@ -119,12 +121,14 @@ def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
     for kind in kinds:
         if kind not in sizes:
             known = ", ".join(map(repr, sizes))
-            raise UnsupportedError(f"{fields.source}: a layer of type {brief(kind)}, expected one of {known}")
+            raise UnsupportedError(
+                f"{fields.source}: a layer has type {brief(kind)}, expected one of {known}"
+            )
     return tuple(sizes[kind] for kind in kinds)
 
 
 def require_window(source: str, window: int) -> int:
-    """A sliding window that lets a token see itself."""
+    """Check a sliding window and return it. A token must see itself."""
     if not 1 <= window < 1 << 31:
         raise FormatError(f"{source}: sliding_window is {window:,}, expected 1 to 2^31 - 1")
     return window

@@ -1,4 +1,4 @@
-"""A family of decoders, in its files and in memory. Each has a file of its own: llama, mistral, ..."""
+"""A family of decoders, in files and in memory. Each family has its own file: llama, mistral, ..."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class TensorSpec:
     """A tensor of a model, in Hugging Face's files and in GGUF.
 
     Attributes:
-        name, gguf: its name in either.
-        heads: GGUF has its rows in another order, by so many heads (`formats.gguf_rows`); 0: it has not.
-        offset: how much larger its values are in GGUF, and in memory.
+        name, gguf: its names in the two.
+        heads: the number of heads by which GGUF reorders its rows (`formats.gguf_rows`), or 0.
+        offset: the difference between its values in GGUF (and in memory) and in Hugging Face's files.
     """
 
     name: str
@@ -50,23 +50,23 @@ class TensorSpec:
 
 
 class Family:
-    """The base of the families, and itself the one that most are built like: Llama.
+    """The base class of all families. It describes Llama, which most others resemble.
 
-    A block is x + attention(norm(x)), then h + mlp(norm(h)): RMSNorm, rotary positions, heads of keys and
-    values that groups of query heads share, and a gated MLP. A family says how it differs.
+    A block is x + attention(norm(x)), then h + mlp(norm(h)). It uses RMSNorm, rotary positions, grouped heads
+    of keys and values, and a gated MLP. A subclass states the differences.
 
     Attributes:
-        model_type: Hugging Face's word for the family.
-        architecture: GGUF's.
-        layers, norms: GGUF's names of a block's layers and norms, by Hugging Face's.
-        halves: how a block is put together.
-        head_dim: the width of a head where config.json does not say it; None: hidden_size / heads.
-        key_value_heads: how many heads of keys and values, likewise; None: as many as query heads.
-        rms_norm_eps, rope_theta, ties_embeddings: what config.json means where it does not say them.
-        activation_field: config.json's name of the activation.
-        hidden_act: the activation where config.json does not say it; GGUF's architecture implies it.
-        norm_offset: how much larger the weights of norms are in GGUF, and in memory.
-        permutes_rows: GGUF has the rows of q and k in another order, and neighbours rotate together.
+        model_type: Hugging Face's name for the family.
+        architecture: GGUF's name.
+        layers, norms: GGUF's names of a block's layers and norms, by Hugging Face's names.
+        halves: the half-blocks of a block.
+        head_dim: the default width of a head if config.json has none; None: hidden_size / heads.
+        key_value_heads: the default number of key and value heads; None: the number of query heads.
+        rms_norm_eps, rope_theta, ties_embeddings: the defaults of these fields of config.json.
+        activation_field: the name of config.json's field for the activation.
+        hidden_act: the default activation. GGUF does not store it; the architecture implies it.
+        norm_offset: the difference between norm weights in GGUF (and in memory) and in Hugging Face's files.
+        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbours rotate together.
         rope_tensors: GGUF's tensors that describe the rotation.
     """
 
@@ -133,10 +133,10 @@ class Family:
         return config_fields.rope(config_fields.rope_fields(fields), theta)
 
     def attention_heads(self, fields: Fields) -> tuple[int, int]:
-        """How many query heads there are, and how many of keys and values.
+        """The numbers of query heads and of key and value heads.
 
         Raises:
-            FormatError: they are missing, are no integers, or there is no query head.
+            FormatError: a number is missing or not an integer, or there are no query heads.
         """
         heads = fields.integer("num_attention_heads")
         if heads < 1:
@@ -185,7 +185,7 @@ class Family:
         )
 
     def read_rotary_dim(self, data: ArchitectureMetadata, head_dim: int) -> int:
-        """How many values of a head rotate."""
+        """The number of values of a head that rotate."""
         gguf_fields.require_length(data, "rope.dimension_count", head_dim)
         return head_dim
 
@@ -194,15 +194,15 @@ class Family:
         return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
-        """A model's hyperparameters under llama.cpp's keys, without the architecture before them.
+        """A model's hyperparameters under llama.cpp's keys, without the architecture's prefix.
 
         Raises:
-            UnsupportedError: GGUF cannot say something of the model.
+            UnsupportedError: GGUF cannot express a setting of the model.
         """
         if config.hidden_act != self.hidden_act:
             raise UnsupportedError(
-                f"{config.source}: hidden_act is {config.hidden_act}, in GGUF {self.architecture} has "
-                f"{self.hidden_act}"
+                f"{config.source}: hidden_act is {config.hidden_act}, which GGUF cannot express: its "
+                f"{self.architecture} has {self.hidden_act}"
             )
         sizes = {
             "context_length": config.max_position_embeddings,
@@ -228,12 +228,12 @@ class Family:
         return metadata
 
     def metadata_window(self, config: ModelConfig) -> int:
-        """The sliding window that GGUF is to state. Raises UnsupportedError where layers differ."""
+        """The sliding window for GGUF's metadata. Raises UnsupportedError if the layers differ."""
         windows = set(config.sliding_windows)
         if len(windows) > 1:
             raise UnsupportedError(
-                f"{config.source}: layers with sliding windows of {sorted(windows)} tokens; GGUF has one "
-                "for all"
+                f"{config.source}: the layers have sliding windows of {sorted(windows)} tokens; GGUF needs "
+                "one for all"
             )
         return windows.pop()
 
@@ -247,7 +247,7 @@ class Family:
     # ---- names ----
 
     def gguf_layer(self, name: str) -> str | None:
-        """GGUF's name of a layer or norm, without its ".weight"; None: the family has none of this name."""
+        """GGUF's name of a layer or norm, without ".weight"; None if the family has no such layer."""
         match = _LAYER.fullmatch(name)
         if match is None:
             return _OUTSIDE.get(name)
@@ -255,13 +255,13 @@ class Family:
         return None if stored is None else f"blk.{match[1]}.{stored}"
 
     def gguf_tensor(self, name: str) -> str | None:
-        """GGUF's name of a tensor, such as "model.layers.0.input_layernorm.weight"."""
+        """GGUF's name of a tensor such as "model.layers.0.input_layernorm.weight"."""
         layer, _, kind = name.rpartition(".")
         stored = self.gguf_layer(layer)
         return None if stored is None else f"{stored}.{kind}"
 
     def hf_layer(self, stored: str) -> str | None:
-        """The other way round."""
+        """The inverse of `gguf_layer`."""
         match = _BLOCK.fullmatch(stored)
         if match is None:
             return next((name for name, other in _OUTSIDE.items() if other == stored), None)
@@ -270,14 +270,14 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """`TensorSpec.heads` of a layer, by Hugging Face's name."""
+        """`TensorSpec.heads` of a layer, given Hugging Face's name."""
         permuted = {"q_proj": heads, "k_proj": kv_heads} if self.permutes_rows else {}
         return permuted.get(name.rpartition(".")[2], 0)
 
     # ---- tensors ----
 
     def linear_shapes(self, config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
-        """d_out, d_in of a block's layers, and whether they have a bias."""
+        """For each linear layer of a block: d_out, d_in, and whether it has a bias."""
         d, f, q, kv = config.hidden_size, config.intermediate_size, config.heads_width, config.key_value_width
         return {
             "self_attn.q_proj": (q, d, config.qkv_bias),
@@ -290,11 +290,11 @@ class Family:
         }
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:
-        """The widths of a block's norms: by default all of them are norms of the residual stream."""
+        """The widths of a block's norms. By default, all of them normalise the residual stream."""
         return dict.fromkeys(self.norms, config.hidden_size)
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
-        """Every tensor of a model."""
+        """All tensors of a model."""
         d = config.hidden_size
         yield TensorSpec("model.embed_tokens.weight", "token_embd.weight", (config.vocab_size, d))
         yield TensorSpec("model.norm.weight", "output_norm.weight", (d,), offset=self.norm_offset)
@@ -317,7 +317,7 @@ class Family:
     def block(
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
-        """A block of its layers and norms, which are given by their names in it."""
+        """Build a block from its layers and norms, which are given by their names in the block."""
         parts: dict[str, Module] = {}
         for half in self.block_halves(config):
             prefix = f"{half.mixer}."
@@ -332,13 +332,13 @@ class Family:
         return DecoderBlock(self.block_halves(config), parts, narrow)
 
     def block_halves(self, config: ModelConfig) -> tuple[Half, ...]:
-        """How a block is put together."""
+        """The half-blocks of a block."""
         return self.halves
 
     def mixer(
         self, name: str, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Module]
     ) -> Mixer:
-        """A half's mixer of its layers and norms."""
+        """Build a half-block's mixer from its layers and norms."""
         if name == "self_attn":
             return Attention(config, layer, rope, modules)
         return MLP(config.hidden_act, modules)

@@ -1,8 +1,8 @@
-"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and others as Gemma3ForCausalLM.
+"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and larger ones as Gemma3ForCausalLM.
 
-Norms stand before and after the halves, and normalise each head of q and k. In Hugging Face's files the
-weight of a norm is w where 1 + w is meant. Every sixth layer sees all tokens; the others have a window, and
-rotate by another base.
+Norms come before and after each half-block, and normalise each head of q and k. Hugging Face's files store a
+norm weight of 1 + w as w. Every sixth layer sees all tokens. The others have a sliding window, and rotate
+with another base.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from nplora.models.families.family import Family
 from nplora.models.families.gguf_fields import ArchitectureMetadata
 from nplora.models.rope import RopeConfig, require_theta
 
-_PATTERN = 6  # every sixth layer sees everything
+_PATTERN = 6  # every sixth layer sees all tokens
 _LOCAL_THETA = 10_000.0
-_LARGEST = 62  # the layers of the 27B model, for which llama.cpp divides scores by another number
+_LARGEST = 62  # layers of the 27B model, whose scores llama.cpp divides by another number
 
 
 class Gemma3(Family):
@@ -57,7 +57,7 @@ class Gemma3(Family):
         config_fields.require_absent(fields, "final_logit_softcapping", "attn_logit_softcapping")
         if fields.boolean("use_bidirectional_attention", False):
             raise UnsupportedError(
-                f"{fields.source}: use_bidirectional_attention: only causal models are read"
+                f"{fields.source}: use_bidirectional_attention is set, but only causal models are read"
             )
         config = config_fields.with_attention_bias(super().read_config(fields), fields)
         pattern = fields.integer(
@@ -81,7 +81,7 @@ class Gemma3(Family):
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:
-        """That of the layers with a window, which is never scaled in files of before rope_parameters."""
+        """The rotation of layers with a window. Files without rope_parameters never scale it."""
         found = fields.object("rope_parameters").object("sliding_attention")
         return config_fields.rope(found, fields.number("rope_local_base_freq", _LOCAL_THETA))
 
@@ -104,12 +104,12 @@ class Gemma3(Family):
         if config.query_pre_attn_scalar != _implied_scalar(config):
             raise UnsupportedError(
                 f"{config.source}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which GGUF "
-                f"cannot say: it implies {_implied_scalar(config)}"
+                f"cannot express: it implies {_implied_scalar(config)}"
             )
         local = config.local_rope or config.rope
         if (local.linear_factor, local.llama3) != (1.0, None):
             raise UnsupportedError(
-                f"{config.source}: the rotation of layers with a window is scaled, which GGUF cannot say"
+                f"{config.source}: the rotation of layers with a window is scaled, which GGUF cannot express"
             )
         return super().metadata(config) | {"rope.freq_base_swa": np.float32(local.theta)}
 
@@ -131,14 +131,14 @@ class Gemma3(Family):
 
 
 def _kinds(source: str, layers: int, pattern: int) -> list[str]:
-    """The kind of each layer, where every `pattern`-th sees everything."""
+    """The kind of each layer if every `pattern`-th layer sees all tokens."""
     if pattern < 1:
-        raise FormatError(f"{source}: every {pattern}th layer sees everything, expected at least 1")
+        raise FormatError(f"{source}: sliding_window_pattern is {pattern}, expected at least 1")
     return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
 
 
 def _implied_scalar(config: ModelConfig) -> int:
-    """query_pre_attn_scalar of a GGUF file, which does not say it."""
+    """The query_pre_attn_scalar that a GGUF file implies. It has no entry for it."""
     if config.num_hidden_layers == _LARGEST:
         return config.hidden_size // config.num_attention_heads
     return config.head_dim

@@ -1,4 +1,4 @@
-"""What GGUF's metadata mean, where several architectures have them."""
+"""Reads the GGUF metadata that several architectures share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Array = npt.NDArray[Any]
 
 
 class ArchitectureMetadata:
-    """A GGUF file's metadata by their names without the architecture, which stands before each.
+    """A GGUF file's metadata, by names without the architecture's prefix.
 
-    The methods raise FormatError where an entry is missing (without a default) or of another type.
+    The methods raise FormatError if an entry has the wrong type, or is missing and has no default.
     """
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         self.file, self.source, self._architecture = file, file.source, architecture
 
     def key(self, name: str) -> str:
-        """The whole name of an entry."""
+        """The full key of an entry."""
         return f"{self._architecture}.{name}"
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -47,10 +47,10 @@ class ArchitectureMetadata:
 
 
 def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
-    """How many heads of keys and values there are. A list has the number for each layer.
+    """The number of key and value heads. A list gives the number for each layer.
 
     Raises:
-        UnsupportedError: the layers differ.
+        UnsupportedError: the layers have different numbers.
     """
     name = "attention.head_count_kv"
     listed = data.file.metadata.get(data.key(name))
@@ -73,52 +73,52 @@ def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> lis
 
 
 def vocabulary(data: ArchitectureMetadata) -> int:
-    """The rows of the embedding; whether `vocab_size` agrees is seen when shapes are compared."""
+    """The number of rows of the embedding. A wrong `vocab_size` is found later, when shapes are compared."""
     entry = data.file.entries.get("token_embd.weight")
     return data.integer("vocab_size", entry.shape[0] if entry is not None and entry.shape else None)
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Refuse keys, values or rotations of another length than head_dim. Raises UnsupportedError."""
+    """Refuse keys, values or rotations with another length than head_dim. Raises UnsupportedError."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
-            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim}: keys and "
-            "values of one length that rotate as a whole"
+            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (keys and values of "
+            "one length, rotated as a whole)"
         )
 
 
 def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
-    """Refuse an entry that is another number, which nplora does not compute. Raises UnsupportedError."""
+    """Refuse an entry with another value, which nplora does not implement. Raises UnsupportedError."""
     found = data.number(name, value)
     if found != value:
         raise UnsupportedError(
-            f"{data.source}: {data.key(name)} is {found:g}, nplora computes {value:g} only"
+            f"{data.source}: {data.key(name)} is {found:g}, expected {value:g}, the only value nplora reads"
         )
 
 
 def scaling_kind(data: ArchitectureMetadata) -> str:
-    """How the rotation is scaled: linearly, if the file does not say it."""
+    """The kind of scaling of the rotation. Without an entry, it is "linear"."""
     return data.string("rope.scaling.type", "linear")
 
 
 def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
-    """The rotation of `dim` values of each head; theta: its base, where the file does not say it."""
+    """The rotation of `dim` values of each head. `theta` is its base if the file has none."""
     require_number(data, "rope.scaling.attn_factor", 1.0)
     factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
     return RopeConfig(base(data, theta), linear_factor(data), factors=factors)
 
 
 def base(data: ArchitectureMetadata, theta: float) -> float:
-    """The base of the rotation; theta where the file does not say it."""
+    """The base of the rotation, or `theta` if the file has none."""
     return require_theta(data.source, data.number("rope.freq_base", theta))
 
 
 def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
-    """What all frequencies are divided by. `rope.scale_linear` is the entry's older name.
+    """The divisor of all frequencies. `rope.scale_linear` is an older name of the entry.
 
     Args:
-        others: kinds of scaling that the family has too.
+        others: other kinds of scaling that the family supports.
     Raises:
         UnsupportedError: the rotation is scaled in another way.
     """
@@ -135,7 +135,7 @@ def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
 
 
 def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
-    """The tensor that says what the frequency of each pair of `dim` rotating values is divided by."""
+    """The tensor with the divisor of each pair's frequency, for `dim` rotating values."""
     if name not in file:
         raise FormatError(f"{file.source}: tensor {name} is missing")
     tensor = file[name]
@@ -144,5 +144,5 @@ def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
         raise FormatError(f"{file.source}: tensor {name} is {found}")
     factors = tensor.numpy().astype(np.float64)
     if not ((factors > 0) & (factors < 1e30)).all():
-        raise FormatError(f"{file.source}: tensor {name} holds a factor that is not above 0")
+        raise FormatError(f"{file.source}: tensor {name} holds a factor outside 0 to 1e30")
     return np.asarray(factors)

@@ -1,7 +1,7 @@
-"""Granite 3, dense (IBM 2024): Llama with multipliers of embeddings, halves, scores and logits.
+"""Granite 3, dense (IBM 2024): Llama with multipliers for embeddings, half-blocks, scores and logits.
 
-llama.cpp's converter makes this architecture of Granite 4's dense models too. In Hugging Face's files these
-are another family, "granitemoehybrid", which is not read.
+llama.cpp converts Granite 4's dense models to this architecture too. In Hugging Face's files, they are the
+family "granitemoehybrid", which nplora does not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nplora.models.families import config_fields
 from nplora.models.families.family import Family
 from nplora.models.families.gguf_fields import ArchitectureMetadata
 
-# By ModelConfig's names, which are those of config.json: GGUF's names.
+# From the names in ModelConfig and config.json to GGUF's names.
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -40,11 +40,11 @@ class Granite(Family):
         return _multiplied(dataclasses.replace(config, mlp_bias=mlp_bias), multipliers)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """A multiplier that is missing or 0 is none; that of scores is then 1 / sqrt(head_dim)."""
+        """A missing multiplier, or 0, means none. The factor of the scores is then 1 / sqrt(head_dim)."""
         data = ArchitectureMetadata(file, self.architecture)
         config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}
-        if not data.boolean("rope.scaling.finetuned", True):  # which switches the rotation off
+        if not data.boolean("rope.scaling.finetuned", True):  # False switches the rotation off
             config = dataclasses.replace(config, unrotated=frozenset(range(config.num_hidden_layers)))
         return _multiplied(config, {name: value for name, value in found.items() if value})
 

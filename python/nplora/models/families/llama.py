@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024), and models built alike, as SmolLM2."""
+"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024), and similar models such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Llama(Family):
         return dataclasses.replace(config, mlp_bias=fields.boolean("mlp_bias", False))
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """GGUF tells Mistral from Llama by the window alone."""
+        """In GGUF, only the sliding window distinguishes Mistral from Llama."""
         config = super().read_metadata(file)
         if config.sliding_windows[0] == NO_WINDOW:
             return config

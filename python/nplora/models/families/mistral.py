@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama in which a query may see a window of the last tokens only."""
+"""Mistral (Jiang et al. 2023): Llama with an optional sliding window over the last tokens."""
 
 from __future__ import annotations
 

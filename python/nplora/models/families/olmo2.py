@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team 2024): norms stand after the halves only, and over all heads of q and k at once."""
+"""OLMo 2 (OLMo Team 2024): norms come only after the half-blocks, and cover all heads of q and k together."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Olmo2(Family):
         return config_fields.with_attention_bias(super().read_config(fields), fields)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """OLMo 3 has the same architecture in GGUF; every fourth of its layers has no window."""
+        """OLMo 3 has the same architecture in GGUF, but a sliding window in three of four layers."""
         config = super().read_metadata(file)
         if any(config.sliding_windows):
-            raise UnsupportedError(f"{file.source}: a sliding window, as OLMo 3 has it, expected none")
+            raise UnsupportedError(f"{file.source}: a sliding window, as in OLMo 3, is not supported")
         return config
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:

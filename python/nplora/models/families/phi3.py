@@ -1,6 +1,6 @@
-"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with q, k and v in one layer, and gate and up in another.
+"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with one layer for q, k and v, and one for gate and up.
 
-Contexts are stretched by LongRoPE, and a part of each head may rotate alone.
+LongRoPE extends contexts, and only a part of each head may rotate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _ORIGINAL = "rope.scaling.original_context_length"
-_LENGTH = 4096  # the original context where config.json does not say it
+_LENGTH = 4096  # the default original context length
 
 
 class Phi3(Family):
@@ -60,7 +60,7 @@ class Phi3(Family):
         )
 
     def read_rope_fields(self, fields: Fields) -> RopeConfig:
-        """The base alone: `read_config` adds the factors, for which the width of a head is needed."""
+        """Only the base. `read_config` adds the factors, which need the width of a head."""
         theta = config_fields.rope_fields(fields).number(
             "rope_theta", fields.number("rope_theta", self.rope_theta)
         )
@@ -113,7 +113,9 @@ def _rope(fields: Fields, found: Fields, config: ModelConfig, dim: int) -> RopeC
     if kind == "default":
         return config.rope
     if kind not in ("longrope", "su"):
-        raise UnsupportedError(f"{found.source}: {brief(kind)}, expected 'default' or 'longrope'")
+        raise UnsupportedError(
+            f"{found.source}: the rotation is scaled by {brief(kind)}, expected 'default' or 'longrope'"
+        )
     name = "original_max_position_embeddings"
     length = fields.integer(name, found.integer(name, _LENGTH))
     _require_length(fields.source, name, length)
@@ -125,7 +127,7 @@ def _rope(fields: Fields, found: Fields, config: ModelConfig, dim: int) -> RopeC
 
 
 def _require_length(source: str, name: str, length: int) -> None:
-    """Refuse an original context that cannot be."""
+    """Refuse an impossible original context length."""
     if not 1 < length <= MAX_POSITIONS:
         raise FormatError(f"{source}: {name} is {length:,}, expected 2 to {MAX_POSITIONS:,}")
 

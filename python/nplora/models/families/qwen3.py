@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al. 2025): each head of q and k is normalised before it is rotated; no biases by default."""
+"""Qwen3 (Yang et al. 2025): each head of q and k is normalised before it rotates. No biases by default."""
 
 from __future__ import annotations
 

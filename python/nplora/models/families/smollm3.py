@@ -1,4 +1,4 @@
-"""SmolLM3 (Bakouch et al. 2025): Llama in which every fourth layer does not rotate."""
+"""SmolLM3 (Bakouch et al. 2025): Llama without rotation in every fourth layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SmolLM3(Family):
         config = config_fields.with_attention_bias(super().read_config(fields), fields)
         layers = config.num_hidden_layers
         unrotated = _every(layers, fields.integer("no_rope_layer_interval", _INTERVAL), fields.source)
-        if "no_rope_layers" in fields:  # 1 where a layer rotates
+        if "no_rope_layers" in fields:  # 1 for a layer that rotates
             rotates = fields.integers("no_rope_layers", layers)
             unrotated = frozenset(i for i in range(layers) if not rotates[i])
         has_window = fields.boolean("use_sliding_window", False) and "sliding_window" in fields
@@ -51,7 +51,7 @@ class SmolLM3(Family):
 
 
 def _every(layers: int, interval: int, source: str) -> frozenset[int]:
-    """The layers that do not rotate, where every `interval`-th does not."""
+    """The layers without rotation, if every `interval`-th has none."""
     if interval < 1:
         raise FormatError(f"{source}: no_rope_layer_interval is {interval}, expected at least 1")
     return frozenset(i for i in range(layers) if (i + 1) % interval == 0)

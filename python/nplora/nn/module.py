@@ -248,7 +248,9 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """This module as "", then every module in it by dotted name. A shared one comes once, at first.
+        """This module as "", then every module in it by dotted name.
+
+        A module that is shared comes once, under its first name.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
@@ -420,7 +422,7 @@ class Module:
         return replaced.get(id(self), self)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
-        """Replace modules in here: each one whose id is a key of `replaced`, by its value."""
+        """Replace the modules whose ids are the keys of `replaced` by its values."""
         for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)

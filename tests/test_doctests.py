@@ -36,6 +36,7 @@ WITH_EXAMPLES = [
     "nplora.nn",
     "nplora.runtime",
     "nplora.tokenizer",
+    "nplora.trainer",
 ]
 
 _NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core

@@ -182,7 +182,7 @@ def _warn_if_short(
         return
     short = shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
     if short:
-        warn_user(short)
+        warn_user(f"finetune: {short}")
 
 
 def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:

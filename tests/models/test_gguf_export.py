@@ -397,7 +397,7 @@ OTHERS: dict[str, tuple[str, Any, str]] = {
     "before NFC": ("qwen2", added_token(normalized=True), "normalized of token '<wide>' is True"),
     "Bert's ends": ("gpt-2", bert_like, "post_processor is"),
     "another beginning": ("gpt-2", template_of("<|end|> $A"), "gets the tokens \\[0\\], expected only bos"),
-    "two": ("gpt-2", template_of("$A <|end|> <|end|>"), "gets the tokens \\[0, 0\\], expected only eos_token"),
+    "two": ("gpt-2", template_of("$A <|end|> <|end|>"), "gets the tokens \\[0, 0\\], expected only eos"),
     "the text twice": ("gpt-2", template_of("$A $A"), "post_processor is"),
 }  # fmt: skip
 

@@ -27,7 +27,8 @@ from small_llama import save_small_llama
 
 # Every public name of these modules (their __all__) has an example. Add yours.
 WITH_EXAMPLES = [
-    "nplora.finetuning", "nplora.finetuning.data", "nplora.nn", "nplora.lm"
+    "nplora.finetuning", "nplora.finetuning.data", "nplora.lm", "nplora.nn", "nplora.runtime",
+    "nplora.trainer",
 ]  # fmt: skip
 
 _NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core

@@ -184,7 +184,7 @@ def test_the_learning_rate_follows_the_schedule(schedule: str) -> None:
 
 def test_a_run_that_ends_before_the_learning_rate_has_risen_is_a_warning() -> None:
     x, y = data(40)
-    message = "Trainer.fit: the learning rate rises for 4 steps, and the run ends after 4"
+    message = "Trainer.fit: the warm-up takes 4 steps, but the run ends after 4"
     for steps in (0, 4, 5):  # at its fifth step the rate has risen
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

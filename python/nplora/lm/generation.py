@@ -92,8 +92,8 @@ class Sampling:
 def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. The other prompts change a text by rounding only,
-    which differs between batches of different sizes.
+    The prompts are computed together, as rows of one batch. A text depends on the other prompts only through
+    rounding, which differs between batches of different sizes.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -192,7 +192,11 @@ def _longest_before_switch(config: Any) -> float:
 
 
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt. There is at least one, fewer than the context takes, and the model has them."""
+    """The tokens of a prompt: at least one, fewer than the context takes, and all in the vocabulary.
+
+    Raises:
+        TypeError: the prompt is neither a text nor a chat. ValueError: its tokens are not as above.
+    """
     tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
     chat = not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):

@@ -42,7 +42,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelSaved(Saved):
-    """What `LanguageModel.backward` needs. It serves one call, which frees what each block kept."""
+    """What `LanguageModel.backward` needs. It can be used once: backward frees what each block kept."""
 
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
@@ -564,10 +564,10 @@ class LanguageModel(Module):
         """A cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. Here `cache.limits`, the most tokens that each sequence may come to
-        have, decides which. It is `capacity` at first; lower it before the first token of a sequence that
-        stays short. `generate` begins with the short factors, as transformers does, and reads a sequence
-        again when it outgrows the original context.
+        longer than its original context. Here `cache.limits` decides: the length that each sequence may
+        reach. It is `capacity` at first; lower it before the first token of a sequence that stays short.
+        `generate` begins with the short factors, as transformers does, and reads a sequence again when it
+        outgrows the original context.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

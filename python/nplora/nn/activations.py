@@ -32,7 +32,13 @@ class Activation(Module):
     _keeps_output = False  # whether f' is computed from y, which the next layer keeps as its input
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
-        """y of the shape of x, and what `backward` needs."""
+        """y of the shape of x, and what `backward` needs.
+
+        >>> import nplora
+        >>> y, saved = nplora.ReLU().forward([-1.0, 2.0])
+        >>> y
+        array([0., 2.])
+        """
         op = f"{type(self).__name__}.forward"
         given = _check.as_array(op, "x", x)
         array = _check.floats(op, "x", given, np.float64 if given.dtype == np.float64 else np.float32)
@@ -42,6 +48,12 @@ class Activation(Module):
 
     def backward(self, dy: npt.ArrayLike, saved: ActivationSaved, need_dx: bool = True) -> Gradient:
         """dx of the shape of x, or None if need_dx is False.
+
+            >>> import nplora
+            >>> relu = nplora.ReLU()
+            >>> y, saved = relu.forward([-1.0, 2.0])
+            >>> relu.backward([1.0, 1.0], saved)
+            array([0., 1.])
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer.

@@ -66,7 +66,12 @@ class Embedding(Module):
         return [] if self.trainable else [self.weight]
 
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, EmbeddingSaved]:
-        """y (..., dim) for integer ids (...).
+        """y (..., dim) for integer ids (...), and what `backward` needs.
+
+            >>> import nplora, numpy as np
+            >>> y, saved = nplora.Embedding(np.eye(3)).forward([[0, 2]])
+            >>> y.shape
+            (1, 2, 3)
 
         Raises:
             TypeError: ids are not integers.
@@ -79,6 +84,15 @@ class Embedding(Module):
 
     def backward(self, dy: npt.ArrayLike, saved: EmbeddingSaved, need_dx: bool = True) -> None:
         """dweight[ids] += dy, if trainable. Ids have no gradient, so the result is None.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.Embedding(np.zeros((3, 2)), trainable=True)
+            >>> y, saved = layer.forward([0, 2, 2])
+            >>> layer.backward(np.ones((3, 2)), saved)
+            >>> layer.dweight
+            array([[1., 1.],
+                   [0., 0.],
+                   [2., 2.]], dtype=float32)
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
@@ -157,6 +171,11 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, LoRAEmbeddingSaved]:
         """y (..., dim) for integer ids (...), and what `backward` needs.
 
+            >>> import nplora, numpy as np
+            >>> y, saved = nplora.LoRAEmbedding(np.eye(3), rank=1).forward([2])
+            >>> y
+            array([[0., 0., 1.]], dtype=float32)
+
         Raises:
             TypeError: ids are not integers.
             ValueError: an id is not in [0, vocab).
@@ -180,6 +199,13 @@ class LoRAEmbedding(LoRALayer):
 
     def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
         """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient, so the result is None.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRAEmbedding(np.eye(3), rank=1, rng=0)
+            >>> y, saved = layer.forward([2])
+            >>> layer.backward(np.ones((1, 3)), saved)
+            >>> (layer.dA != 0).T
+            array([[False, False,  True]])
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, rank or

@@ -85,7 +85,12 @@ class Linear(Prepared, Module):
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LinearSaved]:
-        """y (..., d_out) for x (..., d_in).
+        """y (..., d_out) for x (..., d_in), and what `backward` needs.
+
+            >>> import nplora, numpy as np
+            >>> y, saved = nplora.Linear(np.eye(2, 3)).forward([1, 2, 3])
+            >>> y
+            array([1., 2.], dtype=float32)
 
         Raises:
             ValueError: the last axis of x is not d_in.
@@ -99,6 +104,15 @@ class Linear(Prepared, Module):
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
         """dx = dy W, or None if need_dx is False. If trainable, also dweight += dyᵀ x and dbias += Σ dy.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.Linear(np.eye(2, 3), trainable=True)
+            >>> y, saved = layer.forward([1, 2, 3])
+            >>> layer.backward([1, 0], saved)
+            array([1., 0., 0.], dtype=float32)
+            >>> layer.dweight
+            array([[1., 2., 3.],
+                   [0., 0., 0.]], dtype=float32)
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape or

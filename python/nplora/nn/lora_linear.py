@@ -155,6 +155,12 @@ class LoRALinear(LoRALayer):
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LoRALinearSaved]:
         """y (..., d_out) for x (..., d_in), and what `backward` needs: references to x and z.
 
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(2, 3), rank=1)
+            >>> y, saved = layer.forward([1, 2, 3])
+            >>> y
+            array([1., 2.], dtype=float32)
+
         Raises:
             ValueError: the last axis of x is not d_in.
         """
@@ -227,6 +233,14 @@ class LoRALinear(LoRALayer):
 
         forward:   z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
         backward:  dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(2, 3), rank=1)
+            >>> y, saved = layer.forward([1, 2, 3])
+            >>> layer.backward([1, 0], saved)
+            array([1., 0., 0.], dtype=float32)
+            >>> bool(layer.dA[0] != 0), bool(layer.dA[1] != 0)
+            (True, False)
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape, rank

@@ -216,7 +216,23 @@ class Module:
     # ---- what this module holds itself, apart from its children ----
 
     def local_parameters(self) -> list[Parameter]:
-        """The trainable arrays of this module alone, without its children."""
+        """The trainable arrays of this module alone, without its children. A layer of your own overrides it.
+
+        >>> import nplora, numpy as np
+        >>> class Scale(nplora.Module):
+        ...     def __init__(self, d):
+        ...         self.w, self.dw = np.ones(d, np.float32), np.zeros(d, np.float32)
+        ...     def local_parameters(self):
+        ...         return [nplora.Parameter("w", self.w, self.dw)]
+        ...     def forward(self, x):
+        ...         return x * self.w, x
+        ...     def backward(self, dy, x, need_dx=True):
+        ...         self.dw += (dy * x).sum(axis=0)
+        ...         return dy * self.w if need_dx else None
+        >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), Scale(4))
+        >>> [parameter.name for parameter in net.parameters()]
+        ['0.A', '0.B', '1.w']
+        """
         return []
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
@@ -232,7 +248,9 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """This module as "", then every module in it by dotted name. A shared one comes once, at first.
+        """This module as "", then every module in it by dotted name.
+
+        A module that is shared comes once, under its first name.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
@@ -286,7 +304,13 @@ class Module:
 
     @property
     def num_trainable(self) -> int:
-        """The number of trainable elements."""
+        """The number of trainable elements.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(64), rank=2)
+        >>> layer.num_trainable, layer.num_parameters
+        (256, 4352)
+        """
         return sum(p.value.size for p in self.parameters())
 
     @property
@@ -398,7 +422,7 @@ class Module:
         return replaced.get(id(self), self)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
-        """Replace modules in here: each one whose id is a key of `replaced`, by its value."""
+        """Replace the modules whose ids are the keys of `replaced` by its values."""
         for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)

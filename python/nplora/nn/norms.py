@@ -55,6 +55,11 @@ class _Norm(Module):
     def forward(self, x: npt.ArrayLike) -> tuple[Array, NormSaved]:
         """y of the shape of x (..., d), and what `backward` needs.
 
+            >>> import nplora, numpy as np
+            >>> y, saved = nplora.RMSNorm(np.ones(2), eps=0).forward([3, 3])
+            >>> y
+            array([1., 1.], dtype=float32)
+
         Raises:
             ValueError: the last axis of x is not d.
         """
@@ -72,6 +77,12 @@ class _Norm(Module):
 
     def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
         """dx of the shape of x, or None if need_dx is False. If trainable, adds to dweight and dbias.
+
+            >>> import nplora, numpy as np
+            >>> norm = nplora.RMSNorm(np.ones(2), eps=0, trainable=True)
+            >>> y, saved = norm.forward([3, 3])
+            >>> norm.backward([1, -1], saved).round(3), norm.dweight
+            (array([ 0.333, -0.333], dtype=float32), array([ 1., -1.], dtype=float32))
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, width or

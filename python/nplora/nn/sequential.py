@@ -55,6 +55,12 @@ class Sequential(Module):
     def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
         """The output of the last module, and what `backward` needs.
 
+            >>> import nplora, numpy as np
+            >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())
+            >>> y, saved = net.forward([-1, 2])
+            >>> y
+            array([0., 2.], dtype=float32)
+
         Raises:
             ValueError: a module raised it. The message begins with the module's dotted name.
         """
@@ -70,6 +76,12 @@ class Sequential(Module):
 
     def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
         """dx, or None if need_dx is False or the first module's input has no gradient.
+
+            >>> import nplora, numpy as np
+            >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())
+            >>> y, saved = net.forward([-1, 2])
+            >>> net.backward(np.ones(2, np.float32), saved)
+            array([0., 1.], dtype=float32)
 
         Raises:
             ValueError: as in `forward`, or saved is from a pass through another number of modules.

@@ -111,7 +111,7 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint array by array to check it, then map it.
 
     The arrays are mapped because a resumed run may not have the memory for a copy of all of them. They are
-    read first so that an error of the disk is an OSError.
+    read first, because an error of the disk in a mapped file would end the process.
 
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.

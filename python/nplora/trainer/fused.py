@@ -40,7 +40,7 @@ class FusedLoss(Protocol):
         """The mean loss of a batch, without dropout."""
 
     def blame(self, model: Module, x: Any) -> str:
-        """After a loss that is not finite: where the first value that is not finite appears."""
+        """A sentence that says where the first value that is not finite appears, after such a loss."""
 
     def settings(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON."""

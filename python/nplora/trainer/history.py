@@ -21,6 +21,12 @@ KEPT = 64  # step records, and epoch records, in a checkpoint: some history surv
 class StepRecord:
     """One update of the parameters.
 
+        >>> import nplora, numpy as np
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
+        >>> record = trainer.fit(np.eye(4), np.ones((4, 4)), steps=3).steps[0]
+        >>> record.step, record.loss, record.count      # the loss is a mean over 16 elements
+        (1, 0.75, 16)
+
     Attributes:
         step: updates made, including this one.
         epoch: the epoch, from 1.
@@ -43,6 +49,13 @@ class StepRecord:
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
     """One pass over the data, or the part of a pass after which the run ended.
+
+        >>> import nplora, numpy as np
+        >>> x, labels = np.eye(3), np.array([0, 1, 2])
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1, rng=0))
+        >>> record = trainer.fit(x, labels, epochs=2, validation=(x, labels)).epochs[-1]
+        >>> record.epoch, record.step, record.val_accuracy
+        (2, 2, 1.0)
 
     Attributes:
         epoch: the epoch, from 1.

@@ -1,4 +1,4 @@
-"""The header of a run's log: which model, command, version and machine the run is of."""
+"""The header of a run's log: the model, the command, the version and the machine."""
 
 import datetime
 import shlex

@@ -46,7 +46,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
         >>> trainer = nplora.Trainer(layer, loss="mse")
         >>> x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 2))
         >>> history = trainer.fit(x, y, checkpoint_dir="plotted-run", overwrite=True)
-        >>> nplora.plot.plot_run("plotted-run", overwrite=True)  # needs matplotlib
+        >>> nplora.plot.plot_run("plotted-run", overwrite=True)
         PosixPath('plotted-run/plot.png')
 
     Args:
@@ -80,6 +80,13 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
 def read_log(path: StrPath) -> RunLog:
     """The records of the steps and epochs, and the loss before training. A last line cut short is skipped.
+
+        >>> import nplora, numpy as np
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), loss="mse")
+        >>> history = trainer.fit(np.eye(4), np.eye(4), epochs=3, checkpoint_dir="run", overwrite=True)
+        >>> steps, epochs, loss_before = nplora.plot.read_log("run/log.jsonl")
+        >>> [record["step"] for record in steps], loss_before
+        ([1, 2, 3], None)
 
     Raises:
         DataError: a line is not a record (its number is named), or there is no step yet.
@@ -138,9 +145,13 @@ def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """The running mean of a curve whose weights fall by exp(-1 / window) with every step back.
+    """The running mean of a curve. Its weights fall by the factor exp(-1 / window) with every step back.
 
-    The weights of each point add up to 1, so the curve does not start at 0.
+    The weights of each mean add up to 1, so the first one is the first value.
+
+        >>> import nplora
+        >>> nplora.plot.smoothed([4.0, 4.0, 4.0], window=2)
+        [4.0, 4.0, 4.0]
     """
     keep = math.exp(-1 / window)
     mean = weight = 0.0
@@ -160,7 +171,7 @@ def _loss_curves(log: RunLog) -> list[_Curve]:
         curves.append(_Curve("step, smoothed", raw.x, mean, {"color": "C0"}))
     return [
         *curves,
-        _curve("epoch", log.epochs, "loss", color="C0", marker=".", linestyle="none"),
+        _curve("epoch mean", log.epochs, "loss", color="C0", marker=".", linestyle="none"),
         _curve("validation", [*before, *log.epochs], "val_loss", color="C1", marker="."),
     ]
 

@@ -62,11 +62,22 @@ class Run:
         return self._state.total_steps
 
     def stop(self) -> None:
-        """End the run after the current step."""
+        """End the run after the current step; see `Callback` for an example."""
         self._ended = "callback"
 
     def log(self, event: str, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON to the run's log, if it has one. NaN and infinities become null."""
+        """Append a line of JSON to the run's log, if it has one. NaN and infinities become null.
+
+        >>> import nplora, numpy as np
+        >>> class Note(nplora.trainer.Callback):
+        ...     def on_epoch_end(self, run, record):
+        ...         run.log("note", {"loss": record.loss})
+        ...         print(run.logged("note"))
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
+        >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[Note()])
+        >>> history = trainer.fit(np.eye(4), np.eye(4), checkpoint_dir="noted-run", overwrite=True)
+        {'event': 'note', 'loss': 0.0}
+        """
         if self._directory is not None:
             self._directory.log({"event": event, **record})
 

@@ -67,7 +67,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def close_epoch(self, metrics: dict[str, float]) -> EpochRecord:
-        """Record the current epoch with its validation metrics, and judge it for early stopping."""
+        """Record the current epoch with its validation metrics, and use them for early stopping."""
         record = self.history.epoch_record(self.epoch + 1, metrics)
         self.history.epochs.append(record)
         self.early_stopping.judge(self.epoch + 1, metrics.get("loss"))

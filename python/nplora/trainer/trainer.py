@@ -162,8 +162,8 @@ class Trainer(TrainingSetup):
         Warns:
             UserWarning: a damaged checkpoint was skipped and the one before it is used; settings, instruction
                 set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; a
-                checkpoint cannot be written during the run; the run ends before the learning rate has risen;
-                no label counts in any step.
+                checkpoint cannot be written during the run; the run ends before the warm-up does; no label
+                counts in any step.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
@@ -294,8 +294,7 @@ class Trainer(TrainingSetup):
             save_seconds=60 * minutes or math.inf,
         )
         if total is not None and 0 < total <= self.warmup_steps:
-            rises = f"the learning rate rises for {self.warmup_steps} steps"
-            warn_user(f"{_OP}: {rises}, and the run ends after {total}")
+            warn_user(f"{_OP}: the warm-up takes {self.warmup_steps} steps, but the run ends after {total}")
         return config
 
     def _check_model(self) -> None:

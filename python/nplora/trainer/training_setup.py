@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 
 class TrainingSetup:
-    """The settings of a `Trainer`, which documents and takes them."""
+    """The settings of a `Trainer`; see there."""
 
     def __init__(
         self,

@@ -27,9 +27,17 @@ from small_llama import save_small_llama
 
 # Every public name of these modules (their __all__) has an example. Add yours.
 WITH_EXAMPLES = [
-    "nplora.finetuning", "nplora.finetuning.data", "nplora.lm", "nplora.nn", "nplora.runtime",
+    "nplora",
+    "nplora.finetuning",
+    "nplora.finetuning.data",
+    "nplora.formats.gguf",
+    "nplora.lm",
+    "nplora.lora",
+    "nplora.nn",
+    "nplora.runtime",
+    "nplora.tokenizer",
     "nplora.trainer",
-]  # fmt: skip
+]
 
 _NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core
 _NEEDS_TOKENIZERS = "model.gguf"

@@ -1,4 +1,4 @@
-"""What `nplora info FILE` prints."""
+"""The text that `nplora info FILE` prints."""
 
 import json
 from pathlib import Path
@@ -317,7 +317,7 @@ def test_the_description_says_which_commands_refuse_a_file(tmp_path: Path) -> No
     for path in (model, tmp_path / "hf"):
         with pytest.raises(UnsupportedError, match="'gemma9', expected one of"):
             nplora.load_model(path)
-    with pytest.raises(UnsupportedError, match="the layers of 'gemma9' are not known"):
+    with pytest.raises(UnsupportedError, match="does not know the architecture 'gemma9'"):
         nplora.read_adapter(adapter)
     lm = small_models.load(tmp_path)
     assert "not supported" not in description.describe(tmp_path / "small.gguf")

@@ -1,4 +1,4 @@
-"""`nplora finetune`: options, errors, interruption; with `eval` and `generate` on what it leaves."""
+"""`nplora finetune`: options, errors and interruption; and `eval` and `generate` with its adapter."""
 
 import dataclasses
 import json

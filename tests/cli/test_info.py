@@ -1,4 +1,4 @@
-"""`nplora info`: what runs, or what a file holds."""
+"""`nplora info`: versions and threads, or the description of a file."""
 
 import pytest
 

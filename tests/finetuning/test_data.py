@@ -184,7 +184,7 @@ DOCUMENTS = [{"title": "Rome", "text": "A city."}]
 
 
 def transformers_text(messages: Any, **given: Any) -> str:
-    """What the real `apply_chat_template` writes."""
+    """The text that transformers' `apply_chat_template` writes."""
     transformers = pytest.importorskip("transformers")
     package = pytest.importorskip("tokenizers")
     theirs = transformers.PreTrainedTokenizerFast(

@@ -179,7 +179,7 @@ def test_one_seed_decides_the_start_of_the_factors(model: Path, data: Path, tmp_
 def test_every_option_reaches_trainer_optimiser_and_layers(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first line of the log has the settings of trainer, optimiser and layers."""
+    """The second line of the log has the settings of trainer, optimiser and layers."""
     saved: list[int] = []
     save = RunDirectory.save
     monkeypatch.setattr(RunDirectory, "save", lambda d, point: (saved.append(point.step), save(d, point))[1])

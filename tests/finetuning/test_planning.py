@@ -657,7 +657,7 @@ def test_what_is_available_is_what_the_machine_and_every_group_leave(
 def test_a_run_with_a_plan_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str | None
 ) -> None:
-    """The micro-batches and the arithmetic of the first plan stay, whatever plan would fit later."""
+    """The micro-batches and the arithmetic of the first plan stay, even if another plan would fit later."""
     options = {"rank": 2, "lr": 1e-2, "batch_examples": 8, "save_every": 2, "memory": "100G"}
     plans = [ExecutionPlan(compute or "float32", True, 24), ExecutionPlan("bfloat16", False, None)]
 

@@ -1,4 +1,4 @@
-"""The signatures of finetune, plan and evaluate repeat the fields of their options, which decide."""
+"""The signatures and docstrings of finetune, plan and evaluate agree with the fields of their options."""
 
 import dataclasses
 import inspect

@@ -154,6 +154,10 @@ def read_adapter(
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
         TypeError: `source` is something else.
+
+    >>> adapter = nplora.read_adapter("adapter")
+    >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank
+    (14, 2)
     """
     return Adapter.of(sources.low_rank(source, base, edited_config, any_base))
 

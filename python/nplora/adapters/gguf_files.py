@@ -165,6 +165,9 @@ def adapter_to_gguf(
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
         FileExistsError: `path` is a model. UnsupportedError: the adapter has DoRA or fully trained layers, or
             nplora does not know the base model's family.
+
+    >>> print(nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf"))
+    adapter.gguf: 14 layers of llama, alpha 16
     """
     files.require_named("convert", directory=directory)
     model = _base_of(path, directory, base, any_base, overwrite)
@@ -273,6 +276,10 @@ def adapter_from_gguf(
         ValueError: a file to be written is the adapter or a file of the base model.
         FileExistsError: the directory holds a model or a training run.
         UnsupportedError: the factors are quantised, or nplora does not know the model's family.
+
+    >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
+    >>> print(nplora.adapter_from_gguf("adapter.gguf", "again", base="model.gguf"))
+    again: 14 layers of llama, alpha 16
     """
     files.require_named("convert", path=path, base=base)
     require_no_other(directory, overwrite)

@@ -63,7 +63,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
     full = command("generate", model, "1" * 58)
     assert full.stderr == (
-        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
+        "nplora: warning: generate: the text ends after 6 tokens because the model's context of 64 is full\n"
     )
     chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
     assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"

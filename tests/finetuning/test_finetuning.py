@@ -190,7 +190,7 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
         targets=("v_proj",), layers="first:1",
     )  # fmt: skip
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    settings = json.loads(log[0])["settings"]
+    settings = json.loads(log[1])["settings"]
     wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
     assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
     assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()
@@ -304,7 +304,8 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
     low = save_small_llama(tmp_path / "low.gguf", "q8_0")
     lm = load_model(low)
     with pytest.raises(
-        ValueError, match=rf"init='{init}' takes a part of model\.layers\.0\..*, and q8_0 cannot"
+        ValueError,
+        match=rf"init='{init}' needs unquantised weights, but model\.layers\.0\..* is stored in q8_0",
     ):
         lm.add_lora(init=init)
     assert not lm.adapter_layers()

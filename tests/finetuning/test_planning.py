@@ -196,13 +196,13 @@ def test_an_example_that_is_longer_than_a_batch_of_an_evaluation_counts_whole(
         ({"keep_prefix": "memory"}, "there is no frozen block below the adapters"),
         (
             {"init": "pissa"},
-            "^(plan|finetune): init='pissa' takes a part of model.layers.0.*, and q8_0 cannot",
+            "^(plan|finetune): init='pissa' needs unquantised weights, but model.layers.0.* stored in q8_0",
         ),
         (
             {"targets": ("q_prj",)},
-            "^(plan|finetune): the model has no layer 'q_prj' for an adapter; the nearest",
+            "^(plan|finetune): the model has no layer 'q_prj'; the nearest",
         ),
-        ({"layers": "last:99"}, r"^(plan|finetune): layers='last:99', the model has \d blocks"),
+        ({"layers": "last:99"}, r"^(plan|finetune): layers='last:99', but the model has \d blocks"),
     ],
 )
 def test_what_finetune_refuses_is_not_planned(
@@ -676,7 +676,7 @@ def test_a_run_with_a_plan_resumes_to_the_bit(
     finetune(model, data, tmp_path / "whole", steps=6, schedule="constant", **options)
     finetune(model, data, tmp_path / "parts", steps=3, schedule="constant", **options)
     log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert log[0]["settings"]["fixed"]["micro_tokens"] == 24
+    assert log[1]["settings"]["fixed"]["micro_tokens"] == 24
     with pytest.warns(UserWarning, match="total_steps"):
         finetune(model, data, tmp_path / "parts", steps=6, schedule="constant", resume=True, **options)
     whole, parts = (

@@ -74,6 +74,7 @@ def read_inputs(
     if lm.adapter_layers():
         on = counted(len(lm.adapter_layers()), "layer")
         raise ValueError(f"{op}: the model has an adapter already, on {on}; expected a model without one")
+    lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = _read(lm, train_path, options)

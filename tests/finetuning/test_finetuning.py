@@ -850,7 +850,7 @@ def test_an_adapter_that_does_not_fit_is_refused(model: Path, data: Path, tmp_pa
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(FormatError):
         attach_adapter(load_model(model), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="has an adapter already, on 2 layers"):
+    with pytest.raises(ValueError, match="already has an adapter, on 2 layers"):
         attach_adapter(fresh, tmp_path / "adapter")
 
 
@@ -1184,7 +1184,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     out = tmp_path / "out"
     finetune(model, data, out, **QUICK)
     with pytest.raises(
-        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: add_lora\(\) first, or"
+        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: call add_lora\(\) first, or"
     ):
         nplora.load_adapter(load_model(model), out)
     tensors = out / "adapter_model.safetensors"

@@ -1184,7 +1184,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     out = tmp_path / "out"
     finetune(model, data, out, **QUICK)
     with pytest.raises(
-        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: call add_lora\(\) first, "
+        ValueError, match=r"^load_adapter: the LanguageModel has no LoRA layer: call add_lora\(\) first, or"
     ):
         nplora.load_adapter(load_model(model), out)
     tensors = out / "adapter_model.safetensors"

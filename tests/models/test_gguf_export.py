@@ -84,7 +84,7 @@ def test_a_converted_model_gives_the_logits_of_transformers(name: str, ids: Arra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3 of the usual heads"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3 with the usual heads"])
 def test_transformers_reads_the_file_to_the_same_model(name: str, ids: Array, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
@@ -205,7 +205,7 @@ def test_settings_that_gguf_cannot_express_are_refused(rng: np.random.Generator,
     mixed = hf_directory(
         tmp_path / "mixed", rng, "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1
     )
-    with pytest.raises(UnsupportedError, match=r"layers with sliding windows of \[0, 8\] tokens"):
+    with pytest.raises(UnsupportedError, match=r"the layers have sliding windows of \[0, 8\] tokens"):
         nplora.model_to_gguf(mixed, tmp_path / "model.gguf")
     gelu = hf_directory(tmp_path / "gelu", rng, hidden_act="gelu_pytorch_tanh")
     with pytest.raises(
@@ -397,7 +397,7 @@ OTHERS: dict[str, tuple[str, Any, str]] = {
     "before NFC": ("qwen2", added_token(normalized=True), "normalized of token '<wide>' is True"),
     "Bert's ends": ("gpt-2", bert_like, "post_processor is"),
     "another beginning": ("gpt-2", template_of("<|end|> $A"), "gets the tokens \\[0\\], expected only bos"),
-    "two": ("gpt-2", template_of("$A <|end|> <|end|>"), "gets tokens \\[0, 0\\], which are not eos_token"),
+    "two": ("gpt-2", template_of("$A <|end|> <|end|>"), "gets the tokens \\[0, 0\\], expected only eos"),
     "the text twice": ("gpt-2", template_of("$A $A"), "post_processor is"),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-// 4 floats or 2 doubles by the compiler's own vectors: the baseline of any machine. No fused multiply-add is
-// assumed. Included by vec.h, inside the namespace of one instruction set.
+// 4 floats or 2 doubles in the compiler's own vector types, for the baseline of any machine. It does not
+// assume fused multiply-adds. Included by vec.h, inside the namespace of one instruction set.
 template <class T>
 struct Vec {
   static constexpr size_t kLanes = 16 / sizeof(T);
@@ -61,7 +61,8 @@ typedef int32_t WholeNumbers __attribute__((vector_size(16)));
 inline Vec<float> power_of_two(WholeNumbers n) {
   return {__builtin_bit_cast(Vec<float>::Register, (n + 127) << 23)};
 }
-// Adding 1.5 * 2^23 puts whole numbers into the low bits, NaN too: no conversion that NaN would leave undefined.
+// Adding 1.5 * 2^23 leaves n as a whole number in the low bits. No conversion is needed, which would be
+// undefined for NaN.
 inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
   constexpr float kShift = 0x1.8p23f;
   const WholeNumbers whole =

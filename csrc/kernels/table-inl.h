@@ -1,4 +1,4 @@
-// Fills the table of one unit from the bodies above it.
+// Fills the table of one unit from the kernels that the unit included before.
 
 #define NPLORA_DECODERS
 #include "kernels/formats.h"

@@ -1,15 +1,16 @@
-// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the contract.
+// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the
+// contract.
 //
-// Six registers hold sums: two rows of three tiles for gemm_outputs_in_lanes, three of two for gemm_tokens_in_lanes. Each step of
-// up to kTileSide pairs brings the tiles of a and b through the other two. A tile takes 8 cycles to be loaded and 16 to be
-// multiplied; six products need seven loads. The pairs of a step are summed by themselves before they are added; subnormals
-// count as zero.
+// Six registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two in
+// gemm_tokens_in_lanes. Each step loads tiles of a and b, of up to kTileSide pairs, into the other two
+// registers. Loading a tile takes 8 cycles and multiplying takes 16; six products need seven loads. The pairs
+// of a step are summed first and then added. Subnormals count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr int kA = 6, kB = 7;
 
-// Rows of sums and of a in a tile; columns of sums and of b; pairs in a step.
+// The shapes: tiles of sums are (rows, columns), of a (rows, steps), of b (steps, columns). Steps are pairs.
 inline void set_shapes(size_t rows, size_t columns, size_t steps) {
   TileShapes shapes;
   for (int tile = 0; tile < kA; ++tile) shapes.set(tile, rows, columns);
@@ -44,7 +45,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// All sums += a b. Every other row of tiles goes backwards: it begins with the b that is there.
+// All sums += a b. Every other row of tiles runs backwards, because it can start with the tile of b that is
+// already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -55,7 +57,8 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A step whose operands do not lie as tiles are read, or end early: copied, with zeros behind the end.
+// A copy of the operands of a step, for operands that are not stored as tiles are read, or that end early.
+// Zeros follow the end.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -88,11 +91,11 @@ struct OutputTiles {
   size_t c_stride;
   bool accumulate;
 
-  // A depth of less than a step, such as a rank, is a step of its own length.
+  // A depth of less than a step, such as a rank, is one step of its own length.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// kRows x kColumns tiles, the last of rows x columns, as set_shapes was called for.
+// kRows x kColumns tiles. The last one is (rows, columns), which must match the call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto go_on = [&p](size_t steps) {
@@ -148,7 +151,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// The same if w holds single values: kPairedRows of its rows at a time are paired in a copy, which stays in L1.
+// The same if w holds single values. kPairedRows of its rows at a time are paired in a copy, which stays in
+// L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
@@ -157,7 +161,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
   constexpr size_t kLanes = Vec<Bf16>::kLanes;
   alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
   size_t k = 0;
-  do {  // once without rows, too: c is set to zero
+  do {  // runs once even without rows, to set c to zero
     const size_t rows = smaller(depth - k, kPairedRows);
     for (size_t i = 0; i < rows; i += 2)
       for (size_t j = 0; j < n; j += kLanes) {
@@ -175,7 +179,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
-// If w is in panels, every third step is half in one panel and half in the next: it is copied.
+// If w is in panels, every third step is half in one panel and half in the next, and is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {

@@ -4,9 +4,10 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits; j < 4: scale_j in the low bits of byte j,
-// min_j in those of byte 4 + j; j >= 4: their low four bits in the nibbles of byte 4 + j, their high two on top of bytes j - 4
-// and j. The 32 bytes at 32 (j / 2) of q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), j even.
+// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits. For j < 4, scale_j is the
+// low bits of byte j and min_j those of byte 4 + j. For j >= 4, their low four bits are the nibbles of byte 4
+// + j, and their high two bits are the top bits of bytes j - 4 and j. The 32 bytes at 32 (j / 2) of q hold
+// sub-blocks j (low nibbles) and j + 1 (high nibbles), for even j.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};

@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// The same; bit j of high[i] is bit 4 of element i of sub-block j.
+// Like Q4_K; bit j of high[i] is bit 4 of element i of sub-block j.
 struct BlockQ5_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_1"};

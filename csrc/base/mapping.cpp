@@ -36,7 +36,7 @@ char* huge_page_of(char* at) {
   return at - reinterpret_cast<uintptr_t>(at) % kHugePage;
 }
 
-char* huge_page_behind(char* at) {
+char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
@@ -55,7 +55,7 @@ void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
 char* map_aligned(size_t bytes) {
   char* const first = map_pages(bytes + kHugePage);
   if (first == nullptr) return nullptr;
-  char* const start = huge_page_behind(first);
+  char* const start = huge_page_after(first);
   const auto before = static_cast<size_t>(start - first);
   if (before > 0) munmap(first, before);
   munmap(start + bytes, kHugePage - before);
@@ -86,7 +86,7 @@ std::optional<bool> can_collapse() {
   return knows;
 }
 
-// Places weights one behind the other. No thread waits for another one here: in the child of a fork it would
+// Places weights one after the other. No thread waits for another one here: in the child of a fork it would
 // wait forever.
 class Neighbours {
  public:
@@ -96,7 +96,7 @@ class Neighbours {
     if (!lock) return nullptr;
     if (!shares_) shares_ = can_collapse();
     if (!shares_.value_or(false)) return nullptr;
-    if (has_hole_.exchange(false) && next_ != end_) go_to(huge_page_behind(next_));
+    if (has_hole_.exchange(false) && next_ != end_) move_to(huge_page_after(next_));
     if (size > static_cast<size_t>(end_ - next_) && !open()) return nullptr;
     char* const at = next_;
     next_ += size;
@@ -118,14 +118,14 @@ class Neighbours {
 
  private:
   // Moves on to `start`; the space that is skipped goes back to the system.
-  void go_to(char* start) {
+  void move_to(char* start) {
     if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
     next_ = start;
     small_pages_ = start;
   }
 
   bool open() {
-    go_to(end_);
+    move_to(end_);
     next_ = nullptr;
     end_ = nullptr;
     char* const region = map_aligned(kRegion);

@@ -16,7 +16,7 @@ inline constexpr size_t kHugePage = size_t{2} << 20;
 char* map(size_t bytes);
 
 // For weights, which are read from memory again and again. A huge page needs one address translation; the
-// same bytes in small pages need 512, more than the processor keeps. So weights are placed one behind the
+// same bytes in small pages need 512, more than the processor keeps. So weights are placed one after the
 // other, and a huge page is requested once weights fill all of it: it never makes a process larger while they
 // live. Memory that is unmapped inside a huge page returns to the system when it is short of memory, or
 // together with the rest of the page.

@@ -98,14 +98,14 @@ struct OutputTiles {
 // kRows x kColumns tiles. The last one is (rows, columns), which must match the call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
-  const auto go_on = [&p](size_t steps) {
+  const auto advance = [&p](size_t steps) {
     p.depth -= steps;
     p.a.data += steps * p.a.step_stride;
     p.w += steps * p.w_stride;
   };
   load_sums<kRows, kColumns>(p.c, p.c_stride, p.accumulate);
   if (p.a.step_stride == 1)
-    for (const size_t steps = p.steps(); p.depth >= steps; go_on(steps))
+    for (const size_t steps = p.steps(); p.depth >= steps; advance(steps))
       tile_step<kRows, kColumns>(p.a.data, p.a.row_stride, p.w, p.w_stride);
   while (p.depth > 0) {
     const size_t all_rows = (kRows - 1) * kTileSide + rows,
@@ -116,7 +116,7 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
     step.clear_a(all_rows, steps);
     step.copy_b(steps, all_columns, p.w, p.w_stride);
     tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
-    go_on(steps);
+    advance(steps);
   }
   store_sums<kRows, kColumns>(p.c, p.c_stride);
 }
@@ -124,14 +124,14 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
 // All rows of a, with kColumns tiles of columns.
 template <int kColumns>
 inline void output_rows(size_t m, size_t columns, OutputTiles p) {
-  const auto go_on = [&](size_t rows) {
+  const auto advance = [&](size_t rows) {
     m -= rows;
     p.a.data += rows * p.a.row_stride;
     p.c += rows * p.c_stride;
   };
   if (m >= kTileSide) set_shapes(kTileSide, columns, p.steps());
-  for (; m >= 2 * kTileSide; go_on(2 * kTileSide)) output_tiles<2, kColumns>(kTileSide, columns, p);
-  for (; m >= kTileSide; go_on(kTileSide)) output_tiles<1, kColumns>(kTileSide, columns, p);
+  for (; m >= 2 * kTileSide; advance(2 * kTileSide)) output_tiles<2, kColumns>(kTileSide, columns, p);
+  for (; m >= kTileSide; advance(kTileSide)) output_tiles<1, kColumns>(kTileSide, columns, p);
   if (m == 0) return;
   set_shapes(m, columns, p.steps());
   output_tiles<1, kColumns>(m, columns, p);
@@ -215,15 +215,15 @@ inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, co
 template <int kColumns>
 inline void token_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16Pair* xt, float* yt,
                        bool accumulate) {
-  const auto go_on = [&](size_t done) {
+  const auto advance = [&](size_t done) {
     rows -= done;
     w.data += done * w.row_stride;
     yt += done * kColumns * kTileSide;
   };
   if (rows >= kTileSide) set_shapes(kTileSide, kTileSide, kTileSide);
-  for (; rows >= 3 * kTileSide; go_on(3 * kTileSide))
+  for (; rows >= 3 * kTileSide; advance(3 * kTileSide))
     token_tiles<3, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
-  for (; rows >= kTileSide; go_on(kTileSide))
+  for (; rows >= kTileSide; advance(kTileSide))
     token_tiles<1, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
   if (rows == 0) return;
   set_shapes(rows, kTileSide, kTileSide);

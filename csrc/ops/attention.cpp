@@ -93,7 +93,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
   double operations = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const size_t lanes = runs[i].count * shape.group();
-    const double per_lane = 4.0 * double(runs[i].first_place + runs[i].count) * double(shape.head_dim);
+    const double per_lane = 4.0 * double(runs[i].first_position + runs[i].count) * double(shape.head_dim);
     const double tiles = std::clamp(kTaskFlops / (per_lane * kTileLanes), 1.0, double(kTilesPerTask));
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
@@ -168,7 +168,7 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
-      const Span keys = visible_keys(shape, run.first_place + i, run.first_place + i);
+      const Span keys = visible_keys(shape, run.first_position + i, run.first_position + i);
       const size_t n = keys.end - keys.first, size = ceil_div(n, ceil_div(n, kPieceKeys));
       operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
       first_piece.push_back(pieces.size());

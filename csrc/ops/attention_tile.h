@@ -20,18 +20,18 @@ inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. Its scores are 64 x 48 floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
 
-// Neighbouring queries, and the keys of their sequence. Their positions are first_place, first_place + 1, ...
+// Neighbouring queries, and the keys of their sequence. Their positions are first_position, first_position + 1, ...
 struct Run {
-  size_t row, count;   // rows of q
-  size_t first_place;  // the position of the first query among the keys
-  const float *k, *v;  // at position 0
-  size_t stride;       // of k and v
+  size_t row, count;      // rows of q
+  size_t first_position;  // the position of the first query among the keys
+  const float *k, *v;     // at position 0
+  size_t stride;          // of k and v
 
-  Matrix<const float> keys(size_t head, size_t dim, size_t place, size_t n) const {
-    return {k + place * stride + head * dim, n, dim, stride};
+  Matrix<const float> keys(size_t head, size_t dim, size_t position, size_t n) const {
+    return {k + position * stride + head * dim, n, dim, stride};
   }
-  Matrix<const float> values(size_t head, size_t dim, size_t place, size_t n) const {
-    return {v + place * stride + head * dim, n, dim, stride};
+  Matrix<const float> values(size_t head, size_t dim, size_t position, size_t n) const {
+    return {v + position * stride + head * dim, n, dim, stride};
   }
 };
 
@@ -41,9 +41,9 @@ struct Span {
 };
 
 // The keys that the queries at these positions see.
-inline Span visible_keys(const AttentionShape& shape, size_t first_place, size_t last_place) {
+inline Span visible_keys(const AttentionShape& shape, size_t first_position, size_t last_position) {
   const size_t window = shape.window;
-  return {window > 0 && first_place + 1 > window ? first_place + 1 - window : 0, last_place + 1};
+  return {window > 0 && first_position + 1 > window ? first_position + 1 - window : 0, last_position + 1};
 }
 
 // The lanes first ... first + lanes - 1 of a run. All of them are heads that share kv_head.
@@ -60,10 +60,10 @@ struct QueryTile {
         first(first_lane),
         lanes(std::min(kTileLanes, end_lane - first_lane)) {}
 
-  size_t place(size_t lane) const { return run.first_place + (first + lane) / shape.group(); }
+  size_t position(size_t lane) const { return run.first_position + (first + lane) / shape.group(); }
 
   // The keys that at least one lane sees.
-  Span visible() const { return visible_keys(shape, place(0), place(lanes - 1)); }
+  Span visible() const { return visible_keys(shape, position(0), position(lanes - 1)); }
 
   // Calls body(row of q, first head, number of heads, lane of the first head) for the lanes of each token.
   template <class Body>
@@ -96,7 +96,7 @@ struct QueryTile {
   // Sets scores (keys.end - keys.first, kTileLanes) to -Inf where a lane does not see a key.
   void mask(Span keys, float* scores) const {
     const size_t window = shape.window;
-    if (keys.end <= place(0) + 1 && (window == 0 || keys.first + window > place(lanes - 1))) return;
+    if (keys.end <= position(0) + 1 && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
       const size_t begin = lane_at(key), end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -107,8 +107,8 @@ struct QueryTile {
  private:
   // The first lane whose position is `at` or later.
   size_t lane_at(size_t at) const {
-    if (at <= run.first_place) return 0;
-    const size_t lane = (at - run.first_place) * shape.group();
+    if (at <= run.first_position) return 0;
+    const size_t lane = (at - run.first_position) * shape.group();
     return lane <= first ? 0 : std::min(lane - first, lanes);
   }
 };

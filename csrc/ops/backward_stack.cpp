@@ -124,7 +124,7 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
   const size_t stride = p.joined->rank;
   const Matrix<T> dz{p.joined->dz + few.first * stride + p.column, few.count, p.rank(), stride};
   add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, token_block, few), p.a.data, p.a.stride, dz.data,
-                 stride, false, rows_behind(p.arrays.dy, rows));
+                 stride, false, rows_after(p.arrays.dy, rows));
   for (size_t i = 0; i < dz.rows; ++i)
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }

@@ -149,7 +149,7 @@ class RowsForward {
                                               : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
                     : elements(token_block, few.first);
     add_product<E>(few.count, all.rank, depth_, x, all.b, all.rank, all.z + few.first * all.rank, all.rank,
-                   false, rows_behind(x_, tokens));
+                   false, rows_after(x_, tokens));
   }
 
   // Copies a part's z of a few tokens to the caller, and converts it to elements E for the update.

@@ -37,7 +37,7 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
 
 // The rows of m after `some`, at most as many, which are fetched meanwhile. None if m is not dense.
 template <class T>
-kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
+kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
   if (m.stride != m.cols || count == 0) return kernels::Fetch::none();
   return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);

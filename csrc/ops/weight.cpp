@@ -28,12 +28,12 @@ size_t packed_offset(const WeightView& w, size_t row, size_t col) {
 
 // The address of element (row, col) of W, and the distance to the next row of its panel. col is a multiple of
 // kPanelColumns.
-struct Place {
+struct Location {
   const char* at;
   size_t row_stride;
 };
 
-Place locate(const WeightView& w, size_t row, size_t col) {
+Location locate(const WeightView& w, size_t row, size_t col) {
   const auto* data = static_cast<const char*>(w.data);
   if (w.packed) return {data + packed_offset(w, row, col), std::min(kPanelColumns, w.d_in - col)};
   return {data + (row * w.row_stride + col) * bytes_per_element(w.storage), w.row_stride};
@@ -116,7 +116,7 @@ void fetch(const WeightView& w, Range rows, Range cols) {
 }
 
 // The same for the columns that follow.
-void fetch_behind(const WeightView& w, Range rows, Range cols) {
+void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
@@ -169,7 +169,7 @@ namespace {
 
 template <class E>
 Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
-  const Place first = locate(w, rows.first, cols.first);
+  const Location first = locate(w, rows.first, cols.first);
   const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
   return {reinterpret_cast<const E*>(first.at), first.row_stride, panel_stride};
 }
@@ -193,7 +193,7 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, bool shared, T*
   if constexpr (std::is_same_v<T, float>)
     if (is_blocks(w.storage)) {
       const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
-      fetch_behind(w, rows, sub_blocks.cols);
+      fetch_after(w, rows, sub_blocks.cols);
       const size_t stride = decoded_stride(sub_blocks.cols.count, sizeof(T));
       decode(w, rows, sub_blocks.cols, {scratch, stride});
       return {scratch + sub_blocks.before, stride, kPanelColumns};
@@ -220,7 +220,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
     const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
-    fetch_behind(w, rows, sub_blocks.cols);
+    fetch_after(w, rows, sub_blocks.cols);
     const size_t pairs = ceil_div(sub_blocks.cols.count, 2);
     for_few_rows(rows, 2 * pairs, [&](size_t i, Range few, float* values) {
       if (sub_blocks.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
@@ -271,16 +271,16 @@ template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
   constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1, with the rows that are fetched
   for (size_t i = 0; i < rows.count; i += kRows) {
-    const size_t behind = std::min(i + kRows, rows.count);
-    fetch(w, {rows.first + behind, std::min(kRows, rows.count - behind)}, cols);
-    body(i, Range{rows.first + i, behind - i});
+    const size_t end = std::min(i + kRows, rows.count);
+    fetch(w, {rows.first + end, std::min(kRows, rows.count - end)}, cols);
+    body(i, Range{rows.first + i, end - i});
   }
 }
 
 // out (rows, cols) = columns that are side by side in memory. In packed W, these are columns of one panel.
 template <class T>
 void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
-  const Place from = locate(w, rows.first, cols.first);
+  const Location from = locate(w, rows.first, cols.first);
   const size_t pitch = from.row_stride * bytes_per_element(w.storage);
   for (size_t i = 0; i < rows.count; ++i)
     widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
@@ -289,7 +289,7 @@ void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
 // out (ceil(rows / 2), cols) = the same, with rows in pairs.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
-  const Place from = locate(w, rows.first, cols.first);
+  const Location from = locate(w, rows.first, cols.first);
   if (w.storage == Storage::kBfloat16)
     return convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at),
                              from.row_stride, out);

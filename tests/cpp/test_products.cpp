@@ -176,7 +176,8 @@ Layout weight_layout(size_t kind, size_t rows, size_t depth) {
 }
 
 template <class E>
-void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Layout layout, Place place) {
+void run_gemm_tokens_in_lanes(const KernelTable& table, const Product<E>& p, Data data, Layout layout,
+                              Place place) {
   check::Case one(
       "%s gemm_tokens_in_lanes<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate "
       "%d, %s, %s",
@@ -194,7 +195,7 @@ void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Lay
 }
 
 template <class E>
-void test_lane_tile(const KernelTable& table) {
+void test_gemm_tokens_in_lanes(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
   const std::string kernel = std::string("gemm_tokens_in_lanes of ") + element_name<E>();
   Random random(1);
@@ -208,7 +209,7 @@ void test_lane_tile(const KernelTable& table) {
         for (Data data : kAllData) {
           const Product<E> p(random, rows, lanes, depth, kind % 7 < 3, data, table);
           for (Place place : kPlaces)
-            run_lane_tile(table, p, data, weight_layout<E>(kind, rows, depth), place);
+            run_gemm_tokens_in_lanes(table, p, data, weight_layout<E>(kind, rows, depth), place);
         }
       }
 }
@@ -228,7 +229,8 @@ Layout outer_layout(size_t kind, size_t m, size_t depth) {
 }
 
 template <class E>
-void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, size_t kind, Place place) {
+void run_gemm_outputs_in_lanes(const KernelTable& table, const Product<E>& p, Data data, size_t kind,
+                               Place place) {
   const Layout a_layout = outer_layout(kind, p.m, p.depth);
   const size_t w_stride = p.n + kind % 3 * 7, c_stride = p.n + kind % 5;
   check::Case one(
@@ -252,7 +254,7 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
 }
 
 template <class E>
-void test_outer_tile(const KernelTable& table) {
+void test_gemm_outputs_in_lanes(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
   const std::string kernel = std::string("gemm_outputs_in_lanes of ") + element_name<E>();
   const std::vector<size_t> all_depths = depths();
@@ -268,7 +270,7 @@ void test_outer_tile(const KernelTable& table) {
         const size_t depth = all_depths[++kind * 31 % all_depths.size()];
         for (Data data : kAllData) {
           const Product<E> p(random, m, n, depth, kind % 7 < 3, data, table);
-          for (Place place : kPlaces) run_outer_tile(table, p, data, kind, place);
+          for (Place place : kPlaces) run_gemm_outputs_in_lanes(table, p, data, kind, place);
         }
       }
 }
@@ -319,7 +321,7 @@ void test_merge(const KernelTable& table) {
 }
 
 // If bfloat16 is widened in registers, the result has the same bits as with these values as floats.
-void test_widening_outer_tile(const KernelTable& table) {
+void test_widening_gemm_outputs_in_lanes(const KernelTable& table) {
   Random random(4);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
@@ -354,7 +356,7 @@ void test_widening_outer_tile(const KernelTable& table) {
 }
 
 // If gemm_outputs_in_lanes pairs rows of bfloat16, the result has the same bits as with pairs in memory.
-void test_pairing_outer_tile(const KernelTable& table) {
+void test_pairing_gemm_outputs_in_lanes(const KernelTable& table) {
   Random random(8);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
@@ -501,8 +503,8 @@ void test_blocking(const KernelTable& table) {
 
 template <class E>
 void test_tiles(const KernelTable& table) {
-  test_lane_tile<E>(table);
-  test_outer_tile<E>(table);
+  test_gemm_tokens_in_lanes<E>(table);
+  test_gemm_outputs_in_lanes<E>(table);
   test_blocking<E>(table);
 }
 
@@ -514,8 +516,8 @@ void test_products(const KernelTable& table) {
   test_tiles<Bf16Pair>(table);
   test_merge<float>(table);
   test_merge<double>(table);
-  test_widening_outer_tile(table);
-  test_pairing_outer_tile(table);
+  test_widening_gemm_outputs_in_lanes(table);
+  test_pairing_gemm_outputs_in_lanes(table);
   test_dense_panels<float>(table);
   test_dense_panels<double>(table);
   test_dense_panels<Bf16>(table);

@@ -112,21 +112,29 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
+// The largest of `before` and a column (rows). Four independent maxima, because a single one would wait for
+// each result.
+template <class Span>
+inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
+                                    const Span& span) {
+  Vec<float> m[4] = {before, before, before, before};
+  size_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) m[k] = max(m[k], span.load(column + (i + k) * stride));
+  for (; i < rows; ++i) m[0] = max(m[0], span.load(column + i * stride));
+  return max(max(m[0], m[1]), max(m[2], m[3]));
+}
+
 inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                          float* factor) {
   using V = Vec<float>;
   for_vectors(n, [&](size_t j, auto span) {
     float* column = s + j;
     const V before = span.load(largest + j);
-    V m[4] = {before, before, before, before};  // independent: a single one would wait for each result
-    size_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-#pragma GCC unroll 4
-      for (size_t k = 0; k < 4; ++k) m[k] = max(m[k], span.load(column + (i + k) * s_stride));
-    for (; i < rows; ++i) m[0] = max(m[0], span.load(column + i * s_stride));
-    const V now = max(max(m[0], m[1]), max(m[2], m[3]));
+    const V now = largest_of_column(rows, column, s_stride, before, span);
     V added = V::zero();
-    for (i = 0; i < rows; ++i) {
+    for (size_t i = 0; i < rows; ++i) {
       const V p = exp(span.load(column + i * s_stride) - now);
       span.store(p, column + i * s_stride);
       added = added + p;
@@ -150,6 +158,30 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
       const V p = exp(min(V::zero(), span.load(s + i) - shift));
       span.store(p, s + i);
       span.store(p * (span.load(dp + i) - less), dp + i);
+    }
+  });
+}
+
+// The same if the rows are all keys of the columns. delta is summed from the rounded p and dp themselves, so
+// equal terms cancel exactly: a single row has ds = 0.
+inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
+  using V = Vec<float>;
+  constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;  // kLeast: if all elements are -Inf
+  for_vectors(n, [&](size_t j, auto span) {
+    const size_t end = j + rows * stride;
+    const V top = largest_of_column(rows, s + j, stride, V(V::broadcast(kLowest)), span);
+    V sum = V::zero(), products = V::zero();
+    for (size_t i = j; i < end; i += stride) {
+      const V p = exp(span.load(s + i) - top);
+      span.store(p, s + i);
+      sum = sum + p;
+      products = fma(p, span.load(dp + i), products);
+    }
+    const V factor = V(V::broadcast(1)) / max(V(V::broadcast(kLeast)), sum), delta = products * factor;
+    for (size_t i = j; i < end; i += stride) {
+      const V p = span.load(s + i) * factor;
+      span.store(p, s + i);
+      span.store(p * (span.load(dp + i) - delta), dp + i);
     }
   });
 }

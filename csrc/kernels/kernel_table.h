@@ -398,6 +398,9 @@ struct Transformer {
   // becomes p, dp becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
+
+  // The same if the rows are all keys of the columns: p = softmax(s) and delta = Σ p * dp.
+  void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
 struct KernelTable {

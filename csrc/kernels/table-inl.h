@@ -58,7 +58,8 @@ constexpr Transformer make_transformer() {
           add_values,
           scale_columns,
           softmax_step,
-          softmax_backward};
+          softmax_backward,
+          whole_softmax_backward};
 }
 
 static_assert(Vec<float>::kLanes >= kLeastSmallBatch);

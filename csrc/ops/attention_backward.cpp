@@ -71,18 +71,24 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
 // dq is written for the first block of a tile, and added to for later ones.
+// If all keys of the tile fit one tile of scores, p and delta are computed from these scores. dp - delta
+// cancels most when there are few keys, and delta from the rounded `out` would then be too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const Span seen = tile.visible(),
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
+  const bool sees_all =
+      keys_of_tile.first == seen.first && keys_of_tile.end == seen.end && seen.end - seen.first <= kTileKeys;
   tile.gather(x.dout, 1, b.dout_rows);
-  find_delta(tile, x, first, b);
+  if (!sees_all) {
+    find_delta(tile, x, first, b);
+    tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+      std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
+    });
+  }
   tile.gather(x.saved.q, tile.shape.scale, b.q_rows);
-  tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
-    std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
-  });
   kernels::table().f32.transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
   kernels::table().f32.transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
@@ -94,7 +100,10 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
     score(lanes, k, b.q, b.scores);
     tile.mask(keys, b.scores);
     score(lanes, v, b.dout, b.dp);
-    kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
+    if (sees_all)
+      kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
+    else
+      kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
     add_outer(n, lanes, dim, b.scores, b.dout_rows, x.dv.row(row) + column, x.dv.stride);
     add_outer(n, lanes, dim, b.dp, b.q_rows, x.dk.row(row) + column, x.dk.stride);
     add_weighted(lanes, k, b.dp, b.dq, add);

@@ -437,6 +437,49 @@ void test_softmax_backward(const KernelTable& table) {
   });
 }
 
+void test_whole_softmax_backward(const KernelTable& table) {
+  Random random(44);
+  for_matrices("whole_softmax_backward", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    for (bool special : {false, true}) {
+      check::Case one("%s whole_softmax_backward rows %zu cols %zu gap %zu special %d, %s", table.isa, rows,
+                      cols, gap, special, name_of(place));
+      const Values s0 = draw_scores(random, rows, cols, special),
+                   dp0 = draw<float>(random, rows * cols, Data::kUniform);
+      Placed<float> s(rows, cols, {cols + gap}, place, s0), dp(rows, cols, {cols + gap}, place, dp0);
+      table.transformer.whole_softmax_backward(rows, cols, s.data(), dp.data(), cols + gap);
+      for (size_t j = 0; j < cols; ++j) {
+        double top = std::numeric_limits<float>::lowest(), sum = 0, products = 0, magnitude = 0;
+        bool poisoned = false;
+        for (size_t i = 0; i < rows; ++i) {
+          top = std::max(top, double(s0[i * cols + j]));
+          poisoned |= std::isnan(s0[i * cols + j]);
+        }
+        const auto exact = [&](size_t i) { return std::exp(double(float(s0[i * cols + j] - float(top)))); };
+        for (size_t i = 0; i < rows; ++i) {
+          sum += exact(i);
+          products += exact(i) * dp0[i * cols + j];
+          magnitude += exact(i) * std::abs(dp0[i * cols + j]);
+        }
+        const double off = 2 * kExpError + gamma<float>(rows + 3);  // of p
+        for (size_t i = 0; i < rows; ++i) {
+          if (poisoned) {
+            check::expect(std::isnan(s(i, j)) && std::isnan(dp(i, j)), "the NaN of column %zu was lost", j);
+            continue;
+          }
+          if (rows == 1 && s0[j] > -1e30f) check::expect(dp(i, j) == 0, "a single row has a gradient");
+          const double p = sum > 0 ? exact(i) / sum : 0, delta = sum > 0 ? products / sum : 0,
+                       slope = dp0[i * cols + j] - delta;
+          const double error = (off + 2 * kUnit) * p * std::abs(slope) +
+                               p * (sum > 0 ? (2 * off + 2 * kUnit) * magnitude / sum : 0);
+          expect_near(i * cols + j, s(i, j), p, off * p);
+          expect_near(i * cols + j, dp(i, j), p * slope, error);
+        }
+      }
+      check::expect(s.gaps_intact() && dp.gaps_intact(), "wrote outside its outputs");
+    }
+  });
+}
+
 // ---- single queries ----
 
 // Few rows and many, groups of one and of several, head dimensions around the width of vectors.
@@ -525,6 +568,7 @@ void test_transformer(const KernelTable& table) {
   test_scale_columns(table);
   test_softmax_step(table);
   test_softmax_backward(table);
+  test_whole_softmax_backward(table);
   test_key_dots(table);
   test_add_values(table);
 }

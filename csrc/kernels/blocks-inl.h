@@ -146,7 +146,7 @@ struct HighBits {
 
 // d scale_j and -dmin min_j of the sub-blocks of Q4_K and Q5_K.
 struct SubScales {
-  float d[16], m_behind_8[16];
+  float d[16], m_from_8[16];
 
   SubScales(Half d_half, Half m_half, const uint8_t (&bytes)[12]) {
     uint32_t low, middle, high;  // four bytes each
@@ -158,17 +158,19 @@ struct SubScales {
     const uint64_t m_codes = (middle & kSix) | uint64_t(((high >> 4) & kFour) | ((middle >> 2) & kTwo)) << 32;
     const Floats codes = widen(pair(d_codes, m_codes));
     put(codes, broadcast(d_half), d);
-    put(codes, broadcast(negative(m_half)), m_behind_8);
+    put(codes, broadcast(negative(m_half)), m_from_8);
   }
   void keep() {
     keep_in_memory(d);
-    keep_in_memory(m_behind_8);
+    keep_in_memory(m_from_8);
   }
   Vec<float> scale(size_t j) const { return Vec<float>::broadcast(d[j]); }
-  Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_behind_8[8 + j]); }
+  Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_from_8[8 + j]); }
 };
 
 // ---- rows of blocks ----
+//
+// The unit defines kUnrolledSubBlocks: how many sub-blocks of a block are unrolled.
 
 // Fetches the columns of a row that is decoded kRowsAhead rows later. They are too few for the hardware to
 // detect a stream.
@@ -194,7 +196,7 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
       const Decoder<Block> block{in_row[sub_block / kSubBlocks]};
       const size_t j = sub_block % kSubBlocks, n = smaller(kSubBlocks - j, end - sub_block);
       // Unrolled, so that j is a constant in each copy.
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSubBlocks
       for (size_t i = 0; i < kSubBlocks; ++i)
         if (i - j < n) block.sub_block(i, out + (i - j) * kSubBlock);
       sub_block += n;
@@ -285,7 +287,7 @@ struct BlockRows {
           for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const uint8_t*>(at[r] + i) + ahead + line, 0, 2);
           const Decoder<Block> block = decoders.get(r, i);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSubBlocks
           for (size_t j = 0; j < kElements / kSubBlock; ++j)
             block.sub_block(j, to(r, (first + i) * kElements) + j * kSubBlock);
         }

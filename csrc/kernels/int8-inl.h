@@ -179,7 +179,7 @@ struct MinimaOf<Block> {
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
-  Rows behind(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
+  Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
 // y (kTokens, all) = kTokens rows of x times at most kRows rows of W. Missing rows repeat the last one.
@@ -212,7 +212,7 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
         const auto scales = codes.a * Factors::load(x.scales + first);
         if constexpr (Codes<Block>::kHasMinimum)
           minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSubBlocks
         for (size_t j = 0; j < kSubBlocks; ++j) {
           const EightInts sum =
               codes.dot_with(codes.sub_block(j), load_sub_block(x.codes + (first + j) * kSubBlock));
@@ -231,7 +231,7 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
   constexpr size_t kRows = 4 / kTokens;
   for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
     for (size_t i = 0; i < w.count; i += kRows)
-      int8_tile<Block, kTokens, kRows>(w.behind(i), sub_blocks, x, y + i, all);
+      int8_tile<Block, kTokens, kRows>(w.after(i), sub_blocks, x, y + i, all);
     x = {x.codes + kTokens * sub_blocks * kSubBlock, x.scales + kTokens * sub_blocks,
          x.sums + kTokens * sub_blocks, x.half_sums + 2 * kTokens * sub_blocks};
   }
@@ -245,7 +245,7 @@ void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t ro
   const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes)};
   for (size_t i = 0; i < rows; i += kFewRows) {
     fetch_share(next, rows - i);
-    Rows few = w.behind(i);
+    Rows few = w.after(i);
     few.count = smaller(kFewRows, few.count);
     int8_tiles<Block, 4>(few, m, cols / kSubBlock, x, y + i, rows);
   }

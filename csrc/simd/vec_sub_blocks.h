@@ -107,7 +107,7 @@ inline EightInts dot_signed(SubBlock w, SubBlock x) {
 
 #else
 
-inline EightInts dot_signed(SubBlock w, SubBlock x) {
+[[gnu::noinline]] inline EightInts dot_signed(SubBlock w, SubBlock x) {
   int32_t sums[8] = {};
   for (size_t i = 0; i < kSubBlock; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
   EightInts r;

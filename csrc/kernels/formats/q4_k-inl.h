@@ -44,7 +44,7 @@ struct Codes<BlockQ4_K> : Unsigned {
   using Factors = EightSubBlocks;
   const BlockQ4_K& block;
   SubScales scales{block.d, block.dmin, block.scales};
-  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_from_8 + 8);
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock);
     return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Kernels for aarch64, cross-compiled and run under qemu; their machine code
 # needs: tools
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 system_packages aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user

@@ -1,12 +1,29 @@
-"""nplora: LoRA fine-tuning on CPUs, from NumPy."""
+"""nplora: LoRA fine-tuning on CPUs, from NumPy.
+
+Fine-tune a language model, and generate text with the adapter:
+
+    >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", lr=1e-2, epochs=2)
+    >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
+    >>> text = lm.generate("1+1=", max_new_tokens=4)
+
+Train a layer on NumPy arrays:
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.standard_normal((64, 8)), rng.standard_normal((64, 4))
+    >>> model = nplora.Sequential(nplora.LoRALinear(rng.standard_normal((4, 8)), rank=2, rng=0))
+    >>> trainer = nplora.Trainer(model, "mse", nplora.AdamW(lr=1e-2))
+    >>> history = trainer.fit(x, y, epochs=20, batch_size=16)
+    >>> history.loss[-1] < history.loss[0]
+    True
+"""
 
 import os
 import sys
 
 try:
-    from nplora import _core  # first: its thread-local storage needs room that later imports take
+    from nplora import _core  # first: later imports take the room that its thread-local storage needs
 except ImportError as error:
-    # A mistake in the environment: the command (or -m, still looking for it) tells it as any other.
+    # A wrong environment variable: the command (or `python -m`) prints it in one line, as any other error.
     if str(error).startswith("NPLORA_") and os.path.basename(sys.argv[0]) in ("nplora", "-m"):
         print(f"nplora: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -51,7 +68,7 @@ if TYPE_CHECKING:
         read_adapter,
         save_adapter,
     )
-    from nplora.finetuning import data, finetune, plan
+    from nplora.finetuning import data, evaluate, finetune, plan
     from nplora.lm import LanguageModel, load_model
     from nplora.lm import generation as generate
     from nplora.models.gguf_export import model_to_gguf
@@ -59,8 +76,8 @@ if TYPE_CHECKING:
 
 __version__: str = _core.config()["version"]
 
-# What `import nplora` loads only when it is asked for: the module that holds each name, and the name in that
-# module. None stands for the module itself.
+# Names that `import nplora` does not load at once: each with its module, and its name in that module. None
+# stands for the module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "finetuning", "formats", "models")},
     **{name: (f"nplora.{name}", None) for name in ("tokenizer", "trainer")},
@@ -69,6 +86,7 @@ _LATE: dict[str, tuple[str, str | None]] = {
     "plot": ("nplora.trainer.plot", None),
     "LanguageModel": ("nplora.lm", "LanguageModel"),
     "Trainer": ("nplora.trainer", "Trainer"),
+    "evaluate": ("nplora.finetuning", "evaluate"),
     "finetune": ("nplora.finetuning", "finetune"),
     "load_model": ("nplora.lm", "load_model"),
     "model_to_gguf": ("nplora.models.gguf_export", "model_to_gguf"),
@@ -127,6 +145,7 @@ __all__ = [
     "adapters",
     "combine",
     "data",
+    "evaluate",
     "finetune",
     "finetuning",
     "formats",

@@ -1,30 +1,30 @@
-"""Every check of what a user passes in. A message names the op, what was wanted and what was got."""
+"""Every check of what a user passes in. A message names the operation, what was wanted and what was got."""
 
 from __future__ import annotations  # np.random, which takes a while to import, is only named here
 
 import difflib
+import functools
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
+P = ParamSpec("P")
 
-_OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; beyond, arrays count as overlapping
-
-
+_OVERLAP_WORK = 10_000  # candidates that np.shares_memory may try; after these, arrays count as overlapping
 _INT64_MAX = 2**63 - 1
 
-MAX_RANK = 1 << 16  # of an adapter, made or read: a larger one is a mistake, and could ask for all memory
+MAX_RANK = 1 << 16  # of an adapter: a larger rank is a mistake, and might take all memory
 
 
 def is_bfloat16(array: Array) -> bool:
-    """Whether the array holds ml_dtypes.bfloat16, known by its name so that ml_dtypes need not be there."""
+    """Whether the array holds ml_dtypes.bfloat16. The dtype's name says so, without the package ml_dtypes."""
     return array.dtype.name == "bfloat16"
 
 
@@ -32,7 +32,7 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def kind(value: object) -> str:
-    """What was got, in a few words however large it is. Other packages' classes have their module's name."""
+    """A short description of any value for a message. Classes of other packages get their module's name."""
     if isinstance(value, type):
         return f"the class {_title(value)}, not one of its objects"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
@@ -43,25 +43,103 @@ def _title(cls: type) -> str:
     return cls.__name__ if package in ("builtins", "nplora") else f"{cls.__module__}.{cls.__qualname__}"
 
 
-# ---- numbers and words ----
+# ---- keywords ----
+
+# Our keywords, each with the names that other libraries give it.
+_OTHER_NAMES = {
+    "rank": "r lora_r lora_rank lora_dim",
+    "alpha": "lora_alpha",
+    "targets": "target_modules lora_target_modules lora_targets lora_target modules",
+    "layers": "layers_to_transform num_layers lora_layers",
+    "dropout": "lora_dropout",
+    "init": "init_lora_weights",
+    "lr": "learning_rate peak_lr",
+    "schedule": "lr_scheduler_type lr_scheduler lr_schedule scheduler",
+    "warmup": "warmup_ratio warmup_steps num_warmup_steps",
+    "warmup_steps": "warmup_ratio warmup num_warmup_steps",
+    "max_grad_norm": "clip_norm clip_grad_norm gradient_clipping gradient_clip_val",
+    "clip_norm": "max_grad_norm clip_grad_norm gradient_clipping gradient_clip_val",
+    "epochs": "num_train_epochs num_epochs n_epochs",
+    "steps": "max_steps iters num_iters iterations total_steps",
+    "batch_size": "per_device_train_batch_size train_batch_size micro_batch_size batch_examples",
+    "batch_examples": "per_device_train_batch_size train_batch_size micro_batch_size batch_size",
+    "accumulate": "gradient_accumulation_steps accumulate_grad_batches grad_accumulation_steps grad_accum",
+    "max_length": "max_seq_length max_seq_len model_max_length seq_length cutoff_len block_size",
+    "learn": "train_on_inputs mask_prompt completion_only_loss assistant_only_loss",
+    "compute": "dtype torch_dtype bf16 fp16 precision",
+    "recompute": "gradient_checkpointing grad_checkpoint use_gradient_checkpointing",
+    "seed": "random_state random_seed",
+    "save_every": "save_steps steps_per_save checkpoint_every",
+    "checkpoint_every": "save_steps steps_per_save save_every",
+    "resume": "resume_from_checkpoint",
+    "overwrite": "overwrite_output_dir force",
+    "output": "output_dir out out_dir save_path adapter_path",
+    "checkpoint_dir": "output_dir output",
+    "model": "model_name_or_path pretrained_model_name_or_path model_name model_path base_model",
+    "adapter": "lora lora_path adapters adapter_path adapter_name_or_path",
+    "data": "dataset dataset_path dataset_name train_file train_data train_dataset data_path",
+    "valid": "validation validation_file valid_file eval_file eval_data eval_dataset",
+    "validation": "valid validation_data eval_data eval_dataset",
+    "max_new_tokens": "max_tokens n_predict num_predict",
+    "temperature": "temp",
+    "repetition_penalty": "repeat_penalty",
+    "stop": "stop_sequences stop_strings",
+}
+_OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
+
+
+def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    """The end of a message about an unknown name: "; did you mean rank?". Empty if no known name is like it.
+
+    A name that another library uses stands for ours; other names are compared by their spelling.
+
+    Args:
+        show: how a known name is shown.
+    """
+    known = list(known)
+    same = [ours for ours in known if name in _OTHER_NAMES.get(ours, "").split()]
+    near = same or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {show(near[0])}{_OTHER_UNITS.get(name, '')}?" if near else ""
+
+
+def _unexpected(op: str, name: str, known: Iterable[str]) -> TypeError:
+    return TypeError(f"{op}: unexpected keyword {name!r}{suggestion(name, known)}")
+
+
+def keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function, so that an unknown keyword is a TypeError that names the one that was meant."""
+    known = inspect.signature(function).parameters
+    op = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **named: P.kwargs) -> T:
+        for name in named:
+            if name not in known:
+                raise _unexpected(op, name, known)
+        return function(*args, **named)
+
+    return checked
 
 
 def options(op: str, kind: Callable[..., T], given: dict[str, Any]) -> T:
     """An object of a dataclass, made of keywords.
 
     Raises:
-        TypeError: it has no field of a keyword's name; the nearest one is told. Others as the class.
+        TypeError: it has no field of a keyword's name; the message names the one that was meant. Others as
+            the class.
     """
     known = inspect.signature(kind).parameters
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise TypeError(f"{op}: no option {name!r}{f'; the nearest: {near[0]}' if near else ''}")
+            raise _unexpected(op, name, known)
     return kind(**given)
 
 
+# ---- numbers and words ----
+
+
 def number(op: str, name: str, value: object) -> float:
-    """A finite real number; a bool is not one."""
+    """A finite real number. A bool is refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
     try:
@@ -74,7 +152,7 @@ def number(op: str, name: str, value: object) -> float:
 
 
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
-    """A number that is finite in the dtype that it will be multiplied in."""
+    """A number that is finite in this dtype, in which it will be multiplied."""
     checked = number(op, "scale", value)
     if abs(checked) > float(np.finfo(dtype).max):
         raise ValueError(f"{op}: scale is {value}, which {np.dtype(dtype).name} cannot hold")
@@ -90,7 +168,7 @@ def at_least(op: str, name: str, value: object, least: float) -> float:
 
 
 def integer(op: str, name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer from `least` to `most`; a bool is not one."""
+    """An integer from `least` to `most`. A bool is refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} is {value!r}, expected an integer")
     if value < least:
@@ -121,7 +199,7 @@ def texts(op: str, name: str, value: object) -> tuple[str, ...]:
 
 
 def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
-    """One of the words allowed."""
+    """One of the allowed words."""
     words = list(allowed)
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{op}: {name}={value!r} is not available; possible: {', '.join(map(repr, words))}")
@@ -129,7 +207,7 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
-    """The generator itself, or one that an integer seeds; None: a random seed."""
+    """The generator itself, or a new one with an integer as its seed. None: a random seed."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
@@ -141,7 +219,7 @@ def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Gener
 
 
 def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
-    """What NumPy makes of the value."""
+    """The value as NumPy converts it to an array."""
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -166,7 +244,7 @@ def _axes(array: Array) -> str:
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """Any real array as a C-contiguous array of `dtype`; copied only where it is not one already."""
+    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if it is not one."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
     array = as_array(op, name, value)
@@ -184,10 +262,10 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
 
 
 def saved(op: str, value: object, kind: type) -> None:
-    """Refuse what is not the second of the two that a forward pass of this kind returns.
+    """Refuse a `saved` that no forward pass of this kind returned.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is of another kind.
     """
     if not isinstance(value, kind):
         raise TypeError(
@@ -197,10 +275,10 @@ def saved(op: str, value: object, kind: type) -> None:
 
 
 def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an array of a forward pass that is not of the layer whose backward pass it is given to.
+    """Refuse an array in `saved` that another layer's forward pass kept.
 
     Raises:
-        ValueError: its shape or dtype is another.
+        ValueError: its shape or dtype is not this layer's.
     """
     if array is not None and (array.shape != shape or array.dtype != dtype):
         raise ValueError(
@@ -210,10 +288,10 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
 
 
 def own(op: str, saved: Any, layer: object) -> None:
-    """Refuse what the forward pass of another layer kept, even where all shapes fit. Called last.
+    """Refuse a `saved` that another layer's forward pass returned, even if all shapes fit. Call this last.
 
     Raises:
-        ValueError: it is of another layer.
+        ValueError: another layer returned it.
     """
     if saved.layer is not None and saved.layer is not layer:
         kind = type(saved.layer).__name__
@@ -223,7 +301,7 @@ def own(op: str, saved: Any, layer: object) -> None:
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:
-    """An array (..., width) as (n, width), and the shape of its leading axes."""
+    """An array (..., width) reshaped to (n, width), and the shape of its leading axes."""
     array = floats(op, name, value, dtype)
     if array.ndim == 0:
         raise ValueError(f"{op}: {name} is a single number, expected (..., {width_name}={width})")
@@ -244,7 +322,7 @@ def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Ar
 def factors(
     op: str, A: npt.ArrayLike, B: npt.ArrayLike, d_out: int, d_in: int, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
-    """A (d_out, r) and B (r, d_in) that fit a weight and each other, r at least 1."""
+    """A (d_out, r) and B (r, d_in), r at least 1, checked against the weight's d_out and d_in."""
     a, b = floats(op, "A", A, dtype), floats(op, "B", B, dtype)
     if a.ndim != 2 or a.shape[0] != d_out or a.shape[1] == 0:
         raise ValueError(f"{op}: A has shape {a.shape}, expected (d_out={d_out}, r) with r at least 1")
@@ -254,7 +332,7 @@ def factors(
 
 
 def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
-    """An integer array of any shape, as int64. An empty list counts as one."""
+    """An integer array of any shape, as int64. An empty list counts as an integer array."""
     array = as_array(op, name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
@@ -264,7 +342,7 @@ def integers(op: str, name: str, value: npt.ArrayLike) -> Array:
 
 
 def in_range(op: str, name: str, ids: Array, size: int) -> Array:
-    """Integers in [0, size)."""
+    """The ids, after a check that all are in [0, size)."""
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"{op}: {name} holds {worst}, expected integers from 0 to {size - 1}")
@@ -275,7 +353,7 @@ def in_range(op: str, name: str, ids: Array, size: int) -> Array:
 
 
 def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> Array:
-    """An array that may be written in place without touching any of the arrays being read."""
+    """An array that can be written in place, and shares no memory with the arrays that are read."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{op}: {name} is a {type(array).__name__}, expected a NumPy array to write into")
     if not array.flags.writeable:
@@ -291,7 +369,7 @@ def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> 
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share an element; True where that would take too long to find out."""
+    """Whether two arrays share an element. True if finding out would take too long."""
     try:
         return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except np.exceptions.TooHardError:
@@ -299,9 +377,9 @@ def overlap(a: Array, b: Array) -> bool:
 
 
 def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Array]) -> tuple[Array, str]:
-    """A weight that `merge_lora` writes in place, as the core takes it, and the name of its storage.
+    """The weight that `merge_lora` writes in place, as the core takes it, and the name of its storage.
 
-    float32 and float64 stay as they are; float16 and bfloat16 are passed on as their bit patterns.
+    float32 and float64 arrays stay as they are; float16 and bfloat16 become views of their bit patterns.
     """
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)
@@ -312,7 +390,7 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
 
 
 def _require_rows(op: str, W: Array) -> None:
-    """Each row in one piece, and behind the one before."""
+    """Require rows that are contiguous, and in increasing order in memory."""
     row, inner = W.strides
     if W.shape[1] > 1 and inner != W.itemsize:
         raise ValueError(

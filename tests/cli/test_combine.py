@@ -15,15 +15,53 @@ def test_a_word_that_is_neither_a_path_nor_a_path_with_a_weight_is_refused(
         with pytest.raises(SystemExit) as exit_:
             cli.main(["combine", word, "--output", "o"])
         assert exit_.value.code == 2
-        message = f"'{word}' does not exist, and in ADAPTER:WEIGHT '{weight}' is not a number"
+        message = f"no such file: '{word}'; and in PATH:WEIGHT, the weight '{weight}' is not a number"
         assert message in capsys.readouterr().err
     (tmp_path / "full:x").mkdir()
     assert cli.main(["combine", "full:x", "--output", "o"]) == 2
     assert "no such file: full:x/adapter_config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_weight_that_is_not_finite_is_refused(weight: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (
+        ["combine", f"a:{weight}", "--output", "o"],
+        ["eval", "m", "--data", "d", "--adapter", f"a:{weight}"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(line)
+        message = f"the weight of 'a' is {weight}, expected a finite number"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "merge m out:0.5 --output n",
+        "finetune m --data d --output o --adapter out:0.5",
+        "plan m --data d --adapter out:0.5",
+    ],
+)
+def test_a_weight_is_refused_where_one_adapter_is_taken_as_it_is(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(line.split())
+    assert exit_.value.code == 2
+    message = (
+        "'out:0.5' has a weight, and this command takes an adapter without one: "
+        "nplora combine out:0.5 --output DIR writes an adapter of that weight"
+    )
+    assert message in capsys.readouterr().err
+    (tmp_path / "out:0.5").mkdir()
+    assert cli.main(line.split()) == 2
+    assert "has a weight" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["c.gguf", "c.GGUF", "c.safetensors"])
 def test_an_output_that_is_a_file_name_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["combine", "a", "b", "--output", name]) == 2
-    message = f"--output names a directory, got '{name}'; nplora convert makes a .gguf of it"
+    message = f"--output is '{name}', expected a directory; nplora convert makes a .gguf file of it"
     assert message in capsys.readouterr().err

@@ -182,8 +182,8 @@ def test_matrices_in_nf4_are_described_as_matrices(tmp_path: Path) -> None:
     nbytes = sum(array.nbytes for array in tensors.values())
     assert squeezed(description.describe(tmp_path)) == [
         f"{tmp_path}: a model of architecture x\\x1b, 2 tensors, {nbytes + 128:,} bytes",
-        "this nplora does not know architecture 'x\\x1b': finetune, eval, generate and convert refuse it; "
-        f"known: {MODEL_TYPES}",
+        "architecture 'x\\x1b' is not supported: finetune, eval, generate and convert refuse it; "
+        f"supported: {MODEL_TYPES}",
         "", "config", "model_type x\\x1b",
         "", "tensors", "norm float16 64 128 bytes", f"up.weight nf4 5 x 64 {nbytes:,} bytes",
         "", "types", "float16 1 128 bytes", f"nf4 1 {nbytes:,} bytes",
@@ -304,12 +304,12 @@ def test_the_description_says_which_commands_refuse_a_file(tmp_path: Path) -> No
     lora_a, lora_b = pair(2)
     adapter = tmp_path / "a.gguf"
     gguf_adapter.save(adapter, GgufAdapter("gemma9", 1.0, {"blk.0.attn_q.weight": Pair(lora_a, lora_b)}))
-    start, known = "this nplora does not know architecture 'gemma9': ", f"known: {ARCHITECTURES}"
+    start, known = "architecture 'gemma9' is not supported: ", f"supported: {ARCHITECTURES}"
     words = "finetune, eval, generate, merge and convert refuse it"
     assert description.describe(model).splitlines()[1] == f"{start}{words}; {known}"
     words, known_there = (
         "finetune, eval, generate and convert refuse it",
-        f"known: {MODEL_TYPES}",
+        f"supported: {MODEL_TYPES}",
     )
     assert description.describe(tmp_path / "hf").splitlines()[1] == f"{start}{words}; {known_there}"
     words = "eval, generate, merge, combine and convert refuse it"
@@ -320,7 +320,7 @@ def test_the_description_says_which_commands_refuse_a_file(tmp_path: Path) -> No
     with pytest.raises(UnsupportedError, match="the layers of 'gemma9' are not known"):
         nplora.read_adapter(adapter)
     lm = small_models.load(tmp_path)
-    assert "does not know" not in description.describe(tmp_path / "small.gguf")
+    assert "not supported" not in description.describe(tmp_path / "small.gguf")
     assert lm.config.model_type == "llama"
 
 

@@ -26,7 +26,14 @@ def test_the_version_is_printed() -> None:
     ("arguments", "status", "message"),
     [
         ([], 2, "the following arguments are required: COMMAND (try nplora --help)"),
-        (["plto"], 2, "invalid choice: 'plto'"),
+        (["plto"], 2, "no command 'plto'; did you mean plot? (try nplora --help)"),
+        (["train"], 2, "no command 'train'; did you mean finetune? (try nplora --help)"),
+        (["?"], 2, "no command '?', expected one of finetune, plan, eval, "),
+        (
+            ["plot", "r", "--outptu", "o"],
+            2,
+            "no option --outptu; did you mean --output? (try nplora plot --he",
+        ),
         (["plot"], 2, "the following arguments are required: RUN_DIR (try nplora plot --help)"),
         (["info", "M", "--fast"], 2, "unrecognized arguments: --fast (try nplora info --help)"),
         (["--fast", "info"], 2, "unrecognized arguments: --fast (try nplora info --help)"),

@@ -63,7 +63,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
         assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
     full = command("generate", model, "1" * 58)
     assert full.stderr == (
-        "nplora: warning: generate: the answer ends after 6 tokens: the model's context of 64 is full\n"
+        "nplora: warning: generate: the text ends after 6 tokens because the model's context of 64 is full\n"
     )
     chat = command("generate", model, "b", "--chat", "--system", "a", "--max-new-tokens", 5)
     assert chat.stdout == f"{load_model(model).generate('ab', 5)}\n"
@@ -128,10 +128,19 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(FinetuneOptions):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert field.metadata["help"].split()[0] in text
+        name = f"--{field.name.replace('_', '-')}"
+        words = re.sub(r"`(\w+)`", lambda match: f"--{match[1].replace('_', '-')}", field.metadata["help"])
+        assert re.search(rf" {name}( \S+)? {re.escape(words)}", text), name
+    for title in ("adapter", "training", "batches", "data", "memory and speed", "run"):
+        assert f" {title}: --" in text
+    for words in (
+        "rises to its peak (default: 0) ", "LoRA dropout probability (default: 0.0) ",
+        "q_proj,v_proj (repeatable) (default: all-linear) ", "plain text, not a chat (repeatable)",
+        "first:N (default: all) ", "backward pass; slower, less memory --memory SIZE ",
+    ):  # fmt: skip
+        assert words in text
 
 
 def test_resuming_without_a_run_says_that_a_new_one_starts(

@@ -111,7 +111,7 @@ def test_the_storages_are_those_that_can_be_written() -> None:
 HEAVY = {"finetune", "plan", "eval", "generate"}
 
 
-@pytest.mark.parametrize("word", ["generate", "info", "merge", "--help", "plto"])
+@pytest.mark.parametrize("word", ["generate", "info", "merge", "--help"])
 def test_a_parser_loads_what_its_command_needs_and_no_other_command(word: str) -> None:
     program = (
         "import sys; from nplora.cli.parser import COMMANDS, parser_of; parser_of([sys.argv[1]])\n"

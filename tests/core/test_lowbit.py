@@ -201,7 +201,7 @@ def test_layers_work_over_blocks(name: str, rng: np.random.Generator) -> None:
     ids = np.array([[3, 0], [47, 3]])
     np.testing.assert_array_equal(nplora.Embedding(fw)(ids), W[ids])
     np.testing.assert_array_equal(nplora.LoRAEmbedding(fw, rank=2)(ids), W[ids])
-    with pytest.raises(ValueError, match="a trained weight is float32 or float64"):
+    with pytest.raises(ValueError, match="trainable=True, expected dtype='float32' or 'float64'"):
         nplora.Linear(fw, trainable=True)
 
 

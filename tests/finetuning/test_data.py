@@ -318,7 +318,7 @@ def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none of train\.jsonl, train\.csv, train\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"none of these: train\.jsonl, train\.csv, train\.txt"):
         find_splits(tmp_path)
     train = write(tmp_path, {"text": "a"}, name="train.jsonl")
     assert find_splits(tmp_path) == (train, None)
@@ -332,7 +332,7 @@ def test_a_directory_has_its_files_by_name(tmp_path: Path) -> None:
     train = valid.rename(train)
     assert find_evaluated(tmp_path) == train
     train.unlink()
-    with pytest.raises(FileNotFoundError, match=r"none of valid\.jsonl, .*, train\.jsonl, "):
+    with pytest.raises(FileNotFoundError, match=r"none of these: valid\.jsonl, .*, train\.jsonl, "):
         find_evaluated(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         find_evaluated(tmp_path / "nothing.jsonl")
@@ -349,7 +349,7 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
     assert (report.tokens, report.learned) == (4 + 5, 3 + 4)
     assert (report.shortest, report.median, report.longest) == (4, 4, 5)
     assert "1 cut to the maximum length; 1 left out" in str(report)
-    with pytest.raises(DataError, match=r"data\.jsonl, line 2: 9 tokens, at most 5 are allowed"):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: 9 tokens, expected at most 5"):
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
 
@@ -388,7 +388,7 @@ def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
             [(ids, labels)] = read_dataset(path, model, learn=learn)
             read_texts.clear()
             if (labels[1:40] == IGNORED).all():
-                with pytest.raises(DataError, match="1 with nothing to train on in their first tokens"):
+                with pytest.raises(DataError, match="1 with nothing to train on within max_length="):
                     read_dataset(path, model, learn=learn, max_length=40)
             else:
                 [(first, trained)] = read_dataset(path, model, learn=learn, max_length=40)
@@ -399,7 +399,7 @@ def test_a_long_example_that_is_cut_has_the_tokens_of_its_whole(
 
 def test_a_long_example_is_refused_with_the_least_number_of_its_tokens(tmp_path: Path) -> None:
     path = write(tmp_path, {"text": "hello " * 10_000})
-    with pytest.raises(DataError, match=r"line 1: at least 7 tokens, at most 5 are allowed"):
+    with pytest.raises(DataError, match=r"line 1: at least 7 tokens, expected at most 5"):
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
 
@@ -426,7 +426,7 @@ BAD = [
     (b'{"text": "a", "text": "b"}', DataError, "the name 'text' appears twice"),
     (b'{"text": NaN}', DataError, "NaN is not JSON"),
     (b"[" * 100_000, LimitError, "JSON nested 100,000 deep, at most 64"),
-    (b'["text"]', DataError, "expected an object"),
+    (b'["text"]', DataError, r"the row is \['text'\], expected an object"),
     (b'{"txt": "a"}', DataError, r"has \['txt'\], expected messages, prompt and completion, or text"),
     (b"{}", DataError, r"has \[\], expected"),
     (b'{"text": 5}', DataError, "text is 5, expected a string"),
@@ -449,20 +449,20 @@ BAD = [
     (CHAT_LINE + b', "completion": "c"}', DataError, "has both messages and completion"),
     (CHAT_LINE + b', "tools": {"a": 1}}', DataError, "tools is {'a': 1}, expected a list of objects"),
     (CHAT_LINE + b', "documents": ["a"]}', DataError, r"documents is \['a'\], expected a list of objects"),
-    (weighted(b"2"), DataError, "a message's weight is 2, expected 0 or 1"),
-    (weighted(b"0.5"), DataError, "a message's weight is 0.5, expected 0 or 1"),
-    (weighted(b"true"), DataError, "a message's weight is True, expected 0 or 1"),
-    (weighted(b'"0"'), DataError, "a message's weight is '0', expected 0 or 1"),
+    (weighted(b"2"), DataError, "the weight of a message is 2, expected 0 or 1"),
+    (weighted(b"0.5"), DataError, "the weight of a message is 0.5, expected 0 or 1"),
+    (weighted(b"true"), DataError, "the weight of a message is True, expected 0 or 1"),
+    (weighted(b'"0"'), DataError, "the weight of a message is '0', expected 0 or 1"),
     (weighted(b"0"), DataError, "nothing to train on"),
     (
         weighted(b"1", b"user"),
         DataError,
-        "a message of the user has a weight; only the assistant's may have one",
+        "a message of role 'user' has a weight, expected it for 'assistant' only",
     ),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
         DataError,
-        "role is 'asistant', expected system, user, assistant, tool, ",
+        "the role of a message is 'asistant', expected one of system, user, assistant, tool, ",
     ),
     (b'{"messages": []}', DataError, r"messages is \[\]"),
     (b'{"messages": "a"}', DataError, "messages is 'a'"),
@@ -502,7 +502,7 @@ def test_an_endless_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     with path.open("wb") as file:
         file.truncate(2 << 30)  # a sparse file of zeros
-    with pytest.raises(LimitError, match=r"line 1: over 16,777,216 bytes"):
+    with pytest.raises(LimitError, match=r"line 1: more than 16,777,216 bytes, the limit"):
         read_dataset(path, tokenizer(), skip_bad=True)
 
 
@@ -519,8 +519,8 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
     ("content", "message"),
     [
         (b"a,b\n1,2\n", r"the columns are \['a', 'b'\], expected prompt and completion, or text"),
-        (b"text\na,b\n", "line 2: expected 1 fields"),
-        (b"prompt,completion\na\n", "line 2: expected 2 fields"),
+        (b"text\na,b\n", "line 2: the row has 2 fields, expected 1"),
+        (b"prompt,completion\na\n", "line 2: the row has 1 field, expected 2"),
         (b'text\n"a\n', "line 2: a quote is not closed"),
         (b'text\na\n\n"b\n\n', "line 4: a quote is not closed"),
         (b'"prompt,completion\na,b\n', "line 1: a quote is not closed"),
@@ -557,7 +557,9 @@ def test_a_path_that_is_not_a_data_file_is_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path / "nowhere", tokenizer(), max_length=8)
     with pytest.raises(FileNotFoundError):
         read_dataset(tmp_path / "missing.jsonl", tokenizer())
-    with pytest.raises(ValueError, match="is a plain text, which needs a max_length"):
+    with pytest.raises(
+        ValueError, match=r"max_length is None, and .*bad\.txt is a plain text, which needs one"
+    ):
         read_dataset(tmp_path / "bad.txt", tokenizer())
 
 

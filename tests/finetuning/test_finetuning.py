@@ -190,7 +190,7 @@ def test_every_option_reaches_trainer_optimiser_and_layers(
         targets=("v_proj",), layers="first:1",
     )  # fmt: skip
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    settings = json.loads(log[0])["settings"]
+    settings = json.loads(log[1])["settings"]
     wanted = {"lr": 3e-3, "weight_decay": 0.2, "schedule": "linear", "warmup_steps": 2, "clip_norm": 0.7}
     assert settings["free"].items() >= {**wanted, "total_steps": 7}.items()
     assert settings["fixed"].items() >= {"accumulate": 2, "batch_tokens": 50, "seed": 9}.items()
@@ -304,7 +304,8 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
     low = save_small_llama(tmp_path / "low.gguf", "q8_0")
     lm = load_model(low)
     with pytest.raises(
-        ValueError, match=rf"init='{init}' takes a part of model\.layers\.0\..*, and q8_0 cannot"
+        ValueError,
+        match=rf"init='{init}' needs unquantised weights, but model\.layers\.0\..* is stored in q8_0",
     ):
         lm.add_lora(init=init)
     assert not lm.adapter_layers()
@@ -321,7 +322,7 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
     [
         ({"epochs": 1, "steps": 1}, "epochs and steps are both given"),
         ({"batch_tokens": 1, "batch_examples": 1}, "both given"),
-        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite are both given, expected only one"),
         ({"rank": 0}, "rank is 0"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"schedule": "sine"}, "schedule='sine' is not available"),
@@ -331,7 +332,10 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
         ({"layers": "middle"}, "layers='middle'"),
         ({"init": "ones"}, "init='ones'"),
         ({"keep_prefix": "tape"}, "keep_prefix='tape'"),
-        ({"keep_prefix": "memory"}, "no frozen block lies below the adapters"),
+        (
+            {"keep_prefix": "memory"},
+            "keep_prefix='memory', but there is no frozen block below the adapters; ",
+        ),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
         ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
         (
@@ -362,9 +366,9 @@ def test_a_sample_may_be_empty_if_the_model_has_a_bos_token(data: Path, tmp_path
 
 
 def test_an_unknown_option_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"^finetune: no option 'rnk'; the nearest: rank$"):
+    with pytest.raises(TypeError, match=r"^finetune: unexpected keyword 'rnk'; did you mean rank\?$"):
         finetune("m", "d", tmp_path, rnk=3)
-    with pytest.raises(TypeError, match=r"^plan: no option 'zzzzzz'$"):
+    with pytest.raises(TypeError, match=r"^plan: unexpected keyword 'zzzzzz'$"):
         plan("m", "d", zzzzzz=3)
 
 
@@ -385,7 +389,7 @@ def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path)
     was = files_of(tmp_path / "out")
     with pytest.raises(
         FileExistsError,
-        match=r"holds a run: --resume \(resume=True\) continues it, --overwrite drops it",
+        match=r"holds a run: --resume \(resume=True\) continues it, --overwrite \(.*\) deletes it",
     ):
         finetune(model, data, tmp_path / "out", **QUICK)
     assert files_of(tmp_path / "out") == was
@@ -399,7 +403,7 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     out.mkdir()
     (out / file).write_bytes(b"of another run")
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match=r"an adapter and no run: --overwrite \(overwrite=True\)"):
+        with pytest.raises(FileExistsError, match=r"an adapter but no run: --overwrite \(overwrite=True\)"):
             finetune(model, data, out, **QUICK, resume=resume)
     assert [path.name for path in out.iterdir()] == [file]
     assert (out / file).read_bytes() == b"of another run"
@@ -407,7 +411,7 @@ def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path,
     for checkpoint in out.glob("checkpoint-*"):
         checkpoint.unlink()
     was = files_of(out)
-    with pytest.raises(FileExistsError, match="an adapter and no run"):
+    with pytest.raises(FileExistsError, match="an adapter but no run"):
         finetune(model, data, out, **QUICK, resume=True)
     assert files_of(out) == was
 
@@ -569,7 +573,7 @@ def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
 ) -> None:
     for module in (choice, execution):
         monkeypatch.setattr(module, "available_memory", lambda: 5_000_000)
-    words = r"\d+ MB are needed, 5 MB are available: --memory 5M looks for a plan that fits"
+    words = r"the run needs \d+ MB of memory, and 5 MB are available: --memory 5M looks for a plan that fits"
     with pytest.warns(UserWarning, match=words):
         finetune(model, data, tmp_path / "out", **{**QUICK, "epochs": 1})
     small = plan(model, data, **QUICK)
@@ -826,7 +830,7 @@ def test_an_adapter_that_cannot_be_written_is_written_by_resume(
         with pytest.raises(OSError, match="No space left") as raised:
             finetune(model, data, tmp_path / "out", **options)
     assert raised.value.__notes__ == [
-        "the run is saved, its adapter is not: --resume (resume=True) writes it"
+        "the run is saved, but its adapter is not: --resume (resume=True) writes it"
     ]
     assert finetune(model, data, tmp_path / "out", **options, resume=True).was_finished
     finetune(model, data, tmp_path / "whole", **options)
@@ -1006,7 +1010,7 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert result["loss"] == pytest.approx(both, rel=1e-6)
     answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
     assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
-    with pytest.warns(UserWarning, match=r"a is given 2 times, and added 2 times$"):
+    with pytest.warns(UserWarning, match=r"a is given 2 times, and is added 2 times$"):
         double = evaluate(model, data, adapter=[tmp_path / "a", tmp_path / "." / "data" / ".." / "a"])["loss"]
     nplora.combine([(tmp_path / "a", 2)]).save(tmp_path / "double")
     assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
@@ -1040,7 +1044,7 @@ def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: 
         options = [word for adapter in words for word in ("--adapter", adapter)]
         assert cli.main(["eval", str(model), "--data", str(data), "--json", *options]) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-6)
-    with pytest.raises(ValueError, match="weight is nan"):
+    with pytest.raises(ValueError, match=r"the weight of .* is nan"):
         evaluate(model, data, adapter=[(b, float("nan"))])
 
 
@@ -1110,7 +1114,9 @@ def test_compute_is_not_for_a_model_that_is_loaded_already(model: Path, data: Pa
         lambda: finetune(lm, data, tmp_path / "out", compute="bfloat16"),
         lambda: evaluate(lm, data, compute="bfloat16"),
     ):
-        with pytest.raises(ValueError, match="compute='bfloat16' is for a file; this model"):
+        with pytest.raises(
+            ValueError, match="compute='bfloat16' is given, but the model is loaded already, with 'float32'"
+        ):
             call()
     assert evaluate(model, data, compute="bfloat16")["loss"] != evaluate(model, data)["loss"]
 
@@ -1240,11 +1246,111 @@ def test_an_adapter_is_a_path_a_pair_or_a_list_of_these(model: Path, tmp_path: P
     expected = load_with_adapter(model, [pair]).logits(ids)
     assert np.array_equal(load_with_adapter(model, pair).logits(ids), expected)
     assert not np.array_equal(load_with_adapter(model, tmp_path / "a").logits(ids), expected)
-    for wrong in (
-        {tmp_path / "a": 0.5},
-        [(tmp_path / "a", "half")],
-        [3],
-        nplora.read_adapter(tmp_path / "a"),
-    ):
-        with pytest.raises(TypeError, match="expected a path, a pair"):
+    for wrong in ({tmp_path / "a": 0.5}, [(tmp_path / "a", "half")], [3]):
+        with pytest.raises(TypeError, match=r"^load_with_adapter: adapter is .*, expected a path, an Ada"):
             load_with_adapter(model, wrong)  # type: ignore[arg-type]
+
+
+def test_an_adapter_in_memory_is_taken_as_its_directory_is(model: Path, data: Path, tmp_path: Path) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(lm, tmp_path / "a")
+    read, ids = nplora.read_adapter(tmp_path / "a"), [[1, 2, 3]]
+    for given, same in (
+        (read, tmp_path / "a"),
+        ((read, 0.5), (tmp_path / "a", 0.5)),
+        ([read, (tmp_path / "a", 0.25)], (tmp_path / "a", 1.25)),
+    ):
+        expected = load_with_adapter(model, same).logits(ids)
+        np.testing.assert_allclose(
+            load_with_adapter(model, given).logits(ids), expected, rtol=1e-5, atol=1e-6
+        )
+    assert evaluate(model, data, adapter=read) == evaluate(model, data, adapter=tmp_path / "a")
+    options = {"lr": 1e-2, "steps": 2, "batch_examples": 4}
+    finetune(model, data, tmp_path / "one", **options, adapter=read)
+    finetune(model, data, tmp_path / "other", **options, adapter=tmp_path / "a")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
+    assert plan(model, data, **options, adapter=read).memory.factors == 16 * read_size(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"^evaluate: .*a is given 2 times, and is added 2 times$"):
+        evaluate(model, data, adapter=[read, read])
+
+
+def read_size(adapter: Path) -> int:
+    """The number of values in the factors of an adapter's directory."""
+    return sum(delta.A.size + delta.B.size for delta in nplora.read_adapter(adapter).values())
+
+
+def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate: the weight of out is nan, expected a finite number$"):
+        evaluate(model, data, adapter=("out", math.nan))
+    with pytest.raises(ValueError, match=r"^load_with_adapter: the weight of out is inf, expected a finite"):
+        load_with_adapter(model, [("out", math.inf)])
+
+
+def test_int8_for_a_model_without_quantised_weights_is_warned_of(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = r"compute='int8' needs weights in GGUF's quantised formats, and .*model.gguf has none"
+    with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
+        evaluate(model, data, compute="int8")
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match=f"^load_with_adapter: {words}"):
+        load_with_adapter(model, compute="int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["generate", str(model), "1", "--max-new-tokens", "1", "--compute", "int8"]) == 0
+    assert re.search(rf"nplora: warning: load_with_adapter: {words}", capsys.readouterr().err)
+    evaluate(save_small_llama(tmp_path / "low.gguf", "q8_0"), data, compute="int8")  # warns of nothing
+
+
+def test_finetune_and_plan_take_an_adapter_of_another_model_on_request(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = gguf.open(model)
+    tensors = {
+        name: 1 + tensor.numpy() if name.endswith("_norm.weight") else tensor for name, tensor in file.items()
+    }
+    other = tmp_path / "other.gguf"
+    gguf.save(other, tensors, file.metadata.typed())
+    lm = load_model(model)
+    lm.add_lora(rank=2)
+    save_adapter(lm, tmp_path / "a")
+    given = {"steps": 1, "batch_examples": 4, "adapter": tmp_path / "a"}
+    for call in (
+        lambda **more: finetune(other, data, tmp_path / "out", **given, **more),
+        lambda **more: plan(other, data, **given, **more),
+    ):
+        with pytest.raises(FormatError, match="the adapter is of another model"):
+            call()
+        call(any_base=True)
+    line = f"{other} --data {data} --adapter {tmp_path / 'a'} --steps 1".split()
+    for command_line in (["plan", *line], ["finetune", *line, "--output", str(tmp_path / "cli")]):
+        assert cli.main(command_line) == 2
+        assert "--any-base" in capsys.readouterr().err
+        assert cli.main([*command_line, "--any-base"]) == 0
+
+
+def test_a_notebook_shows_progress_by_default_in_one_line(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class ZMQInteractiveShell:
+        """The name that ipykernel's shell has."""
+
+    options = {"steps": 3, "batch_examples": 4}
+    finetune(model, data, tmp_path / "script", **options)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(
+        sys.modules,
+        "IPython",
+        types.SimpleNamespace(get_ipython=ZMQInteractiveShell),  # type: ignore[arg-type]
+    )
+    finetune(model, data, tmp_path / "notebook", **options)
+    printed = capsys.readouterr().err
+    assert "train.jsonl: 20 examples" in printed
+    assert "\rstep 3/3, loss " in printed
+    finetune(model, data, tmp_path / "quiet", **options, progress=False)
+    assert capsys.readouterr().err == ""

@@ -178,7 +178,7 @@ def test_an_unknown_or_incomplete_model_is_one_line_and_writes_nothing(
     [
         (ROW.encode() + b'{"prompt": "\xff", "completion": "2"}\n', "line 2: .*UTF-8"),
         (b'{"prompt": "1", "completion": " "}\n', "line 1: completion is empty"),
-        (ROW.encode() + json.dumps({"text": "x" * 90}).encode(), "line 2: 91 tokens, at most 64 are allowed"),
+        (ROW.encode() + json.dumps({"text": "x" * 90}).encode(), "line 2: 91 tokens, expected at most 64"),
     ],
     ids=["bytes", "empty", "long"],
 )

@@ -1,6 +1,7 @@
 """Each family against transformers and PEFT, as tiny random models of several shapes and seeds."""
 
 import copy
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import nplora
 from nplora.lm import LanguageModel
+from nplora.lm.generation import Sampling, generate
 from nplora.models.footprint import Adapted
 from nplora.models.packing import IGNORED, pack
 from nplora.models.positions import packed_positions
@@ -143,6 +145,40 @@ def test_each_packed_text_rotates_by_its_own_length(tmp_path: Path) -> None:
     assert ours.loss_packed(batch) * batch.num_targets == pytest.approx(sum(expected), rel=1e-5)
     cache = ours.new_cache(1, 16)
     assert relative(ours.decode(texts[0][None], [0], cache)[0], ours.logits(texts[0])[-1]) <= 2e-5
+
+
+class Spelled:
+    """A tokenizer of numbers: the text "3 1" has the tokens 3 and 1."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.eos_ids = vocab_size, frozenset[int]()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def stream(self, context: Any) -> Any:
+        return types.SimpleNamespace(push=lambda token: f"{token} ", flush=lambda: "")
+
+
+def test_a_text_that_outgrows_the_original_context_is_generated_as_by_transformers(tmp_path: Path) -> None:
+    """With LongRoPE: the factors follow the text's length, not how much longer it might become."""
+    theirs, ours = model_of("phi3 with longrope", "as usual", 9, tmp_path)
+    calls = list[tuple[int, ...]]()
+
+    def decode(ids: Any, slots: Any, cache: Any) -> Any:
+        calls.append(np.shape(ids))
+        return ours.decode(ids, slots, cache)
+
+    lm = types.SimpleNamespace(
+        tokenizer=Spelled(ours.config.vocab_size), config=ours.config, new_cache=ours.new_cache, decode=decode
+    )
+    prompts = [ids_for(theirs, 1, length)[0] for length in (9, 14, 16, 17, 30)]
+    texts = [" ".join(map(str, prompt)) for prompt in prompts]
+    for count in (3, 12):
+        expected = [greedy(theirs, prompt, count) for prompt in prompts]
+        found = generate(lm, texts, Sampling(max_new_tokens=count))
+        assert [[int(word) for word in text.split()] for text in found] == expected
+    assert calls.count((1, 17)) == 2 + 1 + 3, "the prompt of 17 tokens, and texts that are read again"
 
 
 def test_a_text_in_a_batch_rotates_as_it_does_alone(tmp_path: Path) -> None:

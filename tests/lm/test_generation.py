@@ -1,8 +1,11 @@
 """Generation: the choice of tokens against plain oracles and transformers, and how answers end."""
 
+import dataclasses
+import inspect
 import itertools
 import re
 import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 import small_models
+from nplora.lm import LanguageModel
 from nplora.lm.generation import (
     Sampling,
     StopText,
@@ -36,7 +40,11 @@ class Echo:
 
     def __init__(self, tokenizer: Tokenizer, context: int = 10_000, never: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.config = types.SimpleNamespace(max_position_embeddings=context, vocab_size=tokenizer.vocab_size)
+        self.config = types.SimpleNamespace(
+            max_position_embeddings=context,
+            vocab_size=tokenizer.vocab_size,
+            rope=types.SimpleNamespace(long=None),
+        )
         self.never = list(never)
         self.calls: list[tuple[int, int]] = []
 
@@ -124,7 +132,7 @@ def test_a_long_prompt_is_read_in_pieces(lm: Echo) -> None:
 def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
     lm = Echo(tokenizer, context=10, never=[0])
     with pytest.warns(
-        UserWarning, match="generate: the answer ends after 4 tokens: .* context of 10 is full"
+        UserWarning, match="generate: the text ends after 4 tokens because .* context of 10 is full"
     ):
         assert generate(lm, ["abcdef"]) == [by_hand(lm, "abcdef", 4)]
     assert lm.calls == [(1, 6)] + [(1, 1)] * 3
@@ -156,8 +164,19 @@ def test_what_is_no_prompt_is_named(prompt: Any, lm: Echo, tmp_path: Path) -> No
 
 
 def test_an_option_that_is_not_known_is_told_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"^generate: no option 'max_tokens'; the nearest: max_new_tokens$"):
+    with pytest.raises(
+        TypeError, match=r"^generate: unexpected keyword 'max_tokens'; did you mean max_new_tokens\?$"
+    ):
         small_models.load(tmp_path).generate("a", max_tokens=3)
+
+
+def test_the_keywords_of_generate_are_the_fields_of_sampling() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    overloads = typing.get_overloads(LanguageModel.generate)
+    for function in (LanguageModel.generate, *overloads):
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+        assert {p.name: p.default for p in parameters if p.name != "unknown"} == fields
+    assert [inspect.signature(function).return_annotation for function in overloads] == ["str", "list[str]"]
 
 
 def test_nothing_is_asked_of_the_model_where_nothing_is_wanted(lm: Echo) -> None:
@@ -380,9 +399,12 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
         Sampling(**options)
 
 
-def test_narrowing_greedy_choices_is_told_to_have_no_effect() -> None:
-    for options, names in (({"top_p": 0.95}, "top_p"), ({"top_k": 5, "top_p": 0.5}, "top_k and top_p")):
-        with pytest.warns(UserWarning, match=f"^generate: {names} without effect, as temperature is 0: "):
+def test_narrowing_greedy_choices_warns_that_it_has_no_effect() -> None:
+    for options, names in (
+        ({"top_p": 0.95}, "top_p has"),
+        ({"top_k": 5, "top_p": 0.5}, "top_k and top_p have"),
+    ):
+        with pytest.warns(UserWarning, match=f"^generate: {names} no effect at temperature 0, "):
             Sampling(**options)
     for options in ({"top_k": 1, "top_p": 1.0}, {"top_p": 0.9, "temperature": 0.1}):  # no warning
         Sampling(**options)

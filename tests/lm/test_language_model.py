@@ -288,7 +288,7 @@ def test_targets_and_layers_choose_what_is_adapted(tmp_path: Path) -> None:
     for options, message in (
         ({"targets": "q_prj"}, "no layer 'q_prj'.*q_proj"),
         ({"layers": "last"}, "layers='last', expected 'last:N'"),
-        ({"layers": "last:4"}, "layers='last:4', the model has 3 blocks"),
+        ({"layers": "last:4"}, "layers='last:4', but the model has 3 blocks"),
         ({"layers": [3]}, "layers holds 3"),
         ({"rank": 0}, "rank is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
@@ -312,7 +312,7 @@ def test_an_adapter_on_no_layer_is_refused(lm: LanguageModel, options: dict[str,
 
 @pytest.mark.parametrize("targets", [5, None, [1], b"q_proj", ["q_proj", None]])
 def test_targets_that_are_no_texts_are_refused(lm: LanguageModel, targets: Any) -> None:
-    with pytest.raises(TypeError, match=r"targets is .*, expected a name of layers, or several"):
+    with pytest.raises(TypeError, match=r"targets is .*, expected a name of layers or a list of names"):
         lm.add_lora(targets=targets)
 
 
@@ -321,7 +321,7 @@ def test_an_adapter_changes_nothing_until_it_is_trained(lm: LanguageModel) -> No
     before = lm.logits(ids)
     lm.add_lora(rank=2)
     np.testing.assert_allclose(lm.logits(ids), before, **CLOSE)
-    with pytest.raises(ValueError, match="has an adapter already on the layers that 'all-linear' names"):
+    with pytest.raises(ValueError, match="the layers that 'all-linear' names have an adapter already"):
         lm.add_lora(rank=2)
     losses = [lm.train_step(ids, ids, nplora.SGD(lr=0.1)) for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
@@ -559,7 +559,9 @@ def test_ids_labels_and_states_that_make_no_sense_are_refused(lm: LanguageModel)
     with pytest.raises(ValueError, match=r"token_ids have shape \(1, 1, 6\)"):
         lm.logits(ids[None, None])
     assert lm.logits(np.empty((2, 0), np.int64)).shape == (2, 0, VOCAB)
-    with pytest.warns(UserWarning, match="a sequence of 200 tokens, the model was trained for 128"):
+    with pytest.warns(
+        UserWarning, match="a sequence has 200 tokens, but the model was trained for at most 128"
+    ):
         lm.loss(np.zeros(200, np.int64), np.zeros(200, np.int64))
 
 

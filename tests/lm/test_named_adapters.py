@@ -91,6 +91,23 @@ def test_several_selected_adapters_add_up(model: Path, paths: dict[str, Path]) -
     assert answers(lm) == answers(both)
 
 
+def test_deleting_one_of_several_selected_adapters_keeps_the_others(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    lm = named(model, paths)
+    lm.set_adapter(["few", "all", "ends"])
+    lm.delete_adapter("all")
+    both = load_model(model)
+    nplora.combine([(paths["few"], 1), (paths["ends"], 1)]).attach(both)
+    assert answers(lm) == answers(both)
+    lm.delete_adapter("dora")  # is not selected
+    assert answers(lm) == answers(both)
+    lm.delete_adapter("few")
+    assert answers(lm) == answers(alone(model, paths["ends"]))
+    lm.delete_adapter("ends")
+    assert answers(lm) == answers(load_model(model))
+
+
 def test_layers_of_the_model_s_own_stay_and_are_not_added(model: Path, paths: dict[str, Path]) -> None:
     """An adapter of all layers on a model that trains fewer of them."""
     lm = alone(model, paths["few"])
@@ -110,10 +127,62 @@ def test_training_with_a_named_adapter_is_refused(model: Path, paths: dict[str, 
     lm.load_adapter(paths["all"], "all")
     lm.set_adapter("all")
     for call in (lambda: lm.train_step(IDS, IDS, nplora.SGD(lr=1e-3)), lambda: lm.forward(IDS)):
-        with pytest.raises(RuntimeError, match="'all': a named adapter is for inference"):
+        with pytest.raises(
+            RuntimeError, match="the named adapter 'all' is selected, which is for inference only"
+        ):
             call()
     lm.set_adapter(None)
     lm.train_step(IDS, IDS, nplora.SGD(lr=1e-3))
+
+
+def test_training_a_model_with_a_named_adapter_selected_writes_nothing(
+    model: Path, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    data, out = tmp_path / "train.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    lm = named(model, {"few": paths["few"]})
+    lm.set_adapter("few")
+    words = "the named adapter 'few' is selected, which is for inference only; call set_adapter"
+    for call in (lambda: nplora.finetune(lm, data, out), lambda: nplora.plan(lm, data)):
+        with pytest.raises(RuntimeError, match=f"^(finetune|plan): {words}"):
+            call()
+    assert not out.exists()
+    lm.add_lora()
+    trainer = nplora.Trainer(lm, nplora.finetuning.TokenLoss())
+    with pytest.raises(RuntimeError, match=f"^fit: {words}"):
+        trainer.fit([(np.zeros((1, 2)), None)], checkpoint_dir=out)
+    assert not out.exists()
+
+
+def test_a_name_unlike_all_others_is_a_key_error_with_all_names(model: Path, paths: dict[str, Path]) -> None:
+    lm = load_model(model)
+    with pytest.raises(
+        KeyError, match="set_adapter: no adapter 'x'; none is loaded, call load_adapter first"
+    ):
+        lm.set_adapter("x")
+    for name in ("few", "all"):
+        lm.load_adapter(paths[name], name)
+    with pytest.raises(KeyError, match="set_adapter: no adapter 'xyz'; the loaded ones are 'few', 'all'"):
+        lm.set_adapter("xyz")
+    for names in (3, [3], ["few", None]):
+        with pytest.raises(TypeError, match=r"set_adapter: names is .*, expected a name, a list of names, "):
+            lm.set_adapter(names)  # type: ignore[arg-type]
+
+
+def test_what_is_no_adapter_is_a_type_error_that_says_what_is(model: Path, paths: dict[str, Path]) -> None:
+    lm = load_model(model)
+    for given in ((paths["few"], 0.5), 3, None, [paths["few"]]):
+        with pytest.raises(
+            TypeError, match=r"load_adapter: path is a .*, expected a path or an Adapter; nplo"
+        ):
+            lm.load_adapter(given, "few")  # type: ignore[arg-type]
+    for given in (str(paths["few"]), paths["few"]):
+        with pytest.raises(
+            TypeError, match=r"with_adapter: adapter is .*, expected an Adapter; Adapter\.read"
+        ):
+            lm.with_adapter(given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"with_adapter: adapter is a tuple, expected an Adapter$"):
+        lm.with_adapter((paths["few"], 0.5))  # type: ignore[arg-type]
 
 
 def test_names_that_are_not_there_are_a_key_error_with_the_nearest(
@@ -134,10 +203,10 @@ def test_an_adapter_that_cannot_be_named_or_does_not_fit_changes_nothing(
     model: Path, paths: dict[str, Path], tmp_path: Path
 ) -> None:
     lm = named(model, {"few": paths["few"]})
-    with pytest.raises(ValueError, match="there is an adapter 'few'; call delete_adapter"):
+    with pytest.raises(ValueError, match="an adapter 'few' is loaded already; call delete_adapter"):
         lm.load_adapter(paths["all"], "few")
     for name in ("", 3):
-        with pytest.raises(TypeError, match=r"name is .*, expected a text that is not empty"):
+        with pytest.raises(TypeError, match=r"name is .*, expected a non-empty text"):
             lm.load_adapter(paths["all"], name)  # type: ignore[arg-type]
     other = load_model(save_small_llama(tmp_path / "other.gguf", vocab=200))
     for given in (paths["ends"], Adapter.read(paths["ends"])):
@@ -253,12 +322,34 @@ def test_a_named_adapter_is_what_a_model_s_was_when_it_got_the_name(
     assert answers(lm) == answers(both)
 
 
+def test_a_model_describes_its_weights_and_its_adapters(model: Path, paths: dict[str, Path]) -> None:
+    lm = load_model(model)
+    plain = [
+        f"LanguageModel({str(model)!r}, llama: 2 blocks of width 32, vocabulary 266, context 64)",
+        f"  weights: {lm.num_parameters:,} values in float32, compute 'float32'",
+    ]
+    assert repr(lm).splitlines() == plain
+    lm.add_lora(rank=2, targets="q_proj")
+    lm.add_lora(rank=4, targets="lm_head", use_dora=True)
+    for name in ("few", "all"):
+        lm.load_adapter(paths[name], name)
+    lm.set_adapter("all")
+    trained = 2 * 2 * (32 + 32) + 4 * (32 + 266) + 266
+    assert repr(lm).splitlines() == [
+        *plain,
+        f"  adapter: rank 2 to 4, alpha 16, DoRA on 3 layers, {trained:,} trained values",
+        "  named adapters: 'few', 'all' (selected)",
+    ]
+
+
 def test_merging_while_a_named_adapter_is_selected_is_refused(model: Path, paths: dict[str, Path]) -> None:
     """It would merge the layers of the model's own, and not the adapter that calls use."""
     lm = named(model, paths)
     lm.set_adapter("few")
     for merge in (lm.merge, lm.merge_and_unload):
-        with pytest.raises(RuntimeError, match=r"'few': a named adapter .*; set_adapter\(None\) first"):
+        with pytest.raises(
+            RuntimeError, match=r"the named adapter 'few' is selected, .*; call set_adapter\(None\) first"
+        ):
             merge()
     lm.set_adapter(None)
     assert lm.merge() == []

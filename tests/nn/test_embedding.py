@@ -182,7 +182,7 @@ def test_bad_settings_are_refused() -> None:
             LoRAEmbedding(W, rank=2)
     with pytest.raises(ValueError, match="LoRAEmbedding: rank is 0"):
         LoRAEmbedding(np.ones((4, 4)), rank=0)
-    with pytest.raises(ValueError, match="a trained weight is float32 or float64"):
+    with pytest.raises(ValueError, match="trainable=True, expected dtype='float32' or 'float64'"):
         Embedding(np.ones((4, 4)), dtype="bfloat16", trainable=True)
 
 

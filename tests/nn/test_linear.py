@@ -63,7 +63,7 @@ def test_what_is_trained_is_a_copy(rng: np.random.Generator) -> None:
     [
         ({"W": np.ones(3)}, "W has 1 axis"),
         ({"bias": np.ones(3)}, r"Linear: bias has shape \(3,\), expected \(7,\)"),
-        ({"dtype": "float16", "trainable": True}, "a trained weight is float32 or float64"),
+        ({"dtype": "float16", "trainable": True}, "trainable=True, expected dtype='float32' or 'float64'"),
         ({"compute": "float16"}, "compute='float16' is not available"),
     ],
 )

@@ -721,9 +721,14 @@ def test_what_would_have_half_an_effect_cannot_be_set(name: str) -> None:
 
 def test_repr_shows_the_options() -> None:
     layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.1, use_dora=True)
-    assert repr(layer).endswith("rank=2, alpha=16, dtype='float32', dropout=0.1, use_dora=True)")
+    options = "rank=2, alpha=16, dtype='float32', dropout=0.1, use_dora=True, num_trainable=20"
+    assert repr(layer) == f"LoRALinear((4, 4), {options})"
     layer.dropout = 0.0
     assert "dropout" not in repr(layer)
+    layer.merge()
+    assert "merged=True" in repr(layer)
+    rounded = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", compute="bfloat16")
+    assert "compute='bfloat16', init='gaussian', num_trainable=16)" in repr(rounded)
     with pytest.raises(ValueError, match="dropout"):
         layer.dropout = 1.0
 

@@ -362,7 +362,7 @@ def test_the_pass_of_another_layer_alike_is_refused(kind: str, need_dx: bool) ->
 def test_a_pass_through_another_number_of_modules_is_refused() -> None:
     short, long = Sequential(ReLU()), Sequential(ReLU(), ReLU())
     for model, other in ((short, long), (long, short)):
-        wanted = f"saved is of a pass through {len(other)} modules, expected {len(model)}"
+        wanted = f"saved is from a pass through {len(other)} modules, expected {len(model)}"
         with pytest.raises(ValueError, match=wanted):
             model.backward(X, other.forward(X)[1])
 

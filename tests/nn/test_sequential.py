@@ -83,7 +83,9 @@ def test_an_embedding_may_come_first_and_only_first(rng: np.random.Generator) ->
     model = Sequential(ReLU(), Embedding(table))
     saved_relu = model[0].forward(np.ones(2))[1]
     y, saved_rows = model[1].forward([1, 2])
-    with pytest.raises(RuntimeError, match=r"Sequential\.backward: module 1 gave no gradient of its input"):
+    with pytest.raises(
+        RuntimeError, match=r"Sequential\.backward: module 1 returned no gradient of its input"
+    ):
         model.backward(y, nplora.nn.sequential.SequentialSaved((saved_relu, saved_rows)))
 
 

@@ -498,7 +498,7 @@ SAME = {"W": np.ones((130, 97))}
             r"layer 1: .* its x is float32 of shape \(3, 97\), expected",
         ),
         (SAME, {"z": np.ones((9, 5))}, "layer 1: .* its z is float64 of shape"),
-        (SAME, {"lead": (3, 3)}, "the passes are of batches of different shapes$"),
+        (SAME, {"lead": (3, 3)}, "saved is from passes of batches of different shapes$"),
     ],
 )
 def test_the_pass_of_another_stack_adds_nothing_to_any_layer(
@@ -536,7 +536,7 @@ def test_a_second_backward_of_a_stack_adds_the_same_again_and_another_stack_is_r
 def test_an_unloaded_layer_of_a_stack_says_so() -> None:
     layers = layers_of()
     layers[1].merge_and_unload()
-    with pytest.raises(AttributeError, match="this layer was unloaded; use the plain layer in its place"):
+    with pytest.raises(AttributeError, match="this layer was unloaded; use the layer that replaced it"):
         stack_forward(layers, passes(9)[0])
 
 

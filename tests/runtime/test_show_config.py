@@ -1,11 +1,14 @@
 """What users paste into reports, and the public limits of threads."""
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import nplora
+from nplora.runtime import machine
 
 
 def test_the_report_names_what_a_maintainer_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,7 +17,7 @@ def test_the_report_names_what_a_maintainer_asks_for(capsys: pytest.CaptureFixtu
     assert lines["nplora"].strip() == nplora.__version__
     assert lines["NumPy"].strip() == np.__version__
     assert lines["threads"].strip().startswith(str(nplora.get_num_threads()))
-    assert {"instruction set", "OpenMP", "compiler", "Python", "platform"} <= set(lines)
+    assert {"instruction set", "processor", "OpenMP", "compiler", "Python", "platform"} <= set(lines)
 
 
 def test_a_runtime_may_have_no_version(
@@ -29,6 +32,24 @@ def test_a_runtime_may_have_no_version(
         "openmp openmp, 2 threads",
         "openmp openmp 5.1, 2 threads",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD  EPYC 9B45\n", "AMD EPYC 9B45"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n\nModel\t\t: Raspberry Pi 5\n", "Raspberry Pi 5"),
+        ("processor\t: 0\nmodel name\t:\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_the_processor_has_the_name_that_the_system_gives_it(
+    text: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.cpu_name.__wrapped__() == name
 
 
 @pytest.mark.usefixtures("thread_limit")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import fcntl
 import itertools
@@ -10,6 +11,7 @@ import math
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,8 @@ from nplora.trainer import (
     Trainer,
     checkpoint,
     fingerprint,
+    log_header,
+    plot,
     run_checkpoints,
 )
 from nplora.trainer.checkpoint import Checkpoint
@@ -266,7 +270,8 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
     assert [r["epoch"] for r in records if r["event"] == "epoch"] == list(range(1, EPOCHS + 1))
-    assert [r["event"] for r in records if r["event"] not in ("step", "epoch")] == ["start", "resume", "end"]
+    others = [record["event"] for record in records if record["event"] not in ("step", "epoch")]
+    assert others == ["header", "start", "resume", "end"]
 
 
 class Epochs:
@@ -393,6 +398,55 @@ def test_a_damaged_log_loses_records_but_not_the_run(
         assert found[part] == uninterrupted[part]
     lines = log.read_bytes().splitlines()
     assert all(line.count(b'{"event":') == 1 for line in lines), "a line without its end is left"
+
+
+def test_a_log_begins_with_the_model_the_command_the_version_and_the_machine(tmp_path: Path) -> None:
+    model = net(rng=0)
+    fit(trainer_of(model, callbacks=[StopAfter(step=8)]), checkpoint_dir=tmp_path)
+    fit(trainer_of(net()), checkpoint_dir=tmp_path, resume=True)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["event"] for record in records[:2]] == ["header", "start"]
+    resumed = next(record for record in records if record["event"] == "resume")
+    for record in (records[0], resumed):
+        assert record["nplora"] == nplora.__version__
+        assert record["model"] == repr(model)
+        assert "pytest" in record["command"]
+        assert record["machine"].keys() == {"isa", "threads", "cpu"}
+        assert datetime.datetime.fromisoformat(record["date"]).tzinfo is not None
+
+
+def test_a_header_is_short_and_valid_text_whatever_the_model_is_called(tmp_path: Path) -> None:
+    class Strange(nplora.LoRALinear):
+        def __repr__(self) -> str:
+            return "a file named \udcff " + "x" * 10_000
+
+    model = Strange(np.eye(3), rank=1)
+    x = np.ones((4, 3))
+    Trainer(model, loss="mse", progress=False).fit(x, x, checkpoint_dir=tmp_path)
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert header["model"].startswith("a file named ? x")
+    assert len(header["model"]) < 5000
+    assert len(plot.read_log(tmp_path / "log.jsonl").steps) == 1
+    assert header["event"] == log_header.HEADER
+
+
+def test_a_run_whose_log_has_no_header_resumes_and_is_read(
+    uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an early version wrote it."""
+    real = RunDirectory.log
+
+    def log(directory: RunDirectory, record: Any) -> None:
+        if record["event"] != "header":
+            real(directory, record)
+
+    with monkeypatch.context() as early:
+        early.setattr(RunDirectory, "log", log)
+        fit(trainer_of(net(rng=0), callbacks=[StopAfter(step=8)]), checkpoint_dir=tmp_path)
+    second = trainer_of(net())
+    assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
+    assert (tmp_path / "log.jsonl").read_text().startswith('{"event":"start",')
+    assert len(plot.read_log(tmp_path / "log.jsonl").steps) == STEPS
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_relies_on_it(
@@ -1309,7 +1363,7 @@ def test_a_first_record_that_a_full_disk_cut_short_is_a_log(tmp_path: Path) -> N
     (tmp_path / "log.jsonl").write_text('{"event":"sta')
     history = fit(trainer_of(net(rng=0)), epochs=1, checkpoint_dir=tmp_path)
     assert len(history.steps) == 5
-    assert (tmp_path / "log.jsonl").read_text().startswith('{"event":"start",')
+    assert (tmp_path / "log.jsonl").read_text().startswith('{"event":"header",')
 
 
 class Move(Callback):
@@ -1411,7 +1465,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
             warnings.filterwarnings("ignore", message=".*left unfinished by a run that was killed")
             assert run(directory, resume=True) == expected
         events = [json.loads(line)["event"] for line in (directory / "log.jsonl").read_text().splitlines()]
-        assert events == ["start", "resume", *["step"] * 5, "epoch", "end"]
+        assert events == ["header", "start", "resume", *["step"] * 5, "epoch", "end"]
         assert not (directory / "adapter_model.safetensors").exists()
     assert states == sorted(states, reverse=True)
     assert states.count("old") >= 4  # no call yet, the lock, and the flushes of the new files
@@ -1472,6 +1526,80 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert outcome(second, fit(second, checkpoint_dir=directory, resume=True)) == uninterrupted
 
 
+def fail_for_a_while(monkeypatch: pytest.MonkeyPatch, failures: float) -> None:
+    """The disk is full for the first files that are written to it."""
+    real, left = os.write, [failures]
+
+    def write(descriptor: int, chunk: Any) -> int:
+        if left[0] > 0 and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, chunk)
+
+    monkeypatch.setattr(os, "write", write)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again_at_the_next(
+    stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, trainer = copy_of(stopped, tmp_path), trainer_of(net())
+    before = newest(directory).step
+    fail_for_a_while(monkeypatch, 2)
+    with pytest.warns(UserWarning, match="could not be written") as warned:
+        history = fit(trainer, checkpoint_dir=directory, resume=True, checkpoint_every=3)
+    assert outcome(trainer, history) == uninterrupted
+    first = -(-(before + 1) // 3) * 3
+    assert [str(warning.message).partition(" could")[0] for warning in warned] == [
+        f"the checkpoint of step {step}" for step in (first, first + 3)
+    ]
+    message = str(warned[0].message)
+    assert "No space left on device" in message
+    assert message.endswith(f"Until then the checkpoint of step {before} is the newest")
+    assert sorted(checkpoint.read(directory / name).step for name in NAMES) == [STEPS - 1, STEPS]
+    assert not list(directory.glob(".*"))
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    before = {name: (directory / name).read_bytes() for name in NAMES}
+    fail_for_a_while(monkeypatch, math.inf)
+    with (
+        pytest.warns(UserWarning, match="could not be written"),
+        pytest.raises(OSError, match="No space left on device") as raised,
+    ):
+        fit(trainer_of(net()), checkpoint_dir=directory, resume=True, checkpoint_every=3)
+    assert re.match(r"the run is saved at step \d+, step 40 could not be saved", raised.value.__notes__[0])
+    assert {name: (directory / name).read_bytes() for name in NAMES} == before
+
+
+def test_a_first_checkpoint_that_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work: the disk may be wrong, and there is nothing yet to go back to."""
+    fail_for_a_while(monkeypatch, 1)
+    stop = StopAfter(step=1)
+    with pytest.raises(OSError, match="No space left on device"):
+        fit(trainer_of(net(), callbacks=[stop]), checkpoint_dir=tmp_path)
+
+
+def test_the_older_checkpoint_is_replaced_after_one_of_the_same_step_failed(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(stopped, tmp_path)
+    with RunDirectory(directory) as opened:
+        point = opened.newest
+        assert point is not None
+        with monkeypatch.context() as full:
+            fail_for_a_while(full, 1)
+            with pytest.raises(OSError, match="No space"):
+                opened.save(point)
+        opened.save(dataclasses.replace(point, step=point.step + 1))
+    steps = sorted(checkpoint.read(directory / name).step for name in NAMES)
+    assert steps == [point.step, point.step + 1]
+
+
 class Fault:
     """Counts the calls that change the disk, and makes one of them fail."""
 
@@ -1504,7 +1632,8 @@ def test_an_error_at_any_write_fsync_or_rename_loses_nothing(
     expected = outcome(*short_run(tmp_path / "whole", resume=False))
     for fails in itertools.count(1):
         directory = tmp_path / str(fails)
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the checkpoint of step . could not be written")
             fault = Fault(patched, fails)
             with contextlib.suppress(OSError):
                 short_run(directory, resume=False)

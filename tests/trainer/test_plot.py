@@ -76,10 +76,33 @@ def test_dollar_signs_in_the_name_of_a_directory_are_not_a_formula(run: Path) ->
 
 
 def test_the_log_is_read_back(run: Path) -> None:
-    steps, epochs = plot.read_log(run / "log.jsonl")
+    steps, epochs, before = plot.read_log(run / "log.jsonl")
+    assert before is None
     assert [r["step"] for r in steps] == list(range(1, 16))
     assert [r["step"] for r in epochs] == [5, 10, 15]
     assert all(0 <= r["val_accuracy"] <= 1 for r in epochs)
+
+
+def test_the_loss_before_training_is_drawn_at_step_0(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"event":"before","loss":7.5,"data":null,"answers":{}}\n')
+    log = plot.read_log(run / "log.jsonl")
+    assert log.loss_before == 7.5
+    curves = {curve.label: curve for curve in plot._loss_curves(log)}
+    assert curves["validation"].x == [0, 5, 10, 15]
+    assert curves["validation"].y == [7.5, *(record["val_loss"] for record in log.epochs)]
+    smooth = curves["step, smoothed"]
+    assert smooth.x == curves["step"].x == list(range(1, 16))
+    few = plot.RunLog(log.steps[:9], [], None)
+    assert [curve.label for curve in plot._loss_curves(few) if curve.x] == ["step"]
+
+
+def test_a_smoothed_curve_is_a_mean_with_falling_weights() -> None:
+    values, window = np.random.default_rng(0).normal(3, 1, 50), 6.0
+    for end, found in enumerate(plot.smoothed(list(values), window), 1):
+        weights = np.exp(-np.arange(end)[::-1] / window)
+        assert found == pytest.approx(np.average(values[:end], weights=weights), rel=1e-12)
+    assert plot.smoothed([2.0] * 9, 3.0) == pytest.approx([2.0] * 9)
 
 
 def test_a_line_cut_short_by_a_kill_is_skipped(run: Path) -> None:
@@ -107,6 +130,8 @@ def test_missing_losses_are_gaps(run: Path) -> None:
         ('{"event":"step","step":"1","loss":1,"lr":1}\n', "line 1: step is '1', expected a number"),
         ('{"event":"step","step":1,"loss":true,"lr":1}\n', "line 1: loss is True, expected a number"),
         ('{"event":"step","step":1,"loss":1,"lr":1e999}\n', "line 1: the number 1e999 is beyond float64"),
+        ('{"event":"step","step":null,"loss":1,"lr":1}\n', "line 1: step is None, expected a number"),
+        ('{"event":"before","loss":"1"}\n', "line 1: loss is '1', expected a number"),
     ],
 )
 def test_a_log_of_another_program_is_an_error_that_names_the_line(

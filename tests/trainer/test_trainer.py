@@ -20,6 +20,7 @@ import pytest
 
 import nplora
 from dead_streams import DEAD
+from notebooks import notebook
 from nplora.nn import losses, optim
 from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts
 from nplora.trainer.batches import ArrayBatches
@@ -379,7 +380,8 @@ def test_callbacks_are_called_in_order_and_can_stop_the_run() -> None:
         ("start", 45), 1, 2, 3, 4, 5, ("epoch", 1), 6, 7, ("epoch", 2), ("end", "callback"),
     ]  # fmt: skip
     assert len(history.steps) == 7
-    assert repr(history) == f"History(7 steps, 2 epochs, ended='callback', last loss {history.loss[-1]:.4g})"
+    losses = f"loss {history.loss[0]:.4g} -> {history.loss[-1]:.4g}"
+    assert repr(history) == f"History(7 steps, 2 epochs, ended='callback', {losses})"
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["tqdm", "plain"])
@@ -400,6 +402,45 @@ def test_progress_is_shown_on_request(
     Trainer(net()).fit(x, y)  # stderr is not a terminal here
     assert capsys.readouterr() == ("", "")
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["tqdm", "plain"])
+def test_progress_is_shown_by_default_in_a_terminal_and_in_a_notebook(
+    installed: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    else:
+        pytest.importorskip("tqdm")
+    x, y = data()
+    with notebook(monkeypatch):
+        Trainer(net()).fit(x, y, epochs=2, batch_size=8)
+        shown = capsys.readouterr().err
+        assert "10/10" in shown
+        assert "\r" in shown, "the line is redrawn"
+        Trainer(net(), progress=False).fit(x, y)
+        assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    Trainer(net()).fit(x, y, epochs=2, batch_size=8)
+    assert "10/10" in capsys.readouterr().err
+
+
+def test_a_trainer_an_optimiser_and_a_run_describe_themselves() -> None:
+    trainer = Trainer(net(), "mse", nplora.SGD(0.1), schedule="cosine", seed=3, progress=False)
+    assert repr(trainer).splitlines() == [
+        "Trainer(loss='mse', optimizer=SGD(lr=0.1, weight_decay=0.0, lr_ratio=1.0, momentum=0.0, "
+        "nesterov=False, steps=0), schedule='cosine', seed=3)",
+        *(f"  {line}" for line in repr(trainer.model).splitlines()),
+    ]
+    runs: list[str] = []
+
+    class Note(Callback):
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            runs.append(repr(run))
+
+    x, y = data()
+    trainer_of(net(), callbacks=[Note()]).fit(x, y, steps=2)
+    assert runs == ["Run(step 1 of 2, epoch 0)", "Run(step 2 of 2, epoch 0)"]
 
 
 @pytest.mark.parametrize("progress", [None, True])

@@ -157,7 +157,7 @@ def test_settings_that_are_not_finite_are_logged_as_text(tmp_path: Path) -> None
     for _ in range(2):  # the second one compares its settings with those of the checkpoint
         trainer = nplora.Trainer(model, "mse", Capped())
         trainer.fit(x, x, epochs=1, checkpoint_dir=tmp_path, resume=True)
-    start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])
     assert start["settings"]["free"]["cap"] == "Infinity"
 
 

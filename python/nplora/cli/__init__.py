@@ -1,4 +1,4 @@
-"""The command line: `entry` runs it, `parser` knows the commands, and each command has a file of its own."""
+"""The command line: `entry` runs it, `parser` lists the commands, and each command has its own file."""
 
 from nplora.cli.entry import main
 

@@ -5,22 +5,24 @@ import argparse
 from nplora.cli.errors import UsageError
 from nplora.cli.parser import path, weighted_path
 
-HELP = "Add up LoRA adapters with weights, exactly, as one adapter."
+HELP = "Write the weighted sum of LoRA adapters as one adapter; the sum is exact."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "PEFT directory or llama.cpp file, and its weight (default: 1)"
     parser.add_argument("adapters", metavar="ADAPTER[:WEIGHT]", nargs="+", type=weighted_path, help=text)
-    text = "directory of the new adapter"
+    text = "directory for the new adapter"
     parser.add_argument("--output", metavar="DIR", type=path, required=True, help=text)
-    text = "maximum rank; larger ranks are cut to it (default: exact)"
+    text = "maximum rank; larger ranks are truncated to it (default: as large as the exact sum needs)"
     parser.add_argument("--rank", type=int, help=text)
-    text = "model of the adapters, as for convert; some .gguf files need it"
+    text = "model that the adapters were trained on, as for convert; some .gguf files need it"
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
-    parser.add_argument("--any-base", action="store_true", help="accept adapters of different models")
+    parser.add_argument(
+        "--any-base", action="store_true", help="accept adapters that were trained on different models"
+    )
     text = "replace the adapter in the output directory"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    text = "print the rank and the error of every layer"
+    text = "print the rank and the error of each layer"
     parser.add_argument("--verbose", action="store_true", help=text)
 
 
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Refuse an output that cannot be written, before anything that takes time."""
+    """Refuse an output that cannot be written, before any long work."""
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
     from nplora.formats.output_directory import require_no_other
@@ -44,7 +46,9 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
     output = arguments.output
     if files.suffix(output) in (".gguf", ".safetensors"):
-        raise UsageError(f"--output names a directory, got {output!r}; nplora convert makes a .gguf of it")
+        raise UsageError(
+            f"--output is {output!r}, expected a directory; nplora convert makes a .gguf file of it"
+        )
     require_no_other(output, arguments.overwrite)
     require_no_model(output)
     inputs = [("adapter", file) for adapter, _ in arguments.adapters for file in files_of(adapter)]

@@ -7,30 +7,34 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
-    "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model (Llama, "
-    "Mistral, Qwen2, Qwen3) from a Hugging Face directory to GGUF. Tokenizers are converted if they are "
-    "byte-level BPE."
+    "Convert a LoRA adapter from PEFT's directory to llama.cpp's GGUF file, or back; or a model from a "
+    "Hugging Face directory to GGUF."
 )
+
+_EPILOG = "A model's tokenizer is converted too if it is a byte-level BPE."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
     text = "adapter (a directory or a .gguf file), or model (a directory or its model.safetensors)"
     parser.add_argument("source", metavar="SOURCE", type=path, help=text)
-    text = "what is written: a .gguf file or a directory"
+    text = "new .gguf file, or new directory of an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)
     storages = tuple(name for name in STORAGES if name != "float64")
-    text = "storage type of a model's matrices (default: same)"
+    text = "storage type of the model's matrices (default: same)"
     parser.add_argument("--dtype", choices=storages, help=text)
-    text = "model of the adapter: a GGUF file, config.json or its directory"
+    text = "model that the adapter was trained on: a GGUF file, a config.json or its directory"
     parser.add_argument("--base", metavar="MODEL", type=path, help=text)
     add_any_base(parser)
-    text = "replace TARGET, or the adapter in that directory"
+    text = "replace TARGET, or the adapter in it"
     parser.add_argument("--overwrite", action="store_true", help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from nplora.formats import model_directory
     from nplora.models import gguf_export
 
+    model_directory.require_no_hub_name(arguments.source)
     convert = _convert_model if gguf_export.is_model(arguments.source) else _convert_adapter
     convert(arguments)
 
@@ -39,9 +43,9 @@ def _convert_model(arguments: argparse.Namespace) -> None:
     from nplora.models import gguf_export
 
     if arguments.base is not None:
-        raise UsageError("--base is for an adapter, SOURCE is a model")
+        raise UsageError("--base is for an adapter, and SOURCE is a model")
     if arguments.any_base:
-        raise UsageError("--any-base is for an adapter, SOURCE is a model")
+        raise UsageError("--any-base is for an adapter, and SOURCE is a model")
     dtype = arguments.dtype or "same"
     print(gguf_export.model_to_gguf(arguments.source, arguments.target, dtype, arguments.overwrite))
 
@@ -50,7 +54,7 @@ def _convert_adapter(arguments: argparse.Namespace) -> None:
     from nplora import adapters
 
     if arguments.dtype is not None:
-        os.stat(arguments.source)  # a file that is missing is the first thing to report
+        os.stat(arguments.source)  # a missing file is the first thing to report
         raise UsageError("--dtype is for a Hugging Face model, and SOURCE is not one")
     print(
         adapters.convert_adapter(

@@ -1,6 +1,6 @@
-"""What `nplora info` prints of a file or directory: GGUF, safetensors, models and adapters.
+"""The text that `nplora info` prints about a file or directory: GGUF, safetensors, a model or an adapter.
 
-Of weights only the headers are read; of adapters the factors too, for their norms.
+Only the headers of weights are read. The factors of an adapter are read too, for their norms.
 """
 
 import errno
@@ -41,7 +41,7 @@ Row: TypeAlias = tuple[str, ...]
 
 _LONGEST_VALUE = 60
 _NF4 = "nf4"
-_RANK = 8  # of the adapter whose parameters are counted
+_RANK = 8  # the rank for which the parameters of an adapter are counted
 _OUTPUTS = ("output", "lm_head")
 _KNOWN_IN_GGUF = frozenset(family.architecture for family in families.FAMILIES)
 _KNOWN = frozenset(family.model_type for family in families.FAMILIES)
@@ -53,12 +53,19 @@ def describe(path: StrPath) -> str:
     Args:
         path: a file, or the directory of a PEFT adapter or of a Hugging Face model.
     Returns:
-        lines of text. In names and values from the file, control characters are escaped.
+        lines of text. Control characters in names and values of the file are escaped.
     Raises:
         ValueError: the path is empty.
-        FormatError: it is none of these, or it breaks its format. OSError: it cannot be read.
+        FormatError: the file is none of these, or it breaks its format. OSError: it cannot be read.
+
+    >>> from nplora.cli.description import describe
+    >>> print(describe("adapter"))
+    adapter: PEFT's LoRA adapter for an unnamed model
+    rank 2, alpha 16, scale = alpha / rank; layers may differ
+    ...
     """
     files.require_named("info", path=path)
+    model_directory.require_no_hub_name(path)
     if Path(path).is_dir():
         return _directory(path)
     if model_directory.is_index(path):
@@ -113,15 +120,15 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str) -> str:
-    """A line that says which commands refuse a model or adapter of this family; empty if it is known."""
+    """A line about the commands that refuse a model or adapter of this family; empty if it is supported."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
     families = ", ".join(sorted(known))
-    return f"this nplora does not know architecture {brief(family)}: {commands} refuse it; known: {families}"
+    return f"architecture {brief(family)} is not supported: {commands} refuse it; supported: {families}"
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The layer of a tensor under its name in --targets, if it has one."""
+    """The name of a tensor's layer in --targets; the tensor's own name if its family is unknown."""
     layer = stored.removesuffix(".weight")
     family = families.find_architecture(architecture) if isinstance(architecture, str) else None
     return (family or families.FAMILIES[0]).hf_layer(layer) or layer
@@ -147,7 +154,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint, which have no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint. These have no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
@@ -180,7 +187,7 @@ def _matrices(tensors: list[_Tensor]) -> dict[str, list[Row]]:
 
 
 def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
-    """The tensors of a file. The parts of a bitsandbytes matrix are listed as one matrix."""
+    """The tensors of a file. The parts of a bitsandbytes matrix count as one matrix."""
     if isinstance(file, SafetensorsFile):
         found = [_Tensor(name, e.dtype, e.shape, e.end - e.begin) for name, e in file.entries.items()]
     else:
@@ -200,7 +207,7 @@ def _tensors(file: model_directory.Tensors) -> list[_Tensor]:
 def _listed(
     tensors: list[_Tensor], is_read: Callable[[str], bool] = lambda name: True
 ) -> dict[str, list[Row]]:
-    """A row for each tensor, and one for each type."""
+    """A table with a row for each tensor, and one with a row for each type."""
     counts, nbytes = Counter[str](), Counter[str]()
     for tensor in tensors:
         counts[tensor.type] += 1
@@ -218,7 +225,7 @@ def _listed(
 
 
 def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
-    """The matrices that LoRA can adapt, by kind, and the trained parameters of an adapter of rank 8.
+    """A table of the matrices that LoRA can adapt, by kind, with the parameters of an adapter of rank 8.
 
     As in PEFT, "all-linear" means all matrices except the embedding and the output.
     """
@@ -245,7 +252,7 @@ def _trainable(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Row]]:
 
 
 def _value(value: object) -> str:
-    """A metadata value; of an array, its length and type."""
+    """A metadata value as text. An array is shown by its length and type."""
     if isinstance(value, StringArray):
         return counted(len(value), "string")
     if isinstance(value, np.ndarray):
@@ -297,7 +304,7 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
-    """A row with norms. ΔW is not formed: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
+    """A row with the norms of a layer. ΔW is not formed: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ)."""
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
     norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b), "ΔW": delta}
@@ -305,7 +312,7 @@ def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
 
 
 def _targets(layers: Iterable[str]) -> list[Row]:
-    """The number of layers of each kind."""
+    """A table with the number of layers of each kind."""
     kinds = Counter(layer.rpartition(".")[2] for layer in layers)
     return [(kind, counted(count, "layer")) for kind, count in kinds.items()]
 
@@ -314,7 +321,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """The head lines, and a table under each name; empty lines and tables are left out."""
+    """The head lines, and each table under its name. Empty lines and empty tables are left out."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:
@@ -326,5 +333,5 @@ def _text(*head: str, **sections: list[Row]) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters escaped, because they could take over a terminal."""
+    """The text with control characters escaped, because they might control the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

@@ -1,4 +1,4 @@
-"""The entry point: arguments in, one call, and errors as one line."""
+"""The entry point: it runs one command, and prints its errors as one line."""
 
 import contextlib
 import io
@@ -18,21 +18,27 @@ _INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-        0           done
-        1           the command failed, or nobody reads stdout any more
-        2           an argument, a file, the disk or a missing package is at fault, or --memory is too small
+        0           success
+        1           the command failed, or the reader of stdout is gone
+        2           wrong arguments, a wrong file, a disk error, a missing package, or --memory is too small
         130         Ctrl-C
         129, 143    SIGHUP or SIGTERM ended a training run, which is saved
         135         a mapped model file was cut short
 
-    With 1, 2 and 135, one line on stderr says why, unless nobody reads stdout any more. Each warning is one
-    line. A stderr that cannot be written changes nothing.
+    For 1, 2 and 135, one line on stderr says why, unless the reader of stdout is gone. Each warning is one
+    line. If stderr cannot be written, these lines are lost and the status stays the same.
 
+    Args:
+        arguments: the words after `nplora`; None: those of this process.
     Raises:
         SystemExit: --help, --version, wrong arguments, or SIGHUP or SIGTERM during training.
+
+    >>> nplora.cli.main(["eval", "model.gguf", "--data", "valid.jsonl"])
+    loss ... over 12 tokens
+    0
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # stderr replaces what it cannot show anyway
+        sys.stdout.reconfigure(errors="replace")  # as stderr: letters that cannot be shown become "?"
     try:
         return _status(list(sys.argv[1:] if arguments is None else arguments))
     finally:
@@ -56,7 +62,7 @@ def _status(arguments: list[str]) -> int:
         if isinstance(end, SystemExit):
             raise
         return _INTERRUPTED
-    except BrokenPipeError:  # nobody reads our output any more; the reader may have been `head`
+    except BrokenPipeError:  # the reader of our output is gone, as `head` when it has its lines
         return 1
     except UsageError as error:
         show_error(error, f" (try {parsed.prog} --help)")
@@ -68,7 +74,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send what a stream still holds and cannot write to /dev/null, or Python fails with it at its exit."""
+    """Send what a stream still holds to /dev/null if it cannot be written: Python would fail at exit."""
     if stream is None:
         return
     try:

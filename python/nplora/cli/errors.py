@@ -5,11 +5,11 @@ import os
 
 from nplora.runtime.stderr import stderr
 
-_LONG_LIST = 300  # characters of a list in a message: of a longer one, the first item is enough
+_LONG_LIST = 300  # characters: of a longer list in a message only the first item is shown
 
 
 class UsageError(ValueError):
-    """An argument that is not known, or whose value does not fit."""
+    """An argument is unknown, or its value is wrong."""
 
 
 def show_error(error: Exception, hint: str = "") -> None:
@@ -24,7 +24,7 @@ def show_warning(message: Warning | str, *where: object, **more: object) -> None
 
 
 def message_of(error: Exception) -> str:
-    """What is wrong, with the file if the error names one, but without the system's error number."""
+    """The message of an error, with the file that it names, but without the system's error number."""
     if not isinstance(error, OSError) or error.strerror is None or error.errno is None:
         return str(error) or "out of memory"
     text, file = error.strerror, error.filename
@@ -38,7 +38,7 @@ def message_of(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message as one line: a list of lines after a colon becomes one, separated by semicolons."""
+    """A message as one line: semicolons separate the items of a list that follows a colon."""
     head, colon, items = text.partition(":\n  ")
     if len(items) > _LONG_LIST and "\n  " in items:
         items = f"{items.partition(chr(10))[0]}\n  …"

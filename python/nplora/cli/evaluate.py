@@ -4,19 +4,19 @@ import argparse
 import json
 import math
 
-from nplora.cli.parser import add_adapters, add_data, add_model, add_options, given_options
+from nplora.cli.parser import add_adapters, add_data, add_model, add_options, checked, given_options
 
-HELP = "Print the mean loss of a language model over a file."
+HELP = "Print the mean loss of a language model over a file of text."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "; of a directory, valid.jsonl is read if it has one")
+    add_data(parser, "valid.jsonl, or else train.jsonl")
     add_adapters(parser)
     add_options(parser, EvaluateOptions)
-    text = 'print {"loss": ..., "tokens": ..., "examples": ..., ...}'
+    text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'
     parser.add_argument("--json", action="store_true", help=text)
 
 
@@ -25,13 +25,15 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.finetuning import EvaluateOptions
     from nplora.formats.errors import counted
 
+    options = given_options(arguments, EvaluateOptions)
+    checked(EvaluateOptions, options)
     result = finetuning.evaluate(
         arguments.model,
         arguments.data,
         adapter=arguments.adapter,
         any_base=arguments.any_base,
         progress=True,
-        **given_options(arguments, EvaluateOptions),
+        **options,
     )
     loss, tokens = result["loss"], counted(result["tokens"], "token")
     if arguments.json:

@@ -9,18 +9,18 @@ from typing import Any
 from nplora.cli.errors import UsageError, show_warning
 from nplora.cli.parser import add_adapters, add_compute, add_model, add_options, checked, given_options
 
-HELP = "Print the text that a language model generates after a prompt."
+HELP = "Generate text after a prompt."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.lm.generation import Sampling
 
     add_model(parser)
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; -: read it from standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help="prompt; - reads it from standard input")
     add_adapters(parser)
-    text = "put the prompt into the model's chat template"
+    text = "send the prompt as a user's message, in the model's chat template"
     parser.add_argument("--chat", action="store_true", help=text)
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     add_compute(parser)
     add_options(parser, Sampling)
 
@@ -30,12 +30,12 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.lm.generation import Sampling, stream
 
     if arguments.system is not None and not arguments.chat:
-        raise UsageError("--system is a message of a chat, which needs --chat")
+        raise UsageError("--system is for a chat: give --chat too")
     sampling = checked(Sampling, given_options(arguments, Sampling))
     lm = finetuning.load_with_adapter(
         arguments.model, arguments.adapter, arguments.compute, arguments.any_base
     )
-    with warnings.catch_warnings(record=True) as found:  # printed below the text, not in it
+    with warnings.catch_warnings(record=True) as found:  # shown after the text, not inside it
         for piece in stream(lm, _prompt(arguments), sampling):
             print(piece, end="", flush=True)
     print(flush=True)
@@ -44,16 +44,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prompt(arguments: argparse.Namespace) -> Any:
-    """The text, or the chat if one is asked for."""
+    """The prompt as text, or as messages with --chat."""
     text = _text(arguments.prompt)
     if not arguments.chat:
         return text
-    said = [("system", arguments.system), ("user", text)]
-    return [{"role": role, "content": content} for role, content in said if content is not None]
+    messages = [("system", arguments.system), ("user", text)]
+    return [{"role": role, "content": content} for role, content in messages if content is not None]
 
 
 def _text(given: str) -> str:
-    """The prompt of the command line, or for "-" that of standard input."""
+    """The prompt on the command line, or standard input for "-"."""
     if given == "-" and sys.stdin is None:
         raise ValueError("the prompt cannot be read: standard input is closed")
     text = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)

@@ -4,7 +4,10 @@ import argparse
 
 from nplora.cli.parser import path
 
-HELP = "Print what a file holds; without a file: versions, instruction set and threads, for a bug report."
+HELP = (
+    "Describe a model or adapter file. Without FILE: print versions, instruction set and threads, for a bug "
+    "report."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

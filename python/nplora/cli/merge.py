@@ -3,16 +3,14 @@
 import argparse
 
 from nplora.cli.errors import show_warning
-from nplora.cli.parser import STORAGES, add_any_base, path
+from nplora.cli.parser import STORAGES, adapter_path, add_any_base, path
 
-HELP = (
-    "Write a model with a LoRA adapter merged into it, and report how much of the adapter each weight kept."
-)
+HELP = "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter it kept."
 
 _EPILOG = (
-    "ΔW kept: the share of the adapter's change that is in the stored weights; less than 90 % is refused. "
-    "Noise: what rounding changes besides. It spreads over all directions, and the adapter's change acts in "
-    "a few, so noise may be larger than ΔW and hardly matter. Relative error: both together, over ΔW."
+    "ΔW is the adapter's change of the weights. ΔW kept: the share of it that the stored weights hold; less "
+    "than 90 % is refused. Noise: what rounding changes besides; it may be larger than ΔW and hardly matter, "
+    "because it spreads over all directions, and ΔW acts in a few. Relative error: both together, over ΔW."
 )
 
 
@@ -21,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "GGUF or safetensors file, or Hugging Face directory"
     parser.add_argument("base", metavar="BASE", type=path, help=text)
     text = "PEFT directory or llama.cpp file"
-    parser.add_argument("adapter", metavar="ADAPTER", type=path, help=text)
-    text = "a file of the same kind as BASE, or a directory"
+    parser.add_argument("adapter", metavar="ADAPTER", type=adapter_path, help=text)
+    text = "new file of the same kind as BASE; for a BASE that is a directory, also a directory"
     parser.add_argument("--output", metavar="FILE", type=path, required=True, help=text)
-    text = "storage type of the merged weights; safetensors has the float types only (default: same)"
+    text = "storage type of the merged weights; only the float types for safetensors (default: same)"
     parser.add_argument("--dtype", choices=STORAGES, default="same", help=text)
     add_any_base(parser)
-    text = "merge even if less than 90 %% of the adapter's change is kept"
+    text = "write the model even if it keeps less than 90 %% of the adapter's change"
     parser.add_argument("--lossy", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
-    text = "report what every tensor kept of the adapter"
+    text = "print how much of the adapter each tensor kept"
     parser.add_argument("--verbose", action="store_true", help=text)
 
 

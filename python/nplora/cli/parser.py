@@ -3,13 +3,16 @@
 import argparse
 import dataclasses
 import importlib
+import itertools
+import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from nplora import _core
+from nplora import _check, _core
 from nplora.cli.errors import UsageError, one_line
 from nplora.weights import INFERENCE_COMPUTES
 
@@ -36,6 +39,16 @@ STORAGES = (
 )
 
 
+# What other programs call our commands.
+_OTHER_COMMANDS = {
+    **dict.fromkeys(("train", "sft", "lora", "fine-tune", "fine_tune"), "finetune"),
+    **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
+    **dict.fromkeys(("chat", "run", "infer", "inference"), "generate"),
+    **dict.fromkeys(("export", "quantize"), "convert"),
+    "fuse": "merge",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
@@ -43,15 +56,41 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"nplora: error: {one_line(message)} (try {self.prog} --help)\n")
 
 
+class CommandParser(Parser):
+    """The parser of one command. For an unknown option it suggests the one that was meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in itertools.takewhile("--".__ne__, args or ()):
+            self._require_option(word.partition("=")[0])
+        return super().parse_known_args(args, namespace)
+
+    def _require_option(self, word: str) -> None:
+        """Refuse a word like -r or --learning-rate if it is like an option; argparse refuses all others."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        begun = [option for option in options if option.startswith(word)]
+        if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
+            return
+        names = [option[2:].replace("-", "_") for option in options]
+        if near := _check.suggestion(word.lstrip("-").replace("-", "_"), names, _option):
+            self.error(f"no option {word}{near}")
+
+
 def parser_of(words: Sequence[str]) -> Parser:
     """The parser for these words: it has the arguments of the command that they name, and of no other.
 
     The modules of the other commands, and what these import, need not be loaded.
+
+    Raises:
+        SystemExit: there is no such command.
     """
     parser = Parser(prog="nplora", description="LoRA fine-tuning on CPUs, from NumPy.")
     parser.add_argument("--version", action="version", version=f"nplora {_core.config()['version']}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     named = next((word for word in words if not word.startswith("-")), None)
+    if named is not None and named not in COMMANDS:
+        parser.error(f"no command {named!r}{_suggested_command(named)}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
     for name in [named] if named in COMMANDS else COMMANDS:
         module = importlib.import_module(f"nplora.cli.{COMMANDS[name]}")
         added = commands.add_parser(name, help=module.HELP, description=module.HELP)
@@ -59,6 +98,12 @@ def parser_of(words: Sequence[str]) -> Parser:
         if name == named:
             module.add_arguments(added)
     return parser
+
+
+def _suggested_command(name: str) -> str:
+    ours = _OTHER_COMMANDS.get(name)
+    near = f"; did you mean {ours}?" if ours else _check.suggestion(name, COMMANDS)
+    return near or f", expected one of {', '.join(COMMANDS)}"
 
 
 # ---- arguments that several commands have ----
@@ -69,13 +114,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=path, help=text)
 
 
-def add_data(parser: argparse.ArgumentParser, more: str = "") -> None:
-    text = f".jsonl, .csv or .txt file, or directory with train.jsonl and valid.jsonl{more}"
+def add_data(parser: argparse.ArgumentParser, directory: str = "train.jsonl and perhaps valid.jsonl") -> None:
+    text = f".jsonl, .csv or .txt file; or directory with {directory}"
     parser.add_argument("--data", metavar="FILE", type=path, required=True, help=text)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    text = "PEFT directory or llama.cpp file, and its weight (default: 1); several adapters add up"
+    text = (
+        "PEFT directory or llama.cpp file, and its weight (default: 1); repeatable, several adapters add up"
+    )
     parser.add_argument("--adapter", metavar="PATH[:WEIGHT]", type=weighted_path, action="append", help=text)
     add_any_base(parser)
 
@@ -98,53 +145,86 @@ def path(text: str) -> str:
 
 
 def weighted_path(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT, or PATH alone, even if an existing path ends like a weight."""
+    """PATH:WEIGHT or PATH. An existing path is taken as it is, even if it ends like a weight."""
     before, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
         return path(text), 1.0
     try:
-        return path(before), float(weight)
+        found = path(before), float(weight)
     except ValueError:
-        problem = f"{text!r} does not exist, and in ADAPTER:WEIGHT {weight!r} is not a number"
+        problem = f"no such file: {text!r}; and in PATH:WEIGHT, the weight {weight!r} is not a number"
         raise argparse.ArgumentTypeError(problem) from None
+    if not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"the weight of {before!r} is {weight}, expected a finite number")
+    return found
+
+
+def adapter_path(text: str) -> str:
+    """The path of one adapter, for a command that takes no weights."""
+    before, colon, _ = text.rpartition(":")
+    if colon and os.path.exists(before) and not os.path.exists(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has a weight, and this command takes an adapter without one: "
+            f"nplora combine {text} --output DIR writes an adapter of that weight"
+        )
+    return path(text)
+
+
+_KINDS = {"adapter": adapter_path}  # by the `kind` in the metadata of a field
 
 
 # ---- options that are the fields of a dataclass ----
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, shown: str = "help") -> None:
-    """Add an option for every field of a dataclass, with the help that the field's metadata holds.
+    """Add an option for every field of a dataclass, with the help and the group in the field's metadata.
 
     Args:
         shown: if the metadata of a field are False for this, the option is hidden from the help.
     """
     kinds = typing.get_type_hints(options)
+    groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for field in dataclasses.fields(options):
-        text = field.metadata["help"] if field.metadata.get(shown, True) else argparse.SUPPRESS
+        title = field.metadata.get("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        text = _help_of(field) if field.metadata.get(shown, True) else argparse.SUPPRESS
         if kinds[field.name] is bool:
-            parser.add_argument(_option(field.name), action="store_true", help=text)
-            if alias := field.metadata.get("alias"):
-                hidden = argparse.SUPPRESS
-                parser.add_argument(_option(alias), dest=field.name, action="store_true", help=hidden)
+            _add_switch(groups[title], field, text)
         else:
-            _add_value(parser, field, kinds[field.name], text)
+            _add_value(groups[title], field, kinds[field.name], text)
+
+
+def _help_of(field: "dataclasses.Field[Any]") -> str:
+    """The help of a field, which names other fields in backticks: `max_length` becomes --max-length."""
+    text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
+    default = field.default
+    if isinstance(default, tuple):
+        text += "" if "repeatable" in text else " (repeatable)"
+        default = " ".join(default)
+    return text if default is None or default is False or default == "" else f"{text} (default: {default})"
+
+
+def _add_switch(group: argparse._ActionsContainer, field: "dataclasses.Field[Any]", text: str) -> None:
+    group.add_argument(_option(field.name), action="store_true", help=text)
+    if alias := field.metadata.get("alias"):
+        hidden = argparse.SUPPRESS
+        group.add_argument(_option(alias), dest=field.name, action="store_true", help=hidden)
 
 
 def _add_value(
-    parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any, text: str
+    group: argparse._ActionsContainer, field: "dataclasses.Field[Any]", kind: Any, text: str
 ) -> None:
     several = typing.get_origin(kind) is tuple
     plain = [part for part in typing.get_args(kind) if part not in (types.NoneType, ...)] or [kind]
-    choices, default = field.metadata.get("choices"), field.default
-    if text != argparse.SUPPRESS:
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        text = text.replace("%", "%%") + (f" (default: {shown})" if default not in (None, ()) else "")
-    parser.add_argument(
+    kind_name = field.metadata.get("kind", "")
+    metavar = field.metadata.get("metavar", plain[0].__name__.upper().replace("STR", "TEXT"))
+    group.add_argument(
         _option(field.name),
-        type=plain[0],
+        type=_KINDS.get(kind_name, plain[0]),
         action="append" if several else "store",
-        choices=choices,
-        metavar=None if choices else plain[0].__name__.upper().replace("STR", "TEXT"),
+        choices=field.metadata.get("choices"),
+        metavar=None if field.metadata.get("choices") else metavar,
         help=text,
     )
 

@@ -1,23 +1,25 @@
 """`nplora plan`"""
 
 import argparse
+import functools
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_options, path
 
 HELP = (
-    "Predict the memory and the time of finetune; with --memory, find a plan that fits. Nothing is trained."
+    "Predict the memory and the time that finetune takes; with --memory, find the fastest plan that fits. "
+    "Nothing is trained."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions
 
-    parser.epilog = "The other options of finetune are accepted too; they change nothing here."
+    parser.epilog = "All other options of finetune are accepted too, and ignored."
     add_model(parser)
     add_data(parser)
     parser.add_argument("--valid", metavar="FILE", type=path, help="validation file, as for finetune")
     parser.add_argument("--output", help=argparse.SUPPRESS)
-    parser.add_argument("--verbose", action="store_true", help="with --memory: list all plans")
+    parser.add_argument("--verbose", action="store_true", help="list all plans that --memory chooses from")
     add_options(parser, FinetuneOptions, shown="planned")
 
 
@@ -26,6 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora.finetuning import FinetuneOptions
 
     options = given_options(arguments, FinetuneOptions)
-    checked(FinetuneOptions, options)
+    checked(functools.partial(FinetuneOptions, op="plan"), options)
     found = finetuning.plan(arguments.model, arguments.data, valid=arguments.valid, **options)
     print(found.table() if arguments.verbose else found)

@@ -4,14 +4,16 @@ import argparse
 
 from nplora.cli.parser import path
 
-HELP = "Draw the losses and the learning rate of a run as a PNG."
+HELP = "Plot the losses and the learning rate of a run, as a PNG file."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN_DIR", type=path, help="directory with the run's log.jsonl")
-    text = "the PNG (default: RUN_DIR/plot.png)"
+    parser.add_argument(
+        "run", metavar="RUN_DIR", type=path, help="output directory of the run, with its log.jsonl"
+    )
+    text = "new PNG file (default: RUN_DIR/plot.png)"
     parser.add_argument("--output", metavar="FILE", type=path, help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing PNG")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run(arguments: argparse.Namespace) -> None:

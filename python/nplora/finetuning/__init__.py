@@ -1,7 +1,7 @@
 """Fine-tuning and evaluation of a language model on a file of text."""
 
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
-from nplora.finetuning.evaluation import evaluate, evaluate_batches
+from nplora.finetuning.evaluation import Evaluation, MeanLoss, evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions
 from nplora.finetuning.report import FinetuneReport, Sample
@@ -11,8 +11,10 @@ from nplora.finetuning.token_progress import TokenProgress
 
 __all__ = [
     "EvaluateOptions",
+    "Evaluation",
     "FinetuneOptions",
     "FinetuneReport",
+    "MeanLoss",
     "Sample",
     "TokenLoss",
     "TokenProgress",

@@ -1,70 +1,113 @@
-"""Adapters' files, put on a language model."""
+"""Adapters from files or from memory, attached to a language model."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
-from nplora.adapters import combine, read_for
+from nplora import _check
+from nplora.adapters import Adapter, combine, read_for
 from nplora.adapters.layers import require_no_adapter
+from nplora.finetuning.load import loaded
 from nplora.formats import files
 from nplora.formats.files import StrPath
-from nplora.lm import LanguageModel, load_model
+from nplora.lm import LanguageModel
+from nplora.runtime.user_warning import warn_user
 
-Adapters: TypeAlias = StrPath | tuple[StrPath, float] | Sequence[StrPath | tuple[StrPath, float]]
+OneAdapter: TypeAlias = StrPath | Adapter
+Adapters: TypeAlias = OneAdapter | tuple[OneAdapter, float] | Sequence[OneAdapter | tuple[OneAdapter, float]]
 
 
+@_check.keywords
 def load_with_adapter(
     model: StrPath, adapter: Adapters | None = None, compute: str = "float32", any_base: bool = False
 ) -> LanguageModel:
-    """A model, with an adapter, or several, put on it. Raises as `load_model` and `attach_adapter`."""
-    lm = load_model(model, compute)
+    """Load a model and attach an adapter, or the sum of several.
+
+    Args:
+        model, compute: as for `load_model`.
+        adapter, any_base: as for `attach_adapter`; None: no adapter.
+    Raises as `load_model` and `attach_adapter`.
+
+    >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "adapter")
+    >>> lm.num_trainable > 0
+    True
+    >>> half = nplora.finetuning.load_with_adapter("model.gguf", ("adapter", 0.5))
+    """
+    lm = loaded("load_with_adapter", model, compute)
     if adapter is not None:
-        attach_adapter(lm, adapter, any_base)
+        attach("load_with_adapter", lm, adapter, any_base)
     return lm
 
 
+@_check.keywords
 def attach_adapter(
     lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
 ) -> None:
-    """Put an adapter on a model as `Adapter.attach` does. Raises as that; as `combine` if there are several.
+    """Attach an adapter to a model, as `Adapter.attach` does; several add up, as in `combine`.
 
     Args:
-        adapter: a PEFT directory, llama.cpp's file, or a pair of one and its weight; or a list of these,
-            which add up as in `combine`.
+        adapter: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one of these and its weight;
+            or a list of all of these.
+        any_base: accept an adapter that was trained on another model with the same shapes.
+        replace: drop the adapter that the model has.
     Raises:
-        TypeError: it is something else.
+        TypeError: `adapter` is of another kind. ValueError: a weight is not finite.
+        Others as `Adapter.attach`, and for several adapters as `combine`.
     Warns:
         UserWarning: an adapter is given more than once, or its adapter_config.json has unknown keys.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))
+    >>> nplora.finetuning.attach_adapter(lm, ("adapter", 0.5), replace=True)
     """
+    attach("attach_adapter", lm, adapter, any_base, replace)
+
+
+def attach(
+    op: str, lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
+) -> None:
+    """As `attach_adapter`, for the function `op`."""
     if not replace:
         require_no_adapter(lm)
-    weighted = _weighted(adapter)
+    weighted = _weighted(op, adapter)
     if len(weighted) == 1 and weighted[0][1] == 1:
-        read_for(lm, weighted[0][0], lm.source, any_base).attach(lm, any_base, replace)
+        given = weighted[0][0]
+        one = given if isinstance(given, Adapter) else read_for(lm, given, lm.source, any_base)
+        one.attach(lm, any_base, replace)
         return
-    alike: dict[str, list[StrPath]] = {}
-    for path, _ in weighted:
-        alike.setdefault(os.path.realpath(path), []).append(path)
-    for same in alike.values():
-        if (n := len(same)) > 1:
-            warnings.warn(f"{files.name(same[0])} is given {n} times, and added {n} times", stacklevel=3)
+    _warn_of_repetition(op, [one for one, _ in weighted])
     combine(weighted, base=lm.source, any_base=any_base).attach(lm, any_base, replace)
 
 
-def _weighted(adapter: object) -> list[tuple[StrPath, float]]:
+def _weighted(op: str, adapter: object) -> list[tuple[OneAdapter, float]]:
     """Adapters and their weights."""
     given = adapter if isinstance(adapter, list | tuple) and not _is_pair(adapter) else [adapter]
-    found = list[tuple[StrPath, float]]()
-    for one in given:
-        path, weight = one if _is_pair(one) else (one, 1.0)
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"adapter is {one!r}, expected a path, a pair (path, weight), or a list of these")
-        found.append((path, weight))
+    found = list[tuple[OneAdapter, float]]()
+    for item in given:
+        one, weight = item if _is_pair(item) else (item, 1.0)
+        if not isinstance(one, str | os.PathLike | Adapter):
+            raise TypeError(
+                f"{op}: adapter is {item!r}, expected a path, an Adapter, a pair (one of these, weight), "
+                "or a list of these"
+            )
+        found.append((one, _check.number(op, f"the weight of {_name(one)}", weight)))
     return found
 
 
-def _is_pair(value: object) -> TypeGuard[tuple[object, float]]:
+def _is_pair(value: object) -> TypeGuard[tuple[Any, float]]:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _name(adapter: OneAdapter) -> str:
+    return adapter.source if isinstance(adapter, Adapter) else files.name(adapter)
+
+
+def _warn_of_repetition(op: str, adapters: list[OneAdapter]) -> None:
+    alike: dict[object, list[OneAdapter]] = {}
+    for one in adapters:
+        alike.setdefault(id(one) if isinstance(one, Adapter) else os.path.realpath(one), []).append(one)
+    for same in alike.values():
+        if (n := len(same)) > 1:
+            warn_user(f"{op}: {_name(same[0])} is given {n} times, and is added {n} times")

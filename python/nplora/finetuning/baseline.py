@@ -1,4 +1,4 @@
-"""Baseline: what a model did before it was trained, to compare with what it does after."""
+"""Baseline: the loss and the sample texts of a model before training, to compare with those after it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from nplora.lm.generation import Sampling, generate
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
 
-_EVENT = "before"  # of the line in the log
-_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # small models repeat themselves
+_EVENT = "before"  # the event of this line in the log
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: small models repeat themselves
 
 
 def answers_of(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
+    """The text that the model generates after each prompt."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a full context is no matter: the length was not the user's choice
+        warnings.simplefilter("ignore")  # of a full context: the user did not choose the length
         return generate(lm, prompts, _SAMPLING)
 
 
 class Baseline(Callback):
-    """Evaluates the model before the first step. A resumed run reads from its log what was found then.
+    """Evaluates the model before the first step. A resumed run reads the results from its log.
 
     Attributes:
-        loss: the loss of the validation batches; None without such batches, or if the log has it of other
-            batches or not at all.
-        was_finished: the run that was resumed had made all of its steps.
-        answers: the answers to the prompts; "" if the log does not have one.
+        loss: validation loss; None without validation data, or if the log has none for these data.
+        was_finished: the resumed run had made all of its steps before.
+        answers: the texts after the prompts; "" if the log does not have one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Baseline(Callback):
         self.was_finished = False
 
     def measure(self) -> None:
-        """Evaluate the model and have it answer the prompts."""
+        """Evaluate the model, and generate a text after each prompt."""
         if self._validation is not None:
             self.loss = evaluate_batches(self._lm, self._validation)["loss"]
             self._say(f"validation loss {self.loss:.4f} before training")
@@ -65,12 +65,12 @@ class Baseline(Callback):
         run.log(_EVENT, {"loss": self.loss, "data": self._data, "answers": answers})
 
     def _recall(self, run: Run) -> None:
-        """Read the log."""
+        """Read the results of the baseline from the log."""
         logged = run.logged(_EVENT)
         data, loss, answers = logged.get("data"), logged.get("loss"), logged.get("answers")
         if data not in (None, self._data) and not self.was_finished:
             now = "without any" if self._data is None else "with others"
-            warn_user(f"the run was evaluated on validation data, and continues {now}")
+            warn_user(f"finetune: the run was evaluated on validation data, and continues {now}")
         if self._data is not None and data == self._data and type(loss) is float:
             self.loss = loss
         if isinstance(answers, dict):

@@ -1,4 +1,4 @@
-"""EarlierRun: how a run computed its steps until now, which a resumed run keeps."""
+"""EarlierRun: the way in which a run computed its steps so far; a resumed run keeps it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What a resumed run keeps of its beginning, whatever plan would fit now.
+    """What a resumed run keeps from before, even if another plan would fit now.
 
     Attributes:
-        compute: the arithmetic of the frozen products; None if the checkpoint does not say.
-        micro_tokens: the size of its micro-batches; None: batches were not cut.
-        step: the steps made.
+        compute: arithmetic of the frozen products; None: the checkpoint does not have it.
+        micro_tokens: maximum tokens of its micro-batches; None: batches were not cut.
+        step: the number of steps so far.
     """
 
     compute: str | None
@@ -29,14 +29,14 @@ class EarlierRun:
     step: int
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """The options, with the arithmetic of the run unless they choose one."""
+        """The options, with the arithmetic of the run if they have none."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
-    """The run that a directory holds, if it holds a whole checkpoint."""
+    """The run in a directory, if it has a whole checkpoint."""
     if not holds_run(output):
         return None
     with RunDirectory(output) as directory:
@@ -45,7 +45,7 @@ def find_earlier_run(output: StrPath) -> EarlierRun | None:
 
 
 def _described(checkpoint: Checkpoint) -> EarlierRun:
-    """What the settings of a checkpoint say. The trainer refuses later what makes no sense."""
+    """The run that the settings of a checkpoint describe. The trainer refuses wrong settings later."""
     fixed = checkpoint.settings.get("fixed")
     settings: dict[str, Any] = fixed if isinstance(fixed, dict) else {}
     layers, micro_tokens = settings.get("layers"), settings.get("micro_tokens")

@@ -1,22 +1,50 @@
 """The loss of a language model over a file."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import TypedDict
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, attach_adapter
+from nplora.finetuning.attach import Adapters, attach
 from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.load import evaluation_batches, opened, require_vocabulary
-from nplora.finetuning.options import EvaluateOptions
+from nplora.finetuning.options import EvaluateOptions, from_arguments
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
-_REPORTED = ("source", "examples", "truncated", "emptied", "skipped")  # of a DataReport
+
+class MeanLoss(TypedDict):
+    """A mean loss, and the number of tokens that it is the mean of.
+
+    >>> nplora.finetuning.MeanLoss(loss=2.5, tokens=100)
+    {'loss': 2.5, 'tokens': 100}
+    """
+
+    loss: float
+    tokens: int
 
 
+class Evaluation(MeanLoss):
+    """The result of `evaluate`, a dict.
+
+    Keys:
+        loss, tokens: the mean loss, and the number of tokens that it is the mean of.
+        source: the file.
+        examples, truncated, emptied, skipped: as in `DataReport`.
+
+    >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
+    >>> result["tokens"], result["examples"]
+    (12, 4)
+    """
+
+    source: str
+    examples: int
+    truncated: int
+    emptied: int
+    skipped: int
+
+
+@_check.keywords
 def evaluate(
     model: StrPath | LanguageModel,
     data: StrPath,
@@ -24,27 +52,48 @@ def evaluate(
     adapter: Adapters | None = None,
     any_base: bool = False,
     progress: bool | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """The mean loss of a model over a file.
+    max_length: int | None = None,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+    compute: str | None = None,
+) -> Evaluation:
+    """Compute the mean loss of a language model over a file of text.
 
     Args:
-        data: as in `finetune`; of a directory, its valid.jsonl, or its train.jsonl if it has no valid.jsonl.
-        adapter: what is put on the model, as in `attach_adapter`.
-        any_base: as in `load_adapter`.
-        progress: print on stderr what was read; None: if that is a terminal.
-        options: the fields of `EvaluateOptions`; `compute` only for a model that is loaded here.
+        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model.
+        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory, of which
+            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
+        adapter: adapter to attach first: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one
+            of these and its weight; or a list, whose adapters add up.
+        any_base: accept an adapter that was trained on another model with the same shapes.
+        progress: print on stderr what was read; None: on a terminal or in a notebook.
+        max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
+        learn: tokens in the loss: completion (completions and assistant turns) or all.
+        skip_bad: skip bad lines of the data, and count them.
+        strict: refuse examples that are longer than `max_length`.
+        compute: arithmetic of the frozen products: float32, bfloat16, or int8 for quantised weights and few
+            tokens (default: float32).
     Returns:
-        "loss", the mean over the tokens that count, and "tokens", their number; also "source", the file, and
-        its "examples", "truncated", "emptied" and "skipped", as in `DataReport`.
-    Raises: as `finetune` and `load_adapter`.
+        the loss, the number of tokens in it, and what the file contains.
+    Raises:
+        DataError: a line of the data is wrong.
+        ValueError, TypeError: an option is out of range, or `compute` is given for a model that is loaded
+            already. FormatError: a file breaks its format, or the adapter does not fit the model or is of
+            another model. OSError: a file cannot be read.
+    Warns:
+        UserWarning: `compute` is "int8", and no weight can use it. Others as `attach_adapter`.
+
+    >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
+    >>> result["loss"] > 0
+    True
     """
+    chosen = from_arguments("evaluate", EvaluateOptions, locals())
     files.require_named("evaluate", data=data)
-    chosen = _check.options("evaluate", EvaluateOptions, options)
     path = find_evaluated(data)
     lm = opened("evaluate", model, chosen.compute)
     if adapter is not None:
-        attach_adapter(lm, adapter, any_base)
+        attach("evaluate", lm, adapter, any_base)
     dataset = read_dataset(
         path,
         lm.tokenizer,
@@ -54,15 +103,29 @@ def evaluate(
         strict=chosen.strict,
     )
     require_vocabulary(lm, dataset)
-    speaker(progress)(str(dataset.report))
-    reported = {name: getattr(dataset.report, name) for name in _REPORTED}
-    return evaluate_batches(lm, evaluation_batches(dataset)) | reported
+    report = dataset.report
+    speaker(progress)(str(report))
+    return Evaluation(
+        **evaluate_batches(lm, evaluation_batches(dataset)),
+        source=report.source,
+        examples=report.examples,
+        truncated=report.truncated,
+        emptied=report.emptied,
+        skipped=report.skipped,
+    )
 
 
-def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> dict[str, Any]:
-    """The mean loss over all targets of all batches, and the number of targets."""
+def evaluate_batches(lm: LanguageModel, batches: TokenBatches) -> MeanLoss:
+    """Compute the mean loss over the trained tokens of all batches.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> dataset = nplora.data.read_dataset("valid.jsonl", lm.tokenizer)
+    >>> batches = nplora.data.TokenBatches(dataset, batch_examples=2)
+    >>> nplora.finetuning.evaluate_batches(lm, batches)["tokens"]
+    12
+    """
     total, tokens = 0.0, 0
     for batch, _ in batches.epoch(0):
         total += lm.loss_packed(batch) * batch.num_targets
         tokens += batch.num_targets
-    return {"loss": total / max(1, tokens), "tokens": tokens}
+    return MeanLoss(loss=total / max(1, tokens), tokens=tokens)

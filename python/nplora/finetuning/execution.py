@@ -1,15 +1,13 @@
-"""How a run computes its steps: as its options say, as fits into memory, or as the run that it resumes."""
+"""How a run computes its steps: as its options say, so that it fits into memory, or as before a resume."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from nplora import _check
+from nplora.adapters import Adapter
 from nplora.finetuning.data import Dataset
 from nplora.finetuning.earlier_run import EarlierRun
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.planning import (
     Adapters,
     ExecutionPlan,
@@ -27,26 +25,74 @@ from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
-_MOST_EXAMPLES = 1_000_000  # a plan counts the batches of as many epochs as have this many examples
+_MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
 
 
+@_check.keywords
 def plan(
-    model: StrPath | LanguageModel, data: StrPath, *, valid: StrPath | None = None, **options: Any
+    model: StrPath | LanguageModel,
+    data: StrPath,
+    *,
+    valid: StrPath | None = None,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str | Sequence[str] = ("all-linear",),
+    layers: str | None = None,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "zero",
+    adapter: StrPath | Adapter | None = None,
+    any_base: bool = False,
+    lr: float = 2e-4,
+    schedule: str = "cosine",
+    warmup: int = 0,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_examples: int | None = None,
+    batch_tokens: int | None = None,
+    accumulate: int = 1,
+    max_length: int = 1024,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+    compute: str | None = None,
+    recompute: bool = False,
+    memory: str | int | None = None,
+    keep_prefix: str = "off",
+    save_every: int = 100,
+    save_minutes: float = 5.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    sample: Sequence[str] = (),
+    checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
     """Predict the memory and the time of `finetune` with the same arguments; nothing is trained or written.
 
-    With `memory`, find how `finetune` would compute its steps to stay below it.
+    With `memory`, find how `finetune` would compute its steps to stay below that limit. The arithmetic of a
+    model that is loaded already is not changed.
 
+    Args:
+        model, data, valid and all options: as for `finetune`.
     Returns:
-        the execution plan, its bytes and its seconds; its `str` is what the command prints.
+        the execution plan, its bytes and its seconds; `print` shows them.
     Raises:
-        BudgetError: nothing fits into `memory`; the message says what is needed, and what would fit.
+        BudgetError: no plan fits into `memory`; the message says how much is needed, and what would fit.
         Others as `finetune`.
+
+    >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4, memory="2G")
+    >>> plan.memory.total < 2e9
+    True
+    >>> plan.chosen.compute
+    'float32'
     """
-    chosen = _check.options("plan", FinetuneOptions, options)
+    chosen = from_arguments("plan", FinetuneOptions, locals())
     inputs = read_inputs("plan", model, data, valid, chosen, check=False)
     constraints = PlanConstraints(fixed_compute(model, chosen), chosen.recompute)
-    return _planned(inputs, adapters_of("plan", inputs, chosen), chosen, constraints)
+    return _planned("plan", inputs, adapters_of("plan", inputs, chosen), chosen, constraints)
 
 
 def choose_execution(
@@ -56,17 +102,17 @@ def choose_execution(
     earlier: EarlierRun | None,
     say: Callable[[str], None],
 ) -> ExecutionPlan:
-    """How `finetune` computes its steps. With `memory`, that is chosen to fit, and the plan is printed.
+    """Decide how `finetune` computes its steps. With `memory`, a plan that fits is chosen and printed.
 
-    The model of the inputs is loaded again if the plan has another arithmetic than it was loaded with.
+    If the plan needs another arithmetic, the model of the inputs is loaded again with it.
 
     Args:
         earlier: the run that is resumed; its micro-batches stay.
         say: prints a text.
     Raises:
-        BudgetError: nothing fits into `memory`. ValueError: the options do not fit the model.
+        BudgetError: no plan fits into `memory`. ValueError: the options do not fit the model.
     Warns:
-        UserWarning: without `memory`, more is needed than is available.
+        UserWarning: without `memory`, the run needs more memory than is available.
     """
     adapters = adapters_of("finetune", inputs, options)
     if options.memory is None:
@@ -80,7 +126,7 @@ def choose_execution(
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
     )
-    found = _planned(inputs, adapters, options, constraints)
+    found = _planned("finetune", inputs, adapters, options, constraints)
     say(str(found))
     if found.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model stays"
@@ -89,15 +135,15 @@ def choose_execution(
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic of the options or of a loaded model; None if it is to be chosen."""
+    """The arithmetic of a loaded model, or that of the options; None: it is chosen."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapted layers of a run. Those of an adapter to continue from all count with its largest rank.
+    """The adapted layers of a run. All layers of an adapter to continue from count with its largest rank.
 
     Raises:
-        ValueError: they do not fit the model, or they leave no block whose output `keep_prefix` could keep.
+        ValueError: they do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
@@ -109,26 +155,27 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         adapters = Adapters(shapes, max(delta.rank for delta in start.values()), start.use_dora)
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
-            f"{op}: keep_prefix: no frozen block lies below the adapters; layers='last:4' leaves some"
+            f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
+            "layers='last:4' adapts only the last four blocks"
         )
     return adapters
 
 
 def _planned(
-    inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
+    op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
-    budget = None if options.memory is None else parse_bytes(options.memory)
+    budget = None if options.memory is None else parse_bytes(options.memory, op)
     resident = resident_memory(inputs.lm)  # before the batches are listed, which takes memory too
-    return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget)
+    return choose(inputs.lm, adapters, _work_of(inputs, options), constraints, resident, budget, op)
 
 
 def _warn_if_short(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
 ) -> None:
-    """Warn if the rest of a run, judged by its first epoch, needs more memory than is available.
+    """Warn if the remaining steps need more memory than is available. The first epoch stands for all.
 
     Args:
-        done: the steps that the run has made.
+        done: steps that the run has made.
     """
     resident, work = resident_memory(inputs.lm), _work_of(inputs, options, most_epochs=1)
     if done >= work.steps:
@@ -139,10 +186,10 @@ def _warn_if_short(
 
 
 def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | None = None) -> Work:
-    """What a run with these options computes.
+    """The batches of a run with these options.
 
     Args:
-        most_epochs: the epochs whose batches are counted; None: nearly all, `_MOST_EXAMPLES` in total.
+        most_epochs: maximum number of epochs whose batches are listed; None: about `_MOST_EXAMPLES` examples.
     """
     train, held_out = inputs.train, inputs.held_out
     batches = training_batches(train, options)
@@ -160,6 +207,6 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
 
 
 def _largest_evaluation(held_out: Dataset) -> int:
-    """The tokens of the largest batch of an evaluation."""
+    """Tokens in the largest batch of an evaluation."""
     batches = evaluation_batches(held_out).members(0)
     return max(int(held_out.lengths[batch].sum()) for batch in batches)

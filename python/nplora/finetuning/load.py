@@ -1,7 +1,8 @@
-"""What a run reads: the model, the text, and the adapter that it continues from."""
+"""The inputs of a run: the model, the text, and the adapter that it continues from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,18 @@ from nplora.formats.errors import FormatError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel, load_model
 from nplora.lm.generation import prompt_ids
-from nplora.weights import COMPUTES
+from nplora.runtime.user_warning import warn_user
+from nplora.weights import COMPUTES, FrozenWeight
 
 
 @dataclass
 class RunInputs:
-    """What a run reads.
+    """The inputs of a run.
 
     Attributes:
         lm: the model, without an adapter.
-        train, held_out: the examples to train on, and those to evaluate on, if any.
+        train: the examples to train on.
+        held_out: the examples to evaluate on, if any.
         start: the adapter to continue from, if any.
     """
 
@@ -37,11 +40,11 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all examples."""
+        """The number of tokens of all examples."""
         return sum(dataset.report.tokens for dataset in self.datasets)
 
     def reload(self, model: StrPath, compute: str) -> None:
-        """Load the model again with another arithmetic; the memory of the old one is released first."""
+        """Load the model again with another arithmetic. The memory of the old one is released first."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
 
@@ -54,7 +57,7 @@ def read_inputs(
     options: FinetuneOptions,
     check: bool = True,
 ) -> RunInputs:
-    """Read all that a run with these options needs, and check that it fits together.
+    """Read all inputs of a run with these options, and check that they fit together.
 
     Args:
         check: as in `load_model`.
@@ -65,11 +68,13 @@ def read_inputs(
     lm = opened(op, model, options.compute, check)
     if lm.compute not in COMPUTES:
         raise ValueError(
-            f"{op}: compute={lm.compute!r} is for inference; load the model with {' or '.join(COMPUTES)}"
+            f"{op}: the model was loaded with compute={lm.compute!r}, which cannot train; expected "
+            f"{' or '.join(map(repr, COMPUTES))}"
         )
     if lm.adapter_layers():
         on = counted(len(lm.adapter_layers()), "layer")
-        raise ValueError(f"{op}: the model has an adapter already, on {on}")
+        raise ValueError(f"{op}: the model has an adapter already, on {on}; expected a model without one")
+    lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = _read(lm, train_path, options)
@@ -78,12 +83,30 @@ def read_inputs(
 
 
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:
-    """The model, loaded unless it is one already."""
+    """The model, loaded if it is given as a path."""
     if not isinstance(model, LanguageModel):
-        return load_model(model, compute or COMPUTES[0], check=check)
+        return loaded(op, model, compute or COMPUTES[0], check)
     if compute is not None:
-        raise ValueError(f"{op}: compute={compute!r} is for a file; this model was loaded with its own")
+        raise ValueError(
+            f"{op}: compute={compute!r} is given, but the model is loaded already, with {model.compute!r}"
+        )
     return model
+
+
+def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
+    """Load a model as `load_model` does. Warn if int8 is asked for and no weight can use it."""
+    lm = load_model(path, compute, check=check)
+    if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
+        warn_user(
+            f"{op}: compute='int8' needs weights in GGUF's quantised formats, and {files.name(path)} has "
+            "none: it computes as with 'bfloat16'"
+        )
+    return lm
+
+
+def _frozen_weights(lm: LanguageModel) -> Iterator[FrozenWeight]:
+    for _, module in lm.named_modules():
+        yield from (weight for weight in module.local_frozen() if isinstance(weight, FrozenWeight))
 
 
 def _read(lm: LanguageModel, path: Path, options: FinetuneOptions) -> Dataset:
@@ -112,8 +135,10 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
     """The adapter that the run continues from, if any."""
     if options.adapter is None:
         return None
+    if isinstance(options.adapter, Adapter):
+        return options.adapter
     files.require_named(op, adapter=options.adapter)
-    return read_for(lm, options.adapter, lm.source)
+    return read_for(lm, options.adapter, lm.source, options.any_base)
 
 
 def training_batches(dataset: Dataset, options: FinetuneOptions) -> TokenBatches:

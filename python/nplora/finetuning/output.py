@@ -1,4 +1,4 @@
-"""The output directory of a run: what must not be in it."""
+"""Checks of a run's output directory, before anything is written to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from nplora.adapters import Adapter
 from nplora.finetuning.load import RunInputs
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats import files, model_directory, peft_adapter, run_files
@@ -14,7 +15,7 @@ from nplora.formats.run_files import holds_run
 from nplora.trainer.run_directory import RunDirectory
 
 
-def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | None) -> None:
+def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:
     """Refuse a directory in which the run would write to a file that it reads.
 
     Args:
@@ -23,7 +24,7 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | None
     names = (*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS)
     read = [("model", path) for path in model_directory.files_of(inputs.lm.config.source)]
     read.append(("training data", Path(inputs.train.report.source)))
-    if adapter is not None:
+    if adapter is not None and not isinstance(adapter, Adapter):
         read += [("adapter", path) for path in peft_adapter.files_of(adapter)]
     if inputs.held_out is not None:
         read.append(("validation data", Path(inputs.held_out.report.source)))
@@ -31,20 +32,21 @@ def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | None
 
 
 def require_free(output: StrPath, options: FinetuneOptions) -> None:
-    """Refuse a directory in use, or one with a model, or with a run or an adapter that is to be kept."""
+    """Refuse a directory that is in use, that holds a model, or that holds a run or an adapter to be kept."""
     model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,
-            "the directory holds an adapter and no run: --overwrite (overwrite=True) replaces it",
+            "the directory holds an adapter but no run: --overwrite (overwrite=True) replaces it",
             os.fspath(output),
         )
     peft_adapter.require_ours(output, options.overwrite)
     if holds_run(output) and not (options.resume or options.overwrite):
         raise FileExistsError(
             errno.EEXIST,
-            "the directory holds a run: --resume (resume=True) continues it, --overwrite drops it",
+            "the directory holds a run: --resume (resume=True) continues it, "
+            "--overwrite (overwrite=True) deletes it",
             os.fspath(output),
         )
-    with RunDirectory(output):  # it can be locked and written
+    with RunDirectory(output):  # fails if it cannot be locked or written
         pass

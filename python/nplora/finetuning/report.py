@@ -12,17 +12,23 @@ from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
 from nplora.trainer import History, StepRecord
 
-RECENT = 20  # steps whose mean loss is shown: the losses of single batches differ too much
+RECENT = 20  # steps whose mean loss is shown, because the losses of single batches differ too much
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:
-    """The mean loss over all trained tokens of these steps."""
+    """The mean loss over the trained tokens of these steps."""
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the model's answers before and after training; "" if one is not known."""
+    """A prompt, and the texts that the model generated after it, before and after training.
+
+    A text is "" if it is not known, as that after an interrupted run.
+
+    >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
+    '2'
+    """
 
     prompt: str
     before: str
@@ -31,18 +37,28 @@ class Sample:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """The results of a run; the command prints its `str`.
+    """The results of a fine-tuning run; `print` shows them.
 
     Attributes:
         output: the directory with the adapter.
         train, valid: what the files of data contain.
-        loss_before, loss_after: the validation loss; None without validation data. `loss_before` is also None
-            if the log of a resumed run does not have it, `loss_after` if the run was interrupted.
-        samples: prompts with their answers.
+        loss_before, loss_after: validation loss before and after training; None without validation data.
+            `loss_before` is also None if the log of a resumed run does not have it, and `loss_after` if the
+            run was interrupted.
+        samples: prompts, with the texts before and after training.
         history: the records of the trainer.
-        trained, parameters: the number of trained values, and of all values of the model.
-        was_finished: the run that was resumed was finished already.
-        tokens: trained tokens of all steps, including those from before the run was resumed.
+        trained: number of trained values.
+        parameters: number of all values of the model.
+        was_finished: the resumed run was finished already, so nothing was trained.
+        tokens: trained tokens of all steps, including those before a resume.
+
+    >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
+    >>> len(report.history.steps), report.train.examples
+    (2, 16)
+    >>> print(report)
+    2 steps in ... s, ... tokens/s (... trained), peak memory ... MB, loss ...
+    trained ... of ... values
+    out/ holds the adapter (PEFT's format)
     """
 
     output: Path
@@ -76,7 +92,7 @@ class FinetuneReport:
         if len(last) > 1:
             losses += f" in the first step, {mean_loss(last):.4f} in the last {len(last)} on average"
         trained = self.tokens / max(1e-9, history.seconds)
-        rate = trained * self.train.tokens / max(1, self.train.learned)  # over whole epochs, this is exact
+        rate = trained * self.train.tokens / max(1, self.train.learned)  # exact for whole epochs
         lines.append(
             f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, "
             f"{rate:.0f} tokens/s ({trained:.0f} trained), "

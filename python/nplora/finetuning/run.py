@@ -1,15 +1,12 @@
 """Fine-tuning a language model on a file of text.
 
-The model does not know the trainer, nor the trainer the model; they meet here.
+The rooms `lm` and `trainer` do not import each other; this module brings them together.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
@@ -18,7 +15,7 @@ from nplora.finetuning.data import TokenBatches
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.output import require_free, require_not_read
 from nplora.finetuning.report import FinetuneReport, Sample
 from nplora.finetuning.token_loss import TokenLoss
@@ -38,6 +35,7 @@ from nplora.trainer.fingerprint import set_factors
 from nplora.trainer.run_directory import RunDirectory
 
 
+@_check.keywords
 def finetune(
     model: StrPath | LanguageModel,
     data: StrPath,
@@ -45,43 +43,136 @@ def finetune(
     *,
     valid: StrPath | None = None,
     progress: bool | None = None,
-    **options: Any,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str | Sequence[str] = ("all-linear",),
+    layers: str | None = None,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "zero",
+    adapter: StrPath | Adapter | None = None,
+    any_base: bool = False,
+    lr: float = 2e-4,
+    schedule: str = "cosine",
+    warmup: int = 0,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_examples: int | None = None,
+    batch_tokens: int | None = None,
+    accumulate: int = 1,
+    max_length: int = 1024,
+    learn: str = "completion",
+    skip_bad: bool = False,
+    strict: bool = False,
+    compute: str | None = None,
+    recompute: bool = False,
+    memory: str | int | None = None,
+    keep_prefix: str = "off",
+    save_every: int = 100,
+    save_minutes: float = 5.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    sample: Sequence[str] = (),
+    checkpoint_blocks: bool = False,
 ) -> FinetuneReport:
-    """Train a LoRA adapter for a language model on a file of text, and save it as a PEFT adapter directory.
+    """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
-    Everything is checked and read before the first file is written. The output directory also holds
-    checkpoints and `log.jsonl`. With `resume=True` an interrupted run continues from them, to the same bits
-    as if it had not been stopped. Ctrl-C ends the run; what was trained so far is saved and returned. After
-    an error the run is saved too, and a note on the error says so. After a loss that is not finite, the
-    adapter is saved as of the last checkpoint before the step that led there, unless that is the first
-    checkpoint, and the model then holds this adapter.
+    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run: what was trained until
+    then is saved and returned, and `resume=True` continues it to the same bits as a run that was never
+    stopped. Nothing is written before all input is read and checked.
+
+    After an error in a step the run is saved too, and a note on the error says so. If a loss is not finite,
+    the model and the output directory get the adapter of the last checkpoint before the step that went wrong,
+    unless that is the checkpoint of step 0.
 
     Args:
-        model: what `load_model` reads, or a model without an adapter.
-        data: a .jsonl, .csv or .txt file, as `nplora.data.read_dataset` reads it; or a directory with
-            train.jsonl and, if the model is to be evaluated, valid.jsonl.
-        valid: the file to evaluate on, before training and after every epoch.
-        progress: print on stderr what happens; None: if that is a terminal.
-        options: the fields of `FinetuneOptions`; `compute` only for a model that is loaded here.
+        model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model without an adapter.
+        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory with train.jsonl
+            and perhaps valid.jsonl.
+        output: directory for the adapter, the checkpoints and the log.
+        valid: file to evaluate on, before training and after every epoch.
+        progress: print progress on stderr; None: on a terminal or in a notebook.
+        rank: rank of the LoRA factors.
+        alpha: LoRA alpha: the update is scaled by alpha / rank.
+        targets: layers that get an adapter: all-linear, or names as in q_proj,v_proj.
+        layers: blocks that get an adapter: last:N or first:N (default: all).
+        dropout: LoRA dropout probability.
+        use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).
+        use_dora: also train the magnitude of each row of the weights (DoRA).
+        init: initial factors: zero (the model is unchanged at first), gaussian (both random; the model
+            changes at once), pissa or olora (the principal part of each weight; unquantised weights only).
+        adapter: adapter to continue from, with its layers, ranks and alphas: PEFT directory or llama.cpp
+            file.
+        any_base: accept an `adapter` that was trained on another model with the same shapes.
+        lr: peak learning rate.
+        schedule: learning rate schedule: cosine, linear or constant.
+        warmup: warm-up steps, in which the learning rate rises to its peak.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to it.
+        epochs: passes over the data (default: 1, unless `steps` is given).
+        steps: optimiser steps, instead of `epochs`.
+        seed: random seed of the initial factors, the dropout and the order of the data.
+        batch_examples: examples in a batch (default: 8, unless `batch_tokens` is given).
+        batch_tokens: maximum tokens in a batch; it holds as many examples as fit, at least one.
+        accumulate: batches in one step (gradient accumulation).
+        max_length: maximum tokens of an example; longer examples are cut.
+        learn: tokens to train on: completion (completions and assistant turns) or all.
+        skip_bad: skip bad lines of the data, and count them.
+        strict: refuse examples that are longer than `max_length`.
+        compute: arithmetic of the frozen products: float32 or bfloat16 (default: float32, unless `memory` is
+            too small for it).
+        recompute: gradient checkpointing: recompute activations in the backward pass; slower, less memory.
+        memory: memory limit of the whole process, as in 600M or 1.5G: the fastest plan that fits is used.
+        keep_prefix: cache of the outputs of the frozen blocks below the lowest adapter, for later epochs:
+            off, memory, or disk (in the output directory, while the run lasts); 4 bytes x hidden size per
+            token.
+        save_every: steps between checkpoints.
+        save_minutes: maximum minutes between checkpoints; 0: no limit.
+        resume: continue the run in the output directory, to the same bits.
+        overwrite: delete the run and the adapter in the output directory.
+        sample: prompt to complete before and after training; plain text, not a chat.
+        checkpoint_blocks: the old name of `recompute`.
+    Returns:
+        the losses, the sample texts and the history of the run; `print` shows them.
     Raises:
         DataError: a line of the data is wrong.
-        ValueError, TypeError: an option is out of range or does not fit the model; or a file that the run
-            would write to is the model, the data or the adapter to continue from.
-        FormatError: that adapter does not fit the model, or is of another model.
+        ValueError, TypeError: an option is out of range or does not fit the model, `compute` is given for a
+            model that is loaded already, or the run would write to one of the files that it reads.
+        FormatError: a file breaks its format, or `adapter` does not fit the model or is of another model.
+        BudgetError: no plan fits into `memory`; the message says what would fit.
         NotADirectoryError: the output is not a directory.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set, or an
-            adapter without a run, and `overwrite` is not set; or a file that nplora did not make has the
-            name of one of the run's files. UnsafeError: a link has.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or an
+            adapter without a run, and `overwrite` is not set; or a file that nplora did not make and that has
+            the name of one of the run's files. UnsafeError: that file is a link.
         NonFiniteLossError, CorruptError, OSError: as `Trainer.fit`.
     Warns:
-        UserWarning: without `memory`, the remaining steps need more memory than is available; or a run that
-            was evaluated continues with other validation data, or without any.
-            Others as `Trainer.fit`.
+        UserWarning: without `memory`, the remaining steps need more memory than is available; or a resumed
+            run has other validation data than before, or none. Others as `Trainer.fit`.
+
+    >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", valid="valid.jsonl", lr=1e-2, epochs=4)
+    >>> report.loss_after < report.loss_before
+    True
+    >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "out")
     """
+    chosen = from_arguments("finetune", FinetuneOptions, locals())
+    return _finetune(model, data, output, valid, progress, chosen)
+
+
+def _finetune(
+    model: StrPath | LanguageModel,
+    data: StrPath,
+    output: StrPath,
+    valid: StrPath | None,
+    progress: bool | None,
+    chosen: FinetuneOptions,
+) -> FinetuneReport:
     files.require_named("finetune", output=output)
     files.require_directory(output)
     place, say = files.absolute(output), speaker(progress)
-    chosen = _check.options("finetune", FinetuneOptions, options)
     earlier = find_earlier_run(place) if chosen.resume else None
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
@@ -118,14 +209,14 @@ def finetune(
 
 
 def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
-    """Put on the adapter that is trained: a new one, or the one that the run continues from."""
+    """Attach the adapter that is trained: a new one, or the one that the run continues from."""
     if start is None:
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init,
         )  # fmt: skip
         return
-    start.attach(lm)
+    start.attach(lm, options.any_base)
     for name, layer in lm.adapter_layers().items():
         layer.restart_dropout(layer_stream(options.seed, name))
         if isinstance(layer, LoRALinear):
@@ -133,7 +224,7 @@ def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneO
 
 
 def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache | None:
-    """Room for the output of the blocks below the adapters for all examples, if it is to be kept."""
+    """Room for the outputs of the blocks below the adapters, for all examples, if they are to be kept."""
     if where == "off":
         return None
     lm, directory = inputs.lm, output if where == "disk" else None
@@ -190,7 +281,7 @@ def _train(
 
 @contextlib.contextmanager
 def _saved_as_of_a_good_step(lm: LanguageModel, output: StrPath, base: str | None) -> Iterator[None]:
-    """After a loss that is not finite, save the adapter as it was before, if it had been trained by then."""
+    """After a loss that is not finite, save the adapter of the last good checkpoint, if it is not step 0."""
     try:
         yield
     except NonFiniteLossError as error:
@@ -200,7 +291,7 @@ def _saved_as_of_a_good_step(lm: LanguageModel, output: StrPath, base: str | Non
 
 
 def _save_as_of(lm: LanguageModel, output: StrPath, base: str | None, step: int) -> str:
-    """Save the adapter of this step, which a checkpoint holds; return words for what was done."""
+    """Save the adapter of a checkpoint's step; return a note that says so, or why it is not saved."""
     try:
         with RunDirectory(output) as directory:
             good = directory.before(step + 1)
@@ -217,7 +308,7 @@ def _save(lm: LanguageModel, output: StrPath, base: str | None) -> None:
     try:
         save_adapter(lm, output, base)
     except OSError as error:
-        error.add_note("the run is saved, its adapter is not: --resume (resume=True) writes it")
+        error.add_note("the run is saved, but its adapter is not: --resume (resume=True) writes it")
         raise
 
 

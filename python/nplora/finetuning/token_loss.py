@@ -1,4 +1,4 @@
-"""TokenLoss: the loss of a language model, as the trainer calls it."""
+"""TokenLoss: the loss of a language model, in the form that the trainer calls."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from nplora.trainer import FusedLoss
 
 
 class TokenLoss(FusedLoss):
-    """The mean over all targets of -log p(target), without all logits in memory at once.
+    """The mean of -log p(token) over the trained tokens. The logits are never in memory all at once.
 
     Args:
-        micro_tokens: a batch is cut into micro-batches of at most this many tokens; None: it is not cut.
+        micro_tokens: maximum tokens of the micro-batches that a batch is cut into; None: it is not cut.
     Attributes:
-        tokens: all tokens of the batches that `forward_backward` was called with, trained or not.
+        tokens: all tokens, trained or not, that `forward_backward` has had.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> lm.add_lora(rank=2)
+    >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
+    >>> batches = nplora.data.TokenBatches(dataset, batch_examples=8)
+    >>> trainer = nplora.Trainer(lm, nplora.finetuning.TokenLoss(), nplora.AdamW(lr=1e-2))
+    >>> history = trainer.fit(batches, epochs=2)
+    >>> len(history.steps)
+    4
     """
 
     def __init__(self, micro_tokens: int | None = None) -> None:

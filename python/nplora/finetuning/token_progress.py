@@ -1,4 +1,4 @@
-"""TokenProgress: a line on stderr while a language model is trained."""
+"""TokenProgress: a line of progress on stderr while a language model is trained."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nplora.trainer import Callback, EpochRecord, Run, StepRecord
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether progress is printed: if it is asked for, or by default if stderr is a terminal."""
-    return sys.stderr is not None and (stderr.isatty() if progress is None else progress)
+    """Whether progress is printed: if asked for, or by default if stderr is a terminal or a notebook's."""
+    return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
-    """What prints a text on stderr, or does nothing."""
+    """A function that prints a text on stderr, or that does nothing."""
     if not speaks(progress):
         return lambda text: None
     return lambda text: print(text, file=stderr, flush=True)
@@ -31,16 +31,25 @@ def speaker(progress: bool | None) -> Callable[[str], None]:
 class TokenProgress(Callback):
     """A line with the mean loss of the last steps, tokens per second, peak memory and the time left.
 
-    A terminal shows one line that is redrawn; elsewhere a new line is printed from time to time.
+    A terminal and a notebook show one line that is redrawn; elsewhere a new line is printed now and then.
 
     Args:
-        every: seconds between two lines, if stderr is not a terminal.
+        every: seconds between two lines, if no line is redrawn.
         loss: the loss of the run, which counts all tokens; None: only the trained tokens are shown.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> lm.add_lora(rank=2)
+    >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
+    >>> batches = nplora.data.TokenBatches(dataset, batch_examples=8)
+    >>> loss = nplora.finetuning.TokenLoss()
+    >>> progress = nplora.finetuning.TokenProgress(loss=loss)
+    >>> trainer = nplora.Trainer(lm, loss, nplora.AdamW(lr=1e-2), callbacks=[progress], progress=False)
+    >>> history = trainer.fit(batches, steps=1)
     """
 
     def __init__(self, every: float = 10.0, loss: TokenLoss | None = None) -> None:
         self._loss, self._tokens = loss, [0 if loss is None else loss.tokens]
-        self._redraws = stderr.isatty()
+        self._redraws = stderr.is_watched()
         self._every = 0.1 if self._redraws else every
         self._drawn = -np.inf
         self._width = 0
@@ -64,7 +73,7 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
-        """The line; if the terminal is too narrow, without its least important parts."""
+        """The line. If the terminal is too narrow, its least important parts are left out."""
         recent = self._recent
         seconds = max(1e-9, sum(r.seconds for r in recent))
         total = "" if run.total_steps is None else f"/{run.total_steps}"
@@ -83,7 +92,7 @@ class TokenProgress(Callback):
         return "".join(parts.values())
 
     def _rate(self, seconds: float) -> str:
-        """The tokens per second of the last steps, which took these seconds."""
+        """The tokens per second of the last steps, which took this many seconds."""
         trained = sum(record.count for record in self._recent) / seconds
         if self._loss is None:
             return f"{trained:.0f} trained tokens/s"
@@ -91,7 +100,7 @@ class TokenProgress(Callback):
 
     @property
     def _columns(self) -> int:
-        """The characters that fit into the line."""
+        """The number of characters that fit into the line."""
         return shutil.get_terminal_size().columns - 1 if self._redraws else sys.maxsize
 
     def _draw(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -18,12 +19,41 @@ INDEX = "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# OWNER/NAME, perhaps as an address, and perhaps with the quantisation that Ollama takes after a colon.
+_HUB_NAME = re.compile(
+    r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?"
+    r"([a-z\d][\w.-]*/([a-z\d][\w.-]*))(?::\w+)?/?",
+    re.ASCII | re.IGNORECASE,
+)
 
 Tensors: TypeAlias = SafetensorsFile | ShardedFile
 
 
 def is_index(path: StrPath) -> bool:
     return files.name(path).lower().endswith(".safetensors.index.json")
+
+
+def require_no_hub_name(path: StrPath) -> None:
+    """Refuse the name of a model on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M".
+
+    A path that exists is taken as a path, and a name that ends like a file as the name of a file.
+
+    Raises:
+        FileNotFoundError: it is such a name; the message says how to get the model's files.
+    """
+    found = _HUB_NAME.fullmatch(files.name(path))
+    if found is None or files.suffix(path) in (".gguf", ".safetensors", ".json") or os.path.lexists(path):
+        return
+    name, local = found.groups()
+    fetched = f"{name} --local-dir {local}", local
+    if "gguf" in name.lower():
+        fetched = f"{name} FILE.gguf --local-dir {local}", f"{local}/FILE.gguf"
+    raise FileNotFoundError(
+        errno.ENOENT,
+        "no such file or directory; if it is a model on the Hugging Face Hub, get its files by "
+        f"hf download {fetched[0]} (pip install huggingface_hub), then give {fetched[1]}",
+        files.name(path),
+    )
 
 
 def of(path: StrPath) -> Path:

@@ -1,4 +1,4 @@
-"""Language models: loaded from their files, with adapters, trained a step at a time, and generating text."""
+"""Language models: loading, adapters, training steps, and text generation."""
 
 from nplora.lm.language_model import LanguageModel
 from nplora.lm.loading import load_model

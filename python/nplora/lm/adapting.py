@@ -1,4 +1,4 @@
-"""Which layers of a language model get a LoRA adapter, and putting it there."""
+"""Which layers of a language model get a LoRA adapter, and making their LoRA layers."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not 
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Those in "q_proj,v_proj", or in several such texts.
+    """The names in "q_proj,v_proj", or in several such texts.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: targets is neither.
     """
     given: list[Any] = [targets]
     if isinstance(targets, Iterable) and not isinstance(targets, str):
         given = list(targets)
     if not all(isinstance(text, str) for text in given):
-        raise TypeError(f"targets is {targets!r}, expected a name of layers, or several")
+        raise TypeError(f"targets is {targets!r}, expected a name of layers or a list of names")
     return tuple(name.strip() for text in given for name in text.split(","))
 
 
 def targeted(
     model: Module, layer_count: int, targets: str | Iterable[str], layers: Any, op: str = "add_lora"
 ) -> list[str]:
-    """The dotted names of the layers meant, in the model's order.
+    """The dotted names of the layers that `targets` and `layers` choose, in the model's order.
 
     Raises:
         ValueError: a target names no layer (the nearest names are listed) or one that has an adapter; or
-            `layers` names none of the blocks; or nothing is named.
+            `layers` names none of the blocks; or no layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
@@ -56,16 +56,16 @@ def targeted(
     for target in wanted:
         hits = {name for name in plain if _hits(name, target)}
         if not hits and any(_hits(name, target) for name in there):
-            raise ValueError(f"{op}: the model has an adapter already on the layers that {target!r} names")
+            raise ValueError(f"{op}: the layers that {target!r} names have an adapter already")
         if not hits:
             known = [ALL_LINEAR, *dict.fromkeys(name.rpartition(".")[2] for name in plain)]
             near = nearest_names(target, [*known, *plain])
             hint = f"the nearest names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{op}: the model has no layer {target!r} for an adapter; {hint}")
+            raise ValueError(f"{op}: the model has no layer {target!r}; {hint}")
         found |= hits
     chosen = [name for name in plain if name in found and block_of(name) in {*blocks, None}]
     if not chosen:
-        raise ValueError(f"{op}: targets={wanted!r} and layers={layers!r} name no layer")
+        raise ValueError(f"{op}: targets={wanted!r} and layers={layers!r} choose no layer")
     return chosen
 
 
@@ -82,36 +82,36 @@ def block_of(name: str) -> int | None:
 
 
 def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add_lora") -> range | list[int]:
-    """The blocks meant by None (all), "last:4", "first:4", a range or a list of numbers.
+    """The blocks that `layers` chooses: None (all), "last:4", "first:4", a range or a list of numbers.
 
     Raises:
-        ValueError: it is none of these, or a number is not that of a block.
+        ValueError: layers is none of these, or the model does not have a block of such a number.
     """
     if layers is None:
         return range(count)
     if isinstance(layers, str):
         side, n = parse_blocks(layers, op)
         if n > count:
-            raise ValueError(f"{op}: layers={layers!r}, the model has {counted(count, 'block')}")
+            raise ValueError(f"{op}: layers={layers!r}, but the model has {counted(count, 'block')}")
         return range(count - n, count) if side == "last" else range(n)
     numbers = _check.integers(op, "layers", np.asarray(layers))
     return [int(i) for i in _check.in_range(op, "layers", numbers.reshape(-1), count)]
 
 
 def parse_blocks(text: str, op: str = "add_lora") -> tuple[str, int]:
-    """The side, "first" or "last", and the number of blocks, at least 1, that "last:4" means.
+    """The two parts of "last:4": the side, "first" or "last", and the number of blocks, at least 1.
 
     Raises:
-        ValueError: it means none.
+        ValueError: the text does not have this form.
     """
     side, _, number = text.partition(":")
     if side not in ("first", "last") or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
-        raise ValueError(f"{op}: layers={text!r}, expected 'last:N' or 'first:N', N above 0")
+        raise ValueError(f"{op}: layers={text!r}, expected 'last:N' or 'first:N' with N above 0")
     return side, int(number)
 
 
 def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> AbstractContextManager[None]:
-    """Inside, `adapted` makes the factors of these layers in one buffer."""
+    """A context in which `adapted` makes the factors of these layers in one buffer."""
     rank = _check.rank("add_lora", rank)
     sizes = (rank * n * np.dtype(np.float32).itemsize for layer in layers for n in layer.shape)
     return buffers.side_by_side(*sizes)
@@ -120,7 +120,7 @@ def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> Abs
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """The same frozen weight, shared, with an adapter; what init="pissa" or "olora" leave of it is a new one.
+    """A LoRA layer over the same frozen weight. With init="pissa" or "olora" it has a new frozen weight.
 
     Raises:
         ValueError: an option does not fit the layer.
@@ -135,17 +135,17 @@ def adapted(
 
 
 def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add_lora") -> None:
-    """Refuse a start that takes a part of a weight whose storage cannot hold what remains."""
+    """Refuse "pissa" and "olora" for a quantised weight: it would be rounded, and the model would change."""
     storage = getattr(layer.weight, "dtype", None)
     if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
         raise ValueError(
-            f"{op}: init={init!r} takes a part of {name}, and {storage} cannot hold what remains: the "
-            "model would not start as it was; choose 'zero', or a model of floats"
+            f"{op}: init={init!r} needs unquantised weights, but {name} is stored in {storage}; "
+            "use init='zero', or load the unquantised model"
         )
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """Where a file permutes rows: row i of its weight is row order[i] of Hugging Face's; None: they agree."""
+    """The order of a weight's rows in the file: row i is row order[i] of Hugging Face's. None: the same."""
     counts = config.num_attention_heads, config.num_key_value_heads
     heads = families.of(config).permuted_heads(name, *counts) if config.interleaved else 0
     return gguf_rows.row_order(heads * config.head_dim, heads) if heads else None

@@ -1,8 +1,9 @@
-"""Text out of a language model: which token comes next, until when, and in pieces as they come."""
+"""Text generation: how each token is chosen, when generation ends, and streaming."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ Array = npt.NDArray[Any]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or a chat
 
-_PIECE = 512  # tokens of a prompt that are read at a time: a bound of the memory that they take
-_CONTEXT = 8  # tokens of a prompt that tell whether the answer's first one begins with a space
+_PIECE = 512  # tokens of a prompt that are read at a time, which limits the memory that they take
+_CONTEXT = 8  # last tokens of a prompt; they show whether the first generated token begins with a space
 _OP = "generate"
 
 
 class GeneratingModel(Protocol):
-    """What is asked of a model; `nplora.LanguageModel` is one."""
+    """What generation needs of a model; `nplora.LanguageModel` has it."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -40,7 +41,11 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next tokens are chosen, and when that ends.
+    """How the next tokens are chosen, and when generation ends.
+
+        >>> import nplora
+        >>> nplora.generate.Sampling(temperature=0.8, top_p=0.95, stop=["###"]).stop
+        ('###',)
 
     Raises:
         ValueError, TypeError: a value is out of its range.
@@ -48,13 +53,19 @@ class Sampling:
         UserWarning: top_k or top_p is given, and temperature is 0.
     """
 
-    max_new_tokens: int = _option(128, "most tokens of an answer")
-    temperature: float = _option(0.0, "0: always the most likely token; 1: as the model has it; more: wilder")
-    top_k: int | None = _option(None, "choose among this many of the most likely tokens")
-    top_p: float | None = _option(None, "choose among the most likely tokens that have this share together")
-    repetition_penalty: float = _option(1.0, "above 1: tokens that were there before become less likely")
-    stop: tuple[str, ...] = _option((), "end before this text (may be given several times)")
-    seed: int = _option(0, "of the choices")
+    max_new_tokens: int = _option(128, "maximum number of generated tokens")
+    temperature: float = _option(
+        0.0, "sampling temperature; 0: always the most likely token, 1: the model's own probabilities"
+    )
+    top_k: int | None = _option(None, "number of most likely tokens to sample from")
+    top_p: float | None = _option(
+        None, "probability mass to sample from: the most likely tokens that together have at least this much"
+    )
+    repetition_penalty: float = _option(
+        1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
+    )
+    stop: tuple[str, ...] = _option((), "text before which generation ends (repeatable)")
+    seed: int = _option(0, "seed of the sampling")
 
     def __post_init__(self) -> None:
         _check.integer(_OP, "max_new_tokens", self.max_new_tokens, least=0)
@@ -65,30 +76,44 @@ class Sampling:
             raise ValueError(f"{_OP}: top_p is {self.top_p}, expected above 0 and at most 1")
         narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) not in (None, 1)]
         if narrowed and self.temperature == 0:
-            without = f"{' and '.join(narrowed)} without effect, as temperature is 0"
-            warnings.warn(f"{_OP}: {without}: the most likely token is taken", stacklevel=3)
+            names = " and ".join(narrowed)
+            have = "have" if len(narrowed) > 1 else "has"
+            warnings.warn(
+                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token",
+                stacklevel=3,
+            )
         if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
             raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
         object.__setattr__(self, "stop", _check.texts(_OP, "stop", self.stop))
         if "" in self.stop:
-            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of texts that are not empty")
+            raise ValueError(f"{_OP}: stop is {self.stop!r}, expected a list of non-empty texts")
         _check.integer(_OP, "seed", self.seed, least=0)
 
 
 def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[str]:
-    """What the model says after each prompt.
+    """Generate a text after each prompt.
 
-    All prompts are answered at once, one row of a batch each; an answer depends on the
-    others by rounding alone, which differs between batches of different sizes.
+    The prompts are computed together, as rows of one batch. The other prompts change a text by rounding only,
+    which differs between batches of different sizes.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+        >>> texts = nplora.generate.generate(lm, ["Hello", "Good"], sampling)
+        >>> len(texts)
+        2
 
     Args:
         prompts: texts, or chats as lists of messages, which go through the model's chat template.
-        sampling: None: the most likely tokens.
+        sampling: None: always the most likely token, up to 128 tokens.
+    Returns:
+        the generated texts, without their prompts.
     Raises:
-        ValueError: a prompt is empty, has tokens that the model has not, or fills its context.
+        TypeError: a prompt is neither a text nor a chat.
+        ValueError: a prompt is empty, has tokens that the model does not have, or fills its context.
         FloatingPointError: the model's scores are NaN, or the largest one is infinite.
     Warns:
-        UserWarning: the model's context ended an answer before it was as long as it might have been.
+        UserWarning: a text ended early because the model's context was full.
     """
     texts = [""] * len(prompts)
     for index, piece in stream_all(lm, prompts, sampling):
@@ -97,16 +122,37 @@ def generate(lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling 
 
 
 def stream(lm: GeneratingModel, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-    """What the model says after one prompt, in pieces of whole characters. Raises as `generate`."""
+    """Generate a text after one prompt, in pieces of whole characters. Raises as `generate`.
+
+    >>> import nplora
+    >>> lm = nplora.load_model("model.gguf")
+    >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+    >>> pieces = list(nplora.generate.stream(lm, "Hello", sampling))
+    >>> "".join(pieces) == lm.generate("Hello", max_new_tokens=4)
+    True
+    """
     return (piece for _, piece in stream_all(lm, [prompt], sampling))
 
 
 def stream_all(
     lm: GeneratingModel, prompts: Sequence[Prompt], sampling: Sampling | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Pairs (index of the prompt, piece of its answer), as they come. Raises as `generate`."""
+    """Generate a text after each prompt, as pairs (index of the prompt, piece of its text).
+
+    Raises and warns as `generate`.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> texts = ["", ""]
+        >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
+        >>> for index, piece in nplora.generate.stream_all(lm, ["Hello", "Good"], sampling):
+        ...     texts[index] += piece
+        >>> texts == lm.generate(["Hello", "Good"], max_new_tokens=4)
+        True
+    """
     sampling = sampling or Sampling()
     context = int(lm.config.max_position_embeddings)
+    longest = _longest_before_switch(lm.config)
     answers = [
         _Answer(lm.tokenizer, index, prompt_ids(_OP, lm, prompt), sampling)
         for index, prompt in enumerate(prompts)
@@ -115,27 +161,44 @@ def stream_all(
         return
     limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
     cache = lm.new_cache(len(answers), max(limits))
-    cache.limits[:] = limits
-    for answer in answers:
-        scores = _read_prompt(lm, answer.ids, answer.slot, cache)
+    for answer, limit in zip(answers, limits, strict=True):
+        cache.limits[answer.slot] = limit if len(answer.ids) > longest else min(limit, longest)
+        scores = _read(lm, answer.ids, answer.slot, cache)
         yield from answer.advance(scores, cache.capacity)
     while active := [answer for answer in answers if not answer.ended]:
-        rows = lm.decode([answer.ids[-1] for answer in active], [answer.slot for answer in active], cache)
-        for answer, scores in zip(active, rows, strict=True):
+        switching = [answer for answer in active if len(answer.ids) == longest + 1]
+        for answer in switching:  # its keys were rotated by the short factors
+            cache.lengths[answer.slot], cache.limits[answer.slot] = 0, limits[answer.slot]
+            yield from answer.advance(_read(lm, answer.ids, answer.slot, cache), cache.capacity)
+        others = [answer for answer in active if answer not in switching]
+        if not others:
+            continue
+        rows = lm.decode([answer.ids[-1] for answer in others], [answer.slot for answer in others], cache)
+        for answer, scores in zip(others, rows, strict=True):
             yield from answer.advance(scores, cache.capacity)
     for count in sorted({answer.count for answer in answers if answer.cut_off}):
         warnings.warn(
-            f"{_OP}: the answer ends after {count:,} tokens: the model's context of {context:,} is full",
+            f"{_OP}: the text ends after {count:,} tokens because the model's context of {context:,} is full",
             stacklevel=3,
         )
 
 
+def _longest_before_switch(config: Any) -> float:
+    """The longest sequence that LongRoPE rotates by its short factors; infinite without LongRoPE.
+
+    A sequence that grows beyond it is read once more with the long factors, as transformers does. So a text
+    does not depend on how many more tokens might have followed.
+    """
+    long = config.rope.long
+    return math.inf if long is None else int(long.original_length)
+
+
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt, which the model has: at least one, and fewer than its context takes."""
+    """The tokens of a prompt. There is at least one, fewer than the context takes, and the model has them."""
     tokenizer, context, vocab = lm.tokenizer, lm.config.max_position_embeddings, lm.config.vocab_size
     chat = not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
-        raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat, a list of messages")
+        raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat (a list of messages)")
     ids = tokenizer.encode_chat(prompt, True) if chat else tokenizer.encode_prompt(prompt)  # type: ignore[arg-type]
     if not ids:
         raise ValueError(f"{op}: the prompt is empty")
@@ -149,21 +212,21 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
     return ids
 
 
-def _read_prompt(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
-    """The scores of the token that follows."""
+def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
+    """Read tokens into an empty slot of the cache; return the scores of the token that follows."""
     for begin in range(0, len(ids), _PIECE):
         scores = lm.decode([ids[begin : begin + _PIECE]], [slot], cache)
     return np.asarray(scores[0])
 
 
 class _Answer:
-    """One prompt and the tokens that were added to it."""
+    """One prompt and the tokens generated after it."""
 
     def __init__(self, tokenizer: Tokenizer, slot: int, ids: list[int], sampling: Sampling) -> None:
         self.slot, self.ids, self.ended, self.cut_off = slot, ids, False, False
         self._prompt = len(ids)
         self._left, self._sampling, self._ends = sampling.max_new_tokens, sampling, tokenizer.eos_ids
-        self._vocab = tokenizer.vocab_size  # the scores may go on: rows that fill up the model's embedding
+        self._vocab = tokenizer.vocab_size  # the model's embedding may be padded with more rows
         self._text = tokenizer.stream(context=ids[-_CONTEXT:])
         self._stop = StopText(sampling.stop)
         seed = np.random.SeedSequence(sampling.seed, spawn_key=(slot,))
@@ -171,11 +234,11 @@ class _Answer:
 
     @property
     def count(self) -> int:
-        """Tokens of the answer."""
+        """The number of generated tokens."""
         return len(self.ids) - self._prompt
 
     def advance(self, scores: Array, capacity: int) -> Iterator[tuple[int, str]]:
-        """Choose the next token; the text that it completes."""
+        """Choose the next token, and yield the text that it completes."""
         token = choose(scores[: self._vocab], self.ids, self._sampling, self._rng)
         self._left -= 1
         piece = ""
@@ -194,17 +257,17 @@ class _Answer:
 
 
 class StopText:
-    """Passes text on up to the first of some texts; holds back what may be the beginning of one.
+    """Passes text on until one of the stop texts begins. It holds back what may be the beginning of one.
 
     Attributes:
-        found: whether one came. Nothing is passed on any more.
+        found: whether a stop text came. Nothing is passed on after that.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """What may be passed on."""
+        """Add a piece of text; return what may be passed on."""
         if self.found:
             return ""
         text = self._held + piece
@@ -219,7 +282,7 @@ class StopText:
         return text[:keep]
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """End the text; return what was held back."""
         held, self._held = self._held, ""
         return held
 
@@ -231,7 +294,7 @@ class StopText:
 
 
 def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token, from its scores (vocab,) and the tokens before it.
+    """Choose the next token from its scores (vocab,) and the tokens before it.
 
     Raises:
         FloatingPointError: a score is NaN, or the largest one is infinite.
@@ -264,7 +327,7 @@ def softmax(scores: Array) -> Array:
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place, to finite ones."""
+    """Lower the scores of earlier tokens (Keskar et al. 2019, section 4.1), in place. They stay finite."""
     seen = np.unique(np.asarray(before, np.int64))
     seen = seen[np.isfinite(scores[seen])]
     with np.errstate(over="ignore"):
@@ -274,14 +337,14 @@ def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) ->
 
 
 def keep_top_k(scores: Array, k: int) -> None:
-    """Rule out all scores below the k-th largest, in place."""
+    """Set all scores below the k-th largest to -inf, in place."""
     if k < len(scores):
         scores[scores < np.partition(scores, -k)[-k]] = -np.inf
 
 
 def keep_top_p(scores: Array, p: float) -> None:
-    """Rule out the least likely tokens, together at most 1 - p (Holtzman et al. 2020), in place."""
+    """Set the scores of the least likely tokens, at most 1 - p in total, to -inf (Holtzman et al. 2020)."""
     order = np.argsort(scores, kind="stable")
-    ruled_out = np.cumsum(softmax(scores)[order]) <= 1 - p
-    ruled_out[-1] = False
-    scores[order[ruled_out]] = -np.inf
+    unlikely = np.cumsum(softmax(scores)[order]) <= 1 - p
+    unlikely[-1] = False
+    scores[order[unlikely]] = -np.inf

@@ -1,24 +1,27 @@
-"""LanguageModel: tokens in, logits or a loss out, and gradients of its adapters."""
+"""LanguageModel: logits and losses of token ids, gradients of the adapters, and generated text."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
+import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import Adapter, new_layers, read_for
+from nplora.formats.errors import counted
 from nplora.formats.files import Stamp, StrPath
 from nplora.formats.model_directory import CONFIG
 from nplora.lm import adapting
-from nplora.lm.generation import Prompt, Sampling, generate
+from nplora.lm.generation import Message, Prompt, Sampling, generate
 from nplora.lm.named_adapters import NamedAdapters
 from nplora.lora.merging import MergeReport
 from nplora.models import families, head, model_digest, stepwise
@@ -27,7 +30,7 @@ from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import cache_positions, packed_positions
-from nplora.nn import Linear, LoRALinear, RMSNorm, optim, stack_backward, stack_forward
+from nplora.nn import Linear, LoRALayer, LoRALinear, RMSNorm, optim, stack_backward, stack_forward
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring, layer_stream
 from nplora.nn.optim import Optimizer
@@ -39,7 +42,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelSaved(Saved):
-    """What `LanguageModel.backward` needs, for one call: it frees what a block kept when that is done."""
+    """What `LanguageModel.backward` needs. It serves one call, which frees what each block kept."""
 
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
@@ -48,7 +51,7 @@ class LanguageModelSaved(Saved):
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
-        """Let the caller be the only one that uses it."""
+        """Mark it as used, or raise RuntimeError if a call has used it before."""
         try:
             self.unused.pop()
         except IndexError:
@@ -58,15 +61,26 @@ class LanguageModelSaved(Saved):
 
 
 class LanguageModel(Module):
-    """A decoder-only language model with frozen weights, as `nplora.load_model` makes it.
+    """A decoder-only language model with frozen weights; `nplora.load_model` makes it.
 
     Its layers have the names that transformers gives them: `model.layers.0.self_attn.q_proj`, `lm_head`.
 
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=4, targets="q_proj,v_proj")
+        >>> ids = [[1, 2, 3, 4, 5]]
+        >>> optimizer = nplora.AdamW(lr=0.01)
+        >>> losses = [lm.train_step(ids, ids, optimizer) for _ in range(5)]
+        >>> losses[-1] < losses[0]
+        True
+        >>> nplora.save_adapter(lm, "my-adapter")
+
     Attributes:
-        config: sizes and switches.
-        model: embedding, blocks, last norm.
-        lm_head: the head; where `config.tie_word_embeddings`, its weight is the embedding's.
-        model.recompute: True computes each block again in backward and keeps its input only.
+        config: the sizes of the model.
+        model: the embedding, the blocks and the last norm.
+        lm_head: the head. If `config.tie_word_embeddings` is set, its weight is the embedding's.
+        model.recompute: gradient checkpointing: backward computes each block again, and forward keeps only
+            the block's input.
     """
 
     task_type = "CAUSAL_LM"
@@ -89,21 +103,35 @@ class LanguageModel(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model, read when first asked for."""
+        """The tokenizer that came with the model. It is read at the first use.
+
+        >>> import nplora
+        >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+        >>> tokenizer.decode(tokenizer.encode("Hello"))
+        'Hello'
+        """
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
 
     @property
     def compute(self) -> str:
-        """The arithmetic of the frozen products: "float32", "bfloat16" or "int8"."""
+        """The arithmetic of the frozen products: "float32", "bfloat16" or "int8".
+
+        >>> import nplora
+        >>> nplora.load_model("model.gguf", compute="bfloat16").compute
+        'bfloat16'
+        """
         return getattr(self.lm_head.weight, "compute", "float32")
 
     def require_unchanged(self) -> None:
         """Raise CorruptError if a file that the weights are mapped from was written to since it was opened.
 
-        Losses, gradients and scores are checked so after they were computed. A file that was renamed over the
-        model's is another file, and does no harm.
+        Every call that returns losses, gradients or scores makes this check after it has computed them.
+        Renaming another file over the model's does no harm.
+
+            >>> import nplora
+            >>> nplora.load_model("model.gguf").require_unchanged()
         """
         for stamp in self._mapped:
             stamp.require_unchanged()
@@ -112,7 +140,12 @@ class LanguageModel(Module):
 
     @property
     def source(self) -> Path:
-        """The file or directory that the model was read from."""
+        """The file or directory that the model was read from.
+
+        >>> import nplora
+        >>> nplora.load_model("model.gguf").source.name
+        'model.gguf'
+        """
         source = Path(self.config.source)
         return source.parent if source.name == CONFIG else source
 
@@ -120,7 +153,7 @@ class LanguageModel(Module):
         return adapting.row_order(self.config, name)
 
     def base_digest(self) -> str | None:
-        """That of the norms, as `formats.model_digest` has it."""
+        """A digest of the norms, as in `models.model_digest`."""
         norms = {name: m.weight for name, m in self.named_modules() if isinstance(m, RMSNorm)}
         family = families.of(self.config)
         return model_digest.of({f"{family.gguf_layer(name)}.weight": norm for name, norm in norms.items()})
@@ -137,21 +170,27 @@ class LanguageModel(Module):
         seed: int = 0,
         init: str = "zero",
     ) -> None:
-        """Put a LoRA adapter on frozen layers; the answers stay the same until it is trained.
+        """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
-        Adapters that other layers have stay as they are.
+        Layers that have an adapter already keep it.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2, targets=["q_proj", "down_proj"], layers="last:1")
+            >>> [name.rpartition(".")[2] for name in lm.adapter_layers()]
+            ['q_proj', 'down_proj']
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in LoRALinear.
             targets: "all-linear" (every linear layer of the blocks), "q_proj" (in every block), a whole
-                dotted name, several as "q_proj,v_proj" or as a list. "embed_tokens" and "lm_head" have to be
-                named.
-            layers: the blocks: None (all), "last:4", "first:4", a range or numbers.
-            seed: every layer draws its start from (seed, its name).
-            init: how the factors start, as in LoRALinear. "gaussian" changes the answers at once. "pissa" and
-                "olora" need weights of floats: what they leave of one in low-bit blocks could not be stored.
+                dotted name, several as "q_proj,v_proj", or a list. "all-linear" leaves out "embed_tokens" and
+                "lm_head": name them.
+            layers: the blocks: None (all), "last:4", "first:4", a range, or a list of numbers.
+            seed: seed of the initial factors. Each layer draws its own from (seed, its name).
+            init: initial factors, as in LoRALinear. "gaussian" changes the outputs at once. "pissa" and
+                "olora" need unquantised weights.
         Raises:
-            ValueError: a target or block is not there, or an option does not fit; then nothing is changed.
+            ValueError: a target or block does not exist, or an option does not fit; nothing is changed.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         options = {
@@ -173,62 +212,127 @@ class LanguageModel(Module):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The named adapters."""
+        """The named adapters by name, read-only.
+
+        >>> import nplora
+        >>> nplora.load_model("model.gguf").adapters
+        mappingproxy({})
+        """
         return self._named.adapters
 
     def load_adapter(self, path: StrPath | Adapter, name: str, any_base: bool = False) -> None:
-        """Keep an adapter under a name; `set_adapter` lets calls use it.
+        """Load an adapter under a name; `set_adapter` then selects it.
 
-        It is kept beside the model's own LoRA layers, and its targets may be others. Named adapters are for
-        inference.
+        It is kept beside the LoRA layers that are trained, and its targets may be others. Named adapters are
+        for inference only.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> nplora.save_adapter(lm, "my-adapter")
+            >>> lm.load_adapter("my-adapter", "first")
+            >>> lm.set_adapter("first")
+            >>> list(lm.adapters)
+            ['first']
 
         Args:
-            path: a PEFT directory, llama.cpp's file, or an `Adapter`.
+            path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
         Raises:
-            ValueError: there is an adapter of this name. TypeError: the name is no text, or empty.
-            FormatError: the adapter does not fit the model, or is of another one. Others as
+            ValueError: an adapter of this name is loaded already.
+            TypeError: path is none of these, or the name is not a text or is empty.
+            FormatError: the adapter does not fit the model, or belongs to another one. Others as
                 `nplora.load_adapter`.
         """
-        adapter = path if isinstance(path, Adapter) else read_for(self, path, self.source, any_base)
+        if isinstance(path, Adapter):
+            adapter = path
+        elif isinstance(path, str | os.PathLike):
+            adapter = read_for(self, path, self.source, any_base)
+        else:
+            raise TypeError(
+                f"load_adapter: path is {_check.kind(path)}, expected a path or an Adapter; "
+                "nplora.combine makes one Adapter of weighted ones"
+            )
         self._named.add(self, name, adapter, any_base)
 
     def set_adapter(self, names: str | Sequence[str] | None) -> None:
-        """Let the calls that follow use a named adapter, in place of the LoRA layers that the model has.
+        """Select the named adapter that later calls use, instead of the LoRA layers that the model trains.
 
-        This holds for the thread (or asyncio task) that calls it. Another thread uses what it selects itself,
-        and at first none. A call keeps the adapter that it began with, also if it is deleted meanwhile.
+        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own, and
+        has none at first. A call uses one adapter to its end, even if it is deleted meanwhile.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2, init="gaussian")
+            >>> lm.load_adapter(nplora.adapters.Adapter.from_model(lm), "first")
+            >>> lm.set_adapter("first")   # one adapter
+            >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name, several, which add up, or None: the model as it is without named adapters.
+            names: a name, a list of names, whose adapters add up, or None for no named adapter.
         Raises:
-            KeyError: there is no adapter of a name; the nearest names are listed.
+            KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
+            TypeError: names is none of these.
             UnsupportedError: there are several names, and an adapter has DoRA.
         """
-        chosen = (names,) if isinstance(names, str) else tuple(names or ())
+        given: Any = (names,) if isinstance(names, str) else () if names is None else names
+        if not np.iterable(given) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"set_adapter: names is {names!r}, expected a name, a list of names, or None")
+        chosen = tuple(given)
         self._named.model(self, "set_adapter", chosen)
         self._named.select(chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Forget a named adapter. Other contexts that selected it get a KeyError from their next call.
+        """Forget a named adapter. If this context selected several, the others stay selected.
+
+        Other contexts that selected it get a KeyError from their next call.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> lm.load_adapter(nplora.adapters.Adapter.from_model(lm), "first")
+            >>> lm.delete_adapter("first")
+            >>> len(lm.adapters)
+            0
 
         Raises:
-            KeyError: there is no adapter of this name; the nearest names are listed.
+            KeyError: there is no adapter of this name; the nearest names, or all of them, are listed.
         """
         self._named.delete(name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """As `Module.disable_adapter`; named adapters are off too."""
+        """As `Module.disable_adapter`. No named adapter is used either.
+
+        >>> import nplora, numpy as np
+        >>> lm = nplora.load_model("model.gguf")
+        >>> plain = lm.logits([1, 2])
+        >>> lm.add_lora(rank=2, init="gaussian")
+        >>> with lm.disable_adapter():
+        ...     np.array_equal(lm.logits([1, 2]), plain)
+        True
+        """
         with super().disable_adapter(), self._named.none_selected():
             yield self
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self:
-        """A model over the same frozen weights with these LoRA layers alone. This one stays as it is.
+        """A new model that shares the frozen weights and has this adapter alone. This model is not changed.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> adapter = nplora.adapters.Adapter.from_model(lm)
+            >>> other = lm.with_adapter(adapter)
+            >>> other.adapter_layers().keys() == lm.adapter_layers().keys()
+            True
 
         Raises:
-            FormatError: the adapter does not fit, or is of another model.
+            TypeError: adapter is not an Adapter.
+            FormatError: the adapter does not fit the model, or belongs to another one.
         """
+        if not isinstance(adapter, Adapter):
+            hint = "; Adapter.read(path) reads one" if isinstance(adapter, str | os.PathLike) else ""
+            raise TypeError(f"with_adapter: adapter is {_check.kind(adapter)}, expected an Adapter{hint}")
         own = {id(layer): layer.frozen() for layer in self.adapter_layers().values()}
         names = {name: id(module) for name, module in self.named_modules()}
         added = {names[name]: layer for name, layer in new_layers(adapter, self, any_base).items()}
@@ -243,16 +347,30 @@ class LanguageModel(Module):
         self._named.forget_models()
 
     def _selected(self, op: str) -> LanguageModel:
-        """This model, or the one with the named adapters that this context has selected."""
+        """The model with the named adapters that this context has selected; without any, this model."""
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """As `Module.merge`. Raises RuntimeError, too, where a named adapter is selected: it stays one."""
+        """As `Module.merge`, which does not merge named adapters. Raises RuntimeError if one is selected.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=2)
+        >>> reports = lm.merge()
+        >>> lm.unmerge()
+        """
         self._require_none_selected("merge")
         return super().merge(dtype)
 
     def merge_and_unload(self) -> Module:
-        """As `Module.merge_and_unload`. Raises RuntimeError, too, where a named adapter is selected."""
+        """As `Module.merge_and_unload`. Raises RuntimeError if a named adapter is selected.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.add_lora(rank=2)
+        >>> lm.merge_and_unload() is lm, len(lm.adapter_layers())
+        (True, 0)
+        """
         self._require_none_selected("merge_and_unload")
         return super().merge_and_unload()
 
@@ -260,6 +378,11 @@ class LanguageModel(Module):
 
     def logits(self, token_ids: npt.ArrayLike) -> Array:
         """Scores of the next token: (batch, time, vocab) for ids (batch, time), (time, vocab) for (time,).
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.logits([[1, 2, 3], [4, 5, 6]]).shape == (2, 3, lm.config.vocab_size)
+            True
 
         Raises:
             TypeError: ids are not integers.
@@ -269,19 +392,35 @@ class LanguageModel(Module):
         return self(token_ids)
 
     def loss(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-        """The mean over all labels of -log p(label); 0 where there is none.
+        """The mean over all labels of -log p(label); 0 if no label counts.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.loss([1, 2, 3], [-100, -100, 3]) > 0   # how well 1, 2 predict 3
+            True
 
         Args:
             token_ids: integers (batch, time) or (time,).
-            labels: of the same shape, and unshifted: the label of a token is compared with what the tokens
-                before it predict. -100 is ignored.
+            labels: of the same shape, and unshifted: each label is compared with the prediction from the
+                tokens before it. -100 is ignored, and so is the first label.
         Raises:
             TypeError, ValueError, CorruptError: as `logits`.
         """
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
     def loss_packed(self, batch: PackedBatch) -> float:
-        """The same for packed sequences. In int8: as decoding computes it, a few tokens at a time."""
+        """As `loss`, for packed sequences. With compute="int8" it runs as decoding does, token by token.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> batch = pack([([1, 2, 3], [1, 2, 3]), ([4, 5], [4, 5])])
+            >>> batch.num_targets, lm.loss_packed(batch) > 0
+            (3, True)
+
+        Raises:
+            ValueError, CorruptError: as `logits`.
+        """
         self._check_batch("loss_packed", batch)
         if (lm := self._selected("loss_packed")) is not self:
             return lm.loss_packed(batch)
@@ -297,14 +436,23 @@ class LanguageModel(Module):
     # ---- training ----
 
     def train_step(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike, optimizer: Optimizer) -> float:
-        """One forward and backward pass and one update of the adapters; returns the loss before it.
+        """One forward and backward pass and one update of the adapters; returns the loss before the update.
 
-        Without a label that counts, the loss is 0 and nothing is updated: no parameter, no moment, no count.
+        If no label counts, the loss is 0 and nothing is updated: no parameter, no moment, no step count.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> optimizer = nplora.AdamW(lr=0.01)
+            >>> before = lm.train_step([1, 2, 3], [1, 2, 3], optimizer)
+            >>> lm.loss([1, 2, 3], [1, 2, 3]) < before
+            True
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
-            ValueError: there is no adapter; and as `loss`.
-            TypeError: optimizer is not nplora's; and as `loss`.
+            ValueError: the model has no adapter. Others as `loss`.
+            TypeError: optimizer is not an optimiser of nplora. Others as `loss`.
+            RuntimeError: as `forward_backward`.
         """
         optim.require("train_step", optimizer)
         batch = self._packed("train_step", token_ids, labels)
@@ -317,23 +465,31 @@ class LanguageModel(Module):
         return loss
 
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
-        """The sum of the losses of a batch; adds `factor` times its gradient to those of the adapters.
+        """Return the sum of a batch's losses; add `factor` times its gradient to the adapters' gradients.
 
-        For a mean over several batches, factor is 1 / (the targets of all of them). A batch without targets
-        is not computed: its loss is 0.
+        For the mean over several batches, factor is 1 / (the number of all their targets). A batch without
+        targets is not computed: its loss is 0.
+
+            >>> import nplora
+            >>> from nplora.models.packing import pack
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> batch = pack([([1, 2, 3], [1, 2, 3])])
+            >>> total = lm.forward_backward(batch, 1 / batch.num_targets)
+            >>> bool(lm.parameters()[0].grad.any())
+            True
 
         Raises:
-            ValueError: there is no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged, or computes in int8; or a named adapter is selected.
-            CorruptError: as `require_unchanged`; the gradients are not to be used.
+            ValueError: the model has no adapter, or an id or target is not in the vocabulary.
+            RuntimeError: a layer is merged or computes in int8, or a named adapter is selected.
+            CorruptError: as `require_unchanged`. The gradients are not valid then.
         """
         op = "forward_backward"
         self._check_batch(op, batch)
         self._require_none_selected(op)
         if not self.adapter_layers():
-            raise ValueError(f"{op}: the model has no adapter; add_lora() first")
-        for layer in self.adapter_layers().values():
-            layer.require_trainable(op)
+            raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
+        self.require_trainable(op)
         if not batch.num_targets:
             return 0.0
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
@@ -343,7 +499,17 @@ class LanguageModel(Module):
         return total
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
-        """Logits of ids x as `logits` has them, and what `backward` needs: for losses of your own."""
+        """The logits of ids x, as `logits` returns them, and what `backward` needs: for a loss of your own.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> logits, saved = lm.forward([1, 2, 3])
+            >>> loss, dlogits = nplora.losses.cross_entropy(logits[:-1], [2, 3])
+
+        Raises:
+            RuntimeError: a named adapter is selected. Others as `logits`.
+        """
         if not inferring():
             self._require_none_selected("LanguageModel.forward")
         elif (lm := self._selected("LanguageModel.forward")) is not self:
@@ -363,10 +529,20 @@ class LanguageModel(Module):
         return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the adapters, for dy of the shape of the logits. Uses `saved` up.
+        """Add to the gradients of the adapters. It frees `saved`, which then cannot be used again.
 
+            >>> import nplora, numpy as np
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.add_lora(rank=2)
+            >>> logits, saved = lm.forward([1, 2, 3])
+            >>> lm.backward(np.ones_like(logits), saved)
+            >>> bool(lm.parameters()[0].grad.any())
+            True
+
+        Args:
+            dy: the gradient of the loss with respect to the logits, of their shape.
         Raises:
-            ValueError: dy has not the shape of the logits, or saved is of a pass of another model.
+            ValueError: dy does not have the shape of the logits, or saved is of another model's pass.
             TypeError: saved is not what `forward` returned.
             RuntimeError: saved was used before, or a layer is merged or computes in int8.
         """
@@ -384,25 +560,50 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Room for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+        """A cache for `slots` sequences of at most `capacity` tokens, for the adapter selected now.
+
+        A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
+        longer than its original context. Here `cache.limits`, the most tokens that each sequence may come to
+        have, decides which. It is `capacity` at first; lower it before the first token of a sequence that
+        stays short. `generate` begins with the short factors, as transformers does, and reads a sequence
+        again when it outgrows the original context.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> cache = lm.new_cache(slots=2, capacity=16)
+            >>> lm.decode([[1, 2, 3], [4, 5, 6]], [0, 1], cache).shape == (2, lm.config.vocab_size)
+            True
+            >>> cache.lengths
+            array([3, 3])
 
         Raises:
-            CorruptError: as `require_unchanged`. KeyError: the adapter selected was deleted.
+            CorruptError: as `require_unchanged`. KeyError: the selected adapter was deleted.
         """
         self.require_unchanged()
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Read the next tokens of some sequences; the logits (m, vocab) that follow the last of each.
+        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) after the last ones.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> cache = lm.new_cache(slots=1, capacity=8)
+            >>> ids = [1, 2]
+            >>> logits = lm.decode([ids], [0], cache)
+            >>> for _ in range(3):
+            ...     ids.append(int(logits[0].argmax()))
+            ...     logits = lm.decode(ids[-1:], [0], cache)
+            >>> len(ids), int(cache.lengths[0])
+            (5, 5)
 
         Args:
             token_ids: integers (m, count) or (m,): the next tokens of each of these sequences. A long prompt
-                may come in pieces.
-            slots: integers (m,), the sequence of each row, each one once.
+                may be added in pieces.
+            slots: integers (m,): the sequence of each row. No sequence may come twice.
         Raises:
             TypeError: ids or slots are not integers.
-            ValueError: shapes do not fit, an id or slot is out of range, or the cache is full; then it is as
-                it was.
+            ValueError: shapes do not fit, an id or slot is out of range, or the cache is full. The cache is
+                not changed.
             CorruptError: as `require_unchanged`.
         """
         if isinstance(cache.owner, LanguageModel) and cache.owner is not self:
@@ -423,23 +624,81 @@ class LanguageModel(Module):
         cache.lengths[rows] += count
         return logits
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is an iterable of str, too
+        self,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> str: ...
+    @overload
     def generate(
-        self, prompt: Prompt | Iterable[Prompt], max_new_tokens: int = 128, **options: Any
+        self,
+        prompt: Iterable[Prompt],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompt: Prompt | Iterable[Prompt],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        **unknown: Never,
     ) -> str | list[str]:
-        """What the model says after a prompt, or after each of several; the likeliest tokens by default.
+        """Generate a text after a prompt, or after each of several. By default, always the most likely token.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> text = lm.generate("Hello", max_new_tokens=8)
+            >>> texts = lm.generate(["Hello", "Good"], max_new_tokens=8, temperature=0.8, top_p=0.95, seed=1)
+            >>> reply = lm.generate([{"role": "user", "content": "Hello"}], max_new_tokens=8)
+            >>> type(text), len(texts), type(reply)
+            (<class 'str'>, 2, <class 'str'>)
 
         Args:
             prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or several of
                 either, in any iterable.
-            max_new_tokens: the most tokens of an answer.
-            options: temperature, top_k, top_p, repetition_penalty, stop (a list of texts) and seed, as
-                `nplora.generate.Sampling` has them.
+            max_new_tokens: the maximum number of generated tokens.
+            temperature: 0: always the most likely token; 1: sample from the model's own probabilities. Lower
+                values make likely tokens likelier, higher values make them less likely.
+            top_k: sample from this many of the most likely tokens only.
+            top_p: sample from the most likely tokens that together have at least this probability.
+            repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
+            stop: texts before which generation ends.
+            seed: seed of the sampling. The same seed gives the same text.
+        Returns:
+            the generated text without its prompt; a list of texts for several prompts.
         Raises:
             ValueError: an option is out of range, or a prompt is empty or fills the context.
             TypeError: an option is not known, or a prompt is neither a text nor a chat.
+            FloatingPointError: the model's scores are NaN, or the largest one is infinite.
             CorruptError: as `require_unchanged`.
+        Warns:
+            UserWarning: the context was full before the text ended, or top_k or top_p has no effect.
         """
-        sampling = _check.options("generate", Sampling, {"max_new_tokens": max_new_tokens, **options})
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, **unknown,
+        }  # fmt: skip
+        sampling = _check.options("generate", Sampling, options)
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)
@@ -447,12 +706,42 @@ class LanguageModel(Module):
             return generate(self, [given], sampling)[0]
         return generate(self, given, sampling)
 
+    def require_trainable(self, what: str) -> None:
+        """As `Module.require_trainable`. Raises RuntimeError, too, if a named adapter is selected."""
+        self._require_none_selected(what)
+        super().require_trainable(what)
+
     def _require_none_selected(self, op: str) -> None:
         if names := self._named.selected:
             raise RuntimeError(
-                f"{op}: {', '.join(map(repr, names))}: a named adapter is for inference; set_adapter(None) "
-                "first, or attach it to the model"
+                f"{op}: the named adapter {', '.join(map(repr, names))} is selected, which is for inference "
+                "only; call set_adapter(None) first, or attach the adapter to the model"
             )
+
+    def __repr__(self) -> str:
+        config = self.config
+        lines = [
+            f"LanguageModel({str(self.source)!r}, {config.model_type}: "
+            f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size:,}, "
+            f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,})",
+            f"  weights: {self.num_parameters - self.num_trainable:,} values in {self._storages()}, "
+            f"compute {self.compute!r}",
+        ]
+        if layers := self.adapter_layers():
+            lines.append(f"  adapter: {_ranks(layers.values())}, {self.num_trainable:,} trained values")
+        if named := self.adapters:
+            chosen = self._named.selected
+            shown = (f"{name!r}{' (selected)' * (name in chosen)}" for name in named)
+            lines.append(f"  named adapters: {', '.join(shown)}")
+        return "\n".join(lines)
+
+    def _storages(self) -> str:
+        """The storage formats of the weights, the one with the most values first."""
+        held = {id(a): a for _, module in self.named_modules() for a in module.local_frozen()}
+        sizes = Counter[str]()
+        for array in held.values():
+            sizes[str(array.dtype)] += array.size if len(array.shape) > 1 else 0  # not the norms and biases
+        return ", ".join(name for name, size in sizes.most_common() if size)
 
     # ---- what comes in ----
 
@@ -473,13 +762,26 @@ class LanguageModel(Module):
         return pack(zip(np.atleast_2d(ids), np.atleast_2d(wanted), strict=True))
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:
-        """What would otherwise come up in the middle of a pass."""
+        """Refuse here what would otherwise be found in the middle of a pass."""
         _check.in_range(op, "ids", batch.ids, self._vocab)
         _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
         longest = int(np.diff(batch.starts).max(initial=0))
         if longest > self.config.max_position_embeddings:
             warnings.warn(
-                f"{op}: a sequence of {longest} tokens, the model was trained for "
+                f"{op}: a sequence has {longest} tokens, but the model was trained for at most "
                 f"{self.config.max_position_embeddings}",
                 stacklevel=3,
             )
+
+
+def _ranks(layers: Iterable[Module]) -> str:
+    """The ranks and alphas of LoRA layers: "rank 8, alpha 16 on 14 layers"."""
+    found = [layer for layer in layers if isinstance(layer, LoRALayer)]
+    ranks, alphas = sorted({a.rank for a in found}), sorted({a.alpha for a in found})
+    parts = [
+        f"{name} {values[0]:g}" if len(values) == 1 else f"{name} {values[0]:g} to {values[-1]:g}"
+        for name, values in (("rank", ranks), ("alpha", alphas))
+    ]
+    extras = [word for word, on in (("DoRA", any(a.use_dora for a in found)),) if on]
+    extras += ["merged"] if any(a.merged for a in found) else []
+    return f"{', '.join([*parts, *extras])} on {counted(len(found), 'layer')}"

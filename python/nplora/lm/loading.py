@@ -21,27 +21,33 @@ from nplora.weights import INFERENCE_COMPUTES
 def load_model(
     path: StrPath, compute: str = "float32", mmap: bool = True, check: bool = True
 ) -> LanguageModel:
-    """A language model of one of the families in `nplora.models.families`, its weights frozen.
+    """Load a language model of one of the families in `nplora.models.families`. Its weights are frozen.
+
+        >>> import nplora
+        >>> lm = nplora.load_model("model.gguf")
+        >>> lm.logits([1, 2, 3]).shape == (3, lm.config.vocab_size)
+        True
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors, in one file or in shards.
-        compute: "float32", or "bfloat16" for the frozen products, as in FrozenWeight; or "int8", to infer
-            with GGUF's low-bit blocks.
-        mmap: map the files, so that weights are never copied, and only stay in memory while it has room. If
-            another program cuts a mapped file short, the process ends with a message and status 135; if it
-            writes to one in place, the next call of the model raises CorruptError. A file that is renamed
-            over it does no harm. False copies the files into memory.
+        compute: arithmetic of the frozen products: "float32" or "bfloat16", as in FrozenWeight, or "int8",
+            for inference with GGUF's quantised weights.
+        mmap: map the files. Weights are then not copied, and the system keeps them in memory while there is
+            room. If another program cuts a mapped file short, the process ends with a message and status 135.
+            If it writes to one in place, the next call of the model raises CorruptError. Renaming another
+            file over it does no harm. False copies the files into memory.
         check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
             a matrix when it is first used.
     Raises:
-        UnsupportedError: an architecture, or types of tensors, that are not known here; the known ones are
-            listed, and all tensors of other types.
-        FormatError: a file breaks its format, or does not describe a whole model; all that is missing is
-            listed, with the nearest names. Or a weight is NaN or infinite: the first is named.
+        UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
+            supported ones, and all tensors of other types.
+        FormatError: a file breaks its format, or does not describe a whole model. The message lists all that
+            is missing, with the nearest names. Or a weight is NaN or infinite: the first one is named.
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """
     files.require_named("load_model", path=path)
+    model_directory.require_no_hub_name(path)
     _check.choice("load_model", "compute", compute, INFERENCE_COMPUTES)
     load = _from_directory if Path(path).is_dir() else _from_gguf
     return load(path, compute, mmap, check)
@@ -58,7 +64,7 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> Lan
     if not Path(path, model_directory.CONFIG).exists():
         reason = f"the directory holds no {model_directory.CONFIG}"
         if Path(path, peft_adapter.CONFIG).exists():
-            reason += ", but an adapter: give its model, and this as the adapter (--adapter)"
+            reason += ", but an adapter: load its base model, and pass this as the adapter (--adapter)"
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)

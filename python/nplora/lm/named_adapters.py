@@ -1,8 +1,8 @@
-"""Several named adapters of one language model, of which each context uses its own.
+"""Several named adapters of one language model. Each thread or asyncio task selects its own.
 
-A selection of adapters is a copy of the model's modules over the same frozen weights, with LoRA layers of
-its own. A call takes the copy once, when it begins. So what other threads select or delete meanwhile does not
-change it.
+For each selection there is a copy of the model's modules over the same frozen weights, with LoRA layers of
+its own. A call takes this copy once, when it begins. So it does not change when other threads select or
+delete adapters meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from nplora.adapters import Adapter, combine
-from nplora.formats.errors import missing_name
+from nplora.formats.errors import brief, missing_name, nearest_names
 
 Names = tuple[str, ...]
 
@@ -26,7 +26,7 @@ _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_sel
 
 
 class _Model(Protocol):
-    """What a LanguageModel is here."""
+    """What `NamedAdapters` needs of a LanguageModel."""
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
 
@@ -51,29 +51,30 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by name, for reading."""
+        """The adapters by name, read-only."""
         return MappingProxyType(self._adapters)
 
     def add(self, lm: Model, name: str, adapter: Adapter, any_base: bool) -> None:
-        """Keep a copy of an adapter that fits the model under a new name."""
+        """Keep a copy of an adapter that fits the model, under a new name."""
         if not isinstance(name, str) or not name:
-            raise TypeError(f"load_adapter: name is {name!r}, expected a text that is not empty")
+            raise TypeError(f"load_adapter: name is {name!r}, expected a non-empty text")
         adapter = copy.deepcopy(adapter)
         with self._lock:
             made = lm.with_adapter(adapter, any_base)
             if name in self._adapters:
-                raise ValueError(f"load_adapter: there is an adapter {name!r}; call delete_adapter first")
+                raise ValueError(
+                    f"load_adapter: an adapter {name!r} is loaded already; call delete_adapter first"
+                )
             self._adapters = {**self._adapters, name: adapter}
             self._models[name,] = made
 
     def delete(self, name: str) -> None:
-        """Forget an adapter. Raises KeyError where there is none of this name."""
+        """Remove an adapter, from the selection of this context too. Raises KeyError if there is none."""
         with self._lock:
             self._require("delete_adapter", (name,))
             self._adapters = {known: adapter for known, adapter in self._adapters.items() if known != name}
             self._models = {names: lm for names, lm in self._models.items() if name not in names}
-        if name in self.selected:
-            self.select(())
+        self.select(tuple(other for other in self.selected if other != name))
 
     @property
     def selected(self) -> Names:
@@ -81,13 +82,13 @@ class NamedAdapters(Generic[Model]):
         return _selected.get().get(weakref.ref(self), ())
 
     def select(self, names: Names) -> None:
-        """Use these adapters, added up, in this context."""
+        """Use the sum of these adapters in this context."""
         others = {key: value for key, value in _selected.get().items() if key() not in (None, self)}
         _selected.set({**others, weakref.ref(self): names} if names else others)
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """Use none inside."""
+        """Inside, no adapter is selected."""
         before = self.selected
         self.select(())
         try:
@@ -99,7 +100,7 @@ class NamedAdapters(Generic[Model]):
         """The model with these adapters.
 
         Raises:
-            KeyError: there is none of a name; the nearest are listed.
+            KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
             UnsupportedError: several are selected, and one has DoRA.
         """
         if not names:
@@ -113,11 +114,18 @@ class NamedAdapters(Generic[Model]):
             return self._models[names]
 
     def forget_models(self) -> None:
-        """Make the copies anew when they are needed, after the model's frozen layers were exchanged."""
+        """Drop the copies after the model's frozen layers were exchanged; new ones are made when needed."""
         with self._lock:
             self._models = {}
 
     def _require(self, op: str, names: Names) -> None:
         for name in names:
             if name not in self._adapters:
-                raise missing_name(op, name, self._adapters, "adapter")
+                raise self._missing(op, name)
+
+    def _missing(self, op: str, name: object) -> KeyError:
+        if nearest_names(str(name), self._adapters):
+            return missing_name(op, name, self._adapters, "adapter")
+        known = ", ".join(map(repr, self._adapters))
+        hint = f"the loaded ones are {known}" if known else "none is loaded, call load_adapter first"
+        return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

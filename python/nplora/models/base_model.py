@@ -79,6 +79,7 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
 
 def _config_of(path: StrPath) -> Path | None:
     """The configuration that a path means; None where it means a GGUF file."""
+    model_directory.require_no_hub_name(path)
     if Path(path).is_dir():
         return Path(path, CONFIG)
     return Path(path) if files.suffix(path) == ".json" else None

@@ -104,6 +104,7 @@ def model_to_gguf(
     _check.choice(op, "dtype", dtype, DTYPES)
     if files.suffix(path) != ".gguf":
         raise ValueError(f"{op}: a model becomes a .gguf file, got {files.name(path)!r}")
+    model_directory.require_no_hub_name(source)
     files.require_not_read(op, [path], [("model", file) for file in model_directory.files_of(source)])
     files.require_new(path, overwrite)
     directory = model_directory.of(source)

@@ -52,6 +52,7 @@ def open(base: StrPath) -> ModelFiles:
     Raises:
         FormatError: a file breaks its format. OSError: it cannot be read.
     """
+    model_directory.require_no_hub_name(base)
     if Path(base).is_dir():
         return _open_safetensors(base)
     with files.reading(base) as reader:

@@ -1,4 +1,4 @@
-"""The layers that nplora brings along."""
+"""The layers of nplora."""
 
 from nplora.nn.activations import GELU, ReLU, SiLU, Tanh
 from nplora.nn.embedding import Embedding, LoRAEmbedding

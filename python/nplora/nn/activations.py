@@ -1,4 +1,4 @@
-"""Activations: elementwise functions without parameters. float64 stays float64, all else becomes float32."""
+"""Activations: elementwise functions without parameters. float64 stays float64, all others become float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActivationSaved(Saved):
-    """The one array that the backward pass needs: x or y, whichever the derivative is written in."""
+    """The one array that the backward pass needs: x or y, depending on the derivative's formula."""
 
     array: Array | None
 
@@ -25,10 +25,11 @@ class ActivationSaved(Saved):
 class Activation(Module):
     """The base of the activations: y = f(x) elementwise, dx = f'(x) ∘ dy, for x of any shape.
 
-    Constants take the dtype of x: NumPy 1 would make float64 of a single float32 number and a Python one.
+    Constants are converted to the dtype of x, because NumPy 1 makes float64 of a float32 scalar and a Python
+    number.
     """
 
-    _keeps_output = False  # whether f' is computed from y, which the next layer keeps anyway
+    _keeps_output = False  # whether f' is computed from y, which the next layer keeps as its input
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
         """y of the shape of x, and what `backward` needs."""
@@ -40,11 +41,11 @@ class Activation(Module):
         return y, ActivationSaved(kept, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: ActivationSaved, need_dx: bool = True) -> Gradient:
-        """dx of the shape of x, or None where need_dx is False.
+        """dx of the shape of x, or None if need_dx is False.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer.
-            TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
+            TypeError: saved is from another kind of layer. RuntimeError: the forward pass was inference.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)
@@ -69,7 +70,12 @@ class Activation(Module):
 
 
 class ReLU(Activation):
-    """y = max(x, 0)."""
+    """y = max(x, 0).
+
+    >>> import nplora
+    >>> nplora.ReLU()([-1.0, 2.0])
+    array([0., 2.])
+    """
 
     _keeps_output = True
 
@@ -81,12 +87,17 @@ class ReLU(Activation):
     def _differentiate(self, kept: Array, dy: Array) -> Array:
         dx = buffers.empty_like(dy)
         np.copyto(dx, dy)
-        dx[kept <= 0] = 0  # a NaN lets its gradient through, to be seen
+        dx[kept <= 0] = 0  # NaN > 0 and NaN <= 0 are false: the gradient of a NaN passes, so it is seen
         return dx
 
 
 class Tanh(Activation):
-    """y = tanh(x); dx = (1 - y²) dy."""
+    """y = tanh(x); dx = (1 - y²) dy.
+
+    >>> import nplora
+    >>> nplora.Tanh()([0.0, 100.0])
+    array([0., 1.])
+    """
 
     _keeps_output = True
 
@@ -101,7 +112,12 @@ class Tanh(Activation):
 
 
 class SiLU(Activation):
-    """y = x σ(x) (Elfwing et al. 2018); dx = σ(x) (1 + x (1 - σ(x))) dy."""
+    """y = x σ(x) (Elfwing et al. 2018); dx = σ(x) (1 + x (1 - σ(x))) dy.
+
+    >>> import nplora
+    >>> nplora.SiLU()([0.0, 100.0])
+    array([  0., 100.])
+    """
 
     def _apply(self, x: Array) -> Array:
         with quiet():  # exp(-x) = inf gives the right sigmoid, 0
@@ -117,8 +133,12 @@ class SiLU(Activation):
 class GELU(Activation):
     """y = x Φ(x) (Hendrycks & Gimpel 2016).
 
+        >>> import nplora
+        >>> nplora.GELU(approximate="tanh")([0.0, 100.0])
+        array([  0., 100.])
+
     Args:
-        approximate: "none": Φ by the error function; "tanh": by its approximation, as in GPT-2.
+        approximate: "none": Φ from the error function; "tanh": the approximation that GPT-2 uses.
     """
 
     def __init__(self, approximate: str = "none") -> None:

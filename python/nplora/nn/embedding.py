@@ -1,4 +1,4 @@
-"""Embedding: rows of a table, frozen, trained as a whole, or with a low-rank update (LoRAEmbedding)."""
+"""Embedding: rows of a table, which is frozen, trained as a whole, or has a LoRA update (LoRAEmbedding)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nplora.weights import FrozenWeight, buffers, freeze
 
 Array = npt.NDArray[Any]
 
-_IDS_OF_PASS = "saved is not of this layer: its array of ids"
+_SAVED_IDS = "saved is not of this layer: its array of ids"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingSaved(Saved):
-    """What `Embedding.backward` needs: the ids (n,) where the table is trained."""
+    """What `Embedding.backward` needs: the ids (n,), if the table is trained."""
 
     lead: tuple[int, ...]
     ids: Array | None = None
@@ -31,16 +31,21 @@ class EmbeddingSaved(Saved):
 class Embedding(Module):
     """y = E[ids].
 
+        >>> import nplora, numpy as np
+        >>> nplora.Embedding(np.eye(3))([2, 0])
+        array([[0., 0., 1.],
+               [1., 0., 0.]], dtype=float32)
+
     Args:
-        W: the table E, a float array (vocab, dim), copied, or a FrozenWeight, shared (copied where
-            trainable).
+        W: the table E: a float array (vocab, dim), which is copied, or a FrozenWeight, which is shared
+            (copied if trainable).
         dtype: its storage, as in LoRALinear; a trainable table is "float32" or "float64".
         trainable: train the table itself; its parameter is named "weight".
     Attributes:
-        weight: a FrozenWeight, or the live array (vocab, dim) where trainable.
+        weight: a FrozenWeight, or the live array (vocab, dim) if trainable.
         dweight: its gradient, or None.
     Raises:
-        ValueError: W has not two axes, or dtype does not fit.
+        ValueError: W does not have two axes, or dtype does not fit.
     """
 
     def __init__(
@@ -73,11 +78,11 @@ class Embedding(Module):
         return y.reshape(*lead, self.shape[1]), EmbeddingSaved(lead, flat if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: EmbeddingSaved, need_dx: bool = True) -> None:
-        """dweight[ids] += dy where trainable. Ids have no gradient: the result is None.
+        """dweight[ids] += dy, if trainable. Ids have no gradient, so the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer.
-            TypeError: saved is of another kind of layer.
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
+            TypeError: saved is from another kind of layer.
             RuntimeError: the table is trained, and the forward pass was inference.
         """
         op = "Embedding.backward"
@@ -89,12 +94,12 @@ class Embedding(Module):
             return
         if saved.ids is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
-        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, self.shape[0])
+        ids = _check.in_range(op, _SAVED_IDS, saved.ids, self.shape[0])
         _check.own(op, saved, self)
         _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
 
     def __repr__(self) -> str:
-        return f"Embedding({self.shape}, trainable={self.trainable})"
+        return f"Embedding({self.shape}, dtype={str(self.weight.dtype)!r}, trainable={self.trainable})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,11 +116,19 @@ class LoRAEmbeddingSaved(Saved):
 class LoRAEmbedding(LoRALayer):
     """A frozen table with a trainable low-rank update: y = E[ids] + scale · A[ids] B.
 
-    A is (vocab, r) and starts at 0, B is (r, dim) and starts as N(0, 1), as in PEFT (whose names are
-    swapped, and whose arrays are transposed). There is no dropout, as in PEFT.
+    A is (vocab, r) and starts at 0. B is (r, dim) and starts as N(0, 1). PEFT does the same, with the names A
+    and B swapped and the arrays transposed. There is no dropout, as in PEFT.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRAEmbedding(np.eye(4), rank=2, rng=0)
+        >>> layer
+        LoRAEmbedding((4, 4), rank=2, alpha=16, dtype='float32', num_trainable=16)
+        >>> layer([3])
+        array([[0., 0., 0., 1.]], dtype=float32)
 
     Args:
-        W: the table E, a float array (vocab, dim), copied and packed, or a FrozenWeight, shared.
+        W: the table E: a float array (vocab, dim), which is copied and packed, or a FrozenWeight, which is
+            shared.
         rank, alpha, dtype, init ("zero" or "gaussian"), use_rslora, rng: as in LoRALinear.
     Raises:
         ValueError, TypeError: as in LoRALinear.
@@ -165,11 +178,12 @@ class LoRAEmbedding(LoRALayer):
         return y.reshape(*lead, dim), saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRAEmbeddingSaved, need_dx: bool = True) -> None:
-        """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient: the result is None.
+        """dA[ids] += scale · dy Bᵀ;  dB += scale · A[ids]ᵀ dy. Ids have no gradient, so the result is None.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer, rank or dtype.
-            TypeError: saved is of another kind of layer.
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, rank or
+                dtype.
+            TypeError: saved is from another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
         """
         op = "LoRAEmbedding.backward"
@@ -185,7 +199,7 @@ class LoRAEmbedding(LoRALayer):
         if saved.ids is None or saved.rows is None:
             raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
-        ids = _check.in_range(op, _IDS_OF_PASS, saved.ids, len(self.A))
+        ids = _check.in_range(op, _SAVED_IDS, saved.ids, len(self.A))
         _check.own(op, saved, self)
         d_rows = buffers.empty_like(saved.rows)
         _core.matmul(self.B, du, None, d_rows)
@@ -209,7 +223,7 @@ def _ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...
 
 
 def _add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """out[ids] += rows, where ids may repeat: rows of one id are summed first, in order."""
+    """out[ids] += rows. If an id repeats, its rows are summed first, in order."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

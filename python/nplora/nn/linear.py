@@ -1,4 +1,4 @@
-"""Linear: y = x Wᵀ + bias, frozen, or trained as a whole (a new head)."""
+"""Linear: y = x Wᵀ + bias. The weight is frozen, or trained as a whole (a new head)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearSaved(Saved):
-    """What `Linear.backward` needs: nothing but a shape where the weight is frozen, else x (n, d_in)."""
+    """What `Linear.backward` needs: a shape, and x (n, d_in) if the weight is trained."""
 
     lead: tuple[int, ...]
     x: Array | None = None
@@ -30,19 +30,28 @@ class LinearSaved(Saved):
 class Linear(Prepared, Module):
     """y = x Wᵀ [+ bias].
 
+        >>> import nplora, numpy as np
+        >>> head = nplora.Linear(np.zeros((2, 3)), bias=[1, 2], trainable=True)
+        >>> head([[1, 1, 1]])
+        array([[1., 2.]], dtype=float32)
+        >>> head
+        Linear((2, 3), dtype='float32', trainable=True)
+
     Args:
-        W: float array (d_out, d_in), copied, or a FrozenWeight, shared (copied out of it where trainable).
+        W: float array (d_out, d_in), which is copied, or a FrozenWeight, which is shared (copied if
+            trainable).
         bias: array (d_out,) or None.
         dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
-        compute: "float32", or "bfloat16" or "int8" for the products of a frozen weight, as in FrozenWeight.
+        compute: arithmetic of the products of a frozen weight: "float32", "bfloat16" or "int8", as in
+            FrozenWeight.
         trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
             weight computes in its own dtype.
     Attributes:
-        weight: a FrozenWeight, or the live array (d_out, d_in) where trainable.
-        dweight, dbias: the gradients, None where there are none.
+        weight: a FrozenWeight, or the live array (d_out, d_in) if trainable.
+        dweight, dbias: the gradients, or None.
     Raises:
-        ValueError: W has not two axes, bias has another shape, dtype or compute is not available, or one of
-            them does not fit a trainable or a shared weight.
+        ValueError: W does not have two axes, bias has another shape, dtype or compute is not available, or
+            one of them does not fit a trainable or a shared weight.
         TypeError: W does not hold floats.
     """
 
@@ -58,7 +67,7 @@ class Linear(Prepared, Module):
         self.shape = frozen.shape
         self.trainable = bool(trainable)
         if trainable and compute != "float32":
-            raise ValueError(f"Linear: compute={compute!r} with trainable=True; only frozen products round")
+            raise ValueError(f"Linear: compute={compute!r} with trainable=True, expected compute='float32'")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype
         self._factors = _no_factors(*self.shape, self._dtype)
@@ -89,11 +98,12 @@ class Linear(Prepared, Module):
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
-        """dx = dy W, or None where need_dx is False; where trainable, dweight += dyᵀ x and dbias += Σ dy.
+        """dx = dy W, or None if need_dx is False. If trainable, also dweight += dyᵀ x and dbias += Σ dy.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape or dtype.
-            TypeError: saved is of another kind of layer.
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape or
+                dtype.
+            TypeError: saved is from another kind of layer.
             RuntimeError: the weight is trained, and the forward pass was inference.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)
@@ -119,7 +129,7 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and what to keep."""
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors
         part = _core.ForwardPart(
@@ -137,7 +147,7 @@ class Linear(Prepared, Module):
         return part, y, LinearSaved(lead, rows if keep else None, layer=self)
 
     def finish_forward(self, y: Array, saved: LinearSaved) -> tuple[Array, LinearSaved]:
-        """What `forward` returns, when the core has filled y."""
+        """The result of `forward`, after the core has filled y."""
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _inference_state(self) -> tuple[Hashable, ...]:
@@ -148,7 +158,7 @@ class Linear(Prepared, Module):
         return _core.InferenceLayer(core_weight(self.weight), *self._factors, 0.0, self.bias)
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LinearSaved) -> Array:
-        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        """dy as rows (n, d_out), after all checks of `backward`."""
         _check.saved(op, saved, LinearSaved)
         d_out = self.shape[0]
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
@@ -159,7 +169,7 @@ class Linear(Prepared, Module):
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
-        """This layer's part of a call of the core; adds to dweight and dbias where trainable."""
+        """This layer's part of a core call; it adds to dweight and dbias if trainable."""
         self._add_gradients(rows, saved)
         weight, (a, b) = core_weight(self.weight), self._factors
         return _core.BackwardPart(
@@ -167,24 +177,24 @@ class Linear(Prepared, Module):
         )
 
     def __repr__(self) -> str:
-        return f"Linear({self.shape}, trainable={self.trainable})"
+        return f"Linear({self.shape}, dtype={str(self.weight.dtype)!r}, trainable={self.trainable})"
 
 
 @functools.cache
 def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """A and B of rank 0; one pair serves all, for there is nothing to write to."""
+    """A and B of rank 0. Layers of one shape share them, because they have no elements."""
     return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 
 
 def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
-    """A weight as the core's products take it."""
+    """A weight in the form that the core's products take."""
     return weight.packed if isinstance(weight, FrozenWeight) else weight
 
 
 def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
-    """A live array of a weight that is to be trained as a whole."""
+    """A weight as a live array, to be trained as a whole."""
     if frozen.dtype not in ("float32", "float64"):
         raise ValueError(
-            f"{op}: dtype={frozen.dtype!r} with trainable=True; a trained weight is float32 or float64"
+            f"{op}: dtype={frozen.dtype!r} with trainable=True, expected dtype='float32' or 'float64'"
         )
     return frozen.to_numpy()

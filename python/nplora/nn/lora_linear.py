@@ -1,4 +1,4 @@
-"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; rsLoRA, dropout, DoRA and LoRA-FA."""
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with W frozen; with rsLoRA, dropout, DoRA and LoRA-FA."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class LoRALinearSaved(Saved):
     """What `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
 
     lead: tuple[int, ...]  # the leading axes of x
-    alone: bool = False  # W answered without the update
+    alone: bool = False  # the pass used W without the update
     merged: bool = False
     dropout: float = 0.0
-    key: int = 0  # of the dropout mask, which is drawn again rather than kept
-    x: Array | None = None  # None where B is frozen
+    key: int = 0  # of the dropout mask, which backward draws again
+    x: Array | None = None  # None if B is frozen
     z: Array | None = None
     u: Array | None = None  # DoRA: the output before rescaling
     gain: Array | None = None  # DoRA: m / ‖row‖
@@ -42,33 +42,47 @@ class LoRALinear(LoRALayer):
 
     y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
 
-    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias],
-    where ‖·‖ is the norm of each row, computed without A·B and taken as a constant by `backward` (section
-    4.3). A row of norm 0 stays 0.
+    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
+    Here ‖·‖ is the norm of each row. It is computed without forming A·B, and `backward` takes it as constant
+    (section 4.3). A row of norm 0 stays 0.
+
+        >>> import nplora, numpy as np
+        >>> W = np.random.default_rng(0).normal(size=(96, 64))
+        >>> layer = nplora.LoRALinear(W, rank=4, rng=0)
+        >>> layer
+        LoRALinear((96, 64), rank=4, alpha=16, dtype='float32', num_trainable=640)
+        >>> x = np.ones((10, 64), np.float32)
+        >>> y, saved = layer.forward(x)             # training: saved is for backward
+        >>> dx = layer.backward(np.ones_like(y), saved)
+        >>> dx.shape, layer.dA.shape, layer.dB.shape
+        ((10, 64), (96, 4), (4, 64))
+        >>> layer(x).shape                          # inference
+        (10, 96)
 
     Args:
-        W: float array (d_out, d_in), copied and packed, or a FrozenWeight, shared.
+        W: float array (d_out, d_in), which is copied and packed, or a FrozenWeight, which is shared.
         rank: r, from 1 to 65536.
-        alpha: the update's strength: scale = alpha / rank.
+        alpha: strength of the update: scale = alpha / rank.
         bias: array (d_out,), frozen, or None.
         dtype: the storage of W, as in FrozenWeight: "float32" (also for None), "float64", "bfloat16",
-            "float16", or low-bit blocks ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
+            "float16", or quantised ("q8_0", "q4_1", "nf4", ...). With "float64" everything is float64,
             otherwise x is converted to float32.
-        compute: "float32", or "bfloat16" for the products, as in FrozenWeight; or "int8", to infer alone.
-        init: "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W; "gaussian": both N(0,
-            1/r), which changes the answers at once; "pissa" and "olora": A and B take over a part of W,
-            `weight` is what remains, stored as W is, and their sum starts as W (layers/principal.py), but for
-            the rounding of what remains, which is coarse in low-bit blocks. These two go without DoRA.
+        compute: arithmetic of the products with W, as in FrozenWeight: "float32" or "bfloat16", or "int8" for
+            inference only.
+        init: the initial factors. "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W.
+            "gaussian": both N(0, 1/r), which changes the outputs at once. "pissa" and "olora": A and B take
+            over the principal part of W, and `weight` is the rest of it, stored as W is. Their sum starts as
+            W, up to the rounding of the rest, which is coarse for a quantised W. These two exclude DoRA.
         dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
         use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
-        use_dora: train the magnitudes m of the rows too.
-        freeze_B: train A alone (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
-        rng: draws the starting factors and the dropout stream.
+        use_dora: also train the magnitudes m of the rows.
+        freeze_B: train A only (LoRA-FA, Zhang et al. 2023); the layer then keeps z, not x.
+        rng: a Generator or a seed, which draws the initial factors and seeds the dropout.
     Raises:
-        ValueError: W has not two axes; rank is below 1 or above 65536; alpha is not finite; dropout is not in
-            [0, 1); bias has another shape; a word is not one of those above; "pissa" or "olora" with DoRA, a
-            rank above min(d_out, d_in), or an alpha that is not positive; "int8" for an array that is not
-            stored in GGUF's blocks.
+        ValueError: W does not have two axes; rank is below 1 or above 65536; alpha is not finite; dropout is
+            not in [0, 1); bias has another shape; dtype, compute or init is none of the above; "pissa" or
+            "olora" with DoRA, a rank above min(d_out, d_in), or an alpha that is not positive; "int8" for an
+            array that is not stored in GGUF's blocks.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -93,8 +107,8 @@ class LoRALinear(LoRALayer):
         weight = freeze(op, W, dtype, compute)
         if use_dora and init in PRINCIPAL_INITS:
             raise ValueError(
-                f"{op}: init={init!r} with use_dora=True: the magnitudes belong to the rows of W, "
-                "and the frozen weight would be what remains of it"
+                f"{op}: init={init!r} with use_dora=True: DoRA's magnitudes belong to the rows of W, "
+                "but this init keeps only a part of W as the frozen weight"
             )
         self._dropout = _check.probability(op, "dropout", dropout)
         d_out = weight.shape[0]
@@ -152,7 +166,7 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """This layer's part of a call on rows (n, d_in), the y (n, d_out) that it fills, and what to keep."""
+        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and what to keep."""
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
         weight, scale, bias = self._core_terms(lone)
@@ -176,20 +190,20 @@ class LoRALinear(LoRALayer):
         return self._weight.packed, self.scale, None if self.use_dora else self._bias
 
     def finish_forward(self, y: Array, saved: LoRALinearSaved) -> tuple[Array, LoRALinearSaved]:
-        """What `forward` returns, when the core has filled y."""
+        """The result of `forward`, after the core has filled y."""
         if self.use_dora and not saved.alone:
             y, saved = self._rescale(y, saved, saved.z is not None)
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        own = vars(self)  # decoding comes here for each token, and LiveArray takes longer than all the rest
+        own = vars(self)  # decoding calls this for each token, and LiveArray would take most of the time
         strength = own["_alpha"], own["_use_rslora"], self.adapter_enabled
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
     def _inference_layer(self) -> _core.InferenceLayer | None:
         lone = self._lone_weight()[0]
         if self.use_dora and lone is None:
-            return None  # DoRA has more to do than the core, each time anew
+            return None  # the core's inference does not rescale rows
         weight, scale, bias = self._core_terms(lone)
         return _core.InferenceLayer(weight, self.A, self.B, scale, bias)
 
@@ -208,16 +222,16 @@ class LoRALinear(LoRALayer):
         return y, saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRALinearSaved, need_dx: bool = True) -> Gradient:
-        """Add to dA, dB and dm; return dx (..., d_in), or None where need_dx is False.
+        """Add to dA, dB and dm; return dx (..., d_in), or None if need_dx is False.
 
-        dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
-        of  z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+        forward:   z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
+        backward:  dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer, shape, rank or
-                dtype.
-            TypeError: saved is of another kind of layer.
-            RuntimeError: the layer is merged, or was in the forward pass, that pass was inference, or the
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape, rank
+                or dtype.
+            TypeError: saved is from another kind of layer.
+            RuntimeError: the layer is merged, or was in the forward pass; that pass was inference; or the
                 weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
@@ -229,7 +243,7 @@ class LoRALinear(LoRALayer):
         return None if dx is None else dx.reshape(*saved.lead, dx.shape[1])
 
     def backward_rows(self, op: str, dy: npt.ArrayLike, saved: LoRALinearSaved) -> Array:
-        """dy as rows (n, d_out), when all that `backward` refuses has been looked for."""
+        """dy as rows (n, d_out), after all checks of `backward`."""
         self.require_trainable("backward")
         _check.saved(op, saved, LoRALinearSaved)
         if saved.merged:
@@ -241,7 +255,7 @@ class LoRALinear(LoRALayer):
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
 
     def _require_own(self, op: str, saved: LoRALinearSaved) -> None:
-        """Refuse a pass whose arrays do not fit this layer, and say which."""
+        """Refuse a pass whose arrays do not fit this layer, and name the first of them."""
         if saved.z is None:
             return
         if saved.x is None and not self.freeze_B:
@@ -253,7 +267,7 @@ class LoRALinear(LoRALayer):
             _check.kept(op, name, array, (n, width), self.weight.compute_dtype)
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> _core.BackwardPart:
-        """This layer's part of a call of the core; adds to dm."""
+        """This layer's part of a core call; it adds to dm."""
         weight, a, b = self.weight.packed, self.A, self.B
         if saved.z is None:
             return _core.BackwardPart(
@@ -270,11 +284,19 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """How the passes on so many rows are computed, and what the ways cost in floating-point operations.
+        """Explain how the passes on `rows` rows are computed, and what each choice costs in operations.
 
-        Decided by counting, never by timing, so that the same call gives the same bits everywhere on one
-        instruction set. It tells of the layer as it is now: of no update where it is merged or switched off,
-        of no backward pass where that is refused. What DoRA and the gradients add is the same in each way.
+        The choice is made by counting floating-point operations, never by timing, so the same call gives the
+        same bits everywhere on one instruction set. The text describes the layer's present state: without an
+        update if it is merged or switched off, without a backward pass if that is refused. The costs of DoRA
+        and of the gradients are the same for every choice and not shown.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(64), rank=4)
+            >>> print(layer.explain(rows=128))  # doctest: +ELLIPSIS
+            computes in: ...
+            forward: ...
+            backward: ...
 
         Raises:
             ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.

@@ -1,7 +1,12 @@
 """Losses: (prediction, target) -> (loss, dprediction), the mean over elements or over labelled rows.
 
-A loss is any callable of that form. A built-in one also has `count(prediction, target)`, what its mean runs
-over, so that batches of different sizes can be weighted exactly.
+A loss is any callable of that form. A built-in loss also has `count(prediction, target)`, the number that its
+mean is taken over, so that batches of different sizes can be weighted exactly.
+
+    >>> import nplora
+    >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
+    >>> loss, gradient
+    (2.0, array([ 0., -2.]))
 """
 
 import dataclasses
@@ -21,10 +26,18 @@ LossFunction = Callable[[Array, Any], tuple[float, Array]]
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss was NaN or infinite; the message names the step and the layer.
+    """A loss was NaN or infinite. The message names the step and the layer.
+
+        >>> import nplora, numpy as np
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(2), rank=1), loss="mse")
+        >>> try:
+        ...     trainer.fit([[1, np.nan]], [[1, 1]])
+        ... except nplora.NonFiniteLossError as error:
+        ...     print(error)
+        step 1 (epoch 1): the loss of batch 1 is nan: its input x is not finite
 
     Attributes:
-        good_step: the step of the checkpoint from which a lower learning rate continues; None without one.
+        good_step: the step of the checkpoint to continue from with a lower learning rate; None without one.
     """
 
     good_step: int | None = None
@@ -32,13 +45,13 @@ class NonFiniteLossError(FloatingPointError):
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss with the count that its mean runs over."""
+    """A loss that knows the number that its mean is taken over."""
 
     def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
         """The loss, and its gradient of the shape and dtype of prediction."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """What the mean runs over: elements, or labelled rows. 0 gives loss 0 and no gradient."""
+        """The number of elements or labelled rows of the mean. If it is 0, loss and gradient are 0."""
 
 
 class _Elementwise:
@@ -50,7 +63,7 @@ class _Elementwise:
         """The loss, and its gradient of the shape and dtype of prediction.
 
         Raises:
-            ValueError: target has not the shape of prediction, or a value that the loss does not take.
+            ValueError: target does not have the shape of prediction, or a value is out of the loss's range.
         """
         p = _prediction(self.name, prediction)
         t = _check.floats(self.name, "target", target, p.dtype)
@@ -72,7 +85,12 @@ class _Elementwise:
 
 @dataclasses.dataclass(frozen=True)
 class MeanSquaredError(_Elementwise):
-    """mean (p - t)²."""
+    """mean (p - t)².
+
+    >>> import nplora
+    >>> nplora.losses.mse([1.0, 2.0], [1.0, 4.0])[0]
+    2.0
+    """
 
     name = "mse"
 
@@ -83,7 +101,12 @@ class MeanSquaredError(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class Huber(_Elementwise):
-    """mean of e²/2 where |e| <= delta, else delta (|e| - delta/2), with e = p - t      (Huber 1964)"""
+    """mean of e²/2 if |e| <= delta, else delta (|e| - delta/2), with e = p - t      (Huber 1964)
+
+    >>> import nplora
+    >>> nplora.losses.Huber(delta=1.0)([1.0, 2.0], [1.0, 4.0])[0]
+    0.75
+    """
 
     delta: float = 1.0
     name = "huber"
@@ -100,7 +123,12 @@ class Huber(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class BinaryCrossEntropy(_Elementwise):
-    """mean of log(1 + eᵖ) - t p: the cross entropy of a logit p and a probability t in [0, 1]."""
+    """mean of log(1 + eᵖ) - t p: the cross entropy of a logit p and a probability t in [0, 1].
+
+    >>> import nplora
+    >>> round(nplora.losses.bce([0.0, 100.0], [1.0, 1.0])[0], 4)
+    0.3466
+    """
 
     name = "bce"
 
@@ -116,17 +144,23 @@ class BinaryCrossEntropy(_Elementwise):
 class CrossEntropy:
     """The mean over labelled rows of log Σ exp(logits) - logits[label].
 
+        >>> import nplora
+        >>> logits, labels = [[0.0, 0.0], [9.0, 0.0]], [1, -100]
+        >>> round(nplora.losses.cross_entropy(logits, labels)[0], 4)   # the second row does not count
+        0.6931
+
     Args:
         ignore_index: the label of a row that does not count.
     """
 
     ignore_index: int = -100
+    name = "cross_entropy"
 
     def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
         """The loss, and its gradient, for logits (..., C) and integer labels (...).
 
         Raises:
-            ValueError: labels are not integers, have another shape, or are neither in [0, C) nor
+            ValueError: labels are not integers, have another shape, or a label is neither in [0, C) nor
                 ignore_index.
         """
         logits, labels, labelled = self._read(prediction, target)
@@ -166,7 +200,16 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class CustomLoss:
-    """A user's function as a `Loss`: its mean is taken to run over rows, and what it returns is checked."""
+    """A user's function as a `Loss`. Its result is checked, and counts as a mean over rows.
+
+    >>> import nplora, numpy as np
+    >>> def absolute(prediction, target):
+    ...     error = prediction - target
+    ...     return abs(error).mean(), np.sign(error) / error.size
+    >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(2), rank=1), loss=absolute)
+    >>> trainer.evaluate(np.eye(2), np.zeros((2, 2)))
+    {'loss': 0.5}
+    """
 
     function: LossFunction
 
@@ -175,7 +218,7 @@ class CustomLoss:
 
         Raises:
             TypeError: the function does not return a number and an array.
-            ValueError: the gradient has not the shape of prediction.
+            ValueError: the gradient does not have the shape of prediction.
         """
         return _checked(self.function, self.function(prediction, target), prediction)
 
@@ -185,11 +228,11 @@ class CustomLoss:
 
 
 def call(loss: Loss, prediction: Array, target: Any) -> tuple[float, Array]:
-    """What a loss returns, checked where a user wrote it.
+    """Call a loss. The result of a user's loss is checked.
 
     Raises:
-        TypeError: it does not return a number and an array.
-        ValueError: the gradient has not the shape of prediction.
+        TypeError: the loss does not return a number and an array.
+        ValueError: the gradient does not have the shape of prediction.
     """
     result = loss(prediction, target)
     return result if type(loss).__module__ == __name__ else _checked(loss, result, prediction)
@@ -212,7 +255,7 @@ def _checked(loss: object, result: Any, prediction: Array) -> tuple[float, Array
 
 
 def _title(loss: object) -> str:
-    """A loss of a user's as messages call it."""
+    """The name of a user's loss in messages."""
     name = getattr(loss, "__name__", None)
     if name is None:
         return type(loss).__name__
@@ -228,7 +271,11 @@ _BY_NAME: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy, "bce": 
 
 
 def get(loss: str | Loss | LossFunction) -> Loss:
-    """A loss by its name; a callable with a `count` as it is, any other wrapped in a CustomLoss.
+    """A loss by its name. A callable with a `count` is returned as it is, any other in a CustomLoss.
+
+        >>> import nplora
+        >>> nplora.losses.get("huber")
+        Huber(delta=1.0)
 
     Raises:
         ValueError: there is no loss of that name.
@@ -242,6 +289,6 @@ def get(loss: str | Loss | LossFunction) -> Loss:
 
 
 def _prediction(op: str, prediction: npt.ArrayLike) -> Array:
-    """A prediction as it is where it holds float32 or float64, else as float32."""
+    """A prediction as an array: float64 stays float64, all others become float32."""
     array = np.asarray(prediction)
     return _check.floats(op, "prediction", array, np.float64 if array.dtype == np.float64 else np.float32)

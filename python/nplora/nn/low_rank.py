@@ -22,10 +22,9 @@ T = TypeVar("T", bound=Array | None)
 
 
 class LiveArray(Generic[T]):
-    """An array attribute that keeps its buffer: `layer.A = value` copies value in, `layer.A -= step` works
-    in place.
+    """An array attribute that keeps its buffer: `layer.A = value` copies, and `layer.A -= step` is in place.
 
-    Optimisers hold the buffers, so they must never be exchanged.
+    Optimisers hold the buffers, so they must never be replaced by others.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -53,18 +52,25 @@ class LiveArray(Generic[T]):
 class LoRALayer(Prepared, AdapterLayer):
     """The base of `LoRALinear` and `LoRAEmbedding`: W + scale · A·B with W frozen.
 
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(8), rank=2, alpha=4)
+        >>> isinstance(layer, nplora.LoRALayer), layer.scale
+        (True, 2.0)
+        >>> layer.alpha = 8
+        >>> layer.scale, layer.A.shape, layer.B.shape
+        (4.0, (8, 2), (2, 8))
+
     Attributes:
-        weight: the FrozenWeight W (d_out, d_in); what remains of it where init is "pissa" or "olora".
-        A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 where W is float64.
+        weight: the FrozenWeight W (d_out, d_in); the rest of it if init is "pissa" or "olora".
+        A, B: live arrays (d_out, r) and (r, d_in); float32, or float64 if W is float64.
         m: DoRA's magnitudes (d_out,), or None.
-        dA, dB, dm: their gradients, added to by `backward`; dB is None where B is frozen, dm where there is
-            no m.
+        dA, dB, dm: their gradients, which `backward` adds to; dB is None if B is frozen, dm if there is no m.
         rank, use_rslora, use_dora, freeze_B: as given, read-only.
-        alpha: may be set, unless init is "pissa" or "olora"; scale follows.
+        alpha: may be set, unless init is "pissa" or "olora"; scale changes with it.
         scale: alpha / rank, with rsLoRA alpha / sqrt(rank); read-only.
-        dropout: in LoRALinear, may be set.
-        row_order: where W lies with its rows in another order than in the model that adapters on disk belong
-            to: row i here is row row_order[i] there. None: they agree.
+        dropout: may be set in LoRALinear.
+        row_order: if the rows of W have another order than in the model that adapter files belong to: row i
+            here is row row_order[i] there. None: the order is the same.
     """
 
     A = LiveArray[Array]()
@@ -103,11 +109,11 @@ class LoRALayer(Prepared, AdapterLayer):
         if init in PRINCIPAL_INITS and (rank > min(d_out, d_in) or self._alpha <= 0):
             raise ValueError(
                 f"{op}: init={init!r} needs a rank of at most min(d_out, d_in) = {min(d_out, d_in)} and a "
-                f"positive alpha, got {rank} and {alpha:g}"
+                f"positive alpha, got rank {rank} and alpha {alpha:g}"
             )
         if rank > min(d_out, d_in):
             warnings.warn(
-                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}; more is of no use",
+                f"{op}: rank {rank} is above min(d_out, d_in) = {min(d_out, d_in)}, which is as good",
                 stacklevel=3,
             )
         dtype = weight.compute_dtype
@@ -176,9 +182,10 @@ class LoRALayer(Prepared, AdapterLayer):
         }
 
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
-        """Get ready to take over an update whose rows are as on disk. It has magnitudes if the layer has.
+        """Prepare to take over an update whose rows are in the file's order; the function returned does it.
 
-        Another rank exchanges the buffers of A and B. What is returned allocates no arrays and cannot fail.
+        The update has magnitudes if the layer has. If its rank is another one, A and B become new arrays. The
+        function returned allocates no arrays and cannot fail.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -203,15 +210,15 @@ class LoRALayer(Prepared, AdapterLayer):
         if self._taken is not None:
             raise ValueError(
                 f"{type(self).__name__}.{what}: init={self.init!r} took a part of the frozen weight; "
-                "use a layer of init='zero' with the whole one"
+                "use a layer with init='zero', which keeps the whole weight"
             )
 
     def plain_update(self) -> LoraDelta:
-        """Plain LoRA's update of the weight that the layer was given, its rows as on disk.
+        """The update as plain LoRA of the weight that the layer was given, with rows in the file's order.
 
-        Its arrays are the live ones, unless rows change places or a part A₀B₀ of the weight was taken. Then
-        W_rest + s·AB = W + s·[A, -A₀][B; B₀]: rank 2r, as PEFT converts such adapters. The rounding of W_rest
-        to its storage is left out.
+        Its arrays are the live ones, unless rows change places, or "pissa" or "olora" took a part A₀B₀ of the
+        weight. Then the update has rank 2r, as when PEFT converts such adapters:
+        W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This ignores the rounding of W_rest to its storage.
         """
         a, b, alpha = self.A, self.B, self.alpha
         if self._taken is not None:
@@ -236,13 +243,13 @@ class LoRALayer(Prepared, AdapterLayer):
         self.dropout_stream = (int(rng.integers(2**63)), 0)
 
     def _take(self) -> tuple[Array, Array]:
-        """Factor a part of the weight, and keep the rest as the frozen one."""
+        """Factor a part of the weight, and make the rest the frozen weight."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
         self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
-        """B at the start of init="zero", where A is 0."""
+        """The initial B of init="zero", with which A is 0."""
         raise NotImplementedError
 
     def reset(self, stream: np.random.SeedSequence) -> None:
@@ -267,13 +274,26 @@ class LoRALayer(Prepared, AdapterLayer):
     # ---- the update as a dense matrix ----
 
     def delta_weight(self) -> Array:
-        """merged_weight() - W: array (d_out, d_in), which is scale · A·B without DoRA."""
+        """merged_weight() - W, an array (d_out, d_in). Without DoRA it is scale · A·B.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(8), rank=2, init="gaussian")
+        >>> np.allclose(layer.delta_weight(), layer.scale * layer.A @ layer.B, atol=1e-5)
+        True
+        """
         delta = np.zeros(self.weight.shape, self.weight.compute_dtype)
         _core.merge_lora(delta, self.A, self.B, self.scale, delta.dtype.name)
         return delta
 
     def merged_weight(self) -> Array:
-        """W + scale · A·B (DoRA: with its rows rescaled) as a fresh array (d_out, d_in), not narrowed."""
+        """W + scale · A·B (DoRA: with rescaled rows), a new array (d_out, d_in) of float32 or float64.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(2), rank=1)
+        >>> layer.merged_weight()
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+        """
         merged = self.weight.to_numpy()
         _core.merge_lora(merged, self.A, self.B, self.scale, merged.dtype.name)
         return merged
@@ -282,14 +302,14 @@ class LoRALayer(Prepared, AdapterLayer):
 
     @property
     def merged(self) -> bool:
-        """Whether the merged weight answers at the moment."""
+        """Whether the layer computes with its merged weight at the moment."""
         return self._merged is not None
 
     def _merged_frozen(self) -> FrozenWeight:
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """`merged`, unless the storage, or the sum, makes infinity of what was finite."""
+        """Return `merged`; refuse it if finite values become infinite in the sum or in the storage."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():
@@ -316,7 +336,7 @@ class LoRALayer(Prepared, AdapterLayer):
         def commit() -> None:
             self._merged = weight
             self.forget_prepared()
-            self._allow_writes(False)  # an optimiser that writes now would be unheard until unmerge
+            self._allow_writes(False)  # an update made now would have no effect until unmerge
 
         return commit, report
 
@@ -347,36 +367,42 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """The weight that answers alone: the merged one, or W while the adapter is disabled; else None.
+        """The weight to compute with if no update is added, else None; and whether it is the merged one.
 
-        And whether it is the merged one. A pass asks once, for another thread may change the layer meanwhile.
+        It is the merged weight, or W while the adapter is disabled. A pass calls this once, because another
+        thread may change the layer meanwhile.
         """
         enabled, merged = self.adapter_enabled, self._merged
         return (merged, merged is not None) if enabled else (self.weight, False)
 
     def _describe(self) -> str:
         d_out, d_in = self.weight.shape
-        options = "".join(
-            f", {name}=True" for name in ("use_rslora", "use_dora", "freeze_B") if getattr(self, name)
-        )
-        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
-        settings = f"rank={self.rank}, alpha={self.alpha:g}, dtype={self.weight.dtype!r}"
-        return f"({d_out}, {d_in}), {settings}{dropout}{options}"
+        flags = [name for name in ("use_rslora", "use_dora", "freeze_B", "merged") if getattr(self, name)]
+        parts = [f"({d_out}, {d_in})", f"rank={self.rank}", f"alpha={self.alpha:g}"]
+        parts.append(f"dtype={self.weight.dtype!r}")
+        if self.weight.rounds:
+            parts.append(f"compute={self.weight.compute!r}")
+        if self.init != "zero":
+            parts.append(f"init={self.init!r}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        parts += [f"{name}=True" for name in flags]
+        return ", ".join([*parts, f"num_trainable={self.num_trainable}"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._describe()})"
 
 
 class UnloadedLayer:
-    """What a layer becomes when it is unloaded: words for whoever still asks it something.
+    """What a layer becomes when it is unloaded. Every use raises an error that says so.
 
-    LoRALayer itself has no `__getattr__`: with one, each attribute of a layer in use would take longer.
+    LoRALayer itself has no `__getattr__`, because that would slow down each attribute of a layer in use.
     """
 
     _was = LoRALayer.__name__
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{self._was}.{name}: this layer was unloaded; use the plain layer in its place")
+        raise AttributeError(f"{self._was}.{name}: this layer was unloaded; use the layer that replaced it")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         self.__getattr__(name)

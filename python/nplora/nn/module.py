@@ -1,4 +1,4 @@
-"""Module: something with a forward and a backward pass, whose parts are found by name."""
+"""Module: the base of layers and models, with a forward and a backward pass. It finds its parts by name."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from nplora.weights import FrozenWeight
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
 
-# What a backward pass returns: dx, or None where need_dx is False. Any spares callers the check for None.
+_MOST_SHOWN = 12  # modules in the `repr` of one that holds them
+
+# What a backward pass returns: dx, or None if need_dx is False. With Any, callers need no check for None.
 Gradient: TypeAlias = Array | Any
 
 _inferring: ContextVar[bool] = ContextVar("nplora_inferring", default=False)
 
 
 def inferring() -> bool:
-    """Whether a module is being called (`model(x)`): no dropout, and nothing kept for a backward pass."""
+    """Whether this is inference (`model(x)`): no dropout, and nothing is kept for a backward pass."""
     return _inferring.get()
 
 
 @contextlib.contextmanager
 def inference() -> Iterator[None]:
-    """`with inference():` every pass is as if the module were being called."""
+    """Inside `with inference():` every pass is inference."""
     token = _inferring.set(True)
     try:
         yield
@@ -41,18 +43,18 @@ def inference() -> Iterator[None]:
         _inferring.reset(token)
 
 
-# The adapters that are switched off here: a dict for each `disable_adapter` block around. It holds the layers
-# too, because the id of one that is gone could become another's.
+# The adapters that are switched off here: for each `disable_adapter` block around, a dict of layers by id. It
+# holds the layers too, because an id could be reused after its layer is gone.
 _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_disabled", default=())
 
 
 def quiet() -> np.errstate:
-    """Let NaN and Inf propagate without NumPy's warnings: the loss shows them."""
+    """A context without NumPy's warnings about NaN and Inf. They propagate to the loss, which shows them."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def pair(module: Module, result: Any) -> tuple[Array, Any]:
-    """What `forward` returned, if it is the pair that it should be."""
+    """Return the result of a `forward`, or raise TypeError if it is not a pair."""
     if isinstance(result, tuple) and len(result) == 2:
         return result
     what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
@@ -60,9 +62,9 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 
 
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
-    """Put "layer " and the dotted name, in `container`, of the module that raised in front of the message.
+    """Begin an error's message with "layer " and the dotted name, in `container`, of the module at fault.
 
-    The innermost container knows the culprit; those around it go on from there.
+    The innermost container names the culprit. The containers around it lengthen that name.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -74,7 +76,13 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient: both live and writable, both of one shape and dtype."""
+    """A trainable array and its gradient. Both are live and writable, and have one shape and dtype.
+
+    >>> import nplora, numpy as np
+    >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]
+    >>> parameter.name, parameter.value.shape, parameter.grad.shape
+    ('A', (4, 2), (4, 2))
+    """
 
     name: str
     value: Array
@@ -83,24 +91,30 @@ class Parameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Saved:
-    """What a forward pass keeps for its backward pass: references, so leave the arrays unchanged.
+    """What a forward pass keeps for its backward pass. It holds references: do not change the arrays.
 
     Attributes:
-        layer: the module whose pass it was, which `backward` compares; None is not compared.
+        layer: the module whose pass it was. `backward` compares it with its own, unless it is None.
     """
 
     layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays kept, those that several layers share counted once."""
+        """Bytes of all arrays kept. An array that several layers share counts once."""
         return saved_nbytes(self)
 
 
 def saved_nbytes(saved: object) -> int:
     """Bytes of the arrays in a Saved or any nest of arrays, tuples, lists and dicts.
 
-    An array that is kept several times counts once; a view of a part of it counts beside it.
+    An array that is kept several times counts once. A view of a part of it counts too.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=2)
+        >>> y, saved = layer.forward(np.ones((10, 4), np.float32))
+        >>> nplora.saved_nbytes(saved)      # x (10, 4) and z (10, 2)
+        240
     """
     return sum({(a.__array_interface__["data"][0], a.nbytes): a.nbytes for a in _arrays(saved)}.values())
 
@@ -119,50 +133,69 @@ def _arrays(saved: object) -> Iterator[Array]:
 
 
 class Module:
-    """The base of every layer and of models written by users.
+    """The base of every layer, and of your own networks.
 
-    A subclass gives `forward` and `backward`. Modules that it keeps in attributes, or in lists, tuples and
-    dicts in attributes, are found by name ("fc1", "blocks.0.q_proj"); there is nothing to register and no
-    __init__ to call.
+    A subclass defines `forward` and `backward`. Modules in its attributes, or in lists, tuples and dicts in
+    attributes, are found by name ("fc1", "blocks.0.q_proj"). There is nothing to register, and the __init__
+    of Module need not be called.
 
-        class Net(nplora.Module):
-            def __init__(self, W1, W2):
-                self.fc1, self.act, self.fc2 = nplora.LoRALinear(W1), nplora.ReLU(), nplora.LoRALinear(W2)
-
-            def forward(self, x):
-                h, s1 = self.fc1.forward(x)
-                h, s2 = self.act.forward(h)
-                y, s3 = self.fc2.forward(h)
-                return y, (s1, s2, s3)
-
-            def backward(self, dy, saved, need_dx=True):
-                dh = self.fc2.backward(dy, saved[2])
-                dh = self.act.backward(dh, saved[1])
-                return self.fc1.backward(dh, saved[0], need_dx)
+        >>> import nplora, numpy as np
+        >>> class Net(nplora.Module):
+        ...     def __init__(self, W1, W2):
+        ...         self.fc1 = nplora.LoRALinear(W1, rank=2)
+        ...         self.act = nplora.ReLU()
+        ...         self.fc2 = nplora.LoRALinear(W2, rank=2)
+        ...     def forward(self, x):
+        ...         h, s1 = self.fc1.forward(x)
+        ...         h, s2 = self.act.forward(h)
+        ...         y, s3 = self.fc2.forward(h)
+        ...         return y, (s1, s2, s3)
+        ...     def backward(self, dy, saved, need_dx=True):
+        ...         dh = self.fc2.backward(dy, saved[2])
+        ...         dh = self.act.backward(dh, saved[1])
+        ...         return self.fc1.backward(dh, saved[0], need_dx)
+        >>> net = Net(np.ones((32, 16)), np.ones((3, 32)))
+        >>> net
+        Net: 166 of 774 values trained
+          fc1: LoRALinear((32, 16), rank=2, alpha=16, dtype='float32', num_trainable=96)
+          act: ReLU()
+          fc2: LoRALinear((3, 32), rank=2, alpha=16, dtype='float32', num_trainable=70)
     """
 
-    task_type: str | None = None  # PEFT's word for what the model does, in the adapters that it saves
+    task_type: str | None = None  # PEFT's word for what the model does, for the adapters that it saves
 
     def base_digest(self) -> str | None:
-        """What the frozen model is told by in the adapters that it saves; None where nothing tells it."""
+        """A text that identifies the frozen model in the adapters that it saves; None if there is none."""
         return None
 
     def stored_row_order(self, name: str) -> Array | None:
-        """As `LoRALayer.row_order`, of the layer of a dotted name; None: its rows are in the usual order."""
+        """The `LoRALayer.row_order` of the layer of this dotted name; None: the usual order."""
         return None
 
     # ---- the two passes ----
 
     def forward(self, x: Any) -> tuple[Array, Any]:
-        """The training pass: the output, and what `backward` needs."""
+        """The training pass: return the output, and what `backward` needs.
+
+        >>> import nplora, numpy as np
+        >>> y, saved = nplora.LoRALinear(np.eye(4), rank=1).forward(np.ones((2, 4)))
+        >>> y.shape
+        (2, 4)
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the parameters; return dx, or None where need_dx is False.
+        """Add to the gradients of the parameters; return dx, or None if need_dx is False.
 
-        `saved` comes from a forward pass of this very module: the layers of nplora raise ValueError for that
-        of another one. A second call with the same `saved` adds the same gradients again. A module that frees
-        what it kept while it computes, as `LanguageModel` does, raises RuntimeError instead.
+        `saved` must come from a forward pass of this module: the layers of nplora raise ValueError otherwise.
+        A second call with the same `saved` adds the same gradients again. `LanguageModel` frees what it kept
+        while it computes, and raises RuntimeError at a second call.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
+            >>> y, saved = layer.forward(np.ones((2, 4)))
+            >>> layer.backward(np.ones_like(y), saved).shape
+            (2, 4)
         """
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
@@ -183,15 +216,15 @@ class Module:
     # ---- what this module holds itself, apart from its children ----
 
     def local_parameters(self) -> list[Parameter]:
-        """The trainable arrays that this module holds itself."""
+        """The trainable arrays of this module alone, without its children."""
         return []
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
-        """The frozen arrays that this module holds itself; they are counted, not trained."""
+        """The frozen arrays of this module alone, without its children. They are counted, not trained."""
         return []
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """The modules in this one's attributes, by name, in the order of their definition."""
+        """The modules in this module's attributes, by name, in the order of their definition."""
         for name, value in vars(self).items():
             if isinstance(value, _HOLDERS):
                 yield from _modules_in(value, name)
@@ -199,10 +232,15 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Every module in here by dotted name, this one first as ""; a shared one once, by its first name.
+        """This module as "", then every module in it by dotted name. A shared one comes once, at first.
+
+            >>> import nplora, numpy as np
+            >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
+            >>> [name for name, module in net.named_modules()]
+            ['', '0', '1']
 
         Raises:
-            ValueError: two modules have the same name, as {"a.b": one, "a": {"b": other}} gives them.
+            ValueError: two modules have the same name, as in {"a.b": one, "a": {"b": other}}.
         """
         names: set[str] = set()
         for name, module in self._walk("", set()):
@@ -220,7 +258,13 @@ class Module:
             yield from child._walk(_join(prefix, name), seen)
 
     def parameters(self) -> list[Parameter]:
-        """The trainable arrays by dotted name ("fc1.A"), in the order of their definition."""
+        """The trainable arrays by dotted name ("fc1.A"), in the order of their definition.
+
+        >>> import nplora, numpy as np
+        >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.ReLU())
+        >>> [parameter.name for parameter in net.parameters()]
+        ['0.A', '0.B']
+        """
         return [
             Parameter(_join(name, p.name), p.value, p.grad)
             for name, module in self.named_modules()
@@ -228,7 +272,15 @@ class Module:
         ]
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero."""
+        """Set every gradient to zero.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
+        >>> layer.dA[...] = 1
+        >>> layer.zero_grad()
+        >>> bool(layer.dA.any())
+        False
+        """
         for parameter in self.parameters():
             parameter.grad.fill(0)
 
@@ -239,12 +291,17 @@ class Module:
 
     @property
     def num_parameters(self) -> int:
-        """The number of elements, trainable and frozen; what several modules share counts once."""
+        """The number of elements, trainable and frozen. An array that several modules share counts once."""
         held = {id(a): a.size for _, module in self.named_modules() for a in module.local_frozen()}
         return sum(held.values()) + self.num_trainable
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line: trainable elements, all elements, and the share of the former in per cent."""
+        """Print the same line as PEFT: trainable elements, all elements, and the trainable percentage.
+
+        >>> import nplora, numpy as np
+        >>> nplora.LoRALinear(np.eye(64), rank=2).print_trainable_parameters()
+        trainable params: 256 || all params: 4,352 || trainable%: 5.8824
+        """
         trainable, total = self.num_trainable, self.num_parameters
         percent = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
@@ -252,27 +309,50 @@ class Module:
     # ---- the adapter layers of the whole tree ----
 
     def adapter_layers(self) -> dict[str, AdapterLayer]:
-        """The layers with an adapter, by dotted name."""
+        """The layers with an adapter, by dotted name.
+
+        >>> import nplora, numpy as np
+        >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1), nplora.Linear(np.eye(4)))
+        >>> list(net.adapter_layers())
+        ['0']
+        """
         return {name: m for name, m in self.named_modules() if isinstance(m, AdapterLayer)}
 
-    def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """Fold every adapter into a copy of its frozen weight, which answers alone until `unmerge`.
-
-        Every merged weight is built before the first is put in place: a failure leaves all layers as they
-        were. `merge` and `unmerge` hold for every thread. If another thread is in the middle of a pass, that
-        pass uses each layer as it is then, merged or not. Its result differs by the rounding of the merged
-        weights. If that pass was for training, its backward raises RuntimeError.
+    def require_trainable(self, what: str) -> None:
+        """Raise RuntimeError if a layer has no gradients, because it is merged or for inference only.
 
         Args:
-            dtype: the storage of the merged weights: "same" as the frozen one's, or a name of
-                `FrozenWeight`'s, rounded from a float32 sum. None: the frozen one's, but float32 where that
-                has low-bit blocks, whose steps may swallow the update.
+            what: the operation that needs the gradients, for the message.
+        """
+        for layer in self.adapter_layers().values():
+            layer.require_trainable(what)
+
+    def merge(self, dtype: str | None = None) -> list[MergeReport]:
+        """Add every adapter to a copy of its frozen weight. The layers use these copies until `unmerge`.
+
+        All merged weights are built before any is put in place: after a failure all layers are as they were.
+        `merge` and `unmerge` take effect in every thread. A pass that another thread is making meanwhile uses
+        each layer as it finds it, merged or not, so its result differs by the rounding of the merged weights.
+        If that pass is for training, its backward raises RuntimeError.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", rng=0)
+            >>> before = layer(np.ones(4))
+            >>> reports = layer.merge()
+            >>> np.allclose(layer(np.ones(4)), before, atol=1e-5), layer.merged
+            (True, True)
+
+        Args:
+            dtype: the storage of the merged weights: "same" as that of the frozen weight, or another storage
+                of `FrozenWeight`, rounded from a float32 sum. None: the storage of the frozen weight, but
+                float32 for a quantised one, whose coarse steps may lose the update.
         Returns:
-            with a dtype, a report for each layer: how much of the update the storage kept. None: empty.
+            with a dtype, a report for each layer: how much of the update the storage kept. Without: an empty
+            list.
         Raises:
             RuntimeError: a layer is merged already.
-            ValueError: finite values would become infinite; a layer's rows are no whole blocks of the
-                storage, or one of the two computes in float64 and the other does not.
+            ValueError: finite values would become infinite; a layer's rows do not divide into blocks of the
+                storage; or only one of the two computes in float64.
         """
         prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
         for commit, _ in prepared:
@@ -282,19 +362,30 @@ class Module:
     def unmerge(self) -> None:
         """Bring the frozen weights back, bit for bit.
 
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian")
+            >>> reports = layer.merge()
+            >>> layer.unmerge()
+            >>> np.array_equal(layer.weight.to_numpy(), np.eye(4))
+            True
+
         Raises:
-            RuntimeError: a layer is not merged; then none is changed.
+            RuntimeError: a layer is not merged. No layer is changed.
         """
         commits = [layer.prepare_unmerge() for layer in self.adapter_layers().values()]
         for commit in commits:
             commit()
 
     def merge_and_unload(self) -> Module:
-        """Replace every adapter layer by a plain frozen one of the merged weight; return the model.
+        """Replace every adapter layer by a plain frozen layer with the merged weight; return the model.
 
-        The model is changed in place and returned; a single layer returns its replacement. Factors and
-        original weights are gone afterwards. Every replacement is built first: a failure leaves all as they
-        were.
+        The model is changed in place and returned; a single layer returns its replacement. The factors and
+        the original weights are dropped. All replacements are built first: after a failure all layers are as
+        they were.
+
+            >>> import nplora, numpy as np
+            >>> nplora.LoRALinear(np.eye(4), rank=2).merge_and_unload()
+            Linear((4, 4), dtype='float32', trainable=False)
 
         Raises:
             ValueError: finite values would become infinite.
@@ -307,23 +398,29 @@ class Module:
         return replaced.get(id(self), self)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
-        """Put other modules in the places of those in here with these ids."""
+        """Replace modules in here: each one whose id is a key of `replaced`, by its value."""
         for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)
 
     def copied(self, replaced: Mapping[int, Module]) -> Self:
-        """A copy of the tree with other modules in the places of those with these ids. Arrays are shared."""
+        """A copy of the modules in here, with some replaced as in `exchange`. The arrays are shared."""
         made = dict(replaced)
         return cast(Self, _copied(self, made))
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """`with model.disable_adapter():` the frozen weights compute alone, merged or not.
+        """Inside `with model.disable_adapter():` the model computes with its frozen weights alone.
 
-        This holds for the thread (or asyncio task) that enters the block. Calls in other threads keep the
-        adapters, also in threads that are started inside the block. As with every context variable, a
-        generator that yields inside the block hands the effect to its caller until it is resumed.
+        This holds for the thread (or asyncio task) that enters the block. Other threads keep the adapters,
+        even threads that are started inside the block. As with every context variable, if a generator yields
+        inside the block, its caller is affected until the generator resumes.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(2), rank=1, init="gaussian")
+            >>> with layer.disable_adapter():
+            ...     layer([1, 2])
+            array([1., 2.], dtype=float32)
         """
         layers = {id(layer): layer for layer in self.adapter_layers().values()}
         _disabled.set((*_disabled.get(), layers))
@@ -333,13 +430,20 @@ class Module:
             _disabled.set(tuple(held for held in _disabled.get() if held is not layers))
 
     def seed(self, seed: int) -> None:
-        """Draw the starting factors of every adapter layer anew, and start its dropout stream.
+        """Draw the initial factors of every adapter layer again, and restart its dropout stream.
 
-        A layer draws from a stream keyed by (seed, its dotted name): equal shapes differ, and neither the
-        order of the layers nor the presence of others matters.
+        Each layer draws from a stream of its own, keyed by (seed, its dotted name). So two layers of one
+        shape differ, and other layers or their order do not matter.
+
+            >>> import nplora, numpy as np
+            >>> one, other = (nplora.LoRALinear(np.eye(4), rank=2) for _ in range(2))
+            >>> one.seed(1), other.seed(1)
+            (None, None)
+            >>> np.array_equal(one.B, other.B)
+            True
 
         Raises:
-            RuntimeError: a layer is merged; then none is changed.
+            RuntimeError: a layer is merged. No layer is changed.
         """
         seed = _check.integer("seed", "seed", seed, least=0)
         layers = self.adapter_layers()
@@ -349,11 +453,20 @@ class Module:
             layer.reset(layer_stream(seed, name))
 
     def random_state(self) -> dict[str, list[int]]:
-        """The dropout streams: {dotted name of an adapter layer: [seed, number of passes so far]}."""
+        """The dropout streams: {dotted name of an adapter layer: [seed, number of passes so far]}.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.1)
+        >>> state = layer.random_state()
+        >>> y, saved = layer.forward(np.eye(4))
+        >>> layer.set_random_state(state)           # the next pass draws the same mask
+        >>> np.array_equal(layer.forward(np.eye(4))[0], y)
+        True
+        """
         return {name: list(layer.dropout_stream) for name, layer in self.adapter_layers().items()}
 
     def set_random_state(self, state: dict[str, list[int]]) -> None:
-        """Go on from what `random_state` returned.
+        """Continue the dropout streams from what `random_state` returned; see there for an example.
 
         Raises:
             ValueError: the names are not those of this model's adapter layers, or an entry is not two
@@ -374,13 +487,27 @@ class Module:
         for name, stream in streams.items():
             layers[name].dropout_stream = stream
 
+    def __repr__(self) -> str:
+        children = list(self.named_children())
+        shown = children if len(children) <= _MOST_SHOWN else children[: _MOST_SHOWN - 1]
+        lines = [self._heading(), *(f"  {name}: {child._one_line()}" for name, child in shown)]
+        if len(shown) < len(children):
+            lines.append(f"  and {len(children) - len(shown):,} more modules")
+        return "\n".join(lines)
+
+    def _heading(self) -> str:
+        return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
+
+    def _one_line(self) -> str:
+        """The `repr` of a module in another one's: of one that has parts itself, the heading alone."""
+        return repr(self).partition("\n")[0]
+
 
 class AdapterLayer(Module):
-    """What the whole-model methods of `Module` ask of a layer with an adapter.
+    """What a layer with an adapter must have for the methods of `Module` that work on the whole model.
 
     Attributes:
-        dropout_stream: (seed, calls); the mask of a training pass is keyed by the two, and calls then rises
-            by one.
+        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds one to calls.
     """
 
     dropout_stream: tuple[int, int]
@@ -389,11 +516,11 @@ class AdapterLayer(Module):
 
     @property
     def adapter_enabled(self) -> bool:
-        """False while the frozen weight computes alone: inside `disable_adapter`, or once set to False.
+        """Whether the layer adds its update: not inside `disable_adapter`, and not if this was set to False.
 
-        What is set holds for every thread.
+        Setting it takes effect in every thread.
         """
-        blocks = _disabled.get()  # mostly empty, and decoding asks for each layer and token
+        blocks = _disabled.get()  # mostly empty; decoding reads it for each layer and token
         return self._enabled and not (blocks and any(id(self) in layers for layers in blocks))
 
     @adapter_enabled.setter
@@ -402,26 +529,26 @@ class AdapterLayer(Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the merged weight answers at the moment."""
+        """Whether the layer computes with its merged weight at the moment."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, int | float | bool | str]:
-        """What decides the layer's results beside its arrays: plain values, for a checkpoint to compare."""
+        """The settings that, with the arrays, decide the layer's results. A checkpoint compares them."""
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
-        """Raise RuntimeError where `what` makes no sense on a merged layer."""
+        """Raise RuntimeError if the layer is merged, because `what` needs one that is not."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
     def require_trainable(self, what: str) -> None:
-        """Raise RuntimeError where the layer has no gradients: it is merged, or is for inference only."""
+        """Raise RuntimeError if the layer has no gradients, because it is merged or for inference only."""
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         """Build the merged weight; the function returned puts it in place and cannot fail.
 
-        The report, which is made where there is a dtype, calls the layer by the name given.
+        With a dtype there is also a report, which names the layer by `name`.
         """
         raise NotImplementedError
 
@@ -430,11 +557,11 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def unloaded(self) -> Module:
-        """The plain frozen layer of the merged weight."""
+        """A plain frozen layer of the merged weight."""
         raise NotImplementedError
 
     def frozen(self) -> Module:
-        """A plain layer of the frozen weight, which is shared.
+        """A plain layer that shares the frozen weight.
 
         Raises:
             ValueError: the adapter took a part of the weight.
@@ -442,29 +569,29 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def discard(self) -> None:
-        """Let go of factors and weights: a plain layer stands in this one's place."""
+        """Release the factors and weights, after a plain layer has replaced this one."""
         raise NotImplementedError
 
     def restart_dropout(self, stream: np.random.SeedSequence) -> None:
-        """Start the dropout stream anew; the factors stay."""
+        """Restart the dropout stream; the factors stay."""
         self.dropout_stream = (int(np.random.default_rng(stream).integers(2**63)), 0)
 
     def reset(self, stream: np.random.SeedSequence) -> None:
-        """Draw the starting factors and the dropout stream from `stream`."""
+        """Draw the initial factors and the dropout stream from `stream`."""
         raise NotImplementedError
 
 
 def layer_stream(seed: int, name: str) -> np.random.SeedSequence:
-    """What the layer of a dotted name draws from."""
+    """The random stream of the layer with this dotted name."""
     return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
 
 
 _CONTAINERS = (dict, list, tuple)
-_HOLDERS = (Module, *_CONTAINERS)  # of modules; most attributes are none
+_HOLDERS = (Module, *_CONTAINERS)  # what may hold modules; most attributes are something else
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
-    """The modules in a nest of containers; `around` holds the ids of those that hold this one."""
+    """The modules in nested containers. `around` holds the ids of the containers around this one."""
     if isinstance(value, Module):
         yield name, value
     elif isinstance(value, _CONTAINERS) and id(value) not in around:
@@ -473,7 +600,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
 
 
 def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
-    """`value` with modules exchanged; lists and dicts in place, tuples anew where something changed."""
+    """`value` with modules replaced: lists and dicts are changed in place, tuples with a change are new."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
     if id(value) in around:
@@ -492,7 +619,7 @@ def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...]
 
 
 def _copied(value: Any, made: dict[int, Module]) -> Any:
-    """`value` with copies of its modules, which `made` holds by the ids of the originals."""
+    """`value` with copies of its modules. `made` holds the copies by the ids of the originals."""
     if isinstance(value, Module):
         if id(value) not in made:
             made[id(value)] = new = copy.copy(value)

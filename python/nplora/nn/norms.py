@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """What a norm's backward pass needs: the normalised rows (n, d) and the factor of each (n, 1)."""
+    """What a norm's backward pass needs: the normalised rows (n, d) and the factor (n, 1) of each row."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None
@@ -26,7 +26,7 @@ class NormSaved(Saved):
 
 
 class _Norm(Module):
-    """What the two norms share: y = weight ∘ normalised(x) [+ bias]."""
+    """The base of the two norms: y = weight ∘ normalised(x) [+ bias]."""
 
     def __init__(
         self,
@@ -71,11 +71,12 @@ class _Norm(Module):
         return y.reshape(*lead, len(self.weight)), saved
 
     def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
-        """dx of the shape of x, or None where need_dx is False; where trainable, adds to dweight and dbias.
+        """dx of the shape of x, or None if need_dx is False. If trainable, adds to dweight and dbias.
 
         Raises:
-            ValueError: dy has not the shape of y, or saved is of a pass of another layer, width or dtype.
-            TypeError: saved is of another kind of layer. RuntimeError: the forward pass was inference.
+            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, width or
+                dtype.
+            TypeError: saved is from another kind of layer. RuntimeError: the forward pass was inference.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)
@@ -96,11 +97,11 @@ class _Norm(Module):
         return dx.reshape(*saved.lead, d)
 
     def _normalise(self, x: Array) -> tuple[Array, Array]:
-        """The normalised rows, and the factor (n, 1) of each."""
+        """The normalised rows, and the factor (n, 1) of each row."""
         raise NotImplementedError
 
     def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
-        """dx of the gradient of the normalised rows."""
+        """dx, from the gradient dn of the normalised rows."""
         raise NotImplementedError
 
     def _factor(self, x: Array) -> Array:
@@ -114,11 +115,15 @@ class _Norm(Module):
 class LayerNorm(_Norm):
     """y = weight ∘ (x - mean) / sqrt(variance + eps) [+ bias]      (Ba et al. 2016)
 
+        >>> import nplora, numpy as np
+        >>> nplora.LayerNorm(np.ones(2), eps=0)([[1, 3]])
+        array([[-1.,  1.]], dtype=float32)
+
     Args:
-        weight, bias: arrays (d,), copied; bias may be None.
-        eps: added to the variance, which divides by d.
+        weight, bias: arrays (d,), which are copied; bias may be None.
+        eps: added to the variance. The variance is the sum of squares divided by d.
         trainable: train weight and bias; their parameters have these names.
-        dtype: "float32" (also for None) or "float64", of everything.
+        dtype: dtype of weight, bias and output: "float32" (also for None) or "float64".
     """
 
     def __init__(
@@ -143,8 +148,12 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """y = weight ∘ x / sqrt(mean x² + eps)      (Zhang & Sennrich 2019)
 
+        >>> import nplora, numpy as np
+        >>> nplora.RMSNorm(np.ones(2), eps=0)([[3, 3]])
+        array([[1., 1.]], dtype=float32)
+
     Args:
-        weight: array (d,), copied.
+        weight: array (d,), which is copied.
         eps, trainable, dtype: as in LayerNorm.
     """
 
@@ -166,5 +175,5 @@ class RMSNorm(_Norm):
 
 
 def _mean(x: Array) -> Array:
-    """The mean of each row, (n, 1); not np.mean, which warns where d = 0."""
+    """The mean of each row, (n, 1). It is 0 for d = 0, which np.mean warns about."""
     return np.asarray(x.sum(axis=-1, keepdims=True) / max(1, x.shape[-1]), dtype=x.dtype)

@@ -25,13 +25,21 @@ _name_of = operator.itemgetter(0)  # of a Parameter
 class Optimizer:
     """The base of AdamW and SGD.
 
-    An optimiser takes the parameters of a model with every step, and keeps a state array or two for each, by
-    name.
+    Every step gets the parameters of the model. For each parameter, by name, the optimiser keeps up to two
+    state arrays.
+
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+        >>> optimizer = nplora.SGD(lr=0.1)
+        >>> layer.dA[...] = 1
+        >>> optimizer.step(layer.parameters())
+        >>> optimizer.steps, layer.A[:, 0]
+        (1, array([-0.1, -0.1, -0.1, -0.1], dtype=float32))
 
     Attributes:
         lr: the base learning rate.
-        lr_ratio: multiplies the rate of every parameter named "A" (LoRA+, Hayou et al. 2024, eq. 6: this
-            project's A is the paper's B).
+        lr_ratio: factor of the learning rate of every parameter named "A" (LoRA+, Hayou et al. 2024, eq. 6;
+            this project's A is the paper's B).
         steps: the number of steps made.
     """
 
@@ -50,17 +58,24 @@ class Optimizer:
         self._is_a = np.zeros(0, bool)  # which of them are named "A"
 
     def init(self, parameters: Iterable[Parameter]) -> None:
-        """Start afresh for these parameters: state of zeros, no steps made.
+        """Reset for these parameters: the state is zero, and no steps are made. A first step does this, too.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
+            >>> optimizer = nplora.AdamW()
+            >>> optimizer.init(layer.parameters())
+            >>> sorted(optimizer.state_dict())
+            ['exp_avg.A', 'exp_avg.B', 'exp_avg_sq.A', 'exp_avg_sq.B', 'steps']
 
         Raises:
             TypeError: parameters is not what `model.parameters()` returns.
-            ValueError: a parameter is not C-contiguous, or its gradient is of another shape or dtype.
+            ValueError: a parameter is not C-contiguous, or its gradient has another shape or dtype.
         """
         parameters = _checked(f"{type(self).__name__}.init", parameters)
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}
-        self._state = None  # lets go of its memory, which _zeros takes again
+        self._state = None  # releases its memory, which _zeros uses again
         self._keep(_zeros(dict.fromkeys(self._moments, values)), tuple(values))
         self.steps = 0
 
@@ -71,21 +86,27 @@ class Optimizer:
         grad_scale: float = 1.0,
         max_norm: float | None = None,
     ) -> float | None:
-        """Write every parameter in place, from its gradient times `grad_scale`.
+        """Update every parameter in place, from its gradient times `grad_scale`.
+
+            >>> import nplora, numpy as np
+            >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+            >>> layer.dA[...] = 1
+            >>> nplora.AdamW().step(layer.parameters(), max_norm=1.0)     # the norm before clipping
+            2.0
 
         Args:
-            parameters: as `model.parameters()` gives them; the same ones at every step.
-            lr: the rate of this step; None: `self.lr`.
-            grad_scale: multiplies the gradients (averaging over accumulated batches).
-            max_norm: the gradients are scaled down to this Euclidean norm of all of them together, where
-                theirs, times `grad_scale`, is above it; None: the norm is not looked at.
+            parameters: from `model.parameters()`; the same ones at every step.
+            lr: the learning rate of this step; None: `self.lr`.
+            grad_scale: factor of the gradients, such as 1 / the number of accumulated batches.
+            max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. Larger
+                gradients are scaled down to it. None: no limit, and the norm is not computed.
         Returns:
-            None without a max_norm. With one, the norm before it was clipped; if it is not finite, there was
-            no step and nothing is changed.
+            None without a max_norm. With one, the norm before clipping. If it is not finite, no step is made
+            and nothing is changed.
         Raises:
             ValueError: the parameters are not those of the first step.
             TypeError: parameters is not what `model.parameters()` returns.
-            RuntimeError: a parameter is read-only, as those of a merged layer are.
+            RuntimeError: a parameter is read-only, as it is while its layer is merged.
         """
         op = f"{type(self).__name__}.step"
         rate = self.lr if lr is None else _check.at_least(op, "lr", lr, 0)
@@ -102,7 +123,7 @@ class Optimizer:
         try:
             norm = self._update(parameters, rate, grad_scale, max_norm)
         except (TypeError, ValueError):
-            self._check_state(parameters)  # says what is wrong in the user's words
+            self._check_state(parameters)  # has a better message
             raise
         if norm is None or math.isfinite(norm):
             self.steps += 1
@@ -111,11 +132,11 @@ class Optimizer:
     def _update(
         self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
     ) -> float | None:
-        """One call of the core, which checks all of the arrays before it writes to the first."""
+        """One call of the core, which checks all arrays before it writes to the first."""
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Hold this state, in the order of these parameters."""
+        """Keep this state, in the order of these parameters."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
@@ -127,21 +148,30 @@ class Optimizer:
     # ---- state ----
 
     def state_dict(self, copy: bool = True) -> dict[str, Array]:
-        """The state: "steps", and "<moment>.<parameter name>" for every array; copy=False: live arrays."""
+        """The state: "steps", and "<moment>.<parameter name>" for every array. copy=False: live arrays.
+
+        >>> import nplora, numpy as np
+        >>> layer, optimizer = nplora.LoRALinear(np.eye(4), rank=1), nplora.AdamW()
+        >>> optimizer.step(layer.parameters())
+        >>> state = optimizer.state_dict()
+        >>> state["steps"]
+        array(1)
+        >>> nplora.AdamW().load_state_dict(state)
+        """
         arrays = {"steps": np.array(self.steps, np.int64)}
         for moment, by_name in self._by_name().items():
             arrays |= {f"{moment}.{name}": array.copy() if copy else array for name, array in by_name.items()}
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Go on from what `state_dict` returned.
+        """Continue from what `state_dict` returned; see there for an example.
 
-        Where `init` was called before, the state must fit its parameters, and is written into the arrays that
-        are there; else the first step checks it. Live arrays, of `state_dict(copy=False)`, must not come
-        under other names than their own.
+        If `init` was called before, the state must fit its parameters, and is copied into the arrays that
+        there are. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep
+        their names.
 
         Raises:
-            ValueError: an array is missing, unknown or of another shape or dtype; all of them are listed.
+            ValueError: an array is missing, unknown, or has another shape or dtype. All of them are listed.
         """
         op = f"{type(self).__name__}.load_state_dict"
         loaded, _ = self._by_moment(state)
@@ -159,12 +189,12 @@ class Optimizer:
         self.steps = steps
 
     def differences(self, state: Mapping[str, Array], parameters: Sequence[Parameter]) -> list[str]:
-        """One sentence for all that keeps `load_state_dict` from taking a state after `init(parameters)`."""
+        """One sentence for each reason why `load_state_dict` refuses a state after `init(parameters)`."""
         values = {p.name: p.value for p in parameters}
         return self._misfits(state, dict.fromkeys(self._moments, values))
 
     def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
-        """One sentence for all in a state that is not as wanted: {moment: {parameter: an array like it}}."""
+        """One sentence for each difference of a state from {moment: {parameter: an array like it}}."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:
@@ -201,8 +231,13 @@ class Optimizer:
         problems = [p for moment, held in self._by_name().items() for p in _differences(moment, held, values)]
         if problems:
             raise ValueError(
-                f"{op}: these are not the parameters of the state ({'; '.join(problems)}); init() starts anew"
+                f"{op}: these are not the parameters of the state ({'; '.join(problems)}); init() resets it"
             )
+
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        settings["steps"] = settings.pop("steps")  # last
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     def _check_parameter(self, parameter: Parameter) -> None:
         op, (name, value, grad) = type(self).__name__, parameter
@@ -222,12 +257,16 @@ class AdamW(Optimizer):
 
     m = β₁ m + (1 - β₁) g;  v = β₂ v + (1 - β₂) g²;  p = p (1 - lr λ) - lr m̂ / (√v̂ + eps)
 
+        >>> import nplora
+        >>> nplora.AdamW(lr=2e-4)
+        AdamW(lr=0.0002, weight_decay=0.01, lr_ratio=1.0, betas=(0.9, 0.999), eps=1e-08, steps=0)
+
     Args:
         lr: learning rate.
         betas: β₁ and β₂, each in [0, 1).
         eps: at least 0.
         weight_decay: λ, at least 0.
-        lr_ratio: multiplies the rate of every A (LoRA+).
+        lr_ratio: factor of the learning rate of every A (LoRA+).
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
@@ -279,12 +318,16 @@ class SGD(Optimizer):
 
     g += λ p;  buf = momentum · buf + g;  p -= lr · (g + momentum · buf with nesterov, else buf)
 
+        >>> import nplora
+        >>> nplora.SGD(lr=0.1, momentum=0.9)
+        SGD(lr=0.1, weight_decay=0.0, lr_ratio=1.0, momentum=0.9, nesterov=False, steps=0)
+
     Args:
         lr: learning rate.
-        momentum: in [0, 1); 0 keeps no state.
+        momentum: in [0, 1); with 0 no state is kept.
         weight_decay: λ, at least 0.
-        nesterov: look ahead; needs momentum.
-        lr_ratio: multiplies the rate of every A (LoRA+).
+        nesterov: use Nesterov's momentum; needs momentum above 0.
+        lr_ratio: factor of the learning rate of every A (LoRA+).
     """
 
     def __init__(
@@ -322,10 +365,10 @@ class SGD(Optimizer):
 
 
 def require(op: str, optimizer: object) -> None:
-    """Refuse what is no optimiser of this package.
+    """Refuse an optimiser that is not one of nplora's.
 
     Raises:
-        TypeError: it is something else, an optimiser of torch for example.
+        TypeError: optimizer is something else, such as an optimiser of torch.
     """
     if not isinstance(optimizer, Optimizer):
         got = _check.kind(optimizer)
@@ -335,6 +378,12 @@ def require(op: str, optimizer: object) -> None:
 def global_norm(parameters: Iterable[Parameter]) -> float:
     """The Euclidean norm of all gradients together, summed in float64.
 
+        >>> import nplora, numpy as np
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
+        >>> layer.dA[...] = 1
+        >>> nplora.optim.global_norm(layer.parameters())
+        2.0
+
     Raises:
         TypeError: parameters is not what `model.parameters()` returns.
     """
@@ -342,17 +391,22 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
 
 
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
-    """What the base learning rate is multiplied by at a step.
+    """The factor of the base learning rate at a step.
 
-    The factor rises in equal steps to 1, which it reaches at step `warmup`; then it stays ("constant"), or
-    falls towards 0, which it would reach at step `total`, along a line ("linear") or half a cosine
-    ("cosine").
+    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. Then it stays
+    there ("constant"), or falls along a line ("linear") or half a cosine ("cosine") to 0 at step `total`.
+
+        >>> import nplora
+        >>> [nplora.optim.schedule("linear", step, total=5, warmup=1) for step in range(5)]
+        [0.5, 1.0, 0.75, 0.5, 0.25]
 
     Args:
         name: "constant", "linear" or "cosine".
         step: counts from 0.
         total: the number of steps of the run.
-        warmup: the number of steps before the factor is 1.
+        warmup: the number of warm-up steps.
+    Raises:
+        ValueError: there is no schedule of this name.
     """
     _check.choice("schedule", "name", name, SCHEDULES)
     if step < warmup:
@@ -364,7 +418,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
 
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Zeros for each of these arrays, in one block of memory that an earlier state may have left."""
+    """Zeros for each of these arrays, in one block of memory; an earlier state may have left that block."""
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)
     block.fill(0)
@@ -379,7 +433,7 @@ def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array
 
 
 def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
-    """The parameters as a tuple; a TypeError names what is none."""
+    """The parameters as a tuple; a TypeError names an item that is not a parameter."""
     wanted = "expected what model.parameters() returns, a list of Parameter"
     if isinstance(parameters, str | bytes) or not np.iterable(parameters):
         raise TypeError(f"{op}: parameters is {_check.kind(parameters)}, {wanted}")
@@ -393,7 +447,7 @@ def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:
-    """Refuse what holds many values, such as `model.parameters()`, without showing all of them."""
+    """Refuse a collection, such as `model.parameters()`, without printing all of it."""
     if isinstance(value, Sized | Iterator) and not isinstance(value, str):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
 

@@ -1,4 +1,4 @@
-"""A layer as the core's `infer` takes it, kept from one token to the next."""
+"""The core's inference layer of a layer, kept from one token to the next."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from nplora import _core
 
 
 class Prepared:
-    """Keeps what `_core.infer` was last given, as long as it was made from what the layer is now."""
+    """Keeps the argument for `_core.infer`, until the layer changes."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
-        """This layer for `_core.infer`, which reads its arrays as they are then; None: it computes more."""
+        """The argument for `_core.infer`, which reads the arrays when it runs. None: it has to do more."""
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
             return kept[1]
         made = self._inference_layer()
-        if self._inference_state() == state:  # else another thread has changed the layer meanwhile
+        if self._inference_state() == state:  # otherwise another thread changed the layer meanwhile
             self._prepared = state, made
         return made
 
     def forget_prepared(self) -> None:
-        """Let go of the arrays that it holds."""
+        """Release the arrays that it holds."""
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """What `_inference_layer` reads.
+        """The parts of the layer that `_inference_layer` reads, to see whether they have changed.
 
-        Arrays, which compare by element, by their id: the core's layer keeps them, so it stays theirs. Of a
-        FrozenWeight that layer keeps the packed part alone, so the object itself is here.
+        Arrays compare by element, so their id is used. The core's layer keeps the arrays, so no other array
+        can get the same id. It keeps only the packed part of a FrozenWeight, so that is here as an object.
         """
         raise NotImplementedError
 
@@ -39,5 +39,5 @@ class Prepared:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which prepare their own."""
+        """The state of copies and pickles, without what is kept: they make their own."""
         return {name: value for name, value in vars(self).items() if name != "_prepared"}

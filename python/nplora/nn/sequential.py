@@ -1,4 +1,4 @@
-"""Sequential: modules applied one after the other."""
+"""Sequential: modules that are applied one after the other."""
 
 from __future__ import annotations
 
@@ -23,10 +23,21 @@ class SequentialSaved(Saved):
 
 
 class Sequential(Module):
-    """Apply modules in order; the children are named "0", "1", ...
+    """Apply modules in order. Their names are "0", "1", ...
+
+        >>> import nplora, numpy as np
+        >>> W1, W2 = np.ones((32, 16)), np.ones((3, 32))
+        >>> model = nplora.Sequential(nplora.LoRALinear(W1, rank=4), nplora.ReLU(), nplora.Linear(W2))
+        >>> model
+        Sequential: 192 of 800 values trained
+          0: LoRALinear((32, 16), rank=4, alpha=16, dtype='float32', num_trainable=192)
+          1: ReLU()
+          2: Linear((3, 32), dtype='float32', trainable=False)
+        >>> model(np.ones((5, 16))).shape, model[0].rank
+        ((5, 3), 4)
 
     Args:
-        modules: any number of modules; the same one may come twice and then shares its parameters.
+        modules: any number of modules. The same one may come twice; its parameters are then shared.
     Raises:
         TypeError: an argument is not a Module.
     """
@@ -45,7 +56,7 @@ class Sequential(Module):
         """The output of the last module, and what `backward` needs.
 
         Raises:
-            ValueError: from a module; its message begins with the module's dotted name.
+            ValueError: a module raised it. The message begins with the module's dotted name.
         """
         items: list[Any] = []
         try:
@@ -58,23 +69,23 @@ class Sequential(Module):
         return np.asarray(x), SequentialSaved(tuple(items))
 
     def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
-        """dx, or None where need_dx is False or the first module's input has no gradient.
+        """dx, or None if need_dx is False or the first module's input has no gradient.
 
         Raises:
-            ValueError: as in `forward`, or saved is of a pass through another number of modules.
-            TypeError: saved is of another kind of layer.
-            RuntimeError: a module above the first gave no gradient of its input.
+            ValueError: as in `forward`, or saved is from a pass through another number of modules.
+            TypeError: saved is from another kind of layer.
+            RuntimeError: a module after the first returned no gradient of its input.
         """
         _check.saved("Sequential.backward", saved, SequentialSaved)
         if len(saved.items) != len(self.modules):
             raise ValueError(
-                f"Sequential.backward: saved is of a pass through {len(saved.items)} modules, "
+                f"Sequential.backward: saved is from a pass through {len(saved.items)} modules, "
                 f"expected {len(self.modules)}"
             )
         gradient: Array | None = dy
         for i, module in reversed(list(enumerate(self.modules))):
             if gradient is None:
-                raise RuntimeError(f"Sequential.backward: module {i + 1} gave no gradient of its input")
+                raise RuntimeError(f"Sequential.backward: module {i + 1} returned no gradient of its input")
             try:
                 gradient = module.backward(gradient, saved.items[i], need_dx or i > 0)
             except ValueError as error:
@@ -95,6 +106,3 @@ class Sequential(Module):
     def __getitem__(self, index: int | slice) -> Module | Sequential:
         """One module, or a Sequential of the same modules for a slice."""
         return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]
-
-    def __repr__(self) -> str:
-        return f"Sequential({', '.join(map(repr, self.modules))})"

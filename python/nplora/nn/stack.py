@@ -1,4 +1,4 @@
-"""Layers that read one input, computed in one call: q, k and v, or gate and up."""
+"""Layers that share one input, computed in one call: q, k and v, or gate and up."""
 
 from __future__ import annotations
 
@@ -27,23 +27,31 @@ class StackSaved(Saved):
     items: tuple[Any, ...]
 
     def with_x(self, x: Array | None) -> StackSaved:
-        """The same with another array for the x that the layers keep: None, and later x computed again."""
+        """The same with another x: None to release it, and later the x that was computed again."""
         return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
 
 
 def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
-    """The outputs of layers that read the same x, which is brought into the kernels' order once for all.
+    """The outputs of several layers for the same x. This is faster than one call each: x is packed only once.
 
-    The numbers are those of each layer's own `forward`, up to rounding.
+    The results are those of each layer's own `forward`, up to rounding.
+
+        >>> import nplora, numpy as np
+        >>> q, k, v = (nplora.LoRALinear(np.ones((n, 16)), rank=2) for n in (16, 8, 8))
+        >>> ys, saved = nplora.stack_forward([q, k, v], np.ones((5, 16)))
+        >>> [y.shape for y in ys]
+        [(5, 16), (5, 8), (5, 8)]
+        >>> nplora.stack_backward([q, k, v], ys, saved).shape     # the dys of real use come from a loss
+        (5, 16)
 
     Args:
-        layers: one or more LoRALinear or Linear of one d_in, computing alike.
+        layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: array (..., d_in).
     Returns:
         the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
     Raises:
         ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
-        TypeError: something else is among the layers.
+        TypeError: a layer is neither a LoRALinear nor a Linear.
     """
     op = "stack_forward"
     d_in, dtype = _common(op, layers)
@@ -55,10 +63,10 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
 
 
 def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
-    """The outputs (n, d_out) of `stack_forward` in inference alone: what decoding calls for each token.
+    """The outputs (n, d_out) of `stack_forward`, for inference only. Decoding calls this for each token.
 
     Args:
-        layers: one or more LoRALinear or Linear, computing alike.
+        layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
     """
     parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
@@ -71,14 +79,21 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
 def stack_backward(
     layers: Sequence[Stackable], dys: Sequence[npt.ArrayLike], saved: StackSaved, need_dx: bool = True
 ) -> Gradient:
-    """Add to each layer's gradients; return the sum of their dx (..., d_in), None where need_dx is False.
+    """Add to each layer's gradients; return the sum of their dx (..., d_in), or None if need_dx is False.
+
+        >>> import nplora, numpy as np
+        >>> gate, up = (nplora.LoRALinear(np.ones((8, 4)), rank=2) for _ in range(2))
+        >>> ys, saved = nplora.stack_forward([gate, up], np.ones((3, 4)))
+        >>> dx = nplora.stack_backward([gate, up], [np.ones((3, 8))] * 2, saved)
+        >>> dx.shape, bool(gate.dA.any())
+        ((3, 4), True)
 
     Args:
-        layers: those of the forward pass.
+        layers: the layers of the forward pass.
         dys: the gradients (..., d_out) in their order.
     Raises:
-        ValueError: a dy has not the shape of its y, there are not as many as layers, or saved is of a pass of
-            other layers.
+        ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or saved is
+            from a pass of other layers.
         TypeError, RuntimeError: as `LoRALinear.backward`.
     """
     op = "stack_backward"
@@ -92,7 +107,7 @@ def stack_backward(
         for i, (layer, dy, item) in enumerate(zip(layers, dys, items, strict=True))
     ]
     if any(item.lead != items[0].lead for item in items):
-        raise ValueError(f"{op}: the passes are of batches of different shapes")
+        raise ValueError(f"{op}: saved is from passes of batches of different shapes")
     for i, (layer, item) in enumerate(zip(layers, items, strict=True)):
         _check.own(f"{op}: layer {i}", item, layer)
     parts = [layer.backward_part(du, item) for layer, du, item in zip(layers, rows, items, strict=True)]
@@ -103,7 +118,7 @@ def stack_backward(
 
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
-    """d_in and the dtype of x that all layers share."""
+    """The d_in and the dtype of x that all layers share."""
     if not isinstance(layers, Sequence):
         raise TypeError(
             f"{op}: layers is of type {type(layers).__name__}, expected a list of LoRALinear or Linear"
@@ -118,18 +133,18 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
     first = _kind(layers[0].weight)
     for layer in layers[1:]:
         if _kind(layer.weight) != first:
-            raise ValueError(f"{op}: the layers differ: {', '.join(sorted(set(map(_words, layers))))}")
+            raise ValueError(f"{op}: the layers differ: {', '.join(sorted(set(map(_title, layers))))}")
     return first[0], first[2]
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """d_in, what the products run in, and the dtype of x."""
+    """d_in, the arithmetic of the products, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype
 
 
-def _words(layer: Stackable) -> str:
+def _title(layer: Stackable) -> str:
     weight = layer.weight
     compute = weight.compute if isinstance(weight, FrozenWeight) else weight.dtype.name
     return f"d_in={weight.shape[1]} in {compute}"

@@ -1,4 +1,4 @@
-"""Mapped files, as the compiled core knows them: it explains the SIGBUS of a file that is cut short."""
+"""Mapped files, as the compiled core knows them: it explains the SIGBUS of a file that was cut short."""
 
 import mmap
 import os
@@ -6,7 +6,7 @@ import weakref
 
 from nplora import _core
 
-_WORDS = (
+_REASON = (
     b": the file was cut short while it was mapped, or its disk failed; "
     b"load_model(..., mmap=False) copies it\n"
 )
@@ -14,11 +14,11 @@ _LONGEST_NAME = 800
 
 
 def watch(mapping: mmap.mmap, name: str) -> None:
-    """Have a SIGBUS in this mapping name its file on stderr and end the process with status 135.
+    """Have a SIGBUS in this mapping print the file's name on stderr and end the process with status 135.
 
-    A handler of SIGBUS that was there before the first mapping, such as faulthandler's, is called in between.
+    If another handler of SIGBUS was set before the first mapping, such as faulthandler's, it is called too.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
-    message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _WORDS
+    message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _REASON
     number = _core.watch_mapping(mapping, message)
     weakref.finalize(mapping, _core.unwatch_mapping, number).atexit = False

@@ -1,4 +1,4 @@
-"""Threads, and what a bug report needs to know about this build and this machine."""
+"""Threads, and the versions and settings that a bug report needs."""
 
 import platform
 import sys
@@ -6,41 +6,64 @@ import sys
 import numpy as np
 
 from nplora import _check, _core
+from nplora.runtime.machine import cpu_name
 
 _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most n threads. Results do not depend on it, to the bit.
+    """Use at most n threads. The results are the same, to the bit, with any number of threads.
 
-    OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest counts.
+    OMP_NUM_THREADS and threadpoolctl limit the number too; the smallest of the limits applies.
+
+        >>> import nplora
+        >>> before = nplora.get_num_threads()
+        >>> nplora.set_num_threads(1)
+        >>> nplora.get_num_threads()
+        1
+        >>> nplora.set_num_threads(before)
 
     Raises:
-        ValueError: n is below 1 or above 2**31 - 1.
+        TypeError: n is not an integer. ValueError: n is below 1 or above 2**31 - 1.
     """
     _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1, most=_INT_MAX))
 
 
 def get_num_threads() -> int:
-    """The number of threads that an operation may use."""
+    """The number of threads that an operation may use.
+
+    >>> import nplora
+    >>> nplora.get_num_threads() >= 1
+    True
+    """
     return _core.get_num_threads()
 
 
 def release_memory() -> None:
-    """Return to the system the memory that earlier results have left for the next ones.
+    """Return memory to the system that earlier results have left for later ones.
 
-    Large results reuse it: idle memory and memory in use together never take more than memory in use took at
-    most.
+    Large results reuse such memory. Without this call, idle memory and memory in use together never exceed
+    the largest amount that was in use at one time.
+
+        >>> import nplora
+        >>> nplora.release_memory()
     """
     _core.release_buffers()
 
 
 def show_config() -> None:
-    """Print versions, instruction set, threads and runtimes, for a bug report."""
+    """Print versions, instruction set, processor, threads and runtimes, for a bug report.
+
+    >>> import nplora
+    >>> nplora.show_config()  # doctest: +ELLIPSIS
+    nplora:          ...
+    instruction set: ...
+    """
     config = _core.config()
     lines = {
         "nplora": config["version"],
         "instruction set": f"{config['isa']} (available: {', '.join(_core.available_isas())})",
+        "processor": cpu_name(),
         "threads": f"{config['num_threads']} ({config['parallel']})",
         "OpenMP": config["openmp"],
         "compiler": config["compiler"],

@@ -1,4 +1,4 @@
-"""Warnings that name the user's line."""
+"""Warnings that name the line of the user's code."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""Batches: arrays that are cut and shuffled, or a user's iterable; both can start at any position."""
+"""Batches: arrays that are shuffled and cut, or a user's iterable. Both can start at any position."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -16,7 +16,22 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of pairs (x, y) that can be read epoch by epoch; `Trainer.fit` accepts one as its x."""
+    """A source of pairs (x, y) that can be read epoch by epoch; `Trainer.fit` accepts one as its x.
+
+    >>> import nplora, numpy as np
+    >>> class Noise:
+    ...     "Ten batches an epoch, drawn as they are needed."
+    ...     length = 10
+    ...     def epoch(self, epoch, skip):
+    ...         for number in range(skip, self.length):
+    ...             x = np.random.default_rng([epoch, number]).normal(size=(8, 4))
+    ...             yield x, 2 * x
+    ...     def identity(self):
+    ...         return {"noise": 8}
+    >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=4, rng=0), loss="mse")
+    >>> len(trainer.fit(Noise(), epochs=2).steps)
+    20
+    """
 
     @property
     def length(self) -> int | None:
@@ -32,9 +47,9 @@ class Batches(Protocol):
 class ArrayBatches:
     """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
 
-    The order of an epoch depends on (seed, epoch) only, so a position in the data is a pair of numbers, and
-    nothing has to be replayed. The order is that of PCG64's raw numbers: they are the same in every NumPy
-    version, unlike `Generator.permutation`.
+    The order of an epoch depends on (seed, epoch) only. So a position in the data is a pair of numbers, and a
+    resumed run replays nothing. Rows are sorted by raw numbers of PCG64, which are the same in every version
+    of NumPy; the results of `Generator.permutation` may change.
 
     Args:
         op: the caller, for messages.

@@ -1,4 +1,4 @@
-"""Callback: code of users that a run calls."""
+"""Callback: user code that a run calls after steps, epochs and checkpoints."""
 
 from nplora.trainer.history import EpochRecord, StepRecord
 from nplora.trainer.run import Run
@@ -11,14 +11,21 @@ class Callback:
     ends the run after the current step, as if that were the last one. An exception ends it too, and the run
     is saved first.
 
-        class StopAt(nplora.trainer.Callback):
-            def on_step_end(self, run, record):
-                if record.loss < 0.01:
-                    run.stop()
+        >>> import nplora, numpy as np
+        >>> class StopAt(nplora.trainer.Callback):
+        ...     def on_step_end(self, run, record):
+        ...         if record.loss < 0.01:
+        ...             run.stop()
+        >>> layer = nplora.LoRALinear(np.eye(4), rank=2, rng=0)
+        >>> optimizer = nplora.AdamW(lr=0.1)
+        >>> trainer = nplora.Trainer(layer, loss="mse", optimizer=optimizer, callbacks=[StopAt()])
+        >>> history = trainer.fit(np.eye(4), np.ones((4, 4)) + np.eye(4), steps=1000)
+        >>> history.ended, history.loss[-1] < 0.01
+        ('callback', True)
     """
 
     def on_fit_start(self, run: Run) -> None:
-        """Before the first step; a resumed run has taken over its checkpoint by then."""
+        """Before the first step. A resumed run has taken over its checkpoint by then."""
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         """After every update of the parameters."""

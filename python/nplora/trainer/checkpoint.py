@@ -1,4 +1,4 @@
-"""Checkpoint: the state of a run as a file, with a SHA-256 that shows whether the file is whole."""
+"""Checkpoint: the state of a run as a file. Its SHA-256 shows whether the file is whole."""
 
 import dataclasses
 import hashlib
@@ -110,8 +110,8 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint array by array to check it, then map it.
 
-    A resumed run may not have the memory for all arrays, so they are mapped. Reading first turns errors of
-    the disk into OSErrors.
+    The arrays are mapped because a resumed run may not have the memory for a copy of all of them. They are
+    read first so that an error of the disk is an OSError.
 
     Raises:
         UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.

@@ -30,7 +30,7 @@ class EarlyStopping:
         self._before: tuple[dict[str, Any] | None, Mapping[str, Array]] = None, {}
 
     def judge(self, epoch: int, loss: float | None) -> None:
-        """Take note of the validation loss of an epoch (from 1). One that is not finite is not lower."""
+        """Record the validation loss of an epoch (from 1). A loss that is not finite is not lower."""
         self._before = self.best, self.best_factors
         if self._patience is None or loss is None:
             return

@@ -1,4 +1,4 @@
-"""The identity of a model: a fingerprint of its frozen weights, and its factors by name."""
+"""A model as a checkpoint knows it: a fingerprint of its frozen weights, and its factors by name."""
 
 import hashlib
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ from nplora.trainer.batches import Batches
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What one call of `Trainer.fit` asks for.
+    """The checked arguments of one call.
 
     Attributes:
         epochs, steps: where the run ends; exactly one of them is given.

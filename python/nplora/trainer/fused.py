@@ -7,7 +7,28 @@ from nplora.nn.module import Module
 
 @runtime_checkable
 class FusedLoss(Protocol):
-    """A loss for `Trainer` that runs forward, loss and backward in one call."""
+    """A loss for `Trainer` that runs forward, loss and backward in one call.
+
+    >>> import nplora, numpy as np
+    >>> class Distance:
+    ...     "The mean distance of the outputs from 1."
+    ...     def count(self, x, y):
+    ...         return len(x)
+    ...     def forward_backward(self, model, x, y, factor):
+    ...         out, saved = model.forward(x)
+    ...         model.backward(np.sign(out - 1) * np.float32(factor), saved)
+    ...         return float(abs(out - 1).sum())
+    ...     def evaluate(self, model, x, y):
+    ...         return float(abs(model(x) - 1).sum()) / len(x)
+    ...     def blame(self, model, x):
+    ...         return "the output is not finite"
+    ...     def settings(self):
+    ...         return {}
+    >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss=Distance())
+    >>> history = trainer.fit(np.eye(4), np.zeros(4), steps=20)
+    >>> history.loss[-1] < history.loss[0]
+    True
+    """
 
     def count(self, x: Any, y: Any) -> int:
         """The number of items that the mean runs over, such as trained tokens; 0: the batch is skipped."""

@@ -1,4 +1,4 @@
-"""The gradients of one step: each batch runs forward and backward, and the model adds them up."""
+"""The gradients of one step: each batch runs forward and backward, and the model adds up the gradients."""
 
 import math
 import time
@@ -41,7 +41,8 @@ class Gradients:
         """Run one batch forward and backward; add its gradients, weighted by its count, to the others.
 
         Returns:
-            the end of a sentence: the loss, and what made it NaN or infinite. Empty if the loss is finite.
+            what is wrong with the loss, to end a sentence: its value, and where NaN or infinity came from.
+            Empty if the loss is finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._setup.loss

@@ -68,6 +68,14 @@ _KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "
 class History:
     """The records of a run, including those from before it was resumed.
 
+        >>> import nplora, numpy as np
+        >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
+        >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), epochs=3, batch_size=2)
+        >>> history
+        History(6 steps, 3 epochs, ended='complete', loss 0.75 -> 0.7323)
+        >>> [record.epoch for record in history.epochs]
+        [1, 2, 3]
+
     Attributes:
         steps, epochs: the records, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
@@ -112,9 +120,12 @@ class History:
         )
 
     def __repr__(self) -> str:
-        last = f", last loss {self.steps[-1].loss:.4g}" if self.steps else ""
+        losses = f", loss {self.steps[0].loss:.4g} -> {self.steps[-1].loss:.4g}" if self.steps else ""
+        validated = [record.val_loss for record in self.epochs if record.val_loss is not None]
+        if validated:
+            losses += f", validation loss {validated[0]:.4g} -> {validated[-1]:.4g}"
         steps, epochs = counted(len(self.steps), "step"), counted(len(self.epochs), "epoch")
-        return f"History({steps}, {epochs}, ended={self.ended!r}{last})"
+        return f"History({steps}, {epochs}, ended={self.ended!r}{losses})"
 
     # ---- in a checkpoint and in the log ----
 
@@ -147,7 +158,7 @@ class History:
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of the log up to this step and this epoch; skip lines that are not records.
 
-        The records that `restore` brought win over those of the log, because a checksum protects them.
+        If `restore` brought the same record, that one is kept, because a checksum protects it.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         for line in log.splitlines():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-REPEAT_SECONDS = 0.5  # two Ctrl-C within this time mean: leave the program
+REPEAT_SECONDS = 0.5  # two Ctrl-C within this time end the program
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -33,16 +33,16 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 class Interrupts:
-    """While this is entered, SIGINT, SIGTERM and SIGHUP are handled at once, but within `hold()` at its end.
+    """While this is entered, SIGINT, SIGTERM and SIGHUP are handled at once, except inside `hold()`.
 
-    The handlers stay the same. Python's own handler of SIGINT raises KeyboardInterrupt, and a signal that is
-    ignored stays ignored, like SIGHUP under nohup. If `terminate` is true, SIGTERM and SIGHUP raise
-    Terminated instead of ending the process at once. Only the main thread receives signals; in other threads
-    nothing changes.
+    Inside `hold()` they wait until its end. The handlers stay the same: Python's own handler of SIGINT raises
+    KeyboardInterrupt, and a signal that is ignored stays ignored, like SIGHUP under nohup. If `terminate` is
+    true, SIGTERM and SIGHUP raise Terminated instead of ending the process at once. Only the main thread
+    receives signals; in other threads nothing changes.
 
     Attributes:
-        repeated: the last Ctrl-C came so soon after another one, perhaps of the run before, that it is meant
-            for the whole program.
+        repeated: the last Ctrl-C came soon after another one, perhaps in the run before. It is meant for the
+            whole program.
     """
 
     _last = -math.inf  # the time of the last Ctrl-C in any run

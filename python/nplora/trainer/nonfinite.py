@@ -1,4 +1,4 @@
-"""The search for the first NaN or infinity, after a loss or a gradient that is not finite."""
+"""The search for the first NaN or infinity, made when a loss or a gradient is not finite."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,10 +15,11 @@ TARGETS = "its targets y are not finite"
 
 
 def first_nonfinite(model: Module, x: Any, y: Any) -> str:
-    """Where the first value that is not finite appears: in a batch, or in a repeated forward pass.
+    """A sentence that says where the first value that is not finite appears.
 
-    Modules are checked when their forward returns, so the innermost one is named, not those around it.
-    Targets are checked last: a user's loss may mark rows without a label by NaN.
+    The batch is checked, then a repeated forward pass. Modules are checked when their forward returns, so the
+    innermost one is named, not those around it. Targets are checked last, because a user's loss may mark rows
+    without a label by NaN.
     """
     if _not_finite(x):
         return INPUT

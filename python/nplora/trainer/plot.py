@@ -1,6 +1,8 @@
 """The plot of a run: log.jsonl becomes a PNG."""
 
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +15,39 @@ PICTURE = "plot.png"
 
 _MAX_LOG = 1 << 30
 _STEEP = 30  # losses that span more than this factor get a logarithmic axis
+_WINDOWS = 25  # the smoothed curve averages over about one of this many parts of the run
+_FEWEST = 10  # steps that are worth smoothing
 
 Records = list[dict[str, Any]]
 
 
+class RunLog(NamedTuple):
+    """The records of a log that are drawn.
+
+    Attributes:
+        steps, epochs: the records of all steps and epochs.
+        loss_before: the validation loss before the first step; None if it was not measured.
+    """
+
+    steps: Records
+    epochs: Records
+    loss_before: float | None
+
+
 def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool = False) -> Path:
     """Draw the losses, the accuracy and the learning rate of a run.
+
+    The loss of every step is drawn pale, with a smoothed curve over it. The validation losses begin with the
+    one from before training, if the log has it.
+
+        >>> import nplora, numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> layer = nplora.LoRALinear(rng.normal(size=(2, 4)), rank=1, rng=0)
+        >>> trainer = nplora.Trainer(layer, loss="mse")
+        >>> x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 2))
+        >>> history = trainer.fit(x, y, checkpoint_dir="plotted-run", overwrite=True)
+        >>> nplora.plot.plot_run("plotted-run", overwrite=True)  # needs matplotlib
+        PosixPath('plotted-run/plot.png')
 
     Args:
         directory: the `checkpoint_dir` of a run, finished or not.
@@ -41,16 +70,16 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
     files.require_not_read("plot", [path], [("log", Path(directory, LOG))])
     files.require_new(path, overwrite)
     try:
-        steps, epochs = read_log(Path(directory, LOG))
+        log = read_log(Path(directory, LOG))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise OSError(error.errno, f"no run directory, it has no {LOG}", files.name(directory)) from error
-    picture = _draw(steps, epochs, Path(directory).resolve().name)
+    picture = _draw(log, Path(directory).resolve().name)
     files.replace([files.NewFile(path, len(picture), [picture])])
     return path
 
 
-def read_log(path: StrPath) -> tuple[Records, Records]:
-    """The records of the steps, and those of the epochs. A last line that is cut short is skipped.
+def read_log(path: StrPath) -> RunLog:
+    """The records of the steps and epochs, and the loss before training. A last line cut short is skipped.
 
     Raises:
         DataError: a line is not a record (its number is named), or there is no step yet.
@@ -58,6 +87,7 @@ def read_log(path: StrPath) -> tuple[Records, Records]:
     """
     lines = bytes(files.read(path, _MAX_LOG)).split(b"\n")[:-1]
     found: dict[str, Records] = {"step": [], "epoch": []}
+    before: float | None = None
     for number, line in enumerate(lines, 1):
         where = f"{files.name(path)}: line {number}"
         try:
@@ -69,19 +99,29 @@ def read_log(path: StrPath) -> tuple[Records, Records]:
         if record["event"] in found:
             _check_record(record, where)
             found[record["event"]].append(record)
+        elif record["event"] == "before":
+            before = _number(record, "loss", where)
     if not found["step"]:
         raise DataError(f"{files.name(path)}: there is no step in it yet")
-    return found["step"], found["epoch"]
+    return RunLog(found["step"], found["epoch"], before)
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
-    """Refuse a record whose fields are not numbers; null stands for NaN and for what was not measured."""
-    for name in ("step", "loss", *(("lr",) if record["event"] == "step" else ("val_loss", "val_accuracy"))):
-        value = record.get(name)
-        if value is None and name != "step":
-            record[name] = None
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise DataError(f"{where}: {name} is {brief(value)}, expected a number")
+    """Refuse a record whose fields are not numbers."""
+    if _number(record, "step", where) is None:
+        raise DataError(f"{where}: step is None, expected a number")
+    for name in ("loss", *(("lr",) if record["event"] == "step" else ("val_loss", "val_accuracy"))):
+        record[name] = _number(record, name, where)
+
+
+def _number(record: dict[str, Any], name: str, where: str) -> float | None:
+    """A field of a record. JSON's null, or no such field, stands for NaN and for what was not measured."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{where}: {name} is {brief(value)}, expected a number")
+    return value
 
 
 class _Curve(NamedTuple):
@@ -97,7 +137,35 @@ def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
 
-def _draw(steps: Records, epochs: Records, title: str) -> bytes:
+def smoothed(values: Sequence[float], window: float) -> list[float]:
+    """The running mean of a curve whose weights fall by exp(-1 / window) with every step back.
+
+    The weights of each point add up to 1, so the curve does not start at 0.
+    """
+    keep = math.exp(-1 / window)
+    mean = weight = 0.0
+    means = []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight)
+    return means
+
+
+def _loss_curves(log: RunLog) -> list[_Curve]:
+    raw = _curve("step", log.steps, "loss", color="0.75", linewidth=1)
+    before = [] if log.loss_before is None else [{"step": 0, "val_loss": log.loss_before}]
+    curves = [raw]
+    if len(raw.x) >= _FEWEST:
+        mean = smoothed(raw.y, max(2.0, len(raw.y) / _WINDOWS))
+        curves.append(_Curve("step, smoothed", raw.x, mean, {"color": "C0"}))
+    return [
+        *curves,
+        _curve("epoch", log.epochs, "loss", color="C0", marker=".", linestyle="none"),
+        _curve("validation", [*before, *log.epochs], "val_loss", color="C1", marker="."),
+    ]
+
+
+def _draw(log: RunLog, title: str) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -105,13 +173,9 @@ def _draw(steps: Records, epochs: Records, title: str) -> bytes:
             'plot: matplotlib is not installed: pip install "nplora[plot]"', name=error.name
         ) from error
     curves = {
-        "loss": [
-            _curve("step", steps, "loss", color="0.75", linewidth=1),
-            _curve("epoch", epochs, "loss", color="C0", marker="."),
-            _curve("validation", epochs, "val_loss", color="C1", marker="."),
-        ],
-        "validation accuracy": [_curve("", epochs, "val_accuracy", color="C2", marker=".")],
-        "learning rate": [_curve("", steps, "lr", color="C3")],
+        "loss": _loss_curves(log),
+        "validation accuracy": [_curve("", log.epochs, "val_accuracy", color="C2", marker=".")],
+        "learning rate": [_curve("", log.steps, "lr", color="C3")],
     }
     panels = {name: drawn for name, lines in curves.items() if (drawn := [c for c in lines if c.x])}
     figure = Figure(figsize=(7, 1 + 2 * len(panels)), dpi=120, layout="constrained")

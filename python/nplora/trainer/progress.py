@@ -26,9 +26,9 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
     """A callback that shows progress on stderr, or None if nothing is to be shown.
 
     Args:
-        progress: show it; None: if stderr is a terminal. A process without stderr shows nothing.
+        progress: show it; None: if stderr is a terminal or a notebook's. A process without stderr shows none.
     """
-    if sys.stderr is None or progress is False or (progress is None and not stderr.isatty()):
+    if sys.stderr is None or progress is False or (progress is None and not stderr.is_watched()):
         return None
     try:
         import tqdm
@@ -60,10 +60,10 @@ class TqdmLine(ProgressLine):
 
 
 class PlainLine(ProgressLine):
-    """On a terminal, one line that is redrawn; elsewhere, one line for every epoch."""
+    """On a terminal or in a notebook, one line that is redrawn; elsewhere, one line for every epoch."""
 
     def __init__(self) -> None:
-        self._redraws = stderr.isatty()
+        self._redraws = stderr.is_watched()
         self._width = 0
         self._drawn = -_INTERVAL
 

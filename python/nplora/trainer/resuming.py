@@ -122,7 +122,8 @@ def restored_history(
         base: the fingerprint of the run's base model.
         batches: the batches of an epoch; None if unknown.
     Returns:
-        the history; and the records, each with its event, that the log lost at its end, as after a full disk.
+        the history; and the records, each with its event, that are missing at the end of the log, as after a
+        full disk.
     Raises:
         CorruptError: the checkpoint is of another model, its arrays do not fit (the first few differences are
             listed), or its position is not in the data.
@@ -168,7 +169,7 @@ def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, An
 def _check_position(
     path: object, checkpoint: Checkpoint, total_steps: int | None, batches: int | None
 ) -> None:
-    """The checkpoint's position must be in the data, and not behind the end of the run."""
+    """The checkpoint's position must be in the data, and not after the end of the run."""
     if total_steps is not None and checkpoint.step > total_steps:
         raise ValueError(
             f"{path}: the checkpoint is of step {checkpoint.step}, this run ends at step {total_steps}"

@@ -10,14 +10,30 @@ from nplora.trainer.run_state import RunState
 
 
 class Run:
-    """One call of `Trainer.fit`, as callbacks see it."""
+    """One call of `Trainer.fit`, as callbacks see it.
+
+    >>> import nplora, numpy as np
+    >>> class Report(nplora.trainer.Callback):
+    ...     def on_fit_end(self, run):
+    ...         print(run)
+    >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
+    >>> trainer = nplora.Trainer(layer, loss="mse", callbacks=[Report()])
+    >>> history = trainer.fit(np.eye(4), np.ones((4, 4)), epochs=3)
+    Run(step 3 of 3, epoch 3)
+    """
 
     def __init__(self, state: RunState, directory: RunDirectory | None) -> None:
         self._state, self._directory = state, directory
         self._ended: str | None = None  # the reason, as `History.ended` has it
 
+    def __repr__(self) -> str:
+        total = "" if self.total_steps is None else f" of {self.total_steps}"
+        directory = "" if self._directory is None else f", in {str(self._directory.path)!r}"
+        return f"Run(step {self.step}{total}, epoch {self.epoch}{directory})"
+
     @property
     def model(self) -> Module:
+        """The model that is trained."""
         return self._state.model
 
     @property
@@ -55,7 +71,7 @@ class Run:
             self._directory.log({"event": event, **record})
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of this event in the run's log, not checked; empty if there is none."""
+        """The last line of this event in the run's log, as it was read; empty if there is none."""
         if self._directory is None:
             return {}
         return last_logged(self._directory.read_log(self._directory.log_bytes), event)

@@ -5,10 +5,12 @@ import math
 import time
 
 from nplora.nn.losses import NonFiniteLossError
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import base_fingerprint
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.interrupts import Interrupts
+from nplora.trainer.log_header import HEADER, log_header
 from nplora.trainer.nonfinite import nonfinite_parameters
 from nplora.trainer.resuming import (
     NONFINITE,
@@ -33,7 +35,7 @@ class RunCheckpoints:
 
     Args:
         directory: open and locked for this run.
-        interrupts: what holds signals back while a checkpoint is written.
+        interrupts: holds signals back while a checkpoint is written.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class RunCheckpoints:
         self._base = base_fingerprint(state.model)
         self._settings = settings_of(setup, config)
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
-        self._saved_at = -math.inf
+        self._tried_at = -math.inf  # the time of the last checkpoint, written or not
 
     # ---- the beginning ----
 
     def begin(self) -> None:
-        """Begin a new run: its log; the first checkpoint comes with `save`."""
+        """Begin the log of a new run. `save` then writes the first checkpoint."""
         self._directory.begin()
+        self._directory.log({"event": HEADER, **log_header(self._state.model)})
         start = {"total_steps": self._state.total_steps, "settings": self._settings}
         self._directory.log({"event": "start", **start})
 
@@ -63,7 +66,8 @@ class RunCheckpoints:
         """Continue the run in the directory; return whether there is one.
 
         Raises:
-            ValueError: it cannot be continued with these data and settings. CorruptError: it is damaged.
+            ValueError: the run cannot continue with these data and settings.
+            CorruptError: the checkpoint is damaged.
         """
         newest, batches = self._directory.latest(), self._config.batches.length
         if newest is None:
@@ -80,10 +84,10 @@ class RunCheckpoints:
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:
             self._directory.log({"event": event, **dataclasses.asdict(record)})
-        self._directory.log({"event": "resume", "step": self._state.step})
+        self._directory.log({"event": "resume", "step": self._state.step, **log_header(self._state.model)})
         if checkpoint is not newest:
             self._saved = None
-            self.save()  # so that it becomes the newest
+            self.save(must=True)  # so that it becomes the newest
         self._directory.newest = None  # its arrays are taken over
         return True
 
@@ -98,12 +102,17 @@ class RunCheckpoints:
         by_epochs = self._config.checkpoint_every is None
         return self._age() >= (EPOCH_CHECKPOINT_SECONDS if by_epochs else self._config.save_seconds)
 
-    def save(self) -> bool:
-        """Write a checkpoint; return False if there is nothing new to save.
+    def save(self, must: bool = False) -> bool:
+        """Write a checkpoint; return False if there is nothing new to save, or if it could not be written.
 
+        Args:
+            must: raise an error of the disk. Otherwise it is a warning, because the next save tries again.
         Raises:
             NonFiniteLossError: the last update made a parameter infinite; nothing is written.
-            OSError: the disk refuses; the checkpoints before are still there.
+            OSError: the log cannot be written, or `must` is set and the checkpoint cannot. The earlier
+                checkpoints are still there.
+        Warns:
+            UserWarning: the checkpoint cannot be written, and `must` is not set.
         """
         state = self._state
         if state.updating or self._saved == state.position:
@@ -116,28 +125,42 @@ class RunCheckpoints:
             )
             raise state.divergence
         with self._interrupts.hold():
-            self._directory.save(state.checkpoint(self._settings, self._base))
+            self._directory.sync_log()  # the checkpoint relies on it
+            try:
+                self._directory.save(state.checkpoint(self._settings, self._base))
+            except OSError as error:
+                if must or self._saved is None:
+                    raise
+                self._tried_at = time.monotonic()
+                self._warn_unsaved(error, self._saved[0])
+                return False
             self._note_saved()
         return True
 
+    def _warn_unsaved(self, error: OSError, saved: int) -> None:
+        warn_user(
+            f"the checkpoint of step {self._state.step} could not be written ({error}); the run continues "
+            f"and tries again at the next checkpoint. Until then the checkpoint of step {saved} is the newest"
+        )
+
     def _note_saved(self) -> None:
-        self._saved, self._saved_at = self._state.position, time.monotonic()
+        self._saved, self._tried_at = self._state.position, time.monotonic()
 
     def _age(self) -> float:
-        """Seconds since the newest checkpoint."""
-        return time.monotonic() - self._saved_at
+        """Seconds since the last checkpoint was written or tried."""
+        return time.monotonic() - self._tried_at
 
     # ---- after an error ----
 
     def save_after(self, error: Exception) -> None:
-        """Save the last whole step before an error leaves the run; a note on the error says what is saved."""
+        """Save the last whole step when an error ends the run; a note on the error says what is saved."""
         if self._saved is None:
             return
         with self._interrupts.hold():
             error.add_note(self._saved_after(error, self._saved[0]))
 
     def _saved_after(self, error: Exception, saved: int) -> str:
-        """Save the last whole step if the disk allows it; return words for what is saved.
+        """Save the last whole step if the disk allows it; return a sentence that says what is saved.
 
         Args:
             saved: the step of the newest checkpoint.
@@ -149,7 +172,7 @@ class RunCheckpoints:
             self._directory.cut_log(self._directory.log_bytes)  # drops a line that was cut short
             diverged = error is state.divergence
             if not (diverged and nonfinite_parameters(state.parameters, gradients=False)):
-                saved = state.step if self.save() else saved
+                saved = state.step if self.save(must=True) else saved
             if diverged and isinstance(error, NonFiniteLossError):
                 return self._log_divergence(error)
         except Exception as second:
@@ -158,7 +181,7 @@ class RunCheckpoints:
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _log_divergence(self, error: NonFiniteLossError) -> str:
-        """Log that the present parameters lead to this error, whatever the settings are; return a way out.
+        """Log that the present parameters lead to this error with any settings; return what to do about it.
 
         A resumed run then starts from the checkpoint before them, and only with other settings.
         """
@@ -171,7 +194,7 @@ class RunCheckpoints:
         return self._way_out(good)
 
     def _way_out(self, good: Checkpoint) -> str:
-        """How to continue from this checkpoint, and whether that is worth it."""
+        """A sentence that says how to continue from this checkpoint, and whether that is worth it."""
         words = f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
         losses = {record.step: record.loss for record in self._state.history.steps}
         first, then = losses.get(1, math.nan), losses.get(good.step + 1, math.nan)

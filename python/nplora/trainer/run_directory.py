@@ -3,7 +3,7 @@
 It holds
 
     checkpoint-0.safetensors, checkpoint-1.safetensors     two generations, written in turn
-    log.jsonl                                              a line for every step and epoch
+    log.jsonl                                              a header, and a line for every step and epoch
     lock                                                   while a run writes here; it contains the PID
 
 A checkpoint is written to a temporary file and renamed over the older generation (`formats.files.replace`),
@@ -42,7 +42,10 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer import checkpoint as checkpoints
 from nplora.trainer.checkpoint import MARKS, Checkpoint
 
-_FIRST_RECORD = re.compile(rb'\{"event":"(start","total_steps|resume","step|step","step|epoch","epoch)":')
+# A log without a header is of an early version, or was cut or lost.
+_FIRST_RECORD = re.compile(
+    rb'\{"event":"(header","nplora|start","total_steps|resume","step|step","step|epoch","epoch)":'
+)
 _MAX_LOG = 1 << 30
 _LONGEST_LINE = 1 << 16
 
@@ -297,20 +300,28 @@ class RunDirectory:
             OSError: the disk refuses; both generations are unchanged, and the message says how many bytes
                 were needed.
         """
+        is_again = False
         if self._first_log is not None:
             self._drop_other(checkpoint)
-        elif checkpoint.step == self._step and any(self._serials) and not self.damaged:
-            self._slot = 1 - self._slot
-        with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
-            os.fsync(self._log)  # the history of the checkpoint is in the log
-        self._write(checkpoint)
+        else:
+            is_again = checkpoint.step == self._step and any(self._serials) and not self.damaged
+        self._write(checkpoint, 1 - self._slot if is_again else self._slot)
         self._step = checkpoint.step
 
-    def _write(self, checkpoint: Checkpoint, *more: files.NewFile, **metadata: str) -> None:
+    def sync_log(self) -> None:
+        """Bring the log to the disk; a checkpoint that is saved next has its history there.
+
+        Raises:
+            OSError: the disk refuses; lines of the log may be lost.
+        """
+        with files.disk_errors(self.path / LOG, "the log may have lost lines, no checkpoint is written"):
+            os.fsync(self._log)
+
+    def _write(self, checkpoint: Checkpoint, slot: int, *more: files.NewFile, **metadata: str) -> None:
         numbered = dataclasses.replace(checkpoint, serial=max(self._serials) + 1, log_bytes=self.log_bytes)
-        new = checkpoints.new_file(self.path / CHECKPOINTS[self._slot], numbered, metadata)
+        new = checkpoints.new_file(self.path / CHECKPOINTS[slot], numbered, metadata)
         files.replace([new, *more], self._directory)
-        self.newest, self._serials[self._slot], self._slot = None, numbered.serial, 1 - self._slot
+        self.newest, self._serials[slot], self._slot = None, numbered.serial, 1 - slot
         self.damaged.clear()  # a damaged checkpoint is the first to be replaced
 
     def _drop_other(self, checkpoint: Checkpoint) -> None:
@@ -324,7 +335,7 @@ class RunDirectory:
         digest = peft_adapter.tensors_digest(self.path) if self._overwrite else None
         if digest is not None:
             metadata[run_files.DROPPED_ADAPTER] = digest
-        self._write(checkpoint, self._new_log(log), **metadata)
+        self._write(checkpoint, self._slot, self._new_log(log), **metadata)
         self._first_log = None
         self._reopen_log()
         if self._overwrite:

@@ -1,4 +1,4 @@
-"""Trainer: fits the trainable arrays of a model to data, with all that a long run needs."""
+"""Trainer: fits the trainable arrays of a model to data, with checkpoints, logs and early stopping."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -35,12 +35,20 @@ _EVALUATION_ROWS = 256
 class Trainer(TrainingSetup):
     """Trains the trainable arrays of a model. Its frozen weights never change.
 
+        >>> import nplora, numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> x, labels = rng.normal(size=(200, 16)), rng.integers(0, 3, 200)
+        >>> layer = nplora.LoRALinear(rng.normal(size=(3, 16)), rank=2, rng=0)
+        >>> trainer = nplora.Trainer(layer, loss="cross_entropy", optimizer=nplora.AdamW(lr=0.01))
+        >>> trainer.fit(x, labels, epochs=5, batch_size=50)
+        History(20 steps, 5 epochs, ended='complete', loss 3.439 -> 3.261)
+
     Args:
         model: a Module.
         loss: "mse", "cross_entropy", "bce", "huber", a callable (prediction, target) -> (loss, gradient), or
             a `FusedLoss` for a model whose output is too large to keep.
         optimizer: AdamW or SGD; None: AdamW(). It keeps its state from one `fit` to the next.
-        schedule: the course of the learning rate after the warm-up: "constant", "linear" or "cosine".
+        schedule: learning rate schedule after the warm-up: "constant", "linear" or "cosine".
         warmup_steps: steps during which the learning rate rises to the `lr` of the optimiser.
         accumulate: batches in one step. Their gradients are weighted by what the loss counts (labelled rows,
             or elements), so the step equals that of one large batch. The last step of an epoch may have fewer
@@ -48,7 +56,8 @@ class Trainer(TrainingSetup):
         clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
         seed: the seed of the order of the examples. (For the model's own randomness, see `model.seed`.)
         callbacks: `Callback`s, called in this order.
-        progress: show a progress line on stderr (tqdm's if it is installed); None: if stderr is a terminal.
+        progress: show a progress line on stderr (tqdm's if it is installed); None: show it in a terminal and
+            in a Jupyter notebook.
     Raises:
         ValueError, TypeError: an argument is none of the above.
     """
@@ -94,10 +103,22 @@ class Trainer(TrainingSetup):
 
         Ctrl-C ends the run early: what was trained so far is saved in the `checkpoint_dir`, if there is one,
         and the history is returned with `interrupted` true. A second Ctrl-C during this, or within half a
-        second of the first, is meant for the program: it raises KeyboardInterrupt after the checkpoint is
-        written. SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves parameters
-        and moments as they were after the last whole step. After any error that step is saved in the
-        `checkpoint_dir`, and a note on the error says so.
+        second of the first, ends the program: it raises KeyboardInterrupt after the checkpoint is written.
+        SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves parameters and moments
+        as they were after the last whole step. After any error that step is saved in the `checkpoint_dir`,
+        and a note on the error says so. If a checkpoint cannot be written during the run, as on a full disk,
+        the run warns, continues, and tries again at the next checkpoint.
+
+            >>> import nplora, numpy as np
+            >>> rng = np.random.default_rng(0)
+            >>> x, y = rng.normal(size=(40, 8)), rng.normal(size=(40, 2))
+            >>> layer = nplora.LoRALinear(rng.normal(size=(2, 8)), rank=2, rng=0)
+            >>> trainer = nplora.Trainer(layer, loss="mse")
+            >>> history = trainer.fit(x, y, steps=30, batch_size=20, validation=(x, y))
+            >>> len(history.steps), len(history.epochs)
+            (30, 15)
+            >>> history.val_loss[-1] < history.val_loss[0]
+            True
 
         Args:
             x, y: arrays of the same length; or x alone, an iterable of batches (x, y) or a `Batches`, for
@@ -134,12 +155,13 @@ class Trainer(TrainingSetup):
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
                 that no run made has the name of one of the run's files. UnsafeError: a link has.
             BlockingIOError: another process writes to the directory.
-            OSError: the directory cannot be written, or the disk is full. The last checkpoint is still there,
-                and the message says how many bytes were needed.
+            OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
+                checkpoint is still there, and the message says how many bytes were needed.
         Warns:
             UserWarning: a damaged checkpoint was skipped and the one before it is used; settings, instruction
-                set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; the
-                run ends before the learning rate has risen; no label counts in any step.
+                set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; a
+                checkpoint cannot be written during the run; the run ends before the learning rate has risen;
+                no label counts in any step.
         """
         if checkpoint_dir is not None:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
@@ -170,6 +192,11 @@ class Trainer(TrainingSetup):
     ) -> dict[str, float]:
         """The mean loss over x and y, without dropout, as {"loss": ...}.
 
+            >>> import nplora, numpy as np
+            >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1))
+            >>> trainer.evaluate(np.eye(3), np.array([0, 1, 1]))["accuracy"]
+            0.6666666666666666
+
         Args:
             x, y: as in `fit`.
             batch_size: rows at a time.
@@ -188,10 +215,25 @@ class Trainer(TrainingSetup):
     def predict(self, x: npt.ArrayLike, *, batch_size: int = _EVALUATION_ROWS) -> Array:
         """The model's output for the rows of x (n, ...), `batch_size` at a time, without dropout.
 
+            >>> import nplora, numpy as np
+            >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(3), rank=1))
+            >>> trainer.predict(np.ones((5, 3))).shape
+            (5, 3)
+
         Raises:
             ValueError: x does not fit the model, or it is a single example instead of rows: pass x[None].
         """
         return predict(self.model, x, _check.integer("Trainer.predict", "batch_size", batch_size, least=1))
+
+    def __repr__(self) -> str:
+        loss = getattr(self.loss, "name", type(self.loss).__name__)
+        options = {"schedule": "constant", "warmup_steps": 0, "accumulate": 1, "clip_norm": None, "seed": 0}
+        changed = [
+            f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) != options[name]
+        ]
+        settings = ", ".join([f"loss={loss!r}", f"optimizer={self.optimizer!r}", *changed])
+        model = repr(self.model).replace("\n", "\n  ")
+        return f"Trainer({settings})\n  {model}"
 
     def _run(self, config: FitConfig, directory: RunDirectory | None, resume: bool) -> History:
         line = progress_line(self.progress)
@@ -258,13 +300,12 @@ class Trainer(TrainingSetup):
         optim.require(_OP, self.optimizer)  # it may have been replaced since
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
-        for layer in self.model.adapter_layers().values():
-            layer.require_trainable("fit")
-            if not layer.adapter_enabled:
-                raise RuntimeError(f"{_OP}: the adapters are switched off here, as inside disable_adapter()")
+        self.model.require_trainable("fit")
+        if not all(layer.adapter_enabled for layer in self.model.adapter_layers().values()):
+            raise RuntimeError(f"{_OP}: the adapters are switched off here, as inside disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
-        """Check all labels before the first step; the output for one row has the number of classes."""
+        """Check all labels before the first step. The output for one row shows the number of classes."""
         if isinstance(self.loss, CrossEntropy) and batches.y.dtype.kind in "iu":
             with np.errstate(over="ignore", invalid="ignore"):
                 classes = self.model(batches.x[:1]).shape[-1]

@@ -54,7 +54,7 @@ class TrainingRun(Run):
         return self.history
 
     def _train_until_interrupted(self, resume: bool) -> None:
-        """Train. The first Ctrl-C ends the run as its last step would; what ends the process is raised."""
+        """Train. A first Ctrl-C ends the run as its last step would; an end of the process is raised."""
         try:
             with self._interrupts.hold():
                 self._begin(resume)
@@ -67,7 +67,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Take over the directory's checkpoint, or write the first one: the disk is tried before any work."""
+        """Take over the directory's checkpoint, or write the first one, to try the disk before any work."""
         self._state.prepare()
         if self._directory is None:
             return
@@ -78,14 +78,14 @@ class TrainingRun(Run):
             self._stop_if_patience_is_lost()
         else:
             self._checkpoints.begin()
-            self._save()
+            self._save(must=True)
 
     def _save_interrupted(self) -> None:
         with self._interrupts.hold():
             self._ended = "interrupted"
             self._state.roll_back()
             self._state.reopen_epoch()
-            saved = self._checkpoints is not None and self._checkpoints.save()
+            saved = self._checkpoints is not None and self._checkpoints.save(must=True)
         if saved:
             self._call("on_checkpoint")
 
@@ -106,7 +106,7 @@ class TrainingRun(Run):
                 self._close_epoch(complete=True)
                 if self._checkpoints is not None and self._checkpoints.is_due_after_epoch():
                     self._save()
-        self._save()
+        self._save(must=True)
         if self.batch:  # the run ended within an epoch; a resumed run closes that epoch later
             self._close_epoch(complete=False)
 
@@ -161,9 +161,9 @@ class TrainingRun(Run):
         for callback in self._callbacks:
             getattr(callback, hook)(self, *arguments)
 
-    def _save(self) -> None:
-        """Write a checkpoint if there is a directory and something new to save."""
-        if self._checkpoints is not None and self._checkpoints.save():
+    def _save(self, must: bool = False) -> None:
+        """Write a checkpoint if there is a directory and something new to save; `must`: or raise OSError."""
+        if self._checkpoints is not None and self._checkpoints.save(must):
             self._call("on_checkpoint")
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a trainer trains, and how: the model, the loss, the optimizer, and what a step consists of."""
+"""TrainingSetup: the model, the loss, the optimiser, and the settings of a step."""
 
 import inspect
 from typing import Any

@@ -1,12 +1,12 @@
-"""`nplora demo`: a language model learns a dictionary, or a network that reads digits adapts."""
+"""`nplora demo`: a language model learns a dictionary, or a network adapts to other images of digits."""
 
 import argparse
 
 from nplora.cli.parser import path
 
 HELP = (
-    "Fine-tune a small language model on The Devil's Dictionary; or (digits) adapt a network that reads "
-    "handwritten digits to turned and inverted images."
+    "See LoRA at work: a small language model learns The Devil's Dictionary; or, with digits, a network that "
+    "reads handwritten digits adapts to rotated and inverted images."
 )
 
 
@@ -17,14 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=("dictionary", "digits"),
         default="dictionary",
-        help="dictionary (default) or digits",
+        help="dictionary or digits (default: dictionary)",
     )
     text = "directory for the adapter and the log (default: demo-WHAT)"
     parser.add_argument("--output", metavar="DIR", type=path, help=text)
     parser.add_argument("--rank", type=int, help="rank of the LoRA factors (default: 8; digits: 4)")
-    text = "seed of the initial factors and the order of the data (default: 0)"
+    text = "random seed of the initial factors and the order of the data (default: 0)"
     parser.add_argument("--seed", type=int, default=0, help=text)
-    text = "drop the run, the adapter and the plot in the output directory"
+    text = "delete the run, the adapter and the plot in the output directory"
     parser.add_argument("--overwrite", action="store_true", help=text)
 
 

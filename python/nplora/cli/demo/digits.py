@@ -1,4 +1,4 @@
-"""`nplora demo digits`: a network that was pretrained on handwritten digits adapts to changed images."""
+"""`nplora demo digits`: a network that was pretrained on handwritten digits adapts to other images."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ class DigitsNet(Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) with values 0..1 in the old world and in the new one, and labels (n,)."""
+    """Images (n, 64) with values from 0 to 1, in the old world and in the new one, and labels (n,)."""
 
     old: Array
     new: Array
@@ -65,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of the held-out digits that are read correctly in each world."""
+    """The share of the held-out digits that is read correctly in each world."""
 
     old: float
     new: float
@@ -76,8 +76,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the held-out digits of the new world.
 
     Attributes:
-        difference, bound: for the number in a layer's output that comes closest to its bound: how far merging
-            moves it, and how far rounding alone can move it.
+        difference, bound: for the output of a layer that comes closest to its bound: how much merging changes
+            it, and how much rounding alone can change it.
         logits: the largest difference of the network's outputs.
     """
 
@@ -88,17 +88,17 @@ class MergeCheck:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The results of the demo, whose `str` it prints.
+    """The results of the demo, which it prints.
 
     Attributes:
-        before, after, off: the accuracy before training, after it, and after it with the adapter off.
-        examples, held_out: the number of digits to train on, and to evaluate on.
-        rank, factors, parameters: the rank, the trained values, and the frozen values of the network.
-        saved_bytes: what one batch keeps from forward to backward.
-        seconds, threads: the time of the training, and its number of threads.
-        digests: SHA-256 over all frozen weights and biases, before training and at the very end.
+        before, after, off: accuracy before training, after it, and after it with the adapter off.
+        examples, held_out: number of digits to train on, and to evaluate on.
+        rank, factors, parameters: the rank, the number of trained values, and the number of frozen values.
+        saved_bytes: the bytes that one batch keeps from forward to backward.
+        seconds, threads: time of the training, and its number of threads.
+        digests: SHA-256 of all frozen weights and biases, before training and at the end.
         merge: merged outputs compared with unmerged ones.
-        reloaded_equal: a fresh network with the saved adapter has the same logits, bit for bit.
+        reloaded_equal: a new network with the saved adapter has the same logits, bit for bit.
     """
 
     before: Accuracy
@@ -118,7 +118,7 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """The promises of the demo that do not hold; empty unless there is a bug."""
+        """The promises of the demo that do not hold. It is empty unless there is a bug."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter leaves a trace when it is off": self.off == self.before,
@@ -161,16 +161,16 @@ def run(
     """Adapt the pretrained network to digits that are rotated by 90° and inverted; print the results.
 
     Args:
-        output: directory for the adapter, log.jsonl and, with matplotlib, the plot; made if needed.
-        rank: the rank of the factors of each layer.
-        seed: the seed of the initial factors and of the order of the examples.
-        overwrite: drop the run, the adapter and the plot in output, as of an earlier demo.
-        epochs, lr: passes over the 600 examples, and the peak learning rate of AdamW.
+        output: directory for the adapter, log.jsonl and, with matplotlib, the plot; it is made if needed.
+        rank: rank of the LoRA factors.
+        seed: random seed of the initial factors and the order of the examples.
+        overwrite: delete the run, the adapter and the plot in `output`, such as those of an earlier demo.
+        epochs, lr: passes over the 600 examples, and peak learning rate of AdamW.
     Returns:
         the report that was printed.
     Raises:
         ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
-        FileExistsError: output holds a run, an adapter or a plot, and `overwrite` is not set.
+        FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
         RuntimeError: a promise of the demo does not hold.
     """
     directory = Path(output)
@@ -220,13 +220,13 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """The pretrained network in float16, and the numbers of the digits in each split."""
+    """The pretrained network in float16, and the indices of the digits in each split."""
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 
 
 def digits(numbers: Array) -> Digits:
-    """The digits of scikit-learn with these numbers, 0..1796, in both worlds.
+    """The digits of scikit-learn with these indices, from 0 to 1796, in both worlds.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -250,7 +250,7 @@ def adapt(
     epochs: int,
     lr: float,
 ) -> float:
-    """Train the factors on the new world, log to the directory, and return the time in seconds."""
+    """Train the factors on the new world, with a log in the directory; return the seconds that it took."""
     trainer = Trainer(model, "cross_entropy", AdamW(lr, weight_decay=0.0), schedule="cosine", seed=seed)
     start = time.perf_counter()
     history = trainer.fit(
@@ -259,7 +259,7 @@ def adapt(
         epochs=epochs,
         batch_size=BATCH,
         checkpoint_dir=directory,
-        checkpoint_every=epochs * len(examples.labels),  # only at the beginning and at the end
+        checkpoint_every=epochs * len(examples.labels),  # that is, only at the beginning and at the end
         overwrite=overwrite,
     )
     if history.interrupted:
@@ -268,13 +268,13 @@ def adapt(
 
 
 def accuracy(model: Module, held_out: Digits) -> Accuracy:
-    """The share of digits whose label has the largest logit."""
+    """The share of digits whose label has the largest logit, in each world."""
     right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
     return Accuracy(old=float(right[0]), new=float(right[1]))
 
 
 def frozen_digest(model: DigitsNet) -> str:
-    """SHA-256 over the bytes of all frozen weights and biases."""
+    """SHA-256 of the bytes of all frozen weights and biases."""
     digest = hashlib.sha256()
     for layer in (model.fc1, model.fc2, model.fc3):
         digest.update(layer.weight.to_numpy().tobytes())
@@ -283,11 +283,11 @@ def frozen_digest(model: DigitsNet) -> str:
 
 
 def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
-    """Merge, run every layer on the inputs that it had when unmerged, compare, and unmerge.
+    """Merge; run each layer on the inputs that it had before the merge; compare; unmerge.
 
-    Merged or not, a layer computes (W + s A B) h + b, and rounding moves each result by at most
-    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both, whatever the
-    order of the sums (Higham 2002, section 3.1).
+    Merged or not, a layer computes (W + s A B) h + b. Rounding changes each result by at most
+    γ (|W| |h| + s |A| |B| |h| + |b|), elementwise. γ = γ_k with k = 2 d_in + r + 6 covers both computations,
+    for any order of the sums (Higham 2002, section 3.1).
     """
     layers = (model.fc1, model.fc2, model.fc3)
     inputs, outputs, bounds = [x], [], []

@@ -1,4 +1,4 @@
-"""Training data: from files of text to tokens, labels and batches of packed sequences."""
+"""Training data: files of text become tokens and labels, and these become packed batches."""
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import (

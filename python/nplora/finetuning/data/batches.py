@@ -1,4 +1,4 @@
-"""Batches of a dataset's examples, packed without padding, in an order that depends on (seed, epoch) only."""
+"""Batches of a dataset's examples, packed without padding. Only (seed, epoch) decide their order."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,22 +12,35 @@ from nplora.models.packing import PackedBatch, pack
 
 Array = npt.NDArray[Any]
 
-EVALUATION_TOKENS = 1024  # the most tokens in a batch of an evaluation, unless one example has more
+EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless one example has more
 
 
 class TokenBatches:
-    """Packed batches with a fixed number of examples, or with as many as fit into a number of tokens.
+    """Packed batches of a fixed number of examples, or of as many as fit into a number of tokens.
 
-    With `batch_tokens`, the examples are put into batches once, in an order that the seed decides, and each
-    epoch takes these batches in another order. So all epochs have the same number of batches. With
-    `batch_examples`, each epoch draws new batches. Any batch can be reached without reading those before it.
+    With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
+    epoch takes these batches in another order, so all epochs have the same number of batches. With
+    `batch_examples`, each epoch draws new batches. Any batch can be made without those before it.
 
     Args:
-        batch_tokens: the most tokens in a batch; a longer example is a batch by itself.
-        batch_examples: the examples in a batch; the last batch may have fewer. Give one of the two.
-        shuffle: False: every epoch has the order of the file.
+        dataset: the examples.
+        batch_tokens: maximum tokens in a batch; a longer example is a batch by itself.
+        batch_examples: examples in a batch; the last batch may have fewer. Give this or `batch_tokens`.
+        shuffle: False keeps the order of the file in every epoch.
+        seed: random seed of the order, at least 0.
     Attributes:
         length: batches in an epoch.
+    Raises:
+        ValueError: both sizes or none are given, or a number is out of range.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
+    >>> batches = nplora.data.TokenBatches(dataset, batch_examples=5)
+    >>> len(dataset), len(batches)
+    (16, 4)
+    >>> batch, targets = next(batches.epoch(0))
+    >>> len(batch.ids)
+    37
     """
 
     def __init__(
@@ -41,7 +54,8 @@ class TokenBatches:
     ) -> None:
         op = "TokenBatches"
         if (batch_tokens is None) == (batch_examples is None):
-            raise ValueError(f"{op}: expected either batch_tokens or batch_examples")
+            both = "both" if batch_tokens is not None else "none"
+            raise ValueError(f"{op}: got {both} of batch_tokens and batch_examples, expected one of them")
         self.dataset, self.shuffle = dataset, bool(shuffle)
         self.seed = _check.integer(op, "seed", seed, least=0)
         self._tokens, self._examples = batch_tokens, batch_examples
@@ -60,13 +74,13 @@ class TokenBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Array]]:
-        """The batches of an epoch (from 0) after the first `skip`, each with its targets."""
+        """The batches of an epoch (from 0), each with its targets, without the first `skip`."""
         for members in self.members(epoch, skip):
             batch = pack(self.dataset[int(index)] for index in members)
             yield batch, batch.targets
 
     def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
-        """The examples of each batch of an epoch (from 0) after the first `skip`."""
+        """The indices of the examples in each batch of an epoch (from 0), without the first `skip`."""
         if self._examples is None:
             order = self._order(len(self._groups), 1 + epoch)
             yield from (self._groups[index] for index in order[skip:])
@@ -79,7 +93,7 @@ class TokenBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, as JSON."""
+        """What must stay the same when a run resumes, as JSON."""
         return {
             "data": self.dataset.fingerprint(),
             "batch_tokens": self._tokens,
@@ -89,7 +103,7 @@ class TokenBatches:
         }
 
     def _grouped(self, batch_tokens: int) -> list[Array]:
-        """The examples of every batch."""
+        """The indices of the examples of each batch."""
         lengths, order = self.dataset.lengths, self._order(len(self.dataset), 0)
         groups, begin, size = list[Array](), 0, 0
         for place, length in enumerate(lengths[order].tolist()):
@@ -100,7 +114,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A permutation by the raw numbers of PCG64, which are the same in every NumPy version."""
+        """A permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

@@ -1,8 +1,9 @@
-"""Dataset: the examples of a file as tokens, marked if they are trained, and a report about the file."""
+"""Dataset: the examples of a file as tokens, with a mark for each trained token, and a report on the file."""
 
 from __future__ import annotations
 
 import array
+import errno
 import hashlib
 import itertools
 import os
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,23 +38,15 @@ LEARN = ("completion", "all")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
 _QUOTED = 3  # bad lines that a report quotes
 _MESSAGES = "expected a list of objects with a role and a content"
-_NOTHING = "nothing to train on: no assistant turn of weight 1, or no token before it"
+_NOTHING = "nothing to train on, expected an assistant turn of weight 1 with a token before it"
 _KINDS = ("messages", "text", "prompt", "completion")
-_CONTEXT = ("tools", "documents")  # what the chat template gets besides the messages of a row
-_ROLES = (
-    "system",
-    "user",
-    "assistant",
-    "tool",
-    "developer",
-    "function",
-    "ipython",
-)  # the roles in known templates
+_CONTEXT = ("tools", "documents")  # fields of a row that the chat template gets besides the messages
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The ids of a row, which of them are trained, and whether its tools or documents are unused."""
+    """The ids of a row, whether each is trained, and whether the row has unused tools or documents."""
 
     ids: list[int]
     trained: list[bool]
@@ -62,18 +55,24 @@ class _Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a file contains; its `str` says it in a line or two.
+    """What a file of data contains; `print` shows it in a line or two.
 
     Attributes:
+        source: the file.
         examples: rows that are used, or windows of a plain text.
-        tokens, learned: the tokens of all examples, and the trained tokens among them: those with a label
-            that the model can predict.
-        shortest, median, longest: lengths of examples, in tokens.
+        tokens: the tokens of all examples.
+        learned: the trained tokens: those that the loss counts.
+        shortest, median, longest: lengths of the examples, in tokens.
         truncated: examples that were cut to the maximum length.
-        emptied: examples that are not used, because nothing to train on was left after the cut.
-        skipped: bad rows that were skipped. problems: the errors of the first few.
-        unused: examples with tools or documents that the model does not see, because the chat template does
-            not write them.
+        emptied: examples that are left out, because the cut left no trained token.
+        skipped: bad rows that were skipped.
+        problems: the errors of the first few skipped rows.
+        unused: examples with tools or documents that the chat template does not write, so that the model does
+            not see them.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
+    valid.jsonl: 4 examples, 36 tokens (12 in the loss); 9 to 9 tokens long, median 9
     """
 
     source: str
@@ -91,26 +90,34 @@ class DataReport:
 
     def __str__(self) -> str:
         text = (
-            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
-            f"{self.learned:,} of them trained; {self.shortest} to {self.longest} tokens long, "
+            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')} "
+            f"({self.learned:,} in the loss); {self.shortest} to {self.longest} tokens long, "
             f"median {self.median}"
         )
         if self.truncated:
             text += f"; {self.truncated} cut to the maximum length"
         if self.emptied:
-            text += f"; {self.emptied} left out, with nothing to train on within it"
+            text += f"; {self.emptied} left out, with nothing to train on within the maximum length"
         if self.skipped:
             text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
         return text
 
 
 class Dataset(Sequence[tuple[Array, Array]]):
-    """Examples (ids, labels), int32 arrays of one length. A label is IGNORED if its token is not trained.
+    """Examples (ids, labels): two int32 arrays of the same length. Label -100: the token is not trained.
 
-    All examples are in one array, at 5 bytes per token.
+    All examples are in one array, which takes 5 bytes per token.
 
     Attributes:
         report: what the file contains.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer)
+    >>> dataset
+    Dataset(train.jsonl: 16 examples, ...)
+    >>> ids, labels = dataset[0]
+    >>> tokenizer.decode(ids[labels != -100])
+    '0<|end|>'
     """
 
     def __init__(self, ids: Array, trained: Array, starts: Array, report: DataReport) -> None:
@@ -120,6 +127,10 @@ class Dataset(Sequence[tuple[Array, Array]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> tuple[Array, Array]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Array, Array]]: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -130,7 +141,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
     @property
     def lengths(self) -> Array:
-        """The tokens of each example."""
+        """The number of tokens of each example."""
         return np.diff(self._starts)
 
     @property
@@ -146,7 +157,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
         return int(self._ids.max())
 
     def fingerprint(self) -> str:
-        """SHA-256 over all tokens. It changes with the file, and with how the file is read."""
+        """SHA-256 of all tokens and marks. It changes with the file and with the way the file is read."""
         digest = hashlib.sha256()
         for part in (self._ids, self._trained, self._starts):
             digest.update(part.tobytes())
@@ -157,10 +168,14 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
 
 def find_splits(path: StrPath) -> tuple[Path, Path | None]:
-    """The training file and the validation file, or None. A directory has them as train.* and valid.*.
+    """Find the training file and the validation file, if any: in a directory, train.* and valid.*.
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt).
+
+    >>> train, valid = nplora.data.find_splits(".")
+    >>> train.name, valid.name
+    ('train.jsonl', 'valid.jsonl')
     """
     given = Path(path)
     if not given.is_dir():
@@ -170,10 +185,13 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
 
 
 def find_evaluated(path: StrPath) -> Path:
-    """The file that a model is evaluated on; of a directory, valid.*, or train.* if there is no valid.*.
+    """Find the file that a model is evaluated on: in a directory, valid.*, or train.* if there is no valid.*.
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has neither.
+
+    >>> nplora.data.find_evaluated(".").name
+    'valid.jsonl'
     """
     given = Path(path)
     if given.is_dir():
@@ -187,7 +205,9 @@ def _required(directory: Path, *names: str) -> Path:
     found = next(filter(None, (_split(directory, name) for name in names)), None)
     if found is None:
         wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
-        raise FileNotFoundError(2, f"the directory has none of {wanted}", os.fspath(directory))
+        raise FileNotFoundError(
+            errno.ENOENT, f"the directory has none of these: {wanted}", os.fspath(directory)
+        )
     return found
 
 
@@ -206,31 +226,37 @@ def read_dataset(
 ) -> Dataset:
     """Read a file of training data.
 
-        {"prompt": "…", "completion": "…"}     joined unchanged, then EOS; completion and EOS are trained
+        {"prompt": "…", "completion": "…"}     both joined, then EOS; the completion and EOS are trained
         {"messages": [{"role": …, "content": …}]}    the chat template; the assistant's turns are trained
         {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
-        {"text": "…"}                          text, then EOS; all of it is trained
-        prompt,completion or text              the same as columns of a .csv file
+        {"text": "…"}                          the text, then EOS; all tokens are trained
+        prompt,completion or text              the same, as columns of a .csv file
         a plain .txt file                      one text, in windows of max_length tokens
 
-    An assistant's message with "weight": 0 is read, but not trained. A field that is null counts as missing.
+    An assistant's message with "weight": 0 is read but not trained. A field that is null counts as missing.
 
     Args:
         path: a .jsonl, .csv or .txt file.
-        max_length: examples are cut to this many tokens. A plain text needs it.
-        learn: "completion", as above, or "all": every token is trained, also of prompts and other turns.
-        skip_bad: skip and count wrong rows.
+        tokenizer: the model's tokenizer.
+        max_length: maximum tokens of an example; longer examples are cut. A plain text needs it.
+        learn: "completion", as above, or "all": prompts and all turns are trained too.
+        skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
         DataError: the file has no rows, or a row is wrong: it is none of the above or two of them; its
             completion or text is empty, or its prompt, if the model has no BOS; a role is unknown; a weight
-            is neither 0 nor 1, or not of the assistant; tools or documents are not a list of objects; or
-            there is nothing to train on. The message names the file and the line.
-        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is at fault.
+            is neither 0 nor 1, or is not in an assistant's message; tools or documents are not a list of
+            objects; or no token can be trained. The message names the file and the line.
+        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is wrong.
         ValueError: an argument is none of the above, or the model has no EOS or no chat template.
         OSError: the file cannot be read.
     Warns:
         UserWarning: some rows have tools or documents that the chat template does not write.
+
+    >>> tokenizer = nplora.load_model("model.gguf").tokenizer
+    >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
+    >>> len(dataset), dataset.report.truncated
+    (16, 0)
     """
     op = "read_dataset"
     if max_length is not None:
@@ -238,7 +264,7 @@ def read_dataset(
     _check.choice(op, "learn", learn, LEARN)
     plain = files.suffix(path) == ".txt"
     if plain and max_length is None:
-        raise ValueError(f"{op}: {files.name(path)} is a plain text, which needs a max_length")
+        raise ValueError(f"{op}: max_length is None, and {files.name(path)} is a plain text, which needs one")
     encoder = _Encoder(tokenizer, learn == "all", None if plain else max_length)
     builder = _Builder(files.name(path), None if plain else max_length, strict)
     if plain:
@@ -269,7 +295,7 @@ def read_dataset(
 
 
 def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
-    """Windows that share one token with the next, so that each token but the first is predicted once."""
+    """Windows of tokens. Each shares a token with the next, so each token but the first is predicted once."""
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
         yield window
@@ -281,9 +307,9 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None) -> None:
         if tokenizer.eos_id is None:
-            raise ValueError(f"{tokenizer.source}: the model names no EOS token, so no text can end")
+            raise ValueError(f"{tokenizer.source}: the model names no EOS token, which ends each example")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
-        self._most = None if max_length is None else max_length + 1  # the rest of a long row is not encoded
+        self._most = None if max_length is None else max_length + 1  # the rest of a longer row is not encoded
 
     def encode(self, row: Row) -> _Example:
         values, where = row.values, row.where
@@ -317,14 +343,14 @@ class _Encoder:
         return _Example(ids, [True] * len(ids), _has_context(values))
 
     def _completion(self, values: dict[str, Any], where: str) -> _Example:
-        """Encode both as one text, or apart if the text's tokens do not begin with the prompt's."""
+        """Encode both as one text; or apart, if the tokens of that text do not begin with the prompt's."""
         prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),
             self._tokenizer.encode_prompt(prompt + completion, self._most),
         )
         if not before:
-            raise DataError(f"{where}: prompt is empty, and the model has no BOS token")
+            raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode_continuation(completion, self._most)
         ids.append(self._eos)
@@ -360,15 +386,19 @@ def _check_message(message: object, where: str) -> None:
         raise DataError(f"{where}: a message is {brief(message)}, {_MESSAGES}")
     role, weight = message["role"], message.get("weight")
     if role not in _ROLES:
-        raise DataError(f"{where}: a message's role is {brief(role)}, expected {', '.join(_ROLES)}")
+        raise DataError(
+            f"{where}: the role of a message is {brief(role)}, expected one of {', '.join(_ROLES)}"
+        )
     if role == "assistant" and not _says_something(message):
-        raise DataError(f"{where}: the assistant's content is {brief(message.get('content'))}")
+        raise DataError(
+            f"{where}: the assistant's content is {brief(message.get('content'))}, expected a text"
+        )
     if weight is None:
         return
     if role != "assistant":
-        raise DataError(f"{where}: a message of the {role} has a weight; only the assistant's may have one")
+        raise DataError(f"{where}: a message of role {role!r} has a weight, expected it for 'assistant' only")
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{where}: a message's weight is {brief(weight)}, expected 0 or 1")
+        raise DataError(f"{where}: the weight of a message is {brief(weight)}, expected 0 or 1")
 
 
 def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
@@ -382,7 +412,7 @@ def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, An
 
 
 def _has_context(values: dict[str, Any]) -> bool:
-    """Whether a row without a chat has tools or documents, which are unused."""
+    """Whether a row without messages has tools or documents, which are unused."""
     return any(values.get(name) for name in _CONTEXT)
 
 
@@ -397,12 +427,12 @@ def _says_something(message: dict[str, Any]) -> bool:
 
 def _text(values: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
     if key not in values:
-        raise DataError(f"{where}: {key} is missing, the row has {brief(list(values))}")
+        raise DataError(f"{where}: {key} is missing; the row has {brief(list(values))}")
     value = values[key]
     if not isinstance(value, str):
         raise DataError(f"{where}: {key} is {brief(value)}, expected a string")
     if not value.strip() and not may_be_empty:
-        raise DataError(f"{where}: {key} is empty")
+        raise DataError(f"{where}: {key} is empty, expected a text")
     return value
 
 
@@ -421,7 +451,7 @@ class _Builder:
             if self._strict:
                 least = "at least " * (len(ids) <= self._max_length + 2)  # the rest may not have been read
                 count = f"{least}{len(ids):,} tokens"
-                raise DataError(f"{where}: {count}, at most {self._max_length:,} are allowed")
+                raise DataError(f"{where}: {count}, expected at most {self._max_length:,}")
             ids, trained = ids[: self._max_length], trained[: self._max_length]
             if not any(trained[1:]):
                 self._emptied += 1
@@ -443,7 +473,7 @@ class _Builder:
         if not len(lengths):
             skipped = f"{counted(self._skipped, 'bad row')} skipped ({'; '.join(self._problems)})"
             reasons = [skipped] * bool(self._skipped)
-            emptied = f"{self._emptied} with nothing to train on in their first tokens"
+            emptied = f"{self._emptied} with nothing to train on within max_length={self._max_length}"
             emptied += "; a larger max_length keeps more"
             reasons += [emptied] * bool(self._emptied)
             raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")

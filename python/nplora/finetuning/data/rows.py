@@ -1,7 +1,7 @@
-"""Rows of files of training data: JSONL, CSV and plain text, each with the number of its line.
+"""Rows of files of training data, JSONL, CSV and plain text, each with the number of its line.
 
-Files are read in parts. A line that is wrong is a DataError, and one that is over a limit a LimitError; both
-name the file and the line.
+Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both name the
+file and the line.
 """
 
 import csv
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora.formats import files, strict_json
-from nplora.formats.errors import DataError, FormatError, LimitError, brief
+from nplora.formats.errors import DataError, FormatError, LimitError, brief, counted
 from nplora.formats.files import StrPath
 
 MAX_LINE = 1 << 24  # bytes
@@ -22,7 +22,7 @@ _CSV_COLUMNS = ({"prompt", "completion"}, {"text"})
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row, or what is wrong with it.
+    """A row, or the error that reading it gave.
 
     Attributes:
         where: its file and line, for messages.
@@ -50,7 +50,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
 
 def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
-    """Number (from 1) and content of every line; for a line that is too long an error, which is the last."""
+    """The number (from 1) and the content of each line. A line that is too long is an error, and the last."""
     number, rest = 0, b""
     with files.reading(path) as reader:
         for begin in range(0, len(reader), _PART):
@@ -60,14 +60,17 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
                 yield number, _bare(line, number)
             if len(rest) > MAX_LINE:
                 where = f"{files.name(path)}, line {number + 1}"
-                yield number + 1, LimitError(f"{where}: over {MAX_LINE:,} bytes, which is the limit")
+                yield (
+                    number + 1,
+                    LimitError(f"{where}: more than {MAX_LINE:,} bytes, the limit for a line"),
+                )
                 return
     if rest:
         yield number + 1, _bare(rest, number + 1)
 
 
 def _bare(line: bytes, number: int) -> bytes:
-    """The line without what editors of other systems add: a byte order mark, a carriage return."""
+    """The line without the byte order mark and the carriage return that some editors add."""
     return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
 
 
@@ -91,7 +94,7 @@ def _jsonl(path: StrPath) -> Iterator[Row]:
             if isinstance(value, dict):
                 yield Row(where, value)
             else:
-                yield Row(where, {}, DataError(f"{where}: {brief(value)}, expected an object"))
+                yield Row(where, {}, DataError(f"{where}: the row is {brief(value)}, expected an object"))
 
 
 def _csv(path: StrPath) -> Iterator[Row]:
@@ -119,7 +122,8 @@ def _csv(path: StrPath) -> Iterator[Row]:
             if len(fields) == len(columns):
                 yield Row(where, dict(zip(columns, fields, strict=True)))
             elif fields:  # none: an empty line
-                yield Row(where, {}, DataError(f"{where}: expected {len(columns)} fields"))
+                words = f"{where}: the row has {counted(len(fields), 'field')}, expected {len(columns)}"
+                yield Row(where, {}, DataError(words))
     except csv.Error as error:
         if str(error) == "unexpected end of data":
             raise DataError(f"{name}, line {begin}: a quote is not closed") from error
@@ -127,7 +131,7 @@ def _csv(path: StrPath) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """The next record, with fields as long as a line may be. The limit is global, so it is restored."""
+    """The next record. Its fields may be as long as a line; csv's limit is global, so it is restored."""
     before = csv.field_size_limit(MAX_LINE)
     try:
         return next(reader, None)
@@ -136,9 +140,9 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _text(path: StrPath) -> Iterator[Row]:
-    """Parts of a text, cut before lines that begin with a letter, where every tokenizer cuts too.
+    """Parts of a text. Each begins at a line that begins with a letter: every tokenizer splits there too.
 
-    The line ends at the end of the text are dropped.
+    Line ends at the end of the text are dropped.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):

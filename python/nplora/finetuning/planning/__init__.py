@@ -1,4 +1,4 @@
-"""What training takes in bytes and seconds, predicted before it runs; and the execution plan that fits."""
+"""The memory and the time of training, predicted before it runs, and the choice of a plan that fits."""
 
 from nplora.finetuning.planning.choice import (
     BudgetError,

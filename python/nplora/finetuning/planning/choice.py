@@ -1,4 +1,4 @@
-"""The choice of an execution plan that fits into memory, or an error that says what would fit."""
+"""The choice of an execution plan that fits into memory. If none does, the error says what would fit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from nplora.lm import LanguageModel
 from nplora.runtime import get_num_threads
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
-# The memory of a process before its run differs a little from one process to the next. So a plan leaves a
-# margin of its budget, which the run may use when it resumes in another process. An error adds it too.
+# The memory of a process before its run differs a little between processes. So a new plan keeps this share of
+# the limit free, and a run that resumes in another process may use it. Errors count it too.
 _MARGIN = 1.02
 
 
 class BudgetError(ValueError):
-    """No execution plan fits into the memory that is allowed; the message says what would."""
+    """No execution plan fits into the memory limit; the message says what would fit.
+
+    >>> nplora.plan("model.gguf", "train.jsonl", memory="2M")
+    Traceback (most recent call last):
+    nplora.finetuning.planning.choice.BudgetError: plan: no plan fits into 2 MB: ...
+    """
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,10 @@ class PlanConstraints:
     """What is fixed before a plan is chosen.
 
     Attributes:
-        compute: the arithmetic of the frozen products; None: to be chosen.
-        recompute: activations are recomputed in backward; False: to be chosen.
-        micro_tokens: the sizes of micro-batches to choose from; None: any.
-        resuming: the run has begun, so it may use the margin that its plan left.
+        compute: arithmetic of the frozen products; None: it is chosen.
+        recompute: activations are recomputed in backward; False: this is chosen.
+        micro_tokens: sizes of micro-batches to choose from; None: all sizes.
+        resuming: the run has begun, so it may use the margin that its first plan kept free.
     """
 
     compute: str | None = None
@@ -44,17 +49,17 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel) -> tuple[int, int]:
-    """Bytes in memory now, and those of the model's weights that are not read yet."""
+    """The bytes of this process in memory now, and those of the model's weights that are not read yet."""
     return current_memory(), unread(lm.config.source)
 
 
 def needed(
     lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, resident: tuple[int, int]
 ) -> Memory:
-    """The memory of the process at its peak with this plan.
+    """The peak memory of the process with this plan.
 
     Args:
-        resident: `resident_memory`, from before the work was listed.
+        resident: `resident_memory`, measured before the batches of the work were listed.
     """
     largest, threads = work.largest(plan.micro_tokens), get_num_threads()
     return predicted(lm, adapters, largest, work.evaluated, plan, threads, resident, work.prefix_tokens)
@@ -67,12 +72,14 @@ def choose(
     constraints: PlanConstraints,
     resident: tuple[int, int],
     budget: int | None = None,
+    op: str = "plan",
 ) -> MemoryPlan:
-    """The fastest plan that fits; in float32 if any does, unless the arithmetic is fixed.
+    """The fastest plan that fits. Unless the arithmetic is fixed, it is in float32 if any such plan fits.
 
     Args:
         resident: as in `needed`.
-        budget: the most bytes of the process; None: nothing is chosen, the constraints' plan is predicted.
+        budget: memory limit of the process in bytes; None: the plan of the constraints is predicted.
+        op: begins the messages of errors.
     Raises:
         BudgetError: no plan fits.
     """
@@ -88,11 +95,11 @@ def choose(
     if budget is not None and not fitting:
         smallest = min(plans, key=lambda plan: sizes[plan])
         shorter = _shorter(work, smallest, limit, lambda *changed: memory(*changed).total)
-        raise _too_little(smallest, sizes[smallest], budget, constraints.resuming, shorter)
+        raise BudgetError(f"{op}: {_too_little(smallest, sizes[smallest], budget, constraints, shorter)}")
     if budget is not None and budget < reached:
         raise BudgetError(
-            f"this process has had {need(reached)} at its peak already, {room(budget)} are allowed: plan "
-            "and train in a new process"
+            f"{op}: the peak memory of this process is {need(reached)} already, and the limit is "
+            f"{room(budget)}: plan and train in a new process"
         )
     speeds = measured(lm, tuple(dict.fromkeys(plan.compute for plan in plans)))
     seconds = {plan: _seconds(lm, adapters, work, plan, speeds[plan.compute]) for plan in plans}
@@ -105,7 +112,7 @@ def choose(
 def _plans(
     lm: LanguageModel, work: Work, constraints: PlanConstraints, free: bool
 ) -> Iterator[ExecutionPlan]:
-    """All plans that the constraints allow, float32 first; if nothing is free to be chosen, one plan."""
+    """All plans that the constraints allow, float32 first. If nothing is free, this is one plan."""
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
         computes.append("bfloat16")
@@ -118,7 +125,7 @@ def _plans(
 
 
 def _halves(work: Work) -> Iterator[int]:
-    """Sizes of micro-batches: a half, a quarter, ... of the largest batch, down to the longest sequence."""
+    """Sizes of micro-batches: a half, a quarter, ... of the largest batch, down to the longest example."""
     size, least = work.batch_tokens, max(work.longest, _LEAST_MICRO_BATCH)
     while size > least:
         size = max(-(-size // 2), least)
@@ -126,17 +133,19 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _seconds(lm: LanguageModel, adapters: Adapters, work: Work, plan: ExecutionPlan, speed: Speed) -> float:
-    """The time of an average step."""
+    """The seconds of an average step."""
     times = [speed.step(lm, adapters, one, plan.recompute) for one in work.micro_batches(plan.micro_tokens)]
     return sum(times) / len(work.batches) * work.accumulate
 
 
-def _too_little(plan: ExecutionPlan, size: int, budget: int, resuming: bool, shorter: str) -> BudgetError:
-    """The error for a budget that even the smallest plan, of this size, does not fit into."""
-    margin = "" if resuming else f" and {_MARGIN - 1:.0%} to spare"
-    enough = size * _MARGIN if resuming else size * _MARGIN**2
-    return BudgetError(
-        f"{plan} needs {need(size)}{margin}, {room(budget)} are allowed{shorter}; "
+def _too_little(
+    plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, shorter: str
+) -> str:
+    """The message if even the smallest plan, which needs this size, does not fit into the budget."""
+    reserve = "" if constraints.resuming else f" plus {_MARGIN - 1:.0%} in reserve"
+    enough = size * (_MARGIN if constraints.resuming else _MARGIN**2)
+    return (
+        f"no plan fits into {room(budget)}: the smallest ({plan}) needs {need(size)}{reserve}{shorter}; "
         f"--memory {math.ceil(enough / 1e6)}M is enough"
     )
 
@@ -144,11 +153,11 @@ def _too_little(plan: ExecutionPlan, size: int, budget: int, resuming: bool, sho
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """Words for the largest power of two for --max-length that fits."""
+    """Words about the largest power of two for --max-length with which a plan fits."""
     length = work.longest
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
         needed = size(dataclasses.replace(plan, micro_tokens=length), work.shortened(length))
         if needed <= limit:
-            return f"; --max-length {length} would need {need(needed)}"
-    return "; no --max-length makes it fit"
+            return f"; with --max-length {length} it needs {need(needed)}"
+    return "; a smaller --max-length does not help"

@@ -1,6 +1,7 @@
 """The peak memory of training: a sum of terms that follow the code of `models`, array by array.
 
-Shapes are per token: d is the residual stream, q and kv are all heads together, f is the width of the MLP.
+Sizes are per token: d is the width of the residual stream, q and kv are the widths of all heads together, and
+f is the width of the MLP.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from nplora.nn.principal import PRINCIPAL_INITS
 _FLOAT, _BITS = 4, 2
 _LANES = _core.constants.lanes_bytes
 _PASS = _core.constants.l3_block_bytes
-_TOKENS = 2 * _core.constants.task_tokens  # of a token block in backward, for each two threads
-_THREAD = 3 << 19  # the rest of a thread's scratch, rounded up
+_TOKENS = 2 * _core.constants.task_tokens  # of a token block in backward, for every two threads
+_THREAD = 3 << 19  # the other scratch of a thread, rounded up
 _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The size of one forward and backward pass: its tokens, its trained tokens, its longest sequence."""
+    """The size of one forward and backward pass: its tokens, its trained tokens and its longest example."""
 
     tokens: int
     targets: int
@@ -39,12 +40,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a step is computed. No plan changes what is trained, except by rounding.
+    """How a step is computed. Plans differ in memory and time; their results differ by rounding only.
 
     Attributes:
-        compute: the arithmetic of the frozen products.
+        compute: arithmetic of the frozen products.
         recompute: activations are recomputed in backward (gradient checkpointing).
-        micro_tokens: a batch is cut into micro-batches of at most this many tokens; None: it is not cut.
+        micro_tokens: maximum tokens of the micro-batches that a batch is cut into; None: it is not cut.
     """
 
     compute: str
@@ -59,13 +60,13 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapted layers: dotted name and (d_out, d_in)."""
+    """The adapted layers: dotted name -> (d_out, d_in)."""
 
     shapes: Mapping[str, tuple[int, int]]
     rank: int
     use_dora: bool = False
-    taken: int = 0  # bytes of new frozen weights, if the initial factors are a part of the old ones
-    calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the call that computes each layer
+    taken: int = 0  # bytes of the new frozen weights that init="pissa" and "olora" make
+    calls: Mapping[str, str] = dataclasses.field(default_factory=dict)  # layer -> the call that computes it
 
     @classmethod
     def of(
@@ -78,7 +79,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """The layers that `lm.add_lora` would adapt. Raises as it does, in the name of op."""
+        """The layers that `lm.add_lora` would adapt. Raises as that; messages begin with op."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
@@ -97,10 +98,10 @@ class Adapters:
         return self.rank * sum(map(sum, self.shapes.values())) + magnitudes
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The most scratch, in bytes, for the factors of the layers of one call, and for their z and dz.
+        """The maximum scratch, in bytes, for the factors of the layers of one call, and for their z and dz.
 
-        It is kLowGradients, kLowLanes, kLanes and kFactor in csrc/ops/scratch.h: B in two layouts and the
-        sums of its gradient (the B of a single float32 layer is one of the layouts itself); A, or such sums;
+        It is kLowGradients, kLowLanes, kLanes and kFactor in csrc/ops/scratch.h: B in two layouts, and the
+        sums of its gradient (a single float32 layer needs one layout less); A, or the sums of its gradient;
         and layouts of A in bfloat16.
         """
         ranks: Counter[str] = Counter()
@@ -108,7 +109,7 @@ class Adapters:
         outputs: Counter[str] = Counter()
         for name, (d_out, d_in) in self.shapes.items():
             call = self.calls.get(name, name)
-            if not name.endswith("embed_tokens"):  # NumPy computes that one
+            if not name.endswith("embed_tokens"):  # NumPy computes the embedding
                 ranks[call] += self.rank
                 inputs[call] += self.rank * d_in
                 outputs[call] += self.rank * d_out
@@ -124,7 +125,7 @@ class Adapters:
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, int]]:
-        """d_out of the adapted layers of each block."""
+        """The d_out of the adapted layers of each block."""
         found: dict[int, dict[str, int]] = {}
         for name, shape in self.shapes.items():
             block = adapting.block_of(name)
@@ -143,15 +144,15 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, term by term; `total` is the memory of the whole process."""
+    """Peak memory in bytes, term by term; `total` is that of the whole process."""
 
-    process: int = dataclasses.field(metadata={"text": "this process, with the model, tokenizer and data"})
+    process: int = dataclasses.field(metadata={"text": "this process, with model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
     factors: int = dataclasses.field(metadata={"text": "factors, their gradients and moments"})
-    prefix: int = dataclasses.field(metadata={"text": "outputs of frozen blocks, kept for later epochs"})
+    prefix: int = dataclasses.field(metadata={"text": "outputs of frozen blocks, cached for later epochs"})
     kept: int = dataclasses.field(metadata={"text": "activations kept for backward"})
     work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
-    scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, small arrays"})
+    scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, and small arrays"})
 
     @property
     def total(self) -> int:
@@ -174,13 +175,13 @@ def predicted(
     resident: tuple[int, int],
     prefix_tokens: int = 0,
 ) -> Memory:
-    """The peak of training.
+    """The peak memory of training.
 
     Args:
         step: the largest micro-batch.
-        evaluated: the tokens of a batch that is evaluated, 0 without any.
+        evaluated: tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and those of the weights not read yet.
-        prefix_tokens: for which a `PrefixCache` holds rows in memory.
+        prefix_tokens: tokens whose rows a `PrefixCache` holds in memory.
     """
     narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers
     first = adapters.first_block(len(layers))
@@ -197,7 +198,7 @@ def predicted(
     kept *= step.tokens
     frozen = max(block.footprint(NOT_ADAPTED, False).forward for block in layers)
     inference = max(frozen * max(step.tokens if first else 0, evaluated), _head(config, evaluated))
-    work = max(head, step.tokens * max(works, default=0), inference - kept)  # inference comes before all else
+    work = max(head, step.tokens * max(works, default=0), inference - kept)  # inference comes first
     rows = min(most_rows(step.targets, config.vocab_size), step.targets)
     lanes = (
         _BITS * max(rows * config.vocab_size, step.tokens * config.intermediate_size)
@@ -219,13 +220,13 @@ def predicted(
 
 
 def _head(config: ModelConfig, targets: int) -> int:
-    """Logits of a chunk; its rows of the stream, normed, and their gradients."""
+    """The logits of a chunk; its rows of the stream, after the norm, and their gradients."""
     rows = min(most_rows(targets, config.vocab_size), targets)
     return _FLOAT * rows * (config.vocab_size + 4 * config.hidden_size)
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """The layers of a model that are computed in one call, with the name of the first of them."""
+    """The layers of a model that are computed in one call: layer -> the first layer of the call."""
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):
         for name, mixer in block.mixers.items():

@@ -1,4 +1,4 @@
-"""MemoryPlan: how a run computes its steps, with the memory and the time that this is predicted to take."""
+"""MemoryPlan: how a run computes its steps, with the predicted memory and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nplora.formats.errors import counted
 
 @dataclass(frozen=True)
 class Alternative:
-    """An execution plan that was not chosen, with its bytes at the peak and its seconds per step."""
+    """An execution plan that was not chosen, with its peak memory in bytes and its seconds per step."""
 
     plan: ExecutionPlan
     size: int
@@ -24,16 +24,21 @@ class Alternative:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step is computed, and what that is predicted to take.
+    """How a step is computed, and the predicted memory and time; `print` shows them.
 
     Attributes:
         chosen: the execution plan.
-        memory: bytes at the peak of the process, term by term.
+        memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
         steps: the steps of the run.
-        others: plans that do not fit, are slower or less exact.
-        limit: the most bytes that a plan may take: the budget less its margin; infinite without a budget.
-        available: bytes that machine and container leave to the process; None if they do not say.
+        others: plans that do not fit, are slower or are less exact.
+        limit: maximum bytes of a plan: the memory limit without its reserve; infinite without a limit.
+        available: bytes that the process may have on this machine and in its container; None: unknown.
+
+    >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
+    >>> print(plan)
+    float32, activations kept: ... MB at most, ... s per step, 4 steps in 0 s
+    ...
     """
 
     chosen: ExecutionPlan
@@ -52,7 +57,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The same with a line for every alternative."""
+        """The text of `print`, with a line for each alternative."""
         return "\n".join(self._lines(self.others))
 
     def _lines(self, others: Iterable[Alternative]) -> list[str]:
@@ -65,7 +70,7 @@ class MemoryPlan:
         ]
 
     def _nearest(self) -> list[Alternative]:
-        """The smallest of the faster alternatives, and the fastest of the smaller ones."""
+        """The smallest alternative that is faster, and the fastest one that is smaller."""
         faster = [other for other in self.others if other.seconds < self.seconds]
         smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
         return [
@@ -75,21 +80,21 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Bytes that are needed, rounded up: so a need never reads like `room` that is too small for it."""
+    """Bytes that are needed, as a text. Rounded up: a need above some `room` never looks equal to it."""
     return f"{math.ceil(size / 1e6)} MB"
 
 
 def room(size: int) -> str:
-    """Bytes that there are, rounded down."""
+    """Bytes that there are, as a text. They are rounded down."""
     return f"{size // 10**6} MB"
 
 
 def shortage(memory: Memory, available: int | None) -> str:
-    """Words if more is needed than is available; else empty."""
+    """A message if more is needed than is available; else empty."""
     if available is None or memory.total <= available:
         return ""
     return (
-        f"{need(memory.total)} are needed, {room(available)} are available: "
+        f"the run needs {need(memory.total)} of memory, and {room(available)} are available: "
         f"--memory {available // 1_000_000}M looks for a plan that fits"
     )
 

@@ -23,37 +23,43 @@ _UNITS = {
 }
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 _KIBIBYTE = 1024
-_LEAST_PLAIN = 1 << 20  # a smaller number without a unit was surely not meant in bytes
+_LEAST_PLAIN = 1 << 20  # bytes; a smaller number without a unit is a mistake
 _ROOT = Path("/")
 _NUMBER = r"(\d{1,19})"
 _GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # the controllers (none in version 2) and the path
 _CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 
 
-def parse_bytes(memory: int | str) -> int:
-    """The bytes of 600M, 1.5G, 512MiB, or of a plain number.
+def parse_bytes(memory: int | str, op: str = "parse_bytes") -> int:
+    """The bytes in a text such as 600M, 1.5G or 512MiB, or in a plain number.
 
     Raises:
-        ValueError: it is none of these, not above 0, or so small a number that its unit was forgotten.
+        ValueError: it is none of these or not above 0; or a number below 1 MiB without a unit, which was
+            surely forgotten.
+
+    >>> nplora.finetuning.planning.parse_bytes("600M")
+    600000000
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?", str(memory).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
+        raise ValueError(f"{op}: memory is {memory!r}, expected a size like 600M, 1.5G or 512MiB")
     size = int(float(found[1]) * _UNITS[found[2]])
     if not found[2] and size < _LEAST_PLAIN:
-        raise ValueError(f"memory is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB")
+        raise ValueError(
+            f"{op}: memory is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB"
+        )
     return size
 
 
 def current_memory() -> int:
-    """Bytes in memory now, including mapped files."""
+    """The bytes of this process in memory now, including mapped files."""
     return _status("VmRSS") or _largest()
 
 
 def available_memory() -> int | None:
-    """The most bytes that this process may have, including those it has; None if the system does not say.
+    """The maximum bytes of this process, including those that it has. None: the system does not say.
 
-    The limit is the lowest of those of the machine and of every control group (container) of the process.
+    It is the lowest limit of the machine and of all control groups (containers) of the process.
     """
     free = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
     own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
@@ -61,15 +67,15 @@ def available_memory() -> int | None:
 
 
 def peak_memory() -> int:
-    """The most bytes that the process has had in memory, including mapped files.
+    """The peak memory of this process in bytes, including mapped files.
 
-    `getrusage` is the fallback only: by it, a child process begins with the peak of its parent.
+    `getrusage` is a fallback only: there, a child process begins with the peak of its parent.
     """
     return _status("VmHWM") or _largest()
 
 
 def unread(source: str) -> int:
-    """Bytes of a model that are mapped but not read yet.
+    """The bytes of a model that are mapped but not read yet.
 
     Args:
         source: the model's file, or its config.json, which is in the directory of the weights.
@@ -87,11 +93,11 @@ def unread(source: str) -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """The bytes that each limit of the process's groups leaves. Caches count as free."""
+    """The bytes that are free under each limit of the process's groups. Caches count as free."""
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
-        elif "memory" in controllers.split(","):  # total: includes the groups below, as in version 2
+        elif "memory" in controllers.split(","):  # total_ includes the groups below, as version 2 does
             limits, use, total = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
         else:
             continue
@@ -118,7 +124,7 @@ def _sizes(path: str, name: str) -> Iterator[int]:
 
 
 def _text(path: StrPath) -> str:
-    """A file of the kernel as text; empty if it is not there. File names in it may be any bytes."""
+    """A file of the kernel as text; empty if there is none. File names in it may hold any bytes."""
     try:
         return os.fsdecode((_ROOT / path).read_bytes())
     except (OSError, ValueError):  # not Linux, or no such group; ValueError: not a file name

@@ -1,4 +1,4 @@
-"""How fast this machine computes a model, measured on one block and the head in about a second."""
+"""The speed of a model on this machine, measured in about a second on one block and the head."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
-_HEAD_ROWS = 64  # rows in the longer timing of the head: more logits would take more memory than some plans
-_FEW, _MANY = 32, 256  # tokens in the two timings that separate the cost of a call from that of a token
+_HEAD_ROWS = 64  # rows in the longer timing of the head: the logits of more take more memory than some plans
+_FEW, _MANY = 32, 256  # tokens in two timings, which separate the cost of a call from that of a token
 _ATTENTION = 4, 10  # operations per score and element of a head: two products forward, five backward
 _LOW_RANK = 2.0  # products with the factors run at about half the rate of the frozen products
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds per call and per token."""
+    """The seconds of a call, and of each token in it."""
 
     call: float
     token: float
@@ -38,7 +38,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one arithmetic: a block forward, a block backward, and the head in both directions."""
+    """The speed of one arithmetic: of a block forward, of a block backward, and of the head both ways."""
 
     forward: Cost
     backward: Cost
@@ -122,7 +122,7 @@ def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: 
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The shorter time of two runs, after one that warms up."""
+    """The shorter time of two runs, after a warm-up run."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,0 +1,34 @@
+"""The header of a run's log: which model, command, version and machine the run is of."""
+
+import datetime
+import shlex
+import sys
+from typing import Any
+
+from nplora import _core
+from nplora.nn.module import Module
+from nplora.runtime.machine import machine
+
+HEADER = "header"  # the event of the first line
+
+_MOST = 4000  # characters of a text, so that a line of the log stays short
+
+
+def log_header(model: Module) -> dict[str, Any]:
+    """What the log records of a program that begins or resumes a run, as JSON.
+
+    "command" is the command line of the program, which in a notebook is that of its kernel.
+    """
+    return {
+        "nplora": str(_core.config()["version"]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": _text(shlex.join(sys.orig_argv)),
+        "model": _text(repr(model)),
+        "machine": machine(),
+    }
+
+
+def _text(text: str) -> str:
+    """Text of a bounded length that JSON can hold: a file name may have bytes that are not UTF-8."""
+    cut = text if len(text) <= _MOST else f"{text[:_MOST]}…"
+    return cut.encode(errors="replace").decode()

@@ -1,0 +1,64 @@
+"""Suggestions: an option or a command of another program is refused with the one that was meant."""
+
+import pytest
+
+from nplora import cli
+from nplora.cli.parser import COMMANDS, parser_of
+
+
+@pytest.mark.parametrize(
+    ("option", "ours"),
+    [
+        ("--learning-rate", "--lr"), ("--learning_rate=1e-4", "--lr"), ("--r", "--rank"), ("-r", "--rank"),
+        ("--lora-alpha", "--alpha"), ("--num_train_epochs", "--epochs"), ("--batch-size", "--batch-examples"),
+        ("--per-device-train-batch-size", "--batch-examples"), ("--max-seq-length", "--max-length"),
+        ("--target-modules", "--targets"), ("--warmup-ratio", "--warmup, a number of steps"),
+        ("--output-dir", "--output"), ("--train-file", "--data"), ("--batch_examples", "--batch-examples"),
+        ("--shedule", "--schedule"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_program_is_refused_with_ours(
+    option: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["finetune", "m", option, "1"])
+    assert exit_.value.code == 2
+    word = option.partition("=")[0]
+    message = f"nplora: error: no option {word}; did you mean {ours}? (try nplora finetune --help)\n"
+    assert capsys.readouterr().err == message
+
+
+def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "m", "x", "--max-tokens", "3"])
+    assert "no option --max-tokens; did you mean --max-new-tokens?" in capsys.readouterr().err
+    assert cli.main(["info", "f", "--learning-rate", "1"]) == 2
+    assert "unrecognized arguments: --learning-rate 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--temp", "0.5"], {"temperature": 0.5}),  # the beginning of one option stands for it
+        (["--", "-r"], {"prompt": "-r"}),
+        (["-learning_rate is low"], {"prompt": "-learning_rate is low"}),
+        (["-"], {"prompt": "-"}),
+    ],
+)
+def test_words_that_argparse_understands_are_left_to_it(words: list[str], found: dict[str, object]) -> None:
+    line = ["generate", "m", *([] if "prompt" in found else ["x"]), *words]
+    assert vars(parser_of(line).parse_args(line)).items() >= found.items()
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"), [("train", "finetune"), ("evaluate", "eval"), ("chat", "generate"), ("fuse", "merge")]
+)
+def test_a_command_of_another_program_is_refused_with_ours(
+    word: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ours in COMMANDS
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([word, "m"])
+    assert exit_.value.code == 2
+    message = f"nplora: error: no command {word!r}; did you mean {ours}? (try nplora --help)\n"
+    assert capsys.readouterr().err == message

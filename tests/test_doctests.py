@@ -1,0 +1,85 @@
+"""The examples in docstrings: each runs, and prints what the docstring shows.
+
+An example knows the names of its module, and `np`, `nplora` and `os`. It runs in its own directory, with
+
+    model.gguf      a small Llama with a tokenizer and a chat template; its context is 64 tokens
+    adapter/        a PEFT adapter for it, of rank 2
+    train.jsonl     16 rows {"prompt": "3+3=", "completion": "6"}; valid.jsonl has 4 more
+"""
+
+import doctest
+import importlib
+import inspect
+import io
+import json
+import os
+import pkgutil
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from small_llama import save_small_llama
+
+# Every public name of these modules (their __all__) has an example. Add yours.
+WITH_EXAMPLES = ["nplora.finetuning", "nplora.finetuning.data"]
+
+_NOT_IMPORTED = {"nplora.__main__", "nplora._core", "nplora.tokenizer.renderer"}  # programs, and the core
+_NEEDS_TOKENIZERS = "model.gguf"
+
+
+class _Finder(doctest.DocTestFinder):
+    """Finds examples of decorated functions too."""
+
+    def _from_module(self, module: ModuleType | None, object: Any) -> bool:
+        return super()._from_module(module, inspect.unwrap(object))  # type: ignore[misc]
+
+
+def examples() -> list[doctest.DocTest]:
+    """The docstrings that have examples."""
+    found = list[doctest.DocTest]()
+    names = [info.name for info in pkgutil.walk_packages(nplora.__path__, "nplora.")]
+    for name in ("nplora", *names):
+        if name not in _NOT_IMPORTED:
+            found += _Finder(exclude_empty=True).find(importlib.import_module(name), name)
+    return [test for test in found if test.examples]
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that an example finds in its directory."""
+    directory = tmp_path_factory.mktemp("examples")
+    lm = nplora.load_model(save_small_llama(directory / "model.gguf"))
+    lm.add_lora(rank=2, init="gaussian")
+    nplora.save_adapter(lm, directory / "adapter")
+    rows = [json.dumps({"prompt": f"{n}+{n}=", "completion": str(2 * n)}) + "\n" for n in range(20)]
+    (directory / "train.jsonl").write_text("".join(rows[:16]))
+    (directory / "valid.jsonl").write_text("".join(rows[16:]))
+    return directory
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_an_example_prints_what_its_docstring_shows(
+    test: doctest.DocTest, small_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if _NEEDS_TOKENIZERS in (test.docstring or ""):
+        pytest.importorskip("tokenizers")
+    shutil.copytree(small_files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    test.globs |= {"np": np, "nplora": nplora, "os": os}
+    report = io.StringIO()
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.write)
+    assert not report.getvalue(), report.getvalue()
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_every_public_name_has_an_example(name: str) -> None:
+    module = importlib.import_module(name)
+    for public in module.__all__:
+        value = getattr(module, public)
+        if callable(value):
+            assert ">>> " in (inspect.getdoc(value) or ""), f"{name}.{public} has no example"

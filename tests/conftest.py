@@ -65,11 +65,28 @@ class _Figures:
             terminalreporter.write_line(f"{what}: {value:.6g}")
 
 
+class _FastTests:
+    """Prints how long the tests took that `-m "not slow"` would leave, in seconds of one process."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.seconds = 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "slow" not in report.keywords:
+            self.names.add(report.nodeid)
+            self.seconds += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(f"fast tests: {len(self.names)}, {self.seconds:.0f} s in one process")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", {}).get("workerid")
     if config.option.skipped and worker in (None, "gw0"):
         config.pluginmanager.register(_Skipped(config.option.skipped, worker))
     config.pluginmanager.register(_Figures())
+    config.pluginmanager.register(_FastTests())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Every reader of files under Atheris
 # needs: wheel
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
-with_packages llm
+with_packages user llm
 "$work/user/bin/pip" install -q --only-binary :all: atheris || { echo 'not fuzzed: pip installs no atheris for this Python'; exit; }
 memory=$(mktemp -d -p /dev/shm)
 trap 'rm -rf "$memory"' EXIT

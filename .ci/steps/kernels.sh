@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The wheel's kernels on this machine, and on an emulated one without AVX; their machine code
 # needs: wheel
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 tests=$work/wheel/native/tests/cpp/kernel_tests

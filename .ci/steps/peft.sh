@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The tests that were skipped without torch, PEFT and transformers
-# needs: tests
-# processors: 2
+# The tests that were skipped, now with torch, PEFT and transformers
+# needs: tests docs examples
 . "$(dirname "$0")/../environment.sh"
 
-with_packages bench
+with_packages user bench
 "$work/user/bin/python" -c 'import peft, torch'
-PATH=$work/user/bin:$PATH pytest -n 2 --dist loadfile "@$work/tests/skipped" | tee "$here/pytest.count"
+cat "$work"/{tests,docs,examples}/skipped >"$here/skipped"
+run_tests "@$here/skipped" | tee "$here/pytest.count"

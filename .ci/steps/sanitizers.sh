@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with the format of docs/add-a-block-format.md
 # needs: tools
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 # A copy of the sources, to which the guide's own code is added: it must compile, and pass the same tests.

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Format, lint and types: ruff, mypy --strict, clang-format
 # needs: tools
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 ruff check .

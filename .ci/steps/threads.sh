@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The thread pool under ThreadSanitizer
 # needs: tools
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 build tsan . pool_tests

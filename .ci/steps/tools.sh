@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # A compiler, Python, and the tools in an environment of their own
 # needs:
-# processors: 1
 . "$(dirname "$0")/../environment.sh"
 
 system_packages g++:g++

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The wheel: built, repaired to manylinux, at most 3 MB
 # needs: tools
-# processors: 2
 . "$(dirname "$0")/../environment.sh"
 
 # In one build with the tests in C++, which hold the wheel's own kernels; -g1: what tests/inner_loops.py reads.

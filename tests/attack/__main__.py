@@ -1,9 +1,11 @@
 """Attack nplora and print a table of the results: `PYTHONPATH=tests python -m attack [WORD]...`
 
-A row of the table is a kind of attack. Words select the rows whose names contain one of them.
+A row of the table is a kind of attack. Words choose the rows whose names contain one of them. The environment
+variable ATTACK_WORKERS says how many cases run at a time.
 """
 
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -15,7 +17,7 @@ from typing import NamedTuple
 from attack import forks, mapped, resources, runs, targets
 from attack.case import Case
 
-WORKERS = 2
+WORKERS = int(os.environ.get("ATTACK_WORKERS", "2"))
 LEAST_KILLS = 200
 
 

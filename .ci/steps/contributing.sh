@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The commands of CONTRIBUTING.md, in a fresh clone
+# needs: tools
+. "$(dirname "$0")/../environment.sh"
+
+# Without optimisation the core compiles in a quarter of the time.
+SKBUILD_CMAKE_BUILD_TYPE=Debug "$python" scripts/check_contributing.py | tee "$here/log"
+tail -n 1 "$here/log" >"$here/commands.count"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The documentation: every block runs, the pages build without warnings, links hold, nothing is loaded from elsewhere
+# needs: wheel
+. "$(dirname "$0")/../environment.sh"
+
+with_test_packages
+run_tests --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
+with_packages user docs
+"$work/user/bin/sphinx-build" -W --keep-going -q -b html docs "$here/html"
+"$work/user/bin/python" scripts/check_site.py "$here/html"
+python scripts/sentences.py --average

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The scripts and notebooks of examples/
+# needs: wheel
+. "$(dirname "$0")/../environment.sh"
+
+with_test_packages
+run_tests --skipped="$here/skipped" tests/examples | tee "$here/pytest.count"

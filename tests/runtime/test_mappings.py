@@ -139,10 +139,12 @@ def test_faulthandler_that_is_switched_off_takes_the_message_along_until_the_nex
     tmp_path: Path,
 ) -> None:
     """It puts back the handler from before its own."""
-    path = small_models.write(tmp_path / "small.gguf")
-    code = f"faulthandler.disable(); lm = nplora.load_model({str(path)!r}); cut(); lm.logits(ids)"
+    path, other = (small_models.write(tmp_path / name) for name in ("small.gguf", "other.gguf"))
+    code = (
+        f"faulthandler.disable(); lm = nplora.load_model({str(other)!r}); cut({str(other)!r}); lm.logits(ids)"
+    )
     done = ended(path, code, "import faulthandler; faulthandler.enable()")
-    assert (done.returncode, done.stderr) == (BUS_ERROR, message(path))
+    assert (done.returncode, done.stderr) == (BUS_ERROR, message(other))
 
 
 def test_a_mapping_that_is_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
 autodoc_typehints = "none"  # `generated` writes signatures as the source has them
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

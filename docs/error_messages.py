@@ -121,8 +121,8 @@ def an_adapter_in_the_way() -> None:
     nplora.combine([("adapter", 0.5)]).save("adapter")
 
 
-def a_missing_file() -> None:
-    nplora.load_model("model.gguf")
+def a_name_of_the_hub() -> None:
+    nplora.load_model("Qwen/Qwen3-0.6B")
 
 
 MISTAKES: dict[str, Mistake] = {
@@ -138,5 +138,5 @@ MISTAKES: dict[str, Mistake] = {
     "ValueError": a_wrong_shape,
     "TypeError": an_integer_weight,
     "FileExistsError": an_adapter_in_the_way,
-    "FileNotFoundError": a_missing_file,
+    "FileNotFoundError": a_name_of_the_hub,
 }

@@ -377,7 +377,11 @@ def _outdated(app: Any, env: Any, *changes: Any) -> list[str]:
 def _set_dashes(app: Any, tree: Any) -> None:
     """Write a dash between an argument and its text. Sphinx writes two hyphens, for smart quotes to join."""
     for node in list(tree.findall(lambda node: isinstance(node, str) and node.startswith(" -- "))):
-        node.parent.replace(node, type(node)(" \N{EN DASH} " + node[4:]))
+        text = node[4:]
+        is_last = not text.strip() and not "".join(
+            n.astext() for n in node.parent[node.parent.index(node) + 1 :]
+        )
+        node.parent.replace(node, [] if is_last else type(node)(f" \N{EN DASH} {text}"))
 
 
 def setup(app: Any) -> dict[str, bool]:

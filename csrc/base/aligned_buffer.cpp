@@ -13,8 +13,8 @@ namespace nplora {
 
 namespace {
 
-// From here on a mapping of its own, which goes back to the system as a whole: batches of many sizes leave holes in malloc's
-// heap, of which it returns nothing.
+// From this size on, a buffer is a mapping of its own, which returns to the system as a whole. malloc would
+// keep it: batches of many sizes leave holes in its heap, and it returns almost none of them.
 constexpr size_t kLeastMapped = size_t{64} << 10;
 std::atomic<size_t> allocated{0};
 

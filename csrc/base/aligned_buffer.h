@@ -9,7 +9,8 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// Cache-line aligned; from 2 MiB on, and with a long life from 64 KiB on, in huge pages where the system grants them.
+// Aligned to cache lines. Buffers of 2 MiB or more use huge pages if the system grants them; long-lived ones
+// do from 64 KiB on.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -20,7 +21,7 @@ class AlignedBuffer {
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
-  // How many have been allocated in this process.
+  // How many buffers this process has allocated.
   static size_t allocations();
 
   size_t size() const { return bytes_; }

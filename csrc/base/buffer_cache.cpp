@@ -8,7 +8,8 @@ namespace nplora {
 
 namespace {
 
-// Batches of sequences differ a little in their number of tokens: an idle buffer up to a quarter larger serves.
+// The most bytes an idle buffer may have to serve a request: batches differ a little in their number of
+// tokens, so up to a quarter more is accepted.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;
 }
@@ -32,7 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Frees idle buffers, the largest first, until a fresh one of so many bytes fits under the most that was ever in use.
+// Frees idle buffers, the largest first, until a new buffer of this size fits below the most that was ever in
+// use.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
@@ -50,7 +52,7 @@ void BufferCache::give_back(AlignedBuffer buffer) noexcept {
     idle_.emplace(bytes, std::move(buffer));
     idle_bytes_ += bytes;
   } catch (const std::bad_alloc&) {
-    // no memory for the entry: the buffer is freed
+    // There is no memory for the entry: the buffer is freed.
   }
 }
 

@@ -1,4 +1,4 @@
-// Large buffers that are used again: what one training step gives back, the next one takes.
+// Large buffers that are reused: the next training step takes what this one gives back.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,11 @@
 
 namespace nplora {
 
-// Buffers in use and idle ones together never take more memory than those in use have taken at most.
+// Used and idle buffers together never take more memory than used buffers alone have taken at most.
 class BufferCache {
  public:
-  // A buffer of at least so many bytes, with undefined contents: an idle one that is not much larger, else a fresh one.
+  // A buffer of at least this many bytes, with undefined contents: an idle one that is not much larger, or
+  // else a new one.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
@@ -27,7 +28,8 @@ class BufferCache {
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
 };
 
-// The one of this process. Never destroyed: arrays may give their buffers back while the process ends.
+// The cache of this process. It is never destroyed, because arrays may give their buffers back while the
+// process ends.
 BufferCache& buffer_cache();
 
 }  // namespace nplora

@@ -17,14 +17,15 @@ namespace nplora {
 
 namespace {
 
-// What neighbours take one after the other, and the largest of them: of larger ones little lies in small pages.
+// kRegion: how much address space neighbours fill one after the other. kLargestNeighbour: the size up to
+// which weights share huge pages; larger weights lose little to the small pages at their ends.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 #ifdef __linux__
-constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1, of which older headers do not know
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older headers lack it
 #endif
 
-// Not in whole_pages: the child of a fork could wait for another thread that asks.
+// Read at start, not in whole_pages: the child of a fork could wait for another thread that initialises it.
 const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 size_t whole_pages(size_t bytes) {
@@ -35,7 +36,7 @@ char* huge_page_of(char* at) {
   return at - reinterpret_cast<uintptr_t>(at) % kHugePage;
 }
 
-char* huge_page_behind(char* at) {
+char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
@@ -50,11 +51,11 @@ void advise_huge([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
 #endif
 }
 
-// So many bytes at the start of a huge page.
+// Maps this many bytes, starting at a huge page.
 char* map_aligned(size_t bytes) {
   char* const first = map_pages(bytes + kHugePage);
   if (first == nullptr) return nullptr;
-  char* const start = huge_page_behind(first);
+  char* const start = huge_page_after(first);
   const auto before = static_cast<size_t>(start - first);
   if (before > 0) munmap(first, before);
   munmap(start + bytes, kHugePage - before);
@@ -69,8 +70,8 @@ std::string setting(const char* name) {
   return line;
 }
 
-// Whether what lies in small pages can be moved into a huge one; nothing where there is no memory to try it. The system would do so
-// where its administrator wants none, too.
+// Whether the system can move the content of small pages into a huge page; no value if there is no memory to
+// try it. The system would do it even if its administrator wants no huge pages.
 std::optional<bool> can_collapse() {
   std::string enabled = setting("hugepages-2048kB/enabled");
   if (enabled.empty() || enabled.find("[inherit]") != std::string::npos) enabled = setting("enabled");
@@ -79,21 +80,23 @@ std::optional<bool> can_collapse() {
   char* const trial = map_aligned(kHugePage);
   if (trial == nullptr) return std::nullopt;
   *trial = 1;
-  const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;  // it may be short of them
+  // EINVAL: unknown; other errors: short of huge pages.
+  const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;
   munmap(trial, kHugePage);
   return knows;
 }
 
-// Where the last weight ends the next one begins. Nobody waits for another thread: the child of a fork would do so in vain.
+// Places weights one after the other. No thread waits for another one here: in the child of a fork it would
+// wait forever.
 class Neighbours {
  public:
-  // nullptr where nothing is shared, for now or ever.
+  // nullptr if huge pages cannot be shared, now or ever.
   char* take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     if (!shares_) shares_ = can_collapse();
     if (!shares_.value_or(false)) return nullptr;
-    if (has_hole_.exchange(false) && next_ != end_) go_to(huge_page_behind(next_));
+    if (has_hole_.exchange(false) && next_ != end_) move_to(huge_page_after(next_));
     if (size > static_cast<size_t>(end_ - next_) && !open()) return nullptr;
     char* const at = next_;
     next_ += size;
@@ -106,27 +109,28 @@ class Neighbours {
     return at;
   }
 
-  // What is unmapped of the huge page that is being filled may be a stranger's next: the page is left as it is. A thread that is in
-  // `take` at that moment may miss it, which can cost that stranger memory, but never what lies there.
+  // If part of a half-filled huge page is unmapped, other code may get that memory, so the page is never
+  // collapsed. A thread that is inside `take` at that moment may not see this. That can cost the other code
+  // memory, but never its data.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // What is between goes back.
-  void go_to(char* start) {
+  // Moves on to `start`; the space that is skipped goes back to the system.
+  void move_to(char* start) {
     if (start != next_) munmap(next_, static_cast<size_t>(start - next_));
     next_ = start;
     small_pages_ = start;
   }
 
   bool open() {
-    go_to(end_);
+    move_to(end_);
     next_ = nullptr;
     end_ = nullptr;
     char* const region = map_aligned(kRegion);
     if (region == nullptr) return false;
-    madvise(region, kRegion, MADV_NOHUGEPAGE);  // until they are taken
+    madvise(region, kRegion, MADV_NOHUGEPAGE);  // until weights take them
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;
@@ -137,7 +141,7 @@ class Neighbours {
   std::optional<bool> shares_;
   char* next_ = nullptr;
   std::atomic<char*> end_ = nullptr;  // of the region
-  // From this huge page on all is in small pages, or not there yet.
+  // From this huge page on, everything is in small pages or not mapped yet.
   std::atomic<char*> small_pages_ = nullptr;
   std::atomic<bool> has_hole_ = false;
 };

@@ -13,8 +13,8 @@ namespace nplora {
 
 namespace {
 
-// One mapping. The signal handler reads the list without a lock, so an entry is never freed: the next mapping takes an
-// entry that is not in use.
+// One mapping. The signal handler reads the list without a lock, so an entry is never freed: the next mapping
+// reuses an entry that is not in use.
 struct Watch {
   size_t number = 0;
   std::atomic<uintptr_t> begin = 0, end = 0;  // both 0: not in use
@@ -26,7 +26,8 @@ struct Watch {
 std::atomic<Watch*> watches = nullptr;
 static_assert(std::atomic<Watch*>::is_always_lock_free && std::atomic<uintptr_t>::is_always_lock_free);
 
-// Held with the interpreter's lock by those who add and remove: no fork happens in between.
+// Entries are added and removed with this lock and the interpreter's lock held, so no fork happens in
+// between.
 std::mutex mutex;
 struct sigaction before;  // what handled SIGBUS before
 
@@ -47,7 +48,7 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
     action.sa_handler(signal);
 }
 
-// ---- the handler: async-signal-safe calls only ----
+// ---- the handler: only async-signal-safe calls ----
 
 [[noreturn]] void end_with(const Watch& watch, int signal, siginfo_t* info, void* context) {
   static std::atomic_flag begun;
@@ -57,7 +58,7 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
     if (count <= 0) break;
     done += static_cast<size_t>(count);
   }
-  if (is_function(before)) call(before, signal, info, context);  // faulthandler's, for example
+  if (is_function(before)) call(before, signal, info, context);  // for example faulthandler's
   _exit(128 + signal);
 }
 
@@ -69,10 +70,11 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   if (is_function(before)) return call(before, signal, info, context);
   if (before.sa_handler == SIG_IGN && !is_access) return;
   ::signal(signal, SIG_DFL);
-  if (!is_access) raise(signal);  // else the access is made again, and fails again
+  if (!is_access) raise(signal);  // otherwise the access is repeated, and fails again
 }
 
-// Others may have put back an older handler since: faulthandler.disable() does.
+// Installs the handler again if needed: others may have restored an older one, as faulthandler.disable()
+// does.
 void install() {
   struct sigaction current;
   if (sigaction(SIGBUS, nullptr, &current) != 0) return;
@@ -85,7 +87,7 @@ void install() {
   sigaction(SIGBUS, &ours, nullptr);
 }
 
-// An entry that is not in use; a new one is in the list, where it covers nothing yet.
+// An entry that is not in use. A new entry joins the list, where it covers nothing yet.
 Watch* free_watch() {
   for (Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
     if (watch->end.load() == 0) return watch;

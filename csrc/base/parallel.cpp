@@ -22,15 +22,16 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is inside the hook, and so inside a call. Work that begins there keeps to this thread.
+// Whether this thread is inside the interrupt hook, and so inside a call. Work that starts there stays on
+// this thread.
 thread_local bool asking = false;
 
-// About 5 µs of arithmetic on one core, which is what waking a worker costs.
+// About 5 µs of arithmetic on one core. Waking a worker costs as much.
 constexpr double kOperationsPerThread = 5e5;
 
-// Tasks are handed out one by one from a shared counter; the first exception stops the rest. All threads compute in
-// the floating-point environment of the caller (rounding, flushing of subnormals), or results would depend on who
-// took a task.
+// Hands out tasks one by one from a shared counter; the first exception stops the rest. All threads compute
+// in the caller's floating-point environment (rounding, flushing of subnormals). Otherwise results would
+// depend on which thread took a task.
 class TaskRun {
  public:
   TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
@@ -63,7 +64,7 @@ class TaskRun {
   }
 
  private:
-  // The hook may run a signal handler, and that may do anything: fork, or call the core again.
+  // The hook may run a signal handler, which may do anything: fork, or call the core again.
   void poll() const {
     asking = true;
     const bool stop = hook_();
@@ -105,7 +106,7 @@ Backend backend() {
   return chosen;
 }
 
-// What OMP_NUM_THREADS and threadpoolctl allow; without OpenMP, the variable is read here.
+// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only the variable is read.
 size_t most_threads() {
 #ifdef _OPENMP
   return static_cast<size_t>(std::max(1, omp_get_max_threads()));

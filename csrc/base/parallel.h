@@ -1,4 +1,4 @@
-// Threads. The only user of OpenMP; everything above sees tasks.
+// Threads. This is the only user of OpenMP; all code above it sees tasks.
 #pragma once
 
 #include <cstddef>
@@ -6,24 +6,27 @@
 
 namespace nplora {
 
-// The caller's hook asked to stop (Ctrl-C): outputs are unfinished.
+// The caller's hook asked to stop (Ctrl-C). Outputs are unfinished.
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-// Our own limit; 0 means none. The number used is the smaller of it and omp_get_max_threads(), so that
-// OMP_NUM_THREADS and threadpoolctl are honoured, and always 1 in a forked child, where threads do not survive.
+// Our own limit; 0 means none. num_threads() is the smaller of this limit and omp_get_max_threads(), so
+// OMP_NUM_THREADS and threadpoolctl are honoured. It is always 1 in a forked child, where threads do not
+// survive.
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// How threads are had: "openmp" or "pool" (pool.h). NPLORA_PARALLEL names one, read once; results do not
-// depend on it. Throws std::invalid_argument where it names another, or one that is not built in.
+// Where the threads come from: "openmp" or "pool" (pool.h). The variable NPLORA_PARALLEL chooses, and is read
+// once. Results do not depend on it. Throws std::invalid_argument if it names anything else, or something
+// that is not built in.
 const char* parallel_backend();
 
-// The OpenMP version as its standard numbers it (201511 is 4.5), or 0 where the build has none.
+// The OpenMP version as its standard writes it (201511 is 4.5), or 0 if the build has no OpenMP.
 int openmp_version();
 
-// Asked between tasks, on the thread that called parallel_for only: true stops the work.
+// The hook is called between tasks, only on the thread that called parallel_for. If it returns true, the work
+// stops.
 void set_interrupt_hook(bool (*hook)());
 
 enum class Interruptible { kNo, kYes };
@@ -33,7 +36,8 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// The threads worth starting for this many floating-point operations (or elements, for elementwise work).
+// How many threads are worth starting for this many floating-point operations (or elements, for elementwise
+// work).
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. A reduction

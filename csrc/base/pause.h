@@ -1,4 +1,4 @@
-// How a thread waits for another one that is at work.
+// How a thread waits for another thread.
 #pragma once
 
 #include <chrono>
@@ -14,7 +14,7 @@ inline void pause() {
 #endif
 }
 
-// Looks until done(), or for so long; returns done().
+// Polls until done() is true, or for at most this long. Returns done().
 template <class Done>
 bool spin(const Done& done, std::chrono::microseconds most) {
   const auto end = std::chrono::steady_clock::now() + most;
@@ -25,8 +25,9 @@ bool spin(const Done& done, std::chrono::microseconds most) {
   return done();
 }
 
-// Returns when done(), which another thread is about to make true. If that one has lost its processor, to this thread perhaps,
-// it gets this one; not at once, since a thread that yields may have to wait for a time slice itself.
+// Returns when done() is true, which another thread is about to make it. If that thread has lost its
+// processor, perhaps to this thread, this one yields to it. Not at once: a thread that yields may have to
+// wait for a whole time slice.
 template <class Done>
 void wait_until(const Done& done) {
   if (spin(done, std::chrono::microseconds(50))) return;

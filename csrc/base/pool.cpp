@@ -20,12 +20,13 @@ namespace nplora {
 namespace {
 
 std::atomic<bool> in_child{false};
-// Where the system has no memory left for the registration, forked children may hang; nothing else depends on it.
+// If the system has no memory for this registration, forked children may hang. Nothing else depends on it.
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 
-// How long an idle thread looks before it sleeps: longer than the gaps between the calls of a training step. A sleeper can be
-// woken onto the caller's own core (in a virtual machine the other one, being halted, does not count as idle) and then waits
-// for a time slice while the caller does all the work: with 20 µs here, a step took 8.0 ms on two cores instead of 4.3.
+// How long an idle thread polls before it sleeps: longer than the gaps between the calls of a training step.
+// A sleeper may be woken onto the caller's own core (in a virtual machine, the other core is halted and does
+// not count as idle). It then waits for a time slice while the caller does all the work: with 20 µs, a step
+// took 8.0 ms on two cores instead of 4.3.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {
@@ -41,7 +42,7 @@ class Pool {
     Job job{work, context, helpers};
     open(&job, helpers);
     work(context, true);
-    if (!forked()) close(&job);  // a child has neither the workers nor, perhaps, the mutex in order
+    if (!forked()) close(&job);  // in a child, the workers are gone and the mutex may be locked
   }
 
  private:
@@ -68,7 +69,8 @@ class Pool {
     done_.wait(lock, all_returned);
   }
 
-  // A system that refuses a thread, or its memory, costs speed, nothing else. Workers take no signals: those are the program's.
+  // If the system refuses a thread, or memory for it, only speed is lost. Workers block all signals, which
+  // belong to the program.
   void start_workers(size_t wanted) {
     if (worker_threads_.size() >= wanted) return;
     sigset_t all, before;
@@ -87,9 +89,9 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Keeps the workers off the caller's processor: one that sleeps would often be woken onto it, where it waits for a time slice
-  // while the caller does all the work. On the others it takes its share even from threads that spin, as those of a BLAS do for
-  // a while after each product.
+  // Keeps the workers off the caller's processor. A sleeping worker would often be woken onto it, and would
+  // wait for a time slice while the caller does all the work. On the other processors a worker gets its share
+  // even from threads that spin, as the threads of a BLAS do for a while after each product.
   void steer_workers() {
 #ifdef __linux__
     const int cpu = sched_getcpu();
@@ -108,7 +110,7 @@ class Pool {
       const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; }, kSpinTime);
       std::unique_lock lock(mutex_);
       Job* job = next_job();
-      if (!job && seen) continue;  // it was over before this thread came: another one is near
+      if (!job && seen) continue;  // the job ended before this thread came; the next one is near
       wake_.wait(lock, [&] { return (job = next_job()) != nullptr; });
       --job->places;
       open_places_.fetch_sub(1, std::memory_order_relaxed);
@@ -131,8 +133,8 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
   std::atomic<size_t> open_places_{0};     // of all jobs
-  std::vector<pthread_t> worker_threads_;  // they never end
-  int steered_from_ = -1;                  // the processor that they keep off
+  std::vector<pthread_t> worker_threads_;  // these never end
+  int steered_from_ = -1;                  // the caller's processor, which the workers keep off
 };
 
 }  // namespace

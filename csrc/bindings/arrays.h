@@ -1,5 +1,5 @@
-// Arrays at the border: strict C order and dtype, shapes checked here, friendly words in
-// python/nplora/_check.py.
+// Arrays between Python and C++. dtype and C order are strict. Shapes are checked here; friendlier messages
+// come from python/nplora/_check.py.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -24,8 +24,8 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Runs f without the GIL. No gil_scoped_release: while the interpreter shuts down, taking the GIL back ends a daemon
-// thread by a forced unwind, which must not meet a destructor or a catch.
+// Runs f without the GIL. gil_scoped_release is not used: while the interpreter shuts down, taking the GIL
+// back ends a daemon thread by forced unwinding, which must not pass a destructor or a catch.
 template <class F>
 void without_gil(const F& f) {
   PyThreadState* state = PyEval_SaveThread();
@@ -57,7 +57,7 @@ inline void require_aligned(const py::array& array) {
   require(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_, "expected an aligned array");
 }
 
-// n elements, which lie as their type asks for.
+// n elements, aligned for their type.
 template <class T>
 void require_size(const char* name, const Array<T>& array, size_t n) {
   require_aligned(array);
@@ -73,7 +73,7 @@ Matrix<const T> read(const Array<T>& array) {
   return {array.data(), size_t(array.shape(0)), cols, cols};
 }
 
-// mutable_data() raises where the array is read-only.
+// mutable_data() raises if the array is read-only.
 template <class T>
 Matrix<T> write(Array<T>& array) {
   require(array.ndim() == 2, "expected an array with 2 axes");
@@ -87,7 +87,7 @@ Matrix<T> write(std::optional<Array<T>>& array) {
   return array ? write(*array) : Matrix<T>{};
 }
 
-// NumPy's own memory below this, where malloc's caches are as fast.
+// Below this size NumPy's own memory is used, because malloc's caches are as fast.
 inline constexpr size_t kLeastBufferBytes = size_t{1} << 16;
 
 // An array whose memory returns to the cache when its last view is gone.
@@ -103,7 +103,7 @@ Array<T> empty_rows(size_t rows, size_t cols) {
 Storage storage_of(const std::string& name);
 const char* name_of(Storage storage);
 
-// A packed weight, or an array of the caller's.
+// A packed weight, or an array of the caller.
 template <class T>
 using WeightArgument = std::variant<const PackedWeight*, Array<T>>;
 

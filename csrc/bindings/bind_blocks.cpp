@@ -11,7 +11,7 @@ namespace {
 using Floats = Array<float>;
 using Bytes = Array<uint8_t>;
 
-// A format of rows: any but nf4.
+// A row format: any format but nf4.
 BlockFormat row_format(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < kRowFormats; ++i) {
@@ -21,7 +21,7 @@ BlockFormat row_format(const std::string& name) {
   throw std::invalid_argument("unknown block format '" + name + "', expected one of " + known);
 }
 
-// blocks must be those of (rows, cols) values.
+// Checks that blocks has the size of (rows, cols) values.
 void require_blocks(BlockFormat format, const Bytes& blocks, size_t rows, size_t cols) {
   const BlockFormatInfo& of = info(format);
   require(cols % of.elements == 0, "rows of " + std::to_string(cols) + " values are no whole blocks of " +

@@ -1,4 +1,4 @@
-// Layers as inference calls them, again and again: looked at once, then read where they lie.
+// Layers for repeated inference: their arrays are checked once and then read in place.
 #include <variant>
 #include <vector>
 
@@ -9,7 +9,7 @@ namespace nplora::bindings {
 
 namespace {
 
-// y = x Wᵀ + scale (x Bᵀ) Aᵀ [+ bias] with the weight and the arrays that it keeps alive.
+// y = x Wᵀ + scale (x Bᵀ) Aᵀ [+ bias]. Keeps the weight and the arrays alive.
 class InferenceLayer {
  public:
   template <class T>

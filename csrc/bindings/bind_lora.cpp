@@ -40,7 +40,7 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out)
 template <class T>
 using Maybe = std::optional<Array<T>>;
 
-// A layer of a stack as it comes from Python.
+// A layer of a stack, as Python passes it.
 template <class T>
 struct ForwardFields {
   static constexpr const char* kType = "ForwardPart";
@@ -113,7 +113,7 @@ void outer(const Array<T>& a, const Array<T>& b, double scale, Array<T> out) {
   without_gil([&] { add_outer(left, right, scale, to); });
 }
 
-// The rows of an array that is written in place: contiguous rows, any distance from one to the next.
+// The rows of an array that is written in place. Each row is contiguous; the distance between rows is free.
 template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");
@@ -127,7 +127,7 @@ Matrix<T> rows_of(py::array_t<T>& array) {
   return {array.mutable_data(), size_t(rows), size_t(cols), size_t(stride / size)};
 }
 
-// W holds T, the factors hold F: float for the two 16-bit storages.
+// W holds T, the factors hold F, which is float for the two 16-bit storages.
 template <class T, class F>
 void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name,
            std::optional<uint64_t> key) {
@@ -160,7 +160,7 @@ std::string in_words(const KernelPlan& plan) {
   return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// The KernelPlan of both passes in words.
+// The KernelPlan of forward and backward, in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and at most what an array can have");

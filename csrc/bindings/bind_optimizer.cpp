@@ -10,9 +10,9 @@ namespace nplora::bindings {
 
 namespace {
 
-// The buffers of a step come in tuples, which nobody can change while the GIL is released, and are checked one by one here:
-// casting lists to vectors of array_t took a sixth of a step on the 420 factors of a language model, and so did messages that
-// nobody read.
+// The buffers of a step come in tuples, which nobody can change while the GIL is released. They are checked
+// here one by one. Casting lists to vectors of array_t took a sixth of a step with the 420 factors of a
+// language model, and so did preparing messages that were never shown.
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }
@@ -44,7 +44,7 @@ void require_alike(const char* name, const py::array& array, const py::array& va
     refuse(std::string(name) + " must have the shape and dtype of its parameter");
 }
 
-// Buffers that are written must not overlap: two threads may be at work on them.
+// Buffers that are written must not overlap, because two threads may work on them.
 void require_apart(const std::vector<Trained>& all) {
   static thread_local std::vector<std::pair<const char*, size_t>> written;
   written.clear();
@@ -58,14 +58,14 @@ void require_apart(const std::vector<Trained>& all) {
       refuse("two buffers of the step overlap");
 }
 
-// The rates of a step (LoRA+): one for the parameters that is_a marks, one for the others.
+// The learning rates of a step (LoRA+): one for parameters marked by is_a, one for all others.
 struct Rates {
   double lr, lr_of_a;
   const Array<bool>& is_a;
 };
 
-// The buffers of one step, checked against each other: valid until this thread's next call. A parameter is (name, value, grad).
-// second is null for SGD, first too where there is no momentum.
+// The buffers of one step, checked against each other. They are valid until this thread's next call. A
+// parameter is (name, value, grad). second is null for SGD; first is null too without momentum.
 const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple* first,
                                     const py::tuple* second, const Rates& rates) {
   static thread_local std::vector<Trained> all;
@@ -94,8 +94,8 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
   return all;
 }
 
-// Calls step(scale) without the GIL. With a max_norm, the scale is lowered so that the norm of the gradients is at most that,
-// and the norm before is returned; where it is not finite, there is no step.
+// Calls step(scale) without the GIL. With a max_norm, the scale is lowered so that the norm of the gradients
+// is at most max_norm. Returns the norm before that. If the norm is not finite, there is no step.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

@@ -10,10 +10,11 @@ namespace nplora::bindings {
 
 namespace {
 
-unsigned long main_thread = 0;  // Python's, which alone runs signal handlers
+unsigned long main_thread = 0;  // Python's main thread, the only one that runs signal handlers
 
-// Asked between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's exception. On
-// other threads there is nothing to ask, and taking the GIL could end a daemon thread while the interpreter shuts down.
+// Called between tasks on the calling thread, which has released the GIL. A pending Ctrl-C becomes Python's
+// exception. Other threads have nothing to check, and taking the GIL could end a daemon thread while the
+// interpreter shuts down.
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
@@ -23,7 +24,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // a handler may call the core, in the middle of a task
+  const ScratchFrame frame;  // a handler may call the core in the middle of a task
   return PyErr_CheckSignals() != 0;
 }
 
@@ -53,7 +54,7 @@ py::dict config() {
 }  // namespace
 
 void register_runtime(py::module_& m) {
-  kernels::table();  // an NPLORA_ISA or NPLORA_PARALLEL that can't be had stops the import, with the reason
+  kernels::table();  // if NPLORA_ISA or NPLORA_PARALLEL cannot be satisfied, the import stops with the reason
   parallel_backend();
   main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   set_interrupt_hook(&signal_pending);

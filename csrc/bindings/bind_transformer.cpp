@@ -19,13 +19,13 @@ void require_like(const char* name, const Floats& array, const Floats& other) {
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Indices are checked on a copy, to which nobody writes once the GIL is released.
+// Indices are checked on a copy, which nobody can write to once the GIL is released.
 std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
   return {array.data(), array.data() + n};
 }
 
-// n integers, each at least `least` and below `end`.
+// Checks n integers: each is at least `least` and below `end`.
 std::vector<int64_t> within(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
   std::vector<int64_t> values = copied(name, array, n);
   for (const int64_t value : values)
@@ -36,7 +36,7 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
-// By the names of transformers' hidden_act.
+// From the names in transformers' hidden_act.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
@@ -138,11 +138,11 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  constexpr int64_t kMostKeys = int64_t{1} << 40;  // a window of more sees all
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // a larger window sees everything
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys))};
 }
 
-// Where sequences of n rows begin.
+// Checks the rows at which sequences start; together they have n rows.
 std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
   const std::vector<int64_t> starts = copied("starts", array, size_t(array.size()));
   require(array.ndim() == 1 && !starts.empty() && starts.front() == 0 && starts.back() == int64_t(n) &&

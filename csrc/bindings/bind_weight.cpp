@@ -26,7 +26,7 @@ const char* name_of(Storage storage) {
 
 namespace {
 
-// "float" is the weight's own: float32, or float64 for float64 storage.
+// "float" is the weight's own type: float32, or float64 for float64 storage.
 constexpr const char* kComputes[] = {"float", "bfloat16", "int8"};
 Compute compute_of(const std::string& name) {
   for (size_t i = 0; i < std::size(kComputes); ++i)
@@ -38,7 +38,7 @@ bool is_16_bit(Storage storage) {
   return !is_blocks(storage) && bytes_per_element(storage) == 2;
 }
 
-// Which arrays hold the values of a storage format: double for float64, bit patterns or float for 16 bits,
+// The arrays that hold the values of a storage format: double for float64, bit patterns or float for 16 bits,
 // else float.
 template <class T>
 bool fits(Storage storage) {
@@ -60,8 +60,8 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// W as it lies in arrays that nobody writes to: they are kept alive, not copied. (pybind11's keep_alive would also run where the
-// arguments did not fit, and crash.)
+// W in arrays that nobody writes to. They are kept alive, not copied. (pybind11's keep_alive would also run
+// if the arguments did not fit, and would crash.)
 template <class... Arrays>
 std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
   return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));
@@ -126,7 +126,8 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  const std::vector<int64_t> id(ids.data(), ids.data() + n);  // a copy: nobody writes to it after the check
+  // A copy, so that nobody writes to it after the check.
+  const std::vector<int64_t> id(ids.data(), ids.data() + n);
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())
       throw py::index_error("row " + std::to_string(id[i]) + " is out of range for a weight of " +

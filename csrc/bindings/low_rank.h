@@ -1,4 +1,4 @@
-// What the bindings of layers share.
+// What the bindings of layers have in common.
 #pragma once
 
 #include "bindings/arrays.h"

@@ -1,5 +1,6 @@
-// Structs that Python makes: named tuples, for they are made faster than objects of a bound class. Fields describes one:
-//   kType, its name; kNames, the names of its fields; Types, a std::tuple of their types, in the same order.
+// Structs that Python creates. They are named tuples, which Python creates faster than objects of a bound
+// class. Fields describes one: kType is its name, kNames the names of its fields, and Types a std::tuple of
+// their types, in the same order.
 #pragma once
 
 #include <pybind11/pybind11.h>

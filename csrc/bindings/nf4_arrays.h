@@ -1,4 +1,4 @@
-// NF4 as it comes from Python, its arrays checked against the number of values that they stand for.
+// The arrays of an NF4 weight from Python, checked against the number of values that they represent.
 #pragma once
 
 #include "base/range.h"

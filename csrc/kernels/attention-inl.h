@@ -1,15 +1,16 @@
-// The softmax of attention and the moves around its products: queries lie in the SIMD lanes, so that nothing is summed across lanes.
-// See kernel_table.h for the contract.
+// The softmax of attention, and what surrounds its products. Queries are in the SIMD lanes, so nothing is
+// summed across lanes. See kernel_table.h for the contract.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// How far ahead the keys or values are fetched of which so many rows are read at once: beyond these rows, a whole number of them.
+// How many bytes ahead keys or values are fetched if `rows` of them are read at once: a whole number of rows,
+// beyond those being read.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
-// sums[j] = the lanes of q (dim) times those of row j of k.
+// sums[j] (lanes) = the products of q (dim) and row j of k (kRows, dim), added up lane by lane.
 template <size_t kRows, bool kFetch>
 __attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
                                                         size_t stride, size_t ahead, Vec<float>* sums) {
@@ -41,8 +42,9 @@ inline Vec<float> sum_of(const Vec<float>* v) {
     return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
 }
 
-// Two heads of a query meet half as many rows as there are lanes: one vector of products for each, whose lanes are summed at once,
-// by a transpose. The other rows come one by one.
+// Takes two heads of a query at a time, and half as many rows of k as there are lanes. Each head and row
+// gives one vector of products; a transpose then sums the lanes of all of them at once. The remaining rows
+// are taken one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -50,7 +52,8 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
   const size_t ahead = fetch_distance(kRows, k_stride);
   for (; rows >= kRows; rows -= kRows, k += kRows * k_stride, scores += kRows)
     for (size_t h = 0; h < heads; h += 2) {
-      const size_t second = smaller(h + 1, heads - 1);  // an odd last head meets them twice
+      // If the number of heads is odd, the last one is computed twice.
+      const size_t second = smaller(h + 1, heads - 1);
       V block[2 * kRows];
       row_products<kRows, true>(dim, q + h * dim, k + h / group * dim, k_stride, ahead, block);
       row_products<kRows, true>(dim, q + second * dim, k + second / group * dim, k_stride, ahead,
@@ -69,7 +72,7 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// kRows rows at a time, so that the sums are loaded and stored once for so many.
+// Takes kRows rows at a time, so that out is loaded and stored once for all of them.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -109,21 +112,29 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
+// The largest of `before` and a column (rows). Four independent maxima, because a single one would wait for
+// each result.
+template <class Span>
+inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
+                                    const Span& span) {
+  Vec<float> m[4] = {before, before, before, before};
+  size_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) m[k] = max(m[k], span.load(column + (i + k) * stride));
+  for (; i < rows; ++i) m[0] = max(m[0], span.load(column + i * stride));
+  return max(max(m[0], m[1]), max(m[2], m[3]));
+}
+
 inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                          float* factor) {
   using V = Vec<float>;
   for_vectors(n, [&](size_t j, auto span) {
     float* column = s + j;
     const V before = span.load(largest + j);
-    V m[4] = {before, before, before, before};  // side by side: a maximum waits for the one before it
-    size_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-#pragma GCC unroll 4
-      for (size_t k = 0; k < 4; ++k) m[k] = max(m[k], span.load(column + (i + k) * s_stride));
-    for (; i < rows; ++i) m[0] = max(m[0], span.load(column + i * s_stride));
-    const V now = max(max(m[0], m[1]), max(m[2], m[3]));
+    const V now = largest_of_column(rows, column, s_stride, before, span);
     V added = V::zero();
-    for (i = 0; i < rows; ++i) {
+    for (size_t i = 0; i < rows; ++i) {
       const V p = exp(span.load(column + i * s_stride) - now);
       span.store(p, column + i * s_stride);
       added = added + p;
@@ -135,8 +146,9 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// p = softmax(s): ds = p (dp - Σ p dp), whose sum is delta = Σ dout out (Dao et al. 2022, section 3.1).
-// s is computed again, with another rounding: a large s could exceed lse by so much that exp overflows.
+// p = softmax(s): ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al. 2022, section 3.1).
+// The backward pass computes s again. If it is rounded differently, a large s could exceed lse until exp
+// overflows, hence the minimum.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -146,6 +158,30 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
       const V p = exp(min(V::zero(), span.load(s + i) - shift));
       span.store(p, s + i);
       span.store(p * (span.load(dp + i) - less), dp + i);
+    }
+  });
+}
+
+// The same if the rows are all keys of the columns. delta is summed from the rounded p and dp themselves, so
+// equal terms cancel exactly: a single row has ds = 0.
+inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
+  using V = Vec<float>;
+  constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;  // kLeast: if all elements are -Inf
+  for_vectors(n, [&](size_t j, auto span) {
+    const size_t end = j + rows * stride;
+    const V top = largest_of_column(rows, s + j, stride, V(V::broadcast(kLowest)), span);
+    V sum = V::zero(), products = V::zero();
+    for (size_t i = j; i < end; i += stride) {
+      const V p = exp(span.load(s + i) - top);
+      span.store(p, s + i);
+      sum = sum + p;
+      products = fma(p, span.load(dp + i), products);
+    }
+    const V factor = V(V::broadcast(1)) / max(V(V::broadcast(kLeast)), sum), delta = products * factor;
+    for (size_t i = j; i < end; i += stride) {
+      const V p = span.load(s + i) * factor;
+      span.store(p, s + i);
+      span.store(p * (span.load(dp + i) - delta), dp + i);
     }
   });
 }

@@ -1,8 +1,9 @@
-// Low-bit blocks to float, and into products: one body for every instruction set and format. See kernel_table.h for the contract,
-// kernels/formats for the decoders.
+// Low-bit blocks to float, and their products: one body for every instruction set and format. See
+// kernel_table.h for the contract and kernels/formats for the decoders.
 //
-// A fused multiply-add gives what a product and a sum would: a float16 has 11 significant bits, a scale at most 7 and a code at most 6,
-// so that their product fits into float's 24 and only the sum rounds.
+// A fused multiply-add gives the same value as a product and a sum. A float16 has 11 significant bits, a
+// scale at most 7 and a code at most 6. Their product fits into the 24 bits of a float, so only the sum is
+// rounded.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -19,7 +20,7 @@ inline float to_float(Half half) {
 #endif
 }
 
-// From memory into every lane before the conversion: a permute less than behind it.
+// Copies the 16 bits into every lane before the conversion, which saves a permutation after it.
 inline Vec<float> broadcast(const Half& half) {
 #if defined(NPLORA_SIMD_AVX512)
   return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};
@@ -29,7 +30,7 @@ inline Vec<float> broadcast(const Half& half) {
   return Vec<float>::broadcast(to_float(half));
 #endif
 }
-// to (4) = four float16 numbers, the lowest first.
+// to (4) = four float16 numbers, the lowest bits first.
 inline void to_four_floats(uint64_t halves, float* to) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<long long>(halves))));
@@ -41,7 +42,8 @@ inline void to_four_floats(uint64_t halves, float* to) {
 inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
-// Values whose lanes are broadcast from memory one after the other: GCC would permute the register that they were stored from.
+// Forces values into memory, from which their lanes are broadcast one by one. GCC would otherwise permute the
+// register that holds them.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
   asm("" : "+m"(values));
@@ -50,7 +52,8 @@ inline void keep_in_memory(float (&values)[kCount]) {
 inline void put(const Floats& values, float* to) {
   for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
 }
-// Where a minimum is added it goes in by fma; the others keep the sign of d * 0.
+// These store d q or d q + m. A minimum is added by fma. Without a minimum there is no addition, which keeps
+// the sign of d * 0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
 }
@@ -63,7 +66,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A place in a row of DecodedRows, at a multiple of kBytes where panels lie apart: kBytes elements are in one panel.
+// A position in a row of DecodedRows. If panels are apart, it is a multiple of kBytes, so that kBytes
+// elements are in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -73,14 +77,15 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// Instead of memory, products with some tokens of x. The sums of token t are in chains that alternate from one run of kBytes
-// elements to the next, so that a fused multiply-add does not wait for the one before.
+// A destination like a row in memory, which multiplies the values with some tokens of x instead of storing
+// them. The sums of a token are in chains. Each run of kBytes elements uses the next chain, so a fused
+// multiply-add need not wait for the previous one.
 template <size_t kTokens, size_t kChains>
 struct Dot {
   const float* x;
   size_t x_stride;
-  Vec<float> (*sums)[kTokens];  // of kChains
-  size_t at = 0;                // the element of x that a run begins with
+  Vec<float> (*sums)[kTokens];  // (kChains, kTokens)
+  size_t at = 0;                // the element of x at which a run begins
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
@@ -108,8 +113,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// A sub-block with one scale. For one token the sum is multiplied by it, which takes fewer products than scaling the codes.
-// One chain is enough then.
+// A sub-block with one scale. For one token, the sum is multiplied by the scale, which takes fewer products
+// than scaling the codes. Then one chain is enough.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -127,11 +132,11 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 
 // ---- one block: what its sub-blocks share, and sub-block j ----
 
-// sub_block(j, to) puts sub-block j of the block.
+// sub_block(j, to) stores sub-block j of the block.
 template <class Block>
 struct Decoder;
 
-// Element i of a sub-block takes bit i of high.
+// Element i of a sub-block has bit i of `high`.
 struct HighBits {
   Bytes low, high;
   explicit HighBits(const uint8_t (&bits)[4])
@@ -141,7 +146,7 @@ struct HighBits {
 
 // d scale_j and -dmin min_j of the sub-blocks of Q4_K and Q5_K.
 struct SubScales {
-  float d[16], m_behind_8[16];
+  float d[16], m_from_8[16];
 
   SubScales(Half d_half, Half m_half, const uint8_t (&bytes)[12]) {
     uint32_t low, middle, high;  // four bytes each
@@ -153,19 +158,22 @@ struct SubScales {
     const uint64_t m_codes = (middle & kSix) | uint64_t(((high >> 4) & kFour) | ((middle >> 2) & kTwo)) << 32;
     const Floats codes = widen(pair(d_codes, m_codes));
     put(codes, broadcast(d_half), d);
-    put(codes, broadcast(negative(m_half)), m_behind_8);
+    put(codes, broadcast(negative(m_half)), m_from_8);
   }
   void keep() {
     keep_in_memory(d);
-    keep_in_memory(m_behind_8);
+    keep_in_memory(m_from_8);
   }
   Vec<float> scale(size_t j) const { return Vec<float>::broadcast(d[j]); }
-  Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_behind_8[8 + j]); }
+  Vec<float> minus_min(size_t j) const { return Vec<float>::broadcast(m_from_8[8 + j]); }
 };
 
 // ---- rows of blocks ----
+//
+// The unit defines kUnrolledSubBlocks: how many sub-blocks of a block are unrolled.
 
-// Fetches the columns of a row that are decoded kRowsAhead later: they are too few for the hardware to detect a stream.
+// Fetches the columns of a row that is decoded kRowsAhead rows later. They are too few for the hardware to
+// detect a stream.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -187,8 +195,8 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
     for (size_t sub_block = first / kSubBlock, end = (first + cols) / kSubBlock; sub_block < end;) {
       const Decoder<Block> block{in_row[sub_block / kSubBlocks]};
       const size_t j = sub_block % kSubBlocks, n = smaller(kSubBlocks - j, end - sub_block);
-      // Unrolled, so that j is known to each.
-#pragma GCC unroll 8
+      // Unrolled, so that j is a constant in each copy.
+#pragma GCC unroll kUnrolledSubBlocks
       for (size_t i = 0; i < kSubBlocks; ++i)
         if (i - j < n) block.sub_block(i, out + (i - j) * kSubBlock);
       sub_block += n;
@@ -199,15 +207,15 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
 
 // ---- the products of a few rows of x with rows of blocks ----
 
-// All tokens are multiplied with this many rows before the next ones. The same columns of rows that come kFetchAhead or more
-// later are fetched meanwhile.
+// All tokens are multiplied with this many rows before the next rows are read. Meanwhile the same columns of
+// rows that come at least kFetchAhead bytes later are fetched.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Fetches other memory into L2: the share that falls to kFewRows of the rows that are left.
+// Fetches other memory into L2: the part of it that belongs to kFewRows of the remaining rows.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -215,7 +223,7 @@ inline void fetch_share(Fetch& next, size_t rows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Decoders of at most kTogether blocks of each row of a tile, which begin at at[r].
+// Decoders of at most kTogether blocks of each row of a tile. Row r begins at at[r].
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {
@@ -224,8 +232,8 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// Blocks of one sub-block: their factors are converted to float together, ahead of their use, and broadcast from memory. Tiles
-// of two rows, which have more tokens, gain nothing from this.
+// For blocks of one sub-block. Their factors are converted to float together, before they are used, and then
+// broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from this.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -242,7 +250,7 @@ struct Decoders<Block, kRows> {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));  // d, and m behind it
+          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));  // d, followed by m
           halves = halves << kBits | some;
         }
         to_four_floats(halves, factors[i] + r * kFactors);
@@ -264,7 +272,7 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Adds the elements of row rows[r] to to(r, i), kElements from i on at a time.
+  // Passes the elements of row rows[r] to to(r, i), kElements of them at a time, from element i on.
   template <size_t kRows, class To>
   void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
@@ -279,7 +287,7 @@ struct BlockRows {
           for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const uint8_t*>(at[r] + i) + ahead + line, 0, 2);
           const Decoder<Block> block = decoders.get(r, i);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSubBlocks
           for (size_t j = 0; j < kElements / kSubBlock; ++j)
             block.sub_block(j, to(r, (first + i) * kElements) + j * kSubBlock);
         }
@@ -289,8 +297,8 @@ struct BlockRows {
   }
 };
 
-// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Rows that are missing repeat the
-// last one.
+// The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Missing rows
+// repeat the last one.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {
@@ -316,7 +324,7 @@ struct RowRange {
   size_t first, count;
 };
 
-// m tokens in groups of 4, 2 and 1, which find the rows in L1.
+// m tokens in groups of 4, 2 and 1. The later groups find the rows in L1.
 template <size_t kTokens, class Rows>
 inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
                       float* part, size_t all) {

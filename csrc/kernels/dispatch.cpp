@@ -9,7 +9,7 @@
 
 namespace nplora::kernels {
 
-// The units that the build holds (CMakeLists.txt).
+// The units in this build (see CMakeLists.txt).
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table, k_avx512bf16_table;
@@ -37,11 +37,11 @@ const KernelTable& amx_table() {
 struct Choice {
   const KernelTable* table;
   bool available;            // on this machine
-  const char* parts;         // of the processor, that it takes
-  bool takes_tiles = false;  // which Linux may refuse to a process
+  const char* parts;         // what the processor must have
+  bool takes_tiles = false;  // needs AMX's tile registers, which Linux may refuse
 };
 
-// Best last.
+// The best table is last.
 const Choice* choices(size_t* count) {
   using simd::cpu;
   static const Choice all[] = {
@@ -60,7 +60,7 @@ const Choice* choices(size_t* count) {
   return all;
 }
 
-// Prepares this process for a table. Empty, or the reason that it cannot use it.
+// Prepares this process for a table. Returns an empty string, or the reason why it cannot use the table.
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())

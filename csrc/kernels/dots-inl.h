@@ -1,14 +1,16 @@
-// The products of small batches, which read W once as it is stored: panel after panel, or, row-major, along its rows. See
-// kernel_table.h for the contract.
+// The products of small batches. They read W once, in its storage layout: panel after panel, or along the
+// rows of a row-major matrix. See kernel_table.h for the contract.
 //
-// The unit gives:
-//   kDotResident  the most vectors of x (those of one panel) that stay in registers while the rows of W are read;
-//   kDotRows      the rows that share each vector of x otherwise;
-//   kDotSums      sums of a row that run side by side: FMA latency x throughput (4 x 2) over the rows that are in flight.
+// The unit defines:
+//   kDotResident  the most vectors of x, those of one panel, that stay in registers while the rows of W are
+//   read
+//   kDotRows      the number of rows that share each vector of x otherwise
+//   kDotSums      the number of partial sums of a row: FMA latency x throughput (4 x 2), divided by the rows
+//   in flight
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// The groups of kInterleave elements that a full panel's rows are cut into.
+// The number of groups of kInterleave elements in a row of a full panel.
 template <class W, size_t kInterleave>
 inline constexpr size_t kGroups = kPanelDepth<W> / kInterleave;
 
@@ -21,11 +23,11 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kInterleave>(group);
 }
 
-// The sums of a row that run side by side: in a panel of few groups there is one, in the order of the groups.
+// The number of partial sums of a row. A panel of few groups has one, in the order of the groups.
 template <class W, size_t kInterleave>
 inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
-// An interleave factor of two, if the instruction set can zip the two elements.
+// Whether the interleave factor is two and the instruction set can zip the two elements.
 template <class W, size_t kInterleave>
 inline constexpr bool kZipped =
 #if defined(NPLORA_SIMD_AVX512)
@@ -34,11 +36,12 @@ inline constexpr bool kZipped =
     false;
 #endif
 
-// The sums of kRows rows that run side by side.
+// The partial sums of kRows rows.
 template <class W, size_t kInterleave, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kSideSums<W, kInterleave>];
 
-// sums[r][0] += a full panel of the row at w[r] times x: in this order wherever W lies. x_at(s) is the x of group s.
+// sums[r][0] += the row w[r] of a full panel times x. The order is the same however W is stored. x_at(s) is
+// the x of group s.
 template <class W, size_t kInterleave, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kInterleave, kRows>& sums) {
@@ -64,7 +67,7 @@ template <class W, size_t kInterleave, size_t kRows, class XAt>
       for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
 }
 
-// A panel's width of memory, into L2.
+// Fetches as much memory as a panel is wide, into L2.
 template <class W>
 inline void fetch_panel(const W* at) {
 #pragma GCC unroll 8
@@ -80,10 +83,10 @@ struct Dots {
   const Operand<W>* xs;
   Sum<W>* part;
   bool accumulate;
-  const W* next;  // rows that are fetched meanwhile, in panels
+  const W* next;  // rows of the next panel, which are fetched meanwhile
 };
 
-// A full panel, kRows rows at a time, while there are so many.
+// A full panel, kRows rows at a time, as long as that many are left.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using T = Sum<W>;
@@ -110,7 +113,7 @@ inline void dots_rows(Dots<W>& p) {
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
       fetch_panel(p.next);
       w[r] = p.w + r * p.row_stride;
-      keep(w[r]);  // else GCC loads an offset for each element from the stack
+      keep(w[r]);  // otherwise GCC loads an offset for each element from the stack
       sums[r][0] = p.accumulate ? Vec<T>::load(p.part + r * kLanes) : Vec<T>::zero();
     }
     add_panel<W, kInterleave, kRows>(w, x_at, sums);
@@ -119,8 +122,8 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
-// The same for an interleave factor of two whose elements are zipped: two vectors of x become one for either half of the
-// tokens, with the elements of both, so that one load from W serves two products.
+// The same for an interleave factor of two, if the elements can be zipped. Two vectors of x are rearranged so
+// that each holds both elements, for one half of the tokens. Then one load of W serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
@@ -159,7 +162,7 @@ inline void dots_panel(Dots<W>& p) {
   dots_rows<W, kInterleave, 1>(p);
 }
 
-// A panel, or a matrix, of fewer columns.
+// A panel, or a matrix, with fewer columns than a full panel.
 template <class W, size_t kInterleave>
 inline void dots_narrow(Dots<W> p, size_t width) {
   using T = Sum<W>;
@@ -177,9 +180,9 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
-// The full panels of a row-major W: kRows rows at a time, while there are so many, run through all of them with their sums in
-// registers. Meanwhile they fetch the same columns of rows that come kFetchAhead or more later, or kRows later if rows are
-// longer than that.
+// The full panels of a row-major W. kRows rows at a time, as long as that many are left, run through all
+// panels with their sums in registers. Meanwhile they fetch the same columns of rows that come kFetchAhead
+// bytes later, or kRows rows later if rows are longer than that.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
@@ -215,7 +218,8 @@ template <class W, size_t kInterleave>
 inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                              bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // Row-major, or a single row. What is zipped keeps x in registers and takes panels, and so do pairs, which more tokens meet.
+  // W is row-major, or a single row. Zipped elements and pairs take the panels below: zipping keeps x in
+  // registers, and for pairs a vector holds more tokens.
   if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
@@ -227,9 +231,9 @@ inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Opera
       xs += panels * kGroups<W, kInterleave> * kLanes;
       accumulate = true;
     }
-  do {  // once without columns, too: part is set to zero
+  do {  // runs once even without columns, to set part to zero
     const size_t width = smaller(depth, kPanelDepth<W>);
-    // The last rows fetch the first ones of the next panel.
+    // The last rows fetch the first rows of the next panel.
     const size_t last = smaller(rows, kFetchAhead / (kPanelDepth<W> * sizeof(W)));
     Dots<W> p{rows - last, w.data, w.row_stride, xs, part, accumulate, w.data + last * w.row_stride};
     if (width == kPanelDepth<W>) {
@@ -248,7 +252,7 @@ inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Opera
   } while (depth > 0);
 }
 
-// Calls body.operator()<factor>(), for the factors that kernels::interleave_factor gives.
+// Calls body.operator()<factor>() for one of the factors that kernels::interleave_factor returns.
 template <class T, size_t kInterleave = Vec<T>::kLanes, class Body>
 inline void for_interleave_factor(size_t interleave_factor, const Body& body) {
   if (interleave_factor == kInterleave) return body.template operator()<kInterleave>();
@@ -265,7 +269,7 @@ void dots(size_t interleave_factor, size_t rows, size_t depth, const Panels<W>& 
   });
 }
 
-// xs (groups, lanes) = x (m, cols): rows behind m and elements behind cols are zero.
+// xs (groups, lanes) = x (m, cols). Missing rows and columns are zero.
 template <class T, size_t kInterleave>
 inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = kLanes / kInterleave;
@@ -280,7 +284,8 @@ inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride
     }
 }
 
-// The same for groups that one register element U holds: a transpose. The m rows behind are fetched: they are next.
+// The same for groups that fit one register element U: a transpose. It also fetches the m rows that follow,
+// which are used next.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
@@ -316,8 +321,8 @@ void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, siz
   });
 }
 
-// y (m, rows) = each token's lanes of part (rows, lanes) added up in a tree [+ bias (rows)]. A block of as many rows as there
-// are lanes is transposed, and then summed at once.
+// y (m, rows) = each token's lanes of part (rows, lanes), added up in a tree [+ bias (rows)]. A block of
+// rows, as many as there are lanes, is transposed and then summed at once.
 template <class T>
 void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                size_t y_stride) {
@@ -346,9 +351,9 @@ void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, c
   });
 }
 
-// ---- y (m, rows) += z (m, depth) Aᵀ for rows of A (rows, depth) as long as a rank ----
+// ---- y (m, rows) += z (m, depth) Aᵀ, where the rows of A (rows, depth) are as long as a rank ----
 
-// The sums of kCount neighbours in turn, of kCount vectors.
+// The sums of kCount neighbouring lanes of kCount vectors, one vector after the other.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4
@@ -366,7 +371,7 @@ inline void add_first(Vec<T> sums, size_t n, T* y) {
     (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
 }
 
-// y (rows) += a (rows, kDepth) z for at most kLanes rows, of which a vector holds several.
+// y (rows) += a (rows, kDepth) z for at most kLanes rows. A vector holds several rows of a.
 template <size_t kDepth, class T>
 inline void add_packed_rows(size_t rows, const T* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -394,7 +399,8 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
       add_packed_rows<kDepth>(smaller(rows - r, kLanes), a + r * kDepth, zs[t], y + t * y_stride + r);
 }
 
-// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Rows that are missing repeat the last one.
+// y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Missing rows repeat the last
+// one.
 template <size_t kTokens, class T>
 inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {
@@ -430,7 +436,7 @@ inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size
   }
 }
 
-// m tokens in groups of 4, 2 and 1, which find a block of a's rows in L1.
+// m tokens in groups of 4, 2 and 1. The later groups find a block of a's rows in L1.
 template <size_t kTokens, class T>
 inline void add_block_dots(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                            size_t y_stride) {

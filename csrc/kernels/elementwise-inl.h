@@ -1,10 +1,10 @@
 // Optimiser steps, sums of squares, dropout and 16-bit conversions: plain loops that the compiler vectorises
-// per unit.
+// for each unit.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// The steps of optimisers wait for memory. They fetch nothing ahead: on a Zen 4, which follows four streams by itself, it cost a
-// fifth of the time.
+// Optimiser steps are limited by memory, but they do not fetch ahead. A Zen 4 follows four streams by itself,
+// and fetching made a step a fifth slower.
 
 // p, g, m, v are (n).   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
 // p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
@@ -13,7 +13,7 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
            const AdamWCoefficients& k) {
   const T beta1 = T(k.beta1), beta2 = T(k.beta2), rest1 = T(1 - k.beta1), rest2 = T(1 - k.beta2),
           grad_scale = T(k.grad_scale), decay = T(1 - k.lr * k.weight_decay);
-  // The fraction is multiplied above and below by the root of bias2: one division instead of two.
+  // Numerator and denominator are multiplied by sqrt(bias2), which leaves one division instead of two.
   const double root_bias2 = __builtin_sqrt(k.bias2);
   const T step = T(k.lr / k.bias1 * root_bias2), eps = T(k.eps * root_bias2);
   for (size_t i = 0; i < n; ++i) {
@@ -56,8 +56,8 @@ void sgd(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k) {
     sgd_momentum<false>(n, p, g, buf, k);
 }
 
-// Sixteen partial sums, one element in sixteen each, added in pairs at the end: one order on every
-// instruction set.
+// Sixteen partial sums: element i goes to sum i % 16. They are added in pairs at the end. The order is the
+// same on every instruction set.
 template <class T>
 double sum_of_squares(size_t n, const T* x) {
   double sums[16] = {};
@@ -70,7 +70,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Philox4x32-10 (Salmon et al. 2011) on kBlocks counters at once: words[w][i] is word w of counter first + i.
+// Philox4x32-10 (Salmon et al. 2011) on kPhiloxBlocks counters at once: words[w][i] is word w of counter
+// first + i.
 inline constexpr size_t kPhiloxBlocks = 16;
 inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBlocks]) {
   for (size_t i = 0; i < kPhiloxBlocks; ++i) {
@@ -90,7 +91,8 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBl
     }
 }
 
-// body(i, word) for i < n with the word of element first + i: word (first + i) % 4 of counter (first + i) / 4.
+// Calls body(i, word) for i < n, with the random word of element first + i: word (first + i) % 4 of counter
+// (first + i) / 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -104,7 +106,7 @@ inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body)
   }
 }
 
-// out (n) = x (n) * factor where the element's word is at least threshold, else 0.
+// out (n) = x (n) * factor if the element's word is at least threshold, else 0.
 template <class T>
 void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
   for_words(n, seed, first,
@@ -113,8 +115,9 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// The magnitude rounded down after a random part of the last place that stays was added: the bits that go are random ones. A carry
-// into the exponent is right. What has no upper neighbour that is finite, and NaN, is left alone.
+// Adds a random part of the last place that is kept, then rounds down. The random part has as many bits as
+// are dropped. A carry into the exponent gives the right number. NaN, and numbers without a finite upper
+// neighbour, stay as they are.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;
@@ -132,7 +135,8 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
-    // Below 2^-14 the numbers of float16 are 2^-24 apart: in units of that, floor(units + a random part), in 24 bits.
+    // Below 2^-14 the numbers of float16 are 2^-24 apart. In units of that: floor(units + a random part), in
+    // 24 bits.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -148,7 +152,8 @@ inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, uint32_t(from[i]) << 16);
 }
 
-// To nearest even; a NaN keeps its upper bits and is made quiet, so that rounding can't carry it to infinity.
+// Rounds to nearest even. A NaN keeps its upper bits and becomes quiet, so that rounding cannot carry it to
+// infinity.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -161,8 +166,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// Of two vectors, the first in the low half. The instruction does what bfloat16_bits does, but to subnormals, which are told by
-// their bits, for a program may have asked its processor to take them for 0.
+// Narrows two vectors; the first goes to the low half. The instruction does what bfloat16_bits does, except
+// for subnormals. These are recognised by their bits, because a program may have set its processor to treat
+// them as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -191,8 +197,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // Short pieces of rows far apart are more than the hardware follows. A pair is fetched so many rows ahead that kFetchAhead bytes
-  // lie between, at least the next pair; cols + 1, for cols may be 0.
+  // Each row is a stream of its own, and there are more of them than the hardware follows. A pair of rows is
+  // fetched so many rows ahead that kFetchAhead bytes are in between, and at least the next pair. cols + 1,
+  // because cols may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -221,13 +228,14 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
   for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(x[c]);
 }
 
-// ---- float16, where the instruction set has no conversion ----
+// ---- float16, for instruction sets without a conversion ----
 
-// No step passes through a subnormal float, which a program may have asked its processor to take for 0.
+// No intermediate value is a subnormal float, because a program may have set its processor to treat these as
+// 0.
 inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) {
     const uint32_t sign = uint32_t(from[i] & 0x8000u) << 16, value = uint32_t(from[i] & 0x7FFFu) << 13;
-    const uint32_t normal = value + (112u << 23);  // the exponent's bias, of 15, becomes 127
+    const uint32_t normal = value + (112u << 23);  // rebias the exponent from 15 to 127
     const uint32_t subnormal = __builtin_bit_cast(uint32_t, float(from[i] & 0x3FFu) * 0x1p-24f);
     const uint32_t special = value | 0x7F800000u;  // Inf and NaN keep their fraction
     const uint32_t exponent = from[i] & 0x7C00u;
@@ -247,7 +255,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Below 2^-14: adding 0.5 puts the last place of float on that of a subnormal half.
+      // Below 2^-14, adding 0.5 aligns the last place of the float with that of a subnormal float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // rebias the exponent from 127 to 15, round to nearest even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

@@ -1,14 +1,16 @@
-// exp, one for all kernels; what goes over n floats by whole vectors and a last part of one.
+// exp, the same for all kernels, and loops over n floats in whole vectors and a last partial one.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// exp(x) with a relative error below 2^-23. NaN stays; beyond 88.72 it is Inf, below -104 it is 0, by way of the subnormals.
+// exp(x) with a relative error below 2^-23. NaN stays NaN. Above 88.72 the result is Inf, below -104 it is 0,
+// with subnormals in between.
 //
-// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so that exp(x) = 2^n exp(r). Of the polynomial, the relative error is below
-// 2^-28: 1 + r, then the coefficients that make its largest one least. ln 2 in two parts, the first of 9 bits: n times it is exact.
+// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so that exp(x) = 2^n exp(r). The polynomial is 1 + r,
+// then the coefficients that minimise its largest relative error, which is below 2^-28. ln 2 is split into
+// two parts. The first one has 9 bits, so that n times it is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kShift = 0x1.8p23f;  // beside it, floats are whole numbers
+  constexpr float kShift = 0x1.8p23f;  // floats of this size are whole numbers
   constexpr float kCoefficients[] = {
       0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
   const V shift = V::broadcast(kShift);
@@ -23,7 +25,8 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// The floats of a whole vector, and the first n of one: the lanes behind are zero, or those of another vector.
+// Access to a whole vector of floats, or to the first n lanes of one. The other lanes are zero or, after
+// load_or, those of another vector.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
@@ -47,7 +50,7 @@ struct Part {
   }
 };
 
-// body(i, span) for each vector of n floats, which begins at i.
+// Calls body(i, span) for each vector of n floats, which begins at i.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;
@@ -56,7 +59,7 @@ inline void for_vectors(size_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// The lanes of v in pairs, those in pairs, and so on.
+// Combines the lanes of v in pairs, then the results in pairs, and so on.
 template <class Pair>
 inline float fold(Vec<float> v, const Pair& pair) {
   float lanes[Vec<float>::kLanes];

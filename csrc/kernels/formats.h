@@ -1,13 +1,15 @@
-// The list of the block formats. The file of a format holds its layout, and its decoder and its int8 codes, which only a kernel unit
-// sees. A new format is such a file, the two lines here that name it, and its quantiser in ops/quantizers.
+// The list of the block formats. The file of a format holds its layout and, for kernel units only, its
+// decoder and its int8 codes. A new format needs such a file, two lines here that name it, and a quantiser in
+// ops/quantizers.
 //
-// In blocks of 32, the low nibbles of q are elements 0 ... 15, the high ones elements 16 ... 31; bit i of high is bit 4 of element i.
+// In blocks of 32, the low nibbles of q are elements 0 ... 15, the high nibbles are elements 16 ... 31. Bit i
+// of `high` is bit 4 of element i.
 #ifndef NPLORA_KERNELS_FORMATS_H
 #define NPLORA_KERNELS_FORMATS_H
 
 #include "base/block.h"
 
-// X(name, Name) for each format of rows: BlockName is its layout, kName its number. Every table has this order.
+// X(name, Name) for each row format. BlockName is its layout, kName its number. Every table has this order.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \
@@ -34,7 +36,8 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// A kernel unit includes this file once more, behind what decoders are made of (see table-inl.h).
+// A kernel unit includes this file a second time, after the parts that decoders are made of (see
+// table-inl.h).
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

@@ -1,16 +1,17 @@
-// Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every instruction set. See
-// kernel_table.h for the contract.
+// Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every
+// instruction set. See kernel_table.h for the contract.
 //
-// An element of a block is a * code + b, with a and b for each sub-block, or for each half of one; an element of x is
-// scale * code. The product of two sub-blocks is
-//   a scale Σ codes codes + b scale Σ codes of x,
-// whose first sum is an integer, and whose last factor comes with x.
+// An element of a block is a * code + b, with a and b for each sub-block or for each half of one. An element
+// of x is scale * code. The product of two sub-blocks is
+//   a scale Σ (codes of the block * codes of x) + b scale Σ codes of x.
+// The first sum is an integer. scale Σ codes of x is stored with x.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x ----
 
-// The largest magnitude as the bits of a float, whose order is that of the numbers, NaN above all.
+// The largest magnitude, as the bits of a float. Bits have the same order as the numbers, and NaN is above
+// all.
 inline uint32_t largest_bits(const float* x) {
   EightBits most{};
   for (size_t i = 0; i < kSubBlock; i += 8) {
@@ -24,9 +25,9 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below, 1 / scale may be infinite
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // for smaller values, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
-  constexpr float kShift = 0x1.8p23f;  // x + kShift is whole, and its low bits are the number
+  constexpr float kShift = 0x1.8p23f;  // x + kShift has x as a whole number in its low bits
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
     __builtin_memset(codes, 0, kSubBlock);
@@ -62,7 +63,7 @@ inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales,
 
 // ---- one block: a and b of its sub-blocks, and the codes of sub-block j ----
 
-// The factor of a block of one sub-block.
+// The factor of a block with one sub-block.
 struct One {
   float v;
   static One load(const float* p) { return {*p}; }
@@ -74,7 +75,7 @@ inline float sum(One x) {
   return x.v;
 }
 
-// The factors of a block of eight.
+// The factors of a block with eight sub-blocks.
 struct EightSubBlocks {
   Eight v;
   static EightSubBlocks load(const float* p) { return {load_eight(p)}; }
@@ -86,7 +87,7 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The same for halves of sub-blocks; they are multiplied by the scales of x for whole ones.
+// The factors of the halves of eight sub-blocks. They are multiplied by the scales of x for whole sub-blocks.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }
@@ -105,7 +106,7 @@ inline Halves halves(const float (&factors)[16]) {
   return r;
 }
 
-// Minima of halves of sub-blocks, which are multiplied by the sums of x over halves.
+// Minima for the halves of eight sub-blocks. They are multiplied by the sums of x over halves.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -120,7 +121,7 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// d and m of a block, which lie side by side: brought to float at once where that is one instruction.
+// d and m of a block, which are neighbours. Converted to float together if one instruction does that.
 struct TwoFloats {
   float first, second;
 };
@@ -138,18 +139,18 @@ inline TwoFloats two_floats(const Block& block) {
 template <class Block>
 struct Codes;
 
-// Codes without a sign, and a minimum.
+// Codes without a sign, and with a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
-// Codes that are the elements but for their scale.
+// Codes with a sign: an element is a code times its scale.
 struct Signed {
   static constexpr bool kHasMinimum = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// Of 16 bytes.
+// The 32 nibbles of 16 bytes.
 inline SubBlock nibbles(const uint8_t* q) {
   const Bytes b = load_bytes(q);
   return join(b, (Bytes)((Words)b >> 4)) & 15;
@@ -159,7 +160,7 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// The type of the minima b, and the sums of x that they are multiplied by.
+// The type of the minima b, and the sums of x by which they are multiplied.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -174,14 +175,14 @@ struct MinimaOf<Block> {
 
 // ---- rows ----
 
-// Rows of blocks; memory that is `ahead` bytes further is fetched meanwhile.
+// Rows of blocks. The memory `ahead` bytes further is fetched meanwhile.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
-  Rows behind(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
+  Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// y (tokens, all) of kTokens rows of x and at most kRows rows of W. Rows that are missing repeat the last one.
+// y (kTokens, all) = kTokens rows of x times at most kRows rows of W. Missing rows repeat the last one.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
@@ -211,7 +212,7 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
         const auto scales = codes.a * Factors::load(x.scales + first);
         if constexpr (Codes<Block>::kHasMinimum)
           minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSubBlocks
         for (size_t j = 0; j < kSubBlocks; ++j) {
           const EightInts sum =
               codes.dot_with(codes.sub_block(j), load_sub_block(x.codes + (first + j) * kSubBlock));
@@ -224,13 +225,13 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
     for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }
 
-// m tokens in groups of 4, 2 and 1, which find the rows in L1.
+// m tokens in groups of 4, 2 and 1. The later groups find the rows in L1.
 template <class Block, size_t kTokens>
 inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
   constexpr size_t kRows = 4 / kTokens;
   for (; m >= kTokens; m -= kTokens, y += kTokens * all) {
     for (size_t i = 0; i < w.count; i += kRows)
-      int8_tile<Block, kTokens, kRows>(w.behind(i), sub_blocks, x, y + i, all);
+      int8_tile<Block, kTokens, kRows>(w.after(i), sub_blocks, x, y + i, all);
     x = {x.codes + kTokens * sub_blocks * kSubBlock, x.scales + kTokens * sub_blocks,
          x.sums + kTokens * sub_blocks, x.half_sums + 2 * kTokens * sub_blocks};
   }
@@ -244,7 +245,7 @@ void int8_dots(size_t m, size_t rows, size_t cols, const void* blocks, size_t ro
   const Rows w{static_cast<const uint8_t*>(blocks), rows, row_bytes, fetch_ahead(row_bytes)};
   for (size_t i = 0; i < rows; i += kFewRows) {
     fetch_share(next, rows - i);
-    Rows few = w.behind(i);
+    Rows few = w.after(i);
     few.count = smaller(kFewRows, few.count);
     int8_tiles<Block, 4>(few, m, cols / kSubBlock, x, y + i, rows);
   }

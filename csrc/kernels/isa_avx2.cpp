@@ -1,5 +1,6 @@
-// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits, 6 x 2 accumulators in gemm_tokens_in_lanes and in gemm_outputs_in_lanes, where 4 x 3 would
-// read W, from L2, half as often again; in a dense panel 2 x 6, for of one line in three the hardware fetches nothing ahead.
+// AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both products use 6 x 2 accumulators; with 4
+// x 3, gemm_outputs_in_lanes would read W from L2 1.5 times as often. In a dense panel they use 2 x 6,
+// because the hardware prefetches nothing if only one line in three is read.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 
@@ -12,6 +13,7 @@ namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
 inline constexpr size_t kTileTokens = 6, kOutputVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
+inline constexpr size_t kUnrolledSubBlocks = 8;
 }  // namespace nplora::kernels::avx2
 
 #include "kernels/dots-inl.h"

@@ -11,6 +11,7 @@ namespace nplora::kernels::avx512 {
 inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors, kNearRows = 4;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
+inline constexpr size_t kUnrolledSubBlocks = 8;
 }  // namespace nplora::kernels::avx512
 
 #include "kernels/dots-inl.h"

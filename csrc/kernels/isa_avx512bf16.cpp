@@ -1,5 +1,5 @@
-// AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4): pairs by vdpbf16ps, which reads and writes subnormals as zero;
-// bytes by vpdpbusd.
+// AVX-512 with BF16 and VNNI (Cooper Lake, Sapphire Rapids, Zen 4). Pairs use vdpbf16ps, which reads and
+// writes subnormals as zero; bytes use vpdpbusd.
 #define NPLORA_ISA avx512bf16
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16
@@ -14,6 +14,7 @@ namespace nplora::kernels::avx512bf16 {
 inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors, kNearRows = 4;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
+inline constexpr size_t kUnrolledSubBlocks = 8;
 }  // namespace nplora::kernels::avx512bf16
 
 #include "kernels/dots-inl.h"

@@ -1,4 +1,4 @@
-// Any machine: 16 registers of 128 bits on x86-64 (4 x 2 and 4 x 3 accumulators), compiled for the baseline.
+// Any machine, compiled for the baseline. On x86-64: 16 registers of 128 bits, 4 x 2 and 4 x 3 accumulators.
 #define NPLORA_ISA generic
 #define NPLORA_SIMD_GENERIC
 
@@ -12,6 +12,7 @@ inline constexpr size_t kTileRows = 4;
 inline constexpr size_t kTileTokens = 4, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
+inline constexpr size_t kUnrolledSubBlocks = 1;
 }  // namespace nplora::kernels::generic
 
 #include "kernels/dots-inl.h"

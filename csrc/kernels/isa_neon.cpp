@@ -1,5 +1,6 @@
-// aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators. Beside 24 of them, pairs of bfloat16 leave no register
-// free in gemm_outputs_in_lanes: 3 vectors are split into 6, by a mask, and 1 holds a scalar pair.
+// aarch64 NEON: 32 registers of 128 bits, 12 x 2 and 8 x 3 accumulators. With pairs of bfloat16,
+// gemm_outputs_in_lanes uses all of them: 24 accumulators, 3 vectors that a mask splits into 6, the mask, and
+// 1 scalar pair.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON
 
@@ -13,6 +14,7 @@ inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
+inline constexpr size_t kUnrolledSubBlocks = 8;
 }  // namespace nplora::kernels::neon
 
 #include "kernels/dots-inl.h"

@@ -1,5 +1,6 @@
-// NEON with BF16 (Neoverse V1 and N2, Cortex-X2 and A710, Apple M2): pairs by BFDOT, which rounds to odd and reads and writes
-// subnormals as zero. 12 x 2 and 8 x 3 accumulators leave 8 of the 32 registers for 2 or 3 vectors and for scalar pairs.
+// NEON with BF16 (Neoverse V1 and N2, Cortex-X2 and A710, Apple M2). Pairs use BFDOT, which rounds to odd and
+// reads and writes subnormals as zero. 12 x 2 and 8 x 3 accumulators leave 8 of the 32 registers for 2 or 3
+// vectors and for scalar pairs.
 #define NPLORA_ISA neonbf16
 #define NPLORA_SIMD_NEON
 #define NPLORA_SIMD_BF16
@@ -14,6 +15,7 @@ inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
+inline constexpr size_t kUnrolledSubBlocks = 8;
 }  // namespace nplora::kernels::neonbf16
 
 #include "kernels/dots-inl.h"

@@ -1,15 +1,20 @@
-// The products and the transposes around them: one body for every instruction set. See kernel_table.h for the contract.
+// The products and the transposes around them: one body for every instruction set. See kernel_table.h for the
+// contract.
 //
-// The unit gives its tile sizes:
-//   kTileRows    rows of w in gemm_tokens_in_lanes: kTileRows * 2 accumulators, 2 vectors of x and 1 broadcast fit the register
-//     file;
-//   kTileTokens, kOutputVectors  rows of a and vectors of w in gemm_outputs_in_lanes and merge: kTileTokens * kOutputVectors
-//     accumulators, kOutputVectors of w and 1 broadcast fit it too;
-//   kPanelVectors  vectors of w that a tile of gemm_outputs_in_lanes takes in a dense panel, with fewer rows of a: a whole row
-//     of floats, or as many as elsewhere;
-//   kNearRows    rows of a that gemm_outputs_in_lanes reaches from one address, by multiples of their stride. GCC keeps
-//     multiples for which it has no general register in vector registers, and moving one back takes the place of a
-//     multiply-add (3-4 % of the time);
+// The unit defines its tile sizes. Everything that a tile uses must fit the register file.
+//   kTileRows       rows of w in gemm_tokens_in_lanes: kTileRows * 2 accumulators, 2 vectors of x, 1
+//   broadcast
+//   kTileTokens     rows of a in gemm_outputs_in_lanes and merge
+//   kOutputVectors  vectors of w in these: kTileTokens * kOutputVectors accumulators, kOutputVectors of w, 1
+//   broadcast
+//   kPanelVectors   vectors of w in gemm_outputs_in_lanes for a dense panel, with fewer rows of a: a whole
+//   row of
+//                   floats, or the same as kOutputVectors
+//   kNearRows       rows of a that gemm_outputs_in_lanes addresses from one pointer, by multiples of their
+//   stride.
+//                   For more, GCC runs out of general registers and keeps multiples in vector registers.
+//                   Moving one
+//                   back takes the slot of a multiply-add (3-4 % of the time).
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) requires.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -25,10 +30,10 @@ struct TokensInLanes {
   bool accumulate;
 };
 
-// kStride is the row stride of w if it is known at compile time (a full panel), else 0. In a panel the rows of the next tile come
-// next in memory, where the hardware does not prefetch them. They are fetched evenly, at most a line at each step. Tiles of
-// fewer than 24 sums fetch into L2: on a Zen 4, 16 rows of x with a cold W gain a quarter by it, AVX2's 32 rows a tenth, larger
-// tiles nothing.
+// kStride is the row stride of w if it is known at compile time (a full panel), else 0. In a panel, the rows
+// of the next tile follow in memory, where the hardware does not prefetch them. They are fetched evenly, at
+// most one line at each step. Tiles of fewer than 24 sums fetch into L2. On a Zen 4 with a cold W this makes
+// 16 rows of x a quarter faster, and AVX2's 32 rows a tenth; larger tiles gain nothing.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -71,7 +76,7 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
     for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
-// Picks the instance for rows <= kRows.
+// Selects the instance for rows <= kRows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
   if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
@@ -104,39 +109,40 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// The rows of w that one element E of a is multiplied with: two if W holds single bfloat16 values, which are paired in
-// registers.
+// The number of rows of w that one element E of a is multiplied with. It is two if W holds single bfloat16
+// values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// The rows of a in a full tile with this many vectors.
+// The number of rows of a in a full tile with this many vectors.
 constexpr size_t rows_beside(size_t vectors) {
   return smaller(kTileTokens, kTileTokens * kOutputVectors / vectors);
 }
 
-// The size of an L1 block: the most of a dense panel that is taken at a time by wide tiles. They have so few rows (AVX2: 2 x 6
-// sums, 6 cycles for 192 bytes of w) that w has to come from L1, whose 32 KB or more hold the rows of a and c, too. Pairs, which
-// AVX2 splits for each row of a, take no wide tiles.
+// The size of an L1 block: the largest part of a dense panel that wide tiles take at a time. Wide tiles have
+// so few rows that w has to come from L1 (AVX2: 2 x 6 sums take 6 cycles for 192 bytes of w). L1 has 32 KB or
+// more, and must also hold the rows of a and c. Pairs use no wide tiles, because AVX2 would have to split
+// them for each row of a.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// The Fetch of wide tiles, which take one line at each step, and none instead of rows ahead: `each` is the distance in bytes
-// from one line to the next.
+// The Fetch of wide tiles. They fetch one line at each step, and never rows ahead. `each` is the distance
+// from one line to the next, in bytes.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// What a tile fetches at each step: lines of a Fetch; or, if too few are left, of the rows of w that come kFetchAhead after the
-// columns that it multiplies, because other lines would be fetched from L2 in vain.
+// What a tile fetches at each step: lines of a Fetch or, if too few are left, rows of w that come kFetchAhead
+// bytes after the columns that the tile reads. Fetching other columns of w would only fetch from L2.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The most lines that it fetches at each step: as many as it reads. Two rows of w from which it reads at most a line each are
-// separate lines.
+// The most lines that a tile fetches at each step: as many as it reads. Two rows of w are separate lines,
+// even if the tile reads at most one line from each.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
@@ -163,7 +169,7 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// w holds elements E, or W, which are widened to E or paired; depth counts its rows.
+// w holds elements E, or elements W that are widened to E or paired. depth counts the rows of w.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;
@@ -175,12 +181,12 @@ struct OutputsInLanes {
   bool accumulate;
 };
 
-// Tiles of kRows rows, one after the other; only one if rows of w are paired, which leaves no register for a loop.
-// n is kVectors full vectors, or, if kPartial, fewer by less than one vector.
+// Tiles of kRows rows, one after the other. If rows of w are paired there is only one, because no register is
+// left for the loop. n is kVectors full vectors or, if kPartial, less than that by less than one vector.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
-  OutputsInLanes<E, W> p = tile;  // its own: the caller's copy would stay in memory
+  OutputsInLanes<E, W> p = tile;  // a copy: the caller's object would stay in memory
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
@@ -192,7 +198,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   };
   if constexpr (kRowsOf<E, W> > 1) tiles = 1;
   for (; tiles > 0; --tiles) {
-    // Calls body(c, i, v) for each vector of c, whose rows are walked: GCC would keep an address for each vector.
+    // Calls body(c, i, v) for each vector of c. One pointer walks over the rows; otherwise GCC would keep an
+    // address for each vector.
     const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
       T* c = p.c;
 #pragma GCC unroll 16
@@ -208,7 +215,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        __builtin_prefetch(c + v * kLanes, 1);  // stores that miss the cache would hold up those behind them
+        // Otherwise stores that miss the cache would hold up later ones.
+        __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
 
@@ -227,14 +235,14 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      if constexpr (kWide && kRows < kVectors) {  // a column of a takes fewer registers than a row of w
+      if constexpr (kWide && kRows < kVectors) {  // a column of a needs fewer registers than a row of w
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
         for (size_t i = 0; i < kRows; ++i) x[i] = load_a(i);
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
           Vec<E> b = load_w(v);
-          keep(b);  // else GCC loads it for each row
+          keep(b);  // otherwise GCC loads it for each row
 #pragma GCC unroll 16
           for (size_t i = 0; i < kRows; ++i) acc[i][v] = fma(x[i], b, acc[i][v]);
         }
@@ -278,14 +286,14 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   }
 }
 
-// Picks the instance for a tile of rows <= kRows.
+// Selects the instance for a tile of rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
   if constexpr (kRows > 1) gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
-// All m rows, in full tiles and one of what is left.
+// All m rows, in full tiles and a last smaller one.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = rows_beside(kVectors);
@@ -299,7 +307,7 @@ inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& 
     gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
 }
 
-// Picks the instance for n <= kVectors full vectors.
+// Selects the instance for n <= kVectors full vectors.
 template <class E, class W, size_t kVectors>
 inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -320,26 +328,27 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
   }
 }
 
-// A dense panel, in L1 blocks of about one size. Each block is read once for each tile of rows and group of columns. If the
-// caller asks for rows ahead, each block fetches the next one, spread over these readings.
+// A dense panel, in L1 blocks of about one size. Each block is read once for each tile of rows and each group
+// of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly over
+// these readings.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // rows ahead
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for rows ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // Fewer readings than a row has lines cannot fetch all of the next block. The hardware does, if it is not disturbed by fetching
-  // a part of it, and better in blocks of 6 KB (for 4 rows on a Zen 4 a quarter faster than in those of 12 KB). A single reading
-  // needs no blocks.
+  // If there are fewer readings than lines in a row, they cannot fetch all of the next block. Then the
+  // hardware prefetches better without help, and best in blocks of 6 KB (on a Zen 4, 4 rows are a quarter
+  // faster than with 12 KB). A single reading needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
     blocks = readings == 1 ? 1 : 4 * blocks;
   }
   const size_t rows = ceil_div(left, blocks);
-  do {  // once without rows of w, too: c is set to zero
+  do {  // runs once even without rows of w, to set c to zero
     p.depth = smaller(left, rows);
     left -= p.depth;
     const W* next = p.w + p.depth * p.w_stride;
@@ -364,20 +373,21 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
-// If c is read and written once, it is fetched at most this many panels ahead. Into L2: rows a multiple of 4 KB apart share
-// their places in L1.
+// If c is read and written once, it is fetched at most this many panels ahead. It goes into L2, because rows
+// that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// A row of full tiles along count panels. It differs from gemm_outputs_in_lanes in that it fetches c, a row of a tile at each
-// step: all rows at once would wait for each other, and a small rank has few steps to hide that. After the last panel come the
-// rows below. The sizes are template parameters because tests/inner_loops.py reads them in the name.
+// A row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes it fetches c, one row of a tile at
+// each step. All rows at once would wait for each other, and a small rank has too few steps to hide that.
+// After the last panel, it fetches the rows below. The sizes are template parameters so that
+// tests/inner_loops.py can read them in the name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of a row's panels
+  const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;  // from the end of a row's last panel
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
       Vec<T> acc[kRows][kVectors];
@@ -433,8 +443,9 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 
 // ---- transposes into and out of the lanes ----
 
-// xt (cols, n_lanes) = x (rows, cols) transposed; lanes without a row are zero. The hardware does not follow this many rows:
-// they are fetched kAhead columns before, and at their ends the next n_lanes rows.
+// xt (cols, n_lanes) = x (rows, cols) transposed. Lanes without a row are zero. The hardware does not
+// prefetch this many rows, so they are fetched kAhead columns ahead, and at their ends the next n_lanes rows
+// are fetched.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);

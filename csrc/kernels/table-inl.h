@@ -1,4 +1,4 @@
-// Fills the table of one unit from the bodies above it.
+// Fills the table of one unit from the kernels that the unit included before.
 
 #define NPLORA_DECODERS
 #include "kernels/formats.h"
@@ -58,7 +58,8 @@ constexpr Transformer make_transformer() {
           add_values,
           scale_columns,
           softmax_step,
-          softmax_backward};
+          softmax_backward,
+          whole_softmax_backward};
 }
 
 static_assert(Vec<float>::kLanes >= kLeastSmallBatch);

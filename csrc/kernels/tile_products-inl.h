@@ -1,15 +1,16 @@
-// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the contract.
+// The products of pairs of bfloat16 in tile registers (simd/tile_registers.h). See kernel_table.h for the
+// contract.
 //
-// Six registers hold sums: two rows of three tiles for gemm_outputs_in_lanes, three of two for gemm_tokens_in_lanes. Each step of
-// up to kTileSide pairs brings the tiles of a and b through the other two. A tile takes 8 cycles to be loaded and 16 to be
-// multiplied; six products need seven loads. The pairs of a step are summed by themselves before they are added; subnormals
-// count as zero.
+// Six registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two in
+// gemm_tokens_in_lanes. Each step loads tiles of a and b, of up to kTileSide pairs, into the other two
+// registers. Loading a tile takes 8 cycles and multiplying takes 16; six products need seven loads. The pairs
+// of a step are summed first and then added. Subnormals count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr int kA = 6, kB = 7;
 
-// Rows of sums and of a in a tile; columns of sums and of b; pairs in a step.
+// The shapes: tiles of sums are (rows, columns), of a (rows, steps), of b (steps, columns). Steps are pairs.
 inline void set_shapes(size_t rows, size_t columns, size_t steps) {
   TileShapes shapes;
   for (int tile = 0; tile < kA; ++tile) shapes.set(tile, rows, columns);
@@ -44,7 +45,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// All sums += a b. Every other row of tiles goes backwards: it begins with the b that is there.
+// All sums += a b. Every other row of tiles runs backwards, because it can start with the tile of b that is
+// already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -55,7 +57,8 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A step whose operands do not lie as tiles are read, or end early: copied, with zeros behind the end.
+// A copy of the operands of a step, for operands that are not stored as tiles are read, or that end early.
+// Zeros follow the end.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -88,21 +91,21 @@ struct OutputTiles {
   size_t c_stride;
   bool accumulate;
 
-  // A depth of less than a step, such as a rank, is a step of its own length.
+  // A depth of less than a step, such as a rank, is one step of its own length.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// kRows x kColumns tiles, the last of rows x columns, as set_shapes was called for.
+// kRows x kColumns tiles. The last one is (rows, columns), which must match the call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
-  const auto go_on = [&p](size_t steps) {
+  const auto advance = [&p](size_t steps) {
     p.depth -= steps;
     p.a.data += steps * p.a.step_stride;
     p.w += steps * p.w_stride;
   };
   load_sums<kRows, kColumns>(p.c, p.c_stride, p.accumulate);
   if (p.a.step_stride == 1)
-    for (const size_t steps = p.steps(); p.depth >= steps; go_on(steps))
+    for (const size_t steps = p.steps(); p.depth >= steps; advance(steps))
       tile_step<kRows, kColumns>(p.a.data, p.a.row_stride, p.w, p.w_stride);
   while (p.depth > 0) {
     const size_t all_rows = (kRows - 1) * kTileSide + rows,
@@ -113,7 +116,7 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
     step.clear_a(all_rows, steps);
     step.copy_b(steps, all_columns, p.w, p.w_stride);
     tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
-    go_on(steps);
+    advance(steps);
   }
   store_sums<kRows, kColumns>(p.c, p.c_stride);
 }
@@ -121,14 +124,14 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
 // All rows of a, with kColumns tiles of columns.
 template <int kColumns>
 inline void output_rows(size_t m, size_t columns, OutputTiles p) {
-  const auto go_on = [&](size_t rows) {
+  const auto advance = [&](size_t rows) {
     m -= rows;
     p.a.data += rows * p.a.row_stride;
     p.c += rows * p.c_stride;
   };
   if (m >= kTileSide) set_shapes(kTileSide, columns, p.steps());
-  for (; m >= 2 * kTileSide; go_on(2 * kTileSide)) output_tiles<2, kColumns>(kTileSide, columns, p);
-  for (; m >= kTileSide; go_on(kTileSide)) output_tiles<1, kColumns>(kTileSide, columns, p);
+  for (; m >= 2 * kTileSide; advance(2 * kTileSide)) output_tiles<2, kColumns>(kTileSide, columns, p);
+  for (; m >= kTileSide; advance(kTileSide)) output_tiles<1, kColumns>(kTileSide, columns, p);
   if (m == 0) return;
   set_shapes(m, columns, p.steps());
   output_tiles<1, kColumns>(m, columns, p);
@@ -148,7 +151,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// The same if w holds single values: kPairedRows of its rows at a time are paired in a copy, which stays in L1.
+// The same if w holds single values. kPairedRows of its rows at a time are paired in a copy, which stays in
+// L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
@@ -157,7 +161,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
   constexpr size_t kLanes = Vec<Bf16>::kLanes;
   alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
   size_t k = 0;
-  do {  // once without rows, too: c is set to zero
+  do {  // runs once even without rows, to set c to zero
     const size_t rows = smaller(depth - k, kPairedRows);
     for (size_t i = 0; i < rows; i += 2)
       for (size_t j = 0; j < n; j += kLanes) {
@@ -175,7 +179,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: yt (rows, lanes) = [yt +] w (rows, depth) xt (depth, lanes) ----
 
-// If w is in panels, every third step is half in one panel and half in the next: it is copied.
+// If w is in panels, every third step is half in one panel and half in the next, and is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {
@@ -211,15 +215,15 @@ inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, co
 template <int kColumns>
 inline void token_rows(size_t rows, size_t depth, Panels<Bf16Pair> w, const Bf16Pair* xt, float* yt,
                        bool accumulate) {
-  const auto go_on = [&](size_t done) {
+  const auto advance = [&](size_t done) {
     rows -= done;
     w.data += done * w.row_stride;
     yt += done * kColumns * kTileSide;
   };
   if (rows >= kTileSide) set_shapes(kTileSide, kTileSide, kTileSide);
-  for (; rows >= 3 * kTileSide; go_on(3 * kTileSide))
+  for (; rows >= 3 * kTileSide; advance(3 * kTileSide))
     token_tiles<3, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
-  for (; rows >= kTileSide; go_on(kTileSide))
+  for (; rows >= kTileSide; advance(kTileSide))
     token_tiles<1, kColumns>(kTileSide, depth, w, xt, yt, accumulate);
   if (rows == 0) return;
   set_shapes(rows, kTileSide, kTileSide);

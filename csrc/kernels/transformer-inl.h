@@ -1,8 +1,9 @@
-// RMSNorm, rotary positions, gated units, and what goes over rows of logits. See kernel_table.h for the contract.
+// RMSNorm, rotary positions, gated units, and kernels over rows of logits. See kernel_table.h for the
+// contract.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// 1 / sqrt(mean x² + eps): the sum of squares in as many partial sums as there are lanes.
+// 1 / sqrt(mean x² + eps). The squares are summed in as many partial sums as there are lanes.
 inline float inverse_rms(size_t n, const float* x, float eps) {
   Vec<float> squares = Vec<float>::zero();
   for_vectors(n, [&](size_t i, auto span) {
@@ -18,7 +19,8 @@ inline void rms_norm(size_t n, const float* x, const float* weight, float eps, f
       n, [&](size_t i, auto span) { span.store(span.load(x + i) * factor * span.load(weight + i), y + i); });
 }
 
-// y = weight ∘ x r: dx = r (dn - x r² mean(dn ∘ x)) with dn = dy ∘ weight, for dr/dx_j = -r³ x_j / n.
+// The gradient of y = weight ∘ x r:  dx = r (dn - x r² mean(dn ∘ x)) with dn = dy ∘ weight, because dr/dx_j =
+// -r³ x_j / n.
 inline void rms_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
                               float* dx, bool accumulate) {
   using V = Vec<float>;
@@ -36,7 +38,7 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   });
 }
 
-// One head: its pairs are kStep elements apart, the elements of a pair `distance`.
+// One head. Pairs are kStep elements apart; the two elements of a pair are `distance` apart.
 template <size_t kStep>
 inline void rotate_head(size_t half, size_t distance, const float* __restrict table, float sign,
                         float* __restrict x) {
@@ -64,15 +66,15 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Activations g s(p(g)), with s = sigmoid: what they put in for p, and g p'(g).
+// Activations g s(p(g)), with s = sigmoid. `inner` is p(g), `slope` is g p'(g).
 
 struct Silu {  // p = g
   static Vec<float> inner(Vec<float> g) { return g; }
   static Vec<float> slope(Vec<float> g) { return g; }
 };
 
-// g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³)      (Hendrycks and Gimpel 2016). Since 1 + tanh u = 2 s(2 u),
-// p = 2 u = a g + b g³.
+// g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³)      (Hendrycks and Gimpel 2016)
+// Since 1 + tanh u = 2 s(2 u), p = 2 u = a g + b g³.
 struct GeluTanh {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
@@ -91,7 +93,7 @@ void gated(size_t n, const float* gate, const float* up, float* out) {
   });
 }
 
-// out = g s up, and s' = s (1 - s) p'.
+// The gradient of out = g s up, by s' = s (1 - s) p'.
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {
@@ -105,7 +107,7 @@ void gated_backward(size_t n, const float* dout, const float* gate, const float*
   });
 }
 
-// Four maxima side by side: each waits for the one before it.
+// Four independent maxima, because a single one would wait for each result.
 inline float largest(size_t n, const float* x) {
   constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
@@ -118,7 +120,7 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// What comes next is fetched meanwhile, as far ahead as an L1 cache has room for.
+// Meanwhile it fetches as far ahead as an L1 cache has room for.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();

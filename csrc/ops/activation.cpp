@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// What one element costs, in the operations that useful_threads counts.
+// The cost of one element, in the operations that useful_threads counts.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>
@@ -28,14 +28,14 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 constexpr double kInverseRoot2 = 0.70710678118654752440, kInverseRoot2Pi = 0.39894228040143267794;
 constexpr double kTanhFactor = 0.79788456080286535588, kTanhCubic = 0.044715;  // sqrt(2 / pi)
 
-// The share of x that passes: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Neither form cancels for x < 0.
+// The factor on x: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Neither form cancels for x < 0.
 template <class T>
 T gate(T x, bool tanh) {
   if (!tanh) return T(0.5) * std::erfc(-x * T(kInverseRoot2));
   return 1 / (1 + std::exp(-2 * T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
 }
 
-// Beyond |x| = 40 the gate is 0 or 1 in float and double alike, while x² and x³ may overflow.
+// Beyond |x| = 40 the gate is 0 or 1 in both float and double, while x² and x³ may overflow.
 template <class T>
 T gelu_of(T x, bool tanh) {
   return x < T(-40) ? T(0) : x * gate(std::min(x, T(40)), tanh);

@@ -16,11 +16,11 @@ void gelu(size_t n, const T* x, bool tanh, T* out);
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 
-// out (n) = x / (1 - probability) where the mask of key keeps the element, else 0.
+// out (n) = x / (1 - probability) if the mask of `key` keeps the element, else 0.
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 
-// Between float and the bit patterns of a 16-bit format.
+// Convert between float and the bit patterns of a 16-bit format.
 void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to);
 void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to);
 

@@ -14,13 +14,13 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The most tiles of a task: more would leave threads without work at the end of short sequences.
+// The most tiles of a task. More would leave threads idle at the end of short sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// Fewer lanes leave vectors idle.
+// Below this many lanes too many lanes of the vectors would be idle.
 constexpr size_t kFewestLanes = 12;
 
-// The most keys of a piece that a single query meets.
+// The most keys in a piece of a single query.
 constexpr size_t kPieceKeys = 256;
 
 const kernels::Transformer& kernel() {
@@ -50,7 +50,8 @@ struct ForwardBuffers {
   float *largest, *sum, *factor;  // (kTileLanes)
 };
 
-// Algorithm 1 of Dao 2023 for one tile of queries: all keys pass by once; what was summed shrinks when a larger score comes.
+// Algorithm 1 of Dao 2023 for one tile of queries. It reads all keys once. When a larger score comes, the
+// earlier sums shrink.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -81,7 +82,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// Tiles of one run's lanes.
+// Some lanes of a run, in tiles.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };
@@ -92,12 +93,12 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
   double operations = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const size_t lanes = runs[i].count * shape.group();
-    const double per_lane = 4.0 * double(runs[i].first_place + runs[i].count) * double(shape.head_dim);
+    const double per_lane = 4.0 * double(runs[i].first_position + runs[i].count) * double(shape.head_dim);
     const double tiles = std::clamp(kTaskFlops / (per_lane * kTileLanes), 1.0, double(kTilesPerTask));
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      for (size_t end = lanes; end > 0;) {  // the last queries see most: they go first
+      for (size_t end = lanes; end > 0;) {  // the last queries see the most keys, so they are first
         const size_t first = (end - 1) / per_task * per_task;
         tasks.push_back({i, kv_head, first, end});
         end = first;
@@ -112,8 +113,8 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
 
 // ---- single queries ----
 
-// Some of the keys that one query sees, and where their sums go: out (heads, head_dim), then the largest scores and the sums of
-// exponentials (heads) each.
+// Some of the keys that one query sees. Its results are out (heads, head_dim), the largest scores (heads) and
+// the sums of exponentials (heads).
 struct Piece {
   const Run* run;
   size_t row;
@@ -138,7 +139,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
                       part);
 }
 
-// The sums of a query's pieces, each beside its own largest score, beside the largest of all.
+// Adds up the sums of a query's pieces. Each is relative to its own largest score; the total is relative to
+// the largest of all.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
@@ -157,16 +159,16 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// Queries that are too few for tiles wait for memory: for each one, keys and values stream by as they lie, for all heads at once, in
-// pieces that threads share (Dao et al. 2023, Flash-Decoding).
+// A few queries are too few for tiles and are limited by memory. For each query, keys and values are read
+// once, for all heads at once. Threads share them in pieces (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // of each row, and the end
+  std::vector<size_t> first_piece;  // the first piece of each row, then the number of pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
-      const Span keys = visible_keys(shape, run.first_place + i, run.first_place + i);
+      const Span keys = visible_keys(shape, run.first_position + i, run.first_position + i);
       const size_t n = keys.end - keys.first, size = ceil_div(n, ceil_div(n, kPieceKeys));
       operations += 4.0 * double(n) * double(shape.heads * shape.head_dim);
       first_piece.push_back(pieces.size());
@@ -210,7 +212,8 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
   const size_t stride = shape.kv_heads * shape.head_dim;
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
-    if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {  // a piece of a prompt
+    // The next token of the same prompt.
+    if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {
       ++runs.back().count;
       continue;
     }

@@ -9,14 +9,16 @@ namespace nplora {
 
 namespace {
 
-// On the first diagonal. Their number may not depend on the threads, for the sums' order does on the blocks.
+// The least number of tasks on the first diagonal. It may not depend on the number of threads, because the
+// order of the sums depends on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
 }
 
-// What all tiles read and write. delta (n, heads) = Σ dout out of each head, written by the tiles of the first diagonal.
+// The inputs and outputs of all tiles. delta (n, heads) = Σ dout out of each head. The tiles of the first
+// diagonal write it.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -52,7 +54,7 @@ void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, cons
                                                true, kernels::Fetch::none());
 }
 
-// The tile's part of delta, which is computed where `first`.
+// b.delta (lanes) = the tile's part of x.delta, which is computed on the first diagonal.
 void find_delta(const QueryTile& tile, const Operands& x, bool first, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim;
   if (first) tile.gather(x.saved.out, 1, b.q_rows);
@@ -64,21 +66,29 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Algorithm 2 of Dao 2023 for one tile of queries and the keys of a block, with all products' queries in the lanes:
-//   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);  dq = scale ds k;  dk += ds (scale q).
-// dq is written where the block is the first that the tile meets, else added to.
+// Algorithm 2 of Dao 2023 for one tile of queries and the keys of a block, with the queries in the lanes of
+// all products:
+//   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
+//   dq = scale ds k;  dk += ds (scale q).
+// dq is written for the first block of a tile, and added to for later ones.
+// If all keys of the tile fit one tile of scores, p and delta are computed from these scores. dp - delta
+// cancels most when there are few keys, and delta from the rounded `out` would then be too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const Span seen = tile.visible(),
              keys_of_tile{std::max(seen.first, block.first), std::min(seen.end, block.end)};
   if (keys_of_tile.first >= keys_of_tile.end) return;
   const BackwardBuffers b(dim);
+  const bool sees_all =
+      keys_of_tile.first == seen.first && keys_of_tile.end == seen.end && seen.end - seen.first <= kTileKeys;
   tile.gather(x.dout, 1, b.dout_rows);
-  find_delta(tile, x, first, b);
+  if (!sees_all) {
+    find_delta(tile, x, first, b);
+    tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
+      std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
+    });
+  }
   tile.gather(x.saved.q, tile.shape.scale, b.q_rows);
-  tile.for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
-    std::copy_n(x.saved.lse.row(row) + head, heads, b.lse + lane);
-  });
   kernels::table().f32.transpose(lanes, dim, b.q_rows, dim, b.q, kTileLanes);
   kernels::table().f32.transpose(lanes, dim, b.dout_rows, dim, b.dout, kTileLanes);
 
@@ -90,7 +100,10 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
     score(lanes, k, b.q, b.scores);
     tile.mask(keys, b.scores);
     score(lanes, v, b.dout, b.dp);
-    kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
+    if (sees_all)
+      kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
+    else
+      kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
     add_outer(n, lanes, dim, b.scores, b.dout_rows, x.dv.row(row) + column, x.dv.stride);
     add_outer(n, lanes, dim, b.dp, b.q_rows, x.dk.row(row) + column, x.dk.stride);
     add_weighted(lanes, k, b.dp, b.dq, add);
@@ -100,7 +113,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// Tokens of a block: its keys, values and their gradients take 4 * 128 KB of L2; fewer, where that leaves few tasks.
+// The number of tokens in a block. Its keys, values and their gradients take 4 * 128 KB of L2. Blocks are
+// smaller if there would be too few tasks.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -112,16 +126,16 @@ size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   return block;
 }
 
-// One block of queries and one of keys, all heads that share kv_head.
+// One block of queries and one block of keys, for all heads that share kv_head.
 struct Task {
   size_t run, kv_head, query_block;
 };
 
 }  // namespace
 
-// dq sums over keys, dk and dv over queries. The blocks on one diagonal of the matrix (query block, key block) share neither, so
-// that they are computed at once; diagonals follow one another. So every sum has one order, no product is computed twice and no
-// thread waits for another within a diagonal.
+// dq sums over keys, dk and dv sum over queries. The blocks on one diagonal of the matrix (query block, key
+// block) share neither, so they are computed in parallel. Diagonals follow one another. So every sum has one
+// fixed order, no product is computed twice, and no thread waits for another within a diagonal.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   std::vector<Run> runs;

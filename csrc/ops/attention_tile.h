@@ -1,4 +1,4 @@
-// What forward and backward attention share: the queries of a tile in the SIMD lanes, and who sees whom.
+// What forward and backward attention share: tiles of queries in the SIMD lanes, and which keys a query sees.
 #pragma once
 
 #include <algorithm>
@@ -13,45 +13,46 @@
 
 namespace nplora {
 
-// A lane is one head of one query. The lanes of a run, those of a token one behind the other, are cut into tiles of this many,
-// so that all heads that share a key meet it at once. Tiles lie in memory with their lanes contiguous: (rows, kTileLanes).
+// A lane is one head of one query. The lanes of a run are ordered by token, then by head, and cut into tiles
+// of this many, so that all heads that share a key use it together. In memory the lanes of a tile are
+// contiguous: (rows, kTileLanes).
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
-// Keys of a tile: its scores are 64 x 48 floats = 12 KB.
+// The number of keys in a tile. Its scores are 64 x 48 floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
 
-// Queries that are neighbours, and the keys of their sequence; they stand at the places first_place, first_place + 1, ...
+// Neighbouring queries, and the keys of their sequence. Their positions are first_position, first_position + 1, ...
 struct Run {
-  size_t row, count;   // rows of q
-  size_t first_place;  // among the keys
-  const float *k, *v;  // at place 0
-  size_t stride;       // of k and v
+  size_t row, count;      // rows of q
+  size_t first_position;  // the position of the first query among the keys
+  const float *k, *v;     // at position 0
+  size_t stride;          // of k and v
 
-  Matrix<const float> keys(size_t head, size_t dim, size_t place, size_t n) const {
-    return {k + place * stride + head * dim, n, dim, stride};
+  Matrix<const float> keys(size_t head, size_t dim, size_t position, size_t n) const {
+    return {k + position * stride + head * dim, n, dim, stride};
   }
-  Matrix<const float> values(size_t head, size_t dim, size_t place, size_t n) const {
-    return {v + place * stride + head * dim, n, dim, stride};
+  Matrix<const float> values(size_t head, size_t dim, size_t position, size_t n) const {
+    return {v + position * stride + head * dim, n, dim, stride};
   }
 };
 
-// Places first ... end - 1.
+// The positions first ... end - 1.
 struct Span {
   size_t first, end;
 };
 
-// The keys that a query at one of these places sees.
-inline Span visible_keys(const AttentionShape& shape, size_t first_place, size_t last_place) {
+// The keys that the queries at these positions see.
+inline Span visible_keys(const AttentionShape& shape, size_t first_position, size_t last_position) {
   const size_t window = shape.window;
-  return {window > 0 && first_place + 1 > window ? first_place + 1 - window : 0, last_place + 1};
+  return {window > 0 && first_position + 1 > window ? first_position + 1 - window : 0, last_position + 1};
 }
 
-// The lanes first ... first + lanes - 1 of a run, all of the heads that share kv_head.
+// The lanes first ... first + lanes - 1 of a run. All of them are heads that share kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // As many lanes from first_lane on as end_lane leaves.
+  // Takes kTileLanes lanes from first_lane on, or as many as there are before end_lane.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),
@@ -59,12 +60,12 @@ struct QueryTile {
         first(first_lane),
         lanes(std::min(kTileLanes, end_lane - first_lane)) {}
 
-  size_t place(size_t lane) const { return run.first_place + (first + lane) / shape.group(); }
+  size_t position(size_t lane) const { return run.first_position + (first + lane) / shape.group(); }
 
-  // The keys that any lane sees.
-  Span visible() const { return visible_keys(shape, place(0), place(lanes - 1)); }
+  // The keys that at least one lane sees.
+  Span visible() const { return visible_keys(shape, position(0), position(lanes - 1)); }
 
-  // body(row of q, first head, heads, lane of the first) for the lanes of each token.
+  // Calls body(row of q, first head, number of heads, lane of the first head) for the lanes of each token.
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -83,7 +84,7 @@ struct QueryTile {
                                           false);
     });
   }
-  // The rows of x = [those +] factor * from (lanes, head_dim).
+  // The tile's rows of x (n, heads * head_dim) = [these rows +] factor * from (lanes, head_dim).
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -92,10 +93,10 @@ struct QueryTile {
     });
   }
 
-  // Scores (keys.end - keys.first, kTileLanes) of what a lane does not see become -Inf.
+  // Sets scores (keys.end - keys.first, kTileLanes) to -Inf where a lane does not see a key.
   void mask(Span keys, float* scores) const {
     const size_t window = shape.window;
-    if (keys.end <= place(0) + 1 && (window == 0 || keys.first + window > place(lanes - 1))) return;
+    if (keys.end <= position(0) + 1 && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
       const size_t begin = lane_at(key), end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -104,15 +105,15 @@ struct QueryTile {
   }
 
  private:
-  // The first lane that stands at this place or behind it.
+  // The first lane whose position is `at` or later.
   size_t lane_at(size_t at) const {
-    if (at <= run.first_place) return 0;
-    const size_t lane = (at - run.first_place) * shape.group();
+    if (at <= run.first_position) return 0;
+    const size_t lane = (at - run.first_position) * shape.group();
     return lane <= first ? 0 : std::min(lane - first, lanes);
   }
 };
 
-// body(keys) for tiles of about one size, multiples of 8.
+// Calls body(keys) for tiles of about one size, a multiple of 8.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;

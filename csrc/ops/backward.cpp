@@ -1,4 +1,5 @@
-// dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
+// dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x). drop applies
+// dropout's mask to x; undrop applies the same mask to a gradient.
 #include <algorithm>
 #include <type_traits>
 
@@ -17,9 +18,9 @@ using kernels::Sum;
 
 namespace {
 
-// The gradients of a stack, computed in elements E from blocks of W in elements W. For each token block first dz, then dx and the
-// sums of dA and dB, so that dy and x are read from memory once. The sums are added to dA and dB at the end: a call that is
-// interrupted adds nothing.
+// The gradients of a stack, computed in elements E from blocks of W in elements W. Each token block computes
+// dz first, then dx and the sums of dA and dB, so that dy and x are read from memory once. The sums are added
+// to dA and dB at the end, so an interrupted call adds nothing.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx) {
   BackwardStack<E> stack(parts, x, dx);
@@ -58,8 +59,8 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // For up to this many tokens gemm_outputs_in_lanes pairs the rows of W. If it does so in a copy, each kFewTokens would need a
-    // copy of their own: more tokens share one that is made before.
+    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. If it makes a copy for that,
+    // it would make one for each kFewTokens; more tokens share one copy that is made before.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

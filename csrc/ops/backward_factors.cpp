@@ -26,8 +26,8 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
     tasks_.push_back({part, joined, {c, std::min(kColumnBlock, cols - c)}});
 }
 
-// The sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols]. A few tokens at a time, so
-// that the rows of dy or x stay in cache.
+// Adds to the sum of dA transposed, (r, cols) += zᵀ dy[:, cols], or of dB, (r, cols) += dzᵀ drop(x)[:, cols].
+// Takes a few tokens at a time, so that the rows of dy or x stay in the cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];
@@ -37,7 +37,7 @@ void FactorGradients<E>::add(Range token_block, size_t task) const {
     add_rows(t, token_block, {i, std::min(kSumDepth, token_block.count - i)}, sum, stride);
 }
 
-// dy[tokens, cols] or drop(x)[tokens, cols], tokens counted in the batch.
+// dy[tokens, cols] or drop(x)[tokens, cols]. Tokens are counted in the batch.
 template <class E>
 Matrix<const typename FactorGradients<E>::T> FactorGradients<E>::right_of(const Task& task,
                                                                           Range tokens) const {
@@ -69,7 +69,7 @@ void FactorGradients<E>::add_rows(const Task& task, Range token_block, Range som
     const kernels::Conversions& convert = kernels::table().convert;
     const size_t depth = depth_of<E>(some.count);
     E* pairs = scratch<E>(Scratch::kWeight, depth * right.cols);
-    if (part && part->dy)  // is narrowed already
+    if (part && part->dy)  // already narrowed
       convert.pair_bits(
           some.count, right.cols,
           reinterpret_cast<const uint16_t*>(part->dy + some.first * part->dy_depth()) + task.cols.first,

@@ -1,4 +1,5 @@
-// The third of three steps of a backward pass: the gradients of the factors, da += scale dyᵀ z and db += dzᵀ drop(x).
+// The third of three steps of a backward pass: the gradients of the factors, da += scale dyᵀ z and db += dzᵀ
+// drop(x).
 #pragma once
 
 #include <vector>
@@ -7,7 +8,7 @@
 
 namespace nplora {
 
-// Sums over the token blocks, which are added to the caller's gradients at the end.
+// Sums over the token blocks. They are added to the caller's gradients at the end.
 template <class E>
 class FactorGradients {
  public:
@@ -21,14 +22,16 @@ class FactorGradients {
   // Adds a token block to a task's sum.
   void add(Range token_block, size_t task) const;
 
-  // Adds all sums to the caller's gradients. Not interrupted: gradients that are half added could not be told from whole ones.
+  // Adds all sums to the caller's gradients. It cannot be interrupted, because nobody could tell half-added
+  // gradients from whole ones.
   void finish() const;
 
  private:
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
-  // Columns of the gradient of A of a part (transposed), or of B of joined ones; the other is null.
+  // Some columns of a gradient: of A of one part (transposed), or of B of joined parts. The other pointer is
+  // null.
   struct Task {
     const Part* part;
     const Joined* joined;

@@ -19,9 +19,9 @@ using kernels::Strided;
 
 namespace {
 
-// The memory of packed W that is read after a block: the same panel's next rows, or the next panel. The first tokens fetch it in
-// tiles (but a single tile only reads its own block, and for an L1 block in place the next one is fetched); those after them
-// fetch rows of the block, which is in L2, into L1.
+// The memory of packed W that is read after a block: the next rows of the same panel, or the next panel. The
+// first tokens fetch it while they multiply in several tiles. A single tile fetches the rows of its own block
+// ahead, and so does an L1 block in place. Later tokens fetch rows of the block from L2 into L1.
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -44,13 +44,14 @@ InputGradient<E, W>::InputGradient(const Stack& stack) : stack_(stack) {
   }
 }
 
-// double's two panels would not stay in L2.
+// With double, two panels would not stay in L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
 }
 
-// A block of W that is added to serves all tokens of a token block; else more threads take more tokens at a time.
+// The most tokens of a task. If an update is added to blocks of W, one block serves a whole token block;
+// otherwise tasks are smaller, so that more threads have work.
 template <class E, class W>
 size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   const size_t tokens = stack_.tokens();
@@ -66,7 +67,7 @@ size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// A group of panels at a time. dz B is added to each panel of dx after the last part's dy W.
+// Takes a group of panels at a time. dz B is added to each panel of dx after dy W of the last part.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
   const Matrix<T> all = stack_.dx();
@@ -86,7 +87,8 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
   }
 }
 
-// dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens) for some tokens at a time, when they are done but still in L1.
+// dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens) for some tokens at a time, when they are
+// done but still in L1.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, Matrix<T> dx, bool accumulate,
@@ -97,7 +99,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, 
   for (size_t g = 0; g < group.count; g += width) {
     const Range cols{group.first + g, std::min(width, group.count - g)};
     size_t o = 0;
-    do {  // once without rows, too: dx is set to zero
+    do {  // runs once even without rows, to set dx to zero
       const Range rows{o, std::min(depth_block(w.d_out), w.d_out - o)};
       const ColumnBlock<W> block = column_block(w, rows, cols, is_shared(), made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
@@ -110,7 +112,8 @@ void InputGradient<E, W>::add_frozen(const Part& p, Strided<E> dy, Range group, 
   }
 }
 
-// dx[:, panel] = [dx +] dy[:, rows] block, with the update merged into it on the fly if it is not separate.
+// dx[:, panel] = [dx +] dy[:, rows] block. If the update is merged on the fly, it is added to the block
+// first.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Range panel,
@@ -134,7 +137,8 @@ void InputGradient<E, W>::add_block(const Part& p, Strided<E> dy, Range rows, Ra
   }
 }
 
-// dx[few, panel] += undrop(dz B[:, panel]). `some` are the same tokens, counted in the token block; `few` counts rows of dx.
+// dx[few, panel] += undrop(dz B[:, panel]). `some` are the same tokens counted in the token block, `few` are
+// rows of dx.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

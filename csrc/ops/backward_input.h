@@ -14,10 +14,10 @@ class InputGradient {
 
   explicit InputGradient(const Stack& stack);
 
-  // The columns that are computed at a time.
+  // The number of columns that are computed at a time.
   size_t group() const { return group_; }
 
-  // The most tokens of a token block, and of a task.
+  // The most tokens of a token block and of a task.
   size_t block_tokens(size_t threads) const;
   size_t task_tokens(size_t block_tokens) const;
 
@@ -40,7 +40,7 @@ class InputGradient {
 
   const Stack& stack_;
   size_t group_ = kernels::kPanelColumns;
-  bool merges_ = false;  // an update on the fly
+  bool merges_ = false;  // an update is merged on the fly
 };
 
 }  // namespace nplora

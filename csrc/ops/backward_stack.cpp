@@ -15,7 +15,7 @@ using kernels::Strided;
 template <class E>
 BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx)
     : x_(x), dx_(dx), tokens_(parts[0].dy.rows), d_in_(parts[0].w.d_in) {
-  joined_.reserve(parts.size());  // pointers to them stay valid
+  joined_.reserve(parts.size());  // keeps pointers to the elements valid
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
     const LayerShape shape{tokens_,
@@ -54,7 +54,7 @@ void BackwardStack<E>::reserve(size_t block_tokens) {
     if (each.adds) bring_b(each);
 }
 
-// The parts' shares of scratch.
+// Divides scratch among the parts.
 template <class E>
 void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
   constexpr bool kPairs = kValuesPerElement<E> > 1;
@@ -74,10 +74,10 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
   }
 }
 
-// B of all joined parts, one below the other. That of a single one is used in place.
+// The B of all joined parts, one below the other. The B of a single part is used in place.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
-  E* room = const_cast<E*>(all.b.data);  // divide took it, for this to write
+  E* room = const_cast<E*>(all.b.data);  // `divide` reserved it to be written here
   T* stack = nullptr;
   for (const Part& p : parts_) {
     if (p.joined != &all) continue;
@@ -95,7 +95,7 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// A few tokens at a time: dy is in L2 when it is multiplied with A.
+// A few tokens at a time, so that dy is in L2 when it is multiplied with A.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {
@@ -124,12 +124,12 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
   const size_t stride = p.joined->rank;
   const Matrix<T> dz{p.joined->dz + few.first * stride + p.column, few.count, p.rank(), stride};
   add_product<E>(few.count, dz.cols, p.dy_depth(), dy_of(p, token_block, few), p.a.data, p.a.stride, dz.data,
-                 stride, false, rows_behind(p.arrays.dy, rows));
+                 stride, false, rows_after(p.arrays.dy, rows));
   for (size_t i = 0; i < dz.rows; ++i)
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Columns `few` of out (r, n), in pairs, = the rows of z or dz.
+// Columns `few` of out (r, n), in pairs, = rows of z or dz, transposed.
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

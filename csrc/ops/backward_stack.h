@@ -1,4 +1,5 @@
-// The first of three steps of a backward pass: dz = scale dy A, and dy, z and dz in the elements that the other steps compute in.
+// The first of three steps of a backward pass: dz = scale dy A, and dy, z and dz converted to the elements of
+// the other steps.
 #pragma once
 
 #include <span>
@@ -11,27 +12,28 @@
 
 namespace nplora {
 
-// A block of m.
+// A block of rows of m.
 template <class T>
 Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// The parts of a stack whose gradients are computed in elements E, a token block at a time. Tokens are counted in the token
-// block, unless said otherwise. All pointers into scratch are valid after `reserve`.
+// The parts of a stack whose gradients are computed in elements E, one token block at a time. Tokens are
+// counted in the token block unless stated otherwise. All pointers into scratch are valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:
   using T = kernels::Sum<E>;
 
-  // Parts whose dz are side by side, so that dz B, and dB, are one product for all, which reads x once. The parts agree in what is
-  // wanted. A part with dropout has a Joined of its own, because it drops other elements of x.
+  // Parts whose dz are side by side. Then dz B and dB are one product for all of them, and x is read once.
+  // The parts need the same results. A part with dropout has a Joined of its own, because it drops other
+  // elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
-    const LowRank<T>* dropped = nullptr;  // the part that drops elements
+    const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
     size_t rank = 0;                      // of all parts
-    Matrix<const E> b{};                  // their B one below the other, (rank, d_in), or its rows in pairs
-    T* dz = nullptr;                      // of a token block, (n, rank)
+    Matrix<const E> b{};  // the B of all parts, one below the other, (rank, d_in), or its rows in pairs
+    T* dz = nullptr;      // of a token block, (n, rank)
     E *elements = nullptr, *rows = nullptr;  // dz, and dz transposed, (rank, n / 2), if E is pairs
     T* db = nullptr;                         // sums, (rank, d_in)
   };
@@ -41,7 +43,7 @@ class BackwardStack {
     Update update;
     Joined* joined;  // null if dz is not needed
     bool wants_da;
-    size_t column = 0;    // of the joined dz, the part's first
+    size_t column = 0;    // the part's first column in the joined dz
     E* dy = nullptr;      // of a token block, if E is not the type of the arrays
     E* z_rows = nullptr;  // of a token block, transposed (r, n / 2), if E is pairs
     Matrix<const E> a{};  // A (d_out, r), or its rows in pairs
@@ -55,23 +57,23 @@ class BackwardStack {
   BackwardStack(const BackwardStack&) = delete;
   BackwardStack& operator=(const BackwardStack&) = delete;
 
-  // Takes scratch for token blocks of at most this many tokens, and brings the factors into elements E.
+  // Takes scratch for token blocks of at most this many tokens, and converts the factors to elements E.
   void reserve(size_t block_tokens);
 
   // Whether `prepare` has anything to do.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
-  // dz, and, if E is pairs, dy, z and dz in them, of some tokens.
+  // Computes dz for some tokens. If E is pairs, also converts dy, z and dz.
   void prepare(Range token_block, Range some) const;
 
-  // dy of some tokens, and dz of the tokens from `first` on, in elements E.
+  // The dy of some tokens, and the dz of the tokens from `first` on, in elements E.
   kernels::Strided<E> dy_of(const Part& p, Range token_block, Range some) const;
   kernels::Strided<E> dz_of(const Joined& all, size_t first) const;
 
   const std::vector<Part>& parts() const { return parts_; }
   const std::vector<Joined>& joined() const { return joined_; }
   Matrix<const T> x() const { return x_; }
-  Matrix<T> dx() const { return dx_; }  // its data may be null
+  Matrix<T> dx() const { return dx_; }  // the pointer may be null
   size_t tokens() const { return tokens_; }
   size_t d_in() const { return d_in_; }
   size_t block_tokens() const { return block_tokens_; }

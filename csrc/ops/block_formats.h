@@ -1,4 +1,4 @@
-// The block formats as a table: what the list in kernels/formats.h and the layouts say.
+// The block formats as a table, made from the list in kernels/formats.h and the layouts.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,9 @@
 namespace nplora {
 
 struct BlockFormatInfo {
-  const char *name, *ggml_name;  // ggml_name is null where ggml has no such format
+  const char *name, *ggml_name;  // ggml_name is null if ggml has no such format
   size_t elements, bytes;        // of one block
-  size_t scales, scale_at[2];    // how many float16 scales a block has, and the bytes at which they begin
+  size_t scales, scale_at[2];    // the number of float16 scales in a block, and the bytes at which they begin
   BlockFacts facts;
 };
 

@@ -1,5 +1,6 @@
-// How the products cut their work. The block sizes do not change a result, because every sum runs over its whole depth in order,
-// and is cut at multiples of kDepthUnitValues. The bounds of small batches do, because those are summed in another order.
+// How the products divide their work. Block sizes do not change a result, because every sum runs over its
+// whole depth in order and is cut only at multiples of kDepthUnitValues. The bounds of small batches do
+// change results, because small batches are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -12,54 +13,61 @@
 
 namespace nplora {
 
-// Cuts of the depth at multiples of this many values (columns of W, or tokens) are cuts at multiples of kDepthUnit elements, even
-// if an element is a pair of values.
+// If the depth is cut at multiples of this many values (columns of W, or tokens), it is cut at multiples of
+// kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// Rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
+// The rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
-// The most values along the depth for which a panel of W (or of blocks of its transpose), or the lanes of x, are kept in L2:
-// 1056 x 48 floats = 198 KB. The depth is cut into blocks of about one size. Sums are loaded and stored once for each block.
+// The most values along the depth for which a panel of W, a panel of its transposed blocks, or the lanes of x
+// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about one size. Each block loads and
+// stores the sums once.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// Two panels: one, of 48 values, is no multiple of kDepthUnitValues.
+// Two panels. One panel, of 48 values, is not a multiple of kDepthUnitValues.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0);
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// The most tokens that one task keeps in L2 or L3; and the bytes that the lanes of a token block take at most.
+// The most tokens that a task keeps in L2 or L3, and the most bytes for the lanes of a token block.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// Batches up to this size take the path that transposes nothing.
+// Batches up to this size use the method that transposes nothing.
 template <class T>
 size_t small_batch() {
   return std::min(kernels::kMostSmallBatch, kernels::table().products<T>().lanes / 2);
 }
-// Batches up to this size compute in the weight's own float type: bfloat16 products gain no time with so few rows.
+// Batches up to this size are computed in the weight's own float type, because with so few rows bfloat16
+// products are not faster.
 inline constexpr size_t kFloatBatch = 4;
-// Backward, batches above this size share a copy of W unless it is packed (or double).
+// In backward, batches above this size share a copy of W, unless W is packed (or double).
 inline constexpr size_t kInPlaceBatch = 16;
-// Backward, batches up to these sizes widen, or pair, the bfloat16 values of W in registers for each tile, without a copy.
+// In backward, batches up to these sizes widen (or pair) the bfloat16 values of W in registers for each tile,
+// without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// Rows of a packed W whose partial sums are kept in L2 (4128 x 16 lanes of floats = 258 KB) while its panels are read.
+// The rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while the panels
+// are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The same for bfloat16 and a single token, which would wait for sums in L2: they stay in L1 (128 x 16 lanes of floats = 8 KB).
+// The same for bfloat16 and a single token. It would wait for sums in L2, so these stay in L1 (128 x 16 lanes
+// of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
-// Transposed blocks of W that are kept in L2 at a time.
+// The bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W to the update.
+// Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W until the
+// update.
 inline constexpr size_t kFewTokens = 64;
-// Columns of a gradient of A or B that one task owns, and tokens that it adds to them at a time.
+// The columns of a gradient of A or B that one task owns, and the tokens that it adds to them at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// Floating-point operations of one task: 0.1 s on the slowest instruction set, so that Ctrl-C is noticed between tasks.
+// The floating-point operations of one task. On the slowest instruction set they take 0.1 s, so that Ctrl-C
+// is noticed between tasks.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The tokens of a token block (MC in BLIS): as many as have `width` elements each in `bytes`, in blocks of about one size. Token
-// blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
+// The tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in blocks of
+// about one size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -67,14 +75,15 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   const size_t blocks = ceil_div(tokens, std::max(2 * kTokenUnit, most));
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
-// The same if blocks of W are transposed or added to: the tokens of each stay in a core's share of L3.
+// The same if blocks of W are transposed or an update is added to them. The tokens of each must stay in a
+// core's share of L3.
 inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
 }
 
-// The pieces of work that is shared evenly: a thread that starts late, or is slower, takes fewer, and Ctrl-C is noticed between
-// them.
+// The number of pieces for work that is shared evenly. A thread that starts late, or is slower, takes fewer
+// of them, and Ctrl-C is noticed between them.
 inline size_t pieces_for(size_t threads) {
   return 4 * std::max<size_t>(2, threads);
 }
@@ -86,25 +95,27 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut where a task would be
-// too long, and for several threads into shorter and shorter pieces: each takes half of a thread's share of what is left (guided
-// self-scheduling, Polychronopoulos & Kuck 1987, with half shares). Long ones come first, because W is read in order; short ones
-// last, so that no thread waits for long.
+// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut if
+// a task would be too long. For several threads, W is cut into shorter and shorter pieces: each takes half of
+// a thread's share of what is left (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares).
+// Long pieces come first, because W is read in order. Short pieces come last, so that no thread waits long
+// for another.
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // into pieces that are multiples of unit, up to most
+    size_t count, unit, most;  // cut into pieces of at most `most`, multiples of `unit`
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));  // a task without columns, too
+    // At least 1, for tasks without columns.
+    const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If there are too few columns for the threads, tokens are cut too; but not if threads share the columns evenly, because W would
-    // be read and decoded again for each cut.
+    // If there are too few columns for the threads, tokens are cut too. Not if the threads share the columns
+    // evenly, because W would be read and decoded again for each cut.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // As few as possible without a longer longest one: W is read for each.
+    // As few pieces as possible without making the longest one longer, because W is read for each.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

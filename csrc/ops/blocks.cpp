@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// What one element costs, in the operations that useful_threads counts.
+// The cost of one element, in the operations that useful_threads counts.
 constexpr double kSearchOperations = 100, kNf4Operations = 20, kDecodeOperations = 2, kCheckOperations = 1;
 
 // Calls body(range) for pieces of n items of `size` > 0 elements each.
@@ -30,9 +30,9 @@ void for_pieces(size_t n, size_t size, double operations_per_element, const Body
                Interruptible::kYes, [&](size_t task) { body(nth_block(n, items, task)); });
 }
 
-// ---- what is refused ----
+// ---- values that are refused ----
 
-// The bits of |x|: in the order of the numbers, infinity and NaN above all.
+// The bits of |x|. They have the order of the numbers, with infinity and NaN above all.
 uint32_t magnitude(float x) {
   return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu;
 }
@@ -61,7 +61,7 @@ void require_storable(BlockFormat format, Matrix<const float> values) {
   });
   const size_t bad = size_t(std::find(good.begin(), good.end(), 0) - good.begin());
   if (bad == values.rows) return;
-  // The first such value; not by a search that must succeed, since another thread may write to the array.
+  // Looks for the first such value. The search may fail, since another thread may write to the array.
   float x = 0;
   for (size_t i = values.cols; i > 0; --i)
     if (magnitude(values.row(bad)[i - 1]) > limit) x = values.row(bad)[i - 1];

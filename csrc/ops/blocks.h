@@ -1,4 +1,4 @@
-// Low-bit blocks to and from float, over whole matrices.
+// Conversions between low-bit blocks and float, for whole matrices.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +13,10 @@ namespace nplora {
 // out (rows, cols) from blocks (rows, cols / elements * bytes), in any format but NF4.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
-// The other way round, near to the least squared error. Throws as require_storable does, before anything is written.
+// The inverse, close to the least squared error. Throws like require_storable, before anything is written.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
-// Throws std::invalid_argument, which names the row, where a value is not finite or too large for the format.
+// Throws std::invalid_argument, which names the row, if a value is not finite or too large for the format.
 void require_storable(BlockFormat format, Matrix<const float> values);
 
 // One row of storable values, on the calling thread.
@@ -24,11 +24,11 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 
 // ---- NF4: blocks of the flat tensor ----
 
-// codes (ceil(n / 2)) and absmax (ceil(n / 64)) of n = rows * cols values, which lie without gaps. Throws as quantize does.
+// codes (ceil(n / 2)) and absmax (ceil(n / 64)) of n = rows * cols values without gaps. Throws like quantize.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
-// The second quantisation: of n absmax, codes (n), levels of book (kNf4Book) times scales (ceil(n / kNf4Group)), about their mean, which is
-// returned.
+// The second quantisation. n values of absmax become codes (n): levels of `book` (kNf4Book), times scales
+// (ceil(n / kNf4Group)), around their mean. Returns the mean.
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
 // out (n)

@@ -1,4 +1,4 @@
-// Dropout on the low-rank path: a mask that is drawn again from its key, never stored.
+// Dropout on the low-rank path. The mask is never stored: it is drawn again from its key.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// As the kernels take it.
+// The mask in the form that the kernels take.
 struct Mask {
   uint32_t threshold;
   double factor;
@@ -19,7 +19,8 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x), where x lies at (first_row, first_col) of a batch of `width` columns, which numbers its elements.
+// out (rows, cols) = drop(x). x begins at (first_row, first_col) of a batch with `width` columns; the batch
+// numbers the elements.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

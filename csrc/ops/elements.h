@@ -1,4 +1,4 @@
-// Activations and factors in the elements that the products compute in: unchanged, or as pairs of bfloat16.
+// Activations and factors in the element type of the products: unchanged, or as pairs of bfloat16.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace nplora {
 
-// The elements E that n values along the depth fill.
+// The number of elements E for n values along the depth.
 template <class E>
 size_t depth_of(size_t n) {
   return ceil_div(n, kernels::kValuesPerElement<E>);
@@ -32,8 +32,8 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   }
 }
 
-// Row-major m (rows, cols) in elements E, with `depth` elements from one row to the next; pairs run along the rows, and an odd
-// last value is paired with zero.
+// Row-major m (rows, cols) in elements E, with `depth` elements from one row to the next. Pairs run along the
+// rows; an odd last value is paired with zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {
   for (size_t i = 0; i < m.rows; ++i) {
@@ -43,7 +43,7 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// The same, but floats need no conversion: m itself, or `out`.
+// The same, but floats are not converted: returns m itself, or `out`.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {
@@ -54,8 +54,8 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Row-major m (rows, cols) in elements E whose pairs run down the columns: (depth_of(rows), cols), in `out`. For floats it is m
-// itself.
+// Row-major m (rows, cols) in elements E, with pairs that run down the columns: (depth_of(rows), cols), in
+// `out`. Floats are not converted: returns m itself.
 template <class E>
 Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

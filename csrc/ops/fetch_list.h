@@ -1,4 +1,4 @@
-// Memory to be fetched beside a loop, a share at each turn.
+// Memory to be fetched during a loop, a share in each iteration.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@ class FetchList {
  public:
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
-  // The next of so many shares that are left: most of it in one piece, and the rest, where the first memory ends within it.
+  // The next share, if `shares` are left. Most of it is in one piece; the second piece is used when the first
+  // memory ends within the share.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kTaskBytes = size_t{256} << 10;
 
-// NaN and infinity are the values whose exponent bits are all ones. No early exit: the loop is vectorised.
+// In NaN and infinity all exponent bits are ones. There is no early exit, so that the loop is vectorised.
 template <class Bits>
 bool any_nonfinite(const Bits* bits, size_t n, Bits exponent) {
   Bits found = 0;

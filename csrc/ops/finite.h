@@ -7,7 +7,7 @@
 
 namespace nplora {
 
-// The index of the first of n elements that is NaN or infinite; n where all are finite. Not for blocks.
+// The index of the first NaN or infinity among n elements, or n if all are finite. Not for blocks.
 size_t first_nonfinite(Storage storage, size_t n, const void* elements);
 
 }  // namespace nplora

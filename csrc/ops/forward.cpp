@@ -1,4 +1,4 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]: chooses how to compute it.
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]: chooses the method.
 #include "ops/forward.h"
 
 #include <type_traits>
@@ -13,7 +13,7 @@ using kernels::Bf16Pair;
 
 namespace {
 
-// The elements that a small batch reads W as.
+// The element type in which a small batch reads W.
 enum class SmallElement { kOwn, kBf16, kPair };
 
 SmallElement small_element(const WeightView& w, size_t tokens) {
@@ -21,7 +21,7 @@ SmallElement small_element(const WeightView& w, size_t tokens) {
   return w.storage == Storage::kBfloat16 ? SmallElement::kBf16 : SmallElement::kOwn;
 }
 
-// Neighbours that read W alike are computed together.
+// Neighbouring parts that read W in the same element type are computed together.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {

@@ -1,4 +1,4 @@
-// The three ways to compute the forward pass, between which kernel_plan.h chooses, and what they share.
+// The three methods for the forward pass, and what they share. kernel_plan.h chooses one.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +11,18 @@
 
 namespace nplora {
 
-// Up to small_batch rows. W is read once, as elements W in the order of memory, and nothing is transposed.
+// For up to small_batch rows. W is read once, as elements W in the order of memory, and nothing is
+// transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
-// Tokens in the SIMD lanes, computed in elements E: x and y are transposed.
+// Tokens are in the SIMD lanes, in elements E. x and y are transposed.
 template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// Outputs in the SIMD lanes: blocks of W are transposed, and the update may be merged into them on the fly.
+// Outputs are in the SIMD lanes. Blocks of W are transposed, and the update may be merged into them on the
+// fly.
 template <class E>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads);

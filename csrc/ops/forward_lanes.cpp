@@ -18,8 +18,9 @@ using kernels::Tiles;
 
 namespace {
 
-// Tokens in the SIMD lanes, computed in elements E. First x is brought into the lanes and z is computed, for a block of tokens;
-// then the rows of W are multiplied with all of them. The update z Aᵀ is added in the type of the sums.
+// Tokens are in the SIMD lanes, in elements E. For a block of tokens, x is first moved into the lanes and z
+// is computed. Then the rows of W are multiplied with all of them. The update z Aᵀ is added in the type of
+// the sums.
 template <class E>
 class LanesForward {
  public:
@@ -77,7 +78,8 @@ class LanesForward {
     }
   }
 
-  // The lanes that this many tokens take: half of all if that is enough, as for the last block of most batches.
+  // The number of lanes for this many tokens: half of all lanes if that is enough, as in the last block of
+  // most batches.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
   Range lane_block(Range token_block, size_t b) const {
@@ -85,7 +87,7 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // xt and, of all parts, zt and z for one block of tokens.
+  // Computes xt for one block of tokens, and zt and z for all parts.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -94,7 +96,7 @@ class LanesForward {
       if (update.part.low.rank()) project(update, tokens, b, lanes);
   }
 
-  // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens; z (tokens, r) without the scale.
+  // zt (r, lanes) = scale * B drop(x)ᵀ for one block of tokens. z (tokens, r) is without the scale.
   void project(const Update& update, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = update.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);
@@ -112,7 +114,7 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // y of some rows of a part, for a range of the lane blocks of a token block.
+  // The y of some rows of a part, for a range of the lane blocks of a token block.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const Update& update = updates_[piece.part];
     const ForwardPart<T>& part = update.part;
@@ -133,18 +135,19 @@ class LanesForward {
     }
   }
 
-  // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when that is done but still in L1.
+  // yt (blocks, kRowBlock, lanes) = W[rows] xt. Calls after(block, its yt) when a block is done but still in
+  // L1.
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // Pairs are cut at multiples of kDepthCut only: a full panel that is left is taken together with the narrower one after it,
-    // if there is one.
+    // Pairs may only be cut at multiples of kDepthCut. A full panel that remains is multiplied together with
+    // the narrower panel after it, if there is one.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
-    do {  // once without columns, too: yt is set to zero
+    do {  // runs once even without columns, to set yt to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {

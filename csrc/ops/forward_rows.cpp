@@ -1,4 +1,5 @@
-// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes: the backward product on blocks of Wᵀ.
+// z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes: the product of the
+// backward pass, on blocks of Wᵀ.
 #include <utility>
 #include <vector>
 
@@ -19,7 +20,7 @@ using kernels::Sum;
 
 namespace {
 
-// A block of Wᵀ is made once for all tokens of a task, and the update may be merged into it on the fly.
+// A block of Wᵀ is made once for all tokens of a task. The update may be merged into it on the fly.
 template <class E>
 class RowsForward {
  public:
@@ -27,7 +28,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // pointers to them stay valid
+    joined_.reserve(parts.size());  // keeps pointers to the elements valid
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{x.rows,
@@ -60,12 +61,12 @@ class RowsForward {
   }
 
  private:
-  // Parts whose z are columns of one product, which reads x once. Each part with dropout has a product of its own, because it
-  // drops other elements of x.
+  // Parts whose z are columns of one product, so that x is read once. A part with dropout has a product of
+  // its own, because it drops other elements of x.
   struct Joined {
-    const LowRank<T>* dropped = nullptr;  // the part that drops elements
+    const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
     size_t rank = 0;                      // of all parts
-    E* b = nullptr;                       // their Bᵀ side by side, (depth, rank)
+    E* b = nullptr;                       // the Bᵀ of all parts, side by side, (depth, rank)
     T* z = nullptr;                       // of a token block, (n, rank)
   };
 
@@ -73,7 +74,7 @@ class RowsForward {
     const ForwardPart<T>& part;
     Update update;
     Joined* joined;             // null if z is not needed
-    size_t column = 0;          // of the joined z, the part's first
+    size_t column = 0;          // the part's first column in the joined z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // the same in elements E
     E* z_elements = nullptr;    // the part's z of a token block in elements E, if E is another type
@@ -88,7 +89,7 @@ class RowsForward {
     return &joined_.emplace_back(Joined{drops ? &low : nullptr});
   }
 
-  // Divides scratch among the parts, and brings their factors into elements E.
+  // Divides scratch among the parts, and converts their factors to elements E.
   void reserve() {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
@@ -119,12 +120,13 @@ class RowsForward {
     u.a_pairs = pairs_down_columns<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_pairs.data));
     const Strided<E> b = elements_or_self<E>(
         low.b, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
-    // Pairs are moved as floats are.
+    // Pairs are moved as floats.
     transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // z, and x in elements E, of some tokens of a token block: a few at a time, which are in L2 when they are projected.
+  // Computes z, and converts x to elements E, for some tokens of a token block. A few tokens at a time: they
+  // are in L2 when they are projected.
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
@@ -137,7 +139,7 @@ class RowsForward {
     }
   }
 
-  // z of a few tokens of a token block.
+  // The z of a few tokens of a token block.
   void project(const Joined& all, Range token_block, Range few) const {
     const Range tokens{token_block.first + few.first, few.count};
     const Strided<E> x =
@@ -147,10 +149,10 @@ class RowsForward {
                                               : scratch<E>(Scratch::kDroppedLanes, few.count * depth_))
                     : elements(token_block, few.first);
     add_product<E>(few.count, all.rank, depth_, x, all.b, all.rank, all.z + few.first * all.rank, all.rank,
-                   false, rows_behind(x_, tokens));
+                   false, rows_after(x_, tokens));
   }
 
-  // Copies a part's z of a few tokens to the caller, and into elements E for the update.
+  // Copies a part's z of a few tokens to the caller, and converts it to elements E for the update.
   void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
@@ -168,7 +170,7 @@ class RowsForward {
       return {x_elements_ + first * depth_, depth_, 1};
   }
 
-  // z of the tokens from `first` on, in elements E.
+  // The z of the tokens from `first` on, in elements E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
     const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
     if constexpr (kValuesPerElement<E> == 1)
@@ -177,8 +179,8 @@ class RowsForward {
       return {u.z_elements + first * depth, depth, 1};
   }
 
-  // y of some rows of a part, for some tokens of a token block. The blocks of a few panels are made at a time, so that x is
-  // brought into L2 once for all of them.
+  // The y of some rows of a part, for some tokens of a token block. Blocks of a few panels are made at a
+  // time, so that x is loaded into L2 once for all of them.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
@@ -188,7 +190,7 @@ class RowsForward {
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
-      do {  // once without columns, too: y is set to zero
+      do {  // runs once even without columns, to set y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_panels_of(rows,
                       [&](size_t i, Range panel) { make_block(u, panel, cols, blocks + i * block_size); });
@@ -203,7 +205,7 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each kPanelColumns rows.
+  // Calls body(index, rows) for every kPanelColumns rows.
   template <class Body>
   static void for_panels_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kPanelColumns < rows.count; ++i) {
@@ -212,7 +214,7 @@ class RowsForward {
     }
   }
 
-  // y (few, rows) = [y +] x[:, cols] block, and after the last columns the update.
+  // y (few, rows) = [y +] x[:, cols] block. The update follows after the last columns.
   void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
                 const E* block) const {
     const Strided<E> x = elements(token_block, few.first);
@@ -237,11 +239,12 @@ class RowsForward {
                      true);
   }
 
-  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E, and the update if it is merged on the fly.
+  // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E. If the update is merged on the
+  // fly, it is added.
   void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
-    // What is read in place need not be cut.
+    // Blocks that are read in place need not be cut.
     const size_t most = is_blocks(w.storage)          ? kDecodedColumns
                         : !w.packed && in_place<E>(w) ? std::max<size_t>(1, cols.count)
                                                       : kPanelColumns;
@@ -251,7 +254,7 @@ class RowsForward {
       const Panels<E> panel = row_block(w, rows, {cols.first + c, width}, false, decoded);
       E* out = block + c / kValuesPerElement<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
-                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats are
+                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as floats
     }
     if constexpr (kValuesPerElement<E> == 1)
       if (u.update == Update::kMergedOnTheFly) {

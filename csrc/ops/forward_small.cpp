@@ -23,20 +23,20 @@ using kernels::Sum;
 
 namespace {
 
-// x, and how it is interleaved once for all parts of a stack.
+// x, interleaved once for all parts of a stack.
 template <class T>
 struct SmallBatch {
   Matrix<const T> x;
   const Products<T>& k = kernels::table().products<T>();
   size_t lanes = k.lanes / 2, interleave_factor = kernels::interleave_factor(x.rows, lanes);
 
-  // Room for rows of so many columns.
+  // Memory for rows of this many columns.
   template <class E>
   size_t size(size_t cols) const {
     return lanes * ceil_div(depth_of<E>(cols), interleave_factor);
   }
 
-  // out = m interleaved, in elements E. Pairs are moved as floats are.
+  // out = m interleaved, in elements E. Pairs are moved as floats.
   template <class E>
   const E* interleave(Matrix<const T> m, E* out) const {
     const size_t depth = depth_of<E>(m.cols);
@@ -60,11 +60,12 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The memory of the factors that the update of rows of W reads: their A, and a share of B, which another worker may read.
+// The memory of the factors that the update needs for some rows of W: their rows of A, and a share of B
+// (another worker may read the other shares).
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
-  constexpr size_t kMostBytes = 256 << 10;  // of either: they stay in L2
+  constexpr size_t kMostBytes = 256 << 10;  // of each: they stay in L2
   const auto lines = [&](const T* from, size_t n) {
     return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
   };
@@ -73,13 +74,14 @@ FetchList factors(const LowRank<T>& low, Range rows) {
           lines(low.a.row(rows.first), rows.count * low.rank())};
 }
 
-// At once, into L2.
+// Fetches all of it at once, into L2.
 void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// A part. W is read once, as elements W: panel after panel, while the partial sums of its rows stay in cache, or in place. The
-// update comes last, when its factors have arrived; it is computed in the type of the sums.
+// One part. W is read once, as elements W: in place, or panel after panel while the partial sums of its rows
+// stay in cache. The update comes last, when its factors are in the cache. It is computed in the type of the
+// sums.
 template <class W>
 class SmallForward {
  public:
@@ -101,7 +103,7 @@ class SmallForward {
 
   size_t rank() const { return rank_; }
 
-  // y[:, rows] = x Wᵀ [+ bias]. The factors that the update reads are fetched meanwhile.
+  // y[:, rows] = x Wᵀ [+ bias]. Meanwhile the factors of the update are fetched.
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -121,7 +123,7 @@ class SmallForward {
                  part_.y.data + rows.first, part_.y.stride);
   }
 
-  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ; the caller's z, where it is wanted, is without the scale.
+  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The z that the caller wants is without the scale.
   void project(Range ranks) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
@@ -156,7 +158,7 @@ class SmallForward {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
-  // The same if W is in low-bit blocks, which are decoded in registers or multiplied in int8.
+  // The same for W in low-bit blocks, which are decoded in registers or multiplied in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -182,7 +184,7 @@ class SmallForward {
         {m.data + rows.first * m.row_stride, m.row_stride, kernels::kPanelDepth<E>}, xs, sums, false);
   }
 
-  // part (rows, lanes) = W[rows] xs. What is decoded, for a few rows at a time, stays in L2.
+  // part (rows, lanes) = W[rows] xs. If W must be decoded, a few rows are decoded at a time and stay in L2.
   void frozen(Range rows, T* part) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed && x_.rows == 1;
@@ -193,13 +195,13 @@ class SmallForward {
                [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
   }
 
-  // The same, at most `most` columns at a time.
+  // The same for at most `most` columns at a time.
   void stream(Range rows, size_t most, W* decoded, T* part) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
     most = std::max(most, kPanelColumns);
     size_t c = 0;
-    do {  // once without columns, too: part is set to zero
+    do {  // runs once even without columns, to set part to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(
           interleave_factor_, rows.count, depth_of<X>(cols), row_block(w, rows, {c, cols}, false, decoded),
@@ -214,14 +216,14 @@ class SmallForward {
   const Products<T>& k_;
   const size_t lanes_, interleave_factor_, rank_;
   const X* const xs_;               // x, interleaved
-  const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied so
+  const kernels::Int8Rows& codes_;  // x in int8, if W is multiplied in int8
   T* const z_;                      // (n, r), times the scale
 };
 
-// The fewest rows of B that one of several workers takes: kernels sum up to four side by side.
+// The fewest rows of B for one worker, if there are several. Kernels sum up to four rows side by side.
 constexpr size_t kLeastRanks = 4;
 
-// Counts work that has ended, even by an exception: others wait for it.
+// Counts work that has ended, with an exception too, because others wait for it.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -233,7 +235,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// Reading and decoding W takes as long as this many times its operations.
+// Reading and decoding W takes this many times as long as its operations.
 constexpr double kReadingCost = 2;
 
 }  // namespace
@@ -270,13 +272,13 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const Grid grid({1, 1, 1}, {part.w.d_out, kRowBlock, kStreamedRows},
                     flops(x.rows, part.w.d_out, part.w.d_in), threads);
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
-    // Each task would drop x again.
+    // With dropout, each task would have to drop x again.
     const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
-  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is there, it adds the update to the
-  // rows that it took: nobody waits for rows that no worker has taken. Large weights take more workers, so that Ctrl-C is noticed
-  // between them.
+  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is ready, it
+  // adds the update to the rows of W that it took, so nobody waits for rows that no worker has taken. Large
+  // weights have more workers than threads, so that Ctrl-C is noticed between them.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -1,4 +1,4 @@
-// float16, one at a time: the scales of low-bit blocks.
+// float16, one number at a time: the scales of low-bit blocks.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// To nearest even.
+// Rounds to nearest even.
 inline Half to_half(float x) {
   uint16_t bits;
   kernels::table().convert.narrow_float16(1, &x, &bits);

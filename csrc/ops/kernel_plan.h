@@ -1,5 +1,5 @@
-// Which way a product and its update are computed. Decided by counting operations, never by timing, by the number of threads or
-// by the instruction set, so that results do not change with them.
+// Chooses how a product and its update are computed. The choice counts operations. It never depends on
+// timing, on the number of threads or on the instruction set, so that results do not change with them.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,8 @@ enum class ForwardPath {
   kRows,   // W is transposed, which pays for large batches
 };
 
-// A block of W that was just decoded is in L1: transposing it is this many times cheaper than transposing x and y.
+// A block of W that was just decoded is in L1. Transposing it is this many times cheaper than transposing x
+// and y.
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
@@ -28,28 +29,29 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// Whether a product of this many rows runs in pairs of bfloat16.
+// Whether a product with this many rows is computed in pairs of bfloat16.
 inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
 enum class Update {
-  kNone,      // there is none
-  kSeparate,  // z (backward: dz) is computed, and z Aᵀ (dz B) is added to the product
-  kMergedOnTheFly,  // scale A B is added to each block of W while it is in cache, and the product runs as without an update
+  kNone,            // there is no update
+  kSeparate,        // z (backward: dz) is computed, and z Aᵀ (dz B) is added to the product
+  kMergedOnTheFly,  // scale A B is added to each block of W in cache, and the product then has no update
 };
 
 struct LayerShape {
   size_t tokens, d_out, d_in, rank;
-  size_t element_bytes;  // of the type that it is computed in: 8, 4, or 2 for bfloat16
-  bool dropout;          // the update reads another x than W does
+  size_t element_bytes;  // of the type of the arithmetic: 8, 4, or 2 for bfloat16
+  bool dropout;          // the update reads another x than W
   bool decoded;          // W is in low-bit blocks
 };
 
-// A block of W is copied before the update is added to it: that costs about this many operations for each element.
+// Before an update is added to a block of W, the block is copied. That costs about this many operations for
+// each element.
 inline constexpr double kCopyOperations = 8;
 
-// The cost of each way to apply the update, in floating-point operations beyond the bare product.
+// The cost of each way to apply the update, in floating-point operations in addition to the bare product.
 struct UpdateCost {
   double separate, merged;
 };
@@ -61,22 +63,22 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// How one layer of a stack is computed, and what each way costs.
+// How one layer of a stack is computed, and the cost of each alternative.
 struct KernelPlan {
   Update update;
   UpdateCost cost;
 };
 
-// The cheaper way. Merging on the fly is for float and double: in bfloat16 the rounding of W + scale A B would drown a young
-// update.
+// The cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W + scale A
+// B would lose the update of a young adapter.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kMostSmallBatch;
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or, if z is kept for a backward pass, only the second. Only the path that
-// transposes W can merge.
+// The update needs z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or only the second if z is kept for a
+// backward pass. Only the method that transposes W can merge.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
@@ -85,7 +87,7 @@ inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   return plan;
 }
 
-// dz = dy A and dz B. dz is needed for the gradient of B, too.
+// The update needs dz = dy A and dz B. The gradient of B needs dz as well.
 inline KernelPlan plan_backward(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
   return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});

@@ -1,4 +1,5 @@
-// Frozen products with their low-rank updates, alone or in a stack: forward, backward, and the gradients' outer sums.
+// Frozen products with low-rank updates, for one layer or a stack: forward, backward, and the gradients'
+// outer products.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +10,20 @@
 
 namespace nplora {
 
-// scale * A B with A (d_out, r) and B (r, d_in). Absent where r = 0; scale 0 leaves a and b unread.
+// scale * A B with A (d_out, r) and B (r, d_in). There is no update if r = 0. If scale is 0, a and b are not
+// read.
 template <class T>
 struct LowRank {
   Matrix<const T> a, b;
   double scale = 0;
-  double dropout = 0;  // the probability that an element of x is dropped on the low-rank path
-  uint64_t key = 0;    // of the mask
+  double dropout = 0;  // the probability of dropping an element of x on the low-rank path
+  uint64_t key = 0;    // of the dropout mask
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
 };
 
 // z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias].   x (n, d_in), y (n, d_out), z (n, r).
-// bias may be null, and the data of z, where nobody wants it.
+// bias may be null. The data of z may be null if the caller does not want z.
 template <class T>
 struct ForwardPart {
   WeightView w;

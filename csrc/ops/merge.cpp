@@ -14,14 +14,15 @@ using kernels::Products;
 
 namespace {
 
-constexpr size_t kRowsPerTask = 48;  // a multiple of every tile_tokens of floats
-// Of the columns of B that the rows of a task meet at a time. With 128 KB a Zen 4, whose L2 holds 1 MB, took 2-3 % longer.
+constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
+// The bytes of the columns of B that a task's rows are multiplied with at a time. On a Zen 4, whose L2 holds
+// 1 MB, 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
-// Columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
+// The columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
-// B in panels of kPanelColumns columns, each dense: rows of the caller's B may lie a multiple of 4 KB apart, and then share their
-// places in L1.
+// B in panels of kPanelColumns columns, each dense. Rows of the caller's B may be a multiple of 4 KB apart,
+// and would then evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);
@@ -32,8 +33,8 @@ const T* panels_of(Matrix<const T> b) {
   return panels;
 }
 
-// Calls body(first, rows, scale * A[rows]) for blocks of rows. It is not interrupted: W would be left half
-// merged.
+// Calls body(first, rows, scale * A[rows]) for blocks of rows. It cannot be interrupted, because W would be
+// left half merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

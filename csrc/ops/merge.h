@@ -13,8 +13,9 @@ namespace nplora {
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// The same on bit patterns of kBfloat16 or kFloat16: summed in float, rounded once: to nearest even, or with a key stochastically,
-// element (i, j) by the chance of number i * w.cols + j, so that its mean is the sum.
+// The same on bit patterns of kBfloat16 or kFloat16. Sums are in float and rounded once, to nearest even.
+// With a key they are rounded stochastically, so that the expected value is the sum; element (i, j) uses
+// random number i * w.cols + j.
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
                 double scale, std::optional<uint64_t> key);
 

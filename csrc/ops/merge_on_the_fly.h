@@ -1,4 +1,4 @@
-// Updates merged on the fly: blocks of W with scale A B added, for the products of large batches.
+// Updates that are merged on the fly: scale A B is added to blocks of W, for the products of large batches.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   return out;
 }
 
-// A block of W, at most a panel wide, with scale A[rows] B[:, cols] added, in `out` (rows, cols).
+// A block of W, at most a panel wide, plus scale A[rows] B[:, cols], in `out` (rows, cols).
 template <class T>
 ColumnBlock<T> merged_block(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
   const size_t rank = low.a.cols;

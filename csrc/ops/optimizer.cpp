@@ -14,8 +14,8 @@ namespace {
 constexpr size_t kPieceElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// A thread goes through neighbouring pieces, as long as there are enough tasks for all threads: where it jumps, the hardware
-// has to learn anew what to fetch ahead.
+// A thread takes neighbouring pieces as long as there are enough tasks for all threads. After each jump, the
+// hardware has to learn again what to prefetch.
 constexpr size_t kTaskPieces = 8, kTasksPerThread = 8;
 
 struct Piece {
@@ -24,13 +24,13 @@ struct Piece {
   double sum;
 };
 
-// Calls body(parameter, piece) for pieces of about one size, so that many small buffers and a few large ones share out
-// alike, and returns the pieces: valid until this thread's next call. They are not interrupted: a half-made step could
-// not be told from a whole one.
+// Calls body(parameter, piece) for pieces of about one size, so that many small buffers are shared out as
+// evenly as a few large ones. Returns the pieces, which are valid until this thread's next call. It cannot be
+// interrupted, because nobody could tell a half-made step from a whole one.
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;
-  std::vector<Piece>& pieces = kept;  // the caller's: inside a task, `kept` would be the worker's own
+  std::vector<Piece>& pieces = kept;  // the calling thread's: inside a task, `kept` would be the worker's own
   pieces.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -94,7 +94,7 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
   });
 }
 
-// One sum per piece, added in the order of the pieces.
+// One sum for each piece, added in the order of the pieces.
 double sum_of_squares(const std::vector<Trained>& parameters) {
   const std::vector<Piece>& pieces = for_pieces(parameters, [](const Trained& p, Piece& piece) {
     piece.sum = p.is_double ? squares<double>(p, piece.range) : squares<float>(p, piece.range);

@@ -1,4 +1,4 @@
-// Optimiser steps over a list of live buffers, in place. Nothing is allocated after the first step of a thread.
+// Optimiser steps over a list of live buffers, in place. After a thread's first step, nothing is allocated.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace nplora {
 
-// The buffers of one parameter: n elements each, of float or of double.
+// The buffers of one parameter, each of n elements of float or double.
 struct Trained {
   bool is_double;
   size_t n;
@@ -22,10 +22,10 @@ struct Trained {
 void adamw_step(const std::vector<Trained>& parameters, kernels::AdamWCoefficients shared);
 void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients shared);
 
-// Over all gradients, in double.
+// The sum over all gradients, in double.
 double sum_of_squares(const std::vector<Trained>& parameters);
 
-// The Euclidean norm of all gradients times *scale, which is lowered where the norm would be above max_norm.
+// Returns the Euclidean norm of all gradients times *scale. If it is above max_norm, *scale is lowered.
 double clip(const std::vector<Trained>& parameters, double max_norm, double* scale);
 
 }  // namespace nplora

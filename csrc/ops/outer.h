@@ -1,4 +1,5 @@
-// Products by gemm_outputs_in_lanes, whose rows are tokens (or a rank) and whose columns are in the SIMD lanes.
+// Products by gemm_outputs_in_lanes. The rows of the result are tokens (or a rank), and its columns are in
+// the SIMD lanes.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,8 @@ const auto& gemm_outputs_in_lanes() {
     return kernels::table().small<W>().gemm_outputs_in_lanes;
 }
 
-// c (m, cols) = [c +] a (m, depth) w (depth, cols).   next is fetched with the first panel of columns, rows ahead with each.
+// c (m, cols) = [c +] a (m, depth) w (depth, cols).   `next` is fetched with the first panel of columns; rows
+// ahead are fetched with each panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -33,16 +35,17 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The rows of m after `some`, at most as many, to be fetched while `some` are worked on. None if m is not dense.
+// The rows of m after `some`, at most as many, which are fetched meanwhile. None if m is not dense.
 template <class T>
-kernels::Fetch rows_behind(Matrix<const T> m, Range some) {
+kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
   if (m.stride != m.cols || count == 0) return kernels::Fetch::none();
   return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }
 
-// body(i, j) for the elements of a tall matrix (rows, cols), in an order that suits its transpose too: the rows of the transpose
-// are far apart, often in the same places of L1, so a whole line of each is finished at a time.
+// Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that also suits its transpose.
+// The rows of the transpose are far apart and often evict each other from L1, so a whole cache line of each
+// is finished at a time.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;
@@ -51,7 +54,7 @@ void for_transposed(size_t rows, size_t cols, const Body& body) {
       for (size_t i = first, end = std::min(first + kLine, rows); i < end; ++i) body(i, j);
 }
 
-// out (cols, rows) = m (rows, cols) transposed; the rows of out lie `stride` apart.
+// out (cols, rows) = m (rows, cols) transposed. The rows of out are `stride` apart.
 template <class T>
 void transpose(Matrix<const T> m, T* out, size_t stride) {
   kernels::table().products<T>().transpose(m.rows, m.cols, m.data, m.stride, out, stride);

@@ -9,14 +9,14 @@ namespace {
 constexpr size_t kUses = static_cast<size_t>(Scratch::kCount);
 
 thread_local AlignedBuffer own[kUses];
-thread_local AlignedBuffer* current = nullptr;  // those of the innermost frame
+thread_local AlignedBuffer* current = nullptr;  // the buffers of the innermost frame
 
 }  // namespace
 
 void* scratch_bytes(Scratch use, size_t bytes) {
   AlignedBuffer& buffer = (current ? current : own)[static_cast<size_t>(use)];
   if (buffer.size() < bytes) {
-    buffer = AlignedBuffer();  // free first: the two need not live together
+    buffer = AlignedBuffer();  // freed first, so that the old and the new one need not exist together
     buffer = AlignedBuffer(bytes);
   }
   return buffer.as<void>();

@@ -1,4 +1,4 @@
-// Memory that a thread needs while it works on a task.
+// Temporary memory for a thread while it works on a task.
 #pragma once
 
 #include <cstddef>
@@ -8,34 +8,43 @@
 
 namespace nplora {
 
-// What a buffer is for. Buffers of different uses are live at the same time; none outlives its call. The most that each
-// takes, in elements, with L lanes (at most 32) and r the sum of a stack's ranks:
+// The use of a buffer. Buffers of different uses exist at the same time; none outlives its call. The largest
+// size of each, in elements, is given here: L is the number of lanes (at most 32), r the sum of a stack's
+// ranks.
 enum class Scratch {
-  // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in; backward, dy, z and dz in pairs, and factors
+  // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in. In backward: dy, z and dz in pairs, and
+  // the factors.
   kLanes,
-  kLowLanes,  // z of a token block in lanes or pairs: r for each token; a stack's factors: r (d_in + d_out); B in panels
-  kLowGradients,  // z or dz of a token block: r for each token; and A, or the sums of both gradients: r (d_in + d_out)
+  // z of a token block in lanes or pairs: r for each token. A stack's factors: r (d_in + d_out). B in panels.
+  kLowLanes,
+  // z or dz of a token block: r for each token. A, or the sums of both gradients: r (d_in + d_out).
+  kLowGradients,
   kSums,     // outputs before they are written: L / 2 for each of kStreamedRows, or of r
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,  // a block of W before it is transposed, or with an update added: 48 kDepthBlock
   kFewRows,  // a few of its rows before they are in pairs: 18 KB
-  // B in pairs, or before it is: r d_in; z or dz of a few tokens transposed: 32 r; scaled rows of A: kDepthBlock r
+  // B in pairs, or before pairing: r d_in. z or dz of a few tokens transposed: 32 r. Scaled rows of A:
+  // kDepthBlock r.
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
-  kDroppedLanes,  // and those in lanes or pairs: 32 d_in
-  kPairing,       // rows of x before they are in lanes: 48 L, or 8 d_in
+  kDroppedLanes,  // the same in lanes or pairs: 32 d_in
+  kPairing,       // rows of x before they are put into lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
-  kCodeScales,    // and the scales and sums of its sub-blocks: 32 d_in / 32
-  kAttention,  // a tile of attention: 48 (5 head_dim + 130); or scores of single queries: heads (256 + head_dim)
-  kAttentionParts,  // heads (head_dim + 2) for each piece of keys that a query meets; or heads for each token of the batch
+  kCodeScales,    // the scales and sums of its sub-blocks: 32 d_in / 32
+  // A tile of attention: 48 (5 head_dim + 130). Scores of single queries: heads (256 + head_dim).
+  kAttention,
+  // Each piece of a single query's keys: heads (head_dim + 2). In backward: heads for each token of the
+  // batch.
+  kAttentionParts,
   kCount
 };
 
-// n elements of this thread's memory for one use, with undefined contents. It is kept for the next task and only grows:
-// nothing is allocated after the first call of a shape.
+// n elements of this thread's memory for one use, with undefined contents. The buffer is kept for the next
+// task and only grows, so nothing is allocated after the first call of a shape.
 void* scratch_bytes(Scratch use, size_t bytes);
 
-// While one lives, this thread has other buffers: for calls from inside a task, as a signal handler makes them.
+// While a frame exists, this thread uses other buffers. For calls from inside a task, which a signal handler
+// can make.
 class ScratchFrame {
  public:
   ScratchFrame();
@@ -53,7 +62,7 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// A buffer that is given out part by part; without one, the parts are null, and only counted.
+// Hands out parts of a buffer. Without a buffer it returns null and only counts.
 template <class T>
 struct Arena {
   T* data = nullptr;
@@ -66,7 +75,8 @@ struct Arena {
   }
 };
 
-// divide(arena of T, arena of E) runs twice: to count, and then to take parts of two buffers of that size.
+// Calls divide(arena of T, arena of E) twice: once to count, then to take the parts from two buffers of that
+// size.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
   Arena<T> t;

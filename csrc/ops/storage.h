@@ -1,4 +1,4 @@
-// The formats that a frozen weight can be stored in, and the way between them and what is computed with.
+// The storage formats of a frozen weight, and conversions between them and the types of the arithmetic.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace nplora {
 
-// Elements one by one; or low-bit blocks, in the order of BlockFormat.
+// Formats of single elements, then low-bit blocks in the order of BlockFormat.
 #define NPLORA_STORAGE(name, Name) k##Name,
 enum class Storage { kFloat32, kFloat64, kBfloat16, kFloat16, NPLORA_ROW_FORMATS(NPLORA_STORAGE) kNf4 };
 #undef NPLORA_STORAGE
@@ -19,11 +19,11 @@ inline BlockFormat format_of(Storage blocks) {
   return static_cast<BlockFormat>(static_cast<size_t>(blocks) - static_cast<size_t>(Storage::kFloat16) - 1);
 }
 
-// Of storage that is not blocks.
+// For storage formats that are not blocks.
 size_t bytes_per_element(Storage storage);
 
-// n elements of storage to T and back, rounded to nearest even. T is float, except for kFloat64: double; or, for the two
-// 16-bit formats, uint16_t: the bit patterns themselves.
+// Converts n elements from storage to T and back, rounded to nearest even. T is float, or double for
+// kFloat64. For the two 16-bit formats T may be uint16_t: the bit patterns themselves.
 template <class T>
 void widen(Storage storage, size_t n, const void* from, T* to);
 template <class T>

@@ -16,10 +16,10 @@ const kernels::Transformer& kernel() {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// What one element costs, in the operations that useful_threads counts.
+// The cost of one element, in the operations that useful_threads counts.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
 
-// body(row) for n rows of `cols` elements each.
+// Calls body(row) for n rows of `cols` elements each.
 template <class Body>
 void for_rows(size_t n, size_t cols, double operations_per_element, const Body& body) {
   const size_t rows = std::max<size_t>(1, kElementsPerTask / std::max<size_t>(1, cols));
@@ -30,7 +30,7 @@ void for_rows(size_t n, size_t cols, double operations_per_element, const Body& 
                });
 }
 
-// body(first, count) for pieces of n elements.
+// Calls body(first, count) for pieces of n elements.
 template <class Body>
 void for_pieces(size_t n, double operations_per_element, const Body& body) {
   parallel_for(ceil_div(n, kElementsPerTask), useful_threads(operations_per_element * double(n)),

@@ -1,4 +1,4 @@
-// What stands between the products of a transformer: RMSNorm, rotary positions, gated units. Rows are tokens.
+// The parts of a transformer between its products: RMSNorm, rotary positions, gated units. Rows are tokens.
 #pragma once
 
 #include <cstddef>
@@ -10,24 +10,25 @@
 namespace nplora {
 
 // y = x ∘ weight / sqrt(mean x² + eps) (Zhang & Sennrich 2019).   x, y are (n, d), weight is (d).
-// Sums run in float32, in as many partial sums as there are lanes L: their relative error is below gamma(d / L + log2 L).
+// Sums run in float32, in as many partial sums as there are lanes L. Their relative error is below gamma(d /
+// L + log2 L).
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y);
 
 // dx = [dx +] the gradient of x; weight is frozen.
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
-// The angles of rotary positions: row p of data is rotary_dim / 2 cosines, then as many sines. interleaved: the elements of a pair
-// are neighbours; else they are rotary_dim / 2 apart.
+// The cosines and sines of rotary positions. Row p of data is rotary_dim / 2 cosines, then as many sines.
+// interleaved: the elements of a pair are neighbours; otherwise they are rotary_dim / 2 apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;
   bool interleaved;
 };
 
-// Each pair (a, b) of each head of x (n, heads * head_dim) becomes (a cos - b sin, b cos + a sin), by row positions[i] of the table
-// (Su et al. 2021, equation 34). The pairs are in the first rotary_dim elements of a head; the rest stay as they are.
-// inverse turns back, which is the gradient.
+// Each pair (a, b) of each head of x (n, heads * head_dim) becomes (a cos - b sin, b cos + a sin), with row
+// positions[i] of the table (Su et al. 2021, equation 34). The pairs are in the first rotary_dim elements of
+// a head; the rest do not change. inverse rotates backwards, which gives the gradient.
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse);
 
 using kernels::Activation;

@@ -20,19 +20,20 @@ namespace {
 
 constexpr size_t kRowsPerTask = 64;
 
-// In bytes, where element (row, col) of packed W lies, col a multiple of kPanelColumns.
+// The offset of element (row, col) of packed W in bytes. col is a multiple of kPanelColumns.
 size_t packed_offset(const WeightView& w, size_t row, size_t col) {
   const size_t width = std::min(kPanelColumns, w.d_in - col);
   return (col * w.d_out + row * width) * bytes_per_element(w.storage);
 }
 
-// Where element (row, col) of W lies, col a multiple of kPanelColumns, and how far the next row of that panel is.
-struct Place {
+// The address of element (row, col) of W, and the distance to the next row of its panel. col is a multiple of
+// kPanelColumns.
+struct Location {
   const char* at;
   size_t row_stride;
 };
 
-Place locate(const WeightView& w, size_t row, size_t col) {
+Location locate(const WeightView& w, size_t row, size_t col) {
   const auto* data = static_cast<const char*>(w.data);
   if (w.packed) return {data + packed_offset(w, row, col), std::min(kPanelColumns, w.d_in - col)};
   return {data + (row * w.row_stride + col) * bytes_per_element(w.storage), w.row_stride};
@@ -44,7 +45,7 @@ void for_panels(size_t d_in, const Body& body) {
   for (size_t c = 0; c < d_in; c += kPanelColumns) body(c, std::min(kPanelColumns, d_in - c));
 }
 
-// Calls body(row) for each row of a matrix; of no columns, for none.
+// Calls body(row) for each row of a matrix. A matrix without columns has no rows to visit.
 template <class Body>
 void for_rows(size_t rows, size_t cols, const Body& body) {
   if (cols == 0) return;
@@ -55,7 +56,8 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
   });
 }
 
-// out (rows, cols) = W[rows, cols] of low-bit blocks; the columns begin and end with a sub-block (but in NF4).
+// out (rows, cols) = W[rows, cols] of low-bit blocks. The columns begin and end with a sub-block (any columns
+// for NF4).
 void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out) {
   const kernels::BlockDecoders& blocks = kernels::table().blocks;
   if (w.storage == Storage::kNf4)
@@ -65,7 +67,7 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The columns that are decoded to have the wanted ones, and how many come before these.
+// The columns to decode in order to have the wanted ones, and how many of them come before the wanted ones.
 struct WholeSubBlocks {
   Range cols;
   size_t before;
@@ -76,12 +78,13 @@ WholeSubBlocks sub_blocks_of(const WeightView& w, Range cols) {
   return {{cols.first - before, round_up(before + cols.count, kSubBlock)}, before};
 }
 
-// Decoded rows are not a multiple of 4 KB apart, where they would share their places in L1.
+// The distance of decoded rows. It is not a multiple of 4 KB, at which rows would evict each other from L1.
 size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
 }
 
-// Calls body(first, rows, values) for a few rows at a time, an even number of them, whose values (rows, cols) fit into L1.
+// Calls body(first, rows, values) for a few rows at a time, an even number. Their values (rows, cols) fit
+// into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB
@@ -98,7 +101,8 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Fetches columns of a few rows of W in place: too few for the hardware to detect a stream, or before a stream begins.
+// Fetches columns of a few rows of W in place, where the hardware does not help: the rows are too few to
+// detect a stream, or a stream begins here.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -111,19 +115,19 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// The same for the columns after these, which come next.
-void fetch_behind(const WeightView& w, Range rows, Range cols) {
+// The same for the columns that follow.
+void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// The same for the row two after row i of a block: a row has up to 8 KB, so that three fit into L1.
+// The same for the row two after row i of a block. A row has up to 8 KB, so three of them fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
 
-// The panels of a block, one after the other, widened to T: widths of kPanelColumns but the last, rows contiguous. What is not packed
-// is read row by row.
+// The panels of a block, one after the other, widened to T. Each has kPanelColumns columns except the last,
+// and contiguous rows. W that is not packed is read row by row.
 template <class T>
 void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
   if (w.packed)
@@ -165,7 +169,7 @@ namespace {
 
 template <class E>
 Panels<E> stored_rows(const WeightView& w, Range rows, Range cols) {
-  const Place first = locate(w, rows.first, cols.first);
+  const Location first = locate(w, rows.first, cols.first);
   const size_t panel_stride = w.packed ? w.d_out * kPanelColumns : kPanelColumns;
   return {reinterpret_cast<const E*>(first.at), first.row_stride, panel_stride};
 }
@@ -189,7 +193,7 @@ Panels<T> row_block(const WeightView& w, Range rows, Range cols, bool shared, T*
   if constexpr (std::is_same_v<T, float>)
     if (is_blocks(w.storage)) {
       const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
-      fetch_behind(w, rows, sub_blocks.cols);
+      fetch_after(w, rows, sub_blocks.cols);
       const size_t stride = decoded_stride(sub_blocks.cols.count, sizeof(T));
       decode(w, rows, sub_blocks.cols, {scratch, stride});
       return {scratch + sub_blocks.before, stride, kPanelColumns};
@@ -203,8 +207,9 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
   return stored_rows<Bf16>(w, rows, cols);
 }
 
-// A full panel of bfloat16 is a panel of pairs in place. The last one may have rows of odd width: it is copied like other storage,
-// row by row with a zero after an odd end, together with the one before it if both are wanted.
+// A full panel of bfloat16 is a panel of pairs in place. The last panel may have rows of odd width. It is
+// copied row by row like other storage, with a zero after an odd end, together with the panel before it if
+// both are wanted.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -215,7 +220,7 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
   const kernels::Conversions& convert = kernels::table().convert;
   if (is_blocks(w.storage)) {
     const WholeSubBlocks sub_blocks = sub_blocks_of(w, cols);
-    fetch_behind(w, rows, sub_blocks.cols);
+    fetch_after(w, rows, sub_blocks.cols);
     const size_t pairs = ceil_div(sub_blocks.cols.count, 2);
     for_few_rows(rows, 2 * pairs, [&](size_t i, Range few, float* values) {
       if (sub_blocks.cols.count % 2 != 0) std::fill_n(values, 2 * few.count * pairs, 0.0f);
@@ -248,12 +253,12 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// The layout of a column block in scratch: two whole panels one after the other, or rows of all its columns.
+// The layout of a column block in scratch: two whole panels one after the other, or rows with all columns.
 struct Panelling {
   size_t panels, width;
 
   Panelling(const WeightView& w, Range cols) {
-    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // as decode_nf4 wants it
+    const bool in_runs = w.storage != Storage::kNf4 || w.d_in % 16 == 0;  // decode_nf4 requires it
     panels = in_runs && cols.count == kDecodedColumns ? 2 : 1;
     width = cols.count / panels;
   }
@@ -261,30 +266,30 @@ struct Panelling {
   Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
 };
 
-// Calls body(first, rows) for a few rows at a time, an even number of them, while the next ones are fetched.
+// Calls body(first, rows) for a few rows at a time, an even number, and fetches the next rows meanwhile.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
-  constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1 with those behind them
+  constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1, with the rows that are fetched
   for (size_t i = 0; i < rows.count; i += kRows) {
-    const size_t behind = std::min(i + kRows, rows.count);
-    fetch(w, {rows.first + behind, std::min(kRows, rows.count - behind)}, cols);
-    body(i, Range{rows.first + i, behind - i});
+    const size_t end = std::min(i + kRows, rows.count);
+    fetch(w, {rows.first + end, std::min(kRows, rows.count - end)}, cols);
+    body(i, Range{rows.first + i, end - i});
   }
 }
 
-// out (rows, cols) = columns that lie side by side: of what is packed, in one panel.
+// out (rows, cols) = columns that are side by side in memory. In packed W, these are columns of one panel.
 template <class T>
 void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
-  const Place from = locate(w, rows.first, cols.first);
+  const Location from = locate(w, rows.first, cols.first);
   const size_t pitch = from.row_stride * bytes_per_element(w.storage);
   for (size_t i = 0; i < rows.count; ++i)
     widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
 }
 
-// out (ceil(rows / 2), cols) = the same, its rows in pairs.
+// out (ceil(rows / 2), cols) = the same, with rows in pairs.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
-  const Place from = locate(w, rows.first, cols.first);
+  const Location from = locate(w, rows.first, cols.first);
   if (w.storage == Storage::kBfloat16)
     return convert.pair_bits(rows.count, cols.count, reinterpret_cast<const uint16_t*>(from.at),
                              from.row_stride, out);

@@ -1,5 +1,6 @@
-// The frozen matrix W (d_out, d_in): owned and packed in its storage format, or in the caller's memory, often a mapped file, as a
-// row-major array or as low-bit blocks, which are decoded a part at a time and never as a whole.
+// The frozen matrix W (d_out, d_in). It is owned and packed in its storage format, or in the caller's memory
+// (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at a time, never as
+// a whole.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +15,19 @@
 
 namespace nplora {
 
-// What the products of a weight are computed in: its own float type; or (batches above kFloatBatch rows) pairs of bfloat16
-// summed in float; or, small batches of a forward pass, int8 with GGUF's blocks, and all else as kBfloat16.
+// The arithmetic of a weight's products. kFloat: the weight's own float type. kBfloat16: pairs of bfloat16
+// summed in float, for batches above kFloatBatch rows. kInt8: small batches of a forward pass with GGUF's
+// blocks in int8, all else like kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W as the products read it. Packed: panels of kPanelColumns columns, rows contiguous inside a panel, the last panel as
-// narrow as it is (unpadded). Else row-major, or rows of blocks, or NF4, whose blocks know no rows.
+// W as the products read it. Packed: panels of kPanelColumns columns with contiguous rows; the last panel is
+// narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore rows.
 struct WeightView {
   Storage storage;
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // of row-major data, in elements; of blocks, in bytes
+  size_t row_stride;  // for row-major data in elements, for blocks in bytes
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
 };
@@ -35,34 +37,37 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in where there is none. A row_block must not straddle it, but for one of Bf16Pair.
+// The first column of the last, narrower panel, or d_in if all are full. A row_block must not straddle it,
+// except one of Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
 
-// Where element (row, col) of packed W lies, col a multiple of kPanelColumns.
+// The address of element (row, col) of packed W. col is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether W is in memory as elements E: else it is decoded.
+// Whether W is in memory as elements E. Otherwise it is decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
-// The elements of scratch that this many columns of W may take for each row: blocks are decoded in whole sub-blocks, and rows are
-// kept apart in the cache.
+// The elements of scratch per row that this many columns of W may take. Blocks are decoded in whole
+// sub-blocks, and rows have a distance at which they do not evict each other.
 inline constexpr size_t scratch_columns(size_t cols) {
   return cols + kernels::kPanelColumns;
 }
 
-// Rows and columns of W in elements E, the first column a multiple of kPanelColumns: in place if W is stored so, else decoded into
-// scratch (rows * scratch_columns(cols) elements). If many tokens share them, they are copied, too, unless W is packed: the rows
-// may be a power of two apart, and would have to share a few places in the cache. Bf16 is for that storage only, in place.
-// Bf16Pair pairs neighbours along a row, because gemm_tokens_in_lanes reads along the rows of W.
+// Rows and columns of W in elements E. The first column is a multiple of kPanelColumns. The block is in place
+// if W is stored like that; otherwise it is decoded into scratch (rows * scratch_columns(cols) elements). If
+// many tokens share the block and W is not packed, it is copied too: rows that are a power of two apart would
+// evict each other from the cache. Bf16 is for bfloat16 storage only, in place. Bf16Pair pairs neighbours
+// along a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The same for gemm_outputs_in_lanes, which reads down the columns of W, so that Bf16Pair pairs neighbours there. cols is one
-// panel; or, if makes_two_panels, up to kDecodedColumns from a multiple of it on. Two panels are stored one after the other,
-// because the hardware would fetch the gaps between rows, too (NF4 keeps the gaps if d_in is no multiple of 16).
+// The same for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
+// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of it.
+// Two panels are stored one after the other, because the hardware would also fetch gaps between rows. (NF4
+// keeps the gaps if d_in is not a multiple of 16.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
@@ -84,7 +89,7 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, k
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
-// Whether dots_of_blocks takes W: low-bit blocks, with a whole number of them in each row.
+// Whether dots_of_blocks accepts W: low-bit blocks, with a whole number of them in each row.
 bool dots_blocks(const WeightView& w);
 
 // Whether small batches are multiplied with W in int8.
@@ -92,20 +97,21 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// part (m, rows, lanes / 2) = x W[rows], a sum for each lane, as BlockDots computes it.
+// part (m, rows, lanes / 2) = x W[rows]ᵀ, one sum for each lane, as BlockDots computes it.
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 
-// y (m, rows) = x W[rows] for x in int8.
+// y (m, rows) = x W[rows]ᵀ for x in int8.
 void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y,
                          const kernels::Fetch& next);
 
 class PackedWeight {
  public:
-  // W as it lies, in memory that lasts as long as its owner.
+  // W in its storage layout, in memory that lives as long as its owner.
   PackedWeight(const WeightView& w, std::shared_ptr<const void> owner) : owner_(std::move(owner)), view_(w) {}
 
-  // From T = float or double values (rounded to the storage format), or from the bit patterns of a 16-bit format.
+  // From values of type T = float or double, rounded to the storage format, or from bit patterns of a 16-bit
+  // format.
   template <class T>
   PackedWeight(Matrix<const T> w, Storage storage, Compute compute);
 
@@ -116,11 +122,11 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
-  // out (d_out, d_in): float (double for kFloat64), or the bit patterns of a 16-bit format.
+  // out (d_out, d_in), in float (double for kFloat64) or the bit patterns of a 16-bit format.
   template <class T>
   void unpack(Matrix<T> out) const;
 
-  // out (n, d_in) = W[ids].  ids are in range.
+  // out (n, d_in) = W[ids].   ids must be in range.
   template <class T>
   void gather_rows(const int64_t* ids, Matrix<T> out) const;
 

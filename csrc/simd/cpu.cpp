@@ -10,7 +10,7 @@
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-#if !defined(HWCAP2_BF16)  // the kernel's name for it is younger than some of the headers that we build with
+#if !defined(HWCAP2_BF16)  // newer than some headers that we build with
 #define HWCAP2_BF16 (1ul << 14)
 #endif
 #endif
@@ -35,8 +35,8 @@ bool bit(unsigned word, int i) {
   return (word >> i & 1) != 0;
 }
 
-// The state that the operating system saves, from XCR0: without it an instruction faults though CPUID lists
-// it.
+// Which registers the operating system saves, from XCR0. Without that, an instruction faults even if CPUID
+// lists it.
 unsigned saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -45,7 +45,7 @@ unsigned saved_state() {
 
 constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
 
-// Whether a process may ask for the tile registers of AMX.
+// Whether a process may request the tile registers of AMX.
 bool linux_offers_tiles() {
 #if defined(__linux__)
   constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
@@ -59,7 +59,7 @@ bool linux_offers_tiles() {
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
-  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: xgetbv itself
+  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: whether xgetbv exists
   const unsigned state = saved_state();
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
   const bool fma = bit(leaf1.ecx, 12), avx = bit(leaf1.ecx, 28), f16c = bit(leaf1.ecx, 29);

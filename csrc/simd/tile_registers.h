@@ -1,6 +1,6 @@
-// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes a configuration sets. One instruction
-// multiplies two of them, of pairs of bfloat16, and adds the product to a third: 16 x 16 x 32 multiply-adds. The compiler knows
-// nothing of them.
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes are configured. One
+// instruction multiplies two of them, holding pairs of bfloat16, and adds the product to a third: 16 x 16 x
+// 32 multiply-adds. The compiler does not know these registers, hence the assembly.
 #pragma once
 
 #include <stddef.h>
@@ -21,7 +21,7 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Forgets what the registers held.
+// Also clears the registers.
 inline void set_tile_shapes(const TileShapes& shapes) {
   __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
 }
@@ -48,7 +48,8 @@ inline void store_tile(float* to, size_t stride) {
                    : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
                    : "memory");
 }
-// sums += a b: the rows of a hold pairs, those of b the pairs that they meet, of a column each.
+// sums += a b. a is (rows, pairs), b is (pairs, columns): each element is a pair of bfloat16 that are
+// neighbours along the depth.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));

@@ -1,21 +1,22 @@
 // Vec<float> and Vec<double>: the registers of one instruction set behind one small interface.
 //
-// A kernel unit (isa_*.cpp) defines NPLORA_ISA, the namespace that holds all of its code, and one
-// NPLORA_SIMD_* that picks the registers. Nothing here may be seen by another unit: an inline function shared
-// by two units could be kept by the linker in its AVX-512 form and crash an older machine. Hence no std
-// templates here and in kernels/.
+// A kernel unit (isa_*.cpp) defines NPLORA_ISA, the namespace of all its code, and one NPLORA_SIMD_*, which
+// picks the registers. No other unit may see this code. If two units shared an inline function, the linker
+// could keep its AVX-512 version and crash an older machine. For this reason there are no std templates here
+// and in kernels/.
 //
-//   zero, load, store;
-//   broadcast(x)   x for all lanes: a vector, or what fma takes for one as its b;
-//   load_partial, store_partial   touch the first n lanes only (the others read as 0);
-//   load_group<n>                 n elements again and again in all lanes;
-//   pair_rows(first, second)      of Bf16Pair: a vector of bfloat16 from each of two rows, in pairs;
-//   fma(a, b, c) = a * b + c;
-//   of float: a - b, a * b, a / b; max(a, b), min(a, b)   NaN where b is NaN;
-//   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once but for subnormals; NaN where a is NaN;
-//   transpose(Vec (&)[kLanes]);
-//   add_neighbours(a, b)   the sums of neighbours in a, then in b;
-//   keep(v)   holds a loaded v in its register.
+//   zero, load, store
+//   broadcast(x)   x in all lanes: a vector, or a type that fma takes as its b
+//   load_partial, store_partial   touch only the first n lanes; the others read as 0
+//   load_group<n>                 n elements, repeated until all lanes are full
+//   pair_rows(first, second)      of Bf16Pair: pairs made of one vector of bfloat16 from each of two rows
+//   fma(a, b, c) = a * b + c
+//   for float: a - b, a * b, a / b; max(a, b), min(a, b)   NaN if b is NaN
+//   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once unless subnormal
+//                              NaN if a is NaN
+//   transpose(Vec (&)[kLanes])
+//   add_neighbours(a, b)   the sums of neighbouring lanes of a, followed by those of b
+//   keep(v)   keeps a loaded v in its register
 #pragma once
 
 #if !defined(NPLORA_ISA)
@@ -41,13 +42,13 @@ constexpr size_t ceil_div(size_t a, size_t b) {
   return (a + b - 1) / b;
 }
 
-// A pointer that is to stay in its register: GCC would take what it is computed from apart.
+// Keeps a pointer in its register. GCC would otherwise compute it again from its parts.
 template <class T>
 inline void keep(T*& p) {
   __asm__("" : "+r"(p));
 }
 
-// The bits at p.
+// The bytes at p as an object of type Bits.
 template <class Bits, class T>
 inline Bits bits_at(const T* p) {
   Bits bits;
@@ -69,7 +70,7 @@ struct Vec;
 #endif
 #endif
 
-// The vector extensions know these for the registers of every instruction set.
+// The vector extensions provide these operators for the registers of every instruction set.
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) {
   return {a.v - b.v};
 }

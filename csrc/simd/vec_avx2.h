@@ -1,7 +1,7 @@
 // 8 floats or 4 doubles in one AVX register, with FMA3. Included by vec.h, inside the namespace of one
 // instruction set.
 
-// The first n of 8 words are all ones where it is read at 8 - n.
+// Reading 8 words at 8 - n gives a mask: the first n words are all ones.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 
@@ -147,7 +147,8 @@ inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm256_permute4x64_pd(_mm256_hadd_pd(a.v, b.v), 0xd8)};
 }
 
-// Transposes an 8 x 8 block held in 8 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit halves.
+// Transposes an 8 x 8 block in 8 registers: first pairs of 32-bit lanes, then of 64-bit lanes, then 128-bit
+// halves.
 inline void transpose(Vec<float> (&r)[8]) {
   __m256 t[8], u[8];
 #pragma GCC unroll 4
@@ -178,7 +179,7 @@ inline void transpose(Vec<double> (&r)[4]) {
   r[3].v = _mm256_permute2f128_pd(t1, t3, 0x31);
 }
 
-// Holds v in its register: GCC would load it from memory again for each use.
+// Keeps v in its register. GCC would otherwise load it from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+x"(v.v));

@@ -115,7 +115,7 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// Pairs of 32-bit lanes of a and b in turn: first halves to a, second halves to b.
+// Interleaves a and b in pairs of 32-bit lanes. The first half goes to a, the second half to b.
 template <class T>
 inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
@@ -124,7 +124,7 @@ inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, low, y));
   b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
 }
-// And back: even pairs to a, odd ones to b.
+// The inverse: even pairs go to a, odd pairs to b.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
@@ -157,7 +157,7 @@ inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm512_add_pd(a.v, b.v)};
 }
 
-// Transposes a 16 x 16 block held in 16 registers: pairs of 32-bit lanes, of 64-bit lanes, then 128-bit
+// Transposes a 16 x 16 block in 16 registers: pairs of 32-bit lanes, pairs of 64-bit lanes, then 128-bit
 // quarters twice.
 inline void transpose(Vec<float> (&r)[16]) {
   __m512 t[16];
@@ -176,8 +176,8 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  // u[4g + j] holds column j of each 4-row group g, one column of every quarter of 4: gather quarters across
-  // the groups.
+  // u[4g + j] holds, in quarter q, column 4 q + j of the rows 4 g ... 4 g + 3. Now the quarters are gathered
+  // across the groups g.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
@@ -212,7 +212,7 @@ inline void transpose(Vec<double> (&r)[8]) {
   }
 }
 
-// Holds v in its register: GCC would load it from memory again for each use.
+// Keeps v in its register. GCC would otherwise load it from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+v"(v.v));

@@ -1,11 +1,13 @@
-// Sixteen bytes: the codes of a low-bit block on their way to float. See vec.h for the rules of kernel units.
+// Sixteen bytes: the codes of a low-bit block before they become floats. See vec.h for the rules of kernel
+// units.
 //
-//   move(b, from, to, mask)   in every byte, bit `from` and those beside it brought to bit `to`, of which mask is kept
-//   each_bit(bits, value)     value where the bit is set, else 0
+//   move(b, from, to, mask)   in every byte: moves bit `from`, and the bits beside it, to bit `to`; masks
+//   each_bit(bits, value)     byte i is value if bit i is set, else 0
 //   interleave(a, b)          low = a0 b0 a1 b1 ... a7 b7, high = a8 b8 ... a15 b15
 //   widen(b)                  the signed bytes as floats
-//   lookup(levels, b)         levels[byte] for bytes below 16, where levels are floats or, as Bytes, bytes
-//   low(nibbles, b)           the values of the low nibbles: d (q - offset), or d q + m;   high(nibbles, b) of the high ones
+//   lookup(levels, b)         levels[byte] for bytes below 16. levels holds floats, or bytes (as Bytes)
+//   low(nibbles, b)           the values of the low nibbles: d (q - offset), or d q + m
+//   high(nibbles, b)          the values of the high nibbles
 #pragma once
 
 #include "simd/vec.h"
@@ -36,7 +38,8 @@ inline Bytes pair(uint64_t low, uint64_t high) {
   return (Bytes)(Longs){low, high};
 }
 
-// Few machines shift bytes. In words, bits cross from one byte to the next: mask keeps those that are still in their own.
+// Few machines can shift single bytes, so words are shifted. Bits then cross into the other byte of a word;
+// mask must drop them.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }
@@ -47,7 +50,7 @@ inline Floats widen(Bytes b) {
   return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
 }
 
-// Bytes as the indices of a permutation, which reads the low four bits of each.
+// Bytes as the indices of a permutation, which reads only the low four bits of each index.
 typedef uint32_t Indices __attribute__((vector_size(64)));
 inline Indices indices(Bytes b) {
   return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
@@ -72,7 +75,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
 
-// The values of all codes at once: each element then takes a permutation, which reads four bits of its index.
+// The values of all 16 codes. One permutation then turns codes into values; it reads only the low four bits
+// of each index.
 struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
@@ -112,7 +116,7 @@ struct Levels {
   explicit Levels(const float (&levels)[16])
       : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
 };
-// Bit 3 chooses the half, from the place of the sign.
+// Bit 3 of the index selects the half. It is moved to the sign bit, which the blend reads.
 inline Vec<float> lookup(const Levels& levels, __m256i at) {
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
                            _mm256_permutevar8x32_ps(levels.high, at),
@@ -167,7 +171,9 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-inline Bytes lookup(Bytes levels, Bytes b) {
+// The generic unit, which few machines run, does not inline what takes many instructions. It was two fifths of the
+// library.
+[[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);
   for (size_t i = 0; i < kBytes; ++i) r[i] = from[b[i]];
@@ -186,7 +192,7 @@ struct Levels {
   const float* levels;
   explicit Levels(const float (&l)[16]) : levels(l) {}
 };
-inline Floats lookup(const Levels& levels, Bytes b) {
+[[gnu::noinline]] inline Floats lookup(const Levels& levels, Bytes b) {
   float f[kBytes];
   for (size_t i = 0; i < kBytes; ++i) f[i] = levels.levels[b[i]];
   Floats r;

@@ -1,5 +1,11 @@
-// 4 floats or 2 doubles by the compiler's own vectors: the baseline of any machine. No fused multiply-add is
-// assumed. Included by vec.h, inside the namespace of one instruction set.
+// 4 floats or 2 doubles in the compiler's own vector types, for the baseline of any machine. It does not
+// assume fused multiply-adds. Included by vec.h, inside the namespace of one instruction set.
+typedef uint16_t FourHalves __attribute__((vector_size(8)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
+inline FourWords wider(FourHalves halves) {
+  return __builtin_convertvector(halves, FourWords);
+}
+
 template <class T>
 struct Vec {
   static constexpr size_t kLanes = 16 / sizeof(T);
@@ -8,9 +14,10 @@ struct Vec {
 
   static Vec zero() { return {Register{}}; }
   static Vec broadcast(T x) {
-    Vec r = zero();
-    for (size_t i = 0; i < kLanes; ++i) r.v[i] = x;
-    return r;
+    if constexpr (kLanes == 4)
+      return {Register{x, x, x, x}};
+    else
+      return {Register{x, x}};
   }
   static Vec load(const T* p) {
     Vec r;
@@ -24,16 +31,20 @@ struct Vec {
   }
   template <size_t kCount, class W>
   static Vec load_group(const W* p) {
-    Vec r;
-    const Vec group = load_partial(p, kCount);
-    for (size_t i = 0; i < kLanes; ++i) r.v[i] = group.v[i % kCount];
-    return r;
+    if constexpr (kCount == kLanes) return load(p);
+    const Register v = load_partial(p, kCount).v;
+    if constexpr (kLanes == 4)
+      return {Register{v[0], v[1 % kCount], v[2 % kCount], v[3 % kCount]}};
+    else
+      return {Register{v[0], v[0]}};
   }
-  static Vec load(const Bf16* p) { return load_partial(p, kLanes); }
+  static Vec load(const Bf16* p) {
+    return {__builtin_bit_cast(Register, wider(bits_at<FourHalves>(p)) << 16)};
+  }
   static Vec load_partial(const Bf16* p, size_t n) {
-    Vec r = zero();
-    for (size_t i = 0; i < n; ++i) r.v[i] = __builtin_bit_cast(float, static_cast<uint32_t>(p[i]) << 16);
-    return r;
+    FourHalves halves{};
+    for (size_t i = 0; i < n; ++i) halves[i] = static_cast<uint16_t>(p[i]);
+    return {__builtin_bit_cast(Register, wider(halves) << 16)};
   }
   void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
   void store_partial(T* p, size_t n) const {
@@ -61,7 +72,8 @@ typedef int32_t WholeNumbers __attribute__((vector_size(16)));
 inline Vec<float> power_of_two(WholeNumbers n) {
   return {__builtin_bit_cast(Vec<float>::Register, (n + 127) << 23)};
 }
-// Adding 1.5 * 2^23 puts whole numbers into the low bits, NaN too: no conversion that NaN would leave undefined.
+// Adding 1.5 * 2^23 leaves n as a whole number in the low bits. No conversion is needed, which would be
+// undefined for NaN.
 inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
   constexpr float kShift = 0x1.8p23f;
   const WholeNumbers whole =
@@ -73,14 +85,13 @@ inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
 template <>
 struct Vec<Bf16Pair> {
   static constexpr size_t kLanes = 4;
-  typedef uint32_t Register __attribute__((vector_size(16)));
-  Register v;
+  FourWords v;
 
   static Vec broadcast(Bf16Pair x) {
     const uint32_t bits = static_cast<uint32_t>(x);
-    return {Register{bits, bits, bits, bits}};
+    return {FourWords{bits, bits, bits, bits}};
   }
-  static Vec load(const Bf16Pair* p) { return load_partial(p, kLanes); }
+  static Vec load(const Bf16Pair* p) { return {bits_at<FourWords>(p)}; }
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     Vec r{};
     for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
@@ -88,9 +99,9 @@ struct Vec<Bf16Pair> {
   }
   template <size_t kCount>
   static Vec load_group(const Bf16Pair* p) {
-    Vec r{};
-    for (size_t i = 0; i < kLanes; ++i) r.v[i] = static_cast<uint32_t>(p[i % kCount]);
-    return r;
+    if constexpr (kCount == kLanes) return load(p);
+    const FourWords v = load_partial(p, kCount).v;
+    return {FourWords{v[0], v[1 % kCount], v[2 % kCount], v[3 % kCount]}};
   }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
 };
@@ -98,20 +109,18 @@ struct Vec<Bf16Pair> {
 template <>
 struct Vec<Bf16> {
   static constexpr size_t kLanes = 4;
-  uint32_t v[kLanes];
+  FourHalves v;
 
-  static Vec zero() { return {}; }
-  static Vec load(const Bf16* p) { return load_partial(p, kLanes); }
+  static Vec zero() { return {FourHalves{}}; }
+  static Vec load(const Bf16* p) { return {bits_at<FourHalves>(p)}; }
   static Vec load_partial(const Bf16* p, size_t n) {
-    Vec r{};
-    for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint32_t>(p[i]);
+    Vec r = zero();
+    for (size_t i = 0; i < n; ++i) r.v[i] = static_cast<uint16_t>(p[i]);
     return r;
   }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  Vec<Bf16Pair> r{};
-  for (size_t i = 0; i < kLanes; ++i) r.v[i] = first.v[i] | second.v[i] << 16;
-  return r;
+  return {wider(first.v) | wider(second.v) << 16};
 }
 inline Vec<float> first(Vec<Bf16Pair> a) {
   return {__builtin_bit_cast(Vec<float>::Register, a.v << 16)};

@@ -1,7 +1,8 @@
 // 4 floats or 2 doubles in one NEON register. Included by vec.h, inside the namespace of one instruction set.
 
-// What broadcast gives: one number, which multiplies by element. It costs a plain load (ldr); a vector of copies (ld1r) also
-// takes a slot of the multipliers' pipes (Neoverse and Cortex-A7x optimisation guides), and an add for each address.
+// The result of broadcast: one number, used by the multiply-by-element instructions. It costs a plain load
+// (ldr). A vector of copies (ld1r) would also take a slot of the multipliers' pipes (Neoverse and Cortex-A7x
+// optimisation guides), and one addition for each address.
 template <class T>
 struct Scalar;
 template <>
@@ -20,7 +21,8 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// The first n of 4 words, or of 4 halves of words, straight into a register: a loop over them would go through the stack.
+// The first n of 4 words, or of 4 half words, loaded straight into a register. A loop over them would go
+// through the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;
@@ -153,7 +155,7 @@ struct Vec<Bf16> {
   static Vec load_partial(const Bf16* p, size_t n) { return {first_halves(p, n)}; }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  const uint16x4_t none = vdup_n_u16(0);  // the upper halves, which zip1 leaves out
+  const uint16x4_t none = vdup_n_u16(0);  // for the upper halves, which zip1 ignores
   return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
 
@@ -171,7 +173,7 @@ inline Vec<float> first(Vec<Bf16Pair> a) {
 inline Vec<float> second(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xFFFF0000u)))};
 }
-// One shift splits both numbers of b: they lie in the lanes 0 and 1 of halves.
+// One shift splits both numbers of b, which are in lanes 0 and 1 of `halves`.
 inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
   const float32x4_t halves = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u32(b.v), 16));
   return {vfmaq_laneq_f32(vfmaq_laneq_f32(c.v, first(a).v, halves, 0), second(a).v, halves, 1)};
@@ -213,7 +215,7 @@ inline void transpose(Vec<double> (&r)[2]) {
   r[0].v = t;
 }
 
-// Holds v in its register: GCC would load it from memory again for each use.
+// Keeps v in its register. GCC would otherwise load it from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {
   __asm__("" : "+w"(v.v));

@@ -1,13 +1,13 @@
-// The codes of sub-blocks: 32 bytes, which are multiplied as integers and summed in eight lanes. See vec.h for the rules of
-// kernel units.
+// The codes of sub-blocks: 32 bytes, multiplied as integers and summed in eight lanes. See vec.h for the
+// rules of kernel units.
 //
-//   load_sub_block(p), join(low, high), lookup(levels, s) as of bytes
-//   dot(u, x)          lane i = the sum of u * x over four of the elements, all from the first half for i < 4, else from the
-//                      second.   u is at most 127, and not negative; x is at least -127
+//   load_sub_block(p), join(low, high), lookup(levels, s): as for Bytes
+//   dot(u, x)          lane i = the sum of u * x over four of the elements: of the first half for i < 4,
+//                      else of the second. u is from 0 to 127, x is at least -127
 //   dot_signed(w, x)   the same for any w
 //   to_floats(sums)
 //   spread(low, high)  low in lanes 0 ... 3, high in the others
-//   sum(v)             of the lanes of an Eight, in a fixed tree
+//   sum(v)             the sum of the lanes of an Eight, in a fixed tree
 #pragma once
 
 #include "simd/vec_bytes.h"
@@ -45,7 +45,7 @@ inline float sum(Eight v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// As move of bytes does.
+// Like move for Bytes.
 inline SubBlock move(SubBlock s, size_t from, size_t to, uint8_t mask) {
   return (SubBlock)(from <= to ? (SubBlockWords)s << (to - from) : (SubBlockWords)s >> (from - to)) & mask;
 }
@@ -63,11 +63,12 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 inline EightInts dot(SubBlock u, SubBlock x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
-#else  // two products of 127 * 127 fit into 16 bits
+#else  // the sum of two products of 127 * 127 fits into 16 bits
   return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
-// The sign of w goes to x. 128, of which two products fit too, is an unsigned byte.
+// Moves the sign of w to x. If |w| is 128, it is still an unsigned byte, and the sum of two products still
+// fits.
 inline EightInts dot_signed(SubBlock w, SubBlock x) {
   return dot((SubBlock)_mm256_abs_epi8((__m256i)w), (SubBlock)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
@@ -89,7 +90,7 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 
 #if defined(NPLORA_SIMD_NEON)
 
-// Two products of 128 * 127 fit into 16 bits.
+// The sum of two products of 128 * 127 fits into 16 bits.
 inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));
@@ -106,7 +107,7 @@ inline EightInts dot_signed(SubBlock w, SubBlock x) {
 
 #else
 
-inline EightInts dot_signed(SubBlock w, SubBlock x) {
+[[gnu::noinline]] inline EightInts dot_signed(SubBlock w, SubBlock x) {
   int32_t sums[8] = {};
   for (size_t i = 0; i < kSubBlock; ++i) sums[i / 4] += static_cast<int8_t>(w[i]) * static_cast<int8_t>(x[i]);
   EightInts r;

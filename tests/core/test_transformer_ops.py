@@ -332,6 +332,16 @@ def test_attention_and_its_backward_match_the_whole_matrix(case: Case) -> None:
             assert (np.abs(dv[sequence][kv_head] - dvalues) <= bound_v).all()
 
 
+@pytest.mark.parametrize("case", [Case((1,) * 40, 6, 2, 22), Case((150,), 2, 2, 80, 1)], ids=str)
+def test_a_query_that_sees_one_key_has_no_gradient_of_its_score(case: Case) -> None:
+    """Its weight is 1 whatever the score is."""
+    run = Attention(case)
+    run.forward()
+    run.backward()
+    assert not run.dq.any()
+    assert not run.dk.any()
+
+
 @pytest.mark.parametrize("case", [Case((1, 2, 3), 3, 1, 2), Case((5, 17), 2, 2, 16)], ids=str)
 def test_attention_of_huge_scores_has_gradients_within_the_bound_of_weights_up_to_one(case: Case) -> None:
     """The last bit of a score of 1e10 is 1,024. Backward computes it in another order and may exceed lse."""

@@ -1,6 +1,7 @@
-// BFDOT of FEAT_BF16 in software, from the Arm Architecture Reference Manual (DDI 0487, "BFDOT (vector)") for FPCR.EBF = 0, the
-// state of every process that does not ask for another: both products, their sum, and its sum with the accumulator are rounded
-// one after the other, each to odd; subnormal operands and results become zeros.
+// BFDOT of FEAT_BF16 in software, from the Arm Architecture Reference Manual (DDI 0487, "BFDOT (vector)"). It
+// assumes FPCR.EBF = 0, the state of every process that does not request another. Each product, their sum,
+// and its sum with the accumulator are rounded in turn, each to odd. Subnormal operands and results become
+// zeros.
 #pragma once
 
 #include <bit>
@@ -8,8 +9,9 @@
 #include <cstdint>
 #include <limits>
 
-// x, of which rest was lost on the way (only its sign counts, and whether it is zero), rounded to odd: cut off towards zero, and
-// the last bit set where that lost something. From infinity on it is infinity, below the smallest normal number zero.
+// Rounds to odd: cuts x off towards zero, and sets the last bit if anything was lost. `rest` is what x itself
+// lost before (only its sign matters, and whether it is zero). Results beyond the largest number are
+// infinity, results below the smallest normal number are zero.
 inline float round_to_odd(double x, double rest = 0) {
   if (!std::isfinite(x) || std::abs(x) >= 0x1p128) return static_cast<float>(x);
   if (rest != 0 && std::signbit(rest) != std::signbit(x)) x = std::nextafter(x, 0.0);
@@ -31,7 +33,7 @@ inline float add_to_odd(float a, float b) {
   return round_to_odd(sum, rest);
 }
 
-// a and b are bfloat16 values: double holds their product.
+// a and b are bfloat16 values, so their product fits a double.
 inline float multiply_to_odd(float a, float b) {
   return round_to_odd(double{flush(a)} * double{flush(b)});
 }

@@ -1,4 +1,4 @@
-// The formulas of the low-bit formats, taken bit by bit from a block and computed in double.
+// The formulas of the low-bit formats. They take a block apart bit by bit and compute in double.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 using namespace nplora;
 
-// By the definition of float16, so that nothing of what is tested is used.
+// From the definition of float16, so that it shares no code with what is tested.
 inline double value(Half half) {
   const int bits = half.bytes[0] | half.bytes[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
   const double sign = bits & 0x8000 ? -1 : 1;
@@ -22,12 +22,12 @@ inline int bit(const uint8_t* bytes, size_t i) {
   return bytes[i / 8] >> (i % 8) & 1;
 }
 
-// Elements 0 ... n / 2 - 1 in the low halves of the bytes, the others in the high ones.
+// Elements 0 ... n / 2 - 1 are in the low halves of the bytes, the others in the high halves.
 inline int nibble(const uint8_t* bytes, size_t n, size_t i) {
   return i < n / 2 ? bytes[i] & 15 : bytes[i - n / 2] >> 4;
 }
 
-// ---- element i of a block; products and sums of these few bits are exact in double ----
+// ---- element i of a block: products and sums of these few bits are exact in double ----
 
 inline double element(const BlockQ4_0& b, size_t i) {
   return value(b.d) * (nibble(b.q, 32, i) - 8);
@@ -65,12 +65,12 @@ inline double element(const BlockQ6_K& b, size_t i) {
   return value(b.d) * b.scales[i / 16] * (q - 32);
 }
 
-// Typed once more: nothing of what is tested is used.
+// Written out once more, so that the test shares nothing with what is tested.
 inline constexpr int kIQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 inline double element(const BlockIQ4_NL& b, size_t i) {
   return value(b.d) * kIQ4[nibble(b.q, 32, i)];
 }
-// Scale i: four bits in a nibble of the first eight bytes, two in the last four.
+// Scale i: four bits are in a nibble of the first eight bytes, two in the last four bytes.
 inline int scale(const BlockQ3_K& b, size_t i) {
   return (b.scales[i % 8] >> (i / 8 * 4) & 15) + 16 * (b.scales[8 + i % 4] >> (i / 4 * 2) & 3) - 32;
 }
@@ -90,7 +90,7 @@ inline double element(const BlockIQ4_XS& b, size_t i) {
   return value(b.d) * s * kIQ4[nibble(b.q + 16 * j, 32, i % 32)];
 }
 
-// Calls body.operator()<Block>(format) for each format of rows of blocks.
+// Calls body.operator()<Block>(format) for each row format.
 template <class Body>
 void for_block_types(const Body& body) {
 #define NPLORA_CALL(name, Name) body.template operator()<Block##Name>(BlockFormat::k##Name);
@@ -98,7 +98,7 @@ void for_block_types(const Body& body) {
 #undef NPLORA_CALL
 }
 
-// How far a quantised value may be off, over its block's absmax.
+// The largest error of a quantised value, divided by its block's absmax.
 template <class Block>
 inline constexpr double kQuantizedWithin = 0;
 template <>
@@ -109,7 +109,7 @@ template <>
 inline constexpr double kQuantizedWithin<BlockQ4_1> = 0.2;
 template <>
 inline constexpr double kQuantizedWithin<BlockQ5_1> = 0.1;
-template <>  // the codes are those of d before it is rounded
+template <>  // the codes are chosen for d before it is rounded
 inline constexpr double kQuantizedWithin<BlockQ8_0> = 0.5 / 127 + 0x1p-11;
 template <>
 inline constexpr double kQuantizedWithin<BlockQ4_K> = 0.25;

@@ -23,7 +23,7 @@ bool current_failed = false;
 size_t passed = 0, failed = 0, passed_before = 0, failed_before = 0;
 std::map<std::string, size_t> shapes;
 
-// The sticky exception flags are not control: arithmetic may raise them.
+// Arithmetic may raise the sticky exception flags, so they do not count as control bits.
 unsigned control_word() {
 #if defined(__x86_64__)
   return _mm_getcsr() & ~0x3fu;
@@ -62,7 +62,7 @@ Case::~Case() {
 void expect(bool ok, const char* format, ...) {
   if (ok || current_failed) return;
   current_failed = true;
-  if (failed >= 40) return;  // the rest would say the same
+  if (failed >= 40) return;  // more messages would add nothing
   printf("FAILED %s: ", current);
   va_list arguments;
   va_start(arguments, format);
@@ -91,7 +91,7 @@ void close_isa(const char* isa) {
 }
 
 void catch_crashes() {
-#if !defined(__SANITIZE_ADDRESS__)  // which has a better report of its own
+#if !defined(__SANITIZE_ADDRESS__)  // it has a better report of its own
   struct sigaction action = {};
   action.sa_handler = report_crash;
   for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) sigaction(signal, &action, nullptr);

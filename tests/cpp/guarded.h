@@ -1,6 +1,6 @@
-// Buffers that show every touch outside their elements. Pages that can't be read or written lie directly
-// before and behind the mapping, every byte that is no element is 0xFF (a NaN in every float type), and under
-// AddressSanitizer the rest of the first and last page is poisoned.
+// Buffers that detect every access outside their elements. Directly before and after the mapping are pages
+// that cannot be read or written. Every byte that is not an element is 0xFF (a NaN in every float type).
+// Under AddressSanitizer the rest of the first and last page is poisoned.
 #pragma once
 
 #include <sys/mman.h>
@@ -21,8 +21,8 @@
 
 inline constexpr unsigned char kFiller = 0xFF;
 
-// Where the elements lie in their pages: flush with the guard page behind them (odd sizes give unaligned
-// pointers) or with the one before them (aligned to a page).
+// Where the elements are in their pages: they end at the guard page after them (odd sizes give unaligned
+// pointers), or begin at the guard page before them (aligned to a page).
 enum class Place { kEnd, kStart };
 inline constexpr Place kPlaces[] = {Place::kEnd, Place::kStart};
 inline const char* name_of(Place place) {
@@ -55,7 +55,7 @@ class Guarded {
 
   T* data() const { return data_; }
 
-  // A copy of the pages, and where in it the elements begin.
+  // A copy of the pages, and the offset of the elements in it.
   std::vector<unsigned char> bytes() {
     unpoison();
     return {pages_, pages_ + bytes_};
@@ -96,7 +96,7 @@ class Guarded {
   T* data_;
 };
 
-// Element (i, j) lies at (j / panel) * panel_stride + i * row_stride + (j % panel) * step.
+// Element (i, j) is at (j / panel) * panel_stride + i * row_stride + (j % panel) * step.
 struct Layout {
   size_t row_stride, step = 1, panel = SIZE_MAX, panel_stride = 0;
 
@@ -106,7 +106,7 @@ struct Layout {
   }
 };
 
-// A matrix (rows, cols) laid out in a guarded buffer that ends with its last element.
+// A matrix (rows, cols) in a guarded buffer that ends with its last element.
 template <class T>
 class Placed {
  public:
@@ -129,7 +129,7 @@ class Placed {
     return out;
   }
 
-  // Every byte of the pages is filler, but for the elements.
+  // Whether every byte of the pages outside the elements is still the filler.
   bool gaps_intact() {
     std::vector<unsigned char> bytes = buffer_.bytes();
     unsigned char* first = bytes.data() + buffer_.first();
@@ -139,7 +139,7 @@ class Placed {
     return bytes[0] == kFiller && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
   }
 
-  // Nothing was written, neither here nor around it.
+  // Whether nothing was written, neither to the elements nor around them.
   bool untouched(const std::vector<T>& as_filled) {
     const std::vector<T> now = values();
     return (now.empty() || std::memcmp(now.data(), as_filled.data(), now.size() * sizeof(T)) == 0) &&

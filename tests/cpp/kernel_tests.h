@@ -1,4 +1,4 @@
-// Each of these runs every case of its kernels on one table.
+// Each function runs all cases of its kernels on one table.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 #include "kernels/kernel_table.h"
 #include "simd/cpu.h"
 
-// Those that this process may use, best last: where Linux refuses the registers of AMX, not its table.
+// The tables that this process may use, best last. If Linux refuses the AMX registers, its table is left out.
 inline std::vector<const nplora::kernels::KernelTable*> usable_tables() {
   std::vector<const nplora::kernels::KernelTable*> tables(16);
   tables.resize(nplora::kernels::available_tables(tables.data(), tables.size()));
@@ -15,17 +15,19 @@ inline std::vector<const nplora::kernels::KernelTable*> usable_tables() {
   return tables;
 }
 
-// Every instruction set but the generic one rounds once a step.
+// Whether a multiply-add is rounded once: on every instruction set except generic.
 inline bool fuses(const nplora::kernels::KernelTable& table) {
   return std::strcmp(table.isa, "generic") != 0;
 }
 
 // How a unit multiplies pairs of bfloat16.
 enum class Pairs {
-  kAsFloats,   // one number after the other
-  kVdpbf16ps,  // in one instruction, with two roundings in an order of its own; subnormals are zeros
-  kTiles,  // up to sixteen in one instruction: the sums of their halves, which are added up; subnormals are zeros
-  kBfdot,  // in one instruction, as bfdot.h says; subnormals are zeros
+  kAsFloats,   // as floats, one number after the other
+  kVdpbf16ps,  // in one instruction, which rounds twice in an order of its own; subnormals are zeros
+  // Up to sixteen pairs in one instruction, as two sums of halves, which are then added; subnormals are
+  // zeros.
+  kTiles,
+  kBfdot,  // in one instruction, as in bfdot.h; subnormals are zeros
 };
 inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
   if (std::strcmp(table.isa, "avx512bf16") == 0) return Pairs::kVdpbf16ps;
@@ -34,7 +36,7 @@ inline Pairs pairs_of(const nplora::kernels::KernelTable& table) {
   return Pairs::kAsFloats;
 }
 
-// Lines to fetch, which need not be there.
+// Lines to fetch. The memory need not exist.
 inline nplora::kernels::Fetch lines_at(const void* from, size_t lines) {
   return nplora::kernels::Fetch::memory(from, lines);
 }
@@ -48,10 +50,10 @@ void test_blocks(const nplora::kernels::KernelTable& table);
 void test_int8(const nplora::kernels::KernelTable& table);
 void test_transformer(const nplora::kernels::KernelTable& table);
 
-// The choice of the table itself, and NPLORA_ISA.
+// The choice of the table, and NPLORA_ISA.
 void test_dispatch();
 
-// The quantisers of ops, which belong to no table, and what is fetched beside a loop.
+// Parts of ops that belong to no table: the quantisers, and lists of memory to fetch.
 void test_quantize();
 void test_fetch_list();
 void test_grid();

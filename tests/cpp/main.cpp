@@ -1,6 +1,6 @@
-// Holds every kernel of every instruction set that this machine runs against an independent oracle, on at
-// least 500 shapes each, in buffers between guard pages: kernel_tests [PART PARTS], of which each takes some of
-// the instruction sets.
+// Checks every kernel of every instruction set that this machine runs against an independent oracle, on at
+// least 500 shapes each, in buffers between guard pages. Usage: kernel_tests [PART PARTS]. Each part tests
+// some of the instruction sets.
 #include "check.h"
 #include "kernel_tests.h"
 
@@ -12,7 +12,7 @@ using nplora::kernels::KernelTable;
 
 namespace {
 
-// Whether one of these groups of kernels differs from that of another table.
+// Whether one of these groups of kernels differs between two tables.
 template <class... Groups>
 bool differ(const KernelTable& table, const KernelTable& other, Groups KernelTable::*... groups) {
   static_assert((std::has_unique_object_representations_v<Groups> && ...));  // no padding
@@ -26,7 +26,7 @@ int main(int count, char** words) {
   const size_t parts = count == 3 ? strtoul(words[2], nullptr, 10) : 1;
   check::catch_crashes();
   test_dispatch();
-  if (part == parts - 1) {  // the last: CI leaves the first out on aarch64, the generic kernels
+  if (part == parts - 1) {  // in the last part, because on aarch64 CI skips the first part (generic)
     test_quantize();
     test_fetch_list();
     test_grid();
@@ -34,7 +34,7 @@ int main(int count, char** words) {
   const auto tables = usable_tables();
   for (size_t i = part; i < tables.size(); i += parts) {
     const KernelTable& table = *tables[i];
-    // AMX's table shares most of its kernels with the one before it; those are tested once.
+    // AMX's table shares most of its kernels with the table before it. Shared kernels are tested once.
     const auto has_own = [&](auto... groups) { return i == 0 || differ(table, *tables[i - 1], groups...); };
     using K = KernelTable;
     test_products(table);

@@ -1,4 +1,4 @@
-// Inputs, the wider type that judges them, and the bound of floating-point sums.
+// Test inputs, wider types for exact results, and error bounds of floating-point sums.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-// SplitMix64 (Steele, Lea & Flood 2014): the same numbers everywhere.
+// SplitMix64 (Steele, Lea & Flood 2014): the same numbers on every machine.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -26,7 +26,7 @@ class Random {
   uint64_t state_;
 };
 
-// Oracles for float compute in double, those for double in long double.
+// Oracles for float compute in double, oracles for double in long double.
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
 
@@ -41,15 +41,15 @@ constexpr const char* type_name() {
 template <class T>
 constexpr T kUnitRoundoff = std::numeric_limits<T>::epsilon() / 2;
 
-// Higham 2002, section 3.1: k roundings leave a relative error of at most gamma_k.
+// Higham 2002, section 3.1: k roundings give a relative error of at most gamma_k.
 template <class T>
 Wide<T> gamma(size_t k) {
   const Wide<T> ku = static_cast<Wide<T>>(k) * kUnitRoundoff<T>;
   return ku / (1 - ku);
 }
 
-// kIntegers: -4 ... 4, exact in every sum.    kUniform: [-1, 1).    kTiny: products of two are subnormal.
-// kSpecial: integers with NaN, infinities, subnormals and -0 between them.
+// kIntegers: -4 ... 4, exact in every sum. kUniform: [-1, 1). kTiny: the product of two is subnormal.
+// kSpecial: integers mixed with NaN, infinities, subnormals and -0.
 enum class Data { kIntegers, kUniform, kTiny, kSpecial };
 inline constexpr Data kAllData[] = {Data::kIntegers, Data::kUniform, Data::kTiny, Data::kSpecial};
 inline constexpr const char* kDataNames[] = {"integers", "uniform", "tiny", "special"};
@@ -73,7 +73,7 @@ std::vector<T> draw(Random& random, size_t n, Data data) {
   return values;
 }
 
-// The same number to the bit; any NaN equals any other.
+// Whether two numbers have the same bits. Any NaN equals any other NaN.
 template <class T>
 bool same(T a, T b) {
   using Bits = std::conditional_t<is_float<T>, uint32_t, uint64_t>;

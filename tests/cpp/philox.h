@@ -1,4 +1,4 @@
-// Philox4x32-10, by its definition.
+// Philox4x32-10, from its definition.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@ inline Words philox(Words counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// The word that decides on an element.
+// The word that decides whether an element is dropped.
 inline uint32_t word_of(uint64_t seed, uint64_t element) {
   const uint64_t block = element / 4;
   return philox({static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0},

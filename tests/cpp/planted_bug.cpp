@@ -1,5 +1,5 @@
-// Two bugs on purpose: a sanitizer build that does not stop at each of them checks nothing. `planted_bug
-// read` lets a kernel read one element behind its buffer; `planted_bug overflow` overflows a signed integer.
+// Two deliberate bugs. A sanitizer build that does not stop at each of them checks nothing. `planted_bug
+// read` lets a kernel read one element after its buffer; `planted_bug overflow` overflows a signed integer.
 #include <cstdio>
 #include <cstring>
 #include <limits>

@@ -1,5 +1,5 @@
-// Jobs on the pool from several threads at once: every task runs once, and ThreadSanitizer watches. `pool_tests race`
-// races on purpose: a sanitizer build that does not stop at it checks nothing.
+// Jobs on the pool from several threads at once. Every task must run once, and ThreadSanitizer watches.
+// `pool_tests race` has a deliberate race: a sanitizer build that does not stop at it checks nothing.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -21,7 +21,7 @@ void expect(bool condition, const char* what) {
 
 void run_jobs(size_t threads) {
   for (size_t tasks : {1, 2, 7, 100}) {
-    std::vector<int> counts(tasks, 0);  // plain: each task owns its own
+    std::vector<int> counts(tasks, 0);  // not atomic, because each task has its own
     nplora::parallel_for(tasks, threads, nplora::Interruptible::kYes, [&](size_t i) { ++counts[i]; });
     bool once = true;
     for (int count : counts) once = once && count == 1;
@@ -44,7 +44,7 @@ void run_failing_job(size_t threads) {
 
 int main(int argc, char** argv) {
   if (argc == 2 && std::string_view(argv[1]) == "race") {
-    int count = 0;  // the sleeps give the other threads time to take tasks
+    int count = 0;  // the sleeps give other threads time to take tasks
     nplora::parallel_for(100, 4, nplora::Interruptible::kNo, [&](size_t) {
       ++count;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));

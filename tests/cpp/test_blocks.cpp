@@ -1,4 +1,5 @@
-// Low-bit blocks: every element against the formula of its format, taken bit by bit from the block and computed in double.
+// Low-bit blocks: every element is compared with its format's formula, which takes the block apart bit by bit
+// and computes in double.
 #include <string>
 
 #include "block_elements.h"
@@ -15,7 +16,7 @@ using nplora::kernels::Nf4;
 
 namespace {
 
-// A scale is anything that 16 bits can be: subnormal, huge, negative, infinite, NaN; one in four is zero.
+// A scale may be anything that 16 bits can be: subnormal, huge, negative, infinite, NaN. One in four is zero.
 Half draw_half(Random& random) {
   if (random.below(4) == 0) return {{0, static_cast<uint8_t>(random.below(2) * 128)}};
   return {{static_cast<uint8_t>(random.bits()), static_cast<uint8_t>(random.bits())}};
@@ -30,7 +31,7 @@ struct Shape {
   size_t rows, row_blocks, first, sub_blocks, gap;
 };
 
-// Where decoded rows go: one behind the other, or those of two panels apart.
+// The destination of decoded rows: one row after the other, or two separate panels.
 struct Output {
   Layout layout;
   size_t apart;
@@ -131,7 +132,7 @@ void run_nf4(const KernelTable& table, const Nf4Shape& s, bool nested, Random& r
   for (size_t row = 0; row < s.rows; ++row)
     for (size_t c = 0; c < s.cols; ++c) {
       const size_t i = s.first + row * s.row_step + c, block = i / 64;
-      // Rounded after each of its two operations.
+      // Rounded after each of the two operations.
       const volatile float product = book_values[absmax_bytes[block]] * scale_values[block / kNf4Group];
       const float nested_absmax = product + offset;
       const double level = kNf4Levels[i % 2 ? code_bytes[i / 2] & 15 : code_bytes[i / 2] >> 4];
@@ -167,7 +168,7 @@ struct DotShape {
   size_t m, rows, row_blocks, gap;
 };
 
-// part (m, rows, lanes) against the sums of each lane's elements of W, (rows, cols).
+// Compares part (m, rows, lanes) with the sums of each lane's elements of W (rows, cols).
 void expect_sums(const KernelTable& table, const DotShape& s, const std::vector<double>& w, size_t cols,
                  const Placed<float>& x, const Placed<float>& part, double gamma) {
   const size_t lanes = table.f32.lanes / 2;
@@ -251,7 +252,7 @@ void run_nf4_dots(const KernelTable& table, const DotShape& s, bool nested, Rand
                 "wrote outside its output");
 }
 
-// Of blocks of one sub-block, 16 are taken at a time.
+// Blocks of one sub-block are taken 16 at a time.
 const std::vector<size_t> kFewBlocks{0, 1, 2, 3, 5, 7}, kManyBlocks{0, 1, 2, 3, 5, 16, 17, 33};
 
 void for_dot_shapes(const std::string& kernel, const std::vector<size_t>& counts, const auto& run) {

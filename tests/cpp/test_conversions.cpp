@@ -1,5 +1,5 @@
-// bfloat16 and float16: all 65,536 patterns widened, and narrowed back from every number at which rounding
-// turns.
+// bfloat16 and float16: all 65,536 patterns are widened. Floats are narrowed at and around every number at
+// which rounding changes.
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -17,7 +17,7 @@ using nplora::kernels::KernelTable;
 
 namespace {
 
-// A 16-bit format by its definition: 1 sign bit, then the exponent, then the fraction.
+// A 16-bit format, from its definition: 1 sign bit, then the exponent, then the fraction.
 struct Format {
   const char* name;
   int fraction_bits, largest_exponent;
@@ -32,7 +32,7 @@ struct Format {
     return sign * std::ldexp(fraction + (exponent ? 1 << fraction_bits : 0), scale);
   }
 
-  // The nearest pattern, ties to even; beyond the largest number by half its last place: infinity.
+  // The nearest pattern, ties to even. Infinity from half a last place beyond the largest number.
   uint16_t nearest(float x) const {
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     const int infinity = 0x7FFF & ~((1 << fraction_bits) - 1);
@@ -41,7 +41,7 @@ struct Format {
     const int exponent = std::max(std::ilogb(x), smallest_exponent());
     const int units =
         static_cast<int>(std::nearbyint(std::ldexp(std::abs(double(x)), fraction_bits - exponent)));
-    // units >= 2^fraction_bits for a normal number: adding it to the exponent's field carries by itself.
+    // For a normal number, units >= 2^fraction_bits: adding it carries into the exponent's field.
     const int bits = ((exponent - smallest_exponent()) << fraction_bits) + units;
     return static_cast<uint16_t>(sign | std::min(bits, infinity));
   }
@@ -56,7 +56,8 @@ bool is_nan(const Format& format, uint16_t bits) {
 using Widen = void (*)(size_t, const uint16_t*, float*);
 using Narrow = void (*)(size_t, const float*, uint16_t*);
 
-constexpr size_t kChunk = 1021;  // odd, so that every pattern meets vectors and tails in turn
+// Odd, so that every pattern is in a vector in some chunk and in a tail in another.
+constexpr size_t kChunk = 1021;
 
 void run_widen(const char* isa, const Format& format, Widen widen, const std::vector<uint16_t>& patterns,
                Place place) {
@@ -94,7 +95,8 @@ void run_narrow(const char* isa, const Format& format, Narrow narrow, const std:
   check::expect(to.gaps_intact() && from.untouched(values), "wrote outside its output");
 }
 
-// While one lives, the processor takes subnormal floats for 0, as in a program that loaded a library built with -ffast-math.
+// While this object exists, the processor treats subnormal floats as 0, as in a program that loaded a library
+// built with -ffast-math.
 class FlushedSubnormals {
  public:
 #if defined(__SSE2__)
@@ -112,7 +114,7 @@ class FlushedSubnormals {
 #endif
 };
 
-// Subnormal halves are normal floats: they must survive.
+// Subnormal float16 values are normal floats, so they must be kept.
 void test_widening_while_flushing(const char* isa, Widen widen) {
   std::vector<uint16_t> patterns;
   for (uint16_t bits = 0; bits < 1024; ++bits)
@@ -133,7 +135,7 @@ float of_bits(uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
 
-// Those of bfloat16 are subnormal floats, and stay what they are.
+// Subnormal bfloat16 values are subnormal floats, and must be kept.
 void test_narrowing_while_flushing(const KernelTable& table) {
   std::vector<float> numbers;
   std::vector<uint16_t> patterns;
@@ -160,8 +162,8 @@ void test_narrowing_while_flushing(const KernelTable& table) {
                   uint32_t(paired[i]));
 }
 
-// Where rounding turns: each number of the format, the middle between it and the next one, and the floats
-// beside all of them; every kind of NaN; numbers far outside the range; random patterns.
+// The numbers at which rounding changes: each number of the format, the midpoint to the next one, and the
+// floats next to all of them. Also every kind of NaN, numbers far outside the range, and random patterns.
 std::vector<float> turning_points(const Format& format) {
   std::vector<float> all;
   const auto with_neighbours = [&](float x) {
@@ -172,7 +174,7 @@ std::vector<float> turning_points(const Format& format) {
     const double value = format.value(static_cast<uint16_t>(pattern));
     if (!std::isfinite(value)) continue;
     const double next = format.value(static_cast<uint16_t>(pattern + 1));
-    // Behind the largest number the next step would be as wide as the last.
+    // Above the largest number, the next step would be as wide as the last.
     const double step =
         std::isfinite(next) ? next - value : std::ldexp(1.0, format.largest_exponent - format.fraction_bits);
     for (double sign : {1.0, -1.0}) {
@@ -222,8 +224,9 @@ void test_format(const char* isa, const Format& format, Widen widen, Narrow narr
 
 using Dither = void (*)(size_t, uint64_t, uint64_t, float*);
 
-// What x becomes by the chance of a word: with u the number's place between its two neighbours, the upper one where u and the word's
-// leading bits, as a fraction, are 1 or more together. A normal number has as many of those bits as it loses, a subnormal float16 24.
+// The result for x and a random word. u is the number's position between its two neighbours. The result is
+// the upper neighbour if u plus the word's leading bits, as a fraction, is 1 or more. For a normal number as
+// many bits are used as it loses, for a subnormal float16 24.
 float dithered(const Format& format, float x, uint32_t word) {
   const double largest = std::ldexp(2 - std::ldexp(1.0, -format.fraction_bits), format.largest_exponent);
   if (std::isnan(x) || std::abs(double(x)) > largest) return x;
@@ -273,8 +276,8 @@ void test_dither(const char* isa, const Format& format, Dither dither) {
 
 // ---- pairs of neighbours down the columns ----
 
-// Element (i, c) of out holds rows 2i (low half) and 2i + 1 of x (rows, cols); matches(x, bits) tells whether x is the
-// number that the bits may stand for.
+// Element (i, c) of out holds rows 2i (low half) and 2i + 1 of x (rows, cols). matches(x, bits) says whether
+// the bits may stand for x.
 template <class X, class Pair, class Matches>
 void run_pair(const char* isa, const char* kernel, Pair pair, const std::vector<X>& values, size_t rows,
               size_t cols, size_t gap, Matches matches, Place place) {

@@ -1,4 +1,4 @@
-// The choice of the table. table() chooses once a process, so each choice is tried in a child.
+// The choice of the table. table() chooses once per process, so each choice is tried in a child process.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -17,7 +17,7 @@ using nplora::kernels::KernelTable;
 
 namespace {
 
-// What table() says under NPLORA_ISA=name: the table's name, or the message of its error.
+// What table() gives with NPLORA_ISA=name: the table's name, or the error message.
 std::string choice(const char* name) {
   int ends[2];
   if (pipe(ends) != 0) return "no pipe";
@@ -42,7 +42,7 @@ std::string choice(const char* name) {
   return answer;
 }
 
-// What some machines of this architecture lack.
+// Tables that some machines of this architecture cannot run.
 const std::vector<const char*> kOptional = {
 #if defined(__x86_64__)
     "avx2",

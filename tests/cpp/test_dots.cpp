@@ -1,4 +1,4 @@
-// dots, interleave and sum_parts: the products of small batches, whose lanes hold interleaved tokens.
+// dots, interleave and sum_parts: the products of small batches, with interleaved tokens in the lanes.
 #include <bit>
 #include <string>
 #include <type_traits>
@@ -22,7 +22,7 @@ using nplora::kernels::Sum;
 
 namespace {
 
-// Equal numbers, or both NaN: zeros in the lanes turn -0 into 0.
+// Whether two numbers are equal, or both NaN. Zeros in the lanes turn -0 into 0.
 template <class T>
 bool equal(T a, T b) {
   return a == b || same(a, b);
@@ -44,7 +44,7 @@ size_t small_batch(const KernelTable& table) {
   return std::min(kMostSmallBatch, vector_lanes<T>(table));
 }
 
-// Values that W holds without rounding.
+// Values that W stores without rounding.
 template <class W>
 std::vector<Sum<W>> draw_exact(Random& random, size_t n, Data data) {
   std::vector<Sum<W>> values = draw<Sum<W>>(random, n, data);
@@ -71,8 +71,8 @@ std::vector<E> as_elements(const std::vector<Sum<E>>& values) {
   return out;
 }
 
-// Lane (t * factor + i) of row j is the sum of w[j][k] x[t][k] over the k with k % factor == i. w is in panels (kind odd), or
-// row-major. depth counts elements.
+// Lane (t * factor + i) of row j is the sum of w[j][k] x[t][k] over the k with k % factor == i. w is in
+// panels if `kind` is odd, else row-major. depth counts elements.
 template <class W>
 void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, size_t depth, size_t kind,
               Data data, Place place) {
@@ -81,7 +81,7 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
   constexpr size_t kPanel = kPanelDepth<W>, kPerElement = kValuesPerElement<W>;
   const size_t lanes = vector_lanes<T>(table);
   size_t factor = interleave_factor(m, lanes);
-  if (kPanel % factor != 0) factor /= 2;  // pairs take 8 at most
+  if (kPanel % factor != 0) factor /= 2;  // pairs need a factor of at most 8
   const size_t tokens = lanes / factor, groups = (depth + factor - 1) / factor, steps = depth * kPerElement;
   const bool accumulate = kind % 7 < 3, panels = kind % 2 && depth % kPanel == 0;
   check::Case one("%s dots of %s, m %zu interleave %zu rows %zu depth %zu %s accumulate %d, %s, %s",
@@ -113,8 +113,9 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
       panels ? Panels<W>{w.data(), kPanel, rows * kPanel} : Panels<W>{w.data(), depth + gap, kPanel},
       xs.data(), part.data(), accumulate);
 
-  // An instruction for pairs takes subnormals for zero. The four roundings and losses counted for a pair are two for vdpbf16ps;
-  // for BFDOT they are two that err by two units, being to odd, and the flushes of two products and two sums.
+  // An instruction for pairs treats subnormals as zero. Four errors are allowed for each pair. vdpbf16ps
+  // makes two roundings. BFDOT makes two roundings to odd, with an error of two units each, and flushes two
+  // products and two sums.
   const bool flushes = kPerElement == 2 && pairs_of(table) != Pairs::kAsFloats;
   const auto seen = [flushes](T v) {
     return flushes && std::abs(v) < std::numeric_limits<T>::min() ? T(0) : v;
@@ -143,7 +144,7 @@ void run_dots(const KernelTable& table, Random& random, size_t m, size_t rows, s
   check::expect(w.untouched(in_memory) && xs.untouched(by_token), "wrote to an input");
   if (depth % kPanel != 0) return;
 
-  std::vector<W> other(rows * depth + 1);  // never without an address
+  std::vector<W> other(rows * depth + 1);  // at least one, so that there is an address
   for (size_t j = 0; j < rows; ++j)
     for (size_t k = 0; k < depth; ++k)
       other[panels ? j * depth + k : (k / kPanel * rows + j) * kPanel + k % kPanel] =
@@ -166,7 +167,7 @@ void test_dots_of(const KernelTable& table) {
   for (size_t depth : {0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 96, 101, 144})
     for (size_t m = 1; m <= small_batch<Sum<W>>(table); ++m)
       for (size_t rows : {0, 1, 2, 3, 4, 5, 8, 11, 131}) {
-        if (rows > 11 && depth != 96) continue;  // so many that a panel is passed in two parts
+        if (rows > 11 && depth != 96) continue;  // enough that a panel is processed in two parts
         ++kind;
         for (size_t again = 0; again < kMostSmallBatch / small_batch<Sum<W>>(table); ++again) {
           check::count_shape(kernel);

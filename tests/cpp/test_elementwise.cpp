@@ -22,7 +22,7 @@ std::vector<size_t> lengths() {
 
 // ---- adamw ----
 
-// Each quantity passes through fewer roundings than this, those of the coefficients included.
+// Each quantity is rounded fewer times than this, including the roundings of its coefficients.
 constexpr size_t kRoundings = 20;
 
 template <class T>
@@ -32,7 +32,7 @@ void run_adamw(const KernelTable& table, Random& random, size_t n, const AdamWCo
   const std::vector<T> p0 = draw<T>(random, n, Data::kUniform), m0 = draw<T>(random, n, Data::kUniform);
   std::vector<T> g0 = draw<T>(random, n, Data::kUniform), v0 = draw<T>(random, n, Data::kUniform);
   for (T& v : v0) v = v * v;
-  const size_t poisoned = n ? random.below(n) : 0;  // a NaN gradient spoils its own element only
+  const size_t poisoned = n ? random.below(n) : 0;  // a NaN gradient affects only its own element
   if (n) g0[poisoned] = std::numeric_limits<T>::quiet_NaN();
   Row<T> p(place, p0), g(place, g0), m(place, m0), v(place, v0);
   table.products<T>().adamw(n, p.data(), g.data(), m.data(), v.data(), k);
@@ -49,7 +49,8 @@ void run_adamw(const KernelTable& table, Random& random, size_t n, const AdamWCo
     const W wanted_m = from_m + from_g, wanted_v = W(k.beta2) * v0[i] + (1 - W(k.beta2)) * gi * gi;
     const W rate = W(k.lr) / W(k.bias1) / (std::sqrt(wanted_v / W(k.bias2)) + W(k.eps));
     const W wanted_p = p0[i] * (1 - W(k.lr) * W(k.weight_decay)) - rate * wanted_m;
-    // m may cancel, so its error is relative to its two terms; p's to p and to the step of those terms.
+    // m may cancel, so its error is relative to its two terms. The error of p is relative to p and to the
+    // step that these terms give.
     const W terms = std::abs(from_m) + std::abs(from_g);
     check::expect(std::abs(m[i] - wanted_m) <= bound * terms + smallest, "m[%zu] is %g", i, double(m[i]));
     check::expect(std::abs(v[i] - wanted_v) <= bound * wanted_v + smallest, "v[%zu] is %g", i, double(v[i]));
@@ -131,7 +132,7 @@ void test_sgd(const KernelTable& table) {
                                   .weight_decay = n % 3 ? 0.01 : 0,
                                   .grad_scale = n % 2 ? 1 : 0.3,
                                   .nesterov = nesterov};
-    // Powers of two times small integers: no rounding anywhere.
+    // Powers of two times small integers: nothing is rounded.
     const SgdCoefficients binary{.lr = 0.25,
                                  .momentum = has_buffer ? 0.5 : 0,
                                  .weight_decay = 0.125,
@@ -184,8 +185,8 @@ void test_sum_of_squares(const KernelTable& table) {
 
 // ---- dropout ----
 
-// The known answers of Random123 (kat_vectors); the first one against the kernel too, whose counters end in
-// zeros.
+// The known answers of Random123 (kat_vectors). The first one is also compared with the kernel, whose
+// counters end in zeros.
 void test_known_answers(const KernelTable& table) {
   check::Case one("%s dropout: the known answers of Philox4x32-10", table.isa);
   const Words zeros = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
@@ -224,8 +225,8 @@ void run_dropout(const KernelTable& table, const std::vector<T>& x0, uint64_t se
 template <class T>
 void test_dropout(const KernelTable& table) {
   Random random(14);
-  // Every place in a block of four, the carry from the low word of the counter to the high one, and the last
-  // counters.
+  // Every position in a block of four, the carry from the low word of the counter to the high word, and the
+  // last counters.
   const uint64_t starts[] = {0, 1, 2, 3, 61, 4 * 0x100000000ull - 6, 1ull << 40, ~0ull - 8192};
   const uint32_t thresholds[] = {0, 0x19999999u, 0x80000000u, 0xFFFFFFFFu};
   const uint64_t seeds[] = {0, 1, 0xFFFFFFFFull, 0x0123456789ABCDEFull, ~0ull};

@@ -1,4 +1,4 @@
-// The shares of a FetchList are even, and add up to all of it.
+// The shares of a FetchList are even and add up to all of its memory.
 #include "ops/fetch_list.h"
 
 #include <set>

@@ -1,4 +1,5 @@
-// Pieces and tasks meet everything once, and keep all threads at work to the end, with no more cuts than that takes.
+// Pieces and tasks cover everything once. They keep all threads busy to the end, without more cuts than that
+// needs.
 #include <algorithm>
 #include <set>
 #include <vector>
@@ -29,7 +30,7 @@ void run_pieces(size_t n, size_t unit, size_t pieces) {
   check::expect(next == n, "the pieces end at %zu", next);
 }
 
-// Where threads of one speed take a task whenever they have none: how long it takes, in tokens times columns.
+// The time, in tokens times columns, if threads of equal speed take the next task whenever they are free.
 size_t length(const Grid& grid, size_t threads) {
   std::vector<size_t> ends(threads);
   for (size_t i = 0; i < grid.tasks(); ++i)
@@ -72,7 +73,8 @@ void run_grid(Grid::Cut tokens, Grid::Cut side, double operations, size_t thread
   const bool shared = units >= nplora::pieces_for(threads) || (units > 0 && units % threads == 0);
   check::expect(!shared || starts.size() == fewest, "W is read %zu times, not %zu", starts.size(), fewest);
   const size_t cut =
-      units == 0 ? 1 : ceil_div(nplora::pieces_for(threads), units);  // of tokens, where columns are too few
+      // Of tokens, if there are too few columns.
+      units == 0 ? 1 : ceil_div(nplora::pieces_for(threads), units);
   check::expect(shared || units == 0 || longest <= nplora::round_up(ceil_div(tokens.count, cut), tokens.unit),
                 "columns are too few, and a task has %zu tokens", longest);
   check::expect(

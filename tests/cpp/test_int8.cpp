@@ -1,4 +1,4 @@
-// Products in int8: against the formulas of the blocks and of x, computed in double.
+// Products in int8, compared with the formulas of the blocks and of x, computed in double.
 #include <string>
 
 #include "block_elements.h"
@@ -70,7 +70,7 @@ struct Shape {
   size_t m, rows, row_blocks, gap;
 };
 
-// What an element is made of, at most: |a code| + |b|.
+// The largest magnitude of an element's two terms: |a code| + |b|.
 template <class Block>
 double extent(const Block& block) {
   const double d = std::abs(value(block.d));
@@ -88,7 +88,7 @@ void run_dots(const KernelTable& table, BlockFormat format, const Shape& s, Rand
                sub_blocks = cols / kSubBlock;
   std::vector<Block> blocks(s.rows * s.row_blocks);
   std::vector<uint8_t> bytes(s.rows * row_bytes);
-  const uint64_t extreme = random.below(3);  // all bits set in every third matrix: the largest codes
+  const uint64_t extreme = random.below(3);  // in every third matrix all bits are set: the largest codes
   for (Block& block : blocks) {
     for (size_t i = 0; i < sizeof block; ++i)
       reinterpret_cast<uint8_t*>(&block)[i] = static_cast<uint8_t>(extreme == 0 ? 0xFF : random.bits());

@@ -1,4 +1,4 @@
-// to_lanes, from_lanes and transpose: into and out of the SIMD lanes, exact to the bit.
+// to_lanes, from_lanes and transpose, to and from the SIMD lanes: exact to the bit.
 #include "check.h"
 #include "guarded.h"
 #include "kernel_tests.h"
@@ -8,7 +8,7 @@ using nplora::kernels::KernelTable;
 
 namespace {
 
-// Each width up to two vectors and more, the edges of panels, one long row.
+// Every width up to more than two vectors, the edges of panels, and one long row.
 std::vector<size_t> widths() {
   std::vector<size_t> all;
   for (size_t width = 0; width <= 65; ++width) all.push_back(width);

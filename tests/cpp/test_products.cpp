@@ -1,5 +1,6 @@
-// gemm_tokens_in_lanes, gemm_outputs_in_lanes and merge: c (m, n) = [c +] a (m, depth) b (depth, n), held against sums in a wider type and,
-// where the instruction set leaves one, against the one order of rounding that the contract allows.
+// gemm_tokens_in_lanes, gemm_outputs_in_lanes and merge: c (m, n) = [c +] a (m, depth) b (depth, n). Results
+// are compared with sums in a wider type. If the contract allows only one order of rounding, they are also
+// compared with that.
 #include <cstring>
 #include <string>
 
@@ -32,7 +33,7 @@ Pairs pairs(const KernelTable& table) {
   return kValuesPerElement<E> == 2 ? pairs_of(table) : Pairs::kAsFloats;
 }
 
-// The element that holds these steps of the depth, exactly: values for pairs are bfloat16 already.
+// The element that holds these steps of the depth, exactly: values for pairs are already bfloat16.
 template <class E>
 E element(Sum<E> value, [[maybe_unused]] Sum<E> next) {
   if constexpr (kValuesPerElement<E> == 1)
@@ -46,14 +47,14 @@ std::vector<Sum<E>> draw_steps(Random& random, size_t n, Data data) {
   std::vector<Sum<E>> values = draw<Sum<E>>(random, n, data);
   if constexpr (kValuesPerElement<E> == 2)
     for (float& value : values) {
-      // The smallest subnormal of bfloat16 instead of float's; any other value keeps its upper half.
+      // Replaces the smallest subnormal of float by that of bfloat16; any other value keeps its upper half.
       if (value == std::numeric_limits<float>::denorm_min()) value = 0x1p-133f;
       value = std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xFFFF0000u);
     }
   return values;
 }
 
-// One product: operands, row-major, and what a kernel may make of them.
+// One product: its row-major operands, and the results that a kernel may give.
 template <class E>
 struct Product {
   using T = Sum<E>;
@@ -63,7 +64,7 @@ struct Product {
   bool accumulate;
   std::vector<E> a, b;
   std::vector<T> c;
-  std::vector<T> in_order;                // every step, or every BFDOT, in order
+  std::vector<T> in_order;                // the result if every step (or BFDOT) is rounded in order
   std::vector<Wide<T>> exact, magnitude;  // the sum, and the sum of the absolute values of its terms
 
   Product(Random& random, size_t m, size_t n, size_t depth, bool accumulate, Data data,
@@ -91,7 +92,7 @@ struct Product {
         const T* at = &y[s * kPerElement * n + j];
         b[s * n + j] = element<E>(at[0], at[(kPerElement - 1) * n]);
       }
-    // What the kernel sees of a factor: zero times infinity is NaN where a subnormal counts as zero.
+    // A factor as the kernel sees it. If it treats subnormals as zero, then subnormal times infinity is NaN.
     const Pairs how = pairs<E>(table);
     const bool flushed = how != Pairs::kAsFloats, fused = fuses(table);
     const auto seen = [flushed](T value) {
@@ -117,20 +118,22 @@ struct Product {
       }
   }
 
-  // got (m, n) is what the kernel wrote.
+  // Judges got (m, n), the output of the kernel.
   void judge(const std::vector<T>& got, Data data, const KernelTable& table) const {
     const Pairs how = pairs<E>(table);
     const bool flushed = how != Pairs::kAsFloats,
                ordered = fuses(table) && how != Pairs::kVdpbf16ps && how != Pairs::kTiles;
-    // A term of BFDOT is rounded with the sum of its pair and with every accumulation from then on, but not by itself: a product
-    // has 16 bits. Rounding to odd errs by less than a unit in the last place, twice as much as rounding to nearest.
-    // A tile adds its two sums, and those to the others.
+    // A term of BFDOT is rounded with the sum of its pair, and again with every later accumulation. The
+    // product itself is not rounded, because it has 16 bits. Rounding to odd errs by less than a unit in the
+    // last place, twice as much as rounding to nearest. A tile adds its two sums, and then adds the result to
+    // the others.
     const size_t in_turn = (fuses(table) ? 1 : 2) * kPerElement * depth;
     const size_t roundings = how == Pairs::kBfdot   ? 2 * (depth + 1)
                              : how == Pairs::kTiles ? in_turn + 2
                                                     : in_turn;
-    // Below the smallest normal number a rounding loses at most half of the smallest subnormal, or all where it flushes. BFDOT
-    // flushes two products and two sums for each element, and a subnormal that it is to add to.
+    // Below the smallest normal number, a rounding loses at most half of the smallest subnormal, or
+    // everything if it flushes. BFDOT flushes two products and two sums for each element, and also a
+    // subnormal accumulator.
     using Limits = std::numeric_limits<T>;
     const size_t losses = how == Pairs::kBfdot ? 4 * depth + 1 : roundings;
     const Wide<T> loss = Wide<T>(losses) * (flushed ? Limits::min() : Limits::denorm_min());
@@ -156,7 +159,7 @@ std::vector<size_t> depths() {
   return all;
 }
 
-// The ways in which w (rows, depth) is stored: panels dense, panels apart, row-major with a gap, row-major dense.
+// The layouts of w (rows, depth): dense panels, separate panels, row-major with a gap, row-major dense.
 template <class E>
 Layout weight_layout(size_t kind, size_t rows, size_t depth) {
   constexpr size_t kPanel = kPanelColumns / kValuesPerElement<E>;
@@ -173,7 +176,8 @@ Layout weight_layout(size_t kind, size_t rows, size_t depth) {
 }
 
 template <class E>
-void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Layout layout, Place place) {
+void run_gemm_tokens_in_lanes(const KernelTable& table, const Product<E>& p, Data data, Layout layout,
+                              Place place) {
   check::Case one(
       "%s gemm_tokens_in_lanes<%s> lanes %zu rows %zu depth %zu row_stride %zu panel_stride %zu accumulate "
       "%d, %s, %s",
@@ -191,7 +195,7 @@ void run_lane_tile(const KernelTable& table, const Product<E>& p, Data data, Lay
 }
 
 template <class E>
-void test_lane_tile(const KernelTable& table) {
+void test_gemm_tokens_in_lanes(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
   const std::string kernel = std::string("gemm_tokens_in_lanes of ") + element_name<E>();
   Random random(1);
@@ -205,12 +209,12 @@ void test_lane_tile(const KernelTable& table) {
         for (Data data : kAllData) {
           const Product<E> p(random, rows, lanes, depth, kind % 7 < 3, data, table);
           for (Place place : kPlaces)
-            run_lane_tile(table, p, data, weight_layout<E>(kind, rows, depth), place);
+            run_gemm_tokens_in_lanes(table, p, data, weight_layout<E>(kind, rows, depth), place);
         }
       }
 }
 
-// The ways in which a (m, depth) is stored: rows with a gap, transposed with a gap, dense, both strides odd.
+// The layouts of a (m, depth): rows with a gap, transposed with a gap, dense, both strides odd.
 Layout outer_layout(size_t kind, size_t m, size_t depth) {
   switch (kind % 4) {
     case 0:
@@ -225,7 +229,8 @@ Layout outer_layout(size_t kind, size_t m, size_t depth) {
 }
 
 template <class E>
-void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, size_t kind, Place place) {
+void run_gemm_outputs_in_lanes(const KernelTable& table, const Product<E>& p, Data data, size_t kind,
+                               Place place) {
   const Layout a_layout = outer_layout(kind, p.m, p.depth);
   const size_t w_stride = p.n + kind % 3 * 7, c_stride = p.n + kind % 5;
   check::Case one(
@@ -249,7 +254,7 @@ void run_outer_tile(const KernelTable& table, const Product<E>& p, Data data, si
 }
 
 template <class E>
-void test_outer_tile(const KernelTable& table) {
+void test_gemm_outputs_in_lanes(const KernelTable& table) {
   const Tiles<E>& k = table.tiles<E>();
   const std::string kernel = std::string("gemm_outputs_in_lanes of ") + element_name<E>();
   const std::vector<size_t> all_depths = depths();
@@ -258,13 +263,14 @@ void test_outer_tile(const KernelTable& table) {
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
                      k.tile_tokens + 1, 2 * k.tile_tokens + 1})
-      // Two of the depths for each (m, n): 31 is coprime to their number, so that all of them come round.
+      // Two of the depths for each (m, n). 31 is coprime to their number, so that all of them are used in
+      // turn.
       for (size_t i = 0; i < 2; ++i) {
         check::count_shape(kernel);
         const size_t depth = all_depths[++kind * 31 % all_depths.size()];
         for (Data data : kAllData) {
           const Product<E> p(random, m, n, depth, kind % 7 < 3, data, table);
-          for (Place place : kPlaces) run_outer_tile(table, p, data, kind, place);
+          for (Place place : kPlaces) run_gemm_outputs_in_lanes(table, p, data, kind, place);
         }
       }
 }
@@ -286,7 +292,8 @@ void test_merge(const KernelTable& table) {
   const std::vector<size_t> all_depths = depths();
   Random random(6);
   size_t kind = 0;
-  // Each remainder of a panel, and up to ten full ones, more than are fetched ahead, with a column behind them and without.
+  // Each remainder of a panel, and up to ten full panels, more than are fetched ahead, with and without one
+  // more column.
   for (size_t n = 0; n <= 10 * kPanelColumns + 1;
        n += n < kPanelColumns || n % 2 == 0 ? 1 : kPanelColumns - 1)
     for (size_t m : {size_t{0}, size_t{1}, size_t{2}, size_t{3}, size_t{5}, k.tile_tokens - 1, k.tile_tokens,
@@ -313,13 +320,13 @@ void test_merge(const KernelTable& table) {
     }
 }
 
-// bfloat16 that is widened in registers gives the bits that the same values give as floats.
-void test_widening_outer_tile(const KernelTable& table) {
+// If bfloat16 is widened in registers, the result has the same bits as with these values as floats.
+void test_widening_gemm_outputs_in_lanes(const KernelTable& table) {
   Random random(4);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
     for (size_t m : {0, 1, 2, 3, 5, 8, 9})
-      for (size_t depth : {0, 1, 7, 515}) {  // more than a piece
+      for (size_t depth : {0, 1, 7, 515}) {  // more than one L1 block
         check::count_shape("gemm_outputs_in_lanes of widened bfloat16");
         const size_t w_stride = n + ++kind % 3 * 7;
         check::Case one("%s gemm_outputs_in_lanes of widened bfloat16 m %zu n %zu depth %zu w_stride %zu",
@@ -348,8 +355,8 @@ void test_widening_outer_tile(const KernelTable& table) {
       }
 }
 
-// Rows of bfloat16 that gemm_outputs_in_lanes pairs give the bits that pairs in memory give.
-void test_pairing_outer_tile(const KernelTable& table) {
+// If gemm_outputs_in_lanes pairs rows of bfloat16, the result has the same bits as with pairs in memory.
+void test_pairing_gemm_outputs_in_lanes(const KernelTable& table) {
   Random random(8);
   size_t kind = 0;
   for (size_t n = 0; n <= kPanelColumns; ++n)
@@ -383,7 +390,7 @@ void test_pairing_outer_tile(const KernelTable& table) {
       }
 }
 
-// ---- the same element has the same bits, whatever the tiles around it ----
+// ---- an element has the same bits, whatever tile it is in ----
 
 // Cuts n into one to four pieces, at multiples of unit.
 std::vector<size_t> cuts(Random& random, size_t n, size_t unit = 1) {
@@ -398,7 +405,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// Rows of w one behind the other, which may be taken in pieces, give the bits that they give apart, whatever is fetched meanwhile.
+// Dense rows of w may be taken in L1 blocks. They give the same bits as rows with gaps, whatever is fetched
+// meanwhile.
 template <class W>
 void test_dense_panels(const KernelTable& table) {
   using T = Sum<W>;
@@ -437,7 +445,8 @@ void test_dense_panels(const KernelTable& table) {
         }
 }
 
-// Both kernels compute c (m, n) = a (m, depth) b (depth, n) whole, then in random tiles; all results agree.
+// Both kernels compute c (m, n) = a (m, depth) b (depth, n), first whole and then in random tiles. All
+// results must be equal.
 template <class E>
 void test_blocking(const KernelTable& table) {
   constexpr size_t kPanel = kPanelColumns / kValuesPerElement<E>;
@@ -494,8 +503,8 @@ void test_blocking(const KernelTable& table) {
 
 template <class E>
 void test_tiles(const KernelTable& table) {
-  test_lane_tile<E>(table);
-  test_outer_tile<E>(table);
+  test_gemm_tokens_in_lanes<E>(table);
+  test_gemm_outputs_in_lanes<E>(table);
   test_blocking<E>(table);
 }
 
@@ -507,8 +516,8 @@ void test_products(const KernelTable& table) {
   test_tiles<Bf16Pair>(table);
   test_merge<float>(table);
   test_merge<double>(table);
-  test_widening_outer_tile(table);
-  test_pairing_outer_tile(table);
+  test_widening_gemm_outputs_in_lanes(table);
+  test_pairing_gemm_outputs_in_lanes(table);
   test_dense_panels<float>(table);
   test_dense_panels<double>(table);
   test_dense_panels<Bf16>(table);

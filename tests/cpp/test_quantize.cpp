@@ -1,5 +1,5 @@
-// The quantisers between guard pages, on numbers from subnormal to the format's largest; how near they come is judged by
-// tests/test_blocks.py.
+// The quantisers between guard pages, on numbers from subnormal to the largest of the format. How small their
+// errors are is tested in tests/core/test_blocks.py.
 #include <algorithm>
 
 #include "block_elements.h"
@@ -13,7 +13,8 @@ using namespace nplora;
 
 namespace {
 
-// Blocks of one kind or another: zeros, constants, one outlier, one sign, anything; of one size, or of any sizes at all.
+// Blocks of several kinds: zeros, constants, one outlier, one sign, or anything; all of one magnitude, or of
+// any magnitudes.
 std::vector<float> draw_values(Random& random, size_t n, double largest) {
   const double size = std::ldexp(1.0, -static_cast<int>(random.below(170))) * largest;
   const size_t kind = random.below(6);
@@ -31,7 +32,8 @@ std::vector<float> draw_values(Random& random, size_t n, double largest) {
   return x;
 }
 
-// Every value must come back to within `step` of its block's absmax, or near to what float16's smallest numbers can scale.
+// Every value must come back within `step` of its block's absmax, or within what float16's smallest numbers
+// can scale.
 template <class Block>
 void test_format(BlockFormat format) {
   constexpr double largest = Block::kFacts.largest, step = kQuantizedWithin<Block>;

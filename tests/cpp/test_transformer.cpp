@@ -1,4 +1,5 @@
-// The kernels between the products of a language model, on every length from 0 to 520, or on matrices of as many shapes.
+// The kernels between the products of a language model, on every length from 0 to 520, or on at least 500
+// shapes of matrices.
 #include <algorithm>
 #include <string>
 
@@ -14,7 +15,7 @@ using nplora::kernels::KernelTable;
 namespace {
 
 constexpr double kUnit = kUnitRoundoff<float>;
-constexpr double kExpError = 4 * kUnit;           // of one exponential, relative
+constexpr double kExpError = 4 * kUnit;           // the relative error of one exponential
 constexpr double kSmallest = 0x1p-126 * 0x1p-22;  // below the smallest normal number, rounding is absolute
 constexpr size_t kLongest = 520;
 
@@ -25,7 +26,7 @@ Values scaled(Values values, float factor) {
   return values;
 }
 
-// Equal where exact isn't finite, else within error.
+// If exact is not finite, got must be equal to it; otherwise within error.
 void expect_near(size_t i, double got, double exact, double error) {
   if (std::isfinite(exact))
     check::expect(std::abs(got - exact) <= error, "element %zu is %.9g, wanted %.9g +- %.2g", i, got, exact,
@@ -34,12 +35,12 @@ void expect_near(size_t i, double got, double exact, double error) {
     check::expect(same(got, exact), "element %zu is %g, wanted %g", i, got, exact);
 }
 
-// Sums of k products: exact for integers, and where all but a few subnormals are.
+// The error of a sum of k products. It is 0 for integers, and if all but a few terms are subnormal.
 double sum_error(Data data, size_t k, double terms) {
   return data == Data::kUniform ? gamma<float>(k) * terms : data == Data::kSpecial ? double(k) * 0x1p-149 : 0;
 }
 
-// body(n, place) for every length.
+// Calls body(n, place) for every length.
 template <class Body>
 void for_lengths(const std::string& kernel, const Body& body) {
   for (size_t n = 0; n <= kLongest; ++n) {
@@ -50,7 +51,7 @@ void for_lengths(const std::string& kernel, const Body& body) {
 
 // ---- exp ----
 
-// By exp_sum, element by element: from where it underflows to where it overflows.
+// Tests exp through exp_sum, element by element, from where it underflows to where it overflows.
 void test_exp(const KernelTable& table) {
   for (size_t step = 0; step <= 20000; ++step) {
     const float x = -105 + 195 * float(step) / 20000;
@@ -82,7 +83,7 @@ void test_largest(const KernelTable& table) {
     for (Data data : {Data::kIntegers, Data::kUniform, Data::kTiny}) {
       check::Case one("%s largest n %zu, %s, %s", table.isa, n, name_of(data), name_of(place));
       Values values = scaled(draw<float>(random, n, data), -1);
-      for (float& v : values) v = -std::abs(v);  // zeros would win
+      for (float& v : values) v = -std::abs(v);  // otherwise zeros would win
       float exact = std::numeric_limits<float>::lowest();
       for (float v : values) exact = std::max(exact, v);
       Row<float> x(place, values);
@@ -259,7 +260,7 @@ void test_rotate(const KernelTable& table) {
 
 // ---- gated units ----
 
-// p of act(g) = g s(p), and its slope.
+// The p of act(g) = g s(p), and its slope.
 struct Inner {
   double p, slope;
 };
@@ -270,7 +271,8 @@ Inner inner_of(size_t act, double g) {
   return {g * (a + b * g * g), a + 3 * b * g * g};
 }
 
-// A bound on the relative error of s(p): that of exp and two operations, and that of p where exp(-p) is what counts.
+// A bound on the relative error of s(p): that of exp and two operations, plus that of p where exp(-p)
+// dominates.
 double sigmoid_error(size_t act, double g) {
   return kExpError + 4 * kUnit + (act && g < 0 ? 4 * kUnit * std::abs(inner_of(act, g).p) : 0);
 }
@@ -281,7 +283,7 @@ void test_gated(const KernelTable& table, size_t act) {
     check::Case one("%s gated %zu n %zu, %s", table.isa, act, n, name_of(place));
     Values g0 = scaled(draw<float>(random, n, Data::kUniform), act ? 4 : 12),
            u0 = draw<float>(random, n, Data::kUniform);
-    const size_t poisoned = n ? random.below(n) : 0;  // spoils its own element only
+    const size_t poisoned = n ? random.below(n) : 0;  // affects only its own element
     if (n) g0[poisoned] = std::numeric_limits<float>::quiet_NaN();
     Row<float> gate(place, g0), up(place, u0), out(place, n);
     table.transformer.gated[act](n, gate.data(), up.data(), out.data());
@@ -320,7 +322,7 @@ void test_gated_backward(const KernelTable& table, size_t act) {
 
 // ---- tiles of attention ----
 
-// body(rows, columns, gap between rows, place) for matrices of every shape up to 34 x 48, in steps.
+// Calls body(rows, columns, gap between rows, place) for matrices of every shape up to 34 x 48, in steps.
 template <class Body>
 void for_matrices(const std::string& kernel, const Body& body) {
   const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 64};
@@ -349,7 +351,7 @@ void test_scale_columns(const KernelTable& table) {
   });
 }
 
-// Some of the scores are -Inf, as masked ones are: in column 0 all of them; in the last column, one is NaN.
+// Some scores are -Inf, like masked ones: in column 0 all of them. In the last column, one is NaN.
 Values draw_scores(Random& random, size_t rows, size_t cols, bool special) {
   Values s = scaled(draw<float>(random, rows * cols, Data::kUniform), 8);
   for (size_t i = 0; special && i < s.size(); ++i)
@@ -381,7 +383,7 @@ void test_softmax_step(const KernelTable& table) {
           float now = largest0[j];
           bool poisoned = false;
           for (size_t i = 0; i < rows; ++i) {
-            now = std::max(now, s0[i * cols + j]);  // keeps now where the score is NaN
+            now = std::max(now, s0[i * cols + j]);  // keeps `now` if the score is NaN
             poisoned |= std::isnan(s0[i * cols + j]);
           }
           if (poisoned) {
@@ -431,6 +433,49 @@ void test_softmax_backward(const KernelTable& table) {
         }
       check::expect(s.gaps_intact() && dp.gaps_intact(), "wrote outside its outputs");
       check::expect(lse.untouched(lse0) && delta.untouched(delta0), "wrote to an input");
+    }
+  });
+}
+
+void test_whole_softmax_backward(const KernelTable& table) {
+  Random random(44);
+  for_matrices("whole_softmax_backward", [&](size_t rows, size_t cols, size_t gap, Place place) {
+    for (bool special : {false, true}) {
+      check::Case one("%s whole_softmax_backward rows %zu cols %zu gap %zu special %d, %s", table.isa, rows,
+                      cols, gap, special, name_of(place));
+      const Values s0 = draw_scores(random, rows, cols, special),
+                   dp0 = draw<float>(random, rows * cols, Data::kUniform);
+      Placed<float> s(rows, cols, {cols + gap}, place, s0), dp(rows, cols, {cols + gap}, place, dp0);
+      table.transformer.whole_softmax_backward(rows, cols, s.data(), dp.data(), cols + gap);
+      for (size_t j = 0; j < cols; ++j) {
+        double top = std::numeric_limits<float>::lowest(), sum = 0, products = 0, magnitude = 0;
+        bool poisoned = false;
+        for (size_t i = 0; i < rows; ++i) {
+          top = std::max(top, double(s0[i * cols + j]));
+          poisoned |= std::isnan(s0[i * cols + j]);
+        }
+        const auto exact = [&](size_t i) { return std::exp(double(float(s0[i * cols + j] - float(top)))); };
+        for (size_t i = 0; i < rows; ++i) {
+          sum += exact(i);
+          products += exact(i) * dp0[i * cols + j];
+          magnitude += exact(i) * std::abs(dp0[i * cols + j]);
+        }
+        const double off = 2 * kExpError + gamma<float>(rows + 3);  // of p
+        for (size_t i = 0; i < rows; ++i) {
+          if (poisoned) {
+            check::expect(std::isnan(s(i, j)) && std::isnan(dp(i, j)), "the NaN of column %zu was lost", j);
+            continue;
+          }
+          if (rows == 1 && s0[j] > -1e30f) check::expect(dp(i, j) == 0, "a single row has a gradient");
+          const double p = sum > 0 ? exact(i) / sum : 0, delta = sum > 0 ? products / sum : 0,
+                       slope = dp0[i * cols + j] - delta;
+          const double error = (off + 2 * kUnit) * p * std::abs(slope) +
+                               p * (sum > 0 ? (2 * off + 2 * kUnit) * magnitude / sum : 0);
+          expect_near(i * cols + j, s(i, j), p, off * p);
+          expect_near(i * cols + j, dp(i, j), p * slope, error);
+        }
+      }
+      check::expect(s.gaps_intact() && dp.gaps_intact(), "wrote outside its outputs");
     }
   });
 }
@@ -523,6 +568,7 @@ void test_transformer(const KernelTable& table) {
   test_scale_columns(table);
   test_softmax_step(table);
   test_softmax_backward(table);
+  test_whole_softmax_backward(table);
   test_key_dots(table);
   test_add_values(table);
 }

@@ -1,5 +1,6 @@
 """Each family against transformers and PEFT, as tiny random models of several shapes and seeds."""
 
+import contextlib
 import copy
 import types
 from pathlib import Path
@@ -65,10 +66,25 @@ def test_logits_and_loss_are_those_of_a_model_in_float64(
     assert ours.loss(ids, labels) == pytest.approx(wanted.loss.item(), rel=1e-5)
 
 
+class InDouble(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+    """Computes in float64 what transformers always computes in float32: norms, softmax, rotation angles."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
+
+
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_gradients_are_as_near_to_float64_as_those_of_torch(family: str, shape: str, tmp_path: Path) -> None:
-    """Two orders of summation: of one factor either may be nearer, of most they are alike."""
-    ratios = []
+    """Together the gradients are at most twice as far off as torch's in float32.
+
+    Both round equally often, so the error of one factor may be a fraction of that of torch, or a multiple.
+    """
+    errors, allowed = [], []
     for seed in (3, 4):
         theirs, ours = model_of(family, shape, seed, tmp_path)
         ids = ids_for(theirs)
@@ -76,20 +92,22 @@ def test_gradients_are_as_near_to_float64_as_those_of_torch(family: str, shape: 
         random = np.random.default_rng(seed)
         for parameter in ours.parameters():
             parameter.value[...] = 0.1 * random.standard_normal(parameter.value.shape)
-        nplora.save_adapter(ours, tmp_path / f"adapter-{seed}")
+        adapter = tmp_path / f"adapter-{seed}"
+        nplora.save_adapter(ours, adapter)
         exact, float32 = (
-            torch_gradients(theirs, tmp_path / f"adapter-{seed}", ids, dtype)
-            for dtype in (torch.float64, torch.float32)
+            torch_gradients(theirs, adapter, ids, dtype) for dtype in (torch.float64, torch.float32)
         )
         batch = pack(zip(ids, ids, strict=True))
         ours.forward_backward(batch, 1 / batch.num_targets)
         assert {p.name for p in ours.parameters()} == exact.keys()
         for parameter in ours.parameters():
             wanted = exact[parameter.name]
-            error, allowed = relative(parameter.grad, wanted), relative(float32[parameter.name], wanted)
-            ratios.append(error / max(allowed, EPS))
-    assert np.median(ratios) <= 2
-    assert max(ratios) <= 20
+            errors.append(relative(parameter.grad, wanted))
+            allowed.append(max(EPS, relative(float32[parameter.name], wanted)))
+    ratios = np.array(errors) / allowed
+    assert np.linalg.norm(errors) <= 2 * np.linalg.norm(allowed)
+    assert np.median(ratios) <= 1.5
+    assert max(ratios) <= 8
 
 
 def torch_gradients(theirs: Any, adapter: Path, ids: Array, dtype: Any) -> dict[str, Array]:
@@ -97,7 +115,8 @@ def torch_gradients(theirs: Any, adapter: Path, ids: Array, dtype: Any) -> dict[
     base = copy.deepcopy(theirs).to(dtype)
     model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).to(dtype)
     tokens = torch.from_numpy(ids)
-    model(tokens, labels=tokens).loss.backward()
+    with InDouble() if dtype is torch.float64 else contextlib.nullcontext():
+        model(tokens, labels=tokens).loss.backward()
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

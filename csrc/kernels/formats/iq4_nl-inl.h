@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// What the codes of IQ4_NL and IQ4_XS stand for.
+// The values of the codes of IQ4_NL and IQ4_XS.
 inline constexpr int8_t kIQ4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 

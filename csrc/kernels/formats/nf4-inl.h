@@ -1,13 +1,14 @@
-// NF4 of bitsandbytes, whose blocks lie in the flat tensor: the only format that is not one of rows.
+// NF4 of bitsandbytes. It is the only format whose blocks run through the flat tensor and not along rows.
 #pragma once
 
 #include "base/block.h"
 
 namespace nplora {
 
-// absmax kNf4Levels[q]: 64 elements of the flat tensor, which may begin and end within a row; element 2 i in the high nibble of
-// byte i. absmax, a float for each block, lies in an array of its own; or, quantised again, it is book[code] scale + offset, with a
-// book of kNf4Book levels and a scale for each kNf4Group blocks.
+// absmax kNf4Levels[q]. A block is 64 elements of the flat tensor, and may begin and end within a row.
+// Element 2 i is in the high nibble of byte i. absmax is in an array of its own, one float for each block. It
+// may be quantised again: then it is book[code] scale + offset, with a book of kNf4Book levels and one scale
+// for kNf4Group blocks.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};
@@ -16,7 +17,7 @@ struct BlockNf4 {
 static_assert(sizeof(BlockNf4) == 32);
 inline constexpr size_t kNf4Group = 256, kNf4Book = 256;
 
-// Dettmers et al. 2023, appendix E: equal shares of a normal distribution, with an exact zero.
+// Dettmers et al. 2023, appendix E: the quantiles of a normal distribution, with an exact zero.
 inline constexpr float kNf4Levels[16] = {-1.0f,
                                          -0.6961928009986877f,
                                          -0.5250730514526367f,
@@ -49,7 +50,7 @@ inline constexpr Nf4Levels kLevels = [] {
   return levels;
 }();
 
-// bitsandbytes rounds the product before the sum; volatile keeps the two from being fused.
+// bitsandbytes rounds the product before it adds. volatile prevents a fused multiply-add.
 inline float absmax_of(const Nf4& w, size_t block) {
   if (w.absmax) return w.absmax[block];
   const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];
@@ -94,7 +95,7 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   }
 }
 
-// Rows that begin with a block and are whole blocks.
+// Rows that begin at a block's start and are a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
   const Nf4& w;

@@ -4,8 +4,8 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale) q - (dmin min), with a scale and a minimum for each half of a sub-block: the low and the high
-// nibble of a byte of scales. Sub-block 4 h + t begins at 32 h of q, at bit 2 t.
+// Eight sub-blocks: (d scale) q - (dmin min). Each half of a sub-block has a scale and a minimum: the low and
+// the high nibble of a byte of scales. Sub-block 4 h + t starts at byte 32 h of q, at bit 2 t.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -48,7 +48,8 @@ struct Decoder<BlockQ2_K> {
       const size_t half = 2 * j + i / kBytes;
       const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of its index: this code and, above it, another one, which changes nothing.
+      // A permutation reads four bits of its index: this code and, above it, the next code. The values
+      // repeat, so the next code does not matter.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
       const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
       const Indices at = indices(q) >> (j % 4 * 2);

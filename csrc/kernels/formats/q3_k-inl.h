@@ -4,9 +4,10 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. Sub-block 4 h + t has its low two bits
-// at 32 h of low, at bit 2 t; sub-block j has its high bit in high, at bit j. Scales have six bits. Scale i has its low four in
-// the nibbles of byte i % 8, low ones for i < 8, and its high two in byte 8 + i % 4, at bit 2 (i / 4).
+// Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. Sub-block 4 h + t
+// has its low two bits at byte 32 h of low, at bit 2 t. Sub-block j has its high bit in `high`, at bit j. A
+// scale has six bits. Scale i has its low four in a nibble of byte i % 8 (the low nibble for i < 8), and its
+// high two in byte 8 + i % 4, at bit 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -29,7 +30,7 @@ inline void put_scales(const BlockQ3_K& block, float* to) {
   uint32_t high;
   __builtin_memcpy(&low, block.scales, sizeof low);
   __builtin_memcpy(&high, block.scales + sizeof low, sizeof high);
-  // Four bytes of two bits each, brought to bit 4.
+  // Moves the two high bits of each scale to bit 4 of a byte of its own.
   const uint64_t first = uint64_t(high) << 4 | uint64_t(high) << 34, second = high | uint64_t(high >> 2)
                                                                                          << 32;
   const Bytes codes = pair((low & kFour) | (first & kTwo), (low >> 4 & kFour) | (second & kTwo));
@@ -52,7 +53,8 @@ struct Decoder<BlockQ3_K> {
       const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
       const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of its index: this code and, above it, a bit that changes nothing.
+      // A permutation reads four bits of its index: this code and, above it, another bit. The values repeat,
+      // so that bit does not matter.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

@@ -4,9 +4,10 @@
 
 namespace nplora {
 
-// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits; j < 4: scale_j in the low bits of byte j,
-// min_j in those of byte 4 + j; j >= 4: their low four bits in the nibbles of byte 4 + j, their high two on top of bytes j - 4
-// and j. The 32 bytes at 32 (j / 2) of q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), j even.
+// Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits. For j < 4, scale_j is the
+// low bits of byte j and min_j those of byte 4 + j. For j >= 4, their low four bits are the nibbles of byte 4
+// + j, and their high two bits are the top bits of bytes j - 4 and j. The 32 bytes at 32 (j / 2) of q hold
+// sub-blocks j (low nibbles) and j + 1 (high nibbles), for even j.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};
@@ -43,7 +44,7 @@ struct Codes<BlockQ4_K> : Unsigned {
   using Factors = EightSubBlocks;
   const BlockQ4_K& block;
   SubScales scales{block.d, block.dmin, block.scales};
-  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_from_8 + 8);
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock);
     return j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);

@@ -4,7 +4,7 @@
 
 namespace nplora {
 
-// The same; bit j of high[i] is bit 4 of element i of sub-block j.
+// Like Q4_K; bit j of high[i] is bit 4 of element i of sub-block j.
 struct BlockQ5_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_1"};
@@ -42,7 +42,7 @@ struct Codes<BlockQ5_K> : Unsigned {
   using Factors = EightSubBlocks;
   const BlockQ5_K& block;
   SubScales scales{block.d, block.dmin, block.scales};
-  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_behind_8 + 8);
+  Factors a = Factors::load(scales.d), b = Factors::load(scales.m_from_8 + 8);
   SubBlock sub_block(size_t j) const {
     const SubBlock q = load_sub_block(block.q + j / 2 * kSubBlock),
                    low = j % 2 == 0 ? q & 15 : move(q, 4, 0, 15);

@@ -8,7 +8,7 @@ namespace nplora {
 template <size_t kGroupCount, size_t kGroupSize, int kLargest>
 struct AffineBlock {
   static constexpr size_t kGroups = kGroupCount, kSize = kGroupSize;
-  static constexpr float kLargestScale = kLargest;  // and the largest minimum
+  static constexpr float kLargestScale = kLargest;  // also the largest minimum
   float d = 0, dmin = 0;
   float scale[kGroups] = {}, minimum[kGroups] = {};
   double error = 0;
@@ -16,7 +16,7 @@ struct AffineBlock {
   CodeGrid grid(size_t j) const { return {d * scale[j], -(dmin * minimum[j])}; }
 };
 
-// The best of some grids with m <= 0 for one group, with any numbers.
+// The best of some grids with m <= 0 for one group, in unrounded numbers.
 template <size_t n>
 CodeGrid fit_group(const float* x, Codes codes) {
   const auto [least, most] = std::minmax_element(x, x + n);
@@ -37,7 +37,7 @@ CodeGrid fit_group(const float* x, Codes codes) {
   return best;
 }
 
-// Moves every scale and minimum by up to one, to where the values lie nearest.
+// Changes every scale and minimum by at most one, so that the values are nearest.
 template <class Affine>
 void settle(const float* x, Codes codes, Affine& b) {
   b.error = 0;
@@ -57,10 +57,11 @@ void settle(const float* x, Codes codes, Affine& b) {
   }
 }
 
-// d and dmin by least squares for the codes, scales and minima that b has. False where they are not determined.
+// d and dmin by least squares for the codes, scales and minima of b. Returns false if they are not
+// determined.
 template <class Affine>
 bool refit(const float* x, Codes codes, Affine& b) {
-  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // over s = scale q, m = minimum
+  double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums over products of s = scale q and m = minimum
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);
     ss += b.scale[j] * b.scale[j] * k.qq;

@@ -1,5 +1,6 @@
-// The search for formats with blocks of 32. ggml's rule gives the first scale; others near it, fitted by least squares, are kept where
-// they do better, so that no block has a larger squared error than under the rule.
+// The search for formats with blocks of 32. ggml's rule gives the first scale. Other scales near it, fitted
+// by least squares, are kept if they are better. So no block has a larger squared error than with ggml's
+// rule.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the better of the grids that it is shown, in the form in which they are stored.
+// Keeps the best of the grids that it is given, in the form in which they are stored.
 struct Best {
   const float* x;
   Codes codes;
@@ -27,7 +28,7 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // false where d became infinite: e is not a number then
+    if (e < error) {  // false if d became infinite, because then e is NaN
       error = e;
       grid = stored;
     }
@@ -61,7 +62,8 @@ inline CodeGrid best_affine(const float* x, float last) {
   return best.grid;
 }
 
-// Writes the codes less `first`, from 0 up: low four bits in nibbles, bit 4 in `high` where there is one.
+// Writes the codes, minus `first` so that they start at 0: the low four bits in nibbles, bit 4 in `high` if
+// the format has it.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, Codes codes, Block& out) {
   const Encoder code(grid, codes);

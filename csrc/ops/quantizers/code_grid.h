@@ -1,4 +1,4 @@
-// Grids of numbers, and how near a few values lie to one: what the quantisers search with.
+// Grids of numbers, and the error of a few values on a grid: the tools of the quantisers' searches.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,13 @@ struct Codes {
   float first, last;
 };
 
-// To nearest even for |x| < 2^22, in a form that vectorises on every machine.
+// Rounds to nearest even for |x| < 2^22, in a form that every machine vectorises.
 inline float nearest_integer(float x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;
 }
 
-// x to the code of the nearest number of a grid.
+// Maps x to the code of the nearest number of a grid.
 class Encoder {
  public:
   Encoder(CodeGrid grid, Codes codes) : grid_(grid), inverse_(grid.d == 0 ? 0 : 1 / grid.d), codes_(codes) {}
@@ -36,7 +36,8 @@ class Encoder {
   Codes codes_;
 };
 
-// Sum of term(i), i < n, in eight partial sums of one term in eight each: an order that vectors of any width can keep.
+// The sum of term(i) for i < n. Eight partial sums take every eighth term each, an order that vectors of any
+// width can keep.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};
@@ -67,8 +68,8 @@ Moments moments(const float* x, CodeGrid grid, Codes codes) {
           sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
 }
 
-// The grid on which the codes lie nearest to their values: least squares for d, or for d and m. `otherwise` where the codes do not
-// determine it.
+// The grid on which the codes are nearest to their values: least squares for d, or for d and m. Returns
+// `otherwise` if the codes do not determine it.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }
@@ -79,8 +80,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   return {float(d), float((s.x - d * s.q) / s.n)};
 }
 
-// The error of a quantiser's own range is not the least: a few grids beside it are tried, which spread the values over fewer codes
-// or, clipping the extremes, over more.
+// A quantiser's own range does not give the least error. A few grids around it are tried. They spread the
+// values over fewer codes or, clipping the extremes, over more.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

@@ -12,7 +12,8 @@ namespace {
 constexpr size_t kElements = BlockIQ4_NL::kElements;
 using Format = LevelCodes<kElements, kIQ4Levels>;
 
-// Scales that bring the extreme near to either end of the levels are tried; each is fitted to the codes that it gives.
+// Tries scales that bring the extreme near to either end of the levels. Each scale is then fitted to the
+// codes that it gives.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;
@@ -25,7 +26,7 @@ float best_scale(const float* x) {
       const float start = extreme / (end * (1 + kStep * float(i)));
       const float d = round_to_half(fitted_scale(Format::sums(x, start), {start}).d);
       const float e = Format::error(x, d);
-      if (e < error) {  // false where d became infinite: e is not a number then
+      if (e < error) {  // false if d became infinite, because then e is NaN
         error = e;
         best = d;
       }

@@ -1,4 +1,4 @@
-// Codes that stand for sixteen levels of any distance.
+// Codes for sixteen levels that need not be evenly spaced.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace nplora {
 
-// Groups of kSize values, each d times one of kLevels, which ascend.
+// Groups of kSize values. Each value is d times one of kLevels, which ascend.
 template <size_t kGroupSize, const int8_t (&kLevels)[16]>
 struct LevelCodes {
   static constexpr size_t kSize = kGroupSize;
 
-  // The number of the level that is nearest to x.
+  // The code of the level nearest to x.
   static int code(float x) {
     int q = 0;
     for (int i = 0; i < 15; ++i) q += x > 0.5f * float(kLevels[i] + kLevels[i + 1]);

@@ -1,5 +1,5 @@
-// NF4 as bitsandbytes makes it (Dettmers et al. 2023): the level nearest to each value over its block's absmax; and the same again for
-// the absmax, with other levels.
+// NF4 as bitsandbytes makes it (Dettmers et al. 2023): the level nearest to each value divided by its block's
+// absmax. The absmax are quantised in the same way, with other levels.
 #include <algorithm>
 #include <cmath>
 
@@ -9,7 +9,7 @@ namespace nplora {
 
 namespace {
 
-// Smaller ones count as this, so that the inverse is finite.
+// Smaller absmax count as this one, so that the inverse is finite.
 constexpr float kSmallestAbsmax = 1e-38f;
 
 float absmax_of(size_t n, const float* x) {
@@ -22,7 +22,8 @@ float inverse_of(float absmax) {
   return 1 / std::max(absmax, kSmallestAbsmax);
 }
 
-// The level nearest to x, of two the lower: the number of middles between levels that lie below x.
+// The level nearest to x, the lower one of two equally near. It is the number of midpoints between levels
+// that are below x.
 uint8_t nearest_level(float x) {
   int middles = 0;
   for (size_t i = 0; i < 15; ++i) middles += x > (kNf4Levels[i] + kNf4Levels[i + 1]) / 2;
@@ -35,19 +36,20 @@ float quantize_nf4_block(size_t n, const float* x, uint8_t* codes) {
   const float absmax = absmax_of(n, x), inverse = inverse_of(absmax);
   uint8_t q[BlockNf4::kElements + 1];
   for (size_t i = 0; i < n; ++i) q[i] = nearest_level(x[i] * inverse);
-  q[n] = nearest_level(0);  // beside an odd end
+  q[n] = nearest_level(0);  // fills the byte at an odd end
   for (size_t i = 0; i < n; i += 2) codes[i / 2] = static_cast<uint8_t>(q[i] << 4 | q[i + 1]);
   return absmax;
 }
 
-// Dettmers 2016: for each of seven decimal exponents the middles of 2^i equal parts of 0.1 ... 1, with both signs; 0 and 1.
+// Dettmers 2016: for each of seven decimal exponents, the midpoints of 2^i equal parts of 0.1 ... 1, with
+// both signs; also 0 and 1.
 void dynamic_book(float (&book)[kNf4Book]) {
   constexpr int kExponents = 7;
   float* end = book;
   for (int i = 0; i < kExponents; ++i) {
     const int parts = 1 << i;
     const float step = (1.0f - 0.1f) / float(parts), unit = float(std::pow(10.0, i - kExponents + 1));
-    // From the nearer end and fused, as torch.linspace computes it.
+    // Computed from the nearer end and fused, like torch.linspace.
     const auto bound = [&](int k) {
       return k < (parts + 1) / 2 ? std::fma(step, float(k), 0.1f) : std::fma(-step, float(parts - k), 1.0f);
     };

@@ -17,7 +17,8 @@ struct IntegerCodes {
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodes); }
 };
 
-// Format: its codes (kSize, error, sums); kGroups; and the range of its scales, kLeastScale to kMostScale.
+// Format provides its codes (kSize, error, sums), kGroups, and the range of its scales, from kLeastScale to
+// kMostScale.
 template <class Format>
 struct ScaledBlock {
   static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
@@ -25,7 +26,7 @@ struct ScaledBlock {
   float scale[kGroups] = {};
   double error = 0;
 
-  // Gives group j the best integer within `reach` of those that are named, and adds its error.
+  // Gives group j the best integer within `reach` of one of `scales`, and adds its error.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
     float least = INFINITY;
     for (float near : scales)
@@ -47,7 +48,7 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the codes and scales that were chosen, and those to d, as long as it helps.
+// Fits d to the chosen codes and scales, and these to d, in turns, as long as it helps.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {
@@ -68,8 +69,9 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// The best block of several d, whose multiples lie apart by fractions of a step of the largest scale. `extreme` is the code at which the
-// largest magnitude of a group is looked for first: integers near to that scale are tried, of either sign.
+// The best block for several values of d, whose multiples differ by fractions of a step of the largest scale.
+// `extreme` is the code at which the search first places the largest magnitude of a group. Integers near the
+// resulting scale are tried, with either sign.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

@@ -71,3 +71,56 @@ def test_an_unknown_step_is_an_error_that_names_it() -> None:
     run = subprocess.run([CI / "run", "no_such_step"], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "no_such_step is no step; .ci/run --list prints them\n"
+
+
+def ci_with(directory: Path, fake_steps: dict[str, tuple[str, str]]) -> Path:
+    """.ci/run with other steps: by their names what they need, and their commands."""
+    (directory / ".ci" / "steps").mkdir(parents=True)
+    text, count = re.subn(
+        r"^steps=\(.*\)$", f"steps=({' '.join(fake_steps)})", (CI / "run").read_text(), flags=re.MULTILINE
+    )
+    assert count == 1
+    program = directory / ".ci" / "run"
+    program.write_text(text)
+    program.chmod(0o755)
+    for name, (needs, commands) in fake_steps.items():
+        lines = ("#!/usr/bin/env bash", "# A step of a test", f"# needs: {needs}", "set -eu", commands)
+        (directory / ".ci" / "steps" / f"{name}.sh").write_text("\n".join(lines) + "\n")
+    return program
+
+
+COUNTED = 'mkdir -p "$NPLORA_CI_DIR/{0}"; echo "= {1} passed, 2 skipped" >"$NPLORA_CI_DIR/{0}/tests.count"'
+
+
+@ci_is_there
+def test_ci_runs_two_steps_at_a_time_and_adds_up_what_passed(tmp_path: Path) -> None:
+    ci = ci_with(
+        tmp_path,
+        {
+            "base": ("", 'echo "jobs: $NPLORA_CI_JOBS"'),
+            "first": (
+                "base",
+                f"touch first; until [ -e second ]; do sleep 0.01; done; {COUNTED.format('first', 3)}",
+            ),
+            "second": (
+                "base",
+                f"until [ -e first ]; do sleep 0.01; done; touch second; {COUNTED.format('second', 4)}",
+            ),
+            "last": ("first second", '[ -e first ] && [ -e second ]; echo "jobs: $NPLORA_CI_JOBS"'),
+        },
+    )
+    run = subprocess.run([ci], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {"base: jobs: 2", "last: jobs: 2"} <= set(lines)
+    assert lines[-1] == "7 passed, 0 failed"
+
+
+@ci_is_there
+def test_a_step_that_fails_ends_the_others(tmp_path: Path) -> None:
+    ci = ci_with(tmp_path, {"slow": ("", "sleep 60"), "bad": ("", "exit 3"), "later": ("bad", "touch later")})
+    run = subprocess.run([ci], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 1
+    assert "FAILED in bad\n" in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("FAILED, after ")
+    assert not (tmp_path / "later").exists()

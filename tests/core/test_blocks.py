@@ -305,7 +305,8 @@ def test_real_weights_are_quantised_as_well_as_promised(
     elif name in SEARCHED:
         error_of, other = search_error, "a plain search's"
     ours, theirs = 0.0, 0.0
-    for weight in real_weights:
+    step = 4 if name in SEARCHED else 1  # of the rows: the plain search takes most of the time
+    for weight in (np.ascontiguousarray(weight[::step]) for weight in real_weights):
         for rows in np.array_split(weight, ceil_div(len(weight), 4096)):
             ours += squared_error(rows, dequantize(quantize(rows, name), name), 32).sum()
             theirs += error_of(rows, name).sum()

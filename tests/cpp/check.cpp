@@ -22,6 +22,7 @@ char current[256] = "no case";
 bool current_failed = false;
 size_t passed = 0, failed = 0, passed_before = 0, failed_before = 0;
 std::map<std::string, size_t> shapes;
+size_t one_of = 1;
 
 // Arithmetic may raise the sticky exception flags, so they do not count as control bits.
 unsigned control_word() {
@@ -71,8 +72,14 @@ void expect(bool ok, const char* format, ...) {
   printf("\n");
 }
 
-void count_shape(const std::string& kernel) {
-  ++shapes[kernel];
+void take_one_of(size_t n) {
+  one_of = n;
+}
+
+bool count_shape(const std::string& kernel) {
+  const size_t number = shapes[kernel]++;
+  return number * 2654435761u % 4294967296u / 65536 % one_of ==
+         0;  // mixed, because loops over shapes are regular
 }
 
 void close_isa(const char* isa) {
@@ -83,7 +90,7 @@ void close_isa(const char* isa) {
     if (count < fewest) fewest = count;
   }
   printf("%-12s %zu kernels, %zu shapes or more each: %zu checks, %zu of them failed\n", isa, shapes.size(),
-         fewest, passed + failed - passed_before - failed_before, failed - failed_before);
+         fewest / one_of, passed + failed - passed_before - failed_before, failed - failed_before);
   fflush(stdout);
   shapes.clear();
   passed_before = passed;

@@ -22,10 +22,13 @@ class Case {
 // Fails the current case if ok is false. Only the first failure of a case is printed.
 [[gnu::format(printf, 2, 3)]] void expect(bool ok, const char* format, ...);
 
-// Counts one more shape for this kernel. Every kernel must see at least kFewestShapes of them between two
-// calls of close_isa.
+// Counts one more shape for this kernel, and says whether to test it. Every kernel must see at least
+// kFewestShapes of them between two calls of close_isa.
 inline constexpr size_t kFewestShapes = 500;
-void count_shape(const std::string& kernel);
+[[nodiscard]] bool count_shape(const std::string& kernel);
+
+// From now on, only about one of n shapes is tested.
+void take_one_of(size_t n);
 
 // Ends the counts of one instruction set and prints its line.
 void close_isa(const char* isa);

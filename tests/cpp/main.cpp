@@ -1,6 +1,6 @@
 // Checks every kernel of every instruction set that this machine runs against an independent oracle, on at
-// least 500 shapes each, in buffers between guard pages. Usage: kernel_tests [PART PARTS]. Each part tests
-// some of the instruction sets.
+// least 500 shapes each, in buffers between guard pages. Usage: kernel_tests [PART PARTS [N]]. Each part tests
+// some of the instruction sets; with N, on one of N shapes.
 #include "check.h"
 #include "kernel_tests.h"
 
@@ -22,8 +22,9 @@ bool differ(const KernelTable& table, const KernelTable& other, Groups KernelTab
 }  // namespace
 
 int main(int count, char** words) {
-  const size_t part = count == 3 ? strtoul(words[1], nullptr, 10) - 1 : 0;
-  const size_t parts = count == 3 ? strtoul(words[2], nullptr, 10) : 1;
+  const size_t part = count >= 3 ? strtoul(words[1], nullptr, 10) - 1 : 0;
+  const size_t parts = count >= 3 ? strtoul(words[2], nullptr, 10) : 1;
+  check::take_one_of(count == 4 ? strtoul(words[3], nullptr, 10) : 1);
   check::catch_crashes();
   test_dispatch();
   if (part == parts - 1) {  // in the last part, because on aarch64 CI skips the first part (generic)

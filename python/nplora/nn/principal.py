@@ -67,7 +67,7 @@ def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array
     """
     d_out, d_in = weight.shape
     width = min(rank + _OVERSAMPLING, d_out, d_in)
-    directions = np.random.default_rng(0).standard_normal((width, d_in), dtype=np.float32)
+    directions: Array = np.random.default_rng(0).standard_normal((width, d_in), dtype=np.float32)
     before = np.zeros(rank)
     for _ in range(_MOST_ITERATIONS):
         q = _orthonormal(weight.matmul_unrounded(directions))  # rows span the range of W

@@ -97,8 +97,9 @@ Backend choose_backend() {
   const char* name = std::getenv("NPLORA_PARALLEL");
   if (name == nullptr || *name == '\0' || std::string_view(name) == "pool") return Backend::kPool;
   if (std::string_view(name) == "openmp" && kHaveOpenMP) return Backend::kOpenMP;
-  throw std::invalid_argument(std::string("NPLORA_PARALLEL=") + name +
-                              (kHaveOpenMP ? ": expected pool or openmp" : ": this build knows pool only"));
+  throw std::invalid_argument(
+      std::string("NPLORA_PARALLEL=") + name +
+      (kHaveOpenMP ? ": expected pool or openmp" : ": expected pool, because this build has no OpenMP"));
 }
 
 Backend backend() {

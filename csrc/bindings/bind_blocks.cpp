@@ -24,7 +24,8 @@ BlockFormat row_format(const std::string& name) {
 // Checks that blocks has the size of (rows, cols) values.
 void require_blocks(BlockFormat format, const Bytes& blocks, size_t rows, size_t cols) {
   const BlockFormatInfo& of = info(format);
-  require(cols % of.elements == 0, "rows of " + std::to_string(cols) + " values are no whole blocks of " +
+  require(cols % of.elements == 0, "rows of " + std::to_string(cols) +
+                                       " values are not a whole number of blocks of " +
                                        std::to_string(of.elements) + ", which " + of.name + " needs");
   require_shape("blocks", blocks, rows, cols / of.elements * of.bytes);
 }

@@ -7,10 +7,10 @@ namespace nplora::bindings {
 
 py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
   constexpr uint64_t kHoldsReferences = 1;  // NPY_ITEM_REFCOUNT
-  require(!(dtype.flags() & kHoldsReferences), "arrays of objects are NumPy's to make");
+  require(!(dtype.flags() & kHoldsReferences), "expected a dtype without Python objects");
   size_t bytes = size_t(dtype.itemsize());
   for (const py::ssize_t n : shape) {
-    require(n >= 0, "an axis is negative");
+    require(n >= 0, "expected a shape without negative numbers");
     if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
   }
   auto buffer = std::make_unique<AlignedBuffer>(buffer_cache().take(bytes));

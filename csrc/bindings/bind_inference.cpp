@@ -25,7 +25,7 @@ class InferenceLayer {
   template <class T>
   ForwardPart<T> part() const {
     const auto* part = std::get_if<ForwardPart<T>>(&part_);
-    require(part, "the layer is of another dtype");
+    require(part, "the layer has another dtype than x");
     return *part;
   }
 
@@ -43,7 +43,7 @@ py::list infer(const Array<T>& x, const std::vector<const InferenceLayer*>& laye
     require(layers[i], "expected a layer");
     ForwardPart<T>& part = parts.emplace_back(layers[i]->part<T>());
     require_shape("x", x, from.rows, part.w.d_in);
-    require(part.w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
+    require(part.w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
     auto y = empty_rows<T>(from.rows, part.w.d_out);
     part.y = write(y);
     ys[i] = std::move(y);

@@ -69,7 +69,7 @@ void forward(const Array<T>& x, const py::list& layers) {
     require_shape("y", y, from.rows, w.d_out);
     if (z) require_shape("z", *z, from.rows, low.a.cols);
     parts.push_back({w, low, bias_data(w, bias), write(y), write(z)});
-    require(w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
+    require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
   without_gil([&] { lora_forward<T>(parts, from); });
 }
@@ -99,7 +99,7 @@ void backward(const Maybe<T>& x, Maybe<T> dx, const py::list& layers) {
     if (db) require_shape("db", *db, low.b.rows, w.d_in);
     parts.push_back({w, low, gradient, z ? read(*z) : Matrix<const T>{}, write(da), write(db)});
     require(gradient.rows == parts[0].dy.rows, "the gradients of a stack must have the same number of rows");
-    require(w.compute == parts[0].w.compute, "the weights of a stack must compute alike");
+    require(w.compute == parts[0].w.compute, "the weights of a stack must have the same compute type");
   }
   without_gil([&] { lora_backward<T>(parts, from, to); });
 }
@@ -133,7 +133,7 @@ void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale,
            std::optional<uint64_t> key) {
   const Storage storage = storage_of(name);
   require(!is_blocks(storage) && bytes_per_element(storage) == sizeof(T), "w is not an array of " + name);
-  require(!key || sizeof(T) == 2, "only 16-bit storages are rounded stochastically");
+  require(!key || sizeof(T) == 2, "stochastic rounding needs a 16-bit storage");
   const Matrix<T> to = rows_of(w);
   const Matrix<const F> left = read(a), right = read(b);
   require_shape("a", a, to.rows, right.rows);
@@ -163,7 +163,7 @@ std::string in_words(const KernelPlan& plan) {
 // The KernelPlan of forward and backward, in words.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
-                                                ", expected at least 1 and at most what an array can have");
+                                                ", expected at least 1 and no more than an array can have");
   const WeightView w = weight.view();
   const bool int8 = dots_int8(w) && rows <= small_batch<float>(), decoded = is_blocks(w.storage);
   const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : !int8 && computes_pairs(w, rows) ? 2 : 4;

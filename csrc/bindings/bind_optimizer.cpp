@@ -114,7 +114,7 @@ std::optional<double> adamw(const py::tuple& parameters, const py::tuple& exp_av
                             const py::tuple& exp_avg_sqs, double lr, double lr_of_a, const Array<bool>& is_a,
                             double weight_decay, double beta1, double beta2, double eps, long step,
                             double grad_scale, std::optional<double> max_norm) {
-  require(step >= 1, "step counts from 1");
+  require(step >= 1, "step must be at least 1");
   const std::vector<Trained>& all = collect(parameters, &exp_avgs, &exp_avg_sqs, {lr, lr_of_a, is_a});
   const double bias1 = 1 - std::pow(beta1, step), bias2 = 1 - std::pow(beta2, step);
   return clip_and_step(all, grad_scale, max_norm, [&](double scale) {

@@ -53,7 +53,7 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   const Storage storage = storage_of(name);
   const Compute compute = compute_of(compute_name);
   require(compute == Compute::kFloat || storage != Storage::kFloat64, "a float64 weight computes in float64");
-  require(fits<T>(storage) && !is_blocks(storage), "this dtype can't be stored as " + name);
+  require(fits<T>(storage) && !is_blocks(storage), "this dtype cannot be stored as " + name);
   const Matrix<const T> values = read(w);
   std::unique_ptr<PackedWeight> packed;
   without_gil([&] { packed = std::make_unique<PackedWeight>(values, storage, compute); });
@@ -79,7 +79,8 @@ std::unique_ptr<PackedWeight> of_array(const Array<T>& w, const std::string& nam
 std::unique_ptr<PackedWeight> of_blocks(const Array<uint8_t>& blocks, const std::string& name, size_t d_in,
                                         const std::string& compute) {
   const Storage storage = storage_of(name);
-  require(is_blocks(storage) && storage != Storage::kNf4, name + " has no rows of blocks");
+  require(is_blocks(storage) && storage != Storage::kNf4,
+          "expected a format with rows of blocks, got " + name);
   const Matrix<const uint8_t> rows = read(blocks);
   const BlockFormatInfo& of = info(format_of(storage));
   require(rows.cols % of.bytes == 0 && d_in == rows.cols / of.bytes * of.elements,
@@ -113,7 +114,7 @@ std::unique_ptr<PackedWeight> of_nested_nf4(const Array<uint8_t>& codes, const A
 template <class T>
 void unpack(const PackedWeight& w, Array<T> out) {
   require(fits<T>(w.storage()),
-          std::string("a weight stored as ") + name_of(w.storage()) + " can't be unpacked to this dtype");
+          std::string("a weight stored as ") + name_of(w.storage()) + " cannot be unpacked to this dtype");
   require_shape("out", out, w.d_out(), w.d_in());
   const Matrix<T> to = write(out);
   without_gil([&] { w.unpack(to); });

@@ -21,7 +21,8 @@ bool in_main_interpreter() {
 PYBIND11_MODULE(_core, m) {
   if (!in_main_interpreter()) throw pybind11::import_error(kOnlyInMain);
   m.doc() =
-      "The compiled core of nplora. Strict about shapes, dtypes and order; use the functions of `nplora`.";
+      "The compiled core of nplora. It is strict about shapes, dtypes and order; the functions of `nplora` "
+      "are not.";
   nplora::bindings::register_runtime(m);
   nplora::bindings::register_constants(m);
   nplora::bindings::register_buffers(m);

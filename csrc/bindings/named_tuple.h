@@ -18,7 +18,7 @@ template <class Field>
 Field field(py::handle part, size_t i, const char* type, const char* name) {
   py::detail::make_caster<Field> caster;
   if (!caster.load(PyTuple_GET_ITEM(part.ptr(), py::ssize_t(i)), false))
-    throw py::type_error(std::string(type) + ": " + name + " has not the expected type");
+    throw py::type_error(std::string(type) + ": " + name + " does not have the expected type");
   return py::detail::cast_op<Field>(std::move(caster));
 }
 

@@ -64,7 +64,7 @@ const Choice* choices(size_t* count) {
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())
-    return "Linux refuses the registers of AMX; perhaps a thread's signal stack is too small";
+    return "Linux refuses the tile registers of AMX, perhaps because a thread's signal stack is too small";
   return "";
 }
 
@@ -85,7 +85,7 @@ const KernelTable& choose() {
     }
     known += (i ? ", " : "") + std::string(all[i].table->isa);
   }
-  throw std::invalid_argument(std::string("NPLORA_ISA=") + name + ": this build knows " + known);
+  throw std::invalid_argument(std::string("NPLORA_ISA=") + name + ": expected one of " + known);
 }
 
 }  // namespace

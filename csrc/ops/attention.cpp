@@ -17,7 +17,7 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // The most tiles of a task. More would leave threads idle at the end of short sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// Below this many lanes too many lanes of the vectors would be idle.
+// With fewer lanes than this, too much of each vector would be idle.
 constexpr size_t kFewestLanes = 12;
 
 // The most keys in a piece of a single query.

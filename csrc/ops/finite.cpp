@@ -52,7 +52,7 @@ size_t first_nonfinite(Storage storage, size_t n, const void* elements) {
     case Storage::kFloat16:
       return first<uint16_t>(elements, n, 0x7C00);
     default:
-      throw std::invalid_argument("first_nonfinite: blocks have no elements of their own");
+      throw std::invalid_argument("first_nonfinite: expected storage of single elements, got blocks");
   }
 }
 

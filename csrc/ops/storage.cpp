@@ -23,7 +23,7 @@ size_t bytes_per_element(Storage storage) {
     case Storage::kFloat16:
       return 2;
     default:
-      throw std::logic_error("blocks have no bytes of one element");
+      throw std::logic_error("expected storage of single elements, got blocks");
   }
 }
 
@@ -35,7 +35,8 @@ void widen(Storage storage, size_t n, const void* from, T* to) {
     if (storage == Storage::kBfloat16) return convert.widen_bfloat16(n, bits, to);
     if (storage == Storage::kFloat16) return convert.widen_float16(n, bits, to);
   }
-  if (bytes_per_element(storage) != sizeof(T)) throw std::logic_error("storage and compute type do not fit");
+  if (bytes_per_element(storage) != sizeof(T))
+    throw std::logic_error("the elements of this storage have another size than the type to convert");
   if (n > 0) std::memcpy(to, from, n * sizeof(T));
 }
 
@@ -47,7 +48,8 @@ void narrow(Storage storage, size_t n, const T* from, void* to) {
     if (storage == Storage::kBfloat16) return convert.narrow_bfloat16(n, from, bits);
     if (storage == Storage::kFloat16) return convert.narrow_float16(n, from, bits);
   }
-  if (bytes_per_element(storage) != sizeof(T)) throw std::logic_error("storage and compute type do not fit");
+  if (bytes_per_element(storage) != sizeof(T))
+    throw std::logic_error("the elements of this storage have another size than the type to convert");
   if (n > 0) std::memcpy(to, from, n * sizeof(T));
 }
 

@@ -400,7 +400,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=r"blocks must have shape \(3, 40\)"):
             call(np.zeros((3, 39), np.uint8), "q4_1")
         with pytest.raises(
-            ValueError, match="rows of 64 values are no whole blocks of 256, which q4_k needs"
+            ValueError, match="rows of 64 values are not a whole number of blocks of 256, which q4_k needs"
         ):
             call(blocks, "q4_k")
         with pytest.raises(ValueError, match="unknown block format 'q2_z', expected one of q4_0, q4_1"):

@@ -300,13 +300,13 @@ def test_an_error_in_a_stack_names_the_wrong_field() -> None:
         ("y", y.T.copy().T),
         ("weight", 3),
     ):
-        with pytest.raises(TypeError, match=f"ForwardPart: {name} has not the expected type"):
+        with pytest.raises(TypeError, match=f"ForwardPart: {name} does not have the expected type"):
             _core.lora_forward(x, [forward._replace(**{name: bad})])
     with pytest.raises(TypeError, match="expected a ForwardPart"):
         _core.lora_forward(x, [tuple(forward)[:-1]])
     assert not forward.y.any()
     backward = _core.BackwardPart(**update, dy=y, z=np.ones((3, 2), np.float32), da=None, db=None)
-    with pytest.raises(TypeError, match="BackwardPart: dy has not the expected type"):
+    with pytest.raises(TypeError, match="BackwardPart: dy does not have the expected type"):
         _core.lora_backward(x, None, [backward._replace(dy=y.astype(np.float16))])
     with pytest.raises(TypeError, match="expected a BackwardPart"):
         _core.lora_backward(x, None, [None])

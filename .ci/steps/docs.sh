@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The documentation: every block runs, the pages build without warnings, links hold, nothing is loaded from elsewhere
+# The documentation: blocks run, pages build without warnings, links hold, nothing is loaded from elsewhere
 # needs: wheel
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages
-run_tests --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
+run_tests user --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
 with_packages user docs
 "$work/user/bin/sphinx-build" -W --keep-going -q -b html docs "$here/html"
 "$work/user/bin/python" scripts/check_site.py "$here/html"

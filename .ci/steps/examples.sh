@@ -4,4 +4,4 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages
-run_tests --skipped="$here/skipped" tests/examples | tee "$here/pytest.count"
+run_tests user --skipped="$here/skipped" tests/examples | tee "$here/pytest.count"

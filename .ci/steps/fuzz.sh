@@ -4,7 +4,8 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_packages user llm
-"$work/user/bin/pip" install -q --only-binary :all: atheris || { echo 'not fuzzed: pip installs no atheris for this Python'; exit; }
+"$work/user/bin/pip" install -q --only-binary :all: atheris ||
+  { echo 'not fuzzed: pip installs no atheris for this Python'; exit; }
 memory=$(mktemp -d -p /dev/shm)
 trap 'rm -rf "$memory"' EXIT
 

@@ -3,7 +3,7 @@
 # needs: tests docs examples
 . "$(dirname "$0")/../environment.sh"
 
-with_packages user bench
-"$work/user/bin/python" -c 'import peft, torch'
+with_test_packages torch test,bench
+"$work/torch/bin/python" -c 'import peft, torch'
 cat "$work"/{tests,docs,examples}/skipped >"$here/skipped"
-run_tests "@$here/skipped" | tee "$here/pytest.count"
+run_tests torch "@$here/skipped" | tee "$here/pytest.count"

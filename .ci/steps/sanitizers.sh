@@ -4,8 +4,9 @@
 . "$(dirname "$0")/../environment.sh"
 
 # A copy of the sources, to which the guide's own code is added: it must compile, and pass the same tests.
-mkdir -p "$here/tree"
-cp -ru CMakeLists.txt CMakePresets.json csrc tests "$here/tree"
+rm -rf "$here/tree"
+mkdir "$here/tree"
+cp -rp CMakeLists.txt CMakePresets.json csrc tests "$here/tree"
 python scripts/apply_guide.py docs/add-a-block-format.md "$here/tree"
 build asan "$here/tree" kernel_tests planted_bug
 must_find 'AddressSanitizer: heap-buffer-overflow' "$here/asan/tests/cpp/planted_bug" read

@@ -3,7 +3,7 @@
 # needs: tools
 . "$(dirname "$0")/../environment.sh"
 
-# In one build with the tests in C++, which hold the wheel's own kernels; -g1: what tests/inner_loops.py reads.
+# In one build with the C++ tests, which test the wheel's own kernels. tests/inner_loops.py needs -g1.
 rm -rf "$here/dist"
 pip wheel -q . --no-deps --wheel-dir "$here/dist" -C build-dir="$here/native" -C cmake.define.NPLORA_BUILD_TESTS=ON \
   -C cmake.define.NPLORA_WERROR=ON -C cmake.define.CMAKE_CXX_FLAGS=-g1

@@ -2,8 +2,7 @@
 // rows of a row-major matrix. See kernel_table.h for the contract.
 //
 // The unit defines:
-//   kDotResident  the most vectors of x, those of one panel, that stay in registers while the rows of W are
-//   read
+//   kDotResident  the most vectors of x (of one panel) that stay in registers while the rows of W are read
 //   kDotRows      the number of rows that share each vector of x otherwise
 //   kDotSums      the number of partial sums of a row: FMA latency x throughput (4 x 2), divided by the rows
 //   in flight

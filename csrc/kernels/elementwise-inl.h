@@ -255,7 +255,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Below 2^-14, adding 0.5 aligns the last place of the float with that of a subnormal float16.
+      // Below 2^-14, adding 0.5 aligns the float's last place with the last place of a subnormal float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // rebias the exponent from 127 to 15, round to nearest even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

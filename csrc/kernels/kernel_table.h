@@ -81,8 +81,8 @@ struct Fetch {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // Only for gemm_outputs_in_lanes: the rows of w that are read kFetchAhead bytes later, or those of the next
-  // L1 block (see l1_block_bytes).
+  // Only for gemm_outputs_in_lanes: the rows of w that are read kFetchAhead bytes later, or the rows of the
+  // next L1 block (see l1_block_bytes).
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
@@ -255,8 +255,8 @@ struct Conversions {
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
   // Each x becomes one of its two neighbours in the format. The choice is random, so that the expected value
-  // is x (for float16 below 2^-14: to 2^-48). The random bits are those of dropout. Values beyond the largest
-  // finite number stay as they are.
+  // is x (for float16 below 2^-14: to 2^-48). The random bits come from dropout's generator. Values beyond
+  // the largest finite number stay as they are.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 

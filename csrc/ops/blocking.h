@@ -47,13 +47,13 @@ inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while the panels
 // are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The same for bfloat16 and a single token. It would wait for sums in L2, so these stay in L1 (128 x 16 lanes
-// of floats = 8 KB).
+// The same for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in L1
+// (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W until the
-// update.
+// The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
+// W, until the update is added.
 inline constexpr size_t kFewTokens = 64;
 // The columns of a gradient of A or B that one task owns, and the tokens that it adds to them at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;

@@ -235,7 +235,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// Reading and decoding W takes this many times as long as its operations.
+// The time to read and decode W, as a multiple of the time of its floating-point operations.
 constexpr double kReadingCost = 2;
 
 }  // namespace

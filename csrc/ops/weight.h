@@ -37,8 +37,8 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in if all are full. A row_block must not straddle it,
-// except one of Bf16Pair.
+// The first column of the last, narrower panel, or d_in if all panels are full. A row_block must not span
+// this column, unless its elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }

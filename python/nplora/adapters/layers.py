@@ -62,7 +62,7 @@ def save_adapter(
 
 
 def from_model(model: Module, op: str) -> AdapterContent:
-    """Take the adapter of a model. Its arrays are those of `LoRALayer.plain_update`."""
+    """Return the adapter that a model holds, with the arrays that `LoRALayer.plain_update` returns."""
     layers, whole = _trained(op, model)
     return AdapterContent(
         type(model).__name__,

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line. If stderr cannot be written, these lines are lost and the status stays the same.
 
     Args:
-        arguments: the words after `nplora`; None: those of this process.
+        arguments: the words after `nplora`; None: the arguments of this process.
     Raises:
         SystemExit: --help, --version, wrong arguments, or SIGHUP or SIGTERM during training.
 

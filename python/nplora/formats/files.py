@@ -315,7 +315,7 @@ class Directory(os.PathLike[str]):
 
 
 def require_directory(path: StrPath) -> None:
-    """Raise NotADirectoryError if an output directory's path exists and is something else."""
+    """Raise NotADirectoryError if the path exists but is not a directory."""
     if os.path.exists(path) and not os.path.isdir(path):
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
         reason = f"is {kind}, expected a directory: name another one"

@@ -347,7 +347,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     if bytes(raw[:1]) != b"{":
         raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
     if size > _MAX_WIDE and not _is_ascii(raw):
-        raise LimitError(f"{where} of {size:,} bytes that are not ASCII, at most {_MAX_WIDE:,} are read")
+        raise LimitError(f"{where} has {size:,} bytes that are not all ASCII, at most {_MAX_WIDE:,} are read")
     return strict_json.loads(raw, where, _MOST_VALUES), 8 + size
 
 

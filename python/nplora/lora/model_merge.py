@@ -22,7 +22,7 @@ class ModelMerge:
         target: the file or directory.
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: how many tensors were copied as they are.
-        nbytes: of all that was written.
+        nbytes: the total size of the written files.
     """
 
     target: str
@@ -37,7 +37,7 @@ class ModelMerge:
 
     @property
     def delta_kept(self) -> float:
-        """The share of ΔW that is there, of all tensors together."""
+        """The share of ΔW that the merged weights keep, over all tensors together."""
         return self.total.kept
 
     @property
@@ -47,7 +47,7 @@ class ModelMerge:
 
     @property
     def noise(self) -> float:
-        """The part of that error that is orthogonal to ΔW: not what is lost, but what rounding adds."""
+        """The part of that error that is orthogonal to ΔW. Rounding adds it; it is not a loss of ΔW."""
         return self.total.noise
 
     @property
@@ -67,7 +67,7 @@ class ModelMerge:
             f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
             f"({', '.join(kinds)}), {self.kept} copied",
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
-            f"rounding adds noise in all directions, {noise}",
+            f"rounding also adds random noise: {noise}",
             "the tensors that keep the least:",
             *(f"  {report}" for report in worst[:_SHOWN]),
         ]

@@ -367,7 +367,7 @@ class Module:
             (True, True)
 
         Args:
-            dtype: the storage of the merged weights: "same" as that of the frozen weight, or another storage
+            dtype: the storage of the merged weights: "same" as the frozen weight's, or another storage
                 of `FrozenWeight`, rounded from a float32 sum. None: the storage of the frozen weight, but
                 float32 for a quantised one, whose coarse steps may lose the update.
         Returns:
@@ -493,7 +493,7 @@ class Module:
         """Continue the dropout streams from what `random_state` returned; see there for an example.
 
         Raises:
-            ValueError: the names are not those of this model's adapter layers, or an entry is not two
+            ValueError: the names differ from the names of this model's adapter layers, or an entry is not two
                 integers.
         """
         op, layers = "set_random_state", self.adapter_layers()

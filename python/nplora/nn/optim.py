@@ -104,7 +104,7 @@ class Optimizer:
             None without a max_norm. With one, the norm before clipping. If it is not finite, no step is made
             and nothing is changed.
         Raises:
-            ValueError: the parameters are not those of the first step.
+            ValueError: the parameters are not the same as in the first step.
             TypeError: parameters is not what `model.parameters()` returns.
             RuntimeError: a parameter is read-only, as it is while its layer is merged.
         """

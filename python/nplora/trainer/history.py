@@ -156,7 +156,7 @@ class History:
         ]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Take over what `step_columns` and `epoch_rows` returned.
+        """Replace the records by the ones that `step_columns` and `epoch_rows` returned earlier.
 
         Raises:
             ValueError, TypeError: the arguments do not have that form.

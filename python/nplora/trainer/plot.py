@@ -139,7 +139,7 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """The points of a curve, without those that are null."""
+    """The points of a curve, without records whose value is null."""
     points = [(record["step"], record[name]) for record in records if record[name] is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 

@@ -129,7 +129,7 @@ class Trainer(TrainingSetup):
                 is read once per epoch; a generator is enough for one epoch only.
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
             batch_size: rows in a batch; the last batch of an epoch may have fewer.
-            shuffle: take the rows in another order in each epoch, drawn from (seed, epoch).
+            shuffle: take the rows in a new random order in each epoch, drawn from (seed, epoch).
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
             patience: stop after this many epochs in a row without a lower validation loss (early stopping).
                 A loss that is NaN or infinite is not lower. However the run ends, the model then has the

@@ -60,8 +60,8 @@ class DataReport:
     Attributes:
         source: the file.
         examples: rows that are used, or windows of a plain text.
-        tokens: the tokens of all examples.
-        learned: the trained tokens: those that the loss counts.
+        tokens: the number of tokens in all examples.
+        learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
         truncated: examples that were cut to the maximum length.
         emptied: examples that are left out, because the cut left no trained token.

@@ -49,7 +49,7 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel) -> tuple[int, int]:
-    """The bytes of this process in memory now, and those of the model's weights that are not read yet."""
+    """The bytes that this process has in memory, and the bytes of the weights that are not read yet."""
     return current_memory(), unread(lm.config.source)
 
 

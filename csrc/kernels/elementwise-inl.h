@@ -166,9 +166,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// Narrows two vectors; the first goes to the low half. The instruction does what bfloat16_bits does, except
-// for subnormals. These are recognised by their bits, because a program may have set its processor to treat
-// them as 0.
+// Narrows two vectors; the first goes to the low half. The instruction gives the same bits as bfloat16_bits,
+// except for subnormals. Subnormals are recognised by their bits, because a program may have set its
+// processor to treat them as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &

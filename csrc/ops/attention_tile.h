@@ -1,4 +1,5 @@
-// What forward and backward attention share: tiles of queries in the SIMD lanes, and which keys a query sees.
+// Code that forward and backward attention share: tiles of queries in the SIMD lanes, and the range of keys
+// that a query sees.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,8 @@ inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. Its scores are 64 x 48 floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
 
-// Neighbouring queries, and the keys of their sequence. Their positions are first_position, first_position + 1, ...
+// Neighbouring queries, and the keys of their sequence. Their positions are first_position, first_position +
+// 1, ...
 struct Run {
   size_t row, count;      // rows of q
   size_t first_position;  // the position of the first query among the keys

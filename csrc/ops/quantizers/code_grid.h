@@ -80,8 +80,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   return {float(d), float((s.x - d * s.q) / s.n)};
 }
 
-// A quantiser's own range does not give the least error. A few grids around it are tried. They spread the
-// values over fewer codes or, clipping the extremes, over more.
+// A quantiser's own range does not give the least error. A few grids around this range are tried. They
+// spread the values over fewer codes or, clipping the extremes, over more codes.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

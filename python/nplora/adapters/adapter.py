@@ -80,7 +80,7 @@ class Adapter(AdapterContent):
         The new layers have no dropout. If an error is raised, the model is unchanged.
 
         Args:
-            replace: first remove the adapter that the model has, whichever layers it adapts. An optimiser
+            replace: first remove the adapter that the model has, from all layers. An optimiser
                 that holds the arrays of the removed layers must be made anew. (`load_adapter` keeps the
                 layers and writes into their arrays instead.)
         Raises:

@@ -74,7 +74,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send what a stream still holds to /dev/null if it cannot be written: Python would fail at exit."""
+    """If a stream's buffered text cannot be written, send it to /dev/null. Else Python would fail at exit."""
     if stream is None:
         return
     try:

@@ -403,7 +403,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Refuse a target that is not a regular file. A rename would turn a FIFO or device into one."""
+    """Refuse a target that is not a regular file. A rename would replace a FIFO or device by a file."""
     place = target if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)

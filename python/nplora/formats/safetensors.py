@@ -267,9 +267,9 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
-    """The file that `save` writes, for a caller that replaces several files together.
+    """The same file as `save` writes, but not yet written: the caller replaces several files together.
 
-    Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
+    Contiguous copies are made one tensor at a time. A `Stream` is called when its tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))

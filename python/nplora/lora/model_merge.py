@@ -16,7 +16,7 @@ _LITTLE = 0.5  # of a tensor's ΔW that rounding kept: less is worth a warning
 
 @dataclass(frozen=True)
 class ModelMerge:
-    """What `merge_adapter` wrote.
+    """A report about the model that `merge_adapter` wrote.
 
     Attributes:
         target: the file or directory.
@@ -75,7 +75,7 @@ class ModelMerge:
 
     @property
     def warning(self) -> str:
-        """Which tensor lost much of its ΔW by rounding, and what would keep more; empty if none did."""
+        """A warning if rounding removed much of a tensor's ΔW, with a storage that keeps more; else empty."""
         worst = min(self.reports, key=lambda report: report.kept)
         if worst.kept >= _LITTLE:
             return ""

@@ -164,7 +164,7 @@ class Optimizer:
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Continue from what `state_dict` returned; see there for an example.
+        """Continue from the result of `state_dict`, which has an example.
 
         If `init` was called before, the state must fit its parameters, and is copied into the arrays that
         there are. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep

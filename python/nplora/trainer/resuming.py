@@ -67,7 +67,7 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the log keeps of a loss that was not finite with the parameters of this step."""
+    """The log's record that the parameters of this step led to a loss that was not finite."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 
@@ -80,7 +80,7 @@ def _choices(settings: dict[str, Any]) -> str:
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
     """The checkpoint to resume: the newest, unless its parameters led to a loss that was not finite.
 
-    The next loss depends on these parameters and the data alone: it would be the same with any learning rate.
+    The next loss depends on the parameters and the data only: it would be the same with any learning rate.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.

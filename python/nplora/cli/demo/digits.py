@@ -38,7 +38,7 @@ class DigitsNet(Module):
         self.relu = ReLU()
 
     def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the logits (n, 10) of images (n, 64), and what `backward` needs."""
+        """Return the logits (n, 10) of images (n, 64), and the values that `backward` needs."""
         h, s1 = self.fc1.forward(x)
         h, r1 = self.relu.forward(h)
         h, s2 = self.fc2.forward(h)

@@ -55,7 +55,7 @@ class _Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a file of data contains; `print` shows it in a line or two.
+    """A summary of a data file; `print` shows it in a line or two.
 
     Attributes:
         source: the file.
@@ -109,7 +109,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
     All examples are in one array, which takes 5 bytes per token.
 
     Attributes:
-        report: what the file contains.
+        report: a summary of the file.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer)

@@ -1,4 +1,4 @@
-// What low-bit blocks are made of. A block may start at any byte.
+// The parts of low-bit blocks. A block may start at any byte.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ struct Half {
 // The smallest positive and the largest finite float16.
 inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
-// What the library knows about a block format, apart from its layout.
+// Properties of a block format, apart from its layout.
 struct BlockFacts {
   float largest;                  // the largest magnitude for which scale and minimum stay within float16
   const char* shorter = nullptr;  // the format that llama.cpp uses for rows that are not whole blocks

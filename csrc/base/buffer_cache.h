@@ -1,4 +1,4 @@
-// Large buffers that are reused: the next training step takes what this one gives back.
+// Large buffers that are reused: the next training step takes the buffers that this step gives back.
 #pragma once
 
 #include <cstddef>

@@ -80,7 +80,7 @@ std::optional<bool> can_collapse() {
   char* const trial = map_aligned(kHugePage);
   if (trial == nullptr) return std::nullopt;
   *trial = 1;
-  // EINVAL: unknown; other errors: short of huge pages.
+  // EINVAL: the kernel does not know kCollapse. Other errors: no huge page is free.
   const bool knows = madvise(trial, kHugePage, kCollapse) == 0 || errno != EINVAL;
   munmap(trial, kHugePage);
   return knows;

@@ -90,8 +90,8 @@ class Pool {
   }
 
   // Keeps the workers off the caller's processor. A sleeping worker would often be woken onto it, and would
-  // wait for a time slice while the caller does all the work. On the other processors a worker gets its share
-  // even from threads that spin, as the threads of a BLAS do for a while after each product.
+  // wait for a time slice while the caller does all the work. On the other processors a worker gets enough
+  // time even if other threads spin there, as the threads of a BLAS do for a while after each product.
   void steer_workers() {
 #ifdef __linux__
     const int cpu = sched_getcpu();

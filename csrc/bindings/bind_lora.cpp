@@ -113,7 +113,7 @@ void outer(const Array<T>& a, const Array<T>& b, double scale, Array<T> out) {
   without_gil([&] { add_outer(left, right, scale, to); });
 }
 
-// The rows of an array that is written in place. Each row is contiguous; the distance between rows is free.
+// The rows of an array that is written in place. Each row is contiguous; rows may be any distance apart.
 template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");

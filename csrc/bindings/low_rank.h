@@ -1,4 +1,4 @@
-// What the bindings of layers have in common.
+// Code that the bindings of all layers share.
 #pragma once
 
 #include "bindings/arrays.h"

@@ -1,4 +1,4 @@
-// The softmax of attention, and what surrounds its products. Queries are in the SIMD lanes, so nothing is
+// The softmax of attention, and the steps around its products. Queries are in the SIMD lanes, so nothing is
 // summed across lanes. See kernel_table.h for the contract.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -162,8 +162,8 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// The same if the rows are all keys of the columns. delta is summed from the rounded p and dp themselves, so
-// equal terms cancel exactly: a single row has ds = 0.
+// softmax_backward for columns that have all their keys in these rows. delta is summed from the rounded p and
+// dp themselves, so equal terms cancel exactly: a single row has ds = 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
   constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;  // kLeast: if all elements are -Inf

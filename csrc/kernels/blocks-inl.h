@@ -130,7 +130,7 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
   }
 }
 
-// ---- one block: what its sub-blocks share, and sub-block j ----
+// ---- one block: the values that its sub-blocks share, and sub-block j ----
 
 // sub_block(j, to) stores sub-block j of the block.
 template <class Block>

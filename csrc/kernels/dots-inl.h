@@ -2,8 +2,7 @@
 // rows of a row-major matrix. See kernel_table.h for the contract.
 //
 // The unit defines:
-//   kDotResident  the most vectors of x, those of one panel, that stay in registers while the rows of W are
-//   read
+//   kDotResident  the most vectors of x (of one panel) that stay in registers while the rows of W are read
 //   kDotRows      the number of rows that share each vector of x otherwise
 //   kDotSums      the number of partial sums of a row: FMA latency x throughput (4 x 2), divided by the rows
 //   in flight
@@ -122,8 +121,9 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
-// The same for an interleave factor of two, if the elements can be zipped. Two vectors of x are rearranged so
-// that each holds both elements, for one half of the tokens. Then one load of W serves two products.
+// The products for an interleave factor of two, if the elements can be zipped. Two vectors of x are
+// rearranged so that each holds both elements, for one half of the tokens. Then one load of W serves two
+// products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
@@ -284,8 +284,8 @@ inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride
     }
 }
 
-// The same for groups that fit one register element U: a transpose. It also fetches the m rows that follow,
-// which are used next.
+// interleave_groups for groups that fit one register element U, by a transpose. It also fetches the next m
+// rows, which are used soon.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;

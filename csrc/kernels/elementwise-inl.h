@@ -166,9 +166,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// Narrows two vectors; the first goes to the low half. The instruction does what bfloat16_bits does, except
-// for subnormals. These are recognised by their bits, because a program may have set its processor to treat
-// them as 0.
+// Narrows two vectors; the first goes to the low half. The instruction gives the same bits as bfloat16_bits,
+// except for subnormals. Subnormals are recognised by their bits, because a program may have set its
+// processor to treat them as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -255,7 +255,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Below 2^-14, adding 0.5 aligns the last place of the float with that of a subnormal float16.
+      // Below 2^-14, adding 0.5 aligns the float's last place with the last place of a subnormal float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // rebias the exponent from 127 to 15, round to nearest even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

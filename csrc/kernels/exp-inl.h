@@ -26,7 +26,7 @@ inline Vec<float> exp(Vec<float> x) {
 }
 
 // Access to a whole vector of floats, or to the first n lanes of one. The other lanes are zero or, after
-// load_or, those of another vector.
+// load_or, taken from another vector.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }

@@ -81,8 +81,8 @@ struct Fetch {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // Only for gemm_outputs_in_lanes: the rows of w that are read kFetchAhead bytes later, or those of the next
-  // L1 block (see l1_block_bytes).
+  // Only for gemm_outputs_in_lanes: the rows of w that are read kFetchAhead bytes later, or the rows of the
+  // next L1 block (see l1_block_bytes).
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
@@ -90,9 +90,9 @@ struct Fetch {
 // cycles after the request; twice as long if others use the same memory.
 inline constexpr size_t kFetchAhead = 12288;
 
-// Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of it, the sums are the
-// same as for the whole depth, on every instruction set. A panel of floats ends at such a multiple. A panel
-// of pairs, 24 elements, does not (see kDepthCut).
+// Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of
+// kDepthUnit, the sums are the same as for the whole depth, on every instruction set. The size of a panel of
+// floats is such a multiple. A panel of pairs has 24 elements, which is no multiple (see kDepthCut).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -104,10 +104,10 @@ template <class E>
 struct Tiles {
   // Tokens in a full tile of gemm_tokens_in_lanes: two vectors. Small batches use one, lanes / 2.
   size_t lanes;
-  // The number of rows of w at which gemm_tokens_in_lanes is fastest. It takes any number.
+  // The number of rows of w at which gemm_tokens_in_lanes is fastest. Any number is allowed.
   size_t tile_rows;
-  // The same for rows of a in gemm_outputs_in_lanes, if the rows of w are not dense. It then reads
-  // tile_columns columns of w at a time, and reads w once for each such group.
+  // The number of rows of a at which gemm_outputs_in_lanes is fastest if the rows of w are not dense. It then
+  // reads tile_columns columns of w at a time, and reads w once for each such group.
   size_t tile_tokens, tile_columns;
   // gemm_outputs_in_lanes processes a dense panel in blocks of at most this many bytes, which stay in L1. 0:
   // in one block.
@@ -255,8 +255,8 @@ struct Conversions {
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
   // Each x becomes one of its two neighbours in the format. The choice is random, so that the expected value
-  // is x (for float16 below 2^-14: to 2^-48). The random bits are those of dropout. Values beyond the largest
-  // finite number stay as they are.
+  // is x (for float16 below 2^-14: to 2^-48). The random bits come from dropout's generator. Values beyond
+  // the largest finite number stay as they are.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -306,8 +306,8 @@ struct BlockDots {
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
-  // The same for NF4. Row i begins with number first + i * row_step of the flat tensor. first, row_step and
-  // cols are multiples of 64.
+  // The function `dots` for NF4. Row i begins with number first + i * row_step of the flat tensor. first,
+  // row_step and cols are multiples of 64.
   void (*dots_nf4)(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
                    size_t x_stride, float* part, const Fetch& next);
 };
@@ -337,7 +337,7 @@ struct Int8Products {
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 inline constexpr size_t kActivations = 2;
 
-// What a language model computes apart from its products. If an output may be the same array as an input,
+// The functions of a language model other than its products. If an output may be the same array as an input,
 // element i of the output is written after element i of the input was read.
 struct Transformer {
   // y = x * weight / sqrt(mean x² + eps), of n elements.
@@ -399,7 +399,7 @@ struct Transformer {
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
-  // The same if the rows are all keys of the columns: p = softmax(s) and delta = Σ p * dp.
+  // softmax_backward if the rows hold all keys of each column: p = softmax(s) and delta = Σ p * dp.
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 

@@ -135,8 +135,9 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// What a tile fetches at each step: lines of a Fetch or, if too few are left, rows of w that come kFetchAhead
-// bytes after the columns that the tile reads. Fetching other columns of w would only fetch from L2.
+// The lines that a tile fetches at each step: lines of a Fetch or, if too few are left, rows of w that come
+// kFetchAhead bytes after the columns that the tile reads. Fetching other columns of w would only fetch from
+// L2.
 struct FetchSteps {
   const char* at;
   size_t step, line;

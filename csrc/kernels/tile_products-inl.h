@@ -151,8 +151,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// The same if w holds single values. kPairedRows of its rows at a time are paired in a copy, which stays in
-// L1.
+// The same product if w holds single values. It copies kPairedRows rows of w at a time as pairs; the copy
+// stays in L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,

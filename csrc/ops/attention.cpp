@@ -98,7 +98,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      for (size_t end = lanes; end > 0;) {  // the last queries see the most keys, so they are first
+      for (size_t end = lanes; end > 0;) {  // the last queries see the most keys, so they run first
         const size_t first = (end - 1) / per_task * per_task;
         tasks.push_back({i, kv_head, first, end});
         end = first;

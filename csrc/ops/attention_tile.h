@@ -1,4 +1,5 @@
-// What forward and backward attention share: tiles of queries in the SIMD lanes, and which keys a query sees.
+// Code that forward and backward attention share: tiles of queries in the SIMD lanes, and the range of keys
+// that a query sees.
 #pragma once
 
 #include <algorithm>

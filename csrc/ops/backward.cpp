@@ -18,9 +18,9 @@ using kernels::Sum;
 
 namespace {
 
-// The gradients of a stack, computed in elements E from blocks of W in elements W. Each token block computes
-// dz first, then dx and the sums of dA and dB, so that dy and x are read from memory once. The sums are added
-// to dA and dB at the end, so an interrupted call adds nothing.
+// The gradients of a stack. Products use elements E, and blocks of the weight have elements W. Each token
+// block computes dz first, then dx and the sums of dA and dB, so that dy and x are read from memory once. The
+// sums are added to dA and dB at the end, so an interrupted call adds nothing.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx) {
   BackwardStack<E> stack(parts, x, dx);

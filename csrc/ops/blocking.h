@@ -47,13 +47,13 @@ inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while the panels
 // are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The same for bfloat16 and a single token. It would wait for sums in L2, so these stay in L1 (128 x 16 lanes
-// of floats = 8 KB).
+// The same for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in L1
+// (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// Tokens whose panel of outputs stays in L1 (64 x 48 floats = 12 KB) from the last block of W until the
-// update.
+// The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
+// W, until the update is added.
 inline constexpr size_t kFewTokens = 64;
 // The columns of a gradient of A or B that one task owns, and the tokens that it adds to them at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
@@ -75,8 +75,8 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   const size_t blocks = ceil_div(tokens, std::max(2 * kTokenUnit, most));
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
-// The same if blocks of W are transposed or an update is added to them. The tokens of each must stay in a
-// core's share of L3.
+// The number of tokens in a block if blocks of W are transposed or an update is added to them. The tokens of
+// a block must stay in a core's share of L3.
 inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
@@ -97,9 +97,9 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 
 // Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut if
 // a task would be too long. For several threads, W is cut into shorter and shorter pieces: each takes half of
-// a thread's share of what is left (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares).
-// Long pieces come first, because W is read in order. Short pieces come last, so that no thread waits long
-// for another.
+// a thread's share of the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half
+// shares). Long pieces come first, because W is read in order. Short pieces come last, so that no thread
+// waits long for another.
 class Grid {
  public:
   struct Cut {

@@ -1,4 +1,4 @@
-// The three methods for the forward pass, and what they share. kernel_plan.h chooses one.
+// The three methods for the forward pass, and the code that they share. kernel_plan.h chooses one.
 #pragma once
 
 #include <algorithm>

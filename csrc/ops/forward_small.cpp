@@ -123,7 +123,7 @@ class SmallForward {
                  part_.y.data + rows.first, part_.y.stride);
   }
 
-  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The z that the caller wants is without the scale.
+  // z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The caller's z is stored without the scale.
   void project(Range ranks) const {
     const size_t n = x_.rows;
     const X* xs = xs_;
@@ -158,7 +158,7 @@ class SmallForward {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
-  // The same for W in low-bit blocks, which are decoded in registers or multiplied in int8.
+  // `multiply` for W in low-bit blocks, which are decoded in registers or multiplied in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     T* part = scratch<T>(Scratch::kSums, n * rows.count * lanes_);
@@ -195,7 +195,7 @@ class SmallForward {
                [&](Range some) { stream(some, most, decoded, part + (some.first - rows.first) * lanes_); });
   }
 
-  // The same for at most `most` columns at a time.
+  // part (rows, lanes) = W[rows] xs, for at most `most` columns of W at a time.
   void stream(Range rows, size_t most, W* decoded, T* part) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
@@ -235,7 +235,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// Reading and decoding W takes this many times as long as its operations.
+// The time to read and decode W, as a multiple of the time of its floating-point operations.
 constexpr double kReadingCost = 2;
 
 }  // namespace

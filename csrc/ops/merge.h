@@ -13,8 +13,8 @@ namespace nplora {
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// The same on bit patterns of kBfloat16 or kFloat16. Sums are in float and rounded once, to nearest even.
-// With a key they are rounded stochastically, so that the expected value is the sum; element (i, j) uses
+// Merges into bit patterns of kBfloat16 or kFloat16. Sums are in float and rounded once, to nearest even.
+// With a key the sums are rounded stochastically, so that the expected value is the sum; element (i, j) uses
 // random number i * w.cols + j.
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
                 double scale, std::optional<uint64_t> key);

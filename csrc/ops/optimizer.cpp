@@ -15,7 +15,7 @@ constexpr size_t kPieceElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
 // A thread takes neighbouring pieces as long as there are enough tasks for all threads. After each jump, the
-// hardware has to learn again what to prefetch.
+// hardware must detect the access pattern again before it can prefetch.
 constexpr size_t kTaskPieces = 8, kTasksPerThread = 8;
 
 struct Piece {

@@ -115,13 +115,13 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// The same for the columns that follow.
+// Fetches the rows at the columns that follow `cols`.
 void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// The same for the row two after row i of a block. A row has up to 8 KB, so three of them fit into L1.
+// Fetches the row two after row i of a block. A row has up to 8 KB, so three rows fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }

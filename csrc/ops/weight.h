@@ -37,8 +37,8 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last, narrower panel, or d_in if all are full. A row_block must not straddle it,
-// except one of Bf16Pair.
+// The first column of the last, narrower panel, or d_in if all panels are full. A row_block must not span
+// this column, unless its elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -57,14 +57,14 @@ inline constexpr size_t scratch_columns(size_t cols) {
 }
 
 // Rows and columns of W in elements E. The first column is a multiple of kPanelColumns. The block is in place
-// if W is stored like that; otherwise it is decoded into scratch (rows * scratch_columns(cols) elements). If
-// many tokens share the block and W is not packed, it is copied too: rows that are a power of two apart would
-// evict each other from the cache. Bf16 is for bfloat16 storage only, in place. Bf16Pair pairs neighbours
-// along a row, because gemm_tokens_in_lanes reads along the rows of W.
+// if W is stored as elements E; otherwise it is decoded into scratch (rows * scratch_columns(cols) elements).
+// If many tokens share the block and W is not packed, it is copied too: rows that are a power of two apart
+// would evict each other from the cache. Bf16 is for bfloat16 storage only, in place. Bf16Pair pairs
+// neighbours along a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The same for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
+// The block for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
 // column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of it.
 // Two panels are stored one after the other, because the hardware would also fetch gaps between rows. (NF4
 // keeps the gaps if d_in is not a multiple of 16.)

@@ -1,4 +1,4 @@
-// What this processor and its operating system can run.
+// The instruction sets that this processor and its operating system can run.
 #pragma once
 
 namespace nplora::simd {

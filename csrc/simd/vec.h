@@ -15,7 +15,7 @@
 //   times_power_of_two(a, n) = a * 2^n for whole n from -252 to 254, rounded once unless subnormal
 //                              NaN if a is NaN
 //   transpose(Vec (&)[kLanes])
-//   add_neighbours(a, b)   the sums of neighbouring lanes of a, followed by those of b
+//   add_neighbours(a, b)   the sums of neighbouring lanes of a, then the sums of neighbouring lanes of b
 //   keep(v)   keeps a loaded v in its register
 #pragma once
 

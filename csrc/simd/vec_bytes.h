@@ -171,8 +171,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// The generic unit, which few machines run, does not inline what takes many instructions. It was two fifths
-// of the library.
+// The generic unit does not inline functions of many instructions. Few machines run it, and with inlining it
+// took two fifths of the library.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);

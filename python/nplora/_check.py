@@ -1,4 +1,4 @@
-"""Every check of what a user passes in. A message names the operation, what was wanted and what was got."""
+"""Checks of a user's arguments. A message names the operation, the expected value and the actual one."""
 
 from __future__ import annotations  # np.random, which takes a while to import, is only named here
 
@@ -103,7 +103,7 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
 
 def keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function, so that an unknown keyword is a TypeError that names the one that was meant."""
+    """Decorate a function, so that an unknown keyword raises a TypeError that suggests a known keyword."""
     known = inspect.signature(function).parameters
     op = function.__qualname__.removesuffix(".__init__")
 

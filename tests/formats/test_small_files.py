@@ -90,7 +90,7 @@ HEADERS = {
     "deeper lists": ('{"a":{"shape":[[[', "[],", 9_000_000, "1]]]}}", "values at depth 4"),
     "names": ("{", '"a":0,', 3_000_000, '"b":0}', "3,000,001 values at depth 1"),
     "commas in a name": ('{"', ",[", 20_000_000, '":0}', "expected dtype, shape and data_offsets"),
-    "one wide character": ('{"', "a", 80_000_000, '😀":0}', "bytes that are not ASCII"),
+    "one wide character": ('{"', "a", 80_000_000, '😀":0}', "bytes that are not all ASCII"),
 }
 
 

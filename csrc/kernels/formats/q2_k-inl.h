@@ -20,7 +20,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// d scale and -dmin min of the halves of sub-blocks.
+// The values d scale and -(dmin min) for each half of a sub-block.
 struct Q2Scales {
   float d[16], m[16];
 

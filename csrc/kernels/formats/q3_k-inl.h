@@ -53,8 +53,8 @@ struct Decoder<BlockQ3_K> {
       const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
       const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of its index: this code and, above it, another bit. The values repeat,
-      // so that bit does not matter.
+      // A permutation reads four bits of each index: the three bits of this code and, above them, a stray
+      // bit. The table holds each value twice, so the stray bit does not matter.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

@@ -5,9 +5,9 @@
 namespace nplora {
 
 // Eight sub-blocks: (d scale_j) q - (dmin min_j). Scales and minima have six bits. For j < 4, scale_j is the
-// low bits of byte j and min_j those of byte 4 + j. For j >= 4, their low four bits are the nibbles of byte 4
-// + j, and their high two bits are the top bits of bytes j - 4 and j. The 32 bytes at 32 (j / 2) of q hold
-// sub-blocks j (low nibbles) and j + 1 (high nibbles), for even j.
+// low bits of byte j, and min_j the low bits of byte 4 + j. For j >= 4, their low four bits are the nibbles
+// of byte 4 + j, and their high two bits are the top bits of bytes j - 4 and j. The 32 bytes at 32 (j / 2) of
+// q hold sub-blocks j (low nibbles) and j + 1 (high nibbles), for even j.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};

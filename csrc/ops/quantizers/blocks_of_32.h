@@ -1,6 +1,6 @@
-// The search for formats with blocks of 32. ggml's rule gives the first scale. Other scales near it, fitted
-// by least squares, are kept if they are better. So no block has a larger squared error than with ggml's
-// rule.
+// The search for the scale of a block in formats with blocks of 32. It starts with the scale of ggml's rule,
+// and tries scales near this one, fitted by least squares. The scale with the smallest squared error is kept,
+// so no block is worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>

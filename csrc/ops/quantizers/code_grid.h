@@ -68,8 +68,8 @@ Moments moments(const float* x, CodeGrid grid, Codes codes) {
           sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
 }
 
-// The grid on which the codes are nearest to their values: least squares for d, or for d and m. Returns
-// `otherwise` if the codes do not determine it.
+// The grid whose decoded codes have the smallest squared error; it fits d, or d and m. Returns `otherwise`
+// if the codes do not determine the grid.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }
@@ -80,8 +80,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   return {float(d), float((s.x - d * s.q) / s.n)};
 }
 
-// A quantiser's own range does not give the least error. A few grids around it are tried. They spread the
-// values over fewer codes or, clipping the extremes, over more.
+// A quantiser's own range does not give the least error. A few grids around this range are tried. They
+// spread the values over fewer codes or, clipping the extremes, over more codes.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

@@ -16,7 +16,7 @@ void quantize_blocks(size_t blocks, const float* x, Block* out);
 // codes (ceil(n / 2)) of n <= BlockNf4::kElements values; returns their absmax.
 float quantize_nf4_block(size_t n, const float* x, uint8_t* codes);
 
-// The levels of the second quantisation, that of absmax: the dynamic 8-bit code book, ascending.
+// The levels to which absmax is quantised (double quantisation): the dynamic 8-bit code book, ascending.
 void dynamic_book(float (&book)[kNf4Book]);
 
 // codes (n) of n <= kNf4Group values; returns their scale.

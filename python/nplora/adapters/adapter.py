@@ -37,7 +37,7 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def from_model(model: Module) -> Adapter:
-        """Take the adapter of a model. Its factors are the model's live arrays, not copies.
+        """Return the adapter that a model holds. Its factors are the model's live arrays, not copies.
 
         Raises:
             ValueError: the model has no LoRA layer.
@@ -80,7 +80,7 @@ class Adapter(AdapterContent):
         The new layers have no dropout. If an error is raised, the model is unchanged.
 
         Args:
-            replace: first remove the adapter that the model has, whichever layers it adapts. An optimiser
+            replace: first remove the adapter that the model has, from all layers. An optimiser
                 that holds the arrays of the removed layers must be made anew. (`load_adapter` keeps the
                 layers and writes into their arrays instead.)
         Raises:
@@ -132,7 +132,7 @@ class Adapter(AdapterContent):
         return CombinedAdapter(**vars(combination.combine(adapters, rank, base, any_base)))
 
     def merge(self, base: StrPath, output: StrPath, **options: Any) -> ModelMerge:
-        """Write a model with this adapter merged into it. The options are those of `merge_adapter`."""
+        """Write a model with this adapter merged into it. It takes the same options as `merge_adapter`."""
         return merge_files.merge_adapter(base, self, output, **options)
 
 

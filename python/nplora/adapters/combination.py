@@ -68,7 +68,7 @@ def combine(
     base: StrPath | None = None,
     any_base: bool = False,
 ) -> Combination:
-    """Do what `Adapter.combine` describes."""
+    """See `Adapter.combine`."""
     limit = None if rank is None else _check.integer("combine", "rank", rank, least=1)
     files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)

@@ -62,7 +62,7 @@ def save_adapter(
 
 
 def from_model(model: Module, op: str) -> AdapterContent:
-    """Take the adapter of a model. Its arrays are those of `LoRALayer.plain_update`."""
+    """Return the adapter that a model holds, with the arrays that `LoRALayer.plain_update` returns."""
     layers, whole = _trained(op, model)
     return AdapterContent(
         type(model).__name__,
@@ -99,7 +99,7 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `load_adapter` read from a directory.
+    """A report about the adapter that `load_adapter` read from a directory.
 
     Attributes:
         directory: the directory.
@@ -199,7 +199,7 @@ def require_no_adapter(model: Module) -> None:
 
 
 def attach(adapter: AdapterContent, model: Module, any_base: bool, replace: bool) -> None:
-    """Do what `Adapter.attach` describes."""
+    """See `Adapter.attach`."""
     if not replace:
         require_no_adapter(model)
     plain = dict[int, Module]()

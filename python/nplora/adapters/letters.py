@@ -1,4 +1,4 @@
-"""The one place that converts between this project's A and B and those of PEFT and llama.cpp.
+"""Converts between this project's A and B and PEFT's or llama.cpp's. No other module does this.
 
 Here the update is scale · A B with A (d_out, r) and B (r, d_in). The paper, PEFT and llama.cpp swap the two:
 

@@ -257,7 +257,7 @@ def _target(model: ModelFiles) -> Target:
 
 
 def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta], dtype: str) -> None:
-    """Raise ValueError if the rows are not whole blocks of the dtype. The message names those that fit."""
+    """Raise ValueError if the rows are not whole blocks of the dtype. The message names dtypes that fit."""
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line. If stderr cannot be written, these lines are lost and the status stays the same.
 
     Args:
-        arguments: the words after `nplora`; None: those of this process.
+        arguments: the words after `nplora`; None: the arguments of this process.
     Raises:
         SystemExit: --help, --version, wrong arguments, or SIGHUP or SIGTERM during training.
 
@@ -74,7 +74,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send what a stream still holds to /dev/null if it cannot be written: Python would fail at exit."""
+    """If a stream's buffered text cannot be written, send it to /dev/null. Else Python would fail at exit."""
     if stream is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What the command line prints on stderr: errors and warnings, one line each."""
+"""The errors and warnings that the command line prints on stderr, one line each."""
 
 import errno
 import os

@@ -8,9 +8,10 @@ from nplora.cli.parser import STORAGES, adapter_path, add_any_base, path
 HELP = "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter it kept."
 
 _EPILOG = (
-    "ΔW is the adapter's change of the weights. ΔW kept: the share of it that the stored weights hold; less "
-    "than 90 % is refused. Noise: what rounding changes besides; it may be larger than ΔW and hardly matter, "
-    "because it spreads over all directions, and ΔW acts in a few. Relative error: both together, over ΔW."
+    "ΔW is the adapter's change of the weights. ΔW kept: the share of ΔW that the stored weights hold; less "
+    "than 90 % is refused. Noise: other changes by rounding. Noise may be larger than ΔW and hardly matter, "
+    "because it spreads over all directions, and ΔW acts in a few. Relative error: the lost part of ΔW and "
+    "the noise together, divided by ΔW."
 )
 
 

@@ -16,7 +16,7 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What a resumed run keeps from before, even if another plan would fit now.
+    """The choices that a resumed run keeps, even if another plan would fit now.
 
     Attributes:
         compute: arithmetic of the frozen products; None: the checkpoint does not have it.

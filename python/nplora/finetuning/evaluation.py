@@ -67,7 +67,7 @@ def evaluate(
         adapter: adapter to attach first: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one
             of these and its weight; or a list, whose adapters add up.
         any_base: accept an adapter that was trained on another model with the same shapes.
-        progress: print on stderr what was read; None: on a terminal or in a notebook.
+        progress: print a report of the data on stderr; None: on a terminal or in a notebook.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
@@ -75,7 +75,7 @@ def evaluate(
         compute: arithmetic of the frozen products: float32, bfloat16, or int8 for quantised weights and few
             tokens (default: float32).
     Returns:
-        the loss, the number of tokens in it, and what the file contains.
+        the loss, the number of tokens in it, and a report of the data.
     Raises:
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range, or `compute` is given for a model that is loaded

@@ -135,7 +135,7 @@ def choose_execution(
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic of a loaded model, or that of the options; None: it is chosen."""
+    """The arithmetic that a loaded model or the options set. None: it is chosen later."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 

@@ -315,7 +315,7 @@ class Directory(os.PathLike[str]):
 
 
 def require_directory(path: StrPath) -> None:
-    """Raise NotADirectoryError if an output directory's path exists and is something else."""
+    """Raise NotADirectoryError if the path exists but is not a directory."""
     if os.path.exists(path) and not os.path.isdir(path):
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
         reason = f"is {kind}, expected a directory: name another one"
@@ -403,7 +403,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Refuse a target that is not a regular file. A rename would turn a FIFO or device into one."""
+    """Refuse a target that is not a regular file. A rename would replace a FIFO or device by a file."""
     place = target if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(os.stat(place, dir_fd=directory).st_mode)

@@ -8,7 +8,7 @@ from nplora.formats.run_files import holds_run
 
 
 def trained(directory: StrPath) -> str | None:
-    """What training left in a directory, in words: a run, an adapter alone, or None."""
+    """The result of training that a directory holds, in words: a run, an adapter alone, or None."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None

@@ -1,4 +1,4 @@
-"""The names of a training run's files, and what its newest checkpoint records about the files beside it.
+"""The names of a training run's files, and the record of its newest checkpoint about the files beside it.
 
 A run that overwrites an earlier one deletes the earlier files as soon as its own first checkpoint is on disk.
 That checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash between these steps,

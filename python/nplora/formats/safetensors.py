@@ -267,9 +267,9 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
-    """The file that `save` writes, for a caller that replaces several files together.
+    """The same file as `save` writes, but not yet written: the caller replaces several files together.
 
-    Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
+    Contiguous copies are made one tensor at a time. A `Stream` is called when its tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
@@ -347,7 +347,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     if bytes(raw[:1]) != b"{":
         raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
     if size > _MAX_WIDE and not _is_ascii(raw):
-        raise LimitError(f"{where} of {size:,} bytes that are not ASCII, at most {_MAX_WIDE:,} are read")
+        raise LimitError(f"{where} has {size:,} bytes that are not all ASCII, at most {_MAX_WIDE:,} are read")
     return strict_json.loads(raw, where, _MOST_VALUES), 8 + size
 
 

@@ -25,7 +25,7 @@ _OP = "generate"
 
 
 class GeneratingModel(Protocol):
-    """What generation needs of a model; `nplora.LanguageModel` has it."""
+    """The methods that generation needs from a model. `nplora.LanguageModel` has them."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -184,8 +184,8 @@ def stream_all(
 def _longest_before_switch(config: Any) -> float:
     """The longest sequence that LongRoPE rotates by its short factors; infinite without LongRoPE.
 
-    A sequence that grows beyond it is read once more with the long factors, as transformers does. So a text
-    does not depend on how many more tokens might have followed.
+    A sequence that grows beyond this length is read once more with the long factors, as transformers does.
+    So a text does not depend on `max_new_tokens`.
     """
     long = config.rope.long
     return math.inf if long is None else int(long.original_length)
@@ -259,7 +259,7 @@ class _Answer:
 
 
 class StopText:
-    """Passes text on until one of the stop texts begins. It holds back what may be the beginning of one.
+    """Passes text on until a stop text begins. It holds back characters that may begin a stop text.
 
     Attributes:
         found: whether a stop text came. Nothing is passed on after that.
@@ -269,7 +269,7 @@ class StopText:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text; return what may be passed on."""
+        """Add a piece of text; return the text that may be passed on."""
         if self.found:
             return ""
         text = self._held + piece
@@ -284,7 +284,7 @@ class StopText:
         return text[:keep]
 
     def flush(self) -> str:
-        """End the text; return what was held back."""
+        """End the text; return the characters that were held back."""
         held, self._held = self._held, ""
         return held
 

@@ -42,7 +42,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelSaved(Saved):
-    """What `LanguageModel.backward` needs. It can be used once: backward frees what each block kept."""
+    """The values that `LanguageModel.backward` needs. They can be used once: backward frees each block's."""
 
     lead: tuple[int, ...]  # the shape of the ids
     x: Array
@@ -500,7 +500,7 @@ class LanguageModel(Module):
         return total
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
-        """The logits of ids x, as `logits` returns them, and what `backward` needs: for a loss of your own.
+        """The logits of ids x, as `logits` returns them, and the values that `backward` needs for any loss.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -760,7 +760,7 @@ class LanguageModel(Module):
         return pack(zip(np.atleast_2d(ids), np.atleast_2d(wanted), strict=True))
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:
-        """Refuse here what would otherwise be found in the middle of a pass."""
+        """Raise an error for a wrong batch now, not in the middle of a pass."""
         _check.in_range(op, "ids", batch.ids, self._vocab)
         _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self._vocab)
         longest = int(np.diff(batch.starts).max(initial=0))

@@ -26,7 +26,7 @@ _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_sel
 
 
 class _Model(Protocol):
-    """What `NamedAdapters` needs of a LanguageModel."""
+    """The members of a LanguageModel that `NamedAdapters` uses."""
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
 

@@ -1,4 +1,4 @@
-"""Merges W + scale · A·B into a chosen storage, a block of rows at a time, and measures what is kept.
+"""Merges W + scale · A·B into a chosen storage, a block of rows at a time, and measures the ΔW that it keeps.
 
 The steps of low-bit blocks can be larger than the update, so a merge can lose it. The new weight is therefore
 made from a float32 sum, never in place, and is compared with the exact result.

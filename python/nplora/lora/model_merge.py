@@ -16,13 +16,13 @@ _LITTLE = 0.5  # of a tensor's ΔW that rounding kept: less is worth a warning
 
 @dataclass(frozen=True)
 class ModelMerge:
-    """What `merge_adapter` wrote.
+    """A report about the model that `merge_adapter` wrote.
 
     Attributes:
         target: the file or directory.
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: how many tensors were copied as they are.
-        nbytes: of all that was written.
+        nbytes: the total size of the written files.
     """
 
     target: str
@@ -37,7 +37,7 @@ class ModelMerge:
 
     @property
     def delta_kept(self) -> float:
-        """The share of ΔW that is there, of all tensors together."""
+        """The share of ΔW that the merged weights keep, over all tensors together."""
         return self.total.kept
 
     @property
@@ -47,7 +47,7 @@ class ModelMerge:
 
     @property
     def noise(self) -> float:
-        """The part of that error that is orthogonal to ΔW: not what is lost, but what rounding adds."""
+        """The part of that error that is orthogonal to ΔW. Rounding adds it; it is not a loss of ΔW."""
         return self.total.noise
 
     @property
@@ -67,7 +67,7 @@ class ModelMerge:
             f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
             f"({', '.join(kinds)}), {self.kept} copied",
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
-            f"rounding adds noise in all directions, {noise}",
+            f"rounding also adds random noise: {noise}",
             "the tensors that keep the least:",
             *(f"  {report}" for report in worst[:_SHOWN]),
         ]
@@ -75,7 +75,7 @@ class ModelMerge:
 
     @property
     def warning(self) -> str:
-        """Which tensor lost much of its ΔW by rounding, and what would keep more; empty if none did."""
+        """A warning if rounding removed much of a tensor's ΔW, with a storage that keeps more; else empty."""
         worst = min(self.reports, key=lambda report: report.kept)
         if worst.kept >= _LITTLE:
             return ""

@@ -126,7 +126,7 @@ class ModelConfig:
 
     @property
     def key_value_width(self) -> int:
-        """The total width of k's heads, which equals that of v's."""
+        """The total width of k's heads. v's heads have the same width."""
         return self.num_key_value_heads * self.head_dim
 
     def rope_of(self, layer: int) -> RopeConfig | None:

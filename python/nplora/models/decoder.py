@@ -27,7 +27,7 @@ class BlockInput(Saved):
 
     Attributes:
         x: the block's input.
-        streams: the state of its dropout streams at that time.
+        streams: the state of the block's dropout streams before it ran.
         context: the context variables, which record the disabled adapters.
     """
 
@@ -38,7 +38,10 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """The values that the adapted blocks and those above keep. `run_backward` takes them from the end."""
+    """The values that `run_backward` needs from the adapted blocks and from the blocks above them.
+
+    It takes them from the end.
+    """
 
     positions: PackedPositions
     embedding: Any

@@ -32,7 +32,7 @@ class Activation(Module):
     _keeps_output = False  # whether f' is computed from y, which the next layer keeps as its input
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
-        """y of the shape of x, and what `backward` needs.
+        """y with the shape of x, and the values that `backward` needs.
 
         >>> import nplora
         >>> y, saved = nplora.ReLU().forward([-1.0, 2.0])
@@ -57,7 +57,7 @@ class Activation(Module):
 
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
-            TypeError: saved is from another kind of layer. RuntimeError: the forward pass was inference.
+            TypeError: saved is from another kind of layer. RuntimeError: the forward pass ran as inference.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)
@@ -66,7 +66,7 @@ class Activation(Module):
             return None
         kept = saved.array
         if kept is None:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
         gradient = _check.shaped(op, "dy", dy, kept.shape, kept.dtype)
         _check.own(op, saved, self)
         return self._differentiate(kept, gradient)

@@ -22,7 +22,7 @@ _SAVED_IDS = "saved is not of this layer: its array of ids"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingSaved(Saved):
-    """What `Embedding.backward` needs: the ids (n,), if the table is trained."""
+    """The values that `Embedding.backward` needs: the ids (n,), if the table is trained."""
 
     lead: tuple[int, ...]
     ids: Array | None = None
@@ -66,7 +66,7 @@ class Embedding(Module):
         return [] if self.trainable else [self.weight]
 
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, EmbeddingSaved]:
-        """y (..., dim) for integer ids (...), and what `backward` needs.
+        """y (..., dim) for integer ids (...), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.Embedding(np.eye(3)).forward([[0, 2]])
@@ -97,7 +97,7 @@ class Embedding(Module):
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
             TypeError: saved is from another kind of layer.
-            RuntimeError: the table is trained, and the forward pass was inference.
+            RuntimeError: the table is trained, and the forward pass ran as inference.
         """
         op = "Embedding.backward"
         _check.saved(op, saved, EmbeddingSaved)
@@ -107,7 +107,7 @@ class Embedding(Module):
             _check.own(op, saved, self)
             return
         if saved.ids is None:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, self.shape[0])
         _check.own(op, saved, self)
         _add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
@@ -118,7 +118,7 @@ class Embedding(Module):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRAEmbeddingSaved(Saved):
-    """What `LoRAEmbedding.backward` needs: the ids (n,) and their rows of A (n, r)."""
+    """The values that `LoRAEmbedding.backward` needs: the ids (n,) and their rows of A (n, r)."""
 
     lead: tuple[int, ...]
     alone: bool = False
@@ -169,7 +169,7 @@ class LoRAEmbedding(LoRALayer):
         return rng.normal(0, 1, self.B.shape)
 
     def forward(self, ids: npt.ArrayLike) -> tuple[Array, LoRAEmbeddingSaved]:
-        """y (..., dim) for integer ids (...), and what `backward` needs.
+        """y (..., dim) for integer ids (...), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.LoRAEmbedding(np.eye(3), rank=1).forward([2])
@@ -211,7 +211,7 @@ class LoRAEmbedding(LoRALayer):
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, rank or
                 dtype.
             TypeError: saved is from another kind of layer.
-            RuntimeError: the layer is merged, or was in the forward pass, or that pass was inference.
+            RuntimeError: the layer is merged, or was in the forward pass, or that pass ran as inference.
         """
         op = "LoRAEmbedding.backward"
         self.require_unmerged("backward")
@@ -224,7 +224,7 @@ class LoRAEmbedding(LoRALayer):
             _check.own(op, saved, self)
             return
         if saved.ids is None or saved.rows is None:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, len(self.A))
         _check.own(op, saved, self)

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearSaved(Saved):
-    """What `Linear.backward` needs: a shape, and x (n, d_in) if the weight is trained."""
+    """The values that `Linear.backward` needs: a shape, and x (n, d_in) if the weight is trained."""
 
     lead: tuple[int, ...]
     x: Array | None = None
@@ -85,7 +85,7 @@ class Linear(Prepared, Module):
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LinearSaved]:
-        """y (..., d_out) for x (..., d_in), and what `backward` needs.
+        """y (..., d_out) for x (..., d_in), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.Linear(np.eye(2, 3)).forward([1, 2, 3])
@@ -118,7 +118,7 @@ class Linear(Prepared, Module):
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape or
                 dtype.
             TypeError: saved is from another kind of layer.
-            RuntimeError: the weight is trained, and the forward pass was inference.
+            RuntimeError: the weight is trained, and the forward pass ran as inference.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)
         _check.own("Linear.backward", saved, self)
@@ -143,7 +143,7 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and what to keep."""
+        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and its `saved`."""
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors
         part = _core.ForwardPart(
@@ -178,7 +178,7 @@ class Linear(Prepared, Module):
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
         if self.dweight is not None:
             if saved.x is None:
-                raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+                raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
             _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
         return rows.reshape(math.prod(saved.lead), d_out)
 

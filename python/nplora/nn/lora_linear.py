@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoRALinearSaved(Saved):
-    """What `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
+    """The values that `LoRALinear.backward` needs: x (n, d_in) and z (n, r); with DoRA also u (n, d_out)."""
 
     lead: tuple[int, ...]  # the leading axes of x
     alone: bool = False  # the pass used W without the update
@@ -153,7 +153,7 @@ class LoRALinear(LoRALayer):
     # ---- the two passes ----
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LoRALinearSaved]:
-        """y (..., d_out) for x (..., d_in), and what `backward` needs: references to x and z.
+        """y (..., d_out) for x (..., d_in), and references to x and z for `backward`.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(2, 3), rank=1)
@@ -173,7 +173,7 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and what to keep."""
+        """This layer's part of a core call on rows (n, d_in), its output y (n, d_out), and its `saved`."""
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
         weight, scale, bias = self._core_terms(lone)
@@ -191,7 +191,7 @@ class LoRALinear(LoRALayer):
         return part, y, saved
 
     def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
-        """What the core computes with: weight, scale of the update, and bias, which DoRA adds later."""
+        """The weight, the scale of the update and the bias for the core. (DoRA adds its bias later.)"""
         if lone is not None:
             return lone.packed, 0.0, self._bias  # scale 0: W alone
         return self._weight.packed, self.scale, None if self.use_dora else self._bias
@@ -246,7 +246,7 @@ class LoRALinear(LoRALayer):
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape, rank
                 or dtype.
             TypeError: saved is from another kind of layer.
-            RuntimeError: the layer is merged, or was in the forward pass; that pass was inference; or the
+            RuntimeError: the layer is merged, or was in the forward pass; that pass ran as inference; or the
                 weight computes in int8.
         """
         rows = self.backward_rows("LoRALinear.backward", dy, saved)
@@ -264,7 +264,7 @@ class LoRALinear(LoRALayer):
         if saved.merged:
             raise RuntimeError(f"{op}: the layer was merged in this forward pass")
         if saved.z is None and not saved.alone:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
         self._require_own(op, saved)
         d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
@@ -299,7 +299,7 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """Explain how the passes on `rows` rows are computed, and what each choice costs in operations.
+        """Explain how the passes on `rows` rows are computed, and the operations that each choice costs.
 
         The choice is made by counting floating-point operations, never by timing, so the same call gives the
         same bits everywhere on one instruction set. The text describes the layer's present state: without an

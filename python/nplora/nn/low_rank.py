@@ -391,7 +391,7 @@ class LoRALayer(Prepared, AdapterLayer):
 
 
 class UnloadedLayer:
-    """What a layer becomes when it is unloaded. Every use raises an error that says so.
+    """The class of a layer that was unloaded. Every use raises an error that says so.
 
     LoRALayer itself has no `__getattr__`, because that would slow down each attribute of a layer in use.
     """

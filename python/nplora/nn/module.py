@@ -91,7 +91,7 @@ class Parameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Saved:
-    """What a forward pass keeps for its backward pass. It holds references: do not change the arrays.
+    """The values that a forward pass keeps for its backward pass: references, so do not change the arrays.
 
     Attributes:
         layer: the module whose pass it was. `backward` compares it with its own, unless it is None.
@@ -175,7 +175,7 @@ class Module:
     # ---- the two passes ----
 
     def forward(self, x: Any) -> tuple[Array, Any]:
-        """The training pass: return the output, and what `backward` needs.
+        """The training pass: return the output, and the values that `backward` needs.
 
         >>> import nplora, numpy as np
         >>> y, saved = nplora.LoRALinear(np.eye(4), rank=1).forward(np.ones((2, 4)))
@@ -367,7 +367,7 @@ class Module:
             (True, True)
 
         Args:
-            dtype: the storage of the merged weights: "same" as that of the frozen weight, or another storage
+            dtype: the storage of the merged weights: "same" as the frozen weight's, or another storage
                 of `FrozenWeight`, rounded from a float32 sum. None: the storage of the frozen weight, but
                 float32 for a quantised one, whose coarse steps may lose the update.
         Returns:
@@ -490,10 +490,10 @@ class Module:
         return {name: list(layer.dropout_stream) for name, layer in self.adapter_layers().items()}
 
     def set_random_state(self, state: dict[str, list[int]]) -> None:
-        """Continue the dropout streams from what `random_state` returned; see there for an example.
+        """Continue the dropout streams from the result of `random_state`, which has an example.
 
         Raises:
-            ValueError: the names are not those of this model's adapter layers, or an entry is not two
+            ValueError: the names differ from the names of this model's adapter layers, or an entry is not two
                 integers.
         """
         op, layers = "set_random_state", self.adapter_layers()
@@ -528,7 +528,7 @@ class Module:
 
 
 class AdapterLayer(Module):
-    """What a layer with an adapter must have for the methods of `Module` that work on the whole model.
+    """The members that a layer with an adapter needs for the methods of `Module` that work on a whole model.
 
     Attributes:
         dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds one to calls.

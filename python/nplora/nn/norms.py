@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """What a norm's backward pass needs: the normalised rows (n, d) and the factor (n, 1) of each row."""
+    """The values that a norm's backward pass needs: normalised rows (n, d), and the factor (n, 1) of each."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None
@@ -53,7 +53,7 @@ class _Norm(Module):
         return [] if self.trainable else [a for a in (self.weight, self.bias) if a is not None]
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, NormSaved]:
-        """y of the shape of x (..., d), and what `backward` needs.
+        """y with the shape of x (..., d), and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> y, saved = nplora.RMSNorm(np.ones(2), eps=0).forward([3, 3])
@@ -87,12 +87,12 @@ class _Norm(Module):
         Raises:
             ValueError: dy does not have the shape of y, or saved is from a pass of another layer, width or
                 dtype.
-            TypeError: saved is from another kind of layer. RuntimeError: the forward pass was inference.
+            TypeError: saved is from another kind of layer. RuntimeError: the forward pass ran as inference.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)
         if saved.normalised is None or saved.factor is None:
-            raise RuntimeError(f"{op}: this forward pass was inference and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran as inference and kept nothing")
         n = math.prod(saved.lead)
         _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)

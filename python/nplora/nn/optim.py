@@ -104,7 +104,7 @@ class Optimizer:
             None without a max_norm. With one, the norm before clipping. If it is not finite, no step is made
             and nothing is changed.
         Raises:
-            ValueError: the parameters are not those of the first step.
+            ValueError: the parameters are not the same as in the first step.
             TypeError: parameters is not what `model.parameters()` returns.
             RuntimeError: a parameter is read-only, as it is while its layer is merged.
         """
@@ -164,7 +164,7 @@ class Optimizer:
         return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Continue from what `state_dict` returned; see there for an example.
+        """Continue from the result of `state_dict`, which has an example.
 
         If `init` was called before, the state must fit its parameters, and is copied into the arrays that
         there are. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep

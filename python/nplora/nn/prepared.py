@@ -39,5 +39,5 @@ class Prepared:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of copies and pickles, without what is kept: they make their own."""
+        """The state for copies and pickles, without the prepared objects: a copy makes its own."""
         return {name: value for name, value in vars(self).items() if name != "_prepared"}

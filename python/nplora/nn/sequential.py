@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SequentialSaved(Saved):
-    """What each module kept, in order."""
+    """The saved values of each module, in order."""
 
     items: tuple[Any, ...]
 
@@ -53,7 +53,7 @@ class Sequential(Module):
             yield str(i), module
 
     def forward(self, x: Any) -> tuple[Array, SequentialSaved]:
-        """The output of the last module, and what `backward` needs.
+        """The output of the last module, and the values that `backward` needs.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())

@@ -22,7 +22,7 @@ Stackable: TypeAlias = LoRALinear | Linear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackSaved(Saved):
-    """What each layer kept, in order."""
+    """The saved values of each layer, in order."""
 
     items: tuple[Any, ...]
 

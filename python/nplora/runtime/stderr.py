@@ -1,4 +1,4 @@
-"""Standard error for progress and warnings. What cannot be written is dropped, and no training run ends."""
+"""Standard error for progress and warnings. If a write fails, the text is dropped and training goes on."""
 
 import contextlib
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class _Stderr:
-    """A text stream that writes to the current `sys.stderr`, drops what cannot be written, and never raises.
+    """A text stream that writes to the current `sys.stderr`. If a write fails, it drops the text silently.
 
     The reader may have gone away (BrokenPipeError), the terminal may be closed (EIO), the disk may be full,
     or there may be no stderr at all (None). None of this may end a training run.

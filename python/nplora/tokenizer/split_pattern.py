@@ -42,7 +42,7 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """One character of a kind, an anchor or a group, and how often it may repeat."""
+    """A part of the pattern (a single character, an anchor or a group), and how often it may repeat."""
 
     least: int = 1
     most: float = 1

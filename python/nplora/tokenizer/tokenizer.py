@@ -66,7 +66,7 @@ class Chat:
     Attributes:
         ids: the tokens.
         turns: for each assistant message, by its index, the positions of its tokens, including its end token.
-        unused: those of "tools" and "documents" that were given but do not change the rendered text.
+        unused: "tools" or "documents", if they were given but do not change the rendered text.
     """
 
     ids: list[int]

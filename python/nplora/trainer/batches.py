@@ -41,7 +41,7 @@ class Batches(Protocol):
         """The batches of an epoch (from 0) after the first `skip`."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, as JSON."""
+        """The settings that must be the same when a run is resumed, as JSON."""
 
 
 class ArrayBatches:

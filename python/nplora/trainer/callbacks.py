@@ -8,8 +8,8 @@ class Callback:
     """The base class of callbacks: override the hooks that you need.
 
     Each hook gets the run, with `run.model`, `run.history`, `run.step` and `run.total_steps`. `run.stop()`
-    ends the run after the current step, as if that were the last one. An exception ends it too, and the run
-    is saved first.
+    ends the run after the current step, as if this step were the last. An exception ends the run too, after
+    the run is saved.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -25,16 +25,16 @@ class Callback:
     """
 
     def on_fit_start(self, run: Run) -> None:
-        """Before the first step. A resumed run has taken over its checkpoint by then."""
+        """Called before the first step. A resumed run has loaded its checkpoint by then."""
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
-        """After every update of the parameters."""
+        """Called after every update of the parameters."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
-        """After every epoch and its validation."""
+        """Called after every epoch and its validation."""
 
     def on_checkpoint(self, run: Run) -> None:
-        """After a checkpoint was written to the disk."""
+        """Called after a checkpoint was written to the disk."""
 
     def on_fit_end(self, run: Run) -> None:
-        """At the end, also after Ctrl-C; not after an error."""
+        """Called at the end of the run, also after Ctrl-C, but not after an error."""

@@ -46,7 +46,7 @@ class EarlyStopping:
         self.best, self.best_factors = self._before
 
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
-        """Take over what a checkpoint holds."""
+        """Continue with the best epoch of a checkpoint and its factors."""
         if self._patience is not None:
             self.best, self.best_factors = best, _copies(best_factors)
 

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def evaluate(model: Module, loss: Loss | FusedLoss, batches: Batches) -> dict[str, float]:
-    """The mean loss, weighted by what the loss counts, and for class labels the accuracy. No dropout."""
+    """The mean loss over all examples, tokens or elements, and for class labels the accuracy. No dropout."""
     if isinstance(loss, FusedLoss):
         return _evaluate_fused(model, loss, batches)
     total, count, right, labelled = 0.0, 0, 0, 0

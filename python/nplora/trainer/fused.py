@@ -43,4 +43,4 @@ class FusedLoss(Protocol):
         """A sentence that says where the first value that is not finite appears, after such a loss."""
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, as JSON."""
+        """The settings that must be the same when a run is resumed, as JSON."""

@@ -31,7 +31,7 @@ class StepRecord:
         step: updates made, including this one.
         epoch: the epoch, from 1.
         loss: the mean loss of the step's batches, weighted by `count`, before the update.
-        count: what the mean runs over: the examples, tokens or elements that the loss counts.
+        count: the number of examples, tokens or elements over which the loss is averaged.
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients together, before clipping.
         seconds: the time that the step took.
@@ -156,7 +156,7 @@ class History:
         ]
 
     def restore(self, columns: Mapping[str, Array], epochs: list[dict[str, Any]]) -> None:
-        """Take over what `step_columns` and `epoch_rows` returned.
+        """Replace the records by the ones that `step_columns` and `epoch_rows` returned earlier.
 
         Raises:
             ValueError, TypeError: the arguments do not have that form.

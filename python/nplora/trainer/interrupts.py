@@ -20,7 +20,7 @@ class Terminated(BaseException):
     """A signal that ends the process has arrived.
 
     Attributes:
-        status: what a shell reports for a process that this signal ended.
+        status: the exit status that a shell reports for a process that this signal ended.
     """
 
     def __init__(self, signum: int) -> None:

@@ -15,7 +15,7 @@ _MOST = 4000  # characters of a text, so that a line of the log stays short
 
 
 def log_header(model: Module) -> dict[str, Any]:
-    """What the log records of a program that begins or resumes a run, as JSON.
+    """The log's record of a program that begins or resumes a run, as JSON.
 
     "command" is the command line of the program, which in a notebook is that of its kernel.
     """

@@ -122,7 +122,7 @@ def _check_record(record: dict[str, Any], where: str) -> None:
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """A field of a record. JSON's null, or no such field, stands for NaN and for what was not measured."""
+    """A field of a record. If it is null or missing, the value was NaN or was not measured."""
     value = record.get(name)
     if value is None:
         return None
@@ -139,7 +139,7 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """The points of a curve, without those that are null."""
+    """The points of a curve, without records whose value is null."""
     points = [(record["step"], record[name]) for record in records if record[name] is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 

@@ -67,7 +67,7 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the log keeps of a loss that was not finite with the parameters of this step."""
+    """The log's record that the parameters of this step led to a loss that was not finite."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 
@@ -80,10 +80,10 @@ def _choices(settings: dict[str, Any]) -> str:
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
     """The checkpoint to resume: the newest, unless its parameters led to a loss that was not finite.
 
-    The next loss depends on these parameters and the data alone: it would be the same with any learning rate.
+    The next loss depends on the parameters and the data only: it would be the same with any learning rate.
 
     Raises:
-        ValueError: the settings are those that led there, or no earlier checkpoint is left.
+        ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
     """
     try:
         log = directory.read_log(directory.log_bytes)
@@ -157,7 +157,7 @@ def _refusal(path: object) -> str:
 
 
 def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Data, batches and optimiser must be those of the checkpoint's run."""
+    """Raise an error unless data, batches and optimiser are the same as in the checkpoint's run."""
     fixed = checkpoint.settings.get("fixed")
     if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
         raise CorruptError(f"{_refusal(path)}: the data file, or how it is read, has changed since")
@@ -186,7 +186,7 @@ def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
-    """Factors, dropout streams and moments must be those of the model."""
+    """Raise an error unless factors, dropout streams and moments match the model's."""
     model = state.model
     problems = differences(checkpoint.parameters, factors(model))
     if checkpoint.random_state.keys() != model.random_state().keys():
@@ -206,7 +206,7 @@ def first_few(sentences: list[str], separator: str) -> str:
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:
-    """The settings that differ, without those of layers: "batch_size was 8, is 16"."""
+    """The settings that differ, except the settings of layers: "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not state its settings"
     names = [name for name in {**then, **now} if name != "layers" and then.get(name) != now.get(name)]
@@ -252,7 +252,7 @@ def _in_layers(change: str, layers: list[str]) -> str:
 def _add_log(
     history: History, checkpoint: Checkpoint, directory: RunDirectory
 ) -> list[tuple[str, StepRecord | EpochRecord]]:
-    """Complete the history from the log, warn if records are lost, and return those that the log lacks."""
+    """Complete the history from the log, warn of lost records, and return the records that the log lacks."""
     log, reason = b"", "missing, cut or damaged"
     try:
         log = directory.read_log(checkpoint.log_bytes)

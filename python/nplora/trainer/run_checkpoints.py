@@ -1,4 +1,4 @@
-"""RunCheckpoints: when a run is saved, what it resumes from, and what is saved when it fails."""
+"""RunCheckpoints saves a run at intervals and after an error, and finds the checkpoint to resume."""
 
 import dataclasses
 import math
@@ -153,14 +153,14 @@ class RunCheckpoints:
     # ---- after an error ----
 
     def save_after(self, error: Exception) -> None:
-        """Save the last whole step when an error ends the run; a note on the error says what is saved."""
+        """Save the last whole step when an error ends the run; a note on the error says which step it is."""
         if self._saved is None:
             return
         with self._interrupts.hold():
             error.add_note(self._saved_after(error, self._saved[0]))
 
     def _saved_after(self, error: Exception, saved: int) -> str:
-        """Save the last whole step if the disk allows it; return a sentence that says what is saved.
+        """Save the last whole step if the disk allows it; return a sentence that says which step is saved.
 
         Args:
             saved: the step of the newest checkpoint.
@@ -181,9 +181,9 @@ class RunCheckpoints:
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _log_divergence(self, error: NonFiniteLossError) -> str:
-        """Log that the present parameters lead to this error with any settings; return what to do about it.
+        """Log that the present parameters lead to this error; return advice for the user.
 
-        A resumed run then starts from the checkpoint before them, and only with other settings.
+        A resumed run then starts from an earlier checkpoint, and only with other settings.
         """
         step = self._state.step
         good = self._directory.before(step)

@@ -83,7 +83,7 @@ class RunState:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
-        """The state as a checkpoint. Its arrays are those of the model, not copies."""
+        """The state as a checkpoint. It shares the model's arrays instead of copying them."""
         return Checkpoint(
             step=self.step,
             epoch=self.epoch,
@@ -102,7 +102,7 @@ class RunState:
         )
 
     def continue_from(self, checkpoint: Checkpoint, history: History) -> None:
-        """Take over a checkpoint, and the history up to it."""
+        """Set the state to a checkpoint's, and the history to the steps before it."""
         self.model.set_random_state(checkpoint.random_state)
         self._streams = self._dropout_streams()
         set_factors(self.model, checkpoint.parameters)

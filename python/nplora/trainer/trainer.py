@@ -50,8 +50,8 @@ class Trainer(TrainingSetup):
         optimizer: AdamW or SGD; None: AdamW(). It keeps its state from one `fit` to the next.
         schedule: learning rate schedule after the warm-up: "constant", "linear" or "cosine".
         warmup_steps: steps during which the learning rate rises to the `lr` of the optimiser.
-        accumulate: batches in one step. Their gradients are weighted by what the loss counts (labelled rows,
-            or elements), so the step equals that of one large batch. The last step of an epoch may have fewer
+        accumulate: batches in one step. Their gradients are weighted by the number of labelled rows or
+            elements, so the step is the same as for one large batch. The last step of an epoch may have fewer
             batches.
         clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
         seed: the seed of the order of the examples. (For the model's own randomness, see `model.seed`.)
@@ -129,7 +129,7 @@ class Trainer(TrainingSetup):
                 is read once per epoch; a generator is enough for one epoch only.
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
             batch_size: rows in a batch; the last batch of an epoch may have fewer.
-            shuffle: take the rows in another order in each epoch, drawn from (seed, epoch).
+            shuffle: take the rows in a new random order in each epoch, drawn from (seed, epoch).
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch.
             patience: stop after this many epochs in a row without a lower validation loss (early stopping).
                 A loss that is NaN or infinite is not lower. However the run ends, the model then has the
@@ -150,10 +150,10 @@ class Trainer(TrainingSetup):
                 and the first layer at fault. Parameters and moments stay as they were after the last whole
                 step, which is saved. Or an update made a parameter infinite; that step is not saved.
             ValueError: arguments, data or a checkpoint do not fit; labels are out of range.
-            TypeError: the validation data, or what the model or the loss returns, are of the wrong kind.
+            TypeError: the validation data, or the results of the model or the loss, have the wrong type.
             RuntimeError: the model replaces its parameters or gradients by other arrays; or a layer is
                 merged, or its adapter is switched off.
-            CorruptError: no checkpoint in the directory is whole, or it is of another model.
+            CorruptError: every checkpoint in the directory is damaged, or belongs to another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
                 that no run made has the name of one of the run's files. UnsafeError: a link has.
             BlockingIOError: another process writes to the directory.

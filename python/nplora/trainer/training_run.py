@@ -67,7 +67,7 @@ class TrainingRun(Run):
                 raise
 
     def _begin(self, resume: bool) -> None:
-        """Take over the directory's checkpoint, or write the first one, to try the disk before any work."""
+        """Load the directory's checkpoint, or write a first one, which tests the disk before any work."""
         self._state.prepare()
         if self._directory is None:
             return

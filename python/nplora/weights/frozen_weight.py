@@ -129,7 +129,7 @@ class FrozenWeight:
 
     @classmethod
     def from_gguf(cls, file: StrPath | gguf.GgufFile, name: str, compute: str = "float32") -> Self:
-        """A matrix used directly in a GGUF file. It is never copied, whatever its type.
+        """A matrix of a GGUF file, used in place. No type of matrix is copied.
 
         The weight keeps the file mapped. The system may drop pages of it and read them again.
 

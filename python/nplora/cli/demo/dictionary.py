@@ -70,7 +70,7 @@ def run(
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the entries.
-        overwrite: delete the run or the adapter in `output`, such as that of an earlier demo.
+        overwrite: delete the run or the adapter in `output`, for example from an earlier demo.
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.

@@ -38,7 +38,7 @@ class DigitsNet(Module):
         self.relu = ReLU()
 
     def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the logits (n, 10) of images (n, 64), and what `backward` needs."""
+        """Return the logits (n, 10) of images (n, 64), and the values that `backward` needs."""
         h, s1 = self.fc1.forward(x)
         h, r1 = self.relu.forward(h)
         h, s2 = self.fc2.forward(h)
@@ -118,7 +118,7 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """The promises of the demo that do not hold. It is empty unless there is a bug."""
+        """The claims of the demo that turned out false. The list is empty unless there is a bug."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter leaves a trace when it is off": self.off == self.before,
@@ -164,7 +164,7 @@ def run(
         output: directory for the adapter, log.jsonl and, with matplotlib, the plot; it is made if needed.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the examples.
-        overwrite: delete the run, the adapter and the plot in `output`, such as those of an earlier demo.
+        overwrite: delete the run, the adapter and the plot in `output`, for example from an earlier demo.
         epochs, lr: passes over the 600 examples, and peak learning rate of AdamW.
     Returns:
         the report that was printed.

@@ -93,7 +93,7 @@ class TokenBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same when a run resumes, as JSON."""
+        """The settings that must be the same when a run is resumed, as JSON."""
         return {
             "data": self.dataset.fingerprint(),
             "batch_tokens": self._tokens,

@@ -55,13 +55,13 @@ class _Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a file of data contains; `print` shows it in a line or two.
+    """A summary of a data file; `print` shows it in a line or two.
 
     Attributes:
         source: the file.
         examples: rows that are used, or windows of a plain text.
-        tokens: the tokens of all examples.
-        learned: the trained tokens: those that the loss counts.
+        tokens: the number of tokens in all examples.
+        learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
         truncated: examples that were cut to the maximum length.
         emptied: examples that are left out, because the cut left no trained token.
@@ -109,7 +109,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
     All examples are in one array, which takes 5 bytes per token.
 
     Attributes:
-        report: what the file contains.
+        report: a summary of the file.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer)

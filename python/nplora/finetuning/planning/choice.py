@@ -1,4 +1,4 @@
-"""The choice of an execution plan that fits into memory. If none does, the error says what would fit."""
+"""The choice of an execution plan that fits into memory. If no plan fits, the error advises other options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARGIN = 1.02
 
 
 class BudgetError(ValueError):
-    """No execution plan fits into the memory limit; the message says what would fit.
+    """No execution plan fits into the memory limit; the message says which options would fit.
 
     >>> nplora.plan("model.gguf", "train.jsonl", memory="2M")
     Traceback (most recent call last):
@@ -33,7 +33,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class PlanConstraints:
-    """What is fixed before a plan is chosen.
+    """The settings that are fixed before a plan is chosen.
 
     Attributes:
         compute: arithmetic of the frozen products; None: it is chosen.
@@ -49,7 +49,7 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel) -> tuple[int, int]:
-    """The bytes of this process in memory now, and those of the model's weights that are not read yet."""
+    """The bytes that this process has in memory, and the bytes of the weights that are not read yet."""
     return current_memory(), unread(lm.config.source)
 
 

@@ -144,7 +144,7 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory in bytes, term by term; `total` is that of the whole process."""
+    """Peak memory in bytes, term by term; `total` is the peak of the whole process."""
 
     process: int = dataclasses.field(metadata={"text": "this process, with model, tokenizer and data"})
     weights: int = dataclasses.field(metadata={"text": "weights that are not read yet"})
@@ -180,7 +180,7 @@ def predicted(
     Args:
         step: the largest micro-batch.
         evaluated: tokens in the largest batch of an evaluation; 0 without an evaluation.
-        resident: bytes in memory before the adapters are made, and those of the weights not read yet.
+        resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
         prefix_tokens: tokens whose rows a `PrefixCache` holds in memory.
     """
     narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers

@@ -185,7 +185,7 @@ class Family:
         )
 
     def read_rotary_dim(self, data: ArchitectureMetadata, head_dim: int) -> int:
-        """The number of values of a head that rotate."""
+        """The number of values in a head that RoPE rotates."""
         gguf_fields.require_length(data, "rope.dimension_count", head_dim)
         return head_dim
 

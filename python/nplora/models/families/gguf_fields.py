@@ -62,7 +62,7 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 
 
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int) -> list[bool]:
-    """Which layers have the sliding window: those that the file lists, or all but every `pattern`-th."""
+    """Which layers have the sliding window: the layers that the file lists, or all but every `pattern`-th."""
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
         return [bool(flag) for flag in data.file.metadata.array(data.key(name), "BOOL", layers)]

@@ -232,8 +232,9 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// For blocks of one sub-block. Their factors are converted to float together, before they are used, and then
-// broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from this.
+// The decoders of blocks that have only one sub-block. Their factors are converted to float together, before
+// they are used, and then broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from
+// this.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {

@@ -197,9 +197,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // Each row is a stream of its own, and there are more of them than the hardware follows. A pair of rows is
-  // fetched so many rows ahead that kFetchAhead bytes are in between, and at least the next pair. cols + 1,
-  // because cols may be 0.
+  // There are more rows than the hardware prefetcher can follow as streams. So each pair of rows is fetched
+  // here, kFetchAhead bytes before its use, or at least one pair before. It is cols + 1 because cols may be
+  // 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {

@@ -240,7 +240,7 @@ struct Products : Tiles<T> {
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
   // c (m, n) += a (m, depth) w (depth, n), summed in the order of gemm_outputs_in_lanes.   a is dense.
-  // panels holds w in panels of kPanelColumns columns, each dense; the last one has the columns that remain.
+  // panels holds w in panels of kPanelColumns columns, each dense; the last panel has the remaining columns.
   // streams: c is too large for the cache and is fetched ahead.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
@@ -467,7 +467,7 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
   return small_pairs;
 }
 
-// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names. The first call
+// The table in use: the best table that this machine runs, or the table that NPLORA_ISA names. The first call
 // chooses it. Linux is asked for the AMX registers only if they would be used. If it refuses, the next best
 // table is used, unless NPLORA_ISA=amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a
 // table that is unknown, not built in or not runnable.

@@ -2,19 +2,16 @@
 // contract.
 //
 // The unit defines its tile sizes. Everything that a tile uses must fit the register file.
-//   kTileRows       rows of w in gemm_tokens_in_lanes: kTileRows * 2 accumulators, 2 vectors of x, 1
-//   broadcast
+//   kTileRows       rows of w in gemm_tokens_in_lanes. It has kTileRows * 2 accumulators, 2 vectors of x
+//                   and 1 broadcast.
 //   kTileTokens     rows of a in gemm_outputs_in_lanes and merge
-//   kOutputVectors  vectors of w in these: kTileTokens * kOutputVectors accumulators, kOutputVectors of w, 1
-//   broadcast
+//   kOutputVectors  vectors of w in gemm_outputs_in_lanes and merge. They have kTileTokens * kOutputVectors
+//                   accumulators, kOutputVectors vectors of w and 1 broadcast.
 //   kPanelVectors   vectors of w in gemm_outputs_in_lanes for a dense panel, with fewer rows of a: a whole
-//   row of
-//                   floats, or the same as kOutputVectors
+//                   row of floats, or the same as kOutputVectors
 //   kNearRows       rows of a that gemm_outputs_in_lanes addresses from one pointer, by multiples of their
-//   stride.
-//                   For more, GCC runs out of general registers and keeps multiples in vector registers.
-//                   Moving one
-//                   back takes the slot of a multiply-add (3-4 % of the time).
+//                   stride. For more rows, GCC runs out of general registers and keeps multiples in vector
+//                   registers. Moving a multiple back costs 3-4 % of the time.
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) requires.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -329,9 +326,9 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
   }
 }
 
-// A dense panel, in L1 blocks of about one size. Each block is read once for each tile of rows and each group
-// of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly over
-// these readings.
+// A dense panel, in L1 blocks of about equal size. Each block is read once for each tile of rows and each
+// group of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly
+// over these readings.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;

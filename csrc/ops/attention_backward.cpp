@@ -134,8 +134,9 @@ struct Task {
 }  // namespace
 
 // dq sums over keys, dk and dv sum over queries. The blocks on one diagonal of the matrix (query block, key
-// block) share neither, so they are computed in parallel. Diagonals follow one another. So every sum has one
-// fixed order, no product is computed twice, and no thread waits for another within a diagonal.
+// block) share neither, so they are computed in parallel. The diagonals are computed one after the other. So
+// every sum has one fixed order, no product is computed twice, and no thread waits for another within a
+// diagonal.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   std::vector<Run> runs;

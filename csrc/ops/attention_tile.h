@@ -115,7 +115,7 @@ struct QueryTile {
   }
 };
 
-// Calls body(keys) for tiles of about one size, a multiple of 8.
+// Calls body(keys) for tiles of about equal size, a multiple of 8.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;

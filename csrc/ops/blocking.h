@@ -20,8 +20,8 @@ inline constexpr size_t kDepthUnitValues =
 // The rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
 // The most values along the depth for which a panel of W, a panel of its transposed blocks, or the lanes of x
-// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about one size. Each block loads and
-// stores the sums once.
+// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size. Each block loads
+// and stores the sums once.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
 // Two panels. One panel, of 48 values, is not a multiple of kDepthUnitValues.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
@@ -67,7 +67,7 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
 }
 
 // The tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in blocks of
-// about one size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
+// about equal size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -115,7 +115,7 @@ class Grid {
     // evenly, because W would be read and decoded again for each cut.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // As few pieces as possible without making the longest one longer, because W is read for each.
+    // As few pieces as possible without making the longest piece longer, because W is read once per piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

@@ -24,7 +24,7 @@ struct Piece {
   double sum;
 };
 
-// Calls body(parameter, piece) for pieces of about one size, so that many small buffers are shared out as
+// Calls body(parameter, piece) for pieces of about equal size, so that many small buffers are shared out as
 // evenly as a few large ones. Returns the pieces, which are valid until this thread's next call. It cannot be
 // interrupted, because nobody could tell a half-made step from a whole one.
 template <class Body>

@@ -8,9 +8,9 @@
 
 namespace nplora {
 
-// The use of a buffer. Buffers of different uses exist at the same time; none outlives its call. The largest
-// size of each, in elements, is given here: L is the number of lanes (at most 32), r the sum of a stack's
-// ranks.
+// The use of a buffer. Buffers of different uses exist at the same time; no buffer outlives its call. The
+// comments give the largest size of each buffer, in elements: L is the number of lanes (at most 32), r the
+// sum of a stack's ranks.
 enum class Scratch {
   // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in. In backward: dy, z and dz in pairs, and
   // the factors.

@@ -67,7 +67,7 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The columns to decode in order to have the wanted ones, and how many of them come before the wanted ones.
+// The columns to decode so that the wanted columns are there, and how many extra columns come before them.
 struct WholeSubBlocks {
   Range cols;
   size_t before;

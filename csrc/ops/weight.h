@@ -65,9 +65,9 @@ template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
 // The block for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
-// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of it.
-// Two panels are stored one after the other, because the hardware would also fetch gaps between rows. (NF4
-// keeps the gaps if d_in is not a multiple of 16.)
+// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of
+// kDecodedColumns. Two panels are stored one after the other, because the hardware would also fetch gaps
+// between rows. (NF4 keeps the gaps if d_in is not a multiple of 16.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);

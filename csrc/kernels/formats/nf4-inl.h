@@ -40,7 +40,7 @@ inline constexpr float kNf4Levels[16] = {-1.0f,
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// A copy in this namespace: see vec.h.
+// A copy of the levels. It is in this namespace for the reason that vec.h gives.
 struct Nf4Levels {
   float v[16];
 };

@@ -57,7 +57,7 @@ class Target:
     require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
-        """Find the place of a layer. Raises FormatError if there is none, or if the layer does not fit it."""
+        """Find the place of a layer in the target. Raises FormatError if no place fits it."""
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of one command. For an unknown option it suggests the one that was meant."""
+    """The parser of one command. For an unknown option it suggests a similar option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for word in itertools.takewhile("--".__ne__, args or ()):
@@ -78,7 +78,7 @@ class CommandParser(Parser):
 def parser_of(words: Sequence[str]) -> Parser:
     """The parser for these words: it has the arguments of the command that they name, and of no other.
 
-    The modules of the other commands, and what these import, need not be loaded.
+    The modules of the other commands, and their imports, need not be loaded.
 
     Raises:
         SystemExit: there is no such command.

@@ -100,7 +100,7 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether a later write must change the stamp. File-system clocks tick coarsely."""
+        """Whether any later write is certain to change the stamp. File-system clocks tick coarsely."""
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:

@@ -130,7 +130,7 @@ class PeftAdapter:
         return False
 
     def _limit_patterns(self, layers: int) -> None:
-        """Limit the work of comparing each layer with all patterns that are not just one name."""
+        """Limit the work of comparing each layer with all patterns, except patterns that are a plain name."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
         self._limit(layers, "layers", text, "patterns")
@@ -164,7 +164,7 @@ class PeftAdapter:
         return converted
 
     def require_pair(self) -> None:
-        """Raise CorruptError if the configuration is not the one that was saved with the tensors."""
+        """Raise CorruptError if the configuration was not saved together with these tensors."""
         if not self.paired:
             raise CorruptError(
                 f"{Path(self.directory, CONFIG)}: not the one that was saved with {TENSORS} "

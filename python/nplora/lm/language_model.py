@@ -352,7 +352,7 @@ class LanguageModel(Module):
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """As `Module.merge`, which does not merge named adapters. Raises RuntimeError if one is selected.
+        """See `Module.merge`. It does not merge named adapters; if one is selected, it raises RuntimeError.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -387,7 +387,7 @@ class LanguageModel(Module):
 
         Raises:
             TypeError: ids are not integers.
-            ValueError: ids have another number of axes, or one is not in the vocabulary.
+            ValueError: ids have the wrong number of axes, or an id is not in the vocabulary.
             CorruptError: as `require_unchanged`.
         """
         return self(token_ids)
@@ -734,7 +734,7 @@ class LanguageModel(Module):
         return "\n".join(lines)
 
     def _storages(self) -> str:
-        """The storage formats of the weights, the one with the most values first."""
+        """The storage formats of the weights; the format with the most values comes first."""
         held = {id(a): a for _, module in self.named_modules() for a in module.local_frozen()}
         sizes = Counter[str]()
         for array in held.values():

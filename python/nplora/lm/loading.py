@@ -35,8 +35,8 @@ def load_model(
             for inference with GGUF's quantised weights.
         mmap: map the files. Weights are then not copied, and the system keeps them in memory while there is
             room. If another program cuts a mapped file short, the process ends with a message and status 135.
-            If it writes to one in place, the next call of the model raises CorruptError. Renaming another
-            file over it does no harm. False copies the files into memory.
+            If it writes to a mapped file in place, the next call of the model raises CorruptError. Renaming
+            another file over a mapped file does no harm. False copies the files into memory.
         check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
             a matrix when it is first used.
     Raises:

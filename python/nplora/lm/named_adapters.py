@@ -101,7 +101,7 @@ class NamedAdapters(Generic[Model]):
 
         Raises:
             KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
-            UnsupportedError: several are selected, and one has DoRA.
+            UnsupportedError: several adapters are selected, and one of them has DoRA.
         """
         if not names:
             return lm

@@ -181,8 +181,8 @@ class LoRALayer(Prepared, AdapterLayer):
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
         """Prepare to take over an update whose rows are in the file's order; the function returned does it.
 
-        The update has magnitudes if the layer has. If its rank is another one, A and B become new arrays. The
-        function returned allocates no arrays and cannot fail.
+        The update has magnitudes if the layer has. If its rank is new, A and B become new arrays. The
+        returned function allocates no arrays and cannot fail.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")

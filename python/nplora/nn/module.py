@@ -76,7 +76,7 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient. Both are live and writable, and have one shape and dtype.
+    """A trainable array and its gradient. Both are live and writable, and have the same shape and dtype.
 
     >>> import nplora, numpy as np
     >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]
@@ -523,7 +523,7 @@ class Module:
         return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
 
     def _one_line(self) -> str:
-        """The `repr` of a module in another one's: of one that has parts itself, the heading alone."""
+        """The line of this module in the `repr` of its parent: only the heading if the module has parts."""
         return repr(self).partition("\n")[0]
 
 
@@ -561,7 +561,7 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
-        """Raise RuntimeError if the layer is merged, because `what` needs one that is not."""
+        """Raise RuntimeError if the layer is merged, because `what` needs an unmerged layer."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 

@@ -95,7 +95,7 @@ class Optimizer:
             2.0
 
         Args:
-            parameters: from `model.parameters()`; the same ones at every step.
+            parameters: from `model.parameters()`; the same parameters at every step.
             lr: the learning rate of this step; None: `self.lr`.
             grad_scale: factor of the gradients, such as 1 / the number of accumulated batches.
             max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. Larger

@@ -14,7 +14,7 @@ class Prepared:
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
-        """The argument for `_core.infer`, which reads the arrays when it runs. None: it has to do more."""
+        """The argument for `_core.infer`, which reads the arrays when it runs. None: use `forward`."""
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
             return kept[1]

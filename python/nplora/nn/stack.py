@@ -138,7 +138,7 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """d_in, the arithmetic of the products, and the dtype of x."""
+    """A weight's d_in, the arithmetic of its products, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype

@@ -160,7 +160,9 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
     if schema is None:
         raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
     if schema != str(SCHEMA):
-        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
+        raise UnsupportedError(
+            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only {SCHEMA}"
+        )
     return metadata.get("state", "")
 
 

@@ -185,7 +185,7 @@ class RunDirectory:
         return descriptor
 
     def _has_lock(self) -> bool:
-        """Whether the locked file is still the one that others find under its name."""
+        """Whether the file under the lock's name is still the file that this process locked."""
         try:
             found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -227,7 +227,7 @@ class RunDirectory:
         If that run had begun to drop the files of an earlier one, this is completed.
 
         Raises:
-            CorruptError: there are checkpoints, but none is whole.
+            CorruptError: all checkpoints are damaged.
         Warns:
             UserWarning: the newer checkpoint is damaged, and the older one is used.
         """

@@ -142,7 +142,7 @@ class TrainingRun(Run):
             self._save()
 
     def _close_epoch(self, complete: bool) -> None:
-        """Validate, record the epoch, and go to the next one if this one is complete."""
+        """Validate, record the epoch and, if it is complete, go to the next epoch."""
         validation = self._config.validation
         metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
         with self._interrupts.hold():

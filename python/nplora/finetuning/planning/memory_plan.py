@@ -70,7 +70,7 @@ class MemoryPlan:
         ]
 
     def _nearest(self) -> list[Alternative]:
-        """The smallest alternative that is faster, and the fastest one that is smaller."""
+        """The smallest of the faster alternatives, and the fastest of the smaller alternatives."""
         faster = [other for other in self.others if other.seconds < self.seconds]
         smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
         return [

@@ -27,7 +27,7 @@ _LOW_RANK = 2.0  # products with the factors run at about half the rate of the f
 
 @dataclass(frozen=True)
 class Cost:
-    """The seconds of a call, and of each token in it."""
+    """The fixed seconds of a call, and the seconds for each token in the call."""
 
     call: float
     token: float

@@ -284,7 +284,7 @@ def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
     nbytes = kind.nbytes(shape)
     held = getattr(tensor.data, "dtype", type(tensor.data).__name__)
     if held != np.uint8:
-        raise TypeError(f"{where} has data of type {held}, expected bytes (a uint8 array)")
+        raise TypeError(f"{where} has data of {held}, expected an array of uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
             f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"

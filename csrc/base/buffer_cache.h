@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// Used and idle buffers together never take more memory than used buffers alone have taken at most.
+// Used and idle buffers together never take more memory than the peak of the used buffers alone.
 class BufferCache {
  public:
   // A buffer of at least this many bytes, with undefined contents: an idle buffer that is not much larger

@@ -106,7 +106,7 @@ Backend backend() {
   return chosen;
 }
 
-// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only the variable is read.
+// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only OMP_NUM_THREADS is read.
 size_t most_threads() {
 #ifdef _OPENMP
   return static_cast<size_t>(std::max(1, omp_get_max_threads()));

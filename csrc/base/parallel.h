@@ -11,7 +11,7 @@ struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-// Our own limit; 0 means none. num_threads() is the smaller of this limit and omp_get_max_threads(), so
+// Our own limit; 0 means no limit. num_threads() is the smaller of this limit and omp_get_max_threads(), so
 // OMP_NUM_THREADS and threadpoolctl are honoured. It is always 1 in a forked child, where threads do not
 // survive.
 void set_thread_limit(size_t n);

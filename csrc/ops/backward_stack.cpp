@@ -77,7 +77,7 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
 // The B of all joined parts, one below the other. The B of a single part is used in place.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
-  E* room = const_cast<E*>(all.b.data);  // `divide` reserved it to be written here
+  E* room = const_cast<E*>(all.b.data);  // `divide` reserved this memory, and it is written here
   T* stack = nullptr;
   for (const Part& p : parts_) {
     if (p.joined != &all) continue;

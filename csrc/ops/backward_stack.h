@@ -26,7 +26,7 @@ class BackwardStack {
   using T = kernels::Sum<E>;
 
   // Parts whose dz are side by side. Then dz B and dB are one product for all parts, and x is read once.
-  // The parts need the same results. A part with dropout has its own Joined, because it drops other
+  // All these parts need the same results. A part with dropout has its own Joined, because it drops other
   // elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted

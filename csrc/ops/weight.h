@@ -1,6 +1,6 @@
-// The frozen matrix W (d_out, d_in). It is owned and packed in its storage format, or in the caller's memory
-// (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at a time, never as
-// a whole.
+// The frozen matrix W (d_out, d_in). The library holds it packed in its storage format, or it is in the
+// caller's memory (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at
+// a time, never as a whole.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ namespace nplora {
 // blocks in int8, all else like kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W as the products read it. Packed: panels of kPanelColumns columns with contiguous rows; the last panel is
-// narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore rows.
+// W in the form that the products read. Packed: panels of kPanelColumns columns with contiguous rows; the
+// last panel is narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore
+// rows.
 struct WeightView {
   Storage storage;
   bool packed;

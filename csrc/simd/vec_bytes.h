@@ -116,7 +116,7 @@ struct Levels {
   explicit Levels(const float (&levels)[16])
       : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
 };
-// Bit 3 of the index selects the half. It is moved to the sign bit, which the blend reads.
+// Bit 3 of the index selects the half. This bit is moved to the sign bit, which the blend reads.
 inline Vec<float> lookup(const Levels& levels, __m256i at) {
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
                            _mm256_permutevar8x32_ps(levels.high, at),

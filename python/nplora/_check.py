@@ -89,7 +89,8 @@ _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """The end of a message about an unknown name: "; did you mean rank?". Empty if no known name is like it.
+    """The end of a message about an unknown name: "; did you mean rank?". It is empty if no known name is
+    similar.
 
     A name that another library uses stands for ours; other names are compared by their spelling.
 
@@ -226,7 +227,7 @@ def _axes(array: Array) -> str:
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if it is not one."""
+    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if needed."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
     array = as_array(op, name, value)

@@ -76,7 +76,8 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """The parser for these words: it has the arguments of the command that they name, and of no other.
+    """The parser for these words: it has the arguments of the command that they name, and of no other
+    command.
 
     The modules of the other commands, and their imports, need not be loaded.
 
@@ -138,7 +139,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """A path. An empty one, as from an unset variable of the shell, is refused."""
+    """A path. An empty path, as from an unset variable of the shell, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text

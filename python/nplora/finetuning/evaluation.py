@@ -14,7 +14,7 @@ from nplora.lm import LanguageModel
 
 
 class MeanLoss(TypedDict):
-    """A mean loss, and the number of tokens that it is the mean of.
+    """A mean loss, and the number of tokens in the mean.
 
     >>> nplora.finetuning.MeanLoss(loss=2.5, tokens=100)
     {'loss': 2.5, 'tokens': 100}
@@ -28,7 +28,7 @@ class Evaluation(MeanLoss):
     """The result of `evaluate`, a dict.
 
     Keys:
-        loss, tokens: the mean loss, and the number of tokens that it is the mean of.
+        loss, tokens: the mean loss, and the number of tokens in the mean.
         source: the file.
         examples, truncated, emptied, skipped: as in `DataReport`.
 

@@ -143,7 +143,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     """The adapted layers of a run. All layers of an adapter to continue from count with its largest rank.
 
     Raises:
-        ValueError: they do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
+        ValueError: the layers do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
@@ -172,7 +172,8 @@ def _planned(
 def _warn_if_short(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
 ) -> None:
-    """Warn if the remaining steps need more memory than is available. The first epoch stands for all.
+    """Warn if the remaining steps need more memory than is available. The work of the first epoch is assumed
+    for every epoch.
 
     Args:
         done: steps that the run has made.

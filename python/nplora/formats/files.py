@@ -64,7 +64,7 @@ def name(path: StrPath) -> str:
 
 
 def require_named(op: str, **paths: StrPath | None) -> None:
-    """Refuse an empty path. An unset shell variable gives one, and it would mean the working directory."""
+    """Refuse an empty path, as from an unset shell variable. It would mean the working directory."""
     for what, path in paths.items():
         if path is not None and not os.fspath(path):
             raise ValueError(f"{op}: {what} is an empty path")
@@ -216,7 +216,7 @@ def sha256(path: StrPath) -> str:
 def cached(path: Path) -> Path:
     """The target of a link in Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST), else `path`.
 
-    Use it for file names that come from a model. No other links are followed for those.
+    Use it for file names that come from a model. For such names, no other links are followed.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"

@@ -226,8 +226,8 @@ def _pair(
 ) -> tuple[SafetensorsFile, bytes, bool]:
     """Open the tensors and read the configuration. The last value is False if they are known not to match.
 
-    The tensors are opened first, because a save replaces them before the configuration. While they are still
-    at their path, the configuration is not newer. Otherwise, both are read again.
+    The tensors are opened first, because a save replaces them before the configuration. While the tensors'
+    file is still at its path, the configuration is not newer. Otherwise, both are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:

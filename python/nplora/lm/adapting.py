@@ -120,7 +120,7 @@ def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> Abs
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """A LoRA layer over the same frozen weight. With init="pissa" or "olora" it has a new frozen weight.
+    """A LoRA layer over the same frozen weight. With init="pissa" or "olora", this weight is changed.
 
     Raises:
         ValueError: an option does not fit the layer.

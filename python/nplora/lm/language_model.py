@@ -224,7 +224,7 @@ class LanguageModel(Module):
     def load_adapter(self, path: StrPath | Adapter, name: str, any_base: bool = False) -> None:
         """Load an adapter under a name; `set_adapter` then selects it.
 
-        It is kept beside the LoRA layers that are trained, and its targets may be others. Named adapters are
+        It is kept beside the LoRA layers that are trained, and it may have other targets. Named adapters are
         for inference only.
 
             >>> import nplora
@@ -252,15 +252,16 @@ class LanguageModel(Module):
         else:
             raise TypeError(
                 f"load_adapter: path is {_check.kind(path)}, expected a path or an Adapter; "
-                "nplora.combine makes one Adapter of weighted ones"
+                "nplora.combine makes one Adapter of several"
             )
         self._named.add(self, name, adapter, any_base)
 
     def set_adapter(self, names: str | Sequence[str] | None) -> None:
         """Select the named adapter that later calls use, instead of the LoRA layers that the model trains.
 
-        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own, and
-        has none at first. A call uses one adapter to its end, even if it is deleted meanwhile.
+        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own
+        selection, and has no named adapter at first. A call uses one adapter to its end, even if it is
+        deleted meanwhile.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -584,7 +585,7 @@ class LanguageModel(Module):
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) after the last ones.
+        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) that follow.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -41,7 +41,7 @@ def load_model(
             a matrix when it is first used.
     Raises:
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
-            supported ones, and all tensors of other types.
+            supported architectures or types, and all tensors of other types.
         FormatError: a file breaks its format, or does not describe a whole model. The message lists all that
             is missing, with the nearest names. Or a weight is NaN or infinite: the first one is named.
         UnsafeError: the weights are a pickle.

@@ -48,7 +48,7 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
     Args:
         any_base: as in `digest_of`.
     Raises:
-        UnsupportedError: nplora does not know the family. Otherwise as in `digest_of`.
+        UnsupportedError: nplora does not know the family. Other errors as in `digest_of`.
     """
     config = _config_of(path)
     if config is None:

@@ -101,7 +101,7 @@ def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatc
         if tokens.ndim != 1 or tokens.shape != labels.shape:
             raise ValueError(
                 f"pack: sequence {index} has ids of shape {tokens.shape} and labels of shape {labels.shape}, "
-                "expected one length"
+                "expected the same length"
             )
         ids.append(tokens)
         targets += [labels[1:], np.full(min(1, len(tokens)), IGNORED)]

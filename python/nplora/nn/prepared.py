@@ -31,7 +31,8 @@ class Prepared:
         """The parts of the layer that `_inference_layer` reads, to see whether they have changed.
 
         Arrays compare by element, so their id is used. The core's layer keeps the arrays, so no other array
-        can get the same id. It keeps only the packed part of a FrozenWeight, so that is here as an object.
+        can get the same id. It keeps only the packed part of a FrozenWeight, so a FrozenWeight is compared as
+        an object, not by id.
         """
         raise NotImplementedError
 

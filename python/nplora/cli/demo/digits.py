@@ -97,7 +97,7 @@ class DemoReport:
         saved_bytes: the bytes that one batch keeps from forward to backward.
         seconds, threads: time of the training, and its number of threads.
         digests: SHA-256 of all frozen weights and biases, before training and at the end.
-        merge: merged outputs compared with unmerged ones.
+        merge: merged outputs compared with unmerged outputs.
         reloaded_equal: a new network with the saved adapter has the same logits, bit for bit.
     """
 
@@ -171,7 +171,7 @@ def run(
     Raises:
         ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
         FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
-        RuntimeError: a promise of the demo does not hold.
+        RuntimeError: a claim of the demo turned out false.
     """
     directory = Path(output)
     if not overwrite:

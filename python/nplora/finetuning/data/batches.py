@@ -20,7 +20,7 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
     epoch takes these batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch draws new batches. Any batch can be made without those before it.
+    `batch_examples`, each epoch draws new batches. Any batch can be made without the batches before it.
 
     Args:
         dataset: the examples.

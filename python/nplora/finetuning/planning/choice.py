@@ -112,7 +112,7 @@ def choose(
 def _plans(
     lm: LanguageModel, work: Work, constraints: PlanConstraints, free: bool
 ) -> Iterator[ExecutionPlan]:
-    """All plans that the constraints allow, float32 first. If nothing is free, this is one plan."""
+    """All plans that the constraints allow, float32 first: only one if the constraints fix everything."""
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
         computes.append("bfloat16")

@@ -79,7 +79,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """The layers that `lm.add_lora` would adapt. Raises as that; messages begin with op."""
+        """The layers that `lm.add_lora` would adapt. Raises its errors; `op` begins their messages."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:

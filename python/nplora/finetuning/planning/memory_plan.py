@@ -80,12 +80,12 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Bytes that are needed, as a text. Rounded up: a need above some `room` never looks equal to it."""
+    """The needed bytes as a text, rounded up, so that a need above some `room` never looks equal to it."""
     return f"{math.ceil(size / 1e6)} MB"
 
 
 def room(size: int) -> str:
-    """Bytes that there are, as a text. They are rounded down."""
+    """The available bytes as a text, rounded down."""
     return f"{size // 10**6} MB"
 
 

@@ -22,7 +22,7 @@ class Typed:
     """A metadata value with its type in the file: `Typed(32, "UINT32")`, `Typed([1, 2], "INT32")`.
 
     Attributes:
-        value: a scalar, or a list or array of them.
+        value: a scalar, or a list or array of scalars.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
             "BOOL" or "STRING". For a list or array: the type of its elements.
 
@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string. Indexing needs it; iteration does not."""
+        """The position of each string. Indexing needs the positions; iteration does not."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin

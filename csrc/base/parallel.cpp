@@ -22,7 +22,7 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is inside the interrupt hook, and so inside a call. Work that starts there stays on
+// Whether this thread is inside the interrupt hook, and so inside a call. Work that the hook starts stays on
 // this thread.
 thread_local bool asking = false;
 

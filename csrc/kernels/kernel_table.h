@@ -92,7 +92,7 @@ inline constexpr size_t kFetchAhead = 12288;
 
 // Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of
 // kDepthUnit, the sums are the same as for the whole depth, on every instruction set. The size of a panel of
-// floats is such a multiple. A panel of pairs has 24 elements, which is no multiple (see kDepthCut).
+// floats is such a multiple. A panel of pairs has 24 elements, which is not a multiple (see kDepthCut).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -127,7 +127,7 @@ struct Tiles {
 };
 
 // The most rows of a small batch: as many as a vector has lanes. A vector has at least kLeastSmallBatch
-// floats on every instruction set; a batch above kMostSmallBatch is never small.
+// floats on every instruction set; no small batch has more than kMostSmallBatch rows.
 inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
 
 // The element type of x in products with a weight of type W: bfloat16 is widened to float, pairs are

@@ -62,7 +62,7 @@ class RowsForward {
 
  private:
   // Parts whose z are columns of one product, so that x is read once. A part with dropout has its own
-  // product, because it drops other elements of x.
+  // product, because it drops different elements of x.
   struct Joined {
     const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
     size_t rank = 0;                      // of all parts

@@ -265,7 +265,7 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
     """
     if array is not None and (array.shape != shape or array.dtype != dtype):
         raise ValueError(
-            f"{op}: saved is not of this layer: its {name} is {array.dtype} of shape {array.shape}, "
+            f"{op}: saved is from another layer: its {name} is {array.dtype} of shape {array.shape}, "
             f"expected {dtype} of shape {shape}"
         )
 
@@ -278,7 +278,7 @@ def own(op: str, saved: Any, layer: object) -> None:
     """
     if saved.layer is not None and saved.layer is not layer:
         kind = type(saved.layer).__name__
-        raise ValueError(f"{op}: saved is not of this layer: it is from a forward pass of another {kind}")
+        raise ValueError(f"{op}: saved is from a forward pass of another {kind}")
 
 
 def rows(

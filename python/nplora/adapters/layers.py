@@ -264,7 +264,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """A model's LoRA layers, to be written to; or, if not live, all layers that can become LoRA layers."""
+    """The LoRA layers of a model (live), or all of its layers that can become LoRA layers (not live)."""
     modules, asked = dict(model.named_modules()), itertools.count()
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:

@@ -176,7 +176,7 @@ def _warn_if_short(
     for every epoch.
 
     Args:
-        done: steps that the run has made.
+        done: the number of steps that the run has made.
     """
     resident, work = resident_memory(inputs.lm), _work_of(inputs, options, most_epochs=1)
     if done >= work.steps:
@@ -208,6 +208,6 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
 
 
 def _largest_evaluation(held_out: Dataset) -> int:
-    """Tokens in the largest batch of an evaluation."""
+    """The number of tokens in the largest batch of an evaluation."""
     batches = evaluation_batches(held_out).members(0)
     return max(int(held_out.lengths[batch].sum()) for batch in batches)

@@ -106,7 +106,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp: results from its mapping are wrong.
 
-        If another file was renamed over this one, the mapping still shows the old content. That is no error.
+        If another file was renamed over this one, the mapping still shows the old content. This is not an
+        error.
         """
         try:
             found = os.stat(self.name)

@@ -105,7 +105,7 @@ class PeftAdapter:
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
-                problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")
+                problems.append(f"tensor {brief(tensor, 200)} is not a factor of a layer")
                 continue
             stem = tensor[: -len(kind[0])]
             halves = (stem + kind[0], stem + kind[1])

@@ -676,8 +676,8 @@ class LanguageModel(Module):
             (<class 'str'>, 2, <class 'str'>)
 
         Args:
-            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or several of
-                either, in any iterable.
+            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or an iterable
+                of several texts or chats.
             max_new_tokens: the maximum number of generated tokens.
             temperature: 0: always the most likely token; 1: sample from the model's own probabilities. Lower
                 values make likely tokens likelier, higher values make them less likely.

@@ -61,7 +61,7 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The number of trained tokens, by which a mean loss divides."""
+        """The number of trained tokens. A mean loss is the sum of losses divided by this number."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None) -> list[PackedBatch]:

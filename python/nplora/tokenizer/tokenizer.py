@@ -152,7 +152,8 @@ class Tokenizer:
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
                 BOS; some add nothing.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for
-                the output of `apply_chat_template`. Off (use that for untrusted text), they are plain text.
+                the output of `apply_chat_template`. With False, which is right for untrusted text, such names
+                are plain text.
             most: how many tokens are needed. For a long text, only the first `most` are returned; the rest of
                 the text is not read. For a short text, all tokens are returned, which may be more.
         Returns:

@@ -29,7 +29,7 @@ class TokenBatches:
         shuffle: False keeps the order of the file in every epoch.
         seed: random seed of the order, at least 0.
     Attributes:
-        length: batches in an epoch.
+        length: the number of batches in an epoch.
     Raises:
         ValueError: both sizes or none are given, or a number is out of range.
 

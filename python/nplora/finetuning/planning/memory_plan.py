@@ -30,7 +30,7 @@ class MemoryPlan:
         chosen: the execution plan.
         memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
-        steps: the steps of the run.
+        steps: the number of steps of the run.
         others: plans that do not fit, are slower or are less exact.
         limit: maximum bytes of a plan: the memory limit without its reserve; infinite without a limit.
         available: bytes that the process may have on this machine and in its container; None: unknown.

@@ -55,7 +55,8 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
 // W, until the update is added.
 inline constexpr size_t kFewTokens = 64;
-// The columns of a gradient of A or B that one task owns, and the tokens that it adds to them at a time.
+// The number of columns of a gradient of A or B that one task owns, and the number of tokens whose products
+// it adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
 // The floating-point operations of one task. On the slowest instruction set they take 0.1 s, so that Ctrl-C

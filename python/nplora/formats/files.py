@@ -264,7 +264,7 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """The path from the root. ".." is kept: behind a symbolic link it is not the parent by name."""
+    """The path from the root. ".." is kept: after a symbolic link, it is the parent of the link's target."""
     return str(Path(path).absolute())
 
 

@@ -30,7 +30,7 @@ struct Piece {
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;
-  std::vector<Piece>& pieces = kept;  // the calling thread's; a task would use its worker's
+  std::vector<Piece>& pieces = kept;  // tasks on other threads must not use their own `kept`
   pieces.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

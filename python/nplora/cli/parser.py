@@ -245,7 +245,7 @@ def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any
 
 
 def checked(options: Callable[..., T], given: dict[str, Any]) -> T:
-    """A dataclass made of these fields; its errors are errors of usage."""
+    """A dataclass made of these fields; a wrong value ends the program like a wrong argument."""
     try:
         return options(**given)
     except (ValueError, TypeError) as error:

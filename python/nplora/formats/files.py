@@ -125,7 +125,7 @@ class Stamp(NamedTuple):
 
 
 class Reader:
-    """An open regular file. `reader[begin:end]` reads those bytes and nothing else."""
+    """An open regular file. `reader[begin:end]` reads exactly these bytes."""
 
     def __init__(self, fd: int, path: StrPath) -> None:
         self._fd = fd
@@ -364,7 +364,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
     """Write each file to a temporary name beside its target, then rename them all in the given order.
 
     No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
-    After a crash between two renames, the later files are still the old ones. A new file takes the
+    After a crash between two renames, the later files still have their old content. A new file takes the
     permissions of the file that it replaces. If a target is a symbolic link, the link is replaced and the
     linked file stays unchanged. The next call removes temporary files that a crash left, unless another call
     is writing in the same directory.

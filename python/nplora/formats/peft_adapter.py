@@ -297,7 +297,7 @@ def save(
     """Write both files. The directory is created if needed.
 
     Both files are complete on disk before either is renamed into place, the configuration last. At every
-    moment, even after a crash, nplora finds either the old adapter or the new one.
+    moment, even after a crash, nplora finds either the old or the new adapter.
 
     Raises:
         ValueError: the directory's name is empty.
@@ -327,7 +327,7 @@ def save(
 
 
 def _digest_in(directory: files.Directory) -> str | None:
-    """The SHA-256 of a directory's configuration, or None if it has no readable one."""
+    """The SHA-256 of a directory's configuration, or None if the file is missing or cannot be read."""
     try:
         return _digest(bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES)))
     except (FormatError, OSError):

@@ -242,7 +242,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: an adapter of this name is loaded already.
             TypeError: path is none of these, or the name is not a text or is empty.
-            FormatError: the adapter does not fit the model, or belongs to another one. Others as
+            FormatError: the adapter does not fit the model, or belongs to another model. Others as
                 `nplora.load_adapter`.
         """
         if isinstance(path, Adapter):
@@ -330,7 +330,7 @@ class LanguageModel(Module):
 
         Raises:
             TypeError: adapter is not an Adapter.
-            FormatError: the adapter does not fit the model, or belongs to another one.
+            FormatError: the adapter does not fit the model, or belongs to another model.
         """
         if not isinstance(adapter, Adapter):
             hint = "; Adapter.read(path) reads one" if isinstance(adapter, str | os.PathLike) else ""
@@ -665,7 +665,8 @@ class LanguageModel(Module):
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str | list[str]:
-        """Generate a text after a prompt, or after each of several. By default, always the most likely token.
+        """Generate a text after a prompt, or after each of several prompts. By default, always the most
+        likely token.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

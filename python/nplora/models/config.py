@@ -36,7 +36,8 @@ class ModelConfig:
         rope: the rotation of q and k.
         sliding_windows: for each layer, how many tokens a query sees, including its own; 0: all earlier
             tokens.
-        local_rope: the rotation in layers with a sliding window, or None if it is the same.
+        local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
+            layers.
         unrotated: the layers without rotation.
         rotary_dim: how many values of a head rotate, from the first; None: all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.

@@ -231,7 +231,7 @@ class RunDirectory:
         Raises:
             CorruptError: all checkpoints are damaged.
         Warns:
-            UserWarning: the newer checkpoint is damaged, and the older one is used.
+            UserWarning: the newer checkpoint is damaged, and the older checkpoint is used.
         """
         if self.newest is None and self.damaged:
             raise CorruptError(

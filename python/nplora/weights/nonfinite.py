@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in a model's file, so that the first one is reported before anything is computed."""
+"""Finds NaN and infinity in a model's file, so that it is reported before anything is computed."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class DigitsNet(Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) with values from 0 to 1, in the old world and in the new one, and labels (n,)."""
+    """Images (n, 64) with values from 0 to 1, in the old and the new world, and labels (n,)."""
 
     old: Array
     new: Array
@@ -76,8 +76,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the held-out digits of the new world.
 
     Attributes:
-        difference, bound: for the output of a layer that comes closest to its bound: how much merging changes
-            it, and how much rounding alone can change it.
+        difference, bound: how much merging changes a layer's output, and how much rounding alone can change
+            it, for the output that comes closest to its bound.
         logits: the largest difference of the network's outputs.
     """
 

@@ -153,7 +153,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """Words about the largest power of two for --max-length with which a plan fits."""
+    """A hint for a message: the largest power of two as --max-length for which a plan fits."""
     length = work.longest
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

@@ -17,7 +17,7 @@ namespace nplora {
 // kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
+// The number of rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
 // The most values along the depth for which a panel of W, a panel of its transposed blocks, or the lanes of x
 // stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size. Each block loads
@@ -44,13 +44,13 @@ inline constexpr size_t kInPlaceBatch = 16;
 // In backward, batches up to these sizes widen (or pair) the bfloat16 values of W in registers for each tile,
 // without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// The rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while the panels
-// are read.
+// The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
+// the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The rows for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in L1
-// (128 x 16 lanes of floats = 8 KB).
+// kStreamedRows for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in
+// L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
-// The bytes of transposed blocks of W that are kept in L2 at a time.
+// The number of bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
 // W, until the update is added.
@@ -59,16 +59,16 @@ inline constexpr size_t kFewTokens = 64;
 // it adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The floating-point operations of one task. On the slowest instruction set they take 0.1 s, so that Ctrl-C
-// is noticed between tasks.
+// The number of floating-point operations of one task. On the slowest instruction set they take 0.1 s, so
+// that Ctrl-C is noticed between tasks.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in blocks of
-// about equal size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
+// The number of tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in
+// blocks of about equal size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {

@@ -39,7 +39,7 @@ inline Bytes pair(uint64_t low, uint64_t high) {
 }
 
 // Few machines can shift single bytes, so words are shifted. Bits then cross into the other byte of a word;
-// mask must drop them.
+// `mask` must drop these bits.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }

@@ -45,8 +45,8 @@ class Target:
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         whole: the live arrays of fully trained layers, by layer and parameter. None accepts any.
-        require_kind: a function of an adapter's source, whether it has DoRA, and its fully trained layers. It
-            raises UnsupportedError if the target cannot hold them.
+        require_kind: a function with three arguments: an adapter's source, whether it has DoRA, and its fully
+            trained layers. It raises UnsupportedError if the target cannot hold them.
     """
 
     title: str = ""

@@ -532,7 +532,7 @@ class AdapterLayer(Module):
     """The members that a layer with an adapter needs for the methods of `Module` that work on a whole model.
 
     Attributes:
-        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds one to calls.
+        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds 1 to `calls`.
     """
 
     dropout_stream: tuple[int, int]

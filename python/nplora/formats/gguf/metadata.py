@@ -115,7 +115,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
     key to its type in the file; for an array, that is the type of its elements.
 
     The methods below return a value of one required type. They raise FormatError if the value is missing and
-    there is no default, if it has another type, or if an array has another count.
+    there is no default, if it has another type, or if an array has another length.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata

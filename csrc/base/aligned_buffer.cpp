@@ -14,7 +14,8 @@ namespace nplora {
 namespace {
 
 // From this size on, a buffer is a mapping of its own, which returns to the system as a whole. malloc would
-// keep it: batches of many sizes leave holes in its heap, and it returns almost none of them.
+// keep the memory: batches of many sizes leave holes in its heap, and it returns almost no holes to the
+// system.
 constexpr size_t kLeastMapped = size_t{64} << 10;
 std::atomic<size_t> allocated{0};
 

@@ -33,8 +33,8 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Frees idle buffers, the largest first, until a new buffer of this size fits below the most that was ever in
-// use.
+// Frees idle buffers, the largest first, until a new buffer of this size fits without exceeding the most
+// memory that was ever in use.
 void BufferCache::make_room(size_t bytes) {
   const size_t most = std::max(most_used_, used_bytes_ + bytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

@@ -9,11 +9,11 @@
 
 namespace nplora {
 
-// Used and idle buffers together never take more memory than used buffers alone have taken at most.
+// Used and idle buffers together never take more memory than the peak of the used buffers alone.
 class BufferCache {
  public:
-  // A buffer of at least this many bytes, with undefined contents: an idle one that is not much larger, or
-  // else a new one.
+  // A buffer of at least this many bytes, with undefined contents: an idle buffer that is not much larger
+  // or, if there is none, a new buffer.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 

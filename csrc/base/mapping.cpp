@@ -22,7 +22,7 @@ namespace {
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 #ifdef __linux__
-constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older headers lack it
+constexpr int kCollapse = 25;  // MADV_COLLAPSE (Linux 6.1), which older headers lack
 #endif
 
 // Read at start, not in whole_pages: the child of a fork could wait for another thread that initialises it.
@@ -71,7 +71,8 @@ std::string setting(const char* name) {
 }
 
 // Whether the system can move the content of small pages into a huge page; no value if there is no memory to
-// try it. The system would do it even if its administrator wants no huge pages.
+// try it. MADV_COLLAPSE works even if the administrator wants no huge pages, so those settings are read
+// first.
 std::optional<bool> can_collapse() {
   std::string enabled = setting("hugepages-2048kB/enabled");
   if (enabled.empty() || enabled.find("[inherit]") != std::string::npos) enabled = setting("enabled");
@@ -86,11 +87,11 @@ std::optional<bool> can_collapse() {
   return knows;
 }
 
-// Places weights one after the other. No thread waits for another one here: in the child of a fork it would
-// wait forever.
+// Places weights one after the other. No thread waits for another thread here, because it would wait forever
+// in the child of a fork.
 class Neighbours {
  public:
-  // nullptr if huge pages cannot be shared, now or ever.
+  // Returns nullptr if weights cannot share huge pages on this system.
   char* take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;

@@ -73,8 +73,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   if (!is_access) raise(signal);  // otherwise the access is repeated, and fails again
 }
 
-// Installs the handler again if needed: others may have restored an older one, as faulthandler.disable()
-// does.
+// Installs the handler again if needed: other code may have restored an older handler, as
+// faulthandler.disable() does.
 void install() {
   struct sigaction current;
   if (sigaction(SIGBUS, nullptr, &current) != 0) return;
@@ -87,7 +87,7 @@ void install() {
   sigaction(SIGBUS, &ours, nullptr);
 }
 
-// An entry that is not in use. A new entry joins the list, where it covers nothing yet.
+// An entry that is not in use. A new entry joins the list; at first it covers no memory.
 Watch* free_watch() {
   for (Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
     if (watch->end.load() == 0) return watch;

@@ -22,7 +22,7 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is inside the interrupt hook, and so inside a call. Work that starts there stays on
+// Whether this thread is inside the interrupt hook, and so inside a call. Work that the hook starts stays on
 // this thread.
 thread_local bool asking = false;
 
@@ -107,7 +107,7 @@ Backend backend() {
   return chosen;
 }
 
-// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only the variable is read.
+// The limit set by OMP_NUM_THREADS and threadpoolctl. Without OpenMP, only OMP_NUM_THREADS is read.
 size_t most_threads() {
 #ifdef _OPENMP
   return static_cast<size_t>(std::max(1, omp_get_max_threads()));

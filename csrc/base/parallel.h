@@ -11,15 +11,15 @@ struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-// Our own limit; 0 means none. num_threads() is the smaller of this limit and omp_get_max_threads(), so
+// Our own limit; 0 means no limit. num_threads() is the smaller of this limit and omp_get_max_threads(), so
 // OMP_NUM_THREADS and threadpoolctl are honoured. It is always 1 in a forked child, where threads do not
 // survive.
 void set_thread_limit(size_t n);
 size_t num_threads();
 
 // Where the threads come from: "openmp" or "pool" (pool.h). The variable NPLORA_PARALLEL chooses, and is read
-// once. Results do not depend on it. Throws std::invalid_argument if it names anything else, or something
-// that is not built in.
+// once. Results do not depend on this choice. Throws std::invalid_argument if the variable has another value,
+// or names a backend that is not built in.
 const char* parallel_backend();
 
 // The OpenMP version as its standard writes it (201511 is 4.5), or 0 if the build has no OpenMP.

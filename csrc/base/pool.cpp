@@ -20,7 +20,8 @@ namespace nplora {
 namespace {
 
 std::atomic<bool> in_child{false};
-// If the system has no memory for this registration, forked children may hang. Nothing else depends on it.
+// If the system has no memory for this registration, forked children may hang. Nothing else depends on the
+// registration.
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 
 // How long an idle thread polls before it sleeps: longer than the gaps between the calls of a training step.

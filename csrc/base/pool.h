@@ -11,8 +11,8 @@
 namespace nplora {
 
 // Runs work(context, true) on the calling thread and work(context, false) on up to `helpers` workers. Returns
-// when all that started have returned. work must return at once when nothing is left to do, and must not
-// throw. Several threads may call this at once, but work must not call it.
+// when all calls that started have returned. work must return at once when nothing is left to do, and must
+// not throw. Several threads may call this at once, but work must not call it.
 void run_on_pool(size_t helpers, void (*work)(void*, bool calling_thread), void* context);
 
 // Whether this process is a child of fork. Threads do not survive a fork, so the pool must not be used there.

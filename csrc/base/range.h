@@ -23,8 +23,8 @@ constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
-// Piece i of n items, cut into `pieces` of about one size that begin at multiples of `unit`. pieces is at
-// least 1 and at most the number of units. The last piece is never one of the longer ones.
+// Piece i of n items, cut into `pieces` of about equal size that begin at multiples of `unit`. pieces is at
+// least 1 and at most the number of units. If the pieces differ, the last piece is among the shorter ones.
 constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
   const size_t units = ceil_div(n, unit), first = ceil_div(units * i, pieces) * unit;
   return {first, std::min(n, ceil_div(units * (i + 1), pieces) * unit) - first};

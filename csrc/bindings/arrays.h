@@ -24,8 +24,9 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Runs f without the GIL. gil_scoped_release is not used: while the interpreter shuts down, taking the GIL
-// back ends a daemon thread by forced unwinding, which must not pass a destructor or a catch.
+// Runs f without the GIL. gil_scoped_release is not used, because its destructor takes the GIL back. While
+// the interpreter shuts down, that ends a daemon thread by forced unwinding, which must not pass a destructor
+// or a catch.
 template <class F>
 void without_gil(const F& f) {
   PyThreadState* state = PyEval_SaveThread();

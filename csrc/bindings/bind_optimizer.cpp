@@ -95,7 +95,8 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
 }
 
 // Calls step(scale) without the GIL. With a max_norm, the scale is lowered so that the norm of the gradients
-// is at most max_norm. Returns the norm before that. If the norm is not finite, there is no step.
+// is at most max_norm. Returns the norm before the scale was lowered. If the norm is not finite, there is no
+// step.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

@@ -60,8 +60,8 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// W in arrays that nobody writes to. They are kept alive, not copied. (pybind11's keep_alive would also run
-// if the arguments did not fit, and would crash.)
+// W in arrays that nobody writes to. The arrays are kept alive, not copied. (pybind11's keep_alive would also
+// run if the arguments did not fit, and would crash.)
 template <class... Arrays>
 std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
   return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));
@@ -127,7 +127,7 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  // A copy, so that nobody writes to it after the check.
+  // A copy of the ids, so that no other code writes to them after the check.
   const std::vector<int64_t> id(ids.data(), ids.data() + n);
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())

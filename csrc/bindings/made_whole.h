@@ -6,8 +6,8 @@
 namespace nplora::bindings {
 
 // pybind11's own tp_new leaves the object empty, and a method called on it would read uninitialised memory.
-// This one also runs __init__. Python then calls __init__ again, which sees a constructed object and returns
-// at once.
+// This function also runs __init__. Python then calls __init__ again, which sees a constructed object and
+// returns at once.
 inline PyObject* new_with_init(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = type->tp_base->tp_new(type, args, kwargs);
   if (self && type->tp_init(self, args, kwargs) < 0) Py_CLEAR(self);

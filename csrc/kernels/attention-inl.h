@@ -43,7 +43,7 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 }
 
 // Takes two heads of a query at a time, and half as many rows of k as there are lanes. Each head and row
-// gives one vector of products; a transpose then sums the lanes of all of them at once. The remaining rows
+// gives one vector of products; a transpose then sums the lanes of all vectors at once. The remaining rows
 // are taken one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
@@ -52,7 +52,7 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
   const size_t ahead = fetch_distance(kRows, k_stride);
   for (; rows >= kRows; rows -= kRows, k += kRows * k_stride, scores += kRows)
     for (size_t h = 0; h < heads; h += 2) {
-      // If the number of heads is odd, the last one is computed twice.
+      // If the number of heads is odd, the last head is computed twice.
       const size_t second = smaller(h + 1, heads - 1);
       V block[2 * kRows];
       row_products<kRows, true>(dim, q + h * dim, k + h / group * dim, k_stride, ahead, block);
@@ -72,7 +72,7 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Takes kRows rows at a time, so that out is loaded and stored once for all of them.
+// Takes kRows rows at a time, so that out is loaded and stored once for all kRows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -146,8 +146,8 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// p = softmax(s): ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al. 2022, section 3.1).
-// The backward pass computes s again. If it is rounded differently, a large s could exceed lse until exp
+// p = softmax(s): ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al. 2022, section 3.1). The
+// backward pass computes s again. If the new s is rounded differently, a large s could exceed lse until exp
 // overflows, hence the minimum.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {

@@ -2,8 +2,8 @@
 // kernel_table.h for the contract and kernels/formats for the decoders.
 //
 // A fused multiply-add gives the same value as a product and a sum. A float16 has 11 significant bits, a
-// scale at most 7 and a code at most 6. Their product fits into the 24 bits of a float, so only the sum is
-// rounded.
+// scale at most 7 and a code at most 6. The product of all three fits into the 24 bits of a float, so only
+// the sum is rounded.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -43,7 +43,7 @@ inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
 // Forces values into memory, from which their lanes are broadcast one by one. GCC would otherwise permute the
-// register that holds them.
+// register that holds the values.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
   asm("" : "+m"(values));
@@ -52,8 +52,8 @@ inline void keep_in_memory(float (&values)[kCount]) {
 inline void put(const Floats& values, float* to) {
   for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
 }
-// These store d q or d q + m. A minimum is added by fma. Without a minimum there is no addition, which keeps
-// the sign of d * 0.
+// The functions below store d q or d q + m. A minimum is added by fma. Without a minimum there is no
+// addition, which keeps the sign of d * 0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
 }
@@ -66,8 +66,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If panels are apart, it is a multiple of kBytes, so that kBytes
-// elements are in one panel.
+// A position in a row of DecodedRows. If panels are apart, the position is a multiple of kBytes, so that
+// kBytes elements are in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -78,8 +78,8 @@ struct DecodedRow {
 };
 
 // A destination like a row in memory, which multiplies the values with some tokens of x instead of storing
-// them. The sums of a token are in chains. Each run of kBytes elements uses the next chain, so a fused
-// multiply-add need not wait for the previous one.
+// them. The products of a token are summed in several chains. Each run of kBytes elements uses the next
+// chain, so a fused multiply-add need not wait for the previous one.
 template <size_t kTokens, size_t kChains>
 struct Dot {
   const float* x;
@@ -114,7 +114,7 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
 }
 
 // A sub-block with one scale. For one token, the sum is multiplied by the scale, which takes fewer products
-// than scaling the codes. Then one chain is enough.
+// than scaling the codes. One chain of sums is then enough.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -172,8 +172,8 @@ struct SubScales {
 //
 // The unit defines kUnrolledSubBlocks: how many sub-blocks of a block are unrolled.
 
-// Fetches the columns of a row that is decoded kRowsAhead rows later. They are too few for the hardware to
-// detect a stream.
+// Fetches the columns of a row that is decoded kRowsAhead rows later. The bytes of a row are too few for the
+// hardware to detect a stream.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -207,8 +207,8 @@ void decode(size_t rows, size_t first, size_t cols, const void* blocks, size_t r
 
 // ---- the products of a few rows of x with rows of blocks ----
 
-// All tokens are multiplied with this many rows before the next rows are read. Meanwhile the same columns of
-// rows that come at least kFetchAhead bytes later are fetched.
+// All tokens are multiplied with this many rows before the next rows are read. Meanwhile, these products
+// fetch the same columns of later rows, at least kFetchAhead bytes ahead.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes) {
   const size_t few = kFewRows * row_bytes;
@@ -232,8 +232,9 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// For blocks of one sub-block. Their factors are converted to float together, before they are used, and then
-// broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from this.
+// The decoders of blocks that have only one sub-block. Their factors are converted to float together, before
+// they are used, and then broadcast from memory. Tiles of two rows, which have more tokens, gain nothing from
+// this.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -298,7 +299,7 @@ struct BlockRows {
 };
 
 // The sums of kTokens rows of x with at most kRows rows of W, for part (tokens, all, lanes). Missing rows
-// repeat the last one.
+// repeat the last row.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {

@@ -60,7 +60,7 @@ const Choice* choices(size_t* count) {
   return all;
 }
 
-// Prepares this process for a table. Returns an empty string, or the reason why it cannot use the table.
+// Prepares this process to use a table. Returns an empty string, or the reason why it cannot use the table.
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())

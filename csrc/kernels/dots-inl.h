@@ -22,7 +22,8 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kInterleave>(group);
 }
 
-// The number of partial sums of a row. A panel of few groups has one, in the order of the groups.
+// The number of partial sums of a row. A panel of few groups has only one partial sum, in the order of the
+// groups.
 template <class W, size_t kInterleave>
 inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
@@ -66,7 +67,7 @@ template <class W, size_t kInterleave, size_t kRows, class XAt>
       for (size_t i = 0; i < half; ++i) sums[r][i] = sums[r][i] + sums[r][i + half];
 }
 
-// Fetches as much memory as a panel is wide, into L2.
+// Fetches the cache lines of one row of a panel into L2.
 template <class W>
 inline void fetch_panel(const W* at) {
 #pragma GCC unroll 8
@@ -85,7 +86,7 @@ struct Dots {
   const W* next;  // rows of the next panel, which are fetched meanwhile
 };
 
-// A full panel, kRows rows at a time, as long as that many are left.
+// A full panel, kRows rows at a time, as long as so many rows are left.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using T = Sum<W>;
@@ -122,7 +123,7 @@ inline void dots_rows(Dots<W>& p) {
 }
 
 // The products for an interleave factor of two, if the elements can be zipped. Two vectors of x are
-// rearranged so that each holds both elements, for one half of the tokens. Then one load of W serves two
+// rearranged so that each holds both elements, for one half of the tokens. One load of W then serves two
 // products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
@@ -180,9 +181,9 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
-// The full panels of a row-major W. kRows rows at a time, as long as that many are left, run through all
-// panels with their sums in registers. Meanwhile they fetch the same columns of rows that come kFetchAhead
-// bytes later, or kRows rows later if rows are longer than that.
+// The full panels of a row-major W. kRows rows at a time run through all panels with their sums in registers,
+// as long as so many rows are left. Meanwhile they fetch the same columns of rows that come kFetchAhead bytes
+// later, or kRows rows later if rows are longer than that.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
   using T = Sum<W>;
@@ -400,7 +401,7 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
 }
 
 // y (kTokens, rows) += z (kTokens, depth) aᵀ for at most kLanes / kTokens rows. Missing rows repeat the last
-// one.
+// row.
 template <size_t kTokens, class T>
 inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {

@@ -56,8 +56,8 @@ void sgd(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k) {
     sgd_momentum<false>(n, p, g, buf, k);
 }
 
-// Sixteen partial sums: element i goes to sum i % 16. They are added in pairs at the end. The order is the
-// same on every instruction set.
+// Sixteen partial sums: element i goes to sum i % 16. The partial sums are added in pairs at the end. The
+// order is the same on every instruction set.
 template <class T>
 double sum_of_squares(size_t n, const T* x) {
   double sums[16] = {};
@@ -115,8 +115,8 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// Adds a random part of the last place that is kept, then rounds down. The random part has as many bits as
-// are dropped. A carry into the exponent gives the right number. NaN, and numbers without a finite upper
+// Adds a random fraction of the last kept place, then rounds down. The random part has as many bits as
+// rounding drops. A carry into the exponent gives the right number. NaN, and numbers without a finite upper
 // neighbour, stay as they are.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
@@ -135,8 +135,8 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
-    // Below 2^-14 the numbers of float16 are 2^-24 apart. In units of that: floor(units + a random part), in
-    // 24 bits.
+    // Below 2^-14 the numbers of float16 are 2^-24 apart. So x is converted to units of 2^-24, a random part
+    // is added, and the sum is rounded down.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -197,9 +197,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // Each row is a stream of its own, and there are more of them than the hardware follows. A pair of rows is
-  // fetched so many rows ahead that kFetchAhead bytes are in between, and at least the next pair. cols + 1,
-  // because cols may be 0.
+  // There are more rows than the hardware prefetcher can follow as streams. So each pair of rows is fetched
+  // here, kFetchAhead bytes before its use, or at least one pair before. It is cols + 1 because cols may be
+  // 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {

@@ -1,4 +1,4 @@
-// exp, the same for all kernels, and loops over n floats in whole vectors and a last partial one.
+// exp, the same for all kernels, and loops over n floats in whole vectors and a last partial vector.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -7,7 +7,7 @@ namespace nplora::kernels::NPLORA_ISA {
 //
 // x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so that exp(x) = 2^n exp(r). The polynomial is 1 + r,
 // then the coefficients that minimise its largest relative error, which is below 2^-28. ln 2 is split into
-// two parts. The first one has 9 bits, so that n times it is exact.
+// two parts. The first part has 9 bits, so that n times this part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kShift = 0x1.8p23f;  // floats of this size are whole numbers

@@ -1,8 +1,8 @@
 // Products of a few rows of x in int8 with rows of low-bit blocks, in integers: one body for every
 // instruction set. See kernel_table.h for the contract.
 //
-// An element of a block is a * code + b, with a and b for each sub-block or for each half of one. An element
-// of x is scale * code. The product of two sub-blocks is
+// An element of a block is a * code + b, with a and b for each sub-block or for each half of a sub-block. An
+// element of x is scale * code. The product of two sub-blocks is
 //   a scale Σ (codes of the block * codes of x) + b scale Σ codes of x.
 // The first sum is an integer. scale Σ codes of x is stored with x.
 
@@ -87,7 +87,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of the halves of eight sub-blocks. They are multiplied by the scales of x for whole sub-blocks.
+// The factors of the halves of eight sub-blocks. These factors are multiplied by the scales of x for whole
+// sub-blocks.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }
@@ -106,7 +107,7 @@ inline Halves halves(const float (&factors)[16]) {
   return r;
 }
 
-// Minima for the halves of eight sub-blocks. They are multiplied by the sums of x over halves.
+// Minima for the halves of eight sub-blocks. The minima are multiplied by the sums of x over halves.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -121,7 +122,8 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// d and m of a block, which are neighbours. Converted to float together if one instruction does that.
+// d and m of a block, which are neighbours. They are converted to float together if one instruction can do
+// it.
 struct TwoFloats {
   float first, second;
 };
@@ -175,14 +177,14 @@ struct MinimaOf<Block> {
 
 // ---- rows ----
 
-// Rows of blocks. The memory `ahead` bytes further is fetched meanwhile.
+// Rows of blocks. Meanwhile, the memory `ahead` bytes later is fetched.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
   Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// y (kTokens, all) = kTokens rows of x times at most kRows rows of W. Missing rows repeat the last one.
+// y (kTokens, all) = kTokens rows of x times at most kRows rows of W. Missing rows repeat the last row.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;

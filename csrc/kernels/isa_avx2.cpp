@@ -1,6 +1,6 @@
 // AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both products use 6 x 2 accumulators; with 4
-// x 3, gemm_outputs_in_lanes would read W from L2 1.5 times as often. In a dense panel they use 2 x 6,
-// because the hardware prefetches nothing if only one line in three is read.
+// x 3, gemm_outputs_in_lanes would read W from L2 1.5 times as often. In a dense panel, gemm_outputs_in_lanes
+// uses 2 x 6, because the hardware prefetches nothing if only one line in three is read.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

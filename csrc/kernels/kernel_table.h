@@ -87,27 +87,27 @@ struct Fetch {
 };
 
 // How far ahead W is fetched, in bytes, where it is read once. 10 bytes arrive in a cycle, more than 500
-// cycles after the request; twice as long if others use the same memory.
+// cycles after the request; and twice as long if other programs use the memory.
 inline constexpr size_t kFetchAhead = 12288;
 
 // Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of
 // kDepthUnit, the sums are the same as for the whole depth, on every instruction set. The size of a panel of
-// floats is such a multiple. A panel of pairs has 24 elements, which is no multiple (see kDepthCut).
+// floats is such a multiple. A panel of pairs has 24 elements, which is not a multiple (see kDepthCut).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
 // The two products on which everything else is built. depth counts elements. Both sum over the depth strictly
-// in order (by fused multiply-adds if the instruction set has them), or first sum every depth_unit elements
-// by themselves. If the depth is cut only at multiples of depth_unit, a result does not depend on tile sizes,
+// in order (by fused multiply-adds if the instruction set has them), or first sum each group of depth_unit
+// elements. If the depth is cut only at multiples of depth_unit, a result does not depend on tile sizes,
 // blocking or threads, and both products give the same bits.
 template <class E>
 struct Tiles {
-  // Tokens in a full tile of gemm_tokens_in_lanes: two vectors. Small batches use one, lanes / 2.
+  // Tokens in a full tile of gemm_tokens_in_lanes: two vectors. Small batches use one vector, lanes / 2.
   size_t lanes;
   // The number of rows of w at which gemm_tokens_in_lanes is fastest. Any number is allowed.
   size_t tile_rows;
   // The number of rows of a at which gemm_outputs_in_lanes is fastest if the rows of w are not dense. It then
-  // reads tile_columns columns of w at a time, and reads w once for each such group.
+  // reads tile_columns columns of w at a time, and reads w once for each group of tile_columns.
   size_t tile_tokens, tile_columns;
   // gemm_outputs_in_lanes processes a dense panel in blocks of at most this many bytes, which stay in L1. 0:
   // in one block.
@@ -126,8 +126,8 @@ struct Tiles {
                                 const Fetch& next);
 };
 
-// The most rows of a small batch: as many as a vector has lanes. That is at least kLeastSmallBatch floats on
-// every instruction set; more than kMostSmallBatch are never used.
+// The most rows of a small batch: as many as a vector has lanes. A vector has at least kLeastSmallBatch
+// floats on every instruction set; no small batch has more than kMostSmallBatch rows.
 inline constexpr size_t kLeastSmallBatch = 4, kMostSmallBatch = 8;
 
 // The element type of x in products with a weight of type W: bfloat16 is widened to float, pairs are
@@ -218,8 +218,8 @@ struct Products : Tiles<T> {
   void (*sum_parts)(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
-  // y (m, rows) += z (m, depth) aᵀ with a (rows, depth) dense. This adds the low-rank term of a small batch:
-  // m <= kMostSmallBatch, depth is a rank.
+  // y (m, rows) += z (m, depth) aᵀ with a (rows, depth) dense. It adds the low-rank term of a small batch: m
+  // <= kMostSmallBatch, and depth is a rank.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                    size_t y_stride);
 
@@ -240,7 +240,7 @@ struct Products : Tiles<T> {
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
   // c (m, n) += a (m, depth) w (depth, n), summed in the order of gemm_outputs_in_lanes.   a is dense.
-  // panels holds w in panels of kPanelColumns columns, each dense; the last one has the columns that remain.
+  // panels holds w in panels of kPanelColumns columns, each dense; the last panel has the remaining columns.
   // streams: c is too large for the cache and is fetched ahead.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
@@ -284,8 +284,8 @@ struct DecodedRows {
   size_t stride, apart = 0;
 };
 
-// From low-bit blocks (kernels/formats) to float. Every value is computed as if in float32 without fused
-// multiply-adds, so all instruction sets give the same bits.
+// Conversions of low-bit blocks (kernels/formats) to float. Every value is computed as if in float32 without
+// fused multiply-adds, so all instruction sets give the same bits.
 struct BlockDecoders {
   // to (rows, cols) = columns first ... first + cols - 1 of rows of blocks, which begin row_bytes apart.
   // first and cols are multiples of kSubBlock. One kernel for each row format, in the order of BlockFormat.
@@ -293,7 +293,7 @@ struct BlockDecoders {
                               const DecodedRows& to);
 
   // to (rows, cols): element (i, j) is number first + i * row_step + j of the flat tensor. Any numbers work;
-  // even ones are fast. If panels are apart (see DecodedRows), first and row_step must be multiples of 16.
+  // even numbers are fast. If panels are apart (see DecodedRows), first and row_step must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
@@ -361,7 +361,8 @@ struct Transformer {
   void (*gated_backward[kActivations])(size_t n, const float* dout, const float* gate, const float* up,
                                        float* dgate, float* dup);
 
-  // The largest of n elements, or the lowest float if n is 0. NaN may or may not count.
+  // The largest of n elements, or the lowest float if n is 0. If an element is NaN, the result may be NaN or
+  // not.
   float (*largest)(size_t n, const float* x);
 
   // The sum of y = exp(x - shift), in as many partial sums as there are lanes.   y may be null, or x.
@@ -467,10 +468,10 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
   return small_pairs;
 }
 
-// The table in use: the best one that this machine runs, or the one that NPLORA_ISA names. The first call
-// chooses it. Linux is asked for the AMX registers only if they would be used. If it refuses, the next best
-// table is used, unless NPLORA_ISA=amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a
-// table that is unknown, not built in or not runnable.
+// The table in use: the best table that this machine runs, or the table that NPLORA_ISA names. The first call
+// chooses it. Linux is asked for the AMX registers only if they would be used. If Linux refuses, the next
+// best table is used, unless NPLORA_ISA=amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA
+// names a table that is unknown, not built in or not runnable.
 const KernelTable& table();
 
 // Every table that this build holds and this machine runs, best last. Does not ask Linux for AMX. For tests

@@ -2,19 +2,16 @@
 // contract.
 //
 // The unit defines its tile sizes. Everything that a tile uses must fit the register file.
-//   kTileRows       rows of w in gemm_tokens_in_lanes: kTileRows * 2 accumulators, 2 vectors of x, 1
-//   broadcast
+//   kTileRows       rows of w in gemm_tokens_in_lanes. It has kTileRows * 2 accumulators, 2 vectors of x
+//                   and 1 broadcast.
 //   kTileTokens     rows of a in gemm_outputs_in_lanes and merge
-//   kOutputVectors  vectors of w in these: kTileTokens * kOutputVectors accumulators, kOutputVectors of w, 1
-//   broadcast
+//   kOutputVectors  vectors of w in gemm_outputs_in_lanes and merge. They have kTileTokens * kOutputVectors
+//                   accumulators, kOutputVectors vectors of w and 1 broadcast.
 //   kPanelVectors   vectors of w in gemm_outputs_in_lanes for a dense panel, with fewer rows of a: a whole
-//   row of
-//                   floats, or the same as kOutputVectors
+//                   row of floats, or the same as kOutputVectors
 //   kNearRows       rows of a that gemm_outputs_in_lanes addresses from one pointer, by multiples of their
-//   stride.
-//                   For more, GCC runs out of general registers and keeps multiples in vector registers.
-//                   Moving one
-//                   back takes the slot of a multiply-add (3-4 % of the time).
+//                   stride. For more rows, GCC runs out of general registers and keeps multiples in vector
+//                   registers. Moving a multiple back costs 3-4 % of the time.
 // Full tiles have at least the 8 independent accumulators that FMA latency x throughput (4 x 2) requires.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -32,8 +29,9 @@ struct TokensInLanes {
 
 // kStride is the row stride of w if it is known at compile time (a full panel), else 0. In a panel, the rows
 // of the next tile follow in memory, where the hardware does not prefetch them. They are fetched evenly, at
-// most one line at each step. Tiles of fewer than 24 sums fetch into L2. On a Zen 4 with a cold W this makes
-// 16 rows of x a quarter faster, and AVX2's 32 rows a tenth; larger tiles gain nothing.
+// most one line at each step. Tiles of fewer than 24 sums fetch into L2. On a Zen 4, if W is not in the
+// cache, this makes batches of 16 rows a quarter faster, and batches of 32 rows with AVX2 a tenth. Larger
+// tiles gain nothing.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -109,8 +107,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// The number of rows of w that one element E of a is multiplied with. It is two if W holds single bfloat16
-// values, which are paired in registers.
+// The number of rows of w that one element E of a is multiplied with. The number is two if W holds single
+// bfloat16 values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -182,8 +180,8 @@ struct OutputsInLanes {
   bool accumulate;
 };
 
-// Tiles of kRows rows, one after the other. If rows of w are paired there is only one, because no register is
-// left for the loop. n is kVectors full vectors or, if kPartial, less than that by less than one vector.
+// Tiles of kRows rows, one after the other. If rows of w are paired, there is only one tile, because no
+// register is left for the loop. n is kVectors full vectors or, if kPartial, the last vector is not full.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
@@ -216,7 +214,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        // Otherwise stores that miss the cache would hold up later ones.
+        // Otherwise stores that miss the cache would hold up later stores.
         __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
@@ -294,7 +292,7 @@ inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& 
   if constexpr (kRows > 1) gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
-// All m rows, in full tiles and a last smaller one.
+// All m rows, in full tiles and a last smaller tile.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = rows_beside(kVectors);
@@ -329,9 +327,9 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
   }
 }
 
-// A dense panel, in L1 blocks of about one size. Each block is read once for each tile of rows and each group
-// of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly over
-// these readings.
+// A dense panel, in L1 blocks of about equal size. Each block is read once for each tile of rows and each
+// group of columns. If the caller asks for rows ahead, the next block is fetched meanwhile, spread evenly
+// over the times that this block is read.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -340,9 +338,9 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for rows ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // If there are fewer readings than lines in a row, they cannot fetch all of the next block. Then the
+  // If a block is read fewer times than a row has lines, it cannot fetch all of the next block. Then the
   // hardware prefetches better without help, and best in blocks of 6 KB (on a Zen 4, 4 rows are a quarter
-  // faster than with 12 KB). A single reading needs no blocks.
+  // faster than with 12 KB). If the panel is read only once, it needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -374,14 +372,14 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: c (m, n) += a (m, depth) w (depth, n) ----
 
-// If c is read and written once, it is fetched at most this many panels ahead. It goes into L2, because rows
-// that are a multiple of 4 KB apart would evict each other from L1.
+// If c is read and written once, it is fetched at most this many panels ahead. The fetched c goes into L2,
+// because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
 // A row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes it fetches c, one row of a tile at
-// each step. All rows at once would wait for each other, and a small rank has too few steps to hide that.
-// After the last panel, it fetches the rows below. The sizes are template parameters so that
-// tests/inner_loops.py can read them in the name.
+// each step. If all rows were fetched at once, they would wait for each other, and a small rank has too few
+// steps to hide the wait. After the last panel, it fetches the rows below. The sizes are template parameters
+// so that tests/inner_loops.py can read them in the name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {

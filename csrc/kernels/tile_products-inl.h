@@ -4,7 +4,7 @@
 // Six registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two in
 // gemm_tokens_in_lanes. Each step loads tiles of a and b, of up to kTileSide pairs, into the other two
 // registers. Loading a tile takes 8 cycles and multiplying takes 16; six products need seven loads. The pairs
-// of a step are summed first and then added. Subnormals count as zero.
+// of a step are summed first, and the sum is then added to the result. Subnormals count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -58,7 +58,7 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
 }
 
 // A copy of the operands of a step, for operands that are not stored as tiles are read, or that end early.
-// Zeros follow the end.
+// Zeros fill the copy after the end of the operands.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -95,7 +95,7 @@ struct OutputTiles {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// kRows x kColumns tiles. The last one is (rows, columns), which must match the call of set_shapes.
+// kRows x kColumns tiles. The last tile is (rows, columns), which must match the call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {

@@ -107,7 +107,7 @@ void gated_backward(size_t n, const float* dout, const float* gate, const float*
   });
 }
 
-// Four independent maxima, because a single one would wait for each result.
+// It keeps four independent maxima, because a single maximum would wait for each result.
 inline float largest(size_t n, const float* x) {
   constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
@@ -120,7 +120,7 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Meanwhile it fetches as far ahead as an L1 cache has room for.
+// Meanwhile it fetches the next elements, as many as an L1 cache has room for.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();

@@ -28,7 +28,8 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 constexpr double kInverseRoot2 = 0.70710678118654752440, kInverseRoot2Pi = 0.39894228040143267794;
 constexpr double kTanhFactor = 0.79788456080286535588, kTanhCubic = 0.044715;  // sqrt(2 / pi)
 
-// The factor on x: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Neither form cancels for x < 0.
+// The factor on x: Phi(x), or (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). Both forms are accurate for x < 0,
+// where 1 + tanh(u) would cancel.
 template <class T>
 T gate(T x, bool tanh) {
   if (!tanh) return T(0.5) * std::erfc(-x * T(kInverseRoot2));

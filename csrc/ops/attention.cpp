@@ -14,7 +14,7 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The most tiles of a task. More would leave threads idle at the end of short sequences.
+// The most tiles of a task. With more tiles, threads would be idle at the end of short sequences.
 constexpr size_t kTilesPerTask = 4;
 
 // With fewer lanes than this, too much of each vector would be idle.
@@ -113,7 +113,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
 
 // ---- single queries ----
 
-// Some of the keys that one query sees. Its results are out (heads, head_dim), the largest scores (heads) and
+// Some of the keys that one query sees. The results are out (heads, head_dim), the largest scores (heads) and
 // the sums of exponentials (heads).
 struct Piece {
   const Run* run;
@@ -139,8 +139,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
                       part);
 }
 
-// Adds up the sums of a query's pieces. Each is relative to its own largest score; the total is relative to
-// the largest of all.
+// Adds up the sums of a query's pieces. Each sum is relative to the largest score of its piece; the total is
+// relative to the largest score of all pieces.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
@@ -160,7 +160,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 }
 
 // A few queries are too few for tiles and are limited by memory. For each query, keys and values are read
-// once, for all heads at once. Threads share them in pieces (Dao et al. 2023, Flash-Decoding).
+// once, for all heads at once. Threads share the keys in pieces (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;

@@ -26,9 +26,9 @@ struct Sequences {
 };
 
 // out = softmax(scale q kᵀ) v within each sequence, lse (n, heads) = log Σ exp(scores), which backward needs.
-// Scores are sums of head_dim products, outputs are sums of as many products as there are keys. All run in
-// order, in float32: errors are below gamma(number of products) times the sums of magnitudes. Inf or NaN in a
-// row may reach all rows of its own sequence, but no other sequence.
+// Scores are sums of head_dim products, outputs are sums of as many products as there are keys. All sums run
+// in order, in float32: errors are below gamma(number of products) times the sums of magnitudes. Inf or NaN
+// in a row may reach all rows of its own sequence, but no other sequence.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
@@ -43,7 +43,7 @@ struct KeyValueCache {
   const float *keys, *values;
   size_t capacity;
 };
-// Row i of q is the last of the first lengths[i] tokens of slots[i], and sees all of them.
+// Row i of q is the last of the first lengths[i] tokens of slots[i], and sees all these tokens.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -9,8 +9,8 @@ namespace nplora {
 
 namespace {
 
-// The least number of tasks on the first diagonal. It may not depend on the number of threads, because the
-// order of the sums depends on the size of the blocks.
+// The least number of tasks on the first diagonal. This number must not depend on the number of threads,
+// because the order of the sums depends on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
@@ -18,7 +18,7 @@ const kernels::Transformer& kernel() {
 }
 
 // The inputs and outputs of all tiles. delta (n, heads) = Σ dout out of each head. The tiles of the first
-// diagonal write it.
+// diagonal write delta.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -44,7 +44,8 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// sums (keys, head_dim) += weights (keys, lanes) rows (lanes, head_dim), in columns of about one width.
+// sums (keys, head_dim) += weights (keys, lanes) rows (lanes, head_dim), in groups of columns of about the
+// same width.
 void add_outer(size_t keys, size_t lanes, size_t dim, const float* weights, const float* rows, float* sums,
                size_t stride) {
   const size_t width = round_up(ceil_div(dim, ceil_div(dim, kernels::kPanelColumns)), 16);
@@ -113,8 +114,8 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// The number of tokens in a block. Its keys, values and their gradients take 4 * 128 KB of L2. Blocks are
-// smaller if there would be too few tasks.
+// The number of tokens in a block. The keys and values of a block and their gradients take 4 * 128 KB of L2.
+// Blocks are smaller if larger blocks gave too few tasks.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -134,8 +135,9 @@ struct Task {
 }  // namespace
 
 // dq sums over keys, dk and dv sum over queries. The blocks on one diagonal of the matrix (query block, key
-// block) share neither, so they are computed in parallel. Diagonals follow one another. So every sum has one
-// fixed order, no product is computed twice, and no thread waits for another within a diagonal.
+// block) share neither queries nor keys, so they are computed in parallel. The diagonals are computed one
+// after the other. So every sum has one fixed order, no product is computed twice, and no thread waits for
+// another within a diagonal.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   std::vector<Run> runs;

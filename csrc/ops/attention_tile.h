@@ -15,7 +15,7 @@
 namespace nplora {
 
 // A lane is one head of one query. The lanes of a run are ordered by token, then by head, and cut into tiles
-// of this many, so that all heads that share a key use it together. In memory the lanes of a tile are
+// of this many lanes. So all heads that share a key are in the same tile. In memory the lanes of a tile are
 // contiguous: (rows, kTileLanes).
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. Its scores are 64 x 48 floats = 12 KB.
@@ -48,7 +48,7 @@ inline Span visible_keys(const AttentionShape& shape, size_t first_position, siz
   return {window > 0 && first_position + 1 > window ? first_position + 1 - window : 0, last_position + 1};
 }
 
-// The lanes first ... first + lanes - 1 of a run. All of them are heads that share kv_head.
+// The lanes first ... first + lanes - 1 of a run. Their heads all share kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
@@ -115,7 +115,7 @@ struct QueryTile {
   }
 };
 
-// Calls body(keys) for tiles of about one size, a multiple of 8.
+// Calls body(keys) for tiles of about equal size, a multiple of 8.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   if (keys.end <= keys.first) return;

@@ -59,8 +59,8 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. If it makes a copy for that,
-    // it would make one for each kFewTokens; more tokens share one copy that is made before.
+    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. If it needs a copy for
+    // that, it would make a copy for every kFewTokens tokens. More tokens share a copy that is made before.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

@@ -30,8 +30,8 @@ class FactorGradients {
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
-  // Some columns of a gradient: of A of one part (transposed), or of B of joined parts. The other pointer is
-  // null.
+  // Some columns of one gradient: either A's, of one part and transposed, or B's, of joined parts. The other
+  // pointer is null.
   struct Task {
     const Part* part;
     const Joined* joined;

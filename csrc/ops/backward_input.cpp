@@ -20,8 +20,9 @@ using kernels::Strided;
 namespace {
 
 // The memory of packed W that is read after a block: the next rows of the same panel, or the next panel. The
-// first tokens fetch it while they multiply in several tiles. A single tile fetches the rows of its own block
-// ahead, and so does an L1 block in place. Later tokens fetch rows of the block from L2 into L1.
+// products of the first tokens fetch this memory if they take several tiles. A single tile fetches later rows
+// of its own block instead, and so does an L1 block in place. The products of later tokens fetch rows of the
+// block from L2 into L1.
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();

@@ -77,7 +77,7 @@ void BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e) {
 // The B of all joined parts, one below the other. The B of a single part is used in place.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
-  E* room = const_cast<E*>(all.b.data);  // `divide` reserved it to be written here
+  E* room = const_cast<E*>(all.b.data);  // `divide` reserved this memory, and it is written here
   T* stack = nullptr;
   for (const Part& p : parts_) {
     if (p.joined != &all) continue;
@@ -129,7 +129,7 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Columns `few` of out (r, n), in pairs, = rows of z or dz, transposed.
+// Sets columns `few` of out (r, n) to rows of z or dz, transposed and in pairs.
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

@@ -25,8 +25,8 @@ class BackwardStack {
  public:
   using T = kernels::Sum<E>;
 
-  // Parts whose dz are side by side. Then dz B and dB are one product for all of them, and x is read once.
-  // The parts need the same results. A part with dropout has a Joined of its own, because it drops other
+  // Parts whose dz are side by side. Then dz B and dB are one product for all parts, and x is read once. All
+  // these parts need the same results. A part with dropout has its own Joined, because it drops different
   // elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted

@@ -17,13 +17,13 @@ namespace nplora {
 // kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
+// The number of rows of W that are multiplied with the lanes of x at a time. A multiple of every tile_rows.
 inline constexpr size_t kRowBlock = 48;
 // The most values along the depth for which a panel of W, a panel of its transposed blocks, or the lanes of x
-// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about one size. Each block loads and
-// stores the sums once.
+// stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size. Each block loads
+// and stores the sums once.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// Two panels. One panel, of 48 values, is not a multiple of kDepthUnitValues.
+// Two panels. One panel has 48 values, which is not a multiple of kDepthUnitValues.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0);
 inline size_t depth_block(size_t depth) {
@@ -44,30 +44,31 @@ inline constexpr size_t kInPlaceBatch = 16;
 // In backward, batches up to these sizes widen (or pair) the bfloat16 values of W in registers for each tile,
 // without a copy.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// The rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while the panels
-// are read.
+// The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
+// the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The same for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in L1
-// (128 x 16 lanes of floats = 8 KB).
+// kStreamedRows for bfloat16 and a single token. The products would wait for sums in L2, so the sums stay in
+// L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
-// The bytes of transposed blocks of W that are kept in L2 at a time.
+// The number of bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
 // W, until the update is added.
 inline constexpr size_t kFewTokens = 64;
-// The columns of a gradient of A or B that one task owns, and the tokens that it adds to them at a time.
+// The number of columns of a gradient of A or B that one task owns, and the number of tokens whose products
+// it adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The floating-point operations of one task. On the slowest instruction set they take 0.1 s, so that Ctrl-C
-// is noticed between tasks.
+// The number of floating-point operations of one task. On the slowest instruction set they take 0.1 s, so
+// that Ctrl-C is noticed between tasks.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in blocks of
-// about one size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
+// The number of tokens of a token block (MC in BLIS): as many as fit `bytes` with `width` elements each, in
+// blocks of about equal size. Token blocks, and the tokens of tasks, are cut at multiples of kTokenUnit.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -83,7 +84,7 @@ inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_byt
 }
 
 // The number of pieces for work that is shared evenly. A thread that starts late, or is slower, takes fewer
-// of them, and Ctrl-C is noticed between them.
+// pieces, and Ctrl-C is noticed between pieces.
 inline size_t pieces_for(size_t threads) {
   return 4 * std::max<size_t>(2, threads);
 }
@@ -95,11 +96,11 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// Tasks over tokens and over one side of W. Tokens are cut as finely as their reuse of W allows. W is cut if
-// a task would be too long. For several threads, W is cut into shorter and shorter pieces: each takes half of
-// a thread's share of the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half
-// shares). Long pieces come first, because W is read in order. Short pieces come last, so that no thread
-// waits long for another.
+// The division of a product into tasks: by tokens, and by rows or columns of W. Tokens are cut as finely as
+// their reuse of W allows. W is cut if a task would be too long. For several threads, W is cut into shorter
+// and shorter pieces: each takes half of a thread's share of the remaining W (guided self-scheduling,
+// Polychronopoulos & Kuck 1987, with half shares). Long pieces come first, because W is read in order. Short
+// pieces come last, so that no thread waits long for another.
 class Grid {
  public:
   struct Cut {
@@ -111,11 +112,11 @@ class Grid {
     // At least 1, for tasks without columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If there are too few columns for the threads, tokens are cut too. Not if the threads share the columns
-    // evenly, because W would be read and decoded again for each cut.
+    // If there are too few columns for the threads, tokens are cut too. Tokens are not cut if the threads
+    // share the columns evenly, because W would be read and decoded again for each cut.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // As few pieces as possible without making the longest one longer, because W is read for each.
+    // As few pieces as possible without making the longest piece longer, because W is read once per piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

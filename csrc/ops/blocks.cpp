@@ -32,7 +32,8 @@ void for_pieces(size_t n, size_t size, double operations_per_element, const Body
 
 // ---- values that are refused ----
 
-// The bits of |x|. They have the order of the numbers, with infinity and NaN above all.
+// The bits of |x|. Compared as integers, they have the order of the numbers, with infinity and NaN above all
+// numbers.
 uint32_t magnitude(float x) {
   return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu;
 }

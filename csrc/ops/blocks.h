@@ -13,8 +13,8 @@ namespace nplora {
 // out (rows, cols) from blocks (rows, cols / elements * bytes), in any format but NF4.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
-// The inverse. It chooses blocks with nearly the least squared error. Throws like require_storable, before
-// anything is written.
+// The inverse conversion, close to the least squared error. Throws like require_storable, before anything is
+// written.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
 // Throws std::invalid_argument, which names the row, if a value is not finite or too large for the format.

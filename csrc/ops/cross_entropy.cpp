@@ -17,7 +17,7 @@ constexpr size_t kPiece = 2048;
 constexpr double kOperations = 24;  // the cost of one logit, as useful_threads counts
 
 // Works piece by piece (Milakov & Gimelshein 2018), so that a row is read from memory once. Exponentials are
-// relative to the largest logit so far, and each piece remembers its own.
+// relative to the largest logit so far, and each piece remembers which largest logit it used.
 double row_loss(size_t n, float* logits, size_t target, double factor, bool gradient) {
   const auto& kernel = kernels::table().transformer;
   const size_t pieces = ceil_div(n, kPiece);

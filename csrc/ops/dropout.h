@@ -19,8 +19,8 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x). x begins at (first_row, first_col) of a batch with `width` columns; the batch
-// numbers the elements.
+// out (rows, cols) = drop(x). x begins at (first_row, first_col) of a batch with `width` columns. Elements
+// are numbered by their place in the batch.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

@@ -43,7 +43,7 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// The same, but floats are not converted: returns m itself, or `out`.
+// As above, but floats are not converted: returns m itself, or `out`.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

@@ -15,8 +15,8 @@ class FetchList {
  public:
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
-  // The next share, if `shares` are left. Most of it is in one piece; the second piece is used when the first
-  // memory ends within the share.
+  // The next share, if `shares` are left. Usually a share is one piece of memory. It has a second piece if
+  // one memory ends within the share and the next begins.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

@@ -19,8 +19,8 @@ using kernels::Tiles;
 namespace {
 
 // Tokens are in the SIMD lanes, in elements E. For a block of tokens, x is first moved into the lanes and z
-// is computed. Then the rows of W are multiplied with all of them. The update z Aᵀ is added in the type of
-// the sums.
+// is computed. Then the rows of W are multiplied with all tokens of the block. The update z Aᵀ is added in
+// the type of the sums.
 template <class E>
 class LanesForward {
  public:

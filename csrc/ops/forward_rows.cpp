@@ -20,7 +20,7 @@ using kernels::Sum;
 
 namespace {
 
-// A block of Wᵀ is made once for all tokens of a task. The update may be merged into it on the fly.
+// A block of Wᵀ is made once for all tokens of a task. The update may be merged into the block on the fly.
 template <class E>
 class RowsForward {
  public:
@@ -61,8 +61,8 @@ class RowsForward {
   }
 
  private:
-  // Parts whose z are columns of one product, so that x is read once. A part with dropout has a product of
-  // its own, because it drops other elements of x.
+  // Parts whose z are columns of one product, so that x is read once. A part with dropout has its own
+  // product, because it drops different elements of x.
   struct Joined {
     const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
     size_t rank = 0;                      // of all parts
@@ -125,8 +125,8 @@ class RowsForward {
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // Computes z, and converts x to elements E, for some tokens of a token block. A few tokens at a time: they
-  // are in L2 when they are projected.
+  // Computes z, and converts x to elements E, for some tokens of a token block. It takes a few tokens at a
+  // time, so that they are in L2 when they are projected.
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
@@ -180,7 +180,7 @@ class RowsForward {
   }
 
   // The y of some rows of a part, for some tokens of a token block. Blocks of a few panels are made at a
-  // time, so that x is loaded into L2 once for all of them.
+  // time, so that x is loaded into L2 once for all panels.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = depth_block(x_.cols), block_size = depth_of<E>(depth) * kPanelColumns;
@@ -240,7 +240,7 @@ class RowsForward {
   }
 
   // block (cols, kPanelColumns) = W[rows, cols] transposed, in elements E. If the update is merged on the
-  // fly, it is added.
+  // fly, it is added to the block.
   void make_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;

@@ -65,7 +65,7 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
-  constexpr size_t kMostBytes = 256 << 10;  // of each: they stay in L2
+  constexpr size_t kMostBytes = 256 << 10;  // of each row, so that they stay in L2
   const auto lines = [&](const T* from, size_t n) {
     return Fetch::memory(from, ceil_div(std::min(n * sizeof(T), kMostBytes), kCacheLine));
   };
@@ -74,14 +74,14 @@ FetchList factors(const LowRank<T>& low, Range rows) {
           lines(low.a.row(rows.first), rows.count * low.rank())};
 }
 
-// Fetches all of it at once, into L2.
+// Fetches all the memory at once, into L2.
 void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
 // One part. W is read once, as elements W: in place, or panel after panel while the partial sums of its rows
-// stay in cache. The update comes last, when its factors are in the cache. It is computed in the type of the
-// sums.
+// stay in cache. The update comes last, when its factors are in the cache. The update is computed in the type
+// of the sums.
 template <class W>
 class SmallForward {
  public:
@@ -103,7 +103,7 @@ class SmallForward {
 
   size_t rank() const { return rank_; }
 
-  // y[:, rows] = x Wᵀ [+ bias]. Meanwhile the factors of the update are fetched.
+  // y[:, rows] = x Wᵀ [+ bias]. Meanwhile, it fetches the factors of the update.
   void multiply(Range rows) const {
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -223,7 +223,7 @@ class SmallForward {
 // The fewest rows of B for one worker, if there are several. Kernels sum up to four rows side by side.
 constexpr size_t kLeastRanks = 4;
 
-// Counts work that has ended, with an exception too, because others wait for it.
+// Counts finished work, because other threads wait for it. Work that ends with an exception counts too.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}

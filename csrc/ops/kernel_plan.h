@@ -1,5 +1,5 @@
-// Chooses how a product and its update are computed. The choice counts operations. It never depends on
-// timing, on the number of threads or on the instruction set, so that results do not change with them.
+// Chooses how a product and its update are computed. The choice counts operations. The choice never depends
+// on timing, on the number of threads or on the instruction set, so that results do not change with them.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@ namespace nplora {
 enum class ForwardPath {
   kSmall,  // up to small_batch rows: nothing is transposed
   kLanes,  // x and y are transposed
-  kRows,   // W is transposed, which pays for large batches
+  kRows,   // W is transposed, which is fastest for large batches
 };
 
-// A block of W that was just decoded is in L1. Transposing it is this many times cheaper than transposing x
-// and y.
+// A block of W that was just decoded is in L1. Transposing this block is this many times cheaper than
+// transposing x and y.
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
@@ -47,8 +47,8 @@ struct LayerShape {
   bool decoded;          // W is in low-bit blocks
 };
 
-// Before an update is added to a block of W, the block is copied. That costs about this many operations for
-// each element.
+// Before an update is added to a block of W, the block is copied. The copy costs about this many operations
+// for each element.
 inline constexpr double kCopyOperations = 8;
 
 // The cost of each way to apply the update, in floating-point operations in addition to the bare product.
@@ -77,7 +77,7 @@ inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// The update needs z = x Bᵀ and z Aᵀ. Merging on the fly saves both, or only the second if z is kept for a
+// The update needs z = x Bᵀ and z Aᵀ. Merging on the fly saves both products, or only z Aᵀ if z is kept for a
 // backward pass. Only the method that transposes W can merge.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);

@@ -15,10 +15,10 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// The bytes of the columns of B that a task's rows are multiplied with at a time. On a Zen 4, whose L2 holds
-// 1 MB, 128 KB was 2-3 % slower.
+// The number of bytes of the columns of B that a task's rows are multiplied with at a time. On a Zen 4, whose
+// L2 holds 1 MB, 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
-// The columns of a tile of 16-bit weights while it is in float: 8 x 384 floats = 12 KB.
+// The number of columns of a tile of 16-bit weights while the tile is in float: 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
 // B in panels of kPanelColumns columns, each dense. Rows of the caller's B may be a multiple of 4 KB apart,

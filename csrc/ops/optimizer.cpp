@@ -24,13 +24,13 @@ struct Piece {
   double sum;
 };
 
-// Calls body(parameter, piece) for pieces of about one size, so that many small buffers are shared out as
-// evenly as a few large ones. Returns the pieces, which are valid until this thread's next call. It cannot be
-// interrupted, because nobody could tell a half-made step from a whole one.
+// Calls body(parameter, piece) for pieces of about equal size, so that many small buffers are shared among
+// threads as evenly as a few large buffers. Returns the pieces, which are valid until this thread's next
+// call. It cannot be interrupted, because nobody could tell a half-made step from a whole one.
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;
-  std::vector<Piece>& pieces = kept;  // the calling thread's: inside a task, `kept` would be the worker's own
+  std::vector<Piece>& pieces = kept;  // tasks on other threads must not use their own `kept`
   pieces.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

@@ -35,7 +35,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The rows of m after `some`, at most as many, which are fetched meanwhile. None if m is not dense.
+// The next rows of m, as many as `some` has or fewer. They are fetched while `some` is computed. No rows are
+// fetched if m is not dense.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
@@ -44,8 +45,8 @@ kernels::Fetch rows_after(Matrix<const T> m, Range some) {
 }
 
 // Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that also suits its transpose.
-// The rows of the transpose are far apart and often evict each other from L1, so a whole cache line of each
-// is finished at a time.
+// The rows of the transpose are far apart and often evict each other from L1, so each step finishes a whole
+// cache line of every row.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;

@@ -8,9 +8,9 @@
 
 namespace nplora {
 
-// The use of a buffer. Buffers of different uses exist at the same time; none outlives its call. The largest
-// size of each, in elements, is given here: L is the number of lanes (at most 32), r the sum of a stack's
-// ranks.
+// The use of a buffer. Buffers of different uses exist at the same time; no buffer outlives its call. The
+// comments give the largest size of each buffer, in elements: L is the number of lanes (at most 32), r the
+// sum of a stack's ranks.
 enum class Scratch {
   // x of a token block in lanes or pairs: kLanesBytes, or 64 d_in. In backward: dy, z and dz in pairs, and
   // the factors.
@@ -19,15 +19,15 @@ enum class Scratch {
   kLowLanes,
   // z or dz of a token block: r for each token. A, or the sums of both gradients: r (d_in + d_out).
   kLowGradients,
-  kSums,     // outputs before they are written: L / 2 for each of kStreamedRows, or of r
+  kSums,     // partial sums of outputs: L / 2 for each of kStreamedRows rows, or of r ranks
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows
   kDecoded,  // a block of W before it is transposed, or with an update added: 48 kDepthBlock
-  kFewRows,  // a few of its rows before they are in pairs: 18 KB
+  kFewRows,  // a few rows of a block before they are paired: 18 KB
   // B in pairs, or before pairing: r d_in. z or dz of a few tokens transposed: 32 r. Scaled rows of A:
   // kDepthBlock r.
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
-  kDroppedLanes,  // the same in lanes or pairs: 32 d_in
+  kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
   kPairing,       // rows of x before they are put into lanes: 48 L, or 8 d_in
   kCodes,         // a small batch of x in int8: 8 d_in
   kCodeScales,    // the scales and sums of its sub-blocks: 32 d_in / 32
@@ -43,8 +43,8 @@ enum class Scratch {
 // task and only grows, so nothing is allocated after the first call of a shape.
 void* scratch_bytes(Scratch use, size_t bytes);
 
-// While a frame exists, this thread uses other buffers. For calls from inside a task, which a signal handler
-// can make.
+// While a frame exists, this thread uses other buffers. It is for calls that a signal handler makes in the
+// middle of a task.
 class ScratchFrame {
  public:
   ScratchFrame();
@@ -62,7 +62,7 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// Hands out parts of a buffer. Without a buffer it returns null and only counts.
+// Hands out parts of a buffer. Without a buffer, it returns null pointers and only counts the size.
 template <class T>
 struct Arena {
   T* data = nullptr;

@@ -67,7 +67,7 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The columns to decode in order to have the wanted ones, and how many of them come before the wanted ones.
+// The columns to decode so that the wanted columns are there, and how many extra columns come before them.
 struct WholeSubBlocks {
   Range cols;
   size_t before;
@@ -83,8 +83,8 @@ size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
 }
 
-// Calls body(first, rows, values) for a few rows at a time, an even number. Their values (rows, cols) fit
-// into L1.
+// Calls body(first, rows, values) for a few rows at a time (an even number of rows). Their values (rows,
+// cols) fit into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB
@@ -266,7 +266,8 @@ struct Panelling {
   Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
 };
 
-// Calls body(first, rows) for a few rows at a time, an even number, and fetches the next rows meanwhile.
+// Calls body(first, rows) for a few rows at a time (an even number of rows). Meanwhile, it fetches the next
+// rows.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
   constexpr size_t kRows = 16;  // 6 KB of floats: they stay in L1, with the rows that are fetched
@@ -286,7 +287,7 @@ void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
     widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
 }
 
-// out (ceil(rows / 2), cols) = the same, with rows in pairs.
+// out (ceil(rows / 2), cols) = the same columns, with rows in pairs.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
   const Location from = locate(w, rows.first, cols.first);

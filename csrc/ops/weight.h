@@ -1,6 +1,6 @@
-// The frozen matrix W (d_out, d_in). It is owned and packed in its storage format, or in the caller's memory
-// (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at a time, never as
-// a whole.
+// The frozen matrix W (d_out, d_in). The library holds it packed in its storage format, or it is in the
+// caller's memory (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at
+// a time, never as a whole.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ namespace nplora {
 // blocks in int8, all else like kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W as the products read it. Packed: panels of kPanelColumns columns with contiguous rows; the last panel is
-// narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore rows.
+// W in the form that the products read. Packed: panels of kPanelColumns columns with contiguous rows; the
+// last panel is narrower and not padded. Otherwise row-major, or rows of blocks, or NF4, whose blocks ignore
+// rows.
 struct WeightView {
   Storage storage;
   bool packed;
@@ -65,9 +66,9 @@ template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
 // The block for gemm_outputs_in_lanes, which reads down the columns of W, so Bf16Pair pairs neighbours down a
-// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of it.
-// Two panels are stored one after the other, because the hardware would also fetch gaps between rows. (NF4
-// keeps the gaps if d_in is not a multiple of 16.)
+// column. cols is one panel or, if makes_two_panels, up to kDecodedColumns that start at a multiple of
+// kDecodedColumns. Two panels are stored one after the other, because the hardware would also fetch gaps
+// between rows. (NF4 keeps the gaps if d_in is not a multiple of 16.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);

@@ -35,8 +35,8 @@ bool bit(unsigned word, int i) {
   return (word >> i & 1) != 0;
 }
 
-// Which registers the operating system saves, from XCR0. Without that, an instruction faults even if CPUID
-// lists it.
+// The XCR0 register: a bit for each set of registers that the operating system saves. An instruction on
+// registers that are not saved faults, even if CPUID lists it.
 unsigned saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));

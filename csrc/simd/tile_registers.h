@@ -1,6 +1,6 @@
-// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes are configured. One
-// instruction multiplies two of them, holding pairs of bfloat16, and adds the product to a third: 16 x 16 x
-// 32 multiply-adds. The compiler does not know these registers, hence the assembly.
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes the program sets. One
+// instruction multiplies two registers, which hold pairs of bfloat16, and adds the product to a third
+// register: 16 x 16 x 32 multiply-adds. The compiler does not know these registers, hence the assembly.
 #pragma once
 
 #include <stddef.h>

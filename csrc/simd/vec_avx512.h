@@ -124,7 +124,7 @@ inline void zip_pairs(Vec<T>& a, Vec<T>& b) {
   a.v = reinterpret_cast<decltype(a.v)>(_mm512_permutex2var_epi64(x, low, y));
   b.v = reinterpret_cast<decltype(b.v)>(_mm512_permutex2var_epi64(x, high, y));
 }
-// The inverse: even pairs go to a, odd pairs to b.
+// The inverse of the function above: even pairs go to a, odd pairs to b.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),

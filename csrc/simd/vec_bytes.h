@@ -39,7 +39,7 @@ inline Bytes pair(uint64_t low, uint64_t high) {
 }
 
 // Few machines can shift single bytes, so words are shifted. Bits then cross into the other byte of a word;
-// mask must drop them.
+// `mask` must drop these bits.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }
@@ -116,7 +116,7 @@ struct Levels {
   explicit Levels(const float (&levels)[16])
       : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
 };
-// Bit 3 of the index selects the half. It is moved to the sign bit, which the blend reads.
+// Bit 3 of the index selects the half. This bit is moved to the sign bit, which the blend reads.
 inline Vec<float> lookup(const Levels& levels, __m256i at) {
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
                            _mm256_permutevar8x32_ps(levels.high, at),

@@ -21,8 +21,8 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// The first n of 4 words, or of 4 half words, loaded straight into a register. A loop over them would go
-// through the stack.
+// The first n of 4 words, or of 4 half words, loaded straight into a register. A loop over the
+// words would go through the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;

@@ -89,7 +89,8 @@ _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    """The end of a message about an unknown name: "; did you mean rank?". Empty if no known name is like it.
+    """The end of a message about an unknown name: "; did you mean rank?". It is empty if no known name is
+    similar.
 
     A name that another library uses stands for ours; other names are compared by their spelling.
 
@@ -226,7 +227,7 @@ def _axes(array: Array) -> str:
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if it is not one."""
+    """A real array as a C-contiguous, aligned array of `dtype`. It is copied only if needed."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
     array = as_array(op, name, value)
@@ -264,7 +265,7 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
     """
     if array is not None and (array.shape != shape or array.dtype != dtype):
         raise ValueError(
-            f"{op}: saved is not of this layer: its {name} is {array.dtype} of shape {array.shape}, "
+            f"{op}: saved is from another layer: its {name} is {array.dtype} of shape {array.shape}, "
             f"expected {dtype} of shape {shape}"
         )
 
@@ -277,7 +278,7 @@ def own(op: str, saved: Any, layer: object) -> None:
     """
     if saved.layer is not None and saved.layer is not layer:
         kind = type(saved.layer).__name__
-        raise ValueError(f"{op}: saved is not of this layer: it is from a forward pass of another {kind}")
+        raise ValueError(f"{op}: saved is from a forward pass of another {kind}")
 
 
 def rows(

@@ -250,7 +250,7 @@ def test_a_peft_adapter_is_described_with_its_norms(
         row("layers.1.q_proj", *pair(2), scales[1]),
         "",
         "others",
-        "tensor 'stray' is no factor of a layer",
+        "tensor 'stray' is not a factor of a layer",
     ]
 
 

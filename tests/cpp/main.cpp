@@ -1,6 +1,6 @@
 // Checks every kernel of every instruction set that this machine runs against an independent oracle, on at
 // least 500 shapes each, in buffers between guard pages. Usage: kernel_tests [PART PARTS [N]]. Each part
-// tests some of the instruction sets; with N, on one of N shapes.
+// tests some of the instruction sets. With N, it tests only one of N shapes.
 #include "check.h"
 #include "kernel_tests.h"
 

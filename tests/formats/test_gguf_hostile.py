@@ -250,12 +250,12 @@ HOSTILE = {
     "overlap": (
         container(tensors=(tensor((9,)), tensor((1,), offset=32, name=b"v"))),
         FormatError,
-        "tensor 'v' begins at byte 128, where another one ends at 132",
+        "tensor 'v' begins at byte 128, but another tensor ends at 132",
     ),
     "the same bytes twice": (
         container(tensors=(tensor(), tensor(name=b"v"))),
         FormatError,
-        "tensor 'v' begins at byte 96, where another one ends at 112",
+        "tensor 'v' begins at byte 96, but another tensor ends at 112",
     ),
     "a tensor past the end": (one((17,)), TruncatedError, "tensor 'w' ends at byte 132, the file has 128"),
     "blocks past the end": (one((2**58,), kind=2), TruncatedError, "tensor 'w' ends at byte"),

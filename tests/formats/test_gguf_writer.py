@@ -186,7 +186,7 @@ TOO_LONG = "n" * 64
         (
             {"w": Tensor("w", "F32", (4,), np.zeros(4, "f4"))},
             TypeError,
-            "has data of type float32, expected bytes (a uint8 array)",
+            "has data of float32, expected an array of uint8",
         ),
         ({"w": Tensor("w", "Q4_0", (8, 64), bytes(288))}, TypeError, "has data of bytes, expected an array"),
         (

@@ -157,12 +157,12 @@ def test_training_a_model_with_a_named_adapter_selected_writes_nothing(
 def test_a_name_unlike_all_others_is_a_key_error_with_all_names(model: Path, paths: dict[str, Path]) -> None:
     lm = load_model(model)
     with pytest.raises(
-        KeyError, match="set_adapter: no adapter 'x'; none is loaded, call load_adapter first"
+        KeyError, match="set_adapter: no adapter 'x'; no adapter is loaded, call load_adapter first"
     ):
         lm.set_adapter("x")
     for name in ("few", "all"):
         lm.load_adapter(paths[name], name)
-    with pytest.raises(KeyError, match="set_adapter: no adapter 'xyz'; the loaded ones are 'few', 'all'"):
+    with pytest.raises(KeyError, match="set_adapter: no adapter 'xyz'; the loaded adapters are 'few', 'all'"):
         lm.set_adapter("xyz")
     for names in (3, [3], ["few", None]):
         with pytest.raises(TypeError, match=r"set_adapter: names is .*, expected a name, a list of names, "):

@@ -669,7 +669,7 @@ def test_what_no_forward_pass_kept_is_refused(layer: nplora.Module) -> None:
 def test_the_pass_of_another_layer_is_refused(
     layer: nplora.Module, other: nplora.Module, x: Array, dim: int, wrong: str
 ) -> None:
-    refusal = rf"^{type(layer).__name__}\.backward: saved is not of this layer: its {wrong}"
+    refusal = rf"^{type(layer).__name__}\.backward: saved is from another layer: its {wrong}"
     with pytest.raises(ValueError, match=refusal):
         layer.backward(np.ones((2, dim)), other.forward(x)[1])
     assert not any(parameter.grad.any() for parameter in layer.local_parameters())

@@ -1004,7 +1004,9 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
     with monkeypatch.context() as later:
         later.setattr(checkpoint, "SCHEMA", 2)
         files.replace([checkpoint.new_file(path, changed)])
-    with pytest.raises(UnsupportedError, match=r"checkpoint of schema '2', this nplora reads 1"):
+    with pytest.raises(
+        UnsupportedError, match=r"the checkpoint has schema '2', but this nplora reads only 1"
+    ):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
 
 

@@ -496,7 +496,7 @@ def failing_run(
         ("y", "its targets y are not finite"),
         ("layer", "the first layer whose output is not finite is '2' (LoRALinear)"),
         ("layer and y", "the first layer whose output is not finite is '2' (LoRALinear)"),
-        ("loss", "the output of every layer is finite, the loss of it is not"),
+        ("loss", "the output of every layer is finite, but the loss is not"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_within_its_step_and_touches_nothing(
@@ -537,7 +537,7 @@ def test_targets_that_are_not_an_array_are_searched_too() -> None:
     x, _ = data(8)
     for y, where in (
         ((np.ones(3), [1.0, np.nan]), "its targets y are not finite"),
-        ((np.ones(3), [1.0, 2.0], "name"), "the output of every layer is finite, the loss of it is not"),
+        ((np.ones(3), [1.0, 2.0], "name"), "the output of every layer is finite, but the loss is not"),
     ):
         trainer = trainer_of(net(), loss=lambda prediction, target: (np.inf, np.zeros_like(prediction)))
         with pytest.raises(nplora.NonFiniteLossError, match=f"the loss of batch 1 is inf: {where}$"):

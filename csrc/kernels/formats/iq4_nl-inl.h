@@ -22,7 +22,7 @@ static_assert(sizeof(BlockIQ4_NL) == 18);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// A copy in this namespace, as floats and as bytes: see vec.h.
+// A copy of the levels, as floats and as bytes. It is in this namespace for the reason that vec.h gives.
 struct IQ4Levels {
   float floats[16];
   int8_t bytes[16];

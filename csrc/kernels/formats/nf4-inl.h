@@ -1,4 +1,4 @@
-// NF4 of bitsandbytes. It is the only format whose blocks run through the flat tensor and not along rows.
+// NF4 of bitsandbytes. NF4 is the only format whose blocks run through the flat tensor and not along rows.
 #pragma once
 
 #include "base/block.h"
@@ -6,9 +6,9 @@
 namespace nplora {
 
 // absmax kNf4Levels[q]. A block is 64 elements of the flat tensor, and may begin and end within a row.
-// Element 2 i is in the high nibble of byte i. absmax is in an array of its own, one float for each block. It
-// may be quantised again: then it is book[code] scale + offset, with a book of kNf4Book levels and one scale
-// for kNf4Group blocks.
+// Element 2 i is in the high nibble of byte i. absmax is in a separate array, with one float for each block.
+// absmax may itself be quantised: then it is book[code] scale + offset, with a book of kNf4Book levels and
+// one scale for kNf4Group blocks.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};
@@ -40,7 +40,7 @@ inline constexpr float kNf4Levels[16] = {-1.0f,
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// A copy in this namespace: see vec.h.
+// A copy of the levels. It is in this namespace for the reason that vec.h gives.
 struct Nf4Levels {
   float v[16];
 };
@@ -95,7 +95,7 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   }
 }
 
-// Rows that begin at a block's start and are a whole number of blocks.
+// For rows that begin at a block's start and have a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
   const Nf4& w;

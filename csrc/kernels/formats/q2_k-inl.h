@@ -48,8 +48,8 @@ struct Decoder<BlockQ2_K> {
       const size_t half = 2 * j + i / kBytes;
       const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
-      // A permutation reads four bits of its index: this code and, above it, the next code. The values
-      // repeat, so the next code does not matter.
+      // A permutation reads four bits of each index: this code and, above it, the next code. The table holds
+      // each value four times, so the next code does not matter.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
       const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
       const Indices at = indices(q) >> (j % 4 * 2);

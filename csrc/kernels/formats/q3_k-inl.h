@@ -6,8 +6,8 @@ namespace nplora {
 
 // Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. Sub-block 4 h + t
 // has its low two bits at byte 32 h of low, at bit 2 t. Sub-block j has its high bit in `high`, at bit j. A
-// scale has six bits. Scale i has its low four in a nibble of byte i % 8 (the low nibble for i < 8), and its
-// high two in byte 8 + i % 4, at bit 2 (i / 4).
+// scale has six bits. Scale i has its low four bits in a nibble of byte i % 8 (the low nibble for i < 8), and
+// its high two bits in byte 8 + i % 4, at bit 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -30,7 +30,7 @@ inline void put_scales(const BlockQ3_K& block, float* to) {
   uint32_t high;
   __builtin_memcpy(&low, block.scales, sizeof low);
   __builtin_memcpy(&high, block.scales + sizeof low, sizeof high);
-  // Moves the two high bits of each scale to bit 4 of a byte of its own.
+  // Moves the two high bits of each scale to bit 4 of a separate byte.
   const uint64_t first = uint64_t(high) << 4 | uint64_t(high) << 34, second = high | uint64_t(high >> 2)
                                                                                          << 32;
   const Bytes codes = pair((low & kFour) | (first & kTwo), (low >> 4 & kFour) | (second & kTwo));

@@ -5,7 +5,7 @@
 namespace nplora {
 
 // Eight sub-blocks: (d scale) (q - 32), with a scale for each half of a sub-block. Sub-block 4 h + t has its
-// low four bits at byte 64 h + 32 (t % 2) of low, in the low nibbles for t < 2, else in the high ones. Its
+// low four bits at byte 64 h + 32 (t % 2) of low, in the low nibbles for t < 2, else in the high nibbles. Its
 // high two bits are at byte 32 h of high, at bit 2 t.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;

@@ -37,7 +37,7 @@ CodeGrid fit_group(const float* x, Codes codes) {
   return best;
 }
 
-// Changes every scale and minimum by at most one, so that the values are nearest.
+// Changes every scale and minimum by at most one, so that the results are nearest to the values.
 template <class Affine>
 void settle(const float* x, Codes codes, Affine& b) {
   b.error = 0;
@@ -57,8 +57,8 @@ void settle(const float* x, Codes codes, Affine& b) {
   }
 }
 
-// d and dmin by least squares for the codes, scales and minima of b. Returns false if they are not
-// determined.
+// d and dmin by least squares for the codes, scales and minima of b. Returns false if these values do not
+// determine d and dmin.
 template <class Affine>
 bool refit(const float* x, Codes codes, Affine& b) {
   double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;  // sums over products of s = scale q and m = minimum

@@ -18,7 +18,7 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the best of the grids that it is given, in the form in which they are stored.
+// Keeps the best of the tried grids, rounded to its stored form.
 struct Best {
   const float* x;
   Codes codes;

@@ -36,8 +36,8 @@ class Encoder {
   Codes codes_;
 };
 
-// The sum of term(i) for i < n. Eight partial sums take every eighth term each, an order that vectors of any
-// width can keep.
+// The sum of term(i) for i < n. Each of eight partial sums takes every eighth term. Vectors of any width can
+// sum in this order.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};

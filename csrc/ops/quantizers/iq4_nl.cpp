@@ -12,8 +12,8 @@ namespace {
 constexpr size_t kElements = BlockIQ4_NL::kElements;
 using Format = LevelCodes<kElements, kIQ4Levels>;
 
-// Tries scales that bring the extreme near to either end of the levels. Each scale is then fitted to the
-// codes that it gives.
+// Tries scales that bring the extreme near either end of the levels. Each scale gives codes, to which a
+// new scale is then fitted.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;

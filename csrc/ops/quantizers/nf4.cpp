@@ -9,7 +9,7 @@ namespace nplora {
 
 namespace {
 
-// Smaller absmax count as this one, so that the inverse is finite.
+// A smaller absmax is replaced by this number, so that the inverse is finite.
 constexpr float kSmallestAbsmax = 1e-38f;
 
 float absmax_of(size_t n, const float* x) {
@@ -22,8 +22,8 @@ float inverse_of(float absmax) {
   return 1 / std::max(absmax, kSmallestAbsmax);
 }
 
-// The level nearest to x, the lower one of two equally near. It is the number of midpoints between levels
-// that are below x.
+// The level nearest to x, or the lower level if two are equally near. Its code is the number of midpoints
+// between levels that are below x.
 uint8_t nearest_level(float x) {
   int middles = 0;
   for (size_t i = 0; i < 15; ++i) middles += x > (kNf4Levels[i] + kNf4Levels[i + 1]) / 2;

@@ -48,7 +48,7 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the chosen codes and scales, and these to d, in turns, as long as it helps.
+// Fits d to the chosen codes and scales, then codes and scales to d, and repeats this as long as it helps.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {

@@ -7,8 +7,8 @@ Arguments and errors that several functions here share:
         Llama family cannot be read without the base model, because the order of its rows depends on the
         heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
-        keeps a digest of its base model's norms, and another digest is otherwise an error. An adapter without
-        a digest is always accepted.
+        keeps a digest of its base model's norms; without this option, a different digest is an error. An
+        adapter without a digest is always accepted.
     edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. Saving the
         adapter again records the edited file as the right one.
     overwrite: replace another adapter.

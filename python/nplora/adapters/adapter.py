@@ -111,7 +111,7 @@ class Adapter(AdapterContent):
                 result's `errors` says what that costs.
             any_base: also add up adapters of different base models. Two base models count as different if
                 the adapters hold different digests of their norms. If a digest is missing, the last part of
-                the base models' names is compared. A missing name counts as equal to any.
+                the base models' names is compared. A missing name counts as equal to any other name.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
@@ -153,7 +153,7 @@ def read_adapter(
             holds the model's live arrays), or an `Adapter`, which is returned unchanged.
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
-        TypeError: `source` is something else.
+        TypeError: `source` has another type.
 
     >>> adapter = nplora.read_adapter("adapter")
     >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank

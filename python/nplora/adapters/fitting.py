@@ -45,8 +45,8 @@ class Target:
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         whole: the live arrays of fully trained layers, by layer and parameter. None accepts any.
-        require_kind: a function of an adapter's source, whether it has DoRA, and its fully trained layers. It
-            raises UnsupportedError if the target cannot hold them.
+        require_kind: a function with three arguments: an adapter's source, whether it has DoRA, and its fully
+            trained layers. It raises UnsupportedError if the target cannot hold them.
     """
 
     title: str = ""
@@ -57,7 +57,7 @@ class Target:
     require_kind: Callable[[str, bool, Collection[str]], None] = lambda source, has_dora, whole: None
 
     def place_of(self, layer: str, shape: tuple[int, ...], embedding: bool, use_dora: bool) -> Place:
-        """Find the place of a layer. Raises FormatError if there is none, or if the layer does not fit it."""
+        """Find the place of a layer in the target. Raises FormatError if no place fits it."""
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")

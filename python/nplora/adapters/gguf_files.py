@@ -46,7 +46,7 @@ class AdapterConversion:
         target: the file or directory that was written.
         architecture: GGUF's name for the base model's family.
         layers: the names of the adapted layers, in PEFT's form.
-        alpha: the alpha of the new adapter. If layers differ, the most common one.
+        alpha: the alpha of the new adapter. If layers differ, this is the most common alpha.
         folded: the layers whose scale was folded into lora_b.
         passed_over: tensors of the source that are not LoRA factors. llama.cpp ignores them too.
     """
@@ -81,8 +81,8 @@ def convert_adapter(
 
     Raises:
         ValueError: the target's name does not fit its kind. FormatError: the directory holds neither an
-            adapter nor a model. FileNotFoundError: it holds a training run that has no adapter yet. The other
-            errors are those of the two functions.
+            adapter nor a model. FileNotFoundError: the directory holds a training run that has no adapter
+            yet. It also raises the errors of the two functions.
     """
     files.require_named("convert", source=source, target=target, base=base)
     if not Path(source).is_dir():
@@ -296,7 +296,7 @@ def adapter_from_gguf(
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
     """Read a llama.cpp adapter file for a base model. Returns the adapter, and the content of the file.
 
-    The arguments and errors are those of `adapter_from_gguf`.
+    It has the arguments and errors of `adapter_from_gguf`.
     """
     stored, source = gguf_adapter.load(path), files.name(path)
     family = families.find_architecture(stored.architecture)

@@ -126,9 +126,9 @@ def load_adapter(
 
     The layers take the rank, alpha and rsLoRA of the file. If the rank stays the same, the values are written
     into the live arrays A and B. Otherwise A and B become new arrays, and an optimiser that holds the old
-    ones must be made anew. The file and the model must have the same layers; for other layers, use
-    `Adapter.attach` with `replace=True`. Everything is checked before anything changes, and sizes are
-    checked before anything is read. `nplora.adapters` describes the arguments and the other errors.
+    arrays must be made anew. The file and the model must have the same layers; for other layers, use
+    `Adapter.attach` with `replace=True`. Everything is checked before anything changes, and sizes are checked
+    before anything is read. `nplora.adapters` describes the arguments and the other errors.
 
     Returns:
         the loaded layers and the changed settings.
@@ -264,7 +264,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """A model's LoRA layers, whose arrays are written, or (not live) all layers that can become one."""
+    """The LoRA layers of a model (live), or all of its layers that can become LoRA layers (not live)."""
     modules, asked = dict(model.named_modules()), itertools.count()
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:

@@ -191,7 +191,7 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
 
 
 def _common(setting: str, adapter: AdapterContent) -> bool:
-    """A setting that PEFT's format has once for all layers."""
+    """A setting that PEFT's format stores once for all layers."""
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
         found = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -56,7 +56,7 @@ def describe(path: StrPath) -> str:
         lines of text. Control characters in names and values of the file are escaped.
     Raises:
         ValueError: the path is empty.
-        FormatError: the file is none of these, or it breaks its format. OSError: it cannot be read.
+        FormatError: the file is none of these, or it breaks its format. OSError: the file cannot be read.
 
     >>> from nplora.cli.description import describe
     >>> print(describe("adapter"))
@@ -154,7 +154,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint. These have no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint. Such files have no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of one command. For an unknown option it suggests the one that was meant."""
+    """The parser of one command. For an unknown option it suggests a similar option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for word in itertools.takewhile("--".__ne__, args or ()):
@@ -76,9 +76,10 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """The parser for these words: it has the arguments of the command that they name, and of no other.
+    """The parser for these words: it has the arguments of the command that they name, and of no other
+    command.
 
-    The modules of the other commands, and what these import, need not be loaded.
+    The modules of the other commands, and their imports, need not be loaded.
 
     Raises:
         SystemExit: there is no such command.
@@ -138,7 +139,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """A path. An empty one, as from an unset variable of the shell, is refused."""
+    """A path. An empty path, as from an unset variable of the shell, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
@@ -244,7 +245,7 @@ def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any
 
 
 def checked(options: Callable[..., T], given: dict[str, Any]) -> T:
-    """A dataclass made of these fields; its errors are errors of usage."""
+    """A dataclass made of these fields; a wrong value ends the program like a wrong argument."""
     try:
         return options(**given)
     except (ValueError, TypeError) as error:

@@ -54,7 +54,7 @@ def attach_adapter(
         replace: drop the adapter that the model has.
     Raises:
         TypeError: `adapter` is of another kind. ValueError: a weight is not finite.
-        Others as `Adapter.attach`, and for several adapters as `combine`.
+        Also the errors of `Adapter.attach` and, for several adapters, of `combine`.
     Warns:
         UserWarning: an adapter is given more than once, or its adapter_config.json has unknown keys.
 

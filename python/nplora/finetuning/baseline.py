@@ -1,4 +1,4 @@
-"""Baseline: the loss and the sample texts of a model before training, to compare with those after it."""
+"""Baseline: the loss and the sample texts of a model before training, for comparison with the results."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class EarlierRun:
     step: int
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """The options, with the arithmetic of the run if they have none."""
+        """The options. If they set no arithmetic, they get the arithmetic of the run."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options

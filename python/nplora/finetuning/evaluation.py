@@ -14,7 +14,7 @@ from nplora.lm import LanguageModel
 
 
 class MeanLoss(TypedDict):
-    """A mean loss, and the number of tokens that it is the mean of.
+    """A mean loss, and the number of tokens in the mean.
 
     >>> nplora.finetuning.MeanLoss(loss=2.5, tokens=100)
     {'loss': 2.5, 'tokens': 100}
@@ -28,7 +28,7 @@ class Evaluation(MeanLoss):
     """The result of `evaluate`, a dict.
 
     Keys:
-        loss, tokens: the mean loss, and the number of tokens that it is the mean of.
+        loss, tokens: the mean loss, and the number of tokens in the mean.
         source: the file.
         examples, truncated, emptied, skipped: as in `DataReport`.
 
@@ -62,8 +62,8 @@ def evaluate(
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model.
-        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory, of which
-            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
+        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory with valid.jsonl
+            or, if there is none, train.jsonl.
         adapter: adapter to attach first: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one
             of these and its weight; or a list, whose adapters add up.
         any_base: accept an adapter that was trained on another model with the same shapes.

@@ -143,7 +143,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     """The adapted layers of a run. All layers of an adapter to continue from count with its largest rank.
 
     Raises:
-        ValueError: they do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
+        ValueError: the layers do not fit the model, or `keep_prefix` is set and the lowest block is adapted.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
@@ -172,10 +172,11 @@ def _planned(
 def _warn_if_short(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
 ) -> None:
-    """Warn if the remaining steps need more memory than is available. The first epoch stands for all.
+    """Warn if the remaining steps need more memory than is available. The work of the first epoch is assumed
+    for every epoch.
 
     Args:
-        done: steps that the run has made.
+        done: the number of steps that the run has made.
     """
     resident, work = resident_memory(inputs.lm), _work_of(inputs, options, most_epochs=1)
     if done >= work.steps:
@@ -207,6 +208,6 @@ def _work_of(inputs: RunInputs, options: FinetuneOptions, most_epochs: int | Non
 
 
 def _largest_evaluation(held_out: Dataset) -> int:
-    """Tokens in the largest batch of an evaluation."""
+    """The number of tokens in the largest batch of an evaluation."""
     batches = evaluation_batches(held_out).members(0)
     return max(int(held_out.lengths[batch].sum()) for batch in batches)

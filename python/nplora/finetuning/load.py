@@ -44,7 +44,7 @@ class RunInputs:
         return sum(dataset.report.tokens for dataset in self.datasets)
 
     def reload(self, model: StrPath, compute: str) -> None:
-        """Load the model again with another arithmetic. The memory of the old one is released first."""
+        """Load the model again with another arithmetic. The memory of the old model is released first."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
 

@@ -149,7 +149,9 @@ class FinetuneOptions:
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
     save_minutes: float = _unplanned(_RUN, 5.0, "maximum minutes between checkpoints; 0: no limit")
-    resume: bool = _unplanned(_RUN, False, "continue the run in the output directory, to the same bits")
+    resume: bool = _unplanned(
+        _RUN, False, "continue the run in the output directory, bit for bit as without a stop"
+    )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
         _RUN, (), "prompt to complete before and after training; plain text, not a chat", metavar="PROMPT"
@@ -254,7 +256,7 @@ def from_arguments(op: str, options: Callable[..., T], arguments: Mapping[str, A
 
     Args:
         arguments: the function's `locals()` at its begin.
-    Raises as the options.
+    Raises the errors of the options.
     """
     names = [name for name in inspect.signature(options).parameters if name != "op"]
     return options(op=op, **{name: arguments[name] for name in names})

@@ -24,7 +24,7 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    A text is "" if it is not known, as that after an interrupted run.
+    A text is "" if it is not known, such as the text after an interrupted run.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'
@@ -50,7 +50,7 @@ class FinetuneReport:
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: the resumed run was finished already, so nothing was trained.
-        tokens: trained tokens of all steps, including those before a resume.
+        tokens: trained tokens of all steps, including the steps before a resume.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples

@@ -81,9 +81,9 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
-    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run: what was trained until
-    then is saved and returned, and `resume=True` continues it to the same bits as a run that was never
-    stopped. Nothing is written before all input is read and checked.
+    The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run: the adapter is saved and
+    returned as it is then. `resume=True` continues the run, with the same results bit for bit as without a
+    stop. Nothing is written before all input is read and checked.
 
     After an error in a step the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the step that went wrong,
@@ -132,7 +132,7 @@ def finetune(
             token.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
-        resume: continue the run in the output directory, to the same bits.
+        resume: continue the run in the output directory, bit for bit as without a stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to complete before and after training; plain text, not a chat.
         checkpoint_blocks: the old name of `recompute`.
@@ -209,7 +209,7 @@ def _finetune(
 
 
 def _put_on_adapter(lm: LanguageModel, start: Adapter | None, options: FinetuneOptions) -> None:
-    """Attach the adapter that is trained: a new one, or the one that the run continues from."""
+    """Attach the adapter that is trained: a new adapter, or the adapter that the run continues from."""
     if start is None:
         lm.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,

@@ -64,7 +64,7 @@ def name(path: StrPath) -> str:
 
 
 def require_named(op: str, **paths: StrPath | None) -> None:
-    """Refuse an empty path. An unset shell variable gives one, and it would mean the working directory."""
+    """Refuse an empty path, as from an unset shell variable. It would mean the working directory."""
     for what, path in paths.items():
         if path is not None and not os.fspath(path):
             raise ValueError(f"{op}: {what} is an empty path")
@@ -100,13 +100,14 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether a later write must change the stamp. File-system clocks tick coarsely."""
+        """Whether any later write is certain to change the stamp. File-system clocks tick coarsely."""
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp: results from its mapping are wrong.
 
-        If another file was renamed over this one, the mapping still shows the old content. That is no error.
+        If another file was renamed over this one, the mapping still shows the old content. This is not an
+        error.
         """
         try:
             found = os.stat(self.name)
@@ -124,7 +125,7 @@ class Stamp(NamedTuple):
 
 
 class Reader:
-    """An open regular file. `reader[begin:end]` reads those bytes and nothing else."""
+    """An open regular file. `reader[begin:end]` reads exactly these bytes."""
 
     def __init__(self, fd: int, path: StrPath) -> None:
         self._fd = fd
@@ -216,7 +217,7 @@ def sha256(path: StrPath) -> str:
 def cached(path: Path) -> Path:
     """The target of a link in Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST), else `path`.
 
-    Use it for file names that come from a model. No other links are followed for those.
+    Use it for file names that come from a model. For such names, no other links are followed.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -263,7 +264,7 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """The path from the root. ".." is kept: behind a symbolic link it is not the parent by name."""
+    """The path from the root. ".." is kept: after a symbolic link, it is the parent of the link's target."""
     return str(Path(path).absolute())
 
 
@@ -363,7 +364,7 @@ def replace(files: Sequence[NewFile], directory: Directory | None = None) -> Non
     """Write each file to a temporary name beside its target, then rename them all in the given order.
 
     No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
-    After a crash between two renames, the later files are still the old ones. A new file takes the
+    After a crash between two renames, the later files still have their old content. A new file takes the
     permissions of the file that it replaces. If a target is a symbolic link, the link is replaced and the
     linked file stays unchanged. The next call removes temporary files that a crash left, unless another call
     is writing in the same directory.

@@ -39,7 +39,7 @@ def require_no_hub_name(path: StrPath) -> None:
     A path that exists is taken as a path, and a name that ends like a file as the name of a file.
 
     Raises:
-        FileNotFoundError: it is such a name; the message says how to get the model's files.
+        FileNotFoundError: the path is such a name; the message says how to get the model's files.
     """
     found = _HUB_NAME.fullmatch(files.name(path))
     if found is None or files.suffix(path) in (".gguf", ".safetensors", ".json") or os.path.lexists(path):

@@ -143,7 +143,7 @@ class NamePattern:
         )
 
     def _next(self, expected: str = "") -> str:
-        """Take the next character. With `expected`, take it only if it is one of those."""
+        """Take the next character. With `expected`, take it only if it is an expected character."""
         character = self.text[self._position : self._position + 1]
         if expected and (not character or character not in expected):
             return ""

@@ -105,7 +105,7 @@ class PeftAdapter:
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
-                problems.append(f"tensor {brief(tensor, 200)} is no factor of a layer")
+                problems.append(f"tensor {brief(tensor, 200)} is not a factor of a layer")
                 continue
             stem = tensor[: -len(kind[0])]
             halves = (stem + kind[0], stem + kind[1])
@@ -130,7 +130,7 @@ class PeftAdapter:
         return False
 
     def _limit_patterns(self, layers: int) -> None:
-        """Limit the work of comparing each layer with all patterns that are not just one name."""
+        """Limit the work of comparing each layer with all patterns, except patterns that are a plain name."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
         self._limit(layers, "layers", text, "patterns")
@@ -164,7 +164,7 @@ class PeftAdapter:
         return converted
 
     def require_pair(self) -> None:
-        """Raise CorruptError if the configuration is not the one that was saved with the tensors."""
+        """Raise CorruptError if the configuration was not saved together with these tensors."""
         if not self.paired:
             raise CorruptError(
                 f"{Path(self.directory, CONFIG)}: not the one that was saved with {TENSORS} "
@@ -226,8 +226,8 @@ def _pair(
 ) -> tuple[SafetensorsFile, bytes, bool]:
     """Open the tensors and read the configuration. The last value is False if they are known not to match.
 
-    The tensors are opened first, because a save replaces them before the configuration. While they are still
-    at their path, the configuration is not newer. Otherwise, both are read again.
+    The tensors are opened first, because a save replaces them before the configuration. While the tensors'
+    file is still at its path, the configuration is not newer. Otherwise, both are read again.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -297,7 +297,7 @@ def save(
     """Write both files. The directory is created if needed.
 
     Both files are complete on disk before either is renamed into place, the configuration last. At every
-    moment, even after a crash, nplora finds either the old adapter or the new one.
+    moment, even after a crash, nplora finds either the old or the new adapter.
 
     Raises:
         ValueError: the directory's name is empty.
@@ -327,7 +327,7 @@ def save(
 
 
 def _digest_in(directory: files.Directory) -> str | None:
-    """The SHA-256 of a directory's configuration, or None if it has no readable one."""
+    """The SHA-256 of a directory's configuration, or None if the file is missing or cannot be read."""
     try:
         return _digest(bytes(files.read(Path(directory, CONFIG), peft_config.MAX_BYTES)))
     except (FormatError, OSError):

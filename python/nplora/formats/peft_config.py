@@ -78,7 +78,7 @@ class Patterns:
 
     @cached_property
     def _exact(self) -> dict[str, int]:
-        """The positions of patterns that match exactly one name, by that name."""
+        """For each name that some pattern matches alone, the position of the first such pattern."""
         names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
         return {name: position for name, position in reversed(names) if name is not None}
 

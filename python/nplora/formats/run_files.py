@@ -1,6 +1,6 @@
 """The names of a training run's files, and the record of its newest checkpoint about the files beside it.
 
-A run that overwrites an earlier one deletes the earlier files as soon as its own first checkpoint is on disk.
+A run that overwrites an earlier run deletes the earlier files as soon as its own first checkpoint is on disk.
 That checkpoint contains the new log and the SHA-256 of the old adapter. So after a crash between these steps,
 it is known which files belong to the earlier run.
 """

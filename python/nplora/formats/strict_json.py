@@ -1,6 +1,7 @@
 """JSON as defined by RFC 8259 and serde_json, for untrusted text.
 
-Python's own parser accepts NaN, duplicate keys, lone surrogates and any depth. These readers must not.
+Python's own parser accepts NaN, duplicate keys, lone surrogates and any depth. These readers must refuse
+them.
 """
 
 import json

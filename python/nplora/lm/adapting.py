@@ -45,7 +45,7 @@ def targeted(
     """The dotted names of the layers that `targets` and `layers` choose, in the model's order.
 
     Raises:
-        ValueError: a target names no layer (the nearest names are listed) or one that has an adapter; or
+        ValueError: a target names no layer (the nearest names are listed) or an adapted layer; or
             `layers` names none of the blocks; or no layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
@@ -120,7 +120,7 @@ def factors_side_by_side(layers: Iterable[Linear | Embedding], rank: int) -> Abs
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """A LoRA layer over the same frozen weight. With init="pissa" or "olora" it has a new frozen weight.
+    """A LoRA layer over the same frozen weight. With init="pissa" or "olora", this weight is changed.
 
     Raises:
         ValueError: an option does not fit the layer.
@@ -145,7 +145,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the file: row i is row order[i] of Hugging Face's. None: the same."""
+    """The order of a weight's rows in the file: row i is row order[i] in Hugging Face's. None: no change."""
     counts = config.num_attention_heads, config.num_key_value_heads
     heads = families.of(config).permuted_heads(name, *counts) if config.interleaved else 0
     return gguf_rows.row_order(heads * config.head_dim, heads) if heads else None

@@ -138,7 +138,7 @@ def stream_all(
 ) -> Iterator[tuple[int, str]]:
     """Generate a text after each prompt, as pairs (index of the prompt, piece of its text).
 
-    Raises and warns as `generate`.
+    It has the errors and warnings of `generate`.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -306,7 +306,9 @@ def choose(scores: Array, before: Sequence[int], sampling: Sampling, rng: np.ran
     if np.isnan(largest):
         raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
     if not np.isfinite(largest):
-        raise FloatingPointError(f"{_OP}: the largest score of {place} is {largest}, expected a finite one")
+        raise FloatingPointError(
+            f"{_OP}: the largest score of {place} is {largest}, expected a finite number"
+        )
     if sampling.repetition_penalty != 1:
         penalise_repetition(scores, before, sampling.repetition_penalty)
     if sampling.temperature == 0:

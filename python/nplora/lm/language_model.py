@@ -224,7 +224,7 @@ class LanguageModel(Module):
     def load_adapter(self, path: StrPath | Adapter, name: str, any_base: bool = False) -> None:
         """Load an adapter under a name; `set_adapter` then selects it.
 
-        It is kept beside the LoRA layers that are trained, and its targets may be others. Named adapters are
+        It is kept beside the LoRA layers that are trained, and it may have other targets. Named adapters are
         for inference only.
 
             >>> import nplora
@@ -242,7 +242,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: an adapter of this name is loaded already.
             TypeError: path is none of these, or the name is not a text or is empty.
-            FormatError: the adapter does not fit the model, or belongs to another one. Others as
+            FormatError: the adapter does not fit the model, or belongs to another model. Others as
                 `nplora.load_adapter`.
         """
         if isinstance(path, Adapter):
@@ -252,15 +252,16 @@ class LanguageModel(Module):
         else:
             raise TypeError(
                 f"load_adapter: path is {_check.kind(path)}, expected a path or an Adapter; "
-                "nplora.combine makes one Adapter of weighted ones"
+                "nplora.combine makes one Adapter of several"
             )
         self._named.add(self, name, adapter, any_base)
 
     def set_adapter(self, names: str | Sequence[str] | None) -> None:
         """Select the named adapter that later calls use, instead of the LoRA layers that the model trains.
 
-        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own, and
-        has none at first. A call uses one adapter to its end, even if it is deleted meanwhile.
+        The selection belongs to the thread (or asyncio task) that makes it. Another thread makes its own
+        selection, and has no named adapter at first. A call uses one adapter to its end, even if it is
+        deleted meanwhile.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -329,7 +330,7 @@ class LanguageModel(Module):
 
         Raises:
             TypeError: adapter is not an Adapter.
-            FormatError: the adapter does not fit the model, or belongs to another one.
+            FormatError: the adapter does not fit the model, or belongs to another model.
         """
         if not isinstance(adapter, Adapter):
             hint = "; Adapter.read(path) reads one" if isinstance(adapter, str | os.PathLike) else ""
@@ -352,7 +353,7 @@ class LanguageModel(Module):
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """As `Module.merge`, which does not merge named adapters. Raises RuntimeError if one is selected.
+        """See `Module.merge`. It does not merge named adapters; if one is selected, it raises RuntimeError.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -387,7 +388,7 @@ class LanguageModel(Module):
 
         Raises:
             TypeError: ids are not integers.
-            ValueError: ids have another number of axes, or one is not in the vocabulary.
+            ValueError: ids have the wrong number of axes, or an id is not in the vocabulary.
             CorruptError: as `require_unchanged`.
         """
         return self(token_ids)
@@ -584,7 +585,7 @@ class LanguageModel(Module):
         return KVCache(self.config, slots, capacity, self._selected("new_cache"))
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) after the last ones.
+        """Add the next tokens of some sequences to a cache; return the logits (m, vocab) that follow.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -664,7 +665,8 @@ class LanguageModel(Module):
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str | list[str]:
-        """Generate a text after a prompt, or after each of several. By default, always the most likely token.
+        """Generate a text after a prompt, or after each of several prompts. By default, always the most
+        likely token.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -675,8 +677,8 @@ class LanguageModel(Module):
             (<class 'str'>, 2, <class 'str'>)
 
         Args:
-            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or several of
-                either, in any iterable.
+            prompt: a text; a chat, which is a list of messages {"role": ..., "content": ...}; or an iterable
+                of several texts or chats.
             max_new_tokens: the maximum number of generated tokens.
             temperature: 0: always the most likely token; 1: sample from the model's own probabilities. Lower
                 values make likely tokens likelier, higher values make them less likely.
@@ -734,7 +736,7 @@ class LanguageModel(Module):
         return "\n".join(lines)
 
     def _storages(self) -> str:
-        """The storage formats of the weights, the one with the most values first."""
+        """The storage formats of the weights; the format with the most values comes first."""
         held = {id(a): a for _, module in self.named_modules() for a in module.local_frozen()}
         sizes = Counter[str]()
         for array in held.values():

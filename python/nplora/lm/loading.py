@@ -35,13 +35,13 @@ def load_model(
             for inference with GGUF's quantised weights.
         mmap: map the files. Weights are then not copied, and the system keeps them in memory while there is
             room. If another program cuts a mapped file short, the process ends with a message and status 135.
-            If it writes to one in place, the next call of the model raises CorruptError. Renaming another
-            file over it does no harm. False copies the files into memory.
+            If it writes to a mapped file in place, the next call of the model raises CorruptError. Renaming
+            another file over a mapped file does no harm. False copies the files into memory.
         check: look for NaN and infinities in all matrices, which reads the whole file once. False reads
             a matrix when it is first used.
     Raises:
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
-            supported ones, and all tensors of other types.
+            supported architectures or types, and all tensors of other types.
         FormatError: a file breaks its format, or does not describe a whole model. The message lists all that
             is missing, with the nearest names. Or a weight is NaN or infinite: the first one is named.
         UnsafeError: the weights are a pickle.

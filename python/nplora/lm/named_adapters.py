@@ -1,8 +1,8 @@
 """Several named adapters of one language model. Each thread or asyncio task selects its own.
 
-For each selection there is a copy of the model's modules over the same frozen weights, with LoRA layers of
-its own. A call takes this copy once, when it begins. So it does not change when other threads select or
-delete adapters meanwhile.
+For each selection there is a copy of the model's modules over the same frozen weights, with its own LoRA
+layers. A call takes this copy once, when it begins. So it does not change when other threads select or delete
+adapters meanwhile.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class NamedAdapters(Generic[Model]):
 
         Raises:
             KeyError: there is no adapter of a name; the nearest names, or all of them, are listed.
-            UnsupportedError: several are selected, and one has DoRA.
+            UnsupportedError: several adapters are selected, and one of them has DoRA.
         """
         if not names:
             return lm
@@ -127,5 +127,7 @@ class NamedAdapters(Generic[Model]):
         if nearest_names(str(name), self._adapters):
             return missing_name(op, name, self._adapters, "adapter")
         known = ", ".join(map(repr, self._adapters))
-        hint = f"the loaded ones are {known}" if known else "none is loaded, call load_adapter first"
+        hint = (
+            f"the loaded adapters are {known}" if known else "no adapter is loaded, call load_adapter first"
+        )
         return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

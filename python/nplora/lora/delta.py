@@ -86,7 +86,7 @@ class LoraDelta:
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Rows first, first + 1, ... of the updated W, in the dtype of `rows`, which is not changed."""
+        """A new array of the updated W, for `rows`, which are W's rows from `first` on, in their dtype."""
         merged = rows.copy()
         part = slice(first, first + len(rows))
         a, b = (np.ascontiguousarray(factor, rows.dtype) for factor in (self.A[part], self.B))

@@ -91,7 +91,7 @@ def lora_backward(
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
-        TypeError: an array does not hold numbers, or one in out has another dtype.
+        TypeError: an array does not hold numbers, or an array in `out` has another dtype.
 
     >>> x, W, A, B = np.ones((1, 2)), np.eye(2), np.array([[2.0], [0.0]]), np.array([[1.0, 1.0]])
     >>> y, z = lora_forward(x, W, A, B)
@@ -154,7 +154,7 @@ def merge_lora(
 
     Args:
         W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
-            patterns with dtype="bfloat16"). Each row must be contiguous; the stride between rows is free.
+            patterns with dtype="bfloat16"). Each row must be contiguous; rows may be any distance apart.
         A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
         scale: the factor of the update. With 0, A and B are not read.
         dtype: the name of W's format. Only bit patterns need it.
@@ -194,8 +194,8 @@ def unmerge_lora(
 ) -> Array:
     """Subtract a low-rank update from a weight in place: W -= scale · A·B.
 
-    This reverses `merge_lora` up to rounding. (A layer's `unmerge` restores the weight exactly.) The
-    arguments, the result and the errors are those of `merge_lora`.
+    This reverses `merge_lora` up to rounding. (A layer's `unmerge` restores the weight exactly.) It has the
+    arguments, the result and the errors of `merge_lora`.
 
     >>> W = np.eye(2, dtype=np.float32)
     >>> A, B = [[2.0], [0.0]], [[1.0, 1.0]]

@@ -52,7 +52,7 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖. Rounding adds it; it is no loss."""
+        """The part of the error that is orthogonal to ΔW, over ‖ΔW‖. It is no loss of ΔW."""
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod

@@ -88,8 +88,8 @@ class ModelMerge:
 def least_kept(reports: Iterable[MergeReport]) -> float:
     """The share of ΔW that is kept in all: as `ModelMerge.delta_kept`, or less.
 
-    There, a matrix with large numbers hides the others. So the mean is also taken with each tensor weighted
-    by (‖ΔW‖ / ‖W‖)², its change relative to itself, and the smaller of the two counts.
+    In that share, a matrix with large numbers hides the others. So a second mean weights each tensor by (‖ΔW‖
+    / ‖W‖)², its relative change. The smaller of the two is returned.
     """
     changed = [report for report in reports if report.norm]
     kept = [report.kept for report in changed]

@@ -5,7 +5,7 @@ With the scales s and the weights w of the updates,
     Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
 
 This is exact. Adding up the factors themselves, as is often done, adds cross terms AᵢBⱼ. With A = Qₐ Rₐ and
-Bᵀ = Q_b R_b, the singular values of A·B are those of Rₐ R_bᵀ (R, R). They give the smallest rank that holds
+Bᵀ = Q_b R_b, A·B has the singular values of Rₐ R_bᵀ (R, R). They give the smallest rank that holds
 the sum, and the best approximation of any lower rank (Eckart and Young 1936), without a (d_out, d_in) matrix.
 """
 

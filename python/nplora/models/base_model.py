@@ -48,7 +48,7 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
     Args:
         any_base: as in `digest_of`.
     Raises:
-        UnsupportedError: nplora does not know the family. Otherwise as in `digest_of`.
+        UnsupportedError: nplora does not know the family. Other errors as in `digest_of`.
     """
     config = _config_of(path)
     if config is None:
@@ -103,7 +103,7 @@ def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
 
 
 def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
-    """Open a GGUF model. Returns it with its architecture."""
+    """Open a GGUF model. Returns the file and the name of its architecture."""
     file = gguf.open(path)
     if gguf_adapter.is_adapter(file):
         raise FormatError(f"{file.source}: an adapter, expected a model")

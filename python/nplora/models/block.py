@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class Mixer(Protocol):
-    """The computation of a half-block on its input x (n, d): attention, an MLP, or another one.
+    """The computation of a half-block on its input x (n, d): attention, an MLP, or another layer.
 
     Attributes:
         reading: the names of the layers that read x, in one call.

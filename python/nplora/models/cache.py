@@ -20,8 +20,9 @@ class KVCache:
     Attributes:
         slots, capacity: the number of sequences, and of tokens in each.
         lengths: int64 (slots,), the number of tokens that each slot holds. Lowering it drops the last tokens.
-        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. LongRoPE
-            rotates a sequence by this length. If it is known to be smaller, set it before the first token.
+        limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. This
+            length decides how LongRoPE rotates a sequence. If it is known to be smaller, set it before the
+            first token.
         keys, values: for each layer an array (slots, capacity, kv_heads · head_dim). Memory is used only as
             the arrays are filled.
         owner: the model that fills the cache, with its selected named adapters; None allows any model.

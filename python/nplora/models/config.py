@@ -34,10 +34,12 @@ class ModelConfig:
         model_type: the family's name in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, how many tokens a query sees, including its own; 0: all earlier ones.
-        local_rope: the rotation in layers with a sliding window, or None if it is the same.
+        sliding_windows: for each layer, how many tokens a query sees, including its own; 0: all earlier
+            tokens.
+        local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
+            layers.
         unrotated: the layers without rotation.
-        rotary_dim: how many values of a head rotate, from the first; None: all of them.
+        rotary_dim: how many values of a head rotate, from the first; None: all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
         hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
         query_pre_attn_scalar: scores are divided by its square root. None: by the square root of head_dim.

@@ -51,13 +51,13 @@ class DecoderSaved(Saved):
 class Decoder(Module):
     """Token embedding, blocks and last norm. The norm is computed with the head, only for the rows needed.
 
-    Blocks below the lowest adapted one keep nothing and compute no gradient.
+    Blocks below the lowest adapted block keep nothing and compute no gradient.
 
     Attributes:
         recompute: keep only each block's input and compute the rest again in backward (gradient
             checkpointing, Chen et al. 2016). This takes a third more work and a tenth of the memory. The
             gradients are identical to the bit.
-        prefix: the cached outputs of the blocks below the lowest adapted one, or None.
+        prefix: the cached outputs of the blocks below the lowest adapted block, or None.
     """
 
     def __init__(

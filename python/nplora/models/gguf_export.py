@@ -43,7 +43,7 @@ class ModelConversion:
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if it has one.
         short: a sentence about matrices that could not get the requested type, because their rows are not
-            whole blocks of it; empty if there are none.
+            whole blocks of that type; empty if there are none.
     """
 
     target: str

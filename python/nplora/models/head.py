@@ -43,7 +43,7 @@ def loss_and_gradient(
 def _chunk_gradient(
     model: Decoder, head: AnyLinear, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """`loss_and_gradient` for a few rows. When it returns, their logits are freed before the next rows."""
+    """`loss_and_gradient` for a few rows. When it returns, the logits of these rows are freed."""
     (logits,), saved = stack_forward((head,), model.read_out(x))
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, factor, losses, True)
@@ -58,7 +58,7 @@ def loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
 
 
 def _chunk_loss(model: Decoder, head: AnyLinear, x: Array, targets: Array) -> float:
-    """`loss` for a few rows. When it returns, their logits are freed, as in `_chunk_gradient`."""
+    """`loss` for a few rows. When it returns, the logits of these rows are freed, as in `_chunk_gradient`."""
     logits = head.forward(model.read_out(x))[0]
     losses = np.empty(len(x))
     _core.cross_entropy(logits, targets, 1.0, losses, False)

@@ -34,8 +34,8 @@ class MLPSaved(Saved):
 class MLP(Module):
     """SwiGLU or GeGLU. gate_proj and up_proj read x in one call. Backward computes act(gate) ∘ up again.
 
-    One gate_up_proj can replace both; it contains the rows of gate, then those of up. If the products compute
-    in bfloat16, gate and up are also kept in bfloat16, because they are most of the memory.
+    One gate_up_proj can replace both; it contains the rows of gate, then the rows of up. If the products
+    compute in bfloat16, gate and up are also kept in bfloat16, because they are most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.

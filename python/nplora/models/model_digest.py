@@ -38,7 +38,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """`of` the norms among the tensors of a model's file."""
+    """The digest (see `of`) of the norms among a file's tensors."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):

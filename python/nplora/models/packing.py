@@ -61,7 +61,7 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The number of trained tokens, by which a mean loss divides."""
+        """The number of trained tokens. A mean loss is the sum of losses divided by this number."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None) -> list[PackedBatch]:
@@ -101,7 +101,7 @@ def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatc
         if tokens.ndim != 1 or tokens.shape != labels.shape:
             raise ValueError(
                 f"pack: sequence {index} has ids of shape {tokens.shape} and labels of shape {labels.shape}, "
-                "expected one length"
+                "expected the same length"
             )
         ids.append(tokens)
         targets += [labels[1:], np.full(min(1, len(tokens)), IGNORED)]

@@ -40,8 +40,8 @@ class CachePositions:
         lengths: in_sequence + 1, the number of tokens that each row sees.
         cells: the index of the rows' keys and values in an array (slots, capacity, ...).
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the length that each row's sequence may reach. All its tokens rotate by this
-            length, even the first.
+        limits: int64 (m,), the length that each row's sequence may reach. All tokens of the sequence, even
+            the first, rotate by the factors for this length.
     """
 
     slots: Array
@@ -52,7 +52,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): the length by which each row's sequence rotates."""
+        """int64 (m,): the length that decides how each row's sequence rotates."""
         return self.limits
 
 

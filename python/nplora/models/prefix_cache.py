@@ -39,7 +39,7 @@ class PrefixCache:
     bit, to computing it again.
 
     Args:
-        blocks: the number of blocks below the first adapted one. A model with another number ignores the
+        blocks: the number of blocks below the first adapted block. A model with another number ignores the
             cache.
         capacity: the largest number of tokens of all sequences. Later sequences are not stored.
         width: values per token, `hidden_size`.

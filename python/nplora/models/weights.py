@@ -1,4 +1,4 @@
-"""A model's tensors, from GGUF or safetensors, checked before any is used."""
+"""A model's tensors, from GGUF or safetensors, checked before any tensor is used."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def require_decoded(file: GgufFile) -> None:
     """Check that nplora can read all tensor types of a file.
 
     Raises:
-        UnsupportedError: it cannot read some; all tensors of these types are listed.
+        UnsupportedError: nplora cannot read some types; all tensors of these types are listed.
     """
     known, unknown = storages.GGML_NAMES.values(), dict[str, list[str]]()
     for name, entry in file.entries.items():

@@ -17,7 +17,7 @@ from nplora.weights import FrozenWeight, buffers, freeze
 
 Array = npt.NDArray[Any]
 
-_SAVED_IDS = "saved is not of this layer: its array of ids"
+_SAVED_IDS = "saved is from another layer: its array of ids"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -196,7 +196,7 @@ class Linear(Prepared, Module):
 
 @functools.cache
 def _no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """A and B of rank 0. Layers of one shape share them, because they have no elements."""
+    """A and B of rank 0. Layers of the same shape share these arrays, because they have no elements."""
     return np.empty((d_out, 0), dtype), np.empty((0, d_in), dtype)
 
 

@@ -71,8 +71,8 @@ class LoRALinear(LoRALayer):
             inference only.
         init: the initial factors. "zero": A = 0 and B ~ U(±1/sqrt(d_in)), so that the layer starts as W.
             "gaussian": both N(0, 1/r), which changes the outputs at once. "pissa" and "olora": A and B take
-            over the principal part of W, and `weight` is the rest of it, stored as W is. Their sum starts as
-            W, up to the rounding of the rest, which is coarse for a quantised W. These two exclude DoRA.
+            over the principal part of W, and `weight` is the rest of W, in the same storage. Their sum starts
+            as W, up to the rounding of the rest, which is coarse for a quantised W. These two exclude DoRA.
         dropout: the probability with which an element of x is dropped on the low-rank path, in training only.
         use_rslora: scale = alpha / sqrt(rank) (Kalajdzievski 2023).
         use_dora: also train the magnitudes m of the rows.
@@ -314,7 +314,7 @@ class LoRALinear(LoRALayer):
             backward: ...
 
         Raises:
-            ValueError: rows is below 1, or more than an array can have. TypeError: it is not an integer.
+            ValueError: rows is below 1, or more than an array can have. TypeError: rows is not an integer.
         """
         rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)
         weight, scale, _ = self._core_terms(self._lone_weight()[0])

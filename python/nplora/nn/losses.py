@@ -1,7 +1,7 @@
 """Losses: (prediction, target) -> (loss, dprediction), the mean over elements or over labelled rows.
 
-A loss is any callable of that form. A built-in loss also has `count(prediction, target)`, the number that its
-mean is taken over, so that batches of different sizes can be weighted exactly.
+A loss is any callable of that form. A built-in loss also has `count(prediction, target)`, the number of
+elements or rows in its mean, so that batches of different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -45,22 +45,22 @@ class NonFiniteLossError(FloatingPointError):
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss that knows the number that its mean is taken over."""
+    """A loss that knows the number of elements or rows in its mean."""
 
     def __call__(self, prediction: Array, target: Any) -> tuple[float, Array]:
-        """The loss, and its gradient of the shape and dtype of prediction."""
+        """The loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
         """The number of elements or labelled rows of the mean. If it is 0, loss and gradient are 0."""
 
 
 class _Elementwise:
-    """The mean over all elements of f(prediction, target), both of one shape."""
+    """The mean over all elements of f(prediction, target), both of the same shape."""
 
     name = ""
 
     def __call__(self, prediction: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, Array]:
-        """The loss, and its gradient of the shape and dtype of prediction.
+        """The loss, and its gradient with the shape and dtype of `prediction`.
 
         Raises:
             ValueError: target does not have the shape of prediction, or a value is out of the loss's range.
@@ -271,7 +271,8 @@ _BY_NAME: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy, "bce": 
 
 
 def get(loss: str | Loss | LossFunction) -> Loss:
-    """A loss by its name. A callable with a `count` is returned as it is, any other in a CustomLoss.
+    """A loss by its name. A callable with a `count` is returned as it is; any other callable is wrapped in a
+    CustomLoss.
 
         >>> import nplora
         >>> nplora.losses.get("huber")

@@ -179,10 +179,10 @@ class LoRALayer(Prepared, AdapterLayer):
         }
 
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
-        """Prepare to take over an update whose rows are in the file's order; the function returned does it.
+        """Prepare to take over an update whose rows are in the file's order; the returned function does it.
 
-        The update has magnitudes if the layer has. If its rank is another one, A and B become new arrays. The
-        function returned allocates no arrays and cannot fail.
+        The update has magnitudes if the layer has. If its rank is new, A and B become new arrays. The
+        returned function allocates no arrays and cannot fail.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -213,8 +213,8 @@ class LoRALayer(Prepared, AdapterLayer):
     def plain_update(self) -> LoraDelta:
         """The update as plain LoRA of the weight that the layer was given, with rows in the file's order.
 
-        Its arrays are the live ones, unless rows change places, or "pissa" or "olora" took a part A₀B₀ of the
-        weight. Then the update has rank 2r, as when PEFT converts such adapters:
+        Its arrays are the live arrays, unless rows change places, or "pissa" or "olora" took a part A₀B₀ of
+        the weight. Then the update has rank 2r, as when PEFT converts such adapters:
         W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This ignores the rounding of W_rest to its storage.
         """
         a, b, alpha = self.A, self.B, self.alpha
@@ -364,7 +364,7 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """The weight to compute with if no update is added, else None; and whether it is the merged one.
+        """The weight to compute with if no update is added, else None; and whether it is the merged weight.
 
         It is the merged weight, or W while the adapter is disabled. A pass calls this once, because another
         thread may change the layer meanwhile.

@@ -76,7 +76,7 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
 
 
 class Parameter(NamedTuple):
-    """A trainable array and its gradient. Both are live and writable, and have one shape and dtype.
+    """A trainable array and its gradient. Both are live and writable, and have the same shape and dtype.
 
     >>> import nplora, numpy as np
     >>> parameter = nplora.LoRALinear(np.eye(4), rank=2).parameters()[0]
@@ -94,7 +94,8 @@ class Saved:
     """The values that a forward pass keeps for its backward pass: references, so do not change the arrays.
 
     Attributes:
-        layer: the module whose pass it was. `backward` compares it with its own, unless it is None.
+        layer: the module whose pass it was. `backward` refuses a `saved` of another module, unless this is
+            None.
     """
 
     layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
@@ -371,8 +372,8 @@ class Module:
                 of `FrozenWeight`, rounded from a float32 sum. None: the storage of the frozen weight, but
                 float32 for a quantised one, whose coarse steps may lose the update.
         Returns:
-            with a dtype, a report for each layer: how much of the update the storage kept. Without: an empty
-            list.
+            with a dtype, a report for each layer: how much of the update the storage kept. Without a dtype:
+                an empty list.
         Raises:
             RuntimeError: a layer is merged already.
             ValueError: finite values would become infinite; a layer's rows do not divide into blocks of the
@@ -428,7 +429,7 @@ class Module:
                 vars(module)[name] = _replace(value, replaced)
 
     def copied(self, replaced: Mapping[int, Module]) -> Self:
-        """A copy of the modules in here, with some replaced as in `exchange`. The arrays are shared."""
+        """A copy of this module and its parts, with some replaced as in `exchange`. The arrays are shared."""
         made = dict(replaced)
         return cast(Self, _copied(self, made))
 
@@ -456,7 +457,7 @@ class Module:
     def seed(self, seed: int) -> None:
         """Draw the initial factors of every adapter layer again, and restart its dropout stream.
 
-        Each layer draws from a stream of its own, keyed by (seed, its dotted name). So two layers of one
+        Each layer draws from its own stream, keyed by (seed, its dotted name). So two layers of the same
         shape differ, and other layers or their order do not matter.
 
             >>> import nplora, numpy as np
@@ -523,7 +524,7 @@ class Module:
         return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
 
     def _one_line(self) -> str:
-        """The `repr` of a module in another one's: of one that has parts itself, the heading alone."""
+        """The line of this module in the `repr` of its parent: only the heading if the module has parts."""
         return repr(self).partition("\n")[0]
 
 
@@ -531,7 +532,7 @@ class AdapterLayer(Module):
     """The members that a layer with an adapter needs for the methods of `Module` that work on a whole model.
 
     Attributes:
-        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds one to calls.
+        dropout_stream: (seed, calls): the key of the dropout mask. Every training pass adds 1 to `calls`.
     """
 
     dropout_stream: tuple[int, int]
@@ -557,11 +558,11 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def settings(self) -> dict[str, int | float | bool | str]:
-        """The settings that, with the arrays, decide the layer's results. A checkpoint compares them."""
+        """The settings that, with the arrays, decide the layer's results. Checkpoints compare them."""
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
-        """Raise RuntimeError if the layer is merged, because `what` needs one that is not."""
+        """Raise RuntimeError if the layer is merged, because `what` needs an unmerged layer."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
@@ -570,14 +571,14 @@ class AdapterLayer(Module):
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
-        """Build the merged weight; the function returned puts it in place and cannot fail.
+        """Build the merged weight; the returned function puts it in place and cannot fail.
 
         With a dtype there is also a report, which names the layer by `name`.
         """
         raise NotImplementedError
 
     def prepare_unmerge(self) -> Commit:
-        """Check that the layer is merged; the function returned brings the original back and cannot fail."""
+        """Check that the layer is merged; the returned function brings the original back and cannot fail."""
         raise NotImplementedError
 
     def unloaded(self) -> Module:

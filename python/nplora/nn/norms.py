@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """The values that a norm's backward pass needs: normalised rows (n, d), and the factor (n, 1) of each."""
+    """The values that a norm's backward pass needs: normalised rows (n, d), and factors (n, 1)."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None

@@ -95,13 +95,13 @@ class Optimizer:
             2.0
 
         Args:
-            parameters: from `model.parameters()`; the same ones at every step.
+            parameters: from `model.parameters()`; the same parameters at every step.
             lr: the learning rate of this step; None: `self.lr`.
             grad_scale: factor of the gradients, such as 1 / the number of accumulated batches.
             max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. Larger
                 gradients are scaled down to it. None: no limit, and the norm is not computed.
         Returns:
-            None without a max_norm. With one, the norm before clipping. If it is not finite, no step is made
+            the norm before clipping; None without a max_norm. If it is not finite, no step is made
             and nothing is changed.
         Raises:
             ValueError: the parameters are not the same as in the first step.
@@ -166,8 +166,8 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Continue from the result of `state_dict`, which has an example.
 
-        If `init` was called before, the state must fit its parameters, and is copied into the arrays that
-        there are. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep
+        If `init` was called before, the state must fit its parameters, and is copied into the existing
+        arrays. Otherwise the first step checks it. Live arrays, from `state_dict(copy=False)`, must keep
         their names.
 
         Raises:
@@ -208,7 +208,7 @@ class Optimizer:
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
-        """The arrays of a state as {moment: {parameter: array}}, and the keys that belong to none."""
+        """The arrays of a state as {moment: {parameter: array}}, and the keys that belong to no array."""
         loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
         unknown = []
         for key, array in state.items():
@@ -370,7 +370,7 @@ def require(op: str, optimizer: object) -> None:
     """Refuse an optimiser that is not one of nplora's.
 
     Raises:
-        TypeError: optimizer is something else, such as an optimiser of torch.
+        TypeError: optimizer is another object, such as an optimiser of torch.
     """
     if not isinstance(optimizer, Optimizer):
         got = _check.kind(optimizer)

@@ -14,7 +14,7 @@ class Prepared:
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
-        """The argument for `_core.infer`, which reads the arrays when it runs. None: it has to do more."""
+        """The argument for `_core.infer`, which reads the arrays when it runs. None: use `forward`."""
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
             return kept[1]
@@ -31,7 +31,8 @@ class Prepared:
         """The parts of the layer that `_inference_layer` reads, to see whether they have changed.
 
         Arrays compare by element, so their id is used. The core's layer keeps the arrays, so no other array
-        can get the same id. It keeps only the packed part of a FrozenWeight, so that is here as an object.
+        can get the same id. It keeps only the packed part of a FrozenWeight, so a FrozenWeight is compared as
+        an object, not by id.
         """
         raise NotImplementedError
 

@@ -37,7 +37,7 @@ class Sequential(Module):
         ((5, 3), 4)
 
     Args:
-        modules: any number of modules. The same one may come twice; its parameters are then shared.
+        modules: any number of modules. The same module may come twice; its parameters are then shared.
     Raises:
         TypeError: an argument is not a Module.
     """

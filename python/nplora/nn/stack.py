@@ -27,14 +27,14 @@ class StackSaved(Saved):
     items: tuple[Any, ...]
 
     def with_x(self, x: Array | None) -> StackSaved:
-        """The same with another x: None to release it, and later the x that was computed again."""
+        """The same saved values with another x: None to release x, then the recomputed x."""
         return StackSaved(tuple(dataclasses.replace(item, x=x) for item in self.items))
 
 
 def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[Array], StackSaved]:
     """The outputs of several layers for the same x. This is faster than one call each: x is packed only once.
 
-    The results are those of each layer's own `forward`, up to rounding.
+    Each result equals the result of the layer's own `forward`, up to rounding.
 
         >>> import nplora, numpy as np
         >>> q, k, v = (nplora.LoRALinear(np.ones((n, 16)), rank=2) for n in (16, 8, 8))
@@ -48,7 +48,7 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: array (..., d_in).
     Returns:
-        the arrays (..., d_out) in the order of the layers, and what `stack_backward` needs.
+        the arrays (..., d_out) in the order of the layers, and the values that `stack_backward` needs.
     Raises:
         ValueError: there is no layer, the layers do not fit each other, or the last axis of x is not d_in.
         TypeError: a layer is neither a LoRALinear nor a Linear.
@@ -67,7 +67,7 @@ def stack_infer(layers: Sequence[Stackable], x: Array) -> list[Array]:
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
-        x: array (n, d_in), contiguous, of the layers' dtype: the core refuses others.
+        x: array (n, d_in), contiguous, of the layers' dtype: the core refuses other arrays.
     """
     parts = [part for layer in layers if (part := layer.inference_layer()) is not None]
     if len(parts) == len(layers):
@@ -138,7 +138,7 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """d_in, the arithmetic of the products, and the dtype of x."""
+    """A weight's d_in, the arithmetic of its products, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype

@@ -1,8 +1,8 @@
 """Checks whether a tokenizer.json is a byte-level BPE that GGUF metadata can describe.
 
 GGUF has a name for the rule that splits text (`pre`) and two switches for BOS and EOS. It cannot express the
-other settings of a tokenizer.json. So each of those must have the value that `gguf_vocabulary` assumes,
-otherwise the GGUF file would describe another tokenizer.
+other settings of a tokenizer.json. So each of these settings must have the value that `gguf_vocabulary`
+assumes, otherwise the GGUF file would describe another tokenizer.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     `tokenizers` is installed, both tokenizers are compared on a few texts.
 
     Raises:
-        UnsupportedError: metadata cannot describe this tokenizer, so another one would be read back.
+        UnsupportedError: GGUF metadata cannot describe this tokenizer without a change.
         FormatError: tokenizer.json is damaged, or has token ids beyond the vocabulary.
         FileNotFoundError: there is no tokenizer.json.
     """

@@ -30,7 +30,8 @@ class _Child(NamedTuple):
 
 
 class RenderProcess:
-    """The rendering process. It is started on first use and again after it ends. It ends with its parent.
+    """The rendering process. It is started on first use and again after it ends. The process ends with its
+    parent.
 
     Threads take turns.
     """

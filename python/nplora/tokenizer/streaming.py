@@ -10,7 +10,7 @@ class StreamDecoder:
     """Returns the text of tokens as they arrive, never a part of a character.
 
     One UTF-8 character may span several tokens, and a token may begin with a space only if it is not the
-    first. So the last tokens are decoded again together with each new one. `Tokenizer.stream` makes one.
+    first. So the last tokens are decoded again together with each new token. `Tokenizer.stream` makes one.
 
     >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
     >>> decoder = StreamDecoder(lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace"))

@@ -51,7 +51,7 @@ _encoding = threading.Lock()  # one for all tokenizers, because the backend hold
 
 
 def _renew_lock() -> None:
-    """After a fork, use a new lock. The thread that held the old one may not exist in the child."""
+    """After a fork, use a new lock. The thread that held the old lock may not exist in the child."""
     global _encoding
     _encoding = threading.Lock()
 
@@ -83,7 +83,7 @@ class Chat:
 class Tokenizer:
     """Encodes and decodes text with a model's own vocabulary and rules.
 
-    `from_gguf` and `from_directory` create one. A model has its own as `lm.tokenizer`.
+    `from_gguf` and `from_directory` create one. A model has its own tokenizer as `lm.tokenizer`.
 
     Attributes:
         eos_id: the token that ends a text, or None.
@@ -152,7 +152,8 @@ class Tokenizer:
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
                 BOS; some add nothing.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for
-                the output of `apply_chat_template`. Off (use that for untrusted text), they are plain text.
+                the output of `apply_chat_template`. With False, which is right for untrusted text, such names
+                are plain text.
             most: how many tokens are needed. For a long text, only the first `most` are returned; the rest of
                 the text is not read. For a short text, all tokens are returned, which may be more.
         Returns:
@@ -229,7 +230,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens that come before the first one. Their text is not returned.
+            context: tokens that come before the first token. Their text is not returned.
         """
         return StreamDecoder(self.decode, skip_special_tokens, context)
 
@@ -288,7 +289,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
-        Arguments and errors are those of `apply_chat_template`.
+        It has the arguments and errors of `apply_chat_template`.
         """
         given = self._quoted_given(tools, documents)
         return self._encode_rendered(

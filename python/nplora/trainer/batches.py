@@ -16,7 +16,7 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of pairs (x, y) that can be read epoch by epoch; `Trainer.fit` accepts one as its x.
+    """A source of pairs (x, y) that can be read epoch by epoch. `Trainer.fit` accepts it as the argument x.
 
     >>> import nplora, numpy as np
     >>> class Noise:

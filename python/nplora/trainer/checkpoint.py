@@ -114,7 +114,8 @@ def read(path: Path) -> Checkpoint:
     read first, because an error of the disk in a mapped file would end the process.
 
     Raises:
-        UnsupportedError: a later nplora made it. FormatError: it is damaged. OSError: it cannot be read.
+        UnsupportedError: a later nplora made the file. FormatError: the file is damaged. OSError: the file
+            cannot be read.
     """
     with files.reading(path, follow_links=False) as reader:
         content = SafetensorsFile(reader, str(path))
@@ -160,7 +161,9 @@ def _state(metadata: Mapping[str, str], path: Path) -> str:
     if schema is None:
         raise CorruptError(f"{path}: the metadata has no schema, so this is not a checkpoint")
     if schema != str(SCHEMA):
-        raise UnsupportedError(f"{path}: a checkpoint of schema {brief(schema)}, this nplora reads {SCHEMA}")
+        raise UnsupportedError(
+            f"{path}: the checkpoint has schema {brief(schema)}, but this nplora reads only {SCHEMA}"
+        )
     return metadata.get("state", "")
 
 
@@ -169,7 +172,7 @@ def _parsed(state: str, path: Path) -> dict[str, Any]:
 
 
 def _fields(state: object, path: Path) -> dict[str, Any]:
-    """The fields of the state, each checked to be of its kind and in range."""
+    """The fields of the state, each checked for its type and range."""
     if not isinstance(state, dict) or state.keys() != _KINDS.keys():
         found = sorted(state) if isinstance(state, dict) else state
         raise CorruptError(f"{path}: the state holds {brief(found)}, expected {', '.join(sorted(_KINDS))}")

@@ -13,7 +13,7 @@ class FitConfig:
         epochs, steps: where the run ends; exactly one of them is given.
         total_steps: the number of steps; None if the number of batches is unknown.
         patience: the epochs without a lower validation loss that end the run; None: no early stopping.
-        checkpoint_every: steps between two checkpoints; None: about one an epoch.
+        checkpoint_every: steps between two checkpoints; None: about one checkpoint per epoch.
         save_seconds: the longest time between two checkpoints; infinite: no limit.
     """
 

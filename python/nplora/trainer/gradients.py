@@ -78,7 +78,7 @@ class Gradients:
         return value
 
     def _add_fused(self, loss: FusedLoss, x: Any, y: Any, gathered: Gathered) -> float:
-        """The same for a fused loss; return the sum of its losses."""
+        """Run one batch with a fused loss; return the sum of its losses."""
         count = loss.count(x, y)
         if count == 0:
             return 0.0

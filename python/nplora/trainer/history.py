@@ -79,7 +79,7 @@ _KINDS: dict[str, type[StepRecord] | type[EpochRecord]] = {"step": StepRecord, "
 
 @dataclass
 class History:
-    """The records of a run, including those from before it was resumed.
+    """The records of a run, including the records from before it was resumed.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
@@ -171,7 +171,7 @@ class History:
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of the log up to this step and this epoch; skip lines that are not records.
 
-        If `restore` brought the same record, that one is kept, because a checksum protects it.
+        If `restore` brought the same record, the restored record is kept, because a checksum protects it.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         for line in log.splitlines():
@@ -230,7 +230,7 @@ def _field(kind: Any, value: Any) -> Any:
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:
-    """The records of an epoch; no later epoch has any."""
+    """The records of an epoch; no later epoch has records."""
     start = len(steps)
     while start and steps[start - 1].epoch == epoch:
         start -= 1

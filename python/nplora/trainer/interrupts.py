@@ -41,8 +41,8 @@ class Interrupts:
     receives signals; in other threads nothing changes.
 
     Attributes:
-        repeated: the last Ctrl-C came soon after another one, perhaps in the run before. It is meant for the
-            whole program.
+        repeated: the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. The user wants
+            to end the whole program.
     """
 
     _last = -math.inf  # the time of the last Ctrl-C in any run

@@ -17,7 +17,7 @@ _MOST = 4000  # characters of a text, so that a line of the log stays short
 def log_header(model: Module) -> dict[str, Any]:
     """The log's record of a program that begins or resumes a run, as JSON.
 
-    "command" is the command line of the program, which in a notebook is that of its kernel.
+    "command" is the command line of the program, which in a notebook is the command line of its kernel.
     """
     return {
         "nplora": str(_core.config()["version"]),

@@ -18,8 +18,8 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
     """A sentence that says where the first value that is not finite appears.
 
     The batch is checked, then a repeated forward pass. Modules are checked when their forward returns, so the
-    innermost one is named, not those around it. Targets are checked last, because a user's loss may mark rows
-    without a label by NaN.
+    innermost module is named, not the modules around it. Targets are checked last, because a user's loss may
+    mark rows without a label by NaN.
     """
     if _not_finite(x):
         return INPUT
@@ -33,7 +33,7 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
                 unwatch()
     if found:
         return found[0]
-    return TARGETS if _not_finite(y) else "the output of every layer is finite, the loss of it is not"
+    return TARGETS if _not_finite(y) else "the output of every layer is finite, but the loss is not"
 
 
 def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:

@@ -38,7 +38,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
     """Draw the losses, the accuracy and the learning rate of a run.
 
     The loss of every step is drawn pale, with a smoothed curve over it. The validation losses begin with the
-    one from before training, if the log has it.
+    loss from before training, if the log has it.
 
         >>> import nplora, numpy as np
         >>> rng = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
 def smoothed(values: Sequence[float], window: float) -> list[float]:
     """The running mean of a curve. Its weights fall by the factor exp(-1 / window) with every step back.
 
-    The weights of each mean add up to 1, so the first one is the first value.
+    The weights of each mean add up to 1, so the first mean is the first value.
 
         >>> import nplora
         >>> nplora.plot.smoothed([4.0, 4.0, 4.0], window=2)

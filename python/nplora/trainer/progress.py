@@ -1,4 +1,4 @@
-"""The progress line: tqdm's if it is installed, else a plain one."""
+"""The progress line: tqdm's if it is installed, else a plain line."""
 
 import sys
 import time
@@ -26,7 +26,8 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
     """A callback that shows progress on stderr, or None if nothing is to be shown.
 
     Args:
-        progress: show it; None: if stderr is a terminal or a notebook's. A process without stderr shows none.
+        progress: show it; None: if stderr is a terminal or a notebook's. A process without stderr shows no
+            progress.
     """
     if sys.stderr is None or progress is False or (progress is None and not stderr.is_watched()):
         return None

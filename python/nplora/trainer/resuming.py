@@ -200,7 +200,7 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
 
 
 def first_few(sentences: list[str], separator: str) -> str:
-    """A list as a message has it: the first few, and how many more there are."""
+    """The text of a list in a message: the first few items, and the number of items left out."""
     more = f"{separator}and {len(sentences) - _MOST} more" if len(sentences) > _MOST else ""
     return separator.join(sentences[:_MOST]) + more
 
@@ -242,7 +242,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
 
 
 def _in_layers(change: str, layers: list[str]) -> str:
-    """A change with the layer that it is in, or with how many share it."""
+    """The text of a change, with the name of its layer or the number of layers that share it."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")
 
 

@@ -7,9 +7,10 @@ It holds
     lock                                                   while a run writes here; it contains the PID
 
 A checkpoint is written to a temporary file and renamed over the older generation (`formats.files.replace`),
-so there is a whole one at every moment. Its SHA-256 shows whether it is still whole. Only `formats.files` and
-the class `RunDirectory` touch the disk. The class keeps the directory open, so a run stays in it even when it
-is renamed. It never follows a link, and never writes to a file that another program made.
+so there is a whole checkpoint at every moment. Its SHA-256 shows whether it is still whole. Only
+`formats.files` and the class `RunDirectory` touch the disk. The class keeps the directory open, so a run
+stays in it even when it is renamed. It never follows a link, and never writes to a file that another program
+made.
 """
 
 import contextlib
@@ -87,14 +88,15 @@ class RunDirectory:
         overwrite: a run that begins here drops the adapter of an earlier run.
     Attributes:
         newest: the newest whole checkpoint, or None; read when it is needed, released by the first `save`.
-        damaged: one sentence for each checkpoint that is not whole. If the newer one is whole, only the
-            header of the older one is read.
+        damaged: one sentence for each checkpoint that is not whole. If the newer checkpoint is whole, only
+            the header of the older checkpoint is read.
         occupied: there was a checkpoint, whole or damaged.
     Raises:
         BlockingIOError: another run writes to the directory; the message names its PID.
         UnsupportedError: a later nplora wrote a checkpoint.
         UnsafeError: a symbolic link has the name of a file of the run.
-        FileExistsError: a file that no run made has such a name. The file is left unchanged.
+        FileExistsError: a file that no run made has the name of one of the run's files. The file is left
+            unchanged.
         OSError: the directory cannot be made or written.
     Warns:
         UserWarning: an unfinished file of a crashed run was removed.
@@ -185,7 +187,7 @@ class RunDirectory:
         return descriptor
 
     def _has_lock(self) -> bool:
-        """Whether the locked file is still the one that others find under its name."""
+        """Whether the file under the lock's name is still the file that this process locked."""
         try:
             found = os.stat(LOCK, dir_fd=self._directory.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -224,12 +226,12 @@ class RunDirectory:
     def latest(self) -> Checkpoint | None:
         """The checkpoint to continue from; None if there is none.
 
-        If that run had begun to drop the files of an earlier one, this is completed.
+        If that run had begun to drop the files of an earlier run, this is completed.
 
         Raises:
-            CorruptError: there are checkpoints, but none is whole.
+            CorruptError: all checkpoints are damaged.
         Warns:
-            UserWarning: the newer checkpoint is damaged, and the older one is used.
+            UserWarning: the newer checkpoint is damaged, and the older checkpoint is used.
         """
         if self.newest is None and self.damaged:
             raise CorruptError(
@@ -267,7 +269,7 @@ class RunDirectory:
         """The whole lines among the first `size` bytes of the log; a shorter log has fewer.
 
         Raises:
-            FormatError, OSError: it cannot be read.
+            FormatError, OSError: the log cannot be read.
         """
         log = bytes(files.read(self.path / LOG, _MAX_LOG)[:size])
         return log[: log.rfind(b"\n") + 1]
@@ -292,9 +294,11 @@ class RunDirectory:
             self.cut_log(0)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint over the older generation; the first one of a new run drops both.
+        """Write a checkpoint over the older generation; the first checkpoint of a new run replaces both
+        generations.
 
-        A checkpoint of the same step as the newest one replaces that, so the two are always of two steps.
+        A checkpoint of the same step as the newest checkpoint replaces the newest, so the two are always of
+        two steps.
 
         Raises:
             OSError: the disk refuses; both generations are unchanged, and the message says how many bytes

@@ -19,14 +19,14 @@ class RunState:
     """All that the rest of a run depends on: position, factors, moments, dropout streams and best epoch.
 
     Attributes:
-        model, optimizer, parameters: what is trained.
+        model, optimizer, parameters: the objects that change in training.
         history: the records so far.
         early_stopping: the best epoch so far.
         step: updates made.
         epoch, batch: epochs finished, and batches used of the current epoch.
         total_steps: where the run will end; None if the number of batches is unknown.
         updating: an update has begun, and `step` does not count it yet.
-        divergence: the error that the present parameters led to, if they led to one.
+        divergence: the error to which the present parameters led, or None.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class Stepper:
         return norm
 
     def _nonfinite(self, what: str) -> NonFiniteLossError:
-        """The error. It blames the present parameters, unless the data are bad or no step was made yet."""
+        """The error to raise. It blames the parameters, unless the data are bad or no step was made yet."""
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))
         hint = "; a lower lr may help" if blamed else ""

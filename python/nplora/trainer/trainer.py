@@ -103,7 +103,7 @@ class Trainer(TrainingSetup):
     ) -> History:
         """Train, and return the records of the run.
 
-        Ctrl-C ends the run early: what was trained so far is saved in the `checkpoint_dir`, if there is one,
+        Ctrl-C ends the run early: the run so far is saved in the `checkpoint_dir`, if there is one,
         and the history is returned with `interrupted` true. A second Ctrl-C during this, or within half a
         second of the first, ends the program: it raises KeyboardInterrupt after the checkpoint is written.
         SIGTERM and SIGHUP (a closed terminal) save and exit. An error in a step leaves parameters and moments
@@ -125,8 +125,8 @@ class Trainer(TrainingSetup):
         Args:
             x, y: arrays of the same length; or x alone, an iterable of batches (x, y) or a `Batches`, for
                 which `batch_size` and `shuffle` have no effect. To resume within an epoch, an iterable is
-                read from its beginning and the used batches are skipped, so it must yield the same ones. It
-                is read once per epoch; a generator is enough for one epoch only.
+                read from its beginning and the used batches are skipped, so it must yield the same batches.
+                It is read once per epoch; a generator is enough for one epoch only.
             epochs, steps: passes over the data (1 if neither is given), or updates of the parameters.
             batch_size: rows in a batch; the last batch of an epoch may have fewer.
             shuffle: take the rows in a new random order in each epoch, drawn from (seed, epoch).
@@ -135,16 +135,16 @@ class Trainer(TrainingSetup):
                 A loss that is NaN or infinite is not lower. However the run ends, the model then has the
                 factors of the best epoch.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, made if needed.
-            checkpoint_every: steps between checkpoints; None: one at the end of an epoch, if the last one is
-                at least a second old. There is always one at the beginning, one after the first step and one
-                at the end, also after Ctrl-C.
+            checkpoint_every: steps between checkpoints; None: a checkpoint at the end of an epoch, if the
+                last checkpoint is at least a second old. A run always writes a checkpoint at the beginning,
+                after the first step and at the end, also after Ctrl-C.
             save_minutes: the most minutes between two checkpoints; 0: no limit.
-            resume: continue from the checkpoint in `checkpoint_dir`, to the same bits as without a stop; if
-                there is none, begin. The history before it is read from `log.jsonl`. A run that ended with
-                NonFiniteLossError continues from the checkpoint before the step that led there, and only
-                with other settings, such as a lower learning rate.
-            overwrite: begin a new run in a `checkpoint_dir` that holds another one. The files of the other
-                run, and its adapter, are dropped when the first checkpoint of the new run is on the disk.
+            resume: continue from the checkpoint in `checkpoint_dir`, with the same results bit for bit as
+                without a stop; if there is none, begin. The history before it is read from `log.jsonl`. A run
+                that ended with NonFiniteLossError continues from the checkpoint before the step that led
+                there, and only with other settings, such as a lower learning rate.
+            overwrite: begin a new run in a `checkpoint_dir` that holds an old run. The files of the old run,
+                and its adapter, are deleted when the first checkpoint of the new run is on the disk.
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
                 and the first layer at fault. Parameters and moments stay as they were after the last whole
@@ -155,12 +155,12 @@ class Trainer(TrainingSetup):
                 merged, or its adapter is switched off.
             CorruptError: every checkpoint in the directory is damaged, or belongs to another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
-                that no run made has the name of one of the run's files. UnsafeError: a link has.
+                that no run made has the name of one of the run's files. UnsafeError: a link has such a name.
             BlockingIOError: another process writes to the directory.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
                 checkpoint is still there, and the message says how many bytes were needed.
         Warns:
-            UserWarning: a damaged checkpoint was skipped and the one before it is used; settings, instruction
+            UserWarning: a damaged checkpoint was skipped and an earlier one is used; settings, instruction
                 set or version differ from the checkpoint's; `log.jsonl` has lost records of the history; a
                 checkpoint cannot be written during the run; the run ends before the warm-up does; no label
                 counts in any step.

@@ -54,7 +54,7 @@ class TrainingRun(Run):
         return self.history
 
     def _train_until_interrupted(self, resume: bool) -> None:
-        """Train. A first Ctrl-C ends the run as its last step would; an end of the process is raised."""
+        """Train. A first Ctrl-C ends the run early; a signal that ends the process is raised as an error."""
         try:
             with self._interrupts.hold():
                 self._begin(resume)
@@ -119,7 +119,7 @@ class TrainingRun(Run):
         )
 
     def _make_steps_of_epoch(self) -> bool:
-        """Make the steps of an epoch, or the rest of them; return False if the run is over before."""
+        """Make the steps of an epoch, or the remaining steps; return False if the run is over before."""
         stepper = self._stepper
         stepper.begin()
         for x, y in self._config.batches.epoch(self.epoch, self.batch):
@@ -142,7 +142,7 @@ class TrainingRun(Run):
             self._save()
 
     def _close_epoch(self, complete: bool) -> None:
-        """Validate, record the epoch, and go to the next one if this one is complete."""
+        """Validate, record the epoch and, if it is complete, go to the next epoch."""
         validation = self._config.validation
         metrics = evaluate(self.model, self._setup.loss, validation) if validation else {}
         with self._interrupts.hold():

@@ -173,7 +173,8 @@ class FrozenWeight:
     ) -> Self:
         """A matrix used directly in a safetensors file: float32, float64, bfloat16, float16 or NF4.
 
-        NF4 is that of bitsandbytes, with or without double quantisation. The weight keeps the file mapped.
+        NF4 means the format of bitsandbytes, with or without double quantisation. The weight keeps the file
+        mapped.
 
         Args:
             file: a path, or a file opened with `formats.safetensors.open` (or `formats.sharded.open`) if
@@ -199,7 +200,7 @@ class FrozenWeight:
             nf4 = bitsandbytes.read(opened, name)
             where = _require_matrix(op, opened.source, name, nf4.shape)
             if not np.array_equal(nf4.levels, _nf4_levels()):
-                raise UnsupportedError(f"{where} has its own 4-bit levels, expected those of NF4")
+                raise UnsupportedError(f"{where} has its own 4-bit levels, expected NF4's levels")
             arrays: tuple[Array, ...] = (nf4.codes, nf4.absmax)
             if nf4.nested is not None:
                 arrays += (nf4.nested.levels, nf4.nested.scales, np.asarray(nf4.nested.offset, np.float32))
@@ -448,7 +449,7 @@ class FrozenWeight:
 
 
 def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], compute: str) -> FrozenWeight:
-    """Unpickle a weight. Its blocks are taken as they were."""
+    """Unpickle a weight. Its blocks are not quantised again."""
     weight = FrozenWeight.__new__(FrozenWeight)
     weight._hold(storage, shape, arrays, compute)
     return weight

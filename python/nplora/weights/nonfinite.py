@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in a model's file, so that the first one is reported before anything is computed."""
+"""Finds NaN and infinity in a model's file, so that it is reported before anything is computed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def require_finite(source: str, tensor: gguf.Tensor | safetensors.Tensor) -> Non
         place = tuple(map(int, np.unravel_index(first, values.shape)))
         raise FormatError(
             f"{source}: tensor {brief(tensor.name)}: the value at {list(place)} is "
-            f"{_as_float(bits.reshape(-1)[first : first + 1], kind)}, expected a finite one"
+            f"{_as_float(bits.reshape(-1)[first : first + 1], kind)}, expected a finite number"
         )
 
 
@@ -53,5 +53,5 @@ def _require_finite_scales(source: str, tensor: gguf.Tensor) -> None:
             scale = float(bits[block : block + 1].view(np.float16)[0])
             raise FormatError(
                 f"{source}: tensor {brief(tensor.name)}: block {block:,} (row {row:,}, from column "
-                f"{column:,}) has a scale of {scale}, expected a finite one"
+                f"{column:,}) has a scale of {scale}, expected a finite number"
             )

@@ -34,7 +34,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """The promises of the demo that do not hold. It is empty unless there is a bug."""
+        """The claims of the demo that turned out false. The list is empty unless there is a bug."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -74,7 +74,7 @@ def run(
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
-        RuntimeError: a promise of the demo does not hold.
+        RuntimeError: a claim of the demo turned out false.
     """
     model = find_model()
     if not overwrite:

@@ -56,7 +56,7 @@ class DigitsNet(Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) with values from 0 to 1, in the old world and in the new one, and labels (n,)."""
+    """Images (n, 64) with values from 0 to 1, in the old and the new world, and labels (n,)."""
 
     old: Array
     new: Array
@@ -76,8 +76,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the held-out digits of the new world.
 
     Attributes:
-        difference, bound: for the output of a layer that comes closest to its bound: how much merging changes
-            it, and how much rounding alone can change it.
+        difference, bound: how much merging changes a layer's output, and how much rounding alone can change
+            it, for the output that comes closest to its bound.
         logits: the largest difference of the network's outputs.
     """
 
@@ -97,7 +97,7 @@ class DemoReport:
         saved_bytes: the bytes that one batch keeps from forward to backward.
         seconds, threads: time of the training, and its number of threads.
         digests: SHA-256 of all frozen weights and biases, before training and at the end.
-        merge: merged outputs compared with unmerged ones.
+        merge: merged outputs compared with unmerged outputs.
         reloaded_equal: a new network with the saved adapter has the same logits, bit for bit.
     """
 
@@ -171,7 +171,7 @@ def run(
     Raises:
         ModuleNotFoundError: scikit-learn, which has the digits, is not installed.
         FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
-        RuntimeError: a promise of the demo does not hold.
+        RuntimeError: a claim of the demo turned out false.
     """
     directory = Path(output)
     if not overwrite:

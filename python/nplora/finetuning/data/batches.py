@@ -20,7 +20,7 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are grouped into batches once, in an order that the seed decides. Each
     epoch takes these batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch draws new batches. Any batch can be made without those before it.
+    `batch_examples`, each epoch draws new batches. Any batch can be made without the batches before it.
 
     Args:
         dataset: the examples.
@@ -29,7 +29,7 @@ class TokenBatches:
         shuffle: False keeps the order of the file in every epoch.
         seed: random seed of the order, at least 0.
     Attributes:
-        length: batches in an epoch.
+        length: the number of batches in an epoch.
     Raises:
         ValueError: both sizes or none are given, or a number is out of range.
 

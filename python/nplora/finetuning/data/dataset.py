@@ -295,7 +295,7 @@ def read_dataset(
 
 
 def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
-    """Windows of tokens. Each shares a token with the next, so each token but the first is predicted once."""
+    """Windows of tokens. Neighbours share a token, so each token but the first is predicted once."""
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
         yield window
@@ -343,7 +343,7 @@ class _Encoder:
         return _Example(ids, [True] * len(ids), _has_context(values))
 
     def _completion(self, values: dict[str, Any], where: str) -> _Example:
-        """Encode both as one text; or apart, if the tokens of that text do not begin with the prompt's."""
+        """Encode both as one text, or separately if the prompt's tokens change in the joined text."""
         prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),

@@ -22,7 +22,7 @@ _CSV_COLUMNS = ({"prompt", "completion"}, {"text"})
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row, or the error that reading it gave.
+    """A row, or the error that occurred when the row was read.
 
     Attributes:
         where: its file and line, for messages.
@@ -39,7 +39,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
     Raises:
         DataError: another suffix, a CSV without the columns, or a plain text that is not UTF-8.
-        FormatError: a directory, FIFO or device. OSError: it cannot be read.
+        FormatError: a directory, FIFO or device. OSError: the file cannot be read.
     """
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
     suffix = files.suffix(path)
@@ -50,7 +50,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
 
 def _lines(path: StrPath) -> Iterator[tuple[int, bytes | LimitError]]:
-    """The number (from 1) and the content of each line. A line that is too long is an error, and the last."""
+    """The number (from 1) and the content of each line. After a line that is too long, reading ends."""
     number, rest = 0, b""
     with files.reading(path) as reader:
         for begin in range(0, len(reader), _PART):

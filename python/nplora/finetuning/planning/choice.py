@@ -112,7 +112,7 @@ def choose(
 def _plans(
     lm: LanguageModel, work: Work, constraints: PlanConstraints, free: bool
 ) -> Iterator[ExecutionPlan]:
-    """All plans that the constraints allow, float32 first. If nothing is free, this is one plan."""
+    """All plans that the constraints allow, float32 first: only one if the constraints fix everything."""
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
         computes.append("bfloat16")
@@ -153,7 +153,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """Words about the largest power of two for --max-length with which a plan fits."""
+    """A hint for a message: the largest power of two as --max-length for which a plan fits."""
     length = work.longest
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

@@ -40,7 +40,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a step is computed. Plans differ in memory and time; their results differ by rounding only.
+    """An execution plan: how a step is computed. Plans differ in memory and time; their results differ by
+    rounding only.
 
     Attributes:
         compute: arithmetic of the frozen products.
@@ -79,7 +80,7 @@ class Adapters:
         init: str = "zero",
         op: str = "add_lora",
     ) -> Self:
-        """The layers that `lm.add_lora` would adapt. Raises as that; messages begin with op."""
+        """The layers that `lm.add_lora` would adapt. Raises its errors; `op` begins their messages."""
         modules: dict[str, Any] = dict(lm.named_modules())
         names = adapting.targeted(lm, lm.config.num_hidden_layers, targets, layers, op)
         for name in names:
@@ -179,9 +180,9 @@ def predicted(
 
     Args:
         step: the largest micro-batch.
-        evaluated: tokens in the largest batch of an evaluation; 0 without an evaluation.
+        evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         resident: bytes in memory before the adapters are made, and bytes of the weights not read yet.
-        prefix_tokens: tokens whose rows a `PrefixCache` holds in memory.
+        prefix_tokens: the number of tokens whose rows a `PrefixCache` holds in memory.
     """
     narrow, config, layers = plan.compute == "bfloat16", lm.config, lm.model.layers
     first = adapters.first_block(len(layers))

@@ -30,7 +30,7 @@ class MemoryPlan:
         chosen: the execution plan.
         memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
-        steps: the steps of the run.
+        steps: the number of steps of the run.
         others: plans that do not fit, are slower or are less exact.
         limit: maximum bytes of a plan: the memory limit without its reserve; infinite without a limit.
         available: bytes that the process may have on this machine and in its container; None: unknown.
@@ -70,7 +70,7 @@ class MemoryPlan:
         ]
 
     def _nearest(self) -> list[Alternative]:
-        """The smallest alternative that is faster, and the fastest one that is smaller."""
+        """The smallest of the faster alternatives, and the fastest of the smaller alternatives."""
         faster = [other for other in self.others if other.seconds < self.seconds]
         smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
         return [
@@ -80,12 +80,12 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Bytes that are needed, as a text. Rounded up: a need above some `room` never looks equal to it."""
+    """The needed bytes as a text, rounded up, so that a need above some `room` never looks equal to it."""
     return f"{math.ceil(size / 1e6)} MB"
 
 
 def room(size: int) -> str:
-    """Bytes that there are, as a text. They are rounded down."""
+    """The available bytes as a text, rounded down."""
     return f"{size // 10**6} MB"
 
 

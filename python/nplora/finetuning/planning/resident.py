@@ -57,7 +57,7 @@ def current_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """The most bytes that this process can have, including its present ones. None: the system does not say.
+    """The most memory that this process can have, including its present memory, or None if it is unknown.
 
     It is the lowest limit of the machine and of all control groups (containers) of the process.
     """

@@ -23,11 +23,11 @@ class Work:
     """The batches of a run.
 
     Attributes:
-        batches: for each batch, the tokens and the trained tokens of each example.
-        steps: the steps of the run.
-        accumulate: batches in a step.
-        evaluated: tokens in the largest batch of an evaluation; 0 without an evaluation.
-        prefix_tokens: tokens whose rows a `PrefixCache` holds in memory.
+        batches: for each batch, the numbers of tokens and of trained tokens of each example.
+        steps: the number of steps of the run.
+        accumulate: the number of batches in a step.
+        evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
+        prefix_tokens: the number of tokens whose rows a `PrefixCache` holds in memory.
     """
 
     batches: list[tuple[Array, Array]]
@@ -58,10 +58,10 @@ class Work:
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest example."""
+        """The number of tokens of the longest example."""
         return max(int(lengths.max(initial=0)) for lengths, _ in self.batches)
 
     @property
     def batch_tokens(self) -> int:
-        """The tokens of the largest batch."""
+        """The number of tokens of the largest batch."""
         return max(int(lengths.sum()) for lengths, _ in self.batches)

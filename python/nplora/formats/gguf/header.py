@@ -273,7 +273,7 @@ def _check_layout(entries: Mapping[str, TensorEntry], size: int, source: str) ->
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         where = f"{source}: tensor {brief(name)}"
         if entry.begin < end:
-            raise FormatError(f"{where} begins at byte {entry.begin:,}, where another one ends at {end:,}")
+            raise FormatError(f"{where} begins at byte {entry.begin:,}, but another tensor ends at {end:,}")
         if entry.end > size:
             raise TruncatedError(f"{where} ends at byte {entry.end:,}, the file has {size:,}")
         end = entry.end

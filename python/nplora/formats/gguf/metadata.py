@@ -22,7 +22,7 @@ class Typed:
     """A metadata value with its type in the file: `Typed(32, "UINT32")`, `Typed([1, 2], "INT32")`.
 
     Attributes:
-        value: a scalar, or a list or array of them.
+        value: a scalar, or a list or array of scalars.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
             "BOOL" or "STRING". For a list or array: the type of its elements.
 
@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string. Indexing needs it; iteration does not."""
+        """The position of each string. Indexing needs the positions; iteration does not."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin
@@ -115,7 +115,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
     key to its type in the file; for an array, that is the type of its elements.
 
     The methods below return a value of one required type. They raise FormatError if the value is missing and
-    there is no default, if it has another type, or if an array has another count.
+    there is no default, if it has another type, or if an array has another length.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata

@@ -32,7 +32,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor's elements as they are stored in a file. `save` also takes one, for raw blocks.
+    """A tensor's elements as they are stored in a file. `save` also accepts a `Tensor` of raw blocks.
 
     Attributes:
         name: the tensor's name in the file.

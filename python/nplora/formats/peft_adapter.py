@@ -183,6 +183,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         OSError: a file cannot be read.
     """
     files.require_named("adapter", directory=directory)
+    model_directory.require_no_hub_name(directory, "an adapter")
     os.stat(directory)  # names the directory in the error if it is missing, rather than a file in it
     files.require_directory(directory)
     require_finished(directory)

@@ -153,7 +153,8 @@ def test_python_recognises_the_name_of_an_adapter(
     "line",
     [
         "finetune M --data d --output o --adapter @", "plan M --data d --adapter @",
-        "eval M --data d --adapter @", "generate M x --adapter @:0.5", "merge M @ --output m.gguf", "combine @ --output o",
+        "eval M --data d --adapter @", "generate M x --adapter @:0.5", "merge M @ --output m.gguf",
+        "combine @ --output o",
         "generate M x --adapter https://huggingface.co/@", "eval M --data d --adapter hf.co/@/tree/main",
     ],
 )  # fmt: skip

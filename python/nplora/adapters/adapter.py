@@ -154,6 +154,8 @@ def read_adapter(
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
         TypeError: `source` is something else.
+    Warns:
+        UserWarning: the directory has copies of the base model's weights, which are ignored.
 
     >>> adapter = nplora.read_adapter("adapter")
     >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank

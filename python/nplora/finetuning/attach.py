@@ -57,7 +57,8 @@ def attach_adapter(
         TypeError: `adapter` is of another kind. ValueError: a weight is not finite, or the list is empty.
         Others as `Adapter.attach`, and for several adapters as `combine`.
     Warns:
-        UserWarning: an adapter is given more than once, or its adapter_config.json has unknown keys.
+        UserWarning: an adapter is given more than once, its adapter_config.json has unknown keys, or it has
+            copies of the base model's weights.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))

@@ -18,8 +18,8 @@ class EarlyStopping:
     Args:
         patience: the epochs in a row without a lower loss that end a run; None: nothing is kept or counted.
     Attributes:
-        best: "loss" and "epoch" of the best epoch, and "since", the epochs after it. The loss is None until
-            one was finite. None as a whole before the first epoch.
+        best: "loss" and "epoch" of the best epoch, and "since", the number of epochs after it. "loss" is
+            None as long as no epoch had a finite loss. `best` itself is None before the first epoch.
         best_factors: the factors of that epoch.
     """
 

@@ -85,6 +85,11 @@ _OTHER_NAMES = {
     "repetition_penalty": "repeat_penalty",
     "stop": "stop_sequences stop_strings",
 }
+# Names of other libraries for settings that nplora does not have, although some of our names look like them.
+_NOT_OURS = (
+    *("eval_steps", "eval_every", "steps_per_eval", "logging_steps", "log_steps", "log_every"),
+    *("steps_per_report", "save_strategy", "val_batches"),
+)
 _OTHER_UNITS = {"warmup_ratio": ", a number of steps"}
 
 
@@ -92,11 +97,14 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
     """The end of a message about an unknown name: "; did you mean rank?". It is empty if no known name is
     similar.
 
-    A name that another library uses stands for ours; other names are compared by their spelling.
+    A name that another library uses stands for ours, or for no name of ours. Other names are compared by
+    their spelling.
 
     Args:
         show: how a known name is shown.
     """
+    if name in _NOT_OURS:
+        return ""
     known = list(known)
     same = [ours for ours in known if name in _OTHER_NAMES.get(ours, "").split()]
     near = same or difflib.get_close_matches(name, known, n=1)

@@ -610,6 +610,15 @@ def test_nan_and_infinity_are_not_saved(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_three_ignored_copies_of_frozen_weights_are_named(tmp_path: Path) -> None:
+    model = nplora.Sequential(*(nplora.LoRALinear(np.eye(2, dtype=np.float32), rank=1) for _ in range(5)))
+    save_adapter(model, tmp_path)
+    copies = {f"{PREFIX}{n}.base_layer.weight": np.eye(2, dtype=np.float32) for n in range(5)}
+    rewrite(tmp_path, lambda tensors: tensors.update(copies))
+    with pytest.warns(UserWarning, match=r"for 5 layers \('0', '1', '2', …\); they are ignored"):
+        nplora.read_adapter(tmp_path, edited_config=True)
+
+
 def test_peft_s_copy_of_a_frozen_weight_is_ignored_if_it_fits_the_factors(tmp_path: Path) -> None:
     """PEFT writes such copies for an adapted head ((d_out, d_in)) or embedding ((vocab, dim))."""
     model = perturbed(Net(), 1)
@@ -621,7 +630,13 @@ def test_peft_s_copy_of_a_frozen_weight_is_ignored_if_it_fits_the_factors(tmp_pa
     }
     rewrite(tmp_path, lambda tensors: tensors.update(copies))
     loaded = Net()
-    load_adapter(loaded, tmp_path, edited_config=True)
+    with pytest.warns(UserWarning, match="copies") as caught:
+        load_adapter(loaded, tmp_path, edited_config=True)
+    assert [str(warning.message) for warning in caught] == [
+        f"{tmp_path}: the adapter has copies of the base model's weights for 2 layers ('blocks.0', 'emb'); "
+        "they are ignored, because nplora uses the base model's own weights"
+    ]
+    assert caught[0].filename == __file__
     assert state(loaded) == state(model)
     for name, copy in copies.items():
         rewrite(tmp_path, lambda tensors, name=name, copy=copy: tensors.update({name: copy[1:]}))

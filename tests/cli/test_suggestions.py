@@ -14,7 +14,7 @@ from nplora.cli.parser import COMMANDS, parser_of
         ("--per-device-train-batch-size", "--batch-examples"), ("--max-seq-length", "--max-length"),
         ("--target-modules", "--targets"), ("--warmup-ratio", "--warmup, a number of steps"),
         ("--output-dir", "--output"), ("--train-file", "--data"), ("--batch_examples", "--batch-examples"),
-        ("--shedule", "--schedule"),
+        ("--shedule", "--schedule"), ("--save-steps", "--save-every"),
     ],
 )  # fmt: skip
 def test_an_option_of_another_program_is_refused_with_ours(
@@ -25,6 +25,15 @@ def test_an_option_of_another_program_is_refused_with_ours(
     assert exit_.value.code == 2
     word = option.partition("=")[0]
     message = f"nplora: error: no option {word}; did you mean {ours}? (try nplora finetune --help)\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("option", ["--eval-steps", "--logging-steps", "--eval_steps", "--eval-every"])
+def test_an_option_that_has_no_match_here_gets_no_suggestion(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["finetune", "m", "--data", "d", "--output", "o", option, "1"]) == 2
+    message = f"nplora: error: unrecognized arguments: {option} 1 (try nplora finetune --help)\n"
     assert capsys.readouterr().err == message
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fractions
 import io
 import json
 import math
@@ -1274,6 +1275,44 @@ def test_an_adapter_in_memory_is_taken_as_its_directory_is(model: Path, data: Pa
     assert plan(model, data, **options, adapter=read).memory.factors == 16 * read_size(tmp_path / "a")
     with pytest.warns(UserWarning, match=r"^evaluate: .*a is given 2 times, and is added 2 times$"):
         evaluate(model, data, adapter=[read, read])
+
+
+def test_evaluate_leaves_the_model_as_it_was(model: Path, data: Path) -> None:
+    lm, other = load_model(model), load_model(model)
+    for one, seed in ((lm, 1), (other, 2)):
+        one.add_lora(rank=2, init="gaussian", seed=seed)
+    first, second = map(nplora.adapters.Adapter.from_model, (lm, other))
+    plain = load_model(model)
+    plain.load_adapter(second, "second")
+    loss = evaluate(plain, data)["loss"]
+    one = evaluate(plain, data, adapter=first)["loss"]
+    assert one == evaluate(lm, data)["loss"] != loss
+    assert not plain.adapter_layers()
+    plain.set_adapter("second")
+    assert evaluate(plain, data, adapter=first)["loss"] == one
+    assert evaluate(plain, data)["loss"] == evaluate(other, data)["loss"]
+    plain.set_adapter(None)
+    assert evaluate(plain, data)["loss"] == loss
+    words = r"^evaluate: the model already has an adapter, on 14 layers; expected a model without one$"
+    with pytest.raises(ValueError, match=words):
+        evaluate(lm, data, adapter=first)
+
+
+def test_a_weight_may_be_any_real_number(model: Path) -> None:
+    lm = load_model(model)
+    lm.add_lora(rank=2, init="gaussian")
+    adapter = nplora.adapters.Adapter.from_model(lm)
+    wanted = load_with_adapter(model, (adapter, 0.5)).logits([1, 2])
+    for half in (np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)):
+        assert np.array_equal(load_with_adapter(model, (adapter, half)).logits([1, 2]), wanted)
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+def test_no_adapters_are_refused_in_the_name_of_the_caller(empty: Any, model: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate: adapter is .*, expected at least one adapter$"):
+        evaluate(model, data, adapter=empty)
+    with pytest.raises(ValueError, match=r"^attach_adapter: adapter is .*, expected at least one adapter$"):
+        attach_adapter(load_model(model), empty)
 
 
 def read_size(adapter: Path) -> int:

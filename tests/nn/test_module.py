@@ -103,6 +103,37 @@ def test_the_trainable_line_is_pefts(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
 
 
+class Counted(Module):
+    """A module with two children, which counts how often its line in a `repr` is made."""
+
+    lines = 0
+
+    def __init__(self, *parts: Module) -> None:
+        self.parts = parts
+
+    def _heading(self) -> str:
+        Counted.lines += 1
+        return super()._heading()
+
+
+def test_the_repr_of_a_module_makes_one_line_for_each_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "lines", 0)
+    model: Module = ReLU()
+    for _ in range(8):
+        model = Counted(model, model)
+    line = "Counted: 0 of 0 values trained"
+    assert repr(model).splitlines() == [line, f"  parts.0: {line}", f"  parts.1: {line}"]
+    assert Counted.lines == 3
+
+
+def test_a_line_of_a_users_own_repr_stands_in_the_repr_of_its_container() -> None:
+    class Own(Counted):
+        def __repr__(self) -> str:
+            return "Own: first\nsecond"
+
+    assert repr(Counted(Own())).splitlines()[1] == "  parts.0: Own: first"
+
+
 def test_calling_a_users_module_drops_nothing_and_keeps_nothing() -> None:
     net, x = Net(), np.ones((3, 6))
     net.zeta.A[...] = 1

@@ -432,6 +432,18 @@ def test_a_header_is_short_and_valid_text_whatever_the_model_is_called(tmp_path:
     assert header["event"] == log_header.HEADER
 
 
+def test_a_model_whose_repr_fails_has_the_name_of_its_class_in_the_header(tmp_path: Path) -> None:
+    class Nameless(nplora.LoRALinear):
+        def __repr__(self) -> str:
+            raise AttributeError("no title yet")
+
+    x = np.ones((4, 3))
+    model = Nameless(np.eye(3), rank=1)
+    Trainer(model, loss="mse", progress=False).fit(x, x, checkpoint_dir=tmp_path)
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert header["model"] == "Nameless"
+
+
 def test_a_run_whose_log_has_no_header_resumes_and_is_read(
     uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

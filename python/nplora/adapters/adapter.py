@@ -153,7 +153,9 @@ def read_adapter(
             holds the model's live arrays), or an `Adapter`, which is returned unchanged.
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
-        TypeError: `source` has another type.
+        TypeError: `source` is something else.
+    Warns:
+        UserWarning: the directory has copies of the base model's weights, which are ignored.
 
     >>> adapter = nplora.read_adapter("adapter")
     >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank

@@ -136,7 +136,7 @@ def load_adapter(
         RuntimeError: a layer is merged.
         ValueError: the model has no LoRA layer, or a layer was made with init="pissa" or "olora".
     Warns:
-        UserWarning: adapter_config.json has unknown keys.
+        UserWarning: adapter_config.json has unknown keys, or the file has copies of the base model's weights.
 
     >>> small = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=1, rng=0))
     >>> nplora.save_adapter(small, "adapter")

@@ -15,14 +15,17 @@ from nplora.adapters import letters
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import ANYTHING, Target, collecting
 from nplora.formats import files, peft_adapter
-from nplora.formats.errors import FormatError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
 from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, PeftAdapter
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.lora.delta import LoraDelta
+from nplora.runtime.user_warning import warn_user
 
 Array = NDArray[Any]
 T = TypeVar("T", bound=Hashable)
+
+_MOST_NAMED = 3  # layers in a warning
 
 
 # ---- reading ----
@@ -73,9 +76,21 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     target.require(adapter, problems, any_base)
     if not edited_config:
         opened.require_pair()
+    _warn_of_copies(opened)
     if not whole:
         adapter.modules_to_save = {name: {} for name in config.modules_to_save}  # for messages
     return adapter
+
+
+def _warn_of_copies(opened: PeftAdapter) -> None:
+    """Warn that the copies of frozen weights are ignored: they may differ from the model's weights."""
+    if layers := opened.base_copies():
+        shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
+        warn_user(
+            f"{opened.directory}: the adapter has copies of the base model's weights for "
+            f"{counted(len(layers), 'layer')} ({', '.join(shown)}); they are ignored, because nplora uses "
+            "the base model's own weights"
+        )
 
 
 def _delta(opened: PeftAdapter, name: str, halves: tuple[str, str], target: Target) -> LoraDelta:

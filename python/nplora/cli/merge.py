@@ -8,10 +8,10 @@ from nplora.cli.parser import STORAGES, adapter_path, add_any_base, path
 HELP = "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter it kept."
 
 _EPILOG = (
-    "ΔW is the adapter's change of the weights. ΔW kept: the share of ΔW that the stored weights hold; less "
-    "than 90 % is refused. Noise: other changes by rounding. Noise may be larger than ΔW and hardly matter, "
-    "because it spreads over all directions, and ΔW acts in a few. Relative error: the lost part of ΔW and "
-    "the noise together, divided by ΔW."
+    "ΔW is the adapter's change of the weights. ΔW kept is the share of ΔW that the stored weights hold; a "
+    "merge that keeps less than 90 % is refused. Noise is every other change that rounding makes. It spreads "
+    "over all directions, while ΔW acts in a few, so noise that is larger than ΔW can still be harmless. "
+    "Relative error is the size of the lost part of ΔW and the noise together, divided by the size of ΔW."
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from nplora import _check, _core
 from nplora.cli.errors import UsageError, one_line
+from nplora.formats import model_directory
 from nplora.weights import INFERENCE_COMPUTES
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def _require_option(self, word: str) -> None:
-        """Refuse a word like -r or --learning-rate if it is like an option; argparse refuses all others."""
+        """Refuse an unknown option if a known one is like it. argparse refuses the other unknown options."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
@@ -146,13 +147,18 @@ def path(text: str) -> str:
 
 
 def weighted_path(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT or PATH. An existing path is taken as it is, even if it ends like a weight."""
+    """PATH:WEIGHT or PATH. An existing path is taken as it is, even if it ends like a weight.
+
+    Raises:
+        FileNotFoundError: it is the address of an adapter on the Hugging Face Hub.
+    """
     before, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
         return path(text), 1.0
     try:
         found = path(before), float(weight)
     except ValueError:
+        model_directory.require_no_hub_name(text, "an adapter")
         problem = f"no such file: {text!r}; and in PATH:WEIGHT, the weight {weight!r} is not a number"
         raise argparse.ArgumentTypeError(problem) from None
     if not math.isfinite(found[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeGuard
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias, TypeGuard
 from nplora import _check
 from nplora.adapters import Adapter, combine, read_for
 from nplora.adapters.layers import require_no_adapter
-from nplora.finetuning.load import loaded
+from nplora.finetuning.load import loaded, require_plain
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
@@ -53,10 +54,11 @@ def attach_adapter(
         any_base: accept an adapter that was trained on another model with the same shapes.
         replace: drop the adapter that the model has.
     Raises:
-        TypeError: `adapter` is of another kind. ValueError: a weight is not finite.
-        Also the errors of `Adapter.attach` and, for several adapters, of `combine`.
+        TypeError: `adapter` is of another kind. ValueError: a weight is not finite, or the list is empty.
+        Others as `Adapter.attach`, and for several adapters as `combine`.
     Warns:
-        UserWarning: an adapter is given more than once, or its adapter_config.json has unknown keys.
+        UserWarning: an adapter is given more than once, its adapter_config.json has unknown keys, or it has
+            copies of the base model's weights.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))
@@ -71,19 +73,29 @@ def attach(
     """As `attach_adapter`, for the function `op`."""
     if not replace:
         require_no_adapter(lm)
+    _sum(op, lm, adapter, any_base).attach(lm, any_base, replace)
+
+
+def with_adapters(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool) -> LanguageModel:
+    """A model that shares the weights of `lm` and has the adapter; `lm` stays as it is."""
+    require_plain(op, lm)
+    return lm.with_adapter(_sum(op, lm, adapter, any_base), any_base)
+
+
+def _sum(op: str, lm: LanguageModel, adapter: Adapters, any_base: bool) -> Adapter:
     weighted = _weighted(op, adapter)
     if len(weighted) == 1 and weighted[0][1] == 1:
         given = weighted[0][0]
-        one = given if isinstance(given, Adapter) else read_for(lm, given, lm.source, any_base)
-        one.attach(lm, any_base, replace)
-        return
+        return given if isinstance(given, Adapter) else read_for(lm, given, lm.source, any_base)
     _warn_of_repetition(op, [one for one, _ in weighted])
-    combine(weighted, base=lm.source, any_base=any_base).attach(lm, any_base, replace)
+    return combine(weighted, base=lm.source, any_base=any_base)
 
 
 def _weighted(op: str, adapter: object) -> list[tuple[OneAdapter, float]]:
     """Adapters and their weights."""
     given = adapter if isinstance(adapter, list | tuple) and not _is_pair(adapter) else [adapter]
+    if not given:
+        raise ValueError(f"{op}: adapter is {adapter!r}, expected at least one adapter")
     found = list[tuple[OneAdapter, float]]()
     for item in given:
         one, weight = item if _is_pair(item) else (item, 1.0)
@@ -97,7 +109,7 @@ def _weighted(op: str, adapter: object) -> list[tuple[OneAdapter, float]]:
 
 
 def _is_pair(value: object) -> TypeGuard[tuple[Any, float]]:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real)
 
 
 def _name(adapter: OneAdapter) -> str:

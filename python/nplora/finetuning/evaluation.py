@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 from nplora import _check
-from nplora.finetuning.attach import Adapters, attach
+from nplora.finetuning.attach import Adapters, with_adapters
 from nplora.finetuning.data import TokenBatches, find_evaluated, read_dataset
 from nplora.finetuning.load import evaluation_batches, opened, require_vocabulary
 from nplora.finetuning.options import EvaluateOptions, from_arguments
@@ -62,10 +62,11 @@ def evaluate(
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a model.
-        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory with valid.jsonl
-            or, if there is none, train.jsonl.
-        adapter: adapter to attach first: a PEFT directory, llama.cpp's file or an `Adapter`; or a pair of one
-            of these and its weight; or a list, whose adapters add up.
+        data: a .jsonl, .csv or .txt file, as for `nplora.data.read_dataset`; or a directory, of which
+            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
+        adapter: adapter to evaluate the model with, which does not change a given model: a PEFT directory,
+            llama.cpp's file or an `Adapter`; or a pair of one of these and its weight; or a list, whose
+            adapters add up.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: on a terminal or in a notebook.
         max_length: maximum tokens of an example; longer examples are cut (default: the model's context).
@@ -78,9 +79,10 @@ def evaluate(
         the loss, the number of tokens in it, and a report of the data.
     Raises:
         DataError: a line of the data is wrong.
-        ValueError, TypeError: an option is out of range, or `compute` is given for a model that is loaded
-            already. FormatError: a file breaks its format, or the adapter does not fit the model or is of
-            another model. OSError: a file cannot be read.
+        ValueError, TypeError: an option is out of range, `compute` is given for a model that is loaded
+            already, or `adapter` for a model that has one.
+        FormatError: a file breaks its format, or the adapter does not fit the model or is of another model.
+        OSError: a file cannot be read.
     Warns:
         UserWarning: `compute` is "int8", and no weight can use it. Others as `attach_adapter`.
 
@@ -93,7 +95,7 @@ def evaluate(
     path = find_evaluated(data)
     lm = opened("evaluate", model, chosen.compute)
     if adapter is not None:
-        attach("evaluate", lm, adapter, any_base)
+        lm = with_adapters("evaluate", lm, adapter, any_base)
     dataset = read_dataset(
         path,
         lm.tokenizer,

@@ -71,15 +71,20 @@ def read_inputs(
             f"{op}: the model was loaded with compute={lm.compute!r}, which cannot train; expected "
             f"{' or '.join(map(repr, COMPUTES))}"
         )
-    if lm.adapter_layers():
-        on = counted(len(lm.adapter_layers()), "layer")
-        raise ValueError(f"{op}: the model already has an adapter, on {on}; expected a model without one")
+    require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
     for prompt in options.sample:
         prompt_ids(f"{op}: sample {brief(prompt)}", lm, prompt)
     train = _read(lm, train_path, options)
     held_out = None if valid_path is None else _read(lm, valid_path, options)
     return RunInputs(lm, train, held_out, _start(op, lm, options))
+
+
+def require_plain(op: str, lm: LanguageModel) -> None:
+    """Refuse a model with an adapter."""
+    if layers := lm.adapter_layers():
+        on = counted(len(layers), "layer")
+        raise ValueError(f"{op}: the model already has an adapter, on {on}; expected a model without one")
 
 
 def opened(op: str, model: StrPath | LanguageModel, compute: str | None, check: bool = True) -> LanguageModel:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats import base_digest, bfloat16, files, gguf
+from nplora.formats import base_digest, bfloat16, files, gguf, model_directory
 from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile
@@ -82,6 +82,7 @@ def load(path: StrPath) -> GgufAdapter:
         UnsupportedError: the file holds another kind of adapter, or quantised factors.
         OSError: the file cannot be read.
     """
+    model_directory.require_no_hub_name(path, "an adapter")
     if files.suffix(path) == ".safetensors":
         raise FormatError(
             f"{files.name(path)}: is one file of a PEFT adapter; pass its directory, {Path(path).parent}"

@@ -19,12 +19,15 @@ INDEX = "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# OWNER/NAME, perhaps as an address, and perhaps with the quantisation that Ollama takes after a colon.
+# OWNER/NAME, perhaps as the address of the repository or of one of its pages, and perhaps with the
+# quantisation that Ollama takes after a colon.
 _HUB_NAME = re.compile(
-    r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)?"
-    r"([a-z\d][\w.-]*/([a-z\d][\w.-]*))(?::\w+)?/?",
+    r"(?P<host>(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
+    r"(?P<name>(?!(?:datasets|spaces)/)[a-z\d][\w.-]*/(?P<local>[a-z\d][\w.-]*))(?::\w+)?"
+    r"(?(host)(?:/(?P<page>tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./-]+?))?)?)/?(?(host)(?:\?.*)?)",
     re.ASCII | re.IGNORECASE,
 )
+_NO_HUB_NAMES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".txt", ".bin")  # ends of file names
 
 Tensors: TypeAlias = SafetensorsFile | ShardedFile
 
@@ -33,27 +36,43 @@ def is_index(path: StrPath) -> bool:
     return files.name(path).lower().endswith(".safetensors.index.json")
 
 
-def require_no_hub_name(path: StrPath) -> None:
-    """Refuse the name of a model on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M".
+def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
+    """Refuse a name on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M", or a page's address there.
 
     A path that exists is taken as a path, and a name that ends like a file as the name of a file.
 
+    Args:
+        kind: "a model" or "an adapter", for the message.
     Raises:
-        FileNotFoundError: the path is such a name; the message says how to get the model's files.
+        FileNotFoundError: it is such a name; the message says how to get the files.
     """
     found = _HUB_NAME.fullmatch(files.name(path))
-    if found is None or files.suffix(path) in (".gguf", ".safetensors", ".json") or os.path.lexists(path):
+    if found is None or os.path.lexists(path):
         return
-    name, local = found.groups()
-    fetched = f"{name} --local-dir {local}", local
-    if "gguf" in name.lower():
-        fetched = f"{name} FILE.gguf --local-dir {local}", f"{local}/FILE.gguf"
+    if found["host"] is None and files.suffix(path) in _NO_HUB_NAMES:
+        return
+    options, given = _download(found)
     raise FileNotFoundError(
         errno.ENOENT,
-        "no such file or directory; if it is a model on the Hugging Face Hub, get its files by "
-        f"hf download {fetched[0]} (pip install huggingface_hub), then give {fetched[1]}",
+        f"no such file or directory; if it is {kind} on the Hugging Face Hub, get its files by "
+        f"hf download {options} (pip install huggingface_hub), then give {given}",
         files.name(path),
     )
+
+
+def _download(found: re.Match[str]) -> tuple[str, str]:
+    """The arguments of `hf download` for a name on the Hub, and the path of the downloaded files."""
+    name, local, revision, file = found.group("name", "local", "revision", "file")
+    if file is None and "gguf" in name.lower():
+        file = "FILE.gguf"
+    words, given = [name], local
+    if file is not None and file.lower().endswith(".gguf"):
+        words, given = [name, file], f"{local}/{file}"
+    elif file is not None and found["page"] == "tree":  # a folder of the repository
+        given = f"{local}/{file}"
+    if revision not in (None, "main"):
+        words.append(f"--revision {revision}")
+    return " ".join([*words, f"--local-dir {local}"]), given
 
 
 def of(path: StrPath) -> Path:

@@ -91,9 +91,7 @@ class PeftAdapter:
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
         """The tensor names of each layer's two factors. Tensors that form no pair are added to `problems`.
 
-        DoRA's magnitudes and the tensors in `passed_over` are skipped. So are PEFT's copies of the frozen
-        weights
-        of adapted layers: they equal the base model's.
+        DoRA's magnitudes, the tensors in `passed_over` and those of `base_copies` are skipped.
 
         Raises:
             LimitError: there are too many layers and patterns to look up ranks in reasonable time.
@@ -116,6 +114,11 @@ class PeftAdapter:
                 problems.append(f"tensor {brief(tensor, 200)}: the layer has factors of another kind too")
         self._limit_patterns(sum(1 + len(name) // _LONG_NAME for name in found))
         return found
+
+    def base_copies(self) -> list[str]:
+        """The layers of which PEFT stored the frozen weight, too. Usually it equals the base model's."""
+        found = filter(self._is_base_copy, self.tensors)
+        return [tensor.removeprefix(PREFIX).removesuffix(BASE_COPY) for tensor in found]
 
     def _is_base_copy(self, tensor: str) -> bool:
         """Whether a tensor has the name of a frozen weight, and the shape of its layer's factors."""
@@ -183,6 +186,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
         OSError: a file cannot be read.
     """
     files.require_named("adapter", directory=directory)
+    model_directory.require_no_hub_name(directory, "an adapter")
     os.stat(directory)  # names the directory in the error if it is missing, rather than a file in it
     files.require_directory(directory)
     require_finished(directory)

@@ -524,7 +524,9 @@ class Module:
         return f"{type(self).__name__}: {self.num_trainable:,} of {self.num_parameters:,} values trained"
 
     def _one_line(self) -> str:
-        """The line of this module in the `repr` of its parent: only the heading if the module has parts."""
+        """The line of this module in the `repr` of the one that holds it."""
+        if type(self).__repr__ is Module.__repr__:
+            return self._heading()
         return repr(self).partition("\n")[0]
 
 

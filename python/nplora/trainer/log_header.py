@@ -23,9 +23,17 @@ def log_header(model: Module) -> dict[str, Any]:
         "nplora": str(_core.config()["version"]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _text(shlex.join(sys.orig_argv)),
-        "model": _text(repr(model)),
+        "model": _text(_shown(model)),
         "machine": machine(),
     }
+
+
+def _shown(model: Module) -> str:
+    """The model's `repr`, or the name of its class if a user's `__repr__` fails."""
+    try:
+        return repr(model)
+    except Exception:
+        return type(model).__name__
 
 
 def _text(text: str) -> str:

@@ -1,4 +1,5 @@
-// Any machine, compiled for the baseline. On x86-64: 16 registers of 128 bits, 4 x 2 and 4 x 3 accumulators.
+// Runs on every machine of its architecture: the compiler gets no instruction set options. On x86-64 there are
+// 16 registers of 128 bits, and 4 x 2 and 4 x 3 accumulators.
 #define NPLORA_ISA generic
 #define NPLORA_SIMD_GENERIC
 

@@ -1,5 +1,4 @@
-// Runs on every machine of its architecture: the compiler gets no instruction set options. On x86-64 there are
-// 16 registers of 128 bits, and 4 x 2 and 4 x 3 accumulators.
+// For every machine. On x86-64: 16 registers of 128 bits, 4 x 2 and 4 x 3 accumulators.
 #define NPLORA_ISA generic
 #define NPLORA_SIMD_GENERIC
 

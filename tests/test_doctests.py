@@ -28,6 +28,7 @@ from small_llama import save_small_llama
 # Every public name of these modules (their __all__) has an example. Add yours.
 WITH_EXAMPLES = [
     "nplora",
+    "nplora.adapters",
     "nplora.finetuning",
     "nplora.finetuning.data",
     "nplora.formats.gguf",

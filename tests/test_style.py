@@ -17,6 +17,8 @@ MARKS = {
     ".txt": "#",
     ".toml": "#",
     ".sh": "#",
+    ".yaml": "#",
+    ".yml": "#",
     "": "#",
     ".css": "/*",
 }
@@ -52,7 +54,7 @@ def test_long_comments_are_found() -> None:
     assert long_comments(text, "#") == [2]
     assert long_comments(f"x = '{'b' * 96}'  # noqa: E501", "#") == []
     assert long_comments("a;  // " + "b" * 110, "//") == [1]
-    assert {path.suffix for path in written_files()} >= {".py", ".h", ".cpp", ".txt", ".toml"}
+    assert {path.suffix for path in written_files()} >= {".py", ".h", ".cpp", ".txt", ".toml", ".yaml"}
 
 
 # ---- sentences ----

@@ -1,4 +1,4 @@
-// Any machine, compiled for the baseline. On x86-64: 16 registers of 128 bits, 4 x 2 and 4 x 3 accumulators.
+// For every machine. On x86-64: 16 registers of 128 bits, 4 x 2 and 4 x 3 accumulators.
 #define NPLORA_ISA generic
 #define NPLORA_SIMD_GENERIC
 

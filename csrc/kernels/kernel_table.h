@@ -86,8 +86,8 @@ struct Fetch {
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// How far ahead W is fetched, in bytes, where it is read once. 10 bytes arrive in a cycle, more than 500
-// cycles after the request; and twice as long if other programs use the memory.
+// How far ahead W is fetched, in bytes, where it is read once. Memory delivers 10 bytes in a cycle. The first
+// of them come more than 500 cycles after the request, or 1000 if other programs use the same memory.
 inline constexpr size_t kFetchAhead = 12288;
 
 // Each depth_unit (see Tiles) divides this number. If a depth is cut at multiples of

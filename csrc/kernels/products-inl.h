@@ -107,8 +107,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: c (m, n) = [c +] a (m, depth) w (depth, n) ----
 
-// The number of rows of w that one element E of a is multiplied with. The number is two if W holds single
-// bfloat16 values, which are paired in registers.
+// The number of rows of w for one element E of a. It is two if E is a pair and W holds single bfloat16
+// values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>

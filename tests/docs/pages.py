@@ -6,6 +6,9 @@ A page is README.md or a file of docs/. The rules of its blocks:
 - ```sh runs with `bash -e`. Its output is not compared.
 - The comment `<!-- not run: REASON -->` on the line above keeps a block from running.
 - Any other language is text for the reader.
+- A block may stand in a list or in a quotation.
+
+README.md and docs/*.md run. PAGES_ONLY_CHECKED do not run here, but keep the other rules.
 """
 
 import re
@@ -16,10 +19,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES_ONLY_CHECKED = [
+    page for page in (ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md") if page.exists()
+]
 LANGUAGES_THAT_RUN = ("python", "sh")
 
-_FENCE = re.compile(r"(?P<indent> *)(?P<mark>`{3,}|~{3,})(?P<language>[^`]*)")
-_NOT_RUN = re.compile(r" *<!-- not run: *(?P<reason>.*?) *-->")
+# Before a fence: spaces, the marks of quotations, and the mark of a list entry.
+_FENCE = re.compile(
+    r"(?P<indent>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<mark>`{3,}|~{3,})(?P<language>[^`]*)"
+)
+_NOT_RUN = re.compile(r"[ \t>]*<!-- not run: *(?P<reason>.*?) *-->")
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Block:
 
     Attributes:
         line: number of its opening fence in the page, from 1.
+        language: all words behind the opening fence.
         not_run: the reason why it does not run; None if there is none.
         output: what a Python block prints, from the bare block below it.
     """
@@ -47,6 +57,13 @@ class Block:
     def runs(self) -> bool:
         return self.language in LANGUAGES_THAT_RUN and self.not_run is None
 
+    @property
+    def misnamed(self) -> bool:
+        """Whether the block names a language that runs, with other letters or words: nobody would run it."""
+        words = re.findall(r"[\w-]+", self.language.lower())
+        names_one = words[:1] and words[0] in LANGUAGES_THAT_RUN
+        return bool(names_one) and self.language not in LANGUAGES_THAT_RUN
+
 
 def blocks_of(page: Path) -> list[Block]:
     return blocks_of_text(page.name, page.read_text(encoding="utf-8"))
@@ -61,8 +78,9 @@ def blocks_of_text(page: str, text: str) -> list[Block]:
         opening = _FENCE.fullmatch(lines[first])
         assert opening
         language = opening["language"].strip()
-        body = _without_indentation(lines[first + 1 : last], len(opening["indent"]))
-        if not language and end_of_python is not None and not "".join(lines[end_of_python:first]).strip():
+        body = _without_indentation(lines[first + 1 : last], opening["indent"])
+        between = "" if end_of_python is None else "".join(lines[end_of_python:first])
+        if not language and end_of_python is not None and not between.strip("> \t"):
             blocks[-1] = replace(blocks[-1], output=body)
             end_of_python = None
             continue
@@ -78,7 +96,8 @@ def _fences(page: str, lines: list[str]) -> Iterator[tuple[int, int]]:
     while number < len(lines):
         opening = _FENCE.fullmatch(lines[number])
         if opening:
-            closing = re.compile(rf" *{opening['mark'][0]}{{{len(opening['mark'])},}} *")
+            before = "[ >]*" if ">" in opening["indent"] else " *"
+            closing = re.compile(rf"{before}{opening['mark'][0]}{{{len(opening['mark'])},}} *")
             first, number = number, number + 1
             while not (number < len(lines) and closing.fullmatch(lines[number])):
                 number += 1
@@ -88,8 +107,9 @@ def _fences(page: str, lines: list[str]) -> Iterator[tuple[int, int]]:
         number += 1
 
 
-def _without_indentation(lines: list[str], width: int) -> str:
-    return "".join(f"{line[min(width, len(line) - len(line.lstrip(' '))) :]}\n" for line in lines)
+def _without_indentation(lines: list[str], indent: str) -> str:
+    marks = " \t>" if ">" in indent else " \t"
+    return "".join(f"{line[min(len(indent), len(line) - len(line.lstrip(marks))) :]}\n" for line in lines)
 
 
 def commands_of(text: str) -> list[list[str]]:

@@ -21,19 +21,30 @@ import pytest
 import nplora
 import starting_directory
 from nplora.cli.parser import COMMANDS, parser_of
-from pages import LANGUAGES_THAT_RUN, PAGES, ROOT, Block, blocks_of, blocks_of_text, commands_of
+from pages import (
+    LANGUAGES_THAT_RUN,
+    PAGES,
+    PAGES_ONLY_CHECKED,
+    ROOT,
+    Block,
+    blocks_of,
+    blocks_of_text,
+    commands_of,
+)
 
 PAGE_NAMES = {page.stem: page for page in PAGES}
 BLOCKS = {name: blocks_of(page) for name, page in PAGE_NAMES.items()}
 README = BLOCKS["README"]
+ONLY_CHECKED = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in PAGES_ONLY_CHECKED}
+PAGES_WITH_BLOCKS = BLOCKS | ONLY_CHECKED
 SHELL = [block for blocks in BLOCKS.values() for block in blocks if block.language == "sh"]
 SECONDS = 120  # for the blocks of a page
 
 # What the machine that runs the tests has not: repositories, package managers, other programs.
 NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
-    *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", "python -m bench"),
-    *("python -m venv", "python -m pip", "pytest", "nplora demo"),
+    *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
+    *("python -m venv", "python -m pip", "pytest", "nplora demo", "python tests/docs/starting_directory.py"),
 }
 OPTIONS_OF_OTHERS = {
     *("--no-deps", "--no-build-isolation", "--lora", "--lora-scaled", "--lora-init-without-apply"),
@@ -184,14 +195,65 @@ def test_there_are_python_and_shell_blocks() -> None:
     assert any(block.language == "sh" and block.runs for block in SHELL)
 
 
-@pytest.mark.parametrize("page", BLOCKS)
+def problem_of_language(block: Block) -> str:
+    """What is wrong with the words behind the opening fence; empty if nothing is."""
+    if not block.language:
+        return "a bare block must stand directly below a python block"
+    if block.misnamed:
+        return f"write the language alone and in small letters, got {block.language}"
+    first = re.findall(r"[\w-]+", block.language.lower())[:1]
+    if {*first} & {*ALIASES, "code-block", "code", "code-cell"}:
+        return f"{block.language} does not run: write python, sh or text"
+    nested = re.search(r"^[ >]*(`{3,}|~{3,})(python|sh)\b", block.text, re.MULTILINE | re.IGNORECASE)
+    return "a block that would run is inside of it" if nested else ""
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS)
 def test_only_text_has_no_language_that_runs(page: str) -> None:
-    for block in BLOCKS[page]:
-        assert block.language, f"{block.where}: a bare block must stand directly below a python block"
-        assert block.language.strip("{}").partition(" ")[0] not in {*ALIASES, "code-block", "code"}, (
-            block.where
-        )
-        assert not re.search(r"^ *```(python|sh)$", block.text, re.MULTILINE), f"{block.where}: nested"
+    problems = {block.where: problem_of_language(block) for block in PAGES_WITH_BLOCKS[page]}
+    assert not {where: problem for where, problem in problems.items() if problem}
+
+
+@pytest.mark.parametrize(
+    "language",
+    [
+        *("python title=x", "Python", "PYTHON", "{python}", "{.python}", "python,title", "Sh", "sh -e"),
+        *("Bash", "{code-block} python", "{code-cell} python", "py", ""),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "> ", ">", "   ", "- ", "> 1. "])
+def test_a_block_that_nobody_would_run_is_found(language: str, before: str) -> None:
+    page = f"text\n{before}```{language}\n{before}1 / 0\n{before}```\n"
+    if before.endswith(("- ", ". ")):
+        page = f"text\n{before}```{language}\n{quoted(before)}1 / 0\n{quoted(before)}```\n"
+    (block,) = blocks_of_text("page", page)
+    assert problem_of_language(block)
+
+
+def quoted(before: str) -> str:
+    """What stands before the later lines of a list entry."""
+    return re.sub(r"[^>]", " ", before)
+
+
+@pytest.mark.parametrize("language", ["python", "sh", "text", "json", "cpp", "diff", "{toctree}"])
+def test_a_language_alone_is_no_problem(language: str) -> None:
+    (block,) = blocks_of_text("page", f"```{language}\n1\n```\n")
+    assert not problem_of_language(block)
+
+
+@pytest.mark.parametrize("before", ["> ", "- ", "> - ", "1. "])
+def test_blocks_in_quotations_and_lists_run(before: str, tmp_path: Path) -> None:
+    rest = quoted(before)
+    lines = ["```python", "if True:", "    print('>' * 3)", "```", "", "```", ">>>", "```"]
+    page = "\n".join([before + lines[0], *(rest + line for line in lines[1:])])
+    (block,) = blocks_of_text("page", page)
+    assert (block.text, block.output) == ("if True:\n    print('>' * 3)\n", ">>>\n")
+    assert run([block], tmp_path) == ""
+
+
+def test_a_reason_in_a_quotation_belongs_to_its_block() -> None:
+    (block,) = blocks_of_text("page", "> <!-- not run: it builds -->\n> ```sh\n> make\n> ```\n")
+    assert (block.text, block.not_run) == ("make\n", "it builds")
 
 
 def runs_nowhere(words: list[str]) -> bool:
@@ -199,9 +261,9 @@ def runs_nowhere(words: list[str]) -> bool:
     return any(line == name or line.startswith(f"{name} ") for name in NOT_HERE) or "llama" in words[0]
 
 
-@pytest.mark.parametrize("page", BLOCKS)
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS)
 def test_a_block_that_does_not_run_has_a_reason(page: str) -> None:
-    for block in BLOCKS[page]:
+    for block in PAGES_WITH_BLOCKS[page]:
         if block.not_run is not None:
             assert len(block.not_run.split()) > 1, f"{block.where}: no reason is given"
             assert block.language in LANGUAGES_THAT_RUN, f"{block.where}: it would not run in any case"
@@ -240,9 +302,9 @@ def test_commands_are_read_as_words(text: str, words: list[list[str]]) -> None:
     assert commands_of(text) == words
 
 
-@pytest.mark.parametrize("page", sorted(BLOCKS.keys() - CHANGES_THE_CODE))
+@pytest.mark.parametrize("page", sorted(PAGES_WITH_BLOCKS.keys() - CHANGES_THE_CODE))
 def test_the_commands_of_a_page_are_understood(page: str) -> None:
-    shell = [block for block in BLOCKS[page] if block.language == "sh"]
+    shell = [block for block in PAGES_WITH_BLOCKS[page] if block.language == "sh"]
     for where, words in commands(shell):
         if words[0] == "nplora" and words[1:] not in (["--help"], ["--version"]):
             with contextlib.suppress(SystemExit):
@@ -283,13 +345,23 @@ def test_every_option_that_a_page_names_exists(page: str) -> None:
             assert not unknown, f"{page}: {code}; the options of other programs are in OPTIONS_OF_OTHERS"
 
 
-def test_every_module_that_a_page_runs_exists() -> None:
-    given = commands(SHELL)
-    is_python = re.compile(r"python[\d.]*")
-    modules = {
-        (where, words[2]) for where, words in given if is_python.fullmatch(words[0]) and words[1:2] == ["-m"]
+def modules_of(given: list[tuple[str, list[str]]]) -> set[tuple[str, str]]:
+    """The modules that commands run with `python -m`, each with its place."""
+    return {
+        (where, words[2])
+        for where, words in given
+        if re.fullmatch(r"python[\d.]*", words[0]) and words[1:2] == ["-m"]
     }
-    for where, module in modules:
+
+
+def test_only_python_commands_name_modules() -> None:
+    shell = "```sh\nllama-cli -m x.gguf\nA=1 python3 -m bench --quick\nls && python -m venv v\n```\n"
+    found = modules_of(commands(blocks_of_text("page", shell)))
+    assert found == {("page:1", "bench"), ("page:1", "venv")}
+
+
+def test_every_module_that_a_page_runs_exists() -> None:
+    for where, module in modules_of(commands(SHELL)):
         if module in {"venv", "pip", "pytest", "http.server"}:
             continue
         path = module.replace(".", "/")
@@ -300,7 +372,9 @@ def test_every_module_that_a_page_runs_exists() -> None:
 
 
 def test_every_script_that_a_page_runs_exists() -> None:
-    for where, words in commands([block for block in SHELL if block.not_run is not None]):
+    not_run = [block for block in SHELL if block.not_run is not None]
+    only_checked = [block for blocks in ONLY_CHECKED.values() for block in blocks if block.language == "sh"]
+    for where, words in commands([*not_run, *only_checked]):
         if words[0] in {"python", "python3", "bash"} and len(words) > 1 and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), f"{where}: {words[1]}"
 

@@ -49,6 +49,10 @@ class AdapterConversion:
         alpha: the alpha of the new adapter. If layers differ, this is the most common alpha.
         folded: the layers whose scale was folded into lora_b.
         passed_over: tensors of the source that are not LoRA factors. llama.cpp ignores them too.
+
+    >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
+    >>> done.architecture, len(done.layers), done.alpha, done.folded
+    ('llama', 14, 16.0, ())
     """
 
     target: str
@@ -81,8 +85,13 @@ def convert_adapter(
 
     Raises:
         ValueError: the target's name does not fit its kind. FormatError: the directory holds neither an
-            adapter nor a model. FileNotFoundError: the directory holds a training run that has no adapter
-            yet. It also raises the errors of the two functions.
+            adapter nor a model. FileNotFoundError: it holds a training run that has no adapter yet. The other
+            errors are those of the two functions.
+
+    >>> print(nplora.adapters.convert_adapter("adapter", "adapter.gguf", base="model.gguf"))
+    adapter.gguf: 14 layers of llama, alpha 16
+    >>> print(nplora.adapters.convert_adapter("adapter.gguf", "again", base="model.gguf"))
+    again: 14 layers of llama, alpha 16
     """
     files.require_named("convert", source=source, target=target, base=base)
     if not Path(source).is_dir():

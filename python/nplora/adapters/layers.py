@@ -107,6 +107,12 @@ class AdapterReport:
         changes: the changes of rank, alpha or rsLoRA that the file made, one line for each kind of change.
         dropped: unknown keys of adapter_config.json. They are ignored with a warning.
         base_model_name_or_path: the name of the base model in the file, or None.
+
+    >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
+    >>> nplora.save_adapter(model, "mine", base_model_name_or_path="eye")
+    >>> report = nplora.load_adapter(model, "mine")
+    >>> report.layers, report.changes, report.base_model_name_or_path
+    (('0',), (), 'eye')
     """
 
     directory: str
@@ -216,6 +222,13 @@ def new_layers(adapter: AdapterContent, model: Module, any_base: bool = False) -
 
     Raises:
         FormatError: the adapter does not fit the model, or belongs to another model.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> layers = nplora.adapters.new_layers(nplora.read_adapter("adapter"), lm)
+    >>> layers["model.layers.0.self_attn.q_proj"].rank
+    2
+    >>> len(layers), len(lm.adapter_layers())
+    (14, 0)
     """
     adapter.require_low_rank()
     plain_target(model).check(adapter, any_base)
@@ -244,7 +257,17 @@ def _new_layer(layer: Linear | Embedding | LoRALayer, delta: LoraDelta) -> LoRAL
 
 @contextlib.contextmanager
 def rollback_on_error(model: Module) -> Iterator[None]:
-    """If the body fails, put back the layers that it replaced."""
+    """If the body fails, put back the layers that it replaced.
+
+    >>> lm = nplora.load_model("model.gguf")
+    >>> try:
+    ...     with nplora.adapters.rollback_on_error(lm):
+    ...         lm.add_lora(rank=2)
+    ...         raise OSError("the disk is full")
+    ... except OSError:
+    ...     print(len(lm.adapter_layers()), "layers have adapters")
+    0 layers have adapters
+    """
     before = dict(model.named_modules())
     try:
         yield

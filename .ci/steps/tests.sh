@@ -4,6 +4,6 @@
 . "$(dirname "$0")/../environment.sh"
 
 with_test_packages
-"$work/user/bin/python" -c "import nplora, sys; print(nplora.__file__); sys.exit(sys.prefix not in nplora.__file__)"
+"$work/environments/user/bin/python" -c "import nplora, sys; print(nplora.__file__); sys.exit(sys.prefix not in nplora.__file__)"
 # With =, for pytest takes a word that it does not know yet for a test's path.
 run_tests user --skipped="$here/skipped" --ignore tests/docs --ignore tests/examples | tee "$here/pytest.count"

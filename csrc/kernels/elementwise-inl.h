@@ -106,7 +106,7 @@ inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body)
   }
 }
 
-// out (n) = x (n) * factor if the element's word is at least threshold, else 0.
+// Dropout: out[i] = x[i] * factor if the random 32-bit word of element i is at least threshold, else 0.
 template <class T>
 void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
   for_words(n, seed, first,

@@ -61,7 +61,7 @@ inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales,
                        half_sums + i / kSubBlock * 2);
 }
 
-// ---- one block: a and b of its sub-blocks, and the codes of sub-block j ----
+// ---- one block: the factors (a, b) of its sub-blocks, and the codes of sub-block j ----
 
 // The factor of a block with one sub-block.
 struct One {

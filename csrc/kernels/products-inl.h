@@ -285,7 +285,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   }
 }
 
-// Selects the instance for a tile of rows <= kRows.
+// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);

@@ -82,7 +82,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// Some lanes of a run, in tiles.
+// One task: lanes first_lane to end_lane - 1 of one run and one KV head, in tiles.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };

@@ -1,5 +1,5 @@
-// The first of three steps of a backward pass: dz = scale dy A, and dy, z and dz converted to the elements of
-// the other steps.
+// The first of three steps of a backward pass. It computes dz = scale dy A, and converts dy, z and dz to the
+// element type of the other two steps if that differs.
 #pragma once
 
 #include <span>

@@ -1,6 +1,6 @@
 // How the products divide their work. Block sizes do not change a result, because every sum runs over its
-// whole depth in order and is cut only at multiples of kDepthUnitValues. The bounds of small batches do
-// change results, because small batches are summed in another order.
+// whole depth in order and is cut only at multiples of kDepthUnitValues. The limits below which a batch
+// counts as small do change results, because small batches are summed in another order.
 #pragma once
 
 #include <algorithm>
@@ -52,8 +52,8 @@ inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The number of bytes of transposed blocks of W that are kept in L2 at a time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// The number of tokens whose outputs in a panel (64 x 48 floats = 12 KB) stay in L1 after the last block of
-// W, until the update is added.
+// After the last block of W, this many tokens are processed at a time. Their outputs in one panel (64 x 48
+// floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
 // The number of columns of a gradient of A or B that one task owns, and the number of tokens whose products
 // it adds at a time.

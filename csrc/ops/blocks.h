@@ -28,8 +28,8 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 // codes (ceil(n / 2)) and absmax (ceil(n / 64)) of n = rows * cols values without gaps. Throws like quantize.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
-// The second quantisation. n values of absmax become codes (n): levels of `book` (kNf4Book), times scales
-// (ceil(n / kNf4Group)), around their mean. Returns the mean.
+// The second quantisation, of absmax (n) itself. Fills codes (n), book (kNf4Book) and scales (ceil(n /
+// kNf4Group)), so that absmax[i] is about mean + scales[i / kNf4Group] * book[codes[i]]. Returns the mean.
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
 // out (n)

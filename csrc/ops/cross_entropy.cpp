@@ -14,7 +14,7 @@ namespace nplora {
 namespace {
 
 constexpr size_t kPiece = 2048;
-constexpr double kOperations = 24;  // the cost of one logit, as useful_threads counts
+constexpr double kOperations = 24;  // the cost of one logit, in the unit of useful_threads
 
 // Works piece by piece (Milakov & Gimelshein 2018), so that a row is read from memory once. Exponentials are
 // relative to the largest logit so far, and each piece remembers which largest logit it used.

@@ -276,9 +276,10 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const size_t step = part.low.dropout > 0 ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
     for (size_t r = 0; r < rank; r += step) projections.push_back({product, {r, std::min(step, rank - r)}});
   }
-  // Each worker takes rows of W, one task after the other, and then rows of B. When all of z is ready, it
-  // adds the update to the rows of W that it took, so nobody waits for rows that no worker has taken. Large
-  // weights have more workers than threads, so that Ctrl-C is noticed between them.
+  // Each worker takes rows of W, one task after the other, and then rows of B. When no rows of B are left to
+  // take, it waits until z is complete. Then it adds the update to the outputs of its own rows of W. So a
+  // worker only waits for rows that another worker is computing. Large weights have more workers than
+  // threads, so that Ctrl-C is noticed between them.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

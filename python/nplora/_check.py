@@ -286,7 +286,7 @@ def own(op: str, saved: Any, layer: object) -> None:
     """
     if saved.layer is not None and saved.layer is not layer:
         kind = type(saved.layer).__name__
-        raise ValueError(f"{op}: saved is from a forward pass of another {kind}")
+        raise ValueError(f"{op}: `saved` comes from a forward pass of another {kind}")
 
 
 def rows(

@@ -41,7 +41,7 @@ def test_the_version_is_printed() -> None:
         (["plan", "m", "--data", "d", "--s=a\nb"], 2, "ambiguous option: --s=a b could match"),
         (["info", "no/such/file"], 2, "no such file: no/such/file"),
         (["convert", "a"], 2, "the following arguments are required: TARGET (try nplora convert --help)"),
-        (["plot", "no/such/run"], 2, "error: no/such/run: no run directory, it has no log.jsonl\n"),
+        (["plot", "no/such/run"], 2, "error: no/such/run: not a run directory: it has no log.jsonl\n"),
     ],
 )
 def test_an_expected_error_is_one_line(arguments: list[str], status: int, message: str) -> None:

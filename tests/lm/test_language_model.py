@@ -208,7 +208,7 @@ def test_what_a_pass_kept_serves_one_backward_of_its_own_model(
     dy = np.ones_like(logits)
     with pytest.raises(ValueError, match=r"^LanguageModel\.backward: dy has shape \(2, 6, 60\), expected"):
         lm.backward(dy[:, 1:], saved)
-    with pytest.raises(ValueError, match="saved is from a forward pass of another"):
+    with pytest.raises(ValueError, match="`saved` comes from a forward pass of another"):
         twin.backward(dy, saved)
     assert not any(p.grad.any() for model in (lm, twin) for p in model.parameters())
     lm.backward(dy, saved)

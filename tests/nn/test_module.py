@@ -385,7 +385,7 @@ def test_the_pass_of_another_layer_alike_is_refused(kind: str, need_dx: bool) ->
     make, x = KINDS[kind]
     layer = make()
     y, saved = make().forward(x)
-    with pytest.raises(ValueError, match="saved is from a forward pass of another"):
+    with pytest.raises(ValueError, match="`saved` comes from a forward pass of another"):
         layer.backward(np.ones_like(y), saved, need_dx)
     assert not any(p.grad.any() for p in layer.parameters())
 

@@ -528,7 +528,7 @@ def test_a_second_backward_of_a_stack_adds_the_same_again_and_another_stack_is_r
     for first, both in zip(once, twice, strict=True):
         assert first.any()
         np.testing.assert_array_equal(both, 2 * first)
-    with pytest.raises(ValueError, match=r"^stack_backward: layer 0: saved is from a forward pass of"):
+    with pytest.raises(ValueError, match=r"^stack_backward: layer 0: `saved` comes from a forward pass of"):
         stack_backward(others, ys, saved)
     assert not any(p.grad.any() for layer in others for p in layer.local_parameters())
 

@@ -153,7 +153,7 @@ def test_an_output_that_is_not_a_png_is_refused(name: str, run: Path) -> None:
 
 def test_a_path_that_is_not_a_run_directory_is_an_error(run: Path) -> None:
     for place in (run / "nosuch", run / "log.jsonl"):
-        with pytest.raises(OSError, match=rf"no run directory, it has no log\.jsonl: '.*{place.name}'"):
+        with pytest.raises(OSError, match=rf"not a run directory: it has no log\.jsonl: '.*{place.name}'"):
             plot.plot_run(place)
 
 

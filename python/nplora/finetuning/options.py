@@ -63,7 +63,7 @@ class FinetuneOptions:
     targets: tuple[str, ...] = _option(
         _ADAPTER,
         ("all-linear",),
-        "layers that get an adapter: all-linear, or names as in q_proj,v_proj",
+        "layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj",
         metavar="NAMES",
     )
     layers: str | None = _option(

@@ -98,7 +98,7 @@ def finetune(
         progress: print progress on stderr; None: on a terminal or in a notebook.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
-        targets: layers that get an adapter: all-linear, or names as in q_proj,v_proj.
+        targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
         use_rslora: scale the update by alpha / sqrt(rank) (rsLoRA).

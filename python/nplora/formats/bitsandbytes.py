@@ -124,7 +124,7 @@ def read(file: File, name: str) -> Nf4:
 
 
 def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
-    """The matrix's name for messages, and its quantisation state."""
+    """How error messages name the matrix (its file and tensor), and its quantisation state."""
     where = f"{file.source}: tensor {brief(name)}"
     if f"{name}{_STATE}nf4" not in file:
         kinds = [part.partition(_STATE)[2] for part in file if part.startswith(f"{name}{_STATE}")]

@@ -55,7 +55,8 @@ class GgufAdapter:
     Attributes:
         pairs: the factors, by the name of the base model's tensor.
         passed_over: norm tensors, which are ignored here and in llama.cpp.
-        base_digest: `models.model_digest.of` the base model, or None if the file has none.
+        base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
+            none.
     """
 
     architecture: str

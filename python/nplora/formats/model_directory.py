@@ -39,7 +39,7 @@ def is_index(path: StrPath) -> bool:
 def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
     """Refuse a name on the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M", or a page's address there.
 
-    A path that exists is taken as a path, and a name that ends like a file as the name of a file.
+    A path that exists is accepted. So is a name with the suffix of a file, such as "model.gguf".
 
     Args:
         kind: "a model" or "an adapter", for the message.

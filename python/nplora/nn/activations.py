@@ -56,8 +56,8 @@ class Activation(Module):
             array([0., 1.])
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
-            TypeError: saved is from another kind of layer. RuntimeError: the forward pass ran as inference.
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
+            TypeError: `saved` is from another kind of layer. RuntimeError: the forward pass ran as inference.
         """
         op = f"{type(self).__name__}.backward"
         _check.saved(op, saved, ActivationSaved)

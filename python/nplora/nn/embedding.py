@@ -95,8 +95,8 @@ class Embedding(Module):
                    [2., 2.]], dtype=float32)
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer.
-            TypeError: saved is from another kind of layer.
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
+            TypeError: `saved` is from another kind of layer.
             RuntimeError: the table is trained, and the forward pass ran as inference.
         """
         op = "Embedding.backward"
@@ -208,9 +208,9 @@ class LoRAEmbedding(LoRALayer):
             array([[False, False,  True]])
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, rank or
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, rank or
                 dtype.
-            TypeError: saved is from another kind of layer.
+            TypeError: `saved` is from another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass, or that pass ran as inference.
         """
         op = "LoRAEmbedding.backward"

@@ -44,8 +44,8 @@ class Linear(Prepared, Module):
         dtype: the storage of W, as in LoRALinear; a trainable weight is "float32" or "float64".
         compute: arithmetic of the products of a frozen weight: "float32", "bfloat16" or "int8", as in
             FrozenWeight.
-        trainable: train W and bias themselves; their parameters are named "weight" and "bias". A trained
-            weight computes in its own dtype.
+        trainable: train W and bias themselves; their parameters are named "weight" and "bias". If
+            True, the products are computed in the dtype of the weight.
     Attributes:
         weight: a FrozenWeight, or the live array (d_out, d_in) if trainable.
         dweight, dbias: the gradients, or None.
@@ -115,9 +115,9 @@ class Linear(Prepared, Module):
                    [0., 0., 0.]], dtype=float32)
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape or
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape or
                 dtype.
-            TypeError: saved is from another kind of layer.
+            TypeError: `saved` is from another kind of layer.
             RuntimeError: the weight is trained, and the forward pass ran as inference.
         """
         rows = self.backward_rows("Linear.backward", dy, saved)

@@ -243,9 +243,9 @@ class LoRALinear(LoRALayer):
             (True, False)
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, shape, rank
-                or dtype.
-            TypeError: saved is from another kind of layer.
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape,
+                rank or dtype.
+            TypeError: `saved` is from another kind of layer.
             RuntimeError: the layer is merged, or was in the forward pass; that pass ran as inference; or the
                 weight computes in int8.
         """

@@ -85,9 +85,9 @@ class _Norm(Module):
             (array([ 0.333, -0.333], dtype=float32), array([ 1., -1.], dtype=float32))
 
         Raises:
-            ValueError: dy does not have the shape of y, or saved is from a pass of another layer, width or
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, width or
                 dtype.
-            TypeError: saved is from another kind of layer. RuntimeError: the forward pass ran as inference.
+            TypeError: `saved` is from another kind of layer. RuntimeError: the forward pass ran as inference.
         """
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)

@@ -84,8 +84,8 @@ class Sequential(Module):
             array([0., 1.], dtype=float32)
 
         Raises:
-            ValueError: as in `forward`, or saved is from a pass through another number of modules.
-            TypeError: saved is from another kind of layer.
+            ValueError: as in `forward`, or `saved` is from a pass through another number of modules.
+            TypeError: `saved` is from another kind of layer.
             RuntimeError: a module after the first returned no gradient of its input.
         """
         _check.saved("Sequential.backward", saved, SequentialSaved)

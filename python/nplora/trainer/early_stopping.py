@@ -16,7 +16,8 @@ class EarlyStopping:
     """Keeps the factors of the epoch with the lowest validation loss, and counts the epochs since.
 
     Args:
-        patience: the epochs in a row without a lower loss that end a run; None: nothing is kept or counted.
+        patience: a run ends after this number of epochs in a row without a lower loss. None: nothing is kept
+            or counted.
     Attributes:
         best: "loss" and "epoch" of the best epoch, and "since", the epochs after it. The loss is None until
             an epoch had a finite loss. `best` itself is None before the first epoch.

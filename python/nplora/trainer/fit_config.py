@@ -12,7 +12,8 @@ class FitConfig:
     Attributes:
         epochs, steps: where the run ends; exactly one of them is given.
         total_steps: the number of steps; None if the number of batches is unknown.
-        patience: the epochs without a lower validation loss that end the run; None: no early stopping.
+        patience: the run ends after this number of epochs in a row without a lower validation loss. None: no
+            early stopping.
         checkpoint_every: steps between two checkpoints; None: about one checkpoint per epoch.
         save_seconds: the longest time between two checkpoints; infinite: no limit.
     """

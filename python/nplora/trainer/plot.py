@@ -72,7 +72,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
     try:
         log = read_log(Path(directory, LOG))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise OSError(error.errno, f"no run directory, it has no {LOG}", files.name(directory)) from error
+        raise OSError(error.errno, f"not a run directory: it has no {LOG}", files.name(directory)) from error
     picture = _draw(log, Path(directory).resolve().name)
     files.replace([files.NewFile(path, len(picture), [picture])])
     return path

@@ -374,9 +374,9 @@ class FrozenWeight:
         Returns:
             array (..., d_in) in `compute_dtype`.
         Raises:
-            ValueError: the last axis of dy is not d_out, or out has another shape, is read-only or overlaps
-                dy.
-            TypeError: dy does not hold numbers, or out has another dtype.
+            ValueError: the last axis of `dy` is not d_out, or `out` has the wrong shape, is read-only or
+                overlaps `dy`.
+            TypeError: `dy` does not hold numbers, or `out` has the wrong dtype.
 
         >>> FrozenWeight([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).matmul_t([1.0, 0.0, 1.0])
         array([6., 8.], dtype=float32)

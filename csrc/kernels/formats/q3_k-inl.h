@@ -7,7 +7,8 @@ namespace nplora {
 // Eight sub-blocks: (d (scale - 32)) (q - 4), with a scale for each half of a sub-block. The low two
 // bits of the codes of sub-block 4 h + t start at byte 32 h of `low`, at bit 2 t of each byte. The high bits
 // of sub-block j are bit j of each byte of `high`. A scale has six bits. The low four bits of scale i are in
-// a nibble of byte i % 8 (the low nibble for i < 8). Its high two bits are in byte 8 + i % 4, at bit 2 (i / 4).
+// a nibble of byte i % 8 (the low nibble for i < 8). Its high two bits are in byte 8 + i % 4, at bit
+// 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};

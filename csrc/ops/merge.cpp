@@ -34,8 +34,8 @@ const T* panels_of(Matrix<const T> b) {
   return panels;
 }
 
-// Calls body(first, rows, scale * A[rows]) for blocks of rows of A. The loop cannot be interrupted, because W
-// would be left half merged.
+// Calls body(first, rows, scale * A[rows]) for blocks of rows of A. The loop cannot be interrupted, because
+// only a part of W would then be merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

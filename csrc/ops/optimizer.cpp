@@ -26,8 +26,8 @@ struct Piece {
 
 // Cuts the parameters into pieces of at most kPieceElements elements, and calls body(parameter, piece) for
 // each piece. So threads share many small buffers as evenly as a few large buffers. Returns the pieces, which
-// are valid until this thread's next call. The loop cannot be interrupted, because nobody could tell a
-// half-made step from a whole one.
+// are valid until this thread's next call. The loop cannot be interrupted, because the caller could not see
+// which parameters had been changed.
 template <class Body>
 const std::vector<Piece>& for_pieces(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<Piece> kept;

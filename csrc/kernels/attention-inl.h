@@ -1,6 +1,6 @@
-// The kernels of attention: the softmax, its backward pass, and the products for a single query. The softmax
-// kernels keep one query in each SIMD lane, so they never sum across lanes. kernel_table.h documents each
-// kernel.
+// The kernels of attention: the softmax, its backward pass, and the products for a single query. The
+// softmax kernels keep one query in each SIMD lane, so they never sum across lanes. Each kernel is
+// documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -11,8 +11,8 @@ inline size_t fetch_distance(size_t rows, size_t stride) {
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
-// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). Each lane of `sums[j]` adds up
-// a part of the products with row j; the lanes are not summed here.
+// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). Each lane of `sums[j]` is a
+// partial sum of the dot product of `q` and row j.
 template <size_t kRows, bool kFetch>
 __attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
                                                         size_t stride, size_t ahead, Vec<float>* sums) {
@@ -74,7 +74,7 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Adds kRows weighted rows of `v` at once, so that `out` is loaded and stored only once for all of them.
+// Adds kRows weighted rows of `v` at once, so that `out` is loaded and stored only once for all these rows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -114,8 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the largest of `before` and the `rows` elements of a column, for one column in each lane. It keeps
-// four independent maxima, because a single maximum would wait for the result of each comparison.
+// Finds the largest element of one column in each lane. A lane of the result is the largest of the column's
+// `rows` elements and of the same lane of `before`. The loop keeps four independent maxima, because a single
+// maximum would wait for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -151,8 +152,8 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 // The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al.
 // 2022, section 3.1), where dx is the gradient of the loss with respect to x. The probabilities p are
 // computed again as exp(s - lse), where `lse` is the logarithm of the forward pass's sum of exp(s). The
-// scores s are computed again too, and may be rounded differently. A large s could then exceed `lse` until
-// exp overflows, so s - lse is limited to at most 0.
+// scores s are computed again too, and may be rounded differently than in the forward pass. Because of this
+// rounding, a large s could exceed `lse` until exp overflows, so s - lse is limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -166,8 +167,8 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// Does the same as softmax_backward for columns that have all their keys in these rows, without `lse` and
-// `delta`. The sum delta = Σ p dp uses the rounded values of p and dp, so equal terms cancel exactly: a
+// Does the same as softmax_backward, without the arguments `lse` and `delta`, if the rows hold all keys of
+// each column. The sum delta = Σ p dp uses the rounded values of p and dp, so equal terms cancel exactly: a
 // column with a single row gets ds = 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;

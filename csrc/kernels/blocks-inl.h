@@ -1,10 +1,11 @@
-// Converts low-bit blocks to float and multiplies with them. One implementation serves every instruction set
-// and every block format. kernel_table.h documents the kernels, and kernels/formats has the decoders.
+// Kernels that convert low-bit blocks to float and multiply with them. One implementation serves every
+// instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
+// are in kernels/formats.
 //
 // A decoded value is the product of a float16, a scale and a code, sometimes plus a minimum. A fused
 // multiply-add gives the same value as a separate multiplication and addition, because the product is exact.
 // A float16 has 11 significant bits, a scale at most 7 and a code at most 6, so their product fits into the
-// 24 bits of a float. Only the addition rounds.
+// 24 bits of a float. Only the addition of the minimum rounds.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -21,8 +22,8 @@ inline float to_float(Half half) {
 #endif
 }
 
-// Copies the 16 bits of `half` into every lane and then converts all lanes to float. Converting first would
-// need a permutation afterwards.
+// Copies the 16 bits of `half` into every lane and then converts all lanes to float. Converting a single
+// number and then copying it would need a permutation.
 inline Vec<float> broadcast(const Half& half) {
 #if defined(NPLORA_SIMD_AVX512)
   return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};
@@ -68,8 +69,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If the panels are apart, the position must be a multiple of kBytes, so
-// that the next kBytes elements are all in one panel.
+// A position in a row of DecodedRows. If the two panels of a row are apart in memory, the position must be a
+// multiple of kBytes, so that the next kBytes elements are all in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -79,9 +80,9 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// Stands in for a row in memory to which decoded values are stored: it multiplies the values with kTokens
-// rows of `x` instead. The products of each token are added up in kChains independent sums. Each run of
-// kBytes elements uses the next of these sums, so a fused multiply-add need not wait for the previous one.
+// A destination for decoded values that is not memory: it multiplies the values with kTokens rows of `x`. The
+// products of each token are added up in kChains independent sums. Each run of kBytes elements uses the next
+// of the kChains sums, so a fused multiply-add need not wait for the previous one.
 template <size_t kTokens, size_t kChains>
 struct Dot {
   const float* x;
@@ -116,8 +117,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens, 
 }
 
 // Adds the products of a sub-block that has a single scale `d`. For one token, the scale multiplies the sum
-// of the products, which takes fewer multiplications than scaling each code. Only the first of the kChains
-// sums is then used.
+// of the products, which takes fewer multiplications than scaling each code. For one token, only the first of
+// the kChains sums is used.
 template <size_t kTokens, size_t kChains>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens, kChains>& to) {
   if constexpr (kTokens > 1) {
@@ -135,8 +136,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 
 // ---- decoders of a single block ----
 
-// A decoder prepares the scales of one block. Its member `sub_block(j, to)` then stores sub-block j as
-// floats.
+// A decoder prepares the scales of one block. The decoder's member `sub_block(j, to)` stores sub-block
+// j as floats.
 template <class Block>
 struct Decoder;
 
@@ -179,8 +180,8 @@ struct SubScales {
 // Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the number of sub-blocks of a block that the loops
 // over sub-blocks unroll.
 
-// Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch them,
-// because the part of a row that is read is too short to be detected as a stream.
+// Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch these
+// columns, because they are too few bytes to be detected as a stream.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -222,8 +223,8 @@ inline size_t fetch_ahead(size_t row_bytes) {
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. If that memory is spread evenly over the `rows` remaining
-// rows of W, this is the part that belongs to the next kFewRows rows.
+// Prefetches a part of the memory `next` into L2. The part is what belongs to the next kFewRows rows of W if
+// `next` is spread evenly over the `rows` remaining rows.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;
@@ -231,8 +232,8 @@ inline void fetch_share(Fetch& next, size_t rows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. In row r, the first of
-// these blocks is at[r].
+// Makes the decoders of up to kTogether neighbouring blocks in each row of a tile. The first of the blocks in
+// row r is at[r].
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {
@@ -241,9 +242,9 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// The decoders of formats whose block is a single sub-block. They convert the scales and minima of several
-// rows to float together, and later broadcast them from memory. Tiles of two rows use the general decoders
-// above, because they have more tokens and gain nothing from the joint conversion.
+// The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
+// several rows to float together, and later broadcast them from memory. Tiles of two rows use the general
+// decoders above, because they have more tokens and gain nothing from the joint conversion.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -260,7 +261,8 @@ struct Decoders<Block, kRows> {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));  // scale d, then minimum m
+          // The scale d is copied and, if the format has one, the minimum m that follows it.
+          __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));
           halves = halves << kBits | some;
         }
         to_four_floats(halves, factors[i] + r * kFactors);
@@ -282,8 +284,8 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Decodes the rows rows[r] of W block by block. The block of row r that begins at element i is passed to
-  // the destination `to(r, i)`.
+  // Decodes the rows of W that `rows` lists, block by block. The destination of the block that begins at
+  // element i of row rows[r] is `to(r, i)`.
   template <size_t kRows, class To>
   void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];

@@ -1,4 +1,4 @@
-// Chooses the kernel table: that of the best instruction set of this machine, or the table that the
+// Chooses the kernel table: the table of the best instruction set of this machine, or the table that the
 // environment variable NPLORA_ISA names.
 #include <cstdlib>
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// Matrix products for small batches. They read the weight W once, in the order in which it is stored: panel
-// by panel, or row by row if W is row-major. kernel_table.h documents the kernels.
+// Matrix products for small batches. These products read the weight W once, in the order in which it is
+// stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x`, for one panel, that stay in registers while rows
@@ -24,13 +24,13 @@ inline Vec<E> load_group_partial(const W* from, size_t n) {
   return Vec<E>::template load_group<kInterleave>(group);
 }
 
-// The number of partial sums of a row of W. A panel with few groups has only one partial sum, which adds the
-// groups in order.
+// The number of partial sums of a row of W. If a panel has few groups, each row has only one partial sum,
+// which adds the groups in order.
 template <class W, size_t kInterleave>
 inline constexpr size_t kSideSums = kGroups<W, kInterleave> >= 2 * kDotSums ? kDotSums : 1;
 
-// Whether a panel is multiplied by dots_zipped: if the interleave factor is two and the instruction set can
-// zip two vectors.
+// Whether dots_zipped multiplies full panels: it does if the interleave factor is two and the instruction set
+// can interleave (zip) two vectors.
 template <class W, size_t kInterleave>
 inline constexpr bool kZipped =
 #if defined(NPLORA_SIMD_AVX512)
@@ -86,7 +86,7 @@ struct Dots {
   const Operand<W>* xs;
   Sum<W>* part;
   bool accumulate;
-  const W* next;  // later rows, which are prefetched meanwhile
+  const W* next;  // later rows of W, which are prefetched
 };
 
 // Multiplies a full panel, kRows rows of W at a time, until fewer than kRows rows are left.
@@ -125,9 +125,9 @@ inline void dots_rows(Dots<W>& p) {
   }
 }
 
-// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. Two vectors of `x`
-// hold two elements each for all tokens. Zipping rearranges them so that each vector holds all four elements
-// for half of the tokens. One load of four elements of W then serves two products.
+// Multiplies a full panel if the interleave factor is two and two vectors can be zipped. Two neighbouring
+// vectors of `x` hold two elements each for every token. Zipping rearranges two vectors so that each holds
+// four elements for half of the tokens. One load of four elements of W then serves two products.
 template <class W>
 inline void dots_zipped(Dots<W>& p) {
   using T = Sum<W>;
@@ -185,7 +185,7 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of these rows stay in registers for all panels. Meanwhile, the same columns of later rows are
+// The sums of the kRows rows stay in registers for all panels. Meanwhile, the same columns of later rows are
 // prefetched, at least kFetchAhead bytes and at least kRows rows ahead.
 template <class W, size_t kInterleave, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels) {
@@ -222,9 +222,9 @@ template <class W, size_t kInterleave>
 inline void dots_interleaved(size_t rows, size_t depth, Panels<W> w, const Operand<W>* xs, Sum<W>* part,
                              bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
-  // If W is row-major or has a single row, its full panels are multiplied here. Zipped products and pairs of
-  // bfloat16 use the loop over panels below even then. Zipping keeps `x` in registers, and for pairs a vector
-  // holds more tokens.
+  // If W is row-major or has a single row, its full panels are multiplied here. Zipped products and products
+  // of bfloat16 pairs use the loop over panels below instead: zipping keeps `x` in registers, and pairs are
+  // used only for batches of more tokens.
   if constexpr (kValuesPerElement<W> == 1 && !kZipped<W, kInterleave>)
     if (const size_t panels = depth / kPanelDepth<W>; panels > 0 && w.panel_stride == kPanelDepth<W>) {
       Dots<W> p{rows, w.data, w.row_stride, xs, part, accumulate, nullptr};
@@ -290,8 +290,8 @@ inline void interleave_groups(size_t m, size_t cols, const T* x, size_t x_stride
     }
 }
 
-// Does the same as interleave_groups, by a transpose, for groups that are as large as one element U of a
-// vector. It also prefetches the next `m` rows of `x`, which are used soon.
+// Does the same as interleave_groups, by a transpose, for groups that have the size of one vector element of
+// type U. The function also prefetches the next `m` rows of `x`, which are used soon.
 template <class T, class U>
 inline void interleave_transposed(size_t m, size_t cols, const T* x, size_t x_stride, T* xs) {
   constexpr size_t kLanes = Vec<T>::kLanes, kTokens = Vec<U>::kLanes, kInterleave = kLanes / kTokens;
@@ -327,8 +327,9 @@ void interleave(size_t m, size_t interleave_factor, size_t cols, const T* x, siz
   });
 }
 
-// Sums the lanes of each token in `part` (rows, lanes) in a tree, adds `bias` (rows) if it is not null, and
-// stores the sums in `y` (m, rows). kLanes rows at a time are transposed and then summed at once.
+// Sums the lanes of each token in `part` (rows, lanes) in a tree, adds `bias` (rows) if it is not null,
+// and stores the sums in `y` (m, rows). A block of kLanes rows is transposed, so that all its rows are
+// summed at once.
 template <class T>
 void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                size_t y_stride) {
@@ -359,8 +360,8 @@ void sum_parts(size_t m, size_t interleave_factor, size_t rows, const T* part, c
 
 // ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
 
-// Sums every kCount neighbouring lanes of the kCount vectors `v`. The result has the sums of the first
-// vector, followed by those of the other vectors in order.
+// Sums each group of kCount neighbouring lanes in each of the kCount vectors `v`. The result has the sums of
+// the first vector, followed by those of the other vectors in order.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4
@@ -409,7 +410,8 @@ inline void add_packed_dots(size_t m, size_t rows, const T* a, const T* z, size_
 }
 
 // Adds z aᵀ to `y` (kTokens, rows) for at most kLanes / kTokens rows, where `z` is (kTokens, depth) and `a`
-// is (rows, depth). If there are fewer rows, the last row is repeated and its additional sums are dropped.
+// is (rows, depth). If `rows` is less than kLanes / kTokens, the last row is repeated and its additional
+// sums are dropped.
 template <size_t kTokens, class T>
 inline void add_few_dots(size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {

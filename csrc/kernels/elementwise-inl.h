@@ -1,5 +1,5 @@
-// Optimiser steps, sums of squares, dropout and 16-bit conversions. They are plain loops that the compiler
-// vectorises for each instruction set.
+// Optimiser steps, sums of squares, dropout and 16-bit conversions. These kernels are plain loops that the
+// compiler vectorises for each instruction set.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -8,6 +8,7 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
 // The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.
+// The step is:
 //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
 //   p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
 template <class T>
@@ -30,9 +31,9 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
   }
 }
 
-// One SGD step for the parameters `p` with gradients `g`, which have n elements each. The step uses d = g +
-// wd p, where wd is the weight decay. Without momentum, it is p -= lr d. With momentum, it is buf = momentum
-// buf + d, followed by p -= lr (nesterov ? d + momentum buf : buf).
+// One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
+// step is p -= lr d, where d = g + wd p and wd is the weight decay. With momentum, the step is buf = momentum
+// buf + d, followed by p -= lr (d + momentum buf) if `nesterov` is set, else p -= lr buf.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
@@ -95,8 +96,8 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBl
     }
 }
 
-// Calls `body(i, word)` for each i < n, where `word` is the random word of element e = first + i. This word
-// is output word e % 4 of the Philox counter e / 4.
+// Calls `body(i, word)` for each i < n, where `word` is the random word of element e = first + i. The random
+// word of element e is output word e % 4 of the Philox counter e / 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -119,9 +120,9 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// Rounds a magnitude stochastically to a format that keeps all but the last `dropped` bits of a float. It
-// adds `dropped` random bits to the bits that are dropped, then sets these bits to zero. If the addition
-// carries into the exponent, the result is still the right number. NaN and numbers from `largest` on are not
+// Rounds a magnitude stochastically to a format that keeps all but the last `dropped` bits of a float. The
+// function adds random bits to the last `dropped` bits, then sets these bits to zero. If the addition carries
+// into the exponent, the result is still the right number. NaN and numbers of at least `largest` are not
 // changed, because they have no finite upper neighbour in the format.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
@@ -140,8 +141,8 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
-    // Below 2^-14, neighbouring float16 numbers are 2^-24 apart. So the magnitude of x[i] is converted to
-    // units of 2^-24, a random fraction is added, and the sum is rounded down.
+    // Below 2^-14, neighbouring float16 numbers are 2^-24 apart, so the magnitude of x[i] is converted to
+    // units of 2^-24. A random fraction is added, and the sum is rounded down.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -172,9 +173,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // The next functions narrow two vectors of floats to bfloat16 in one instruction, with the first vector in
-// the low half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal
-// numbers. Subnormal numbers are recognised by their bits, because a program may have set its processor to
-// treat them as 0.
+// the low half of the result. The narrowing instruction gives the same bits as bfloat16_bits, except for
+// subnormal numbers. Subnormal numbers are recognised by their bits, because a program may have set its
+// processor to treat them as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -203,8 +204,8 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // The hardware prefetcher cannot follow as many rows as `x` has. So each pair of rows is prefetched here,
-  // kFetchAhead bytes before its use, or at least one pair before. The divisor is cols + 1 because `cols`
+  // Each pair of rows is prefetched kFetchAhead bytes before its use, or at least one pair before, because
+  // the hardware prefetcher cannot follow as many rows as `x` has. The divisor is cols + 1 because `cols`
   // may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
@@ -234,7 +235,7 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
   for (size_t c = 0; rows == 1 && c < cols; ++c) out[c] = Bf16Pair(x[c]);
 }
 
-// ---- float16 conversions, for instruction sets without them ----
+// ---- float16 conversions for instruction sets that have none ----
 
 // No intermediate value of these conversions is a subnormal float, because a program may have set its
 // processor to treat subnormal floats as 0.
@@ -258,11 +259,11 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     uint32_t half;
     if (value > 0x7F800000u) {  // NaN
       half = 0x7E00u | ((value >> 13) & 0x3FFu);
-    } else if (value >= 0x477FF000u) {  // 65520 and above round to infinity
+    } else if (value >= 0x477FF000u) {  // magnitudes of at least 65520 round to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
       // Adding 0.5 gives the float's last bit the value 2^-24, which is also the value of a subnormal
-      // float16's last bit. The addition therefore rounds as the conversion must.
+      // float16's last bit. The addition therefore rounds like a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

@@ -7,9 +7,9 @@ namespace nplora::kernels::NPLORA_ISA {
 // it is 0, and from -104 to about -87.3 it is subnormal.
 //
 // The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
-// exp(r). A polynomial approximates exp(r). It begins with 1 + r; the other coefficients minimise its largest
-// relative error, which is below 2^-28. The constant ln 2 is split into two parts. The first part has 9 bits,
-// so that n times this part is exact.
+// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r; the other coefficients minimise
+// its largest relative error, which is below 2^-28. The constant ln 2 is split into two parts, of which the
+// first has 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kShift = 0x1.8p23f;  // floats from 2^23 to 2^24 are whole numbers

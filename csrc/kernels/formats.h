@@ -1,6 +1,6 @@
 // The list of all block formats. Each format has a file in kernels/formats that holds its block layout and,
-// for kernel units (isa_*.cpp) only, its decoder and its codes in int8. A new format needs such a file, two
-// lines below that name it, and a quantiser in ops/quantizers.
+// for kernel units (isa_*.cpp) only, its decoder and its codes in int8. A new format needs a file in
+// kernels/formats, two lines below that name it, and a quantiser in ops/quantizers.
 //
 // In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
 // elements 0 to 15, and the high nibbles to elements 16 to 31. Bit i of `high` is the fifth bit of the code
@@ -10,9 +10,9 @@
 
 #include "base/block.h"
 
-// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows. The
-// layout of the format is Block<Name>, and its number is BlockFormat::k<Name>. Arrays with one kernel for
-// each format have the same order.
+// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows. Name
+// appears in the format's layout Block<Name> and in its number BlockFormat::k<Name>. Arrays with one kernel
+// for each format have the order of this list.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \
@@ -39,8 +39,8 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// A kernel unit includes this file twice. The second time, table-inl.h has defined NPLORA_DECODERS, and the
-// functions that the decoders call are known.
+// Kernel units (isa_*.cpp) include this file twice: at first only for the list, and later from table-inl.h
+// for the layouts and decoders, when the functions that the decoders call are known.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

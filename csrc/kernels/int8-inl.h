@@ -1,10 +1,11 @@
 // Products of a few rows of `x`, quantised to int8, with rows of low-bit blocks, in integer arithmetic. One
-// implementation serves every instruction set. kernel_table.h documents the kernels.
+// implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
 // An element of a block is a * code + b, where the factors a and b belong to a sub-block or to half of it. An
 // element of `x` is scale * code. The product of two sub-blocks is
-//   a scale Σ (codes of the block * codes of x) + b scale Σ codes of x.
-// The first sum is computed in integers. The second term's factor scale Σ codes of x is stored with `x`.
+//   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
+// The first sum, over products of codes, is computed in integers. The value scale * Σ (codes of x) is
+// stored with `x`.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -25,7 +26,7 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // 1 / scale may be infinite below `kLeast`
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below `kLeast`, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
   constexpr float kShift = 0x1.8p23f;  // x + kShift holds x, rounded to a whole number, in its low bits
   const uint32_t largest = largest_bits(x);
@@ -123,8 +124,8 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// The scale d and the minimum m of a block, as floats. They are neighbours in memory and are converted
-// together if one instruction can do it.
+// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory and are
+// converted together if one instruction can do it.
 struct TwoFloats {
   float first, second;
 };
@@ -163,8 +164,8 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// The type of the minima of a format, and the sums of `x` that the minima multiply. These sums are over whole
-// sub-blocks here, and over halves of sub-blocks in the specialisation below.
+// The type of the minima of a format, and the sums of `x` that the minima multiply. The sums of `x` are over
+// whole sub-blocks in this template, and over halves of sub-blocks in the specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;

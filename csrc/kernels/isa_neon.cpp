@@ -1,7 +1,7 @@
 // NEON on aarch64: 32 registers of 128 bits. The accumulators (rows x vectors) are 12 x 2 in
 // gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes. For pairs of bfloat16, gemm_outputs_in_lanes
-// uses all registers: 24 accumulators, 6 vectors that a mask makes of 3 vectors of pairs, the mask, and
-// 1 scalar pair.
+// uses all registers: 24 accumulators, the 6 vectors into which a mask splits 3 vectors of pairs, the mask,
+// and 1 scalar pair.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON
 

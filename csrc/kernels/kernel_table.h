@@ -1,7 +1,7 @@
 // The whole interface between the kernels and the rest of the library: one table of function pointers for
-// each instruction set. One of these tables is chosen at its first use. A kernel reads and writes only the
-// elements that the shapes in its comment name. It allocates no memory, throws no exceptions and does not
-// know about threads.
+// each instruction set. The library chooses one table when it first needs one. A kernel reads and writes only
+// the elements that the shapes in its comment name. A kernel allocates no memory, throws no exceptions and
+// does not know about threads.
 //
 // In the comments, a name before sizes, such as x (rows, cols), is an array of this shape. The depth of a
 // matrix product is the dimension that it sums over. An array is dense if there are no gaps between its rows.
@@ -15,8 +15,8 @@
 
 namespace nplora::kernels {
 
-// A weight W is stored in panels of this many columns: 48 floats are 3 AVX-512, 6 AVX2 or 12 NEON vectors, so
-// one layout serves every instruction set. A tile of 8 rows x 48 columns takes 24 AVX-512 registers, which is
+// A weight W is stored in panels of 48 columns: 48 floats are 3 AVX-512, 6 AVX2 or 12 NEON vectors, so one
+// layout serves every instruction set. A tile of 8 rows x 48 columns takes 24 AVX-512 registers, which is
 // enough to hide the latency of fused multiply-adds.
 inline constexpr size_t kPanelColumns = 48;
 
@@ -38,14 +38,15 @@ struct Strided {
   size_t step_stride;
 };
 
-// A bfloat16 value of a weight. The products of small batches convert it to float in registers.
+// A bfloat16 value of a weight. Products of small batches convert single bfloat16 values to float
+// in registers.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
 // the first in the low half.
 enum class Bf16Pair : uint32_t {};
 
-// The type in which products of elements E are summed.
+// The type in which products of elements of type E are summed.
 template <class E>
 struct SumOf {
   using Type = E;
@@ -79,36 +80,36 @@ struct Fetch {
 
   static constexpr Fetch none() { return {}; }
 
-  // Prefetches `lines` cache lines that begin at `from`. gemm_outputs_in_lanes prefetches `each` lines at
-  // each step, but at most as many as it reads of `w`. When too few lines are left for all steps, it
-  // prefetches later rows of `w` instead. Products with low-bit blocks ignore `each` and spread the lines
-  // over the rows of W.
+  // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
+  // `each` lines, but at most as many as it reads of `w`. When too few lines are left for all steps,
+  // gemm_outputs_in_lanes prefetches later rows of `w` instead. Products with low-bit blocks ignore `each`
+  // and spread the lines over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // Prefetches later rows of `w`; only for gemm_outputs_in_lanes. They are the rows kFetchAhead bytes further
-  // on, or the rows of the next L1 block (see l1_block_bytes).
+  // Only for gemm_outputs_in_lanes: prefetches the rows of `w` that are kFetchAhead bytes further on, or the
+  // rows of the next L1 block (see l1_block_bytes).
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// How many bytes ahead a weight is prefetched if it is read only once. This covers the latency of memory,
-// which delivers about 10 bytes in each cycle. The first bytes arrive more than 500 cycles after the request,
-// or 1000 cycles if other programs use the same memory.
+// How many bytes ahead a weight is prefetched if it is read only once. Memory delivers about 10 bytes in each
+// cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs use
+// the same memory. kFetchAhead is more than 1000 cycles times 10 bytes.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
 // kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats has 48 elements along
-// the depth, which is such a multiple. A panel of bfloat16 pairs has 24 elements, which is not;
-// ops/blocking.h therefore defines kDepthCut.
+// the depth, which is a multiple of kDepthUnit. A panel of bfloat16 pairs has 24 elements, which is no
+// multiple of kDepthUnit, so pairs are cut at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// The two matrix products on which everything else is built. Their argument `depth` counts elements.
-// Both products sum over the depth strictly in order, or they first sum each group of depth_unit
-// elements. They use fused multiply-adds if the instruction set has them. If the depth is cut only at
-// multiples of depth_unit, the result does not depend on tile sizes, blocking or threads, and both
-// products give the same bits.
+// The two matrix products on which the larger operations are built. In both products, the argument `depth`
+// counts elements. Both products sum over the depth strictly in order, or they first sum each group of
+// depth_unit elements. Both products use fused multiply-adds if the instruction set has them. If the depth is
+// cut only at multiples of depth_unit, the result does not depend on tile sizes, blocking or threads, and
+// both products give the same bits.
 template <class E>
 struct Tiles {
   // The number of tokens in a full tile of gemm_tokens_in_lanes, which fill two vectors. Small batches use
@@ -118,12 +119,12 @@ struct Tiles {
   // tiles are the fastest.
   size_t tile_rows;
   // The size of a full tile of gemm_outputs_in_lanes if the rows of `w` are not dense: tile_tokens rows of
-  // `a` times tile_columns columns of `w`. These columns of `w` are read once for each tile.
+  // `a` times tile_columns columns of `w`. Each tile reads its columns of `w` once.
   size_t tile_tokens, tile_columns;
   // In a dense panel, gemm_outputs_in_lanes processes blocks of at most this many bytes, which stay in L1. If
-  // it is 0, a panel is processed as a whole.
+  // this limit is 0, a panel is processed as a whole.
   size_t l1_block_bytes;
-  size_t depth_unit;  // counts elements, and divides kDepthUnit
+  size_t depth_unit;  // a number of elements, which divides kDepthUnit
 
   // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
   // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes` is
@@ -230,13 +231,13 @@ struct Products : Tiles<T> {
   // bfloat16 are copied as if they were floats.
   void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
 
-  // Sums the lanes of each token in `part` (rows, lanes / 2) and adds `bias` (rows), which may be null. The
-  // sums are stored in `y` (m, rows). The lanes are summed in a fixed tree.
+  // Sums the lanes of each token in `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
+  // may be null. The sums are stored in `y` (m, rows).
   void (*sum_parts)(size_t m, size_t interleave_factor, size_t rows, const T* part, const T* bias, T* y,
                     size_t y_stride);
 
-  // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). This is the low-rank term of a
-  // small batch: m <= kMostSmallBatch, and `depth` is a rank.
+  // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
+  // term of a small batch: `m` is at most kMostSmallBatch, and `depth` is a rank.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const T* a, const T* z, size_t z_stride, T* y,
                    size_t y_stride);
 
@@ -251,8 +252,8 @@ struct Products : Tiles<T> {
   // Returns the sum of the squares of `x`, in double and in a fixed order.
   double (*sum_of_squares)(size_t n, const T* x);
 
-  // Dropout: element i of `out` is x[i] * factor, or 0 if the element is dropped. It is dropped if the 32
-  // random bits that Philox4x32-10 gives for `seed` and first + i are below `threshold`.
+  // Dropout: element i of `out` is x[i] * factor, or 0 if the element is dropped. Element i is dropped if the
+  // 32 random bits that Philox4x32-10 gives for `seed` and first + i are below `threshold`.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
   // Adds a w to `c` (m, n), for a dense a (m, depth) and w (depth, n), in the order of gemm_outputs_in_lanes.
@@ -263,7 +264,7 @@ struct Products : Tiles<T> {
 };
 
 // Conversions between float and 16-bit formats. The conversions from float round to nearest, with ties to
-// even. They keep NaN and subnormal numbers, and turn numbers that are too large into Inf.
+// even. NaN and subnormal numbers are kept, and numbers that are too large become Inf.
 struct Conversions {
   void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
@@ -277,15 +278,16 @@ struct Conversions {
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
-  // Pairs neighbours down the columns of `x` (rows, cols) and stores the pairs in `out` (ceil(rows / 2),
-  // cols). An odd last row is paired with zeros. pair_rows converts floats to bfloat16 first.
+  // Pairs neighbours down the columns of `x` (rows, cols) and stores the pairs in `out` (ceil(rows /
+  // 2), cols). An odd last row is paired with zeros. The function pair_rows first converts the
+  // floats to bfloat16.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };
 
-// A weight in NF4: the 4-bit codes of the flattened tensor, and a scale for each block of 64
-// elements. If `absmax` is not null, the scale of a block is absmax[block]. Otherwise the scale is
-// absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] + absmax_offset, rounded
+// A weight in NF4: the 4-bit codes of the flattened tensor, and a scale for each block of 64 elements.
+// If `absmax` is not null, the scale of a block is absmax[block]. If `absmax` is null, the scale of a
+// block is absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] + absmax_offset, rounded
 // after each operation.
 struct Nf4 {
   const uint8_t* codes;
@@ -313,7 +315,7 @@ struct BlockDecoders {
 
   // Decodes NF4 to `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
   // flattened tensor. Any `first` and `row_step` are allowed, but even numbers are faster. If the panels of
-  // `to` are apart (see DecodedRows), both must be multiples of 16.
+  // `to` are apart (see DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
@@ -334,9 +336,9 @@ struct BlockDots {
 };
 
 // Rows of `x` in int8. Element i of a row is about codes[i] * scale, with one scale for each sub-block. For
-// each sub-block, `sums` holds scale * Σ codes; `half_sums` holds the same for each half of a sub-block. The
-// shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 *
-// cols / kSubBlock).
+// each sub-block, `sums` holds the scale times the sum of the codes; `half_sums` holds the same for each half
+// of a sub-block. The shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m, cols / kSubBlock)
+// and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -426,12 +428,12 @@ struct Transformer {
                        float* factor);
 
   // The backward pass of the softmax, down the columns of `s` and `dp` (rows, n): p = exp(min(s - lse, 0))
-  // and ds = p * (dp - delta). It works in place: `s` becomes p, and `dp` becomes ds.
+  // and ds = p * (dp - delta). The kernel works in place: `s` becomes p, and `dp` becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
-  // Does the same as softmax_backward if the rows hold all keys of each column. It computes p = softmax(s)
-  // and delta = Σ p * dp itself.
+  // Does the same as softmax_backward if the rows hold all keys of each column. This kernel computes p =
+  // softmax(s) and delta = Σ p * dp itself.
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
@@ -450,8 +452,8 @@ struct KernelTable {
   Int8Products int8;
   Transformer transformer;
 
-  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers. If not, each call makes a
-  // copy of `w` in pairs.
+  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers, instead of making a copy of
+  // `w` in pairs at each call.
   bool pairs_in_registers = true;
 
   template <class T>
@@ -500,14 +502,15 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 }
 
 // Returns the table in use: the best table that this machine can run, or the table that the environment
-// variable NPLORA_ISA names. The first call chooses the table. It asks Linux for the AMX registers only if
+// variable NPLORA_ISA names. The first call chooses the table. Linux is asked for the AMX registers only if
 // they would be used. If Linux refuses, the next best table is used, unless NPLORA_ISA is amx. Throws
 // std::invalid_argument, with the reason, if NPLORA_ISA names a table that is unknown, not in this build, or
 // not runnable on this machine.
 const KernelTable& table();
 
-// Writes the tables of this build that this machine can run to `out`, with the best table last, and returns
-// their number. This function does not ask Linux for the AMX registers. Tests and show_config use it.
+// Writes the tables of this build that this machine can run to `out`, with the best table last, and
+// returns their number. This function does not ask Linux for the AMX registers. Tests and show_config
+// use this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

@@ -1,18 +1,20 @@
-// The matrix products and the transposes around them. One implementation serves every instruction set.
-// kernel_table.h documents the kernels.
+// The matrix products and the transposes around them. One implementation serves every instruction set. Each
+// kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles. All values that a tile uses must fit
 // into the registers.
-//   `kTileRows` is the number of rows of `w` in a tile of gemm_tokens_in_lanes. The tile has kTileRows * 2
-//     accumulators, 2 vectors of `x` and 1 broadcast element.
+//   `kTileRows` is the number of rows of `w` in a tile of gemm_tokens_in_lanes. A tile of
+//     gemm_tokens_in_lanes has kTileRows * 2 accumulators, 2 vectors of `x` and 1 broadcast element.
 //   `kTileTokens` is the number of rows of `a` in a tile of gemm_outputs_in_lanes and merge.
-//   `kOutputVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes and merge. The tile
-//     has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and 1 broadcast element.
-//   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel. It
-//     is either a whole row of floats, in tiles with fewer rows of `a`, or the same as kOutputVectors.
+//   `kOutputVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes and merge. A tile of
+//     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
+//     1 broadcast element.
+//   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
+//     `kPanelVectors` covers a whole row of floats, in tiles with fewer rows of `a`, or is the same as
+//     kOutputVectors.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
-//     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples in
-//     vector registers. Moving a multiple back costs 3-4 % of the time.
+//     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
+//     stride in vector registers; moving a multiple back costs 3-4 % of the time.
 // Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
 // can start in each cycle.
 
@@ -31,10 +33,10 @@ struct TokensInLanes {
 
 // Computes one tile. `kStride` is the row stride of `w` if it is known at compile time (in a full panel),
 // else 0. In a full panel, the rows of the next tile follow in memory, but the hardware does not prefetch
-// them. So each step prefetches at most one cache line of these rows. Tiles of fewer than 24 accumulators
-// prefetch into L2, larger tiles into L1. On a Zen 4, if W is not in the cache, prefetching into L2 makes
-// batches of 16 rows a quarter faster, and with AVX2 batches of 32 rows a tenth faster. Larger tiles gain
-// nothing from it.
+// them. Each step prefetches at most one cache line of the next tile's rows. Tiles of fewer than 24
+// accumulators prefetch into L2, larger tiles into L1. On a Zen 4, if W is not in the cache, prefetching into
+// L2 makes batches of 16 rows a quarter faster, and with AVX2 batches of 32 rows a tenth faster. Larger tiles
+// gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -110,8 +112,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` for each element of `a`. It is two if the elements of `a` are pairs and `w` holds
-// single bfloat16 values, which are paired in registers.
+// The number of rows of `w` for each element of `a`. The number is two if the elements of `a` are pairs and
+// `w` holds single bfloat16 values, which are paired in registers.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -131,15 +133,15 @@ template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns the Fetch of wide tiles. Wide tiles prefetch one cache line at each step, and never later rows of
-// `w`. In this Fetch, the member `each` is the distance from one line to the next, in bytes.
+// Returns a Fetch for wide tiles. Wide tiles prefetch one cache line at each step, and never later rows of
+// `w`. In the Fetch for wide tiles, the member `each` is the distance from one line to the next, in bytes.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The cache lines that a tile prefetches at each step. They are the lines of a Fetch. If too few lines are
-// left, they are rows of `w` instead, in the columns that the tile reads, kFetchAhead bytes further on. Other
-// columns of `w` are in L2 already.
+// The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
+// left, later rows of `w`. A tile prefetches its own columns of `w`, kFetchAhead bytes further on, because
+// other columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
@@ -186,8 +188,8 @@ struct OutputsInLanes {
   bool accumulate;
 };
 
-// Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, it computes only one
-// tile, because no register is left for a loop over tiles. The `n` columns are kVectors full vectors; if
+// Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, `tiles` is taken as
+// 1, because no register is left for a loop over tiles. The `n` columns are kVectors full vectors; if
 // `kPartial` is set, the last vector is not full.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
@@ -196,7 +198,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // L2 for wide tiles: L1 has no room for two L1 blocks
+  constexpr int kLocality = kWide ? 2 : 3;  // wide tiles use L2: L1 has no room for two L1 blocks
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -336,7 +338,7 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 
 // Multiplies with a dense panel, in L1 blocks of about equal size. Each block is read once for each tile of
 // rows and each group of columns. If the caller asks for Fetch::rows_ahead, the next block is prefetched
-// meanwhile, spread evenly over these readings.
+// meanwhile, spread evenly over the readings of this block.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -345,9 +347,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller asks for Fetch::rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // If a block is read fewer times than a row has cache lines, these readings cannot prefetch all of the next
-  // block. The hardware then prefetches better without help, and best in blocks of 6 KB: on a Zen 4, products
-  // with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs no blocks.
+  // If a block is read fewer times than a row has cache lines, its readings cannot prefetch all of the next
+  // block, and the hardware prefetches better without help. The hardware prefetches best in blocks of 6 KB:
+  // on a Zen 4, products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only
+  // once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -379,14 +382,15 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: adds the product a w to c ----
 
-// If `streams` is set, `c` is prefetched at most this many panels ahead. It is prefetched into L2, because
-// rows that are a multiple of 4 KB apart would evict each other from L1.
+// If `streams` is set, `c` is prefetched at most this many panels ahead. The prefetched part of `c` goes into
+// L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, it prefetches `c`, one row
-// of a tile at each step. If all rows of a tile were prefetched at once, they would wait for each other, and
-// a small rank has too few steps to hide the wait. In the last panels, it prefetches the next kRows rows of
-// `c`. The sizes are template parameters so that tests/inner_loops.py can read them in the function's name.
+// Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, this function prefetches
+// `c`, one row of a tile at each step. If all rows of a tile were prefetched at once, they would wait for
+// each other, and a small rank has too few steps to hide the wait. In the last panels, this function
+// prefetches the next kRows rows of `c`. The sizes are template parameters so that tests/inner_loops.py can
+// read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
@@ -451,8 +455,8 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 // ---- transposes into and out of the SIMD lanes ----
 
 // Transposes `x` (rows, cols) into `xt` (cols, n_lanes). Lanes without a row are set to zero. The hardware
-// does not prefetch this many rows, so each row is prefetched kAhead columns ahead. At the end of the rows,
-// the next n_lanes rows are prefetched.
+// prefetcher cannot follow as many rows as `x` has, so each row is prefetched kAhead columns ahead. At the
+// end of the rows, the start of the next n_lanes rows is prefetched.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);

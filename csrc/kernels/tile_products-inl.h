@@ -1,11 +1,11 @@
-// Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). kernel_table.h
-// documents the kernels.
+// Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is
+// documented in kernel_table.h.
 //
 // Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two
-// tiles in gemm_tokens_in_lanes. The other two registers hold a tile of `a` and a tile of `b`, of up to
-// kTileSide pairs along the depth. A step multiplies these pairs for all six sums. It needs seven loads of 8
-// cycles and six products of 16 cycles. The products of a step are summed first, and their sum is then added
-// to the result. Subnormal numbers count as zero.
+// tiles in gemm_tokens_in_lanes. The other two registers hold a tile of `a` and a tile of `b`. A step
+// multiplies up to kTileSide pairs along the depth for all six sums. A step needs seven loads of 8 cycles and
+// six products of 16 cycles. The products of a step are summed first, and their sum is then added to the
+// result. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -47,8 +47,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// Adds a b to all sums. Every second row of tiles is processed backwards, because it can then start with the
-// tile of `b` that is already loaded.
+// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, because such
+// a row can start with the tile of `b` that is already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -59,8 +59,8 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A copy of the operands of a step. It is used if the operands are not stored as tiles are loaded, or if they
-// end within the step. After the end of the operands, the copy is filled with zeros.
+// A copy of the operands of a step, for operands that cannot be loaded as tiles or that end within the step.
+// After the end of the operands, the copy is filled with zeros.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -155,7 +155,7 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// Computes the product of gemm_outputs_in_lanes for a `w` that holds single bfloat16 values. It copies
+// Does the same as gemm_outputs_in_lanes for a `w` that holds single bfloat16 values. The function copies
 // kPairedRows rows of `w` at a time as pairs, and the copy stays in L1.
 inline constexpr size_t kPairedRows = 256;
 
@@ -184,7 +184,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 // ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
 // Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step has one half in a panel and
-// the other half in the next panel, so it is copied.
+// the other half in the next panel, so its part of `w` is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {

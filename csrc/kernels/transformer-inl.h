@@ -1,5 +1,5 @@
-// RMSNorm, rotary position encoding, gated units, and kernels over rows of logits. kernel_table.h
-// documents the kernels.
+// RMSNorm, rotary position encoding, gated units, and kernels over rows of logits. Each kernel is
+// documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -76,7 +76,8 @@ struct Silu {  // p = g
 };
 
 // The tanh form of GELU is g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³) (Hendrycks and Gimpel
-// 2016). Since 1 + tanh u = 2 s(2 u) for the sigmoid function s, the polynomial is p = 2 u = kA g + kB g³.
+// 2016). Since 1 + tanh u = 2 s(2 u) for the sigmoid function s, the polynomial p of this activation is 2 u =
+// kA g + kB g³.
 struct GeluTanh {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
@@ -95,7 +96,7 @@ void gated(size_t n, const float* gate, const float* up, float* out) {
   });
 }
 
-// The backward pass of out = g s up, where s is the sigmoid of p(g). The derivative of s is s (1 - s) p'.
+// The backward pass of out = g s up, where s is the sigmoid of p(g) and its derivative is s (1 - s) p'.
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {

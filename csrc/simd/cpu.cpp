@@ -10,7 +10,7 @@
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-#if !defined(HWCAP2_BF16)  // some headers that we build with are older
+#if !defined(HWCAP2_BF16)  // older headers do not define HWCAP2_BF16
 #define HWCAP2_BF16 (1ul << 14)
 #endif
 #endif
@@ -35,8 +35,9 @@ bool bit(unsigned word, int i) {
   return (word >> i & 1) != 0;
 }
 
-// Returns the XCR0 register, which has a bit for each set of registers that the operating system saves. An
-// instruction that uses other registers faults, even if CPUID lists this instruction.
+// Returns the XCR0 register, which has a bit for each set of registers that the operating system saves.
+// An instruction faults if it uses registers that the operating system does not save, even if CPUID
+// lists the instruction.
 unsigned saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));

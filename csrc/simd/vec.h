@@ -1,23 +1,24 @@
 // Vec<float> and Vec<double>: the vector registers of one instruction set behind one small interface.
 //
-// A kernel unit is one of the files kernels/isa_*.cpp. It defines NPLORA_ISA, the namespace of all its code,
-// and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this code. If two
-// units shared an inline function, the linker could keep the AVX-512 version of this function, and it would
-// crash an older machine. For this reason, kernel units use no templates of the standard library.
+// A kernel unit is one of the files kernels/isa_*.cpp. Each kernel unit defines NPLORA_ISA, the namespace of
+// all its code, and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this
+// file. If two units shared an inline function, the linker could keep the AVX-512 version of this function,
+// which would crash on an older machine. Kernel units use no templates of the standard library, because the
+// linker could share these too.
 //
 //   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
-//   `broadcast(x)` copies x to all lanes. The result is a vector, or a type that `fma` accepts as its second
-//     argument.
-//   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. Loading sets the other
-//     lanes to 0.
+//   `broadcast(x)` copies x to all lanes. `broadcast` returns a vector, or a type that `fma` accepts as its
+//     second argument.
+//   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. `load_partial` sets the
+//     other lanes to 0.
 //   `load_group<n>(p)` loads n elements and repeats them until all lanes are full.
 //   `pair_rows(first, second)` of Bf16Pair pairs each bfloat16 value of one row with the value below it in
 //     the next row.
 //   `fma(a, b, c)` returns a * b + c.
-//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. Like a - b, a * b and a / b, they exist for float
-//     only.
-//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, for float only. It
-//     rounds once unless the result is subnormal. If a is NaN, it returns NaN.
+//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` exist for float only,
+//     like a - b, a * b and a / b.
+//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, for float only.
+//     `times_power_of_two` rounds once unless the result is subnormal, and returns NaN if a is NaN.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements, with a row in each vector.
 //   `add_neighbours(a, b)` returns the sums of neighbouring lanes of a, then the sums of neighbouring lanes
 //     of b.

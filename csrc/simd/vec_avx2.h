@@ -1,4 +1,4 @@
-// Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. vec.h includes this file inside the
+// Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
 // namespace of one instruction set.
 
 // The 8 words from index 8 - n on are a mask that selects the first n words.

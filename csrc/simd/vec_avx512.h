@@ -1,5 +1,5 @@
-// Vectors of 16 floats or 8 doubles in one AVX-512 register. vec.h includes this file inside the namespace of
-// one instruction set.
+// Vectors of 16 floats or 8 doubles in one AVX-512 register. This file is included by vec.h, inside the
+// namespace of one instruction set.
 template <>
 struct Vec<float> {
   static constexpr size_t kLanes = 16;
@@ -178,7 +178,7 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
   // Now quarter q of u[4 g + j] holds column 4 q + j of the four rows from row 4 g on. The next step collects
-  // the quarters of each column from all g.
+  // the four quarters of each column, one from each group g of four rows.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),

@@ -1,5 +1,5 @@
-// Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. vec.h explains
-// the rules of kernel units.
+// Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. The rules of
+// kernel units are in vec.h.
 //
 //   `move(b, from, to, mask)` moves bit `from` of each byte, with the bits beside it, to bit `to`, and clears
 //     the bits that are not in `mask`.
@@ -7,10 +7,10 @@
 //   `interleave(a, b)` returns the bytes a0 b0 a1 b1 ... a7 b7 as `low` and the bytes a8 b8 ... a15 b15 as
 //     `high`.
 //   `widen(b)` converts the bytes, as signed numbers, to floats.
-//   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels are floats or
-//     bytes.
+//   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels of `lookup`
+//     are floats or bytes.
 //   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d (q - offset) or d q + m.
-//   `high(nibbles, b)` decodes the high nibble of each byte in the same way.
+//   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`.
 #pragma once
 
 #include "simd/vec.h"
@@ -41,8 +41,8 @@ inline Bytes pair(uint64_t low, uint64_t high) {
   return (Bytes)(Longs){low, high};
 }
 
-// Few machines can shift single bytes, so words of two bytes are shifted. Some bits then cross into the other
-// byte of a word, and `mask` must clear these bits.
+// Few machines can shift single bytes, so words of two bytes are shifted. Bits that cross from one byte of a
+// word into the other must be cleared by `mask`.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
 }
@@ -78,8 +78,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
 
-// A table with the values of all 16 codes. One permutation turns codes into values. It reads only the low
-// four bits of each index.
+// A table with the values of all 16 codes. One permutation turns codes into values. The permutation reads
+// only the low four bits of each index.
 struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
@@ -175,8 +175,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// The generic unit does not inline long functions. Few machines run this unit, and with inlining it made up
-// two fifths of the library.
+// The generic unit does not inline long functions. Few machines run the generic unit, and with inlining it
+// made up two fifths of the library.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);

@@ -1,5 +1,5 @@
-// Vectors of 4 floats or 2 doubles in one NEON register. vec.h includes this file inside the namespace of
-// one instruction set.
+// Vectors of 4 floats or 2 doubles in one NEON register. This file is included by vec.h, inside the namespace
+// of one instruction set.
 
 // The result of `broadcast`: one number, for the multiply-by-element instructions. Loading one number takes
 // only a plain load (ldr). Loading a vector of copies (ld1r) would also take a slot in the pipes of the
@@ -22,8 +22,8 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// Returns the first `n` of 4 words, or of 4 half words, and zeros for the others. They are loaded straight
-// into a register, while a loop over the words would go through the stack.
+// Returns the first `n` of 4 words, or of 4 half words, and zeros for the others. Both functions load
+// straight into a register, because a loop over the words would go through the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;

@@ -1,11 +1,11 @@
-// Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. vec.h
-// explains the rules of kernel units.
+// Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. The
+// rules of kernel units are in vec.h.
 //
-//   `load_sub_block(p)` loads 32 bytes, `join(low, high)` makes them from two Bytes, and `lookup(levels, s)`
-//     works as for Bytes.
+//   `load_sub_block(p)` loads 32 bytes, `join(low, high)` joins two Bytes, and `lookup(levels, s)` works as
+//     for Bytes.
 //   `dot(u, x)` multiplies `u` and `x` byte by byte and sums four products in each of eight lanes. Lanes 0 to
-//     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` are from 0
-//     to 127, and those of `x` from -127 to 127.
+//     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` must be
+//     from 0 to 127, and those of `x` from -127 to 127.
 //   `dot_signed(w, x)` does the same for any signed bytes `w`.
 //   `to_floats(sums)` converts the eight integer sums to floats.
 //   `spread(low, high)` puts `low` into lanes 0 to 3 and `high` into lanes 4 to 7.

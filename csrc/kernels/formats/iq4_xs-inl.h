@@ -7,8 +7,8 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is (d (scale - 32)) kIQ4Levels[q], with one 6-bit
 // `scale` for each sub-block. Sub-block j starts at byte 16 j of `q` and is laid out as in IQ4_NL. The low
-// four bits of its scale are in byte j / 2 of `scales_low`, in the low nibble if j is even. The high two bits
-// of its scale are at bit 2 j of the 16-bit number `scales_high`.
+// four bits of the scale of sub-block j are in byte j / 2 of `scales_low`, in the low nibble if j is even,
+// else in the high nibble. The high two bits of this scale are at bit 2 j of the 16-bit number `scales_high`.
 struct BlockIQ4_XS {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};
@@ -29,7 +29,8 @@ namespace nplora::kernels::NPLORA_ISA {
 inline void put_scales(const BlockIQ4_XS& block, float* to) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
-  // Spreads eight 2-bit fields over eight bytes. Each step halves the runs of fields that are still together.
+  // Spreads eight 2-bit fields over eight bytes. Each step splits every run of adjacent fields into two
+  // halves and moves the halves apart.
   uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
   high = (high | high << 12) & 0x000F000F000F000F;
   high = (high | high << 6) & 0x0303030303030303;

@@ -150,10 +150,11 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 }
 
 // The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp = Σ dout out (Dao et al.
-// 2022, section 3.1), where dx is the gradient of the loss with respect to x. The probabilities p are
-// computed again as exp(s - lse), where `lse` is the logarithm of the forward pass's sum of exp(s). The
-// scores s are computed again too, and may be rounded differently than in the forward pass. Because of this
-// rounding, a large s could exceed `lse` until exp overflows, so s - lse is limited to at most 0.
+// 2022, section 3.1), where `out` is the output of attention and dx is the gradient of the loss with respect
+// to x. The probabilities p are computed again as exp(s - lse), where `lse` is the logarithm of the forward
+// pass's sum of exp(s). The scores s are computed again too, and may be rounded differently than in the
+// forward pass. Because of this rounding, a large s could exceed `lse` until exp overflows, so s - lse is
+// limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;

@@ -55,7 +55,7 @@ inline void keep_in_memory(float (&values)[kCount]) {
 inline void put(const Floats& values, float* to) {
   for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
 }
-// The functions below store d q, or d q + m for formats with a minimum m, where d is the scale and q the
+// The functions below store d * q, or d * q + m for formats with a minimum m, where d is the scale and q the
 // code. Without a minimum, nothing is added, because adding 0 would turn a product of -0 into +0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
@@ -88,7 +88,7 @@ struct Dot {
   const float* x;
   size_t x_stride;
   Vec<float> (*sums)[kTokens];  // (kChains, kTokens)
-  size_t at = 0;                // where the current run begins in a row of `x`
+  size_t at = 0;                // index in a row of `x` at which the current run of elements begins
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
@@ -150,8 +150,8 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// The scales d scale_j and the negated minima -dmin min_j of the eight sub-blocks j of a Q4_K or Q5_K block.
-// The scales are d[0] to d[7], and the minima are m_from_8[8] to m_from_8[15].
+// The factors d * scale_j and the negated minima -dmin * min_j of the eight sub-blocks j of a Q4_K or Q5_K
+// block. The factors are d[0] to d[7], and the negated minima are m_from_8[8] to m_from_8[15].
 struct SubScales {
   float d[16], m_from_8[16];
 
@@ -223,8 +223,8 @@ inline size_t fetch_ahead(size_t row_bytes) {
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. The part is what belongs to the next kFewRows rows of W if
-// `next` is spread evenly over the `rows` remaining rows.
+// Prefetches a part of the memory `next` into L2. If `next` is spread evenly over the `rows` remaining rows
+// of W, the prefetched part belongs to the next kFewRows rows.
 inline void fetch_share(Fetch& next, size_t rows) {
   const size_t n = rows <= kFewRows ? next.lines : ceil_div(next.lines * kFewRows, rows);
   next.lines -= n;

@@ -3,8 +3,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. Above 88.72 the result is Inf, below -104
-// it is 0, and from -104 to about -87.3 it is subnormal.
+// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. For x above 88.72 the result is Inf, for
+// x below -104 it is 0, and from -104 to about -87.3 it is subnormal.
 //
 // The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
 // exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r; the other coefficients minimise

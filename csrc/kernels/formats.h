@@ -10,9 +10,9 @@
 
 #include "base/block.h"
 
-// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows. Name
-// appears in the format's layout Block<Name> and in its number BlockFormat::k<Name>. Arrays with one kernel
-// for each format have the order of this list.
+// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows.
+// Block<Name> is the layout of the format, and BlockFormat::k<Name> is its number. Arrays with one kernel for
+// each format have the order of this list.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \

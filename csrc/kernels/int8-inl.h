@@ -89,7 +89,7 @@ inline float sum(EightSubBlocks x) {
 }
 
 // The factors of a block with eight sub-blocks, one for each half of a sub-block. Both factors of a sub-block
-// are multiplied by the scale of the whole sub-block of `x`.
+// are multiplied by the scale of the whole matching sub-block of `x`.
 struct Halves {
   Eight v[8];
   Eight at(size_t j) const { return v[j]; }

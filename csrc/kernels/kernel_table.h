@@ -121,8 +121,8 @@ struct Tiles {
   // The size of a full tile of gemm_outputs_in_lanes if the rows of `w` are not dense: tile_tokens rows of
   // `a` times tile_columns columns of `w`. Each tile reads its columns of `w` once.
   size_t tile_tokens, tile_columns;
-  // In a dense panel, gemm_outputs_in_lanes processes blocks of at most this many bytes, which stay in L1. If
-  // this limit is 0, a panel is processed as a whole.
+  // In a dense panel, gemm_outputs_in_lanes processes blocks of at most l1_block_bytes bytes, which stay in
+  // L1. If l1_block_bytes is 0, a panel is processed as a whole.
   size_t l1_block_bytes;
   size_t depth_unit;  // a number of elements, which divides kDepthUnit
 
@@ -169,8 +169,8 @@ struct StoredOf<Bf16Pair> {
 };
 
 // Returns the interleave factor f for `m` rows: the largest power of two with f * m <= lanes, or 1. A small
-// batch may have fewer rows than a vector has lanes. To use all lanes, each token gets f neighbouring lanes:
-// lane token * f + i holds the elements k along the depth with k % f == i.
+// batch may have fewer rows than a vector has lanes. To use all lanes, each token gets f neighbouring lanes,
+// where f is the interleave factor. Lane token * f + i holds the elements k along the depth with k % f == i.
 inline size_t interleave_factor(size_t m, size_t lanes) {
   size_t factor = lanes;
   while (factor > 1 && factor * m > lanes) factor /= 2;
@@ -226,9 +226,9 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Copies each element of `x` (m, cols) to its lane in `xs` (ceil(cols / interleave_factor), lanes / 2). The
-  // function interleave_factor explains the lanes. Lanes without an element of `x` are set to zero. Pairs of
-  // bfloat16 are copied as if they were floats.
+  // Copies each element of `x` (m, cols) to its lane (see interleave_factor) in `xs` (ceil(cols /
+  // interleave_factor), lanes / 2). Lanes without an element of `x` are set to zero. Pairs of bfloat16 are
+  // copied as if they were floats.
   void (*interleave)(size_t m, size_t interleave_factor, size_t cols, const T* x, size_t x_stride, T* xs);
 
   // Sums the lanes of each token in `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
@@ -256,9 +256,9 @@ struct Products : Tiles<T> {
   // 32 random bits that Philox4x32-10 gives for `seed` and first + i are below `threshold`.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
-  // Adds a w to `c` (m, n), for a dense a (m, depth) and w (depth, n), in the order of gemm_outputs_in_lanes.
-  // `panels` holds w in dense panels of kPanelColumns columns; the last panel has the remaining columns. If
-  // `streams` is set, `c` is too large for the cache and is prefetched.
+  // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n), and sums in the same order as
+  // gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns; the last panel has the
+  // remaining columns. If `streams` is set, `c` is too large for the cache and is prefetched.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
@@ -278,9 +278,9 @@ struct Conversions {
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
-  // Pairs neighbours down the columns of `x` (rows, cols) and stores the pairs in `out` (ceil(rows /
-  // 2), cols). An odd last row is paired with zeros. The function pair_rows first converts the
-  // floats to bfloat16.
+  // Makes pairs of neighbours in the columns of `x` (rows, cols) and stores them in `out` (ceil(rows / 2),
+  // cols). If the number of rows is odd, the last row is paired with zeros. The function pair_rows first
+  // converts the floats to bfloat16.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };

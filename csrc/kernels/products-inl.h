@@ -382,8 +382,8 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: adds the product a w to c ----
 
-// If `streams` is set, `c` is prefetched at most this many panels ahead. The prefetched part of `c` goes into
-// L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
+// If `streams` is set, `c` is prefetched at most kPanelsAhead panels ahead. The prefetched part of `c` goes
+// into L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
 // Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, this function prefetches

@@ -2,10 +2,10 @@
 // documented in kernel_table.h.
 //
 // Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two
-// tiles in gemm_tokens_in_lanes. The other two registers hold a tile of `a` and a tile of `b`. A step
-// multiplies up to kTileSide pairs along the depth for all six sums. A step needs seven loads of 8 cycles and
-// six products of 16 cycles. The products of a step are summed first, and their sum is then added to the
-// result. Subnormal numbers count as zero.
+// tiles in gemm_tokens_in_lanes. The other two of the eight registers hold a tile of `a` and a tile of `b`. A
+// step multiplies up to kTileSide pairs along the depth for all six sums. A step needs seven loads of 8
+// cycles and six products of 16 cycles. The products of a step are summed first, and their sum is then added
+// to the result. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -98,8 +98,8 @@ struct OutputTiles {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// Computes kRows x kColumns tiles of `c`. The last of these tiles has the shape (rows, columns), which must
-// match the last call of set_shapes.
+// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns), which must match the
+// last call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {

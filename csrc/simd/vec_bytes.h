@@ -9,7 +9,7 @@
 //   `widen(b)` converts the bytes, as signed numbers, to floats.
 //   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels of `lookup`
 //     are floats or bytes.
-//   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d (q - offset) or d q + m.
+//   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d * (q - offset) or d * q + m.
 //   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`.
 #pragma once
 

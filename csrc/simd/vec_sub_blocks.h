@@ -6,7 +6,7 @@
 //   `dot(u, x)` multiplies `u` and `x` byte by byte and sums four products in each of eight lanes. Lanes 0 to
 //     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` must be
 //     from 0 to 127, and those of `x` from -127 to 127.
-//   `dot_signed(w, x)` does the same for any signed bytes `w`.
+//   `dot_signed(w, x)` does the same as `dot` for any signed bytes `w`.
 //   `to_floats(sums)` converts the eight integer sums to floats.
 //   `spread(low, high)` puts `low` into lanes 0 to 3 and `high` into lanes 4 to 7.
 //   `sum(v)` returns the sum of the eight lanes of `v`, added in a fixed tree.
@@ -65,7 +65,7 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 inline EightInts dot(SubBlock u, SubBlock x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
-#else  // the sum of two products of 127 * 127 fits into 16 bits
+#else  // the sum of two products of at most 127 * 127 fits into 16 bits
   return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }

@@ -8,7 +8,7 @@ namespace nplora {
 inline constexpr int8_t kIQ4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 
-// d kIQ4Levels[q]
+// An element with code q is d * kIQ4Levels[q].
 struct BlockIQ4_NL {
   static constexpr size_t kElements = 32;
   static constexpr BlockFacts kFacts{.largest = 113 * kLargestHalf};

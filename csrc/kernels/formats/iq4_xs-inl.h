@@ -5,7 +5,7 @@
 
 namespace nplora {
 
-// A block has eight sub-blocks. An element with code q is (d (scale - 32)) kIQ4Levels[q], with one 6-bit
+// A block has eight sub-blocks. An element with code q is d * (scale - 32) * kIQ4Levels[q], with one 6-bit
 // `scale` for each sub-block. Sub-block j starts at byte 16 j of `q` and is laid out as in IQ4_NL. The low
 // four bits of the scale of sub-block j are in byte j / 2 of `scales_low`, in the low nibble if j is even,
 // else in the high nibble. The high two bits of this scale are at bit 2 j of the 16-bit number `scales_high`.
@@ -24,8 +24,8 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// Stores the factors d (scale - 32) of the eight sub-blocks to `to`, followed by eight numbers without
-// meaning.
+// Stores the factors d * (scale - 32) of the eight sub-blocks to `to`, followed by eight numbers
+// without meaning.
 inline void put_scales(const BlockIQ4_XS& block, float* to) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);

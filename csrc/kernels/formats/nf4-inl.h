@@ -6,10 +6,10 @@
 
 namespace nplora {
 
-// An element with code q is absmax kNf4Levels[q], where `absmax` is the scale of its block. A block is 64
+// An element with code q is absmax * kNf4Levels[q], where `absmax` is the scale of its block. A block is 64
 // elements of the flattened tensor, and may begin and end within a row. In a block, element 2 i is the high
 // nibble of byte i, and element 2 i + 1 is the low nibble. The scales are in a separate array, with one float
-// for each block. The scales may themselves be quantised. A quantised scale with code c is book[c] s +
+// for each block. The scales may themselves be quantised. A quantised scale with code c is book[c] * s +
 // offset, where the book has kNf4Book levels and one factor s belongs to kNf4Group blocks.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;

@@ -4,11 +4,11 @@
 
 namespace nplora {
 
-// A block has eight sub-blocks. An element with the 3-bit code q is (d (scale - 32)) (q - 4), with one 6-bit
-// `scale` for each half of a sub-block. The low two bits of the codes of sub-block 4 h + t start at byte 32 h
-// of `low`, at bit 2 t of each byte. The high bits of the codes of sub-block j are bit j of each byte of
-// `high`. The low four bits of scale i are in byte i % 8 of `scales`, in the low nibble if i < 8, else in the
-// high nibble. The high two bits of scale i are in byte 8 + i % 4 of `scales`, at bit 2 (i / 4).
+// A block has eight sub-blocks. An element with the 3-bit code q is d * (scale - 32) * (q - 4), with one
+// 6-bit `scale` for each half of a sub-block. The low two bits of the codes of sub-block 4 h + t start at
+// byte 32 h of `low`, at bit 2 t of each byte. The high bits of the codes of sub-block j are bit j of each
+// byte of `high`. The low four bits of scale i are in byte i % 8 of `scales`, in the low nibble if i < 8,
+// else in the high nibble. The high two bits of scale i are in byte 8 + i % 4 of `scales`, at bit 2 (i / 4).
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -24,7 +24,7 @@ static_assert(sizeof(BlockQ3_K) == 110);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// Stores the 16 factors d (scale - 32) of a block to `to`.
+// Stores the 16 factors d * (scale - 32) of a block to `to`.
 inline void put_scales(const BlockQ3_K& block, float* to) {
   constexpr uint64_t kFour = 0x0F0F0F0F0F0F0F0F, kTwo = 0x3030303030303030;
   uint64_t low;
@@ -55,7 +55,7 @@ struct Decoder<BlockQ3_K> {
       const auto d = Vec<float>::broadcast(scales[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
       // The permutation reads four bits of each index: the three bits of this code and, above them, one bit
-      // of another code. The table holds each value twice, so the fourth bit does not matter.
+      // of another code. The table holds each value twice, so the highest of the four bits does not matter.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

@@ -247,7 +247,7 @@ def read_dataset(
         path: a .jsonl, .csv or .txt file.
         tokenizer: the model's tokenizer.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
-        learn: "completion" trains what is listed above; "all" also trains prompts and all turns.
+        learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:

@@ -46,7 +46,7 @@ _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipyth
 
 @dataclass(frozen=True)
 class _Example:
-    """The ids of a row, whether each is trained, and whether the row has unused tools or documents."""
+    """The token ids of a row, a mark for each trained token, and whether tools or documents are unused."""
 
     ids: list[int]
     trained: list[bool]
@@ -59,16 +59,16 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: rows that are used, or windows of a plain text.
+        examples: the number of used rows, or of windows of a plain text.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
-        truncated: examples that were cut to the maximum length.
-        emptied: examples that are left out, because the cut left no trained token.
-        skipped: bad rows that were skipped.
+        truncated: the number of examples that were cut to the maximum length.
+        emptied: the number of examples that are left out because no trained token remained after the cut.
+        skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
-        unused: examples with tools or documents that the chat template does not write, so that the model does
-            not see them.
+        unused: the number of examples with tools or documents that the chat template leaves out, so that the
+            model does not see them.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
@@ -104,9 +104,9 @@ class DataReport:
 
 
 class Dataset(Sequence[tuple[Array, Array]]):
-    """Examples (ids, labels): two int32 arrays of the same length. Label -100: the token is not trained.
+    """A sequence of examples. Each example is a pair (ids, labels) of int32 arrays of the same length.
 
-    All examples are in one array, which takes 5 bytes per token.
+    The label -100 marks a token that is not trained. A dataset takes 5 bytes of memory per token.
 
     Attributes:
         report: a summary of the file.
@@ -157,7 +157,7 @@ class Dataset(Sequence[tuple[Array, Array]]):
         return int(self._ids.max())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens and marks. It changes with the file and with the way the file is read."""
+        """SHA-256 of the examples. Datasets with the same tokens and the same trained tokens share it."""
         digest = hashlib.sha256()
         for part in (self._ids, self._trained, self._starts):
             digest.update(part.tobytes())
@@ -168,10 +168,13 @@ class Dataset(Sequence[tuple[Array, Array]]):
 
 
 def find_splits(path: StrPath) -> tuple[Path, Path | None]:
-    """Find the training file and the validation file, if any: in a directory, train.* and valid.*.
+    """Find the training file and the validation file, if any.
+
+    A directory holds them as train.* and valid.*. If `path` is a file, that file is the training file.
 
     Raises:
-        FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt).
+        FileNotFoundError: the path does not exist, or the directory has no train.jsonl, train.csv or
+            train.txt.
 
     >>> train, valid = nplora.data.find_splits(".")
     >>> train.name, valid.name
@@ -185,10 +188,10 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
 
 
 def find_evaluated(path: StrPath) -> Path:
-    """Find the file that a model is evaluated on: in a directory, valid.*, or train.* if there is no valid.*.
+    """Find the file to evaluate a model on. In a directory it is valid.*, or train.* if there is no valid.*.
 
     Raises:
-        FileNotFoundError: there is no such file, or the directory has neither.
+        FileNotFoundError: the path does not exist, or the directory has neither valid.* nor train.*.
 
     >>> nplora.data.find_evaluated(".").name
     'valid.jsonl'
@@ -201,7 +204,7 @@ def find_evaluated(path: StrPath) -> Path:
 
 
 def _required(directory: Path, *names: str) -> Path:
-    """The first of these splits that exists."""
+    """The data file of the first split in `names` that the directory has."""
     found = next(filter(None, (_split(directory, name) for name in names)), None)
     if found is None:
         wanted = ", ".join(f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
@@ -226,32 +229,39 @@ def read_dataset(
 ) -> Dataset:
     """Read a file of training data.
 
-        {"prompt": "…", "completion": "…"}     both joined, then EOS; the completion and EOS are trained
-        {"messages": [{"role": …, "content": …}]}    the chat template; the assistant's turns are trained
-        {"messages": …, "tools": […], "documents": […]}    the template writes these too, as in transformers
-        {"text": "…"}                          the text, then EOS; all tokens are trained
-        prompt,completion or text              the same, as columns of a .csv file
-        a plain .txt file                      one text, in windows of max_length tokens
+    The fields of a row decide how it becomes an example:
 
-    An assistant's message with "weight": 0 is read but not trained. A field that is null counts as missing.
+    - {"prompt": "…", "completion": "…"}: both texts are joined and end with EOS. The completion and EOS are
+      trained.
+    - {"messages": [{"role": …, "content": …}]}: the chat template writes the messages. The assistant's turns
+      are trained.
+    - {"messages": …, "tools": […], "documents": […]}: the chat template also gets the tools and the
+      documents, as in transformers.
+    - {"text": "…"}: the text ends with EOS. All tokens are trained.
+
+    A .csv file has the columns prompt and completion, or the column text. A plain .txt file is one text,
+    which is split into windows of max_length tokens. A message of the assistant with "weight": 0 is read but
+    not trained. A field that is null counts as missing.
 
     Args:
         path: a .jsonl, .csv or .txt file.
         tokenizer: the model's tokenizer.
-        max_length: maximum tokens of an example; longer examples are cut. A plain text needs it.
-        learn: "completion", as above, or "all": prompts and all turns are trained too.
+        max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
+        learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
-        DataError: the file has no rows, or a row is wrong: it is none of the above or two of them; its
-            completion or text is empty, or its prompt, if the model has no BOS; a role is unknown; a weight
-            is neither 0 nor 1, or is not in an assistant's message; tools or documents are not a list of
-            objects; or no token can be trained. The message names the file and the line.
-        LimitError: a line is over a limit. UnsafeError, FormatError: the model's chat template is wrong.
-        ValueError: an argument is none of the above, or the model has no EOS or no chat template.
+        DataError: the file has no rows, no token can be trained, or a row is wrong. A row is wrong if it is
+            of no kind or of two kinds; if its completion or text is empty; if its prompt is empty and the
+            model has no BOS token; if a role is unknown; if a weight is neither 0 nor 1, or belongs to a
+            message that is not the assistant's; or if tools or documents are not a list of objects. The error
+            message names the file and the line.
+        LimitError: a line is too long, or its JSON exceeds a limit.
+        UnsafeError, FormatError: the model's chat template is invalid.
+        ValueError: an argument is out of range, or the model has no EOS token or no chat template.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have tools or documents that the chat template does not write.
+        UserWarning: some rows have tools or documents that the chat template leaves out.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
@@ -264,7 +274,7 @@ def read_dataset(
     _check.choice(op, "learn", learn, LEARN)
     plain = files.suffix(path) == ".txt"
     if plain and max_length is None:
-        raise ValueError(f"{op}: max_length is None, and {files.name(path)} is a plain text, which needs one")
+        raise ValueError(f"{op}: max_length is None, but the plain text {files.name(path)} needs one")
     encoder = _Encoder(tokenizer, learn == "all", None if plain else max_length)
     builder = _Builder(files.name(path), None if plain else max_length, strict)
     if plain:
@@ -287,7 +297,7 @@ def read_dataset(
     if dataset.report.unused:
         rows = counted(dataset.report.unused, "example")
         warnings.warn(
-            f"{builder.source}: {rows} with tools or documents that the chat template does not write: "
+            f"{builder.source}: {rows} with tools or documents that the chat template leaves out: "
             "the model does not see them",
             stacklevel=2,
         )
@@ -295,7 +305,10 @@ def read_dataset(
 
 
 def _windows(ids: Iterator[int], length: int) -> Iterator[list[int]]:
-    """Windows of tokens. Neighbours share a token, so each token but the first is predicted once."""
+    """Split tokens into windows.
+
+    Neighbouring windows share one token, so that every token except the first of the text is predicted once.
+    """
     window = list(itertools.islice(ids, length))
     while len(window) > 1:
         yield window
@@ -307,7 +320,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer, learn_all: bool, max_length: int | None) -> None:
         if tokenizer.eos_id is None:
-            raise ValueError(f"{tokenizer.source}: the model names no EOS token, which ends each example")
+            raise ValueError(f"{tokenizer.source}: the model has no EOS token to end each example with")
         self._tokenizer, self._eos, self._all = tokenizer, tokenizer.eos_id, learn_all
         self._most = None if max_length is None else max_length + 1  # the rest of a longer row is not encoded
 
@@ -315,7 +328,7 @@ class _Encoder:
         values, where = row.values, row.where
         kinds = [key for key in _KINDS if values.get(key) is not None] or [k for k in _KINDS if k in values]
         if len(kinds) > 1 and kinds != ["prompt", "completion"]:
-            raise DataError(f"{where}: has both {kinds[0]} and {kinds[1]}, two kinds of examples")
+            raise DataError(f"{where}: the row has both {kinds[0]} and {kinds[1]}, expected only one of them")
         if "messages" in kinds:
             example = self._messages(values, where)
         elif "text" in kinds:
@@ -324,14 +337,14 @@ class _Encoder:
             example = self._completion(values, where)
         else:
             keys = brief(list(values))
-            raise DataError(f"{where}: has {keys}, expected messages, prompt and completion, or text")
+            raise DataError(f"{where}: the row has {keys}, expected messages, prompt and completion, or text")
         is_cut = self._most is not None and len(example.ids) >= self._most
         if not is_cut and not any(example.trained[1:]):
             raise DataError(f"{where}: {_NOTHING}")
         return example
 
     def text_parts(self, rows: Iterator[Row]) -> Iterator[list[int]]:
-        """The tokens of each part of one text, then EOS."""
+        """Encode one text, part by part, and add EOS at its end."""
         for index, row in enumerate(rows):
             text = row.values["text"]
             encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
@@ -343,7 +356,7 @@ class _Encoder:
         return _Example(ids, [True] * len(ids), _has_context(values))
 
     def _completion(self, values: dict[str, Any], where: str) -> _Example:
-        """Encode both as one text, or separately if the prompt's tokens change in the joined text."""
+        """Encode prompt and completion as one text, or separately if joining changes the prompt's tokens."""
         prompt, completion = _text(values, "prompt", where, True), _text(values, "completion", where)
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),
@@ -402,7 +415,7 @@ def _check_message(message: object, where: str) -> None:
 
 
 def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
-    """The tools or the documents of a row; None if it has none."""
+    """The tools or the documents of a row, or None if the row has none."""
     value = values.get(name)
     if value is None:
         return None
@@ -412,7 +425,7 @@ def _objects(values: dict[str, Any], name: str, where: str) -> list[dict[str, An
 
 
 def _has_context(values: dict[str, Any]) -> bool:
-    """Whether a row without messages has tools or documents, which are unused."""
+    """Whether a row without messages has tools or documents, which only messages can use."""
     return any(values.get(name) for name in _CONTEXT)
 
 
@@ -474,7 +487,7 @@ class _Builder:
             skipped = f"{counted(self._skipped, 'bad row')} skipped ({'; '.join(self._problems)})"
             reasons = [skipped] * bool(self._skipped)
             emptied = f"{self._emptied} with nothing to train on within max_length={self._max_length}"
-            emptied += "; a larger max_length keeps more"
+            emptied += "; a larger max_length keeps more examples"
             reasons += [emptied] * bool(self._emptied)
             raise DataError(f"{self.source}: no examples{': ' * bool(reasons)}{', '.join(reasons)}")
         first = trained[starts[:-1]].sum()  # the first token of an example is not predicted

@@ -1,7 +1,7 @@
-"""Rows of files of training data, JSONL, CSV and plain text, each with the number of its line.
+"""Read the rows of JSONL, CSV and plain text files, each with its line number.
 
-Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both name the
-file and the line.
+Files are read in parts. An invalid line gives a DataError, and a line over a limit gives a LimitError. Both
+errors name the file and the line.
 """
 
 import csv
@@ -25,8 +25,9 @@ class Row:
     """A row, or the error that occurred when the row was read.
 
     Attributes:
-        where: its file and line, for messages.
-        values: its fields; empty if there is an error.
+        where: the file and the line of the row, for error messages.
+        values: the fields of the row; empty if there is an error.
+        error: why the row could not be read, or None.
     """
 
     where: str
@@ -35,11 +36,13 @@ class Row:
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
-    """The rows of a .jsonl, .csv or .txt file. The parts of a plain text are rows {"text": ...}.
+    """Read the rows of a .jsonl, .csv or .txt file. Each part of a plain text becomes a row {"text": ...}.
 
     Raises:
-        DataError: another suffix, a CSV without the columns, or a plain text that is not UTF-8.
-        FormatError: a directory, FIFO or device. OSError: the file cannot be read.
+        DataError: the file has another suffix, a CSV file lacks the expected columns, or a CSV or plain text
+            is not UTF-8.
+        FormatError: the path is a directory, FIFO or device.
+        OSError: the file cannot be read.
     """
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
     suffix = files.suffix(path)
@@ -131,7 +134,10 @@ def _csv(path: StrPath) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """The next record. Its fields may be as long as a line; csv's limit is global, so it is restored."""
+    """Read the next record, with fields as long as a line may be.
+
+    The csv module's limit for fields is global, so its old value is restored afterwards.
+    """
     before = csv.field_size_limit(MAX_LINE)
     try:
         return next(reader, None)
@@ -140,9 +146,9 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _text(path: StrPath) -> Iterator[Row]:
-    """Parts of a text. Each begins at a line that begins with a letter: every tokenizer splits there too.
+    """Split a plain text into parts. Newlines at the end of the text are dropped.
 
-    Line ends at the end of the text are dropped.
+    Each part begins with a line whose first character is a letter, because every tokenizer splits there too.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):

@@ -196,7 +196,7 @@ def test_an_update_of_zero_leaves_the_weight_to_the_bit(
     layer.unmerge()
     (report,) = layer.merge("q4_1")
     assert report.error == np.inf
-    assert str(report).endswith("ΔW is 0, only the rounding is new")
+    assert str(report).endswith("ΔW is 0, only rounding changed the weight")
 
 
 def test_an_update_of_zero_times_infinity_is_not_zero(rng: np.random.Generator) -> None:

@@ -26,7 +26,7 @@ def weighted_sum(
     Args:
         name: the layer's name, for messages.
         terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
-        limit: the largest rank of the result. If None, the result has the rank of the exact sum.
+        limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
         the sum, with scale 1 and factors in float32; its relative error by truncation,
         ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.

@@ -189,7 +189,7 @@ class Linear(Prepared, Module):
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
-        """Add to any dweight and dbias; return this layer's argument for `_core.lora_backward`."""
+        """Add to dweight and dbias, if they exist; return the argument for `_core.lora_backward`."""
         self._add_gradients(rows, saved)
         weight, (a, b) = core_weight(self.weight), self._factors
         return _core.BackwardPart(

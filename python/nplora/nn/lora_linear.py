@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 class LoRALinearSaved(Saved):
     """The values that `LoRALinear.backward` needs: x (n, d_in) and z = x Bᵀ (n, r).
 
-    With DoRA it also needs u (n, d_out), the output before it is rescaled.
+    With DoRA, `backward` also needs u (n, d_out), the output before DoRA rescales it.
     """
 
     lead: tuple[int, ...]  # the axes of x before the last
@@ -47,7 +47,7 @@ class LoRALinear(LoRALayer):
 
     With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
     Here ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them
-    as constants (section 4.3). If a row of W + scale·A·B is 0, it stays 0.
+    as constants (section 4.3 of the paper). If a row of W + scale·A·B is 0, it stays 0.
 
         >>> import nplora, numpy as np
         >>> W = np.random.default_rng(0).normal(size=(96, 64))

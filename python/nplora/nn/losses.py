@@ -53,7 +53,7 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Return the number of elements or labelled rows in the mean. If this count is 0, the loss is 0."""
+        """Return the number of elements or labelled rows in the mean. If it is 0, loss and gradient are 0."""
 
 
 class _Elementwise:

@@ -140,8 +140,8 @@ class Module:
     """Base class of every layer, and of your own networks.
 
     A subclass defines `forward` and `backward`. Modules in its attributes, or in lists, tuples and dicts in
-    attributes, are found and named automatically ("fc1", "blocks.0.q_proj"). They need not be registered, and
-    a subclass need not call `Module.__init__`.
+    attributes, are found and named automatically ("fc1", "blocks.0.q_proj"). Modules need not be registered,
+    and a subclass need not call `Module.__init__`.
 
         >>> import nplora, numpy as np
         >>> class Net(nplora.Module):
@@ -173,7 +173,7 @@ class Module:
         return None
 
     def stored_row_order(self, name: str) -> Array | None:
-        """Return the `LoRALayer.row_order` of the layer with this dotted name. None means the usual order."""
+        """Return the `LoRALayer.row_order` of the layer with this dotted name. None is the usual order."""
         return None
 
     # ---- the two passes ----
@@ -363,7 +363,7 @@ class Module:
         All merged weights are built before the first one is used, so a failure leaves every layer unchanged.
         `merge` and `unmerge` take effect in every thread. If another thread runs a pass at the same time,
         some layers of that pass may be merged and others not, so its result may differ by the rounding of the
-        merged weights. After such a training pass, `backward` raises RuntimeError.
+        merged weights. If a layer was merged in a training pass, its `backward` raises RuntimeError.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", rng=0)

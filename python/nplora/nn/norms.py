@@ -133,7 +133,7 @@ class LayerNorm(_Norm):
 
     Args:
         weight, bias: arrays (d,), which are copied; bias may be None.
-        eps: added to the variance. The variance is the sum of squares divided by d.
+        eps: a constant that is added to the variance. The variance is the sum of squares divided by d.
         trainable: whether weight and bias are trained, as the parameters "weight" and "bias".
         dtype: the dtype of weight, bias and output: "float32" (also for None) or "float64".
     """

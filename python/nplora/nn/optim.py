@@ -137,7 +137,7 @@ class Optimizer:
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Store the arrays of `state` in the order of these parameter names."""
+        """Store the arrays of `state` in the order of the parameter names `names`."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
@@ -170,8 +170,8 @@ class Optimizer:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
         After `init` or a step, the state must fit the same parameters, and is copied into the existing
-        arrays. Otherwise the next step checks whether the state fits. If the arrays are the optimiser's own,
-        from `state_dict(copy=False)`, each must keep its name.
+        arrays. For a new optimiser, the first step checks whether the state fits. If the arrays are the
+        optimiser's own, from `state_dict(copy=False)`, each must keep its name.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -405,8 +405,9 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
     """Return the factor that multiplies the base learning rate at a step.
 
-    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. After that, it
-    stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a cosine ("cosine").
+    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. After the
+    warm-up, the factor stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a
+    cosine wave ("cosine").
 
         >>> import nplora
         >>> [nplora.optim.schedule("linear", step, total=5, warmup=1) for step in range(5)]
@@ -432,7 +433,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
     """Return zeros in the shapes and dtypes of these arrays, in one block of memory.
 
-    The block may be reused memory of an earlier state.
+    The block can be the memory that an earlier state has released.
     """
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)

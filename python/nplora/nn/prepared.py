@@ -1,4 +1,4 @@
-"""Prepared: keeps the object with which the C++ core runs a layer, for inference of the next token."""
+"""Prepared: builds and keeps the object with which the C++ core runs a layer in inference."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Prepared:
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """Return all that `_inference_layer` reads. If any of it changes, a new argument is built.
+        """Return the values on which the kept argument depends. If one changes, a new argument is built.
 
         Arrays are represented by their ids, because == would compare their elements. The kept argument refers
-        to the arrays, so no other array can get the same id. Of a FrozenWeight, however, the
-        argument refers only to the packed part, so the FrozenWeight itself is compared, not its id.
+        to the arrays, so no other array can get the same id. It refers only to the packed part of a
+        FrozenWeight, however, so the FrozenWeight itself is compared, not its id.
         """
         raise NotImplementedError
 

@@ -1,10 +1,10 @@
 """Initial factors from the principal part of a weight: PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz 2024).
 
 Both methods factor a part of the weight W and freeze the rest: W = W_rest + scale · A·B. The factors are the
-same as in PEFT. U S Vᵀ is the best approximation of W of rank r, from its singular value decomposition:
+same as in PEFT. U S Vᵀ is the singular value decomposition of W, cut to rank r:
 
-    pissa   A = U √(S / scale),  B = √(S / scale) Vᵀ
-    olora   A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R
+    - pissa: A = U √(S / scale),  B = √(S / scale) Vᵀ.
+    - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
 The methods only multiply by the weight, in float32 (float64 for a float64 weight). They never decode the
 whole weight to a dense matrix.

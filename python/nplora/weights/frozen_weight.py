@@ -250,7 +250,7 @@ class FrozenWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix, in memory or in its file."""
+        """The size of the matrix in bytes, in memory or in its file."""
         return self._packed.nbytes
 
     def with_compute(self, compute: str) -> FrozenWeight:
@@ -549,7 +549,10 @@ def _require_blocks(op: str, storage: str, words: str) -> None:
 
 
 def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
-    """Return a dtype's name: "float32" for np.float32, np.dtype(np.float32) and None. Strings stay as is."""
+    """Return the name of a dtype: "float32" for np.float32, np.dtype(np.float32) and None.
+
+    A string is returned unchanged.
+    """
     if dtype is None:
         return "float32"
     try:

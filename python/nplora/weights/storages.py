@@ -32,7 +32,7 @@ _ELEMENTS_AT_A_TIME = 1 << 18  # 1 MiB of float32
 
 
 def block_elements(storage: str) -> int:
-    """Return the number of elements of a block, which share scales; 1 for unquantised storage."""
+    """Return the number of elements in a block, which share scales, or 1 for an unquantised format."""
     return BLOCKS[storage][0] if storage in BLOCKS else 1
 
 
@@ -63,7 +63,8 @@ def compute_dtype(storage: str) -> np.dtype[Any]:
 def encode(rows: Array, storage: str) -> Array:
     """Encode float rows (n, d_in) to uint8 (n, row_nbytes).
 
-    Float formats round to nearest, ties to even. Low-bit formats approximately minimise the squared error.
+    Float formats round to nearest, ties to even. The codes of low-bit formats are chosen for a small squared
+    error.
 
     Raises:
         ValueError: a value is not finite, or too large for a low-bit format.

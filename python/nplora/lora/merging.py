@@ -116,8 +116,8 @@ class Merge:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
         if not storages.fits(storage, shape[1]):
             raise ValueError(
-                f"merge: {name}: rows of {shape[1]} elements are not whole blocks of "
-                f"{storages.block_elements(storage)}, which {storage} needs"
+                f"merge: {name}: rows of {shape[1]} elements do not divide into blocks of "
+                f"{storages.block_elements(storage)}, the block length of {storage}"
             )
         self.name, self.shape, self.update, self.storage = name, shape, update, storage
         self.nbytes = shape[0] * storages.row_nbytes(storage, shape[1])

@@ -74,7 +74,7 @@ class ModelMerge:
             f"({', '.join(kinds)}), {self.kept} copied",
             f"the merged weights keep {self.delta_kept:.1%} of the adapter's change (ΔW)",
             f"rounding also adds random noise: {noise}",
-            "the tensors that keep the least:",
+            "the tensors that keep the least of ΔW:",
             *(f"  {report}" for report in worst[:_SHOWN]),
         ]
         return "\n".join(lines)

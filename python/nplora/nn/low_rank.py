@@ -73,7 +73,7 @@ class LoRALayer(Prepared, AdapterLayer):
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
         row_order: an array if W and adapter files order their rows differently: row i of W is row
-            row_order[i] in the file. If the order is the same, None.
+            row_order[i] in the file. None means that the order is the same.
     """
 
     A = LiveArray[Array]()
@@ -221,8 +221,8 @@ class LoRALayer(Prepared, AdapterLayer):
 
         The result usually holds the layer's own arrays. It holds new arrays if the rows must be reordered, or
         if init is "pissa" or "olora". With "pissa" and "olora", the frozen weight is W_rest = W - s·A₀B₀,
-        with s the scale and A₀, B₀ the initial factors. The update of W then has rank 2r, as when PEFT
-        converts such adapters: W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This equation ignores the rounding of
+        with s the scale and A₀, B₀ the initial factors. The update of W then has rank 2r, as in the adapters
+        that PEFT converts: W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This equation ignores the rounding of
         W_rest to its storage format.
         """
         a, b, alpha = self.A, self.B, self.alpha

@@ -216,7 +216,10 @@ class FrozenWeight:
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
-        """Return a weight from the bytes that `storages.encode` returns for its rows. Only NF4 is copied."""
+        """Return a weight from encoded rows, the result of `storages.encode`.
+
+        The bytes are used in place, except that the bytes of NF4 are copied.
+        """
         shape = (len(raw), d_in)
         if storage == "nf4":
             arrays: tuple[Array, ...] = storages.split_nf4(raw, d_in)
@@ -256,7 +259,7 @@ class FrozenWeight:
     def with_compute(self, compute: str) -> FrozenWeight:
         """Return a weight of the same matrix whose products use another arithmetic.
 
-        Both weights share a matrix that is used in place. Any other matrix is copied.
+        Both weights share a matrix that is used in place; any other matrix is copied.
 
         Args:
             compute: as in the constructor.
